@@ -1,0 +1,326 @@
+"""A model as data: a flat list of typed operations over symbolic buffers.
+
+``model/decoder.py`` writes a ``Program`` once per model; a backend loads it once and runs it each step. Nothing here
+computes: it can be printed, checked for shapes, and compared op by op. A buffer has T rows (the tokens of a step) or
+R rows (those whose logits are wanted). Widths are columns. ``Ref`` is a range of a buffer's columns.
+
+Rounding contract: a ``Linear`` (with its adapters and its epilogue), a ``Norm``, a ``Pointwise`` compute in float32 and
+round once, to the dtype of the buffer they write. A backend without a mixed product may round the base product first
+(the torch reference in bfloat16 does).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from truffula.errors import KernelError
+
+Rows = Literal["T", "R"]
+BufferDtype = Literal["model", "float32"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """``[T or R, width]``; ``dtype`` model means the dtype the executable was loaded with."""
+
+    id: int
+    name: str
+    rows: Rows
+    width: int
+    dtype: BufferDtype = "model"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Columns ``start .. start + width`` of a buffer."""
+
+    buffer: int
+    start: int
+    width: int
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """One checkpoint tensor (or a row range of one) that fills rows of a weight.
+
+    ``name`` is a name present in the checkpoint; rows ``lo .. hi`` of it are used (the whole when hi is -1).
+    ``permute`` is (heads, head_dim) when its rows must be brought from interleaved to half rotary order (GGUF llama q/k).
+    ``transform`` is applied in float32: ``plus_one`` for (1 + w) norms.
+    """
+
+    name: str
+    lo: int = 0
+    hi: int = -1
+    transform: Literal["none", "plus_one", "minus_one"] = "none"
+    permute: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class WeightDecl:
+    """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0.
+
+    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``. A tied table
+    is one decl with both rows and matmul, stored once. ``dtype`` float32 is kept exact whatever the model's dtype.
+    """
+
+    id: int
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[WeightPart, ...]
+    uses: frozenset[str]
+    dtype: BufferDtype = "model"
+
+
+@dataclass(frozen=True)
+class ModuleSlice:
+    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output."""
+
+    name: str
+    lo: int
+    hi: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place adapters can change: one slice of one linear weight (or a table, later).
+
+    ``modules[0]`` is the site's own module path as PEFT names it without ``base_model.model.``, e.g.
+    ``model.layers.3.self_attn.q_proj``; further entries are fused modules that cover it with some of their rows.
+    """
+
+    id: int
+    kind: Literal["linear", "embed", "head", "norm"]
+    layer: int | None
+    in_features: int
+    out_features: int
+    modules: tuple[ModuleSlice, ...]
+
+    @property
+    def module(self) -> str:
+        return self.modules[0].name
+
+
+@dataclass(frozen=True)
+class RopeTable:
+    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``."""
+
+    id: int
+    inv_freq: tuple[float, ...]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class KvPlane:
+    """One plane of cached values of one layer: ``width`` numbers per token (K: kv_heads x dim_k, V: kv_heads x dim_v)."""
+
+    id: int
+    layer: int
+    width: int
+
+
+@dataclass(frozen=True)
+class KvGroup:
+    """Planes that share block ids. The foundation has one group; windows mask, they do not yet free."""
+
+    id: int
+    kind: Literal["full", "sliding"]
+    planes: tuple[KvPlane, ...]
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class SiteSlice:
+    """Output columns ``lo .. hi`` of a linear (before any glu) belong to ``site``."""
+
+    site: int
+    lo: int
+    hi: int
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """Applied after the adapters, in float32 and in this order.
+
+    ``bias`` [O] · ``clip`` to ±clip · ``activation`` · ``glu``: the columns are [gate | up] halves and the result is
+    activation(gate) * up, half as wide (then ``activation`` acts on the gate only) · times ``scale`` · plus ``residual``.
+    """
+
+    bias: int | None = None
+    clip: float | None = None
+    activation: Activation | None = None
+    glu: bool = False
+    scale: float = 1.0
+    residual: Ref | None = None
+
+
+NO_EPILOGUE = Epilogue()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Where the same value shows in transformers: the ``input`` or ``output`` of ``module``; how ``verify`` pairs them."""
+
+    module: str
+    side: Literal["in", "out"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """What all ops carry: the layer they belong to (None outside layers), a readable name, and their probe."""
+
+    name: str
+    layer: int | None = None
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embed(Op):
+    """``out = (table[ids] * scale) + add``. ``scale`` is first rounded to the table's serving dtype (Gemma)."""
+
+    table: int
+    out: Ref
+    source: Literal["token", "position", "extra"] = "token"
+    offset: int = 0
+    scale: float | None = None
+    add: Ref | None = None
+    site: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm(Op):
+    """``rms``: x / sqrt(mean(x²) + eps); ``layer``: (x - mean) / sqrt(var + eps). In float32.
+
+    ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
+    each of that many equal column groups with one shared weight of width / groups (per-head q/k norms).
+    ``plus``: out = plus + round(result), a residual added after a post-norm.
+    """
+
+    x: Ref
+    out: Ref
+    kind: Literal["rms", "layer"]
+    eps: float
+    weight: int | None = None
+    bias: int | None = None
+    cast: Literal["first", "last"] = "first"
+    groups: int = 1
+    plus: Ref | None = None
+    site: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Op):
+    """``out = epilogue(x Wᵀ + Σ_segments scale · (x Aᵀ) Bᵀ)``; ``slices`` say which columns adapters may change."""
+
+    x: Ref
+    weight: int
+    out: Ref
+    slices: tuple[SiteSlice, ...] = ()
+    epilogue: Epilogue = NO_EPILOGUE
+    compute: Literal["model", "float32"] = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointwise(Op):
+    """``act``: activation(x) · ``add``: x + y · ``scale``: x * params[0] · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y)."""
+
+    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]
+    x: Ref
+    out: Ref
+    y: Ref | None = None
+    activation: Activation | None = None
+    params: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeRows(Op):
+    """Once a step: row t is [cos | sin] of ``rope_pos[0, t] * inv_freq`` times the table's factor, each half ``pairs`` wide."""
+
+    table: int
+    out: Ref
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope(Op):
+    """Rotate in place columns ``start .. start + dims`` of each of ``heads`` heads of width ``head_dim`` in ``x``.
+
+    ``half`` pairs (i, i + dims/2), ``interleaved`` pairs (2i, 2i + 1). ``rows`` comes from ``RopeRows``.
+    """
+
+    x: Ref
+    rows: Ref
+    heads: int
+    head_dim: int
+    start: int
+    dims: int
+    layout: Literal["half", "interleaved"] = "half"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention(Op):
+    """Write this step's K and V to their slots, then attend causally over the sequence's blocks.
+
+    Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. A ``window`` w lets
+    query i see keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
+    """
+
+    q: Ref
+    k: Ref
+    v: Ref
+    out: Ref
+    group: int
+    planes: tuple[int, int]
+    heads: int
+    kv_heads: int
+    dim_k: int
+    dim_v: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeRows(Op):
+    """``out[r] = x[logit_rows[r]]``: from T rows to R rows."""
+
+    x: Ref
+    out: Ref
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logits(Op):
+    """``out = softcap(scale * (x Wᵀ + bias + adapters))`` in float32 over R rows."""
+
+    x: Ref
+    weight: int
+    out: Ref
+    bias: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    site: int | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything a backend must know of a model. Ids are positions in their tuples. ``logits`` is the last op's buffer."""
+
+    name: str
+    vocab_size: int
+    buffers: tuple[Buffer, ...]
+    weights: tuple[WeightDecl, ...]
+    sites: tuple[Site, ...]
+    rope_tables: tuple[RopeTable, ...]
+    kv_groups: tuple[KvGroup, ...]
+    ops: tuple[Op, ...]
+    logits: Ref
+    max_positions: int
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        for kind in ("buffers", "weights", "sites", "rope_tables", "kv_groups"):
+            for position, item in enumerate(getattr(self, kind)):
+                if item.id != position:
+                    raise KernelError(f"{kind}[{position}] has id {item.id}; ids are positions.")

@@ -1,0 +1,249 @@
+"""What crosses a layer or a process. Left of ``EngineRequest`` is text, right of it only ids.
+
+Everything here is frozen and msgspec-encodable, so that the process transport is the same objects.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from truffula.errors import ErrorInfo, InvalidRequest
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_SEED = 2**64 - 1
+
+
+def _number(name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequest(f"{name} must be a finite number, got {value!r}.", param=name, value=repr(value))
+    if value < low or value > high or (low_open and value == low) or (high_open and value == high):
+        left, right = ("(" if low_open else "["), (")" if high_open else "]")
+        raise InvalidRequest(f"{name} is {value}, outside {left}{low:g}, {high:g}{right}.", param=name, value=value)
+
+
+def _integer(name: str, value: int, low: int, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidRequest(f"{name} must be an integer, got {value!r}.", param=name, value=repr(value))
+    if value < low or value > high:
+        upto = "" if high == math.inf else f" and at most {int(high)}"
+        raise InvalidRequest(f"{name} is {value}; it must be at least {low}{upto}.", param=name, value=value)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are chosen and when a completion ends. Invalid values raise ``InvalidRequest`` naming the field.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``max_tokens`` None is up to the model's length.
+    ``logprobs`` k gives, per generated token, the k most likely ids and the chosen one; 0 only the chosen one.
+    ``logprobs_of`` says of which distribution: ``raw`` (the model's) or ``warped`` (after penalties, bias,
+    temperature and truncation, as LoRAX reports). ``seed`` None is drawn by the service when the request is made.
+    Order of work on the logits: repetition, frequency and presence, bias, temperature, top-k, top-p, min-p, typical-p.
+    """
+
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    n: int = 1
+    best_of: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logprobs_of: Literal["raw", "warped"] = "raw"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            msgspec.structs.force_setattr(self, "stop", (self.stop,))
+        for name in ("stop", "stop_token_ids"):
+            if isinstance(getattr(self, name), list):
+                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 0)
+        _integer("min_tokens", self.min_tokens, 0)
+        _number("temperature", self.temperature, 0.0, 1e6)
+        _integer("top_k", self.top_k, 0, 2**31 - 1)
+        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _number("min_p", self.min_p, 0.0, 1.0)
+        _number("typical_p", self.typical_p, 0.0, 1.0, low_open=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, low_open=True)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        for token, bias in self.logit_bias.items():
+            _integer("logit_bias", token, 0)
+            _number("logit_bias", bias, -100.0, 100.0)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, MAX_SEED)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest("stop holds an empty string, which would match at once; leave it out.", param="stop")
+        for token in self.stop_token_ids:
+            _integer("stop_token_ids", token, 0)
+        _integer("n", self.n, 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, 1024)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, 1)
+            if self.best_of < self.n:
+                raise InvalidRequest(f"best_of is {self.best_of}, below n = {self.n}.", param="best_of", n=self.n)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {self.min_tokens}, above max_tokens = {self.max_tokens}.", param="min_tokens"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
+    """Which adapter a request asked for, after the operator's policy allowed it.
+
+    ``name`` is the client's word, used in logs and metrics. ``kind`` and ``locator`` say where it lies (an absolute
+    folder for ``local``, a repository id for ``hub``). ``fingerprint`` tells two states of one place apart without
+    reading it (sizes and mtimes, or a revision): a changed one makes the pool read again. Identity in the engine is
+    the content hash found on loading (the generation), never the name.
+    """
+
+    name: str
+    kind: Literal["local", "hub"] = "local"
+    locator: str
+    revision: str | None = None
+    fingerprint: str = ""
+
+
+class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate: ids only. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
+
+    ``params.seed`` is resolved; ``params.stop``, ``n`` and ``best_of`` are the service's affair and are ignored here.
+    ``resume_ids`` are completion tokens already shown to the client (after a crash or a move): generation goes on behind
+    them and they are not emitted again. Times are of ``time.monotonic()``, which all processes of a machine share.
+    ``salt`` separates tenants in the prefix cache.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    choice: int = 0
+    adapter: AdapterRef | None = None
+    resume_ids: list[int] = []
+    salt: str = ""
+    arrival: float = 0.0
+    queue_deadline: float | None = None
+    deadline: float | None = None
+
+
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. ``queue_s`` from arrival to admission (``load_s`` of it waiting for the adapter), ``ttft_s`` to the first token."""
+
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a ``finish_reason``.
+
+    ``logprobs`` and ``top_logprobs`` run beside ``token_ids`` when asked for, else are empty; a top list holds
+    ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
+    comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
+    On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error`` says why.
+    """
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    top_logprobs: list[list[tuple[int, float]]] = []
+    prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    error: ErrorInfo | None = None
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    times: RequestTimes | None = None
+
+
+class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
+    """``load`` waits until the adapter is usable (or raises); ``unload`` lets running requests end; ``list`` reports."""
+
+    action: Literal["load", "unload", "list"]
+    ref: AdapterRef | None = None
+    pinned: bool = False
+
+
+class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
+    """One adapter as the pool sees it."""
+
+    name: str
+    generation: str | None = None
+    status: Literal["loading", "ready", "resident", "failed", "retired"] = "ready"
+    nbytes: int = 0
+    rank: int = 0
+    leases: int = 0
+    pinned: bool = False
+    error: ErrorInfo | None = None
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a started engine is: fixed until it ends."""
+
+    model: str
+    model_type: str
+    backend: str
+    device: str
+    dtype: str
+    vocab_size: int
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    step_tokens: int
+    max_running: int
+    eos_token_ids: list[int]
+    tying: str = ""
+    weight_bytes: int = 0
+    budget_bytes: int = 0
+    warnings: list[str] = []
+    details: dict[str, Any] = {}
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A heartbeat: where the engine stood at ``monotonic`` (its own clock reading, shared by the machine)."""
+
+    monotonic: float
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    waiting_for_adapter: int = 0
+    free_blocks: int = 0
+    cached_blocks: int = 0
+    used_blocks: int = 0
+    num_blocks: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    generated_tokens: int = 0
+    adapter_loads: int = 0
+    adapter_load_failures: int = 0
+    adapter_evictions: int = 0
+    adapters_resident: int = 0
+    adapter_bytes: int = 0
+    budget_bytes: int = 0
+    budget_used_bytes: int = 0

@@ -1,0 +1,64 @@
+"""``Checkpoint``: names, shapes and dtypes of a model's tensors, whatever the file format, without reading data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as stored: ``shape`` in row-major (PyTorch) order, ``dtype`` as the format names it (``BF16``, ``Q4_1``).
+
+    ``offset`` and ``nbytes`` are of its data within ``file``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    offset: int
+    nbytes: int
+
+
+class Checkpoint(Protocol):
+    """An opened model. ``config`` is config.json (or its equal made from GGUF metadata), ``generation_config`` the other file.
+
+    ``tensors`` maps a name to its ``TensorInfo``. GGUF names and metadata are translated to Hugging Face's, so nothing behind this
+    knows the format. ``warnings`` are for the operator. ``tokenizer_json`` and ``tokenizer_config`` are the files' contents when present.
+    """
+
+    path: Path
+    format: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    warnings: tuple[str, ...]
+
+    def read(self, name: str) -> Array:
+        """The tensor: a read-only mapped view in its stored dtype, or (quantised formats) a fresh dequantised float32 array."""
+
+    def release(self, name: str) -> None:
+        """Tell the system that the pages of this tensor may be dropped."""
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Contents of tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja: those that exist."""
+
+    def close(self) -> None: ...
+
+
+def storage_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors as stored."""
+    return sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def as_float32(array: Array) -> Array:
+    """A float32 copy (or the array itself when it is float32)."""
+    return np.asarray(array, dtype=np.float32)
