@@ -1,0 +1,57 @@
+# Every target sets itself up: a virtual environment in .venv, with what it needs from the package indexes
+# that your pip is configured for. PYTHON picks the interpreter, VENV another folder, TORCH another build of torch.
+PYTHON ?= python3
+VENV   ?= .venv
+# The CPU build by exact version: a plain "torch" may bring gigabytes of CUDA packages.
+TORCH  ?= torch==2.13.0+cpu
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-slow lint check fix bench clean
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "truffula needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "Could not make a virtual environment: on Debian and Ubuntu, install the package python3-venv."; rm -rf $(VENV); exit 1; }
+
+$(VENV)/.torch: | $(BIN)/python
+	@echo "Installing $(TORCH) ..."
+	@$(PIP) install -q "$(TORCH)" 2>$(VENV)/torch.log || { \
+	  echo "Your package indexes hold no $(TORCH); taking the default build of the same version (on Linux it may bring CUDA packages)."; \
+	  $(PIP) install -q "$(firstword $(subst +, ,$(TORCH)))" || { cat $(VENV)/torch.log; exit 1; }; }
+	@touch $@
+
+$(VENV)/.run: pyproject.toml $(VENV)/.torch
+	@echo "Installing truffula ..."
+	@$(PIP) install -q -e '.[torch]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.run
+	@echo "Installing what the tests need ..."
+	@$(PIP) install -q -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays)
+	@$(BIN)/truffula demo $(if $(SERVE),--serve)
+
+test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
+
+lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+check: test lint test-slow   ## all that CI runs
+
+fix: $(VENV)/.dev   ## let ruff mend what it can
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: $(VENV)/.dev   ## each benchmark for a second, so that none rots (FULL=1: for real)
+	@$(BIN)/python -m pytest -m 'slow or not slow' tests/house/test_benchmarks.py $(if $(FULL),--full)
+
+clean:           ## remove the environment and everything made
+	rm -rf $(VENV) .venvs .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

@@ -1,0 +1,148 @@
+"""House rules: the shape of the code, held by tests. Each failure says what to do instead."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SRC = ROOT / "src" / "truffula"
+FILES = sorted(SRC.rglob("*.py"))
+# Top to bottom; a module imports its own layer or lower ones only.
+LAYERS = ["cli", "scale", "testing", "server", "llm", "service", "text", "engine", "lora", "model", "weights", "kernels"]
+BOTTOM = {"types", "config", "errors", "metrics", "__init__"}
+TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
+LONG_FILE, LONG_FUNCTION = 600, 100
+MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(SRC).as_posix()
+
+
+def layer_of(name: str) -> int:
+    """Rank of a dotted name below truffula: larger is lower."""
+    head = name.split(".")[0]
+    return len(LAYERS) if head in BOTTOM else LAYERS.index(head)
+
+
+def imports(tree: ast.AST) -> list[tuple[str, int]]:
+    """Every module a file imports, lazily or under TYPE_CHECKING too, with its line."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write absolute imports"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_imports_point_down(path: Path) -> None:
+    if path == SRC / "__init__.py":
+        return  # its lazy names are the public surface
+    own = layer_of(relative(path).removesuffix(".py").replace("/", "."))
+    for name, line in imports(ast.parse(path.read_text())):
+        if name.startswith("truffula."):
+            target = name.removeprefix("truffula.")
+            if target.split(".")[0] == "__version__":
+                continue
+            assert layer_of(target) >= own, f"{relative(path)}:{line} imports {name}, which lies above it (DESIGN, layout)"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_torch_is_a_backend_not_the_language(path: Path) -> None:
+    at_home = relative(path).startswith(TORCH_HOMES)
+    for name, line in imports(ast.parse(path.read_text())):
+        if name.split(".")[0] == "torch":
+            assert at_home, f"{relative(path)}:{line}: only {', '.join(TORCH_HOMES)} import torch"
+        if name.split(".")[0] in {"transformers", "peft"}:
+            assert relative(path).startswith(("testing/", "model/fallback.py")), f"{relative(path)}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_environment_is_read_in_one_place(path: Path) -> None:
+    if relative(path) == "config.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
+            pytest.fail(f"{relative(path)}:{node.lineno} reads the environment; config.py alone does, and passes values down")
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_size_of_files_and_functions(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= LONG_FILE, f"{relative(path)} has {text.count(chr(10))} lines; split it by owner of state"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONG_FUNCTION, f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_no_module_level_mutable_state(path: Path) -> None:
+    for node in ast.parse(path.read_text()).body:
+        value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        names = [t.id for t in targets if isinstance(t, ast.Name)]
+        if isinstance(value, MUTABLE) and names != ["__all__"]:
+            # A constant table is fine when its name says constant; nothing may write to it (next test).
+            assert all(n.strip("_").isupper() for n in names), f"{relative(path)}:{node.lineno}: {names} is mutable module state"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_constants_are_never_written(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        assert not isinstance(node, ast.Global), f"{relative(path)}:{node.lineno} uses global"
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        for target in targets:
+            if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
+                name = target.value.id
+                # One-letter capitals are arrays by the shape letters of our vocabulary.
+                written = len(name.strip("_")) > 2 and name.strip("_").isupper()
+                assert not written, f"{relative(path)}:{node.lineno} writes to the constant {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_names_and_blindfolds(path: Path) -> None:
+    assert path.stem not in {"utils", "util", "helpers", "misc", "common"}, f"{relative(path)}: name a file after what it owns"
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            blind = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"})
+            silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
+            assert not (blind and silent), f"{relative(path)}:{node.lineno} swallows every exception"
+
+
+def test_nothing_names_this_workplace() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    words = ["../" + "shared", "/work" + "/", ".library" + "/", "farm" + "-", "download.py" + "torch"]
+    for name in filter(None, listed):
+        file = ROOT / name
+        if file.suffix in {".safetensors", ".gguf", ".png"} or not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        for word in words:
+            assert word not in text, f"{name} names {word}"
+
+
+@pytest.mark.parametrize("module", ["truffula", "truffula.types", "truffula.cli", "truffula.lora.worker", "truffula.engine.worker"])
+def test_importing_is_light(module: str) -> None:
+    """``import truffula`` and the start of each process pull in nothing heavy."""
+    heavy = ["torch", "transformers", "peft", "fastapi", "huggingface_hub", "tokenizers"]
+    if module in {"truffula", "truffula.types"}:
+        heavy += ["numpy", "jinja2", "rich", "typer"]
+    code = f"import {module}, sys; print(*[m for m in {heavy} if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.split() == []
+
+
+def test_everything_exported_exists() -> None:
+    import truffula
+
+    for name in truffula.__all__:
+        assert getattr(truffula, name) is not None
