@@ -1,0 +1,177 @@
+"""Reading ``.safetensors``: the header checked by us before any byte of data is believed, the data mapped.
+
+Layout: ``u64`` header length, little endian; that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``; then the data, which
+the tensors tile without gap or overlap. Source: the format's description in the safetensors project.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from truffula.errors import CheckpointError
+from truffula.weights.checkpoint import Array, TensorInfo
+from truffula.weights.mapped import MappedFile
+
+MAX_HEADER_BYTES = 100_000_000
+LFS_FIRST_LINE = b"version https://git-lfs"
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"),
+    "U32": np.dtype("<u4"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("bool"),
+}
+
+
+class SafetensorsFile:
+    """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings its author left.
+
+    Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one, the tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                header, start = _read_header(path, file.read(8), size, file.read)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
+        self.metadata = _check_metadata(path, header.pop("__metadata__", {}))
+        self.tensors: dict[str, TensorInfo] = _check_tensors(path, header, start, size)
+        self._file = MappedFile(path, size)
+
+    def read(self, name: str) -> Array:
+        """The tensor in its stored dtype: a view of the mapped file (a copy only where the file misaligns it)."""
+        info = self.tensors[name]
+        view = self._file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
+        return view if view.flags.aligned else view.copy()
+
+    def release(self, name: str) -> None:
+        info = self.tensors[name]
+        self._file.release(info.offset, info.nbytes)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is the placeholder git leaves when its large files were not fetched."""
+    return start.startswith(LFS_FIRST_LINE[: max(8, len(start))])
+
+
+def refuse_lfs_pointer(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its repository, "
+        "or download the file itself.",
+        param=str(path),
+    )
+
+
+def _refuse(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
+    where = f"{path}: tensor {tensor!r}: " if tensor is not None else f"{path}: "
+    return CheckpointError(where + why, param=tensor if tensor is not None else str(path), file=str(path))
+
+
+def _read_header(path: Path, head: bytes, size: int, read: Any) -> tuple[dict[str, Any], int]:
+    """The header as a dict and where the data begin."""
+    if size == 0:
+        raise _refuse(path, "the file is empty.")
+    if is_lfs_pointer(head):
+        raise refuse_lfs_pointer(path)
+    if len(head) < 8:
+        raise _refuse(path, f"truncated: {size} bytes, too short for a header length.")
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER_BYTES:
+        raise _refuse(
+            path, f"its header claims {length} bytes, above the limit of {MAX_HEADER_BYTES}; not a safetensors file."
+        )
+    if 8 + length > size:
+        raise _refuse(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
+    raw = read(length)
+    if not raw.startswith(b"{"):
+        raise _refuse(path, "its header does not begin with '{'; not a safetensors file.")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _refuse(path, f"its header is not valid JSON: {error}.") from error
+    return header, 8 + length
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} occurs twice")
+    return made
+
+
+def _no_constant(word: str) -> None:
+    raise ValueError(f"{word} is not JSON")
+
+
+def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _refuse(path, "__metadata__ must map strings to strings.")
+    return metadata
+
+
+def _check_tensors(path: Path, header: dict[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
+    found = [_check_tensor(path, name, entry, start, size) for name, entry in header.items()]
+    found.sort(key=lambda info: (info.offset, info.nbytes))
+    end, before = start, ""
+    for info in found:
+        if info.offset < end:
+            raise _refuse(path, f"its data overlap those of {before!r}.", info.name)
+        if info.offset > end:
+            raise _refuse(path, f"{info.offset - end} bytes before its data belong to no tensor.", info.name)
+        end, before = info.offset + info.nbytes, info.name
+    if end != size:
+        raise _refuse(path, f"{size - end} bytes at its end belong to no tensor.")
+    return {info.name: info for info in found}
+
+
+def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _refuse(path, "its entry must hold exactly dtype, shape and data_offsets.", name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _refuse(path, f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.", name)
+    if not _is_count_list(shape):
+        raise _refuse(path, f"shape {shape!r} is not a list of sizes.", name)
+    if not _is_count_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _refuse(path, f"data_offsets {offsets!r} is not a range.", name)
+    if start + offsets[1] > size:
+        raise _refuse(path, f"truncated: its data end at byte {start + offsets[1]}, the file at {size}.", name)
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != nbytes:
+        raise _refuse(
+            path, f"{dtype} of shape {shape} takes {nbytes} bytes, its range holds {offsets[1] - offsets[0]}.", name
+        )
+    if len(shape) > 32:
+        raise _refuse(path, f"{len(shape)} dimensions; at most 32 are read.", name)
+    return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
+
+
+def _is_count_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
