@@ -15,9 +15,10 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor as stored: ``shape`` in row-major (PyTorch) order, ``dtype`` as the format names it (``BF16``, ``Q4_1``).
+    """One tensor as stored.
 
-    ``offset`` and ``nbytes`` are of its data within ``file``.
+    ``shape`` is in row-major (PyTorch) order, ``dtype`` as the format names it (``BF16``, ``Q4_1``), ``offset`` and
+    ``nbytes`` are of its data within ``file``.
     """
 
     name: str
@@ -29,10 +30,11 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An opened model. ``config`` is config.json (or its equal made from GGUF metadata), ``generation_config`` the other file.
+    """An opened model. ``config`` is config.json (or its equal made from GGUF metadata).
 
-    ``tensors`` maps a name to its ``TensorInfo``. GGUF names and metadata are translated to Hugging Face's, so nothing behind this
-    knows the format. ``warnings`` are for the operator. ``tokenizer_json`` and ``tokenizer_config`` are the files' contents when present.
+    ``generation_config`` is the file of that name, ``{}`` where there is none. ``tensors`` maps a name to its
+    ``TensorInfo``. GGUF names, metadata and conventions are translated to Hugging Face's, so nothing behind this knows the
+    format. ``warnings`` are for the operator.
     """
 
     path: Path
@@ -43,13 +45,16 @@ class Checkpoint(Protocol):
     warnings: tuple[str, ...]
 
     def read(self, name: str) -> Array:
-        """The tensor: a read-only mapped view in its stored dtype, or (quantised formats) a fresh dequantised float32 array."""
+        """The tensor: a mapped view in its stored dtype, or (quantised formats) a fresh dequantised float32 array.
+
+        A view stays good after ``release``. It must not be written to: a write would last only until the release.
+        """
 
     def release(self, name: str) -> None:
         """Tell the system that the pages of this tensor may be dropped."""
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents of tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja: those that exist."""
+        """Contents by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja if there."""
 
     def close(self) -> None: ...
 

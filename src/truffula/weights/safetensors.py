@@ -1,7 +1,7 @@
 """Reading ``.safetensors``: the header checked by us before any byte of data is believed, the data mapped.
 
-Layout: ``u64`` header length, little endian; that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``; then the data, which
-the tensors tile without gap or overlap. Source: the format's description in the safetensors project.
+Layout: ``u64`` header length, little endian; that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``; then
+the data, which the tensors tile without gap or overlap. Source: the format's description in the safetensors project.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 class SafetensorsFile:
     """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings its author left.
 
-    Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one, the tensor.
+    Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one,
+    the tensor.
     """
 
     def __init__(self, path: Path) -> None:
@@ -81,8 +82,8 @@ def is_lfs_pointer(start: bytes) -> bool:
 
 def refuse_lfs_pointer(path: Path) -> CheckpointError:
     return CheckpointError(
-        f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its repository, "
-        "or download the file itself.",
+        f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its "
+        "repository, or download the file itself.",
         param=str(path),
     )
 
