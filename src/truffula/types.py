@@ -16,7 +16,9 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 MAX_SEED = 2**64 - 1
 
 
-def _number(name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False) -> None:
+def _number(
+    name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
+) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise InvalidRequest(f"{name} must be a finite number, got {value!r}.", param=name, value=repr(value))
     if value < low or value > high or (low_open and value == low) or (high_open and value == high):
@@ -89,7 +91,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             _integer("seed", self.seed, 0, MAX_SEED)
         for text in self.stop:
             if not isinstance(text, str) or not text:
-                raise InvalidRequest("stop holds an empty string, which would match at once; leave it out.", param="stop")
+                raise InvalidRequest(
+                    "stop holds an empty string, which would match at once; leave it out.", param="stop"
+                )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
         _integer("n", self.n, 1)
@@ -133,9 +137,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate: ids only. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
 
     ``params.seed`` is resolved; ``params.stop``, ``n`` and ``best_of`` are the service's affair and are ignored here.
-    ``resume_ids`` are completion tokens already shown to the client (after a crash or a move): generation goes on behind
-    them and they are not emitted again. Times are of ``time.monotonic()``, which all processes of a machine share.
-    ``salt`` separates tenants in the prefix cache.
+    ``resume_ids`` are completion tokens already shown to the client (after a crash or a move): generation goes on
+    behind them and they are not emitted again. Times are of ``time.monotonic()``, which all processes of a machine
+    share. ``salt`` separates tenants in the prefix cache.
     """
 
     request_id: str
@@ -151,7 +155,9 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds. ``queue_s`` from arrival to admission (``load_s`` of it waiting for the adapter), ``ttft_s`` to the first token."""
+    """Seconds. ``queue_s`` from arrival to admission (``load_s`` of it waiting for the adapter), ``ttft_s`` to the
+    first token.
+    """
 
     queue_s: float = 0.0
     load_s: float = 0.0
@@ -160,12 +166,14 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a ``finish_reason``.
+    """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a
+    ``finish_reason``.
 
     ``logprobs`` and ``top_logprobs`` run beside ``token_ids`` when asked for, else are empty; a top list holds
     ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
     comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
-    On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error`` says why.
+    On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error``
+    says why.
     """
 
     request_id: str
@@ -179,6 +187,127 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     cached_tokens: int = 0
     times: RequestTimes | None = None
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request in text: what each dialect, the command line and ``LLM`` make, and where they meet.
+
+    Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (OpenAI's form; the model's chat
+    template makes the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
+    replaces the model's. ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
+    a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` gives the prompt's text back on the first
+    delta of each choice, ``return_prompt_tokens`` its token pieces as well (``params.prompt_logprobs`` implies that).
+    ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's word, for logs; it need
+    not be unique. ``salt`` separates tenants in the prefix cache.
+    """
+
+    prompt: str | list[int] | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = {}
+    chat_template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    params: SamplingParams = SamplingParams()
+    adapter: AdapterRef | None = None
+    request_id: str = ""
+    echo: bool = False
+    return_prompt_tokens: bool = False
+    truncate: int | None = None
+    salt: str = ""
+    queue_timeout_s: float | None = None
+    deadline_s: float | None = None
+
+
+class TokenPiece(msgspec.Struct, frozen=True):
+    """One token as text.
+
+    ``text`` is what this token added to the text: of a character split over tokens the last one carries it whole, the
+    others "". ``shown`` False: the text is not part of the delta's ``text`` (a special token under
+    ``skip_special_tokens``, the EOS or stop id that ended it, a token inside a stop string); ``text`` is then the
+    token's own. ``special`` is the vocabulary's word. So joining ``text`` of the shown pieces gives the text.
+    ``logprob`` None: not asked for (or the first prompt token). ``top`` holds ``(id, text, logprob)``, best first, the
+    k most likely.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    special: bool = False
+    shown: bool = True
+    top: list[tuple[int, str, float]] = []
+
+
+class PromptPart(msgspec.Struct, frozen=True, kw_only=True):
+    """The prompt, given back. Joined ``tokens[].text`` == ``text``; tokens the tokenizer added itself (BOS) have text
+    "" and are special.
+    """
+
+    text: str = ""
+    tokens: list[TokenPiece] = []
+
+
+class ChoiceTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts of one finished choice. ``completion_tokens`` includes EOS and the tokens of a stop string; ``seed`` None:
+    greedy, none used.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    seed: int | None = None
+    mean_logprob: float | None = None
+    times: RequestTimes | None = None
+
+
+class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of one choice, safe to show: no half character, nothing that could still become a stop string.
+
+    ``text`` is the joined text of the shown ``tokens``. Exactly one delta per choice has a ``finish_reason``, the last
+    one, with ``totals``; unless nothing was generated it also carries the last token (so a stream of one event per
+    token can put its summary on that event). ``eos``: an end-of-sequence id ended it (it is the last token then, not
+    shown unless asked for); ``stop_reason`` is the stop string or stop id that did. ``prompt`` comes on a choice's
+    first delta when asked for. ``error`` goes with finish_reason ``error`` (and may say more on ``abort``).
+    """
+
+    choice: int = 0
+    text: str = ""
+    tokens: list[TokenPiece] = []
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    eos: bool = False
+    error: ErrorInfo | None = None
+    prompt: PromptPart | None = None
+    totals: ChoiceTotals | None = None
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The fold of one choice's deltas."""
+
+    index: int
+    text: str
+    tokens: list[TokenPiece]
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    eos: bool = False
+    error: ErrorInfo | None = None
+    totals: ChoiceTotals = ChoiceTotals()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [piece.id for piece in self.tokens]
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole answer: ``choices`` by index. The prompt counts once, completion tokens sum over the choices."""
+
+    choices: list[CompletionChoice]
+    prompt: PromptPart | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
