@@ -1,0 +1,206 @@
+"""The commands and their help. Bodies live in files of their own and are imported when they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from truffula.cli.options import resolve, with_options
+
+app = typer.Typer(
+    name="truffula",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="One trunk, many leaves: serve one base language model and any number of LoRA adapters in one batch.\n\n"
+    "Try [bold]truffula serve smollm2 --adapter-dir examples/adapters[/] or [bold]truffula generate smollm2 'Hello'[/].",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure: throughput and latency of a server, and what joining adapters cost.")
+adapters_app = typer.Typer(no_args_is_help=True, help="Ask a running server for its adapters; load and unload them.")
+app.add_typer(bench_app, name="bench")
+app.add_typer(adapters_app, name="adapters")
+
+Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, an alias (smollm2) or a Hugging Face id.", show_default=False)]
+AdapterArg = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", "-a", metavar="[NAME=]SOURCE", help="A PEFT folder, name=folder, or 'base'. May be given several times."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+Url = Annotated[str, typer.Option("--url", help="Address of a running truffula server.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        from truffula import __version__
+
+        typer.echo(f"truffula {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@with_options("engine", "server")
+def serve(model: Model, *, options: dict[str, Any]) -> None:
+    """Serve MODEL and its adapters over HTTP: OpenAI's and LoRAX's routes, on one port.
+
+    Every option is also an environment variable, shown beside it.
+    """
+    from truffula.server.run import run_server
+
+    run_server(resolve(options, model=model))
+
+
+@app.command()
+@with_options("engine")
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")] = None,
+    adapter: AdapterArg = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same tokens.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Answer one prompt; with several --adapter, answers stream side by side from one batch."""
+    from truffula.cli.generate import run_generate
+    from truffula.types import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    run_generate(resolve(options, model=model).engine, prompt, adapter or ["base"], params, raw=raw)
+
+
+@app.command()
+@with_options("engine")
+def chat(
+    model: Model,
+    adapter: AdapterArg = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n")] = 512,
+    temperature: Annotated[float, typer.Option("--temperature", "-t")] = 0.7,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Talk with MODEL in the terminal; /adapter NAME switches in the middle of a conversation."""
+    from truffula.cli.chat import run_chat
+
+    run_chat(resolve(options, model=model).engine, adapter or [], system, max_tokens, temperature)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A model or an adapter: folder, .gguf file, alias or Hugging Face id.")],
+    base: Annotated[str | None, typer.Option("--base", help="For an adapter: the model it is for.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would be loaded and how: sizes, tying and its reason, memory, and every field's fate. Loads no weights."""
+    from truffula.cli.inspect import run_inspect
+
+    run_inspect(source, base, as_json=as_json)
+
+
+@app.command()
+def verify(
+    model: Model,
+    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Also with this PEFT folder, against peft.")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="Greedy tokens to compare.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Compare logits and greedy tokens with transformers (and peft); name the first operation that differs."""
+    from truffula.cli.verify import run_verify
+
+    run_verify(model, adapter, tokens, as_json=as_json)
+
+
+@app.command()
+def config(
+    show: Annotated[bool, typer.Option("--show", help="Print every option, its value and where it came from.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The options in force: defaults and environment."""
+    from truffula.cli.show_config import run_config
+
+    run_config(as_json=as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine offers truffula, what is missing, and what would make it faster."""
+    from truffula.cli.doctor import run_doctor
+
+    run_doctor(as_json=as_json)
+
+
+@bench_app.command("serve")
+@with_options("engine")
+def bench_serve(
+    model: Model,
+    clients: Annotated[int, typer.Option("--clients", "-c", help="Clients, each with one request at a time.")] = 8,
+    requests: Annotated[int, typer.Option("--requests", help="Requests per client.")] = 1,
+    adapters: Annotated[str, typer.Option("--adapters", help="none, shared (one for all) or distinct (one each).")] = "distinct",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens")] = 105,
+    max_tokens: Annotated[int, typer.Option("--max-tokens")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs after a warm-up; the median is printed.")] = 3,
+    against_llm: Annotated[bool, typer.Option("--against-llm", help="Also through LLM.generate in a process of its own, in turn.")] = False,
+    url: Annotated[str | None, typer.Option("--url", help="Measure this running server instead of starting one.")] = None,
+    as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Closed loop against the server: output tokens a second, time to first token, inter-token time, prefix-hit rate."""
+    from truffula.cli.bench_serve import ServeBench, run_bench_serve
+
+    bench = ServeBench(clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url)
+    run_bench_serve(resolve(options, model=model).engine, bench, as_json=as_json)
+
+
+@bench_app.command("join")
+@with_options("engine")
+def bench_join(
+    model: Model,
+    running: Annotated[int, typer.Option("--running", help="Base streams that run while adapters join.")] = 4,
+    joins: Annotated[int, typer.Option("--joins", help="New adapters that join, one after the other.")] = 6,
+    rank: Annotated[int, typer.Option("--rank")] = 64,
+    as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """What running streams feel when adapters load: the largest against the median inter-token time."""
+    from truffula.cli.bench_join import run_bench_join
+
+    run_bench_join(resolve(options, model=model).engine, running, joins, rank, as_json=as_json)
+
+
+@adapters_app.command("list")
+def adapters_list(url: Url = "http://127.0.0.1:8000", api_key: str | None = None, as_json: AsJson = False) -> None:
+    """The base and the adapters a server offers."""
+    from truffula.cli.adapters import list_adapters
+
+    list_adapters(url, api_key, as_json=as_json)
+
+
+@adapters_app.command("load")
+def adapters_load(name: str, path: Path, url: Url = "http://127.0.0.1:8000", api_key: str | None = None) -> None:
+    """Load PATH (on the server's disk) as NAME; the server must run with --adapter-admin."""
+    from truffula.cli.adapters import load_adapter
+
+    load_adapter(url, api_key, name, path)
+
+
+@adapters_app.command("unload")
+def adapters_unload(name: str, url: Url = "http://127.0.0.1:8000", api_key: str | None = None) -> None:
+    """Forget NAME; requests that run with it end undisturbed."""
+    from truffula.cli.adapters import unload_adapter
+
+    unload_adapter(url, api_key, name)

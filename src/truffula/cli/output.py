@@ -1,0 +1,96 @@
+"""What commands print: one console, errors as one paragraph, bytes for people, progress bars that vanish."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from truffula.errors import TruffulaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Progress = Callable[[str, int, int | None], None]
+
+
+def out() -> Console:
+    """Where answers go. Colour only on a terminal; plain text keeps long lines whole so that it can be piped."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
+
+
+def err() -> Console:
+    """Where progress and errors go."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def fail(error: TruffulaError) -> None:
+    """One paragraph: what happened and the way out, with the stable code."""
+    from rich.markup import escape
+
+    err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
+
+
+def warn(text: str) -> None:
+    from rich.markup import escape
+
+    err().print(f"[yellow]warning[/] {escape(text)}")
+
+
+def nbytes(count: float) -> str:
+    """``269.1 MB``; decimal units, as disks and model cards use."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """The one look of our tables: no boxes, room between columns; numbers are right-aligned by a leading '>'."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for column in columns:
+        right = column.startswith(">")
+        made.add_column(column.lstrip(">"), justify="right" if right else "left", header_style="dim", overflow="fold")
+    return made
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """A callback ``(what, done, total)`` in bytes. On a terminal a bar with bytes and time; else a line per stage."""
+    console = err()
+    if not console.is_terminal:
+        yield _plain_progress(console)
+        return
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, object] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]  # TaskID is an int NewType
+
+        yield report
+
+
+def _plain_progress(console: Console) -> Progress:
+    begun: dict[str, float] = {}
+
+    def report(what: str, done: int, total: int | None) -> None:
+        if what not in begun:
+            begun[what] = time.monotonic()
+            console.print(f"{what} ...")
+        elif total and done >= total and begun[what] > 0:
+            console.print(f"{what}: {nbytes(done)} in {time.monotonic() - begun[what]:.1f} s")
+            begun[what] = -1.0
+
+    return report
