@@ -1,0 +1,51 @@
+"""API keys: one bearer key of a list, compared exactly and in constant time."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from truffula.server.errors import Unauthorized, render, side_of
+from truffula.server.middleware import send_reply
+
+OPEN_PATHS = frozenset({"/health", "/ping", "/startup", "/metrics"})
+
+
+def is_open(method: str, path: str) -> bool:
+    """Probes and scrapers carry no key. ``/`` answers probes by GET and generates by POST."""
+    if path in OPEN_PATHS:
+        return True
+    return path == "/" and method in ("GET", "HEAD")
+
+
+def bearer(value: str) -> str | None:
+    """The credential of an ``Authorization`` header, None when it is of another scheme."""
+    scheme, _, credential = value.partition(" ")
+    return credential.strip() if scheme.lower() == "bearer" else None
+
+
+class KeyCheck:
+    """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self.app = app
+        self._keys = tuple(key.encode() for key in keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_open(scope["method"], scope["path"]):
+            await self.app(scope, receive, send)
+            return
+        value = next((v for k, v in scope["headers"] if k == b"authorization"), b"").decode("latin-1")
+        given = bearer(value)
+        if given is not None and self._known(given):
+            await self.app(scope, receive, send)
+            return
+        what = "The API key is wrong" if given else "An API key is needed"
+        error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>'.")
+        await send_reply(send, *render(error, side_of(scope["path"])))
+
+    def _known(self, given: str) -> bool:
+        sent = given.encode("utf-8", "replace")
+        return sum([hmac.compare_digest(sent, key) for key in self._keys]) > 0

@@ -1,0 +1,114 @@
+"""From the bytes of a request to a validated body: strict about JSON, lenient about keys it does not know."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from truffula.errors import InvalidRequest
+from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
+
+log = logging.getLogger(__name__)
+
+IGNORED_HEADER = "x-truffula-ignored"
+
+
+class Body(BaseModel):
+    """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
+
+    ``nested`` names the field whose own unknown keys count as the body's (``parameters`` on the native side).
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    nested: ClassVar[str | None] = None
+
+    def unknown(self) -> list[str]:
+        """Keys nobody here knows, ours and the nested object's."""
+        names = list(self.model_extra or ())
+        inner = getattr(self, self.nested) if self.nested else None
+        if isinstance(inner, Body):
+            names += [f"{self.nested}.{name}" for name in inner.model_extra or ()]
+        return names
+
+
+B = TypeVar("B", bound=Body)
+
+
+def decode_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object in ``raw``. Raises ``MalformedBody`` for anything JSON (RFC 8259) or a float64 cannot hold."""
+    if not raw:
+        raise MalformedBody("The body is empty; a JSON object is needed.")
+    try:
+        value = msgspec.json.decode(raw)
+    except msgspec.ValidationError as error:
+        raise MalformedBody(f"The body holds a number that is not finite: {error}.") from error
+    except msgspec.DecodeError as error:
+        raise MalformedBody(f"The body is not valid JSON: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise MalformedBody("The body is not valid UTF-8.") from error
+    except RecursionError as error:
+        raise MalformedBody("The body is nested too deeply.") from error
+    if not isinstance(value, dict):
+        raise MalformedBody(f"The body must be a JSON object, not {_kind(value)}.")
+    return value
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """The request's JSON object. The size limit is the middleware's, which raises while the body is read."""
+    media = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if media and media != "application/json" and not media.endswith("+json"):
+        raise UnsupportedMedia(f"Content-Type is {media!r}; send JSON with Content-Type: application/json.")
+    return decode_object(await request.body())
+
+
+def validate(model: type[B], value: dict[str, Any]) -> B:
+    """``value`` as a body; ``InvalidRequest`` names the first field at fault."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise from_validation(error, inside=model.nested or "") from error
+    except RecursionError as error:
+        raise InvalidRequest("The body is nested too deeply.") from error
+
+
+async def read_body(request: Request, model: type[B]) -> B:
+    """The request's body as ``model``; its unknown keys are noted for the log and the header."""
+    body = validate(model, await read_object(request))
+    note_unknown(request, body)
+    return body
+
+
+def note_unknown(request: Request, body: Body) -> None:
+    """Unknown keys are accepted, but never in silence: a typing error should show in the log and the answer."""
+    names = body.unknown()
+    if not names:
+        return
+    shown = [safe_header(name, 64) for name in names[:20]]
+    if len(names) > 20:
+        shown.append(f"and {len(names) - 20} more")
+    request.state.record.ignored = ", ".join(shown)
+    seen: set[str] = request.app.state.truffula.seen_unknown
+    new = [name for name in shown if name not in seen]
+    if new and len(seen) < 1000:
+        seen.update(new)
+        log.warning("ignored unknown request keys %s on %s (said once per key)", ", ".join(new), request.url.path)
+
+
+def safe_header(text: str, limit: int = 256) -> str:
+    """``text`` as a header value, printable ASCII and bounded: a client's words must not break a head."""
+    short = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(c if " " <= c <= "~" else "?" for c in short).strip()
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "a boolean"
+    if isinstance(value, int | float):
+        return "a number"
+    return "a string" if isinstance(value, str) else "a list"

@@ -1,0 +1,228 @@
+"""The one table from error codes to HTTP, and one renderer per side.
+
+*Native* is LoRAX's and TGI's side (``/generate`` and friends): ``{"error": str, "error_type": str}``.
+*OpenAI* is everything under ``/v1/``: ``{"error": {"message", "type", "param", "code"}}``.
+The status is fixed by the fault, never by whether the client streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import msgspec
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, from_info
+
+Side = Literal["native", "openai"]
+
+
+class MalformedBody(TruffulaError):
+    """The body is no JSON object, or holds what JSON cannot say (NaN, 1e400, half a surrogate pair)."""
+
+    code = "malformed_json"
+
+
+class BodyTooLarge(TruffulaError):
+    code = "body_too_large"
+
+
+class UnsupportedMedia(TruffulaError):
+    code = "unsupported_media_type"
+
+
+class Unauthorized(TruffulaError):
+    code = "invalid_api_key"
+
+
+class UnknownPath(TruffulaError):
+    code = "not_found"
+
+
+class MethodNotAllowed(TruffulaError):
+    code = "method_not_allowed"
+
+
+class Unhealthy(TruffulaError):
+    code = "unhealthy"
+
+
+class Aborted(TruffulaError):
+    """The server ended the request before its last token; no client of ours sees this for its own leaving."""
+
+    code = "aborted"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one code leaves the server. ``prefix`` is what callers of LoRAX and TGI match error messages on."""
+
+    native_status: int
+    native_type: str
+    prefix: str
+    openai_status: int
+    openai_type: str
+    openai_code: str | None
+
+
+_BAD = "invalid_request_error"
+_OURS = "server_error"
+_INPUT = "Input validation error: "
+_RUN = "Request failed during generation: "
+_FULL = "Model is overloaded: "
+_CUT = "Incomplete generation: "
+_BRANCHES: Mapping[str, str] = MappingProxyType(
+    {
+        "str": "a string",
+        "list[str]": "a list of strings",
+        "list[int]": "a list of token ids",
+        "list[list[int]]": "a list of lists of token ids",
+        "list[dict[str,any]]": "a list of parts",
+    }
+)
+_FAULT = Row(500, "generation", _RUN, 500, _OURS, "internal_error")
+
+TABLE: Mapping[str, Row] = MappingProxyType(
+    {
+        "invalid_request": Row(422, "validation", _INPUT, 400, _BAD, "invalid_request"),
+        "prompt_too_long": Row(422, "validation", _INPUT, 400, _BAD, "context_length_exceeded"),
+        "template_error": Row(422, "template_error", "Template error: ", 400, _BAD, "template_error"),
+        "malformed_json": Row(400, "validation", _INPUT, 400, _BAD, "malformed_json"),
+        "body_too_large": Row(413, "validation", _INPUT, 413, _BAD, "body_too_large"),
+        "unsupported_media_type": Row(415, "validation", _INPUT, 415, _BAD, "unsupported_media_type"),
+        "invalid_api_key": Row(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
+        "not_found": Row(404, "not_found", "", 404, _BAD, "not_found"),
+        "method_not_allowed": Row(405, "method_not_allowed", "", 405, _BAD, "method_not_allowed"),
+        "model_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
+        "adapter_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
+        "adapter_invalid": Row(424, "generation", _RUN, 400, _BAD, "adapter_invalid"),
+        "adapter_load_failed": Row(424, "generation", _RUN, 503, _OURS, "adapter_load_failed"),
+        "insufficient_memory": Row(424, "generation", _RUN, 400, _BAD, "insufficient_memory"),
+        "overloaded": Row(429, "overloaded", _FULL, 429, "rate_limit_error", "overloaded"),
+        "queue_timeout": Row(503, "overloaded", _FULL, 503, _OURS, "queue_timeout"),
+        "shutting_down": Row(503, "overloaded", _FULL, 503, _OURS, "shutting_down"),
+        "deadline_exceeded": Row(504, "generation", _RUN, 504, _OURS, "deadline_exceeded"),
+        "engine_died": Row(503, "incomplete_generation", _CUT, 503, _OURS, "engine_died"),
+        "aborted": Row(500, "incomplete_generation", _CUT, 500, _OURS, "aborted"),
+        "generation_failed": Row(424, "generation", _RUN, 500, _OURS, "generation_failed"),
+        "no_tokenizer": Row(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
+        "unhealthy": Row(503, "healthcheck", "", 503, _OURS, "unhealthy"),
+        # What follows is ours to mend: these end a start, and reach a client only through a fault in the server.
+        "internal_error": _FAULT,
+        "config_invalid": _FAULT,
+        "model_unsupported": _FAULT,
+        "checkpoint_invalid": _FAULT,
+        "checkpoint_tying": _FAULT,
+        "missing_dependency": _FAULT,
+        "kernel_error": _FAULT,
+        "wire_error": _FAULT,
+    }
+)
+
+
+def side_of(path: str) -> Side:
+    """The side a path is on, which decides the form of its errors."""
+    return "openai" if path == "/v1" or path.startswith("/v1/") else "native"
+
+
+def row_of(code: str) -> Row:
+    """The table's row; a code of a newer peer is a fault of ours."""
+    return TABLE.get(code, _FAULT)
+
+
+def status_of(error: TruffulaError, side: Side) -> int:
+    row = row_of(error.code)
+    return row.native_status if side == "native" else row.openai_status
+
+
+def error_body(error: TruffulaError, side: Side) -> dict[str, Any]:
+    """The JSON object of ``error`` on ``side``; in a stream it is one frame, else the whole body."""
+    row = row_of(error.code)
+    message = error.message or error.code
+    if side == "native":
+        text = message if message.startswith(row.prefix) else row.prefix + message
+        return {"error": _clean(text), "error_type": row.native_type}
+    param = error.param
+    if param is None and error.code in ("adapter_not_found", "model_not_found"):
+        param = "model"
+    return {
+        "error": {"message": _clean(message), "type": row.openai_type, "param": param, "code": row.openai_code},
+    }
+
+
+def error_headers(error: TruffulaError, side: Side) -> dict[str, str]:
+    """``Retry-After`` in whole seconds where trying again makes sense; the challenge on 401."""
+    status = status_of(error, side)
+    if status in (429, 503):
+        return {"retry-after": str(max(1, round(float(error.data.get("retry_after_s", 1)))))}
+    if status == 401:
+        return {"www-authenticate": "Bearer"}
+    return {}
+
+
+def render(error: TruffulaError, side: Side) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body bytes of ``error``."""
+    headers = {"content-type": "application/json", **error_headers(error, side)}
+    return status_of(error, side), headers, msgspec.json.encode(error_body(error, side))
+
+
+def as_error(info: ErrorInfo | None) -> TruffulaError:
+    """The exception of a final error event; an event without one is a fault of ours."""
+    if info is None:
+        return TruffulaError("The engine ended the request without saying why.")
+    return from_info(info)
+
+
+def from_validation(error: ValidationError, *, inside: str = "") -> InvalidRequest:
+    """Pydantic's list as one error naming the first field at fault; inputs are never echoed whole."""
+    found = error.errors(include_url=False, include_context=False)
+    where = _place(found[0]["loc"])
+    words: list[str] = []
+    for item in found:
+        if _place(item["loc"]) == where and (text := _words(item)) not in words:
+            words.append(text)
+    param = where.removeprefix(f"{inside}.") if inside else where
+    more = len({_place(item["loc"]) for item in found}) - 1
+    also = f" ({more} more field{'s' if more > 1 else ''} at fault.)" if more else ""
+    return InvalidRequest(f"{param}: {' or '.join(words[:4])}, got {_shown(found[0]['input'])}.{also}", param=param)
+
+
+def _words(item: ErrorDetails) -> str:
+    """What the field must be: the union's branch where there is one, else pydantic's sentence or a validator's own."""
+    branch = next((part for part in item["loc"] if isinstance(part, str) and _is_branch(part)), None)
+    if branch is not None:
+        return f"should be {_BRANCHES.get(branch, branch)}"
+    return item["msg"].removeprefix("Input ").removeprefix("Value error, ").rstrip(".")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """``messages[0].content``: pydantic's path up to the first union, whose branches are no business of a client."""
+    out = ""
+    for part in loc:
+        if isinstance(part, int):
+            out += f"[{part}]"
+        elif _is_branch(part):
+            break
+        else:
+            out += f".{part}" if out else part
+    return out or "body"
+
+
+def _is_branch(part: str) -> bool:
+    return part in ("str", "int", "float", "bool") or "[" in part
+
+
+def _clean(text: str) -> str:
+    """Lone surrogates cannot be encoded; an error about them must still reach its client."""
+    return text.encode("utf-8", "replace").decode("utf-8")

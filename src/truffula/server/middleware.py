@@ -1,0 +1,189 @@
+"""What surrounds every request, as plain ASGI: its id, its one log line, its metrics, the body limit, the last net.
+
+Starlette's ``BaseHTTPMiddleware`` is not used: it copies every chunk of a stream through a queue and hides disconnects.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from truffula.errors import TruffulaError
+from truffula.metrics import Metrics, RequestRecord
+from truffula.server.errors import BodyTooLarge, render, side_of
+
+log = logging.getLogger(__name__)
+access = logging.getLogger("truffula.access")
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; only in logs and metrics
+
+
+async def send_reply(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
+    """A whole answer from outside the routes."""
+    pairs = [(k.encode(), v.encode("latin-1")) for k, v in headers.items()]
+    pairs.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def request_id(given: str | None) -> str:
+    """The client's id where it is safe in a header and a log line, else a new one."""
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    return uuid.uuid4().hex
+
+
+class RequestScope:
+    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool = True) -> None:
+        self.app = app
+        self._metrics = metrics
+        self._access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"x-request-id"), None)
+        record = RequestRecord(request_id=request_id(given), method=scope["method"], path=scope["path"])
+        scope.setdefault("state", {})["record"] = record
+        started = time.monotonic()
+
+        async def with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                extra = [(b"x-request-id", record.request_id.encode())]
+                if record.ignored:
+                    extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
+                message["headers"] = [*message.get("headers", ()), *extra]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, with_id)
+        except Exception:
+            log.exception("request %s failed by a fault of the server", record.request_id)
+            record.error_code = "internal_error"
+            if not record.status:
+                error = TruffulaError(f"The server made a mistake (request {record.request_id}); its log says more.")
+                await send_reply(with_id, *render(error, side_of(record.path)))
+        finally:
+            self._ended(record, scope, time.monotonic() - started)
+
+    def _ended(self, record: RequestRecord, scope: Scope, total_s: float) -> None:
+        record.total_s = total_s
+        record.status = record.status or CLIENT_CLOSED
+        route = scope.get("route")
+        record.route = getattr(route, "path", "") or record.route
+        self._metrics.request_ended(record)
+        if self._access_log:
+            access.info("%s", AccessLine(record))
+
+
+class AccessLine:
+    """One line a request; formatted only where somebody reads it. Never a prompt, an answer or a key."""
+
+    __slots__ = ("record",)
+
+    def __init__(self, record: RequestRecord) -> None:
+        self.record = record
+
+    def __str__(self) -> str:
+        r = self.record
+        parts = [f"id={r.request_id}", f'"{r.method} {_one_line(r.path)}"', f"status={r.status}"]
+        if r.generates:
+            parts.append(f"adapter={_one_line(r.adapter) if r.adapter else '-'}")
+            parts.append(f"prompt_tokens={r.prompt_tokens} completion_tokens={r.completion_tokens}")
+            parts += [f"queue_ms={_ms(r.queue_s)}", f"ttft_ms={_ms(r.ttft_s)}"]
+            parts.append(f"finish={r.finish or '-'}")
+        parts.append(f"total_ms={_ms(r.total_s)}")
+        if r.error_code:
+            parts.append(f"error={r.error_code}")
+        if r.ignored:
+            parts.append(f'ignored="{r.ignored}"')
+        return " ".join(parts)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.1f}"
+
+
+def _one_line(text: str) -> str:
+    """A client's words on our line: nothing that could start another one or look like another field."""
+    return "".join(c if c.isprintable() and c not in ' "' else "?" for c in text[:200])
+
+
+class BodyLimit:
+    """Reads a body whole before the app sees it, and stops at ``limit`` bytes with 413.
+
+    The rest of a refused body is thrown away for a while before the connection closes: closing at once would reset it,
+    and most clients would report that instead of reading the answer.
+    """
+
+    linger_bytes = 64 * 2**20
+    linger_s = 5.0
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+            return
+        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
+        if declared.isdigit() and int(declared) > self._limit:
+            await self._refuse(scope, receive, send)
+            return
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self._limit:
+                await self._refuse(scope, receive, send)
+                return
+        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        async def replay() -> Message:
+            nonlocal whole
+            if whole is not None:
+                message, whole = whole, None
+                return message
+            return await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error = BodyTooLarge(f"The body is larger than {self._limit} bytes, this server's limit.", limit=self._limit)
+        scope["state"]["record"].error_code = error.code
+        status, headers, body = render(error, side_of(scope["path"]))
+        pairs = [(k.encode(), v.encode()) for k, v in headers.items()]
+        pairs += [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        if not any(k == b"expect" for k, _ in scope["headers"]):
+            await self._discard(receive)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _discard(self, receive: Receive) -> None:
+        left = self.linger_bytes
+        try:
+            async with asyncio.timeout(self.linger_s):
+                while left > 0:
+                    message = await receive()
+                    if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                        return
+                    left -= len(message.get("body", b""))
+        except TimeoutError:
+            return

@@ -1,0 +1,97 @@
+"""Fields that clients send and this server cannot honour: refused by name unless their value asks for nothing.
+
+A field of these tables is never ignored with an effect the client would miss. Null is always neutral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from truffula.errors import InvalidRequest
+
+# field → values that ask for nothing
+OPENAI_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "suffix": ("",),
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "structured_outputs": ({},),
+        "guided_json": (),
+        "guided_regex": ("",),
+        "guided_choice": ([],),
+        "guided_grammar": ("",),
+        "regex": ("",),
+        "ebnf": ("",),
+        "json_schema": (),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "early_stopping": (False,),
+        "allowed_token_ids": ([],),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "custom_logit_processor": ("",),
+        "priority": (0,),
+        "truncation_side": ("left",),
+        "chat_template": (),
+        "documents": ([],),
+        "thinking_token_budget": (),
+        "prediction": (),
+        "audio": (),
+        "modalities": (["text"], []),
+        "web_search_options": (),
+        "merged_adapters": (),
+        "guideline": ("",),
+        "watermark": (False,),
+        "grammar": (),
+        "prompt_embeds": (),
+        "kv_transfer_params": (),
+    }
+)
+NATIVE_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "watermark": (False,),
+        "grammar": (),
+        "response_format": ({"type": "text"},),
+        "merged_adapters": (),
+        "schema": (),
+    }
+)
+# Accepted without an effect on the answer: labels for the operator's side of the API, or hints.
+OPENAI_ACCEPTED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "verbosity",
+        "parallel_tool_calls",
+        "tool_prompt",
+        "include_reasoning",
+        "separate_reasoning",
+        "stream_reasoning",
+        "spaces_between_special_tokens",
+        "guided_decoding_backend",
+        "guided_whitespace_pattern",
+    }
+)
+
+
+def refuse(extra: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ``InvalidRequest`` for the first field of ``refused`` in ``extra`` whose value is not neutral."""
+    for name, value in extra.items():
+        if name in refused and not is_neutral(value, refused[name]):
+            raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)
+
+
+def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    if value is None:
+        return True
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in neutral)

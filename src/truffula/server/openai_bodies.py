@@ -1,0 +1,233 @@
+"""Bodies of ``/v1/completions`` and ``/v1/chat/completions``, with the extras of vLLM, SGLang and LoRAX.
+
+Null means absent everywhere. What is unknown or refused is in ``neutral.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from truffula.errors import InvalidRequest
+from truffula.server.body import Body
+from truffula.server.neutral import OPENAI_ACCEPTED, OPENAI_REFUSED, refuse
+from truffula.types import MAX_SEED, SamplingParams
+
+MIN_INT64 = -(2**63)
+Prompt = str | list[int]
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class OpenAIBody(Body):
+    """Fields that both routes share."""
+
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    best_of: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: int | None = None
+    logit_bias: dict[str, float] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    # vLLM, SGLang
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    add_special_tokens: bool | None = None
+    cache_salt: str | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: str | None = None
+    rid: str | None = None
+    lora_path: str | None = None
+    # LoRAX
+    adapter_source: str | None = None
+    api_token: str | None = Field(default=None, repr=False)
+    ignore_eos_token: bool | None = None
+
+    def unknown(self) -> list[str]:
+        return [name for name in super().unknown() if name not in OPENAI_ACCEPTED and name not in OPENAI_REFUSED]
+
+    def check(self) -> None:
+        """Refuses what cannot be honoured and what contradicts itself."""
+        refuse(self.model_extra or {}, OPENAI_REFUSED)
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
+        if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
+            raise InvalidRequest("best_of cannot be streamed; leave it out or set stream: false.", param="best_of")
+        if self.stream and self.prompt_logprobs is not None:
+            raise InvalidRequest("prompt_logprobs cannot be streamed; set stream: false.", param="prompt_logprobs")
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def seed64(self) -> int | None:
+        """The seed as 64 unsigned bits: a negative int64 is read as its two's complement."""
+        if self.seed is None:
+            return None
+        if not MIN_INT64 <= self.seed <= MAX_SEED:
+            raise InvalidRequest(f"seed is {self.seed}, which does not fit in 64 bits.", param="seed")
+        return self.seed & MAX_SEED
+
+    def biases(self, vocab_size: int) -> dict[int, float]:
+        """``logit_bias`` by token id; keys are integer strings within the vocabulary."""
+        found: dict[int, float] = {}
+        for key, value in (self.logit_bias or {}).items():
+            token = int(key) if key.isascii() and key.isdigit() and len(key) < 12 else -1
+            if not 0 <= token < vocab_size:
+                shown = key[:20]
+                raise InvalidRequest(
+                    f"logit_bias has the key {shown!r}, which is no token id of 0..{vocab_size - 1}.",
+                    param="logit_bias",
+                )
+            found[token] = value
+        return found
+
+    def sampling(
+        self, *, max_tokens: int | None, logprobs: int | None, vocab_size: int, prompt_logprobs: int | None = None
+    ) -> SamplingParams:
+        """These fields as ``SamplingParams``; a bad value raises ``InvalidRequest`` naming it."""
+        given: dict[str, Any] = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "typical_p": self.typical_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "min_tokens": self.min_tokens,
+            "n": self.n,
+            "skip_special_tokens": self.skip_special_tokens,
+        }
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            **{name: value for name, value in given.items() if value is not None},
+            max_tokens=max_tokens,
+            top_k=0 if self.top_k in (None, -1) else self.top_k,
+            best_of=self.best_of,
+            stop=tuple(stops),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos or self.ignore_eos_token),
+            include_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
+            seed=self.seed64(),
+            logit_bias=self.biases(vocab_size),
+            logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+        )
+
+
+class CompletionBody(OpenAIBody):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = None
+
+    def prompts(self) -> list[Prompt]:
+        """One entry a prompt. An empty list is an error; an empty string is the tokenizer's affair (BOS)."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise InvalidRequest("prompt is an empty list.", param="prompt")
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        for i, one in enumerate(self.prompt):
+            if one == []:
+                raise InvalidRequest(f"prompt[{i}] is an empty list of token ids.", param="prompt")
+        return list(self.prompt)
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens is 0, which only echo: true gives a meaning.", param="max_tokens")
+
+
+class ChatMessage(Body):
+    """One message of a conversation. Unknown keys go to the template (``reasoning_content`` and the like)."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    @field_validator("content")
+    @classmethod
+    def _text_parts_only(cls, value: Any) -> Any:
+        for part in value if isinstance(value, list) else ():
+            kind = part.get("type", "text")
+            if kind not in ("text", "input_text", "output_text", "refusal"):
+                raise ValueError(f"this model takes text only, not parts of type {str(kind)[:40]!r}")
+            if not isinstance(part.get("refusal" if kind == "refusal" else "text"), str):
+                raise ValueError(f"a part of type {kind!r} needs a string in {kind.removeprefix('input_')!r}")
+        return value
+
+    def text(self) -> str | None:
+        if not isinstance(self.content, list):
+            return self.content
+        return "\n".join(str(part.get("text", part.get("refusal", ""))) for part in self.content)
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates expect it: text content (null where tools were called), absent keys left out."""
+        text = self.text()
+        out: dict[str, Any] = {"role": self.role, "content": text}
+        if text is None and not self.tool_calls:
+            out["content"] = ""
+        for name in ("name", "tool_calls", "tool_call_id"):
+            if (value := getattr(self, name)) is not None:
+                out[name] = value
+        return {**(self.model_extra or {}), **out}
+
+
+class ChatBody(OpenAIBody):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    echo: bool | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise InvalidRequest("messages is an empty list.", param="messages")
+        if self.top_logprobs is not None and not self.logprobs and self.top_logprobs != 0:
+            raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
+            raise InvalidRequest(f"top_logprobs is {self.top_logprobs}, outside 0..20.", param="top_logprobs")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other.", param="continue_final_message"
+            )
+        for name in ("max_completion_tokens", "max_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InvalidRequest(f"{name} is {value}; it must be at least 1.", param=name)
+
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens

@@ -1,0 +1,120 @@
+"""Server-sent events: the one frame writer, and a response that aborts its work when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+KEEP_ALIVE_S = 15.0
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+STREAM_HEADERS: tuple[tuple[str, str], ...] = (
+    ("content-type", "text/event-stream"),
+    ("cache-control", "no-cache"),
+    ("x-accel-buffering", "no"),
+)
+# JSON leaves these as they are, but clients that split text (not bytes) into lines split at them too.
+_LINE_ENDS = ((b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"), (b"\xc2\x85", b"\\u0085"))
+
+_encoder = msgspec.json.Encoder()
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+def frame(value: Any) -> bytes:
+    """``value`` as one event on one line: clients split by line and know neither multi-line data nor ``event:``."""
+    payload = _encoder.encode(value)
+    for raw, escaped in _LINE_ENDS:
+        if raw in payload:
+            payload = payload.replace(raw, escaped)
+    return b"data: " + payload + b"\n\n"
+
+
+async def wait_until_gone(receive: Receive) -> None:
+    """Returns when the client has closed the connection; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(wait_until_gone(receive))
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        await _end(task, watch)
+
+
+async def _end(*tasks: asyncio.Future[Any]) -> None:
+    """Cancels what still runs and waits for it, so that nothing outlives its request."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
+
+    ``frames`` yields one or more whole frames at a time and never raises for a fault of a request: that is a frame too.
+    It is closed when the client leaves, which ends its work.
+    """
+
+    def __init__(
+        self,
+        first: bytes,
+        frames: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str] | None = None,
+        keep_alive_s: float = KEEP_ALIVE_S,
+    ) -> None:
+        self.status_code = 200
+        self.background = None
+        self._first = first
+        self._frames = frames
+        self._keep_alive_s = keep_alive_s
+        self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientGone):
+                await unless_gone(receive, self._send_all(send))
+        finally:
+            await self._frames.aclose()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        loop = asyncio.get_running_loop()
+        last = loop.time()
+
+        async def keep_alive() -> None:
+            nonlocal last
+            while True:
+                await asyncio.sleep(max(0.01, last + self._keep_alive_s - loop.time()))
+                if loop.time() - last >= self._keep_alive_s:
+                    last = loop.time()
+                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+
+        ticker = asyncio.ensure_future(keep_alive())
+        try:
+            async for chunk in self._frames:
+                last = loop.time()
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except OSError as error:  # what a server of ASGI spec 2.4 raises when the client is gone
+            raise ClientGone from error
+        finally:
+            await _end(ticker)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

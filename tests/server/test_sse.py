@@ -1,0 +1,130 @@
+"""One frame is one line, whatever the text holds; keep-alives; a client that leaves ends the work."""
+
+import asyncio
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from truffula.server.sse import KEEP_ALIVE, ClientGone, EventStream, frame, unless_gone
+
+LINE_ENDS = "\n\r\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e😀 data: [DONE]"
+text = st.text(st.one_of(st.sampled_from(LINE_ENDS), st.characters(exclude_categories=["Cs"])))
+
+
+@given(value=text)
+@settings(max_examples=200, deadline=None)
+def test_a_frame_is_one_line_for_every_way_of_splitting(value):
+    raw = frame({"text": value, "n": 1})
+    assert raw.startswith(b"data: {")
+    assert raw.endswith(b"\n\n")
+    lines = raw.decode().splitlines()
+    assert lines[1:] == [""]
+    assert json.loads(lines[0].removeprefix("data: ")) == {"text": value, "n": 1}
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+def run_stream(frames, receive, keep_alive_s=15.0):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    async def go():
+        response = EventStream(b"data: 1\n\n", frames, {"x-model-id": "m"}, keep_alive_s)
+        await response({"type": "http"}, receive, send)
+
+    asyncio.run(go())
+    return sent
+
+
+def test_a_stream_sends_its_headers_frames_and_end():
+    async def frames():
+        yield b"data: 2\n\n"
+
+    sent = run_stream(frames(), never)
+    headers = dict(sent[0]["headers"])
+    assert headers[b"content-type"] == b"text/event-stream"
+    assert headers[b"cache-control"] == b"no-cache"
+    assert headers[b"x-accel-buffering"] == b"no"
+    assert headers[b"x-model-id"] == b"m"
+    assert [m["body"] for m in sent[1:]] == [b"data: 1\n\n", b"data: 2\n\n", b""]
+    assert [m["more_body"] for m in sent[1:]] == [True, True, False]
+
+
+def test_silence_is_filled_with_comments():
+    seen = asyncio.Event()
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+        if message.get("body") == KEEP_ALIVE:
+            seen.set()
+
+    async def frames():
+        await seen.wait()
+        yield b"data: 2\n\n"
+
+    asyncio.run(EventStream(b"data: 1\n\n", frames(), keep_alive_s=0.01)({"type": "http"}, never, send))
+    bodies = [m.get("body") for m in sent]
+    assert KEEP_ALIVE in bodies
+    assert bodies.index(KEEP_ALIVE) < bodies.index(b"data: 2\n\n")
+
+
+def test_a_client_that_leaves_closes_the_frames():
+    closed = []
+
+    async def frames():
+        try:
+            await never()
+            yield b""
+        finally:
+            closed.append(True)
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    run_stream(frames(), gone)
+    assert closed == [True]
+
+
+def test_work_is_cancelled_and_awaited_when_the_client_leaves():
+    ended = []
+
+    async def work():
+        try:
+            await never()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+
+    async def go():
+        gone = asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        task = asyncio.ensure_future(unless_gone(receive, work()))
+        await asyncio.sleep(0)
+        gone.set()
+        with pytest.raises(ClientGone):
+            await task
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(go())
+    assert ended == [True]
+
+
+def test_the_frames_are_closed_even_when_nobody_took_one():
+    async def go():
+        async def quick():
+            return 5
+
+        assert await unless_gone(never, quick()) == 5
+
+    asyncio.run(go())
