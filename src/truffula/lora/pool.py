@@ -1,0 +1,525 @@
+"""``AdapterPool``: which adapters are in memory. The only writer of that; it knows numbers and names, never a tensor.
+
+    want(ref) ──► loading ──► ready ──► resident ──► evicted (by one LRU with cached KV blocks) or retired
+                    │          image mapped,   bytes reserved, in a slot of the
+                    ▼          not charged     executable; leases keep it there
+                  failed (for ``failure_ttl_s``)
+
+- A *place* is (kind, locator, revision); with a fingerprint it is a *key*. A key leads to a *generation*: the hash of
+  the adapter's bytes. Many waiters of a key share one load; two places with equal bytes share one generation.
+- A place whose fingerprint changed is read again. Its former generation is *retired*: sequences that hold it keep it,
+  new ones get the new one, and it is dropped with its last lease and hold. Until then its bytes count.
+- Bytes are reserved from the ``MemoryBudget`` before the executable sees the image. An image that is mapped but not
+  resident is not charged: those kept for somebody (``hold``, or wanted within ``keep_s``) are few, and no further load
+  is begun while they exceed ``spare_bytes``.
+- A preempted sequence keeps its generation by ``hold``: evicted, its image stays mapped, so that it comes back without
+  its source, which may have changed or gone meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError, from_info
+from truffula.kernels.backend import AdapterImage
+from truffula.lora.image import map_image
+from truffula.lora.loading import AdapterLoader, LoadResult
+from truffula.types import AdapterRef, AdapterState
+
+OWNER = "adapters"
+Place = tuple[str, str, str | None]
+Key = tuple[Place, str]
+
+
+class Reclaimer(Protocol):
+    """A pool's idle things, oldest first, for the budget's one LRU. Stamps are of the clock all pools share."""
+
+    def oldest(self) -> float | None:
+        """When the idle thing to give up first was last used; None when nothing is idle."""
+
+    def evict_oldest(self) -> int:
+        """Give it up: releases its bytes at the budget and returns how many; 0 when nothing is idle."""
+
+
+class Budget(Protocol):
+    """The part of ``engine.budget.MemoryBudget`` that this pool uses."""
+
+    @property
+    def limit(self) -> int: ...
+    def reserve(self, owner: str, nbytes: int) -> bool: ...
+    def release(self, owner: str, nbytes: int) -> None: ...
+    def used(self, owner: str) -> int: ...
+    def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None: ...
+
+
+class Slots(Protocol):
+    """The part of an ``Executable`` that this pool uses."""
+
+    def adapter(self, image: AdapterImage) -> int: ...
+    def drop_adapter(self, slot: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Want:
+    """Where an adapter stands. ``generation`` only when ready, ``error`` only when failed."""
+
+    status: Literal["loading", "ready", "failed"]
+    generation: str | None = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True)
+class AdapterLease:
+    """The right to use a generation until released. ``slot`` is the executable's."""
+
+    id: int
+    generation: str
+    slot: int
+
+
+@dataclass
+class _Entry:
+    """One generation whose image is mapped."""
+
+    image: AdapterImage
+    keys: dict[Key, set[str]] = field(default_factory=dict)  # what leads here, and the names that asked by it
+    slot: int | None = None
+    leases: int = 0
+    holds: int = 0
+    pinned: bool = False
+    former: list[str] = field(default_factory=list)  # its last names, for when no key leads here any more
+    used_at: float = 0.0
+
+    @property
+    def idle(self) -> bool:
+        return self.slot is not None and not self.leases and not self.pinned
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(set().union(*self.keys.values())) or self.former
+
+
+@dataclass
+class _Load:
+    """One load, begun (``ticket``) or waiting for spare room."""
+
+    ref: AdapterRef
+    ticket: int | None = None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    name: str
+    error: ErrorInfo
+    expires: float
+
+
+def _key(ref: AdapterRef) -> Key:
+    return (ref.kind, ref.locator, ref.revision), ref.fingerprint
+
+
+class AdapterPool:
+    """Residency of adapters. One owner, one thread. ``clock`` is the one the budget's other reclaimers stamp with."""
+
+    def __init__(
+        self,
+        slots: Slots,
+        loader: AdapterLoader,
+        budget: Budget,
+        clock: Callable[[], float],
+        *,
+        failure_ttl_s: float = 10.0,
+        keep_s: float = 5.0,
+        spare_bytes: int = 1 << 30,
+        max_in_flight: int = 8,
+    ) -> None:
+        self._slots = slots
+        self._loader = loader
+        self._budget = budget
+        self._clock = clock
+        self._failure_ttl_s = failure_ttl_s
+        self._keep_s = keep_s
+        self._spare_bytes = spare_bytes
+        self._max_in_flight = max_in_flight
+        self._entries: dict[str, _Entry] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()  # generations that may be evicted, oldest use first
+        self._spare: set[str] = set()  # generations that are mapped but not resident
+        self._stamp = 0.0
+        self._loads: dict[Key, _Load] = {}
+        self._tickets: dict[int, Key] = {}
+        self._failures: dict[Key, _Failure] = {}
+        self._current: dict[Key, str] = {}
+        self._places: dict[Place, str] = {}  # all keys of a place lead to one generation
+        self._pins: set[Place] = set()
+        self._leases: dict[int, str] = {}
+        self._next_lease = 0
+        self.loads = 0
+        self.failures = 0
+        self.evictions = 0
+        budget.register_reclaimer(OWNER, self)
+
+    # ---- what the scheduler asks
+
+    def want(self, ref: AdapterRef, now: float) -> Want:
+        """Where ``ref`` stands now; begins a load when nobody has yet. Never waits, never raises.
+
+        Waiting sequences ask again each step: that also keeps what they wait for from being dropped. ``generation`` is
+        to be acquired at once; whoever keeps it for later calls ``hold``.
+        """
+        key = _key(ref)
+        generation = self._current.get(key)
+        if generation is not None:
+            entry = self._entries[generation]
+            entry.keys[key].add(ref.name)
+            self._touch(generation, now)
+            return Want("ready", generation)
+        failure = self._failures.get(key)
+        if failure is not None:
+            if now < failure.expires:
+                return Want("failed", error=failure.error)
+            del self._failures[key]
+        if key not in self._loads:
+            self._loads[key] = _Load(ref)
+            self._begin_loads()
+        return Want("loading")
+
+    def acquire(self, generation: str) -> AdapterLease | None:
+        """A lease on a generation, made resident for it; None when its bytes do not fit right now.
+
+        Raises ``InsufficientMemory`` when they never can, ``AdapterLoadError`` (or the executable's ``KernelError``)
+        when it is not here any more or cannot be used.
+        """
+        entry = self._entries.get(generation)
+        if entry is None:
+            raise AdapterLoadError(
+                f"Adapter generation {generation[:12]} is not loaded any more; ask for the adapter again.",
+                generation=generation,
+            )
+        if entry.slot is None and not self._make_resident(generation, entry):
+            return None
+        assert entry.slot is not None
+        entry.leases += 1
+        self._touch(generation, self._clock())
+        self._next_lease += 1
+        self._leases[self._next_lease] = generation
+        return AdapterLease(self._next_lease, generation, entry.slot)
+
+    def release(self, lease: AdapterLease) -> None:
+        """Give a lease back: once. The adapter stays resident until its bytes are wanted for something else."""
+        generation = self._leases.pop(lease.id)
+        entry = self._entries[generation]
+        entry.leases -= 1
+        self._touch(generation, self._clock())
+        self._drop_if_forgotten(generation, entry)
+
+    def hold(self, generation: str) -> None:
+        """Keep a loaded generation obtainable (not resident) until ``let_go``: for a sequence that may be preempted."""
+        self._entries[generation].holds += 1
+
+    def let_go(self, generation: str) -> None:
+        """End one ``hold``."""
+        entry = self._entries[generation]
+        entry.holds -= 1
+        self._drop_if_forgotten(generation, entry)
+
+    def poll(self, now: float) -> None:
+        """Take in what the loader finished, begin what waited, forget what nobody wants. Never raises for a load."""
+        for result in self._loader.poll():
+            key = self._tickets.pop(result.ticket, None)
+            load = self._loads.pop(key, None) if key is not None else None
+            if key is None or load is None:
+                _discard(result.image_path)
+                continue
+            self._finish(key, load.ref, result, now)
+        for key in [k for k, failure in self._failures.items() if now >= failure.expires]:
+            del self._failures[key]
+        for generation in list(self._spare):
+            self._settle(generation, self._entries[generation], now)
+        self._begin_loads()
+
+    def _settle(self, generation: str, entry: _Entry, now: float) -> None:
+        """An image without a slot: a pinned one gets one as soon as it fits, one that nobody wants is dropped."""
+        if entry.pinned:
+            with contextlib.suppress(TruffulaError):  # recorded as the failure of its keys
+                self._make_resident(generation, entry)
+        elif not entry.holds and now - entry.used_at > self._keep_s:
+            self._drop(generation, entry)
+
+    # ---- what the operator asks
+
+    def pin(self, ref: AdapterRef) -> None:
+        """Keep the adapter of this place resident once loaded, through reloads, until ``unload``."""
+        place = _key(ref)[0]
+        self._pins.add(place)
+        for generation, entry in self._entries.items():
+            self._repin(generation, entry)
+
+    def unload(self, name: str) -> bool:
+        """Forget ``name``: new requests load it anew, running ones keep theirs. False when nothing was there."""
+        found = False
+        for key, load in list(self._loads.items()):
+            if load.ref.name == name:
+                found = True
+                self._pins.discard(key[0])
+                del self._loads[key]
+                if load.ticket is not None:
+                    del self._tickets[load.ticket]
+                    self._loader.cancel(load.ticket)
+        for key, failure in list(self._failures.items()):
+            if failure.name == name:
+                found = True
+                del self._failures[key]
+        for key, generation in list(self._current.items()):
+            names = self._entries[generation].keys[key]
+            if name in names:
+                found = True
+                self._pins.discard(key[0])
+                if names == {name}:
+                    self._detach(key)
+                else:
+                    names.discard(name)
+                    self._repin(generation, self._entries[generation])
+        return found
+
+    def states(self) -> list[AdapterState]:
+        """One row per name and generation, loads and failures included, by name."""
+        rows = [AdapterState(name=load.ref.name, status="loading") for load in self._loads.values()]
+        rows += [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
+        for generation, entry in self._entries.items():
+            status: Literal["ready", "resident", "retired"] = "ready" if entry.slot is None else "resident"
+            for name in entry.names:
+                rows.append(
+                    AdapterState(
+                        name=name,
+                        generation=generation,
+                        status=status if entry.keys else "retired",
+                        nbytes=entry.image.nbytes,
+                        rank=entry.image.rank,
+                        leases=entry.leases,
+                        pinned=entry.pinned,
+                    )
+                )
+        return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
+
+    @property
+    def resident(self) -> int:
+        """Adapters with a slot."""
+        return sum(entry.slot is not None for entry in self._entries.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the budget is charged for them."""
+        return sum(entry.image.nbytes for entry in self._entries.values() if entry.slot is not None)
+
+    @property
+    def spare(self) -> int:
+        """Bytes of images mapped for somebody without being resident: outside the budget, see ``spare_bytes``."""
+        return sum(self._entries[generation].image.nbytes for generation in self._spare)
+
+    @property
+    def loading(self) -> int:
+        """Loads begun or waiting to begin."""
+        return len(self._loads)
+
+    # ---- what the budget asks
+
+    def oldest(self) -> float | None:
+        return self._entries[next(iter(self._idle))].used_at if self._idle else None
+
+    def evict_oldest(self) -> int:
+        if not self._idle:
+            return 0
+        generation = next(iter(self._idle))
+        entry = self._entries[generation]
+        nbytes = entry.image.nbytes
+        self._leave_slot(generation, entry)
+        self.evictions += 1
+        wanted = self._clock() - entry.used_at <= self._keep_s and self.spare <= self._spare_bytes
+        if not (entry.holds or wanted):
+            self._drop(generation, entry)
+        return nbytes
+
+    # ---- loading
+
+    def _begin_loads(self) -> None:
+        in_flight = Counter(load.ref.kind for load in self._loads.values() if load.ticket is not None)
+        if len(self._tickets) == len(self._loads) or self.spare > self._spare_bytes:
+            return
+        for key, load in self._loads.items():
+            # Counted per kind: slow downloads may not keep local folders from being read.
+            if load.ticket is None and in_flight[load.ref.kind] < self._max_in_flight:
+                in_flight[load.ref.kind] += 1
+                load.ticket = self._loader.start(load.ref)
+                self._tickets[load.ticket] = key
+
+    def _finish(self, key: Key, ref: AdapterRef, result: LoadResult, now: float) -> None:
+        try:
+            generation = self._take_in(result, now)
+        except TruffulaError as error:
+            self._fail(key, ref.name, error.info(), now)
+            return
+        self.loads += 1
+        entry = self._entries[generation]
+        entry.keys[key] = {ref.name}
+        self._current[key] = generation
+        former = self._places.get(key[0], generation)
+        if former != generation:
+            # The place has moved on: its former keys lead nowhere now, and what only they led to is retired.
+            for other in [k for k in self._entries[former].keys if k[0] == key[0]]:
+                self._detach(other)
+        self._places[key[0]] = generation
+        self._repin(generation, entry)
+        if entry.slot is None:
+            with contextlib.suppress(TruffulaError):  # recorded as the failure of its keys
+                self._make_resident(generation, entry)
+
+    def _take_in(self, result: LoadResult, now: float) -> str:
+        """Map a finished load as an entry, or join the one of equal bytes; its file is gone afterwards in any case."""
+        if result.error is not None or result.image_path is None:
+            error = result.error or ErrorInfo(code=AdapterLoadError.code, message="The loader gave no reason.")
+            raise from_info(error)
+        try:
+            if result.nbytes > self._budget.limit:
+                raise self._too_large(result.nbytes)
+            if result.generation in self._entries:
+                return result.generation
+            image = map_image(Path(result.image_path))
+        except OSError as error:
+            raise AdapterLoadError(f"The laid-out adapter cannot be mapped: {error}.") from error
+        finally:
+            _discard(result.image_path)
+        if image.generation != result.generation:
+            raise AdapterLoadError("The laid-out adapter is not the one that was loaded.")
+        self._entries[image.generation] = _Entry(image, used_at=now)
+        self._spare.add(image.generation)
+        return image.generation
+
+    def _fail(self, key: Key, name: str, error: ErrorInfo, now: float) -> None:
+        self.failures += 1
+        self._failures[key] = _Failure(name, error, now + self._failure_ttl_s)
+
+    def _too_large(self, nbytes: int) -> InsufficientMemory:
+        return InsufficientMemory(
+            f"The adapter takes {nbytes} bytes; adapters and KV cache together may use {self._budget.limit}. "
+            "Give the server more memory.",
+            requested_bytes=nbytes,
+            limit_bytes=self._budget.limit,
+        )
+
+    # ---- residency
+
+    def _make_resident(self, generation: str, entry: _Entry) -> bool:
+        """Reserve, then hand to the executable. When that refuses, the keys fail and the generation is dropped."""
+        nbytes = entry.image.nbytes
+        if nbytes > self._budget.limit:
+            raise self._too_large(nbytes)
+        if not self._budget.reserve(OWNER, nbytes):
+            return False
+        try:
+            entry.slot = self._slots.adapter(entry.image)
+        except (
+            TruffulaError,
+            MemoryError,
+            RuntimeError,
+            ValueError,
+        ) as error:  # a backend's own words for out of memory
+            self._budget.release(OWNER, nbytes)
+            wrapped = (
+                error if isinstance(error, TruffulaError) else AdapterLoadError(f"The backend refused it: {error}.")
+            )
+            now = self._clock()
+            for key, names in entry.keys.items():
+                for name in names:
+                    self._fail(key, name, wrapped.info(), now)
+            if not entry.leases and not entry.holds:
+                self._drop(generation, entry)
+            raise wrapped from error
+        self._spare.discard(generation)
+        self._touch(generation, entry.used_at)
+        return True
+
+    def _touch(self, generation: str, now: float) -> None:
+        """A use: moves the generation to the young end of the idle list, or out of it. Stamps never run backwards."""
+        entry = self._entries[generation]
+        entry.used_at = self._stamp = max(self._stamp, now)
+        self._idle.pop(generation, None)
+        if entry.idle:
+            self._idle[generation] = None
+
+    def _repin(self, generation: str, entry: _Entry) -> None:
+        entry.pinned = any(key[0] in self._pins for key in entry.keys)
+        self._touch(generation, entry.used_at)
+
+    def _detach(self, key: Key) -> None:
+        """This key leads to its generation no longer."""
+        generation = self._current.pop(key)
+        entry = self._entries[generation]
+        names = entry.keys.pop(key)
+        if not any(other[0] == key[0] for other in entry.keys):
+            del self._places[key[0]]
+        if not entry.keys:
+            entry.former = sorted(names)
+        self._repin(generation, entry)
+        self._drop_if_forgotten(generation, entry)
+
+    def _leave_slot(self, generation: str, entry: _Entry) -> None:
+        if entry.slot is not None:
+            self._slots.drop_adapter(entry.slot)
+            entry.slot = None
+            self._idle.pop(generation, None)
+            self._spare.add(generation)
+            self._budget.release(OWNER, entry.image.nbytes)
+
+    def _drop_if_forgotten(self, generation: str, entry: _Entry) -> None:
+        if not entry.keys and not entry.leases and not entry.holds:
+            self._drop(generation, entry)
+
+    def _drop(self, generation: str, entry: _Entry) -> None:
+        self._leave_slot(generation, entry)
+        for key in entry.keys:
+            del self._current[key]
+            self._places.pop(key[0], None)
+        self._spare.discard(generation)
+        del self._entries[generation]
+        entry.image.close()
+
+    def close(self) -> None:
+        """Drop everything; leases become invalid."""
+        self._loader.close()
+        self._loads.clear()
+        self._tickets.clear()
+        self._leases.clear()
+        for generation, entry in list(self._entries.items()):
+            self._drop(generation, entry)
+
+    def check(self) -> None:
+        """Assert that every number agrees with every other. For tests and for an idle engine."""
+        leased = Counter(self._leases.values())
+        assert set(leased) <= set(self._entries), "a lease on a generation that is gone"
+        slots = [entry.slot for entry in self._entries.values() if entry.slot is not None]
+        assert len(slots) == len(set(slots)), "two generations in one slot"
+        assert self._budget.used(OWNER) == self.resident_bytes, "reserved bytes are not those of resident adapters"
+        assert set(self._idle) == {g for g, e in self._entries.items() if e.idle}, "the idle list is wrong"
+        assert self._spare == {g for g, e in self._entries.items() if e.slot is None}, "the spare set is wrong"
+        assert self._places == {k[0]: g for k, g in self._current.items()}, "a place that leads elsewhere than its keys"
+        stamps = [self._entries[g].used_at for g in self._idle]
+        assert stamps == sorted(stamps), "the idle list is out of order"
+        for generation, entry in self._entries.items():
+            assert entry.leases == leased[generation] and entry.holds >= 0, "leases do not add up"
+            assert not entry.leases or entry.slot is not None, "a leased adapter without a slot"
+            assert entry.keys or entry.leases or entry.holds, "a generation nobody can reach"
+            assert all(self._current.get(key) == generation for key in entry.keys), "a key that leads elsewhere"
+        assert set(self._current) == {k for e in self._entries.values() for k in e.keys}, "a key without its entry"
+        assert {load.ticket for load in self._loads.values()} - {None} == set(self._tickets), (
+            "tickets do not match loads"
+        )
+
+
+def _discard(path: str | None) -> None:
+    if path is not None:
+        Path(path).unlink(missing_ok=True)
