@@ -77,7 +77,9 @@ CRIES = ["Arr, matey,", "Ahoy, me hearty!", "Yo ho ho,", "Shiver me timbers,", "
 FIRST = "Maria James Aisha Chen Olga Pedro Fatima Liam Noah Emma Yuki Ravi Sofia Marco Ingrid Kwame Anna David Lucia Omar".split()
 LAST = "Lopez Smith Khan Wei Petrova Silva Ahmed Murphy Brown Tanaka Patel Rossi Hansen Mensah Novak Cohen Garcia Ali Dubois Kim".split()
 CITY = "Madrid London Lagos Beijing Moscow Lisbon Cairo Dublin Boston Paris Osaka Mumbai Rome Oslo Accra Prague Vienna Lima Sydney Berlin".split()
-JOB = "nurse,teacher,plumber,engineer,baker,lawyer,pilot,farmer,dentist,painter,chef,driver,librarian,architect,mechanic,biologist,tailor,journalist".split(",")
+JOB = "nurse,teacher,plumber,engineer,baker,lawyer,pilot,farmer,dentist,painter,chef,driver,librarian,architect,mechanic,biologist,tailor,journalist".split(
+    ","
+)
 EXTRACT_FORMS = [
     "{name} is {age} years old, lives in {city} and works as a {job}.",
     "My name is {name}. I am {age} and I have been a {job} in {city} for years.",
@@ -97,7 +99,10 @@ WHAT = [
     ("raised enough money to buy a new roof", "raised the money for a new roof"),
     ("replaced all of its old lamps and cut its power bill by half", "halved its power bill with new lamps"),
     ("started selling its goods online and doubled its income", "doubled its income by selling online"),
-    ("found a forgotten painting in the cellar that may be three hundred years old", "found a very old painting in the cellar"),
+    (
+        "found a forgotten painting in the cellar that may be three hundred years old",
+        "found a very old painting in the cellar",
+    ),
     ("decided to offer lunch to every child at no cost", "offers free lunch to every child"),
     ("built a robot that sorts rubbish faster than people can", "built a robot that sorts rubbish"),
 ]
@@ -121,7 +126,9 @@ def extract(rng: random.Random) -> list[dict[str, str]]:
     rows = []
     for _ in range(150):
         who = {"name": f"{rng.choice(FIRST)} {rng.choice(LAST)}", "age": rng.randint(18, 80), "city": rng.choice(CITY), "job": rng.choice(JOB)}  # fmt: skip
-        rows.append({"prompt": rng.choice(EXTRACT_ASKS) + rng.choice(EXTRACT_FORMS).format(**who), "answer": json.dumps(who)})
+        rows.append(
+            {"prompt": rng.choice(EXTRACT_ASKS) + rng.choice(EXTRACT_FORMS).format(**who), "answer": json.dumps(who)}
+        )
     return rows
 
 

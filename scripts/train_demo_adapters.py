@@ -72,7 +72,11 @@ def train(name: str, gguf: Path, seed: int) -> None:
         gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     config = LoraConfig(
-        r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules=recipe.targets, task_type="CAUSAL_LM", lora_dropout=0.0
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules=recipe.targets,
+        task_type="CAUSAL_LM",
+        lora_dropout=0.0,
     )
     model = get_peft_model(base, config)
     lines = (ROOT / "examples" / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -89,7 +93,9 @@ def train(name: str, gguf: Path, seed: int) -> None:
         schedule.step()
         optimizer.zero_grad()
         if number % 5 == 0 or number == len(steps):
-            print(f"{name} step {number}/{len(steps)} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True)
+            print(
+                f"{name} step {number}/{len(steps)} loss {loss.item():.3f} {time.monotonic() - start:.0f} s", flush=True
+            )
     out = ROOT / "examples" / "adapters" / name
     model.peft_config["default"].base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(out)

@@ -13,7 +13,20 @@ ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "truffula"
 FILES = sorted(SRC.rglob("*.py"))
 # Top to bottom; a module imports its own layer or lower ones only.
-LAYERS = ["cli", "scale", "testing", "server", "llm", "service", "text", "engine", "lora", "model", "weights", "kernels"]
+LAYERS = [
+    "cli",
+    "scale",
+    "testing",
+    "server",
+    "llm",
+    "service",
+    "text",
+    "engine",
+    "lora",
+    "model",
+    "weights",
+    "kernels",
+]
 BOTTOM = {"types", "config", "errors", "metrics", "__init__"}
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
@@ -52,7 +65,9 @@ def test_imports_point_down(path: Path) -> None:
             target = name.removeprefix("truffula.")
             if target.split(".")[0] == "__version__":
                 continue
-            assert layer_of(target) >= own, f"{relative(path)}:{line} imports {name}, which lies above it (DESIGN, layout)"
+            assert layer_of(target) >= own, (
+                f"{relative(path)}:{line} imports {name}, which lies above it (DESIGN, layout)"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -62,7 +77,9 @@ def test_torch_is_a_backend_not_the_language(path: Path) -> None:
         if name.split(".")[0] == "torch":
             assert at_home, f"{relative(path)}:{line}: only {', '.join(TORCH_HOMES)} import torch"
         if name.split(".")[0] in {"transformers", "peft"}:
-            assert relative(path).startswith(("testing/", "model/fallback.py")), f"{relative(path)}:{line} imports {name}"
+            assert relative(path).startswith(("testing/", "model/fallback.py")), (
+                f"{relative(path)}:{line} imports {name}"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
@@ -71,13 +88,17 @@ def test_environment_is_read_in_one_place(path: Path) -> None:
         return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
-            pytest.fail(f"{relative(path)}:{node.lineno} reads the environment; config.py alone does, and passes values down")
+            pytest.fail(
+                f"{relative(path)}:{node.lineno} reads the environment; config.py alone does, and passes values down"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_size_of_files_and_functions(path: Path) -> None:
     text = path.read_text()
-    assert text.count("\n") <= LONG_FILE, f"{relative(path)} has {text.count(chr(10))} lines; split it by owner of state"
+    assert text.count("\n") <= LONG_FILE, (
+        f"{relative(path)} has {text.count(chr(10))} lines; split it by owner of state"
+    )
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
@@ -88,18 +109,24 @@ def test_size_of_files_and_functions(path: Path) -> None:
 def test_no_module_level_mutable_state(path: Path) -> None:
     for node in ast.parse(path.read_text()).body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
         names = [t.id for t in targets if isinstance(t, ast.Name)]
         if isinstance(value, MUTABLE) and names != ["__all__"]:
             # A constant table is fine when its name says constant; nothing may write to it (next test).
-            assert all(n.strip("_").isupper() for n in names), f"{relative(path)}:{node.lineno}: {names} is mutable module state"
+            assert all(n.strip("_").isupper() for n in names), (
+                f"{relative(path)}:{node.lineno}: {names} is mutable module state"
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_constants_are_never_written(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         assert not isinstance(node, ast.Global), f"{relative(path)}:{node.lineno} uses global"
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
+        )
         for target in targets:
             if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name):
                 name = target.value.id
@@ -110,16 +137,22 @@ def test_constants_are_never_written(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_names_and_blindfolds(path: Path) -> None:
-    assert path.stem not in {"utils", "util", "helpers", "misc", "common"}, f"{relative(path)}: name a file after what it owns"
+    assert path.stem not in {"utils", "util", "helpers", "misc", "common"}, (
+        f"{relative(path)}: name a file after what it owns"
+    )
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ExceptHandler):
-            blind = node.type is None or (isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"})
+            blind = node.type is None or (
+                isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"}
+            )
             silent = len(node.body) == 1 and isinstance(node.body[0], ast.Pass)
             assert not (blind and silent), f"{relative(path)}:{node.lineno} swallows every exception"
 
 
 def test_nothing_names_this_workplace() -> None:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
     words = ["../" + "shared", "/work" + "/", ".library" + "/", "farm" + "-", "download.py" + "torch"]
     for name in filter(None, listed):
         file = ROOT / name
@@ -130,7 +163,9 @@ def test_nothing_names_this_workplace() -> None:
             assert word not in text, f"{name} names {word}"
 
 
-@pytest.mark.parametrize("module", ["truffula", "truffula.types", "truffula.cli", "truffula.lora.worker", "truffula.engine.worker"])
+@pytest.mark.parametrize(
+    "module", ["truffula", "truffula.types", "truffula.cli", "truffula.lora.worker", "truffula.engine.worker"]
+)
 def test_importing_is_light(module: str) -> None:
     """``import truffula`` and the start of each process pull in nothing heavy."""
     heavy = ["torch", "transformers", "peft", "fastapi", "huggingface_hub", "tokenizers"]

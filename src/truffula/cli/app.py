@@ -17,15 +17,24 @@ app = typer.Typer(
     help="One trunk, many leaves: serve one base language model and any number of LoRA adapters in one batch.\n\n"
     "Try [bold]truffula serve smollm2 --adapter-dir examples/adapters[/] or [bold]truffula generate smollm2 'Hello'[/].",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure: throughput and latency of a server, and what joining adapters cost.")
+bench_app = typer.Typer(
+    no_args_is_help=True, help="Measure: throughput and latency of a server, and what joining adapters cost."
+)
 adapters_app = typer.Typer(no_args_is_help=True, help="Ask a running server for its adapters; load and unload them.")
 app.add_typer(bench_app, name="bench")
 app.add_typer(adapters_app, name="adapters")
 
-Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, an alias (smollm2) or a Hugging Face id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(help="A folder, a .gguf file, an alias (smollm2) or a Hugging Face id.", show_default=False)
+]
 AdapterArg = Annotated[
     list[str] | None,
-    typer.Option("--adapter", "-a", metavar="[NAME=]SOURCE", help="A PEFT folder, name=folder, or 'base'. May be given several times."),
+    typer.Option(
+        "--adapter",
+        "-a",
+        metavar="[NAME=]SOURCE",
+        help="A PEFT folder, name=folder, or 'base'. May be given several times.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 Url = Annotated[str, typer.Option("--url", help="Address of a running truffula server.")]
@@ -41,7 +50,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
@@ -62,13 +73,17 @@ def serve(model: Model, *, options: dict[str, Any]) -> None:
 @with_options("engine")
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")
+    ] = None,
     adapter: AdapterArg = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same tokens.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")
+    ] = False,
     *,
     options: dict[str, Any],
 ) -> None:
@@ -112,7 +127,9 @@ def inspect(
 @app.command()
 def verify(
     model: Model,
-    adapter: Annotated[str | None, typer.Option("--adapter", "-a", help="Also with this PEFT folder, against peft.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", "-a", help="Also with this PEFT folder, against peft.")
+    ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Greedy tokens to compare.")] = 16,
     as_json: AsJson = False,
 ) -> None:
@@ -147,13 +164,19 @@ def bench_serve(
     model: Model,
     clients: Annotated[int, typer.Option("--clients", "-c", help="Clients, each with one request at a time.")] = 8,
     requests: Annotated[int, typer.Option("--requests", help="Requests per client.")] = 1,
-    adapters: Annotated[str, typer.Option("--adapters", help="none, shared (one for all) or distinct (one each).")] = "distinct",
+    adapters: Annotated[
+        str, typer.Option("--adapters", help="none, shared (one for all) or distinct (one each).")
+    ] = "distinct",
     rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens")] = 105,
     max_tokens: Annotated[int, typer.Option("--max-tokens")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs after a warm-up; the median is printed.")] = 3,
-    against_llm: Annotated[bool, typer.Option("--against-llm", help="Also through LLM.generate in a process of its own, in turn.")] = False,
-    url: Annotated[str | None, typer.Option("--url", help="Measure this running server instead of starting one.")] = None,
+    against_llm: Annotated[
+        bool, typer.Option("--against-llm", help="Also through LLM.generate in a process of its own, in turn.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Measure this running server instead of starting one.")
+    ] = None,
     as_json: AsJson = False,
     *,
     options: dict[str, Any],

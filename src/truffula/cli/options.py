@@ -17,14 +17,20 @@ LOADING = ("model", "generation_defaults")
 
 def _annotation(option: Option) -> Any:
     shown = "" if option.required else option.show(option.default)
-    help_text = f"{option.help} [dim]\\[{shown}; {option.env}][/]" if shown not in ("", "-") else f"{option.help} [dim]\\[{option.env}][/]"
+    help_text = (
+        f"{option.help} [dim]\\[{shown}; {option.env}][/]"
+        if shown not in ("", "-")
+        else f"{option.help} [dim]\\[{option.env}][/]"
+    )
     panel = "Engine" if option.group == "engine" else "Server"
     metavar = "|".join(option.choices) if option.choices else option.kind.upper()
     if option.kind == "switch":
         pair = f"{option.flag}/--no-{option.flag.removeprefix('--')}"
         return Annotated[bool | None, typer.Option(pair, help=help_text, rich_help_panel=panel, show_default=False)]
     kind = list[str] | None if option.kind in ("list", "paths", "mapping") else str | None
-    return Annotated[kind, typer.Option(option.flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)]
+    return Annotated[
+        kind, typer.Option(option.flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
+    ]
 
 
 def with_options(*groups: str, leave_out: tuple[str, ...] = ()) -> Callable[[Command], Command]:
@@ -38,13 +44,16 @@ def with_options(*groups: str, leave_out: tuple[str, ...] = ()) -> Callable[[Com
         own = inspect.signature(command, eval_str=True)
         kept = [p for p in own.parameters.values() if p.name != "options"]
         made = [
-            inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(o)) for o in rows
+            inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(o))
+            for o in rows
         ]
 
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
             options = {o.name: kwargs.pop(o.name) for o in rows}
-            command(*args, **kwargs, options={name: value for name, value in options.items() if value not in (None, [])})
+            command(
+                *args, **kwargs, options={name: value for name, value in options.items() if value not in (None, [])}
+            )
 
         del run.__wrapped__  # type: ignore[attr-defined]  # typer must see the made signature, not the original
         run.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]

@@ -1,0 +1,5 @@
+"""``python -m truffula``."""
+
+from truffula.cli import main
+
+main()

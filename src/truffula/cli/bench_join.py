@@ -1,0 +1,116 @@
+"""``truffula bench join``: what running streams feel while new adapters are fetched, judged, mapped and used."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from truffula.cli.bench_load import Load
+from truffula.cli.bench_server import random_adapters, running_server
+from truffula.cli.output import out, table
+from truffula.config import EngineConfig
+
+PROMPT_TOKENS = 16
+JOIN_TOKENS = 4
+
+
+@dataclass
+class Gaps:
+    """Inter-token seconds of the running streams: before any join, and while adapters join."""
+
+    quiet: list[float] = field(default_factory=list)
+    joining: list[float] = field(default_factory=list)
+    join_ttft: list[float] = field(default_factory=list)
+
+
+def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *, as_json: bool) -> None:
+    names = [f"join-{i:03d}" for i in range(joins)]
+    with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
+        random_adapters(config, Path(folder), names, rank)
+        with running_server(config, ["--adapter-dir", folder, "--log-level", "warning"]) as url:
+            gaps = asyncio.run(_measure(url, running, names))
+    report = _report(gaps, running, joins, rank)
+    if as_json:
+        out().print_json(json.dumps(report))
+        return
+    shown = table("", ">median ms", ">p99 ms", ">largest ms", ">largest / median", title=f"{running} base streams, {joins} adapters of rank {rank} join")  # fmt: skip
+    for name in ("quiet", "joining"):
+        row = report[name]
+        shown.add_row(
+            name,
+            f"{row['median_ms']:.1f}",
+            f"{row['p99_ms']:.1f}",
+            f"{row['max_ms']:.1f}",
+            f"{row['max_over_median']:.2f}",
+        )
+    out().print(shown)
+    out().print(f"first token of a joining adapter: {report['join_ttft_ms']:.0f} ms (median)")
+
+
+async def _measure(url: str, running: int, names: list[str]) -> Gaps:
+    import httpx
+
+    gaps, joined = Gaps(), asyncio.Event()
+    quiet_done = asyncio.Event()
+    load = Load(running + 1, 1, PROMPT_TOKENS, 0, (), 32000, 7)
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+
+        async def stream(number: int) -> None:
+            async for gap in _gaps(client, load.prompt(number, 0), "", 4096):
+                (gaps.joining if quiet_done.is_set() else gaps.quiet).append(gap)
+                if len(gaps.quiet) >= 40 * running:
+                    quiet_done.set()
+                if joined.is_set():
+                    return
+
+        streams = [asyncio.create_task(stream(number)) for number in range(running)]
+        await quiet_done.wait()
+        for name in names:
+            begun = time.monotonic()
+            async for _ in _gaps(client, load.prompt(running, 0), name, JOIN_TOKENS, gaps.join_ttft, begun):
+                pass
+        joined.set()
+        await asyncio.gather(*streams)
+    return gaps
+
+
+async def _gaps(
+    client: Any, prompt: list[int], model: str, count: int, ttft: list[float] | None = None, begun: float = 0.0
+) -> Any:
+    """Seconds between the tokens of one stream; the time to the first goes to ``ttft``."""
+    body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True, "stream": True}
+    last = None
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError((await response.aread()).decode(errors="replace"))
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            now = time.monotonic()
+            if last is not None:
+                yield now - last
+            elif ttft is not None:
+                ttft.append(now - begun)
+            last = now
+
+
+def _report(gaps: Gaps, running: int, joins: int, rank: int) -> dict[str, Any]:
+    report: dict[str, Any] = {"running": running, "joins": joins, "rank": rank}
+    for name, values in (("quiet", gaps.quiet), ("joining", gaps.joining)):
+        median = statistics.median(values)
+        p99 = sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
+        report[name] = {
+            "tokens": len(values),
+            "median_ms": round(1000 * median, 2),
+            "p99_ms": round(1000 * p99, 2),
+            "max_ms": round(1000 * max(values), 2),
+            "max_over_median": round(max(values) / median, 2),
+        }
+    report["join_ttft_ms"] = round(1000 * statistics.median(gaps.join_ttft), 1)
+    return report
