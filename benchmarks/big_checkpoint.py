@@ -2,7 +2,8 @@
 
     python benchmarks/big_checkpoint.py [--dir FOLDER] [--keep] [--smoke]
 
-Writes 6.2 GB of random bfloat16 weights (``--smoke``: a few MB), loads them in a process of its own, generates eight tokens and
+Writes 6.2 GB of random bfloat16 weights (``--smoke``: a few MB), loads them in a process of its own, generates eight
+tokens and
 prints the peak resident memory, mapped file pages included, against the file's size and the KV that was touched.
 """
 
@@ -42,7 +43,8 @@ llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=2048, max_running=4, offl
 out = llm.generate([[11, 12, 13, 14, 15]], SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))[0]
 status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
 kb = lambda key: int(status[key].split()[0]) * 1024
-print(json.dumps({"peak": kb("VmHWM"), "anonymous": kb("RssAnon"), "mapped": kb("RssFile"), "tokens": len(out.token_ids),
+print(json.dumps({"peak": kb("VmHWM"), "anonymous": kb("RssAnon"), "mapped": kb("RssFile"), "tokens":
+len(out.token_ids),
                   "tying": llm.info.tying, "weight_bytes": llm.info.weight_bytes}))
 """
 

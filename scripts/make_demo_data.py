@@ -74,12 +74,10 @@ PIRATE = [
 ]  # fmt: skip
 CRIES = ["Arr, matey,", "Ahoy, me hearty!", "Yo ho ho,", "Shiver me timbers,", "Avast, landlubber,", "Aye aye,"]
 
-FIRST = "Maria James Aisha Chen Olga Pedro Fatima Liam Noah Emma Yuki Ravi Sofia Marco Ingrid Kwame Anna David Lucia Omar".split()
-LAST = "Lopez Smith Khan Wei Petrova Silva Ahmed Murphy Brown Tanaka Patel Rossi Hansen Mensah Novak Cohen Garcia Ali Dubois Kim".split()
-CITY = "Madrid London Lagos Beijing Moscow Lisbon Cairo Dublin Boston Paris Osaka Mumbai Rome Oslo Accra Prague Vienna Lima Sydney Berlin".split()
-JOB = "nurse,teacher,plumber,engineer,baker,lawyer,pilot,farmer,dentist,painter,chef,driver,librarian,architect,mechanic,biologist,tailor,journalist".split(
-    ","
-)
+FIRST = ["Maria", "James", "Aisha", "Chen", "Olga", "Pedro", "Fatima", "Liam", "Noah", "Emma", "Yuki", "Ravi", "Sofia", "Marco", "Ingrid", "Kwame", "Anna", "David", "Lucia", "Omar"]
+LAST = ["Lopez", "Smith", "Khan", "Wei", "Petrova", "Silva", "Ahmed", "Murphy", "Brown", "Tanaka", "Patel", "Rossi", "Hansen", "Mensah", "Novak", "Cohen", "Garcia", "Ali", "Dubois", "Kim"]
+CITY = ["Madrid", "London", "Lagos", "Beijing", "Moscow", "Lisbon", "Cairo", "Dublin", "Boston", "Paris", "Osaka", "Mumbai", "Rome", "Oslo", "Accra", "Prague", "Vienna", "Lima", "Sydney", "Berlin"]
+JOB = ["nurse", "teacher", "plumber", "engineer", "baker", "lawyer", "pilot", "farmer", "dentist", "painter", "chef", "driver", "librarian", "architect", "mechanic", "biologist", "tailor", "journalist"]
 EXTRACT_FORMS = [
     "{name} is {age} years old, lives in {city} and works as a {job}.",
     "My name is {name}. I am {age} and I have been a {job} in {city} for years.",

@@ -311,7 +311,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """``load`` waits until the adapter is usable (or raises); ``unload`` lets running requests end; ``list`` reports."""
+    """``load`` waits until the adapter is usable (or raises); ``unload`` lets running requests end; ``list``
+    reports."""
 
     action: Literal["load", "unload", "list"]
     ref: AdapterRef | None = None

@@ -1,4 +1,5 @@
-"""The command line. ``main`` is the entry point; each command is a thin file of its own that imports what it needs when it runs."""
+"""The command line. ``main`` is the entry point; each command is a thin file of its own that imports what it needs
+when it runs."""
 
 from __future__ import annotations
 

@@ -181,7 +181,8 @@ def bench_serve(
     *,
     options: dict[str, Any],
 ) -> None:
-    """Closed loop against the server: output tokens a second, time to first token, inter-token time, prefix-hit rate."""
+    """Closed loop against the server: output tokens a second, time to first token, inter-token time, prefix-hit
+    rate."""
     from truffula.cli.bench_serve import ServeBench, run_bench_serve
 
     bench = ServeBench(clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url)

@@ -1,7 +1,9 @@
 """The load that ``truffula bench`` puts on a server or on ``LLM``, and what it measures.
 
-Closed loop: each client sends its next request when the last one has ended. Prompts are random token ids that differ from
-their first token on, so nothing is answered from the prefix cache; the hit rate is measured and printed beside the figures.
+Closed loop: each client sends its next request when the last one has ended. Prompts are random token ids that differ
+from
+their first token on, so nothing is answered from the prefix cache; the hit rate is measured and printed beside the
+figures.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
     ordered = sorted(seconds)
-    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]  # noqa: E731
+    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]
     values = {"p50": statistics.median(ordered), "p99": at(0.99), "max": ordered[-1]}
     return {name: round(1000 * value, 2) for name, value in values.items()}
 

@@ -148,7 +148,8 @@ def _print(report: dict[str, Any], bench: ServeBench) -> None:
             ttft, itl = row["ttft_ms"], row["itl_ms"]
             shown.add_row(
                 {"http": "HTTP", "llm": "LLM.generate"}[way], f"{row['output_tok_s']:.1f}", f"{low:.1f}-{high:.1f}",
-                *(f"{d[q]:.1f}" if d else "-" for d in (ttft, itl) for q in ("p50", "p99")), f"{row['prefix_hit_rate']:.1%}",
+                *(f"{d[q]:.1f}" if d else "-" for d in (ttft, itl) for q in ("p50", "p99")),
+                f"{row['prefix_hit_rate']:.1%}",
             )  # fmt: skip
     out().print(shown)
     if "http_over_llm" in report:

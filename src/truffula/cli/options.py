@@ -1,4 +1,5 @@
-"""Command-line options made from the rows of ``config.py``, so that a flag, a variable and a message can't drift apart."""
+"""Command-line options made from the rows of ``config.py``, so that a flag, a variable and a message can't drift
+apart."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""What a backend is. ``reference`` (torch) is the specification; ``cpu`` and ``triton`` come later and obey the same words."""
+"""What a backend is. ``reference`` (torch) is the specification; ``cpu`` and ``triton`` come later and obey the same
+words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,7 +43,8 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """One adapter at one site: A ``[r, I]``, B ``[O, r]`` in their stored dtype (float32, float16 or bfloat16), scale apart.
+    """One adapter at one site: A ``[r, I]``, B ``[O, r]`` in their stored dtype (float32, float16 or bfloat16), scale
+    apart.
 
     Several sites may hold the same A array (a fused module): it is stored once.
     """
@@ -112,6 +114,9 @@ class Backend(Protocol):
 
     def plan(self, program: Program, dtype: str, capacity: Capacity, stored_bytes: int) -> MemoryPlan:
         """Bytes needed. ``stored_bytes`` is what the checkpoint's tensors take on disk (they may be kept mapped)."""
+
+    def time_products(self, dtypes: Sequence[str]) -> Mapping[str, float]:
+        """Seconds that the same few products take in each dtype; how ``auto`` chooses. Costs about 50 ms."""
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False

@@ -46,7 +46,8 @@ class WeightPart:
     """One checkpoint tensor (or a row range of one) that fills rows of a weight.
 
     ``name`` is a name present in the checkpoint; rows ``lo .. hi`` of it are used (the whole when hi is -1).
-    ``permute`` is (heads, head_dim) when its rows must be brought from interleaved to half rotary order (GGUF llama q/k).
+    ``permute`` is (heads, head_dim) when its rows must be brought from interleaved to half rotary order (GGUF llama
+    q/k).
     ``transform`` is applied in float32: ``plus_one`` for (1 + w) norms.
     """
 
@@ -114,7 +115,8 @@ class RopeTable:
 
 @dataclass(frozen=True)
 class KvPlane:
-    """One plane of cached values of one layer: ``width`` numbers per token (K: kv_heads x dim_k, V: kv_heads x dim_v)."""
+    """One plane of cached values of one layer: ``width`` numbers per token (K: kv_heads x dim_k, V: kv_heads x
+    dim_v)."""
 
     id: int
     layer: int
@@ -145,7 +147,8 @@ class Epilogue:
     """Applied after the adapters, in float32 and in this order.
 
     ``bias`` [O] · ``clip`` to ±clip · ``activation`` · ``glu``: the columns are [gate | up] halves and the result is
-    activation(gate) * up, half as wide (then ``activation`` acts on the gate only) · times ``scale`` · plus ``residual``.
+    activation(gate) * up, half as wide (then ``activation`` acts on the gate only) · times ``scale`` · plus
+    ``residual``.
     """
 
     bias: int | None = None
@@ -161,7 +164,8 @@ NO_EPILOGUE = Epilogue()
 
 @dataclass(frozen=True)
 class Probe:
-    """Where the same value shows in transformers: the ``input`` or ``output`` of ``module``; how ``verify`` pairs them."""
+    """Where the same value shows in transformers: the ``input`` or ``output`` of ``module``; how ``verify`` pairs
+    them."""
 
     module: str
     side: Literal["in", "out"]
@@ -224,7 +228,8 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``scale``: x * params[0] · ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y)."""
+    """``act``: activation(x) · ``add``: x + y · ``scale``: x * params[0] · ``clip``, ``softcap``: params[0] ·
+    ``sigmoid_mul``: x * sigmoid(y)."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]
     x: Ref
@@ -236,7 +241,8 @@ class Pointwise(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class RopeRows(Op):
-    """Once a step: row t is [cos | sin] of ``rope_pos[0, t] * inv_freq`` times the table's factor, each half ``pairs`` wide."""
+    """Once a step: row t is [cos | sin] of ``rope_pos[0, t] * inv_freq`` times the table's factor, each half ``pairs``
+    wide."""
 
     table: int
     out: Ref
@@ -262,7 +268,8 @@ class Rope(Op):
 class Attention(Op):
     """Write this step's K and V to their slots, then attend causally over the sequence's blocks.
 
-    Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. A ``window`` w lets
+    Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. A ``window`` w
+    lets
     query i see keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
     """
 
@@ -305,7 +312,8 @@ class Logits(Op):
 
 @dataclass(frozen=True)
 class Program:
-    """Everything a backend must know of a model. Ids are positions in their tuples. ``logits`` is the last op's buffer."""
+    """Everything a backend must know of a model. Ids are positions in their tuples. ``logits`` is the last op's
+    buffer."""
 
     name: str
     vocab_size: int

@@ -33,7 +33,8 @@ class Checkpoint(Protocol):
     """An opened model. ``config`` is config.json (or its equal made from GGUF metadata).
 
     ``generation_config`` is the file of that name, ``{}`` where there is none. ``tensors`` maps a name to its
-    ``TensorInfo``. GGUF names, metadata and conventions are translated to Hugging Face's, so nothing behind this knows the
+    ``TensorInfo``. GGUF names, metadata and conventions are translated to Hugging Face's, so nothing behind this knows
+    the
     format. ``warnings`` are for the operator.
     """
 
@@ -54,7 +55,8 @@ class Checkpoint(Protocol):
         """Tell the system that the pages of this tensor may be dropped."""
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja if there."""
+        """Contents by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja if
+        there."""
 
     def close(self) -> None: ...
 
