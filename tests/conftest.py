@@ -1,0 +1,16 @@
+"""What all tests share: the way of the suite's options. Builders live in ``truffula.testing``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+# Helper modules beside the tests (pages.py, ...) import by name from any test folder.
+for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py")}):
+    sys.path.insert(0, str(folder))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the benchmarks for real (make bench FULL=1)")

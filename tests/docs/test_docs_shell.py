@@ -1,0 +1,69 @@
+"""Every fenced sh block runs, page by page, in the repository's root with ``truffula`` on the PATH and the real small model.
+
+A block that starts ``truffula serve`` goes to the background until the page ends; the next block begins once it is healthy.
+``sh make`` blocks name make targets, which must exist; ``make demo`` and ``make test`` themselves are what CI runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pages import ROOT, Block, blocks, pages
+
+PAGES = [page for page in pages() if any(block.info != "make" for block in blocks(page, "sh"))]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@contextlib.contextmanager
+def served(block: Block) -> Iterator[None]:
+    process = subprocess.Popen(["bash", "-ec", "exec " + block.code.strip()], cwd=ROOT, env=environment())
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert process.poll() is None, f"{block.page}:{block.line}: the server ended"
+            assert time.monotonic() < deadline, f"{block.page}:{block.line}: the server was not healthy in time"
+            with contextlib.suppress(urllib.error.URLError, ConnectionError):
+                if urllib.request.urlopen("http://127.0.0.1:8000/health", timeout=5).status == 200:
+                    break
+            time.sleep(0.1)
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_shell_blocks_run(page: Path) -> None:
+    with contextlib.ExitStack() as background:
+        for block in blocks(page, "sh"):
+            if block.info == "make":
+                continue
+            if block.code.lstrip().startswith("truffula serve"):
+                background.enter_context(served(block))
+                continue
+            done = subprocess.run(
+                ["bash", "-ec", block.code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
+            )
+            assert done.returncode == 0, f"{block.page}:{block.line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_make_targets_exist() -> None:
+    for page in pages():
+        for block in blocks(page, "sh"):
+            for target in re.findall(r"^make(?: [A-Z]+=\S+)* ([a-z-]+)", block.code, re.MULTILINE):
+                done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+                assert done.returncode == 0, f"{block.page}:{block.line} names make {target}: {done.stderr}"
