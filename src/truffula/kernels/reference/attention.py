@@ -1,0 +1,138 @@
+"""Attention over paged keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from truffula.kernels.inputs import StepInputs
+from truffula.kernels.program import Attention
+
+# Scores of one slice of query rows stay below this many float32 values (64 MB), whatever the chunk and context are.
+_SCORE_LIMIT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences with equally many rows in this step and contexts of similar length, attended in one product.
+
+    ``rows`` [n·q] are their rows of the step (a slice when adjacent). ``slots`` [n·L] are the KV slots of the keys;
+    padding points at the zero slot. ``hidden`` [n, 1, 1, q, L] is True where a query may not look.
+    """
+
+    rows: Tensor | slice
+    slots: Tensor
+    hidden: Tensor
+    sequences: int
+    queries: int
+    keys: int
+
+
+def plan(inputs: StepInputs, group: int, window: int | None, block_size: int, zero_slot: int) -> list[Batch]:
+    """Group the step's sequences for one KV group and window.
+
+    Similar length means the same power of two, so that a short context is never padded to a long one's size.
+    Keys before the window of a sequence's first row are not gathered at all.
+    """
+    n = inputs.N
+    starts = inputs.q_start[:n].astype(np.int64)
+    queries = inputs.q_start[1 : n + 1].astype(np.int64) - starts
+    ends = inputs.kv_len[:n].astype(np.int64)
+    first = ends - queries if window is None else ends - queries - window + 1
+    first = np.zeros(n, np.int64) if window is None else np.maximum(first, 0)
+    classes: dict[tuple[int, int], list[int]] = {}
+    for index in range(n):
+        if queries[index] > 0:
+            size = int(ends[index] - first[index] - 1).bit_length()
+            classes.setdefault((int(queries[index]), size), []).append(index)
+    return [
+        _batch(inputs.block_tables[group], starts, ends, first, members, q, window, block_size, zero_slot)
+        for (q, _), members in classes.items()
+    ]
+
+
+def _batch(
+    tables: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    first: np.ndarray,
+    members: Sequence[int],
+    queries: int,
+    window: int | None,
+    block_size: int,
+    zero_slot: int,
+) -> Batch:
+    chosen = np.asarray(members)
+    end, start = ends[chosen, None], starts[chosen, None]
+    keys = int((end - first[chosen, None]).max())
+    key = first[chosen, None] + np.arange(keys)  # [n, L] absolute positions
+    block = np.minimum(key // block_size, tables.shape[1] - 1)
+    slots = np.take_along_axis(tables[chosen], block, 1).astype(np.int64) * block_size + key % block_size
+    # Slots beyond a sequence's end may hold anything, NaN too, and 0 · NaN is NaN: read zeros instead.
+    slots = np.where(key < end, slots, zero_slot)
+    query = (end - queries + np.arange(queries))[:, :, None]  # [n, q, 1] absolute positions
+    hidden = key[:, None, :] > query
+    if window is not None:
+        hidden |= key[:, None, :] <= query - window
+    rows = (start + np.arange(queries)).reshape(-1)
+    adjacent = bool((np.diff(rows) == 1).all())
+    return Batch(
+        rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows),
+        slots=torch.from_numpy(slots.reshape(-1)),
+        hidden=torch.from_numpy(hidden[:, None, None]),
+        sequences=len(members),
+        queries=queries,
+        keys=keys,
+    )
+
+
+def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
+    """Row t of ``values [T, width]`` goes to slot ``slots[t]`` of ``plane [P, S, width]``."""
+    plane.view(-1, plane.shape[-1]).index_copy_(0, slots, values)
+
+
+def attend(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
+    """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``."""
+    out = torch.empty(q.shape[0], op.heads * op.dim_v, dtype=q.dtype)
+    for batch in batches:
+        n, length = batch.sequences, batch.keys
+        keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_k)
+        values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_v)
+        queries = q[batch.rows].view(n, batch.queries, op.kv_heads, op.heads // op.kv_heads, op.dim_k)
+        result = _attend_batch(op, queries.float(), keys.float(), values.float(), batch.hidden, sinks)
+        out[batch.rows] = result.reshape(n * batch.queries, -1).to(q.dtype)
+    return out
+
+
+def _attend_batch(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+    """float32 ``[n, q, heads, dim_v]``; a few query rows at a time when the scores would be large."""
+    q, k, v = q.permute(0, 2, 3, 1, 4), k.permute(0, 2, 3, 1), v.transpose(1, 2)
+    per_row = q.shape[0] * op.heads * k.shape[-1]
+    step = max(1, _SCORE_LIMIT // per_row)
+    pieces = [
+        _weighted(op, q[..., at : at + step, :], k, v, hidden[..., at : at + step, :], sinks)
+        for at in range(0, q.shape[3], step)
+    ]
+    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 3)
+    return out.permute(0, 3, 1, 2, 4)  # [n, q, K, H/K, dim_v]
+
+
+def _weighted(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+    """softmax(scale · q·k) v for ``q [n, K, H/K, q, dim_k]``, ``k [n, K, dim_k, L]``, ``v [n, K, L, dim_v]``."""
+    n, kv_heads, share, rows, _ = q.shape
+    scores = torch.matmul(q.reshape(n, kv_heads, share * rows, -1), k).view(n, kv_heads, share, rows, -1)
+    scores = scores.mul_(op.scale)
+    if op.softcap is not None:
+        scores = torch.tanh(scores / op.softcap) * op.softcap
+    scores = scores.masked_fill_(hidden, -torch.inf)
+    if sinks is not None:  # one more column that takes weight and carries no value
+        column = sinks.view(1, kv_heads, share, 1, 1).expand(n, -1, -1, rows, 1)
+        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1)
+    mixed = torch.matmul(weights.reshape(n, kv_heads, share * rows, -1), v)
+    return mixed.view(n, kv_heads, share, rows, -1)

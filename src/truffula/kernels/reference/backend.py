@@ -1,0 +1,93 @@
+"""The torch backend: what it offers, what it needs, how it loads."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from truffula.errors import KernelError
+from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight, weight_elements
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Linear, Program
+from truffula.kernels.reference.buffers import peak_bytes
+from truffula.kernels.reference.executable import ReferenceExecutable
+from truffula.kernels.reference.weights import DTYPES, load_weights
+from truffula.kernels.validate import validate
+
+
+class ReferenceBackend:
+    """Plain torch on the CPU, op by op: the specification that other backends are tested against.
+
+    ``threads`` sets torch's own thread count for the process, at load; None leaves it.
+    """
+
+    name = "reference"
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = threads
+
+    def probe(self) -> BackendProbe:
+        isa = torch.backends.cpu.get_cpu_capability()
+        return BackendProbe(name=self.name, available=True, device="cpu", isa=isa, dtypes=tuple(DTYPES))
+
+    def plan(self, program: Program, dtype: str, capacity: Capacity, stored_bytes: int) -> MemoryPlan:
+        """Weights count once, mapped or converted: what is converted gives its source pages back as it goes."""
+        del stored_bytes
+        width = _dtype(dtype).itemsize
+        weights = sum(
+            weight_elements(d) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights
+        )
+        widest = max((program.weights[op.weight].shape[0] for op in program.ops if isinstance(op, Linear)), default=0)
+        buffers = peak_bytes(program, capacity.max_tokens, 0, width)
+        return MemoryPlan(
+            weight_bytes=weights,
+            arena_bytes=buffers + 2 * 4 * capacity.max_tokens * widest,  # the float32 product and its epilogue
+            logits_bytes=capacity.max_logit_rows * program.vocab_size * (4 + width),
+            kv_block_bytes=sum(p.width for g in program.kv_groups for p in g.planes) * capacity.block_size * width,
+        )
+
+    def time_products(self, dtypes: Sequence[str]) -> dict[str, float]:
+        """The best of a few rounds of a decode step's and a prefill chunk's product, per dtype."""
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        seconds = dict.fromkeys(dtypes, 0.0)
+        with torch.inference_mode():
+            for rows, repeats in ((8, 16), (64, 2)):
+                for name in dtypes:
+                    x = torch.ones(rows, 1024, dtype=_dtype(name))
+                    weights = [torch.ones(1024, 1024, dtype=x.dtype) for _ in range(4)]
+                    rounds = [_seconds(x, weights, repeats // 2) for _ in range(3)]
+                    seconds[name] += min(rounds)
+        return seconds
+
+    def load(
+        self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
+    ) -> ReferenceExecutable:
+        """Validate, pull every weight, make the executable.
+
+        Raises:
+            KernelError: The program is wrong, a weight does not have its declared shape, or the dtype is not served.
+        """
+        validate(program)
+        served = _dtype(dtype)
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            weights = load_weights(program, served, pull)
+            return ReferenceExecutable(program, served, weights, capacity, debug=debug)
+
+
+def _seconds(x: torch.Tensor, weights: list[torch.Tensor], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        for weight in weights:
+            torch.nn.functional.linear(x, weight)
+    return time.perf_counter() - start
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise KernelError(f"dtype {name!r} is not served; {' or '.join(DTYPES)} is.", param="dtype")
+    return DTYPES[name]

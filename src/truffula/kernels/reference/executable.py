@@ -1,0 +1,274 @@
+"""A loaded program: weights, KV planes, adapters, and the loop that runs the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from truffula.errors import KernelError
+from truffula.kernels.backend import AdapterImage
+from truffula.kernels.inputs import Capacity, SampledRows, SampleInputs, StepInputs
+from truffula.kernels.program import (
+    Attention,
+    Embed,
+    Linear,
+    Logits,
+    Norm,
+    Op,
+    Pointwise,
+    Program,
+    Ref,
+    Rope,
+    RopeRows,
+    TakeRows,
+)
+from truffula.kernels.reference import attention, ops
+from truffula.kernels.reference.buffers import Buffers, dead_after
+from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
+from truffula.kernels.reference.sampling import sample
+from truffula.kernels.reference.weights import Weight
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class _Step:
+    """What the ops of one step share: the row counts, this step's tensors and the attention plans made so far."""
+
+    inputs: StepInputs
+    token_ids: Tensor
+    position: Tensor
+    rope_pos: Tensor
+    slots: list[Tensor]
+    logit_rows: Tensor
+    segments: list[Segment]
+    segments_r: list[Segment]
+    plans: dict[tuple[int, int | None], list[attention.Batch]]
+
+
+class ReferenceExecutable:
+    """``Executable`` in plain torch. Each op is one method (what it reads and writes) around one function (its maths).
+
+    KV planes are ``[P + 1, S, width]``: the last block is never written and stays zero (see ``attention.Batch``).
+    Their memory is committed by the system when it is first touched.
+    """
+
+    def __init__(
+        self, program: Program, dtype: torch.dtype, weights: list[Weight], capacity: Capacity, *, debug: bool = False
+    ) -> None:
+        self.inputs = StepInputs.allocate(capacity, len(program.kv_groups))
+        self.samples = SampleInputs.allocate(capacity)
+        self._program = program
+        self._dtype = dtype
+        self._weights = weights
+        self._capacity = capacity
+        self._buffers = Buffers(program, dtype)
+        self._planes = _planes(program, dtype, capacity)
+        self._adapters: dict[int, tuple[AdapterImage, dict[int, OpAdapter]]] = {}
+        self._free_slots: list[int] = []
+        self._logits: Array = np.zeros((0, program.vocab_size), np.float32)
+        self._taps: dict[int, Array] | None = {} if debug else None
+        self._dead = [()] * len(program.ops) if debug else dead_after(program)
+        self._bound = [self._bind(index, op) for index, op in enumerate(program.ops)]
+        self._closed = False
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def run(self) -> None:
+        """One forward pass. Nothing is validated here: programs were, at load."""
+        step = self._step()
+        for index, (call, dead) in enumerate(zip(self._bound, self._dead, strict=True)):
+            call(step)
+            if self._taps is not None:
+                self._taps[index] = self._buffers.get(_output(self._program.ops[index])).float().numpy().copy()
+            if dead:
+                self._buffers.drop(dead)
+        self._logits = self._buffers.get(self._program.logits).numpy()
+
+    def sample(self) -> SampledRows:
+        return sample(self._logits, self.samples)
+
+    def logits(self) -> Array:
+        return self._logits.copy()
+
+    def tap(self, op: int) -> Array:
+        if self._taps is None:
+            raise KernelError("tap() needs load(debug=True).", param="debug")
+        if op not in self._taps:
+            raise KernelError(f"op {op} has not run.", param="op")
+        return self._taps[op]
+
+    # --- adapters and KV ----------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def adapter(self, image: AdapterImage) -> int:
+        laid_out = lay_out(self._program, image)
+        slot = self._free_slots.pop() if self._free_slots else len(self._adapters)
+        self._adapters[slot] = (image, laid_out)
+        return slot
+
+    def drop_adapter(self, slot: int) -> None:
+        found = self._adapters.pop(slot, None)
+        if found is None:
+            raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
+        self._free_slots.append(slot)
+        image, laid_out = found
+        laid_out.clear()  # its views first: close() unmaps what they show
+        image.close()
+
+    def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
+        if len(src) != len(dst):
+            raise KernelError(f"kv_copy got {len(src)} sources and {len(dst)} destinations.", param="dst")
+        for plane in self._program.kv_groups[group].planes:
+            self._planes[plane.id][list(dst)] = self._planes[plane.id][list(src)]
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for slot in list(self._adapters):
+            self.drop_adapter(slot)
+        self._planes.clear()
+        self._weights = []
+        self._bound = []
+        self._buffers.drop(tuple(range(len(self._program.buffers))))
+        self._logits = np.zeros((0, self._program.vocab_size), np.float32)
+
+    # --- what each op reads and writes --------------------------------------------------------------------------------
+
+    def _step(self) -> _Step:
+        i = self.inputs
+        return _Step(
+            inputs=i,
+            token_ids=_long(i.token_ids[: i.T]),
+            position=_long(i.position[: i.T]),
+            rope_pos=_long(i.rope_pos[0, : i.T]),
+            slots=[_long(slots[: i.T]) for slots in i.slot_mapping],
+            logit_rows=_long(i.logit_rows[: i.R]),
+            segments=self._segments(i.seg[:, :2]),
+            segments_r=self._segments(i.seg_r),
+            plans={},
+        )
+
+    def _segments(self, spans: Array) -> list[Segment]:
+        made = []
+        for g in range(self.inputs.G):
+            lo, hi = int(spans[g, 0]), int(spans[g, 1])
+            slot = int(self.inputs.seg[g, 2])
+            if slot not in self._adapters:
+                raise KernelError(f"segment {g} names adapter slot {slot}, which is empty.", param="seg")
+            if lo < hi:
+                made.append(Segment(lo, hi, self._adapters[slot][1], float(self.inputs.seg_weight[g])))
+        return made
+
+    def _bind(self, index: int, op: Op) -> Callable[[_Step], None]:
+        match op:
+            case Linear() | Logits():
+                return partial(_METHODS[type(op)], self, index, op)
+            case _ if type(op) in _METHODS:
+                return partial(_METHODS[type(op)], self, op)
+        raise KernelError(f"op {index} ({op.name!r}): the reference backend has no {type(op).__name__}.", param="ops")
+
+    def _vector(self, weight: int | None) -> Tensor | None:
+        return None if weight is None else self._weights[weight].whole
+
+    def _get(self, ref: Ref | None) -> Tensor | None:
+        return None if ref is None else self._buffers.get(ref)
+
+    def _embed(self, op: Embed, step: _Step) -> None:
+        ids = step.token_ids if op.source == "token" else step.position + op.offset
+        self._buffers.put(op.out, ops.embed(self._weights[op.table].whole, ids, op.scale, self._get(op.add)))
+
+    def _norm(self, op: Norm, step: _Step) -> None:
+        del step
+        weight, bias = self._vector(op.weight), self._vector(op.bias)
+        x, plus = self._buffers.get(op.x), self._get(op.plus)
+        self._buffers.put(op.out, ops.norm(op, x, weight, bias, plus, self._buffers.dtype(op.out)))
+
+    def _linear(self, index: int, op: Linear, step: _Step) -> None:
+        x, weight = self._buffers.get(op.x), self._weights[op.weight]
+        y = base_product(x, weight)
+        if step.segments and op.slices and any(index in segment.ops for segment in step.segments):
+            y = y.float()
+            add_deltas_(y, x.float(), index, step.segments)
+        bias, residual = self._vector(op.epilogue.bias), self._get(op.epilogue.residual)
+        self._buffers.put(op.out, ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out)))
+
+    def _pointwise(self, op: Pointwise, step: _Step) -> None:
+        del step
+        x, y = self._buffers.get(op.x), self._get(op.y)
+        self._buffers.put(op.out, ops.pointwise(op, x, y, self._buffers.dtype(op.out)))
+
+    def _rope_rows(self, op: RopeRows, step: _Step) -> None:
+        self._buffers.put(op.out, ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos))
+
+    def _rope(self, op: Rope, step: _Step) -> None:
+        del step
+        ops.rope_(op, self._buffers.get(op.x), self._buffers.get(op.rows))
+
+    def _attention(self, op: Attention, step: _Step) -> None:
+        k, v = (self._planes[plane] for plane in op.planes)
+        attention.write(k, step.slots[op.group], self._buffers.get(op.k))
+        attention.write(v, step.slots[op.group], self._buffers.get(op.v))
+        key = (op.group, op.window)
+        if key not in step.plans:
+            c = self._capacity
+            step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size)
+        q = self._buffers.get(op.q)
+        self._buffers.put(op.out, attention.attend(op, q, k, v, step.plans[key], self._vector(op.sinks)))
+
+    def _take_rows(self, op: TakeRows, step: _Step) -> None:
+        self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
+
+    def _head(self, index: int, op: Logits, step: _Step) -> None:
+        x = self._buffers.get(op.x)
+        y = base_product(x, self._weights[op.weight]).float()
+        if op.site is not None:
+            add_deltas_(y, x.float(), index, step.segments_r)
+        if op.bias is not None:
+            y += self._weights[op.bias].whole
+        if op.scale != 1.0:
+            y *= op.scale
+        if op.softcap is not None:
+            y = torch.tanh_(y.div_(op.softcap)).mul_(op.softcap)
+        self._buffers.put(op.out, y)
+
+
+_METHODS: dict[type[Op], Callable[..., None]] = {
+    Embed: ReferenceExecutable._embed,
+    Norm: ReferenceExecutable._norm,
+    Linear: ReferenceExecutable._linear,
+    Pointwise: ReferenceExecutable._pointwise,
+    RopeRows: ReferenceExecutable._rope_rows,
+    Rope: ReferenceExecutable._rope,
+    Attention: ReferenceExecutable._attention,
+    TakeRows: ReferenceExecutable._take_rows,
+    Logits: ReferenceExecutable._head,
+}
+
+
+def _long(array: Array) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _output(op: Op) -> Ref:
+    out: Ref = op.x if isinstance(op, Rope) else op.out  # type: ignore[attr-defined]  # every other op has an out
+    return out
+
+
+def _planes(program: Program, dtype: torch.dtype, capacity: Capacity) -> dict[int, Tensor]:
+    made = {}
+    for group in program.kv_groups:
+        for plane in group.planes:
+            tensor = torch.empty(capacity.num_blocks + 1, capacity.block_size, plane.width, dtype=dtype)
+            tensor[-1].zero_()
+            made[plane.id] = tensor
+    return made

@@ -1,0 +1,122 @@
+"""The ops that work on rows alone, one plain function each, on tensors. This is the specification of what they compute.
+
+Each takes and returns tensors and computes in float32; ``dtype`` is the one it rounds to, once, at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable
+
+
+def activation(x: Tensor, kind: Activation) -> Tensor:
+    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)²."""
+    match kind:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()
+
+
+def embed(table: Tensor, ids: Tensor, scale: float | None, add: Tensor | None) -> Tensor:
+    """``[T, D]``: rows of ``table [V, D]``, times ``scale`` rounded to the table's dtype, plus ``add``."""
+    rows = table.index_select(0, ids)
+    if scale is None and add is None:
+        return rows
+    out = rows.float()
+    if scale is not None:
+        out = out * torch.tensor(scale, dtype=table.dtype).float()
+    return (out if add is None else out + add).to(table.dtype)
+
+
+def norm(
+    op: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None, plus: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """``[T, width]`` normed over each of ``op.groups`` column groups; see ``Norm`` for the order of rounding."""
+    values = x.float().view(x.shape[0], op.groups, -1) if op.groups > 1 else x.float()
+    if op.kind == "layer":
+        values = values - values.mean(-1, keepdim=True)
+    values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + op.eps)
+    if op.cast == "first":
+        values = values.to(dtype)
+    if weight is not None:
+        values = values * weight
+    if bias is not None:
+        values = values + bias
+    out = values.to(dtype)
+    if op.groups > 1:
+        out = out.view(x.shape)
+    return out if plus is None else plus + out
+
+
+def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See ``Pointwise``; float32 inside."""
+    values = x.float()
+    match op.kind:
+        case "act":
+            assert op.activation is not None
+            out = activation(values, op.activation)
+        case "add":
+            assert y is not None
+            out = values + y.float()
+        case "scale":
+            out = values * op.params[0]
+        case "clip":
+            out = values.clamp(-op.params[0], op.params[0])
+        case "softcap":
+            out = torch.tanh(values / op.params[0]) * op.params[0]
+        case "sigmoid_mul":
+            assert y is not None
+            out = values * torch.sigmoid(y.float())
+    return out.to(dtype)
+
+
+def rope_rows(table: RopeTable, positions: Tensor) -> Tensor:
+    """float32 ``[T, 2·pairs]``: [cos | sin] of position · inv_freq, times the table's factor."""
+    angles = positions.float()[:, None] * torch.tensor(table.inv_freq, dtype=torch.float32)
+    return torch.cat([angles.cos(), angles.sin()], 1) * table.factor
+
+
+def rope_(op: Rope, x: Tensor, rows: Tensor) -> None:
+    """Rotate ``x [T, heads·head_dim]`` in place: (a, b) of a pair becomes (a·cos − b·sin, b·cos + a·sin)."""
+    pairs = op.dims // 2
+    part = x.view(x.shape[0], op.heads, op.head_dim)[..., op.start : op.start + op.dims]
+    cos, sin = rows.float()[:, None, :pairs], rows.float()[:, None, pairs:]
+    values = part.float()
+    if op.layout == "half":
+        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        swapped = values.roll(pairs, -1)
+    else:
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+        swapped = values.view(*values.shape[:-1], pairs, 2).flip(-1).flatten(-2)
+    part.copy_(values * cos + swapped * sin)
+
+
+def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``y [rows, O]`` (the base product with its adapters) to what is stored; see ``Epilogue`` for the order."""
+    if y.dtype == dtype and bias is None and e.clip is None and e.activation is None and not e.glu and e.scale == 1.0:
+        return y if residual is None else y + residual  # torch adds two bfloat16 in float32 and rounds once
+    values = y.float()
+    if bias is not None:
+        values = values + bias
+    if e.clip is not None:
+        values = values.clamp(-e.clip, e.clip)
+    if e.glu:
+        gate, up = values.chunk(2, -1)
+        values = (gate if e.activation is None else activation(gate, e.activation)) * up
+    elif e.activation is not None:
+        values = activation(values, e.activation)
+    if e.scale != 1.0:
+        values = values * e.scale
+    if residual is not None:
+        values = values + residual
+    return values.to(dtype)

@@ -1,0 +1,109 @@
+"""Weights and adapters as torch tensors: views of the mapped arrays where the stored dtype serves, else converted."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from truffula.errors import KernelError
+from truffula.kernels.backend import PullWeight
+from truffula.kernels.program import Linear, Program, WeightDecl
+
+Array = npt.NDArray[Any]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STORED = ("float32", "float16", "bfloat16")
+
+
+class _Writable:
+    """Shows ``array``'s memory as writable: torch warns about read-only arrays, and nothing here writes to them."""
+
+    def __init__(self, array: Array) -> None:
+        self.owner = array
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+
+
+def view(array: Array) -> Tensor:
+    """A tensor over ``array``'s memory, in its dtype, without a copy; keeps the array alive.
+
+    Raises:
+        KernelError: The dtype is not float32, float16 or bfloat16.
+    """
+    name = array.dtype.name
+    if name not in _STORED:
+        raise KernelError(f"a tensor is {name}; the reference backend reads {', '.join(_STORED)}.", param="dtype")
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        array = array.copy()
+    if name == "bfloat16":  # numpy has no such type of its own; the bits travel as int16
+        return torch.from_numpy(_writable(array.view(np.int16))).view(torch.bfloat16)
+    return torch.from_numpy(_writable(array))
+
+
+def _writable(array: Array) -> Array:
+    return array if array.flags.writeable else np.asarray(_Writable(array))
+
+
+def release(array: Array) -> None:
+    """Give back the page-cache pages behind a mapped array that has been converted; they are read again if touched."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0:
+        base.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight as served: tensors stacked along axis 0; several when they are mapped arrays of a fused weight."""
+
+    name: str
+    parts: tuple[Tensor, ...]
+
+    @property
+    def whole(self) -> Tensor:
+        """The single tensor; a table that is gathered has exactly one."""
+        (tensor,) = self.parts
+        return tensor
+
+
+def load_weights(program: Program, dtype: torch.dtype, pull: PullWeight) -> list[Weight]:
+    """Pull every weight of ``program`` in order. See ``_load_one`` for what is copied."""
+    exact = {op.weight for op in program.ops if isinstance(op, Linear) and op.compute == "float32"}
+    return [_load_one(decl, torch.float32 if decl.id in exact else dtype, pull) for decl in program.weights]
+
+
+def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight) -> Weight:
+    """Views when every part is stored in the served dtype; else one new tensor, filled part by part.
+
+    Vectors end as float32 (they are small, and every op computes in float32), rounded to the served dtype on the way.
+    Cost: mapped parts cost no memory of their own; converted ones give their source pages back as they go.
+    """
+    target = torch.float32 if decl.dtype == "float32" else dtype
+    arrays = list(pull(decl))
+    rows = sum(array.shape[0] for array in arrays if array.ndim)
+    if rows != decl.shape[0] or any(array.shape[1:] != decl.shape[1:] for array in arrays):
+        shapes = [list(array.shape) for array in arrays]
+        raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
+    sources = [view(array) for array in arrays]
+    keep = all(source.dtype == target for source in sources) and len(decl.shape) > 1
+    if keep and (len(sources) == 1 or "rows" not in decl.uses):
+        return Weight(decl.name, tuple(sources))
+    made = torch.empty(decl.shape, dtype=target)
+    row = 0
+    for array, source in zip(arrays, sources, strict=True):
+        made[row : row + source.shape[0]].copy_(source)
+        row += source.shape[0]
+        release(array)
+    return Weight(decl.name, (made.float() if len(decl.shape) == 1 else made,))
