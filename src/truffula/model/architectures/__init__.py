@@ -1,0 +1,27 @@
+"""One short function per architecture, from a config to a ``ModelSpec``. To add one: docs/adding-an-architecture.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
+from truffula.model.architectures.llama import llama
+from truffula.model.architectures.mistral import mistral
+from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.config_view import ConfigView
+from truffula.model.spec import ModelSpec
+
+ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyType(
+    {
+        "gemma2": gemma2,
+        "gemma3": gemma3,
+        "gemma3_text": gemma3_text,
+        "llama": llama,
+        "ministral": mistral,
+        "mistral": mistral,
+        "qwen2": qwen2,
+        "qwen3": qwen3,
+    }
+)
+"""``model_type`` of config.json to the function that reads it."""

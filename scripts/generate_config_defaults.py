@@ -1,0 +1,86 @@
+"""Write src/truffula/model/config_defaults.json: the fields and defaults of transformers' configuration classes.
+
+    python scripts/generate_config_defaults.py            rewrite the table from the installed transformers
+    python scripts/generate_config_defaults.py --check    exit 1 when the table differs from it
+
+A config.json may leave out what equals the class default, and defaults differ between classes (gemma's head_dim is 256,
+qwen2's kv heads are 32 whatever its heads are): they must come from the class, not from us.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
+MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
+
+# Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
+LEGACY = (
+    "attn_implementation",
+    "experts_implementation",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "partial_rotary_factor",
+    "per_layer_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+)
+LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+
+
+def table() -> dict[str, Any]:
+    """The table as plain data, from the installed transformers."""
+    from transformers import GenerationConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    types = {}
+    for model_type in MODEL_TYPES:
+        cls = CONFIG_MAPPING[model_type]
+        fields, nullable = {}, []
+        for field in dataclasses.fields(cls):
+            if field.default_factory is not dataclasses.MISSING:
+                fields[field.name] = field.default_factory()
+            else:
+                fields[field.name] = None if field.default is dataclasses.MISSING else field.default
+            if "None" in str(field.type):
+                nullable.append(field.name)
+        types[model_type] = {
+            "class": cls.__name__,
+            "fields": dict(sorted(fields.items())),
+            "nullable": sorted(nullable),
+            "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
+            "aliases": dict(sorted(cls.attribute_map.items())),
+        }
+    generation = sorted(GenerationConfig._get_default_generation_params())
+    return {"generation": generation, "types": types}
+
+
+def render(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    text = render(table())
+    if arguments.check:
+        same = TABLE.read_text() == text
+        print(
+            "config_defaults.json is " + ("as generated" if same else "stale: run scripts/generate_config_defaults.py")
+        )
+        return 0 if same else 1
+    TABLE.write_text(text)
+    print(f"wrote {TABLE.name}: {len(MODEL_TYPES)} model types")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What every architecture function begins with: the sizes that all configs name alike, and the pieces made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from truffula.kernels.program import Activation
+from truffula.model.config_view import ConfigView
+from truffula.model.rope import extended_positions
+from truffula.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Counts and widths as the config states them. ``kv_heads`` divides ``heads``."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+
+
+def read_sizes(view: ConfigView) -> Sizes:
+    """Read and check the sizes. An absent or null head_dim is hidden / heads; null KV heads are as many as heads."""
+    hidden, heads = view.integer("hidden_size"), view.integer("num_attention_heads")
+    kv_heads = heads
+    if not (view.written("num_key_value_heads") and view.raw("num_key_value_heads") is None):
+        kv_heads = view.optional_integer("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise view.refuse("num_key_value_heads", f"it does not divide the {heads} attention heads.", kv_heads)
+    head_dim = view.optional_integer("head_dim")
+    if head_dim is None:
+        if hidden % heads:
+            raise view.refuse("hidden_size", f"{heads} heads do not divide it and head_dim is not given.", hidden)
+        head_dim = hidden // heads
+    return Sizes(
+        layers=view.integer("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp=view.integer("intermediate_size"),
+    )
+
+
+def rms(view: ConfigView, module: str) -> NormSpec:
+    """Llama's norm: weight times the rounded normed value."""
+    return NormSpec(module, view.number("rms_norm_eps"))
+
+
+def gemma_rms(view: ConfigView, module: str) -> NormSpec:
+    """Gemma's norm: 1 + w in float32, one rounding at the end."""
+    return NormSpec(module, view.number("rms_norm_eps"), cast="last", plus_one=True)
+
+
+def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[str] | None) -> tuple[int | None, ...]:
+    """Each layer's window from ``kinds`` (``layer_types``); without kinds every layer has ``window``."""
+    if kinds is None:
+        return (window,) * layers
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise view.refuse(
+                "layer_types", f"{kind} is not supported; full_attention and sliding_attention are.", kind
+            )
+    if window is None and "sliding_attention" in kinds:
+        raise view.refuse("layer_types", "it asks for sliding_attention, but no sliding window is in force.")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def finish_spec(
+    view: ConfigView, layers: Sequence[LayerSpec], ropes: Sequence[RopeSpec], final_norm: NormSpec, **more: Any
+) -> ModelSpec:
+    """The spec of these layers; ``more`` are the further fields of ``ModelSpec``."""
+    view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
+    return ModelSpec(
+        model_type=view.model_type,
+        vocab_size=view.integer("vocab_size"),
+        hidden=view.integer("hidden_size"),
+        layers=tuple(layers),
+        ropes=tuple(ropes),
+        final_norm=final_norm,
+        max_positions=extended_positions(view, view.integer("max_position_embeddings")),
+        **more,
+    )

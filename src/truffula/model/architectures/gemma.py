@@ -1,0 +1,113 @@
+"""Gemma 2 and 3 (text): four norms a layer, scaled embeddings, windows that alternate with full layers."""
+
+from __future__ import annotations
+
+from truffula.model.architectures.common import ACTIVATIONS, Sizes, finish_spec, gemma_rms, read_sizes, windows
+from truffula.model.config_view import ConfigView
+from truffula.model.rope import read_rope, read_rope_by_layer_type
+from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, ModuleNames, RopeSpec
+
+# The multimodal class keeps the same body under language_model; PEFT adapters of every transformers version are met.
+MULTIMODAL_NAMES = ModuleNames(
+    body="model.language_model.",
+    aliases=("language_model.model.", "model."),
+    skip=(
+        "vision_tower.",
+        "multi_modal_projector.",
+        "model.vision_tower.",
+        "model.multi_modal_projector.",
+    ),
+)
+
+
+def gemma2(view: ConfigView) -> ModelSpec:
+    """Even layers slide; scores and logits are softly capped."""
+    sizes = read_sizes(view)
+    kinds = view.strings("layer_types", sizes.layers) or _alternate(sizes.layers, 2)
+    softcap = view.optional_number("attn_logit_softcapping")
+    layers = [
+        _layer(view, sizes, window, rope=0, softcap=softcap, qk_norm=False)
+        for window in windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds)
+    ]
+    ropes = (read_rope(view, sizes.head_dim),)
+    return _finish(view, sizes, layers, ropes, ModuleNames())
+
+
+def gemma3_text(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec:
+    """Five windowed layers to a full one, each kind with its rope; norms of q and k per head; no cap on scores."""
+    sizes = read_sizes(view)
+    pattern = view.optional_integer("sliding_window_pattern") or 6
+    view.skip("_sliding_window_pattern")  # a copy that transformers writes and does not read
+    kinds = view.strings("layer_types", sizes.layers) or _alternate(sizes.layers, pattern)
+    tables = read_rope_by_layer_type(
+        view,
+        sizes.head_dim,
+        theta_keys={
+            "sliding_attention": ("rope_local_base_freq", 10_000.0),
+            "full_attention": ("rope_theta", 1_000_000.0),
+        },
+    )
+    order = ("sliding_attention", "full_attention")
+    # Read by transformers and never handed to its attention: a value there has no effect.
+    view.optional_number("attn_logit_softcapping")
+    layers = [
+        _layer(view, sizes, window, rope=order.index(kind), softcap=None, qk_norm=True)
+        for kind, window in zip(
+            kinds, windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds), strict=True
+        )
+    ]
+    return _finish(view, sizes, layers, tuple(tables[kind] for kind in order), names or ModuleNames())
+
+
+def gemma3(view: ConfigView) -> ModelSpec:
+    """The text part of the multimodal class: text_config over the class defaults of gemma3_text."""
+    view.skip("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index")
+    view.skip("image_token_index", "image_token_id", "boi_token_id", "eoi_token_id")
+    view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
+    return gemma3_text(view.nested("text_config", "gemma3_text"), MULTIMODAL_NAMES)
+
+
+def _alternate(layers: int, pattern: int) -> tuple[str, ...]:
+    """Every ``pattern``-th layer is full, the others slide."""
+    return tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers))
+
+
+def _layer(
+    view: ConfigView, sizes: Sizes, window: int | None, *, rope: int, softcap: float | None, qk_norm: bool
+) -> LayerSpec:
+    bias = view.flag("attention_bias")
+    return LayerSpec(
+        attention=AttentionSpec(
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            scale=view.number("query_pre_attn_scalar") ** -0.5,
+            rope=rope,
+            window=window,
+            q_norm=gemma_rms(view, "self_attn.q_norm") if qk_norm else None,
+            k_norm=gemma_rms(view, "self_attn.k_norm") if qk_norm else None,
+            softcap=softcap,
+            qkv_bias=bias,
+            out_bias=bias,
+        ),
+        mlp=MlpSpec(sizes.mlp, view.choice("hidden_activation", ACTIVATIONS)),
+        before_attention=gemma_rms(view, "input_layernorm"),
+        after_attention=gemma_rms(view, "post_attention_layernorm"),
+        before_mlp=gemma_rms(view, "pre_feedforward_layernorm"),
+        after_mlp=gemma_rms(view, "post_feedforward_layernorm"),
+    )
+
+
+def _finish(
+    view: ConfigView, sizes: Sizes, layers: list[LayerSpec], ropes: tuple[RopeSpec, ...], names: ModuleNames
+) -> ModelSpec:
+    view.must_be("use_bidirectional_attention", (None, False), "attention in both directions is not supported.")
+    return finish_spec(
+        view,
+        layers,
+        ropes,
+        gemma_rms(view, "norm"),
+        embed_scale=sizes.hidden**0.5,
+        logit_softcap=view.optional_number("final_logit_softcapping"),
+        names=names,
+    )

@@ -1,0 +1,243 @@
+"""Read a config.json key by key, and account for every key of it.
+
+Three rules. A value that is absent is transformers' class default, from a generated table. A value of the wrong kind is
+refused with its key. When all is read, a key that transformers' class knows and nobody here looked at is refused unless
+it holds the class default or is on the inert list; a key that class does not know is a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+from truffula.errors import UnsupportedModel
+
+T = TypeVar("T")
+
+# Known to transformers' classes and without effect on what a model computes when it generates.
+INERT = frozenset(
+    {
+        # training
+        "attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type",
+        # bookkeeping of the library, the file and the shape of its Python results
+        "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
+        "auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type",
+        "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict",
+        "transformers_version", "use_cache",
+        # read elsewhere: weights/tying.py, the stored dtype, special ids
+        "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype",
+    }
+)  # fmt: skip
+
+# Written by transformers 4 for every model, gone from 5, never of consequence to a decoder: no warning for them.
+OLD_BOOKKEEPING = frozenset(
+    {
+        "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix",
+        "pruned_heads", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder",
+        "tokenizer_class", "torchscript", "use_bfloat16", "is_decoder", "cache_implementation",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TypeDefaults:
+    """What transformers' configuration class of one model type knows: its fields' defaults and its older spellings."""
+
+    model_type: str
+    class_name: str
+    fields: Mapping[str, Any]
+    nullable: frozenset[str]
+    known: frozenset[str]
+    generation: frozenset[str]
+
+
+def load_defaults() -> dict[str, TypeDefaults]:
+    """The generated table (scripts/generate_config_defaults.py), by model type."""
+    text = resources.files("truffula.model").joinpath("config_defaults.json").read_text(encoding="utf-8")
+    table = json.loads(text)
+    generation = frozenset(table["generation"])
+    return {
+        name: TypeDefaults(
+            model_type=name,
+            class_name=entry["class"],
+            fields=entry["fields"],
+            nullable=frozenset(entry["nullable"]),
+            known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
+            generation=generation,
+        )
+        for name, entry in table["types"].items()
+    }
+
+
+class ConfigView:
+    """One level of a config (the whole file, or its ``text_config``), read with accounting.
+
+    Args:
+        values: The JSON object. Not changed.
+        model_type: Whose class reads this level; a key of ``table``.
+        table: Class defaults by model type (``load_defaults``).
+        where: How messages call this level: ``config.json`` or ``config.json text_config``.
+
+    Every reader raises ``UnsupportedModel`` naming key and value when the value is of the wrong kind or out of range.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        model_type: str,
+        table: Mapping[str, TypeDefaults],
+        where: str = "config.json",
+    ) -> None:
+        self.values = values
+        self.defaults = table[model_type]
+        self.where = where
+        self._table = table
+        self._read: set[str] = set()
+        self._warnings: list[str] = []
+        self._nested: list[ConfigView] = []
+
+    @property
+    def model_type(self) -> str:
+        return self.defaults.model_type
+
+    def written(self, key: str) -> bool:
+        """Whether the file states ``key`` (even as null)."""
+        return key in self.values
+
+    def raw(self, key: str) -> Any:
+        """The value as it stands, or the class default; marks the key as read."""
+        self._read.add(key)
+        if key in self.values:
+            return self.values[key]
+        return self.defaults.fields.get(key)
+
+    def refuse(self, key: str, why: str, value: Any = None) -> UnsupportedModel:
+        """The error that names ``key``; for callers that judge a value themselves."""
+        shown = self.values.get(key) if value is None else value
+        return UnsupportedModel(f"{self.where}: {key} is {_shown(shown)}; {why}", param=key, value=_shown(shown))
+
+    def _value(self, key: str) -> Any:
+        value = self.raw(key)
+        if value is None and key in self.values and key in self.defaults.fields and key not in self.defaults.nullable:
+            raise self.refuse(key, f"{self.defaults.class_name} does not allow null there.")
+        return value
+
+    def _required(self, key: str, value: T | None) -> T:
+        if value is None:
+            raise UnsupportedModel(f"{self.where}: {key} is missing and has no default.", param=key)
+        return value
+
+    def optional_integer(self, key: str, *, minimum: int = 1) -> int | None:
+        value = self._value(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.refuse(key, "an integer is wanted.", value)
+        if value < minimum:
+            raise self.refuse(key, f"it must be at least {minimum}.", value)
+        return value
+
+    def integer(self, key: str, *, minimum: int = 1) -> int:
+        return self._required(key, self.optional_integer(key, minimum=minimum))
+
+    def optional_number(self, key: str, *, positive: bool = True) -> float | None:
+        value = self._value(key)
+        return None if value is None else self.number_value(key, value, positive=positive)
+
+    def number(self, key: str, *, positive: bool = True) -> float:
+        return self._required(key, self.optional_number(key, positive=positive))
+
+    def number_value(self, key: str, value: Any, *, positive: bool = True) -> float:
+        """``value`` (found under ``key``) as a finite float; above zero when ``positive``."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.refuse(key, "a finite number is wanted.", value)
+        if positive and value <= 0:
+            raise self.refuse(key, "it must be above zero.", value)
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """A JSON boolean; null counts as false where transformers allows it."""
+        value = self._value(key)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise self.refuse(key, "true or false is wanted.", value)
+        return value
+
+    def choice(self, key: str, options: Mapping[str, T]) -> T:
+        """The option that the string under ``key`` names."""
+        value = self._value(key)
+        if not isinstance(value, str) or value not in options:
+            raise self.refuse(key, f"supported are {', '.join(sorted(options))}.", value)
+        return options[value]
+
+    def strings(self, key: str, length: int) -> tuple[str, ...] | None:
+        """A list of ``length`` strings, or None."""
+        value = self._value(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self.refuse(key, "a list of strings is wanted.", value)
+        if len(value) != length:
+            raise self.refuse(key, f"it has {len(value)} entries where {length} are wanted.", value)
+        return tuple(value)
+
+    def mapping(self, key: str) -> Mapping[str, Any] | None:
+        """A JSON object, or None."""
+        value = self.raw(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.refuse(key, "an object is wanted.", value)
+        return value
+
+    def nested(self, key: str, model_type: str) -> ConfigView:
+        """The object under ``key`` (or an empty one) as a view of its own; ``finish`` accounts for it too."""
+        values = self.mapping(key) or {}
+        stated = values.get("model_type", model_type)
+        if stated != model_type:
+            raise self.refuse(f"{key}.model_type", f"{model_type} is wanted.", stated)
+        view = ConfigView(values, model_type, self._table, f"{self.where} {key}")
+        self._nested.append(view)
+        return view
+
+    def must_be(self, key: str, neutral: Iterable[Any], why: str) -> None:
+        """Refuse ``key`` unless its value is one of ``neutral``."""
+        value = self._value(key)
+        if not any(value is item or (value == item and type(value) is type(item)) for item in neutral):
+            raise self.refuse(key, why, value)
+
+    def skip(self, *keys: str) -> None:
+        """Mark ``keys`` as known and without effect here."""
+        self._read.update(keys)
+
+    def warn(self, text: str) -> None:
+        """Something the operator should see, said with the other warnings by ``finish``."""
+        self._warnings.append(f"{self.where}: {text}")
+
+    def finish(self) -> tuple[str, ...]:
+        """Account for what nobody read. Returns warnings; raises ``UnsupportedModel`` naming a key that matters."""
+        unknown = []
+        for key, value in self.values.items():
+            if key in self._read or key in INERT or key in self.defaults.generation:
+                continue
+            if key not in self.defaults.known:
+                if key not in OLD_BOOKKEEPING:
+                    unknown.append(key)
+            elif key not in self.defaults.fields:
+                if value is not None:
+                    raise self.refuse(key, "transformers gives it a meaning that is not supported here.", value)
+            elif value != self.defaults.fields[key]:
+                why = f"only {_shown(self.defaults.fields[key])} is supported for {self.model_type}."
+                raise self.refuse(key, why, value)
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            self.warn(f"neither {self.defaults.class_name} of transformers nor truffula knows {names}; not used.")
+        return (*self._warnings, *(text for view in self._nested for text in view.finish()))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 120 else text[:117] + "..."

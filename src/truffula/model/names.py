@@ -1,0 +1,197 @@
+"""Which checkpoint tensor fills which weight: prefixes, wrappers, fused or split names, what may be left over.
+
+Nothing is guessed from a shape. Each name of the checkpoint ends in exactly one of: a weight's part, a table the tying
+decision chose from, a knowingly skipped part, an ignorable leftover by a named rule; or it is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from truffula.errors import CheckpointError
+from truffula.kernels.program import WeightPart
+from truffula.model.spec import ModelSpec, WeightRow
+
+# What savers put around a model: DistributedDataParallel, torch.compile, FSDP, PEFT. The latter two also appear inside.
+_OUTER = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
+_INNER = ("_fsdp_wrapped_module.", "_orig_mod.")
+
+# Recomputed here, or buffers of training; a stored inv_freq may even be wrong (saved after a cast to bfloat16).
+_IGNORABLE = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|rotary_pos_emb\..*|position_ids|num_batches_tracked)$"
+)
+_GEMMA3_ROTARY = re.compile(r"(^|\.)(rotary_emb(_local)?\.([a-z_]+_)?inv_freq)$")
+_SHOW = 10
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """Where each weight of a spec lies in one checkpoint.
+
+    ``parts`` has every row but the tables; ``embed`` and ``head`` are the names of the tables' tensors (or what they
+    would be called, for messages), ``has_embed`` and ``has_head`` whether they are there (a head counts when *any*
+    tensor lies under its module: a quantised one has no ``.weight``). ``unused`` are names left out knowingly.
+    """
+
+    prefix: str
+    parts: Mapping[str, tuple[WeightPart, ...]]
+    embed: str
+    head: str
+    has_embed: bool
+    has_head: bool
+    unused: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def canonical(cls, spec: ModelSpec, *, has_head: bool = True) -> WeightNames:
+        """The names transformers writes for this spec, with every tensor there: for programs without a checkpoint."""
+        prefix, head = spec.names.prefixes[0]
+        names = {f"{prefix}{item.module}.{row.param}" for row in _body_rows(spec) for item in row.slices}
+        names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
+        return resolve_names(spec, names)
+
+
+def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
+    """Match the names of a checkpoint with the rows of ``spec``.
+
+    Raises:
+        CheckpointError: no known prefix, two prefixes, a missing or an unexplained tensor (up to ten are listed).
+    """
+    stored = _unwrapped(names)
+    if not stored:
+        raise CheckpointError("The checkpoint holds no tensors.")
+    prefix, head = _prefix(spec, stored)
+    taken: set[str] = set()
+    parts: dict[str, tuple[WeightPart, ...]] = {}
+    missing: list[str] = []
+    warnings: list[str] = []
+    for row in _body_rows(spec):
+        found = _find(row, prefix, stored)
+        if found is None:
+            missing += [name for name in _split_names(row, prefix) if name not in stored]
+            continue
+        if row.fused is not None and len(row.slices) > 1 and len(found) == 1:
+            warnings.append(f"{found[0]} is stored fused; read as {' | '.join(_leaf(s.module) for s in row.slices)}.")
+        taken.update(found)
+        parts[row.key] = tuple(WeightPart(stored[name], transform=row.transform) for name in found)
+    embed = f"{prefix}{spec.names.embed}.weight"
+    heads = [name for name in stored if name.startswith(f"{head}.")]
+    left = [name for name in stored if name not in taken and name != embed and name not in heads]
+    unused, unexplained = _judge_leftovers(spec, left)
+    unexplained += [
+        name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")
+    ]
+    if missing:
+        raise _missing(spec, missing, unexplained, stored)
+    if unexplained:
+        raise _leftover(spec, unexplained)
+    if any(name.startswith(spec.names.skip) for name in unused):
+        warnings.append(
+            f"{spec.model_type}: only the text part is served; image inputs and their tensors are left out."
+        )
+    return WeightNames(
+        prefix=prefix,
+        parts=parts,
+        embed=stored.get(embed, embed),
+        head=stored.get(f"{head}.weight", f"{head}.weight"),
+        has_embed=embed in stored,
+        has_head=bool(heads),
+        unused=tuple(stored[name] for name in unused),
+        warnings=_once(warnings),
+    )
+
+
+def _body_rows(spec: ModelSpec) -> list[WeightRow]:
+    return [row for row in spec.rows if row.kind in ("linear", "vector")]
+
+
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Names without wrappers, each to the name as stored."""
+    stored: dict[str, str] = {}
+    for name in names:
+        bare = name
+        while bare.startswith(_OUTER):
+            bare = next(bare.removeprefix(outer) for outer in _OUTER if bare.startswith(outer))
+        for inner in _INNER:
+            bare = bare.replace(f".{inner}", ".")
+        if bare in stored:
+            raise CheckpointError(f"{name} and {stored[bare]} are the same tensor under two names.", tensor=name)
+        stored[bare] = name
+    return stored
+
+
+def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
+    """The one known prefix under which this checkpoint keeps the body, and the head's module there."""
+    first = spec.layer_prefix(0)
+    fitting = [(prefix, head) for prefix, head in spec.names.prefixes if _has(stored, prefix + first)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        shown = " and ".join(repr(prefix) for prefix, _ in fitting)
+        raise CheckpointError(f"The checkpoint holds two bodies, under {shown}; one is wanted.")
+    tried = ", ".join(f"{prefix}{first}*" for prefix, _ in spec.names.prefixes)
+    raise CheckpointError(
+        f"No tensor of layer 0 of a {spec.model_type} model is in the checkpoint (looked for {tried}); "
+        f"it begins with {', '.join(sorted(stored)[:3])}."
+    )
+
+
+def _has(stored: Mapping[str, str], start: str) -> bool:
+    return any(name.startswith(start) for name in stored)
+
+
+def _split_names(row: WeightRow, prefix: str) -> list[str]:
+    return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+
+
+def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] | None:
+    """The names that make this row: all of its split ones, or the fused one; None when neither is complete."""
+    split = _split_names(row, prefix)
+    if all(name in stored for name in split):
+        return split
+    fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
+    # A half-split weight beside a fused one is no weight: the fused name then shows up as a leftover.
+    return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
+
+
+def _judge_leftovers(spec: ModelSpec, left: Iterable[str]) -> tuple[list[str], list[str]]:
+    unused: list[str] = []
+    unexplained: list[str] = []
+    for name in left:
+        skipped = bool(spec.names.skip) and name.startswith(spec.names.skip)
+        ignorable = _IGNORABLE.search(name) or _GEMMA3_ROTARY.search(name)
+        (unused if skipped or ignorable else unexplained).append(name)
+    return unused, unexplained
+
+
+def _missing(spec: ModelSpec, missing: list[str], unexplained: list[str], stored: Mapping[str, str]) -> CheckpointError:
+    text = f"{len(missing)} tensors of this {spec.model_type} model are missing: {_some(missing)}."
+    if any(".lora_A." in name or ".base_layer." in name for name in stored):
+        text += " These look like an unmerged PEFT save: fold the adapter, or serve base and adapter apart."
+    elif unexplained:
+        text += f" Unexplained instead: {_some(unexplained)}."
+    return CheckpointError(text, tensors=missing[:_SHOW], count=len(missing))
+
+
+def _leftover(spec: ModelSpec, names: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{len(names)} tensors belong to no part of this {spec.model_type} model ({len(spec.layers)} layers): "
+        f"{_some(names)}. Answering without them would be answering from another model.",
+        tensors=names[:_SHOW],
+        count=len(names),
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOW])
+    return shown if len(names) <= _SHOW else f"{shown} and {len(names) - _SHOW} more"
+
+
+def _leaf(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
+def _once(warnings: list[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(warnings))

@@ -1,0 +1,90 @@
+"""From a config to a ``ModelSpec``: find the architecture, read the config with it, account for every key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from truffula.errors import UnsupportedModel
+from truffula.model.architectures import ARCHITECTURES
+from truffula.model.config_view import ConfigView, load_defaults
+from truffula.model.spec import ModelSpec
+
+# Heads that are no language model: the body would load and answer from a head the file does not mean.
+_OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
+
+
+@dataclass(frozen=True)
+class ReadConfig:
+    """A read config. ``tie_default`` is what its class takes when tie_word_embeddings is not written."""
+
+    spec: ModelSpec
+    warnings: tuple[str, ...]
+    tie_default: bool | None
+    eos_default: Any
+    bos_default: Any
+
+
+def read_config(config: Mapping[str, Any]) -> ReadConfig:
+    """Read a config.json (or its equal made from GGUF metadata).
+
+    Raises:
+        UnsupportedModel: unknown model_type, quantised weights, a key that matters and is not supported, a wrong value.
+    """
+    model_type = _model_type(config)
+    table = load_defaults()
+    view = ConfigView(config, model_type, table)
+    warnings = list(_check_file(config))
+    spec = ARCHITECTURES[model_type](view)
+    warnings += view.finish()
+    text = table[spec.model_type].fields
+    return ReadConfig(
+        spec=spec,
+        warnings=(*warnings, *spec.notes),
+        tie_default=table[model_type].fields.get("tie_word_embeddings"),
+        eos_default=text.get("eos_token_id"),
+        bos_default=text.get("bos_token_id"),
+    )
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return model_type
+    remote = ""
+    if config.get("auto_map"):
+        remote = " It asks for Python code from its repository (auto_map), which is never run."
+    raise UnsupportedModel(
+        f"config.json: model_type is {model_type!r}; supported are {', '.join(ARCHITECTURES)}.{remote}",
+        param="model_type",
+        value=repr(model_type),
+        supported=list(ARCHITECTURES),
+    )
+
+
+def _check_file(config: Mapping[str, Any]) -> list[str]:
+    """What no architecture needs to know: quantisation, remote code, the class the file was saved from."""
+    for level in (config, config.get("text_config") or {}):
+        quantised = level.get("quantization_config") if isinstance(level, Mapping) else None
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
+            raise UnsupportedModel(
+                f"config.json: quantization_config says the weights are quantised by {method!r}, which is not "
+                "supported yet; use the unquantised model, or its GGUF file.",
+                param="quantization_config.quant_method",
+                value=str(method),
+            )
+    warnings = []
+    if config.get("auto_map"):
+        warnings.append(
+            "config.json: auto_map names Python code in the repository; it is not run: the built-in architecture is."
+        )
+    for name in config.get("architectures") or ():
+        if isinstance(name, str) and name.endswith(_OTHER_HEADS):
+            raise UnsupportedModel(
+                f"config.json: architectures names {name}, which is no language model.",
+                param="architectures",
+                value=name,
+            )
+    return warnings

@@ -1,0 +1,243 @@
+"""Rotary tables from a config: every spelling transformers reads, every kind that does not depend on length.
+
+Old files say ``rope_theta`` and ``rope_scaling{type | rope_type}``, new ones ``rope_parameters``, Gemma 3 nests one set
+per layer type. Frequencies are float32, computed in the order of transformers' ``modeling_rope_utils``. Each power is
+taken in float64 and rounded: torch's float32 power is within one unit in the last place of that, and varies by machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from truffula.errors import UnsupportedModel
+from truffula.model.config_view import ConfigView
+from truffula.model.spec import RopeSpec
+
+Float32 = npt.NDArray[np.float32]
+NESTED = ("full_attention", "sliding_attention")
+DEFAULT_THETA = 10_000.0
+
+_KEYS = {
+    "default": frozenset[str](),
+    "linear": frozenset({"factor"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "yarn": frozenset(
+        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+        | {"original_max_position_embeddings"}
+    ),
+}
+_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
+_LATER = {
+    "dynamic": "its table changes with the length of each request",
+    "longrope": "its table changes with the length of each request",
+    "su": "its table changes with the length of each request",
+    "mrope": "image positions are not supported",
+    "proportional": "only gemma4 uses it",
+    "axial": "it is for images",
+}
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """One checked set of rope parameters: ``values`` are numbers by name, ``theta`` the base, ``label`` its key."""
+
+    kind: str
+    theta: float
+    partial: float
+    values: Mapping[str, float]
+    truncate: bool
+    label: str
+
+
+def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
+    """The one table of a model whose layers share it. ``head_dim`` is the width of a head."""
+    nested, flat, label = _written(view)
+    if nested:
+        raise view.refuse(label, f"{view.model_type} has one rope for all layers, not one per layer type.")
+    theta = _theta(view, "rope_theta", DEFAULT_THETA)
+    return rope_table(_check(view, flat, label, theta), head_dim, view)
+
+
+def read_rope_by_layer_type(
+    view: ConfigView, head_dim: int, *, theta_keys: Mapping[str, tuple[str, float]]
+) -> dict[str, RopeSpec]:
+    """One table per layer type (Gemma 3): ``theta_keys`` give each type's old key for its base, and the default.
+
+    A flat old ``rope_scaling`` is for the full layers only; sliding layers keep the plain table.
+    """
+    nested, flat, label = _written(view)
+    if nested and set(flat) - set(NESTED):
+        raise view.refuse(label, f"beside {' and '.join(NESTED)} nothing is expected there.")
+    if flat and not nested and label == "rope_parameters":
+        raise view.refuse(label, f"{view.model_type} wants one set for each of {' and '.join(NESTED)}.")
+    tables = {}
+    for layer_type, (key, default) in theta_keys.items():
+        values = flat.get(layer_type) if nested else (flat if layer_type == "full_attention" else None)
+        if values is not None and not isinstance(values, Mapping):
+            raise view.refuse(label, f"{layer_type} must be an object.", values)
+        where = f"{label}.{layer_type}" if nested else label
+        parameters = _check(view, values or {}, where, _theta(view, key, default))
+        if nested and not parameters.truncate:
+            raise view.refuse(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
+        tables[layer_type] = rope_table(parameters, head_dim, view)
+    return tables
+
+
+def extended_positions(view: ConfigView, limit: int) -> int:
+    """``limit`` (max_position_embeddings), or what a yarn config stretches it to: factor times the original length."""
+    _, flat, _ = _written(view)
+    original, factor = flat.get("original_max_position_embeddings"), flat.get("factor")
+    kind = flat.get("rope_type", flat.get("type"))
+    if kind == "yarn" and isinstance(original, int) and isinstance(factor, int | float):
+        return max(limit, int(original * factor))
+    return limit
+
+
+def _written(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
+    """Whether the parameters are nested per layer type, the parameters, and the key that holds them."""
+    old, new = view.mapping("rope_scaling"), view.mapping("rope_parameters")
+    if old and new and old != new:
+        raise view.refuse("rope_scaling", "rope_parameters is there too and says something else.")
+    label = "rope_scaling" if old else "rope_parameters"
+    values = old or new or {}
+    return any(key in values for key in NESTED), values, label
+
+
+def _theta(view: ConfigView, key: str, default: float) -> float:
+    value = view.raw(key)
+    return default if value is None else view.number_value(key, value)
+
+
+def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float) -> RopeParameters:
+    """Judge every key of one set of parameters."""
+
+    def number(key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise UnsupportedModel(
+                f"{view.where}: {label}.{key} is {value!r}; a number above zero is wanted.",
+                param=f"{label}.{key}",
+                value=repr(value),
+            )
+        return float(value)
+
+    kind = values.get("rope_type", values.get("type", "default"))
+    if kind is None:
+        kind = "default"
+    if kind not in _KEYS:
+        why = _LATER.get(str(kind), "this kind is unknown")
+        raise UnsupportedModel(
+            f"{view.where}: {label} asks for rope type {kind!r}: {why}. Supported are {', '.join(sorted(_KEYS))}.",
+            param=label,
+            value=str(kind),
+        )
+    for key in values:
+        if key in _COMMON or key in _KEYS[kind]:
+            continue
+        if not any(key in other for other in _KEYS.values()):
+            raise view.refuse(f"{label}.{key}", f"rope type {kind} has no such parameter.", values[key])
+        view.warn(f"{label}.{key} has no effect: the rope type is {kind}.")
+    numbers = {
+        key: number(key, values[key]) for key in sorted(_KEYS[kind] - {"truncate"}) if values.get(key) is not None
+    }
+    truncate = values.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise view.refuse(f"{label}.truncate", "true or false is wanted.", truncate)
+    if values.get("rope_theta") is not None:
+        theta = number("rope_theta", values["rope_theta"])
+    partial = values.get("partial_rotary_factor")
+    if partial is None:
+        partial = view.raw("partial_rotary_factor")
+    return RopeParameters(kind, theta, 1.0 if partial is None else number("partial_rotary_factor", partial),
+                          numbers, truncate, label)  # fmt: skip
+
+
+def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
+    """Frequencies ``[dims / 2]`` of checked parameters for heads of width ``head_dim``."""
+    # The default table of these architectures rotates the whole head; only the scaled kinds read the partial factor.
+    if parameters.partial != 1.0:
+        raise view.refuse("partial_rotary_factor", "heads that rotate in part are not supported.", parameters.partial)
+    if head_dim % 2:
+        raise view.refuse("head_dim", "a rotary embedding needs an even width.", head_dim)
+    inv_freq = _default(parameters.theta, head_dim)
+    if parameters.kind == "default":
+        return _spec(inv_freq)
+    values = {"original_max_position_embeddings": float(view.integer("max_position_embeddings")), **parameters.values}
+    if (
+        view.optional_integer("original_max_position_embeddings") is not None
+    ):  # at the top level it wins (Phi-3's habit)
+        values["original_max_position_embeddings"] = float(view.integer("original_max_position_embeddings"))
+    wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
+    for key in wanted[parameters.kind]:
+        if key not in values:
+            raise UnsupportedModel(
+                f"{view.where}: {parameters.label} is of type {parameters.kind} and lacks {key}.",
+                param=f"{parameters.label}.{key}",
+            )
+    if parameters.kind == "linear":
+        return _spec(inv_freq / np.float32(values["factor"]))
+    if parameters.kind == "llama3":
+        return _spec(_llama3(inv_freq, values))
+    if "factor" not in values:
+        values["factor"] = view.integer("max_position_embeddings") / values["original_max_position_embeddings"]
+    return _yarn(parameters, values, head_dim)
+
+
+def _spec(inv_freq: Float32, factor: float = 1.0) -> RopeSpec:
+    return RopeSpec(tuple(float(value) for value in inv_freq), factor)
+
+
+def _powers(theta: float, dims: int) -> Float32:
+    """theta ** (2i / dims) in float32."""
+    exponents = np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims)
+    return np.power(float(np.float32(theta)), exponents.astype(np.float64)).astype(np.float32)
+
+
+def _default(theta: float, dims: int) -> Float32:
+    return np.float32(1.0) / _powers(theta, dims)
+
+
+def _llama3(inv_freq: Float32, values: Mapping[str, float]) -> Float32:
+    """Keep short wavelengths, divide long ones by the factor, blend between (Llama 3.1)."""
+    factor, low, high = (np.float32(values[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = values["original_max_position_embeddings"]
+    wavelength = np.float32(2 * math.pi) / inv_freq
+    scaled = np.where(wavelength > np.float32(original / values["low_freq_factor"]), inv_freq / factor, inv_freq)
+    smooth = (np.float32(original) / wavelength - low) / (high - low)
+    blended = (np.float32(1) - smooth) * scaled / factor + smooth * scaled
+    long = wavelength > np.float32(original / values["low_freq_factor"])
+    short = wavelength < np.float32(original / values["high_freq_factor"])
+    return np.where(~short & ~long, blended, scaled).astype(np.float32)
+
+
+def _yarn(parameters: RopeParameters, values: Mapping[str, float], dims: int) -> RopeSpec:
+    """Interpolate slow pairs, keep fast ones, ramp between (Peng et al. 2023); cos and sin get the attention factor."""
+    factor, original, theta = values["factor"], values["original_max_position_embeddings"], parameters.theta
+
+    def magnitude(mscale: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    attention = values.get("attention_factor")
+    if attention is None:
+        mscale, all_dim = values.get("mscale"), values.get("mscale_all_dim")
+        attention = magnitude(mscale) / magnitude(all_dim) if mscale and all_dim else magnitude()
+
+    def pair_of(rotations: float) -> float:
+        return (dims * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
+
+    low, high = pair_of(values.get("beta_fast", 32.0)), pair_of(values.get("beta_slow", 1.0))
+    if parameters.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    if low == high:
+        high += 0.001  # as transformers does, so that the ramp has a slope
+    steps = (np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    keep = np.float32(1) - np.clip(steps, np.float32(0), np.float32(1))
+    powers = _powers(theta, dims)
+    interpolated, original_freq = np.float32(1) / (np.float32(factor) * powers), np.float32(1) / powers
+    return _spec(interpolated * (np.float32(1) - keep) + original_freq * keep, attention)
