@@ -1,0 +1,322 @@
+"""A verdict for every field of an ``adapter_config.json``. One table for the reader, ``inspect`` and the docs.
+
+serve: honoured exactly · check: compared with the tensors · ignore: has no effect on answers · refuse: would change
+them and is not served yet, so an adapter that uses it is refused by the field's name. A field that is not in the table
+is refused unless its value is null, false, 0 or empty: then it can't have changed anything.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from truffula.errors import AdapterError
+
+Verdict = Literal["serve", "check", "ignore", "refuse"]
+MAX_CONFIG_BYTES = 4 << 20
+MAX_RANK = 65_536
+MAX_ALPHA = 1e9
+
+
+@dataclass(frozen=True)
+class FieldRow:
+    """One row of ``inspect``: what a field says, what becomes of it, why, and the way out of a refusal."""
+
+    field: str
+    value: str
+    verdict: Verdict
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Field:
+    """How one field is treated. ``accepts`` returns the complaint about a value of the wrong kind, or None.
+
+    ``harmless`` says whether a value of a refused field asks for nothing.
+    """
+
+    verdict: Verdict
+    note: str
+    accepts: Callable[[Any], str | None] = lambda value: None
+    harmless: Callable[[Any], bool] = lambda value: is_empty(value)
+
+
+def is_empty(value: Any) -> bool:
+    """null, false, 0 or empty: a value that asks for nothing."""
+    return value is None or value is False or value in (0, "", [], {})
+
+
+def _absent(value: Any) -> bool:
+    """For fields where PEFT takes even an empty object or list as a request."""
+    return value is None or value is False
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _rank(value: Any) -> str | None:
+    if not _is_int(value):
+        return "must be an integer"
+    return None if 1 <= value <= MAX_RANK else f"must lie in 1 … {MAX_RANK}"
+
+
+def _alpha(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "must be a number"
+    return None if math.isfinite(value) and abs(value) <= MAX_ALPHA else f"must be finite and at most {MAX_ALPHA:g}"
+
+
+def _flag(value: Any) -> str | None:
+    return None if value is None or isinstance(value, bool) else "must be true or false"
+
+
+def _pattern(inner: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
+    def accepts(value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            return "must be an object of pattern: value"
+        for pattern, item in value.items():
+            complaint = inner(item)
+            if complaint is not None:
+                return f"[{pattern!r}] is {item!r:.60}, it {complaint}"
+        return None
+
+    return accepts
+
+
+def _names(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return None
+    good = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return None if good else "must be a string or a list of strings"
+
+
+def _layers(value: Any) -> str | None:
+    good = value is None or _is_int(value) or (isinstance(value, list) and all(_is_int(item) for item in value))
+    return None if good else "must be an integer or a list of integers"
+
+
+PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+TASKS = ("CAUSAL_LM",)
+
+_TRAINING = "only matters while training"
+_LATER = "is not served yet"
+
+FIELDS: Mapping[str, Field] = {
+    "peft_type": Field("check", "must be LORA"),
+    "task_type": Field("check", "CAUSAL_LM or null: a generator has no head for another task"),
+    "r": Field("serve", "rank of modules that rank_pattern does not name", _rank),
+    "lora_alpha": Field("serve", "scale is lora_alpha / r", _alpha),
+    "use_rslora": Field("serve", "scale is lora_alpha / sqrt(r)", _flag),
+    "rank_pattern": Field("serve", "first matching pattern in file order", _pattern(_rank)),
+    "alpha_pattern": Field("serve", "first matching pattern in file order", _pattern(_alpha)),
+    "target_modules": Field("check", "the tensors must be exactly those it names", _names),
+    "exclude_modules": Field("check", "wins over target_modules", _names),
+    "layers_to_transform": Field("check", "limits target_modules to these layers", _layers),
+    "layers_pattern": Field("check", "names the list of layers", _names),
+    "init_lora_weights": Field(
+        "check",
+        "starts that leave the base as it is: true, false, gaussian, eva, orthogonal, mica",
+    ),
+    "auto_mapping": Field("ignore", "about PEFT's own classes"),
+    "base_model_name_or_path": Field("ignore", "paths differ between machines; shapes decide"),
+    "revision": Field("ignore", "of the base; shapes decide"),
+    "peft_version": Field("ignore", "who wrote the file"),
+    "inference_mode": Field("ignore", _TRAINING),
+    "lora_dropout": Field("ignore", _TRAINING),
+    "fan_in_fan_out": Field("ignore", "the base layer's own layout decides; the file's does not change with it"),
+    "loftq_config": Field("ignore", "used with init_lora_weights only, which decides"),
+    "eva_config": Field("ignore", "used with init_lora_weights only, which decides"),
+    "corda_config": Field("ignore", "used with init_lora_weights only, which decides"),
+    "lora_ga_config": Field("ignore", "used with init_lora_weights only, which decides"),
+    "runtime_config": Field("ignore", "about PEFT's own memory use"),
+    "velora_config": Field("ignore", "compresses activations while training; the answers are plain LoRA's"),
+    "monteclora_config": Field("ignore", "samples while training; the answers are plain LoRA's"),
+    "megatron_core": Field("ignore", "names a package"),
+    "qalora_group_size": Field("ignore", "used with use_qalora only, which is refused"),
+    "megatron_config": Field("refuse", "a parallel layer layout; export the adapter for the plain model"),
+    "bias": Field(
+        "refuse",
+        f"trained biases: {_LATER}; train with bias='none'",
+        lambda value: None if value in ("none", "all", "lora_only") else "must be none, all or lora_only",
+        lambda value: value == "none",
+    ),
+    "lora_bias": Field("refuse", f"biases on B: {_LATER}; train with lora_bias=false", _flag),
+    "modules_to_save": Field("refuse", f"whole replaced modules: {_LATER}; train them as LoRA targets", _names),
+    "use_dora": Field("refuse", f"DoRA: {_LATER}; train with use_dora=false", _flag),
+    "trainable_token_indices": Field("refuse", f"replaced token rows: {_LATER}"),
+    "target_parameters": Field("refuse", f"LoRA on parameters (experts): {_LATER}; name modules in target_modules"),
+    "ensure_weight_tying": Field("refuse", f"tied adapters of embedding and head: {_LATER}", _flag),
+    "layer_replication": Field("refuse", "changes the depth of the model and the layout of its KV cache"),
+    "alora_invocation_tokens": Field("refuse", f"activated LoRA: {_LATER}", harmless=_absent),
+    "use_qalora": Field("refuse", "QALoRA: A is grouped for a quantised base", _flag),
+    "kasa_config": Field("refuse", "KaSA changes the base weights by their singular values", harmless=_absent),
+    "use_bdlora": Field("refuse", "block-diagonal A or B", harmless=_absent),
+    "arrow_config": Field("refuse", "Arrow mixes many adapters per token", harmless=_absent),
+}
+
+_SVD = "PEFT's convert_to_lora / save_as_lora gives an approximate LoRA adapter"
+_KINDS = {
+    "ADALORA": "its ranks were pruned in training; not served yet",
+    "VERA": "shared frozen projections; not served yet",
+    "IA3": "scales activations; not served yet",
+    "LOHA": f"a Hadamard product; not served yet ({_SVD})",
+    "LOKR": f"a Kronecker product; not served yet ({_SVD})",
+    "TRAINABLE_TOKENS": "replaced token rows; not served yet",
+    "LN_TUNING": "replaced norm weights; not served yet",
+    "PROMPT_TUNING": "virtual tokens; not served yet",
+    "P_TUNING": "virtual tokens; not served yet",
+    "PREFIX_TUNING": "a prefix of keys and values; not served yet",
+    "MULTITASK_PROMPT_TUNING": "needs a task id for each request",
+    "CPT": "needs label masks",
+    "CARTRIDGE": "a long stored cache",
+    "ADAPTION_PROMPT": "changes attention itself",
+    "XLORA": "mixes adapters per token",
+    "POLY": "mixes adapters per task",
+}
+
+
+def refuse_method(name: str) -> AdapterError:
+    """The refusal of a ``peft_type`` other than LORA, in words."""
+    why = _KINDS.get(name, f"it is not an addition of low rank ({_SVD})")
+    return AdapterError(f"peft_type {name}: {why}. truffula serves LORA.", param="peft_type", peft_type=name)
+
+
+def parse_config(raw: bytes) -> dict[str, Any]:
+    """``adapter_config.json`` as a dict; ``AdapterError`` when it is too large, not an object, or holds NaN or Infinity."""
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise AdapterError(
+            f"adapter_config.json has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are read.", param="config"
+        )
+
+    def constant(word: str) -> Any:
+        raise ValueError(f"{word} is not a number that JSON has")
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not math.isfinite(value):
+            raise ValueError(f"{text} is too large a number")
+        return value
+
+    try:
+        config = json.loads(raw.decode("utf-8"), parse_constant=constant, parse_float=number)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"adapter_config.json is not valid JSON: {error}.", param="config") from error
+    if not isinstance(config, dict):
+        raise AdapterError("adapter_config.json is not an object.", param="config")
+    return config
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _judge_init(value: Any) -> FieldRow:
+    if value is None or any(value is plain or (isinstance(plain, str) and value == plain) for plain in PLAIN_INITS):
+        return FieldRow("init_lora_weights", _short(value), "check", "the base is as it was")
+    if isinstance(value, str) and (value.startswith(("pissa", "lora_ga")) or value in ("olora", "corda", "loftq")):
+        note = (
+            "training changed the base weights, which are not in the adapter; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA adapter"
+        )
+        return FieldRow("init_lora_weights", _short(value), "refuse", note)
+    return FieldRow("init_lora_weights", _short(value), "refuse", f"not one of {', '.join(map(str, PLAIN_INITS))}")
+
+
+def _judge_task(value: Any) -> FieldRow:
+    if value is None or value in TASKS:
+        return FieldRow("task_type", _short(value), "check", FIELDS["task_type"].note)
+    return FieldRow("task_type", _short(value), "refuse", "made for another task than generating text (CAUSAL_LM)")
+
+
+def _judge_field(name: str, value: Any) -> FieldRow:
+    if name == "init_lora_weights":
+        return _judge_init(value)
+    if name == "task_type":
+        return _judge_task(value)
+    field = FIELDS.get(name)
+    if field is None:
+        if is_empty(value):
+            return FieldRow(name, _short(value), "ignore", "unknown, and asks for nothing")
+        note = "unknown to truffula: it may change the answers; remove it only if you know that it does not"
+        return FieldRow(name, _short(value), "refuse", note)
+    complaint = field.accepts(value)
+    if complaint is not None:
+        return FieldRow(name, _short(value), "refuse", complaint)
+    if field.verdict == "refuse" and field.harmless(value):
+        return FieldRow(name, _short(value), "ignore", "not used")
+    return FieldRow(name, _short(value), field.verdict, field.note)
+
+
+def judge_fields(config: Mapping[str, Any]) -> list[FieldRow]:
+    """A row per field that the file has, refusals included; never raises."""
+    rows = []
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        note = "missing" if kind is None else refuse_method(str(kind)).message
+        rows.append(FieldRow("peft_type", _short(kind), "refuse", note))
+    rows += [_judge_field(name, value) for name, value in config.items() if name != "peft_type" or kind == "LORA"]
+    rows += [FieldRow(name, "", "refuse", "missing") for name in ("r", "lora_alpha") if name not in config]
+    return rows + _contradictions(config)
+
+
+def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
+    """Pairs of fields that PEFT refuses together."""
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    rows = []
+    if isinstance(config.get("target_modules"), str) and layers is not None:
+        rows.append(FieldRow("layers_to_transform", _short(layers), "refuse", "target_modules is a regular expression"))
+    if isinstance(config.get("target_modules"), str) and pattern is not None:
+        rows.append(FieldRow("layers_pattern", _short(pattern), "refuse", "target_modules is a regular expression"))
+    if pattern and layers is None:
+        rows.append(FieldRow("layers_pattern", _short(pattern), "refuse", "needs layers_to_transform"))
+    return rows
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The fields that are served or checked, their kinds known to be right."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | tuple[str, ...] | None
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: int | tuple[int, ...] | None
+    layers_pattern: tuple[str, ...]
+
+
+def read_settings(config: Mapping[str, Any]) -> LoraSettings:
+    """What a configuration asks for; ``AdapterError`` naming the fields that can't be honoured (``param``: the first)."""
+    refused = [row for row in judge_fields(config) if row.verdict == "refuse"]
+    if refused and refused[0].field == "peft_type" and config.get("peft_type") is not None:
+        raise refuse_method(str(config["peft_type"])[:60])
+    if refused:
+        lines = "; ".join(f"{row.field} = {row.value or 'nothing'}: {row.note}" for row in refused[:10])
+        raise AdapterError(f"The adapter's configuration cannot be served: {lines}.", param=refused[0].field)
+
+    def names(field: str) -> Any:
+        value = config.get(field)
+        return tuple(value) if isinstance(value, list) else value
+
+    pattern = config.get("layers_pattern") or ()
+    layers = config.get("layers_to_transform")
+    return LoraSettings(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        use_rslora=bool(config.get("use_rslora")),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        target_modules=names("target_modules"),
+        exclude_modules=names("exclude_modules") or (),
+        layers_to_transform=tuple(layers) if isinstance(layers, list) else layers,
+        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+    )
