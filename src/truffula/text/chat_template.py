@@ -1,0 +1,262 @@
+"""A conversation to the text its model was trained on, by the model's own Jinja template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from truffula.errors import InvalidRequest, TemplateError
+from truffula.text.sandbox import LimitExceeded, Meter, MeteredEnvironment
+
+MAX_SOURCE = 400_000
+MAX_DEPTH = 64
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+REASONING = ("reasoning_content", "thinking", "reasoning")
+# Put behind the message that is to be continued, to find its end in what the template makes of it. Not a word of any
+# template.
+MARK = "\ue000TRUFFULA CONTINUES HERE\ue000 "
+
+
+class ChatTemplates:
+    """The templates of one model, compiled when first used. Safe to use from several threads.
+
+    Args:
+        sources: Name → Jinja source, as in tokenizer_config.json (``default``, ``tool_use``, …).
+        special_tokens: ``bos_token`` and so on, which templates may write.
+        seconds, max_chars: Limits of one rendering: wall time, and the size of any value and of the result.
+
+    What a template may use is what transformers gives it: ``raise_exception``, ``strftime_now``, ``tojson`` without
+    HTML escapes, loop controls, ``generation`` blocks, trimmed blocks. See ``sandbox`` for how it is kept within its
+    limits.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, str],
+        special_tokens: Mapping[str, str],
+        *,
+        seconds: float = 2.0,
+        max_chars: int = 4_000_000,
+    ) -> None:
+        self._sources = dict(sources)
+        self._special = dict(special_tokens)
+        self._seconds = seconds
+        self._max_chars = max_chars
+        self._environment = MeteredEnvironment()
+        self._compiled: dict[str, jinja2.Template] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sources)
+
+    def choose(self, override: str | None, *, with_tools: bool) -> str:
+        """The source to render: ``override`` (a source, or the name of one of the model's), else the model's for this
+        use.
+        """
+        if override is not None:
+            return self._sources.get(override, override)
+        if with_tools and "tool_use" in self._sources:
+            return self._sources["tool_use"]
+        if "default" in self._sources:
+            return self._sources["default"]
+        if self._sources:
+            names = ", ".join(sorted(self._sources))
+            raise TemplateError(
+                f"The model has several chat templates and none is the default: name one of {names}.", names=names
+            )
+        raise TemplateError(
+            "The model has no chat template (no chat_template in tokenizer_config.json, no chat_template.jinja). "
+            "Send the prompt as text, or give the request a chat_template.",
+            param="messages",
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The prompt's text.
+
+        ``variables`` are the template's further switches (``enable_thinking``, …). ``continue_final_message`` leaves
+        the last message open, so that the model goes on with it. Raises ``InvalidRequest`` for messages that aren't a
+        conversation in text, ``TemplateError`` when the template refuses them, is wrong, or takes more than its limits.
+        """
+        source = self.choose(template, with_tools=bool(tools))
+        for name in variables or {}:
+            if name in RESERVED:
+                raise InvalidRequest(
+                    f"template_kwargs may not set {name}: it has a field of its own.", param="template_kwargs"
+                )
+        chat = conversation(messages, knows_developer="developer" in source)
+        if continue_final_message:
+            if add_generation_prompt:
+                raise InvalidRequest(
+                    "continue_final_message and add_generation_prompt exclude each other.",
+                    param="continue_final_message",
+                )
+            chat[-1]["content"] = str(chat[-1]["content"]) + MARK
+        context = plain(
+            {
+                **self._special,
+                **(variables or {}),
+                "tools": list(tools) if tools else None,
+                "documents": list(documents) if documents else None,
+                "add_generation_prompt": add_generation_prompt,
+            },
+            "template_kwargs",
+        )
+        context["messages"] = chat
+        text = self._run(source, context)
+        return _cut_at_mark(text) if continue_final_message else text
+
+    def _template(self, source: str) -> jinja2.Template:
+        found = self._compiled.get(source)
+        if found is None:
+            if len(source) > MAX_SOURCE:
+                raise TemplateError(f"The chat template has {len(source)} characters; {MAX_SOURCE} are allowed.")
+            try:
+                found = self._environment.from_string(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise TemplateError(
+                    f"The chat template is not valid Jinja, line {error.lineno}: {error.message}"
+                ) from error
+            except (RecursionError, MemoryError, SyntaxError, ValueError, jinja2.TemplateError) as error:
+                raise TemplateError(f"The chat template can't be compiled: {error}") from error
+            if source in self._sources.values():
+                self._compiled[source] = found
+        return found
+
+    def _run(self, source: str, context: dict[str, Any]) -> str:
+        template = self._template(source)
+        meter = Meter(self._seconds, self._max_chars)
+        parts: list[str] = []
+        try:
+            meter.learn(context)
+            self._environment.metered_by(meter)
+            length = 0
+            for part in template.root_render_func(template.new_context(context)):
+                length += len(part)
+                if length > self._max_chars:
+                    raise LimitExceeded(f"it wrote more than {self._max_chars} characters")
+                parts.append(part)
+        except LimitExceeded as error:
+            raise TemplateError(f"The chat template was stopped: {error}.", param="messages") from error
+        except RecursionError as error:
+            raise TemplateError(
+                "The chat template was stopped: it calls itself too deeply.", param="messages"
+            ) from error
+        except Exception as error:
+            # A template is foreign code: whatever it raises is a fault of this request's messages or of the template.
+            raise TemplateError(f"The chat template failed: {error}", param="messages") from error
+        return "".join(parts)
+
+
+def conversation(messages: Any, *, knows_developer: bool) -> list[dict[str, Any]]:
+    """OpenAI's messages as templates expect them: plain data, text content, tool arguments as objects.
+
+    A ``developer`` is a ``system`` where the template doesn't know the role. Parts of text are joined. Null content is
+    "".
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InvalidRequest("messages must be a list with at least one message.", param="messages")
+    return [_message(message, f"messages[{index}]", knows_developer) for index, message in enumerate(messages)]
+
+
+def _message(given: Any, where: str, knows_developer: bool) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"{where} is a {type(given).__name__}, not an object.", param=where)
+    role = given.get("role")
+    if not isinstance(role, str) or not role:
+        raise InvalidRequest(f"{where} has no role.", param=f"{where}.role")
+    message: dict[str, Any] = {key: value for key, value in given.items() if key != "content"}
+    if role == "developer" and not knows_developer:
+        message["role"] = "system"
+    content = _text_content(given.get("content"), f"{where}.content")
+    message = plain(message, where)
+    message["content"] = content
+    if message.get("tool_calls"):
+        message["tool_calls"] = [
+            _tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(message["tool_calls"])
+        ]
+    elif "tool_calls" in message:
+        del message["tool_calls"]  # null and [] mean that there are none; templates ask whether the key exists
+    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
+    if thought is not None:
+        message = {"thinking": thought, **message, "reasoning_content": thought}
+    return message
+
+
+def _text_content(content: Any, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return str(content)
+    if not isinstance(content, list | tuple):
+        raise InvalidRequest(f"{where} is a {type(content).__name__}; it must be text or a list of parts.", param=where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) and kind in ("text", "input_text", "output_text") else None
+        if not isinstance(text, str):
+            raise InvalidRequest(
+                f"{where}[{index}] is a part of type {kind!r}; this model reads text parts only.",
+                param=f"{where}[{index}]",
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_call(call: Any, where: str) -> Any:
+    """The API carries a call's arguments as JSON text; templates write the object."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise InvalidRequest(f"{where} has no function.", param=where)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(
+                f"{where}.function.arguments is not JSON: {error}", param=f"{where}.function.arguments"
+            ) from error
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def plain(value: Any, where: str, depth: int = 0) -> Any:
+    """A copy made of JSON's types alone: a template must not meet an object with methods."""
+    if depth > MAX_DEPTH:
+        raise InvalidRequest(f"{where} is nested more than {MAX_DEPTH} deep.", param=where)
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, where, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, where, depth + 1) for item in value]
+    raise InvalidRequest(f"{where} holds a {type(value).__name__}; only JSON's types are possible.", param=where)
+
+
+def _cut_at_mark(text: str) -> str:
+    """All before the mark. A template that trims its messages has lost the mark's blank; then the message's own are
+    gone too.
+    """
+    at = text.rfind(MARK.strip())
+    if at < 0:
+        raise TemplateError(
+            "continue_final_message is set, but the chat template leaves the end of the final message out.",
+            param="continue_final_message",
+        )
+    return text[:at] if text.startswith(MARK, at) else text[:at].rstrip()

@@ -1,0 +1,251 @@
+"""A model's tokenizer, from its files, over the ``tokenizers`` library alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Library
+
+from truffula.errors import CheckpointError, InvalidRequest
+from truffula.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
+from truffula.text.pieces import byte_rule
+
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """``offsets`` are characters of the text; tokens that the tokenizer added itself have ``added`` True and lie at 0,
+    0.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    added: list[bool]
+
+
+def check_text(text: str, param: str) -> None:
+    """Raise ``InvalidRequest`` for text that is not Unicode: a lone surrogate (JSON can say ``"\\ud800"``) has no
+    UTF-8.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{param} holds a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}; "
+            "that is half of a UTF-16 pair and not text.",
+            param=param,
+            at=error.start,
+        ) from None
+
+
+class Tokenizer:
+    """Text to ids and back. Safe to use from several threads.
+
+    ``special_tokens`` maps ``bos_token``, ``eos_token``, … to their text (what chat templates read). ``special_ids``
+    are the ids that ``skip_special_tokens`` leaves out. ``chat_templates`` maps a name (``default``, ``tool_use``, …)
+    to a Jinja source.
+    """
+
+    def __init__(self, library: Library, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+        self._library = library
+        self.special_tokens = dict(special_tokens)
+        self.special_ids = frozenset(
+            token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special
+        )
+        self.bos_id = self._named("bos_token")
+        self.eos_id = self._named("eos_token")
+        self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
+        self.chat_templates = _templates(config)
+        self._rule = byte_rule(library.decoder)
+        self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    def _named(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        found: int | None = None if token is None else self._library.token_to_id(token)
+        return found
+
+    @cached_property
+    def longest_piece(self) -> int:
+        """Characters of the longest vocabulary entry: no token stands for more text than that."""
+        return max(map(len, self._library.get_vocab(with_added_tokens=True)), default=1)
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether encoding a text with special tokens puts BOS in front."""
+        return self.bos_id is not None and self.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of ``text``. Special tokens written out in it become their ids. The GIL is free meanwhile."""
+        # encode_batch_fast is encode without offsets, in half the time.
+        encoding = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        ids: list[int] = encoding.ids
+        return ids
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
+        encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
+        return Encoded(encoding.ids, encoding.offsets, [mask == 1 for mask in encoding.special_tokens_mask])
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of ``ids``: what a ``detokenizer`` gives piece by piece. Ids without a token add nothing."""
+        if skip_special_tokens:
+            ids = [token_id for token_id in ids if token_id not in self.special_ids]
+        if self._rule is None:
+            return self._decode(ids)
+        text = b"".join(map(self._piece_bytes, ids)).decode(errors="replace")
+        spaces = len(text) - len(text.lstrip(" "))
+        return text[min(self._rule.strip, spaces) :]
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh incremental decoder. Special tokens to be skipped must not be pushed."""
+        if self._rule is None:
+            return WindowDetokenizer(self._decode)
+        return ByteDetokenizer(self._piece_bytes, self._rule.strip)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._library.decode(ids, skip_special_tokens=False)
+        return text
+
+    def _piece_bytes(self, token_id: int) -> bytes:
+        found = self._bytes.get(token_id)
+        if found is None:
+            assert self._rule is not None
+            piece = self.piece(token_id)
+            found = self._bytes[token_id] = b"" if piece is None else self._rule.to_bytes(piece)
+        return found
+
+    def piece(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of a token (``Ġhello``, ``▁hello``, ``<0xE2>``); None of an id without one."""
+        found: str | None = self._library.id_to_token(token_id)
+        return found
+
+    def text_of(self, token_id: int) -> str:
+        """A token's text by itself, its leading space kept; U+FFFD where it is part of a character."""
+        found = self._texts.get(token_id)
+        if found is None:
+            if self._rule is None:
+                found = self._decode([token_id])
+            else:
+                found = self._piece_bytes(token_id).decode(errors="replace")
+            self._texts[token_id] = found
+        return found
+
+
+def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
+    """The tokenizer of a model's files (name → content), or None where there is no tokenizer.json.
+
+    Args:
+        files: ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``chat_template.jinja`` or
+        the older
+            ``chat_template.json``, as far as they exist.
+
+    Raises ``CheckpointError`` naming the file that can't be read. As in transformers, ``add_bos_token`` or
+    ``add_eos_token`` of tokenizer_config.json replaces what tokenizer.json adds around a text; padding and truncation
+    stored in tokenizer.json are switched off.
+    """
+    source = files.get("tokenizer.json")
+    if source is None:
+        return None
+    try:
+        library = Library.from_buffer(source)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(f"tokenizer.json can't be read: {error}", param="tokenizer.json") from error
+    library.no_padding()
+    library.no_truncation()
+    config = _object(files, "tokenizer_config.json")
+    special = _special_tokens(config, _object(files, "special_tokens_map.json"))
+    _add_missing(library, config, special)
+    if "add_bos_token" in config or "add_eos_token" in config:
+        library.post_processor = _surround(library, config, special)
+    if "chat_template.jinja" in files:
+        config["chat_template"] = _text(files, "chat_template.jinja")
+    elif "chat_template.json" in files:
+        config.setdefault("chat_template", _object(files, "chat_template.json").get("chat_template"))
+    return Tokenizer(library, config, special)
+
+
+def _text(files: Mapping[str, bytes], name: str) -> str:
+    try:
+        return files[name].decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name} is not UTF-8: {error}", param=name) from error
+
+
+def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The JSON object of an optional file."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(_text(files, name))
+    except ValueError as error:
+        raise CheckpointError(f"{name} is not JSON: {error}", param=name) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{name} holds a {type(value).__name__}, not an object.", param=name)
+    return value
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as text, or as an object with ``content``."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) and token else None
+
+
+def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+    """Named special tokens; tokenizer_config.json wins. Names of its own (``image_token``, …) are kept: templates read
+    them.
+    """
+    found: dict[str, str] = {}
+    for source in (special_map, config):
+        for name, value in source.items():
+            content = _content(value) if name in NAMED_TOKENS or name.endswith("_token") else None
+            if content is not None:
+                found[name] = content
+    return found
+
+
+def _add_missing(library: Library, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    """Tokens that only the other files name, and the named ones marked special, as transformers does on loading."""
+    known = {token.content: token for token in library.get_added_tokens_decoder().values()}
+    declared = config.get("added_tokens_decoder") or {}
+    for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
+        if isinstance(entry, dict) and entry.get("content") and entry["content"] not in known:
+            flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
+            library.add_tokens([AddedToken(entry["content"], special=bool(entry.get("special", False)), **flags)])
+    named = [special[name] for name in NAMED_TOKENS if name in special]
+    library.add_special_tokens([token for token in named if token not in known or not known[token].special])
+
+
+def _surround(library: Library, config: Mapping[str, Any], special: Mapping[str, str]) -> Any:
+    """The post-processor that adds BOS and EOS as tokenizer_config.json says."""
+    single, used = "$A:0", []
+    bos, eos = special.get("bos_token"), special.get("eos_token")
+    if config.get("add_bos_token") and bos is not None:
+        single = f"{bos}:0 {single}"
+        used.append((bos, library.token_to_id(bos)))
+    if config.get("add_eos_token") and eos is not None:
+        single = f"{single} {eos}:0"
+        used.append((eos, library.token_to_id(eos)))
+    return processors.TemplateProcessing(single=single, special_tokens=used)
+
+
+def _templates(config: Mapping[str, Any]) -> dict[str, str]:
+    """``chat_template`` is one source, or a list of named ones."""
+    found = config.get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    if isinstance(found, list):
+        return {
+            entry["name"]: entry["template"]
+            for entry in found
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        }
+    return {}
