@@ -1,0 +1,304 @@
+"""From a ``Checkpoint`` to what can be loaded: ``plan_model`` reads metadata only, ``puller`` hands out the weights.
+
+Every name of the checkpoint is accounted for, every weight is handed out exactly once, with the shape the config gives
+and finite values; anything else is an error that names file and tensor. Tying is asked of ``weights/tying.py``, once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from truffula.errors import CheckpointError, KernelError, UnsupportedModel
+from truffula.kernels.backend import Array
+from truffula.kernels.program import Program, WeightDecl, WeightPart
+from truffula.model.decoder import build_program
+from truffula.model.names import WeightNames, resolve_names
+from truffula.model.read import ReadConfig, read_config
+from truffula.model.spec import ModelSpec
+from truffula.weights.checkpoint import Checkpoint, TensorInfo
+from truffula.weights.finite import first_non_finite
+from truffula.weights.tying import Tie, TyingDecision, decide, equal_as_stored, read_flag
+
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What would be loaded, and how. Made without reading tensor data, unless two tables must be compared.
+
+    ``stored_bytes`` are those of the tensors the program uses, ``saved_bytes`` what tying spares (the table that is not
+    held twice), ``stored_dtype`` the float type that most of those bytes have, ``unused`` names left out knowingly.
+    """
+
+    spec: ModelSpec
+    program: Program
+    tying: TyingDecision
+    warnings: tuple[str, ...]
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    max_model_len: int
+    stored_bytes: int
+    unused: tuple[str, ...]
+    saved_bytes: int
+    stored_dtype: str = "float32"
+
+
+def plan_model(checkpoint: Checkpoint) -> ModelPlan:
+    """Plan how ``checkpoint`` is served.
+
+    Raises:
+        UnsupportedModel: config.json asks for something we don't do; names the key.
+        CheckpointError: a tensor is missing, left over, of a wrong shape or type; names it.
+        TyingError: neither table is there, or the head is missing though the flag says untied.
+    """
+    read = read_config(checkpoint.config)
+    spec = read.spec
+    names = resolve_names(spec, checkpoint.tensors)
+    tying, warnings = _decide(checkpoint, read, names)
+    program = build_program(spec, names, tying)
+    _check_shapes(checkpoint, program)
+    eos, eos_warnings = _eos_ids(checkpoint, read)
+    used = {part.name for decl in program.weights for part in decl.parts}
+    dropped = [name for name in checkpoint.tensors if name not in used and name not in names.unused]
+    table = checkpoint.tensors[program.weights[0].parts[0].name]
+    return ModelPlan(
+        spec=spec,
+        program=program,
+        tying=tying,
+        warnings=(*checkpoint.warnings, *read.warnings, *names.warnings, *warnings, *eos_warnings),
+        eos_token_ids=eos,
+        bos_token_id=_bos_id(checkpoint, read),
+        max_model_len=spec.max_positions,
+        stored_bytes=sum(checkpoint.tensors[name].nbytes for name in used),
+        unused=(*names.unused, *dropped),
+        saved_bytes=0 if tying.tie is Tie.SEPARATE else table.nbytes,
+        stored_dtype=_stored_dtype(checkpoint, used),
+    )
+
+
+def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tuple[TyingDecision, list[str]]:
+    """Ask the one place that decides, with what the files hold."""
+    flag = read_flag(checkpoint.config)
+    embed, head = checkpoint.tensors.get(names.embed), checkpoint.tensors.get(names.head)
+    same_shape, equal = True, None
+    if embed is not None and head is not None:
+        same_shape = embed.shape == head.shape
+        equal = same_shape and equal_as_stored(checkpoint, names.embed, names.head)
+    decision = decide(
+        flag.value,
+        has_embed=names.has_embed,
+        has_head=names.has_head,
+        equal=equal,
+        # GGUF has no flag and means tied by leaving the head out: nothing to warn about.
+        class_default=True if checkpoint.format == "gguf" else read.tie_default,
+        same_shape=same_shape,
+        embed_name=names.embed,
+        head_name=names.head,
+    )
+    if names.has_head and head is None and decision.tie is not Tie.TIED:
+        raise CheckpointError(f"{names.head} is wanted; the head is there in another form, perhaps quantised.")
+    return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
+
+
+def _check_shapes(checkpoint: Checkpoint, program: Program) -> None:
+    for decl in program.weights:
+        rows = 0
+        for part in decl.parts:
+            info = checkpoint.tensors[part.name]
+            _check_dtype(checkpoint, info)
+            if info.shape[1:] != decl.shape[1:] or len(info.shape) != len(decl.shape):
+                raise _wrong_shape(info, decl, program)
+            rows += _part_rows(part, info)
+        if rows != decl.shape[0]:
+            raise _wrong_shape(checkpoint.tensors[decl.parts[0].name], decl, program)
+        _check_slices(checkpoint, decl, program)
+
+
+def _check_slices(checkpoint: Checkpoint, decl: WeightDecl, program: Program) -> None:
+    """Parts of a split weight must be cut where the sites are: q and k of swapped heights add up all the same."""
+    if len(decl.parts) == 1:
+        return
+    slices = next(
+        (op.slices for op in program.ops if getattr(op, "weight", None) == decl.id and hasattr(op, "slices")), None
+    )
+    bounds = {item.hi for item in slices} if slices else None
+    row = 0
+    for part in decl.parts:
+        info = checkpoint.tensors[part.name]
+        row += _part_rows(part, info)
+        if bounds is not None and row not in bounds:
+            raise _wrong_shape(info, decl, program)
+
+
+def _part_rows(part: WeightPart, info: TensorInfo) -> int:
+    return (info.shape[0] if part.hi < 0 else part.hi) - part.lo
+
+
+def _wrong_shape(info: TensorInfo, decl: WeightDecl, program: Program) -> CheckpointError:
+    text = f"{info.name} in {info.file.name} has shape {list(info.shape)}; by the config it is {list(decl.shape)}."
+    if decl.shape[0] == program.vocab_size:
+        text += f" vocab_size is {program.vocab_size}: rows the config does not count have no meaning we could know."
+    return CheckpointError(text, tensor=info.name, file=str(info.file), shape=list(info.shape), wanted=list(decl.shape))
+
+
+def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
+    if info.dtype in _FLOATS or checkpoint.format == "gguf":
+        return
+    raise CheckpointError(
+        f"{info.name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
+        tensor=info.name,
+        file=str(info.file),
+        dtype=info.dtype,
+    )
+
+
+def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
+    sizes: Counter[str] = Counter()
+    for name in sorted(used):
+        info = checkpoint.tensors[name]
+        sizes[_FLOATS.get(info.dtype, "float32")] += info.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+# Special ids
+
+
+def _ids(value: Any, key: str, where: str) -> list[int]:
+    """An id, a list of ids, or nothing."""
+    found = value if isinstance(value, list) else [] if value is None else [value]
+    for item in found:
+        if isinstance(item, bool) or not isinstance(item, int):
+            raise UnsupportedModel(f"{where}: {key} is {value!r}; an id or a list of ids is wanted.", param=key)
+    return cast("list[int]", found)
+
+
+def _special(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
+    """Whether the config writes ``key``, at its own level or in its text part, and what it says there."""
+    text = config.get("text_config")
+    for level in (config, text if isinstance(text, Mapping) else {}):
+        if level.get(key) is not None:
+            return True, level[key]
+    return False, None
+
+
+def _eos_ids(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[int, ...], list[str]]:
+    """Ids that end a completion: those of generation_config.json and those of config.json, each once, in that order."""
+    key, warnings = "eos_token_id", []
+    generation = _ids(checkpoint.generation_config.get(key), key, "generation_config.json")
+    written, value = _special(checkpoint.config, key)
+    configured = _ids(value if written or generation else read.eos_default, key, "config.json")
+    extra = [item for item in configured if item not in generation]
+    if generation and extra:
+        warnings.append(
+            f"config.json ends a completion at {extra}, which generation_config.json does not list; both count."
+        )
+    found = dict.fromkeys((*generation, *configured))
+    outside = [item for item in found if not 0 <= item < read.spec.vocab_size]
+    if outside:
+        warnings.append(f"eos_token_id {outside} lies outside the vocabulary of {read.spec.vocab_size} ids; left out.")
+    ids = tuple(item for item in found if item not in outside)
+    if not ids:
+        warnings.append(
+            "Neither config.json nor generation_config.json names an end id: completions end by length or stop."
+        )
+    return ids, warnings
+
+
+def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:
+    written, value = _special(checkpoint.config, "bos_token_id")
+    ids = _ids(value if written else checkpoint.generation_config.get("bos_token_id"), "bos_token_id", "config.json")
+    return ids[0] if ids else read.bos_default if "bos_token_id" not in checkpoint.config else None
+
+
+# Weights
+
+
+class Puller:
+    """A ``PullWeight``: called once per weight, it yields the weight's parts in order.
+
+    A part is a view of the mapped file in its stored dtype, or, when it is transformed, a fresh float32 array (the
+    pages of its file are released at the next call; those of a view are the backend's to keep or to drop).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: ModelPlan,
+        *,
+        progress: Callable[[str, int, int | None], None] | None = None,
+    ) -> None:
+        self.checkpoint, self.plan, self.progress = checkpoint, plan, progress
+        self._filled: set[int] = set()
+        self._release: list[str] = []
+        self._done_bytes = 0
+
+    def __call__(self, decl: WeightDecl) -> Sequence[Array]:
+        """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
+        if decl.id in self._filled:
+            raise KernelError(f"{decl.name} was pulled twice.")
+        self._let_go()
+        parts = [self._part(part) for part in decl.parts]
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        if shape != decl.shape:
+            raise KernelError(f"{decl.name} came out as {shape}, declared as {decl.shape}.")
+        self._filled.add(decl.id)
+        return parts
+
+    def _part(self, part: WeightPart) -> Array:
+        info, array = self.checkpoint.tensors[part.name], self.checkpoint.read(part.name)
+        found = first_non_finite(array)
+        if found is not None:
+            count, index = found
+            raise CheckpointError(
+                f"{part.name} in {info.file.name} holds {count} values that are NaN or infinite, the first at {index}.",
+                tensor=part.name,
+                file=str(info.file),
+                count=count,
+            )
+        if part.lo or part.hi >= 0:
+            array = array[part.lo : part.hi if part.hi >= 0 else None]
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+            self._release.append(part.name)
+        if part.permute is not None:
+            array = _unpermute(array, *part.permute)
+        if part.transform != "none":
+            array = np.asarray(array, np.float32) + np.float32(1 if part.transform == "plus_one" else -1)
+            self._release.append(part.name)
+        self._done_bytes += info.nbytes
+        if self.progress is not None:
+            self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
+        return array
+
+    def _let_go(self) -> None:
+        for name in self._release:
+            self.checkpoint.release(name)
+        self._release.clear()
+
+    def finish(self) -> None:
+        """Say that loading is over. Raises ``KernelError`` when a weight was never pulled: it would be undefined."""
+        self._let_go()
+        left = [decl.name for decl in self.plan.program.weights if decl.id not in self._filled]
+        if left:
+            raise KernelError(f"{len(left)} weights were never filled: {', '.join(left[:10])}.")
+
+
+def puller(
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    *,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> Puller:
+    """The weights of ``plan``, to be given to ``Backend.load``; call ``finish()`` behind it."""
+    return Puller(checkpoint, plan, progress=progress)
+
+
+def _unpermute(array: Array, heads: int, head_dim: int) -> Array:
+    """Rows from interleaved rotary pairs to halves: ``[h, d/2, 2] -> [h, 2, d/2]``."""
+    shape = (heads, head_dim // 2, 2, *array.shape[1:])
+    return np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2)).reshape(array.shape)
