@@ -1,0 +1,91 @@
+"""The one byte limit. Pools reserve from it; when it is full, what nobody uses is given up, oldest first.
+
+Order of claims: running KV and leased adapters are never taken from here (the scheduler preempts to free them); cached
+KV blocks and idle adapters are one LRU across pools, by the stamp of their last use.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from truffula.errors import ConfigError
+
+
+class Reclaimer(Protocol):
+    """A pool that holds things nobody uses at the moment."""
+
+    def oldest(self) -> float | None:
+        """Last-use stamp (monotonic seconds) of the thing idle for longest; None when nothing is idle."""
+
+    def evict_oldest(self) -> int:
+        """Give that thing up, releasing its bytes in the budget. Returns the bytes released."""
+
+
+class MemoryBudget:
+    """Counts bytes by owner under one limit. Holds no memory itself."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        if limit_bytes < 0:
+            raise ConfigError(
+                f"The memory limit is {limit_bytes} bytes; it must not be negative.", param="memory_bytes"
+            )
+        self.limit = limit_bytes
+        self._used: dict[str, int] = {}
+        self._reclaimers: dict[str, Reclaimer] = {}
+        self.reclaimed_bytes = 0
+
+    def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None:
+        """Let ``owner``'s idle things be evicted when somebody's reservation does not fit."""
+        self._reclaimers[owner] = reclaimer
+
+    def used(self, owner: str) -> int:
+        return self._used.get(owner, 0)
+
+    def total_used(self) -> int:
+        return sum(self._used.values())
+
+    def available(self) -> int:
+        """Bytes free without evicting anything."""
+        return self.limit - self.total_used()
+
+    def fixed(self) -> int:
+        """Bytes of owners that never give anything up (weights, arena)."""
+        return sum(used for owner, used in self._used.items() if owner not in self._reclaimers)
+
+    def reserve(self, owner: str, nbytes: int) -> bool:
+        """Take ``nbytes`` for ``owner``, evicting idle things where needed. False (and nothing taken) when it does not
+        fit.
+
+        What was evicted on the way to a False stays evicted: it was idle, and the next try needs it gone too.
+        """
+        if nbytes < 0:
+            raise ValueError(f"cannot reserve {nbytes} bytes")
+        if nbytes > self.limit - self.fixed():
+            return False
+        while self.available() < nbytes:
+            if not self._reclaim_one():
+                return False
+        self._used[owner] = self.used(owner) + nbytes
+        return True
+
+    def release(self, owner: str, nbytes: int) -> None:
+        """Give back what ``reserve`` took."""
+        if nbytes < 0 or nbytes > self.used(owner):
+            raise ValueError(f"{owner} releases {nbytes} of {self.used(owner)} bytes")
+        self._used[owner] -= nbytes
+
+    def check(self) -> None:
+        """Raise AssertionError when the sums are wrong."""
+        assert all(used >= 0 for used in self._used.values()), self._used
+        assert self.total_used() <= self.limit, (self._used, self.limit)
+
+    def _reclaim_one(self) -> bool:
+        stamps = [(stamp, owner) for owner, pool in self._reclaimers.items() if (stamp := pool.oldest()) is not None]
+        if not stamps:
+            return False
+        _, owner = min(stamps)
+        before = self.used(owner)
+        self._reclaimers[owner].evict_oldest()
+        freed = before - self.used(owner)
+        self.reclaimed_bytes += freed
+        return freed > 0

@@ -1,0 +1,94 @@
+"""What an engine allows, and the judgement of a request against it before it is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from truffula.errors import InsufficientMemory, InvalidRequest, PromptTooLong
+from truffula.types import EngineRequest
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Fixed at start. ``num_blocks`` counts the scratch block too; ``kv_block_bytes`` 0 leaves KV out of the byte
+    budget.
+
+    ``look_ahead``: how many adapters that are not loaded yet may be loading for waiting requests. ``patience``: after
+    how many steps of being passed over for want of room an adapter that runs nothing may take it from the one that runs
+    most.
+    """
+
+    max_model_len: int
+    step_tokens: int
+    step_logit_rows: int
+    max_running: int
+    max_waiting: int
+    block_size: int
+    num_blocks: int
+    prefix_cache: bool
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    look_ahead: int = 64
+    kv_block_bytes: int = 0
+    patience: int = 16
+
+
+def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if not ids:
+        return
+    try:
+        array = np.asarray(ids)
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise InvalidRequest(f"{name} holds something that is not a token id.", param=name) from None
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise InvalidRequest(
+            f"{name} holds token id {bad}, outside 0 .. {vocab_size - 1}.",
+            param=name,
+            token_id=bad,
+            vocab_size=vocab_size,
+        )
+
+
+def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks: int) -> int:
+    """Judge ``request``; returns at how many tokens, prompt and completion together, it ends at the latest.
+
+    ``max_tokens`` None fills what there is room for; a larger one than the model has positions ends there with
+    ``length``.
+
+    Raises:
+        InvalidRequest: No prompt, or an id outside the vocabulary.
+        PromptTooLong: No position is left for a completion token.
+        InsufficientMemory: Its KV would not fit even if it ran alone.
+    """
+    params, prompt = request.params, len(request.prompt_ids)
+    if not prompt:
+        raise InvalidRequest("The prompt is empty; give at least one token.", param="prompt")
+    _check_ids("prompt", request.prompt_ids, limits.vocab_size)
+    _check_ids("resume_ids", request.resume_ids, limits.vocab_size)
+    _check_ids("stop_token_ids", params.stop_token_ids, limits.vocab_size)
+    _check_ids("logit_bias", list(params.logit_bias), limits.vocab_size)
+    room = limits.max_model_len - prompt
+    if room < (0 if params.max_tokens == 0 else 1):
+        raise PromptTooLong(
+            f"The prompt has {prompt} tokens; the model takes {limits.max_model_len}, prompt and completion together.",
+            param="prompt", prompt_tokens=prompt, max_model_len=limits.max_model_len,
+        )  # fmt: skip
+    fits = capacity_blocks * limits.block_size  # positions with KV; the last token of all needs none
+    if params.max_tokens is None:
+        total = min(limits.max_model_len, max(prompt + 1, fits + 1))
+    else:
+        total = prompt + min(params.max_tokens, room)
+    if total - 1 > fits:
+        raise InsufficientMemory(
+            f"{prompt} prompt tokens and up to {total - prompt} more need {-(-(total - 1) // limits.block_size)} KV blocks "
+            f"of {limits.block_size} tokens; there are {capacity_blocks}. Ask for less, or give the server more memory.",
+            param="max_tokens", tokens=total, blocks=capacity_blocks, block_size=limits.block_size,
+        )  # fmt: skip
+    return total

@@ -1,0 +1,217 @@
+"""An engine over the hash model with a clock and a loader in the test's hands, checked after every step."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from truffula.engine.budget import MemoryBudget
+from truffula.engine.engine import Engine, EngineLimits
+from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.kernels.backend import Executable, SiteTensors
+from truffula.kernels.inputs import Capacity
+from truffula.lora.image import write_image
+from truffula.lora.loading import LoadResult
+from truffula.lora.pool import AdapterPool
+from truffula.testing.executable import HashModel
+from truffula.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
+
+VOCAB = 97
+EOS = 96
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass(frozen=True)
+class Laid:
+    """An adapter without any weights but ``nbytes`` of ballast: the hash model goes by its generation alone."""
+
+    generation: str
+    nbytes: int = 64
+    rank: int = 1
+
+    @property
+    def sites(self) -> list[SiteTensors]:
+        ballast = np.zeros((1, max(1, self.nbytes // 4)), np.float32)
+        return [SiteTensors(0, ballast, np.zeros((1, 1), np.float32), 1.0)]
+
+
+class HandLoader:
+    """An ``AdapterLoader`` whose loads end when the test says. ``automatic``: on the next poll.
+
+    The generation is the locator's hash by way of its text, so a place means the same adapter in every test. Locators that
+    begin with ``bad`` fail.
+    """
+
+    def __init__(self, *, automatic: bool = True, nbytes: int = 64) -> None:
+        self.automatic = automatic
+        self.nbytes = nbytes
+        self.started: list[str] = []
+        self._next = 0
+        self._open: dict[int, AdapterRef] = {}
+        self._done: list[LoadResult] = []
+
+    def start(self, ref: AdapterRef) -> int:
+        self._next += 1
+        self._open[self._next] = ref
+        self.started.append(ref.locator)
+        return self._next
+
+    def finish(self, locators: Iterable[str] | None = None) -> None:
+        for ticket, ref in list(self._open.items()):
+            if locators is None or ref.locator in locators:
+                del self._open[ticket]
+                self._done.append(self._result(ticket, ref))
+
+    def poll(self) -> list[LoadResult]:
+        if self.automatic:
+            self.finish()
+        done, self._done = self._done, []
+        return done
+
+    def cancel(self, ticket: int) -> None:
+        self._open.pop(ticket, None)
+
+    def close(self) -> None:
+        self._open.clear()
+
+    def _result(self, ticket: int, ref: AdapterRef) -> LoadResult:
+        if ref.locator.startswith("bad"):
+            return LoadResult(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
+        laid = Laid(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
+        path = Path(tempfile.mkdtemp()) / "image"
+        size = write_image(laid, path)
+        return LoadResult(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
+
+
+def limits(**changes) -> EngineLimits:
+    values = dict(
+        max_model_len=128, step_tokens=32, step_logit_rows=32, max_running=8, max_waiting=1000, block_size=4,
+        num_blocks=200, prefix_cache=True, vocab_size=VOCAB, eos_token_ids=(EOS,),
+    )  # fmt: skip
+    return EngineLimits(**{**values, **changes})
+
+
+def capacity_of(lim: EngineLimits) -> Capacity:
+    return Capacity(
+        max_tokens=lim.step_tokens, max_seqs=lim.max_running, max_logit_rows=lim.step_logit_rows,
+        max_segments=lim.max_running, num_blocks=lim.num_blocks, block_size=lim.block_size,
+        max_blocks_per_seq=-(-lim.max_model_len // lim.block_size),
+    )  # fmt: skip
+
+
+@dataclass
+class Answer:
+    """What the events of one request came to."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_logprobs: list | None = None
+    final: TokenEvent | None = None
+    steps: list[int] = field(default_factory=list)  # in which steps its tokens came
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.final.finish_reason if self.final else None
+
+    @property
+    def code(self) -> str | None:
+        return self.final.error.code if self.final and self.final.error else None
+
+
+class Rig:
+    """``Engine`` with everything in reach. ``step`` checks every owner and the promises about events."""
+
+    def __init__(
+        self, lim: EngineLimits | None = None, *, executable: Executable | None = None, budget_bytes: int = 1 << 30,
+        loader: HandLoader | None = None, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.limits = lim or limits()
+        self.clock = Clock()
+        self.loader = loader or HandLoader()
+        self.budget = MemoryBudget(budget_bytes)
+        self.executable = executable or HashModel(capacity_of(self.limits), self.limits.vocab_size, seed=seed)
+        self.adapters = AdapterPool(self.executable, self.loader, self.budget, self.clock, failure_ttl_s=10.0)
+        self.engine = Engine(self.executable, self.limits, self.adapters, self.budget, clock=self.clock)
+        self.answers: dict[str, Answer] = {}
+        self.steps = 0
+
+    def add(self, request: EngineRequest) -> None:
+        self.answers.setdefault(request.request_id, Answer())
+        self.engine.add(request)
+
+    def step(self) -> list[TokenEvent]:
+        self.steps += 1
+        self.clock.now += 0.001
+        events = self.engine.step()
+        self.engine.check()
+        for event in events:
+            answer = self.answers[event.request_id]
+            assert answer.final is None, f"an event after the final one of {event.request_id}"
+            answer.token_ids += event.token_ids
+            answer.logprobs += event.logprobs
+            answer.top_logprobs += event.top_logprobs
+            if event.prompt_logprobs is not None:
+                assert answer.prompt_logprobs is None, "prompt logprobs came twice"
+                answer.prompt_logprobs = event.prompt_logprobs
+            if event.token_ids:
+                answer.steps.append(self.steps)
+            if event.finish_reason is not None:
+                answer.final = event
+        return events
+
+    def drain(self, most: int = 5000) -> None:
+        """Steps until every request has its final event."""
+        for _ in range(most):
+            if self.engine.idle():
+                return
+            self.step()
+        raise AssertionError(f"no end after {most} steps: {self.engine.stats()}")
+
+    def run(self, requests: Iterable[EngineRequest]) -> dict[str, Answer]:
+        """All of them at once, to their ends; then nothing may be left."""
+        for request in requests:
+            self.add(request)
+        self.drain()
+        self.assert_clean()
+        return self.answers
+
+    def assert_clean(self) -> None:
+        """No block in use, no lease, no sequence."""
+        stats = self.engine.stats()
+        assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
+        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - 1
+        assert all(state.leases == 0 for state in self.adapters.states())
+        self.engine.check()
+
+
+def request(
+    name: str, prompt: list[int], *, adapter: str | AdapterRef | None = None, choice: int = 0,
+    resume_ids: list[int] | None = None, salt: str = "", queue_deadline: float | None = None,
+    deadline: float | None = None, arrival: float = 0.0, **params,
+) -> EngineRequest:  # fmt: skip
+    ref = AdapterRef(name=adapter, locator=adapter) if isinstance(adapter, str) else adapter
+    return EngineRequest(
+        request_id=name, prompt_ids=prompt, params=SamplingParams(**{"temperature": 0.0, **params}), choice=choice,
+        adapter=ref, resume_ids=resume_ids or [], salt=salt, queue_deadline=queue_deadline, deadline=deadline,
+        arrival=arrival,
+    )  # fmt: skip
+
+
+def alone(req: EngineRequest, *, seed: int = 0, **changes) -> Answer:
+    """What ``req`` answers with the engine to itself, in one chunk, without a prefix cache."""
+    settings = {"step_tokens": 512, "step_logit_rows": 512, "prefix_cache": False, "num_blocks": 200, **changes}
+    return Rig(limits(**settings), seed=seed).run([req])[req.request_id]
