@@ -298,12 +298,13 @@ class _Builder:
         self._op(TakeRows(name="take_rows", x=self.hidden, out=last, probe=self._after_layer(len(spec.layers) - 1)))
         if spec.final_norm is not None:
             normed = self.arena.add("last_normed", spec.hidden, "R")
-            probe = Probe(self._module(spec.final_norm.module), "out")
-            self._op(self._norm_op("final_norm", spec.final_norm, last, normed, None, probe))
+            shown = Probe(self._module(spec.final_norm.module), "out")
+            self._op(self._norm_op("final_norm", spec.final_norm, last, normed, None, shown))
             last = normed
         bias = self._head_bias()
         # A softcap comes after the head's module in transformers, whose output is then no longer the same value.
-        probe = None if spec.logit_softcap is not None or spec.logit_scale != 1.0 else Probe(spec.names.head, "out")
+        plain = spec.logit_softcap is None and spec.logit_scale == 1.0
+        probe = Probe(spec.names.head, "out") if plain else None
         self._op(Logits(name="logits", x=last, weight=head, out=logits, bias=bias, scale=spec.logit_scale,
                         softcap=spec.logit_softcap, site=self._table_site("head"), probe=probe))  # fmt: skip
         return logits

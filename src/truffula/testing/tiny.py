@@ -1,0 +1,165 @@
+"""Tiny models on disk, awkward on purpose: odd vocabularies, one KV head, head widths that hidden does not give.
+
+``write_tiny_checkpoint`` needs numpy alone and takes milliseconds; ``write_tiny_model`` lets transformers write the
+files. Weights are large enough that a wrong step shows in the logits: transformers' own initialisation is near zero,
+where every model agrees with every other.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from truffula.model.read import read_config
+from truffula.model.spec import WeightRow
+from truffula.testing.files import write_safetensors
+
+Array = npt.NDArray[Any]
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+_BASE = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "llama": {},
+    "ministral": {"sliding_window": 7, "head_dim": 8},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen3": {"head_dim": 10},
+}
+
+
+def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
+    """A config.json of a few thousand weights; ``overrides`` win. Multimodal types nest it, without a vision tower."""
+    if model_type == "gemma3":
+        text = tiny_config("gemma3_text", **overrides)
+        return {
+            "model_type": "gemma3",
+            "text_config": text,
+            "tie_word_embeddings": text.get("tie_word_embeddings", True),
+        }
+    return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+
+
+def tiny_llama_config(**overrides: Any) -> dict[str, Any]:
+    """The tiny llama that other parts' tests use."""
+    return tiny_config("llama", **overrides)
+
+
+def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "float32") -> dict[str, Array]:
+    """Random tensors under the names transformers writes; the head only when ``tie_word_embeddings`` is not true.
+
+    Each tensor depends on ``seed`` and its own name, so that two configs share what they have in common.
+    """
+    read = read_config(config)
+    spec = read.spec
+    prefix, head = spec.names.prefixes[2 if spec.names.aliases else 0]
+    tied = config.get("tie_word_embeddings", read.tie_default)
+    tensors = {}
+    for row in spec.rows:
+        for item in row.slices:
+            if row.kind == "head" and tied:
+                continue
+            module = head if row.kind == "head" else prefix + item.module
+            shape = (item.rows, row.width) if row.width else (item.rows,)
+            tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
+    return tensors
+
+
+def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype: str) -> Array:
+    values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
+    if row.kind == "vector" and row.param == "weight":
+        values = values * np.float32(0.1) + np.float32(0 if row.transform == "plus_one" else 1)
+    elif row.param == "bias":
+        values = values * np.float32(0.1)
+    else:
+        # A small input table: where it is also the head, a large one would answer every token with itself.
+        values = values * np.float32((0.2 if row.kind == "embed" else 1.5) / row.width**0.5)
+    return values.astype(DTYPES[dtype])
+
+
+def write_tiny_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    drop: Iterable[str] = (),
+    extra: Mapping[str, Array] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model folder without transformers: config.json and model.safetensors. Returns ``folder``.
+
+    ``drop`` leaves out tensors, ``extra`` adds or replaces some, by their names on disk.
+    """
+    config = dict(config if config is not None else tiny_llama_config())
+    tensors = tiny_tensors(config, seed=seed, dtype=dtype) | dict(extra or {})
+    for name in drop:
+        tensors.pop(name, None)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if generation_config is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_config))
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    return folder
+
+
+def write_tiny_model(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    seed: int = 0,
+    vocab_size: int = 101,
+    tie: bool | None = None,
+    dtype: str = "float32",
+    **overrides: Any,
+) -> Path:
+    """Let transformers write a tiny model of ``model_type`` with the weights of ``tiny_tensors``. Returns ``folder``.
+
+    Args:
+        folder: Made when it is not there.
+        model_type: A key of ``ARCHITECTURES`` other than a multimodal one.
+        seed: Of the weights.
+        vocab_size: Rows of the tables.
+        tie: ``tie_word_embeddings``; None is the class default.
+        dtype: What is stored.
+        overrides: Further config keys.
+
+    Raises:
+        ImportError: transformers (the extra ``hf``) or torch is not installed.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = tiny_config(model_type, vocab_size=vocab_size, **overrides)
+    if tie is not None:
+        config["tie_word_embeddings"] = tie
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=getattr(torch, dtype))
+    stored = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, array in tiny_tensors(config, seed=seed).items():
+            stored[name].copy_(torch.from_numpy(array))
+    model.save_pretrained(folder)
+    return folder
