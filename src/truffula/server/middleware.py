@@ -11,12 +11,14 @@ import re
 import time
 import uuid
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from truffula.errors import TruffulaError
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.errors import BodyTooLarge, render, side_of
+from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
@@ -68,6 +70,8 @@ class RequestScope:
 
         try:
             await self.app(scope, receive, with_id)
+        except ClientGone:
+            record.error_code = "client_gone"
         except Exception:
             log.exception("request %s failed by a fault of the server", record.request_id)
             record.error_code = "internal_error"
@@ -83,8 +87,8 @@ class RequestScope:
         route = scope.get("route")
         record.route = getattr(route, "path", "") or record.route
         self._metrics.request_ended(record)
-        if self._access_log:
-            access.info("%s", AccessLine(record))
+        if self._access_log and access.isEnabledFor(logging.INFO):
+            access.info("%s", AccessLine(record), extra={"fields": asdict(record)})
 
 
 class AccessLine:

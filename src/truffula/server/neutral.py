@@ -38,7 +38,7 @@ OPENAI_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "priority": (0,),
         "truncation_side": ("left",),
         "chat_template": (),
-        "documents": ([],),
+        "echo": (False,),  # of a chat; completions know it
         "thinking_token_budget": (),
         "prediction": (),
         "audio": (),

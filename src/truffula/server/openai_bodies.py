@@ -211,7 +211,7 @@ class ChatBody(OpenAIBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    echo: bool | None = None
+    documents: list[dict[str, Any]] | None = None
 
     def check(self) -> None:
         super().check()

@@ -56,10 +56,10 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
             return task.result()
         raise ClientGone
     finally:
-        await _end(task, watch)
+        await end_tasks(task, watch)
 
 
-async def _end(*tasks: asyncio.Future[Any]) -> None:
+async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     """Cancels what still runs and waits for it, so that nothing outlives its request."""
     for task in tasks:
         task.cancel()
@@ -116,5 +116,5 @@ class EventStream(Response):
         except OSError as error:  # what a server of ASGI spec 2.4 raises when the client is gone
             raise ClientGone from error
         finally:
-            await _end(ticker)
+            await end_tasks(ticker)
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,190 @@
+"""From ``GenerateRequest``s to an answer, the same for every dialect: open, watch the client, fold or stream, count.
+
+A dialect brings requests and a ``Writer``; what is here decides when a fault is a status and when it is an event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from starlette.requests import Request
+
+from truffula.errors import TruffulaError
+from truffula.metrics import RequestRecord
+from truffula.server.errors import Aborted, as_error
+from truffula.server.sse import EventStream, end_tasks, unless_gone
+from truffula.server.state import ServerState, record_of, state_of
+from truffula.service import TextStream, collect
+from truffula.types import AdapterRef, ChoiceTotals, Completion, GenerateRequest, TextDelta
+
+# One wake of the event loop: deltas with the index of the prompt they belong to.
+Batch = list[tuple[int, TextDelta]]
+
+
+class Writer(Protocol):
+    """One dialect's stream, as bytes of whole frames. ``begin`` is called once, with the first deltas at hand."""
+
+    def begin(self) -> bytes: ...
+    def delta(self, prompt: int, delta: TextDelta) -> bytes: ...
+    def fail(self, error: TruffulaError) -> bytes: ...
+    def end(self) -> bytes: ...
+
+
+class _Watch:
+    """Fills the request's record from its deltas, and times the gaps between those of a choice."""
+
+    def __init__(self, state: ServerState, record: RequestRecord) -> None:
+        self._state = state
+        self._record = record
+        self._observer = state.metrics.observer(record.adapter)
+        self._last: dict[tuple[int, int], float] = {}
+
+    def note(self, batch: Batch) -> Batch:
+        now = time.monotonic()
+        for prompt, delta in batch:
+            key = (prompt, delta.choice)
+            before = self._last.get(key)
+            if before is not None and delta.tokens:
+                self._observer.inter_token.observe((now - before) / len(delta.tokens))
+            self._last[key] = now
+            if delta.totals is not None:
+                self._ended(delta.totals)
+            if delta.finish_reason is not None:
+                self._record.finish = delta.finish_reason
+                self._state.succeeded |= delta.finish_reason in ("stop", "length")
+        return batch
+
+    def _ended(self, totals: ChoiceTotals) -> None:
+        record = self._record
+        record.completion_tokens += totals.completion_tokens
+        if totals.times is not None:
+            record.queue_s = max(record.queue_s or 0.0, totals.times.queue_s)
+            record.load_s = max(record.load_s, totals.times.load_s)
+            ttft = totals.times.ttft_s
+            record.ttft_s = ttft if record.ttft_s is None else min(record.ttft_s, ttft)
+
+
+def mark(request: Request, adapter: AdapterRef | None, max_tokens: int | None) -> None:
+    """Notes on the record whom a generating request asked."""
+    record = record_of(request)
+    record.adapter = None if adapter is None else adapter.name
+    record.max_tokens = max_tokens
+
+
+async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Batch, None]:
+    """Submits ``requests`` together and yields their deltas. Closing it aborts whatever still runs."""
+    state, record = state_of(request), record_of(request)
+    watch = _Watch(state, record)
+    streams: list[TextStream] = []
+    started = time.monotonic()
+    try:
+        for one in requests:
+            streams.append(await state.service.open(one))
+            record.prompt_tokens += streams[-1].prompt_tokens
+        record.validation_s = time.monotonic() - started
+        if len(streams) == 1:
+            async for found in streams[0]:
+                yield watch.note([(0, delta) for delta in found])
+        else:
+            async with aclosing(_merged(streams)) as batches:
+                async for batch in batches:
+                    yield watch.note(batch)
+    finally:
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:
+    """The deltas of many streams as they come. The first stream's exception ends all."""
+    queue: asyncio.Queue[tuple[int, list[TextDelta]]] = asyncio.Queue()
+
+    async def pump(index: int, stream: TextStream) -> None:
+        async for found in stream:
+            queue.put_nowait((index, found))
+
+    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
+    for i, task in enumerate(tasks):
+        task.add_done_callback(lambda _, i=i: queue.put_nowait((i, [])))  # type: ignore[misc]
+    try:
+        left = len(tasks)
+        while left:
+            found = [await queue.get()]
+            while not queue.empty():
+                found.append(queue.get_nowait())
+            ended = [i for i, deltas in found if not deltas]
+            if batch := [(i, delta) for i, deltas in found for delta in deltas]:
+                yield batch
+            for i in ended:
+                tasks[i].result()
+            left -= len(ended)
+    finally:
+        await end_tasks(*tasks)
+
+
+def fault(delta: TextDelta) -> TruffulaError | None:
+    """Why a choice ended without an answer, None while it goes on or ended well."""
+    if delta.finish_reason == "error":
+        return as_error(delta.error)
+    if delta.finish_reason == "abort":
+        return as_error(delta.error) if delta.error else Aborted("The server ended the request before its last token.")
+    return None
+
+
+async def whole(request: Request, requests: Sequence[GenerateRequest]) -> list[Completion]:
+    """One answer a request: the fold of the deltas a stream would show. A client that leaves aborts it."""
+    return await unless_gone(request.receive, _fold(request, requests))
+
+
+async def _fold(request: Request, requests: Sequence[GenerateRequest]) -> list[Completion]:
+    parts: list[list[TextDelta]] = [[] for _ in requests]
+    async with aclosing(run(request, requests)) as batches:
+        async for batch in batches:
+            for prompt, delta in batch:
+                if (error := fault(delta)) is not None:
+                    raise error
+                parts[prompt].append(delta)
+    return [collect(deltas) for deltas in parts]
+
+
+async def stream(
+    request: Request, requests: Sequence[GenerateRequest], writer: Writer, headers: Mapping[str, str] | None = None
+) -> EventStream:
+    """The streamed answer. What fails before the first event is raised, so that it gets its real status."""
+    frames = _frames(request, requests, writer)
+    try:
+        first = await unless_gone(request.receive, anext(frames))
+    except BaseException:
+        await frames.aclose()
+        raise
+    return EventStream(first, frames, headers, state_of(request).config.keep_alive_s)
+
+
+async def _frames(request: Request, requests: Sequence[GenerateRequest], writer: Writer) -> AsyncGenerator[bytes, None]:
+    begun = False
+    async with aclosing(run(request, requests)) as batches:
+        try:
+            async for batch in batches:
+                for _, delta in batch:
+                    if not begun and (error := fault(delta)) is not None:
+                        raise error
+                out = [] if begun else [writer.begin()]
+                begun = True
+                for prompt, delta in batch:
+                    if (error := fault(delta)) is not None:
+                        record_of(request).error_code = error.code
+                        yield b"".join(out) + writer.fail(error)
+                        return
+                    out.append(writer.delta(prompt, delta))
+                if chunk := b"".join(out):
+                    yield chunk
+        except TruffulaError as error:
+            if not begun:
+                raise
+            record_of(request).error_code = error.code
+            yield writer.fail(error)
+            return
+    yield writer.end()

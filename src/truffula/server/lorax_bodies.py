@@ -1,0 +1,174 @@
+"""The native request of LoRAX and TGI: ``{"inputs", "parameters", "stream"}``.
+
+lorax-client sends every key, most of them null; null means absent. What cannot be honoured is in ``neutral.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field, field_validator
+
+from truffula.errors import InvalidRequest
+from truffula.server.body import Body
+from truffula.server.neutral import NATIVE_REFUSED, refuse
+from truffula.types import MAX_SEED, SamplingParams
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class Parameters(Body):
+    """How to generate. Every field may be null."""
+
+    adapter_id: str | None = None
+    adapter_source: str | None = None
+    api_token: str | None = Field(default=None, repr=False)
+    best_of: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0)
+    repetition_penalty: float | None = Field(default=None, gt=0)
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    top_k: int | None = Field(default=None, ge=1)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    typical_p: float | None = Field(default=None, gt=0, le=1)
+    do_sample: bool | None = None
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    ignore_eos_token: bool | None = None
+    return_full_text: bool | None = None
+    stop: list[str] | None = None
+    truncate: int | None = Field(default=None, ge=1)
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+    return_k_alternatives: int | None = Field(default=None, ge=1)
+    top_n_tokens: int | None = Field(default=None, ge=0)
+    apply_chat_template: bool | None = None
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+
+    @field_validator("stop")
+    @classmethod
+    def _no_empty_stop(cls, value: list[str] | None) -> list[str] | None:
+        if value is not None and "" in value:
+            raise ValueError("an empty string would match at once")
+        return value
+
+    def unknown_here(self) -> list[str]:
+        return [name for name in self.model_extra or () if name not in NATIVE_REFUSED]
+
+    @property
+    def wants_details(self) -> bool:
+        return bool(self.details or self.decoder_input_details)
+
+    @property
+    def alternatives(self) -> int:
+        return max(self.return_k_alternatives or 0, self.top_n_tokens or 0)
+
+    @property
+    def samples(self) -> bool:
+        """LoRAX's switch: asked for by name, or by a value that only sampling gives a meaning.
+
+        A temperature of 1.0 alone is the default and switches nothing on; 0 is greedy whatever else is said.
+        """
+        if self.temperature == 0:
+            return False
+        return bool(
+            self.do_sample
+            or (self.temperature is not None and self.temperature != 1.0)
+            or self.top_k is not None
+            or (self.top_p is not None and self.top_p < 1)
+            or (self.typical_p is not None and self.typical_p < 1)
+        )
+
+    def check(self, *, stream: bool, max_best_of: int, max_stops: int, max_logprobs: int) -> None:
+        """Refuses what cannot be honoured, what contradicts itself and what the operator does not allow."""
+        refuse(self.model_extra or {}, NATIVE_REFUSED)
+        best_of = self.best_of or 1
+        rows = (
+            ("best_of", best_of, max_best_of),
+            ("return_k_alternatives", self.return_k_alternatives or 0, max_logprobs),
+            ("top_n_tokens", self.top_n_tokens or 0, max_logprobs),
+            ("stop", len(self.stop or ()), max_stops),
+        )
+        for name, value, limit in rows:
+            if value > limit:
+                raise InvalidRequest(f"{name} is {value}; this server allows {limit}.", param=name, limit=limit)
+        if best_of > 1:
+            if not self.samples:
+                raise InvalidRequest(
+                    "best_of above 1 needs sampling: set do_sample, or a temperature.", param="best_of"
+                )
+            if self.seed is not None:
+                raise InvalidRequest("seed cannot be given with best_of above 1.", param="seed")
+            if stream:
+                raise InvalidRequest("best_of above 1 cannot be streamed.", param="best_of")
+        if stream and self.decoder_input_details:
+            raise InvalidRequest("decoder_input_details cannot be streamed.", param="decoder_input_details")
+
+    def sampling(self, *, with_logprobs: bool) -> SamplingParams:
+        """As ``SamplingParams``. The stop text stays in the output; logprobs are of the distribution drawn from."""
+        sampling = self.samples
+        best_of = self.best_of or 1
+        logprobs = self.alternatives if with_logprobs or self.alternatives else None
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            temperature=(1.0 if self.temperature is None else self.temperature) if sampling else 0.0,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            typical_p=1.0 if self.typical_p is None else self.typical_p,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            seed=self.seed if sampling else None,
+            stop=tuple(self.stop or ()),
+            include_stop=True,
+            ignore_eos=bool(self.ignore_eos_token),
+            n=best_of,
+            logprobs=0 if logprobs is None and best_of > 1 else logprobs,
+            prompt_logprobs=0 if self.decoder_input_details else None,
+            logprobs_of="warped",
+        )
+
+
+class GenerateBody(Body):
+    """``POST /``, ``/generate`` and ``/generate_stream``."""
+
+    nested: ClassVar[str | None] = "parameters"
+
+    inputs: str = Field(min_length=1)
+    parameters: Parameters | None = None
+    stream: bool | None = None
+
+    def unknown(self) -> list[str]:
+        inner = self.parameters.unknown_here() if self.parameters is not None else []
+        return [*(self.model_extra or ()), *(f"parameters.{name}" for name in inner)]
+
+    @property
+    def params(self) -> Parameters:
+        return self.parameters or Parameters()
+
+
+class TokenizeBody(Body):
+    """``POST /tokenize`` in the form of LoRAX and TGI (``inputs``) or of vLLM (``prompt`` or ``messages``)."""
+
+    inputs: str | None = None
+    parameters: Parameters | None = None
+    prompt: str | None = None
+    messages: list[dict[str, object]] | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+
+
+class DetokenizeBody(Body):
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+
+class ChatTokenizeBody(Body):
+    """``POST /chat_tokenize``: TGI's."""
+
+    messages: list[dict[str, object]]
+    model: str | None = None

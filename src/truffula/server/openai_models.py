@@ -1,0 +1,43 @@
+"""``/v1/models``: the base first, then the adapters a client may name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from truffula.errors import ModelNotFound
+from truffula.server.replies import json_reply
+from truffula.server.state import BASE_WORDS, ServerState, state_of
+
+
+def entry(state: ServerState, name: str | None) -> dict[str, Any]:
+    """One model; ``name`` None is the base."""
+    base = state.model_id
+    return {
+        "id": name or base,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "truffula",
+        "root": name or state.service.info.model,
+        "parent": base if name else None,
+        "max_model_len": state.service.info.max_model_len,
+    }
+
+
+async def list_models(request: Request) -> Response:
+    """The base model and every adapter that can be named now."""
+    state = state_of(request)
+    names = [name for name in state.service.adapter_names() if name != state.model_id]
+    return json_reply({"object": "list", "data": [entry(state, None), *(entry(state, name) for name in names)]})
+
+
+async def one_model(request: Request) -> Response:
+    """One of them; its id may contain slashes."""
+    state = state_of(request)
+    name: str = request.path_params["model_id"]
+    if not name or (name in BASE_WORDS and name != state.model_id):
+        raise ModelNotFound(f"There is no model {name!r}.", param="model")
+    adapter = state.named_model(name)
+    return json_reply(entry(state, None if adapter is None else name))

@@ -1,0 +1,191 @@
+"""``run_server``: one process that listens, loads, serves and drains.
+
+The port is taken before anything loads, and answers 503 while it does. The first SIGTERM or SIGINT stops accepting and
+lets running requests end within ``drain_timeout_s``; the second ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from truffula.config import Resolved, ServerConfig
+from truffula.errors import ConfigError
+from truffula.server.errors import Unhealthy, render, side_of
+from truffula.server.logs import setup_logs
+from truffula.server.middleware import send_reply
+from truffula.server.started import Started, start
+
+log = logging.getLogger(__name__)
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket. Raises ``ConfigError`` naming the port when it is taken or the address is not ours."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((config.host, config.port))
+        made.listen(2048)
+    except OSError as error:
+        made.close()
+        where = f"{config.host}:{config.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {config.port} of {config.host} is in use; choose another with --port.", param="port"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ConfigError(
+                f"Listening on {where} is not permitted; choose a port above 1023.", param="port"
+            ) from error
+        raise ConfigError(f"Cannot listen on {where}: {error.strerror or error}.", param="host") from error
+    return made
+
+
+class Gate:
+    """The application while it loads: 503 to all, then the real one. A failed load ends the server with its error."""
+
+    def __init__(self, load: Callable[[], Started], on_failure: Callable[[], None]) -> None:
+        self._load = load
+        self._on_failure = on_failure
+        self._app: ASGIApp | None = None
+        self.started: Started | None = None
+        self.failure: BaseException | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif self._app is not None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            error = Unhealthy("The model is loading.", retry_after_s=5)
+            await send_reply(send, *render(error, side_of(scope["path"])))
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        ended = asyncio.Event()
+        serving = asyncio.ensure_future(self._serve(ended))
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        ended.set()
+        if self._app is None:
+            serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, ended: asyncio.Event) -> None:
+        try:
+            self.started = await self._loaded()
+            app = self.started.app
+            async with app.router.lifespan_context(app):
+                self._app = app
+                self.started.announce()
+                await ended.wait()
+        except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
+            self.failure = error
+            self._on_failure()
+
+    async def _loaded(self) -> Started:
+        """Loads in a thread of its own, which a server that is told to end does not wait for."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Started] = loop.create_future()
+
+        def answer(found: Started | None, failure: Exception | None) -> None:
+            if done.done():
+                return
+            if failure is not None:
+                done.set_exception(failure)
+            elif found is not None:
+                done.set_result(found)
+
+        def work() -> None:
+            found: Started | None = None
+            failure: Exception | None = None
+            try:
+                found = self._load()
+            except Exception as error:  # noqa: BLE001  (handed to the loop, which raises it)
+                failure = error
+            if not loop.is_closed():  # else the server has ended, and nobody is left to tell
+                loop.call_soon_threadsafe(answer, found, failure)
+
+        threading.Thread(target=work, name="truffula-load", daemon=True).start()
+        return await done
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn, which drains the service on the first signal and leaves at once on the second."""
+
+    gate: Gate
+    drain_timeout_s: float
+    _drain: asyncio.Future[bool] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            log.warning("second signal: leaving at once")
+            os._exit(128 + sig)
+        log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        if self.gate.started is not None:
+            self._drain = asyncio.ensure_future(self.gate.started.service.drain(self.drain_timeout_s))
+        await super().shutdown(sockets)
+        if self._drain is not None and not self._drain.done():
+            self._drain.cancel()
+
+
+def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
+    """The server that will load ``resolved`` behind ``listening`` when it runs."""
+    config = resolved.server
+    port = listening.getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+
+    def stop() -> None:
+        server.should_exit = True
+
+    gate = Gate(lambda: start(resolved, f"http://{host}:{port}"), stop)
+    server = DrainingServer(
+        uvicorn.Config(
+            gate,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
+        )
+    )
+    server.gate, server.drain_timeout_s = gate, config.drain_timeout_s
+    return server
+
+
+def run_server(resolved: Resolved) -> None:
+    """Serves until a signal; returns after a clean drain.
+
+    Raises:
+        ConfigError: The port is in use, before anything was loaded.
+        TruffulaError: What kept the engine from starting.
+    """
+    setup_logs(resolved.server)
+    listening = bind(resolved.server)
+    server = make_server(resolved, listening)
+    log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+    if server.gate.failure is not None:
+        raise server.gate.failure
+    log.info("drained; goodbye")

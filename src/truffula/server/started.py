@@ -1,0 +1,98 @@
+"""From configuration to a running service and its application: what loads, in order, and what the log says of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from truffula.config import EngineConfig, Resolved, format_size
+from truffula.engine.client import connect
+from truffula.lora.sources import AdapterPolicy
+from truffula.metrics import Metrics
+from truffula.server.app import create_app
+from truffula.server.state import BASE_WORDS
+from truffula.service import AsyncService, ServiceLimits
+from truffula.types import EngineInfo
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """What ``start`` made; ``announce`` writes the start log once requests are answered."""
+
+    service: AsyncService
+    app: FastAPI
+    announce: Callable[[], None]
+
+
+def start(resolved: Resolved, url: str) -> Started:
+    """Loads the model in the configured transport, and builds the application on it."""
+    config = resolved.server
+    progress = _Progress()
+    client = connect(resolved.engine, config.transport, progress)  # type: ignore[arg-type]  # a choice of the option
+    policy = adapter_policy(resolved)
+    names = dict.fromkeys((*BASE_WORDS, resolved.engine.model, client.info.model, config.served_model_name or ""))
+    limits = ServiceLimits(max_choices=max(config.max_n, config.max_best_of), base_names=tuple(names))
+    service = AsyncService(client, policy=policy, limits=limits)
+    metrics = Metrics(
+        service.stats, max_adapters=config.metrics_adapters, adapters=lambda: (), lorax_names=config.lorax_metrics
+    )
+    app = create_app(service, config, policy, metrics)
+    return Started(service, app, lambda: announce(resolved, client.info, policy, url))
+
+
+def adapter_policy(resolved: Resolved) -> AdapterPolicy:
+    """What clients may name, from the options."""
+    config = resolved.server
+    return AdapterPolicy(
+        adapters=config.adapters,
+        adapter_dir=config.adapter_dir,
+        allow_local=config.allow_local,
+        allow_hub=config.allow_hub,
+        default_source=config.adapter_source,
+    )
+
+
+class _Progress:
+    """Loading, in the log: a line for each stage and each tenth of its bytes."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._tenth = 0
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        tenth = 10 * done // total if total else 0
+        if stage == self._stage and tenth <= self._tenth:
+            return
+        if stage != self._stage:
+            log.info("%s", stage)
+        elif total:
+            log.info("%s: %d %% of %s", stage, 10 * tenth, format_size(total))
+        self._stage, self._tenth = stage, tenth
+
+
+def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: str) -> None:
+    """The facts an operator looks for in the first lines of a log."""
+    engine: EngineConfig = resolved.engine
+    log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
+    log.info("backend %s on %s, compute in %s", info.backend, info.device, info.dtype)
+    log.info(
+        "room for %d KV tokens (%d blocks of %d), requests up to %d tokens, %d at a time",
+        info.num_blocks * info.block_size,
+        info.num_blocks,
+        info.block_size,
+        info.max_model_len,
+        info.max_running,
+    )
+    names = policy.names()
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
+    for warning in info.warnings:
+        log.warning("%s", warning)
+    if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
+        log.warning("listening beyond this machine without --api-key: anyone who reaches the port may use the model")
+    log.info("ready at %s (prefix cache %s)", url, "on" if engine.prefix_cache else "off")

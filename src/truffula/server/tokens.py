@@ -1,0 +1,88 @@
+"""``/tokenize``, ``/detokenize`` and ``/chat_tokenize``, in the forms of LoRAX, TGI and vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from truffula.errors import InvalidRequest, NoTokenizer
+from truffula.server.body import read_body, validate
+from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
+from truffula.server.openai_bodies import ChatMessage
+from truffula.server.replies import json_reply
+from truffula.server.state import ServerState, state_of
+from truffula.types import GenerateRequest
+
+
+async def tokenize(request: Request) -> Response:
+    """By the body's shape: ``inputs`` gives a list of tokens, ``prompt`` or ``messages`` vLLM's object."""
+    state = state_of(request)
+    body = await read_body(request, TokenizeBody)
+    given = [name for name in ("inputs", "prompt", "messages") if getattr(body, name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest(
+            f"Give one of inputs, prompt and messages, not {' and '.join(given) or 'none'}.", param="inputs"
+        )
+    special = True if body.add_special_tokens is None else body.add_special_tokens
+    if body.inputs is not None:
+        return json_reply(await _native_tokens(state, body.inputs, special))
+    state.named_model(body.model)
+    if body.messages is not None:
+        _, ids = await state.service.render(
+            GenerateRequest(
+                messages=_messages(body.messages),
+                template_kwargs=dict(body.chat_template_kwargs or {}),
+                continue_final_message=bool(body.continue_final_message),
+                add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+                add_special_tokens=bool(body.add_special_tokens),
+            )
+        )
+    else:
+        ids = [row[0] for row in await state.service.tokenize(body.prompt or "", add_special_tokens=special)]
+    strings = [_vocabulary_piece(state, token) for token in ids] if body.return_token_strs else None
+    limit = state.service.info.max_model_len
+    return json_reply({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+
+
+async def detokenize(request: Request) -> Response:
+    """Token ids back to text, special tokens included as vLLM does."""
+    state = state_of(request)
+    body = await read_body(request, DetokenizeBody)
+    state.named_model(body.model)
+    for i, token in enumerate(body.tokens):
+        if not 0 <= token < state.service.info.vocab_size:
+            raise InvalidRequest(
+                f"tokens[{i}] is {token}, no token id of 0..{state.service.info.vocab_size - 1}.", param="tokens"
+            )
+    text = await state.service.detokenize(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
+    return json_reply({"prompt": text})
+
+
+async def chat_tokenize(request: Request) -> Response:
+    """The templated text and its tokens."""
+    state = state_of(request)
+    body = await read_body(request, ChatTokenizeBody)
+    text, _ = await state.service.render(GenerateRequest(messages=_messages(body.messages)))
+    rows = await _native_tokens(state, text, special=False)
+    return json_reply({"tokenize_response": rows, "templated_text": text})
+
+
+async def _native_tokens(state: ServerState, text: str, special: bool) -> list[dict[str, Any]]:
+    """``text`` is the slice of the input between the character offsets, empty for what the tokenizer added."""
+    rows = await state.service.tokenize(text, add_special_tokens=special)
+    return [{"id": token, "text": text[start:stop], "start": start, "stop": stop} for token, _, start, stop in rows]
+
+
+def _messages(values: list[dict[str, object]]) -> list[dict[str, Any]]:
+    if not values:
+        raise InvalidRequest("messages is an empty list.", param="messages")
+    return [validate(ChatMessage, value).for_template() for value in values]
+
+
+def _vocabulary_piece(state: ServerState, token: int) -> str | None:
+    if state.service.tokenizer is None:
+        raise NoTokenizer("This model has no tokenizer; send and read token ids.")
+    piece: str | None = state.service.tokenizer.id_to_token(token)
+    return piece
