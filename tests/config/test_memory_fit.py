@@ -1,0 +1,111 @@
+"""How the memory limit is found and divided, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from truffula.engine.memory import Offer, available, fit, offered, usable_cpus
+from truffula.errors import InsufficientMemory
+from truffula.kernels.backend import MemoryPlan
+
+GIB = 2**30
+PLAN = MemoryPlan(weight_bytes=2 * GIB, arena_bytes=2**26, logits_bytes=2**24, kv_block_bytes=2**20)
+KNOBS = {"block_size": 16, "max_running": 8}
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 2**34), st.integers(1, 40_000), st.none() | st.integers(1, 40_000), st.integers(1, 64),
+    st.sampled_from([1, 4, 16]),
+)  # fmt: skip
+def test_what_fits_keeps_every_bound_or_is_refused(limit: int, model_len: int, asked, running: int, block_size: int):
+    try:
+        got = fit(
+            PLAN, Offer(limit, "x"), model_len=model_len, asked_len=asked, block_size=block_size, max_running=running
+        )
+    except InsufficientMemory as error:
+        assert error.data["needed_bytes"] > limit
+        return
+    usable = got.num_blocks - 1
+    assert PLAN.total(got.num_blocks) <= limit and got.fixed_bytes + got.pool_bytes == limit
+    assert usable * block_size >= got.max_model_len, "one sequence of the stated length fits"
+    assert usable * block_size <= running * (got.max_model_len + block_size), "no more than can be used"
+    assert got.max_model_len == asked or (asked is None and got.max_model_len <= model_len)
+    assert bool(got.warnings) == (got.max_model_len < (asked or model_len))
+
+
+def test_the_refusal_names_every_number_and_a_way_out():
+    with pytest.raises(InsufficientMemory) as caught:
+        fit(PLAN, Offer(2 * GIB + 2**27, "--memory"), model_len=8192, asked_len=4096, **KNOBS)
+    text = str(caught.value)
+    for words in ("2 GiB", "64 MiB", "16 MiB", "4096 tokens", "256 MiB", "--memory", "--max-model-len"):
+        assert words in text
+    longest = caught.value.data["longest_that_fits"]
+    assert fit(PLAN, Offer(2 * GIB + 2**27, "--memory"), model_len=8192, asked_len=longest, **KNOBS).warnings == ()
+
+
+def test_weights_that_do_not_fit_are_refused():
+    with pytest.raises(InsufficientMemory, match="Weights 2 GiB"):
+        fit(PLAN, Offer(GIB, "--memory"), model_len=8192, asked_len=None, **KNOBS)
+
+
+def machine(root: Path, *, free_kib: int, groups: str = "0::/\n") -> Path:
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal:  99999999 kB\nMemAvailable: {free_kib} kB\nHugePages_Total: 0\n")
+    (root / "proc/self/cgroup").write_text(groups)
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    return root
+
+
+def put(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+def test_without_a_group_the_machine_counts(tmp_path: Path):
+    assert available(machine(tmp_path, free_kib=1000)).nbytes == 1000 * 1024
+
+
+def test_a_group_of_version_2_counts_where_it_is_tighter_its_parents_too(tmp_path: Path):
+    root = machine(tmp_path, free_kib=8 * 2**20, groups="0::/outer/inner\n")
+    put(root / "sys/fs/cgroup/outer/inner", memory__max="max\n", memory__current="5\n")
+    put(
+        root / "sys/fs/cgroup/outer", memory__max=str(4 * GIB), memory__current=str(3 * GIB),
+        memory__stat=f"anon 7\ninactive_file {GIB}\nactive_file {GIB // 2}\n",
+    )  # fmt: skip
+    assert available(root).nbytes == 4 * GIB - (3 * GIB - GIB - GIB // 2)
+
+
+def test_a_group_of_version_1_counts_and_its_no_limit_does_not(tmp_path: Path):
+    root = machine(tmp_path, free_kib=8 * 2**20, groups="5:memory:/a\n4:cpu,cpuacct:/a\n")
+    mount = root / "sys/fs/cgroup/memory"
+    put(mount, memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="1")
+    assert available(root).nbytes == 8 * GIB
+    put(mount / "a", memory__limit_in_bytes=str(GIB), memory__usage_in_bytes=str(GIB // 4), memory__stat="x 1\n")
+    assert available(root).nbytes == GIB - GIB // 4
+
+
+def test_the_operators_number_is_taken_as_it_is(tmp_path: Path):
+    root = machine(tmp_path, free_kib=1000)
+    assert offered(12345, root).nbytes == 12345
+    assert 0 < offered(None, root).nbytes < 1000 * 1024
+
+
+def test_quotas_bound_the_threads(tmp_path: Path):
+    mine = len(os.sched_getaffinity(0))
+    root = machine(tmp_path, free_kib=1, groups="0::/a\n")
+    assert usable_cpus(root) == mine
+    put(root / "sys/fs/cgroup/a", cpu__max="50000 100000\n")
+    assert usable_cpus(root) == 1
+    put(root / "sys/fs/cgroup/a", cpu__max="max 100000\n")
+    assert usable_cpus(root) == mine
+
+
+def test_this_machine_offers_something():
+    assert available().nbytes > 0 and usable_cpus() >= 1

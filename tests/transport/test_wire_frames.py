@@ -1,0 +1,225 @@
+"""The frames between the API process and the engine: any cut of the bytes gives the same, anything wrong is a WireError."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from truffula.config import EngineConfig
+from truffula.engine import wire
+from truffula.errors import ErrorInfo, InvalidRequest, WireError, from_info
+from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, SamplingParams, TokenEvent
+
+QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+ids = st.lists(st.integers(0, 2**31), max_size=8)
+floats = st.floats(width=32, allow_nan=False)
+errors = st.builds(ErrorInfo, code=names, message=names, data=st.dictionaries(names, st.integers(-(2**63), 2**64 - 1)))
+params = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 2),
+    seed=st.none() | st.integers(0, 2**64 - 1),
+    stop=st.lists(names.filter(bool), max_size=2).map(tuple),
+    logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
+)
+refs = st.builds(AdapterRef, name=names, locator=names, revision=st.none() | names)
+requests = st.builds(
+    EngineRequest, request_id=names, prompt_ids=ids, params=params, adapter=st.none() | refs, resume_ids=ids,
+    deadline=st.none() | floats,
+)  # fmt: skip
+events = st.builds(
+    TokenEvent, request_id=names, token_ids=ids, logprobs=st.lists(floats, max_size=3), error=st.none() | errors,
+    top_logprobs=st.lists(st.lists(st.tuples(st.integers(0, 99), floats), max_size=2), max_size=2),
+    finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
+)  # fmt: skip
+downward = st.one_of(
+    st.builds(wire.Submit, st.lists(requests, max_size=3)),
+    st.builds(wire.Abort, st.lists(names, max_size=3)),
+    st.builds(wire.Adapter, st.integers(0, 2**40), st.builds(AdapterCommand, action=st.just("load"), ref=refs)),
+    st.just(wire.Start(EngineConfig(model="m", cache_dir=Path("/c"), memory_bytes=2**33))),
+    st.just(wire.Stop()),
+)
+upward = st.one_of(
+    st.builds(wire.Events, st.lists(events, max_size=4)),
+    st.builds(wire.Stats, st.builds(EngineStats, monotonic=floats), st.none() | floats),
+    st.builds(wire.AdapterReply, st.integers(0, 9), st.lists(st.builds(AdapterState, name=names), max_size=2)),
+    st.builds(wire.Starting, names, st.integers(0, 2**60), st.none() | st.integers(0, 2**60)),
+    st.builds(wire.Died, errors),
+)
+cuts = st.lists(st.integers(0, 2**16), max_size=12)
+
+
+def pieces(data: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({place % (len(data) + 1) for place in places} | {0, len(data)})
+    return [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+@QUICK
+@given(st.lists(downward, max_size=4), cuts)
+def test_any_cut_downward_gives_the_same_frames(frames: list, places: list[int]):
+    data = b"".join(map(wire.encode, [wire.Hello(), *frames]))
+    reader = wire.engine_side()
+    assert [frame for piece in pieces(data, places) for frame in reader.feed(piece)] == frames
+    reader.end()
+
+
+@QUICK
+@given(st.lists(upward, max_size=4), cuts)
+def test_any_cut_upward_gives_the_same_frames(frames: list, places: list[int]):
+    data = b"".join(map(wire.encode, [wire.Hello(), *frames]))
+    reader = wire.client_side()
+    assert [frame for piece in pieces(data, places) for frame in reader.feed(piece)] == frames
+    reader.end()
+
+
+@QUICK
+@given(st.lists(upward, min_size=1, max_size=3), st.integers(0, 2**16))
+def test_a_truncated_stream_is_an_error_at_its_end(frames: list, place: int):
+    whole = [wire.encode(frame) for frame in [wire.Hello(), *frames]]
+    data = b"".join(whole)
+    cut = place % len(data)
+    borders = {sum(map(len, whole[:n])) for n in range(len(whole) + 1)}
+    reader = wire.client_side()
+    reader.feed(data[:cut])
+    if cut in borders:
+        reader.end()
+    else:
+        with pytest.raises(WireError, match="ended within a frame"):
+            reader.end()
+
+
+@QUICK
+@given(st.binary(max_size=200), st.booleans())
+def test_garbage_is_a_wire_error_or_an_unfinished_frame(data: bytes, greeted: bool):
+    reader = wire.engine_side()
+    if greeted:
+        reader.feed(wire.encode(wire.Hello()))
+    try:
+        frames = reader.feed(struct.pack("<I", max(1, len(data))) + data)
+    except WireError:
+        with pytest.raises(WireError, match="broken"):
+            reader.feed(b"")
+        return
+    assert not data or frames, "a whole frame was neither decoded nor refused"
+
+
+@QUICK
+@given(upward, st.integers(0, 2**16), st.integers(1, 255))
+def test_a_flipped_byte_never_escapes_as_another_error(frame: wire.Frame, place: int, flip: int):
+    data = bytearray(wire.encode(frame))
+    data[place % len(data)] ^= flip
+    reader = wire.client_side()
+    reader.feed(wire.encode(wire.Hello()))
+    try:
+        reader.feed(bytes(data))
+    except WireError:
+        return
+
+
+def test_a_frame_above_the_limit_is_refused_from_its_length_alone():
+    reader = wire.FrameReader(lambda body: body, limit=100)
+    with pytest.raises(WireError, match="101 bytes"):
+        reader.feed(struct.pack("<I", 101))
+    with pytest.raises(WireError, match="0 bytes"):
+        wire.FrameReader(lambda body: body).feed(b"\0\0\0\0")
+
+
+def test_another_version_is_refused_before_anything_else_is_read():
+    reader = wire.client_side()
+    later = wire.encode(wire.Hello(version=wire.VERSION + 1))
+    with pytest.raises(WireError, match=rf"version {wire.VERSION + 1}, we speak {wire.VERSION}"):
+        reader.feed(later + b"\xff\xff\xff\xff whatever a later version says")
+
+
+def test_hello_comes_first_and_once():
+    with pytest.raises(WireError):
+        wire.engine_side().feed(wire.encode(wire.Stop()))
+    reader = wire.engine_side()
+    reader.feed(wire.encode(wire.Hello()))
+    with pytest.raises(WireError, match="second time"):
+        reader.feed(wire.encode(wire.Hello()))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EngineRequest(request_id="a", prompt_ids=[10**30], params=SamplingParams()),
+        EngineRequest(request_id="a", prompt_ids=["x"], params=SamplingParams()),  # type: ignore[list-item]
+        EngineRequest(request_id="a", prompt_ids=[1], params=SamplingParams(), salt="\ud800"),
+    ],
+)
+def test_what_cannot_cross_is_known_before_it_is_sent(request_: EngineRequest):
+    assert wire.crosses(request_)
+
+
+def test_numbers_of_numpy_cross_as_numbers():
+    asked = EngineRequest(request_id="a", prompt_ids=list(np.arange(3)), params=SamplingParams())
+    assert wire.crosses(asked) is None
+    reader = wire.engine_side()
+    reader.feed(wire.encode(wire.Hello()))
+    (got,) = reader.feed(wire.encode(wire.Submit([asked])))
+    assert got.requests[0].prompt_ids == [0, 1, 2] and type(got.requests[0].prompt_ids[0]) is int
+
+
+def test_an_error_crosses_with_whatever_its_data_holds():
+    error = InvalidRequest("no", param="p", path=Path("/x"), count=np.int64(3), odd={1, 2}, ratio=np.float32(0.5))
+    reader = wire.client_side()
+    reader.feed(wire.encode(wire.Hello()))
+    (died,) = reader.feed(wire.encode(wire.Died(error.info())))
+    back = from_info(died.error)
+    assert type(back) is InvalidRequest and back.param == "p"
+    assert back.data == {"path": "/x", "count": 3, "odd": "{1, 2}", "ratio": 0.5}
+
+
+def test_posting_never_blocks_and_what_is_left_over_arrives():
+    left, right = socket.socketpair()
+    sender, receiver = wire.Channel(left, wire.client_side()), wire.Channel(right, wire.engine_side())
+    frames = [wire.Abort([f"{n}-" + "x" * 100_000]) for n in range(40)]
+    assert any([sender.post(frame) for frame in frames]), "four megabytes can't fit into a socket's buffer"
+    got: list = []
+    while len(got) < len(frames):
+        got += receiver.receive() or []
+        if sender.unsent:
+            sender.flush()
+    assert got == frames
+    sender.close()
+    assert receiver.receive() is None
+    receiver.close()
+
+
+def test_threads_that_send_at_once_do_not_mix_their_frames():
+    left, right = socket.socketpair()
+    sender, receiver = wire.Channel(left, wire.client_side()), wire.Channel(right, wire.engine_side())
+
+    def speak(word: str) -> None:
+        for n in range(30):
+            sender.send(wire.Abort([word * 3000, str(n)]))
+
+    threads = [threading.Thread(target=speak, args=(word,)) for word in "abc"]
+    for thread in threads:
+        thread.start()
+    got: list = []
+    while len(got) < 90:
+        got += receiver.receive() or []
+    for thread in threads:
+        thread.join()
+    for word in "abc":
+        assert [f.request_ids[1] for f in got if f.request_ids[0] == word * 3000] == [str(n) for n in range(30)]
+    sender.close()
+    receiver.close()
+
+
+def test_a_peer_that_is_gone_is_told_apart_from_a_bad_frame():
+    left, right = socket.socketpair()
+    sender = wire.Channel(left, wire.client_side())
+    right.close()
+    with pytest.raises(wire.Disconnected):
+        sender.send(wire.Stop())
+    sender.close()
