@@ -188,7 +188,7 @@ def refuse_method(name: str) -> AdapterError:
 
 
 def parse_config(raw: bytes) -> dict[str, Any]:
-    """``adapter_config.json`` as a dict; ``AdapterError`` when it is too large, not an object, or holds NaN or Infinity."""
+    """``adapter_config.json`` as a dict; ``AdapterError`` when it is too large, no object, or holds NaN or Infinity."""
     if len(raw) > MAX_CONFIG_BYTES:
         raise AdapterError(
             f"adapter_config.json has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are read.", param="config"
@@ -295,7 +295,7 @@ class LoraSettings:
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """What a configuration asks for; ``AdapterError`` naming the fields that can't be honoured (``param``: the first)."""
+    """What a configuration asks for; ``AdapterError`` naming fields that can't be honoured (``param``: the first)."""
     refused = [row for row in judge_fields(config) if row.verdict == "refuse"]
     if refused and refused[0].field == "peft_type" and config.get("peft_type") is not None:
         raise refuse_method(str(config["peft_type"])[:60])

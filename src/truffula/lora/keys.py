@@ -56,7 +56,7 @@ _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weig
 
 @dataclass
 class KeyPlan:
-    """Every key of the file accounted for: ``a`` and ``b`` by module path, ``unused`` with no effect when generating."""
+    """Every key accounted for: ``a`` and ``b`` by module path, ``unused`` those without effect when generating."""
 
     a: dict[str, str] = field(default_factory=dict)
     b: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def plan_keys(keys: Sequence[str]) -> KeyPlan:
-    """Sort an adapter file's keys; ``AdapterError`` (``param``: an offender) when one is anything but half of a pair."""
+    """Sort an adapter's keys; ``AdapterError`` (``param``: an offender) when one is anything but half of a pair."""
     if not keys:
         raise AdapterError("adapter_model.safetensors holds no tensors.", param="adapter_model.safetensors")
     if len(keys) > MAX_KEYS:

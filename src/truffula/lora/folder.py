@@ -1,0 +1,108 @@
+"""An adapter's folder: its two files, opened with limits, hashed, and watched for change while they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from pathlib import Path
+
+from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, CheckpointError
+from truffula.lora.fields import MAX_CONFIG_BYTES
+from truffula.weights.safetensors import SafetensorsFile
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+_CHUNK = 1 << 20
+_TO_SAFETENSORS = (
+    'python -c "import torch, safetensors.torch as s; '
+    f"s.save_file({{k: v.contiguous() for k, v in torch.load('{PICKLE}', weights_only=True).items()}}, '{TENSORS}')\""
+)
+
+
+def fingerprint(folder: Path) -> str:
+    """Sizes, times and inodes of both files: what tells two states of a place apart without reading it."""
+    return ";".join(_stamp(folder / name) for name in (CONFIG, TENSORS))
+
+
+def _stamp(path: Path) -> str:
+    try:
+        found = path.stat()
+    except OSError:
+        return "-"
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
+
+
+class AdapterFolder:
+    """Both files of one adapter, found and opened: ``config_bytes`` raw, ``tensors`` with its header checked.
+
+    Raises ``AdapterNotFound`` when there is no such folder, ``AdapterError`` when it is no adapter (saying what it
+    seems to be), ``AdapterLoadError`` when the system does not let us read. Messages name files, never our paths.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._before = fingerprint(folder)
+        if not folder.is_dir():
+            raise AdapterNotFound("There is no adapter at this place (no such folder).", param="adapter")
+        if not (folder / CONFIG).exists():
+            raise AdapterError(self._without_config(), param=CONFIG)
+        if not (folder / TENSORS).exists():
+            raise AdapterError(self._without_tensors(), param=TENSORS)
+        for name in (CONFIG, TENSORS):
+            if not stat.S_ISREG((folder / name).stat().st_mode):
+                raise AdapterError(f"{name} is not a regular file.", param=name)
+        self.config_bytes = self._read_config()
+        try:
+            self.tensors = SafetensorsFile(folder / TENSORS)
+        except CheckpointError as error:
+            raise AdapterError(self.without_path(error.message), param=self.without_path(error.param or "")) from error
+
+    def without_path(self, text: str) -> str:
+        """``text`` with the folder's path cut out: it may reach a client."""
+        return text.replace(f"{self.folder}/", "").replace(str(self.folder), "its folder")
+
+    def generation(self) -> str:
+        """sha256 over both files' bytes: the identity of what is served. One pass over the file."""
+        digest = hashlib.sha256(len(self.config_bytes).to_bytes(8, "little") + self.config_bytes)
+        try:
+            with (self.folder / TENSORS).open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            raise AdapterLoadError(f"{TENSORS} cannot be read: {error.strerror or error}.") from error
+        return digest.hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Raise ``AdapterLoadError`` when a file was replaced or written to since: what was read is a mix."""
+        if fingerprint(self.folder) != self._before:
+            raise AdapterLoadError("The adapter's files changed while they were read; ask again.", param="adapter")
+
+    def close(self) -> None:
+        self.tensors.close()
+
+    def _read_config(self) -> bytes:
+        try:
+            with (self.folder / CONFIG).open("rb") as file:
+                return file.read(MAX_CONFIG_BYTES + 1)
+        except OSError as error:
+            raise AdapterLoadError(f"{CONFIG} cannot be read: {error.strerror or error}.", param=CONFIG) from error
+
+    def _without_config(self) -> str:
+        names = {path.name for path in self.folder.iterdir()}
+        if "config.json" in names:
+            return (
+                f"There is no {CONFIG}, but a config.json: this is a full model, not an adapter. Serve it as a model."
+            )
+        return f"There is no {CONFIG} in the adapter's folder; PEFT's save_pretrained writes it."
+
+    def _without_tensors(self) -> str:
+        names = {path.name for path in self.folder.iterdir()}
+        if PICKLE in names:
+            return (
+                f"There is only {PICKLE}, a pickle, which can run code when it is read. Convert it where you trust it: "
+                f"load it with PEFT and save_pretrained, or in its folder: {_TO_SAFETENSORS}"
+            )
+        if any(name.startswith("model") and name.endswith(".safetensors") for name in names):
+            return f"There is no {TENSORS}, but a model's weights: this looks like a full (merged) model."
+        return f"There is no {TENSORS} in the adapter's folder."

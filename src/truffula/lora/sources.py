@@ -1,0 +1,166 @@
+"""Which adapters may be asked for, and where they lie: the operator's policy. Clients only ever say names.
+
+Three ways lead to an adapter, tried in this order:
+
+1. names the operator gave (``name=path-or-hub-id``);
+2. the adapter folder: each of its subfolders by name, looked up when it is asked for;
+3. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
+
+Whatever does not lead anywhere is ``AdapterNotFound`` in the same words, so that nobody can learn the server's paths.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.lora.folder import CONFIG, TENSORS, fingerprint
+from truffula.types import AdapterRef
+
+SOURCES = ("local", "hub")
+MAX_NAME_CHARS = 512
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
+
+
+def _not_found(name: str) -> AdapterNotFound:
+    shown = name if len(name) <= 80 else name[:77] + "..."
+    return AdapterNotFound(f"There is no adapter {shown!r} on this server.", param="adapter", adapter=shown)
+
+
+def _printable(name: str) -> bool:
+    return 0 < len(name) <= MAX_NAME_CHARS and name.isprintable()
+
+
+def _is_folder_name(name: str) -> bool:
+    """One path component that means itself: no separators, no dot in front, nothing that logs would trip over."""
+    return _printable(name) and not name.startswith(".") and "/" not in name and "\\" not in name
+
+
+def _is_below(path: Path, root: Path) -> bool:
+    return path == root or root in path.parents
+
+
+class AdapterPolicy:
+    """Resolves a client's word to an ``AdapterRef``. Immutable but for the file system it looks at; thread-safe.
+
+    Args:
+        adapters: Name → folder, or Hub id (``org/name``, ``org/name@revision``). An existing folder wins over a Hub id.
+        adapter_dir: Each of its subfolders is an adapter by the folder's name. Links that leave it are not followed.
+        allow_local: Folders below which a client may name an adapter by absolute path (or by a path relative to one).
+        allow_hub: Shell patterns of Hub ids a client may name, such as ``my-org/*``.
+        default_source: Where a name is looked for that is in neither of the first two and names no source.
+
+    Raises ``ConfigError`` for a name or a source that can't be used.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, Path | str] | None = None,
+        *,
+        adapter_dir: Path | None = None,
+        allow_local: tuple[Path, ...] = (),
+        allow_hub: tuple[str, ...] = (),
+        default_source: str = "hub",
+    ) -> None:
+        if default_source not in SOURCES:
+            raise ConfigError(f"adapter source {default_source!r} is not one of {', '.join(SOURCES)}.")
+        if adapter_dir is not None and not adapter_dir.is_dir():
+            raise ConfigError(f"The adapter folder {adapter_dir} does not exist.", param="adapter_dir")
+        self._named = {name: _place(name, source) for name, source in (adapters or {}).items()}
+        self._dir = adapter_dir.resolve() if adapter_dir is not None else None
+        self._allow_local = tuple(path.resolve() for path in allow_local)
+        self._allow_hub = allow_hub
+        self._default_source = default_source
+
+    def resolve(
+        self, name: str | None, source: str | None = None, base_names: Collection[str] = ()
+    ) -> AdapterRef | None:
+        """Where adapter ``name`` lies now; None when it means the base (None, empty, or one of ``base_names``).
+
+        Raises ``AdapterNotFound`` when nothing the operator allows is meant, ``InvalidRequest`` for an unknown source.
+        Costs a few ``stat`` calls for local adapters: their fingerprint is taken here, so that a changed folder is read
+        again by the next request.
+        """
+        if not name or name in base_names:
+            return None
+        if source is not None and source not in SOURCES:
+            raise InvalidRequest(
+                f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
+            )
+        if not _printable(name):
+            raise _not_found(name)
+        named = self._named.get(name)
+        if named is not None and source in (None, named.kind):
+            return _with_fingerprint(named)
+        if source in (None, "local"):
+            folder = self._in_dir(name)
+            if folder is not None:
+                return _with_fingerprint(AdapterRef(name=name, kind="local", locator=str(folder)))
+        if (source or self._default_source) == "hub":
+            return self._on_hub(name)
+        return self._allowed_path(name)
+
+    def names(self) -> list[str]:
+        """Adapters that can be listed: the named ones and the folder's, sorted. First-use ones have no list."""
+        found = set(self._named)
+        if self._dir is not None:
+            try:
+                with os.scandir(self._dir) as entries:
+                    found |= {entry.name for entry in entries if self._in_dir(entry.name) is not None}
+            except OSError:
+                return sorted(found)  # the folder was taken away; the named ones are still served
+        return sorted(found)
+
+    def _in_dir(self, name: str) -> Path | None:
+        if self._dir is None or not _is_folder_name(name):
+            return None
+        try:
+            folder = (self._dir / name).resolve(strict=True)
+            files = [(folder / file).resolve() for file in (CONFIG, TENSORS)]
+            inside = _is_below(folder, self._dir) and all(_is_below(file, self._dir) for file in files)
+            return folder if inside and folder != self._dir and files[0].is_file() else None
+        except (OSError, RuntimeError, ValueError):  # vanished, a loop of links, a name the system does not take
+            return None
+
+    def _allowed_path(self, name: str) -> AdapterRef:
+        for root in self._allow_local:
+            try:
+                folder = (root / name).resolve(strict=True)  # an absolute name stands for itself
+                if _is_below(folder, root) and (folder / CONFIG).is_file():
+                    return _with_fingerprint(AdapterRef(name=name, kind="local", locator=str(folder)))
+            except (OSError, RuntimeError, ValueError):
+                continue
+        raise _not_found(name)
+
+    def _on_hub(self, name: str) -> AdapterRef:
+        if _HUB_ID.match(name) and ".." not in name:
+            repo, _, revision = name.partition("@")
+            if any(fnmatch.fnmatchcase(repo, pattern) for pattern in self._allow_hub):
+                return AdapterRef(name=name, kind="hub", locator=repo, revision=revision or None)
+        raise _not_found(name)
+
+
+def _place(name: str, source: Path | str) -> AdapterRef:
+    """Where an operator's ``name=source`` points."""
+    if not _printable(name):
+        raise ConfigError(f"{name[:80]!r} can't be an adapter's name.", param="adapters")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return AdapterRef(name=name, kind="local", locator=str(folder.resolve()))
+    text = str(source)
+    if isinstance(source, str) and _HUB_ID.match(text) and "/" in text and not text.startswith("."):
+        repo, _, revision = text.partition("@")
+        return AdapterRef(name=name, kind="hub", locator=repo, revision=revision or None)
+    raise ConfigError(
+        f"Adapter {name!r}: {text!r} is neither an existing folder nor a Hub id such as org/name.", param="adapters"
+    )
+
+
+def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
+    if ref.kind != "local":
+        return ref
+    return AdapterRef(name=ref.name, kind="local", locator=ref.locator, fingerprint=fingerprint(Path(ref.locator)))
