@@ -307,6 +307,7 @@ class ServerConfig:
     generation_defaults: bool = _row(False, "switch", "use the sampling defaults of generation_config.json")
     chat_template: Path | None = _row(None, "path", "template file used in place of the model's")
     metrics_adapters: int = _row(100, "integer", "adapters with metrics of their own; the rest share one label", low=0)
+    lorax_metrics: bool = _row(False, "switch", "give metrics under LoRAX's names too")
     log_format: str = _row("text", "text", "form of the log lines", choices=("text", "json"))
     log_level: str = _row("info", "text", "least severity logged", choices=("debug", "info", "warning", "error"))
 
