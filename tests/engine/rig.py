@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,8 @@ class Laid:
 class HandLoader:
     """An ``AdapterLoader`` whose loads end when the test says. ``automatic``: on the next poll.
 
-    The generation is the locator's hash by way of its text, so a place means the same adapter in every test. Locators that
-    begin with ``bad`` fail.
+    The generation is locator and fingerprint, so a place means the same adapter in every test. Locators that begin
+    with ``bad`` fail.
     """
 
     def __init__(self, *, automatic: bool = True, nbytes: int = 64) -> None:
@@ -97,11 +97,11 @@ class HandLoader:
 
 
 def limits(**changes) -> EngineLimits:
-    values = dict(
+    usual = EngineLimits(
         max_model_len=128, step_tokens=32, step_logit_rows=32, max_running=8, max_waiting=1000, block_size=4,
         num_blocks=200, prefix_cache=True, vocab_size=VOCAB, eos_token_ids=(EOS,),
     )  # fmt: skip
-    return EngineLimits(**{**values, **changes})
+    return replace(usual, **changes)
 
 
 def capacity_of(lim: EngineLimits) -> Capacity:

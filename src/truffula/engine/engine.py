@@ -11,7 +11,7 @@ from truffula.engine.budget import MemoryBudget
 from truffula.engine.limits import EngineLimits
 from truffula.engine.runner import ModelRunner
 from truffula.engine.scheduler import Scheduler, StepCapacity
-from truffula.errors import GenerationError, ShuttingDown
+from truffula.errors import AdapterNotFound, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
@@ -101,7 +101,8 @@ class Engine:
     def command(self, command: AdapterCommand) -> list[AdapterState]:
         """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
 
-        After ``load`` ask again (``list``) until the state is resident or failed.
+        After ``load`` ask again (``list``) until the state is resident or failed. Raises ``AdapterNotFound`` when there is
+        nothing to unload.
         """
         self._stalled = False
         ref = command.ref
@@ -110,7 +111,8 @@ class Engine:
                 self._adapters.pin(ref)
             self._adapters.want(ref, self._clock())
         elif command.action == "unload" and ref is not None:
-            self._adapters.unload(ref.name)
+            if not self._adapters.unload(ref.name):
+                raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
         states = self._adapters.states()
         return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
 

@@ -86,9 +86,11 @@ def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks:
     else:
         total = prompt + min(params.max_tokens, room)
     if total - 1 > fits:
+        needed = -(-(total - 1) // limits.block_size)
         raise InsufficientMemory(
-            f"{prompt} prompt tokens and up to {total - prompt} more need {-(-(total - 1) // limits.block_size)} KV blocks "
-            f"of {limits.block_size} tokens; there are {capacity_blocks}. Ask for less, or give the server more memory.",
-            param="max_tokens", tokens=total, blocks=capacity_blocks, block_size=limits.block_size,
+            f"{prompt} prompt tokens and up to {total - prompt} more need {needed} KV blocks of {limits.block_size} "
+            f"tokens; there are {capacity_blocks}. Ask for less, or give the server more memory.",
+            param="max_tokens", tokens=total, needed_blocks=needed, blocks=capacity_blocks,
+            block_size=limits.block_size,
         )  # fmt: skip
     return total

@@ -6,7 +6,7 @@ One call of ``schedule`` goes through five passes over one budget of tokens and 
 2. look-ahead: adapters of waiting requests begin to load; a loaded one fixes their generation;
 3. rescue: an adapter that runs nothing and was passed over for long takes a place from the one that runs most;
 4. everybody running is given one token, the oldest first: no stream ever stalls behind a prompt. For want of a block
-   the newest sequence of the adapter that runs most is preempted, never the oldest of all: it always goes on, so all end;
+   the newest sequence of the adapter that runs most is preempted, never the oldest of all: it goes on, so all end;
 5. the rest of the budget goes to prompts, running ones and waiting ones, by turns of the adapters (``queues.Turns``).
 
 See docs/decisions/0003-no-phases-one-token-budget.md.

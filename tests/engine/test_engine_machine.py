@@ -1,0 +1,115 @@
+"""Any interleaving of add, abort, step, load, reload, unload, deadlines and little memory: nothing leaks, all end once."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from rig import HandLoader, Rig, alone, limits, request
+
+from truffula.errors import TruffulaError
+from truffula.types import AdapterCommand, AdapterRef
+
+PLACES = ["red", "green", "blue", "bad"]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        step_tokens=st.integers(2, 24),
+        num_blocks=st.integers(14, 40),
+        max_running=st.integers(1, 5),
+        room=st.integers(600, 3000),
+        max_waiting=st.integers(3, 12),
+        block_bytes=st.sampled_from([0, 20]),
+    )
+    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes):
+        lim = limits(
+            step_tokens=step_tokens, step_logit_rows=8, num_blocks=num_blocks, max_running=max_running,
+            max_waiting=max_waiting, kv_block_bytes=block_bytes, patience=3,
+        )  # fmt: skip
+        self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room)
+        self.requests = {}
+        self.fingerprints = dict.fromkeys(PLACES, 0)
+        self.aborted: set[str] = set()
+
+    def ref(self, place: str) -> AdapterRef:
+        return AdapterRef(name=place, locator=place, fingerprint=str(self.fingerprints[place]))
+
+    @rule(
+        prompt=st.lists(st.integers(0, 5), min_size=0, max_size=20),
+        place=st.sampled_from([None, None, *PLACES]),
+        max_tokens=st.one_of(st.none(), st.integers(0, 10)),
+        scores=st.one_of(st.none(), st.integers(0, 2)),
+        patience=st.one_of(st.none(), st.floats(0, 1)),
+        deadline=st.one_of(st.none(), st.floats(0, 2)),
+    )
+    def add(self, prompt, place, max_tokens, scores, patience, deadline):
+        name, now = f"r{len(self.requests)}", self.rig.clock.now
+        req = request(
+            name, prompt, adapter=None if place is None else self.ref(place), max_tokens=max_tokens,
+            prompt_logprobs=scores, queue_deadline=None if patience is None else now + patience,
+            deadline=None if deadline is None else now + deadline,
+        )  # fmt: skip
+        self.requests[name] = req
+        self.rig.add(req)
+        self.rig.engine.check()
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def abort(self, data):
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        running = self.rig.answers[name].final is None
+        self.rig.engine.abort(name)
+        self.rig.engine.check()
+        self.rig.step()
+        final = self.rig.answers[name].final
+        assert final is not None, "an aborted request ends within one step"
+        if running and final.finish_reason == "abort":
+            self.aborted.add(name)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count):
+        for _ in range(count):
+            self.rig.step()
+
+    @rule(places=st.sets(st.sampled_from(PLACES)))
+    def loads_end(self, places):
+        self.rig.loader.finish(places)
+
+    @rule(place=st.sampled_from(PLACES))
+    def adapter_changes(self, place):
+        self.fingerprints[place] += 1
+
+    @rule(place=st.sampled_from(PLACES), action=st.sampled_from(["load", "unload", "list"]))
+    def command(self, place, action):
+        try:
+            self.rig.engine.command(AdapterCommand(action=action, ref=self.ref(place)))
+        except TruffulaError as error:
+            assert (error.code, action) == ("adapter_not_found", "unload")
+        self.rig.engine.check()
+
+    @rule(seconds=st.floats(0, 0.7))
+    def time_passes(self, seconds):
+        self.rig.clock.now += seconds
+
+    def teardown(self):
+        if not hasattr(self, "rig"):
+            return
+        self.rig.loader.automatic = True
+        self.rig.drain()
+        self.rig.assert_clean()
+        for name, req in self.requests.items():
+            answer = self.rig.answers[name]
+            assert answer.final is not None
+            assert answer.final.times is not None
+            if answer.finish_reason in ("stop", "length"):
+                expected = alone(req, max_model_len=self.rig.limits.max_model_len)
+                many = len(answer.token_ids)
+                assert answer.token_ids == expected.token_ids[:many]
+                # Without max_tokens a request fills what memory there is: less here than alone.
+                assert req.params.max_tokens is None or many == len(expected.token_ids)
+        self.rig.engine.close()
+
+
+TestEngine = EngineMachine.TestCase
+TestEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)

@@ -1,0 +1,160 @@
+"""Same answer in any company: tokens don't depend on batch, budget, prefix hits, preemption or resumption.
+
+Over the hash model, where one wrong block, position or adapter changes everything; equality is exact.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rig import VOCAB, Rig, alone, limits, request
+
+SHARED = [list(range(1, 30)), [7] * 22, [5, 6] * 13]
+
+sampling = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+        "top_k": st.integers(0, 20),
+        "top_p": st.floats(0.3, 1.0),
+        "min_p": st.floats(0.0, 0.3),
+        "typical_p": st.floats(0.3, 1.0),
+        "repetition_penalty": st.sampled_from([1.0, 0.7, 1.4]),
+        "frequency_penalty": st.sampled_from([0.0, -1.0, 1.5]),
+        "presence_penalty": st.sampled_from([0.0, 0.8]),
+        "logit_bias": st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-9, 9), max_size=3),
+        "min_tokens": st.integers(0, 1),
+        "logprobs": st.integers(0, 4),
+        "prompt_logprobs": st.integers(0, 3),
+        "logprobs_of": st.sampled_from(["raw", "warped"]),
+        "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=4),
+        "seed": st.integers(0, 2**64 - 1),
+    },
+)
+
+
+@st.composite
+def requests(draw, name: str = "r", params=sampling):
+    shared = draw(st.sampled_from(SHARED))
+    prompt = shared[: draw(st.integers(0, len(shared)))] + draw(st.lists(st.integers(0, VOCAB - 1), max_size=12))
+    return request(
+        name, prompt or [3], adapter=draw(st.sampled_from([None, None, "red", "green", "blue"])),
+        choice=draw(st.integers(0, 2)), max_tokens=draw(st.integers(1, 14)), **draw(params),
+    )  # fmt: skip
+
+
+@st.composite
+def crowds(draw, most: int = 7):
+    return [draw(requests(f"r{i}")) for i in range(draw(st.integers(1, most)))]
+
+
+@st.composite
+def engines(draw):
+    size = draw(st.sampled_from([1, 2, 4, 16]))
+    return limits(
+        step_tokens=draw(st.integers(1, 48)), step_logit_rows=draw(st.integers(1, 24)),
+        max_running=draw(st.integers(1, 8)), block_size=size,
+        # From barely enough for one request (so that preemption is the rule) to plenty.
+        num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
+        prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
+    )  # fmt: skip
+
+
+def assert_same(got, expected) -> None:
+    assert got.token_ids == expected.token_ids
+    assert got.finish_reason == expected.finish_reason
+    assert got.final.stop_reason == expected.final.stop_reason
+    assert got.logprobs == pytest.approx(expected.logprobs)
+    assert got.top_logprobs == expected.top_logprobs
+    assert got.prompt_logprobs == expected.prompt_logprobs
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(crowds(), engines(), st.data())
+def test_any_company_any_budget_any_memory(crowd, lim, data):
+    rig = Rig(lim)
+    for req in crowd:
+        rig.add(req)
+        for _ in range(data.draw(st.integers(0, 3), label="steps between")):
+            rig.step()
+    rig.drain()
+    rig.assert_clean()
+    for req in crowd:
+        assert_same(rig.answers[req.request_id], alone(req))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(requests(), engines(), st.data())
+def test_resumed_behind_any_of_its_tokens(req, lim, data):
+    whole = alone(req)
+    shown = data.draw(st.integers(1, max(1, len(whole.token_ids) - 1)), label="shown")
+    if shown >= len(whole.token_ids):
+        return
+    resumed = msgspec.structs.replace(req, resume_ids=whole.token_ids[:shown])
+    answer = Rig(lim).run([resumed])[req.request_id]
+    assert answer.token_ids == whole.token_ids[shown:]
+    assert answer.finish_reason == whole.finish_reason
+    assert answer.logprobs == pytest.approx(whole.logprobs[shown:])
+    assert answer.prompt_logprobs is None
+
+
+def test_preemption_did_happen_and_changed_nothing():
+    crowd = [request(f"r{i}", [i, i + 1, i + 2], max_tokens=24, ignore_eos=True, adapter="red") for i in range(6)]
+    rig = Rig(limits(num_blocks=12))
+    rig.run(crowd)
+    assert rig.engine.stats().preemptions > 0
+    for req in crowd:
+        assert_same(rig.answers[req.request_id], alone(req))
+
+
+def test_a_full_prefix_hit_leaves_one_token_to_compute():
+    prompt = list(range(1, 17))  # four full blocks
+    rig = Rig()
+    first = rig.run([request("first", prompt, max_tokens=3)])["first"]
+    again = rig.run([request("again", prompt, max_tokens=3)])["again"]
+    assert first.final.cached_tokens == 0
+    assert again.final.cached_tokens == 12
+    assert again.token_ids == first.token_ids
+
+
+def test_prefixes_of_other_adapters_and_tenants_are_not_hit():
+    prompt = list(range(1, 17))
+    rig = Rig()
+    rig.run([request("base", prompt)])
+    strangers = [request("red", prompt, adapter="red"), request("salted", prompt, salt="tenant")]
+    for name, answer in rig.run(strangers).items():
+        assert name == "base" or answer.final.cached_tokens == 0
+    friends = [request("red2", prompt, adapter="red"), request("salted2", prompt, salt="tenant")]
+    rig.run(friends)
+    assert rig.answers["red2"].final.cached_tokens == rig.answers["salted2"].final.cached_tokens == 12
+    assert_same(rig.answers["red2"], rig.answers["red"])
+
+
+def test_generated_blocks_are_hit_by_the_next_turn_of_a_conversation():
+    rig = Rig()
+    prompt = list(range(1, 10))
+    first = rig.run([request("turn1", prompt, max_tokens=12, ignore_eos=True)])["turn1"]
+    longer = prompt + first.token_ids + [4, 5, 6]
+    second = rig.run([request("turn2", longer, max_tokens=4)])["turn2"]
+    assert second.final.cached_tokens == 20  # 9 + 12 tokens, the last of which was never fed: five full blocks
+    assert_same(second, alone(request("turn2", longer, max_tokens=4)))
+
+
+def test_scoring_a_prompt_takes_no_prefix_hit():
+    prompt = list(range(1, 17))
+    rig = Rig()
+    rig.run([request("warm", prompt)])
+    scored = rig.run([request("scored", prompt, prompt_logprobs=2, max_tokens=2)])["scored"]
+    assert scored.final.cached_tokens == 0
+    assert scored.prompt_logprobs[0] is None
+    assert len(scored.prompt_logprobs) == len(prompt)
+
+
+def test_penalties_see_the_prompt_and_resumed_tokens():
+    params = {"frequency_penalty": 2.0, "repetition_penalty": 3.0, "max_tokens": 60, "ignore_eos": True}
+    whole = alone(request("r", [9, 9, 8, 7], **params))
+    resumed = alone(request("r", [9, 9, 8, 7], resume_ids=whole.token_ids[:4], **params))
+    assert resumed.token_ids == whole.token_ids[4:]
+    assert whole.token_ids != alone(request("r", [9, 9, 8, 7], max_tokens=60, ignore_eos=True)).token_ids

@@ -1,0 +1,101 @@
+"""MemoryBudget under any order of use: never above its limit, idle things go oldest first, others never."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from truffula.engine.budget import MemoryBudget
+from truffula.errors import ConfigError
+
+
+class Shelf:
+    """A pool of things, some idle. Gives up its oldest idle one when asked, as the ``Reclaimer`` protocol says."""
+
+    def __init__(self, name: str, budget: MemoryBudget, evicted: list[float]) -> None:
+        self.name = name
+        self.budget = budget
+        self.evicted = evicted
+        self.idle: list[tuple[float, int]] = []
+        self.busy: list[int] = []
+
+    def oldest(self) -> float | None:
+        return self.idle[0][0] if self.idle else None
+
+    def evict_oldest(self) -> int:
+        stamp, nbytes = self.idle.pop(0)
+        self.evicted.append(stamp)
+        self.budget.release(self.name, nbytes)
+        return nbytes
+
+
+class BudgetMachine(RuleBasedStateMachine):
+    @initialize(limit=st.integers(0, 100), fixed=st.integers(0, 50))
+    def begin(self, limit, fixed):
+        self.now = 0.0
+        self.evicted: list[float] = []
+        self.budget = MemoryBudget(limit)
+        self.fixed = fixed if self.budget.reserve("weights", fixed) else 0
+        self.shelves = [Shelf(name, self.budget, self.evicted) for name in ("kv", "adapters")]
+        for shelf in self.shelves:
+            self.budget.register_reclaimer(shelf.name, shelf)
+
+    @rule(which=st.integers(0, 1), nbytes=st.integers(1, 60))
+    def take(self, which, nbytes):
+        shelf = self.shelves[which]
+        del self.evicted[:]
+        busy = self.fixed + sum(sum(s.busy) for s in self.shelves)
+        stamps = sorted(stamp for s in self.shelves for stamp, _ in s.idle)
+        took = self.budget.reserve(shelf.name, nbytes)
+        assert took == (busy + nbytes <= self.budget.limit), "it fits exactly when what is in use leaves room"
+        assert self.evicted == stamps[: len(self.evicted)], "idle things went out of order"
+        if took:
+            shelf.busy.append(nbytes)
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def rest(self, which, data):
+        shelf = self.shelves[which]
+        if shelf.busy:
+            self.now += 1
+            shelf.idle.append((self.now, shelf.busy.pop(data.draw(st.integers(0, len(shelf.busy) - 1)))))
+
+    @rule(which=st.integers(0, 1))
+    def drop(self, which):
+        shelf = self.shelves[which]
+        if shelf.busy:
+            self.budget.release(shelf.name, shelf.busy.pop())
+
+    @invariant()
+    def sums_hold(self):
+        if hasattr(self, "budget"):
+            self.budget.check()
+            for shelf in self.shelves:
+                assert self.budget.used(shelf.name) == sum(shelf.busy) + sum(n for _, n in shelf.idle)
+
+
+TestBudget = BudgetMachine.TestCase
+TestBudget.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+def test_a_release_of_more_than_was_reserved_is_our_mistake():
+    budget = MemoryBudget(10)
+    assert budget.reserve("kv", 4)
+    with pytest.raises(ValueError, match="releases 5 of 4"):
+        budget.release("kv", 5)
+
+
+def test_what_can_never_fit_evicts_nothing():
+    budget = MemoryBudget(10)
+    shelf = Shelf("kv", budget, [])
+    budget.register_reclaimer("kv", shelf)
+    assert budget.reserve("kv", 6)
+    shelf.idle.append((1.0, 6))
+    assert not budget.reserve("adapters", 11)
+    assert shelf.idle
+
+
+def test_a_negative_limit_is_refused():
+    with pytest.raises(ConfigError):
+        MemoryBudget(-1)
