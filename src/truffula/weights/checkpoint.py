@@ -34,8 +34,7 @@ class Checkpoint(Protocol):
 
     ``generation_config`` is the file of that name, ``{}`` where there is none. ``tensors`` maps a name to its
     ``TensorInfo``. GGUF names, metadata and conventions are translated to Hugging Face's, so nothing behind this knows
-    the
-    format. ``warnings`` are for the operator.
+    the format. ``warnings`` are for the operator.
     """
 
     path: Path
@@ -51,12 +50,14 @@ class Checkpoint(Protocol):
         A view stays good after ``release``. It must not be written to: a write would last only until the release.
         """
 
+    def raw(self, name: str) -> Array:
+        """``[nbytes]`` uint8 view of the tensor's bytes in the file, before any conversion."""
+
     def release(self, name: str) -> None:
         """Tell the system that the pages of this tensor may be dropped."""
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents by name: tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja if
-        there."""
+        """Contents by file name (tokenizer.json, tokenizer_config.json, chat_template.jinja, …) of those that exist."""
 
     def close(self) -> None: ...
 

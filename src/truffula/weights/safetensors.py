@@ -67,6 +67,11 @@ class SafetensorsFile:
         view = self._file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
         return view if view.flags.aligned else view.copy()
 
+    def raw(self, name: str) -> Array:
+        """``[nbytes]`` uint8 view of the tensor's bytes in the file."""
+        info = self.tensors[name]
+        return self._file.view(info.offset, info.nbytes)
+
     def release(self, name: str) -> None:
         info = self.tensors[name]
         self._file.release(info.offset, info.nbytes)

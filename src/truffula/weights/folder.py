@@ -1,0 +1,278 @@
+"""A model folder as Hugging Face lays it out: config.json, safetensors in one file or in shards, a tokenizer beside."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from truffula.errors import CheckpointError
+from truffula.weights.checkpoint import Array, TensorInfo
+from truffula.weights.safetensors import SafetensorsFile, is_lfs_pointer, refuse_lfs_pointer
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_JSON_BYTES = 64 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
+# The heads of the families this server knows: a tensor an index promises and no shard holds may be one of these (a tied
+# model saved with the index of its untied parent); tying then decides. Any other such tensor is a broken checkpoint.
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output)\.")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class FolderCheckpoint:
+    """A ``Checkpoint`` over a folder. Opening reads JSON and headers only; data are mapped when read."""
+
+    format = "safetensors"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = read_json(_config_file(path))
+        generation = path / "generation_config.json"
+        self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+        warnings: list[str] = []
+        self._home: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
+        if not self._home:
+            raise CheckpointError(f"{path}: its safetensors files hold no tensor.", param=str(path))
+        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._home.items()}
+        self.warnings = tuple(warnings)
+
+    def read(self, name: str) -> Array:
+        return self._file(name).read(name)
+
+    def raw(self, name: str) -> Array:
+        return self._file(name).raw(name)
+
+    def release(self, name: str) -> None:
+        self._file(name).release(name)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        found = {}
+        for name in TOKENIZER_FILES:
+            file = self.path / name
+            if file.is_file():
+                found[name] = _read_bytes(file, MAX_TOKENIZER_BYTES)
+        return found
+
+    def close(self) -> None:
+        for file in set(self._home.values()):
+            file.close()
+
+    def _file(self, name: str) -> SafetensorsFile:
+        try:
+            return self._home[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``. Refuses another kind of value, NaN and infinities, a key written twice, 64 MB."""
+    raw = _read_bytes(path, MAX_JSON_BYTES)
+    try:
+        value = json.loads(
+            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_finite_only, parse_float=_finite_only
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.", param=str(path)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}.", param=str(path))
+    return value
+
+
+def _finite_only(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key!r} is written twice")
+        made[key] = value
+    return made
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
+    if len(raw) > limit:
+        raise CheckpointError(f"{path} is larger than {limit} bytes.", param=str(path))
+    if is_lfs_pointer(raw[:64]):
+        raise refuse_lfs_pointer(path)
+    return raw
+
+
+def _config_file(path: Path) -> Path:
+    config = path / "config.json"
+    if config.is_file():
+        return config
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(f"{path} holds an adapter, not a base model; serve it with --adapter.", param=str(path))
+    gguf = sorted(file.name for file in path.glob("*.gguf"))
+    hint = f" To serve the GGUF file, give its path: {path / gguf[0]}." if gguf else ""
+    raise CheckpointError(f"{path} has no config.json, so it is not a model folder.{hint}", param=str(path))
+
+
+def _open_weights(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]:
+    """Which file each tensor is read from."""
+    if (folder / INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            warnings.append(f"{folder} holds both {INDEX} and {SINGLE}; the shards of the index are read.")
+        return _open_index(folder, warnings)
+    if (folder / SINGLE).is_file():
+        file = SafetensorsFile(folder / SINGLE)
+        return dict.fromkeys(file.tensors, file)
+    shards = _full_set(folder)
+    if shards:
+        warnings.append(f"{folder} has no {INDEX}; its {len(shards)} shards form a full set and were taken together.")
+        return _join(shards)
+    raise _nothing_to_read(folder)
+
+
+def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must map tensors to files.", param=str(index))
+    wanted: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        wanted.setdefault(_safe_name(index, tensor, name), []).append(tensor)
+    files = {name: _open_shard(folder, name, tensors) for name, tensors in sorted(wanted.items())}
+    home: dict[str, SafetensorsFile] = {}
+    for tensor, name in weight_map.items():
+        if tensor in files[name].tensors:
+            home[tensor] = files[name]
+            continue
+        others = [other for other, file in files.items() if tensor in file.tensors]
+        if others or not _HEAD.search(tensor):
+            where = f"; it lies in {others[0]}, so the index is wrong" if others else ""
+            raise CheckpointError(
+                f"{index} says that {tensor} is in {name}, but it is not there{where}.", param=tensor, file=name
+            )
+        warnings.append(f"{index} promises {tensor} in {name}, which does not hold it; it counts as absent.")
+    for name, file in files.items():
+        for tensor in file.tensors:
+            if tensor not in weight_map:
+                if tensor in home:
+                    raise CheckpointError(
+                        f"{tensor} is in {home[tensor].path.name} and in {name}, and {INDEX} names neither.",
+                        param=tensor,
+                    )
+                home[tensor] = file
+                warnings.append(f"{tensor} is in {name} but not in {INDEX}.")
+            elif home[tensor] is not file:
+                warnings.append(f"{tensor} is in {name} too; {home[tensor].path.name}, which the index names, is read.")
+    return home
+
+
+def _safe_name(index: Path, tensor: str, name: Any) -> str:
+    """The name of a shard, if it is a safetensors file inside the folder."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise CheckpointError(f"{index}: {tensor} maps to {name!r}, which is no file name.", param=tensor)
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
+        raise CheckpointError(
+            f"{index}: {tensor} maps to {name!r}, outside the folder; only files beside the index are read.",
+            param=tensor,
+        )
+    if pure.suffix != ".safetensors":
+        raise CheckpointError(f"{index}: {tensor} maps to {name!r}; only safetensors files are read.", param=tensor)
+    return name
+
+
+def _open_shard(folder: Path, name: str, tensors: list[str]) -> SafetensorsFile:
+    if not (folder / name).is_file():
+        raise CheckpointError(
+            f"{folder / name} is missing: {INDEX} places {len(tensors)} tensors in it, the first {tensors[0]}.",
+            param=str(folder / name),
+        )
+    return SafetensorsFile(folder / name)
+
+
+def _full_set(folder: Path) -> list[Path]:
+    """The shards of a folder without an index, where they are one complete set; none where there are no shards."""
+    groups: dict[tuple[str, int], dict[int, Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        match = _SHARD.fullmatch(file.name)
+        if match and not _is_variant(file.name):
+            groups.setdefault((match["stem"], int(match["total"])), {})[int(match["number"])] = file
+    if not groups:
+        return []
+    if len(groups) > 1:
+        names = ", ".join(f"{stem}-*-of-{total:05d}" for stem, total in groups)
+        raise CheckpointError(f"{folder} has no {INDEX} and several sets of shards: {names}.", param=str(folder))
+    ((stem, total), shards), *_ = groups.items()
+    missing = [n for n in range(1, total + 1) if n not in shards]
+    if missing or len(shards) != total:
+        which = (
+            f"{stem}-{missing[0]:05d}-of-{total:05d}.safetensors is missing" if missing else "the numbers do not fit"
+        )
+        raise CheckpointError(f"{folder} has no {INDEX} and its shards are incomplete: {which}.", param=str(folder))
+    return [shards[n] for n in range(1, total + 1)]
+
+
+def _join(shards: list[Path]) -> dict[str, SafetensorsFile]:
+    home: dict[str, SafetensorsFile] = {}
+    for path in shards:
+        file = SafetensorsFile(path)
+        for tensor in file.tensors:
+            if tensor in home:
+                raise CheckpointError(
+                    f"{tensor} is in {home[tensor].path.name} and in {path.name}, and there is no {INDEX} to say which "
+                    "is meant.",
+                    param=tensor,
+                )
+            home[tensor] = file
+    return home
+
+
+def _is_variant(name: str) -> bool:
+    """Other copies of the same weights (the vendor's own format, another precision): never read."""
+    return name.startswith("consolidated") or bool(re.search(r"\.(fp16|fp32|bf16|non_ema|ema)[.-]", name))
+
+
+def _nothing_to_read(folder: Path) -> CheckpointError:
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    others = [name for name in names if name.endswith(".safetensors")]
+    pickles = [name for name in names if name.endswith(_PICKLES) and name != "training_args.bin"]
+    if pickles and not others:
+        return CheckpointError(
+            f"{folder} holds only {pickles[0]}: pickled weights can run code when loaded and are never read. "
+            f"Convert them once, if you trust their source:\n  {conversion_command(folder)}",
+            param=str(folder),
+        )
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return CheckpointError(f"{folder} holds no {SINGLE}; give the path of the file: {folder / gguf[0]}.")
+    found = f" It holds {', '.join(others[:5])}; rename the one that is the whole model." if others else ""
+    return CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}.{found}", param=str(folder))
+
+
+def conversion_command(folder: Path) -> str:
+    """The shell command that turns a folder of pickled weights into one of safetensors beside it."""
+    source, target = str(folder), f"{str(folder).rstrip('/')}-safetensors"
+    code = (
+        "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+        f"M.from_pretrained({source!r}, weights_only=True).save_pretrained({target!r}); "
+        f"T.from_pretrained({source!r}).save_pretrained({target!r})"
+    )
+    return f"python -c {shlex.quote(code)}"

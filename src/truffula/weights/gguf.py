@@ -1,0 +1,120 @@
+"""A ``Checkpoint`` over a ``.gguf`` file: Hugging Face's names, shapes and conventions outside, blocks inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truffula.errors import CheckpointError
+from truffula.weights.checkpoint import Array, TensorInfo
+from truffula.weights.gguf_header import GgufTensor, read_header
+from truffula.weights.gguf_names import ROPE_FREQS, family_of, generation_config, rename, to_config
+from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf_tokenizer import tokenizer_files
+from truffula.weights.mapped import MappedFile
+
+
+class GgufCheckpoint:
+    """One GGUF file. ``read`` undoes what the converter did: interleaved q and k rows, norms stored as 1 + weight.
+
+    Plain numbers that need neither are views of the mapped file; all else is a fresh array (float32 when it was
+    packed).
+    """
+
+    format = "gguf"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
+        self._file = MappedFile(path, size)
+        self._header = read_header(path, size, self._file)
+        self._family = family_of(self._header)
+        warnings: list[str] = []
+        factors = self._values(self._header.tensors[ROPE_FREQS]) if ROPE_FREQS in self._header.tensors else None
+        self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
+        self.generation_config: dict[str, Any] = generation_config(self._header)
+        self._stored = self._renamed()
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(name, item.shape, FORMATS[item.type].name, path, item.offset, item.nbytes)
+            for name, item in self._stored.items()
+        }
+        self.warnings = tuple(warnings)
+
+    def read(self, name: str) -> Array:
+        item = self._item(name)
+        data = self._file.view(item.offset, item.nbytes)
+        heads = self._permuted_heads(name)
+        if heads:
+            data = _restore_halves(data, item.shape[0], heads)
+        values = dequantize(FORMATS[item.type], data, item.shape)
+        if self._family.shifted and name.endswith("norm.weight"):
+            values = values.astype(np.float32) - np.float32(1)
+        return values
+
+    def raw(self, name: str) -> Array:
+        item = self._item(name)
+        return self._file.view(item.offset, item.nbytes)
+
+    def release(self, name: str) -> None:
+        item = self._item(name)
+        self._file.release(item.offset, item.nbytes)
+
+    def tokenizer_files(self) -> dict[str, bytes]:
+        files, warnings = tokenizer_files(self._header.metadata)
+        self.warnings = tuple(dict.fromkeys((*self.warnings, *warnings)))
+        return files
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _item(self, name: str) -> GgufTensor:
+        try:
+            return self._stored[name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
+
+    def _values(self, item: GgufTensor) -> Array:
+        return dequantize(FORMATS[item.type], self._file.view(item.offset, item.nbytes), item.shape)
+
+    def _renamed(self) -> dict[str, GgufTensor]:
+        found, unknown = {}, []
+        for name, item in self._header.tensors.items():
+            if name == ROPE_FREQS:
+                continue  # it is in the config now, as the parameters that made it
+            new = rename(self._family, name)
+            if new is None:
+                unknown.append(name)
+            else:
+                found[new] = item
+        if unknown:
+            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+            architecture = self._header.metadata["general.architecture"]
+            raise CheckpointError(
+                f"{self.path}: a {architecture} model has no such tensors: {', '.join(unknown[:10])}{more}.",
+                param=unknown[0],
+            )
+        return found
+
+    def _permuted_heads(self, name: str) -> int:
+        """How many heads' rows of this tensor the converter interleaved; 0 for none."""
+        if self._family.permuted and ".self_attn.q_proj." in name:
+            return int(self.config["num_attention_heads"])
+        if self._family.permuted and ".self_attn.k_proj." in name:
+            return int(self.config["num_key_value_heads"])
+        return 0
+
+
+def _restore_halves(data: Array, rows: int, heads: int) -> Array:
+    """Put the rows of each head from interleaved pairs back into two halves. A row is whole blocks, so bytes are
+    moved.
+    """
+    if rows % (2 * heads):
+        raise CheckpointError(f"{rows} rows do not divide into pairs of {heads} heads.")
+    pairs = data.reshape(heads, rows // heads // 2, 2, -1)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)

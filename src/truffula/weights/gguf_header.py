@@ -1,0 +1,213 @@
+"""The header of a GGUF file: metadata and the list of tensors, every length checked against the file before it is used.
+
+Layout (versions 2 and 3, little endian): magic ``GGUF``, ``u32`` version, ``u64`` tensors, ``u64`` pairs; the pairs
+(string key, ``u32`` type, value); per tensor its name, ``u32`` dimensions, that many ``u64`` sizes (fastest first),
+``u32`` type, ``u64`` offset; then, aligned, the data. Source: the GGUF description in the ggml project.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_quants import FORMATS, OTHER_TYPES
+from truffula.weights.mapped import MappedFile
+from truffula.weights.safetensors import is_lfs_pointer, refuse_lfs_pointer
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_HEADER_BYTES = 1 << 30
+_STRING, _ARRAY, _BOOL = 8, 9, 7
+_NUMBERS: Mapping[int, str] = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "<u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_U64 = struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor as the file lists it; ``shape`` already in row-major order, ``offset`` from the start of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """``metadata`` values are int, float, bool, str, or lists of these."""
+
+    version: int
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+
+def read_header(path: Path, size: int, file: MappedFile) -> GgufHeader:
+    """Parse and check the header. Raises ``CheckpointError`` naming the file, and the key or tensor at fault."""
+    head = bytes(file.view(0, min(size, 64)))
+    if size == 0:
+        raise _refuse(path, "the file is empty.")
+    if is_lfs_pointer(head):
+        raise refuse_lfs_pointer(path)
+    if not head.startswith(MAGIC):
+        raise _refuse(path, "it does not begin with 'GGUF'; not a GGUF file.")
+    cursor = _Cursor(path, file.view(0, min(size, MAX_HEADER_BYTES)).data, len(MAGIC))
+    version = cursor.number("<u4", "its version")
+    if version not in VERSIONS:
+        kind = "big-endian" if version in {v << 24 for v in VERSIONS} else f"version {version}"
+        raise _refuse(path, f"{kind} GGUF is not read; versions 2 and 3 in little endian are.")
+    tensor_count, pair_count = cursor.number("<u8", "its tensor count"), cursor.number("<u8", "its metadata count")
+    metadata: dict[str, Any] = {}
+    cursor.room(pair_count, 13, "metadata pairs")
+    for _ in range(pair_count):
+        key = cursor.string("a metadata key")
+        if key in metadata:
+            raise _refuse(path, f"the metadata key {key!r} is written twice.", key)
+        metadata[key] = cursor.value(cursor.number("<u4", f"the type of {key!r}"), key)
+    cursor.room(tensor_count, 24, "tensors")
+    listed = [_listed(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise _refuse(path, f"general.alignment is {alignment!r}; it must be a power of two.", "general.alignment")
+    start = -(-cursor.position // alignment) * alignment
+    return GgufHeader(version, metadata, _check_tensors(path, listed, start, size))
+
+
+def _refuse(path: Path, why: str, name: str | None = None) -> CheckpointError:
+    return CheckpointError(f"{path}: {why}", param=name if name is not None else str(path), file=str(path))
+
+
+class _Cursor:
+    """Reads forward through the header; every read first makes sure that the bytes are there."""
+
+    def __init__(self, path: Path, data: memoryview, position: int) -> None:
+        self.path, self.data, self.position = path, data, position
+
+    def room(self, count: int, each: int, what: str) -> None:
+        if count * each > len(self.data) - self.position:
+            raise _refuse(self.path, f"truncated, or absurd: {count} {what} do not fit behind byte {self.position}.")
+
+    def number(self, dtype: str, what: str) -> Any:
+        kind = np.dtype(dtype)
+        self.room(1, kind.itemsize, what)
+        value = np.frombuffer(self.data, kind, 1, self.position)[0].item()
+        self.position += kind.itemsize
+        return value
+
+    def string(self, what: str) -> str:
+        self.room(1, 8, what)
+        (length,) = _U64.unpack_from(self.data, self.position)
+        self.position += 8
+        self.room(length, 1, f"bytes of {what}")
+        raw = bytes(self.data[self.position : self.position + length])
+        self.position += length
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _refuse(self.path, f"{what} is not UTF-8: {error.reason}.") from error
+
+    def value(self, kind: int, key: str, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self.string(f"the value of {key!r}")
+        if kind == _ARRAY:
+            return self._array(key, depth)
+        if kind not in _NUMBERS:
+            raise _refuse(self.path, f"the metadata key {key!r} has the unknown type {kind}.", key)
+        value = self.number(_NUMBERS[kind], f"the value of {key!r}")
+        return bool(value) if kind == _BOOL else value
+
+    def _array(self, key: str, depth: int) -> list[Any]:
+        if depth > 3:
+            raise _refuse(self.path, f"the metadata key {key!r} nests arrays too deeply.", key)
+        kind = self.number("<u4", f"the type of {key!r}")
+        count = self.number("<u8", f"the length of {key!r}")
+        if kind == _STRING:
+            return self._strings(count, key)
+        if kind == _ARRAY:
+            self.room(count, 12, f"items of {key!r}")
+            return [self._array(key, depth + 1) for _ in range(count)]
+        if kind not in _NUMBERS:
+            raise _refuse(self.path, f"the metadata key {key!r} has items of the unknown type {kind}.", key)
+        dtype = np.dtype(_NUMBERS[kind])
+        self.room(count, dtype.itemsize, f"items of {key!r}")
+        values: list[Any] = np.frombuffer(self.data, dtype, count, self.position).tolist()
+        self.position += count * dtype.itemsize
+        return [bool(value) for value in values] if kind == _BOOL else values
+
+    def _strings(self, count: int, key: str) -> list[str]:
+        """A vocabulary has a quarter of a million of these: the loop is kept tight."""
+        self.room(count, 8, f"strings of {key!r}")
+        data, position, end = self.data, self.position, len(self.data)
+        unpack, found = _U64.unpack_from, []
+        for _ in range(count):
+            if position + 8 > end:
+                break
+            stop = position + 8 + unpack(data, position)[0]
+            if stop > end:
+                break
+            found.append(str(data[position + 8 : stop], "utf-8", "surrogateescape"))
+            position = stop
+        if len(found) != count:
+            raise _refuse(self.path, f"truncated, or absurd: the strings of {key!r} run past its end.", key)
+        self.position = position
+        return found
+
+
+def _listed(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.string("a tensor's name")
+    count = cursor.number("<u4", f"the dimensions of {name!r}")
+    if count > 8:
+        raise _refuse(cursor.path, f"tensor {name!r} has {count} dimensions; at most 8 are read.", name)
+    sizes = [cursor.number("<u8", f"the shape of {name!r}") for _ in range(count)]
+    kind = cursor.number("<u4", f"the type of {name!r}")
+    return name, tuple(reversed(sizes)), kind, cursor.number("<u8", f"the offset of {name!r}")
+
+
+def _check_tensors(
+    path: Path, listed: list[tuple[str, tuple[int, ...], int, int]], start: int, size: int
+) -> dict[str, GgufTensor]:
+    found: dict[str, GgufTensor] = {}
+    for name, shape, kind, offset in listed:
+        if name in found:
+            raise _refuse(path, f"tensor {name!r} is listed twice.", name)
+        if kind not in FORMATS:
+            what = OTHER_TYPES.get(kind, f"type {kind}")
+            known = ", ".join(format.name for format in FORMATS.values())
+            raise UnsupportedModel(
+                f"{path}: tensor {name!r} is quantised as {what}, which is not read; {known} are.",
+                param=name,
+                type=what,
+            )
+        format = FORMATS[kind]
+        if not shape or shape[-1] % format.size:
+            raise _refuse(path, f"tensor {name!r}: rows of shape {shape} are no whole {format.name} blocks.", name)
+        nbytes = math.prod(shape) // format.size * format.nbytes
+        if start + offset + nbytes > size:
+            end = start + offset + nbytes
+            raise _refuse(path, f"truncated: tensor {name!r} ends at byte {end}, the file at {size}.", name)
+        found[name] = GgufTensor(name, shape, kind, start + offset, nbytes)
+    end, before = start, ""
+    for tensor in sorted(found.values(), key=lambda item: (item.offset, item.nbytes)):
+        if tensor.offset < end:
+            raise _refuse(path, f"tensor {tensor.name!r}: its data overlap those of {before!r}.", tensor.name)
+        end, before = tensor.offset + tensor.nbytes, tensor.name
+    return found

@@ -1,0 +1,190 @@
+"""Dequantising the block formats of GGUF, vectorised, bit for bit as ggml's own reference does it.
+
+A row of a tensor is a run of blocks; a block holds ``size`` values in ``nbytes`` bytes. Every function takes ``[N,
+nbytes]`` uint8 blocks and fills ``[N, size]`` float32, in the order of operations (and so of roundings) of the format's
+definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from truffula.weights.checkpoint import Array
+
+Blocks = npt.NDArray[np.uint8]
+Values = npt.NDArray[np.float32]
+# Blocks worked on at once: a chunk's values and temporaries stay in the second-level cache.
+_CHUNK_VALUES = 1 << 16
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """One storage type: ``size`` values take ``nbytes`` bytes. ``dtype`` for plain numbers, ``unpack`` for packed
+    ones.
+    """
+
+    name: str
+    size: int
+    nbytes: int
+    dtype: np.dtype[Any] | None = None
+    unpack: Callable[[Blocks, Values], None] | None = None
+
+
+def dequantize(format: BlockFormat, data: Blocks, shape: tuple[int, ...]) -> Array:
+    """The values of ``data`` (flat uint8) as an array of ``shape``: a view for plain numbers, else fresh float32."""
+    if format.dtype is not None:
+        view = data.view(format.dtype).reshape(shape)
+        return view if view.flags.aligned else view.copy()
+    assert format.unpack is not None
+    blocks = data.reshape(-1, format.nbytes)
+    values = np.empty((blocks.shape[0], format.size), np.float32)
+    step = max(1, _CHUNK_VALUES // format.size)
+    # A file may hold any bits where a scale is meant to be; what comes of them is for the finite check to judge.
+    with np.errstate(all="ignore"):
+        for start in range(0, blocks.shape[0], step):
+            format.unpack(blocks[start : start + step], values[start : start + step])
+    return values.reshape(shape)
+
+
+def _half(blocks: Blocks, start: int) -> Values:
+    """``[N, 1]`` float32 from the float16 at byte ``start``."""
+    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: Blocks) -> Blocks:
+    """``[N, 16]`` bytes to ``[N, 32]`` values: the low halves of all bytes, then the high halves."""
+    out = np.empty((packed.shape[0], 2, packed.shape[1]), np.uint8)
+    np.bitwise_and(packed, 0x0F, out=out[:, 0])
+    np.right_shift(packed, 4, out=out[:, 1])
+    return out.reshape(packed.shape[0], -1)
+
+
+def _fifth_bits(packed: Blocks) -> Blocks:
+    """``[N, 4]`` bytes to ``[N, 32]``: bit i of the little-endian word, moved to bit 4."""
+    return np.unpackbits(packed, axis=1, bitorder="little") << np.uint8(4)
+
+
+def _q8_0(blocks: Blocks, out: Values) -> None:
+    out[...] = blocks[:, 2:].view(np.int8)
+    out *= _half(blocks, 0)
+
+
+def _q4_0(blocks: Blocks, out: Values) -> None:
+    out[...] = _nibbles(blocks[:, 2:])
+    out -= np.float32(8)
+    out *= _half(blocks, 0)
+
+
+def _q4_1(blocks: Blocks, out: Values) -> None:
+    out[...] = _nibbles(blocks[:, 4:])
+    out *= _half(blocks, 0)
+    out += _half(blocks, 2)
+
+
+def _q5_0(blocks: Blocks, out: Values) -> None:
+    out[...] = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])
+    out -= np.float32(16)
+    out *= _half(blocks, 0)
+
+
+def _q5_1(blocks: Blocks, out: Values) -> None:
+    out[...] = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])
+    out *= _half(blocks, 0)
+    out += _half(blocks, 2)
+
+
+def _scales_and_mins(packed: Blocks) -> tuple[Values, Values]:
+    """``[N, 12]`` bytes to ``[N, 8]`` six-bit scales and ``[N, 8]`` six-bit minimums."""
+    low, middle, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
+    scales = np.concatenate([low & 63, (high & 15) | ((low >> 2) & 48)], axis=1)
+    mins = np.concatenate([middle & 63, (high >> 4) | ((middle >> 2) & 48)], axis=1)
+    return scales.astype(np.float32), mins.astype(np.float32)
+
+
+def _k_nibbles(packed: Blocks) -> Blocks:
+    """``[N, 128]`` bytes to ``[N, 8, 32]``: each run of 32 bytes gives its low halves, then its high halves."""
+    runs = packed.reshape(-1, 4, 32)
+    out = np.empty((packed.shape[0], 4, 2, 32), np.uint8)
+    np.bitwise_and(runs, 0x0F, out=out[:, :, 0])
+    np.right_shift(runs, 4, out=out[:, :, 1])
+    return out.reshape(-1, 8, 32)
+
+
+def _k_affine(blocks: Blocks, quants: Blocks, out: Values) -> None:
+    """Write ``(d * scale) * q - (dmin * min)`` per sub-block of 32; ``quants`` is ``[N, 8, 32]``."""
+    scales, mins = _scales_and_mins(blocks[:, 4:16])
+    grouped = out.reshape(-1, 8, 32)
+    grouped[...] = quants
+    grouped *= (_half(blocks, 0) * scales)[:, :, None]
+    grouped -= (_half(blocks, 2) * mins)[:, :, None]
+
+
+def _q4_k(blocks: Blocks, out: Values) -> None:
+    _k_affine(blocks, _k_nibbles(blocks[:, 16:]), out)
+
+
+def _q5_k(blocks: Blocks, out: Values) -> None:
+    bits = (blocks[:, 16:48, None] >> np.arange(8, dtype=np.uint8)) & np.uint8(1)  # [N, 32, 8]
+    fifth = bits.transpose(0, 2, 1) << np.uint8(4)
+    _k_affine(blocks, _k_nibbles(blocks[:, 48:]) | fifth, out)
+
+
+def _q6_k(blocks: Blocks, out: Values) -> None:
+    low = blocks[:, :128].reshape(-1, 2, 2, 32)  # half of 128 values, run of 32 bytes
+    high = blocks[:, 128:192].reshape(-1, 2, 32)
+    quants = np.empty((blocks.shape[0], 2, 4, 32), np.uint8)
+    np.bitwise_and(low, 0x0F, out=quants[:, :, 0:2])
+    np.right_shift(low, 4, out=quants[:, :, 2:4])
+    for run in range(4):
+        quants[:, :, run] |= ((high >> np.uint8(2 * run)) & np.uint8(3)) << np.uint8(4)
+    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
+    grouped = out.reshape(-1, 16, 16)
+    grouped[...] = quants.reshape(-1, 16, 16)
+    grouped -= np.float32(32)
+    grouped *= (_half(blocks, 208) * scales)[:, :, None]
+
+
+FORMATS: Mapping[int, BlockFormat] = {
+    0: BlockFormat("F32", 1, 4, dtype=np.dtype("<f4")),
+    1: BlockFormat("F16", 1, 2, dtype=np.dtype("<f2")),
+    2: BlockFormat("Q4_0", 32, 18, unpack=_q4_0),
+    3: BlockFormat("Q4_1", 32, 20, unpack=_q4_1),
+    6: BlockFormat("Q5_0", 32, 22, unpack=_q5_0),
+    7: BlockFormat("Q5_1", 32, 24, unpack=_q5_1),
+    8: BlockFormat("Q8_0", 32, 34, unpack=_q8_0),
+    12: BlockFormat("Q4_K", 256, 144, unpack=_q4_k),
+    13: BlockFormat("Q5_K", 256, 176, unpack=_q5_k),
+    14: BlockFormat("Q6_K", 256, 210, unpack=_q6_k),
+    30: BlockFormat("BF16", 1, 2, dtype=np.dtype(ml_dtypes.bfloat16)),
+}
+# Types that files hold and this reader does not: refused by these names.
+OTHER_TYPES: Mapping[int, str] = {
+    9: "Q8_1",
+    10: "Q2_K",
+    11: "Q3_K",
+    15: "Q8_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
+    20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    24: "I8",
+    25: "I16",
+    26: "I32",
+    27: "I64",
+    28: "F64",
+    29: "IQ1_M",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
+}
