@@ -40,7 +40,7 @@ class AdapterFolder:
     seems to be), ``AdapterLoadError`` when the system does not let us read. Messages name files, never our paths.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_file_bytes: int | None = None) -> None:
         self.folder = folder
         self._before = fingerprint(folder)
         if not folder.is_dir():
@@ -50,8 +50,11 @@ class AdapterFolder:
         if not (folder / TENSORS).exists():
             raise AdapterError(self._without_tensors(), param=TENSORS)
         for name in (CONFIG, TENSORS):
-            if not stat.S_ISREG((folder / name).stat().st_mode):
+            found = (folder / name).stat()
+            if not stat.S_ISREG(found.st_mode):  # a pipe or a device would block, or never end
                 raise AdapterError(f"{name} is not a regular file.", param=name)
+            if max_file_bytes is not None and found.st_size > max_file_bytes:
+                raise AdapterError(f"{name} has {found.st_size} bytes; at most {max_file_bytes} are read.", param=name)
         self.config_bytes = self._read_config()
         try:
             self.tensors = SafetensorsFile(folder / TENSORS)

@@ -8,7 +8,7 @@ exactly those modules, and every number must be finite. What passes is laid out 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -111,13 +111,20 @@ class _Sites:
         self.names = frozenset(self.by_name)
 
 
-def judge_adapter(folder: Path, sites: Sequence[Site], *, base: BaseFacts, max_bytes: int | None = None) -> PeftAdapter:
+def judge_adapter(
+    folder: Path,
+    sites: Sequence[Site],
+    *,
+    base: BaseFacts,
+    max_bytes: int | None = None,
+    max_file_bytes: int | None = None,
+) -> PeftAdapter:
     """Read the adapter in ``folder`` for a base with these ``sites``; refuse it unless it can be served exactly.
 
     Raises ``AdapterError`` (``param``: the field or key), ``AdapterNotFound``, ``AdapterLoadError`` when the files
     can't be read or change meanwhile, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file.
     """
-    files = AdapterFolder(folder)
+    files = AdapterFolder(folder, max_file_bytes)
     try:
         config = parse_config(files.config_bytes)
         judged = _judge_metadata(files, config, _Sites(sites), base)
@@ -358,7 +365,7 @@ def _lay_out(pairs: Sequence[_Pair], tensors: Mapping[str, Array]) -> tuple[Site
     return tuple(sorted((s for pair in pairs for s in of_pair(pair)), key=lambda s: s.site))
 
 
-def _numbers(values: Sequence[float]) -> str:
+def _numbers(values: Iterable[float]) -> str:
     every = sorted(set(values))
     return ", ".join(f"{value:g}" for value in every[:8]) + (", …" if len(every) > 8 else "")
 

@@ -1,0 +1,119 @@
+"""One load from start to finish: fetch, judge, lay out. What the loading worker does, and what it is told."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+
+import msgspec
+
+from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
+from truffula.kernels.program import Site
+from truffula.lora.hub import download
+from truffula.lora.image import write_image
+from truffula.lora.loading import LoadResult
+from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.types import AdapterRef
+
+WORKER_VERSION = 1
+
+
+class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one load may take. Bytes and seconds.
+
+    ``image_bytes`` bounds an adapter in memory (the engine's budget), ``file_bytes`` on disk; ``memory_bytes`` is what
+    the worker's own data may grow by beside them. ``cpu_s`` counts computing, ``wall_s`` and ``download_s`` waiting
+    too.
+    """
+
+    image_bytes: int = 8 << 30
+    file_bytes: int = 8 << 30
+    memory_bytes: int = 1 << 30
+    cpu_s: float = 120.0
+    wall_s: float = 120.0
+    download_s: float = 1800.0
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="setup"):
+    """First frame to a worker: all it needs to know of the engine."""
+
+    version: int = WORKER_VERSION
+    sites: list[Site]
+    model: str
+    spool: str
+    limits: LoadLimits
+    nice: int = 10
+    offline: bool = False
+    cache_dir: str | None = None
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="order"):
+    """One adapter to load; answered by one ``Outcome``."""
+
+    ticket: int
+    ref: AdapterRef
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="ready"):
+    """First frame of a worker, once it has read its setup."""
+
+    version: int = WORKER_VERSION
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="outcome"):
+    result: LoadResult
+
+
+ToWorker = Setup | Order
+FromWorker = Ready | Outcome
+
+
+def load(order: Order, setup: Setup) -> LoadResult:
+    """Carry out ``order``: a new file in the spool, or the reason why not. Faults of the adapter do not raise."""
+    started = time.monotonic()
+    path = Path(setup.spool) / f"{order.ticket}-{uuid.uuid4().hex}"
+    try:
+        adapter = judge_adapter(
+            _folder(order.ref, setup),
+            setup.sites,
+            base=BaseFacts(model=setup.model),
+            max_bytes=setup.limits.image_bytes,
+            max_file_bytes=setup.limits.file_bytes,
+        )
+        nbytes = write_image(adapter, path)
+    except TruffulaError as error:
+        return _failed(order, error.info(), started)
+    except MemoryError:
+        what = f"Reading the adapter needs more than the {setup.limits.memory_bytes} bytes a load may take."
+        return _failed(order, AdapterLoadError(what).info(), started)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        what = f"The adapter cannot be laid out in the spool: {reason}."
+        return _failed(order, AdapterLoadError(what).info(), started)
+    return LoadResult(
+        ticket=order.ticket,
+        image_path=str(path),
+        generation=adapter.generation,
+        nbytes=nbytes,
+        rank=adapter.rank,
+        warnings=adapter.warnings,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _folder(ref: AdapterRef, setup: Setup) -> Path:
+    if ref.kind == "local":
+        return Path(ref.locator)
+    cache_dir = Path(setup.cache_dir) if setup.cache_dir is not None else None
+    return download(
+        ref.locator,
+        ref.revision,
+        cache_dir=cache_dir,
+        offline=setup.offline,
+        max_file_bytes=setup.limits.file_bytes,
+    )
+
+
+def _failed(order: Order, error: ErrorInfo, started: float) -> LoadResult:
+    return LoadResult(ticket=order.ticket, error=error, seconds=time.monotonic() - started)

@@ -1,0 +1,96 @@
+"""The loading worker: ``python -m truffula.lora.worker FD``, started by ``engine.loader``, one load at a time.
+
+Own process, so that a hostile or huge adapter costs the engine nothing: it runs at low priority, under limits of memory
+and computing time, and can be killed. It imports neither torch nor transformers. Its socket is its life: when that
+closes it removes its spool and ends, in the middle of a load too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import queue
+import resource
+import shutil
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from truffula.errors import WireError
+from truffula.lora import frames
+from truffula.lora.job import WORKER_VERSION, LoadLimits, Order, Outcome, Ready, Setup, ToWorker, load
+
+
+def main(fd: int) -> int:
+    """Serve the socket ``fd`` until it closes."""
+    sock = socket.socket(fileno=fd)
+    inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+    setup: list[Setup] = []
+    threading.Thread(target=_listen, args=(sock, inbox, setup), name="listen", daemon=True).start()
+    first = inbox.get()
+    if not isinstance(first, Setup) or first.version != WORKER_VERSION:
+        raise WireError("The engine speaks another version of the loading worker's protocol.")
+    os.nice(first.nice)
+    _limit_memory(first.limits)
+    sock.sendall(frames.encode(Ready()))
+    while True:
+        order = inbox.get()
+        if not isinstance(order, Order):
+            raise WireError("A second setup.")
+        _limit_cpu(first.limits)
+        sock.sendall(frames.encode(Outcome(result=load(order, first))))
+
+
+def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToWorker], setup: list[Setup]) -> None:
+    """Frames into ``inbox``; the end of the stream ends the process, whatever the other thread is at."""
+    reader: frames.Frames[ToWorker] = frames.Frames(ToWorker)
+    status = 0
+    try:
+        while data := sock.recv(1 << 16):
+            for frame in reader.feed(data):
+                if isinstance(frame, Setup):
+                    setup.append(frame)
+                inbox.put(frame)
+    except ConnectionError:
+        status = 0  # the engine died without a word: the same as a closed socket
+    except WireError as error:
+        sys.stderr.write(f"{error}\n")
+        status = 1
+    for frame in setup:
+        shutil.rmtree(frame.spool, ignore_errors=True)
+    os._exit(status)
+
+
+def _limit_memory(limits: LoadLimits) -> None:
+    """Let data (private writable memory, in the system's words) grow by so much from here on; no core files.
+
+    The adapter's file is mapped privately, hence counted: it comes on top. Where the system does not offer the limit,
+    the sizes that are checked before anything is read still hold.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return
+    now = next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
+    allowed = now + limits.memory_bytes + limits.file_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard != resource.RLIM_INFINITY:
+        allowed = min(allowed, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+
+
+def _limit_cpu(limits: LoadLimits) -> None:
+    """So many seconds of computing for the next load; past them the system ends the process by SIGXCPU."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the engine went away in mid-answer
+        sys.exit(main(int(sys.argv[1])))
