@@ -28,10 +28,13 @@ INERT = frozenset(
         "auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type",
         "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict",
         "transformers_version", "use_cache",
-        # read elsewhere: weights/tying.py, the stored dtype, special ids
-        "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype",
+        # the files say what is stored; padding is no part of our batches
+        "dtype", "pad_token_id", "torch_dtype",
     }
 )  # fmt: skip
+
+# Read by others: model/read.py, weights/tying.py, the special ids of model/load.py.
+READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
 
 # Written by transformers 4 for every model, gone from 5, never of consequence to a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
@@ -71,6 +74,15 @@ def load_defaults() -> dict[str, TypeDefaults]:
         )
         for name, entry in table["types"].items()
     }
+
+
+@dataclass(frozen=True)
+class KeyFate:
+    """One key of a config.json and what became of it, for ``inspect``."""
+
+    key: str
+    value: str
+    fate: str
 
 
 class ConfigView:
@@ -221,7 +233,7 @@ class ConfigView:
         """Account for what nobody read. Returns warnings; raises ``UnsupportedModel`` naming a key that matters."""
         unknown = []
         for key, value in self.values.items():
-            if key in self._read or key in INERT or key in self.defaults.generation:
+            if key in self._read or key in INERT | READ_ELSEWHERE or key in self.defaults.generation:
                 continue
             if key not in self.defaults.known:
                 if key not in OLD_BOOKKEEPING:
@@ -236,6 +248,24 @@ class ConfigView:
             names = ", ".join(sorted(unknown))
             self.warn(f"neither {self.defaults.class_name} of transformers nor truffula knows {names}; not used.")
         return (*self._warnings, *(text for view in self._nested for text in view.finish()))
+
+    def fates(self) -> tuple[KeyFate, ...]:
+        """What became of every key of the file, in its order; meaningful after ``finish``."""
+        own = tuple(KeyFate(f"{self._path}{key}", _shown(value), self._fate(key)) for key, value in self.values.items())
+        return (*own, *(fate for view in self._nested for fate in view.fates()))
+
+    @property
+    def _path(self) -> str:
+        return "".join(f"{part}." for part in self.where.split()[1:])
+
+    def _fate(self, key: str) -> str:
+        if key in self._read or key in READ_ELSEWHERE:
+            return "used"
+        if key in INERT or key in self.defaults.generation:
+            return "without effect when serving"
+        if key in self.defaults.fields:
+            return "at its default"
+        return "known bookkeeping" if key in self.defaults.known or key in OLD_BOOKKEEPING else "unknown, not used"
 
 
 def _shown(value: Any) -> str:

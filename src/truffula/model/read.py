@@ -8,7 +8,7 @@ from typing import Any
 
 from truffula.errors import UnsupportedModel
 from truffula.model.architectures import ARCHITECTURES
-from truffula.model.config_view import ConfigView, load_defaults
+from truffula.model.config_view import ConfigView, KeyFate, load_defaults
 from truffula.model.spec import ModelSpec
 
 # Heads that are no language model: the body would load and answer from a head the file does not mean.
@@ -24,6 +24,7 @@ class ReadConfig:
     tie_default: bool | None
     eos_default: Any
     bos_default: Any
+    fates: tuple[KeyFate, ...] = ()
 
 
 def read_config(config: Mapping[str, Any]) -> ReadConfig:
@@ -45,6 +46,7 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
         tie_default=table[model_type].fields.get("tie_word_embeddings"),
         eos_default=text.get("eos_token_id"),
         bos_default=text.get("bos_token_id"),
+        fates=view.fates(),
     )
 
 

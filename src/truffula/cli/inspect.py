@@ -1,0 +1,156 @@
+"""``truffula inspect``: what would be loaded and how, from metadata alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+
+from truffula.cli.output import nbytes, out, progress, table, warn
+from truffula.errors import CheckpointError, from_info
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's or an adapter's files, brought here when they were not."""
+
+    path: Path
+    is_adapter: bool
+
+
+def run_inspect(source: str, base: str | None, *, as_json: bool) -> None:
+    found = _resolve(source)
+    if found.is_adapter:
+        _adapter(found.path, base, as_json=as_json)
+    else:
+        _model(found.path, as_json=as_json)
+
+
+def _resolve(source: str) -> Source:
+    folder = Path(source).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        return Source(folder, True)
+    if folder.exists():
+        return Source(folder, False)
+    from truffula.cli.options import resolve
+    from truffula.weights.sources import resolve_source
+
+    config = resolve({}, model=source).engine
+    with progress() as report:
+        path = resolve_source(source, cache_dir=config.cache_dir, offline=config.offline, progress=report)
+    return Source(path, (path / "adapter_config.json").is_file())
+
+
+def _model(path: Path, *, as_json: bool) -> None:
+    from truffula.model.load import plan_model
+    from truffula.model.read import read_config
+    from truffula.weights.open import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    try:
+        plan = plan_model(checkpoint)
+        fates = read_config(checkpoint.config).fates
+        kinds: dict[str, list[int]] = {}
+        for info in checkpoint.tensors.values():
+            kinds.setdefault(info.dtype, []).append(info.nbytes)
+        facts = _facts(path, checkpoint.format, plan)
+    finally:
+        checkpoint.close()
+    if as_json:
+        stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
+        keys = [{"key": f.key, "value": f.value, "fate": f.fate} for f in fates]
+        out().print_json(
+            json.dumps({**facts, "stored": stored, "config": keys, "unused": plan.unused, "warnings": plan.warnings})
+        )
+        return
+    console = out()
+    shown = table("", "", title=str(path))
+    for name, value in facts.items():
+        shown.add_row(
+            name.removesuffix("_bytes").replace("_", " "), nbytes(value) if name.endswith("_bytes") else str(value)
+        )
+    console.print(shown)
+    stored_table = table("stored as", ">tensors", ">bytes", title="\nweights")
+    for kind, sizes in sorted(kinds.items()):
+        stored_table.add_row(kind, str(len(sizes)), nbytes(sum(sizes)))
+    console.print(stored_table)
+    config_table = table("key", "value", "fate", title="\nconfig.json")
+    for fate in fates:
+        config_table.add_row(fate.key, fate.value, fate.fate)
+    console.print(config_table)
+    if plan.unused:
+        console.print(f"\nnot used, by a named rule: {', '.join(plan.unused[:10])}{' ...' * (len(plan.unused) > 10)}")
+    for text in plan.warnings:
+        warn(text)
+
+
+def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
+    """The head of the report; numbers of bytes end in ``_bytes``."""
+    spec, program = plan.spec, plan.program
+    planes = [plane.width for group in program.kv_groups for plane in group.planes]
+    sites = sum(1 for site in program.sites if site.kind == "linear")
+    return {
+        "architecture": spec.model_type,
+        "format": format_,
+        "path": str(path),
+        "layers": len(spec.layers),
+        "hidden_size": spec.hidden,
+        "vocabulary": program.vocab_size,
+        "longest_sequence": plan.max_model_len,
+        "stored_dtype": plan.stored_dtype,
+        "weights_bytes": plan.stored_bytes,
+        "tying": plan.tying.tie.name.lower(),
+        "tying_reason": plan.tying.reason,
+        "saved_by_tying_bytes": plan.saved_bytes,
+        "kv_per_token_bytes": 2 * sum(planes),
+        "eos_ids": ", ".join(map(str, plan.eos_token_ids)),
+        "adapter_sites": sites,
+        "rank_16_adapter_bytes": 2
+        * 16
+        * sum(s.in_features + s.out_features for s in program.sites if s.kind == "linear"),
+    }
+
+
+def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
+    from truffula.lora.peft import BaseFacts, inspect_adapter
+
+    sites = _base_sites(base) if base else None
+    report = inspect_adapter(path, sites, BaseFacts(base) if base else None)
+    if as_json:
+        rows = [{"field": r.field, "value": r.value, "verdict": r.verdict, "note": r.note} for r in report.rows]
+        error = {"code": report.error.code, "message": report.error.message} if report.error else None
+        facts = {"rank": report.rank, "bytes": report.nbytes, "modules": report.modules}
+        out().print_json(json.dumps({**facts, "fields": rows, "warnings": report.warnings, "error": error}))
+    else:
+        shown = table("field", "value", "verdict", "why", title=str(path))
+        colours = {"serve": "green", "refuse": "red"}
+        order = ("refuse", "serve", "check")
+        for row in sorted((r for r in report.rows if r.verdict in order), key=lambda r: order.index(r.verdict)):
+            colour = colours.get(row.verdict, "dim")
+            shown.add_row(row.field, escape(row.value), f"[{colour}]{row.verdict}[/]", escape(row.note))
+        out().print(shown)
+        without_effect = ", ".join(row.field for row in report.rows if row.verdict == "ignore")
+        out().print(f"\n[dim]without effect when serving:[/] {without_effect}")
+        against = f"for {base}" if base else "without looking at a base (give --base MODEL)"
+        out().print(f"\nrank {report.rank}, {report.modules} modules, {nbytes(report.nbytes)}; judged {against}")
+        for text in report.warnings:
+            warn(text)
+    if report.error is not None:
+        raise from_info(report.error)
+
+
+def _base_sites(base: str) -> Any:
+    from truffula.model.load import plan_model
+    from truffula.weights.open import open_checkpoint
+
+    found = _resolve(base)
+    if found.is_adapter:
+        raise CheckpointError(f"--base {base} is an adapter; name the model it is for.", param="base")
+    checkpoint = open_checkpoint(found.path)
+    try:
+        return plan_model(checkpoint).program.sites
+    finally:
+        checkpoint.close()
