@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,10 +36,9 @@ class StepInputs:
     adjacent.
 
     Sequence n owns rows ``q_start[n] .. q_start[n + 1]``, its keys after the step are positions 0 .. kv_len[n], found
-    in
-    ``block_tables[group, n]``; row t's K and V go to slot ``slot_mapping[group, t]`` (block * block_size + offset).
-    ``seg[g] = (lo, hi, adapter slot)`` over T rows, ``seg_r[g] = (lo, hi)`` the same segment over R rows; base rows are in no
-    segment; segments may overlap (composition), each with its ``seg_weight``. ``logit_rows`` ascends.
+    in ``block_tables[group, n]``; row t's K and V go to slot ``slot_mapping[group, t]`` (block * block_size + offset).
+    ``seg[g] = (lo, hi, adapter slot)`` over T rows, ``seg_r[g] = (lo, hi)`` the same segment over R rows; base rows are
+    in no segment; segments may overlap (composition), each with its ``seg_weight``. ``logit_rows`` ascends.
     """
 
     T: int
@@ -60,7 +60,7 @@ class StepInputs:
     @classmethod
     def allocate(cls, capacity: Capacity, groups: int) -> StepInputs:
         c = capacity
-        zeros = lambda *shape: np.zeros(shape, np.int32)
+        zeros: Callable[..., Int32] = lambda *shape: np.zeros(shape, np.int32)
         return cls(
             0, 0, 0, 0,
             token_ids=zeros(c.max_tokens), position=zeros(c.max_tokens), rope_pos=zeros(3, c.max_tokens),
@@ -78,8 +78,8 @@ class SampleInputs:
     ``target`` -1 samples, else scores that id (prompt logprobs). ``n_logprobs`` -1 wants none, k the k best besides
     the chosen one.
     ``draw`` is the number of completion tokens the sequence already has, resumed ones included. ``seen`` is CSR:
-    row r's distinct ids are ``seen_ids[seen_start[r]:seen_start[r+1]]`` with ``seen_counts`` in the completion (0 = only in
-    the prompt). ``bias`` is CSR likewise; -inf bans. Only rows 0 .. R count; CSR arrays are replaced each step.
+    row r's distinct ids are ``seen_ids[seen_start[r]:seen_start[r+1]]`` with ``seen_counts`` in the completion (0 =
+    only in the prompt). ``bias`` is CSR likewise; -inf bans. Only rows 0 .. R count; CSR arrays are replaced each step.
     """
 
     temperature: Float32
@@ -106,7 +106,7 @@ class SampleInputs:
     @classmethod
     def allocate(cls, capacity: Capacity) -> SampleInputs:
         R = capacity.max_logit_rows
-        f32 = lambda value: np.full(R, value, np.float32)
+        f32: Callable[[float], Float32] = lambda value: np.full(R, value, np.float32)
         return cls(
             temperature=f32(0), top_k=np.zeros(R, np.int32), top_p=f32(1), min_p=f32(0), typical_p=f32(1),
             repetition=f32(1), frequency=f32(0), presence=f32(0), n_logprobs=np.full(R, -1, np.int32),

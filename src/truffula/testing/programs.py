@@ -128,8 +128,8 @@ def llama_program(shape: Shape = TINY) -> Program:
                 window=s.window, softcap=s.softcap,
             ),
             Linear(
-                name=f"{at}.o", layer=layer, x=mixed, weight=w_o, out=x, slices=b.slices(layer, q_width, {"o_proj": s.hidden}),
-                epilogue=Epilogue(residual=x),
+                name=f"{at}.o", layer=layer, x=mixed, weight=w_o, out=x,
+                slices=b.slices(layer, q_width, {"o_proj": s.hidden}), epilogue=Epilogue(residual=x),
             ),
             Norm(name=f"{at}.norm2", layer=layer, x=x, out=normed, kind="rms", eps=1e-5, weight=norm2),
             Linear(

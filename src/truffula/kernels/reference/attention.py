@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from truffula.kernels.inputs import StepInputs
@@ -21,7 +23,7 @@ class Batch:
     """Sequences with equally many rows in this step and contexts of similar length, attended in one product.
 
     ``rows`` [n·q] are their rows of the step (a slice when adjacent). ``slots`` [n·L] are the KV slots of the keys;
-    padding points at the zero slot. ``hidden`` [n, 1, 1, q, L] is True where a query may not look.
+    padding points at the zero slot. ``hidden`` [n, 1, q, L] is True where a query may not look.
     """
 
     rows: Tensor | slice
@@ -83,7 +85,7 @@ def _batch(
     return Batch(
         rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows),
         slots=torch.from_numpy(slots.reshape(-1)),
-        hidden=torch.from_numpy(hidden[:, None, None]),
+        hidden=torch.from_numpy(hidden[:, None]),
         sequences=len(members),
         queries=queries,
         keys=keys,
@@ -98,41 +100,53 @@ def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
 def attend(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
     """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``."""
     out = torch.empty(q.shape[0], op.heads * op.dim_v, dtype=q.dtype)
+    weigh = _fused if op.softcap is None and sinks is None else partial(_spelled_out, sinks=sinks)
     for batch in batches:
         n, length = batch.sequences, batch.keys
         keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_k)
         values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_v)
-        queries = q[batch.rows].view(n, batch.queries, op.kv_heads, op.heads // op.kv_heads, op.dim_k)
-        result = _attend_batch(op, queries.float(), keys.float(), values.float(), batch.hidden, sinks)
-        out[batch.rows] = result.reshape(n * batch.queries, -1).to(q.dtype)
+        queries = q[batch.rows].view(n, batch.queries, op.kv_heads, -1, op.dim_k)
+        result = _in_slices(weigh, op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden)
+        out[batch.rows] = result.reshape(n * batch.queries, -1)
     return out
 
 
-def _attend_batch(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """float32 ``[n, q, heads, dim_v]``; a few query rows at a time when the scores would be large."""
-    q, k, v = q.permute(0, 2, 3, 1, 4), k.permute(0, 2, 3, 1), v.transpose(1, 2)
-    per_row = q.shape[0] * op.heads * k.shape[-1]
-    step = max(1, _SCORE_LIMIT // per_row)
-    pieces = [
-        _weighted(op, q[..., at : at + step, :], k, v, hidden[..., at : at + step, :], sinks)
-        for at in range(0, q.shape[3], step)
-    ]
-    out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 3)
-    return out.permute(0, 3, 1, 2, 4)  # [n, q, K, H/K, dim_v]
+Weigh = Callable[[Attention, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _weighted(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """softmax(scale · q·k) v for ``q [n, K, H/K, q, dim_k]``, ``k [n, K, dim_k, L]``, ``v [n, K, L, dim_v]``."""
-    n, kv_heads, share, rows, _ = q.shape
-    scores = torch.matmul(q.reshape(n, kv_heads, share * rows, -1), k).view(n, kv_heads, share, rows, -1)
-    scores = scores.mul_(op.scale)
+def _in_slices(weigh: Weigh, op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """``[n, q, K, H/K, dim_v]`` from ``q [n, q, K, H/K, dim_k]``: few query rows at a time when scores would be large.
+
+    The heads that share a KV head become rows of one product: ``[n, K, H/K · q, dim_k]``.
+    """
+    n, count, kv_heads, share, width = q.shape
+    step = max(1, _SCORE_LIMIT // (n * op.heads * k.shape[2]))
+    pieces = []
+    for at in range(0, count, step):
+        rows = min(step, count - at)
+        part = q[:, at : at + rows].permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * rows, width)
+        masked = hidden[:, :, at : at + rows]
+        masked = masked if rows == 1 else masked.repeat(1, 1, share, 1)
+        mixed = weigh(op, part, k, v, masked)
+        pieces.append(mixed.view(n, kv_heads, share, rows, -1).permute(0, 3, 1, 2, 4))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
+
+
+def _fused(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """torch's own: scores and softmax in float32; in bfloat16 the weights are rounded before the second product."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden, scale=op.scale)
+
+
+def _spelled_out(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
+    """What ``_fused`` does, and softcap and sinks: ``q [n, K, rows, dim_k]``, ``k`` and ``v`` ``[n, K, L, dim]``."""
+    scores = torch.matmul(q.float(), k.float().transpose(2, 3)).mul_(op.scale)
     if op.softcap is not None:
-        scores = torch.tanh(scores / op.softcap) * op.softcap
+        scores = scores.div_(op.softcap).tanh_().mul_(op.softcap)
     scores = scores.masked_fill_(hidden, -torch.inf)
-    if sinks is not None:  # one more column that takes weight and carries no value
-        column = sinks.view(1, kv_heads, share, 1, 1).expand(n, -1, -1, rows, 1)
-        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
-    else:
+    if sinks is None:
         weights = torch.softmax(scores, -1)
-    mixed = torch.matmul(weights.reshape(n, kv_heads, share * rows, -1), v)
-    return mixed.view(n, kv_heads, share, rows, -1)
+    else:  # one more column that takes weight and carries no value
+        rows = scores.shape[2] // (op.heads // op.kv_heads)
+        column = sinks.view(1, op.kv_heads, -1, 1).repeat_interleave(rows, 2).expand(len(scores), -1, -1, 1)
+        weights = torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1]
+    return torch.matmul(weights, v.float()).to(q.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,8 @@ class _Step:
     logit_rows: Tensor
     segments: list[Segment]
     segments_r: list[Segment]
-    plans: dict[tuple[int, int | None], list[attention.Batch]]
+    plans: dict[tuple[int, int | None], list[attention.Batch]] = field(default_factory=dict)
+    factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class ReferenceExecutable:
@@ -155,7 +156,6 @@ class ReferenceExecutable:
             logit_rows=_long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
             segments_r=self._segments(i.seg_r),
-            plans={},
         )
 
     def _segments(self, spans: Array) -> list[Segment]:
@@ -211,8 +211,10 @@ class ReferenceExecutable:
         self._buffers.put(op.out, ops.rope_rows(self._program.rope_tables[op.table], step.rope_pos))
 
     def _rope(self, op: Rope, step: _Step) -> None:
-        del step
-        ops.rope_(op, self._buffers.get(op.x), self._buffers.get(op.rows))
+        key = (op.rows, op.layout)  # all layers with the same rows share their factors
+        if key not in step.factors:
+            step.factors[key] = ops.rope_factors(op, self._buffers.get(op.rows))
+        ops.rope_(op, self._buffers.get(op.x), *step.factors[key])
 
     def _attention(self, op: Attention, step: _Step) -> None:
         k, v = (self._planes[plane] for plane in op.planes)

@@ -86,19 +86,28 @@ def rope_rows(table: RopeTable, positions: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], 1) * table.factor
 
 
-def rope_(op: Rope, x: Tensor, rows: Tensor) -> None:
-    """Rotate ``x [T, heads·head_dim]`` in place: (a, b) of a pair becomes (a·cos − b·sin, b·cos + a·sin)."""
+def rope_factors(op: Rope, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``rope_`` multiplies with, ``[T, 1, dims]`` each: cosines, and sines signed by their place in a pair."""
     pairs = op.dims // 2
-    part = x.view(x.shape[0], op.heads, op.head_dim)[..., op.start : op.start + op.dims]
     cos, sin = rows.float()[:, None, :pairs], rows.float()[:, None, pairs:]
+    if op.layout == "half":
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
+
+
+def rope_(op: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate ``x [T, heads·head_dim]`` in place: (a, b) of a pair becomes (a·cos − b·sin, b·cos + a·sin)."""
+    part = x.view(x.shape[0], op.heads, op.head_dim)
+    if op.dims < op.head_dim:
+        part = part[..., op.start : op.start + op.dims]
     values = part.float()
     if op.layout == "half":
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        swapped = values.roll(pairs, -1)
+        swapped = values.roll(op.dims // 2, -1)
     else:
-        cos, sin = cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2)
-        swapped = values.view(*values.shape[:-1], pairs, 2).flip(-1).flatten(-2)
-    part.copy_(values * cos + swapped * sin)
+        swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # type: ignore[no-untyped-call]
+    values = values.mul_(cos).addcmul_(swapped, sin)
+    if values is not part:
+        part.copy_(values)
 
 
 def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,211 @@
+"""Ops that work on rows alone, against the formulas of their docstrings in float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from one_op import OneOp, close, exact
+
+from truffula.kernels.program import (
+    Embed,
+    Epilogue,
+    Linear,
+    Norm,
+    Pointwise,
+    Ref,
+    Rope,
+    RopeRows,
+    RopeTable,
+)
+from truffula.kernels.reference import ReferenceBackend
+
+BACKEND = ReferenceBackend()
+quick = settings(max_examples=12, deadline=None, derandomize=True)
+dtypes = st.sampled_from(["float32", "bfloat16"])
+ERF = np.vectorize(math.erf)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    return exact(values, dtype)
+
+
+def draw(seed: int, *shape: int, dtype: str = "float32", scale: float = 1.0) -> np.ndarray:
+    return exact(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
+
+
+ACTIVATIONS = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: x * 0.5 * (1 + ERF(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+@quick
+@given(
+    dtypes, st.integers(1, 9), st.integers(1, 20), st.sampled_from([None, 4.898979]), st.booleans(), st.integers(0, 99)
+)
+def test_embed(dtype, rows, width, scale, add, seed):
+    table = draw(seed, rows + 3, width, dtype=dtype)
+    case = OneOp(dtype, rows)
+    extra = draw(seed + 1, rows, width, dtype=dtype)
+    added = case.input(extra) if add else None
+    op = Embed(
+        name="e", table=case.weight(table, "rows"), out=case.buffer(width), source="position", offset=2, scale=scale,
+        add=added,
+    )  # fmt: skip
+
+    def fill(inputs):
+        inputs.position[:rows] = np.arange(rows)[::-1]
+
+    wanted = table[np.arange(rows)[::-1] + 2] * (1 if scale is None else rounded(np.array(scale), dtype))
+    close(case.run(BACKEND, op, fill), wanted + extra if add else wanted, dtype)
+
+
+@quick
+@given(
+    dtypes, st.integers(1, 9), st.integers(1, 4), st.integers(2, 12), st.sampled_from(["rms", "layer"]),
+    st.sampled_from(["first", "last"]), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
+)  # fmt: skip
+def test_norm(dtype, rows, groups, width, kind, cast, weighted, biased, plus, seed):
+    x = draw(seed, rows, groups * width, dtype=dtype, scale=3.0)
+    w, b, p = (
+        draw(seed + 1, width, dtype=dtype),
+        draw(seed + 2, width, dtype=dtype),
+        draw(seed + 3, *x.shape, dtype=dtype),
+    )
+    case = OneOp(dtype, rows)
+    op = Norm(
+        name="n", x=case.input(x), out=case.buffer(groups * width), kind=kind, eps=1e-3, cast=cast, groups=groups,
+        weight=case.weight(w, "vector") if weighted else None, bias=case.weight(b, "vector") if biased else None,
+        plus=case.input(p) if plus else None,
+    )  # fmt: skip
+    y = x.reshape(rows, groups, width)
+    if kind == "layer":
+        y = y - y.mean(-1, keepdims=True)
+    y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-3)
+    y = rounded(y, dtype) if cast == "first" else y
+    y = (y * w if weighted else y) + (b if biased else 0)
+    y = y.reshape(rows, -1)
+    close(case.run(BACKEND, op), rounded(y, dtype) + p if plus else y, dtype, roundings=3)
+
+
+def test_norm_order_of_rounding_shows_in_bfloat16():
+    """The two casts differ in bfloat16, each equal to its own formula in nearly every value."""
+    x, w = draw(1, 50, 64, dtype="bfloat16"), draw(2, 64, dtype="bfloat16")
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    results = {}
+    for cast, wanted in (("first", rounded(normed, "bfloat16") * w), ("last", normed * w)):
+        case = OneOp("bfloat16", 50)
+        weight = case.weight(w, "vector")
+        op = Norm(name="n", x=case.input(x), out=case.buffer(64), kind="rms", eps=1e-5, cast=cast, weight=weight)
+        results[cast] = case.run(BACKEND, op)
+        assert (results[cast] == rounded(wanted, "bfloat16")).mean() > 0.99
+    assert (results["first"] != results["last"]).mean() > 0.05
+
+
+@quick
+@given(dtypes, st.integers(1, 6), st.integers(1, 9), st.sampled_from(["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]),
+       st.sampled_from(sorted(ACTIVATIONS)), st.integers(0, 99))  # fmt: skip
+def test_pointwise(dtype, rows, width, kind, activation, seed):
+    x, y = draw(seed, rows, width, dtype=dtype, scale=2.0), draw(seed + 1, rows, width, dtype=dtype)
+    case = OneOp(dtype, rows)
+    two = kind in ("add", "sigmoid_mul")
+    op = Pointwise(
+        name="p", kind=kind, x=case.input(x), out=case.buffer(width), y=case.input(y) if two else None,
+        activation=activation if kind == "act" else None, params=(1.5,) if kind in ("scale", "clip", "softcap") else (),
+    )  # fmt: skip
+    wanted = {
+        "act": lambda: ACTIVATIONS[activation](x), "add": lambda: x + y, "scale": lambda: x * 1.5,
+        "clip": lambda: np.clip(x, -1.5, 1.5), "softcap": lambda: 1.5 * np.tanh(x / 1.5),
+        "sigmoid_mul": lambda: x / (1 + np.exp(-y)),
+    }[kind]()  # fmt: skip
+    close(case.run(BACKEND, op), wanted, dtype)
+
+
+@quick
+@given(dtypes, st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3),
+       st.sampled_from(["half", "interleaved"]), st.integers(0, 99))  # fmt: skip
+def test_rope(dtype, rows, heads, pairs, before, behind, layout, seed):
+    dims, head_dim = 2 * pairs, before + 2 * pairs + behind
+    x = draw(seed, rows, heads * head_dim, dtype=dtype)
+    other = draw(seed + 1, rows, 3, dtype=dtype)
+    freq = tuple(0.5**i for i in range(pairs))
+    positions = np.random.default_rng(seed).integers(0, 500, rows)
+    case = OneOp(dtype, rows, tables=[RopeTable(0, freq, factor=1.25)])
+    whole = case.buffer(heads * head_dim + 3)  # the rotated columns are part of a wider buffer
+    ref = Ref(whole.buffer, 3, heads * head_dim)
+    case.input(other, Ref(whole.buffer, 0, 3))
+    case.input(x, ref)
+    table = case.buffer(dims, dtype="float32")
+    case.ops.append(RopeRows(name="rows", table=0, out=table))
+    op = Rope(name="r", x=ref, rows=table, heads=heads, head_dim=head_dim, start=before, dims=dims, layout=layout)
+
+    def fill(inputs):
+        inputs.rope_pos[0, :rows] = positions
+
+    angle = positions[:, None] * np.array(freq)
+    wanted = x.reshape(rows, heads, head_dim).copy()
+    for i in range(pairs):
+        a, b = (before + i, before + i + pairs) if layout == "half" else (before + 2 * i, before + 2 * i + 1)
+        cos, sin = 1.25 * np.cos(angle[:, i, None]), 1.25 * np.sin(angle[:, i, None])
+        left, right = wanted[..., a].copy(), wanted[..., b].copy()
+        wanted[..., a], wanted[..., b] = left * cos - right * sin, right * cos + left * sin
+    # Positions up to 500 radians: float32 angles are good to 2^-15 there.
+    got = case.run(BACKEND, op, fill)
+    np.testing.assert_allclose(got, wanted.reshape(rows, -1), atol=3e-4 if dtype == "float32" else 4e-2, rtol=1e-2)
+
+
+def oracle_epilogue(y, e, bias, residual):
+    y = y + bias if e.bias is not None else y
+    y = np.clip(y, -e.clip, e.clip) if e.clip is not None else y
+    act = ACTIVATIONS[e.activation] if e.activation else (lambda v: v)
+    if e.glu:
+        gate, up = np.split(y, 2, axis=1)
+        y = act(gate) * up
+    else:
+        y = act(y)
+    return y * e.scale + (residual if e.residual is not None else 0)
+
+
+@settings(quick, max_examples=25)
+@given(dtypes, st.integers(1, 9), st.integers(1, 20), st.integers(1, 10), st.booleans(), st.booleans(), st.booleans(),
+       st.sampled_from([None, "silu", "gelu_tanh"]), st.sampled_from([1.0, 0.22]), st.sampled_from([None, 0.7]),
+       st.booleans(), st.integers(0, 99))  # fmt: skip
+def test_linear_with_epilogue(dtype, rows, inputs, half, glu, biased, added, act, scale, clip, split, seed):
+    outputs = 2 * half
+    x, w = draw(seed, rows, inputs, dtype=dtype), draw(seed + 1, outputs, inputs, dtype=dtype, scale=inputs**-0.5)
+    bias, residual = draw(seed + 2, outputs, dtype=dtype), draw(seed + 3, rows, half if glu else outputs, dtype=dtype)
+    case = OneOp(dtype, rows)
+    weight = case.weight(w, "matmul", [half] if split else None)
+    e = Epilogue(
+        bias=case.weight(bias, "vector") if biased else None, clip=clip, activation=act, glu=glu, scale=scale,
+        residual=case.input(residual) if added else None,
+    )  # fmt: skip
+    op = Linear(name="l", x=case.input(x), weight=weight, out=case.buffer(half if glu else outputs), epilogue=e)
+    wanted = oracle_epilogue(x @ w.T, e, bias, residual)
+    # The reference rounds the base product in bfloat16; 2^-9 of it can be tripled by gelu's slope and by the gate.
+    close(case.run(BACKEND, op), wanted, dtype, roundings=4)
+
+
+def test_float32_linear_in_a_bfloat16_program():
+    """``compute="float32"`` (a router) keeps the product and the output exact."""
+    x, w = draw(1, 7, 33, dtype="bfloat16"), draw(2, 5, 33, dtype="bfloat16")
+    case = OneOp("bfloat16", 7)
+    out, weight = case.buffer(5, dtype="float32"), case.weight(w, "matmul")
+    op = Linear(name="l", x=case.input(x), weight=weight, out=out, compute="float32")
+    np.testing.assert_allclose(case.run(BACKEND, op), x @ w.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gathered_row_is_the_stored_row(dtype):
+    """A table that also serves a product gives back its rows bit for bit."""
+    table = draw(5, 9, 6, dtype=dtype)
+    case = OneOp(dtype, 4)
+    op = Embed(name="e", table=case.weight(table, "rows matmul"), out=case.buffer(6))
+    assert np.array_equal(case.run(BACKEND, op), table[:4].astype(np.float32))
