@@ -32,7 +32,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class MemoryFit:
-    """How the limit is divided. ``num_blocks`` counts the scratch one; ``pool_bytes`` is for the others and adapters."""
+    """How the limit is divided: ``pool_bytes`` is for adapters and KV; ``num_blocks`` counts the scratch block too."""
 
     limit_bytes: int
     reason: str
@@ -69,7 +69,7 @@ def fit(
     if room * block_size < least or pool < 0:
         raise _too_little(plan, offer, fixed, least, room * block_size, block_size)
     longest = min(wanted, room * block_size)
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     if longest < wanted:
         warnings = (
             f"max_model_len is {longest} and not the model's {wanted}: {format_size(offer.nbytes)} ({offer.reason}) "

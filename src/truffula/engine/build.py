@@ -1,0 +1,205 @@
+"""From an ``EngineConfig`` to a running ``Engine``: find the files, plan, see what fits, load."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from truffula.config import EngineConfig, format_size
+from truffula.engine.budget import MemoryBudget
+from truffula.engine.engine import Engine
+from truffula.engine.limits import EngineLimits
+from truffula.engine.memory import MemoryFit, fit, offered, usable_cpus
+from truffula.errors import ConfigError
+from truffula.kernels.backend import Backend, MemoryPlan
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.select import DtypeChoice, choose_dtype, select_backend
+from truffula.lora.pool import AdapterPool
+from truffula.model.load import ModelPlan, plan_model, puller
+from truffula.types import EngineInfo
+from truffula.weights.checkpoint import Checkpoint
+from truffula.weights.open import open_checkpoint
+from truffula.weights.sources import resolve_source
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with (stage, done, total or None): bytes while downloading and loading."""
+
+SCORING_BYTES = 64 * 2**20
+"""Logits of a step that may go to prompt logprobs, beside one row per sequence."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What was found out at the start; ``EngineConfig`` is what was asked for."""
+
+    path: Path
+    backend: str
+    device: str
+    isa: str
+    dtype: DtypeChoice
+    threads: int
+    planned: MemoryPlan
+    memory: MemoryFit
+    capacity: Capacity
+    limits: EngineLimits
+    warnings: tuple[str, ...]
+
+
+def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Backend) -> EngineSettings:
+    """Decide all that depends on model and machine. Reads no tensor.
+
+    Raises:
+        ConfigError: ``max_model_len`` is above the model's, or the dtype is not served.
+        InsufficientMemory: Computed here, before anything is loaded.
+    """
+    if config.max_model_len is not None and config.max_model_len > plan.max_model_len:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}; the model has {plan.max_model_len} positions.",
+            param="max_model_len", max_model_len=plan.max_model_len,
+        )  # fmt: skip
+    dtype = choose_dtype(backend, config.dtype, plan.stored_dtype)
+    model_len = config.max_model_len or plan.max_model_len
+    first = _capacity(config, plan, model_len, num_blocks=1)
+    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_bytes)
+    memory = fit(
+        memory_plan, offered(config.memory_bytes), model_len=plan.max_model_len, asked_len=config.max_model_len,
+        block_size=config.block_size, max_running=config.max_running,
+    )  # fmt: skip
+    capacity = _capacity(config, plan, memory.max_model_len, memory.num_blocks)
+    limits = EngineLimits(
+        max_model_len=memory.max_model_len,
+        step_tokens=config.step_tokens,
+        step_logit_rows=capacity.max_logit_rows,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        block_size=config.block_size,
+        num_blocks=memory.num_blocks,
+        prefix_cache=config.prefix_cache,
+        vocab_size=plan.program.vocab_size,
+        eos_token_ids=plan.eos_token_ids,
+        look_ahead=config.look_ahead,
+        kv_block_bytes=memory_plan.kv_block_bytes,
+    )
+    probe = backend.probe()
+    threads = config.threads or usable_cpus()
+    warnings = (*plan.warnings, *memory.warnings)
+    return EngineSettings(
+        path, backend.name, probe.device, probe.isa, dtype, threads, memory_plan, memory, capacity, limits, warnings
+    )
+
+
+def build_engine(config: EngineConfig, progress: Progress | None = None) -> tuple[Engine, EngineInfo]:
+    """Start an engine in this thread, which must then be the one that steps it (thread counts are per thread).
+
+    Raises:
+        TruffulaError: Any reason why this model can't be served so: nothing stays behind.
+    """
+    tell = progress or _silent
+    began = time.monotonic()
+    path = resolve_source(
+        config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=tell
+    )
+    tell("plan", 0, None)
+    threads = config.threads or usable_cpus()
+    checkpoint = open_checkpoint(path)
+    try:
+        plan = plan_model(checkpoint)
+        backend = select_backend(config.backend, config.device, threads=threads)
+        settings = find_settings(config, path, plan, backend)
+        engine = _load(config, settings, checkpoint, plan, backend, tell)
+    except BaseException:
+        checkpoint.close()
+        raise
+    info = _info(config, settings, plan, time.monotonic() - began)
+    _log(info)
+    return engine, info
+
+
+def _load(
+    config: EngineConfig, settings: EngineSettings, checkpoint: Checkpoint, plan: ModelPlan, backend: Backend,
+    tell: Progress,
+) -> Engine:  # fmt: skip
+    # Imported here: the loading worker's own process imports its half of that module without this one.
+    from truffula.engine.loader import LoadingWorker
+
+    pull = puller(checkpoint, plan, progress=lambda _, done, total: tell("load", done, total))
+    executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
+    pull.finish()
+    try:
+        loader = LoadingWorker()
+        budget = MemoryBudget(settings.memory.pool_bytes)
+        adapters = AdapterPool(executable, loader, budget, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
+        return Engine(executable, settings.limits, adapters, budget)
+    except BaseException:
+        executable.close()
+        raise
+
+
+def _capacity(config: EngineConfig, plan: ModelPlan, model_len: int, num_blocks: int) -> Capacity:
+    rows = config.max_running + max(16, SCORING_BYTES // (8 * plan.program.vocab_size))
+    return Capacity(
+        max_tokens=config.step_tokens,
+        max_seqs=min(config.max_running, config.step_tokens),
+        max_logit_rows=min(rows, config.step_tokens),
+        max_segments=min(config.max_running, config.step_tokens),
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_blocks_per_seq=math.ceil(model_len / config.block_size),
+    )
+
+
+def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, seconds: float) -> EngineInfo:
+    memory, limits = settings.memory, settings.limits
+    return EngineInfo(
+        model=config.model,
+        model_type=plan.spec.model_type,
+        backend=settings.backend,
+        device=settings.device,
+        dtype=settings.dtype.dtype,
+        vocab_size=limits.vocab_size,
+        max_model_len=limits.max_model_len,
+        block_size=limits.block_size,
+        num_blocks=limits.num_blocks,
+        step_tokens=limits.step_tokens,
+        max_running=limits.max_running,
+        eos_token_ids=list(limits.eos_token_ids),
+        tying=plan.tying.reason,
+        weight_bytes=settings.planned.weight_bytes,
+        budget_bytes=memory.pool_bytes,
+        warnings=list(settings.warnings),
+        details={
+            "path": str(settings.path),
+            "revision": config.revision,
+            "bos_token_id": plan.bos_token_id,
+            "isa": settings.isa,
+            "threads": settings.threads,
+            "dtype_reason": settings.dtype.reason,
+            "fixed_bytes": memory.fixed_bytes,
+            "memory_limit_bytes": memory.limit_bytes,
+            "memory_reason": memory.reason,
+            "stored_bytes": plan.stored_bytes,
+            "saved_by_tying_bytes": plan.saved_bytes,
+            "unused_tensors": len(plan.unused),
+            "start_s": seconds,
+        },
+    )
+
+
+def _log(info: EngineInfo) -> None:
+    logger.info(
+        "%s (%s) on %s/%s in %s: %d positions, %d KV blocks of %d, %s for KV and adapters; tying: %s",
+        info.model, info.model_type, info.backend, info.device, info.dtype, info.max_model_len, info.num_blocks,
+        info.block_size, format_size(info.budget_bytes), info.tying,
+    )  # fmt: skip
+    for warning in info.warnings:
+        logger.warning("%s", warning)
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    """No one watches the start."""

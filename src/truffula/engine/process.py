@@ -1,0 +1,349 @@
+"""``ProcessClient``: the engine in a process of its own, started, watched and restarted by one supervising thread.
+
+    any thread            submit, abort, adapters ──► Channel.post (never blocks; what is left over, supervise flushes)
+    supervising thread    spawn ► Start ► Starting ► Ready ► Events, Stats, AdapterReply ──► Journal, Tickets
+    one consumer          events() ◄── Journal
+
+One life of the engine ends with the socket. Then every open request ends with ``engine_died`` and the next life begins
+after a pause that doubles, at most ``max_restarts`` times in ``restart_window_s``; until it is ready, requests are
+refused at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from truffula.config import EngineConfig
+from truffula.engine import wire
+from truffula.engine.build import Progress
+from truffula.engine.client import Tickets, refuse_uncrossable
+from truffula.engine.journal import Journal
+from truffula.errors import EngineDied, ShuttingDown, TruffulaError, WireError, from_info
+from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+GRACE_S = 5.0
+"""How long an engine may take to end by itself before it is killed."""
+
+
+class ProcessClient:
+    """An ``EngineClient`` whose engine can die without anybody waiting for ever."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+        self._config = config
+        self._progress = progress
+        self._journal = Journal()
+        self._tickets = Tickets()
+        self._lock = threading.Lock()  # guards the fields down to _pinned
+        self._life: Life | None = None  # the engine that takes requests
+        self._refusal: TruffulaError = EngineDied("The engine is starting.")  # what requests get while there is none
+        self._closing = False
+        self._pinned: dict[str, AdapterCommand] = {}
+        self._wake_in, self._wake_out = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
+        self._started: Future[EngineInfo] = Future()
+        self._thread = threading.Thread(target=self._supervise, name="truffula-supervisor", daemon=True)
+        self._thread.start()
+        try:
+            self.info = self._started.result()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's process; None while there is none."""
+        life = self._life
+        return None if life is None else life.pid
+
+    def submit(self, requests: Sequence[EngineRequest]) -> None:
+        self._journal.open(requests)
+        good = refuse_uncrossable(requests, self._journal)
+        if good:
+            refusal = self._post(wire.Submit(good))
+            if refusal is not None:
+                self._journal.fail([r.request_id for r in good], refusal)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        # An engine that is gone has ended them already.
+        self._post(wire.Abort(list(request_ids)))
+
+    def events(self, timeout: float | None) -> list[TokenEvent]:
+        return self._journal.take(timeout)
+
+    def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
+        ticket, future = self._tickets.take()
+        refusal = self._post(wire.Adapter(ticket, command))
+        if refusal is not None:
+            self._tickets.answer(ticket, (), refusal)
+        states = self._tickets.wait(ticket, future, timeout)
+        if command.ref is not None and command.action != "list":
+            with self._lock:
+                self._pinned.pop(command.ref.name, None)
+                if command.action == "load" and command.pinned:
+                    self._pinned[command.ref.name] = command
+        return states
+
+    def stats(self) -> EngineStats:
+        life = self._life
+        return EngineStats(monotonic=time.monotonic()) if life is None or life.stats is None else life.stats
+
+    def alive(self) -> bool:
+        life = self._life
+        return life is not None and life.healthy(self._config, time.monotonic())
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            self._refusal = ShuttingDown("The engine is closed.")
+        self._wake()
+        self._thread.join()
+        self._journal.close(self._refusal)
+        with self._lock:
+            for fd in (self._wake_in, self._wake_out):
+                if fd >= 0:
+                    os.close(fd)
+            self._wake_in = self._wake_out = -1
+
+    def _post(self, frame: wire.Frame) -> TruffulaError | None:
+        """Send to the engine that takes requests; or why that can't be."""
+        with self._lock:
+            if self._life is None:
+                return self._refusal
+            try:
+                if self._life.channel.post(frame):
+                    self._wake_now()
+            except wire.Disconnected:
+                return EngineDied("The engine has just died; it is being restarted.")
+            except WireError as error:
+                return error
+        return None
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._wake_now()
+
+    def _wake_now(self) -> None:
+        if self._wake_out >= 0:
+            with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+                os.write(self._wake_out, b"w")
+
+    def _supervise(self) -> None:
+        try:
+            self._live_on()
+        except BaseException as error:  # noqa: BLE001  nobody may wait for ever for a thread that has died
+            traceback.print_exception(error, file=sys.stderr)
+            self._refuse(EngineDied(f"The supervisor failed: {type(error).__name__}: {error}."))
+            if not self._started.done():
+                self._started.set_exception(error)
+
+    def _live_on(self) -> None:
+        """Lives, one after another, until close or until restarting is given up."""
+        deaths: deque[float] = deque()
+        while True:
+            error = self._live()
+            if not self._started.done():
+                self._started.set_exception(error)
+                return
+            now = time.monotonic()
+            deaths.append(now)
+            while now - deaths[0] > self._config.restart_window_s:
+                deaths.popleft()
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (len(deaths) - 1))
+            if not self._closing and len(deaths) > self._config.max_restarts:
+                self._refuse(
+                    EngineDied(f"The engine died {len(deaths)} times and is given up. Last: {error}", **error.data)
+                )
+                return
+            if self._closing or self._paused(pause):
+                return
+
+    def _paused(self, seconds: float) -> bool:
+        """Wait before the next life; True when close was called."""
+        deadline = time.monotonic() + seconds
+        while not self._closing and (left := deadline - time.monotonic()) > 0:
+            self._wait_for_wake(left)
+        return self._closing
+
+    def _wait_for_wake(self, seconds: float) -> None:
+        waiter = select.poll()
+        waiter.register(self._wake_in, select.POLLIN)
+        if waiter.poll(seconds * 1000):
+            self._drain_wakes()
+
+    def _drain_wakes(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_in, 4096):
+                pass
+
+    def _refuse(self, error: TruffulaError) -> None:
+        """No engine takes requests from now: end what is open."""
+        with self._lock:
+            self._life = None
+            if not self._closing:
+                self._refusal = error
+            refusal = self._refusal
+        self._tickets.fail_all(refusal)
+        self._journal.fail_all(refusal)
+
+    def _live(self) -> TruffulaError:
+        """One engine from its birth to its end; returns why it ended."""
+        try:
+            life = Life(self._config)
+        except OSError as error:
+            return EngineDied(f"The engine's process can't be started: {error}.")
+        reason: TruffulaError | None = None
+        try:
+            reason = self._follow(life)
+        except wire.Disconnected:
+            pass
+        except WireError as error:
+            reason = error
+            life.kill()
+        if self._closing:
+            life.stop()
+        status = life.end()
+        if reason is None:
+            reason = EngineDied(f"The engine's process ended {_manner(status)}.", status=status)
+        self._refuse(EngineDied(f"The engine died and is being restarted: {reason}", **reason.data))
+        return reason
+
+    def _follow(self, life: Life) -> TruffulaError | None:
+        """Take in what the engine says until it ends, or until close. Returns the reason, when it told one."""
+        waiter = select.poll()
+        waiter.register(self._wake_in, select.POLLIN)
+        life.channel.post(wire.Start(self._config))
+        while not self._closing:
+            waiter.register(life.channel, select.POLLIN | (select.POLLOUT if life.channel.unsent else 0))
+            ready = dict(waiter.poll(max(0.0, life.patience(time.monotonic())) * 1000))
+            if self._wake_in in ready:
+                self._drain_wakes()
+            if life.channel.fileno() in ready:
+                life.channel.flush()
+                frames = life.channel.receive()
+                if frames is None:
+                    return None
+                for frame in frames:
+                    if isinstance(frame, wire.Died):
+                        return from_info(frame.error)
+                    self._handle(life, frame)
+            if life.patience(time.monotonic()) <= 0:
+                life.kill()
+                return EngineDied(f"The engine's start made no progress for {self._config.start_timeout_s:g} s.")
+        return None
+
+    def _handle(self, life: Life, frame: wire.FromEngine) -> None:
+        life.heard(time.monotonic())
+        match frame:
+            case wire.Events(events):
+                self._journal.deliver(events)
+            case wire.Stats(stats, step_since):
+                life.stats, life.step_since = stats, step_since
+            case wire.AdapterReply(ticket, states, error):
+                self._tickets.answer(ticket, states, None if error is None else from_info(error))
+            case wire.Starting(stage, done, total):
+                if life.progressed((stage, done, total)) and self._progress is not None:
+                    self._progress(stage, done, total)
+            case wire.Ready(info):
+                self._ready(life, info)
+            case _:
+                raise WireError(f"A {type(frame).__name__} frame has no place here.")
+
+    def _ready(self, life: Life, info: EngineInfo) -> None:
+        life.ready = True
+        with self._lock:
+            self._life = life
+            pinned = list(self._pinned.values())
+        for command in pinned:
+            # Nobody waits for these; one that fails now shows in the list of adapters.
+            life.channel.post(wire.Adapter(0, command))
+        if not self._started.done():
+            self._started.set_result(info)
+
+
+class Life:
+    """One engine process and the channel to it."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # -P: the folder we were started in must not shadow modules. stdout is the command's: logs go to stderr.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
+            )  # fmt: skip
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._start_timeout_s = config.start_timeout_s
+        self._told: tuple[str, int, int | None] | None = None
+        self._progress_at = self._heard_at = time.monotonic()
+        self.ready = False
+        self.stats: EngineStats | None = None
+        self.step_since: float | None = None
+        self.channel = wire.Channel(ours, wire.client_side())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def heard(self, now: float) -> None:
+        self._heard_at = now
+
+    def progressed(self, told: tuple[str, int, int | None]) -> bool:
+        """Note a report of the start; False when it says nothing new."""
+        if told == self._told:
+            return False
+        self._told = told
+        self._progress_at = self._heard_at
+        return True
+
+    def patience(self, now: float) -> float:
+        """Seconds to wait for a frame before looking again; 0 or less when a start hangs."""
+        return 3600.0 if self.ready else self._progress_at + self._start_timeout_s - now
+
+    def healthy(self, config: EngineConfig, now: float) -> bool:
+        """Whether it was heard of lately and its step in progress is not stuck."""
+        stuck = self.step_since is not None and now - self.step_since > config.step_timeout_s
+        return now - self._heard_at <= config.heartbeat_timeout_s and not stuck
+
+    def stop(self) -> None:
+        """Ask it to end."""
+        with contextlib.suppress(wire.Disconnected):
+            self.channel.post(wire.Stop())
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> int:
+        """Close the channel, which ends the process; kill it when it does not. Returns its status; no zombie stays."""
+        self.channel.close()
+        try:
+            return self._process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
+
+
+def _manner(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hint = " (the system kills so when memory runs out)" if status == -signal.SIGKILL else ""
+    return f"by {name}{hint}"

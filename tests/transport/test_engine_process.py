@@ -1,0 +1,169 @@
+"""The engine's process: killed, stopped, orphaned. Nobody waits for ever and nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from following import Answer, ask, eventually, fold, follow, run
+
+from truffula.config import EngineConfig
+from truffula.engine import wire
+from truffula.engine.process import ProcessClient
+from truffula.types import AdapterCommand, AdapterRef
+
+Start = Callable[..., ProcessClient]
+
+
+def running(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
+    client = start("process")
+    before = run(client, [ask("before", [3, 4, 5])])["before"]
+    first = client.pid
+    names = [f"r{n}" for n in range(12)]
+    client.submit([ask(name, [n + 3, 4], max_tokens=450, ignore_eos=True) for n, name in enumerate(names)])
+    answers: dict[str, Answer] = {}
+    eventually(lambda: fold(answers, client.events(0.1)) or answers, "the first token")
+    os.kill(first, signal.SIGKILL)
+    follow(client, names, answers)
+    assert {(a.finish, a.code) for a in answers.values()} == {("error", "engine_died")}
+    assert "SIGKILL" in answers["r0"].message
+    eventually(client.alive, "the next engine")
+    assert client.pid != first
+    with pytest.raises(psutil.NoSuchProcess):
+        psutil.Process(first)
+    assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
+
+
+def test_while_no_engine_is_ready_requests_are_refused_at_once(start: Start):
+    client = start("process")
+    os.kill(client.pid, signal.SIGKILL)
+    eventually(lambda: not client.alive(), "the death is noticed")
+    got = run(client, [ask("now", [3])])["now"]
+    assert got.code == "engine_died" and "restarted" in got.message
+    eventually(client.alive, "the next engine")
+
+
+def test_restarting_is_given_up_in_the_end(start: Start):
+    client = start("process", max_restarts=1)
+    for _ in range(2):
+        os.kill(eventually(lambda: client.alive() and client.pid, "an engine"), signal.SIGKILL)
+        eventually(lambda: not client.alive(), "the death is noticed")
+    eventually(lambda: "given up" in run(client, [ask("a", [3])])["a"].message, "the supervisor gives up")
+    assert not client.alive() and client.pid is None
+    client.close()
+
+
+def test_a_pinned_adapter_is_loaded_again_after_a_death(start: Start, tiny_adapter: Path):
+    client = start("process")
+    ref = AdapterRef(name="loud", locator=str(tiny_adapter))
+    client.adapters(AdapterCommand(action="load", ref=ref, pinned=True))
+    os.kill(client.pid, signal.SIGKILL)
+    eventually(lambda: not client.alive(), "the death is noticed")
+    eventually(client.alive, "the next engine")
+    states = lambda: client.adapters(AdapterCommand(action="list"))  # noqa: E731
+    eventually(lambda: [(s.name, s.status, s.pinned) for s in states()] == [("loud", "resident", True)], "it is back")
+
+
+def test_a_stopped_engine_is_unhealthy_and_never_blocks_its_callers(start: Start):
+    client = start("process", heartbeat_timeout_s=1.0)
+    os.kill(client.pid, signal.SIGSTOP)
+    try:
+        # More than a socket's buffer holds: were submit to wait for the engine, this would hang.
+        names = [f"big {n}" for n in range(40)]
+        for name in names:
+            client.submit([ask(name, [3] * 30_000)])
+        eventually(lambda: not client.alive(), "the silence is noticed")
+    finally:
+        os.kill(client.pid, signal.SIGCONT)
+    assert {a.code for a in follow(client, names).values()} == {"prompt_too_long"}
+    eventually(client.alive, "it speaks again")
+
+
+def test_signals_for_the_group_do_not_end_the_engine(start: Start):
+    client = start("process")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(client.pid, number)
+    assert run(client, [ask("a", [3])])["a"].finish in ("length", "stop")
+
+
+def test_the_engine_and_its_loading_worker_go_with_a_killed_parent(tiny_model: Path, tiny_adapter: Path):
+    code = f"""
+import sys, json
+from truffula.config import EngineConfig
+from truffula.engine.client import connect
+from truffula.types import AdapterCommand, AdapterRef
+client = connect(EngineConfig(model={str(tiny_model)!r}, threads=1, memory_bytes=2**28, offline=True), "process")
+client.adapters(AdapterCommand(action="load", ref=AdapterRef(name="a", locator={str(tiny_adapter)!r})))
+print(client.pid, flush=True)
+sys.stdin.read()
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None and parent.stdin is not None
+        engine = int(parent.stdout.readline())
+        family = [engine, *(child.pid for child in psutil.Process(engine).children(recursive=True))]
+        assert len(family) >= 2, "the engine and its loading worker"
+    finally:
+        parent.kill()
+        parent.communicate()
+    eventually(lambda: not any(running(pid) for pid in family), f"the end of {family}")
+
+
+def test_configuration_and_adapters_are_not_on_the_command_line(start: Start, tiny_model: Path):
+    client = start("process")
+    assert str(tiny_model) not in " ".join(psutil.Process(client.pid).cmdline())
+
+
+def worker() -> tuple[subprocess.Popen[bytes], wire.Channel[wire.FromEngine]]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
+    return process, wire.Channel(ours, wire.client_side())
+
+
+def everything(channel: wire.Channel[wire.FromEngine]) -> list[wire.FromEngine]:
+    frames: list[wire.FromEngine] = []
+    deadline = time.monotonic() + 60
+    while (more := channel.receive()) is not None:
+        assert time.monotonic() < deadline
+        frames += more
+        time.sleep(0.01)
+    channel.close()
+    return frames
+
+
+def test_a_worker_that_hears_nonsense_says_so_and_ends():
+    process, channel = worker()
+    channel.post(wire.Stop())
+    died = everything(channel)[-1]
+    assert isinstance(died, wire.Died) and died.error.code == "wire_error"
+    assert process.wait(60) != 0
+
+
+def test_a_worker_whose_parent_says_nothing_ends_with_the_socket():
+    process, channel = worker()
+    channel.close()
+    assert process.wait(60) == 0
+
+
+def test_asked_for_the_impossible_a_worker_names_the_reason(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
+    process, channel = worker()
+    channel.post(wire.Start(EngineConfig(model=str(tmp_path), offline=True)))
+    died = everything(channel)[-1]
+    assert isinstance(died, wire.Died) and died.error.code in ("model_unsupported", "checkpoint_invalid")
+    assert process.wait(60) != 0
