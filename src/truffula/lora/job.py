@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from pathlib import Path
@@ -17,6 +18,7 @@ from truffula.lora.peft import BaseFacts, judge_adapter
 from truffula.types import AdapterRef
 
 WORKER_VERSION = 1
+_SPARE_ROOM = 1 << 20
 
 
 class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +43,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="se
     version: int = WORKER_VERSION
     sites: list[Site]
     model: str
-    spool: str
+    spools: list[str]
     limits: LoadLimits
     nice: int = 10
     offline: bool = False
@@ -72,7 +74,6 @@ FromWorker = Ready | Outcome
 def load(order: Order, setup: Setup) -> LoadResult:
     """Carry out ``order``: a new file in the spool, or the reason why not. Faults of the adapter do not raise."""
     started = time.monotonic()
-    path = Path(setup.spool) / f"{order.ticket}-{uuid.uuid4().hex}"
     try:
         adapter = judge_adapter(
             _folder(order.ref, setup),
@@ -81,6 +82,7 @@ def load(order: Order, setup: Setup) -> LoadResult:
             max_bytes=setup.limits.image_bytes,
             max_file_bytes=setup.limits.file_bytes,
         )
+        path = _place(order, setup, adapter.nbytes)
         nbytes = write_image(adapter, path)
     except TruffulaError as error:
         return _failed(order, error.info(), started)
@@ -99,6 +101,19 @@ def load(order: Order, setup: Setup) -> LoadResult:
         rank=adapter.rank,
         warnings=adapter.warnings,
         seconds=time.monotonic() - started,
+    )
+
+
+def _place(order: Order, setup: Setup, nbytes: int) -> Path:
+    """A new name in the first spool that has room; memory comes before disk in the list."""
+    name = f"{order.ticket}-{uuid.uuid4().hex}"
+    for spool in setup.spools:
+        found = os.statvfs(spool)
+        if found.f_bavail * found.f_frsize >= nbytes + _SPARE_ROOM:
+            return Path(spool) / name
+    raise AdapterLoadError(
+        f"There is no room to lay out the adapter: {nbytes} bytes are needed in shared memory or the temporary folder.",
+        requested_bytes=nbytes,
     )
 
 

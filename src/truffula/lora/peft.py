@@ -334,10 +334,11 @@ def _read_tensors(files: AdapterFolder, pairs: Sequence[_Pair]) -> tuple[dict[st
             array = files.tensors.read(info.name)
             bad = first_non_finite(array)
             if bad is not None:
+                count, first = bad
                 raise AdapterError(
-                    f"{info.name} holds {bad.count} values that are NaN or infinite, the first at {list(bad.index)}.",
+                    f"{info.name} holds {count} values that are NaN or infinite, the first at {list(first)}.",
                     param=info.name,
-                    count=bad.count,
+                    count=count,
                 )
             tensors[info.name] = array
         if pair.scale == 0 or _is_zero(tensors[pair.b.name]) or _is_zero(tensors[pair.a.name]):

@@ -59,7 +59,8 @@ def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToWorker], setup: list
         sys.stderr.write(f"{error}\n")
         status = 1
     for frame in setup:
-        shutil.rmtree(frame.spool, ignore_errors=True)
+        for spool in frame.spools:
+            shutil.rmtree(spool, ignore_errors=True)
     os._exit(status)
 
 
