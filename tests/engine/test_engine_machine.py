@@ -36,12 +36,14 @@ class EngineMachine(RuleBasedStateMachine):
         return AdapterRef(name=place, locator=place, fingerprint=str(self.fingerprints[place]))
 
     @rule(
-        prompt=st.lists(st.integers(0, 5), min_size=0, max_size=20),
+        prompt=st.one_of(
+            st.integers(1, 24).map(lambda n: list(range(n))), st.lists(st.integers(0, 5), min_size=0, max_size=20)
+        ),
         place=st.sampled_from([None, None, *PLACES]),
         max_tokens=st.one_of(st.none(), st.integers(0, 10)),
         scores=st.one_of(st.none(), st.integers(0, 2)),
-        patience=st.one_of(st.none(), st.floats(0, 1)),
-        deadline=st.one_of(st.none(), st.floats(0, 2)),
+        patience=st.sampled_from([None] * 5 + [0.0, 0.3, 1.0]),
+        deadline=st.sampled_from([None] * 5 + [0.0, 0.01, 1.0, 2.0]),
     )
     def add(self, prompt, place, max_tokens, scores, patience, deadline):
         name, now = f"r{len(self.requests)}", self.rig.clock.now
