@@ -95,7 +95,7 @@ def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype:
         values = values * np.float32(0.1)
     else:
         # A small input table: where it is also the head, a large one would answer every token with itself.
-        values = values * np.float32((0.2 if row.kind == "embed" else 1.5) / row.width**0.5)
+        values = values * np.float32((0.5 if row.kind == "embed" else 1.5) / row.width**0.5)
     return values.astype(DTYPES[dtype])
 
 
@@ -111,12 +111,14 @@ def write_tiny_checkpoint(
 ) -> Path:
     """Write a model folder without transformers: config.json and model.safetensors. Returns ``folder``.
 
-    ``drop`` leaves out tensors, ``extra`` adds or replaces some, by their names on disk.
+    ``drop`` leaves out tensors, then ``extra`` adds or replaces some, by their names on disk.
     """
     config = dict(config if config is not None else tiny_llama_config())
-    tensors = tiny_tensors(config, seed=seed, dtype=dtype) | dict(extra or {})
-    for name in drop:
-        tensors.pop(name, None)
+    left_out = set(drop)
+    tensors = {
+        name: array for name, array in tiny_tensors(config, seed=seed, dtype=dtype).items() if name not in left_out
+    }
+    tensors |= dict(extra or {})
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     if generation_config is not None:

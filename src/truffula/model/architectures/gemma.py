@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truffula.model.architectures.common import ACTIVATIONS, Sizes, finish_spec, gemma_rms, read_sizes, windows
+from truffula.model.architectures.pieces import ACTIVATIONS, Sizes, finish_spec, gemma_rms, read_sizes, windows
 from truffula.model.config_view import ConfigView
 from truffula.model.rope import read_rope, read_rope_by_layer_type
 from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, ModuleNames, RopeSpec

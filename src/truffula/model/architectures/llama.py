@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truffula.model.architectures.common import ACTIVATIONS, finish_spec, read_sizes, rms
+from truffula.model.architectures.pieces import ACTIVATIONS, finish_spec, read_sizes, rms
 from truffula.model.config_view import ConfigView
 from truffula.model.rope import read_rope
 from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec

@@ -1,0 +1,149 @@
+"""transformers (and peft) as the oracle: one model loaded, its inner values observed by module path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from truffula.errors import MissingDependency
+from truffula.kernels.program import Probe
+
+Float32 = npt.NDArray[np.float32]
+_ATTENTION = "truffula_observed"
+
+
+class Oracle:
+    """A model as transformers computes it, without a cache, in ``dtype``, on the CPU.
+
+    Args:
+        path: A model folder or a ``.gguf`` file.
+        tied: Whether its two tables are one: what ``weights/tying.py`` decided, since transformers itself invents a
+            random head where a flag is missing or wrong.
+        adapter: A PEFT folder to attach, or None.
+        dtype: ``float32`` or ``bfloat16``.
+
+    Raises:
+        MissingDependency: transformers, torch or (with an adapter) peft is not installed.
+    """
+
+    def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
+        try:
+            import torch
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ImportError as error:
+            raise MissingDependency(
+                f"{error.name} is not installed: pip install 'truffula[torch,hf]'.", param=error.name
+            ) from error
+        self._seen: dict[str, Float32] = {}
+        self._register()
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
+        if path.suffix == ".gguf":
+            source |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        config = AutoConfig.from_pretrained(**source)
+        config.tie_word_embeddings = tied
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
+        )
+        if adapter is not None:
+            model = _with_adapter(model, adapter)
+        self._model = model.eval()
+        self._modules = dict(self._model.named_modules())
+
+    def _register(self) -> None:
+        """Our attention: transformers' eager masks and arithmetic, and a note of what q and k were."""
+        import torch
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+        def attend(
+            module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None,
+            softcap: float | None = None, **_: Any,
+        ) -> tuple[Any, None]:  # fmt: skip
+            turned = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
+            self._seen[f"layer {module.layer_idx}"] = np.concatenate(turned, 1)
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            if softcap is not None:
+                scores = torch.tanh(scores / softcap) * softcap
+            if mask is not None:
+                scores = scores + mask
+            weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+            return (weights @ value).transpose(1, 2).contiguous(), None
+
+        AttentionInterface.register(_ATTENTION, attend)
+        AttentionMaskInterface.register(_ATTENTION, eager_mask)
+
+    def logits(self, ids: Iterable[int]) -> Float32:
+        """float32 ``[len(ids), V]``."""
+        return self.observe(ids, ())[0]
+
+    def observe(
+        self, ids: Iterable[int], probes: Iterable[tuple[Probe, int | None]]
+    ) -> tuple[Float32, dict[Probe, Float32]]:
+        """Logits ``[T, V]`` and, for each probe (with the layer it belongs to), the value there, ``[T, width]``.
+
+        A probe of a module whose ``in`` has no tensor of rows (attention itself) means q and k after the rotation.
+
+        Raises:
+            KeyError: transformers' model has no such module.
+        """
+        import torch
+
+        ids = list(ids)
+        found: dict[Probe, Float32] = {}
+        handles, attention = [], {}
+        try:
+            for probe, layer in probes:
+                module = self._modules[probe.module]
+                if probe.side == "in" and hasattr(module, "layer_idx"):
+                    attention[probe] = f"layer {layer}"
+                elif probe.side == "in":
+                    handles.append(module.register_forward_pre_hook(_keep_input(found, probe, len(ids))))
+                else:
+                    handles.append(module.register_forward_hook(_keep_output(found, probe, len(ids))))
+            with torch.no_grad():
+                logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        found |= {probe: self._seen[key] for probe, key in attention.items()}
+        return logits.float().numpy(), found
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingDependency("peft is not installed: pip install peft.", param="peft") from error
+    return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+
+
+def _keep_input(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
+    def hook(_module: Any, inputs: tuple[Any, ...]) -> None:
+        found[probe] = _rows(inputs[0], count)
+
+    return hook
+
+
+def _keep_output(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
+    def hook(_module: Any, _inputs: tuple[Any, ...], output: Any) -> None:
+        found[probe] = _rows(output[0] if isinstance(output, tuple) else output, count)
+
+    return hook
+
+
+def _rows(value: Any, count: int) -> Float32:
+    """``[1, T, ...]`` as float32 ``[T, width]``; a value that some models lay out as ``[1, H, T, E]`` is turned first.
+
+    Where H happens to equal ``count`` the memory tells them apart: norms keep the order of the view they are given.
+    """
+    value = value.detach()[0].float()
+    if value.dim() == 3:
+        by_head = value.shape[0] != count or (value.shape[1] == count and value.stride(0) < value.stride(1))
+        value = value.transpose(0, 1) if by_head else value
+    return np.array(value.reshape(count, -1).numpy(), np.float32)
