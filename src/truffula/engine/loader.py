@@ -10,14 +10,11 @@ for too long takes its own load with it and nothing else: what is queued goes to
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -28,64 +25,12 @@ from truffula.kernels.program import Site
 from truffula.lora import frames
 from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Outcome, Ready, Setup, load
 from truffula.lora.loading import LoadResult
+from truffula.lora.spool import Spool
 from truffula.types import AdapterRef
 
-SPOOL_PREFIX = "truffula-spool-"
-STALE_AFTER_S = 60.0
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
 _STDERR_BYTES = 4096
-
-
-class Spool:
-    """Private folders for images on their way to the engine: in shared memory where there is some, and on disk.
-
-    A lock file says that their owner lives; folders of owners that were killed are removed by the next one.
-    """
-
-    def __init__(self, roots: Sequence[Path] | None = None) -> None:
-        if roots is None:
-            shared = Path("/dev/shm")  # private folders are made below it
-            usable = shared.is_dir() and os.access(shared, os.W_OK | os.X_OK)
-            roots = [*([shared] if usable else []), Path(tempfile.gettempdir())]
-        self.folders: list[Path] = []
-        self._locks: list[int] = []
-        for root in roots:
-            self._sweep(root)
-            folder = Path(tempfile.mkdtemp(prefix=SPOOL_PREFIX, dir=root))
-            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.folders.append(folder)
-            self._locks.append(lock)
-
-    def discard(self, ticket: int) -> None:
-        """Remove what a load that failed has left."""
-        for folder in self.folders:
-            for path in folder.glob(f"{ticket}-*"):
-                path.unlink(missing_ok=True)
-
-    def holds(self, path: Path) -> bool:
-        return path.parent in self.folders
-
-    def close(self) -> None:
-        for folder in self.folders:
-            shutil.rmtree(folder, ignore_errors=True)
-        for lock in self._locks:
-            os.close(lock)
-        self._locks.clear()
-
-    def _sweep(self, root: Path) -> None:
-        for folder in root.glob(f"{SPOOL_PREFIX}*"):
-            # Not ours, not readable, still young (its owner may be about to lock it) or still locked: not our business.
-            with contextlib.suppress(OSError):
-                if time.time() - folder.stat().st_mtime < STALE_AFTER_S:
-                    continue
-                lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)
 
 
 class _Worker:
@@ -269,6 +214,7 @@ class LoadingWorker:
             worker.close()
             self._dying.append(worker.process)
         self._workers.clear()
+        self._spool.close()
         for process in self._dying:
             try:
                 process.wait(timeout=1.0)
@@ -276,7 +222,6 @@ class LoadingWorker:
                 process.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the system: it goes when that lets go
                     process.wait(timeout=1.0)
-        self._spool.close()
 
     def pids(self) -> list[int]:
         """The workers' process ids, for operators and tests."""

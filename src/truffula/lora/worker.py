@@ -2,7 +2,7 @@
 
 Own process, so that a hostile or huge adapter costs the engine nothing: it runs at low priority, under limits of memory
 and computing time, and can be killed. It imports neither torch nor transformers. Its socket is its life: when that
-closes it removes its spool and ends, in the middle of a load too.
+closes it ends, in the middle of a load too, and removes what an engine that was killed has left in its spools.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import math
 import os
 import queue
 import resource
-import shutil
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 from truffula.errors import WireError
 from truffula.lora import frames
 from truffula.lora.job import WORKER_VERSION, LoadLimits, Order, Outcome, Ready, Setup, ToWorker, load
+from truffula.lora.spool import remove_abandoned
+
+CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
 
 
 def main(fd: int) -> int:
@@ -59,9 +62,16 @@ def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToWorker], setup: list
         sys.stderr.write(f"{error}\n")
         status = 1
     for frame in setup:
-        for spool in frame.spools:
-            shutil.rmtree(spool, ignore_errors=True)
+        _clean_up(frame.spools)
     os._exit(status)
+
+
+def _clean_up(spools: list[str]) -> None:
+    """After an engine that was killed. Its lock may outlast its socket by a moment; a living one keeps it."""
+    for _ in range(CLEAN_UP_TRIES):
+        if all(remove_abandoned(Path(spool)) for spool in spools):
+            return
+        time.sleep(CLEAN_UP_PAUSE_S)
 
 
 def _limit_memory(limits: LoadLimits) -> None:
