@@ -1,0 +1,156 @@
+"""Who is served when: no stream stalls, no adapter starves, and everybody ends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rig import Rig, limits, request
+
+from truffula.engine.plan import StepPlan
+
+
+def watch(rig: Rig) -> dict[int, list[int]]:
+    """By step number: the serials that the step computes tokens of. Recorded where the executable sees them."""
+    served: dict[int, list[int]] = {}
+    run = rig.engine._runner.run
+
+    def recording(plan: StepPlan):
+        served[rig.steps] = [chunk.serial for chunk in plan.chunks]
+        return run(plan)
+
+    rig.engine._runner.run = recording
+    return served
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.integers(1, 60), st.integers(1, 12)),
+        min_size=1, max_size=14,
+    ),
+    st.integers(4, 40), st.integers(1, 8),
+)  # fmt: skip
+def test_an_admitted_request_among_a_adapters_gets_tokens_within_a_plus_1_steps(crowd, step_tokens, max_running):
+    rig = Rig(limits(step_tokens=step_tokens, max_running=max_running, num_blocks=400))
+    served = watch(rig)
+    for i, (adapter, prompt, new) in enumerate(crowd):
+        rig.add(request(f"r{i}", [i] * prompt, adapter=adapter, max_tokens=new, ignore_eos=True))
+    waited: dict[int, int] = defaultdict(int)
+    while not rig.engine.idle():
+        before = dict(rig.engine._scheduler.roster.running)
+        active = {sequence.key for sequence in rig.engine._scheduler.roster.all()}
+        rig.step()
+        for serial in before:
+            waited[serial] = 0 if serial in served.get(rig.steps, []) else waited[serial] + 1
+            assert waited[serial] <= len(active) + 1
+    assert rig.engine.stats().preemptions == 0
+
+
+def test_a_long_prompt_stalls_no_running_stream():
+    rig = Rig(limits(max_model_len=1000, step_tokens=16, num_blocks=400))
+    for i in range(3):
+        rig.add(request(f"stream{i}", [i] * 4, max_tokens=80, ignore_eos=True))
+    rig.step()
+    rig.add(request("long", [9] * 900, max_tokens=1, adapter="red"))
+    rig.drain()
+    for i in range(3):
+        steps = rig.answers[f"stream{i}"].steps
+        assert steps == list(range(steps[0], steps[0] + 80))
+    # It had what the three streams left: thirteen tokens a step while they ran.
+    assert rig.answers["long"].steps[0] <= 2 + -(-900 // 13)
+
+
+def test_a_flood_of_prompts_for_one_adapter_delays_another_by_a_few_steps():
+    rig = Rig(limits(step_tokens=16, max_running=8, num_blocks=400))
+    for i in range(60):
+        rig.add(request(f"flood{i}", [i % 90] * 60, adapter="popular", max_tokens=1))
+    for _ in range(3):
+        rig.step()
+    rig.add(request("lonely", [5] * 6, adapter="rare", max_tokens=1))
+    entered = rig.steps
+    while rig.answers["lonely"].final is None:
+        rig.step()
+    # Its turn, at the latest after patience ran out and a place was taken for it; the flood goes on for hundreds of steps.
+    assert rig.steps - entered <= rig.limits.patience + 4
+    rig.drain()
+    assert rig.steps > 200
+
+
+def test_a_flood_that_holds_every_place_for_long_gives_one_up():
+    rig = Rig(limits(step_tokens=16, max_running=4, num_blocks=400, patience=8))
+    for i in range(20):
+        rig.add(request(f"flood{i}", [i] * 4, adapter="popular", max_tokens=100, ignore_eos=True))
+    rig.step()
+    for i in range(2):
+        rig.add(request(f"rare{i}", [7] * 4, adapter=f"rare{i}", max_tokens=3, ignore_eos=True))
+    entered = rig.steps
+    while any(rig.answers[f"rare{i}"].final is None for i in range(2)):
+        rig.step()
+    assert rig.steps - entered <= 2 * (rig.limits.patience + 5)
+    rig.drain()
+    steps = rig.answers["flood0"].steps
+    assert steps == list(range(steps[0], steps[0] + 100)), "the oldest of all is never preempted"
+
+
+def test_many_adapters_share_prompt_tokens_equally():
+    rig = Rig(limits(max_model_len=400, step_tokens=32, max_running=8, num_blocks=1000))
+    for adapter in ("a", "b", "c", "d"):
+        # b, c and d bring one prompt each; a brings five.
+        for i in range(5 if adapter == "a" else 1):
+            rig.add(request(f"{adapter}{i}", [i] * 300, adapter=adapter, max_tokens=1))
+    rig.drain()
+    ends = {name: answer.steps[0] for name, answer in rig.answers.items()}
+    fair = 4 * 300 / 32  # steps for one prompt of each
+    assert max(ends["b0"], ends["c0"], ends["d0"]) <= 1.5 * fair
+    assert ends["a4"] == max(ends.values())
+
+
+def test_a_big_request_is_not_passed_by_small_ones_for_ever():
+    rig = Rig(limits(step_tokens=16, max_running=4, num_blocks=25, patience=4, prefix_cache=False))
+    small = 0
+
+    def add_small() -> None:
+        nonlocal small
+        rig.add(request(f"small{small}", [small % 90] * 12, adapter=f"s{small % 7}", max_tokens=8, ignore_eos=True))
+        small += 1
+
+    for _ in range(6):
+        add_small()
+    rig.step()
+    rig.add(request("big", [1] * 80, adapter="big", max_tokens=2))
+    for _ in range(300):
+        while len(rig.engine._scheduler.roster.waiting) < 6:
+            add_small()
+        rig.step()
+        if rig.answers["big"].final is not None:
+            break
+    assert rig.answers["big"].final is not None
+    rig.drain()
+    rig.assert_clean()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(st.integers(9, 16), st.integers(2, 12), st.integers(1, 20))
+def test_with_hardly_any_memory_everybody_still_ends(num_blocks, crowd, step_tokens):
+    # Each needs up to eight blocks; there are as few as eight.
+    rig = Rig(limits(num_blocks=num_blocks, step_tokens=step_tokens, max_running=8, patience=2))
+    for i in range(crowd):
+        rig.add(request(f"r{i}", [i] * 10, adapter=["a", "b", None][i % 3], max_tokens=22, ignore_eos=True))
+    rig.drain(most=200 + 60 * crowd)
+    rig.assert_clean()
+    assert all(answer.finish_reason == "length" for answer in rig.answers.values())
+
+
+def test_a_thousand_waiting_adapters_load_a_few_at_a_time():
+    rig = Rig(limits(look_ahead=5, max_running=2))
+    rig.loader.automatic = False
+    for i in range(1000):
+        rig.add(request(f"r{i}", [1, 2], adapter=f"a{i}", max_tokens=1))
+    rig.step()
+    assert rig.loader.started == [f"a{i}" for i in range(5)]
+    rig.loader.finish()
+    rig.step()
+    rig.step()
+    assert len(rig.loader.started) <= 12
