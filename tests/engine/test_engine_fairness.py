@@ -72,7 +72,7 @@ def test_a_flood_of_prompts_for_one_adapter_delays_another_by_a_few_steps():
     entered = rig.steps
     while rig.answers["lonely"].final is None:
         rig.step()
-    # Its turn, at the latest after patience ran out and a place was taken for it; the flood goes on for hundreds of steps.
+    # At the latest after patience ran out and a place was taken for it; the flood goes on for hundreds of steps.
     assert rig.steps - entered <= rig.limits.patience + 4
     rig.drain()
     assert rig.steps > 200

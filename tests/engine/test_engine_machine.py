@@ -1,4 +1,4 @@
-"""Any interleaving of add, abort, step, load, reload, unload, deadlines and little memory: nothing leaks, all end once."""
+"""Any interleaving of add, abort, step, load, reload, unload, deadlines, little memory: nothing leaks, all end once."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ class Engine:
     def command(self, command: AdapterCommand) -> list[AdapterState]:
         """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
 
-        After ``load`` ask again (``list``) until the state is resident or failed. Raises ``AdapterNotFound`` when there is
-        nothing to unload.
+        After ``load`` ask again (``list``) until the state is resident or failed. Raises ``AdapterNotFound`` when there
+        is nothing to unload.
         """
         self._stalled = False
         ref = command.ref
@@ -110,9 +110,8 @@ class Engine:
             if command.pinned:
                 self._adapters.pin(ref)
             self._adapters.want(ref, self._clock())
-        elif command.action == "unload" and ref is not None:
-            if not self._adapters.unload(ref.name):
-                raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
+        elif command.action == "unload" and ref is not None and not self._adapters.unload(ref.name):
+            raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
         states = self._adapters.states()
         return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
 
