@@ -318,8 +318,7 @@ def _check_size(pairs: Sequence[_Pair], max_bytes: int | None) -> None:
     needed = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
     if max_bytes is not None and needed > max_bytes:
         raise InsufficientMemory(
-            f"The adapter's tensors take {needed} bytes; adapters and KV cache together may use {max_bytes}. Give the "
-            "server more memory.",
+            f"The adapter takes {needed} bytes; adapters may use {max_bytes}. Give the server more memory.",
             requested_bytes=needed,
             limit_bytes=max_bytes,
         )

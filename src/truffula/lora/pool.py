@@ -124,7 +124,12 @@ def _key(ref: AdapterRef) -> Key:
 
 
 class AdapterPool:
-    """Residency of adapters. One owner, one thread. ``clock`` is the one the budget's other reclaimers stamp with."""
+    """Residency of adapters. One owner, one thread.
+
+    ``clock`` is the one the budget's other reclaimers stamp with. A failed load is not tried again for
+    ``failure_ttl_s``. At most ``max_in_flight`` loads of a kind of source are with the loader at a time.
+    ``spare_bytes`` is an eighth of the budget's limit unless given.
+    """
 
     def __init__(
         self,
@@ -135,7 +140,7 @@ class AdapterPool:
         *,
         failure_ttl_s: float = 10.0,
         keep_s: float = 5.0,
-        spare_bytes: int = 1 << 30,
+        spare_bytes: int | None = None,
         max_in_flight: int = 8,
     ) -> None:
         self._slots = slots
@@ -144,7 +149,7 @@ class AdapterPool:
         self._clock = clock
         self._failure_ttl_s = failure_ttl_s
         self._keep_s = keep_s
-        self._spare_bytes = spare_bytes
+        self._spare_bytes = budget.limit // 8 if spare_bytes is None else spare_bytes
         self._max_in_flight = max_in_flight
         self._entries: dict[str, _Entry] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()  # generations that may be evicted, oldest use first
@@ -405,8 +410,7 @@ class AdapterPool:
 
     def _too_large(self, nbytes: int) -> InsufficientMemory:
         return InsufficientMemory(
-            f"The adapter takes {nbytes} bytes; adapters and KV cache together may use {self._budget.limit}. "
-            "Give the server more memory.",
+            f"The adapter takes {nbytes} bytes; adapters may use {self._budget.limit}. Give the server more memory.",
             requested_bytes=nbytes,
             limit_bytes=self._budget.limit,
         )
