@@ -127,10 +127,10 @@ def _median(runs: list[dict[str, Any]]) -> float:
 
 def _machine() -> str:
     from truffula.cli.doctor import cpu_name
-    from truffula.engine.memory import cpu_count
+    from truffula.engine.memory import usable_cpus
 
     name, sets = cpu_name()
-    return f"{name}, {cpu_count()} cores, {sets[0] if sets else 'unknown instruction set'}"
+    return f"{name}, {usable_cpus()} cores, {sets[0] if sets else 'unknown instruction set'}"
 
 
 def _print(report: dict[str, Any], bench: ServeBench) -> None:

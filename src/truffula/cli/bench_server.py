@@ -97,7 +97,9 @@ def random_adapters(config: EngineConfig, folder: Path, names: list[str], rank: 
         checkpoint.close()
     made = {}
     for seed, name in enumerate(names):
-        made[name] = write_tiny_adapter(folder / name, sites, rank=rank, alpha=2 * rank, seed=seed, dtype="bfloat16")
+        made[name] = write_tiny_adapter(
+            folder / name, sites, rank=rank, alpha=2 * rank, targets="all-linear", seed=seed, dtype="bfloat16"
+        )
     return made
 
 

@@ -57,11 +57,11 @@ def cpu_name() -> tuple[str, list[str]]:
 
 
 def _machine() -> list[Finding]:
-    from truffula.engine.memory import available_memory, cpu_count
+    from truffula.engine.memory import available, usable_cpus
 
     name, sets = cpu_name()
-    cores = cpu_count()
-    memory = available_memory()
+    cores = usable_cpus()
+    memory = available().nbytes
     fast = bool(sets) and sets[0] in ("AMX bf16", "AVX512-BF16")
     return [
         Finding("python", platform.python_version()),
