@@ -252,11 +252,10 @@ class EngineConfig:
         None, "size", "most memory for adapters (default: the common budget alone)", low=1
     )
     adapter_load_timeout_s: float = _row(120.0, "seconds", "longest loading of one adapter", low=0.001)
+    adapter_download_timeout_s: float = _row(1800.0, "seconds", "longest loading of one adapter of the Hub", low=0.001)
     adapter_failure_ttl_s: float = _row(10.0, "seconds", "how long a failed adapter is not tried again", low=0)
     max_adapter_file_bytes: int = _row(8 * 2**30, "size", "largest adapter file that is read", low=1)
-    adapter_worker_memory_bytes: int | None = _row(
-        None, "size", "memory limit of the loading worker (default: by the largest file)", low=2**20
-    )
+    adapter_worker_memory_bytes: int = _row(2**30, "size", "memory of the loading worker beside the files", low=2**20)
     offline: bool = _row(False, "switch", "never ask the Hub", foreign=("HF_HUB_OFFLINE",))
     cache_dir: Path | None = _row(None, "path", "where downloads are kept", foreign=("HF_HUB_CACHE", "HF_HOME"))
     start_timeout_s: float = _row(

@@ -208,10 +208,13 @@ def test_starting_and_closing_leaves_no_descriptor_thread_or_child(start: Callab
     def held() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208  names only, no entries held open
 
-    start("process").close()  # whatever the first start leaves for good is there now
-    before = held()
-    for transport in ("thread", "process"):
+    def serve(transport: str) -> None:
         client = start(transport)
         run(client, [ask("a", [3])])
         client.close()
+
+    serve("thread")  # whatever a first start leaves for good is there now
+    before = held()
+    for transport in ("thread", "process"):
+        serve(transport)
     assert held() == before

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,16 @@ from truffula.config import EngineConfig, format_size
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
-from truffula.engine.memory import MemoryFit, fit, offered, usable_cpus
+from truffula.engine.loader import LoadingWorker
+from truffula.engine.memory import AdapterShare, MemoryFit, fit, offered, usable_cpus
 from truffula.errors import ConfigError
-from truffula.kernels.backend import Backend, MemoryPlan
+from truffula.kernels.backend import Backend, Executable, MemoryPlan
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, choose_dtype, select_backend
+from truffula.lora.job import LoadLimits
 from truffula.lora.pool import AdapterPool
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.types import EngineInfo
-from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
 
@@ -106,37 +108,42 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
         config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=tell
     )
     tell("plan", 0, None)
-    threads = config.threads or usable_cpus()
-    checkpoint = open_checkpoint(path)
-    try:
+    with closing(open_checkpoint(path)) as checkpoint:  # what the executable keeps mapped stays until it goes
         plan = plan_model(checkpoint)
-        backend = select_backend(config.backend, config.device, threads=threads)
+        backend = select_backend(config.backend, config.device, threads=config.threads or usable_cpus())
         settings = find_settings(config, path, plan, backend)
-        engine = _load(config, settings, checkpoint, plan, backend, tell)
-    except BaseException:
-        checkpoint.close()
-        raise
+        pull = puller(checkpoint, plan, progress=lambda _, done, total: tell("load", done, total))
+        executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
+        pull.finish()
+    engine = _assemble(config, settings, plan, executable)
     info = _info(config, settings, plan, time.monotonic() - began)
     _log(info)
     return engine, info
 
 
-def _load(
-    config: EngineConfig, settings: EngineSettings, checkpoint: Checkpoint, plan: ModelPlan, backend: Backend,
-    tell: Progress,
-) -> Engine:  # fmt: skip
-    # Imported here: the loading worker's own process imports its half of that module without this one.
-    from truffula.engine.loader import LoadingWorker
-
-    pull = puller(checkpoint, plan, progress=lambda _, done, total: tell("load", done, total))
-    executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
-    pull.finish()
+def _assemble(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable) -> Engine:
+    """Budget, loading worker, adapter pool and engine around a loaded model."""
+    budget = MemoryBudget(settings.memory.pool_bytes)
+    share = budget if config.adapter_memory_bytes is None else AdapterShare(budget, config.adapter_memory_bytes)
+    loader = LoadingWorker(
+        plan.program.sites,
+        model=config.model,
+        limits=LoadLimits(
+            image_bytes=share.limit,
+            file_bytes=config.max_adapter_file_bytes,
+            memory_bytes=config.adapter_worker_memory_bytes,
+            cpu_s=config.adapter_load_timeout_s,
+            wall_s=config.adapter_load_timeout_s,
+            download_s=config.adapter_download_timeout_s,
+        ),
+        offline=config.offline,
+        cache_dir=config.cache_dir,
+    )
     try:
-        loader = LoadingWorker()
-        budget = MemoryBudget(settings.memory.pool_bytes)
-        adapters = AdapterPool(executable, loader, budget, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
+        adapters = AdapterPool(executable, loader, share, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
         return Engine(executable, settings.limits, adapters, budget)
     except BaseException:
+        loader.close()
         executable.close()
         raise
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truffula.config import format_size
+from truffula.engine.budget import MemoryBudget, Reclaimer
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import MemoryPlan
 
@@ -188,3 +189,28 @@ def _read(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
+
+
+class AdapterShare:
+    """The common budget as adapters see it when the operator bounds them: above it, their own oldest go first."""
+
+    def __init__(self, budget: MemoryBudget, share_bytes: int) -> None:
+        self._budget = budget
+        self._reclaimers: dict[str, Reclaimer] = {}
+        self.limit = min(share_bytes, budget.limit)
+
+    def reserve(self, owner: str, nbytes: int) -> bool:
+        while self._budget.used(owner) + nbytes > self.limit:
+            if not self._reclaimers[owner].evict_oldest():
+                return False
+        return self._budget.reserve(owner, nbytes)
+
+    def release(self, owner: str, nbytes: int) -> None:
+        self._budget.release(owner, nbytes)
+
+    def used(self, owner: str) -> int:
+        return self._budget.used(owner)
+
+    def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None:
+        self._reclaimers[owner] = reclaimer
+        self._budget.register_reclaimer(owner, reclaimer)

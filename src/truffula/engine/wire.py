@@ -242,15 +242,14 @@ def client_side() -> FrameReader[FromEngine]:
 
 
 class Channel(Generic[F]):
-    """A socket that carries frames. Any thread sends; one thread receives. ``Hello`` is sent on construction."""
+    """A socket that carries frames. Any thread sends; one thread receives. ``Hello`` goes ahead of the first frame."""
 
     def __init__(self, sock: socket.socket, reader: FrameReader[F]) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._reader = reader
         self._lock = threading.Lock()
-        self._pending = bytearray()
-        self.send(Hello())
+        self._pending = bytearray(encode(Hello()))
 
     def fileno(self) -> int:
         return self._sock.fileno()
