@@ -204,11 +204,13 @@ def _default(theta: float, dims: int) -> Float32:
 
 def _llama3(inv_freq: Float32, values: Mapping[str, float]) -> Float32:
     """Keep short wavelengths, divide long ones by the factor, blend between (Llama 3.1)."""
-    factor, low, high = (np.float32(values[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low = np.float32(values["factor"]), np.float32(values["low_freq_factor"])
     original = values["original_max_position_embeddings"]
-    wavelength = np.float32(2 * math.pi) / inv_freq
+    # torch divides a number by a tensor as the tensor's reciprocal times the number; the order shows in the last bits.
+    wavelength = (np.float32(1) / inv_freq) * np.float32(2 * math.pi)
     scaled = np.where(wavelength > np.float32(original / values["low_freq_factor"]), inv_freq / factor, inv_freq)
-    smooth = (np.float32(original) / wavelength - low) / (high - low)
+    span = np.float32(values["high_freq_factor"] - values["low_freq_factor"])
+    smooth = ((np.float32(1) / wavelength) * np.float32(original) - low) / span
     blended = (np.float32(1) - smooth) * scaled / factor + smooth * scaled
     long = wavelength > np.float32(original / values["low_freq_factor"])
     short = wavelength < np.float32(original / values["high_freq_factor"])

@@ -1,0 +1,145 @@
+"""``verify_model`` passes on what is right, and names the op and the layer of a single mistake."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from truffula.errors import InvalidRequest
+from truffula.kernels.backend import AdapterImage, Array
+from truffula.kernels.program import Norm, Program, WeightDecl
+from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.parity import Perturbation, VerifyReport, verify_model
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config("qwen3", num_hidden_layers=4, tie_word_embeddings=True)
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("model"), config)
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapter")
+    write_tiny_adapter(folder, model, rank=4, alpha=8, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    return folder
+
+
+def verify(model: Path, **more: Any) -> VerifyReport:
+    return verify_model(model, prompts=[[5, 17, 3, 99, 41, 8, 8, 60]], new_tokens=4, **more)
+
+
+def test_base_and_adapter_pass(model: Path, adapter: Path) -> None:
+    for report in (verify(model), verify(model, adapter=adapter)):
+        assert report.ok
+        assert report.max_logit_diff < 1e-4
+        assert report.tokens_compared == 4
+        # Every op that computes a value is compared: all but the one that tabulates the rotation.
+        assert {row.kind for row in report.rows} == {
+            "Embed",
+            "Norm",
+            "Linear",
+            "Rope",
+            "Attention",
+            "TakeRows",
+            "Logits",
+        }
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mistral"])
+def test_other_shapes_of_layer_pass(tmp_path: Path, model_type: str) -> None:
+    write_tiny_checkpoint(tmp_path, tiny_config(model_type))
+    # As many tokens as heads: rows and heads of a norm's output must still be told apart.
+    report = verify_model(tmp_path, prompts=[[1, 2, 3, 4], list(range(20))], new_tokens=4)
+    assert report.ok and report.tokens_compared == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("layers.2.self_attn.qkv_proj.weight", "layers.2.qkv"),
+        ("layers.1.self_attn.o_proj.weight", "layers.1.out"),
+        ("layers.0.mlp.gate_up_proj.weight", "layers.0.mlp_in"),
+        ("layers.3.mlp.down_proj.weight", "layers.3.mlp_out"),
+        ("layers.1.self_attn.k_norm.weight", "layers.1.k_norm"),
+        ("norm.weight", "final_norm"),
+    ],
+)
+def test_a_changed_weight_is_found(model: Path, name: str, op: str) -> None:
+    def change(decl: WeightDecl, parts: Sequence[Array]) -> Sequence[Array]:
+        if decl.name != name:
+            return parts
+        last = np.array(parts[-1])
+        last[0] = last[0] * 1.5 + 0.1
+        return [*parts[:-1], last]
+
+    report = verify(model, perturb=Perturbation(weight=change))
+    assert report.first_divergence is not None and not report.ok
+    assert report.first_divergence.op == op
+    assert report.first_divergence.layer == (int(op.split(".")[1]) if op.startswith("layers") else None)
+
+
+@pytest.mark.parametrize("key", ["layers.1.before_attention", "layers.2.before_mlp", "layers.0.q_norm", "final_norm"])
+def test_a_changed_eps_is_found(model: Path, key: str) -> None:
+    def change(program: Program) -> Program:
+        ops = tuple(
+            dataclasses.replace(op, eps=0.05) if isinstance(op, Norm) and op.name == key else op for op in program.ops
+        )
+        return dataclasses.replace(program, ops=ops)
+
+    report = verify(model, perturb=Perturbation(program=change))
+    assert report.first_divergence is not None
+    assert report.first_divergence.op == key
+
+
+@pytest.mark.parametrize(
+    ("layer", "module", "op"), [(2, "v_proj", "qkv"), (1, "o_proj", "out"), (3, "up_proj", "mlp_in")]
+)
+def test_a_changed_adapter_scale_is_found(model: Path, adapter: Path, layer: int, module: str, op: str) -> None:
+    wanted = f"model.layers.{layer}."
+    sites: dict[int, str] = {}
+
+    def note(program: Program) -> Program:
+        sites.update({site.id: site.module for site in program.sites})
+        return program
+
+    def change(image: AdapterImage) -> AdapterImage:
+        changed = tuple(
+            dataclasses.replace(item, scale=item.scale * 1.1)
+            if sites[item.site].startswith(wanted) and sites[item.site].endswith(module)
+            else item
+            for item in image.sites
+        )
+        return dataclasses.replace(image, sites=changed)
+
+    report = verify(model, adapter=adapter, perturb=Perturbation(program=note, image=change))
+    assert report.first_divergence is not None
+    assert report.first_divergence.op == f"layers.{layer}.{op}"
+    assert report.first_divergence.layer == layer
+    if op == "qkv":  # of a fused op, the slice at fault
+        assert report.first_divergence.module == f"{wanted}self_attn.{module}"
+
+
+def test_a_table_changed_for_one_id_shows_only_where_the_id_is(model: Path) -> None:
+    def change(decl: WeightDecl, parts: Sequence[Array]) -> Sequence[Array]:
+        if "rows" not in decl.uses:
+            return parts
+        table = np.array(parts[0])
+        table[99] += 0.5
+        return [table]
+
+    report = verify(model, perturb=Perturbation(weight=change))
+    assert report.first_divergence is not None and report.first_divergence.op == "embed"
+    untouched = verify_model(model, prompts=[[5, 6]], new_tokens=0, perturb=Perturbation(weight=change))
+    assert untouched.first_divergence is not None and untouched.first_divergence.op == "logits"
+
+
+def test_text_prompts_need_a_tokenizer(model: Path) -> None:
+    with pytest.raises(InvalidRequest, match="no tokenizer"):
+        verify_model(model, prompts=["Hello"])
