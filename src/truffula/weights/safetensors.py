@@ -54,7 +54,7 @@ class SafetensorsFile:
             with path.open("rb") as file:
                 size = file.seek(0, 2)
                 file.seek(0)
-                header, start = _read_header(path, file.read(8), size, file.read)
+                header, start = _read_header(path, file.read(9), size, file.read)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
         self.metadata = _check_metadata(path, header.pop("__metadata__", {}))
@@ -106,16 +106,16 @@ def _read_header(path: Path, head: bytes, size: int, read: Any) -> tuple[dict[st
         raise refuse_lfs_pointer(path)
     if len(head) < 8:
         raise _refuse(path, f"truncated: {size} bytes, too short for a header length.")
-    length = int.from_bytes(head, "little")
+    if head[8:] not in (b"", b"{"):
+        raise _refuse(path, "its header does not begin with '{'; not a safetensors file.")
+    length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise _refuse(
             path, f"its header claims {length} bytes, above the limit of {MAX_HEADER_BYTES}; not a safetensors file."
         )
     if 8 + length > size:
         raise _refuse(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
-    raw = read(length)
-    if not raw.startswith(b"{"):
-        raise _refuse(path, "its header does not begin with '{'; not a safetensors file.")
+    raw = head[8 : 8 + length] + read(max(length - 1, 0))
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
