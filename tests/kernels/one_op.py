@@ -1,4 +1,4 @@
-"""Runs a single op through a backend: inputs come from Embed ops over tables that hold them, the op is read by ``tap``."""
+"""Runs a single op through a backend: Embed ops over tables that hold its inputs feed it, ``tap`` reads it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def exact(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def close(actual: np.ndarray, wanted: np.ndarray, dtype: str, roundings: int = 1) -> None:
-    """Float32: 1e-5 of the largest value. bfloat16: ``roundings`` halves of its last place (2^-8), and as much again."""
+    """float32: within 1e-5 of the largest value. bfloat16: within ``roundings`` of its last places (2^-8)."""
     unit = 1e-5 if dtype == "float32" else roundings * 2.0**-8
     scale = max(1.0, float(np.abs(wanted).max()))
     np.testing.assert_allclose(actual, wanted, rtol=unit, atol=unit * scale)

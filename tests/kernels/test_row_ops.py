@@ -110,8 +110,11 @@ def test_norm_order_of_rounding_shows_in_bfloat16():
 
 
 @quick
-@given(dtypes, st.integers(1, 6), st.integers(1, 9), st.sampled_from(["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]),
-       st.sampled_from(sorted(ACTIVATIONS)), st.integers(0, 99))  # fmt: skip
+@given(
+    dtypes, st.integers(1, 6), st.integers(1, 9),
+    st.sampled_from(["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]), st.sampled_from(sorted(ACTIVATIONS)),
+    st.integers(0, 99),
+)  # fmt: skip
 def test_pointwise(dtype, rows, width, kind, activation, seed):
     x, y = draw(seed, rows, width, dtype=dtype, scale=2.0), draw(seed + 1, rows, width, dtype=dtype)
     case = OneOp(dtype, rows)

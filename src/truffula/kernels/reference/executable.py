@@ -125,6 +125,7 @@ class ReferenceExecutable:
         laid_out.clear()  # its views first: close() unmaps what they show
         image.close()
 
+    @torch.inference_mode()
     def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
         if len(src) != len(dst):
             raise KernelError(f"kv_copy got {len(src)} sources and {len(dst)} destinations.", param="dst")

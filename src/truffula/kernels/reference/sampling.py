@@ -68,14 +68,14 @@ def read_row(samples: SampleInputs, r: int) -> Row:
 def sample(logits: npt.NDArray[Any], samples: SampleInputs) -> SampledRows:
     """Choose (or score) one id per row of ``logits`` float32 ``[R, V]``.
 
-    A row whose raw logits hold NaN or +Inf comes back with ``finite`` False and id 0; it never raises. ``logprob`` is 0
-    for rows with ``n_logprobs`` -1, and for those not finite.
+    A row whose raw logits hold NaN or +Inf (or nothing above -Inf) comes back with ``finite`` False and id 0; it never
+    raises. ``logprob`` is 0 for rows with ``n_logprobs`` -1, and for those not finite.
     """
     count = len(logits)
     rows = [read_row(samples, r) for r in range(count)]
     ids = np.argmax(logits, axis=1).astype(np.int32) if count else np.zeros(0, np.int32)
     # argmax finds NaN before anything else, then +Inf: the value there tells for the whole row.
-    finite = logits[np.arange(count), ids] < np.inf
+    finite = np.isfinite(logits[np.arange(count), ids])
     ids[~finite] = 0
     logprob = np.zeros(count, np.float32)
     width = max((row.n_logprobs for row in rows), default=0)
@@ -88,11 +88,13 @@ def sample(logits: npt.NDArray[Any], samples: SampleInputs) -> SampledRows:
         scores, kept = warp(logits[r], row)
         ids[r] = row.target if row.target >= 0 else choose(scores, kept, row, float(draws[r]))
         if row.n_logprobs >= 0:
-            reported = log_softmax(restrict(scores, kept) if row.warped else logits[r].astype(np.float64))
-            logprob[r] = reported[ids[r]]
-            best = top(reported, row.n_logprobs)
-            top_ids[r, : len(best)] = best
-            top_logprobs[r, : len(best)] = reported[best]
+            judged = restrict(scores, kept) if row.warped else logits[r].astype(np.float64)
+            reported = log_softmax(judged)
+            best = top(judged, row.n_logprobs)  # not of the logprobs: those of two near scores may be equal
+            with np.errstate(over="ignore"):  # what float32 can't hold (a tiny temperature) is -inf
+                logprob[r] = reported[ids[r]]
+                top_ids[r, : len(best)] = best
+                top_logprobs[r, : len(best)] = reported[best]
     return SampledRows(ids, logprob, finite, top_ids, top_logprobs)
 
 

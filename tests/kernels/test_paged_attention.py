@@ -1,0 +1,188 @@
+"""Attention over paged KV against a float64 formula, and what paging, chunking and neighbours must not change."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from one_op import OneOp, close, exact
+
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Attention, KvGroup, KvPlane
+from truffula.kernels.reference import ReferenceBackend, attention
+from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+
+BACKEND = ReferenceBackend()
+S = 4
+
+
+def oracle(q, k, v, op, sinks):
+    """``q [L, H, E]``, ``k [L, K, E]``, ``v [L, K, W]`` of one sequence from its start."""
+    out = np.zeros((len(q), op.heads, op.dim_v))
+    for i in range(len(q)):
+        for h in range(op.heads):
+            g = h // (op.heads // op.kv_heads)
+            first = 0 if op.window is None else max(0, i - op.window + 1)
+            scores = op.scale * (k[first : i + 1, g] @ q[i, h])
+            if op.softcap is not None:
+                scores = op.softcap * np.tanh(scores / op.softcap)
+            top = max(scores.max(), sinks[h] if sinks is not None else -np.inf)
+            weights = np.exp(scores - top)
+            total = weights.sum() + (np.exp(sinks[h] - top) if sinks is not None else 0)
+            out[i, h] = (weights / total) @ v[first : i + 1, g]
+    return out.reshape(len(q), -1)
+
+
+@st.composite
+def cases(draw):
+    kv_heads, share = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return {
+        "lengths": draw(st.lists(st.integers(1, 13), min_size=1, max_size=4)),
+        "heads": kv_heads * share, "kv_heads": kv_heads,
+        "dim_k": draw(st.integers(1, 6)), "dim_v": draw(st.integers(1, 6)),
+        "window": draw(st.sampled_from([None, 1, 3, 8])), "softcap": draw(st.sampled_from([None, 2.0])),
+        "sinks": draw(st.booleans()), "dtype": draw(st.sampled_from(["float32", "bfloat16"])),
+        "seed": draw(st.integers(0, 99)),
+    }  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cases())
+def test_attention_over_shuffled_blocks(case_):
+    c = case_
+    rng = np.random.default_rng(c["seed"])
+    rows = sum(c["lengths"])
+    q, k, v = (
+        exact(rng.standard_normal((rows, n)), c["dtype"])
+        for n in (c["heads"] * c["dim_k"], c["kv_heads"] * c["dim_k"], c["kv_heads"] * c["dim_v"])
+    )
+    sinks = exact(rng.standard_normal(c["heads"]), c["dtype"]) if c["sinks"] else None
+    group = KvGroup(0, "full", (KvPlane(0, 0, k.shape[1]), KvPlane(1, 0, v.shape[1])))
+    case = OneOp(c["dtype"], rows, groups=[group])
+    op = Attention(
+        name="a", q=case.input(q), k=case.input(k), v=case.input(v), out=case.buffer(c["heads"] * c["dim_v"]), group=0,
+        planes=(0, 1), heads=c["heads"], kv_heads=c["kv_heads"], dim_k=c["dim_k"], dim_v=c["dim_v"], scale=0.7,
+        window=c["window"], softcap=c["softcap"], sinks=None if sinks is None else case.weight(sinks, "vector"),
+    )  # fmt: skip
+    free = list(rng.permutation(np.arange(1, 40)))
+
+    def fill(inputs):
+        lo = 0
+        inputs.N = len(c["lengths"])
+        for n, length in enumerate(c["lengths"]):
+            blocks = np.array([free.pop() for _ in range(-(-length // S))])
+            position = np.arange(length)
+            inputs.slot_mapping[0, lo : lo + length] = blocks[position // S] * S + position % S
+            inputs.block_tables[0, n] = -1
+            inputs.block_tables[0, n, : len(blocks)] = blocks
+            inputs.q_start[n], inputs.q_start[n + 1], inputs.kv_len[n] = lo, lo + length, length
+            lo += length
+
+    wanted, lo = [], 0
+    for length in c["lengths"]:
+        span = slice(lo, lo + length)
+        shaped = [a[span].reshape(length, n, -1) for a, n in ((q, c["heads"]), (k, c["kv_heads"]), (v, c["kv_heads"]))]
+        wanted.append(oracle(*shaped, op, sinks))
+        lo += length
+    close(case.run(BACKEND, op, fill), np.concatenate(wanted), c["dtype"], roundings=2)
+
+
+def test_large_scores_are_worked_on_in_slices(monkeypatch):
+    """The same result whatever the number of query rows worked on at a time."""
+    executable = load(Shape(softcap=3.0)), load(Shape())
+    part = [Part(tuple(range(20)), 0, (1, 2, 3, 4, 5), logits="all")]
+    for one in executable:
+        results = []
+        for limit in (1 << 24, 1, 300):
+            monkeypatch.setattr(attention, "_SCORE_LIMIT", limit)
+            fill_step(one.inputs, part, S)
+            one.run()
+            results.append(one.logits())
+        np.testing.assert_allclose(results[1], results[0], atol=1e-5)
+        np.testing.assert_allclose(results[2], results[0], atol=1e-5)
+
+
+def load(shape: Shape, dtype: str = "float32"):
+    capacity = Capacity(
+        max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=40, block_size=S, max_blocks_per_seq=16
+    )
+    program = llama_program(shape)
+    return BACKEND.load(program, dtype, pull_from(random_weights(program)), capacity)
+
+
+IDS = tuple(int(i) for i in np.random.default_rng(3).integers(0, 61, 23))
+
+
+def whole(executable, blocks):
+    fill_step(executable.inputs, [Part(IDS, 0, blocks, logits="all")], S)
+    executable.run()
+    return executable.logits()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(1, 22), max_size=5, unique=True), st.sampled_from([None, 5]), st.randoms(use_true_random=False)
+)
+def test_chunked_equals_whole(cuts, window, random):
+    """Any chunking, over shuffled blocks, with another sequence decoding beside it: the same logits."""
+    executable = load(Shape(window=window))
+    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
+    blocks = tuple(random.sample(range(1, 40), 7))
+    got = []
+    edges = [0, *sorted(cuts), len(IDS)]
+    for step, (lo, hi) in enumerate(pairwise(edges)):
+        beside = Part((step,), step, blocks[6:] + (0,) * 2)
+        parts = [beside, Part(IDS[lo:hi], lo, blocks[:6], logits="all")]
+        fill_step(executable.inputs, parts if step < S else parts[1:], S)
+        executable.run()
+        got.append(executable.logits()[-(hi - lo) :])
+    np.testing.assert_allclose(np.concatenate(got), wanted, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_what_an_earlier_owner_left_in_a_block_never_shows(dtype, window):
+    """A sequence whose K and V were NaN leaves its blocks; the next owner's partly filled block reads none of it."""
+    executable = load(Shape(window=window), dtype)
+    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
+    broken = random_adapter(llama_program(), rank=1)
+    for site in broken.sites:
+        site.b[:] = np.nan
+    slot = executable.adapter(broken)
+    fill_step(executable.inputs, [Part(IDS + IDS + IDS[:18], 0, tuple(range(16, 0, -1)), slot)], S)
+    executable.run()
+    assert np.isnan(executable.logits()).all()
+    assert np.array_equal(whole(executable, (7, 1, 9, 3, 11, 2)), wanted)
+    fill_step(executable.inputs, [Part((1,), 0, (10,)), Part(IDS[:9], 0, (12, 4, 13))], S)
+    executable.run()
+    assert np.isfinite(executable.logits()).all()
+
+
+def test_kv_copy_moves_whole_blocks():
+    """A sequence goes on from copies of its blocks as from the blocks themselves."""
+    executable = load(Shape())
+    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
+    executable.kv_copy(0, [1, 2, 3, 4, 5], [15, 12, 13, 14, 11])
+    fill_step(executable.inputs, [Part(IDS[19:], 19, (15, 12, 13, 14, 11, 9), logits="all")], S)
+    executable.run()
+    np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
+
+
+def test_many_lengths_in_one_step_equal_each_alone():
+    executable = load(Shape(window=6))
+    tables = [(1,), (2, 3), (4, 5, 6, 7, 8), (9, 10, 11), (12, 13)]
+    for table, length in zip(tables, (2, 5, 18, 9, 6), strict=True):
+        fill_step(executable.inputs, [Part(IDS[:length], 0, table)], S)
+        executable.run()
+    parts = [Part((IDS[n],), n, table) for table, n in zip(tables, (2, 5, 18, 9, 6), strict=True)]
+    alone = []
+    for part in parts:
+        fill_step(executable.inputs, [part], S)
+        executable.run()
+        alone.append(executable.logits()[0])
+    fill_step(executable.inputs, parts, S)
+    executable.run()
+    np.testing.assert_allclose(executable.logits(), np.stack(alone), atol=2e-5)
