@@ -105,7 +105,7 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 TASKS = ("CAUSAL_LM",)
 
 _TRAINING = "only matters while training"
-_LATER = "is not served yet"
+_LATER = "not served yet"
 
 FIELDS: Mapping[str, Field] = {
     "peft_type": Field("check", "must be LORA"),

@@ -193,6 +193,10 @@ class AdapterPool:
             self._begin_loads()
         return Want("loading")
 
+    def here(self, ref: AdapterRef) -> bool:
+        """Whether ``want`` would be answered at once with a generation. Begins nothing."""
+        return _key(ref) in self._current
+
     def acquire(self, generation: str) -> AdapterLease | None:
         """A lease on a generation, made resident for it; None when its bytes do not fit right now.
 
