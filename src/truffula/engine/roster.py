@@ -96,6 +96,7 @@ class Roster:
         """Its adapter is loaded: from now on it means these bytes, whatever the name leads to later."""
         sequence.generation = generation
         self._adapters.hold(generation)
+        self.waiting.fixed(sequence)
         if sequence.loading_since is not None:
             sequence.load_s += now - sequence.loading_since
             sequence.loading_since = None

@@ -16,16 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import ChunkResult, StepPlan
+from truffula.engine.lookahead import LookAhead
 from truffula.engine.queues import Turns
 from truffula.engine.roster import Roster
 from truffula.engine.sequence import AdapterKey, Sequence
-from truffula.errors import AdapterLoadError, GenerationError, InsufficientMemory, TruffulaError
-from truffula.lora.pool import AdapterLease, AdapterPool, Want
+from truffula.errors import GenerationError, InsufficientMemory, TruffulaError
+from truffula.lora.pool import AdapterLease, AdapterPool
 from truffula.types import EngineRequest, TokenEvent
 
 MAX_REFUSALS = 8
@@ -81,6 +81,7 @@ class Scheduler:
         self._turns = Turns(quantum=max(limits.block_size, self._tokens // 2))
         self._gate: Sequence | None = None
         self.roster = Roster(limits, blocks, adapters)
+        self._look_ahead = LookAhead(self.roster, adapters, limits.look_ahead, self._max_running)
         self.generated_tokens = 0
 
     # What the engine asks
@@ -102,7 +103,7 @@ class Scheduler:
         """The next step's plan; empty when nothing can run. Sequences that end on the way leave their event."""
         roster = self.roster
         roster.expire(now)
-        self._look_ahead(now)
+        self._look_ahead.look(now)
         self._rescue(now)
         grants = _Grants(self._tokens, self._rows)
         self._grant_running(grants, now)
@@ -147,42 +148,7 @@ class Scheduler:
 
     def startable(self) -> bool:
         """Whether a step could do something: somebody runs, or waits for no load."""
-        return bool(self.roster.running) or any(
-            _ready(head)
-            for key in self.roster.waiting.adapters()
-            if (head := self.roster.waiting.head(key)) is not None
-        )
-
-    # 2. Look-ahead
-
-    def _look_ahead(self, now: float) -> None:
-        loading = 0
-        for key in list(self.roster.waiting.adapters()):
-            if key is None or loading >= self._limits.look_ahead:
-                continue
-            unfixed = [s for s in islice(self.roster.waiting.of(key), self._max_running) if s.generation is None]
-            if not unfixed:
-                continue
-            want = self._want(unfixed[0], now)
-            if want.status == "loading":
-                loading += 1
-                for sequence in unfixed:
-                    sequence.loading_since = now if sequence.loading_since is None else sequence.loading_since
-            elif want.status == "failed" or want.generation is None:
-                failed = [s for s in self.roster.waiting.of(key) if s.generation is None]
-                for sequence in failed:
-                    self.roster.finish(sequence, "error", now, error=want.error)
-            else:
-                for sequence in unfixed:
-                    self.roster.fix_generation(sequence, want.generation, now)
-
-    def _want(self, sequence: Sequence, now: float) -> Want:
-        ref = sequence.request.adapter
-        assert ref is not None
-        want = self._adapters.want(ref, now)
-        if want.status == "failed" and want.error is None:
-            return Want("failed", error=AdapterLoadError(f"Adapter {ref.name!r} did not load.").info())
-        return want
+        return bool(self.roster.running) or self.roster.waiting.num_ready() > 0
 
     # 3. Rescue
 
@@ -190,8 +156,7 @@ class Scheduler:
         """Who was refused for ``patience`` steps and runs nothing gets a place; after four times that, goes first."""
         self._gate = None
         roster, patience = self.roster, self._limits.patience
-        heads = [roster.waiting.head(key) for key in islice(roster.waiting.adapters(), self._limits.look_ahead)]
-        late = [head for head in heads if head is not None and head.refused_steps >= patience]
+        late = [head for head in self._ready_heads() if head.refused_steps >= patience]
         if not late:
             return
         shares = roster.shares()
@@ -227,7 +192,6 @@ class Scheduler:
             grants.drop(victim.serial)
             grants.preempted = True
             self.roster.preempt(victim, now)
-            self._turns.join(victim.key)
             if victim is sequence:
                 return False
         return True
@@ -256,12 +220,11 @@ class Scheduler:
         for sequence in self.roster.running.values():
             if sequence.behind > grants.count_of[sequence.serial]:
                 behind.setdefault(sequence.key, []).append(sequence)
-        for key in [*behind, *self.roster.waiting.adapters()]:
-            self._turns.join(key)
-        self._turns.keep_only(behind.keys() | set(self.roster.waiting.adapters()))
-        if len(self.roster.running) >= self._max_running:
-            self._pass_over()
-        open_keys = self._turns.order()
+        full = len(self.roster.running) >= self._max_running
+        if full:
+            for head in self._ready_heads():
+                head.refused_steps += 1
+        open_keys = self._turns.order(behind.keys() | (() if full else set(self.roster.waiting.ready())))
         while open_keys and grants.tokens > 0:
             still_open = []
             for key in open_keys:
@@ -274,11 +237,9 @@ class Scheduler:
                     return
             open_keys = still_open
 
-    def _pass_over(self) -> None:
-        for key in islice(self.roster.waiting.adapters(), self._limits.look_ahead):
-            head = self.roster.waiting.head(key)
-            if head is not None and _ready(head):
-                head.refused_steps += 1
+    def _ready_heads(self) -> list[Sequence]:
+        waiting = self.roster.waiting
+        return [head for key in waiting.ready() if (head := waiting.ready_head(key)) is not None]
 
     def _serve(
         self, key: AdapterKey, allowance: int, behind: dict[AdapterKey, list[Sequence]], grants: _Grants, now: float
@@ -287,7 +248,7 @@ class Scheduler:
         spent = 0
         for sequence in behind.get(key, ()):
             spent += self._extend(sequence, min(allowance - spent, grants.tokens), grants)
-        head = self.roster.waiting.head(key)
+        head = self.roster.waiting.ready_head(key)
         allowance = min(allowance - spent, grants.tokens)
         if head is None or allowance <= 0 or not self._may_admit(head, grants):
             return spent
@@ -311,14 +272,11 @@ class Scheduler:
     # Admission
 
     def _may_admit(self, head: Sequence, grants: _Grants) -> bool:
+        if len(self.roster.running) >= self._max_running:
+            return False
         if self._gate is not None:
-            return head is self._gate and len(self.roster.running) < self._max_running and _ready(head)
-        return (
-            not grants.preempted
-            and grants.refusals < MAX_REFUSALS
-            and len(self.roster.running) < self._max_running
-            and _ready(head)
-        )
+            return head is self._gate
+        return not grants.preempted and grants.refusals < MAX_REFUSALS
 
     def _try_admit(self, sequence: Sequence, allowance: int, grants: _Grants, now: float) -> int:
         """Lease and first blocks together, or neither. Returns the tokens granted; 0 when it has to wait (or has
@@ -389,10 +347,6 @@ class Scheduler:
     def check(self) -> None:
         self.roster.check()
         assert len(self.roster.running) <= self._max_running
-
-
-def _ready(sequence: Sequence) -> bool:
-    return sequence.key is None or sequence.generation is not None
 
 
 def _age(sequence: Sequence) -> int:

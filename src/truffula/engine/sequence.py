@@ -69,6 +69,11 @@ class Sequence:
         self.load_s = 0.0
         self.refused_steps = 0
 
+    @property
+    def ready(self) -> bool:
+        """Whether it waits for no load."""
+        return self.key is None or self.generation is not None
+
     # Tokens
 
     @property
