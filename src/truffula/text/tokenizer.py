@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from truffula.errors import CheckpointError, InvalidRequest
@@ -147,9 +147,9 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
         the older
             ``chat_template.json``, as far as they exist.
 
-    Raises ``CheckpointError`` naming the file that can't be read. As in transformers, ``add_bos_token`` or
-    ``add_eos_token`` of tokenizer_config.json replaces what tokenizer.json adds around a text; padding and truncation
-    stored in tokenizer.json are switched off.
+    Raises ``CheckpointError`` naming the file that can't be read. What surrounds a text (BOS, EOS) is tokenizer.json's
+    word alone: ``add_bos_token`` of tokenizer_config.json is read only where there is no tokenizer.json, in
+    transformers 5 as well. Padding and truncation stored in tokenizer.json are switched off.
     """
     source = files.get("tokenizer.json")
     if source is None:
@@ -163,8 +163,6 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
     config = _object(files, "tokenizer_config.json")
     special = _special_tokens(config, _object(files, "special_tokens_map.json"))
     _add_missing(library, config, special)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        library.post_processor = _surround(library, config, special)
     if "chat_template.jinja" in files:
         config["chat_template"] = _text(files, "chat_template.jinja")
     elif "chat_template.json" in files:
@@ -222,19 +220,6 @@ def _add_missing(library: Library, config: Mapping[str, Any], special: Mapping[s
             library.add_tokens([AddedToken(entry["content"], special=bool(entry.get("special", False)), **flags)])
     named = [special[name] for name in NAMED_TOKENS if name in special]
     library.add_special_tokens([token for token in named if token not in known or not known[token].special])
-
-
-def _surround(library: Library, config: Mapping[str, Any], special: Mapping[str, str]) -> Any:
-    """The post-processor that adds BOS and EOS as tokenizer_config.json says."""
-    single, used = "$A:0", []
-    bos, eos = special.get("bos_token"), special.get("eos_token")
-    if config.get("add_bos_token") and bos is not None:
-        single = f"{bos}:0 {single}"
-        used.append((bos, library.token_to_id(bos)))
-    if config.get("add_eos_token") and eos is not None:
-        single = f"{single} {eos}:0"
-        used.append((eos, library.token_to_id(eos)))
-    return processors.TemplateProcessing(single=single, special_tokens=used)
 
 
 def _templates(config: Mapping[str, Any]) -> dict[str, str]:

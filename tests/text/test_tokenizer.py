@@ -1,0 +1,129 @@
+"""Loading a model's tokenizer from its files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, sentence_piece_json
+from tokenizers import Tokenizer as Library
+
+from truffula.errors import CheckpointError, InvalidRequest
+from truffula.text.tokenizer import check_text, load_tokenizer
+
+
+def test_a_folder_without_a_tokenizer_has_none() -> None:
+    assert load_tokenizer({"tokenizer_config.json": b"{}"}) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"tokenizer.json": b"not json"}, "tokenizer.json"),
+        ({"tokenizer.json": byte_level_json(), "tokenizer_config.json": b"[1]"}, "tokenizer_config.json"),
+        ({"tokenizer.json": byte_level_json(), "special_tokens_map.json": b"{"}, "special_tokens_map.json"),
+        ({"tokenizer.json": byte_level_json(), "chat_template.jinja": b"\xff\xfe"}, "chat_template.jinja"),
+    ],
+)
+def test_a_broken_file_is_named(files: dict[str, bytes], named: str) -> None:
+    with pytest.raises(CheckpointError, match=named.replace(".", r"\.")) as caught:
+        load_tokenizer(files)
+    assert caught.value.param == named
+
+
+def test_bos_is_added_as_tokenizer_json_says() -> None:
+    tokenizer = sentence_piece()
+    assert tokenizer.bos_id == 1
+    assert tokenizer.adds_bos
+    assert tokenizer.encode("the", add_special_tokens=True)[0] == 1
+    assert tokenizer.encode("the", add_special_tokens=False)[0] != 1
+    assert not byte_level().adds_bos
+
+
+@pytest.mark.parametrize("add", [{}, {"add_bos_token": True, "add_eos_token": True}, {"add_bos_token": False}])
+@pytest.mark.parametrize("surrounds", [True, False])
+def test_tokenizer_json_alone_decides_about_bos_as_in_transformers(add: dict, surrounds: bool, tmp_path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(sentence_piece_json())
+    if not surrounds:
+        content["post_processor"] = None
+    config = {"bos_token": "<s>", "eos_token": "</s>", **add}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}))
+    theirs = PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    ours = load(json.dumps(content).encode(), **config)
+    assert ours.encode("the Lorax") == theirs.encode("the Lorax")
+    assert ours.adds_bos == surrounds
+
+
+def test_truncation_and_padding_stored_in_the_file_are_off() -> None:
+    library = Library.from_buffer(byte_level_json())
+    library.enable_truncation(4)
+    library.enable_padding(length=8)
+    tokenizer = load(library.to_str().encode())
+    text = "hello hello world " * 10
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert len(tokenizer.encode("h")) == 1
+
+
+def test_named_tokens_are_special_and_written_in_any_form() -> None:
+    tokenizer = load_tokenizer(
+        {
+            "tokenizer.json": byte_level_json(),
+            "special_tokens_map.json": json.dumps(
+                {"eos_token": "<|role|>", "pad_token": {"content": "<|pad|>"}}
+            ).encode(),
+            "tokenizer_config.json": json.dumps({"eos_token": {"content": "<|end|>"}, "bos_token": None}).encode(),
+        }
+    )
+    assert tokenizer is not None
+    assert tokenizer.special_tokens == {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    assert tokenizer.bos_id is None
+    # A named token that tokenizer.json lacks is added behind the others, as transformers does.
+    assert tokenizer.piece(tokenizer.vocab_size - 1) == "<|pad|>"
+    assert {0, 1, 2, tokenizer.vocab_size - 1} == tokenizer.special_ids
+
+
+def test_offsets_are_characters_and_added_tokens_lie_nowhere() -> None:
+    text = "the 東京 🌲 or"
+    encoded = sentence_piece().encode_with_offsets(text)
+    assert encoded.ids == sentence_piece().encode(text)
+    assert encoded.added == [True] + [False] * (len(encoded.ids) - 1)
+    assert encoded.offsets[0] == (0, 0)
+    assert max(stop for _, stop in encoded.offsets) == len(text)
+    covered = {at for start, stop in encoded.offsets for at in range(start, stop)}
+    assert covered == set(range(len(text)))
+
+
+def test_text_of_one_token_keeps_its_space() -> None:
+    tokenizer = sentence_piece()
+    the = next(i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == "▁the")
+    assert tokenizer.text_of(the) == " the"
+    assert tokenizer.text_of(3 + 0xE2) == "\ufffd"
+    assert tokenizer.text_of(10**6) == ""
+
+
+def test_lone_surrogates_are_refused_by_position() -> None:
+    check_text("fine 🌲", "prompt")
+    with pytest.raises(InvalidRequest, match=r"U\+D83C\) at character 2") as caught:
+        check_text("ab\ud83c!", "prompt")
+    assert caught.value.param == "prompt"
+
+
+def test_the_jinja_file_wins_over_the_config() -> None:
+    files = {
+        "tokenizer.json": byte_level_json(),
+        "tokenizer_config.json": json.dumps({"chat_template": "from the config"}).encode(),
+    }
+    named = [{"name": "default", "template": "a"}, {"name": "tool_use", "template": "b"}, {"name": 3}]
+    listed = files | {"tokenizer_config.json": json.dumps({"chat_template": named}).encode()}
+    for given, expected in [
+        (files, {"default": "from the config"}),
+        (files | {"chat_template.jinja": "from a file 🌲".encode()}, {"default": "from a file 🌲"}),
+        (files | {"chat_template.json": b'{"chat_template": "older"}'}, {"default": "from the config"}),
+        (listed, {"default": "a", "tool_use": "b"}),
+    ]:
+        tokenizer = load_tokenizer(given)
+        assert tokenizer is not None
+        assert tokenizer.chat_templates == expected
