@@ -181,7 +181,7 @@ def test_every_other_method_of_the_installed_peft_is_refused_by_its_name() -> No
 
 def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"peft_type": "LOHA", "r": 4, "alpha": 8}, tiny_tensors(llama_sites(), PLAIN))
-    with pytest.raises(AdapterError, match="LOHA.*Hadamard") as caught:
+    with pytest.raises(AdapterError, match=r"LOHA.*Hadamard") as caught:
         judge(tmp_path)
     assert caught.value.param == "peft_type"
 

@@ -54,7 +54,7 @@ CONSTRUCTS = [
     r"\bq_proj\B",
     r".*\Bproj",
     r"()*",
-    r"(?:){1000000}",
+    r"(?:){1000}",
     r"(a*)*b?",
     r"(a+)+b",
     r"((a|ab)(c|bcd)*)*",
