@@ -15,7 +15,7 @@ import numpy as np
 
 from truffula.errors import CheckpointError, KernelError, UnsupportedModel
 from truffula.kernels.backend import Array
-from truffula.kernels.program import Program, WeightDecl, WeightPart
+from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
 from truffula.model.read import ReadConfig, read_config
@@ -61,7 +61,7 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
     names = resolve_names(spec, checkpoint.tensors)
     tying, warnings = _decide(checkpoint, read, names)
     program = build_program(spec, names, tying)
-    _check_shapes(checkpoint, program)
+    _check_shapes(checkpoint, spec, names, program)
     eos, eos_warnings = _eos_ids(checkpoint, read)
     used = {part.name for decl in program.weights for part in decl.parts}
     dropped = [name for name in checkpoint.tensors if name not in used and name not in names.unused]
@@ -105,45 +105,30 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
     return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
 
 
-def _check_shapes(checkpoint: Checkpoint, program: Program) -> None:
-    for decl in program.weights:
-        rows = 0
-        for part in decl.parts:
-            info = checkpoint.tensors[part.name]
-            _check_dtype(checkpoint, info)
-            if info.shape[1:] != decl.shape[1:] or len(info.shape) != len(decl.shape):
-                raise _wrong_shape(info, decl, program)
-            rows += _part_rows(part, info)
-        if rows != decl.shape[0]:
-            raise _wrong_shape(checkpoint.tensors[decl.parts[0].name], decl, program)
-        _check_slices(checkpoint, decl, program)
+def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, program: Program) -> None:
+    """Every tensor against the shape its own slice has by the config: over a fused weight two errors could add up."""
+    for row in spec.rows:
+        parts = names.parts.get(row.key, ())
+        heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
+        for part, height in zip(parts, heights, strict=False):
+            _check_tensor(checkpoint, part.name, (height, *row.shape[1:]), "")
+    tables = [op.table if isinstance(op, Embed) else op.weight for op in program.ops if isinstance(op, Embed | Logits)]
+    for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
+        more = f" vocab_size is {spec.vocab_size}: rows the config does not count have no meaning we could know."
+        _check_tensor(checkpoint, name, (spec.vocab_size, spec.hidden), more)
 
 
-def _check_slices(checkpoint: Checkpoint, decl: WeightDecl, program: Program) -> None:
-    """Parts of a split weight must be cut where the sites are: q and k of swapped heights add up all the same."""
-    if len(decl.parts) == 1:
-        return
-    slices = next(
-        (op.slices for op in program.ops if getattr(op, "weight", None) == decl.id and hasattr(op, "slices")), None
-    )
-    bounds = {item.hi for item in slices} if slices else None
-    row = 0
-    for part in decl.parts:
-        info = checkpoint.tensors[part.name]
-        row += _part_rows(part, info)
-        if bounds is not None and row not in bounds:
-            raise _wrong_shape(info, decl, program)
-
-
-def _part_rows(part: WeightPart, info: TensorInfo) -> int:
-    return (info.shape[0] if part.hi < 0 else part.hi) - part.lo
-
-
-def _wrong_shape(info: TensorInfo, decl: WeightDecl, program: Program) -> CheckpointError:
-    text = f"{info.name} in {info.file.name} has shape {list(info.shape)}; by the config it is {list(decl.shape)}."
-    if decl.shape[0] == program.vocab_size:
-        text += f" vocab_size is {program.vocab_size}: rows the config does not count have no meaning we could know."
-    return CheckpointError(text, tensor=info.name, file=str(info.file), shape=list(info.shape), wanted=list(decl.shape))
+def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], more: str) -> None:
+    info = checkpoint.tensors[name]
+    if info.shape != wanted:
+        raise CheckpointError(
+            f"{name} in {info.file.name} has shape {list(info.shape)}; by the config it is {list(wanted)}.{more}",
+            tensor=name,
+            file=str(info.file),
+            shape=list(info.shape),
+            wanted=list(wanted),
+        )
+    _check_dtype(checkpoint, info)
 
 
 def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
