@@ -18,8 +18,9 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
     """
     import huggingface_hub as hub
     from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars
 
-    hub.utils.disable_progress_bars()
+    disable_progress_bars()
     common: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
     try:
         if not offline:

@@ -326,6 +326,11 @@ class AdapterPool:
         return sum(entry.image.nbytes for entry in self._entries.values() if entry.slot is not None)
 
     @property
+    def leased_bytes(self) -> int:
+        """The part of ``resident_bytes`` that is leased or pinned: not to be had by evicting."""
+        return self.resident_bytes - sum(self._entries[generation].image.nbytes for generation in self._idle)
+
+    @property
     def spare(self) -> int:
         """Bytes of images mapped for somebody without being resident: outside the budget, see ``spare_bytes``."""
         return sum(self._entries[generation].image.nbytes for generation in self._spare)

@@ -1,0 +1,316 @@
+"""The loading worker: another process, which may be slow, killed or out of bounds without anybody else noticing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from lora_bases import judge, llama_sites
+from pool_rig import Clock
+
+from truffula.engine.loader import InlineLoader, LoadingWorker
+from truffula.errors import AdapterError, AdapterLoadError
+from truffula.lora.image import map_image
+from truffula.lora.job import LoadLimits
+from truffula.lora.loading import LoadResult
+from truffula.lora.spool import LOCK, PREFIX, Spool, remove_abandoned
+from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
+from truffula.types import AdapterRef
+
+PATIENCE_S = 120.0  # for a busy machine; nothing here takes a hundredth of it
+
+Make = Callable[..., LoadingWorker]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    """Loaders whose images pass through a folder of the test."""
+    made: list[LoadingWorker] = []
+    (tmp_path / "spool").mkdir()
+
+    def build(**options: Any) -> LoadingWorker:
+        made.append(
+            LoadingWorker(llama_sites(), model="tiny-base", spool=Spool([tmp_path / "spool"]), **options),
+        )
+        return made[-1]
+
+    yield build
+    for loader in made:
+        pids = loader.pids()
+        loader.close()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert list((tmp_path / "spool").iterdir()) == []
+
+
+def ref(folder: Path, kind: Any = "local", **fields: Any) -> AdapterRef:
+    return AdapterRef(name=folder.name, kind=kind, locator=str(folder), **fields)
+
+
+def adapter(folder: Path, seed: int = 0) -> AdapterRef:
+    return ref(write_tiny_adapter(folder, llama_sites(), seed=seed))
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of ``condition``."""
+    end = time.monotonic() + PATIENCE_S
+    while not (value := condition()):
+        assert time.monotonic() < end, what
+        time.sleep(0.002)
+    return value
+
+
+def collect(loader: LoadingWorker, count: int) -> dict[int, LoadResult]:
+    results: dict[int, LoadResult] = {}
+
+    def polled() -> bool:
+        results.update({result.ticket: result for result in loader.poll()})
+        return len(results) >= count
+
+    until(polled, f"{count} loads")
+    return results
+
+
+def one(loader: LoadingWorker) -> LoadResult:
+    (result,) = collect(loader, 1).values()
+    return result
+
+
+def stop(loader: LoadingWorker) -> int:
+    """Freeze the only worker once it runs Python: what it is given next, it will not do."""
+    (pid,) = loader.pids()
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def test_an_adapter_is_judged_and_laid_out_in_another_process(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    ticket = loader.start(adapter(tmp_path / "a"))
+    result = one(loader)
+    assert result.ticket == ticket and result.error is None and result.image_path is not None
+    image = map_image(Path(result.image_path))
+    expected = judge(tmp_path / "a")
+    assert result.generation == image.generation == expected.generation
+    assert (result.rank, result.nbytes) == (4, image.nbytes)
+    for mine, other in zip(image.sites, expected.sites, strict=True):
+        assert (mine.site, mine.scale) == (other.site, other.scale)
+        assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b)
+    (pid,) = loader.pids()
+    assert pid != os.getpid() and os.getpriority(os.PRIO_PROCESS, pid) >= 10
+    Path(result.image_path).unlink()
+
+
+def test_the_worker_imports_no_framework() -> None:
+    code = "import sys, truffula.lora.worker; print([m for m in sys.modules if m.partition('.')[0] in sys.argv[1:]])"
+    heavy = ["torch", "transformers", "peft", "huggingface_hub", "fastapi"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_refusal_comes_back_as_it_was_raised(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    loader.start(ref(write_tiny_adapter(tmp_path / "a", llama_sites(), use_dora=True)))
+    error = one(loader).error
+    assert error is not None and (error.code, error.param) == (AdapterError.code, "use_dora")
+
+
+def test_a_worker_killed_in_mid_load_takes_that_load_and_no_other(make: Make, tmp_path: Path) -> None:
+    loader = make(max_workers=1)
+    pid = stop(loader)
+    first, *others = [loader.start(adapter(tmp_path / name, seed)) for seed, name in enumerate("abc")]
+    os.kill(pid, signal.SIGKILL)
+    results = collect(loader, 3)
+    error = results[first].error
+    assert error is not None and error.code == AdapterLoadError.code and "SIGKILL" in error.message
+    assert all(results[ticket].error is None for ticket in others)
+    assert loader.pids() != [pid]
+
+
+def test_a_load_that_takes_too_long_is_ended_and_the_rest_go_on(make: Make, tmp_path: Path) -> None:
+    clock = Clock()
+    loader = make(max_workers=1, clock=clock, limits=LoadLimits(wall_s=30))
+    loader.start(adapter(tmp_path / "warm"))
+    one(loader)
+    pid = stop(loader)
+    slow, fine = loader.start(adapter(tmp_path / "a")), loader.start(adapter(tmp_path / "b"))
+    clock.now += 29
+    assert loader.poll() == []
+    clock.now += 2
+    results = collect(loader, 2)
+    error = results[slow].error
+    assert error is not None and "30 s" in error.message and error.code == AdapterLoadError.code
+    assert results[fine].error is None
+    until(lambda: loader.poll() or not psutil.pid_exists(pid), "the end of the slow worker")
+
+
+def test_a_blocked_source_does_not_hold_up_the_others(make: Make, tmp_path: Path) -> None:
+    loader = make(max_workers=2)
+    pid = stop(loader)
+    blocked = loader.start(adapter(tmp_path / "a"))
+    others = [loader.start(adapter(tmp_path / name)) for name in "bcd"]
+    assert set(collect(loader, 3)) == set(others)
+    os.kill(pid, signal.SIGCONT)
+    assert set(collect(loader, 1)) == {blocked}
+
+
+def test_downloads_never_take_the_last_worker(make: Make, tmp_path: Path) -> None:
+    loader = make(max_workers=2, offline=True, cache_dir=tmp_path / "cache")
+    stop(loader)
+    hub = [loader.start(AdapterRef(name="x", kind="hub", locator=f"org/x{n}")) for n in range(3)]
+    local = loader.start(adapter(tmp_path / "a"))
+    assert set(collect(loader, 1)) == {local}
+    os.kill(loader.pids()[0], signal.SIGCONT)
+    assert set(collect(loader, 3)) == set(hub)
+
+
+def test_computing_for_too_long_ends_the_worker(make: Make, tmp_path: Path) -> None:
+    config = tiny_config(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    slow = {"(" + "(.*l)*(.*p)*(.*r)*" * 60 + f")*z{n}": 3 for n in range(60)}  # seconds, within the steps allowed
+    write_adapter(tmp_path / "a", config | {"alpha_pattern": slow}, tiny_tensors(llama_sites(), config))
+    loader = make(limits=LoadLimits(cpu_s=0.2))
+    loader.start(ref(tmp_path / "a"))
+    error = one(loader).error
+    assert error is not None and error.code == AdapterLoadError.code and "0.2 s of computing" in error.message
+    loader.start(adapter(tmp_path / "b"))
+    assert one(loader).error is None
+
+
+def test_needing_too_much_memory_is_an_error_of_that_adapter(make: Make, tmp_path: Path) -> None:
+    config = tiny_config(rank=4, alpha=8, targets=["q_proj", "v_proj"])
+    greedy = config | {"alpha_pattern": {f"p{n}": 1.5 for n in range(120_000)}}
+    write_adapter(tmp_path / "a", greedy, tiny_tensors(llama_sites(), config))
+    loader = make(limits=LoadLimits(memory_bytes=4 << 20, file_bytes=8 << 20))
+    loader.start(ref(tmp_path / "a"))
+    error = one(loader).error
+    assert error is not None and error.code == AdapterLoadError.code and str(4 << 20) in error.message
+    loader.start(adapter(tmp_path / "b"))
+    assert one(loader).error is None
+
+
+def test_a_cancelled_load_never_answers_and_leaves_no_file(make: Make, tmp_path: Path) -> None:
+    loader = make(max_workers=1)
+    pid = stop(loader)
+    running, queued = loader.start(adapter(tmp_path / "a")), loader.start(adapter(tmp_path / "b"))
+    loader.cancel(running)
+    loader.cancel(queued)
+    loader.cancel(999)
+    os.kill(pid, signal.SIGCONT)
+    last = loader.start(adapter(tmp_path / "c"))
+    assert set(collect(loader, 1)) == {last}
+    (spool,) = (tmp_path / "spool").iterdir()
+    assert [path.name.partition("-")[0] for path in spool.iterdir() if path.name != LOCK] == [str(last)]
+
+
+def test_a_worker_that_cannot_start_is_said_with_its_last_words(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    loader = make()
+    loader.start(adapter(tmp_path / "a"))
+    error = one(loader).error
+    assert error is not None and "status 3" in error.message and "no such module" in error.data["stderr"]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    loader.start(adapter(tmp_path / "b"))
+    error = one(loader).error
+    assert error is not None and "can be started" in error.message
+
+
+def test_closing_ends_workers_that_hang(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    loader.start(adapter(tmp_path / "a"))
+    stop(loader)
+    loader.close()  # the fixture looks for processes and files
+    assert loader.poll() == []
+
+
+def test_an_engine_killed_leaves_neither_worker_nor_files(tmp_path: Path) -> None:
+    program = f"""
+import os, sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from lora_bases import llama_sites
+from truffula.engine.loader import LoadingWorker
+from truffula.lora.spool import Spool
+from truffula.types import AdapterRef
+loader = LoadingWorker(llama_sites(), model="x", spool=Spool([Path({str(tmp_path)!r})]))
+loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
+while not loader.poll():
+    time.sleep(0.002)
+print(loader.pids()[0], flush=True)
+time.sleep(600)
+"""
+    adapter(tmp_path / "a")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as engine:
+        assert engine.stdout is not None
+        pid = int(engine.stdout.readline())
+        assert list(tmp_path.glob(f"{PREFIX}*"))
+        engine.kill()
+    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
+    assert list(tmp_path.glob(f"{PREFIX}*")) == []
+
+
+def test_spools_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path: Path) -> None:
+    living, dead = Spool([tmp_path]), tmp_path / f"{PREFIX}dead"
+    dead.mkdir()
+    (dead / LOCK).touch()
+    old = time.time() - 3600
+    for folder in (dead, living.folders[0]):
+        os.utime(folder, (old, old))
+    fresh = Spool([tmp_path])
+    assert not dead.exists() and living.folders[0].exists()
+    assert not remove_abandoned(living.folders[0])
+    for spool in (living, fresh):
+        spool.close()
+        spool.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    inline = InlineLoader(llama_sites(), model="tiny-base", spool=Spool([tmp_path / "spool"]))
+    inline.start(adapter(tmp_path / "a"))
+    inline.cancel(inline.start(adapter(tmp_path / "a")))
+    loader.start(ref(tmp_path / "a"))
+    (mine,), other = inline.poll(), one(loader)
+    assert mine.image_path is not None and other.image_path is not None
+    assert Path(mine.image_path).read_bytes() == Path(other.image_path).read_bytes()
+    assert inline.poll() == []
+    inline.close()
+
+
+# ---- the Hub's cache, offline
+
+
+def cached(cache: Path, repo: str, folder: Path) -> None:
+    """The files of ``folder`` as huggingface_hub keeps them: a snapshot of links into blobs."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("0" * 40)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        blob = root / "blobs" / str(number)
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
+
+
+def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Path) -> None:
+    write_tiny_adapter(tmp_path / "a", llama_sites())
+    cached(tmp_path / "cache", "org/pirate", tmp_path / "a")
+    loader = make(offline=True, cache_dir=tmp_path / "cache")
+    good = loader.start(AdapterRef(name="org/pirate", kind="hub", locator="org/pirate"))
+    lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
+    results = collect(loader, 2)
+    assert results[good].error is None and results[good].generation == judge(tmp_path / "a").generation
+    error = results[lacking].error
+    assert error is not None and "offline" in error.message and str(tmp_path) not in error.message
