@@ -232,7 +232,8 @@ def test_closing_ends_workers_that_hang(make: Make, tmp_path: Path) -> None:
     assert loader.poll() == []
 
 
-def test_an_engine_killed_leaves_neither_worker_nor_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loads", [True, False], ids=["after a load", "before the worker was told anything"])
+def test_an_engine_killed_leaves_neither_worker_nor_files(tmp_path: Path, loads: bool) -> None:
     program = f"""
 import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -242,9 +243,10 @@ from truffula.engine.loader import LoadingWorker
 from truffula.lora.spool import Spool
 from truffula.types import AdapterRef
 loader = LoadingWorker(llama_sites(), model="x", spool=Spool([Path({str(tmp_path)!r})]))
-loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
-while not loader.poll():
-    time.sleep(0.002)
+if {loads}:
+    loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
+    while not loader.poll():
+        time.sleep(0.002)
 print(loader.pids()[0], flush=True)
 time.sleep(600)
 """

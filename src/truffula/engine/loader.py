@@ -40,7 +40,7 @@ class _Worker:
         ours, theirs = socket.socketpair()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "truffula.lora.worker", str(theirs.fileno())],
+                [sys.executable, "-P", "-m", "truffula.lora.worker", str(theirs.fileno()), *setup.spools],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

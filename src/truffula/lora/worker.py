@@ -1,4 +1,4 @@
-"""The loading worker: ``python -m truffula.lora.worker FD``, started by ``engine.loader``, one load at a time.
+"""The loading worker: ``python -m truffula.lora.worker FD SPOOL…``, started by ``engine.loader``, one load at a time.
 
 Own process, so that a hostile or huge adapter costs the engine nothing: it runs at low priority, under limits of memory
 and computing time, and can be killed. It imports neither torch nor transformers. Its socket is its life: when that
@@ -26,12 +26,11 @@ from truffula.lora.spool import remove_abandoned
 CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
 
 
-def main(fd: int) -> int:
+def main(fd: int, spools: list[Path]) -> int:
     """Serve the socket ``fd`` until it closes."""
     sock = socket.socket(fileno=fd)
     inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
-    setup: list[Setup] = []
-    threading.Thread(target=_listen, args=(sock, inbox, setup), name="listen", daemon=True).start()
+    threading.Thread(target=_listen, args=(sock, inbox, spools), name="listen", daemon=True).start()
     first = inbox.get()
     if not isinstance(first, Setup) or first.version != WORKER_VERSION:
         raise WireError("The engine speaks another version of the loading worker's protocol.")
@@ -46,30 +45,27 @@ def main(fd: int) -> int:
         sock.sendall(frames.encode(Outcome(result=load(order, first))))
 
 
-def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToWorker], setup: list[Setup]) -> None:
+def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToWorker], spools: list[Path]) -> None:
     """Frames into ``inbox``; the end of the stream ends the process, whatever the other thread is at."""
     reader: frames.Frames[ToWorker] = frames.Frames(ToWorker)
     status = 0
     try:
         while data := sock.recv(1 << 16):
             for frame in reader.feed(data):
-                if isinstance(frame, Setup):
-                    setup.append(frame)
                 inbox.put(frame)
     except ConnectionError:
         status = 0  # the engine died without a word: the same as a closed socket
     except WireError as error:
         sys.stderr.write(f"{error}\n")
         status = 1
-    for frame in setup:
-        _clean_up(frame.spools)
+    _clean_up(spools)
     os._exit(status)
 
 
-def _clean_up(spools: list[str]) -> None:
+def _clean_up(spools: list[Path]) -> None:
     """After an engine that was killed. Its lock may outlast its socket by a moment; a living one keeps it."""
     for _ in range(CLEAN_UP_TRIES):
-        if all(remove_abandoned(Path(spool)) for spool in spools):
+        if all(remove_abandoned(spool) for spool in spools):
             return
         time.sleep(CLEAN_UP_PAUSE_S)
 
@@ -104,4 +100,4 @@ def _limit_cpu(limits: LoadLimits) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the engine went away in mid-answer
-        sys.exit(main(int(sys.argv[1])))
+        sys.exit(main(int(sys.argv[1]), [Path(spool) for spool in sys.argv[2:]]))
