@@ -43,9 +43,8 @@ def norm(
 ) -> Tensor:
     """``[T, width]`` normed over each of ``op.groups`` column groups; see ``Norm`` for the order of rounding."""
     values = x.float().view(x.shape[0], op.groups, -1) if op.groups > 1 else x.float()
-    if op.kind == "layer":
-        values = values - values.mean(-1, keepdim=True)
-    values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + op.eps)
+    normalise = F.rms_norm if op.kind == "rms" else F.layer_norm
+    values = normalise(values, values.shape[-1:], eps=op.eps)
     if op.cast == "first":
         values = values.to(dtype)
     if weight is not None:
@@ -111,21 +110,21 @@ def rope_(op: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``y [rows, O]`` (the base product with its adapters) to what is stored; see ``Epilogue`` for the order."""
+    """``y [rows, O]`` (the base product with its adapters; overwritten) to what is stored, in ``Epilogue``'s order."""
     if y.dtype == dtype and bias is None and e.clip is None and e.activation is None and not e.glu and e.scale == 1.0:
         return y if residual is None else y + residual  # torch adds two bfloat16 in float32 and rounds once
     values = y.float()
     if bias is not None:
-        values = values + bias
+        values = values.add_(bias)
     if e.clip is not None:
-        values = values.clamp(-e.clip, e.clip)
+        values = values.clamp_(-e.clip, e.clip)
     if e.glu:
         gate, up = values.chunk(2, -1)
-        values = (gate if e.activation is None else activation(gate, e.activation)) * up
+        values = (gate if e.activation is None else activation(gate, e.activation)).mul_(up)
     elif e.activation is not None:
         values = activation(values, e.activation)
     if e.scale != 1.0:
-        values = values * e.scale
+        values = values.mul_(e.scale)
     if residual is not None:
-        values = values + residual
+        values = values.add_(residual)
     return values.to(dtype)
