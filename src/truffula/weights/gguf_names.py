@@ -129,6 +129,7 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
     facts = _Facts(architecture, header, 0.0)
     facts = _Facts(architecture, header, facts.real("rope.freq_base", family.default_theta))
     hidden, heads = facts.count("embedding_length"), facts.count("attention.head_count")
+    width = _head_dim(facts, hidden, heads)
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
@@ -137,11 +138,11 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
         "num_hidden_layers": facts.count("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": facts.count("attention.head_count_kv", heads),
-        "head_dim": _head_dim(facts, hidden, heads),
+        "head_dim": width,
         "max_position_embeddings": facts.count("context_length"),
         "rms_norm_eps": facts.real("attention.layer_norm_rms_epsilon"),
         "vocab_size": _vocab_size(facts),
-        "rope_parameters": _rope(facts, config_rope=rope_factors),
+        "rope_parameters": _rope(facts, rope_factors, width),
     }
     for key, ggml in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = header.metadata.get(f"tokenizer.ggml.{ggml}_token_id")
@@ -181,14 +182,19 @@ def _vocab_size(facts: _Facts) -> int:
     return table.shape[0] if table is not None else facts.count("vocab_size")
 
 
-def _rope(facts: _Facts, config_rope: Any) -> dict[str, Any]:
+def _rope(facts: _Facts, factors: Any, width: int) -> dict[str, Any]:
     """``rope_parameters`` of the whole model; gemma 3 nests it afterwards."""
     kind = facts.get("rope.scaling.type", "linear" if facts.get("rope.scale_linear") else "none")
     base: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.theta}
-    if config_rope is not None:
+    if factors is not None:
         if kind != "none":
             raise UnsupportedModel(f"both {ROPE_FREQS} and rope.scaling.type {kind!r} are given.", param=ROPE_FREQS)
-        return fit_llama3(np.asarray(config_rope, np.float64).reshape(-1), facts.theta)
+        factors = np.asarray(factors, np.float64).reshape(-1)
+        if 2 * factors.size != width:
+            raise CheckpointError(
+                f"{ROPE_FREQS} holds {factors.size} factors for heads {width} wide.", param=ROPE_FREQS
+            )
+        return fit_llama3(factors, facts.theta)
     if kind == "none":
         return base
     factor = facts.real("rope.scaling.factor", facts.get("rope.scale_linear", 1.0))
@@ -220,6 +226,8 @@ def fit_llama3(factors: Any, theta: float) -> dict[str, Any]:
     if np.all(factors == 1.0):
         return plain
     turns = theta ** (-np.arange(factors.size) / factors.size) / (2 * math.pi)  # revolutions per position
+    if not np.isfinite(factors).all() or factors.min() < 1.0:
+        raise UnsupportedModel(f"{ROPE_FREQS} holds factors below 1, which no llama3 scaling has.", param=ROPE_FREQS)
     factor = float(factors.max())
     between = (factors > 1.0) & (factors < factor)
     guesses = [(8192.0, 4.0)]
@@ -228,7 +236,7 @@ def fit_llama3(factors: Any, theta: float) -> dict[str, Any]:
         slope, intercept = np.polyfit(turns[between], smooth, 1)
         if intercept < 0 < slope:
             high = 1 - 1 / intercept
-            guesses.append((float(round(slope * (high - 1))), float(f"{high:.6g}")))
+            guesses.append((float(round(slope * (high - 1))), round(high, 3)))
     for original, high in guesses:
         smooth = np.clip((original * turns - 1) / (high - 1), 0, 1)
         if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=2e-6, atol=0):
@@ -257,14 +265,21 @@ def _llama(facts: _Facts, config: dict[str, Any]) -> None:
 
 
 def _qwen2(facts: _Facts, config: dict[str, Any]) -> None:
-    if facts.get("attention.sliding_window"):
-        raise UnsupportedModel("a sliding window in a qwen2 GGUF file is not read.", param="attention.sliding_window")
+    _no_window(facts)
+    if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+        del config["head_dim"]  # the class has no such field; written only where it says something
 
 
 def _qwen3(facts: _Facts, config: dict[str, Any]) -> None:
-    _qwen2(facts, config)
+    _no_window(facts)
     if "blk.0.attn_q.bias" in facts.header.tensors:
         config["attention_bias"] = True
+
+
+def _no_window(facts: _Facts) -> None:
+    if facts.get("attention.sliding_window"):
+        name = f"{facts.architecture}.attention.sliding_window"
+        raise UnsupportedModel(f"the GGUF metadata key {name} is not read.", param=name)
 
 
 def _gemma2(facts: _Facts, config: dict[str, Any]) -> None:

@@ -157,21 +157,17 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if gemma:
-        normalizer: dict[str, Any] | None = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-        cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    else:
-        normalizer = None
-        scheme = "first" if prefix else "never"
-        cut = {"type": "Metaspace", "replacement": _SPACE, "prepend_scheme": scheme, "split": False}
-        if prefix:
-            steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    normalizer: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    if prefix:
+        # SentencePiece's dummy prefix: one space before the text, whether or not it begins with one.
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, normalizer]}
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return _assemble(
         vocabulary,
         vocabulary.added(same),
         model,
         normalizer=normalizer,
-        pre_tokenizer=cut,
+        pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": steps},
         add_bos=bool(vocabulary.metadata.get("tokenizer.ggml.add_bos_token", True)),
     )
@@ -184,16 +180,21 @@ def recover_merges(tokens: list[str], scores: list[float] | None) -> list[list[s
     of their halves.
     """
     place = {token: index for index, token in enumerate(tokens)}
-    found: list[tuple[float, int, int, str, str]] = []
-    for token, index in place.items():
-        rank = float(index) if scores is None else -scores[index]
-        for at in range(1, len(token)):
-            left, right = token[:at], token[at:]
-            if left in place and right in place:
-                sign = 1 if scores is None else -1
-                found.append((rank, sign * len(left), sign * len(right), left, right))
+    if scores is None:
+        return [
+            [token[:at], token[at:]]
+            for token in place
+            for at in range(1, len(token))
+            if token[:at] in place and token[at:] in place
+        ]
+    found = [
+        (-scores[index], -at, at - len(token), token)
+        for token, index in place.items()
+        for at in range(1, len(token))
+        if token[:at] in place and token[at:] in place
+    ]
     found.sort(key=lambda cut: cut[:3])
-    return [[left, right] for *_, left, right in found]
+    return [[token[:right], token[right:]] for *_, right, token in found]  # ``right`` counts from the end
 
 
 def _bpe(tokens: list[str], merges: list[list[str]], **options: Any) -> dict[str, Any]:
