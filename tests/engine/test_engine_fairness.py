@@ -154,3 +154,15 @@ def test_a_thousand_waiting_adapters_load_a_few_at_a_time():
     rig.step()
     rig.step()
     assert len(rig.loader.started) <= 12
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_of_its_adapter():
+    rig = Rig(limits(max_model_len=2000, step_tokens=16, num_blocks=800))
+    rig.add(request("long", [9] * 1600, max_tokens=1))
+    rig.step()
+    rig.add(request("short", [5] * 6, max_tokens=1))
+    rig.step()
+    rig.step()
+    assert rig.answers["short"].final is not None
+    rig.drain()
+    assert rig.answers["long"].steps[0] <= 103, "it lost no more than the other took"

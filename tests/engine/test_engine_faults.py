@@ -59,14 +59,14 @@ def test_a_step_that_raises_ends_its_requests_and_nobody_else(when, error):
     rig.engine.command(AdapterCommand(action="load", ref=AdapterRef(name="red", locator="red")))
     rig.step()
     for i in range(3):
-        rig.add(request(f"in{i}", [*PROMPT, i], max_tokens=8, ignore_eos=True, adapter="red" if i else None))
+        rig.add(request(f"in{i}", [i + 20, *PROMPT], max_tokens=8, ignore_eos=True, adapter="red" if i else None))
     while model.runs < when:
         rig.step()
     for i in range(3):
         assert (rig.answers[f"in{i}"].code, rig.answers[f"in{i}"].finish_reason) == ("generation_failed", "error")
         assert type(error).__name__ in rig.answers[f"in{i}"].final.error.message
     rig.assert_clean()
-    after = [request(f"after{i}", [*PROMPT, i], max_tokens=8, ignore_eos=True) for i in range(3)]
+    after = [request(f"after{i}", [i + 20, *PROMPT], max_tokens=8, ignore_eos=True) for i in range(3)]
     rig.run(after)
     for req in after:
         assert rig.answers[req.request_id].token_ids == alone(req).token_ids
@@ -76,7 +76,7 @@ def test_those_outside_a_failed_step_go_on():
     lim = limits(max_running=2)
     model = Faulty(lim, raise_on=2)
     rig = Rig(lim, executable=model)
-    crowd = [request(f"r{i}", [*PROMPT, i], max_tokens=6, ignore_eos=True) for i in range(5)]
+    crowd = [request(f"r{i}", [i + 20, *PROMPT], max_tokens=6, ignore_eos=True) for i in range(5)]
     rig.run(crowd)
     assert [rig.answers[f"r{i}"].code for i in range(5)] == ["generation_failed"] * 2 + [None] * 3
     for req in crowd[2:]:

@@ -9,7 +9,7 @@ cached     referenced by nobody, still indexed: a later prompt may take them up 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.prefix import Entry, PrefixChain, PrefixIndex
@@ -65,6 +65,17 @@ class BlockPool:
     def available(self) -> int:
         """Blocks that ``allocate`` could hand out, as far as ids go (bytes may still fall short)."""
         return len(self._free) + len(self._cached)
+
+    def could_have(self, count: int, taken_elsewhere: Callable[[], int]) -> bool:
+        """Whether ``count`` blocks could be had by giving up all that is idle. ``taken_elsewhere``: bytes of others in
+        use.
+        """
+        if count > self.available():
+            return False
+        if self._budget is None or count * self.block_bytes <= self._budget.available():
+            return True
+        taken = self._budget.fixed() + taken_elsewhere() + self.num_used() * self.block_bytes
+        return taken + count * self.block_bytes <= self._budget.limit
 
     def capacity(self) -> int:
         """Blocks that one sequence alone could have: ids, and bytes beside what is never given up."""

@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
+from truffula.engine.grants import StepCapacity
 from truffula.engine.limits import EngineLimits
 from truffula.engine.runner import ModelRunner
-from truffula.engine.scheduler import Scheduler, StepCapacity
+from truffula.engine.scheduler import Scheduler
 from truffula.errors import AdapterNotFound, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool

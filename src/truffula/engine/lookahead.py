@@ -16,9 +16,9 @@ PEEKS = 4
 class LookAhead:
     """Gives waiting sequences their generation. One adapter that loads slowly delays nobody else's.
 
-    At most ``most`` adapters load for waiting requests at a time, and no more are begun while ``most`` adapters could be
-    served at once; adapters that are here already are not counted. ``window``: of one adapter's queue, how many sequences
-    are looked at in a step.
+    At most ``most`` adapters load for waiting requests at a time, and no more are begun while ``most`` adapters could
+    be served at once; adapters that are here already are not counted. ``window``: of one adapter's queue, how many
+    sequences are looked at in a step.
     """
 
     def __init__(self, roster: Roster, adapters: AdapterPool, most: int, window: int) -> None:
@@ -34,9 +34,8 @@ class LookAhead:
             first = next(sequence for sequence in waiting.of(key) if not sequence.ready)
             assert first.request.adapter is not None
             enough = loading >= self._most or waiting.num_ready() >= self._most
-            if enough and not self._adapters.here(first.request.adapter):
-                if first.loading_since is None:
-                    waiting.look_later(key)
+            if enough and first.loading_since is None and not self._adapters.here(first.request.adapter):
+                waiting.look_later(key)
             elif self._ask(key, now):
                 loading += 1
 

@@ -15,55 +15,26 @@ See docs/decisions/0003-no-phases-one-token-budget.md.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
+from truffula.engine.admission import Admission
 from truffula.engine.blocks import BlockPool
+from truffula.engine.grants import Grants, StepCapacity
 from truffula.engine.limits import EngineLimits
-from truffula.engine.plan import ChunkResult, StepPlan
 from truffula.engine.lookahead import LookAhead
+from truffula.engine.plan import ChunkResult, StepPlan
 from truffula.engine.queues import Turns
 from truffula.engine.roster import Roster
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import GenerationError, InsufficientMemory, TruffulaError
-from truffula.lora.pool import AdapterLease, AdapterPool
+from truffula.lora.pool import AdapterPool
 from truffula.types import EngineRequest, TokenEvent
 
 MAX_REFUSALS = 8
 """Waiting adapters found not to fit in a step before it stops trying others: a bound on the cost of a full engine."""
 
 
-@dataclass(frozen=True)
-class StepCapacity:
-    """What one step of the executable can hold: T tokens, R logit rows, N sequences, G adapters."""
-
-    tokens: int
-    rows: int
-    sequences: int
-    segments: int
-
-
-@dataclass
-class _Grants:
-    """What this step has given so far, and what is left. ``rows_of`` may be more than a sequence ends up needing."""
-
-    tokens: int
-    rows: int
-    count_of: dict[int, int] = field(default_factory=dict)
-    rows_of: dict[int, int] = field(default_factory=dict)
-    preempted: bool = False
-    refusals: int = 0
-
-    def set(self, serial: int, count: int, rows: int) -> int:
-        """Raise a sequence's grant to ``count`` tokens and ``rows`` rows; returns how many tokens that added."""
-        added = count - self.count_of.get(serial, 0)
-        self.tokens -= added
-        self.rows -= rows - self.rows_of.get(serial, 0)
-        self.count_of[serial], self.rows_of[serial] = count, rows
-        return added
-
-    def drop(self, serial: int) -> None:
-        self.tokens += self.count_of.pop(serial, 0)
-        self.rows += self.rows_of.pop(serial, 0)
+LONG_STEPS = 2
+"""A prompt that needs more steps than these to itself is a long one."""
 
 
 class Scheduler:
@@ -75,13 +46,13 @@ class Scheduler:
         self._adapters = adapters
         self._tokens = min(limits.step_tokens, capacity.tokens)
         self._rows = min(limits.step_logit_rows, capacity.rows)
-        self._segments = capacity.segments
         # Everybody running gets a token, and its row, each step: so no more may run than a step has of either.
         self._max_running = min(limits.max_running, capacity.sequences, self._tokens, self._rows)
         self._turns = Turns(quantum=max(limits.block_size, self._tokens // 2))
         self._gate: Sequence | None = None
         self.roster = Roster(limits, blocks, adapters)
         self._look_ahead = LookAhead(self.roster, adapters, limits.look_ahead, self._max_running)
+        self._admission = Admission(self.roster, limits, blocks, adapters, capacity.segments)
         self.generated_tokens = 0
 
     # What the engine asks
@@ -105,7 +76,7 @@ class Scheduler:
         roster.expire(now)
         self._look_ahead.look(now)
         self._rescue(now)
-        grants = _Grants(self._tokens, self._rows)
+        grants = Grants(self._tokens, self._rows)
         self._grant_running(grants, now)
         self._share_rest(grants, now)
         granted = [(roster.running[serial], count) for serial, count in grants.count_of.items()]
@@ -173,12 +144,12 @@ class Scheduler:
 
     # 4. One token for everybody
 
-    def _grant_running(self, grants: _Grants, now: float) -> None:
+    def _grant_running(self, grants: Grants, now: float) -> None:
         for sequence in sorted(self.roster.running.values(), key=_age):
             if sequence.serial in self.roster.running and self._make_room(sequence, grants, now):
                 grants.set(sequence.serial, 1, 1)
 
-    def _make_room(self, sequence: Sequence, grants: _Grants, now: float) -> bool:
+    def _make_room(self, sequence: Sequence, grants: Grants, now: float) -> bool:
         """Have a block for its next token, preempting for it; False when it was itself the one to go."""
         while len(sequence.blocks) * self._limits.block_size <= sequence.num_computed:
             blocks = self._blocks.allocate(1)
@@ -215,7 +186,7 @@ class Scheduler:
 
     # 5. Turns
 
-    def _share_rest(self, grants: _Grants, now: float) -> None:
+    def _share_rest(self, grants: Grants, now: float) -> None:
         behind: dict[AdapterKey, list[Sequence]] = {}
         for sequence in self.roster.running.values():
             if sequence.behind > grants.count_of[sequence.serial]:
@@ -242,22 +213,31 @@ class Scheduler:
         return [head for key in waiting.ready() if (head := waiting.ready_head(key)) is not None]
 
     def _serve(
-        self, key: AdapterKey, allowance: int, behind: dict[AdapterKey, list[Sequence]], grants: _Grants, now: float
+        self, key: AdapterKey, allowance: int, behind: dict[AdapterKey, list[Sequence]], grants: Grants, now: float
     ) -> int:
-        """One turn: first its running prompts, then at most one admission. Returns the tokens spent."""
-        spent = 0
-        for sequence in behind.get(key, ()):
-            spent += self._extend(sequence, min(allowance - spent, grants.tokens), grants)
-        head = self.roster.waiting.ready_head(key)
+        """One turn: first its running prompts, then at most one admission. Returns the tokens spent.
+
+        A prompt that is several steps long leaves half to those of its adapter who come behind it.
+        """
+        spent, prompts = 0, behind.get(key, [])
+        others = len(prompts) > 1 or self.roster.waiting.ready_head(key) is not None
+        for sequence in prompts:
+            most = min(allowance - spent, grants.tokens)
+            if others and sequence.behind > LONG_STEPS * self._tokens:
+                most = -(-most // 2)
+            spent += self._extend(sequence, most, grants)
         allowance = min(allowance - spent, grants.tokens)
-        if head is None or allowance <= 0 or not self._may_admit(head, grants):
+        if allowance <= 0 or not self._may_admit(grants):
             return spent
-        count = self._try_admit(head, allowance, grants, now)
+        first = self._admission.next_of(key)
+        if first is None or self._gate not in (None, first):
+            return spent
+        count = self._try_admit(first, allowance, grants, now)
         if count:
-            behind.setdefault(key, []).append(head)
+            behind.setdefault(key, []).append(first)
         return spent + count
 
-    def _extend(self, sequence: Sequence, allowance: int, grants: _Grants) -> int:
+    def _extend(self, sequence: Sequence, allowance: int, grants: Grants) -> int:
         have, rows = grants.count_of[sequence.serial], grants.rows_of[sequence.serial]
         count = have + min(allowance, sequence.behind - have)
         count = sequence.fit_rows(count, grants.rows + rows)
@@ -269,80 +249,24 @@ class Scheduler:
             count = min(count, len(sequence.blocks) * self._limits.block_size - sequence.num_computed)
         return grants.set(sequence.serial, count, max(rows, sequence.rows(count)))
 
-    # Admission
-
-    def _may_admit(self, head: Sequence, grants: _Grants) -> bool:
-        if len(self.roster.running) >= self._max_running:
+    def _may_admit(self, grants: Grants) -> bool:
+        if len(self.roster.running) >= self._max_running or grants.rows < 1:
             return False
-        if self._gate is not None:
-            return head is self._gate
-        return not grants.preempted and grants.refusals < MAX_REFUSALS
+        return self._gate is not None or not (grants.preempted or grants.refusals >= MAX_REFUSALS)
 
-    def _try_admit(self, sequence: Sequence, allowance: int, grants: _Grants, now: float) -> int:
-        """Lease and first blocks together, or neither. Returns the tokens granted; 0 when it has to wait (or has
-        ended).
-        """
-        if grants.rows < 1:
-            return 0
-        count = self._admit(sequence, allowance, grants, now, prefix=True)
+    def _try_admit(self, sequence: Sequence, allowance: int, grants: Grants, now: float) -> int:
+        """Returns the tokens granted; 0 when it has to wait (or has ended)."""
+        count = self._admission.admit(sequence, allowance, grants, now)
         alone = not self.roster.running
         if not count and alone and self.roster.live(sequence.serial) is not None:
             # The cached blocks it wanted may be what is in the way of its adapter or of its other blocks.
-            count = self._admit(sequence, allowance, grants, now, prefix=False)
+            count = self._admission.admit(sequence, allowance, grants, now, prefix=False)
             if not count and self.roster.live(sequence.serial) is not None:
                 self.roster.fail(sequence, self._too_big(sequence), now)
         if not count and self.roster.live(sequence.serial) is not None:
             sequence.refused_steps += 1
             grants.refusals += 1
         return count
-
-    def _admit(self, sequence: Sequence, allowance: int, grants: _Grants, now: float, *, prefix: bool) -> int:
-        blocks, size = self._blocks, self._limits.block_size
-        limit = sequence.max_prefix_blocks() if prefix and self._limits.prefix_cache else 0
-        hits = blocks.match(sequence.open_chain(), limit) if limit else []
-        sequence.num_computed = len(hits) * size
-        count = sequence.fit_rows(min(allowance, sequence.behind), grants.rows)
-        held = [entry.block for entry in hits]
-        blocks.take(held)
-        lease: AdapterLease | None = None
-        fresh: list[int] | None = None
-        if count and self._room_for(blocks.blocks_for(sequence.num_wanted) - len(hits)):
-            try:
-                lease = self._lease(sequence)
-            except TruffulaError as error:
-                self._undo(sequence, held, None, now)
-                self.roster.fail(sequence, error, now)
-                return 0
-            if lease is not None or sequence.key is None:
-                fresh = blocks.allocate(blocks.blocks_for(sequence.num_computed + count) - len(hits))
-        if fresh is None:
-            self._undo(sequence, held, lease, now)
-            return 0
-        self.roster.admit(sequence, hits, fresh, lease, now)
-        grants.set(sequence.serial, count, max(1, sequence.rows(count)))
-        return count
-
-    def _undo(self, sequence: Sequence, held: list[int], lease: AdapterLease | None, now: float) -> None:
-        sequence.num_computed = 0
-        self._blocks.release(held, now)
-        if lease is not None:
-            self._adapters.release(lease)
-
-    def _room_for(self, missing: int) -> bool:
-        """Whether all its tokens would fit beside what those running have yet to fill: admission does not lead to
-        preemption
-        for tokens that are known already."""
-        running = self.roster.running.values()
-        promised = sum(max(0, self._blocks.blocks_for(s.num_tokens + 1) - len(s.blocks)) for s in running)
-        return not running or self._blocks.available() - promised >= missing
-
-    def _lease(self, sequence: Sequence) -> AdapterLease | None:
-        if sequence.generation is None:
-            return None
-        in_use = {s.generation for s in self.roster.running.values() if s.generation is not None}
-        if sequence.generation not in in_use and len(in_use) >= self._segments:
-            return None
-        return self._adapters.acquire(sequence.generation)
 
     def check(self) -> None:
         self.roster.check()
