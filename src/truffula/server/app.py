@@ -18,7 +18,7 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
-from truffula.server import lorax, openai_chat, openai_completions, openai_models, probes, tokens
+from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, probes, tokens
 from truffula.server.auth import KeyCheck
 from truffula.server.body import Body
 from truffula.server.errors import MethodNotAllowed, UnknownPath, render, side_of
@@ -50,6 +50,10 @@ _ROUTES: tuple[tuple[str, str, Handler, str, type[Body] | None], ...] = (
     ("GET", "/info", probes.info, "probes", None),
     ("GET", "/metrics", probes.metrics, "probes", None),
 )
+_ADMIN_ROUTES: tuple[tuple[str, str, Handler, str, type[Body] | None], ...] = (
+    ("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
+    ("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
+)
 EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
@@ -75,7 +79,7 @@ def create_app(service: AsyncService, config: ServerConfig, policy: AdapterPolic
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, policy, metrics)
-    for method, path, handler, tag, body in _ROUTES:
+    for method, path, handler, tag, body in _ROUTES + (_ADMIN_ROUTES if config.adapter_admin else ()):
         _add(app, method, path, handler, tag, body)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
@@ -99,15 +103,12 @@ def _add(app: FastAPI, method: str, path: str, handler: Handler, tag: str, body:
     if body is not None:
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
         extra = {"requestBody": {"required": True, "content": content}}
+    name = f"{method.lower()}_{path.strip('/').replace('/', '_') or 'root'}"
     app.add_api_route(
-        path,
-        handler,
-        methods=["GET", "HEAD"] if method == "GET" else [method],
-        tags=[tag],
-        response_model=None,
-        operation_id=f"{method.lower()} {path}",
-        openapi_extra=extra,
+        path, handler, methods=[method], tags=[tag], response_model=None, operation_id=name, openapi_extra=extra
     )
+    if method == "GET":
+        app.add_api_route(path, handler, methods=["HEAD"], response_model=None, include_in_schema=False)
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, routes=app.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for body in {row[4] for row in _ROUTES if row[4] is not None}:
+        for body in {row[4] for row in _ROUTES + _ADMIN_ROUTES if row[4] is not None}:
             made = body.model_json_schema(ref_template="#/components/schemas/{model}")
             schemas.update(made.pop("$defs", {}))
             schemas[body.__name__] = made

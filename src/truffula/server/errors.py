@@ -144,11 +144,12 @@ def error_body(error: TruffulaError, side: Side) -> dict[str, Any]:
     row = row_of(error.code)
     message = error.message or error.code
     if side == "native":
+        if row.native_type == "validation":
+            message = message.replace("max_tokens", "max_new_tokens")  # the one field that has another name here
         text = message if message.startswith(row.prefix) else row.prefix + message
         return {"error": _clean(text), "error_type": row.native_type}
-    param = error.param
-    if param is None and error.code in ("adapter_not_found", "model_not_found"):
-        param = "model"
+    # On this side adapters are models, whatever field of ours was at fault.
+    param = "model" if error.code in ("adapter_not_found", "model_not_found") else error.param
     return {
         "error": {"message": _clean(message), "type": row.openai_type, "param": param, "code": row.openai_code},
     }

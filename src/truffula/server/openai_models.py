@@ -29,8 +29,8 @@ def entry(state: ServerState, name: str | None) -> dict[str, Any]:
 async def list_models(request: Request) -> Response:
     """The base model and every adapter that can be named now."""
     state = state_of(request)
-    names = [name for name in state.service.adapter_names() if name != state.model_id]
-    return json_reply({"object": "list", "data": [entry(state, None), *(entry(state, name) for name in names)]})
+    rows = [entry(state, None), *(entry(state, name) for name in state.adapter_names())]
+    return json_reply({"object": "list", "data": rows})
 
 
 async def one_model(request: Request) -> Response:

@@ -58,6 +58,7 @@ class Gate:
     def __init__(self, load: Callable[[], Started], on_failure: Callable[[], None]) -> None:
         self._load = load
         self._on_failure = on_failure
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._app: ASGIApp | None = None
         self.started: Started | None = None
         self.failure: BaseException | None = None
@@ -73,6 +74,7 @@ class Gate:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
+        self.loop = asyncio.get_running_loop()
         ended = asyncio.Event()
         serving = asyncio.ensure_future(self._serve(ended))
         await send({"type": "lifespan.startup.complete"})

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi import FastAPI
 
 from truffula.config import EngineConfig, Resolved, format_size
 from truffula.engine.client import connect
+from truffula.errors import ConfigError
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
 from truffula.server.app import create_app
-from truffula.server.state import BASE_WORDS
 from truffula.service import AsyncService, ServiceLimits
 from truffula.types import EngineInfo
 
@@ -35,9 +36,14 @@ def start(resolved: Resolved, url: str) -> Started:
     progress = _Progress()
     client = connect(resolved.engine, config.transport, progress)  # type: ignore[arg-type]  # a choice of the option
     policy = adapter_policy(resolved)
-    names = dict.fromkeys((*BASE_WORDS, resolved.engine.model, client.info.model, config.served_model_name or ""))
-    limits = ServiceLimits(max_choices=max(config.max_n, config.max_best_of), base_names=tuple(names))
-    service = AsyncService(client, policy=policy, limits=limits)
+    limits = ServiceLimits(
+        max_choices=max(config.max_n, config.max_best_of),
+        base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
+    )
+    templates = None
+    if config.chat_template is not None:
+        templates = {"default": read_template(config.chat_template)}
+    service = AsyncService(client, policy=policy, limits=limits, templates=templates)
     metrics = Metrics(
         service.stats, max_adapters=config.metrics_adapters, adapters=lambda: (), lorax_names=config.lorax_metrics
     )
@@ -55,6 +61,14 @@ def adapter_policy(resolved: Resolved) -> AdapterPolicy:
         allow_hub=config.allow_hub,
         default_source=config.adapter_source,
     )
+
+
+def read_template(path: Path) -> str:
+    """The operator's own chat template. Raises ``ConfigError`` when it cannot be read as text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The chat template {path} cannot be read: {error}.", param="chat_template") from error
 
 
 class _Progress:

@@ -8,19 +8,22 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 
 from truffula.config import ServerConfig
-from truffula.errors import AdapterNotFound, InvalidRequest
+from truffula.errors import InvalidRequest
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics, RequestRecord
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
 
-# Words that mean the base model, whatever it is called: what hub and text-generation clients send for "the" model.
+# What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
 BASE_WORDS = ("", "tgi", "dummy")
 
 
 @dataclass(slots=True)
 class ServerState:
-    """Dependencies of the routes. ``succeeded`` turns true with the first answered generation (``/startup``)."""
+    """Dependencies of the routes. ``succeeded`` turns true with the first answered generation (``/startup``).
+
+    ``loaded`` holds what an administrator added while the server runs: a policy of one name each.
+    """
 
     service: AsyncService
     config: ServerConfig
@@ -28,6 +31,7 @@ class ServerState:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     succeeded: bool = False
+    loaded: dict[str, AdapterPolicy] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
 
     @property
@@ -41,19 +45,21 @@ class ServerState:
             known = source in ("s3", "pbase")
             what = "is not supported by this server" if known else "is unknown"
             raise InvalidRequest(f"adapter_source {source[:40]!r} {what}; use hub or local.", param="adapter_source")
-        if name is None or name in BASE_WORDS or name == self.model_id:
+        if not name or name == self.model_id:
             return None
+        if name in self.loaded and source in (None, "local"):
+            return self.loaded[name].resolve(name)
         return self.service.resolve_adapter(name, source)
+
+    def adapter_names(self) -> list[str]:
+        """Names a client may use now, sorted."""
+        return sorted({*self.service.adapter_names(), *self.loaded} - {self.model_id})
 
     def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
         """OpenAI's ``model``: the base, an adapter, or SGLang's ``base:adapter``."""
         if model is not None and model.startswith(f"{self.model_id}:"):
-            rest = model.removeprefix(f"{self.model_id}:")
-            try:
-                return self.adapter(rest, source)
-            except AdapterNotFound as error:
-                raise AdapterNotFound(error.message, param="model") from error
-        return self.adapter(model, source)
+            return self.adapter(model.removeprefix(f"{self.model_id}:"), source)
+        return None if model in BASE_WORDS else self.adapter(model, source)
 
 
 def state_of(request: Request) -> ServerState:

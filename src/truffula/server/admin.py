@@ -1,0 +1,56 @@
+"""vLLM's adapter administration, served only where the operator switched it on: a path is a path of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.lora.sources import AdapterPolicy
+from truffula.server.body import Body, read_body
+from truffula.server.replies import json_reply
+from truffula.server.state import state_of
+from truffula.types import AdapterCommand
+
+
+class LoadBody(Body):
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool | None = None
+
+
+class UnloadBody(Body):
+    lora_name: str = Field(min_length=1)
+
+
+async def load_adapter(request: Request) -> Response:
+    """Returns once the adapter is usable; it then is a model like the others."""
+    state = state_of(request)
+    body = await read_body(request, LoadBody)
+    name = body.lora_name
+    if name == state.model_id or (name in state.adapter_names() and not body.load_inplace):
+        raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
+    if not Path(body.lora_path).is_dir():
+        raise AdapterNotFound(f"{body.lora_path[:200]!r} holds no adapter.", param="lora_path")
+    try:
+        policy = AdapterPolicy({name: body.lora_path})
+    except ConfigError as error:
+        raise InvalidRequest(error.message, param="lora_name") from error
+    await state.service.adapters(AdapterCommand(action="load", ref=policy.resolve(name)))
+    state.loaded[name] = policy
+    return json_reply(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+async def unload_adapter(request: Request) -> Response:
+    """Running requests end with it; new ones no longer find it, unless the operator's own options name it."""
+    state = state_of(request)
+    name = (await read_body(request, UnloadBody)).lora_name
+    if name not in state.adapter_names():
+        raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
+    ref = state.adapter(name)
+    state.loaded.pop(name, None)
+    await state.service.adapters(AdapterCommand(action="unload", ref=ref))
+    return json_reply(f"Success: LoRA adapter '{name}' removed successfully.")

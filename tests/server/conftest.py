@@ -1,0 +1,27 @@
+"""One server for the whole folder; tests that need other options start their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live_server import Live, serving, write_adapters, write_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("served") / "llama")
+
+
+@pytest.fixture(scope="session")
+def adapter_folders(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Path]:
+    return write_adapters(tmp_path_factory.mktemp("adapters"), model_folder)
+
+
+@pytest.fixture(scope="session")
+def live(model_folder: Path, adapter_folders: dict[str, Path]) -> Iterator[Live]:
+    named = {name: str(adapter_folders[name]) for name in ("pirate", "org/poet")}
+    options = {"adapters": named, "adapter_dir": adapter_folders["in-dir"].parent, "lorax_metrics": True}
+    with serving(model_folder, **options) as found:
+        yield found

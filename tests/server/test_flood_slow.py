@@ -1,0 +1,190 @@
+"""Many clients, many of whom leave: the others are right and nothing is left behind. And a server that drains."""
+
+import asyncio
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from live_server import MODEL, serving
+from test_leaving_clients import wait_idle
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+MODELS = [MODEL, "pirate", "org/poet", "in-dir"]
+
+
+def options(adapter_folders, **more):
+    named = {name: str(adapter_folders[name]) for name in ("pirate", "org/poet")}
+    return {"adapters": named, "adapter_dir": adapter_folders["in-dir"].parent, "queue_timeout": 500, **more}
+
+
+def body(i, *, stream):
+    """Request ``i``: its model, prompt and length differ from its neighbours'."""
+    prompt = [3 + (i * 7 + k) % 300 for k in range(4 + i % 9)]
+    return {
+        "model": MODELS[i % len(MODELS)],
+        "prompt": prompt,
+        "max_tokens": 6 + i % 10,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": stream,
+    }
+
+
+@pytest.mark.parametrize("transport", ["thread", "process"])
+def test_500_requests_of_which_a_third_leave(model_folder, adapter_folders, transport):
+    with serving(model_folder, **options(adapter_folders, transport=transport, max_running=32)) as live:
+        sample = range(0, 500, 37)
+        alone = {i: live.post("/v1/completions", body(i, stream=False)).json()["choices"][0]["text"] for i in sample}
+        answers, left = asyncio.run(flood(live.url, 500, random.Random(5)))
+        stats = wait_idle(live)
+        assert 120 < left < 220
+        assert len(answers) == 500 - left
+        for i, expected in alone.items():
+            if i in answers:
+                assert answers[i] == expected, i
+        by_body = {}
+        for i, text in answers.items():
+            assert by_body.setdefault(json.dumps(body(i, stream=False)), text) == text
+        assert stats.used_blocks == 0
+        assert stats.running == stats.waiting == 0
+        assert live.service.active == 0
+        states = asyncio.run(adapter_states(live))
+        assert all(state.leases == 0 for state in states)
+        assert live.client.get("/health").status_code == 200
+
+
+async def adapter_states(live):
+    from truffula.types import AdapterCommand
+
+    loop = live.server.gate.loop
+    future = asyncio.run_coroutine_threadsafe(live.service.adapters(AdapterCommand(action="list")), loop)
+    return await asyncio.wrap_future(future)
+
+
+async def flood(url, count, rng):
+    answers: dict[int, str] = {}
+    left = 0
+    limits = httpx.Limits(max_connections=count)
+    plans = [(rng.random() < 1 / 3, rng.random() < 0.5, rng.randrange(4)) for _ in range(count)]
+
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=500) as client:
+
+        async def one(i):
+            nonlocal left
+            leaves, streams, after = plans[i]
+            if not streams and not leaves:
+                response = await client.post("/v1/completions", json=body(i, stream=False))
+                assert response.status_code == 200, response.text
+                answers[i] = response.json()["choices"][0]["text"]
+                return
+            if not streams:
+                left += 1
+                task = asyncio.ensure_future(client.post("/v1/completions", json=body(i, stream=False)))
+                for _ in range(after * 50):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                return
+            async with client.stream("POST", "/v1/completions", json=body(i, stream=True)) as response:
+                assert response.status_code == 200
+                text, seen = "", 0
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        chunk = json.loads(line.removeprefix("data: "))
+                        assert "error" not in chunk, chunk
+                        text += chunk["choices"][0]["text"]
+                        seen += 1
+                        if leaves and seen > after:
+                            left += 1
+                            return
+                if leaves:
+                    left += 1
+                else:
+                    answers[i] = text
+
+        async with asyncio.TaskGroup() as group:
+            for i in range(count):
+                group.create_task(one(i))
+    return answers, left
+
+
+def start_process(model_folder, *flags):
+    command = [sys.executable, "-m", "truffula", "serve", str(model_folder), "--port", "0", "--memory", "1GiB"]
+    process = subprocess.Popen([*command, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True)
+    url = None
+    for line in process.stderr:
+        if "ready at " in line:
+            url = line.split("ready at ")[1].split()[0]
+            break
+    assert url is not None, "the server ended while it started"
+    return process, url
+
+
+def test_sigterm_lets_running_requests_end(model_folder):
+    process, url = start_process(model_folder, "--drain-timeout", "60")
+    request = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        seen = [line for line in lines if line.startswith("data: ")]
+    assert seen[-1] == "data: [DONE]"
+    assert json.loads(seen[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert process.wait(60) == 0
+
+
+def test_a_drain_that_takes_too_long_says_so_in_the_stream(model_folder):
+    process, url = start_process(model_folder, "--drain-timeout", "0.2")
+    request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 16, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        seen = [line for line in lines if line.startswith("data: ")]
+    assert seen[-1] == "data: [DONE]"
+    assert "error" in json.loads(seen[-2].removeprefix("data: "))
+    assert process.wait(60) == 0
+
+
+def test_a_second_signal_leaves_at_once(model_folder):
+    process, url = start_process(model_folder, "--drain-timeout", "600")
+    request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 16, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
+        next(response.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        line = ""
+        while "draining" not in line:
+            line = process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) != 0
+
+
+def test_a_killed_engine_answers_every_request_and_comes_back(model_folder):
+    process, url = start_process(model_folder)
+    try:
+        request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 8, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
+            lines = response.iter_lines()
+            next(lines)
+            engine = subprocess.run(
+                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+            ).stdout
+            for pid in engine.split():
+                subprocess.run(["kill", "-9", pid], check=False)
+            seen = [line for line in lines if line.startswith("data: ")]
+        assert seen[-1] == "data: [DONE]"
+        assert json.loads(seen[-2].removeprefix("data: "))["error"]["code"] == "engine_died"
+        deadline = time.monotonic() + 120
+        while httpx.get(f"{url}/health").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        again = {"prompt": [5], "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/completions", json=again, timeout=100).status_code == 200
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0

@@ -1,0 +1,82 @@
+"""Listening before loading, and what is said when it cannot be."""
+
+import socket
+import threading
+
+import httpx
+import pytest
+from live_server import assert_canonical_error, ok, serving, write_model
+
+from truffula.config import ServerConfig, load_config
+from truffula.errors import ConfigError, TruffulaError
+from truffula.server.run import Gate, bind, make_server, run_server
+
+
+def test_a_port_in_use_is_said_before_anything_loads(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        resolved = load_config({"model": str(tmp_path / "no model here"), "port": port}, env={})
+        with pytest.raises(ConfigError, match=f"Port {port} .* in use") as caught:
+            run_server(resolved)
+    assert caught.value.param == "port"
+
+
+def test_an_address_that_is_not_ours():
+    with pytest.raises(ConfigError, match="Cannot listen"):
+        bind(ServerConfig(host="203.0.113.7", port=0))
+
+
+def test_a_model_that_cannot_load_ends_the_server_with_its_error(tmp_path):
+    resolved = load_config({"model": str(tmp_path), "port": 0, "transport": "thread", "offline": True}, env={})
+    with pytest.raises(TruffulaError):
+        run_server(resolved)
+
+
+def test_it_answers_503_while_it_loads(model_folder):
+    held = threading.Event()
+    resolved = load_config(
+        {"model": str(model_folder), "port": 0, "transport": "thread", "memory": "1GiB", "threads": 1}, env={}
+    )
+    listening = bind(resolved.server)
+    server = make_server(resolved, listening)
+    load = server.gate._load
+
+    def slow():
+        assert held.wait(60)
+        return load()
+
+    server.gate = server.config.app = Gate(slow, lambda: None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
+        for path in ("/health", "/v1/models", "/generate"):
+            response = client.get(path)
+            assert response.status_code == 503
+            assert response.json()["error"]
+            assert int(response.headers["retry-after"]) >= 1
+        held.set()
+        while client.get("/health").status_code != 200:
+            pass
+        assert ok(client.get("/v1/models"))["data"]
+    server.should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_broken_adapter_fails_its_request_alone(tmp_path, adapter_folders):
+    model = write_model(tmp_path / "model")
+    folder = tmp_path / "adapters"
+    broken = folder / "broken"
+    broken.mkdir(parents=True)
+    (broken / "adapter_config.json").write_bytes((adapter_folders["pirate"] / "adapter_config.json").read_bytes())
+    (broken / "adapter_model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with serving(model, adapter_dir=folder) as live:
+        error = assert_canonical_error(live.post("/v1/completions", {"model": "broken", "prompt": "a"}), 400)
+        assert error["code"] == "adapter_invalid"
+        body = {"inputs": "a", "parameters": {"adapter_id": "broken"}}
+        assert_canonical_error(live.post("/generate", body), 424)
+        assert_canonical_error(live.post("/generate_stream", body), 424)
+        assert live.native()["generated_text"] is not None
+        assert [m["id"] for m in ok(live.client.get("/v1/models"))["data"]][1:] == ["broken"]

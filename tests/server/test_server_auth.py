@@ -1,0 +1,118 @@
+"""API keys: exact, in every place but the probes."""
+
+import pytest
+from live_server import assert_canonical_error, ok, serving
+
+from truffula.server.auth import bearer, is_open
+
+KEY = "sk-Truffula-1"
+
+
+@pytest.fixture(scope="module")
+def guarded(model_folder, adapter_folders):
+    options = {
+        "api_keys": (KEY, "second-ключ"),
+        "adapter_admin": True,
+        "max_body": 4096,
+        "max_waiting": 0,
+        "max_running": 1,
+    }
+    with serving(model_folder, **options) as found:
+        yield found
+
+
+def with_key(key):
+    return {"authorization": f"Bearer {key}".encode()}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/info", "/docs", "/v1/nowhere"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        with_key("wrong"),
+        with_key(KEY.lower()),
+        with_key(KEY + "x"),
+
+        {"authorization": KEY},
+        {"authorization": f"Basic {KEY}"},
+    ],
+    ids=["none", "wrong", "lower case", "longer", "bare", "basic"],
+)
+def test_no_or_wrong_key(guarded, path, headers):
+    response = guarded.client.get(path, headers=headers)
+    assert_canonical_error(response, 401)
+    assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/generate", "/generate_stream", "/v1/completions", "/tokenize", "/v1/load_lora_adapter"]
+)
+def test_posts_need_a_key(guarded, path):
+    assert_canonical_error(guarded.client.post(path, json={"inputs": "a"}), 401)
+
+
+def test_the_right_keys(guarded):
+    for key in (KEY, "second-ключ"):
+        assert ok(guarded.client.get("/v1/models", headers=with_key(key)))
+    assert ok(guarded.client.get("/v1/models", headers={"authorization": f"bearer {KEY}"}))
+
+
+def test_probes_stay_open(guarded):
+    for path in ("/health", "/ping", "/metrics", "/"):
+        assert guarded.client.get(path).status_code == 200
+    assert guarded.client.get("/startup").status_code in (200, 503)
+
+
+def test_preflights_carry_no_key(guarded):
+    headers = {
+        "origin": "https://x.org",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization",
+    }
+    assert guarded.client.options("/v1/completions", headers=headers).status_code == 200
+
+
+def test_the_body_limit_is_the_operators(guarded):
+    big = {"inputs": "x" * 5000}
+    assert_canonical_error(guarded.client.post("/generate", json=big, headers=with_key(KEY)), 413, "4096")
+
+
+def test_nothing_is_read_for_a_stranger(guarded):
+    assert_canonical_error(guarded.client.post("/generate", content=b"x" * 5000), 401)
+
+
+def test_a_full_queue(guarded):
+    """No place to wait: with one running, the next is refused at once with when to come back."""
+    body = {"prompt": "Hello", "n": 4, "max_tokens": 4, "temperature": 0}
+    response = guarded.client.post("/v1/completions", json=body, headers=with_key(KEY))
+    error = assert_canonical_error(response, 429)
+    assert error["code"] == "overloaded"
+
+
+def test_adapters_by_an_administrator(guarded, adapter_folders):
+    def call(path, **body):
+        return guarded.client.post(path, json=body, headers=with_key(KEY))
+
+    def names():
+        return [m["id"] for m in ok(guarded.client.get("/v1/models", headers=with_key(KEY)))["data"][1:]]
+
+    path = str(adapter_folders["pirate"])
+    assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new", lora_path="/nowhere"), 404)
+    assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new"), 400)
+    assert "Success" in ok(call("/v1/load_lora_adapter", lora_name="new", lora_path=path))
+    assert names() == ["new"]
+    assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new", lora_path=path), 400)
+    assert "Success" in ok(call("/v1/load_lora_adapter", lora_name="new", lora_path=path, load_inplace=True))
+    assert ok(call("/v1/completions", model="new", prompt="Hello", max_tokens=2))["model"] == "new"
+    assert "Success" in ok(call("/v1/unload_lora_adapter", lora_name="new"))
+    assert names() == []
+    assert_canonical_error(call("/v1/unload_lora_adapter", lora_name="new"), 404)
+    assert_canonical_error(call("/v1/completions", model="new", prompt="Hello"), 404)
+
+
+def test_what_is_open_and_what_a_header_holds():
+    assert is_open("GET", "/") and not is_open("POST", "/")
+    assert is_open("GET", "/health") and not is_open("GET", "/healthz")
+    assert bearer("Bearer a b ") == "a b"
+    assert bearer("Token a") is None
