@@ -81,7 +81,7 @@ def test_named_tokens_are_special_and_written_in_any_form() -> None:
     assert tokenizer.special_tokens == {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
     assert tokenizer.bos_id is None
     # A named token that tokenizer.json lacks is added behind the others, as transformers does.
-    assert tokenizer.piece(tokenizer.vocab_size - 1) == "<|pad|>"
+    assert tokenizer.id_to_token(tokenizer.vocab_size - 1) == "<|pad|>"
     assert {0, 1, 2, tokenizer.vocab_size - 1} == tokenizer.special_ids
 
 
@@ -98,7 +98,7 @@ def test_offsets_are_characters_and_added_tokens_lie_nowhere() -> None:
 
 def test_text_of_one_token_keeps_its_space() -> None:
     tokenizer = sentence_piece()
-    the = next(i for i in range(tokenizer.vocab_size) if tokenizer.piece(i) == "▁the")
+    the = next(i for i in range(tokenizer.vocab_size) if tokenizer.id_to_token(i) == "▁the")
     assert tokenizer.text_of(the) == " the"
     assert tokenizer.text_of(3 + 0xE2) == "\ufffd"
     assert tokenizer.text_of(10**6) == ""

@@ -1,11 +1,26 @@
-"""``AsyncService``: the service under an event loop. The servers' only door to the engine."""
+"""``AsyncService``: the service under an event loop. The servers' only door to the engine.
+
+One dispatcher thread waits for the engine's events; all of a step's cross to the loop in one call, and when the loop
+lags behind, of several steps. On the loop they become deltas and wake the streams they belong to. Nothing here polls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Any
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
-from truffula.service.core import ServiceLimits
+from truffula.engine.client import EngineClient
+from truffula.errors import EngineDied, ErrorInfo, NoTokenizer, ShuttingDown
+from truffula.lora.sources import AdapterPolicy
+from truffula.service.core import RequestState, Service, ServiceLimits
+from truffula.service.files import tokenizer_of
+from truffula.service.fold import collect, failure
+from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
     AdapterCommand,
     AdapterRef,
@@ -15,29 +30,85 @@ from truffula.types import (
     EngineStats,
     GenerateRequest,
     TextDelta,
+    TokenEvent,
 )
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+# Shorter prompts are tokenised on the loop: a trip to a thread costs as much as their tokenisation.
+INLINE_CHARS = 4096
+WAIT_S = 1.0  # the longest that an engine in line steps before the dispatcher looks whether it should end
 
 
 class TextStream:
     """One running request: ``async for deltas in stream``; each item is a non-empty list, choices may interleave.
 
-    An error that strikes before the first delta is raised from the first ``__anext__`` (so a server can still answer
-    with a status); a later one is a terminal delta with ``error``. ``aclose`` (or leaving ``async with``) aborts what
-    still runs, within a step.
+    An error that strikes before the first delta is raised from the first ``__anext__`` (so that a server can still
+    answer with a status); a later one is a terminal delta with ``error``. ``aclose`` (or leaving ``async with``) aborts
+    what still runs, within a step. One consumer.
     """
 
-    request_id: str
-    prompt_tokens: int
-    seed: int | None
+    def __init__(self, state: RequestState, abandon: Callable[[RequestState], None]) -> None:
+        self._state = state
+        self._abandon = abandon
+        self._ready: list[TextDelta] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._begun = False
+        self._closed = False
 
-    def __aiter__(self) -> AsyncIterator[list[TextDelta]]:
-        raise NotImplementedError
+    @property
+    def request_id(self) -> str:
+        return self._state.request_id
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._state.prompt_tokens
+
+    @property
+    def seed(self) -> int | None:
+        return self._state.seed
+
+    def feed(self, deltas: list[TextDelta]) -> None:
+        """Called on the loop with what the request's events released."""
+        self._ready += deltas
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and (self._ready or self._state.done):
+            waiter.set_result(None)
+
+    def __aiter__(self) -> TextStream:
+        return self
 
     async def __anext__(self) -> list[TextDelta]:
-        raise NotImplementedError
+        while not self._ready:
+            if self._closed or self._state.done:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except BaseException:
+                await self.aclose()
+                raise
+            finally:
+                self._waiter = None
+        deltas, self._ready = self._ready, []
+        if not self._begun:
+            for delta in deltas:
+                error = failure(delta)
+                if error is not None:
+                    await self.aclose()
+                    raise error
+            self._begun = True
+        return deltas
 
     async def aclose(self) -> None:
-        raise NotImplementedError
+        """Abort what still runs. Idempotent; what was not read is lost."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ready = []
+        self._abandon(self._state)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def __aenter__(self) -> TextStream:
         return self
@@ -47,86 +118,308 @@ class TextStream:
 
 
 class AsyncService:
-    """Made in ``create_app``'s lifespan by ``await service.start()`` on the running loop, ended by ``await
-    service.close()``.
+    """Made anywhere; ``await start()`` on the loop that will use it, ``await close()`` at the end. It owns ``client``.
+
+    Args:
+        client: A started engine.
+        policy: Which adapters clients may name.
+        limits: The operator's bounds.
+        tokenizer: Instead of the one in the model's folder.
+        templates: Name → Jinja source, instead of the model's.
     """
 
-    limits: ServiceLimits
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        policy: AdapterPolicy | None = None,
+        limits: ServiceLimits | None = None,
+        tokenizer: Tokenizer | None = None,
+        templates: Mapping[str, str] | None = None,
+    ) -> None:
+        self._client = client
+        self._core = Service(
+            client.info,
+            tokenizer=tokenizer if tokenizer is not None else tokenizer_of(client.info),
+            policy=policy,
+            limits=limits,
+            templates=templates,
+        )
+        self._streams: dict[str, tuple[TextStream, RequestState]] = {}
+        self._active: set[RequestState] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="truffula-text")
+        self._commands = ThreadPoolExecutor(8, thread_name_prefix="truffula-adapters")
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self._arrived: list[TokenEvent] = []
+        self._in_engine: set[str] = set()  # submitted, final event not seen; with _arrived under _lock
+        self._submitted = threading.Event()
+        self._draining = False
+        self._broken: ErrorInfo | None = None
+        self._idle: list[asyncio.Future[None]] = []
 
     async def start(self) -> None:
         """Take the running loop and start the dispatcher thread."""
+        if self._thread is not None:
+            return
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._dispatch, name="truffula-events", daemon=True)
+        self._thread.start()
 
     @property
     def info(self) -> EngineInfo:
-        raise NotImplementedError
+        return self._client.info
 
     @property
-    def tokenizer(self) -> Any:
-        """``truffula.text.tokenizer.Tokenizer``, or None of a model without one."""
-        raise NotImplementedError
+    def tokenizer(self) -> Tokenizer | None:
+        return self._core.tokenizer
+
+    @property
+    def limits(self) -> ServiceLimits:
+        return self._core.limits
 
     @property
     def has_chat_template(self) -> bool:
-        raise NotImplementedError
+        return self._core.tokenizer is not None and bool(self._core.templates)
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
-        raise NotImplementedError
+        return self._core.resolve_adapter(name, source)
 
     def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
-        raise NotImplementedError
+        return self._core.policy.names()
 
     async def open(self, request: GenerateRequest) -> TextStream:
-        """Template, tokenise, check, submit. Raises ``InvalidRequest``, ``NoTokenizer``, ``ShuttingDown``,
-        ``EngineDied``, …
-        """
-        raise NotImplementedError
+        """Template, tokenise, check, submit.
 
-    def stream(self, request: GenerateRequest) -> AsyncIterator[list[TextDelta]]:
+        Raises ``InvalidRequest`` and its kinds, ``NoTokenizer``, ``ShuttingDown``, ``EngineDied``. Long texts are
+        tokenised in a thread.
+        """
+        self._refuse_if_ending()
+        state = await self._off_loop(_chars(request), self._core.open, request)
+        self._refuse_if_ending()
+        stream = TextStream(state, self._abandon)
+        for one in state.engine_requests:
+            self._streams[one.request_id] = (stream, state)
+        self._active.add(state)
+        try:
+            self._client.submit(state.engine_requests)
+            with self._lock:
+                self._in_engine.update(one.request_id for one in state.engine_requests)
+            self._submitted.set()
+        except BaseException:
+            self._forget(state)
+            raise
+        return stream
+
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[TextDelta], None]:
         """``open`` as an async generator; close it (``contextlib.aclosing``) to abort."""
-        raise NotImplementedError
+        async with await self.open(request) as stream:
+            async for deltas in stream:
+                yield deltas
 
     async def complete(self, request: GenerateRequest) -> Completion:
         """The whole answer. An error of any choice is raised. Cancelling the task aborts in the engine."""
-        raise NotImplementedError
+        gathered: list[TextDelta] = []
+        async with await self.open(request) as stream:
+            async for deltas in stream:
+                for delta in deltas:
+                    error = failure(delta)
+                    if error is not None:
+                        raise error
+                gathered += deltas
+        return collect(gathered)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
         """``(id, vocabulary piece, start, stop)`` per token; character offsets, 0, 0 for tokens the tokenizer added."""
-        raise NotImplementedError
+        tokenizer = self._need_tokenizer()
+        check_text(text, "inputs")
+        encoded = await self._off_loop(
+            len(text), lambda: tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens)
+        )
+        return [
+            (token_id, tokenizer.id_to_token(token_id) or "", *((0, 0) if added else offset))
+            for token_id, offset, added in zip(encoded.ids, encoded.offsets, encoded.added, strict=True)
+        ]
 
     async def render(self, request: GenerateRequest) -> tuple[str, list[int]]:
         """A chat or prompt as the model would see it: ``(text, prompt ids)``; nothing is submitted."""
-        raise NotImplementedError
+        tokenizer = self._need_tokenizer()
+        text, ids = await self._off_loop(_chars(request), lambda: self._core.render(request))
+        return (tokenizer.decode(ids) if text is None else text), ids
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        raise NotImplementedError
+        tokenizer = self._need_tokenizer()
+        return await self._off_loop(
+            len(token_ids), lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        )
 
     async def adapters(self, command: AdapterCommand, timeout: float = 300.0) -> list[AdapterState]:
-        raise NotImplementedError
+        """Carry ``command`` out in the engine. A load returns when the adapter is usable, or raises why it is not."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._commands, self._client.adapters, command, timeout)
 
     def stats(self) -> EngineStats:
-        raise NotImplementedError
+        return self._client.stats()
 
     def healthy(self) -> bool:
         """Started, not draining, and the engine's heartbeat fresh."""
-        raise NotImplementedError
+        return self._thread is not None and not self._draining and self._broken is None and self._client.alive()
 
     @property
     def draining(self) -> bool:
-        raise NotImplementedError
+        return self._draining
 
     @property
     def active(self) -> int:
         """Requests that are running or waiting now."""
-        raise NotImplementedError
+        return len(self._active)
 
     async def drain(self, timeout_s: float) -> bool:
-        """Refuse new requests (``ShuttingDown``), wait for the running ones; True when all ended in time. The rest is
-        aborted.
+        """Refuse new requests (``ShuttingDown``), wait for the running ones; True when all ended in time.
+
+        What is left then ends with ``ShuttingDown``.
         """
-        raise NotImplementedError
+        self._draining = True
+        until = time.monotonic() + timeout_s
+        while self._active and (left := until - time.monotonic()) > 0:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle.append(waiter)
+            await asyncio.wait([waiter], timeout=left)
+        ended = not self._active
+        self._fail_all(ShuttingDown("The server ended before the request did.").info())
+        return ended
 
     async def close(self) -> None:
-        """Abort what runs, stop the dispatcher, close the client."""
-        raise NotImplementedError
+        """End what runs, stop the dispatcher, close the client. Idempotent."""
+        self._draining = True
+        self._fail_all(ShuttingDown("The server ended before the request did.").info())
+        self._stopping.set()
+        self._submitted.set()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, self._client.close)
+        if self._thread is not None:
+            await loop.run_in_executor(None, self._thread.join)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._commands.shutdown(wait=False, cancel_futures=True)
+
+    # Behind the door
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self._core.tokenizer is None:
+            raise NoTokenizer("This model has no tokenizer; send and read token ids.")
+        return self._core.tokenizer
+
+    def _refuse_if_ending(self) -> None:
+        if self._draining:
+            raise ShuttingDown("The server is shutting down and takes no new requests.")
+        if self._broken is not None:
+            raise EngineDied(self._broken.message)
+        if self._thread is None:
+            raise RuntimeError("AsyncService.start() comes first")
+
+    async def _off_loop(self, chars: int, work: Callable[..., T], *args: Any) -> T:
+        if chars <= INLINE_CHARS:
+            return work(*args)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    def _dispatch(self) -> None:
+        """The dispatcher thread: events of the engine, to the loop."""
+        assert self._loop is not None
+        try:
+            while not self._stopping.is_set():
+                # An engine in line is only asked for events while it has some: asking is what makes it step.
+                with self._lock:
+                    if not self._in_engine:
+                        self._submitted.clear()
+                self._submitted.wait()
+                events = self._client.events(WAIT_S)
+                if not events:
+                    continue
+                with self._lock:
+                    self._in_engine.difference_update([e.request_id for e in events if e.finish_reason is not None])
+                    wake = not self._arrived
+                    self._arrived += events
+                if wake:
+                    self._loop.call_soon_threadsafe(self._deliver)
+        except Exception as error:
+            if self._stopping.is_set():
+                return
+            logger.exception("the dispatcher ended")
+            info = EngineDied(f"The engine's events can't be read any more: {error}").info()
+            self._loop.call_soon_threadsafe(self._break, info)
+
+    def _deliver(self) -> None:
+        """On the loop: all events that have arrived become deltas."""
+        with self._lock:
+            events, self._arrived = self._arrived, []
+        aborts: list[str] = []
+        for event in events:
+            found = self._streams.get(event.request_id)
+            if found is None:
+                continue  # ended for its client already: a stop string, an abort
+            stream, state = found
+            deltas = state.push(event)
+            if event.request_id not in state.open_ids:
+                del self._streams[event.request_id]
+                aborts += state.take_aborts()
+                if state.done:
+                    self._ended(state)
+            if deltas or state.done:
+                stream.feed(deltas)
+        if aborts:
+            self._client.abort(aborts)
+
+    def _break(self, info: ErrorInfo) -> None:
+        self._broken = info
+        self._fail_all(info)
+
+    def _fail_all(self, info: ErrorInfo) -> None:
+        """End every open request for its client, and in the engine."""
+        streams = {id(state): (stream, state) for stream, state in self._streams.values()}
+        for stream, state in streams.values():
+            open_ids = sorted(state.open_ids)
+            deltas = state.fail(info)
+            self._forget(state)
+            stream.feed(deltas)
+            if self._broken is None:
+                self._client.abort(open_ids)
+
+    def _abandon(self, state: RequestState) -> None:
+        """The client has gone: nothing of ``state`` is wanted any more."""
+        if state in self._active:
+            open_ids = sorted(state.open_ids)
+            self._forget(state)
+            self._client.abort(open_ids)
+
+    def _forget(self, state: RequestState) -> None:
+        for one in state.engine_requests:
+            self._streams.pop(one.request_id, None)
+        self._ended(state)
+
+    def _ended(self, state: RequestState) -> None:
+        self._active.discard(state)
+        if not self._active:
+            for waiter in self._idle:
+                if not waiter.done():
+                    waiter.set_result(None)
+            self._idle = []
+
+
+def _chars(request: GenerateRequest) -> int:
+    """How much text there is to work on, roughly; a foreign template counts as long."""
+    if request.messages is not None:
+        if request.chat_template is not None:
+            return INLINE_CHARS + 1
+        return sum(_length(message) for message in request.messages) if isinstance(request.messages, list) else 0
+    return len(request.prompt or "")
+
+
+def _length(message: Mapping[str, Any]) -> int:
+    content = message.get("content") if isinstance(message, Mapping) else None
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return INLINE_CHARS + 1
+    return 64 + (len(content) if isinstance(content, str) else 0)

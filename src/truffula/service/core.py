@@ -1,17 +1,30 @@
-"""``Service``: what a request means, before and behind the engine. No threads, no event loop."""
+"""``Service``: what a request means, before and behind the engine. No threads, no event loop, no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import random
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
+from truffula.errors import ErrorInfo, InvalidRequest
 from truffula.lora.sources import AdapterPolicy
-from truffula.types import AdapterRef
+from truffula.service.choices import ChoiceState, merged, rank
+from truffula.service.prompts import Prompt, checked_ids, make_prompt, need_tokenizer, prompt_text
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.tokenizer import Tokenizer, check_text
+from truffula.types import AdapterRef, EngineInfo, EngineRequest, GenerateRequest, SamplingParams, TextDelta, TokenEvent
 
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """The operator's bounds on one request. ``base_names`` are the words that mean the base model."""
+    """The operator's bounds on one request. ``base_names`` are the words that mean the base model.
+
+    ``template_seconds`` and ``template_chars`` bound one rendering of a chat template.
+    """
 
     max_choices: int = 128
     base_names: tuple[str, ...] = ()
@@ -19,11 +32,168 @@ class ServiceLimits:
     template_chars: int = 4_000_000
 
 
+class RequestState:
+    """One request between its engine sequences and its client. Push the events of ``engine_requests`` in any order.
+
+    ``prompt_tokens`` counts what the engine gets; ``seed`` is the one in use (None: greedy). ``open_ids`` are engine
+    requests that have not ended; ``take_aborts`` those that ended early for the client (a stop string) and must be
+    ended in the engine.
+    """
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        request_id: str,
+        engine_requests: list[EngineRequest],
+        choices: list[ChoiceState],
+        prompt_tokens: int,
+    ) -> None:
+        self.request = request
+        self.request_id = request_id
+        self.engine_requests = engine_requests
+        self.prompt_tokens = prompt_tokens
+        self.seed = None if request.params.greedy else engine_requests[0].params.seed
+        self._choices = dict(zip((r.request_id for r in engine_requests), choices, strict=True))
+        self.open_ids = set(self._choices)
+        self._aborts: list[str] = []
+        # best_of: nothing is known to be shown before all have ended.
+        self._waiting: dict[str, list[TextDelta]] | None = {} if (request.params.best_of or 1) > 1 else None
+
+    @property
+    def done(self) -> bool:
+        return not self.open_ids
+
+    def take_aborts(self) -> list[str]:
+        """Engine requests to abort since the last call."""
+        aborts, self._aborts = self._aborts, []
+        return aborts
+
+    def push(self, event: TokenEvent) -> list[TextDelta]:
+        """The deltas that ``event`` releases, often none. Exactly one per choice is terminal."""
+        engine_id = event.request_id
+        choice = self._choices[engine_id]
+        delta = choice.push(event)
+        if choice.finished and engine_id in self.open_ids:
+            self.open_ids.discard(engine_id)
+            if event.finish_reason is None:
+                self._aborts.append(engine_id)
+        if delta is None:
+            return []
+        return [delta] if self._waiting is None else self._gather(engine_id, delta)
+
+    def fail(self, error: ErrorInfo) -> list[TextDelta]:
+        """End every choice that is open with ``error``."""
+        ends = [TokenEvent(request_id=i, finish_reason="error", error=error) for i in sorted(self.open_ids)]
+        return [delta for event in ends for delta in self.push(event)]
+
+    def _gather(self, engine_id: str, delta: TextDelta) -> list[TextDelta]:
+        assert self._waiting is not None
+        self._waiting.setdefault(engine_id, []).append(delta)
+        if self.open_ids:
+            return []
+        ended = [merged(self._waiting[engine_id], 0) for engine_id in self._choices]
+        # Nobody can be called the best while one of them failed.
+        ended.sort(key=lambda one: (one.finish_reason not in ("error", "abort"), rank(one)))
+        return [msgspec.structs.replace(one, choice=i) for i, one in enumerate(ended[: self.request.params.n])]
+
+
 class Service:
-    policy: AdapterPolicy
+    """Opens requests: tokenises, checks against the model's limits, expands ``n`` and ``best_of``. Thread-safe.
+
+    Args:
+        info: Of the started engine.
+        tokenizer: None for a model without one: ids still serve, text raises ``NoTokenizer``.
+        policy: Which adapters clients may name.
+        templates: Name → Jinja source, to use in place of the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        info: EngineInfo,
+        *,
+        tokenizer: Tokenizer | None,
+        policy: AdapterPolicy | None = None,
+        limits: ServiceLimits | None = None,
+        templates: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.policy = policy or AdapterPolicy()
+        self.limits = limits or ServiceLimits()
+        self._clock = clock
+        self._numbers = itertools.count()
+        self._random = random.SystemRandom()
+        self._eos_ids = frozenset(info.eos_token_ids)
+        sources = templates if templates is not None else tokenizer.chat_templates if tokenizer is not None else {}
+        self.templates = ChatTemplates(
+            sources,
+            tokenizer.special_tokens if tokenizer is not None else {},
+            seconds=self.limits.template_seconds,
+            max_chars=self.limits.template_chars,
+        )
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        raise NotImplementedError
+        """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
+        return self.policy.resolve(name, source, self.limits.base_names)
 
-    def open(self, request: object) -> Sequence[object]:
-        raise NotImplementedError
+    def prompt(self, request: GenerateRequest) -> Prompt:
+        """The request's prompt as the model would get it."""
+        return make_prompt(request, self.tokenizer, self.templates, self.info)
+
+    def render(self, request: GenerateRequest) -> tuple[str | None, list[int]]:
+        """The text (None of a prompt of ids) and the ids that the model would see."""
+        return prompt_text(request, self.templates), self.prompt(request).ids
+
+    def open(self, request: GenerateRequest) -> RequestState:
+        """The state of a new request; its ``engine_requests`` are to be submitted.
+
+        Raises ``InvalidRequest``, ``PromptTooLong``, ``TemplateError``, ``NoTokenizer``.
+        """
+        params = request.params
+        count = max(params.n, params.best_of or 1)
+        if count > self.limits.max_choices:
+            name = "best_of" if (params.best_of or 1) > params.n else "n"
+            raise InvalidRequest(f"{name} is {count}; at most {self.limits.max_choices} are possible.", param=name)
+        self._check_params(params)
+        prompt = self.prompt(request)
+        engine_params = self._engine_params(params)
+        now = self._clock()
+        request_id = request.request_id or f"{self._random.getrandbits(64):016x}"
+        # A client's word need not be unique, an engine's id must be.
+        stem = f"{request_id}-{next(self._numbers)}"
+        engine_requests = [
+            EngineRequest(
+                request_id=f"{stem}.{choice}",
+                prompt_ids=prompt.ids,
+                params=engine_params,
+                choice=choice,
+                adapter=request.adapter,
+                salt=request.salt,
+                arrival=now,
+                queue_deadline=None if request.queue_timeout_s is None else now + request.queue_timeout_s,
+                deadline=None if request.deadline_s is None else now + request.deadline_s,
+            )
+            for choice in range(count)
+        ]
+        given_back = prompt if prompt.text is not None else None
+        choices = [
+            ChoiceState(one, params, self.tokenizer, self._eos_ids, given_back, self._clock) for one in engine_requests
+        ]
+        return RequestState(request, request_id, engine_requests, choices, len(prompt.ids))
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if params.stop:
+            need_tokenizer(self.tokenizer)
+        for stop in params.stop:
+            check_text(stop, "stop")
+        checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
+        checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
+
+    def _engine_params(self, params: SamplingParams) -> SamplingParams:
+        """What the engine needs of them: a seed, and logprobs where the best is to be found."""
+        seed = params.seed
+        if seed is None:
+            seed = 0 if params.greedy else self._random.getrandbits(63)
+        logprobs = 0 if params.logprobs is None and (params.best_of or 1) > 1 else params.logprobs
+        return msgspec.structs.replace(params, seed=seed, logprobs=logprobs, stop=(), n=1, best_of=None)

@@ -4,9 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from truffula.types import Completion, TextDelta
+from truffula.errors import GenerationError, TruffulaError, from_info
+from truffula.service.choices import merged
+from truffula.types import ChoiceTotals, Completion, CompletionChoice, TextDelta
 
 
 def collect(deltas: Iterable[TextDelta]) -> Completion:
-    """Every delta of one request, in order (choices may interleave), as one answer."""
-    raise NotImplementedError
+    """Every delta of one request, in order (choices may interleave), as one answer. Each choice must have ended."""
+    parts: dict[int, list[TextDelta]] = {}
+    for delta in deltas:
+        parts.setdefault(delta.choice, []).append(delta)
+    whole = [merged(parts[index], index) for index in sorted(parts)]
+    choices = []
+    for one in whole:
+        assert one.finish_reason is not None, "a choice is folded before its end"
+        choices.append(
+            CompletionChoice(
+                index=one.choice,
+                text=one.text,
+                tokens=one.tokens,
+                finish_reason=one.finish_reason,
+                stop_reason=one.stop_reason,
+                eos=one.eos,
+                error=one.error,
+                totals=one.totals or ChoiceTotals(),
+            )
+        )
+    return Completion(
+        choices=choices,
+        prompt=next((one.prompt for one in whole if one.prompt is not None), None),
+        prompt_tokens=max((choice.totals.prompt_tokens for choice in choices), default=0),
+        completion_tokens=sum(choice.totals.completion_tokens for choice in choices),
+        cached_tokens=max((choice.totals.cached_tokens for choice in choices), default=0),
+    )
+
+
+def failure(delta: TextDelta) -> TruffulaError | None:
+    """The error that ended a choice."""
+    if delta.finish_reason != "error":
+        return None
+    if delta.error is None:
+        return GenerationError("The engine ended the request without saying why.")
+    return from_info(delta.error)

@@ -118,11 +118,11 @@ class Tokenizer:
         found = self._bytes.get(token_id)
         if found is None:
             assert self._rule is not None
-            piece = self.piece(token_id)
+            piece = self.id_to_token(token_id)
             found = self._bytes[token_id] = b"" if piece is None else self._rule.to_bytes(piece)
         return found
 
-    def piece(self, token_id: int) -> str | None:
+    def id_to_token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of a token (``Ġhello``, ``▁hello``, ``<0xE2>``); None of an id without one."""
         found: str | None = self._library.id_to_token(token_id)
         return found

@@ -1,0 +1,391 @@
+"""``LLM``: a base model and its adapters in this process, without a server."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from truffula.config import EngineConfig
+from truffula.engine.client import Transport, connect
+from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
+from truffula.lora.sources import AdapterPolicy
+from truffula.service.sync import SyncService
+from truffula.types import (
+    AdapterCommand,
+    AdapterRef,
+    AdapterState,
+    Completion,
+    CompletionChoice,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    GenerateRequest,
+    SamplingParams,
+    TextDelta,
+    TokenPiece,
+)
+
+Prompt = str | Sequence[int]
+Adapter = str | Path | AdapterRef | None
+Messages = Sequence[Mapping[str, Any]]
+Logprobs = dict[int, float]
+TRANSPORTS = ("inline", "thread", "process")
+
+
+@dataclass(frozen=True)
+class ChoiceOutput:
+    """One completion. ``token_ids`` holds EOS (or the stop id, or the tokens of a stop string) where one ended it.
+
+    ``logprobs``: per generated token, the k most likely ids and the chosen one with their logprobs; None when not asked
+    for. ``stop_reason`` is the stop string or stop id that ended it; ``eos`` says that the model's own end did.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[Logprobs] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    eos: bool
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """The answer to one prompt. ``text``, ``token_ids``, ``logprobs``, ``finish_reason`` are of choice 0.
+
+    ``prompt`` is the text as the model saw it (a chat rendered; None for ids of a model without tokenizer),
+    ``prompt_logprobs`` one dict per prompt token, the first None. ``cached_tokens`` of the prompt came from the prefix
+    cache.
+    """
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[Logprobs | None] | None
+    choices: list[ChoiceOutput]
+    cached_tokens: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> list[Logprobs] | None:
+        return self.choices[0].logprobs
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        return self.choices[0].finish_reason
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        return self.choices[0].stop_reason
+
+
+class Adapters:
+    """``llm.adapters``: load ahead of use, unload, list. Adapters also load by themselves when first used."""
+
+    def __init__(self, service: SyncService, named: Mapping[str, str | Path]) -> None:
+        self._service = service
+        self._named: dict[str, AdapterPolicy] = {name: _policy(name, source) for name, source in named.items()}
+
+    def load(self, name: str, source: str | Path | None = None) -> AdapterState:
+        """Make ``name`` usable now and keep it under that name. ``source``: a folder or a Hub id, unless ``name`` is
+        known.
+
+        Raises ``AdapterNotFound``, ``AdapterError`` (broken, unsupported, of another base), ``AdapterLoadError``,
+        ``InsufficientMemory``.
+        """
+        ref = _policy(name, source).resolve(name) if source is not None else self.resolve(name)
+        states = self._service.client.adapters(AdapterCommand(action="load", ref=ref))
+        if source is not None:
+            self._named[name] = _policy(name, source)
+        return next((state for state in states if state.name == name), states[0])
+
+    def unload(self, name: str) -> None:
+        """Free its memory once running requests have ended, and forget the name. Raises ``AdapterNotFound``."""
+        ref = self.resolve(name)
+        self._service.client.adapters(AdapterCommand(action="unload", ref=ref))
+        self._named.pop(name, None)
+
+    def names(self) -> list[str]:
+        """Names given so far, loaded or not, sorted."""
+        return sorted(self._named)
+
+    def resolve(self, adapter: Adapter) -> AdapterRef | None:
+        """A name given before, else a folder or a Hub id: what the caller of a library names, it may use.
+
+        Raises ``AdapterNotFound``.
+        """
+        if adapter is None or isinstance(adapter, AdapterRef):
+            return adapter
+        name = str(adapter)
+        try:
+            policy = self._named.get(name) or _policy(name, adapter)
+        except ConfigError as error:
+            known = ", ".join(self.names()) or "none"
+            raise AdapterNotFound(
+                f"There is no adapter {name!r}: the names given are {known}, and it is neither a folder nor a Hub id.",
+                param="adapters",
+                adapter=name,
+            ) from error
+        return policy.resolve(name)
+
+    def list(self) -> list[AdapterState]:
+        """Those that the engine knows: loading, ready, resident, failed or retired."""
+        return self._service.client.adapters(AdapterCommand(action="list"))
+
+
+class LLM:
+    """A model that is loaded when this returns.
+
+    Args:
+        model: A folder, a ``.gguf`` file, an alias, or a Hub id.
+        adapters: Name → folder or Hub id. They are read when first used.
+        device, dtype: Where and in what it computes; ``auto`` takes the faster of float32 and bfloat16.
+        transport: Where the engine runs: in the thread of each call (``inline``), in a thread of its own, or in a
+        process of its own. chat_template: Jinja source to use in place of the model's. progress: Called with (stage,
+        done, total or None) while the model loads. options: Fields of ``truffula.config.EngineConfig``
+        (``max_model_len``, ``memory_bytes``, ``max_running``, …).
+
+    Raises ``ConfigError`` for an unknown option, and whatever stands against loading the model. A context manager;
+    ``close`` frees the memory. Calls may be made from several threads.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        transport: Transport = "inline",
+        chat_template: str | None = None,
+        progress: Callable[[str, int, int | None], None] | None = None,
+        **options: Any,
+    ) -> None:
+        if transport not in TRANSPORTS:
+            raise ConfigError(f"transport is {transport!r}; it is one of {', '.join(TRANSPORTS)}.", param="transport")
+        known = {field.name for field in fields(EngineConfig)} - {"model", "device", "dtype"}
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}.", param=name)
+        config = EngineConfig(model=str(model), device=device, dtype=dtype, **options)
+        named = {
+            name: _policy(name, source) for name, source in (adapters or {}).items()
+        }  # wrong names before the load
+        client = connect(config, transport, progress)
+        try:
+            templates = None if chat_template is None else {"default": chat_template}
+            self._service = SyncService(client, templates=templates)
+        except BaseException:
+            client.close()
+            raise
+        self.adapters = Adapters(self._service, adapters or {})
+        assert set(self.adapters.names()) == set(named)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded, and how."""
+        return self._service.client.info
+
+    def stats(self) -> EngineStats:
+        return self._service.client.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: Adapter | Sequence[Adapter] = None,
+        errors: Literal["raise", "return"] = "raise",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """Complete ``prompts``, all in one batch.
+
+        Args:
+            prompts: One text, one list of token ids, or a list of these.
+            params: One for all, or one per prompt.
+            adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
+            errors: ``return`` puts a request's ``TruffulaError`` in its place; ``raise`` raises the first and aborts
+            the others. progress: Called with (prompts done, prompts).
+
+        Returns: one ``RequestOutput`` per prompt, in order (a list for a single prompt, too).
+        """
+        if not hasattr(prompts, "__len__"):
+            raise InvalidRequest(f"prompts is a {type(prompts).__name__}, no text and no list.", param="prompts")
+        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
+        return self._run([{"prompt": prompt} for prompt in prepared], params, adapters, errors, progress)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: Adapter | Sequence[Adapter] = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        errors: Literal["raise", "return"] = "raise",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Any]:
+        """Answer one conversation or several: ``messages`` is one list of ``{"role", "content"}``, or a list of such
+        lists.
+
+        ``continue_final_message`` goes on with the last message instead of answering it. The rest is as in
+        ``generate``.
+        """
+        several = bool(messages) and all(isinstance(item, list | tuple) for item in messages)
+        shared = {
+            "tools": list(tools) if tools is not None else None,
+            "template_kwargs": dict(template_kwargs or {}),
+            "chat_template": chat_template,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
+        talks = messages if several else [messages]
+        return self._run([{"messages": list(talk), **shared} for talk in talks], params, adapters, errors, progress)
+
+    def stream(
+        self,
+        prompt: Prompt | Messages,
+        params: SamplingParams | None = None,
+        *,
+        adapter: Adapter = None,
+        **request: Any,
+    ) -> Iterator[TextDelta]:
+        """The completion of one prompt (or chat) as it grows. Closing the iterator ends it in the engine.
+
+        ``request`` are further fields of ``truffula.types.GenerateRequest``.
+        """
+        given: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else None, **request}
+        if given["prompt"] is None:
+            chat = bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
+            given |= {"messages": list(prompt)} if chat else {"prompt": _ids(prompt, 0)}
+        requests = self._requests([given], params, adapter)
+        return self._deltas(requests)
+
+    def close(self) -> None:
+        """Free the model. Idempotent."""
+        self._service.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _deltas(self, requests: list[GenerateRequest]) -> Iterator[TextDelta]:
+        for _, found in self._service.stream(requests):
+            assert not isinstance(found, TruffulaError)
+            yield from found
+
+    def _run(
+        self,
+        given: list[dict[str, Any]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapters: Adapter | Sequence[Adapter],
+        errors: str,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[Any]:
+        if errors not in ("raise", "return"):
+            raise InvalidRequest(f"errors is {errors!r}; it is raise or return.", param="errors")
+        requests = self._requests(given, params, adapters)
+        found = self._service.run(requests, progress=progress, return_errors=errors == "return")
+        return [
+            answer if isinstance(answer, TruffulaError) else _output(request, answer)
+            for request, answer in zip(requests, found, strict=True)
+        ]
+
+    def _requests(
+        self,
+        given: list[dict[str, Any]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        adapters: Adapter | Sequence[Adapter],
+    ) -> list[GenerateRequest]:
+        count = len(given)
+        every_params = _spread(params if params is not None else SamplingParams(), SamplingParams, count, "params")
+        every_adapter = _spread(adapters, str | Path | AdapterRef | None, count, "adapters")
+        refs = [self.adapters.resolve(adapter) for adapter in every_adapter]
+        try:
+            return [
+                GenerateRequest(**one, params=p, adapter=ref, return_prompt_tokens=True)
+                for one, p, ref in zip(given, every_params, refs, strict=True)
+            ]
+        except TypeError as error:
+            raise InvalidRequest(f"A request can't be made: {error}") from error
+
+
+def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
+    """``value`` for each of ``count`` prompts: itself when it is one, or its items."""
+    if isinstance(value, single):
+        return [value] * count
+    items = list(value)
+    if len(items) != count:
+        raise InvalidRequest(f"{name} has {len(items)} items for {count} prompts.", param=name)
+    for item in items:
+        if not isinstance(item, single):
+            raise InvalidRequest(f"{name} holds a {type(item).__name__}.", param=name)
+    return items
+
+
+def _is_ids(prompts: Any) -> bool:
+    """Whether this is one prompt of ids, and not a list of prompts."""
+    return len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
+
+
+def _ids(prompt: Any, at: int) -> list[int]:
+    """Any sequence of integers (numpy's too) as a list of ints."""
+    if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
+        raise InvalidRequest(f"prompts[{at}] is a {type(prompt).__name__}, no text and no token ids.", param="prompts")
+    try:
+        return [operator.index(token_id) for token_id in prompt]
+    except TypeError as error:
+        raise InvalidRequest(f"prompts[{at}] holds what is not a token id: {error}", param="prompts") from error
+
+
+def _policy(name: str, source: str | Path) -> AdapterPolicy:
+    return AdapterPolicy({name: source})
+
+
+def _output(request: GenerateRequest, answer: Completion) -> RequestOutput:
+    prompt = answer.prompt
+    pieces = prompt.tokens if prompt is not None else []
+    scored = request.params.prompt_logprobs is not None
+    return RequestOutput(
+        prompt=None if prompt is None else prompt.text,
+        prompt_token_ids=[piece.id for piece in pieces],
+        prompt_logprobs=[None if piece.logprob is None else _logprobs(piece) for piece in pieces] if scored else None,
+        choices=[_choice(choice, request.params) for choice in answer.choices],
+        cached_tokens=answer.cached_tokens,
+    )
+
+
+def _choice(choice: CompletionChoice, params: SamplingParams) -> ChoiceOutput:
+    return ChoiceOutput(
+        index=choice.index,
+        text=choice.text,
+        token_ids=choice.token_ids,
+        logprobs=[_logprobs(piece) for piece in choice.tokens] if params.logprobs is not None else None,
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        eos=choice.eos,
+        seed=choice.totals.seed,
+    )
+
+
+def _logprobs(piece: TokenPiece) -> Logprobs:
+    found = {token_id: logprob for token_id, _, logprob in piece.top}
+    if piece.logprob is not None:
+        found.setdefault(piece.id, piece.logprob)
+    return found

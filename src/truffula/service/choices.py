@@ -1,0 +1,256 @@
+"""One choice of a request: token events in, text out. A pure state machine, one per sequence of the engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from truffula.errors import ErrorInfo
+from truffula.service.prompts import Prompt, prompt_part, top_pieces
+from truffula.text.stops import StopMatch, StopMatcher
+from truffula.text.tokenizer import Tokenizer
+from truffula.types import (
+    ChoiceTotals,
+    EngineRequest,
+    FinishReason,
+    PromptPart,
+    RequestTimes,
+    SamplingParams,
+    TextDelta,
+    TokenEvent,
+    TokenPiece,
+)
+
+
+class ChoiceState:
+    """Turns the events of one ``EngineRequest`` into deltas.
+
+    Tokens are released whole, as soon as no text of theirs could still become part of a stop string and no character of
+    theirs is unfinished. So in every delta the shown pieces join to the text, and what a stop string takes away was
+    never out.
+
+    Args:
+        request: As submitted.
+        params: As asked for (with ``stop``; ``logprobs`` None where the engine is only asked for them to rank).
+        given_back: The prompt, when the client wants it back.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        eos_ids: frozenset[int],
+        given_back: Prompt | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._request = request
+        self._params = params
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._given_back = given_back
+        self._clock = clock
+        self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
+        self._skipped = tokenizer.special_ids if tokenizer is not None and params.skip_special_tokens else frozenset()
+        self._special = tokenizer.special_ids if tokenizer is not None else frozenset()
+        self._stops = StopMatcher(params.stop) if params.stop else None
+        self._unmatched = 0  # characters let through before min_tokens, which the matcher has not seen
+        self._held: list[TokenPiece] = []
+        self._held_start = 0  # where the text of the held pieces begins
+        self._unfinished = 0  # trailing tokens that hold the beginning of a character
+        self._count = 0
+        self._logprob_sum = 0.0
+        self._logprob_count = 0
+        self._prompt_tokens = len(request.prompt_ids)
+        self._cached = 0
+        self._times: RequestTimes | None = None
+        self.finished = False
+
+    def push(self, event: TokenEvent) -> TextDelta | None:
+        """What ``event`` lets out; None when it is nothing yet. After the terminal delta events are ignored.
+
+        A terminal delta that answers an event without ``finish_reason`` means a stop string: the engine must be told to
+        end.
+        """
+        if self.finished:
+            return None
+        prompt = self._prompt(event)
+        self._cached = event.cached_tokens or self._cached
+        self._times = event.times or self._times
+        ends_by_id = event.finish_reason == "stop" and event.stop_reason is not None
+        last = len(event.token_ids) - 1
+        for index, token_id in enumerate(event.token_ids):
+            match = self._take(token_id, index, event, ended=ends_by_id and index == last)
+            if match is not None:
+                self._cut(match)
+                return self._end("stop", prompt, stop_reason=match.stop)
+        if event.finish_reason is not None:
+            return self._finish(event, prompt)
+        released = self._release()
+        if not released and prompt is None:
+            return None
+        return TextDelta(choice=self._request.choice, text=_join(released), tokens=released, prompt=prompt)
+
+    def fail(self, error: ErrorInfo) -> TextDelta | None:
+        """The end that the service gives it (an engine that is gone, a server that closes)."""
+        return self.push(TokenEvent(request_id=self._request.request_id, finish_reason="error", error=error))
+
+    @property
+    def mean_logprob(self) -> float | None:
+        return self._logprob_sum / self._logprob_count if self._logprob_count else None
+
+    def _prompt(self, event: TokenEvent) -> PromptPart | None:
+        if self._given_back is None or event.finish_reason in ("error", "abort"):
+            return None
+        found = prompt_part(self._given_back, event.prompt_logprobs, self._tokenizer)
+        self._given_back = None
+        return found
+
+    def _take(self, token_id: int, index: int, event: TokenEvent, *, ended: bool) -> StopMatch | None:
+        """One token to the held pieces; the stop string that it completes."""
+        self._count += 1
+        logprob: float | None = None
+        top: Any = ()
+        if event.logprobs:
+            logprob = event.logprobs[index]
+            self._logprob_sum += logprob
+            self._logprob_count += 1
+            if self._params.logprobs is None:
+                logprob = None
+            elif event.top_logprobs:
+                top = top_pieces(event.top_logprobs[index], self._tokenizer)
+        special = token_id in self._special
+        if token_id in self._skipped or (ended and not self._params.include_stop):
+            own = self._tokenizer.text_of(token_id) if self._tokenizer is not None else ""
+            self._held.append(TokenPiece(token_id, own, logprob, special, False, list(top)))
+            self._unfinished += self._unfinished > 0
+            return None
+        text = ""
+        if self._detokenizer is not None:
+            text = self._detokenizer.push(token_id)
+            self._unfinished = self._unfinished + 1 if self._detokenizer.pending else 0
+        self._held.append(TokenPiece(token_id, text, logprob, special, True, list(top)))
+        return self._match(text)
+
+    def _match(self, text: str) -> StopMatch | None:
+        if self._stops is None or not text:
+            return None
+        if self._count < self._params.min_tokens:
+            self._unmatched += len(text)
+            return None
+        return self._stops.feed(text)
+
+    def _release(self, everything: bool = False) -> list[TokenPiece]:
+        """Take from the held pieces those that are safe to show."""
+        held = self._held
+        holding = 0 if self._stops is None or self._params.include_stop else self._stops.holding
+        keep = 0 if everything else self._unfinished
+        if everything or not (holding or keep):
+            keep = 0
+        else:
+            chars = sum(len(piece.text) for piece in held[len(held) - keep :] if piece.shown)
+            while chars < holding:
+                keep += 1
+                piece = held[-keep]
+                chars += len(piece.text) if piece.shown else 0
+        released = held[: len(held) - keep]
+        self._held = held[len(held) - keep :]
+        self._held_start += sum(len(piece.text) for piece in released if piece.shown)
+        return released
+
+    def _finish(self, event: TokenEvent, prompt: PromptPart | None) -> TextDelta:
+        """The engine's own end: text that was held back is text after all."""
+        if self._detokenizer is not None and (rest := self._detokenizer.flush()):
+            at = max(index for index, piece in enumerate(self._held) if piece.shown)
+            self._held[at] = msgspec.structs.replace(self._held[at], text=self._held[at].text + rest)
+            match = self._match(rest)
+            if match is not None:
+                self._cut(match)
+                return self._end("stop", prompt, stop_reason=match.stop)
+        assert event.finish_reason is not None
+        eos = event.stop_reason in self._eos_ids
+        return self._end(
+            event.finish_reason, prompt, stop_reason=None if eos else event.stop_reason, eos=eos, error=event.error
+        )
+
+    def _end(
+        self,
+        reason: FinishReason,
+        prompt: PromptPart | None,
+        *,
+        stop_reason: str | int | None = None,
+        eos: bool = False,
+        error: ErrorInfo | None = None,
+    ) -> TextDelta:
+        self.finished = True
+        released = self._release(everything=True)
+        return TextDelta(
+            choice=self._request.choice,
+            text=_join(released),
+            tokens=released,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            eos=eos,
+            error=error,
+            prompt=prompt,
+            totals=self._totals(),
+        )
+
+    def _totals(self) -> ChoiceTotals:
+        times = self._times
+        if times is not None:
+            now = max(times.total_s, self._clock() - self._request.arrival)
+            times = msgspec.structs.replace(times, total_s=now)
+        return ChoiceTotals(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=self._count,
+            cached_tokens=self._cached,
+            seed=None if self._params.greedy else self._request.params.seed,
+            mean_logprob=self.mean_logprob,
+            times=times,
+        )
+
+    def _cut(self, match: StopMatch) -> None:
+        """End the held text where the stop string ends (``include_stop``) or begins; pieces beyond it are no longer
+        shown.
+        """
+        limit = self._unmatched + (match.end if self._params.include_stop else match.start)
+        position, cut = self._held_start, []
+        for piece in self._held:
+            if not piece.shown or position + len(piece.text) <= limit:
+                cut.append(piece)
+            elif position < limit:
+                cut.append(msgspec.structs.replace(piece, text=piece.text[: limit - position]))
+            else:
+                cut.append(msgspec.structs.replace(piece, shown=False))
+            position += len(piece.text) if piece.shown else 0
+        self._held = cut
+        self._unfinished = 0
+
+
+def _join(pieces: Sequence[TokenPiece]) -> str:
+    if len(pieces) == 1:
+        return pieces[0].text if pieces[0].shown else ""
+    return "".join([piece.text for piece in pieces if piece.shown])
+
+
+def merged(deltas: Sequence[TextDelta], choice: int) -> TextDelta:
+    """All deltas of one finished choice as its only one, under the number ``choice``."""
+    last = deltas[-1]
+    return msgspec.structs.replace(
+        last,
+        choice=choice,
+        text="".join(delta.text for delta in deltas),
+        tokens=[piece for delta in deltas for piece in delta.tokens],
+        prompt=next((delta.prompt for delta in deltas if delta.prompt is not None), None),
+    )
+
+
+def rank(delta: TextDelta) -> float:
+    """Sort key of ``best_of``: the likeliest by mean logprob first."""
+    mean = delta.totals.mean_logprob if delta.totals is not None else None
+    return math.inf if mean is None or math.isnan(mean) else -mean

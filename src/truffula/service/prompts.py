@@ -1,0 +1,215 @@
+"""From what a client sent to prompt ids within the model's limits, and back to pieces of text for ``echo``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.tokenizer import Encoded, Tokenizer, check_text
+from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingParams, TokenPiece
+
+# Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
+MAX_TRUNCATED_CHARS = 2**21
+# Normalisers may shorten a text a little (composition, blanks), so the bound by the longest token is taken with room to
+# spare.
+SLACK = 4
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when they are to be given
+    back.
+    """
+
+    ids: list[int]
+    text: str | None = None
+    pieces: list[TokenPiece] | None = None
+
+
+def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+    if tokenizer is None:
+        raise NoTokenizer(
+            "This model has no tokenizer; send the prompt as token ids and read token ids.", param="prompt"
+        )
+    return tokenizer
+
+
+def prompt_text(request: GenerateRequest, templates: ChatTemplates) -> str | None:
+    """The request's text, its messages rendered; None when it sends ids."""
+    if (request.prompt is None) == (request.messages is None):
+        what = "neither" if request.prompt is None else "both"
+        raise InvalidRequest(f"A request has either a prompt or messages; this one has {what}.", param="prompt")
+    if request.messages is not None:
+        text = templates.render(
+            request.messages,
+            tools=request.tools,
+            documents=request.documents,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            template=request.chat_template,
+            variables=request.template_kwargs,
+        )
+        check_text(text, "messages")
+        return text
+    if isinstance(request.prompt, str):
+        check_text(request.prompt, "prompt")
+        return request.prompt
+    return None
+
+
+def make_prompt(
+    request: GenerateRequest, tokenizer: Tokenizer | None, templates: ChatTemplates, info: EngineInfo
+) -> Prompt:
+    """Template, tokenise, truncate and measure.
+
+    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` with the numbers,
+    ``TemplateError``, ``NoTokenizer``. A text that can't fit is refused by its length before any work is done on it.
+    """
+    if request.messages is not None:
+        need_tokenizer(tokenizer)
+    text = prompt_text(request, templates)
+    wants_pieces = request.echo or request.return_prompt_tokens or request.params.prompt_logprobs is not None
+    pieces: list[TokenPiece] | None = None
+    if text is not None:
+        tokenizer = need_tokenizer(tokenizer)
+        _check_length(text, request, tokenizer, info)
+        special = request.add_special_tokens
+        special = request.messages is None if special is None else special
+        if wants_pieces:
+            encoded = tokenizer.encode_with_offsets(text, add_special_tokens=special)
+            ids, pieces = encoded.ids, slices(text, encoded, tokenizer)
+        else:
+            ids = tokenizer.encode(text, add_special_tokens=special)
+        if not ids and tokenizer.bos_id is not None:
+            # An empty text means the beginning of a document, where there is a token for that.
+            ids, pieces = [tokenizer.bos_id], [TokenPiece(tokenizer.bos_id, "", special=True)]
+    else:
+        if not isinstance(request.prompt, list | tuple):
+            kind = type(request.prompt).__name__
+            raise InvalidRequest(f"prompt is a {kind}; it must be text or a list of token ids.", param="prompt")
+        ids = checked_ids(request.prompt, "prompt", info.vocab_size)
+        if wants_pieces:
+            pieces = id_pieces(ids, tokenizer)
+    if not ids:
+        raise InvalidRequest("The prompt is empty, and the model has no token that begins a text.", param="prompt")
+    ids, pieces = _truncate(ids, pieces, request.truncate)
+    _check_fits(len(ids), request.params, info)
+    if not wants_pieces:
+        return Prompt(ids)
+    return Prompt(ids, "".join(piece.text for piece in pieces or []), pieces)
+
+
+def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:
+    """``ids`` as a list of ints within the vocabulary."""
+    for index, token_id in enumerate(ids):
+        if type(token_id) is not int or not 0 <= token_id < vocab_size:
+            raise InvalidRequest(
+                f"{param}[{index}] is {token_id!r}; token ids of this model are 0 to {vocab_size - 1}.",
+                param=param,
+                at=index,
+                vocab_size=vocab_size,
+            )
+    return list(ids)
+
+
+def slices(text: str, encoded: Encoded, tokenizer: Tokenizer) -> list[TokenPiece]:
+    """The text cut at the tokens' borders: joined pieces are exactly ``text``, whatever a normaliser did to it.
+
+    A gap before a token (a space that offsets leave out) belongs to it; a character split over tokens comes with the
+    last.
+    """
+    pieces = []
+    done, last = 0, len(encoded.ids) - 1
+    while last >= 0 and encoded.added[last]:
+        last -= 1
+    for index, token_id in enumerate(encoded.ids):
+        special = token_id in tokenizer.special_ids
+        if encoded.added[index]:
+            pieces.append(TokenPiece(token_id, "", special=True, shown=False))
+            continue
+        until = len(text) if index == last else encoded.offsets[index][1]
+        if index < last and not encoded.added[index + 1]:
+            until = min(until, encoded.offsets[index + 1][0])
+        until = max(until, done)
+        pieces.append(TokenPiece(token_id, text[done:until], special=special))
+        done = until
+    return pieces
+
+
+def id_pieces(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[TokenPiece]:
+    """Pieces of a prompt that came as ids: what each adds to their text, special tokens written out."""
+    if tokenizer is None:
+        return [TokenPiece(token_id, "") for token_id in ids]
+    machine = tokenizer.detokenizer()
+    pieces = [TokenPiece(i, machine.push(i), special=i in tokenizer.special_ids) for i in ids]
+    if pieces and (rest := machine.flush()):
+        pieces[-1] = TokenPiece(pieces[-1].id, pieces[-1].text + rest, special=pieces[-1].special)
+    return pieces
+
+
+def prompt_part(
+    prompt: Prompt, scores: Sequence[tuple[float, list[tuple[int, float]]] | None] | None, tokenizer: Tokenizer | None
+) -> PromptPart:
+    """The prompt as it is given back, each token with its score when there are any."""
+    pieces = prompt.pieces or []
+    if scores is not None:
+        pieces = [
+            piece if score is None else _scored(piece, score[0], top_pieces(score[1], tokenizer))
+            for piece, score in zip(pieces, scores, strict=True)
+        ]
+    return PromptPart(text=prompt.text or "", tokens=pieces)
+
+
+def _scored(piece: TokenPiece, logprob: float, top: list[tuple[int, str, float]]) -> TokenPiece:
+    return TokenPiece(piece.id, piece.text, logprob, piece.special, piece.shown, top)
+
+
+def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[tuple[int, str, float]]:
+    if tokenizer is None:
+        return [(token_id, "", logprob) for token_id, logprob in top]
+    return [(token_id, tokenizer.text_of(token_id), logprob) for token_id, logprob in top]
+
+
+def _check_length(text: str, request: GenerateRequest, tokenizer: Tokenizer, info: EngineInfo) -> None:
+    # The vocabulary is only looked through for a text that is long at all.
+    if len(text) <= info.max_model_len:
+        return
+    bound = SLACK * info.max_model_len * tokenizer.longest_piece
+    if request.truncate is not None:
+        bound = max(bound, MAX_TRUNCATED_CHARS)
+    if len(text) > bound:
+        raise PromptTooLong(
+            f"The prompt has {len(text)} characters; no text of more than {bound} fits the {info.max_model_len} tokens "
+            "that the model takes, prompt and completion together.",
+            param="prompt",
+            prompt_chars=len(text),
+            max_chars=bound,
+            max_model_len=info.max_model_len,
+        )
+
+
+def _truncate(
+    ids: list[int], pieces: list[TokenPiece] | None, keep: int | None
+) -> tuple[list[int], list[TokenPiece] | None]:
+    if keep is None:
+        return ids, pieces
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise InvalidRequest(f"truncate is {keep!r}; it must be at least 1.", param="truncate")
+    return ids[-keep:], None if pieces is None else pieces[-keep:]
+
+
+def _check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
+    # Without max_tokens one more token must fit; with it all of them.
+    asked = 1 if params.max_tokens is None else params.max_tokens
+    if prompt + asked <= info.max_model_len:
+        return
+    asks = "" if params.max_tokens is None else f" and max_tokens is {asked}"
+    raise PromptTooLong(
+        f"The prompt has {prompt} tokens{asks}; the model takes {info.max_model_len}, prompt and completion together.",
+        param="prompt" if prompt >= info.max_model_len else "max_tokens",
+        prompt_tokens=prompt,
+        max_tokens=params.max_tokens,
+        max_model_len=info.max_model_len,
+    )
