@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -111,6 +112,11 @@ class EngineMachine(RuleBasedStateMachine):
                 # Without max_tokens a request fills what memory there is: less here than alone.
                 assert req.params.max_tokens is None or many == len(expected.token_ids)
         self.rig.engine.close()
+
+
+@pytest.mark.slow
+class TestEngineAtLength(EngineMachine.TestCase):
+    settings = settings(max_examples=1000, stateful_step_count=60, deadline=None)
 
 
 TestEngine = EngineMachine.TestCase

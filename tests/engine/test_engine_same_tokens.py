@@ -74,6 +74,17 @@ def assert_same(got, expected) -> None:
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(crowds(), engines(), st.data())
 def test_any_company_any_budget_any_memory(crowd, lim, data):
+    hold_company(crowd, lim, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1500, deadline=None)
+@given(crowds(most=10), engines(), st.data())
+def test_any_company_at_length(crowd, lim, data):
+    hold_company(crowd, lim, data)
+
+
+def hold_company(crowd, lim, data) -> None:
     rig = Rig(lim)
     for req in crowd:
         rig.add(req)
