@@ -191,7 +191,15 @@ def test_a_segment_without_its_adapter_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("a", "b"), [((4, 31), (32, 4)), ((4, 32), (31, 4)), ((4, 32), (32, 3)), ((128,), (32, 4)), ((4, 32, 1), (32, 4))]
+    ("a", "b"),
+    [
+        ((4, 31), (32, 4)),
+        ((4, 32), (31, 4)),
+        ((4, 32), (32, 3)),
+        ((128,), (32, 4)),
+        ((0, 32), (32, 0)),
+        ((4, 32, 1), (32, 4)),
+    ],
 )
 def test_shapes_that_do_not_fit_name_the_site(a, b):
     program = llama_program()

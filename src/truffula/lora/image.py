@@ -93,7 +93,11 @@ def _plan(sites: Sequence[SiteTensors]) -> tuple[list[Array], list[_Tensor], lis
             end = _aligned(end + array.nbytes)
         return index[id(array)]
 
-    laid = [_Site(s.site, place(s.a), place(s.b), float(s.scale)) for s in sorted(sites, key=lambda s: s.site)]
+    ordered = sorted(sites, key=lambda s: s.site)
+    for s in ordered:
+        # All A first: those of one fused weight then lie side by side, and one product shrinks for all, uncopied.
+        place(s.a)
+    laid = [_Site(s.site, place(s.a), place(s.b), float(s.scale)) for s in ordered]
     return arrays, tensors, laid, end
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage, SiteTensors
 from truffula.kernels.program import Linear, Logits, Program, Site, SiteSlice
-from truffula.kernels.reference.weights import Weight, view
+from truffula.kernels.reference.weights import Weight, stacked, view
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def _check(program: Program, tensors: SiteTensors) -> None:
         raise KernelError(f"the adapter names site {tensors.site}; the program has {len(program.sites)}.", param="site")
     site: Site = program.sites[tensors.site]
     a, b = tensors.a.shape, tensors.b.shape
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[1] != site.in_features or b[0] != site.out_features:
+    fits = len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (site.in_features, site.out_features)
+    if not fits:
         want = f"[r, {site.in_features}] and [{site.out_features}, r]"
         raise KernelError(f"site {site.module}: A {list(a)}, B {list(b)}; {want} needed.", param=site.module)
 
@@ -118,19 +119,8 @@ def _op_adapter(present: list[tuple[SiteSlice, SiteTensors]]) -> OpAdapter:
         address = tensors.a.ctypes.data
         if address not in at:
             at[address] = columns
-            shrinks.append(view(tensors.a).float())
+            shrinks.append(tensors.a)
             columns += rank
         b = view(tensors.b).float()
         expands.append(Expand(at[address], at[address] + rank, item.lo, item.hi, b, tensors.scale))
-    return OpAdapter(_stacked(shrinks).t(), tuple(expands))
-
-
-def _stacked(parts: list[Tensor]) -> Tensor:
-    """The parts under one another ``[Σr, I]``: a view when they already lie so in memory, else a copy."""
-    first = parts[0]
-    address = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != address:
-            return torch.cat(parts)
-        address += part.nbytes
-    return first.as_strided((sum(part.shape[0] for part in parts), first.shape[1]), (first.shape[1], 1))
+    return OpAdapter(stacked(shrinks).t(), tuple(expands))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,12 +21,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED = ("float32", "float16", "bfloat16")
 
 
-class _Writable:
-    """Shows ``array``'s memory as writable: torch warns about read-only arrays, and nothing here writes to them."""
+class _Memory:
+    """Shows the memory of ``owners``, which lie one behind the other, as one writable array of ``shape``.
 
-    def __init__(self, array: Array) -> None:
-        self.owner = array
-        self.__array_interface__ = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+    Writable because torch warns about read-only arrays; nothing here writes to them.
+    """
+
+    def __init__(self, owners: Sequence[Array], shape: tuple[int, ...]) -> None:
+        self.owners = owners
+        first = owners[0]
+        self.__array_interface__ = {
+            **first.__array_interface__, "data": (first.ctypes.data, False), "shape": shape, "strides": None,
+        }  # fmt: skip
 
 
 def view(array: Array) -> Tensor:
@@ -45,7 +52,23 @@ def view(array: Array) -> Tensor:
 
 
 def _writable(array: Array) -> Array:
-    return array if array.flags.writeable else np.asarray(_Writable(array))
+    return array if array.flags.writeable else np.asarray(_Memory([array], array.shape))
+
+
+def stacked(arrays: Sequence[Array]) -> Tensor:
+    """float32 ``[Σ rows, width]``: a view when the arrays are float32 and lie one behind the other, else a copy."""
+    if len(arrays) == 1:
+        return view(arrays[0]).float()
+    together = all(
+        array.dtype == np.float32
+        and array.flags.c_contiguous
+        and array.ctypes.data == arrays[0].ctypes.data + sum(before.nbytes for before in arrays[:index])
+        for index, array in enumerate(arrays)
+    )
+    if not together:
+        return torch.cat([view(array).float() for array in arrays])
+    shape = (sum(len(array) for array in arrays), arrays[0].shape[1])
+    return torch.from_numpy(np.asarray(_Memory(list(arrays), shape)))
 
 
 def release(array: Array) -> None:
