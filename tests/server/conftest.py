@@ -22,6 +22,11 @@ def adapter_folders(tmp_path_factory: pytest.TempPathFactory, model_folder: Path
 @pytest.fixture(scope="session")
 def live(model_folder: Path, adapter_folders: dict[str, Path]) -> Iterator[Live]:
     named = {name: str(adapter_folders[name]) for name in ("pirate", "org/poet")}
-    options = {"adapters": named, "adapter_dir": adapter_folders["in-dir"].parent, "lorax_metrics": True}
+    options = {
+        "adapters": named,
+        "adapter_dir": adapter_folders["in-dir"].parent,
+        "lorax_metrics": True,
+        "max_model_len": 160,
+    }
     with serving(model_folder, **options) as found:
         yield found

@@ -59,7 +59,7 @@ def tokenizer() -> Tokenizer:
 
 def write_model(folder: Path, *, with_tokenizer: bool = True, **config: Any) -> Path:
     made = tokenizer()
-    shape = {"vocab_size": made.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 1}
+    shape = {"vocab_size": made.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 1, "num_hidden_layers": 2}
     write_tiny_checkpoint(folder, tiny_llama_config(**shape | config), seed=3)
     if with_tokenizer:
         made.save(str(folder / "tokenizer.json"))

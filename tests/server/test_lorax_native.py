@@ -288,7 +288,7 @@ def test_names_of_the_base(live, name):
 
 
 def test_too_long(live):
-    error = assert_canonical_error(live.post("/generate", {"inputs": "Hello " * 600, "parameters": {}}), 422)
+    error = assert_canonical_error(live.post("/generate", {"inputs": "Hello " * 300, "parameters": {}}), 422)
     assert error["error_type"] == "validation"
 
 

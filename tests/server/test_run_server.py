@@ -80,3 +80,20 @@ def test_a_broken_adapter_fails_its_request_alone(tmp_path, adapter_folders):
         assert_canonical_error(live.post("/generate_stream", body), 424)
         assert live.native()["generated_text"] is not None
         assert [m["id"] for m in ok(live.client.get("/v1/models"))["data"]][1:] == ["broken"]
+
+
+def test_sampling_defaults_of_the_model_by_option_only(tmp_path):
+    import json
+
+    model = write_model(tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"top_k": 1, "eos_token_id": 1}))
+    body = {"prompt": "Hello", "max_tokens": 12, "seed": None}
+
+    def answers(live, **more):
+        return {live.completion(**{**body, "temperature": None, **more})["choices"][0]["text"] for _ in range(5)}
+
+    with serving(model, generation_defaults=True) as live:
+        assert len(answers(live)) == 1
+        assert len(answers(live, top_k=0)) > 1
+    with serving(model) as live:
+        assert len(answers(live)) > 1

@@ -14,7 +14,7 @@ def guarded(model_folder, adapter_folders):
         "api_keys": (KEY, "second-ключ"),
         "adapter_admin": True,
         "max_body": 4096,
-        "max_waiting": 0,
+        "max_waiting": 1,
         "max_running": 1,
     }
     with serving(model_folder, **options) as found:
@@ -33,7 +33,6 @@ def with_key(key):
         with_key("wrong"),
         with_key(KEY.lower()),
         with_key(KEY + "x"),
-
         {"authorization": KEY},
         {"authorization": f"Basic {KEY}"},
     ],
@@ -83,7 +82,7 @@ def test_nothing_is_read_for_a_stranger(guarded):
 
 
 def test_a_full_queue(guarded):
-    """No place to wait: with one running, the next is refused at once with when to come back."""
+    """More sequences than may wait: refused at once, with when to come back."""
     body = {"prompt": "Hello", "n": 4, "max_tokens": 4, "temperature": 0}
     response = guarded.client.post("/v1/completions", json=body, headers=with_key(KEY))
     error = assert_canonical_error(response, 429)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -57,8 +57,18 @@ _ADMIN_ROUTES: tuple[tuple[str, str, Handler, str, type[Body] | None], ...] = (
 EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
-def create_app(service: AsyncService, config: ServerConfig, policy: AdapterPolicy, metrics: Metrics) -> FastAPI:
-    """The application. Its lifespan starts ``service`` on the running loop and closes it at the end."""
+def create_app(
+    service: AsyncService,
+    config: ServerConfig,
+    policy: AdapterPolicy,
+    metrics: Metrics,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> FastAPI:
+    """The application. Its lifespan starts ``service`` on the running loop and closes it at the end.
+
+    ``defaults`` are sampling fields for requests on the OpenAI side that leave them out.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -78,7 +88,7 @@ def create_app(service: AsyncService, config: ServerConfig, policy: AdapterPolic
         exception_handlers={TruffulaError: _truffula_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
-    app.state.truffula = ServerState(service, config, policy, metrics)
+    app.state.truffula = ServerState(service, config, policy, metrics, defaults=defaults or {})
     for method, path, handler, tag, body in _ROUTES + (_ADMIN_ROUTES if config.adapter_admin else ()):
         _add(app, method, path, handler, tag, body)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

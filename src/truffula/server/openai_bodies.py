@@ -5,6 +5,8 @@ Null means absent everywhere. What is unknown or refused is in ``neutral.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
@@ -15,6 +17,7 @@ from truffula.server.neutral import OPENAI_ACCEPTED, OPENAI_REFUSED, refuse
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
+NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 Prompt = str | list[int]
 
 
@@ -105,11 +108,21 @@ class OpenAIBody(Body):
         return found
 
     def sampling(
-        self, *, max_tokens: int | None, logprobs: int | None, vocab_size: int, prompt_logprobs: int | None = None
+        self,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        vocab_size: int,
+        prompt_logprobs: int | None = None,
+        defaults: Mapping[str, Any] = NO_DEFAULTS,
     ) -> SamplingParams:
-        """These fields as ``SamplingParams``; a bad value raises ``InvalidRequest`` naming it."""
+        """These fields as ``SamplingParams``; a bad value raises ``InvalidRequest`` naming it.
+
+        ``defaults`` are the operator's, for fields the client leaves out.
+        """
         given: dict[str, Any] = {
             "temperature": self.temperature,
+            "top_k": 0 if self.top_k == -1 else self.top_k,
             "top_p": self.top_p,
             "min_p": self.min_p,
             "typical_p": self.typical_p,
@@ -122,9 +135,8 @@ class OpenAIBody(Body):
         }
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingParams(
-            **{name: value for name, value in given.items() if value is not None},
+            **{**defaults, **{name: value for name, value in given.items() if value is not None}},
             max_tokens=max_tokens,
-            top_k=0 if self.top_k in (None, -1) else self.top_k,
             best_of=self.best_of,
             stop=tuple(stops),
             stop_token_ids=tuple(self.stop_token_ids or ()),

@@ -104,7 +104,7 @@ class CompletionLogprobs:
             top: dict[str, float] = {}
             for token, text, logprob in piece.top:
                 top.setdefault(token_name(token, text, self._as_ids), finite(logprob))
-            top.setdefault(name, finite(piece.logprob))
+            top[name] = finite(piece.logprob)  # under its own name whatever else is spelled alike
             tops.append(top)
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
@@ -114,7 +114,10 @@ def chat_logprobs(pieces: Iterable[TokenPiece], as_ids: bool) -> dict[str, Any]:
     content = []
     for piece in pieces:
         entry = _chat_token(piece.id, piece.text, piece.logprob, as_ids)
-        entry["top_logprobs"] = [_chat_token(token, text, logprob, as_ids) for token, text, logprob in piece.top]
+        entry["top_logprobs"] = [
+            _chat_token(token, piece.text if token == piece.id else text, logprob, as_ids)
+            for token, text, logprob in piece.top
+        ]
         content.append(entry)
     return {"content": content, "refusal": None}
 

@@ -28,6 +28,7 @@ def completion_requests(request: Request, body: CompletionBody, state: ServerSta
         logprobs=body.logprobs,
         vocab_size=state.service.info.vocab_size,
         prompt_logprobs=body.logprobs if body.echo else None,
+        defaults=state.defaults,
     )
     shared = common(request, body, state, params)
     return [GenerateRequest(prompt=prompt, echo=bool(body.echo), **shared) for prompt in prompts]
@@ -38,7 +39,9 @@ def chat_request(request: Request, body: ChatBody, state: ServerState) -> Genera
     top = None if not body.logprobs else body.top_logprobs or 0
     check_limits(body, top, "top_logprobs", state)
     limit = body.token_limit()
-    params = body.sampling(max_tokens=limit, logprobs=top, vocab_size=state.service.info.vocab_size)
+    params = body.sampling(
+        max_tokens=limit, logprobs=top, vocab_size=state.service.info.vocab_size, defaults=state.defaults
+    )
     kwargs: dict[str, Any] = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)

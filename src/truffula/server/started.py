@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 
 from truffula.config import EngineConfig, Resolved, format_size
 from truffula.engine.client import connect
-from truffula.errors import ConfigError
+from truffula.errors import ConfigError, InvalidRequest
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
 from truffula.server.app import create_app
 from truffula.service import AsyncService, ServiceLimits
-from truffula.types import EngineInfo
+from truffula.types import EngineInfo, SamplingParams
+from truffula.weights.open import open_checkpoint
 
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 log = logging.getLogger(__name__)
 
 
@@ -47,7 +51,8 @@ def start(resolved: Resolved, url: str) -> Started:
     metrics = Metrics(
         service.stats, max_adapters=config.metrics_adapters, adapters=lambda: (), lorax_names=config.lorax_metrics
     )
-    app = create_app(service, config, policy, metrics)
+    defaults = sampling_defaults(client.info) if config.generation_defaults else {}
+    app = create_app(service, config, policy, metrics, defaults=defaults)
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
 
 
@@ -69,6 +74,21 @@ def read_template(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The chat template {path} cannot be read: {error}.", param="chat_template") from error
+
+
+def sampling_defaults(info: EngineInfo) -> dict[str, Any]:
+    """What generation_config.json says of sampling, beside the weights that were loaded."""
+    path = info.details.get("path")
+    if path is None:
+        return {}
+    with closing(open_checkpoint(Path(path))) as checkpoint:
+        written = checkpoint.generation_config
+    found = {name: written[name] for name in SAMPLING_FIELDS if written.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except InvalidRequest as error:
+        raise ConfigError(f"generation_config.json: {error.message}", param="generation_defaults") from error
+    return found
 
 
 class _Progress:

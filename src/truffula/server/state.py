@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from starlette.requests import Request
 
@@ -22,7 +24,8 @@ BASE_WORDS = ("", "tgi", "dummy")
 class ServerState:
     """Dependencies of the routes. ``succeeded`` turns true with the first answered generation (``/startup``).
 
-    ``loaded`` holds what an administrator added while the server runs: a policy of one name each.
+    ``defaults`` are sampling fields for requests on the OpenAI side that leave them out. ``loaded`` holds what an
+    administrator added while the server runs: a policy of one name each.
     """
 
     service: AsyncService
@@ -31,6 +34,7 @@ class ServerState:
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     succeeded: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     loaded: dict[str, AdapterPolicy] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
 
