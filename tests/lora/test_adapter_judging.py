@@ -133,6 +133,18 @@ def test_a_base_we_fuse_serves_adapters_that_name_the_parts(tmp_path: Path) -> N
     assert [s.site for s in judge(tmp_path, fused_sites()).sites] == [0, 2]
 
 
+def test_a_pattern_does_not_mean_fused_names_that_are_not_in_use(tmp_path: Path) -> None:
+    write_tiny_adapter(tmp_path, fused_sites(), targets=r".*(k|v)_proj")  # also the end of qkv_proj
+    assert [s.site for s in judge(tmp_path, fused_sites()).sites] == [1, 2]
+
+
+def test_a_fused_target_without_its_tensors_is_missing(tmp_path: Path) -> None:
+    write_tiny_adapter(tmp_path, fused_sites(), targets=["q_proj"])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["q_proj", "qkv_proj"]}))
+    assert "k_proj" in refused(tmp_path, fused_sites()).message
+
+
 def test_both_names_of_one_site_are_ambiguous(tmp_path: Path) -> None:
     made = tiny_tensors(fused_sites(), tiny_config(rank=4, alpha=8, targets=["q_proj"]))
     made[f"{ROOT}0.self_attn.qkv_proj.lora_A.weight"] = np.ones((4, D), np.float32)

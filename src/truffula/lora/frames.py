@@ -37,7 +37,7 @@ class Frames(Generic[F]):
                 break
             try:
                 frames.append(self._decoder.decode(bytes(self._buffer[4 : 4 + length])))
-            except (msgspec.DecodeError, ValueError) as error:
+            except (msgspec.MsgspecError, ValueError) as error:
                 raise WireError(f"A frame is malformed: {error}.") from error
             del self._buffer[: 4 + length]
         return frames

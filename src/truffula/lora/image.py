@@ -143,7 +143,7 @@ def _header(view: memoryview) -> tuple[_Header, int]:
         raise _damaged(f"a header of {length} bytes in a file of {len(view)}")
     try:
         header = msgspec.msgpack.decode(view[len(MAGIC) + 8 : len(MAGIC) + 8 + length], type=_Header)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.MsgspecError, ValueError) as error:  # ValueError: text that is not UTF-8
         raise _damaged(f"its header cannot be read ({error})") from error
     start = _aligned(len(MAGIC) + 8 + length)
     if start + header.data_bytes != len(view):

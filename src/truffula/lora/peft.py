@@ -109,6 +109,7 @@ class _Sites:
         for parts in self.by_name.values():
             parts.sort(key=lambda part: part[1].lo)
         self.names = frozenset(self.by_name)
+        self.fused_leaves = {_leaf(m.name) for site in self.linear for m in site.modules if not _is_own(site, m)}
 
 
 def judge_adapter(
@@ -299,10 +300,13 @@ def _cross_check(judged: _Judged, targets: Targets, sites: _Sites) -> None:
             param="target_modules",
             key=stray[0],
         )
+    fused = sites.fused_leaves & {_leaf(pair.module) for pair in judged.pairs}
+    if isinstance(judged.settings.target_modules, tuple):
+        fused |= sites.fused_leaves & {_leaf(entry) for entry in judged.settings.target_modules}
     missing = [
         site.module
         for site in sites.linear
-        if site.id not in covered and any(targets.targeted(module.name) for module in site.modules)
+        if site.id not in covered and any(targets.targeted(name) for name in _names_in_use(site, fused))
     ]
     if missing:
         raise AdapterError(
@@ -312,6 +316,23 @@ def _cross_check(judged: _Judged, targets: Targets, sites: _Sites) -> None:
         )
     if unused := targets.unused_entries(sites.names):
         judged.warnings.append(f"target_modules: names no module of the base: {listed(unused)}.")
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _is_own(site: Site, module: ModuleSlice) -> bool:
+    """Whether this name means the whole site, rather than a fused module that holds it."""
+    return module.lo == 0 and module.hi == module.of == site.out_features
+
+
+def _names_in_use(site: Site, fused: set[str]) -> list[str]:
+    """The names that PEFT can know this site by. A base has either a fused module or its parts, never both, and only
+    the adapter tells which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
+    """
+    whole = [m.name for m in site.modules if not _is_own(site, m) and _leaf(m.name) in fused]
+    return whole or [m.name for m in site.modules if _is_own(site, m)]
 
 
 def _check_size(pairs: Sequence[_Pair], max_bytes: int | None) -> None:

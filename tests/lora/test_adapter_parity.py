@@ -1,0 +1,231 @@
+"""Every field that is served, against peft: each adapter alone, and all of them with base rows in one batch.
+
+Logits within 1e-4 in float32. The adapters go the whole way: files, judgement, laid-out image, executable.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from lora_bases import BASE
+
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Program
+from truffula.kernels.reference import ReferenceBackend
+from truffula.lora.image import map_image, write_image
+from truffula.lora.peft import judge_adapter
+from truffula.model.load import plan_model, puller
+from truffula.testing.adapters import PREFIX, tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
+from truffula.testing.oracle import Oracle
+from truffula.testing.programs import Part, fill_step
+from truffula.testing.tiny import tiny_config as tiny_model_config
+from truffula.testing.tiny import write_tiny_checkpoint
+from truffula.weights.open import open_checkpoint
+from truffula.weights.tying import Tie
+
+Float32 = npt.NDArray[np.float32]
+TOLERANCE = 1e-4
+BLOCK = 4
+PROMPT_TOKENS = 11
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+# (name, what is asked of write_tiny_adapter)
+CASES: dict[str, dict[str, Any]] = {
+    "plain q and v": {},
+    "rank 1": {"rank": 1},
+    "rank 3": {"rank": 3, "targets": ATTENTION},
+    "rank above the hidden size": {"rank": 48, "targets": "all-linear"},
+    "all-linear": {"targets": "all-linear"},
+    "one site only": {"targets": ["down_proj"]},
+    "alpha a float": {"alpha": 3.5},
+    "alpha negative": {"alpha": -4},
+    "rslora": {"use_rslora": True, "rank": 7, "targets": "all-linear"},
+    "rank_pattern": {"targets": "all-linear", "rank_pattern": {"q_proj": 2, "mlp.down_proj": 9}},
+    "rank_pattern a regex": {"targets": ATTENTION, "rank_pattern": {r"layers\.[01]\.self_attn\.(q|v)_proj": 5}},
+    "rank_pattern a full name": {"rank_pattern": {"model.layers.1.self_attn.q_proj": 6}},
+    "alpha_pattern": {"targets": ATTENTION, "alpha_pattern": {"v_proj": 1, ".*k_proj": 20}},
+    "alpha_pattern, two hits": {"alpha_pattern": {".*q_proj": 3, "layers.1.self_attn.q_proj": 100}},
+    "both patterns and rslora": {
+        "rank": 8,
+        "use_rslora": True,
+        "targets": "all-linear",
+        "rank_pattern": {"o_proj": 2},
+        "alpha_pattern": {"o_proj": 1, "gate_proj": 30},
+    },
+    "a suffix of two segments": {"targets": ["self_attn.q_proj", "mlp.up_proj"]},
+    "full names": {"targets": ["model.layers.0.self_attn.q_proj", "model.layers.2.mlp.up_proj"]},
+    "a regex": {"targets": r".*layers\.(0|2)\..*(q|up)_proj"},
+    "a regex with a look-ahead": {"targets": r"^(?!.*mlp).*_proj$"},
+    "layers_to_transform a list": {"targets": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "layers_to_transform an int": {"targets": ["q_proj", "up_proj"], "layers_to_transform": 1},
+    "layers_pattern": {"targets": ["v_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "a full name beside layers_to_transform": {
+        "targets": ["q_proj", "model.layers.2.mlp.up_proj"],
+        "layers_to_transform": [0],
+    },
+    "exclude_modules a list": {"targets": "all-linear", "exclude_modules": ["down_proj", "layers.1.mlp.up_proj"]},
+    "exclude_modules a regex": {"targets": ATTENTION, "exclude_modules": r".*\.1\..*"},
+    "float16 file": {"dtype": "float16", "targets": "all-linear"},
+    "bfloat16 file": {"dtype": "bfloat16", "targets": "all-linear"},
+    "init gaussian": {"init_lora_weights": "gaussian"},
+    "init orthogonal": {"init_lora_weights": "orthogonal"},
+    "fan_in_fan_out wrong": {"fan_in_fan_out": True},
+    "dropout": {"lora_dropout": 0.5},
+}
+BASES = {
+    "llama": {"head_dim": 14, "num_key_value_heads": 1, "vocab_size": 97, "attention_bias": True},
+    "qwen2": {"tie_word_embeddings": True},
+    "gemma3_text": {"num_hidden_layers": 4},
+}
+
+
+class Served:
+    """One base with any number of adapters in slots; runs whole prompts in one step."""
+
+    def __init__(self, folder: Path, model_type: str) -> None:
+        self.folder = folder
+        self.path = write_tiny_checkpoint(folder / "model", tiny_model_config(model_type, **BASES[model_type]), seed=5)
+        checkpoint = open_checkpoint(self.path)
+        plan = plan_model(checkpoint)
+        pull = puller(checkpoint, plan)
+        self.program: Program = plan.program
+        self.tied = plan.tying.tie is not Tie.SEPARATE
+        rows, blocks = 48 * PROMPT_TOKENS, -(-PROMPT_TOKENS // BLOCK)
+        capacity = Capacity(rows, 48, rows, 48, num_blocks=1 + 48 * blocks, block_size=BLOCK, max_blocks_per_seq=blocks)
+        self.executable = ReferenceBackend().load(plan.program, "float32", pull, capacity)
+        pull.finish()
+        self._blocks = blocks
+
+    def add(self, adapter: Path) -> int:
+        judged = judge_adapter(adapter, self.program.sites, base=BASE)
+        image = self.folder / "image"
+        write_image(judged, image)
+        mapped = map_image(image)
+        image.unlink()
+        return self.executable.adapter(mapped)
+
+    def run(self, rows: list[tuple[int | None, list[int]]]) -> list[Float32]:
+        """Logits of every token of each prompt; rows are (slot, prompt) sorted as a step wants them."""
+        parts = [
+            Part(tuple(ids), 0, tuple(range(1 + n * self._blocks, 1 + (n + 1) * self._blocks)), slot, "all")
+            for n, (slot, ids) in enumerate(rows)
+        ]
+        fill_step(self.executable.inputs, parts, BLOCK)
+        self.executable.run()
+        return np.split(self.executable.logits(), np.cumsum([len(ids) for _, ids in rows])[:-1])
+
+    def prompt(self, seed: int) -> list[int]:
+        return np.random.default_rng(seed).integers(3, self.program.vocab_size, PROMPT_TOKENS).tolist()
+
+    def peft(self, adapter: Path | None, ids: list[int]) -> Float32:
+        return Oracle(self.path, tied=self.tied, adapter=adapter).logits(ids)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    alone: Float32
+    mixed: Float32
+    peft: Float32
+    base: Float32
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every case on one base: by itself, in one batch of all with base rows between, and as peft computes it."""
+    served = Served(tmp_path_factory.mktemp("parity"), "llama")
+    slots: dict[str, int] = {}
+    for number, (name, fields) in enumerate(CASES.items()):
+        write_tiny_adapter(served.folder / name, served.program.sites, seed=number, **fields)
+        slots[name] = served.add(served.folder / name)
+    order = sorted(CASES, key=lambda name: slots[name])
+    prompts = {name: served.prompt(slots[name]) for name in CASES}
+    mixed = served.run([(slots[n], prompts[n]) for n in order] + [(None, prompts[n]) for n in order[:10]])
+    made = {}
+    for place, name in enumerate(order):
+        (alone,) = served.run([(slots[name], prompts[name])])
+        (base,) = served.run([(None, prompts[name])])
+        made[name] = Outcome(alone, mixed[place], served.peft(served.folder / name, prompts[name]), base)
+        shutil.rmtree(served.folder / name)
+    # Base rows don't know what runs beside them: the same plan without adapters gives the same bits.
+    without = served.run([(None, prompts[n]) for n in order] + [(None, prompts[n]) for n in order[:10]])
+    for with_adapters, plain in zip(mixed[len(order) :], without[len(order) :], strict=True):
+        assert np.array_equal(with_adapters, plain)
+    return made
+
+
+@pytest.mark.parametrize("company", ["alone", "mixed"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, company: str) -> None:
+    outcome = outcomes[case]
+    np.testing.assert_allclose(getattr(outcome, company), outcome.peft, atol=TOLERANCE)
+    assert np.abs(outcome.peft - outcome.base).max() > 100 * TOLERANCE, "the adapter does not show"
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
+def test_other_families_agree_with_peft(tmp_path: Path, model_type: str) -> None:
+    served = Served(tmp_path, model_type)
+    rows: list[tuple[int | None, list[int]]] = []
+    expected = []
+    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "down_proj"]})):
+        folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
+        rows.append((served.add(folder), served.prompt(number)))
+        expected.append(served.peft(folder, rows[-1][1]))
+    rows.append((None, served.prompt(9)))
+    expected.append(served.peft(None, rows[-1][1]))
+    for mine, theirs in zip(served.run(rows), expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
+
+
+def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path) -> None:
+    """An adapter on ``qkv_proj`` and ``gate_up_proj`` equals peft's adapter on the parts, each with the same A."""
+    served = Served(tmp_path, "llama")
+    config = tiny_config(rank=4, alpha=8, targets=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+    split = tiny_tensors(served.program.sites, config, seed=1)
+    fused = {}
+    for layer in range(3):
+        for whole, parts in (("self_attn.qkv_proj", ATTENTION[:3]), ("mlp.gate_up_proj", ["gate_proj", "up_proj"])):
+            root = f"{PREFIX}model.layers.{layer}.{whole.partition('.')[0]}."
+            a = split[f"{root}{parts[0]}.lora_A.weight"]
+            for part in parts:
+                split[f"{root}{part}.lora_A.weight"] = a
+            name = f"{PREFIX}model.layers.{layer}.{whole}"
+            fused[f"{name}.lora_A.weight"] = a
+            fused[f"{name}.lora_B.weight"] = np.concatenate([split[f"{root}{part}.lora_B.weight"] for part in parts])
+    write_adapter(tmp_path / "split", config, split)
+    write_adapter(tmp_path / "fused", config | {"target_modules": ["qkv_proj", "gate_up_proj"]}, fused)
+    ids = served.prompt(3)
+    slots = [served.add(tmp_path / "split"), served.add(tmp_path / "fused")]
+    mine = served.run([(slot, ids) for slot in slots])
+    theirs = served.peft(tmp_path / "split", ids)
+    for logits in mine:
+        np.testing.assert_allclose(logits, theirs, atol=TOLERANCE)
+
+
+def test_an_adapter_that_peft_itself_wrote_is_served(tmp_path: Path) -> None:
+    """The files as ``save_pretrained`` leaves them, not as we think it does."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    served = Served(tmp_path, "llama")
+    model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32)
+    config = LoraConfig(
+        r=6,
+        lora_alpha=12,
+        target_modules="all-linear",
+        rank_pattern={"q_proj": 2},
+        use_rslora=True,
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,  # random B: what training would have left
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "saved")
+    ids = served.prompt(0)
+    (mine,) = served.run([(served.add(tmp_path / "saved"), ids)])
+    theirs = served.peft(tmp_path / "saved", ids)
+    np.testing.assert_allclose(mine, theirs, atol=TOLERANCE * max(1.0, float(np.abs(theirs).max()) / 10))

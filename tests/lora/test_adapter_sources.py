@@ -1,0 +1,178 @@
+"""Names lead where the operator allowed, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from lora_bases import llama_sites
+
+from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.lora.sources import AdapterPolicy
+from truffula.testing.adapters import write_tiny_adapter
+
+
+def adapter(folder: Path, **fields: object) -> Path:
+    return write_tiny_adapter(folder, llama_sites(), **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [None, "", "base", "org/base"])
+def test_the_base_is_no_adapter(name: str | None) -> None:
+    assert AdapterPolicy().resolve(name, base_names=("base", "org/base")) is None
+
+
+def test_a_named_folder_and_a_named_hub_id(tmp_path: Path) -> None:
+    adapter(tmp_path / "a")
+    policy = AdapterPolicy({"pirate": tmp_path / "a", "far": "org/name", "old": "org/name@v1.0"})
+    pirate = policy.resolve("pirate")
+    assert pirate is not None and (pirate.kind, pirate.locator) == ("local", str(tmp_path / "a"))
+    far, old = policy.resolve("far"), policy.resolve("old")
+    assert far is not None and (far.kind, far.locator, far.revision) == ("hub", "org/name", None)
+    assert old is not None and (old.kind, old.locator, old.revision) == ("hub", "org/name", "v1.0")
+    assert policy.names() == ["far", "old", "pirate"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"adapters": {"a": "/nowhere"}},
+        {"adapters": {"a": "no-slash"}},
+        {"adapters": {"a": "org/name/extra"}},
+        {"adapters": {"": "org/name"}},
+        {"adapters": {"a\nb": "org/name"}},
+        {"adapter_dir": Path("/nowhere")},
+        {"default_source": "s3"},
+    ],
+    ids=str,
+)
+def test_an_option_that_cannot_work_is_said_at_the_start(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        AdapterPolicy(**options)  # type: ignore[arg-type]
+
+
+def test_a_new_subfolder_is_served_without_a_restart(tmp_path: Path) -> None:
+    policy = AdapterPolicy(adapter_dir=tmp_path)
+    with pytest.raises(AdapterNotFound):
+        policy.resolve("late")
+    assert policy.names() == []
+    adapter(tmp_path / "late")
+    found = policy.resolve("late")
+    assert found is not None and found.locator == str(tmp_path / "late") and policy.names() == ["late"]
+
+
+def test_a_changed_folder_has_another_fingerprint(tmp_path: Path) -> None:
+    policy = AdapterPolicy(adapter_dir=tmp_path)
+    adapter(tmp_path / "a", seed=1)
+    first, again = policy.resolve("a"), policy.resolve("a")
+    assert first == again
+    adapter(tmp_path / "a", seed=2, rank=5)
+    assert policy.resolve("a") != first
+
+
+EVIL = [
+    "..",
+    ".",
+    "../a",
+    "a/../a",
+    "a/..",
+    "/etc",
+    "a\x00b",
+    "a\\b",
+    ".hidden",
+    "a\n",
+    "\u202ea",
+    "x" * 600,
+    "~",
+    "file:///etc",
+]
+
+
+@pytest.mark.parametrize("name", EVIL)
+def test_a_name_never_leaves_the_folder_nor_tells_where_it_is(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "served"
+    adapter(root / "a")
+    adapter(root / ".hidden")
+    adapter(tmp_path / "outside")
+    policy = AdapterPolicy(adapter_dir=root)
+    with pytest.raises(AdapterNotFound) as caught:
+        policy.resolve(name)
+    assert str(tmp_path) not in caught.value.message
+    assert policy.names() == ["a"]
+
+
+@pytest.mark.parametrize("link", ["folder", "config", "tensors"])
+def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, link: str) -> None:
+    root, outside = tmp_path / "served", adapter(tmp_path / "outside")
+    root.mkdir()
+    if link == "folder":
+        (root / "a").symlink_to(outside)
+    else:
+        name = {"config": "adapter_config.json", "tensors": "adapter_model.safetensors"}[link]
+        adapter(root / "a")
+        (root / "a" / name).unlink()
+        (root / "a" / name).symlink_to(outside / name)
+    policy = AdapterPolicy(adapter_dir=root)
+    with pytest.raises(AdapterNotFound):
+        policy.resolve("a")
+    assert policy.names() == []
+
+
+def test_links_within_the_folder_are_fine(tmp_path: Path) -> None:
+    adapter(tmp_path / "v1")
+    (tmp_path / "current").symlink_to("v1")
+    (tmp_path / "loop").symlink_to("loop")
+    policy = AdapterPolicy(adapter_dir=tmp_path)
+    found = policy.resolve("current")
+    assert found is not None and found.locator == str(tmp_path / "v1")
+    assert policy.names() == ["current", "v1"]
+
+
+def test_first_use_is_where_the_operator_allowed(tmp_path: Path) -> None:
+    adapter(tmp_path / "ok" / "team" / "a")
+    adapter(tmp_path / "private" / "b")
+    policy = AdapterPolicy(allow_local=(tmp_path / "ok",), allow_hub=("my-org/*", "other/one"))
+    for name in (str(tmp_path / "ok" / "team" / "a"), "team/a"):
+        found = policy.resolve(name, "local")
+        assert found is not None and found.locator == str(tmp_path / "ok" / "team" / "a") and found.fingerprint
+    for name in (str(tmp_path / "private" / "b"), "../private/b", "team/../../private/b", "team", "/"):
+        with pytest.raises(AdapterNotFound):
+            policy.resolve(name, "local")
+    hub = policy.resolve("my-org/pirate@refs/pr/1")
+    assert hub is not None and (hub.kind, hub.locator, hub.revision) == ("hub", "my-org/pirate", "refs/pr/1")
+    assert policy.resolve("other/one", "hub") is not None
+    for name in ("other/two", "my-org", "my-org/../x", "my-org/a/b", "http://my-org/x", "my-org/a b", "evil/my-org/x"):
+        with pytest.raises(AdapterNotFound):
+            policy.resolve(name, "hub")
+
+
+def test_without_an_allow_list_nothing_is_loaded_on_first_use(tmp_path: Path) -> None:
+    adapter(tmp_path / "a")
+    for source in (None, "hub", "local"):
+        with pytest.raises(AdapterNotFound):
+            AdapterPolicy().resolve("org/name", source)
+    with pytest.raises(AdapterNotFound):
+        AdapterPolicy(default_source="local").resolve(str(tmp_path / "a"))
+
+
+def test_a_source_keeps_equal_names_apart(tmp_path: Path) -> None:
+    adapter(tmp_path / "dir" / "x")
+    policy = AdapterPolicy({"org/x": tmp_path / "dir" / "x"}, allow_hub=("org/*",))
+    local, hub = policy.resolve("org/x"), policy.resolve("org/x", "hub")
+    assert local is not None and hub is not None and (local.kind, hub.kind) == ("local", "hub")
+    with pytest.raises(InvalidRequest) as caught:
+        policy.resolve("org/x", "s3")
+    assert caught.value.param == "adapter_source"
+
+
+def test_the_folder_may_vanish(tmp_path: Path) -> None:
+    root = tmp_path / "served"
+    adapter(root / "a")
+    policy = AdapterPolicy({"far": "org/name"}, adapter_dir=root)
+    assert policy.names() == ["a", "far"]
+    for path in (root / "a").iterdir():
+        path.unlink()
+    (root / "a").rmdir()
+    root.rmdir()
+    assert policy.names() == ["far"]
+    with pytest.raises(AdapterNotFound):
+        policy.resolve("a")
