@@ -165,6 +165,29 @@ def test_rows_equal_the_plain_oracle(batch):
         assert (got.top_logprobs[r, n:] == -INF).all()
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 999), st.sampled_from([0.3, 2.0, 6.0]), st.booleans(),
+    st.sampled_from(
+        [{"top_k": 3}, {"top_k": 700}, {"top_p": 0.5}, {"top_p": 0.97}, {"typical_p": 0.3}, {"typical_p": 0.95},
+         {"top_k": 50, "top_p": 0.9}, {"min_p": 0.01}, {"n_logprobs": 20}, {"n_logprobs": 20, "warped": 1, "top_p": 0.6}]
+    ),
+)  # fmt: skip
+def test_large_vocabularies_equal_the_plain_oracle(seed, spread, ties, asked):
+    """Peaked, flat and full of ties: sorting only what is needed changes nothing."""
+    rng = np.random.default_rng(seed)
+    raw = (rng.standard_normal(3001) * spread).astype(np.float32)
+    raw = np.round(raw) if ties else raw
+    asked = {**asked, "seed": seed}
+    got = sample(raw[None], fill([asked]))
+    row = as_sent(asked)
+    scores = oracle_scores(raw, row)
+    assert got.ids[0] == oracle_choice(scores, row) or on_an_edge(raw, row)
+    if row["n_logprobs"] == 20:
+        ranked = best_first(scores if row["warped"] else dict(enumerate(raw)))[:20]
+        assert [i for i in got.top_ids[0].tolist() if i >= 0] == ranked
+
+
 def on_an_edge(raw: np.ndarray, row: dict) -> bool:
     """Whether the outcome hangs on the last digits: it changes when a limit or the draw moves by 1e-9."""
     outcomes = set()

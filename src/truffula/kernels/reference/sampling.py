@@ -146,15 +146,7 @@ def _nucleus(scores: Float64, kept: Int64 | None, top_p: float) -> Int64:
     ids = np.arange(len(scores)) if kept is None else kept
     values = scores[ids]
     weights = np.exp(values)
-    weights /= weights.sum()
-    # All ids below (1 - p) / n together weigh less than 1 - p, so the nucleus ends before them: no need to sort them.
-    # Half of it leaves room for rounding.
-    candidates = np.flatnonzero(weights >= 0.5 * (1.0 - top_p) / len(ids))
-    order = candidates[np.argsort(-values[candidates], kind="stable")]
-    before = np.cumsum(weights[order]) - weights[order]
-    inside = before < top_p
-    inside[0] = True
-    return np.sort(ids[order[inside]])
+    return np.sort(ids[_shortest(values, weights / weights.sum(), top_p)])
 
 
 def _typical(scores: Float64, ids: Int64, typical_p: float) -> Int64:
@@ -163,11 +155,20 @@ def _typical(scores: Float64, ids: Int64, typical_p: float) -> Int64:
     weights = np.exp(logs)
     possible = weights > 0
     entropy = -np.sum(weights[possible] * logs[possible])
-    order = np.argsort(np.abs(-logs - entropy), kind="stable")
-    before = np.cumsum(weights[order]) - weights[order]
-    inside = before < typical_p
-    inside[0] = True
-    return np.sort(ids[order[inside]])
+    return np.sort(ids[_shortest(-np.abs(logs + entropy), weights, typical_p)])
+
+
+def _shortest(rank: Float64, weights: Float64, mass: float) -> Int64:
+    """Positions by falling ``rank`` (ties to the lower) until their ``weights`` reach ``mass``; at least one.
+
+    A few hundred nearly always do: only a row that needs more has more of it sorted.
+    """
+    for k in (256, 8192, len(rank)):
+        order = top(rank, k)
+        total = np.cumsum(weights[order])
+        if total[-1] >= mass:
+            break
+    return order[: 1 + int(np.searchsorted(total[:-1], mass, side="left"))]
 
 
 def choose(scores: Float64, kept: Int64 | None, row: Row, draw: float) -> int:
@@ -199,9 +200,16 @@ def top(values: Float64, k: int) -> Int64:
     """The ids of the ``k`` largest values above -inf, best first, ties to the lower id."""
     if k <= 0:
         return np.zeros(0, np.int64)
-    if k < len(values):
+    threshold = -np.inf
+    blocks = len(values) // _BLOCK
+    if 2 * k <= blocks:
+        # k values reach the k-th largest block maximum, so the k-th largest value does: cheaper than partitioning all.
+        maxima = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
+        threshold = np.partition(maxima, blocks - k)[blocks - k]
+    elif k < len(values):
         threshold = np.partition(values, len(values) - k)[len(values) - k]
-        candidates = np.flatnonzero((values >= threshold) & (values > -np.inf))
-    else:
-        candidates = np.flatnonzero(values > -np.inf)
+    candidates = np.flatnonzero((values >= threshold) & (values > -np.inf))
     return candidates[np.argsort(-values[candidates], kind="stable")][:k]
+
+
+_BLOCK = 64
