@@ -7,10 +7,11 @@ Sources: llama.cpp's tokenizers (which text a file is meant to be read as) and t
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
+
+import msgspec
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _SPACE = "\u2581"
@@ -65,8 +66,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tupl
         what = f"tokenizer.ggml.model {kind!r}" + (f" with tokenizer.ggml.pre {pre!r}" if kind == "gpt2" else "")
         return {}, (f"{what} is not read; only token ids can be served.",)
     files = {
-        "tokenizer.json": json.dumps(made, separators=(",", ":")).encode(),
-        "tokenizer_config.json": json.dumps(_tokenizer_config(vocabulary, made)).encode(),
+        "tokenizer.json": msgspec.json.encode(made),
+        "tokenizer_config.json": msgspec.json.encode(_tokenizer_config(vocabulary, made)),
     }
     return files, tuple(warnings)
 
@@ -88,7 +89,13 @@ class _Vocabulary:
         self.types: list[int] = types if isinstance(types, list) and len(types) == len(tokens) else []
         merges = metadata.get("tokenizer.ggml.merges")
         # a merge is two tokens with one space between; the first may itself begin with one
-        self.merges = [_halves(merge) for merge in merges] if isinstance(merges, list) else None
+        self.merges = self._usable(merges) if isinstance(merges, list) else None
+
+    def _usable(self, merges: list[Any]) -> list[tuple[str, str]]:
+        """One whose parts or result the vocabulary lacks can never apply, and the library refuses it."""
+        known = set(self.tokens)
+        pairs = [_halves(str(merge)) for merge in merges]
+        return [(a, b) for a, b in pairs if a in known and b in known and a + b in known]
 
     def token(self, name: str) -> tuple[int, str] | None:
         """Id and text of the ``bos``, ``eos``, ``unknown`` or ``padding`` token."""
@@ -97,7 +104,8 @@ class _Vocabulary:
 
     def mergeable(self) -> bool:
         scores = self.metadata.get("tokenizer.ggml.scores")
-        return bool(self.types) and isinstance(scores, list) and len(scores) == len(self.tokens)
+        scored = isinstance(scores, list) and len(scores) == len(self.tokens)
+        return bool(self.types) and (scored or bool(self.merges))
 
     def added(self, spelled: list[str]) -> list[dict[str, Any]]:
         """Tokens matched in the text before it is cut: control tokens, which are special, and those the author
@@ -118,9 +126,9 @@ class _Vocabulary:
         ]
 
 
-def _halves(merge: str) -> list[str]:
+def _halves(merge: str) -> tuple[str, str]:
     at = merge.find(" ", 1)
-    return [merge[:at], merge[at + 1 :]] if at > 0 else [merge, ""]
+    return (merge[:at], merge[at + 1 :]) if at > 0 else (merge, "")
 
 
 def _byte_level(vocabulary: _Vocabulary, pre: str) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     )
 
 
-def recover_merges(tokens: list[str], scores: list[float] | None) -> list[list[str]]:
+def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[str, str]]:
     """The merges a SentencePiece BPE vocabulary implies, best first: every cut of a token into two tokens.
 
     By score, highest first, or by place in the vocabulary where ``scores`` is None; of one token's cuts, by the length
@@ -182,10 +190,10 @@ def recover_merges(tokens: list[str], scores: list[float] | None) -> list[list[s
     place = {token: index for index, token in enumerate(tokens)}
     if scores is None:
         return [
-            [token[:at], token[at:]]
-            for token in place
+            (left, right)
+            for token in tokens
             for at in range(1, len(token))
-            if token[:at] in place and token[at:] in place
+            if (left := token[:at]) in place and (right := token[at:]) in place
         ]
     found = [
         (-scores[index], -at, at - len(token), token)
@@ -194,11 +202,10 @@ def recover_merges(tokens: list[str], scores: list[float] | None) -> list[list[s
         if token[:at] in place and token[at:] in place
     ]
     found.sort(key=lambda cut: cut[:3])
-    return [[token[:right], token[right:]] for *_, right, token in found]  # ``right`` counts from the end
+    return [(token[:right], token[right:]) for *_, right, token in found]  # ``right`` counts from the end
 
 
-def _bpe(tokens: list[str], merges: list[list[str]], **options: Any) -> dict[str, Any]:
-    vocab = {token: index for index, token in enumerate(tokens)}
+def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> dict[str, Any]:
     return {
         "type": "BPE",
         "dropout": None,
@@ -209,9 +216,8 @@ def _bpe(tokens: list[str], merges: list[list[str]], **options: Any) -> dict[str
         "byte_fallback": False,
         "ignore_merges": False,
         **options,
-        "vocab": vocab,
-        # a merge whose parts or result the vocabulary lacks can never apply, and the library refuses it
-        "merges": [m for m in merges if m[0] in vocab and m[1] in vocab and m[0] + m[1] in vocab],
+        "vocab": {token: index for index, token in enumerate(tokens)},
+        "merges": merges,
     }
 
 

@@ -1,0 +1,303 @@
+"""A vocabulary in a GGUF file encodes and decodes as the tokenizer that it was made from."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from truffula.weights.gguf_tokenizer import recover_merges, tokenizer_files
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. It's 12 o'clock; they'll say 1234567 times: don't!",
+    "def f(x):\n    return x ** 2  # comment\n\n\nclass A(B):\n\tpass\r\n",
+    "Ein Überfall, déjà vu, naïve café — “quoted” … 漢字かな交じり文 русский текст 🦙🦙",
+    "    indented   text  with   runs of      spaces\n\n\n\n12 34 5678 ½ ² ③",
+] * 4
+SPECIAL = ["<|end|>", "<|im_start|>", "<|im_end|>"]
+DEFINED = ["<think>", "</think>"]
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def bytes_only() -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def theirs(name: str) -> str:
+    """How transformers cuts text for a pre-tokenizer's name."""
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    return GGUF_PRE_TOKENIZER_SPLITS[name]
+
+
+# As the tokenizer.json of models with these names has it.
+ORIGINALS: dict[str, Callable[[], Any]] = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": lambda: pre_tokenizers.Sequence([split(theirs("llama-bpe")), bytes_only()]),
+    "qwen2": lambda: pre_tokenizers.Sequence([split(theirs("qwen2")), bytes_only()]),
+    "tekken": lambda: pre_tokenizers.Sequence([split(theirs("tekken")), bytes_only()]),
+    "default": lambda: pre_tokenizers.Sequence(
+        [split(r"[\p{P}$+<=>^~|]+"), split(GPT2), split(r"\p{N}+"), split("[0-9]{3}"), bytes_only()]
+    ),
+}
+
+
+@cache
+def original(pre: str) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in {"llama-bpe", "tekken"}))
+    tokenizer.normalizer = normalizers.NFC() if pre == "qwen2" else None
+    tokenizer.pre_tokenizer = ORIGINALS[pre]()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in DEFINED])
+    return tokenizer
+
+
+def as_metadata(tokenizer: Tokenizer, pre: str) -> dict[str, Any]:
+    vocab = sorted(tokenizer.get_vocab(), key=tokenizer.token_to_id)
+    types = [3 if token in SPECIAL else 4 if token in DEFINED else 1 for token in vocab]
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": vocab,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": vocab.index("<|im_start|>"),
+        "tokenizer.ggml.eos_token_id": vocab.index("<|im_end|>"),
+        "tokenizer.ggml.add_bos_token": False,
+    }
+
+
+def rebuilt(metadata: dict[str, Any]) -> Tokenizer:
+    files, _ = tokenizer_files(metadata)
+    return Tokenizer.from_str(files["tokenizer.json"].decode())
+
+
+@cache
+def from_gguf(pre: str) -> Tokenizer:
+    return rebuilt(as_metadata(original(pre), pre))
+
+
+PIECES = st.sampled_from(
+    [
+        "It's",
+        " don't",
+        "1234",
+        "  12",
+        "a  123",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "   ",
+        " ",
+        "½²",
+        "é",
+        "漢字",
+        "🦙",
+        "русский",
+        "<|im_start|>",
+        "<think>",
+        "<|im",
+        "x**2",
+        "—“”",
+        "Ünï",
+        "'LL",
+        "\x00",
+        "\u2009",
+        "camelCaseX",
+        "/path/",
+    ]
+)
+TEXTS = st.lists(PIECES | st.text(st.characters(codec="utf-8"), max_size=6), max_size=12).map("".join)
+
+
+@pytest.mark.parametrize("pre", ORIGINALS)
+@given(text=TEXTS)
+@settings(max_examples=60, deadline=None)
+def test_byte_level_vocabularies(pre: str, text: str) -> None:
+    wanted, found = original(pre), from_gguf(pre)
+    ids = wanted.encode(text).ids
+    assert found.encode(text).ids == ids
+    for skip in (True, False):
+        assert found.decode(ids, skip_special_tokens=skip) == wanted.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("pre", ORIGINALS)
+def test_every_text_of_the_corpus_comes_back(pre: str) -> None:
+    for text in CORPUS[:4]:
+        assert from_gguf(pre).decode(from_gguf(pre).encode(text).ids) == text
+
+
+def test_the_frame_of_a_text() -> None:
+    metadata = as_metadata(original("gpt-2"), "gpt-2")
+    bos, eos = metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]
+    plain = original("gpt-2").encode("hi").ids
+    for add_bos, add_eos in ((True, False), (False, True), (True, True)):
+        both = {"tokenizer.ggml.add_bos_token": add_bos, "tokenizer.ggml.add_eos_token": add_eos}
+        tokenizer = rebuilt(metadata | both)
+        assert tokenizer.encode("hi").ids == [bos] * add_bos + plain + [eos] * add_eos
+        assert tokenizer.encode("hi", add_special_tokens=False).ids == plain
+        config = json.loads(tokenizer_files(metadata | both)[0]["tokenizer_config.json"])
+        assert (config["add_bos_token"], config["add_eos_token"]) == (add_bos, add_eos)
+    silent = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.add_bos_token"}
+    assert rebuilt(silent).encode("hi").ids == plain
+    assert rebuilt(silent | {"tokenizer.ggml.pre": "llama-bpe"}).encode("hi").ids[0] == bos
+
+
+def test_tokenizer_config() -> None:
+    metadata = as_metadata(original("gpt-2"), "gpt-2") | {
+        "tokenizer.chat_template": "{{ messages }}",
+        "tokenizer.ggml.padding_token_id": 10**6,
+    }
+    config = json.loads(tokenizer_files(metadata)[0]["tokenizer_config.json"])
+    assert config["bos_token"] == "<|im_start|>"
+    assert config["eos_token"] == "<|im_end|>"
+    assert config["chat_template"] == "{{ messages }}"
+    assert "pad_token" not in config
+    named = json.loads(tokenizer_files(metadata | {"tokenizer.chat_template.tool": "T"})[0]["tokenizer_config.json"])
+    assert named["chat_template"] == [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "tool", "template": "T"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"tokenizer.ggml.pre": "nobody-bpe"}, "nobody-bpe"),
+        ({"tokenizer.ggml.model": "t5"}, "t5"),
+        ({"tokenizer.ggml.model": "llama"}, "llama"),
+        ({"tokenizer.ggml.tokens": None}, "vocabulary"),
+        ({"tokenizer.ggml.tokens": ["a", "\udc80"]}, "vocabulary"),
+    ],
+)
+def test_a_vocabulary_that_is_not_read_leaves_token_ids(changed: dict[str, Any], words: str) -> None:
+    files, warnings = tokenizer_files(as_metadata(original("gpt-2"), "gpt-2") | changed)
+    assert files == {}
+    assert words in warnings[0] and "token ids" in warnings[0]
+
+
+# --- SentencePiece
+# ------------------------------------------------------------------------------------------------------
+
+MARK = "\u2581"
+
+
+@cache
+def sentencepiece_vocabulary() -> tuple[list[str], list[float], list[int]]:
+    """Learned as SentencePiece learns a BPE vocabulary: the most frequent pair becomes the next piece, worth one
+    less.
+    """
+    text = " ".join(CORPUS[:3]).replace(" ", MARK)
+    symbols = list(text)
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    types = [2, 3, 3] + [6] * 256
+    scores = [0.0] * len(tokens)
+    merged: list[str] = []
+    while len(merged) < 120:
+        pairs: dict[str, int] = {}
+        for left, right in itertools.pairwise(symbols):
+            if MARK not in right:
+                pairs[left + right] = pairs.get(left + right, 0) + 1
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merged += [best] if best not in merged else []
+        joined, at = [], 0
+        while at < len(symbols):
+            pair = "".join(symbols[at : at + 2])
+            step = 2 if pair == best and at + 1 < len(symbols) else 1
+            joined.append(pair if step == 2 else symbols[at])
+            at += step
+        symbols = joined
+    tokens += [*merged, "[INST]"]
+    scores += [-float(rank) for rank in range(len(merged))] + [0.0]
+    types += [1] * len(merged) + [4]
+    joinable = set("".join(merged))
+    spare = [letter for letter in sorted(set(text)) if letter not in joinable]
+    letters = sorted(joinable) + spare[:-6]  # the last ones are left to their bytes
+    tokens += letters
+    scores += [-1000.0 - rank for rank in range(len(letters))]
+    return tokens, scores, types + [1] * len(letters)
+
+
+def by_score(text: str, tokens: list[str], scores: list[float]) -> list[int]:
+    """llama.cpp's way: join the neighbours whose joint piece scores best, leftmost first; what is unknown goes as
+    bytes.
+    """
+    place = {token: index for index, token in enumerate(tokens)}
+    symbols = list(text.replace(" ", MARK))
+    while True:
+        found = [
+            (-scores[place[pair]], at)
+            for at, pair in enumerate(map("".join, itertools.pairwise(symbols)))
+            if pair in place
+        ]
+        if not found:
+            break
+        _, at = min(found)
+        symbols[at : at + 2] = ["".join(symbols[at : at + 2])]
+    ids: list[int] = []
+    for symbol in symbols:
+        ids += [place[symbol]] if symbol in place else [place[f"<0x{byte:02X}>"] for byte in symbol.encode()]
+    return ids
+
+
+@cache
+def sentencepiece(prefix: bool) -> Tokenizer:
+    tokens, scores, types = sentencepiece_vocabulary()
+    return rebuilt(
+        {
+            "general.architecture": "llama",
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.unknown_token_id": 0,
+            "tokenizer.ggml.add_space_prefix": prefix,
+        }
+    )
+
+
+@given(
+    text=st.lists(PIECES.filter(lambda piece: "<" not in piece) | st.sampled_from([" the", "quick", "  "])).map("".join)
+)
+@settings(max_examples=80, deadline=None)
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_vocabularies(prefix: bool, text: str) -> None:
+    tokens, scores, _ = sentencepiece_vocabulary()
+    wanted = by_score((" " if prefix and text else "") + text, tokens, scores)
+    found = sentencepiece(prefix)
+    assert found.encode(text, add_special_tokens=False).ids == wanted
+    assert found.encode(text).ids == [1, *wanted]
+    assert found.decode(wanted) == text
+
+
+def test_sentencepiece_tokens_in_the_text() -> None:
+    tokens, scores, _ = sentencepiece_vocabulary()
+    found = sentencepiece(False).encode("the [INST]quick</s>", add_special_tokens=False).ids
+    place = {token: index for index, token in enumerate(tokens)}
+    assert found == [*by_score("the ", tokens, scores), place["[INST]"], *by_score("quick", tokens, scores), 2]
+
+
+def test_merges_are_recovered_best_first() -> None:
+    tokens = ["a", "b", "ab", "abb", "bb"]
+    assert recover_merges(tokens, [0, 0, -1, -3, -2]) == [("a", "b"), ("b", "b"), ("ab", "b"), ("a", "bb")]
+    assert recover_merges(tokens, None) == [("a", "b"), ("a", "bb"), ("ab", "b"), ("b", "b")]
