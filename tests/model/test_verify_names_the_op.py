@@ -140,6 +140,20 @@ def test_a_table_changed_for_one_id_shows_only_where_the_id_is(model: Path) -> N
     assert untouched.first_divergence is not None and untouched.first_divergence.op == "logits"
 
 
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text"])
+def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, model_type: str) -> None:
+    """Before the first rounded product both sides have the same bits: a norm that multiplied before the cast, or an
+    embedding scale that was not rounded, would show here and nowhere else.
+    """
+    write_tiny_checkpoint(tmp_path, tiny_config(model_type), dtype="bfloat16")
+    report = verify_model(tmp_path, prompts=[list(range(3, 24))], new_tokens=0, dtype="bfloat16", tolerance=1.0)
+    errors = {row.op: row.error for row in report.rows}
+    assert errors["embed"] == 0.0
+    assert errors["layers.0.before_attention"] == 0.0
+    assert errors["layers.0.rope"] < 0.02
+    assert report.ok
+
+
 def test_text_prompts_need_a_tokenizer(model: Path) -> None:
     with pytest.raises(InvalidRequest, match="no tokenizer"):
         verify_model(model, prompts=["Hello"])

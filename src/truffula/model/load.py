@@ -94,8 +94,8 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
         has_embed=names.has_embed,
         has_head=names.has_head,
         equal=equal,
-        # GGUF has no flag and means tied by leaving the head out: nothing to warn about.
-        class_default=True if checkpoint.format == "gguf" else read.tie_default,
+        # GGUF has no flag and means tied by leaving the head out: nothing to warn about, whatever a class assumes.
+        class_default=None if checkpoint.format == "gguf" else read.tie_default,
         same_shape=same_shape,
         embed_name=names.embed,
         head_name=names.head,

@@ -9,6 +9,7 @@ Shape letters: ``D`` hidden, ``F`` feed-forward, ``V`` vocabulary, ``H`` query h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from truffula.kernels.program import Activation, BufferDtype
@@ -215,7 +216,7 @@ class ModelSpec:
         """Path of layer ``index`` relative to the body, with its dot."""
         return self.names.layer.format(i=index)
 
-    @property
+    @cached_property
     def rows(self) -> tuple[WeightRow, ...]:
         """The table of weights, in the order the program uses them."""
         rows = [WeightRow("embed", "embed", (RowSlice(self.names.embed, self.vocab_size),), self.hidden)]

@@ -34,10 +34,12 @@ class Oracle:
         try:
             import torch
             from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers.utils import logging
         except ImportError as error:
             raise MissingDependency(
                 f"{error.name} is not installed: pip install 'truffula[torch,hf]'.", param=error.name
             ) from error
+        logging.disable_progress_bar()  # whoever compares has a progress of its own to show
         self._seen: dict[str, Float32] = {}
         self._register()
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
