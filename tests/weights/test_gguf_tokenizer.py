@@ -183,7 +183,7 @@ def test_tokenizer_config() -> None:
     [
         ({"tokenizer.ggml.pre": "nobody-bpe"}, "nobody-bpe"),
         ({"tokenizer.ggml.model": "t5"}, "t5"),
-        ({"tokenizer.ggml.model": "llama"}, "llama"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.merges": None}, "llama"),
         ({"tokenizer.ggml.tokens": None}, "vocabulary"),
         ({"tokenizer.ggml.tokens": ["a", "\udc80"]}, "vocabulary"),
     ],

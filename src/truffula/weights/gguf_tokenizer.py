@@ -155,7 +155,7 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
     tokens = [_SPACE * len(t) if len(t) > 1 and not t.strip(" ") else t for t in vocabulary.tokens]
     same = [token if token == spelled else "" for token, spelled in zip(vocabulary.tokens, tokens, strict=True)]
     # Gemma's scores don't follow the order of its merges; the order of its vocabulary does.
-    scores = None if gemma else vocabulary.metadata["tokenizer.ggml.scores"]
+    scores = None if gemma else vocabulary.metadata.get("tokenizer.ggml.scores")
     merges = vocabulary.merges or recover_merges(tokens, scores)
     prefix = bool(vocabulary.metadata.get("tokenizer.ggml.add_space_prefix", not gemma))
     unknown = vocabulary.token("unknown")
