@@ -196,6 +196,11 @@ class LLM:
         """What was loaded, and how."""
         return self._service.client.info
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``chat`` can be used without giving a template."""
+        return bool(self._service.core.templates)
+
     def stats(self) -> EngineStats:
         return self._service.client.stats()
 
@@ -268,12 +273,23 @@ class LLM:
 
         ``request`` are further fields of ``truffula.types.GenerateRequest``.
         """
-        given: dict[str, Any] = {"prompt": prompt if isinstance(prompt, str) else None, **request}
-        if given["prompt"] is None:
-            chat = bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
-            given |= {"messages": list(prompt)} if chat else {"prompt": _ids(prompt, 0)}
-        requests = self._requests([given], params, adapter)
+        requests = self._requests([{**_given(prompt), **request}], params, adapter)
         return self._deltas(requests)
+
+    def stream_each(
+        self,
+        prompts: Sequence[Prompt | Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: Adapter | Sequence[Adapter] = None,
+    ) -> Iterator[tuple[int, TextDelta]]:
+        """Several completions as they grow, in one batch: pairs of (position of the prompt, its next delta)."""
+        requests = self._requests([_given(prompt) for prompt in prompts], params, adapters)
+        for position, found in self._service.stream(requests):
+            if isinstance(found, TruffulaError):
+                raise found
+            for delta in found:
+                yield position, delta
 
     def close(self) -> None:
         """Free the model. Idempotent."""
@@ -337,6 +353,14 @@ def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
         if not isinstance(item, single):
             raise InvalidRequest(f"{name} holds a {type(item).__name__}.", param=name)
     return items
+
+
+def _given(prompt: Prompt | Messages) -> dict[str, Any]:
+    """A prompt of any form as fields of a ``GenerateRequest``."""
+    if isinstance(prompt, str):
+        return {"prompt": prompt}
+    chat = bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
+    return {"messages": list(prompt)} if chat else {"prompt": _ids(prompt, 0)}
 
 
 def _is_ids(prompts: Any) -> bool:

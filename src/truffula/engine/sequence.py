@@ -213,7 +213,9 @@ class Sequence:
             stop_reason=stop,
             prompt_tokens=self.num_prompt,
             cached_tokens=self.cached_tokens or 0,
-            times=self.times(now) if finish else None,
+            # With the first token too: a request that its client ends early (a stop string) has no use for the last
+            # event.
+            times=self.times(now) if finish or self.num_completion == 1 else None,
         )
 
     def final_event(

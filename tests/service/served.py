@@ -1,0 +1,46 @@
+"""A tiny model with a tokenizer, a chat template and adapters, and engines that run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tiny_tokenizers import byte_level_json
+
+from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
+from truffula.types import EngineInfo
+
+VOCAB = 430
+TEMPLATE = (
+    "{% for m in messages %}<|role|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|role|>assistant\n{% endif %}"
+)
+OPTIONS = {"max_model_len": 128, "memory_bytes": 2**28, "dtype": "float32", "max_running": 8, "step_tokens": 64}
+
+
+def write_model(folder: Path, *, tokenizer: bool = True) -> Path:
+    """A llama with the byte-level tokenizer; a few ids at the end have no token, as in padded vocabularies."""
+    model = write_tiny_checkpoint(folder, tiny_llama_config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=1))
+    if tokenizer:
+        (model / "tokenizer.json").write_bytes(byte_level_json())
+        config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
+        (model / "tokenizer_config.json").write_text(json.dumps(config))
+    return model
+
+
+def write_adapter(folder: Path, model: Path, seed: int) -> Path:
+    return write_tiny_adapter(
+        folder, model, rank=2 + seed, alpha=16, targets=["q_proj", "v_proj", "down_proj"], seed=seed
+    )
+
+
+def tiny_info(**changes: object) -> EngineInfo:
+    """What an engine of that model would say of itself, for tests without one."""
+    given = {
+        "model": "tiny", "model_type": "llama", "backend": "reference", "device": "cpu", "dtype": "float32",
+        "vocab_size": VOCAB, "max_model_len": 64, "block_size": 16, "num_blocks": 64, "step_tokens": 64,
+        "max_running": 8,
+        "eos_token_ids": [1],
+    }  # fmt: skip
+    return EngineInfo(**(given | changes))
