@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 import tempfile
 from pathlib import Path
@@ -92,7 +91,6 @@ def test_tensors_come_out_as_they_went_in(tmp_path: Path, architecture: str, hea
 
 
 def from_transformers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
