@@ -1,6 +1,7 @@
 """Many clients, many of whom leave: the others are right and nothing is left behind. And a server that drains."""
 
 import asyncio
+import contextlib
 import json
 import random
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 
 import httpx
+import psutil
 import pytest
 from live_server import MODEL, serving
 from test_leaving_clients import wait_idle
@@ -113,78 +115,73 @@ async def flood(url, count, rng):
     return answers, left
 
 
-def start_process(model_folder, *flags):
+@contextlib.contextmanager
+def serve_process(model_folder, *flags):
+    """``truffula serve`` itself; yields the process and its address, and ends it when the test has not."""
     command = [sys.executable, "-m", "truffula", "serve", str(model_folder), "--port", "0", "--memory", "1GiB"]
-    process = subprocess.Popen([*command, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True)
-    url = None
-    for line in process.stderr:
-        if "ready at " in line:
-            url = line.split("ready at ")[1].split()[0]
-            break
-    assert url is not None, "the server ended while it started"
-    return process, url
+    with subprocess.Popen([*command, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            ready = next((line for line in process.stderr if "ready at " in line), None)
+            assert ready is not None, "the server ended while it started"
+            yield process, ready.split("ready at ")[1].split()[0]
+        finally:
+            process.kill()
+
+
+def signal_while_streaming(process, url, number, **more):
+    """The data lines that come after the signal."""
+    request = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True, **more}
+    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
+        lines = response.iter_lines()
+        next(lines)
+        process.send_signal(number)
+        return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
 def test_sigterm_lets_running_requests_end(model_folder):
-    process, url = start_process(model_folder, "--drain-timeout", "60")
-    request = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
-        lines = response.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        seen = [line for line in lines if line.startswith("data: ")]
-    assert seen[-1] == "data: [DONE]"
-    assert json.loads(seen[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
-    assert process.wait(60) == 0
+    with serve_process(model_folder, "--drain-timeout", "60") as (process, url):
+        seen = signal_while_streaming(process, url, signal.SIGTERM)
+        assert seen[-1] == "[DONE]"
+        assert json.loads(seen[-2])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(60) == 0
 
 
 def test_a_drain_that_takes_too_long_says_so_in_the_stream(model_folder):
-    process, url = start_process(model_folder, "--drain-timeout", "0.2")
-    request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 16, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
-        lines = response.iter_lines()
-        next(lines)
-        process.send_signal(signal.SIGTERM)
-        seen = [line for line in lines if line.startswith("data: ")]
-    assert seen[-1] == "data: [DONE]"
-    assert "error" in json.loads(seen[-2].removeprefix("data: "))
-    assert process.wait(60) == 0
+    with serve_process(model_folder, "--drain-timeout", "0.1") as (process, url):
+        seen = signal_while_streaming(process, url, signal.SIGINT, n=16)
+        assert seen[-1] == "[DONE]"
+        assert "error" in json.loads(seen[-2])
+        assert process.wait(60) == 0
 
 
 def test_a_second_signal_leaves_at_once(model_folder):
-    process, url = start_process(model_folder, "--drain-timeout", "600")
-    request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 16, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
-        next(response.iter_lines())
-        process.send_signal(signal.SIGTERM)
-        line = ""
-        while "draining" not in line:
-            line = process.stderr.readline()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) != 0
+    with serve_process(model_folder, "--drain-timeout", "600") as (process, url):
+        request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 16, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
+            next(response.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            while "draining" not in process.stderr.readline():
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) != 0
 
 
 def test_a_killed_engine_answers_every_request_and_comes_back(model_folder):
-    process, url = start_process(model_folder)
-    try:
+    with serve_process(model_folder) as (process, url):
         request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 8, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
             lines = response.iter_lines()
             next(lines)
-            engine = subprocess.run(
-                ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
-            ).stdout
-            for pid in engine.split():
-                subprocess.run(["kill", "-9", pid], check=False)
-            seen = [line for line in lines if line.startswith("data: ")]
-        assert seen[-1] == "data: [DONE]"
-        assert json.loads(seen[-2].removeprefix("data: "))["error"]["code"] == "engine_died"
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+            seen = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert seen[-1] == "[DONE]"
+        assert json.loads(seen[-2])["error"]["code"] == "engine_died"
         deadline = time.monotonic() + 120
         while httpx.get(f"{url}/health").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         again = {"prompt": [5], "max_tokens": 2}
         assert httpx.post(f"{url}/v1/completions", json=again, timeout=100).status_code == 200
-    finally:
         process.terminate()
         assert process.wait(60) == 0
