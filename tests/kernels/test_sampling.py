@@ -170,7 +170,8 @@ def test_rows_equal_the_plain_oracle(batch):
     st.integers(0, 999), st.sampled_from([0.3, 2.0, 6.0]), st.booleans(),
     st.sampled_from(
         [{"top_k": 3}, {"top_k": 700}, {"top_p": 0.5}, {"top_p": 0.97}, {"typical_p": 0.3}, {"typical_p": 0.95},
-         {"top_k": 50, "top_p": 0.9}, {"min_p": 0.01}, {"n_logprobs": 20}, {"n_logprobs": 20, "warped": 1, "top_p": 0.6}]
+         {"top_k": 50, "top_p": 0.9}, {"min_p": 0.01}, {"n_logprobs": 20},
+         {"n_logprobs": 20, "warped": 1, "top_p": 0.6}]
     ),
 )  # fmt: skip
 def test_large_vocabularies_equal_the_plain_oracle(seed, spread, ties, asked):
