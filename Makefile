@@ -34,7 +34,7 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.run
 	@touch $@
 
 demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays)
-	@$(BIN)/truffula demo $(if $(SERVE),--serve)
+	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
 test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
 	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(ARGS)

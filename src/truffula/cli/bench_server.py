@@ -39,9 +39,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_server(config: EngineConfig, flags: list[str]) -> Iterator[str]:
-    """Start ``truffula serve`` with ``flags`` on a free port; yields its address once it is healthy."""
-    port = free_port()
+def running_server(config: EngineConfig, flags: list[str], port: int | None = None) -> Iterator[str]:
+    """Start ``truffula serve`` with ``flags`` (on a free port by default); yields its address once it is healthy."""
+    port = port or free_port()
     command = [
         sys.executable,
         "-m",

@@ -1,0 +1,129 @@
+"""The demo: one base model and three adapters answer side by side from one batch; then a server answers a curl each way.
+
+make demo              # ends by itself
+make demo SERVE=1      # the server stays until Ctrl-C
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from truffula import LLM, SamplingParams
+from truffula.cli.bench_server import free_port, running_server
+from truffula.cli.output import out, progress
+from truffula.cli.side_by_side import show
+from truffula.config import load_config
+from truffula.errors import TruffulaError
+
+ADAPTERS = Path(__file__).resolve().parent / "adapters"
+MODEL = "smollm2"
+QUESTIONS = {
+    "pirate": "What is the ocean?",
+    "extract": "Extract the data: Hannah Weber is 42 years old, lives in Hamburg and works as a translator.",
+    "tldr": "Summarize: On Friday, the village library moved into the old train station. It took volunteers three "
+    "weekends to carry all the books. Children painted the walls and a local baker brought free cake.",
+}
+
+
+def side_by_side() -> None:
+    """Six answers in one batch: each question to the base and to the adapter that was trained for it."""
+    console = out()
+    began = time.monotonic()
+    with progress() as report:
+        llm = LLM(MODEL, adapters={name: ADAPTERS / name for name in QUESTIONS}, progress=report)
+    with llm:
+        info = llm.info
+        console.print(
+            f"[bold]{MODEL}[/]: {info.model_type}, {info.dtype} on {info.device}, loaded in "
+            f"{time.monotonic() - began:.1f} s; {info.tying}"
+        )
+        pairs = [(question, name) for name, question in QUESTIONS.items() for name in (None, name)]
+        for name, question in QUESTIONS.items():
+            console.print(f"[dim]{name:8}[/] {question}", soft_wrap=True)
+        chats = [[{"role": "user", "content": question}] for question, _ in pairs]
+        params = SamplingParams(temperature=0, max_tokens=40)
+        begun = time.monotonic()
+        titles = [
+            f"{name} (adapter)" if name else f"base, asked for {question.split()[0]} ..." for question, name in pairs
+        ]
+        answers = show(titles, llm.stream_each(chats, params, adapters=[name for _, name in pairs]))
+        tokens = sum(answer.tokens for answer in answers)
+        console.print(
+            f"[dim]{tokens} tokens for base and {len(QUESTIONS)} adapters of ranks 4, 8 and 2 in one batch: "
+            f"{tokens / (time.monotonic() - begun):.0f} tokens a second[/]\n"
+        )
+
+
+def curl(url: str, path: str, body: dict[str, object]) -> str:
+    """Send ``body`` with curl, which is shown (with httpx where there is no curl); returns the answer's text."""
+    data = json.dumps(body)
+    out().print(f"[bold]$ curl {url}{path} -H 'content-type: application/json' -d '{data}'[/]", soft_wrap=True)
+    if shutil.which("curl"):
+        command = ["curl", "-sS", "--fail-with-body", url + path, "-H", "content-type: application/json", "-d", data]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise TruffulaError(f"curl {path} failed: {done.stdout}{done.stderr}")
+        return done.stdout
+    import httpx
+
+    return httpx.post(url + path, json=body, timeout=120).raise_for_status().text
+
+
+def ask_the_server(url: str) -> None:
+    """One request the LoRAX way, one the OpenAI way."""
+    lorax = {
+        "inputs": "Why do cats purr?",
+        "parameters": {"adapter_id": "pirate", "max_new_tokens": 32, "apply_chat_template": True},
+    }
+    out().print(json.loads(curl(url, "/generate", lorax))["generated_text"] + "\n")
+    messages = [{"role": "user", "content": "Ravi Patel, 51, moved to Oslo last spring and found work as a chef."}]
+    chat = {"model": "extract", "messages": messages, "max_tokens": 40, "temperature": 0}
+    out().print(json.loads(curl(url, "/v1/chat/completions", chat))["choices"][0]["message"]["content"] + "\n")
+
+
+def what_next() -> None:
+    out().print(
+        "[bold]Try next[/]\n"
+        f"  .venv/bin/truffula serve {MODEL} --adapter-dir examples/adapters        serve these adapters; drop yours beside them\n"
+        f"  .venv/bin/truffula generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate\n"
+        f"  .venv/bin/truffula chat {MODEL} -a examples/adapters/pirate\n"
+        "  .venv/bin/truffula inspect examples/adapters/pirate --base smollm2       every field's fate\n"
+        "  .venv/bin/truffula verify smollm2 --adapter examples/adapters/pirate     against transformers and peft"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
+    args = parser.parse_args()
+    side_by_side()
+    out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
+    config = load_config({"model": MODEL}).engine
+    with running_server(
+        config, ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"], 8000 if args.serve else free_port()
+    ) as url:
+        ask_the_server(url)
+        what_next()
+        if args.serve:
+            out().print(f"\nServing at {url}; Ctrl-C ends.")
+            try:
+                while True:
+                    time.sleep(3600)
+            except KeyboardInterrupt:
+                pass
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except TruffulaError as error:
+        from truffula.cli.output import fail
+
+        fail(error)
+        sys.exit(1)
