@@ -1,0 +1,112 @@
+"""Nobody waits for somebody else's adapter: the engine as it is built for serving, with loads that block and burn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from truffula.config import EngineConfig
+from truffula.engine.build import build_engine
+from truffula.engine.engine import Engine
+from truffula.lora.sources import AdapterPolicy
+from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
+from truffula.types import EngineRequest, SamplingParams, TokenEvent
+
+PATIENCE_S = 120.0
+SLOW = {"(" + "(.*l)*(.*p)*(.*r)*" * 40 + f")*z{n}": 3 for n in range(15)}  # a second or more of the worker's computing
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Any:
+    model = write_tiny_checkpoint(tmp_path / "model", tiny_llama_config(), seed=1)
+    made, _ = build_engine(EngineConfig(model=str(model), dtype="float32", memory_bytes=64 << 20))
+    yield made
+    made.close()
+
+
+def workers() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "truffula.lora.worker" in p.cmdline()]
+
+
+def request(name: str, policy: AdapterPolicy, adapter: str | None, tokens: int) -> EngineRequest:
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return EngineRequest(request_id=name, prompt_ids=[5, 6, 7], params=params, adapter=policy.resolve(adapter))
+
+
+def emitted(events: list[TokenEvent], name: str) -> int:
+    return sum(len(event.token_ids) for event in events if event.request_id == name)
+
+
+def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine: Engine, tmp_path: Path) -> None:
+    for name in ("burning", "blocked", "good"):
+        write_tiny_adapter(tmp_path / "served" / name, tmp_path / "model", seed=len(name))
+    path = tmp_path / "served" / "burning" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": SLOW}))
+    policy = AdapterPolicy(adapter_dir=tmp_path / "served")
+    engine.add(request("base", policy, None, 120))
+    engine.step()
+    engine.add(request("burning", policy, "burning", 4))
+    engine.step()
+    (first,) = workers()
+    engine.add(request("blocked", policy, "blocked", 4))
+    engine.step()
+    (second,) = [p for p in workers() if p.pid != first.pid]
+    os.kill(second.pid, signal.SIGSTOP)
+    engine.add(request("good", policy, "good", 4))
+    final: dict[str, TokenEvent] = {}
+
+    def step() -> list[TokenEvent]:
+        events = engine.step()
+        final.update({event.request_id: event for event in events if event.finish_reason is not None})
+        return events
+
+    for _ in range(50):
+        assert emitted(step(), "base") == 1
+        engine.check()
+    end = time.monotonic() + PATIENCE_S
+    while {"burning", "good"} - set(final):  # the blocked one holds up nobody's load either
+        step()
+        assert time.monotonic() < end and "blocked" not in final
+    os.kill(second.pid, signal.SIGCONT)
+    while not engine.idle():
+        step()
+        assert time.monotonic() < end
+    assert {name: event.finish_reason for name, event in final.items()} == dict.fromkeys(
+        ("base", "burning", "blocked", "good"), "length"
+    )
+    engine.check()
+
+
+def test_a_killed_worker_ends_one_request_and_the_next_try_works(engine: Engine, tmp_path: Path) -> None:
+    write_tiny_adapter(tmp_path / "served" / "a", tmp_path / "model")
+    policy = AdapterPolicy(adapter_dir=tmp_path / "served")
+    (worker,) = workers()
+    os.kill(worker.pid, signal.SIGSTOP)
+    engine.add(request("base", policy, None, 60))
+    engine.add(request("lost", policy, "a", 4))
+    events = engine.step()
+    worker.kill()
+    end = time.monotonic() + PATIENCE_S
+    while not engine.idle():
+        events += engine.step()
+        assert time.monotonic() < end
+    final = {event.request_id: event for event in events if event.finish_reason is not None}
+    assert final["base"].finish_reason == "length" and emitted(events, "base") == 60
+    assert final["lost"].error is not None and final["lost"].error.code == "adapter_load_failed"
+    # Touched, it is another state of the place: tried again at once, by a fresh worker.
+    write_tiny_adapter(tmp_path / "served" / "a", tmp_path / "model", seed=2)
+    engine.add(request("again", policy, "a", 4))
+    events = []
+    while not engine.idle():
+        events += engine.step()
+        assert time.monotonic() < end
+    assert emitted(events, "again") == 4
+    engine.check()
