@@ -16,7 +16,14 @@ TEMPLATE = (
     "{% for m in messages %}<|role|>{{ m.role }}\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|role|>assistant\n{% endif %}"
 )
-OPTIONS = {"max_model_len": 128, "memory_bytes": 2**28, "dtype": "float32", "max_running": 8, "step_tokens": 64}
+OPTIONS = {
+    "max_model_len": 128,
+    "memory_bytes": 2**28,
+    "dtype": "float32",
+    "max_running": 8,
+    "step_tokens": 64,
+    "threads": 1,
+}
 
 
 def write_model(folder: Path, *, tokenizer: bool = True) -> Path:

@@ -1,0 +1,311 @@
+"""``AsyncService`` on a real engine: streams, cancellation, draining, death. Each test runs its own loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import OPTIONS, write_adapter, write_model
+from tiny_tokenizers import byte_level
+
+from truffula import LLM
+from truffula.config import EngineConfig
+from truffula.engine.client import EngineClient, connect
+from truffula.errors import (
+    AdapterError,
+    AdapterNotFound,
+    EngineDied,
+    InvalidRequest,
+    PromptTooLong,
+    QueueTimeout,
+    ShuttingDown,
+)
+from truffula.lora.sources import AdapterPolicy
+from truffula.service import AsyncService, ServiceLimits, collect
+from truffula.types import AdapterCommand, GenerateRequest, SamplingParams, TokenEvent
+
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+LONG = SamplingParams(max_tokens=100, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("async")
+    model = write_model(root / "model")
+    return {"model": model, "one": write_adapter(root / "one", model, 1), "root": root}
+
+
+@pytest.fixture(scope="module")
+def llm(folders: dict[str, Path]) -> Iterator[LLM]:
+    with LLM(folders["model"], adapters={"one": folders["one"]}, **OPTIONS) as llm:
+        yield llm
+
+
+def run(
+    folders: dict[str, Path],
+    test: Callable[[AsyncService], Awaitable[None]],
+    *,
+    transport: str = "thread",
+    wrap: Callable[[EngineClient], Any] = lambda client: client,
+    **options: Any,
+) -> None:
+    """A service started, given to ``test`` and closed, within one loop."""
+
+    async def main() -> None:
+        client = wrap(connect(EngineConfig(model=str(folders["model"]), **(OPTIONS | options)), transport))
+        policy = AdapterPolicy({"one": folders["one"], "broken": folders["model"]})
+        service = AsyncService(client, policy=policy, limits=ServiceLimits(base_names=("tiny",)))
+        await service.start()
+        try:
+            await asyncio.wait_for(test(service), 60)
+        finally:
+            await asyncio.wait_for(service.close(), 60)
+
+    asyncio.run(main())
+
+
+async def quiet(service: AsyncService) -> None:
+    """Wait until the engine holds nothing of any request."""
+    while True:
+        stats = service.stats()
+        if not (stats.running or stats.waiting or stats.used_blocks or service.active):
+            return
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("transport", ["inline", "thread", "process"])
+def test_many_requests_at_once_each_get_what_they_get_alone(folders: dict[str, Path], llm: LLM, transport: str) -> None:
+    prompts = ["the Lorax spoke", "hello hello", "naïve 🌲", "x", "y y y", "trees"]
+    names = [None, "one", None, "one", "tiny", ""]
+    expected = [
+        llm.generate(p, GREEDY, adapters=n if n == "one" else None)[0] for p, n in zip(prompts, names, strict=True)
+    ]
+
+    async def test(service: AsyncService) -> None:
+        requests = [
+            GenerateRequest(prompt=p, params=GREEDY, adapter=service.resolve_adapter(n))
+            for p, n in zip(prompts, names, strict=True)
+        ]
+        whole = await asyncio.gather(*map(service.complete, requests))
+        assert [c.choices[0].text for c in whole] == [out.text for out in expected]
+
+        async def streamed(request: GenerateRequest) -> Any:
+            async with aclosing(service.stream(request)) as stream:
+                return collect([delta async for deltas in stream for delta in deltas])
+
+        folded = await asyncio.gather(*map(streamed, requests))
+        assert [c.choices[0].token_ids for c in folded] == [out.token_ids for out in expected]
+        assert [c.choices[0].tokens for c in folded] == [c.choices[0].tokens for c in whole]
+        await quiet(service)
+
+    run(folders, test, transport=transport)
+
+
+def test_errors_are_raised_from_the_first_step_of_a_stream(folders: dict[str, Path]) -> None:
+    async def test(service: AsyncService) -> None:
+        with pytest.raises(PromptTooLong):
+            await service.open(GenerateRequest(prompt="long " * 200))
+        broken = GenerateRequest(prompt="a", params=GREEDY, adapter=service.resolve_adapter("broken"))
+        stream = await service.open(broken)
+        with pytest.raises(AdapterError):
+            await anext(stream)
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        with pytest.raises(AdapterError):
+            await service.complete(broken)
+        with pytest.raises(AdapterNotFound):
+            service.resolve_adapter("nobody")
+        with pytest.raises(QueueTimeout):
+            await service.complete(GenerateRequest(prompt="a", params=GREEDY, queue_timeout_s=0.0))
+        assert service.active == 0
+        assert service.healthy()
+
+    run(folders, test)
+
+
+@pytest.mark.parametrize("transport", ["inline", "thread"])
+def test_whoever_leaves_is_ended_in_the_engine(folders: dict[str, Path], transport: str) -> None:
+    async def test(service: AsyncService) -> None:
+        closed = await service.open(GenerateRequest(prompt="a", params=LONG))
+        await anext(closed)
+        assert service.active == 1
+        await closed.aclose()
+        await closed.aclose()
+        with pytest.raises(StopAsyncIteration):
+            await anext(closed)
+
+        cancelled = asyncio.ensure_future(service.complete(GenerateRequest(prompt="b", params=LONG)))
+        watched = await service.open(GenerateRequest(prompt="c", params=LONG))
+        await anext(watched)  # so that the other runs too
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+
+        async with aclosing(service.stream(GenerateRequest(prompt="d", params=LONG))) as generator:
+            await anext(generator)
+        await watched.aclose()
+        never_read = await service.open(GenerateRequest(prompt="e", params=LONG))
+        await never_read.aclose()
+        await quiet(service)
+        assert service.stats().generated_tokens < 200
+
+    run(folders, test, transport=transport)
+
+
+def test_a_stop_string_ends_the_sequence_in_the_engine(folders: dict[str, Path], llm: LLM) -> None:
+    text = llm.generate("the Lorax", GREEDY)[0].text
+    stop = text[3:6]
+
+    async def test(service: AsyncService) -> None:
+        params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, stop=(stop,))
+        answer = await service.complete(GenerateRequest(prompt="the Lorax", params=params))
+        (choice,) = answer.choices
+        assert (choice.text, choice.finish_reason, choice.stop_reason) == (text[: text.index(stop)], "stop", stop)
+        assert choice.totals.times is not None
+        assert choice.totals.times.total_s >= choice.totals.times.ttft_s > 0
+        await quiet(service)
+
+    run(folders, test)
+
+
+def test_draining_refuses_the_new_and_waits_for_the_running(folders: dict[str, Path]) -> None:
+    async def test(service: AsyncService) -> None:
+        running = asyncio.ensure_future(service.complete(GenerateRequest(prompt="a", params=GREEDY)))
+        while not service.active:
+            await asyncio.sleep(0)
+        drained = asyncio.ensure_future(service.drain(30))
+        while not service.draining:
+            await asyncio.sleep(0)
+        assert not service.healthy()
+        with pytest.raises(ShuttingDown):
+            await service.open(GenerateRequest(prompt="b"))
+        assert await drained
+        assert len((await running).choices[0].tokens) == 10
+
+    run(folders, test)
+
+
+def test_what_outlasts_the_drain_ends_with_an_error(folders: dict[str, Path]) -> None:
+    async def test(service: AsyncService) -> None:
+        stream = await service.open(GenerateRequest(prompt="a", params=LONG))
+        deltas = list(await anext(stream))
+        assert not await service.drain(0.0)
+        deltas += [delta async for found in stream for delta in found]
+        assert deltas[-1].finish_reason == "error"
+        assert deltas[-1].error is not None
+        assert deltas[-1].error.code == "shutting_down"
+        assert service.active == 0
+
+    run(folders, test)
+
+
+class Dying:
+    """A client whose events break off after some: what a bug in a transport would look like."""
+
+    def __init__(self, client: EngineClient, after: int) -> None:
+        self._client = client
+        self._left = after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def events(self, timeout: float | None) -> list[TokenEvent]:
+        if not self._left:
+            raise ConnectionError("broken pipe")
+        self._left -= 1
+        return self._client.events(timeout)
+
+
+def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> None:
+    async def test(service: AsyncService) -> None:
+        requests = [service.complete(GenerateRequest(prompt=p, params=LONG)) for p in ("a", "b")]
+        found = await asyncio.gather(*requests, return_exceptions=True)
+        assert [type(error) for error in found] == [EngineDied, EngineDied]
+        assert not service.healthy()
+        with pytest.raises(EngineDied):
+            await service.open(GenerateRequest(prompt="c"))
+
+    run(folders, test, wrap=lambda client: Dying(client, 3))
+
+
+@pytest.mark.slow
+def test_a_dead_engine_ends_every_request_and_the_next_one_is_served(folders: dict[str, Path]) -> None:
+    """The process is killed; the supervisor starts another."""
+    import os
+    import signal
+
+    async def test(service: AsyncService) -> None:
+        streams = [await service.open(GenerateRequest(prompt=p, params=LONG)) for p in ("a", "b")]
+        for stream in streams:
+            await anext(stream)
+        os.kill(service._client.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        for stream in streams:
+            last = [delta async for deltas in stream for delta in deltas][-1]
+            assert last.error is not None
+            assert last.error.code == "engine_died"
+        while not service.healthy():
+            await asyncio.sleep(0.05)
+        answer = await service.complete(GenerateRequest(prompt="a", params=GREEDY))
+        assert len(answer.choices[0].tokens) == 10
+
+    run(folders, test, transport="process")
+
+
+def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> None:
+    async def test(service: AsyncService) -> None:
+        text = "the Lorax " * 40_000
+        with pytest.raises(PromptTooLong):
+            await service.open(GenerateRequest(prompt=text))
+        stream = await service.open(GenerateRequest(prompt=text, truncate=50, params=GREEDY))
+        assert stream.prompt_tokens == 50
+        await stream.aclose()
+        rows = await service.tokenize("the 🌲!")
+        assert {at for _, _, start, stop in rows for at in range(start, stop)} == {0, 1, 2, 4, 5}  # no blank
+        assert [row[0] for row in rows] == byte_level().encode("the 🌲!")
+        assert rows[0][1] == byte_level().id_to_token(rows[0][0])
+        assert await service.detokenize([row[0] for row in rows]) == "the 🌲!"
+        chat = GenerateRequest(messages=[{"role": "user", "content": "hi"}])
+        rendered, ids = await service.render(chat)
+        assert rendered == "<|role|>user\nhi<|role|>assistant\n"
+        assert ids == byte_level().encode(rendered)
+        assert service.has_chat_template
+        with pytest.raises(InvalidRequest):
+            await service.tokenize("\ud800")
+
+    run(folders, test)
+
+
+def test_adapters_are_administered_without_holding_up_the_loop(folders: dict[str, Path]) -> None:
+    async def test(service: AsyncService) -> None:
+        assert service.adapter_names() == ["broken", "one"]
+        ref = service.resolve_adapter("one")
+        (state,) = await service.adapters(AdapterCommand(action="load", ref=ref))
+        assert (state.name, state.status) == ("one", "resident")
+        with pytest.raises(AdapterError):
+            await service.adapters(AdapterCommand(action="load", ref=service.resolve_adapter("broken")))
+        await service.adapters(AdapterCommand(action="unload", ref=ref))
+
+    run(folders, test)
+
+
+def test_an_idle_service_asks_an_engine_in_line_for_nothing(folders: dict[str, Path]) -> None:
+    """Asking makes it step; a service without requests must not spin."""
+    calls: list[float | None] = []
+
+    class Counting(Dying):
+        def events(self, timeout: float | None) -> list[TokenEvent]:
+            calls.append(timeout)
+            return self._client.events(timeout)
+
+    async def test(service: AsyncService) -> None:
+        await service.complete(GenerateRequest(prompt="a", params=GREEDY))
+        await quiet(service)
+        before = len(calls)
+        await asyncio.sleep(0.05)
+        assert len(calls) - before <= 1
+
+    run(folders, test, transport="inline", wrap=lambda client: Counting(client, -1))
