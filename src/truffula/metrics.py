@@ -7,7 +7,7 @@ later ones count as ``__other__``, the base model as ``__base_model__``. Times a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from truffula.types import AdapterState, EngineStats
+from truffula.types import EngineStats
 
 BASE_LABEL = "__base_model__"
 OTHER_LABEL = "__other__"
@@ -93,7 +93,7 @@ class Observer:
 
 
 class Metrics:
-    """All series of one server. ``engine`` gives the newest stats and adapter states, or None while there are none."""
+    """All series of one server. ``engine`` gives the newest stats, or None while there are none."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -101,7 +101,6 @@ class Metrics:
         self,
         engine: Callable[[], EngineStats | None] | None = None,
         *,
-        adapters: Callable[[], Iterable[AdapterState]] | None = None,
         max_adapters: int = 100,
         lorax_names: bool = False,
     ) -> None:
@@ -125,7 +124,7 @@ class Metrics:
         self._total = _histogram("truffula_request_seconds", "Arrival to last byte", _SECONDS, own, by)
         self._loading = _histogram("truffula_adapter_wait_seconds", "Waits for an adapter's load", _SECONDS, own, by)
         self._lorax = _LoraxSeries(own) if lorax_names else None
-        own.register(_EngineCollector(engine or (lambda: None), adapters or (lambda: ()), lorax_names))
+        own.register(_EngineCollector(engine or (lambda: None), lorax_names))
 
     def label(self, adapter: str | None) -> str:
         """The label of an adapter's name: itself while there is room."""
@@ -171,7 +170,7 @@ class Metrics:
 
     def text(self) -> bytes:
         """The exposition Prometheus scrapes."""
-        return generate_latest(self.registry)
+        return generate_latest(_WithoutBirthdays(self.registry))
 
     def as_json(self) -> list[dict[str, Any]]:
         """The same series as data, one entry a family."""
@@ -180,27 +179,29 @@ class Metrics:
                 "name": family.name,
                 "type": family.type,
                 "help": family.documentation,
-                "samples": [
-                    {"name": s.name, "labels": dict(s.labels), "value": s.value}
-                    for s in family.samples
-                    if not s.name.endswith("_created")
-                ],
+                "samples": [{"name": s.name, "labels": dict(s.labels), "value": s.value} for s in family.samples],
             }
-            for family in self.registry.collect()
+            for family in _WithoutBirthdays(self.registry).collect()
         ]
+
+
+class _WithoutBirthdays(Collector):
+    """A registry without the library's ``_created`` samples, which double the series and which nobody asked for."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for family in self._registry.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 class _EngineCollector(Collector):
     """Gauges read when somebody scrapes, from the engine's last heartbeat: nothing is counted twice."""
 
-    def __init__(
-        self,
-        stats: Callable[[], EngineStats | None],
-        adapters: Callable[[], Iterable[AdapterState]],
-        lorax_names: bool,
-    ) -> None:
+    def __init__(self, stats: Callable[[], EngineStats | None], lorax_names: bool) -> None:
         self._stats = stats
-        self._adapters = adapters
         self._lorax_names = lorax_names
 
     def collect(self) -> Iterator[Metric]:
@@ -211,13 +212,6 @@ class _EngineCollector(Collector):
         for name, text, field in _ENGINE_SERIES:
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(name, text, getattr(stats, field))
-        states: dict[str, int] = {}
-        for state in self._adapters():
-            states[state.status] = states.get(state.status, 0) + 1
-        by_status = GaugeMetricFamily("truffula_adapters", "Adapters the pool knows", labels=("status",))
-        for status, count in sorted(states.items()):
-            by_status.add_metric((status,), count)
-        yield by_status
         if self._lorax_names:
             yield GaugeMetricFamily("lorax_batch_current_size", "Sequences in the batch", stats.running)
             yield GaugeMetricFamily("lorax_queue_length", "Sequences in the queue", stats.waiting)

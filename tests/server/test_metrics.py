@@ -3,7 +3,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 
 from truffula.metrics import BASE_LABEL, OTHER_LABEL, Metrics, RequestRecord
-from truffula.types import AdapterState, EngineStats
+from truffula.types import EngineStats
 
 
 def samples(metrics):
@@ -53,12 +53,10 @@ def test_labels_are_bounded():
 
 def test_the_engines_numbers_are_read_when_scraped():
     stats = EngineStats(monotonic=0.0, running=3, prefix_hit_tokens=7)
-    states = [AdapterState(name="a", status="resident"), AdapterState(name="b", status="failed")]
-    found = samples(Metrics(lambda: stats, adapters=lambda: states))
+    found = samples(Metrics(lambda: stats))
     assert found["truffula_engine_up", ()] == 1
     assert found["truffula_sequences_running", ()] == 3
     assert found["truffula_prefix_hit_tokens_total", ()] == 7
-    assert found["truffula_adapters", (("status", "resident"),)] == 1
     assert samples(Metrics(lambda: None))["truffula_engine_up", ()] == 0
 
 

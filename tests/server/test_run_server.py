@@ -28,6 +28,14 @@ def test_an_address_that_is_not_ours():
         bind(ServerConfig(host="203.0.113.7", port=0))
 
 
+def test_connections_do_not_wait_to_fill_segments():
+    """asyncio switches Nagle's algorithm off only where a socket says that it is TCP."""
+    with bind(ServerConfig(port=0)) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.proto == socket.IPPROTO_TCP
+
+
 def test_a_model_that_cannot_load_ends_the_server_with_its_error(tmp_path):
     resolved = load_config({"model": str(tmp_path), "port": 0, "transport": "thread", "offline": True}, env={})
     with pytest.raises(TruffulaError):

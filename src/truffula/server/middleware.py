@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
 CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; only in logs and metrics
 
 
@@ -87,8 +88,10 @@ class RequestScope:
         route = scope.get("route")
         record.route = getattr(route, "path", "") or record.route
         self._metrics.request_ended(record)
-        if self._access_log and access.isEnabledFor(logging.INFO):
-            access.info("%s", AccessLine(record), extra={"fields": asdict(record)})
+        # Probes come every second and say nothing while all is well.
+        level = logging.DEBUG if record.path in QUIET_PATHS and record.status < 400 else logging.INFO
+        if self._access_log and access.isEnabledFor(level):
+            access.log(level, "%s", AccessLine(record), extra={"fields": asdict(record)})
 
 
 class AccessLine:

@@ -48,9 +48,7 @@ def start(resolved: Resolved, url: str) -> Started:
     if config.chat_template is not None:
         templates = {"default": read_template(config.chat_template)}
     service = AsyncService(client, policy=policy, limits=limits, templates=templates)
-    metrics = Metrics(
-        service.stats, max_adapters=config.metrics_adapters, adapters=lambda: (), lorax_names=config.lorax_metrics
-    )
+    metrics = Metrics(service.stats, max_adapters=config.metrics_adapters, lorax_names=config.lorax_metrics)
     defaults = sampling_defaults(client.info) if config.generation_defaults else {}
     app = create_app(service, config, policy, metrics, defaults=defaults)
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
@@ -103,9 +101,9 @@ class _Progress:
         if stage == self._stage and tenth <= self._tenth:
             return
         if stage != self._stage:
-            log.info("%s", stage)
+            log.info("starting: %s", stage)
         elif total:
-            log.info("%s: %d %% of %s", stage, 10 * tenth, format_size(total))
+            log.info("starting: %s, %d %% of %s", stage, 10 * tenth, format_size(total))
         self._stage, self._tenth = stage, tenth
 
 
