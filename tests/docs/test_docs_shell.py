@@ -1,6 +1,6 @@
-"""Every fenced sh block runs, page by page, in the repository's root with ``truffula`` on the PATH and the real small model.
+"""Every fenced sh block runs, page by page, in the repository's root with ``truffula`` on the PATH.
 
-A block that starts ``truffula serve`` goes to the background until the page ends; the next block begins once it is healthy.
+A block that starts ``truffula serve`` goes to the background until the page ends; the next begins once it is healthy.
 ``sh make`` blocks name make targets, which must exist; ``make demo`` and ``make test`` themselves are what CI runs.
 """
 

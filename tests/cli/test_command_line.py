@@ -1,0 +1,189 @@
+"""Each command as a user runs it: a process, its output, its status."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from live_server import write_model
+
+from truffula.config import OPTIONS
+from truffula.testing.adapters import write_tiny_adapter
+
+COMMANDS = [
+    "serve",
+    "generate",
+    "chat",
+    "inspect",
+    "verify",
+    "config",
+    "doctor",
+    "bench serve",
+    "bench join",
+    "adapters list",
+]
+
+
+def truffula(*args: str, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "truffula", *args],
+        capture_output=True, text=True, input=stdin, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture(scope="module")
+def adapter(model: Path) -> Path:
+    return write_tiny_adapter(model.parent / "leaf", model, rank=3)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command: str) -> None:
+    done = truffula(*command.split(), "--help", COLUMNS="200")
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+
+
+def test_every_option_has_its_flag_in_serve() -> None:
+    shown = truffula("serve", "--help", COLUMNS="400").stdout
+    for option in OPTIONS.values():
+        if option.name != "model":
+            assert option.flag in shown, option.flag
+
+
+def test_an_unknown_flag_is_named() -> None:
+    done = truffula("serve", "model", "--max-runing", "3")
+    assert done.returncode == 2
+    assert "--max-runing" in done.stderr
+
+
+def test_a_wrong_value_names_flag_value_and_what_is_expected() -> None:
+    done = truffula("generate", "model", "hello", "--step-tokens", "many")
+    assert done.returncode == 1
+    assert "--step-tokens" in done.stderr and "many" in done.stderr and "whole number" in done.stderr
+
+
+def test_an_unknown_model_says_what_was_tried() -> None:
+    done = truffula("generate", "./no-such-folder", "hello", HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "model_not_found" in done.stderr and "no-such-folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use_is_said_before_anything_loads(model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = truffula("serve", str(model), "--port", port)
+    assert done.returncode == 1
+    assert f"Port {port}" in done.stderr and "--port" in done.stderr
+
+
+def test_too_little_memory_is_computed_before_loading(model: Path) -> None:
+    done = truffula("generate", str(model), "hello", "--memory", "100KiB")
+    assert done.returncode == 1
+    assert "insufficient_memory" in done.stderr and "100 KiB" in done.stderr
+
+
+def test_config_shows_values_and_their_origin() -> None:
+    shown = json.loads(truffula("config", "--show", "--json", TRUFFULA_MAX_RUNNING="7").stdout)
+    rows = {row["name"]: row for row in shown}
+    assert (rows["max_running"]["value"], rows["max_running"]["source"]) == ("7", "TRUFFULA_MAX_RUNNING")
+    assert rows["step_tokens"]["origin"] == "default"
+
+
+def test_an_unknown_variable_is_refused_with_the_nearest() -> None:
+    done = truffula("config", "--show", TRUFFULA_MAX_RUNING="7")
+    assert done.returncode == 1
+    assert "TRUFFULA_MAX_RUNNING" in done.stderr
+
+
+def test_doctor_finds_the_backend() -> None:
+    rows = {row["what"]: row for row in json.loads(truffula("doctor", "--json").stdout)}
+    assert rows["backend reference"]["state"] == "ok"
+
+
+def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
+    found = json.loads(truffula("inspect", str(model), "--json").stdout)
+    written = json.loads((model / "config.json").read_text())
+    assert {row["key"] for row in found["config"]} == set(written)
+    assert found["tying"] in ("tied", "separate") and found["tying_reason"]
+    assert found["weights_bytes"] == sum(kind["bytes"] for kind in found["stored"].values())
+
+
+def test_inspect_an_adapter_against_its_base_and_a_wrong_one(model: Path, adapter: Path, tmp_path: Path) -> None:
+    found = json.loads(truffula("inspect", str(adapter), "--base", str(model), "--json").stdout)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert set(config) <= {row["field"] for row in found["fields"]}
+    assert (found["rank"], found["error"]) == (3, None)
+    other = write_model(tmp_path / "other", hidden_size=64)
+    refused = truffula("inspect", str(adapter), "--base", str(other))
+    assert refused.returncode == 1
+    assert "adapter_invalid" in refused.stderr and "lora_" in refused.stderr
+
+
+def test_generate_side_by_side_from_standard_input(model: Path, adapter: Path) -> None:
+    args = (
+        "generate",
+        str(model),
+        "-a",
+        "base",
+        "-a",
+        f"leaf={adapter}",
+        "--raw",
+        "--max-tokens",
+        "6",
+        "--dtype",
+        "float32",
+    )
+    done = truffula(*args, stdin="Hello trees\n")
+    assert done.returncode == 0, done.stderr
+    assert "--- base" in done.stdout and "--- leaf" in done.stdout
+    assert "\x1b[" not in done.stdout, "no colour where there is no terminal"
+
+
+def test_generate_refuses_a_broken_adapter(model: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "leaf").mkdir()
+    (tmp_path / "leaf" / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
+    (tmp_path / "leaf" / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    done = truffula("generate", str(model), "hello", "--raw", "-a", str(tmp_path / "leaf"))
+    assert done.returncode == 1
+    assert "LOHA" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_chat_answers_and_switches(model: Path, adapter: Path) -> None:
+    lines = "Hello\n/adapter leaf\nHello\n/adapter oak\n/quit\n"
+    done = truffula("chat", str(model), "-a", f"leaf={adapter}", "--max-tokens", "4", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert "There is no adapter 'oak'" in done.stdout
+
+
+def test_adapters_without_a_server_says_so() -> None:
+    done = truffula("adapters", "list", "--url", "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "--url" in done.stderr
+
+
+@pytest.mark.slow
+def test_verify_and_bench_on_a_tiny_model(model: Path, adapter: Path) -> None:
+    checked = json.loads(truffula("verify", str(model), "--adapter", str(adapter), "--json").stdout)
+    assert checked["ok"] is True
+    common = (str(model), "--max-model-len", "256", "--json")
+    small = ("--clients", "2", "--repeats", "1", "--prompt-tokens", "9", "--max-tokens", "5", "--rank", "2")
+    done = truffula("bench", "serve", *common, *small, "--against-llm")
+    assert done.returncode == 0, done.stderr
+    served = json.loads(done.stdout)
+    assert served["http"]["output_tokens"] == served["llm"]["output_tokens"] == 10
+    done = truffula("bench", "join", *common, "--running", "2", "--joins", "2", "--rank", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["joining"]["tokens"] > 0
