@@ -36,9 +36,9 @@ DEFAULT_PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a forest of very tall trees, there lived a",
 )
-# Of a value, against its own size plus the root mean square of its row (a few columns are a thousand times the rest, and
-# their rounding too). Over SmolLM2's thirty layers harmless float32 differences reach 3e-5.
-TOLERANCE = 1e-3
+# Of a value, against its own size plus the root mean square of its row (a few columns are a thousand times the rest and
+# round as coarsely). Over SmolLM2's thirty layers harmless float32 differences reach 3e-5.
+TOLERANCE = 3e-4
 # Two logits this close are a tie that rounding may break either way: such a step is counted, not judged.
 NEAR_TIE = 1e-4
 
