@@ -115,8 +115,9 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 class TestEngineAtLength(EngineMachine.TestCase):
-    settings = settings(max_examples=1000, stateful_step_count=60, deadline=None)
+    settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
 
 
 TestEngine = EngineMachine.TestCase

@@ -152,7 +152,8 @@ def test_greedy_tokens_in_any_company(real, crowd, step_tokens, max_running, num
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **LIGHT)
+@pytest.mark.timeout(1200)
+@settings(max_examples=150, **LIGHT)
 @given(crowds(), st.integers(1, 64), st.integers(1, 8), st.integers(12, 80), st.booleans())
 def test_greedy_tokens_in_any_company_at_length(real, crowd, step_tokens, max_running, num_blocks, prefix_cache):
     requests = made(real, crowd)

@@ -78,7 +78,8 @@ def test_any_company_any_budget_any_memory(crowd, lim, data):
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None)
+@pytest.mark.timeout(1200)
+@settings(max_examples=300, deadline=None)
 @given(crowds(most=10), engines(), st.data())
 def test_any_company_at_length(crowd, lim, data):
     hold_company(crowd, lim, data)
