@@ -1,4 +1,4 @@
-"""The demo: one base model and three adapters answer side by side from one batch; then a server answers a curl each way.
+"""The demo: a base and three adapters answer side by side from one batch; then a server answers a curl each way.
 
 make demo              # ends by itself
 make demo SERVE=1      # the server stays until Ctrl-C
@@ -90,7 +90,7 @@ def ask_the_server(url: str) -> None:
 def what_next() -> None:
     out().print(
         "[bold]Try next[/]\n"
-        f"  .venv/bin/truffula serve {MODEL} --adapter-dir examples/adapters        serve these adapters; drop yours beside them\n"
+        f"  .venv/bin/truffula serve {MODEL} --adapter-dir examples/adapters      serve these; drop yours beside them\n"
         f"  .venv/bin/truffula generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate\n"
         f"  .venv/bin/truffula chat {MODEL} -a examples/adapters/pirate\n"
         "  .venv/bin/truffula inspect examples/adapters/pirate --base smollm2       every field's fate\n"

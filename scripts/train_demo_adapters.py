@@ -12,14 +12,16 @@ import argparse
 import json
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerBase
 
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -42,7 +44,7 @@ RECIPES = {
 }
 
 
-def encode(tokenizer, row: dict[str, str]) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> tuple[list[int], list[int]]:
     """Ids and labels; only the answer (and its end) is learned."""
     messages = [{"role": "user", "content": row["prompt"]}]
     head = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -51,7 +53,7 @@ def encode(tokenizer, row: dict[str, str]) -> tuple[list[int], list[int]]:
     return prompt + answer, [-100] * len(prompt) + answer
 
 
-def batches(rows: list[tuple[list[int], list[int]]], size: int, rng: random.Random):
+def batches(rows: list[tuple[list[int], list[int]]], size: int, rng: random.Random) -> Iterator[Batch]:
     """Right-padded batches of rows of similar length, in random order."""
     order = sorted(range(len(rows)), key=lambda i: (len(rows[i][0]), rng.random()))
     chunks = [order[i : i + size] for i in range(0, len(order), size)]

@@ -68,11 +68,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     logprobs_of: Literal["raw", "warped"] = "raw"
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            msgspec.structs.force_setattr(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids"):
-            if isinstance(getattr(self, name), list):
-                msgspec.structs.force_setattr(self, name, tuple(getattr(self, name)))
+        for name in ("stop", "stop_token_ids"):  # callers may give one string, or a list
+            given: object = getattr(self, name)
+            if isinstance(given, str | list):
+                msgspec.structs.force_setattr(self, name, (given,) if isinstance(given, str) else tuple(given))
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 0)
         _integer("min_tokens", self.min_tokens, 0)

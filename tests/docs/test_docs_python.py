@@ -23,8 +23,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_fence_is_run_or_output() -> None:
-    """No fenced block is prose: its language says whether a test runs it (python, sh), or what it shows."""
-    known = {"python", "sh", "text", "json", "toml"}
+    """No fenced block is prose: its language says whether a test runs it (python, sh, http), or what it shows."""
+    known = {"python", "sh", "http", "text", "json", "toml"}
     for page in pages():
         for line in page.read_text(encoding="utf-8").splitlines():
             if line.startswith("```") and line != "```":

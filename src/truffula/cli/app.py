@@ -15,7 +15,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="One trunk, many leaves: serve one base language model and any number of LoRA adapters in one batch.\n\n"
-    "Try [bold]truffula serve smollm2 --adapter-dir examples/adapters[/] or [bold]truffula generate smollm2 'Hello'[/].",
+    "Try [bold]truffula serve smollm2 --adapter-dir examples/adapters[/] "
+    "or [bold]truffula generate smollm2 'Hello'[/].",
 )
 bench_app = typer.Typer(
     no_args_is_help=True, help="Measure: throughput and latency of a server, and what joining adapters cost."

@@ -39,7 +39,8 @@ def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *,
     if as_json:
         out().print_json(json.dumps(report))
         return
-    shown = table("", ">median ms", ">p99 ms", ">largest ms", ">largest / median", title=f"{running} base streams, {joins} adapters of rank {rank} join")  # fmt: skip
+    title = f"{running} base streams, {joins} adapters of rank {rank} join"
+    shown = table("", ">median ms", ">p99 ms", ">largest ms", ">largest / median", title=title)
     for name in ("quiet", "joining"):
         row = report[name]
         shown.add_row(

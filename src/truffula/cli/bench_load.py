@@ -72,8 +72,8 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
     if not seconds:
         return {}
     ordered = sorted(seconds)
-    at = lambda q: ordered[min(len(ordered) - 1, int(q * len(ordered)))]
-    values = {"p50": statistics.median(ordered), "p99": at(0.99), "max": ordered[-1]}
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    values = {"p50": statistics.median(ordered), "p99": p99, "max": ordered[-1]}
     return {name: round(1000 * value, 2) for name, value in values.items()}
 
 

@@ -56,7 +56,7 @@ def with_options(*groups: str, leave_out: tuple[str, ...] = ()) -> Callable[[Com
                 *args, **kwargs, options={name: value for name, value in options.items() if value not in (None, [])}
             )
 
-        del run.__wrapped__  # type: ignore[attr-defined]  # typer must see the made signature, not the original
+        del run.__wrapped__  # typer must see the made signature, not the original
         run.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*kept, *made)}
         return run

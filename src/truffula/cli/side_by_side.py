@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
 
 from truffula.cli.output import out
 from truffula.errors import from_info
@@ -59,10 +61,7 @@ def show(
     return answers
 
 
-def _columns(answers: Sequence[Answer]) -> object:
-    from rich.panel import Panel
-    from rich.table import Table
-
+def _columns(answers: Sequence[Answer]) -> Table:
     grid = Table.grid(expand=True, padding=(0, 1))
     per_row = 3 if len(answers) % 3 == 0 or len(answers) > 4 else 2
     for _ in range(min(per_row, len(answers))):
