@@ -312,6 +312,15 @@ def test_neutral_values_change_nothing(live, extra):
     assert "x-truffula-ignored" not in response.headers
 
 
+def test_the_headers_lorax_gives_here_too(live):
+    response = live.post("/v1/completions", {"model": "pirate", "prompt": ["Hello", "you"], "max_tokens": 2})
+    usage = ok(response)["usage"]
+    assert response.headers["x-generated-tokens"] == str(usage["completion_tokens"])
+    assert response.headers["x-prompt-tokens"] == str(usage["prompt_tokens"])
+    assert response.headers["x-compute-characters"] == "8"
+    assert response.headers["x-adapter-id"] == "pirate"
+
+
 def test_unknown_keys_are_listed(live):
     body = {"model": MODEL, "prompt": "Hello", "max_tokens": 1, "temprature": 0, "näme\r\nx": 1}
     response = live.post("/v1/completions", body)

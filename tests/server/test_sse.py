@@ -88,7 +88,8 @@ def test_a_client_that_leaves_closes_the_frames():
     async def gone():
         return {"type": "http.disconnect"}
 
-    run_stream(frames(), gone)
+    with pytest.raises(ClientGone):
+        run_stream(frames(), gone)
     assert closed == [True]
 
 

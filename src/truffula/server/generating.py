@@ -42,6 +42,7 @@ class _Watch:
         self._record = record
         self._observer = state.metrics.observer(record.adapter)
         self._last: dict[tuple[int, int], float] = {}
+        self._seen: dict[tuple[int, int], int] = {}
 
     def note(self, batch: Batch) -> Batch:
         now = time.monotonic()
@@ -51,7 +52,10 @@ class _Watch:
             if before is not None and delta.tokens:
                 self._observer.inter_token.observe((now - before) / len(delta.tokens))
             self._last[key] = now
+            self._record.completion_tokens += len(delta.tokens)
+            self._seen[key] = self._seen.get(key, 0) + len(delta.tokens)
             if delta.totals is not None:
+                self._record.completion_tokens += delta.totals.completion_tokens - self._seen[key]
                 self._ended(delta.totals)
             if delta.finish_reason is not None:
                 self._record.finish = delta.finish_reason
@@ -60,7 +64,6 @@ class _Watch:
 
     def _ended(self, totals: ChoiceTotals) -> None:
         record = self._record
-        record.completion_tokens += totals.completion_tokens
         if totals.times is not None:
             record.queue_s = max(record.queue_s or 0.0, totals.times.queue_s)
             record.load_s = max(record.load_s, totals.times.load_s)

@@ -10,8 +10,9 @@ from starlette.responses import Response
 
 from truffula.server.body import note_unknown, read_body, read_object, validate
 from truffula.server.generating import mark, stream, whole
+from truffula.server.headers import reply_headers, stream_headers
 from truffula.server.lorax_bodies import GenerateBody
-from truffula.server.lorax_parts import NativeWriter, best_first, details, reply_headers, stream_headers
+from truffula.server.lorax_parts import NativeWriter, best_first, details
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openai_chat import chat
 from truffula.server.openai_completions import complete
@@ -96,12 +97,19 @@ async def _whole(request: Request, body: GenerateBody, *, as_list: bool) -> Resp
     reply: dict[str, Any] = {"generated_text": full + choice.text}
     if body.params.wants_details:
         reply["details"] = details(choice, others, found.prompt, body)
-    headers = reply_headers(body, adapter, record_of(request), time.monotonic() - started, state_of(request))
-    headers["x-generated-tokens"] = str(choice.totals.completion_tokens)
-    headers["x-total-tokens"] = str(choice.totals.prompt_tokens + choice.totals.completion_tokens)
+    headers = reply_headers(
+        len(body.inputs),
+        adapter,
+        record_of(request),
+        state_of(request),
+        total_s=time.monotonic() - started,
+        completion_tokens=choice.totals.completion_tokens,
+    )
     return json_reply([reply] if as_list else reply, headers=headers)
 
 
 async def _stream(request: Request, body: GenerateBody) -> Response:
     made, adapter = to_request(request, body, streams=True)
-    return await stream(request, [made], NativeWriter(body), stream_headers(body, adapter, state_of(request)))
+    return await stream(
+        request, [made], NativeWriter(body), stream_headers(len(body.inputs), adapter, state_of(request))
+    )

@@ -1,4 +1,4 @@
-"""LoRAX's and TGI's response objects: tokens, details, stream events, headers. Both spellings where they differ."""
+"""LoRAX's and TGI's response objects: tokens, details, stream events. Both spellings where they differ."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from truffula.errors import TruffulaError
-from truffula.metrics import RequestRecord
-from truffula.server.body import safe_header
 from truffula.server.errors import error_body
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.openai_parts import finite
 from truffula.server.sse import frame
-from truffula.server.state import ServerState
-from truffula.types import AdapterRef, ChoiceTotals, CompletionChoice, PromptPart, TextDelta, TokenPiece
+from truffula.types import ChoiceTotals, CompletionChoice, PromptPart, TextDelta, TokenPiece
 
 
 def finish_reason(reason: str | None, eos: bool) -> str:
@@ -152,44 +149,3 @@ class NativeWriter:
 
     def end(self) -> bytes:
         return b""
-
-
-def stream_headers(body: GenerateBody, adapter: AdapterRef | None, state: ServerState) -> dict[str, str]:
-    """What is known before the first token. Ids are client's words and are made safe."""
-    headers = {
-        "x-compute-type": safe_header(state.service.info.device),
-        "x-compute-characters": str(len(body.inputs)),
-        "x-model-id": safe_header(state.model_id),
-    }
-    if adapter is not None:
-        headers["x-adapter-id"] = safe_header(adapter.name)
-        headers["x-adapter-source"] = adapter.kind
-    return headers
-
-
-def reply_headers(
-    body: GenerateBody, adapter: AdapterRef | None, record: RequestRecord, total_s: float, state: ServerState
-) -> dict[str, str]:
-    """The times, in whole milliseconds, and counts of a finished answer."""
-    queue, ttft = record.queue_s or 0.0, record.ttft_s or 0.0
-    inference = max(0.0, total_s - record.validation_s - queue)
-    tokens = record.completion_tokens
-    rows = {
-        "x-compute-time": total_s,
-        "x-total-time": total_s,
-        "x-validation-time": record.validation_s,
-        "x-queue-time": queue,
-        "x-inference-time": inference,
-        "x-time-per-token": inference / max(1, tokens),
-        "x-time-to-first-token": ttft,
-        "x-time-per-output-token": max(0.0, total_s - ttft) / max(1, tokens - 1),
-    }
-    counts = {
-        "x-prompt-tokens": record.prompt_tokens,
-        "x-generated-tokens": tokens,
-        "x-total-tokens": record.prompt_tokens + tokens,
-        "x-skipped-tokens": 0,
-    }
-    headers = stream_headers(body, adapter, state)
-    headers |= {name: str(round(seconds * 1000)) for name, seconds in rows.items()}
-    return headers | {name: str(count) for name, count in counts.items()}

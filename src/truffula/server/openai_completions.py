@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from starlette.requests import Request
@@ -11,6 +12,7 @@ from truffula.errors import TruffulaError
 from truffula.server.body import read_body
 from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
+from truffula.server.headers import reply_headers
 from truffula.server.openai_bodies import CompletionBody
 from truffula.server.openai_parts import (
     CompletionLogprobs,
@@ -37,14 +39,22 @@ async def completions(request: Request) -> Response:
 
 
 async def complete(request: Request, body: CompletionBody, state: ServerState) -> Response:
+    started = time.monotonic()
     requests = completion_requests(request, body, state)
     top = head("text_completion", "cmpl", asked_model(body, state), state)
     if body.stream:
         return await stream(request, requests, CompletionWriter(request, body, top))
     found = await whole(request, requests)
     choices = [_choice(body, i, one, choice) for i, one in enumerate(found) for choice in one.choices]
-    reply = {**top, "choices": choices, "usage": usage_of(found)}
-    return json_reply(reply)
+    headers = reply_headers(
+        sum(len(one.prompt) for one in requests if isinstance(one.prompt, str)),
+        requests[0].adapter,
+        record_of(request),
+        state,
+        total_s=time.monotonic() - started,
+        completion_tokens=sum(one.completion_tokens for one in found),
+    )
+    return json_reply({**top, "choices": choices, "usage": usage_of(found)}, headers=headers)
 
 
 def _choice(body: CompletionBody, prompt: int, found: Completion, choice: CompletionChoice) -> dict[str, Any]:

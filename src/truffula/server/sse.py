@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 import msgspec
@@ -70,7 +69,7 @@ class EventStream(Response):
     """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
 
     ``frames`` yields one or more whole frames at a time and never raises for a fault of a request: that is a frame too.
-    It is closed when the client leaves, which ends its work.
+    It is closed, which ends its work, when the client leaves; then ``ClientGone`` is raised.
     """
 
     def __init__(
@@ -89,8 +88,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(ClientGone):
-                await unless_gone(receive, self._send_all(send))
+            await unless_gone(receive, self._send_all(send))
         finally:
             await self._frames.aclose()
 
