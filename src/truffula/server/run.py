@@ -137,8 +137,8 @@ class DrainingServer(uvicorn.Server):
         if self.should_exit:
             log.warning("second signal: leaving at once")
             os._exit(128 + sig)
+        self.should_exit = True  # before the line below: whoever reads it may send the second signal
         log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
-        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
