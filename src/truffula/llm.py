@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,81 +12,25 @@ from truffula.config import EngineConfig
 from truffula.engine.client import Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterPolicy
+from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.sync import SyncService
 from truffula.types import (
     AdapterCommand,
     AdapterRef,
     AdapterState,
-    Completion,
-    CompletionChoice,
     EngineInfo,
     EngineStats,
-    FinishReason,
     GenerateRequest,
     SamplingParams,
     TextDelta,
-    TokenPiece,
 )
 
 Prompt = str | Sequence[int]
 Adapter = str | Path | AdapterRef | None
 Messages = Sequence[Mapping[str, Any]]
-Logprobs = dict[int, float]
 TRANSPORTS = ("inline", "thread", "process")
 
-
-@dataclass(frozen=True)
-class ChoiceOutput:
-    """One completion. ``token_ids`` holds EOS (or the stop id, or the tokens of a stop string) where one ended it.
-
-    ``logprobs``: per generated token, the k most likely ids and the chosen one with their logprobs; None when not asked
-    for. ``stop_reason`` is the stop string or stop id that ended it; ``eos`` says that the model's own end did.
-    """
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[Logprobs] | None
-    finish_reason: FinishReason
-    stop_reason: str | int | None
-    eos: bool
-    seed: int | None
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """The answer to one prompt. ``text``, ``token_ids``, ``logprobs``, ``finish_reason`` are of choice 0.
-
-    ``prompt`` is the text as the model saw it (a chat rendered; None for ids of a model without tokenizer),
-    ``prompt_logprobs`` one dict per prompt token, the first None. ``cached_tokens`` of the prompt came from the prefix
-    cache.
-    """
-
-    prompt: str | None
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[Logprobs | None] | None
-    choices: list[ChoiceOutput]
-    cached_tokens: int = 0
-
-    @property
-    def text(self) -> str:
-        return self.choices[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.choices[0].token_ids
-
-    @property
-    def logprobs(self) -> list[Logprobs] | None:
-        return self.choices[0].logprobs
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        return self.choices[0].finish_reason
-
-    @property
-    def stop_reason(self) -> str | int | None:
-        return self.choices[0].stop_reason
+__all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 
 
 class Adapters:
@@ -319,7 +263,7 @@ class LLM:
         requests = self._requests(given, params, adapters)
         found = self._service.run(requests, progress=progress, return_errors=errors == "return")
         return [
-            answer if isinstance(answer, TruffulaError) else _output(request, answer)
+            answer if isinstance(answer, TruffulaError) else request_output(request, answer)
             for request, answer in zip(requests, found, strict=True)
         ]
 
@@ -380,36 +324,3 @@ def _ids(prompt: Any, at: int) -> list[int]:
 
 def _policy(name: str, source: str | Path) -> AdapterPolicy:
     return AdapterPolicy({name: source})
-
-
-def _output(request: GenerateRequest, answer: Completion) -> RequestOutput:
-    prompt = answer.prompt
-    pieces = prompt.tokens if prompt is not None else []
-    scored = request.params.prompt_logprobs is not None
-    return RequestOutput(
-        prompt=None if prompt is None else prompt.text,
-        prompt_token_ids=[piece.id for piece in pieces],
-        prompt_logprobs=[None if piece.logprob is None else _logprobs(piece) for piece in pieces] if scored else None,
-        choices=[_choice(choice, request.params) for choice in answer.choices],
-        cached_tokens=answer.cached_tokens,
-    )
-
-
-def _choice(choice: CompletionChoice, params: SamplingParams) -> ChoiceOutput:
-    return ChoiceOutput(
-        index=choice.index,
-        text=choice.text,
-        token_ids=choice.token_ids,
-        logprobs=[_logprobs(piece) for piece in choice.tokens] if params.logprobs is not None else None,
-        finish_reason=choice.finish_reason,
-        stop_reason=choice.stop_reason,
-        eos=choice.eos,
-        seed=choice.totals.seed,
-    )
-
-
-def _logprobs(piece: TokenPiece) -> Logprobs:
-    found = {token_id: logprob for token_id, _, logprob in piece.top}
-    if piece.logprob is not None:
-        found.setdefault(piece.id, piece.logprob)
-    return found

@@ -20,6 +20,7 @@ from truffula.lora.sources import AdapterPolicy
 from truffula.service.core import RequestState, Service, ServiceLimits
 from truffula.service.files import tokenizer_of
 from truffula.service.fold import collect, failure
+from truffula.service.streams import TextStream
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
     AdapterCommand,
@@ -38,83 +39,6 @@ logger = logging.getLogger(__name__)
 # Shorter prompts are tokenised on the loop: a trip to a thread costs as much as their tokenisation.
 INLINE_CHARS = 4096
 WAIT_S = 1.0  # the longest that an engine in line steps before the dispatcher looks whether it should end
-
-
-class TextStream:
-    """One running request: ``async for deltas in stream``; each item is a non-empty list, choices may interleave.
-
-    An error that strikes before the first delta is raised from the first ``__anext__`` (so that a server can still
-    answer with a status); a later one is a terminal delta with ``error``. ``aclose`` (or leaving ``async with``) aborts
-    what still runs, within a step. One consumer.
-    """
-
-    def __init__(self, state: RequestState, abandon: Callable[[RequestState], None]) -> None:
-        self._state = state
-        self._abandon = abandon
-        self._ready: list[TextDelta] = []
-        self._waiter: asyncio.Future[None] | None = None
-        self._begun = False
-        self._closed = False
-
-    @property
-    def request_id(self) -> str:
-        return self._state.request_id
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._state.prompt_tokens
-
-    @property
-    def seed(self) -> int | None:
-        return self._state.seed
-
-    def feed(self, deltas: list[TextDelta]) -> None:
-        """Called on the loop with what the request's events released."""
-        self._ready += deltas
-        waiter = self._waiter
-        if waiter is not None and not waiter.done() and (self._ready or self._state.done):
-            waiter.set_result(None)
-
-    def __aiter__(self) -> TextStream:
-        return self
-
-    async def __anext__(self) -> list[TextDelta]:
-        while not self._ready:
-            if self._closed or self._state.done:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            except BaseException:
-                await self.aclose()
-                raise
-            finally:
-                self._waiter = None
-        deltas, self._ready = self._ready, []
-        if not self._begun:
-            for delta in deltas:
-                error = failure(delta)
-                if error is not None:
-                    await self.aclose()
-                    raise error
-            self._begun = True
-        return deltas
-
-    async def aclose(self) -> None:
-        """Abort what still runs. Idempotent; what was not read is lost."""
-        if self._closed:
-            return
-        self._closed = True
-        self._ready = []
-        self._abandon(self._state)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def __aenter__(self) -> TextStream:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self.aclose()
 
 
 class AsyncService:
@@ -205,14 +129,17 @@ class AsyncService:
         for one in state.engine_requests:
             self._streams[one.request_id] = (stream, state)
         self._active.add(state)
+        engine_ids = [one.request_id for one in state.engine_requests]
+        with self._lock:
+            self._in_engine.update(engine_ids)
         try:
             self._client.submit(state.engine_requests)
-            with self._lock:
-                self._in_engine.update(one.request_id for one in state.engine_requests)
-            self._submitted.set()
         except BaseException:
+            with self._lock:
+                self._in_engine.difference_update(engine_ids)
             self._forget(state)
             raise
+        self._submitted.set()
         return stream
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[TextDelta], None]:
@@ -246,10 +173,10 @@ class AsyncService:
         ]
 
     async def render(self, request: GenerateRequest) -> tuple[str, list[int]]:
-        """A chat or prompt as the model would see it: ``(text, prompt ids)``; nothing is submitted."""
-        tokenizer = self._need_tokenizer()
-        text, ids = await self._off_loop(_chars(request), lambda: self._core.render(request))
-        return (tokenizer.decode(ids) if text is None else text), ids
+        """A chat or prompt as the model would see it: ``(text, prompt ids)``, however long; nothing is submitted."""
+        self._need_tokenizer()
+        prompt = await self._off_loop(_chars(request), lambda: self._core.render(request))
+        return prompt.text or "", prompt.ids
 
     async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
         tokenizer = self._need_tokenizer()

@@ -13,7 +13,7 @@ import msgspec
 from truffula.errors import ErrorInfo, InvalidRequest
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.choices import ChoiceState, merged, rank
-from truffula.service.prompts import Prompt, checked_ids, make_prompt, need_tokenizer, prompt_text
+from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import AdapterRef, EngineInfo, EngineRequest, GenerateRequest, SamplingParams, TextDelta, TokenEvent
@@ -137,13 +137,9 @@ class Service:
         """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self.policy.resolve(name, source, self.limits.base_names)
 
-    def prompt(self, request: GenerateRequest) -> Prompt:
-        """The request's prompt as the model would get it."""
-        return make_prompt(request, self.tokenizer, self.templates, self.info)
-
-    def render(self, request: GenerateRequest) -> tuple[str | None, list[int]]:
-        """The text (None of a prompt of ids) and the ids that the model would see."""
-        return prompt_text(request, self.templates), self.prompt(request).ids
+    def render(self, request: GenerateRequest) -> Prompt:
+        """The request's prompt, text and ids, as the model would see it; not measured against the model's length."""
+        return make_prompt(msgspec.structs.replace(request, echo=True), self.tokenizer, self.templates, self.info)
 
     def open(self, request: GenerateRequest) -> RequestState:
         """The state of a new request; its ``engine_requests`` are to be submitted.
@@ -156,7 +152,8 @@ class Service:
             name = "best_of" if (params.best_of or 1) > params.n else "n"
             raise InvalidRequest(f"{name} is {count}; at most {self.limits.max_choices} are possible.", param=name)
         self._check_params(params)
-        prompt = self.prompt(request)
+        prompt = make_prompt(request, self.tokenizer, self.templates, self.info)
+        check_fits(len(prompt.ids), params, self.info)
         engine_params = self._engine_params(params)
         now = self._clock()
         request_id = request.request_id or f"{self._random.getrandbits(64):016x}"

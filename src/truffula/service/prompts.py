@@ -62,9 +62,9 @@ def prompt_text(request: GenerateRequest, templates: ChatTemplates) -> str | Non
 def make_prompt(
     request: GenerateRequest, tokenizer: Tokenizer | None, templates: ChatTemplates, info: EngineInfo
 ) -> Prompt:
-    """Template, tokenise, truncate and measure.
+    """Template, tokenise and truncate; ``check_fits`` measures what comes of it.
 
-    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` with the numbers,
+    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` for absurdly long text,
     ``TemplateError``, ``NoTokenizer``. A text that can't fit is refused by its length before any work is done on it.
     """
     if request.messages is not None:
@@ -95,7 +95,6 @@ def make_prompt(
     if not ids:
         raise InvalidRequest("The prompt is empty, and the model has no token that begins a text.", param="prompt")
     ids, pieces = _truncate(ids, pieces, request.truncate)
-    _check_fits(len(ids), request.params, info)
     if not wants_pieces:
         return Prompt(ids)
     return Prompt(ids, "".join(piece.text for piece in pieces or []), pieces)
@@ -200,7 +199,8 @@ def _truncate(
     return ids[-keep:], None if pieces is None else pieces[-keep:]
 
 
-def _check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
+def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
+    """Raise ``PromptTooLong`` when ``prompt`` tokens and what is asked for are more than the model takes."""
     # Without max_tokens one more token must fit; with it all of them.
     asked = 1 if params.max_tokens is None else params.max_tokens
     if prompt + asked <= info.max_model_len:

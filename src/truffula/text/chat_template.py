@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 
 from truffula.errors import InvalidRequest, TemplateError
-from truffula.text.sandbox import LimitExceeded, Meter, MeteredEnvironment
+from truffula.text.growth import LimitExceeded, Meter
+from truffula.text.sandbox import MeteredEnvironment
 
 MAX_SOURCE = 400_000
 MAX_DEPTH = 64
