@@ -296,6 +296,13 @@ def test_lora_on_the_head_is_refused_by_name_for_now(tmp_path: Path) -> None:
     assert "lm_head" in error.message and error.param == "target_modules"
 
 
+@pytest.mark.parametrize("table", ["lm_head", "embed_tokens"])
+def test_a_table_that_is_targeted_without_tensors_is_refused_too(tmp_path: Path, table: str) -> None:
+    write(tmp_path, target_modules=["q_proj", "v_proj", table])
+    error = refused(tmp_path)
+    assert table in error.message and error.param == "target_modules"
+
+
 def test_zero_alpha_changes_nothing(tmp_path: Path) -> None:
     write(tmp_path, lora_alpha=0)
     assert refused(tmp_path).param == "lora_alpha"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_bases import judge
+from lora_bases import judge, llama_sites
 from pool_rig import Rig, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError
+from truffula.testing.adapters import write_tiny_adapter
 
 
 def size_of(folder: Path, r: Rig, ref_rank: int = 4) -> int:
@@ -28,6 +29,18 @@ def test_many_waiters_are_one_load(tmp_path: Path) -> None:
         assert {r.want(ref).generation for _ in range(50)} == {judge(tmp_path / "a").generation}
         assert r.pool.loads == 1
         r.check()
+
+
+def test_a_load_and_its_warnings_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with rig(tmp_path) as r, caplog.at_level("INFO", "truffula.lora.pool"):
+        write_tiny_adapter(r.folder / "a", llama_sites(), alpha_pattern={"nowhere": 3})
+        generation = r.loaded(r.ref("a"))
+        r.poll(3)
+        r.want(r.ref("broken"))
+        r.poll(3)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert generation[:12] in lines[0] and "nowhere" in lines[1] and "adapter_not_found" in lines[2]
 
 
 def test_a_lease_is_a_slot_with_the_adapters_own_tensors(tmp_path: Path) -> None:

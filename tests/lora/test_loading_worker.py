@@ -20,7 +20,7 @@ from pool_rig import Clock
 from truffula.engine.loader import InlineLoader, LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
 from truffula.lora.image import map_image
-from truffula.lora.job import LoadLimits
+from truffula.lora.job import LoadLimits, Order, Setup, load
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import LOCK, PREFIX, Spool, remove_abandoned
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
@@ -187,7 +187,7 @@ def test_needing_too_much_memory_is_an_error_of_that_adapter(make: Make, tmp_pat
     config = tiny_config(rank=4, alpha=8, targets=["q_proj", "v_proj"])
     greedy = config | {"alpha_pattern": {f"p{n}": 1.5 for n in range(120_000)}}
     write_adapter(tmp_path / "a", greedy, tiny_tensors(llama_sites(), config))
-    loader = make(limits=LoadLimits(memory_bytes=4 << 20, file_bytes=8 << 20))
+    loader = make(limits=LoadLimits(memory_bytes=4 << 20))
     loader.start(ref(tmp_path / "a"))
     error = one(loader).error
     assert error is not None and error.code == AdapterLoadError.code and str(4 << 20) in error.message
@@ -287,6 +287,18 @@ def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None
     assert Path(mine.image_path).read_bytes() == Path(other.image_path).read_bytes()
     assert inline.poll() == []
     inline.close()
+
+
+def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) -> None:
+    """What was hashed, what was judged and what was copied must be the same bytes."""
+    order = Order(ticket=1, ref=adapter(tmp_path / "a", seed=1))
+    spool = Spool([tmp_path])
+    setup = Setup(sites=list(llama_sites()), model="x", spools=[str(spool.folders[0])], limits=LoadLimits())
+    result = load(order, setup, on_files=lambda nbytes: adapter(tmp_path / "a", seed=2) and None)
+    assert result.error is not None and result.error.code == AdapterLoadError.code and "changed" in result.error.message
+    assert [path.name for path in spool.folders[0].iterdir()] == [LOCK]
+    assert load(order, setup).error is None
+    spool.close()
 
 
 # ---- the Hub's cache, offline

@@ -23,7 +23,7 @@ from pathlib import Path
 from truffula.errors import AdapterLoadError, ErrorInfo, WireError
 from truffula.kernels.program import Site
 from truffula.lora import frames
-from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Outcome, Ready, Setup, load
+from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Outcome, Ready, Setup, load, out_of_memory
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import Spool
 from truffula.types import AdapterRef
@@ -36,11 +36,12 @@ _STDERR_BYTES = 4096
 class _Worker:
     """One worker process and its socket. ``order`` is what it is at."""
 
-    def __init__(self, setup: Setup, now: float) -> None:
+    def __init__(self, setup: Setup, nice: int, now: float) -> None:
         ours, theirs = socket.socketpair()
+        arguments = [str(theirs.fileno()), str(nice), *setup.spools]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "truffula.lora.worker", str(theirs.fileno()), *setup.spools],
+                [sys.executable, "-P", "-m", "truffula.lora.worker", *arguments],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -63,7 +64,7 @@ class _Worker:
         self.order: Order | None = None
         self.cancelled = False
         self.ready = False
-        self.started = now
+        self.spent = False
         self.deadline = now + STARTUP_S
         self.idle_since = now
 
@@ -160,6 +161,7 @@ class LoadingWorker:
     ) -> None:
         self._limits = limits or LoadLimits()
         self._max_workers = max_workers
+        self._nice = nice
         self._clock = clock
         self._spool = spool or Spool()
         self._setup = Setup(
@@ -167,7 +169,6 @@ class LoadingWorker:
             model=model,
             spools=[str(folder) for folder in self._spool.folders],
             limits=self._limits,
-            nice=nice,
             offline=offline,
             cache_dir=str(cache_dir) if cache_dir is not None else None,
         )
@@ -178,7 +179,7 @@ class LoadingWorker:
         self._next_ticket = 0
         self._closed = False
         with contextlib.suppress(OSError):  # if none can be started now, the first load will say so
-            self._workers.append(_Worker(self._setup, clock()))
+            self._workers.append(_Worker(self._setup, nice, clock()))
 
     def start(self, ref: AdapterRef) -> int:
         self._next_ticket += 1
@@ -241,7 +242,9 @@ class LoadingWorker:
             self._lose(worker, worker.reason(self._limits))
         elif now > worker.deadline and (worker.order is not None or not worker.ready):
             self._lose(worker, f"it took longer than {self._seconds(worker.order):g} s")
-        elif len(self._workers) > 1 and worker.order is None and now - worker.idle_since > IDLE_WORKER_S:
+        elif worker.spent or (
+            len(self._workers) > 1 and worker.order is None and now - worker.idle_since > IDLE_WORKER_S
+        ):
             self._retire(worker)
 
     def _take(self, worker: _Worker, frame: FromWorker, now: float) -> None:
@@ -258,6 +261,7 @@ class LoadingWorker:
             raise WireError("an image outside the spool")
         worker.order = None
         worker.idle_since = now
+        worker.spent = frame.last
         if worker.cancelled:
             self._spool.discard(order.ticket)
         else:
@@ -287,14 +291,14 @@ class LoadingWorker:
             order = next((o for o in self._queue if o.ref.kind != "hub" or hub_room), None)
             if order is None:
                 return
-            worker = next((w for w in self._workers if w.order is None), None)
+            worker = next((w for w in self._workers if w.order is None and not w.spent), None)
             if worker is None and len(self._workers) >= self._max_workers:
                 return
             self._queue.remove(order)
             now = self._clock()
             if worker is None:
                 try:
-                    worker = _Worker(self._setup, now)
+                    worker = _Worker(self._setup, self._nice, now)
                 except OSError as error:
                     self._results.append(_failed(order, f"no loading worker can be started ({error})", ""))
                     continue
@@ -341,7 +345,13 @@ class InlineLoader:
         return self._next_ticket
 
     def poll(self) -> list[LoadResult]:
-        return [load(self._queue.popleft(), self._setup)] if self._queue else []
+        if not self._queue:
+            return []
+        order = self._queue.popleft()
+        try:
+            return [load(order, self._setup)]
+        except MemoryError:
+            return [out_of_memory(order, self._setup)]
 
     def cancel(self, ticket: int) -> None:
         self._queue = deque(order for order in self._queue if order.ticket != ticket)

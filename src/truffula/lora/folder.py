@@ -1,4 +1,4 @@
-"""An adapter's folder: its two files, opened with limits, hashed, and watched for change while they are read."""
+"""An adapter's folder: its two files, opened with limits and hashed."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def fingerprint(folder: Path) -> str:
     return ";".join(_stamp(folder / name) for name in (CONFIG, TENSORS))
 
 
+def files_nbytes(folder: Path) -> int:
+    """Size of both files; 0 for one that is missing."""
+    return sum((folder / name).stat().st_size for name in (CONFIG, TENSORS) if (folder / name).is_file())
+
+
 def _stamp(path: Path) -> str:
     try:
         found = path.stat()
@@ -42,7 +47,6 @@ class AdapterFolder:
 
     def __init__(self, folder: Path, max_file_bytes: int | None = None) -> None:
         self.folder = folder
-        self._before = fingerprint(folder)
         if not folder.is_dir():
             raise AdapterNotFound("There is no adapter at this place (no such folder).", param="adapter")
         if not (folder / CONFIG).exists():
@@ -75,11 +79,6 @@ class AdapterFolder:
         except OSError as error:
             raise AdapterLoadError(f"{TENSORS} cannot be read: {error.strerror or error}.") from error
         return digest.hexdigest()
-
-    def check_unchanged(self) -> None:
-        """Raise ``AdapterLoadError`` when a file was replaced or written to since: what was read is a mix."""
-        if fingerprint(self.folder) != self._before:
-            raise AdapterLoadError("The adapter's files changed while they were read; ask again.", param="adapter")
 
     def close(self) -> None:
         self.tensors.close()

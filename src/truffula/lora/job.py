@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.program import Site
+from truffula.lora.folder import files_nbytes, fingerprint
 from truffula.lora.hub import download
 from truffula.lora.image import write_image
 from truffula.lora.loading import LoadResult
@@ -45,7 +47,6 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="se
     model: str
     spools: list[str]
     limits: LoadLimits
-    nice: int = 10
     offline: bool = False
     cache_dir: str | None = None
 
@@ -64,19 +65,29 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="re
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="outcome"):
+    """``last``: the worker ends after this one, because its memory is spent."""
+
     result: LoadResult
+    last: bool = False
 
 
 ToWorker = Setup | Order
 FromWorker = Ready | Outcome
 
 
-def load(order: Order, setup: Setup) -> LoadResult:
-    """Carry out ``order``: a new file in the spool, or the reason why not. Faults of the adapter do not raise."""
+def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda nbytes: None) -> LoadResult:
+    """Carry out ``order``: a new file in the spool, or the reason why not. Faults of the adapter do not raise.
+
+    ``on_files`` hears the size of the adapter's files once they are there, before they are read. Raises ``MemoryError``
+    alone: the caller knows what that means for it.
+    """
     started = time.monotonic()
     try:
+        folder = _folder(order.ref, setup)
+        before = fingerprint(folder)
+        on_files(files_nbytes(folder))
         adapter = judge_adapter(
-            _folder(order.ref, setup),
+            folder,
             setup.sites,
             base=BaseFacts(model=setup.model),
             max_bytes=setup.limits.image_bytes,
@@ -84,11 +95,12 @@ def load(order: Order, setup: Setup) -> LoadResult:
         )
         path = _place(order, setup, adapter.nbytes)
         nbytes = write_image(adapter, path)
+        if fingerprint(folder) != before:
+            # The source was judged and copied from its mapping: written to in between, the copy is not what was judged.
+            path.unlink()
+            raise AdapterLoadError("The adapter's files changed while they were read; ask again.", param="adapter")
     except TruffulaError as error:
         return _failed(order, error.info(), started)
-    except MemoryError:
-        what = f"Reading the adapter needs more than the {setup.limits.memory_bytes} bytes a load may take."
-        return _failed(order, AdapterLoadError(what).info(), started)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         what = f"The adapter cannot be laid out in the spool: {reason}."
@@ -128,6 +140,13 @@ def _folder(ref: AdapterRef, setup: Setup) -> Path:
         offline=setup.offline,
         max_file_bytes=setup.limits.file_bytes,
     )
+
+
+def out_of_memory(order: Order, setup: Setup) -> LoadResult:
+    """What is said of a load that ended with ``MemoryError``."""
+    limit = setup.limits.memory_bytes
+    what = f"Reading the adapter needs more than the {limit} bytes a load may take beside its files."
+    return _failed(order, AdapterLoadError(what, limit_bytes=limit).info(), time.monotonic())
 
 
 def _failed(order: Order, error: ErrorInfo, started: float) -> LoadResult:

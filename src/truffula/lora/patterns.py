@@ -299,12 +299,14 @@ class PatternTable:
 
     def __init__(self, entries: Mapping[str, Any], field: str, steps: Steps) -> None:
         self._field = field
+        self._steps = steps
         self._rows = [(Suffix(source, field, steps), value) for source, value in entries.items()]
         self._used: set[str] = set()
         self.conflicts: list[tuple[str, str, str]] = []  # module, the pattern that won, the one that lost
 
     def value(self, module: str, default: Any) -> Any:
         """The value for ``module``, or ``default``."""
+        self._steps.take(len(self._rows), self._field)
         hits = [(row.source, value) for row, value in self._rows if row.match(module)]
         if not hits:
             return default

@@ -123,7 +123,8 @@ def judge_adapter(
     """Read the adapter in ``folder`` for a base with these ``sites``; refuse it unless it can be served exactly.
 
     Raises ``AdapterError`` (``param``: the field or key), ``AdapterNotFound``, ``AdapterLoadError`` when the files
-    can't be read or change meanwhile, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file.
+    can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
+    of the file: who copies them compares ``folder.fingerprint`` before and after.
     """
     files = AdapterFolder(folder, max_file_bytes)
     try:
@@ -136,7 +137,6 @@ def judge_adapter(
             warnings.append(f"{len(zero)} of {len(judged.pairs)} modules are zero and change nothing: {listed(zero)}.")
         laid = _lay_out(judged.pairs, tensors)
         generation = files.generation()
-        files.check_unchanged()
         return PeftAdapter(
             generation=generation,
             rank=judged.rank,
@@ -232,11 +232,7 @@ def _check_modules(plan: KeyPlan, sites: _Sites, base: BaseFacts) -> None:
     """Every module of the file must be a linear layer of the base."""
     tables = [module for module in plan.a if module in sites.tables]
     if tables:
-        raise AdapterError(
-            f"LoRA on the output head or the embedding ({listed(tables)} in target_modules) is not served yet.",
-            param="target_modules",
-            key=plan.a[tables[0]],
-        )
+        raise _no_tables(tables, plan.a[tables[0]])
     unknown = [plan.a[module] for module in plan.a if module not in sites.by_name]
     if unknown:
         every = "None of its modules is" if len(unknown) == len(plan.a) else f"{len(unknown)} of {len(plan.a)} are not"
@@ -250,6 +246,14 @@ def _check_modules(plan: KeyPlan, sites: _Sites, base: BaseFacts) -> None:
             edges[-1] != parts[0][1].of
         ):
             raise AdapterError(f"{module} is not adaptable as a whole in {base.model}.", param=plan.a[module])
+
+
+def _no_tables(tables: list[str], key: str) -> AdapterError:
+    return AdapterError(
+        f"LoRA on the output head or the embedding ({listed(tables)} in target_modules) is not served yet.",
+        param="target_modules",
+        key=key,
+    )
 
 
 def _check_shapes(pair: _Pair, rank: int, base: BaseFacts) -> None:
@@ -292,6 +296,8 @@ def _cross_check(judged: _Judged, targets: Targets, sites: _Sites) -> None:
     if judged.settings.target_modules is None:
         judged.warnings.append("target_modules is null; the tensors alone say which modules are adapted.")
         return
+    if tables := [table for table in sites.tables if targets.targeted(table)]:
+        raise _no_tables(tables, "target_modules")
     stray = [pair.a.name for pair in judged.pairs if not targets.targeted(pair.module)]
     if stray:
         raise AdapterError(

@@ -19,67 +19,27 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError, from_info
 from truffula.kernels.backend import AdapterImage
 from truffula.lora.image import map_image
+from truffula.lora.leases import AdapterLease, Budget, Reclaimer, Slots, Want
 from truffula.lora.loading import AdapterLoader, LoadResult
 from truffula.types import AdapterRef, AdapterState
+
+__all__ = ["AdapterLease", "AdapterPool", "Budget", "Reclaimer", "Slots", "Want"]
+
+logger = logging.getLogger(__name__)
 
 OWNER = "adapters"
 Place = tuple[str, str, str | None]
 Key = tuple[Place, str]
-
-
-class Reclaimer(Protocol):
-    """A pool's idle things, oldest first, for the budget's one LRU. Stamps are of the clock all pools share."""
-
-    def oldest(self) -> float | None:
-        """When the idle thing to give up first was last used; None when nothing is idle."""
-
-    def evict_oldest(self) -> int:
-        """Give it up: releases its bytes at the budget and returns how many; 0 when nothing is idle."""
-
-
-class Budget(Protocol):
-    """The part of ``engine.budget.MemoryBudget`` that this pool uses."""
-
-    @property
-    def limit(self) -> int: ...
-    def reserve(self, owner: str, nbytes: int) -> bool: ...
-    def release(self, owner: str, nbytes: int) -> None: ...
-    def used(self, owner: str) -> int: ...
-    def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None: ...
-
-
-class Slots(Protocol):
-    """The part of an ``Executable`` that this pool uses."""
-
-    def adapter(self, image: AdapterImage) -> int: ...
-    def drop_adapter(self, slot: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Want:
-    """Where an adapter stands. ``generation`` only when ready, ``error`` only when failed."""
-
-    status: Literal["loading", "ready", "failed"]
-    generation: str | None = None
-    error: ErrorInfo | None = None
-
-
-@dataclass(frozen=True)
-class AdapterLease:
-    """The right to use a generation until released. ``slot`` is the executable's."""
-
-    id: int
-    generation: str
-    slot: int
 
 
 @dataclass
@@ -378,6 +338,7 @@ class AdapterPool:
             self._fail(key, ref.name, error.info(), now)
             return
         self.loads += 1
+        _log_load(ref, result)
         entry = self._entries[generation]
         entry.keys[key] = {ref.name}
         self._current[key] = generation
@@ -415,6 +376,7 @@ class AdapterPool:
 
     def _fail(self, key: Key, name: str, error: ErrorInfo, now: float) -> None:
         self.failures += 1
+        logger.warning("adapter %r (%s): %s: %s", name, key[0][1], error.code, error.message)
         self._failures[key] = _Failure(name, error, now + self._failure_ttl_s)
 
     def _too_large(self, nbytes: int) -> InsufficientMemory:
@@ -531,6 +493,15 @@ class AdapterPool:
         assert {load.ticket for load in self._loads.values()} - {None} == set(self._tickets), (
             "tickets do not match loads"
         )
+
+
+def _log_load(ref: AdapterRef, result: LoadResult) -> None:
+    logger.info(
+        "adapter %r (%s): generation %s, rank %d, %d bytes, read in %.2f s",
+        ref.name, ref.locator, result.generation[:12], result.rank, result.nbytes, result.seconds,
+    )  # fmt: skip
+    for warning in result.warnings:
+        logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
 
 
 def _discard(path: str | None) -> None:

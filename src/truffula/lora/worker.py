@@ -1,103 +1,20 @@
-"""The loading worker: ``python -m truffula.lora.worker FD SPOOL…``, started by ``engine.loader``, one load at a time.
-
-Own process, so that a hostile or huge adapter costs the engine nothing: it runs at low priority, under limits of memory
-and computing time, and can be killed. It imports neither torch nor transformers. Its socket is its life: when that
-closes it ends, in the middle of a load too, and removes what an engine that was killed has left in its spools.
-"""
+"""``python -m truffula.lora.worker FD NICENESS SPOOL…``: where a loading worker starts; its work is in ``work.py``."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import queue
-import resource
-import socket
 import sys
-import threading
-import time
 from pathlib import Path
 
-from truffula.errors import WireError
-from truffula.lora import frames
-from truffula.lora.job import WORKER_VERSION, LoadLimits, Order, Outcome, Ready, Setup, ToWorker, load
-from truffula.lora.spool import remove_abandoned
 
-CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
+def main(arguments: list[str]) -> int:
+    fd, nice, *spools = arguments
+    # Before the imports: a third of a second of computing that must not slow anybody's tokens or the engine's start.
+    os.nice(int(nice))
+    from truffula.lora.work import serve
 
-
-def main(fd: int, spools: list[Path]) -> int:
-    """Serve the socket ``fd`` until it closes."""
-    sock = socket.socket(fileno=fd)
-    inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(sock, inbox, spools), name="listen", daemon=True).start()
-    first = inbox.get()
-    if not isinstance(first, Setup) or first.version != WORKER_VERSION:
-        raise WireError("The engine speaks another version of the loading worker's protocol.")
-    os.nice(first.nice)
-    _limit_memory(first.limits)
-    sock.sendall(frames.encode(Ready()))
-    while True:
-        order = inbox.get()
-        if not isinstance(order, Order):
-            raise WireError("A second setup.")
-        _limit_cpu(first.limits)
-        sock.sendall(frames.encode(Outcome(result=load(order, first))))
-
-
-def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToWorker], spools: list[Path]) -> None:
-    """Frames into ``inbox``; the end of the stream ends the process, whatever the other thread is at."""
-    reader: frames.Frames[ToWorker] = frames.Frames(ToWorker)
-    status = 0
-    try:
-        while data := sock.recv(1 << 16):
-            for frame in reader.feed(data):
-                inbox.put(frame)
-    except ConnectionError:
-        status = 0  # the engine died without a word: the same as a closed socket
-    except WireError as error:
-        sys.stderr.write(f"{error}\n")
-        status = 1
-    _clean_up(spools)
-    os._exit(status)
-
-
-def _clean_up(spools: list[Path]) -> None:
-    """After an engine that was killed. Its lock may outlast its socket by a moment; a living one keeps it."""
-    for _ in range(CLEAN_UP_TRIES):
-        if all(remove_abandoned(spool) for spool in spools):
-            return
-        time.sleep(CLEAN_UP_PAUSE_S)
-
-
-def _limit_memory(limits: LoadLimits) -> None:
-    """Let data (private writable memory, in the system's words) grow by so much from here on; no core files.
-
-    The adapter's file is mapped privately, hence counted: it comes on top. Where the system does not offer the limit,
-    the sizes that are checked before anything is read still hold.
-    """
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return
-    now = next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
-    allowed = now + limits.memory_bytes + limits.file_bytes
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard != resource.RLIM_INFINITY:
-        allowed = min(allowed, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
-
-
-def _limit_cpu(limits: LoadLimits) -> None:
-    """So many seconds of computing for the next load; past them the system ends the process by SIGXCPU."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    if hard != resource.RLIM_INFINITY:
-        soft = min(soft, hard)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    return serve(int(fd), [Path(spool) for spool in spools])
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the engine went away in mid-answer
-        sys.exit(main(int(sys.argv[1]), [Path(spool) for spool in sys.argv[2:]]))
+    sys.exit(main(sys.argv[1:]))
