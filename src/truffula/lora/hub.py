@@ -40,6 +40,8 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         # The library's own message may hold a request's URL and ids; its kind says enough for a client.
         raise AdapterLoadError(f"{repo} cannot be fetched ({type(error).__name__}).", param="adapter") from error
+    if paths[0].parent != paths[1].parent:
+        raise AdapterLoadError(f"{repo} changed while it was fetched; ask again.", param="adapter")
     return paths[0].parent
 
 
