@@ -33,6 +33,9 @@ class Table:
         self.images: dict[int, AdapterImage] = {}
         self.refuse: set[str] = set()
 
+    def adapter_bytes(self, image: AdapterImage) -> int:
+        return 0
+
     def adapter(self, image: AdapterImage) -> int:
         if image.generation in self.refuse:
             raise KernelError("it does not fit")

@@ -92,6 +92,9 @@ class Executable(Protocol):
     def tap(self, op: int) -> Array:
         """float32 copy of what op number ``op`` wrote in the last run; only when loaded with ``debug=True``."""
 
+    def adapter_bytes(self, image: AdapterImage) -> int:
+        """Bytes that ``adapter(image)`` will hold beside the mapped image (copies in another dtype or layout)."""
+
     def adapter(self, image: AdapterImage) -> int:
         """Make an adapter usable; returns its slot. Raises ``KernelError`` on a shape that does not fit its site."""
 

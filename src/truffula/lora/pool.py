@@ -47,6 +47,7 @@ class _Entry:
     """One generation whose image is mapped."""
 
     image: AdapterImage
+    nbytes: int  # what residency costs: the mapped image and what the executable makes of it
     keys: dict[Key, set[str]] = field(default_factory=dict)  # what leads here, and the names that asked by it
     slot: int | None = None
     leases: int = 0
@@ -267,7 +268,7 @@ class AdapterPool:
                         name=name,
                         generation=generation,
                         status=status if entry.keys else "retired",
-                        nbytes=entry.image.nbytes,
+                        nbytes=entry.nbytes,
                         rank=entry.image.rank,
                         leases=entry.leases,
                         pinned=entry.pinned,
@@ -283,12 +284,12 @@ class AdapterPool:
     @property
     def resident_bytes(self) -> int:
         """What the budget is charged for them."""
-        return sum(entry.image.nbytes for entry in self._entries.values() if entry.slot is not None)
+        return sum(entry.nbytes for entry in self._entries.values() if entry.slot is not None)
 
     @property
     def leased_bytes(self) -> int:
         """The part of ``resident_bytes`` that is leased or pinned: not to be had by evicting."""
-        return self.resident_bytes - sum(self._entries[generation].image.nbytes for generation in self._idle)
+        return self.resident_bytes - sum(self._entries[generation].nbytes for generation in self._idle)
 
     @property
     def spare(self) -> int:
@@ -310,7 +311,7 @@ class AdapterPool:
             return 0
         generation = next(iter(self._idle))
         entry = self._entries[generation]
-        nbytes = entry.image.nbytes
+        nbytes = entry.nbytes
         self._leave_slot(generation, entry)
         self.evictions += 1
         wanted = self._clock() - entry.used_at <= self._keep_s and self.spare <= self._spare_bytes
@@ -370,7 +371,7 @@ class AdapterPool:
             _discard(result.image_path)
         if image.generation != result.generation:
             raise AdapterLoadError("The laid-out adapter is not the one that was loaded.")
-        self._entries[image.generation] = _Entry(image, used_at=now)
+        self._entries[image.generation] = _Entry(image, image.nbytes + self._slots.adapter_bytes(image), used_at=now)
         self._spare.add(image.generation)
         return image.generation
 
@@ -390,7 +391,7 @@ class AdapterPool:
 
     def _make_resident(self, generation: str, entry: _Entry) -> bool:
         """Reserve, then hand to the executable. When that refuses, the keys fail and the generation is dropped."""
-        nbytes = entry.image.nbytes
+        nbytes = entry.nbytes
         if nbytes > self._budget.limit:
             raise self._too_large(nbytes)
         if not self._budget.reserve(OWNER, nbytes):
@@ -448,7 +449,7 @@ class AdapterPool:
             entry.slot = None
             self._idle.pop(generation, None)
             self._spare.add(generation)
-            self._budget.release(OWNER, entry.image.nbytes)
+            self._budget.release(OWNER, entry.nbytes)
 
     def _drop_if_forgotten(self, generation: str, entry: _Entry) -> None:
         if not entry.keys and not entry.leases and not entry.holds:

@@ -24,6 +24,7 @@ from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.finite import first_non_finite
 from truffula.weights.tying import Tie, TyingDecision, decide, equal_as_stored, read_flag
 
+QUANTISED = "quantised"
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -32,7 +33,8 @@ class ModelPlan:
     """What would be loaded, and how. Made without reading tensor data, unless two tables must be compared.
 
     ``stored_bytes`` are those of the tensors the program uses, ``saved_bytes`` what tying spares (the table that is not
-    held twice), ``stored_dtype`` the float type that most of those bytes have, ``unused`` names left out knowingly.
+    held twice), ``stored_dtype`` the float type that most of those bytes have (or ``quantised``), ``unused`` names left
+    out knowingly.
     """
 
     spec: ModelSpec
@@ -146,7 +148,7 @@ def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
     sizes: Counter[str] = Counter()
     for name in sorted(used):
         info = checkpoint.tensors[name]
-        sizes[_FLOATS.get(info.dtype, "float32")] += info.nbytes
+        sizes[_FLOATS.get(info.dtype, QUANTISED)] += info.nbytes
     return sizes.most_common(1)[0][0]
 
 

@@ -80,6 +80,9 @@ class HashModel:
     def tap(self, op: int) -> Array:
         raise KernelError("The hash model has no ops.")
 
+    def adapter_bytes(self, image: AdapterImage) -> int:
+        return 0
+
     def adapter(self, image: AdapterImage) -> int:
         slot = self._next_slot
         self._next_slot += 1

@@ -31,7 +31,7 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import attention, ops
 from truffula.kernels.reference.buffers import Buffers, dead_after
-from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
+from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, converted_bytes, lay_out
 from truffula.kernels.reference.sampling import sample
 from truffula.kernels.reference.weights import Weight
 
@@ -108,6 +108,9 @@ class ReferenceExecutable:
         return self._taps[op]
 
     # --- adapters and KV ----------------------------------------------------------------------------------------------
+
+    def adapter_bytes(self, image: AdapterImage) -> int:
+        return converted_bytes(image)
 
     @torch.inference_mode()
     def adapter(self, image: AdapterImage) -> int:

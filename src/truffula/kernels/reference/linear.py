@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -71,6 +72,12 @@ def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> N
         rows = y[segment.lo : segment.hi]
         for e in found.expands:
             rows[:, e.lo : e.hi].addmm_(shrunk[:, e.h_lo : e.h_hi], e.b.t(), alpha=e.scale * segment.weight)
+
+
+def converted_bytes(image: AdapterImage) -> int:
+    """Bytes of the float32 copies that ``lay_out`` makes of arrays not stored so; an A that several share counts once."""
+    arrays = {array.ctypes.data: array for site in image.sites for array in (site.a, site.b)}
+    return sum(4 * array.size for array in arrays.values() if array.dtype != np.float32)
 
 
 def lay_out(program: Program, image: AdapterImage) -> dict[int, OpAdapter]:
