@@ -75,7 +75,7 @@ def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> N
 
 
 def converted_bytes(image: AdapterImage) -> int:
-    """Bytes of the float32 copies that ``lay_out`` makes of arrays not stored so; an A that several share counts once."""
+    """Bytes of the float32 copies that ``lay_out`` makes of arrays not stored so; a shared A counts once."""
     arrays = {array.ctypes.data: array for site in image.sites for array in (site.a, site.b)}
     return sum(4 * array.size for array in arrays.values() if array.dtype != np.float32)
 
