@@ -132,13 +132,18 @@ def test_a_big_request_is_not_passed_by_small_ones_for_ever():
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(st.integers(9, 16), st.integers(2, 12), st.integers(1, 20))
-def test_with_hardly_any_memory_everybody_still_ends(num_blocks, crowd, step_tokens):
+@given(
+    st.integers(9, 16),
+    st.lists(st.tuples(st.sampled_from(["a", "a", "a", "b", None]), st.integers(5, 10)), max_size=10),
+    st.integers(1, 20), st.booleans(),
+)  # fmt: skip
+def test_with_hardly_any_memory_everybody_still_ends(num_blocks, crowd, step_tokens, prefix_cache):
     # Each needs up to eight blocks; there are as few as eight.
-    rig = Rig(limits(num_blocks=num_blocks, step_tokens=step_tokens, max_running=8, patience=2))
-    for i in range(crowd):
-        rig.add(request(f"r{i}", [i] * 10, adapter=["a", "b", None][i % 3], max_tokens=22, ignore_eos=True))
-    rig.drain(most=200 + 60 * crowd)
+    lim = limits(num_blocks=num_blocks, step_tokens=step_tokens, patience=2, prefix_cache=prefix_cache)
+    rig = Rig(lim)
+    for i, (adapter, prompt) in enumerate(crowd):
+        rig.add(request(f"r{i}", [i] * prompt, adapter=adapter, max_tokens=32 - prompt, ignore_eos=True))
+    rig.drain(most=200 + 60 * len(crowd))
     rig.assert_clean()
     assert all(answer.finish_reason == "length" for answer in rig.answers.values())
 
@@ -166,3 +171,52 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_of_its_adapter():
     assert rig.answers["short"].final is not None
     rig.drain()
     assert rig.answers["long"].steps[0] <= 103, "it lost no more than the other took"
+
+
+def test_with_places_to_spare_a_flood_delays_another_adapter_by_one_turn():
+    rig = Rig(limits(step_tokens=16, max_running=16, num_blocks=2000, patience=10**6))
+    for i in range(300):
+        rig.add(request(f"flood{i}", [i % 90] * 8, adapter=f"popular{i % 3}", max_tokens=1))
+    rig.step()
+    for i in range(8):
+        rig.step()
+        rig.add(request(f"lonely{i}", [5] * 7, adapter=f"rare{i}", max_tokens=1))
+        entered = rig.steps
+        while rig.answers[f"lonely{i}"].final is None:
+            rig.step()
+        # A step to load it, a turn of each of the three others (two a step), its own.
+        assert rig.steps - entered <= 5
+    assert any(rig.answers[f"flood{i}"].final is None for i in range(300))
+
+
+def test_adapters_that_want_more_than_there_is_get_equal_shares():
+    rig = Rig(limits(max_model_len=2000, step_tokens=40, num_blocks=4000))
+    for i in range(5):
+        rig.add(request(f"r{i}", [i] * 1500, adapter=[None, "a", "b", "c", "d"][i], max_tokens=1))
+    running = rig.engine._scheduler.roster.running
+    while len(running) < 5:
+        rig.step()
+    begin = {serial: sequence.num_computed for serial, sequence in running.items()}
+    for _ in range(100):
+        rig.step()
+        gained = [sequence.num_computed - begin[serial] for serial, sequence in running.items()]
+        # A quantum is half a step: nobody is ever ahead by more than one, one kept from before, and one turn's order.
+        assert max(gained) - min(gained) <= 3 * 20
+
+
+def test_prompts_that_do_not_fit_together_wait_instead_of_being_preempted():
+    rig = Rig(limits(num_blocks=41, step_tokens=16, prefix_cache=False))
+    for i in range(6):
+        rig.add(request(f"r{i}", [i] * 70, max_tokens=1))
+    rig.drain()
+    assert rig.engine.stats().preemptions == 0
+
+
+def test_the_oldest_of_all_is_never_preempted():
+    rig = Rig(limits(num_blocks=14, step_tokens=32, prefix_cache=False, patience=1))
+    for i in range(7):
+        rig.add(request(f"r{i}", [i] * 4, adapter=["a", "b"][i % 2] if i else None, max_tokens=40, ignore_eos=True))
+    rig.drain()
+    assert rig.engine.stats().preemptions > 5
+    steps = rig.answers["r0"].steps
+    assert steps == list(range(steps[0], steps[0] + 40))

@@ -169,3 +169,19 @@ def test_clock_is_the_engines_only_clock():
     assert isinstance(rig.engine._clock, Clock)
     rig.drain()
     assert rig.engine.stats().monotonic == rig.clock.now
+
+
+def test_a_lease_without_room_for_the_blocks_is_given_back():
+    # The adapter fits beside the running request, and its first blocks would, but not both.
+    rig = Rig(limits(kv_block_bytes=100), loader=HandLoader(nbytes=900), budget_bytes=2000)
+    rig.add(request("running", [1] * 16, max_tokens=4, ignore_eos=True))
+    rig.step()
+    rig.add(request("waits", [2] * 30, adapter="red", max_tokens=2, ignore_eos=True))
+    waited = 0
+    while rig.answers["running"].final is None:
+        rig.step()  # the lease must not be there while it waits: check() counts
+        waited += rig.engine.stats().waiting
+    assert waited
+    rig.drain()
+    rig.assert_clean()
+    assert rig.answers["waits"].finish_reason == "length"

@@ -200,3 +200,32 @@ def test_who_waited_for_a_prompt_that_was_aborted_computes_it():
     rig.assert_clean()
     assert rig.answers["second"].final.cached_tokens == 16
     assert_same(rig.answers["second"], alone(request("second", prompt, max_tokens=4)))
+
+
+def test_preempted_in_the_middle_of_scoring_it_goes_on_where_it_was():
+    # The older one grows until the newer, whose prompt is scored two rows a step, has to go.
+    older = request("older", [3] * 20, max_tokens=40, ignore_eos=True)
+    newer = request("newer", list(range(40)), max_tokens=2, prompt_logprobs=2, ignore_eos=True)
+    rig = Rig(limits(num_blocks=17, step_tokens=64, step_logit_rows=3, prefix_cache=False))
+    rig.add(older)
+    rig.add(newer)
+    scored = 0
+    while not rig.engine.stats().preemptions:
+        scored = max(len(s.scores) for s in rig.engine._scheduler.roster.all())
+        rig.step()
+    assert 0 < scored < 39, "it was preempted before or after scoring: the test shows nothing"
+    rig.drain()
+    for req in (older, newer):
+        assert_same(rig.answers[req.request_id], alone(req))
+
+
+def test_a_draw_depends_on_seed_choice_and_place():
+    def tokens(seed: int, choice: int) -> list[int]:
+        req = request("r", [1, 2, 3], temperature=2.0, seed=seed, choice=choice, max_tokens=16, ignore_eos=True)
+        return alone(req).token_ids
+
+    assert tokens(1, 0) == tokens(1, 0)
+    assert len({tuple(tokens(seed, choice)) for seed in (1, 2, 2**64 - 1) for choice in (0, 1)}) == 6
+    # The logits of a constant context would be the same in each place: only the place may then tell draws apart.
+    flat = request("r", [1], temperature=1e6, seed=3, max_tokens=40, ignore_eos=True)
+    assert len(set(alone(flat).token_ids)) > 10

@@ -168,12 +168,15 @@ class Scheduler:
         return True
 
     def _victim(self, at_least: int = 1) -> Sequence | None:
-        """The newest sequence of the adapter that runs most (at least so many); never the oldest of all."""
+        """The newest sequence of the adapter that runs most (at least so many). None when only one runs.
+
+        Never the oldest of all: either its adapter runs a newer one as well, or all run one and others are newer.
+        """
         running = self.roster.running
         if len(running) < 2:
             return None
-        shares, oldest = self.roster.shares(), min(running)
-        candidates = [s for s in running.values() if s.serial != oldest and shares[s.key] >= at_least]
+        shares = self.roster.shares()
+        candidates = [s for s in running.values() if shares[s.key] >= at_least]
         return max(candidates, key=lambda s: (shares[s.key], s.serial), default=None)
 
     def _too_big(self, sequence: Sequence) -> InsufficientMemory:
