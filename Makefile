@@ -37,10 +37,10 @@ demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, th
 	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
 test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
-	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
-	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
+	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
 
 lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

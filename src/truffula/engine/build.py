@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.config import EngineConfig, format_size
+from truffula.config import EngineConfig, format_size, prepare_compute
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
@@ -102,6 +102,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
     Raises:
         TruffulaError: Any reason why this model can't be served so: nothing stays behind.
     """
+    prepare_compute()
     tell = progress or _silent
     began = time.monotonic()
     path = resolve_source(
