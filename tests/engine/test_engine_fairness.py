@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rig import Rig, limits, request
 
 from truffula.engine.plan import StepPlan
+from truffula.types import AdapterCommand, AdapterRef
 
 
 def watch(rig: Rig) -> dict[int, list[int]]:
@@ -207,9 +208,27 @@ def test_adapters_that_want_more_than_there_is_get_equal_shares():
 def test_prompts_that_do_not_fit_together_wait_instead_of_being_preempted():
     rig = Rig(limits(num_blocks=41, step_tokens=16, prefix_cache=False))
     for i in range(6):
-        rig.add(request(f"r{i}", [i] * 70, max_tokens=1))
+        rig.add(request(f"r{i}", [i] * 70, adapter=f"a{i}", max_tokens=1))
     rig.drain()
     assert rig.engine.stats().preemptions == 0
+
+
+def test_one_that_had_its_token_already_may_still_be_preempted():
+    # Three of a run and hold two blocks each; the base's one, the newest, needs its second when none is left.
+    rig = Rig(limits(num_blocks=8, prefix_cache=False))
+    rig.engine.command(AdapterCommand(action="load", ref=AdapterRef(name="a", locator="a")))
+    rig.step()
+    for i in range(3):
+        rig.add(request(f"a{i}", [i] * 5, adapter="a", max_tokens=8, ignore_eos=True))
+    rig.add(request("base", [9] * 3, max_tokens=8, ignore_eos=True))
+    rig.step()
+    rig.step()
+    assert rig.engine.stats().running == 4
+    rig.step()
+    assert rig.engine.stats().preemptions == 1
+    assert [len(rig.answers[name].token_ids) for name in ("a0", "a1", "a2", "base")] == [3, 3, 2, 3]
+    rig.drain()
+    rig.assert_clean()
 
 
 def test_the_oldest_of_all_is_never_preempted():

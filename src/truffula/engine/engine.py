@@ -53,16 +53,13 @@ class Engine:
         capacity = StepCapacity(runner.max_tokens, runner.max_rows, runner.max_seqs, runner.max_segments)
         self._scheduler = Scheduler(limits, self._blocks, adapters, capacity)
         self._steps = 0
-        self._stalled = False
 
     def add(self, request: EngineRequest) -> None:
         """Accept ``request``. A bad one is answered by a final error event of the next step, never by an exception."""
-        self._stalled = False
         self._scheduler.add(request, self._clock())
 
     def abort(self, request_id: str) -> None:
         """End a request: its blocks and lease are free when this returns, its final event comes with the next step."""
-        self._stalled = False
         self._scheduler.abort(request_id, self._clock())
 
     def step(self) -> list[TokenEvent]:
@@ -83,17 +80,15 @@ class Engine:
                 self._scheduler.fail_step(plan, failure, self._clock())
             else:
                 self._scheduler.update(plan, results, self._clock())
-        events = self._scheduler.take_events()
-        self._stalled = not plan.chunks and not events
-        return events
+        return self._scheduler.take_events()
 
     def has_work(self) -> bool:
-        """Whether ``step`` would do something at once. False while everything waits for adapters to load: then call
-        ``step``
-        every few milliseconds, or as soon as the loader has news; loads and deadlines are noticed there."""
-        if self._scheduler.roster.events:
-            return True
-        return not self._stalled and self._scheduler.startable()
+        """Whether ``step`` would do something at once.
+
+        False while everything waits for adapters to load: then call ``step`` every few milliseconds, or as soon as the
+        loader has news; loads and deadlines are noticed there.
+        """
+        return bool(self._scheduler.roster.events) or self._scheduler.startable()
 
     def idle(self) -> bool:
         """Whether no request is left and every event was taken."""
@@ -105,7 +100,6 @@ class Engine:
         After ``load`` ask again (``list``) until the state is resident or failed. Raises ``AdapterNotFound`` when there
         is nothing to unload.
         """
-        self._stalled = False
         ref = command.ref
         if command.action == "load" and ref is not None:
             if command.pinned:
