@@ -153,12 +153,14 @@ def _hub_refusal(source: str, offline: bool, revision: str | None, error: Except
 
 def byte_progress(progress: Progress) -> type:
     """A class that the Hub library takes for its progress bars: draws nothing, and hands bytes to ``progress``."""
-    from huggingface_hub.utils import tqdm
+    # Not the Hub library's own subclass: that one falls silent when somebody disabled its bars in this process.
+    from tqdm.auto import tqdm
 
     class ByteProgress(tqdm):  # type: ignore[misc]  # the library has no types here
         def __init__(self, *args: Any, **kwargs: Any) -> None:
+            name = kwargs.pop("name", "")
             # Of its bars one counts bytes on the wire and one bytes in place; files are counted by a third.
-            self._tells = kwargs.get("unit") == "B" and not str(kwargs.get("name", "")).endswith(".transfer")
+            self._tells = kwargs.get("unit") == "B" and not str(name).endswith(".transfer")
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
