@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from truffula import LLM, SamplingParams
-from truffula.cli.bench_server import free_port, running_server
+from truffula.cli.bench_server import OwnServer
 from truffula.cli.output import out, progress
 from truffula.cli.side_by_side import show
 from truffula.config import load_config
@@ -79,7 +79,7 @@ def ask_the_server(url: str) -> None:
     """One request the LoRAX way, one the OpenAI way."""
     lorax = {
         "inputs": "Why do cats purr?",
-        "parameters": {"adapter_id": "pirate", "max_new_tokens": 32, "apply_chat_template": True},
+        "parameters": {"adapter_id": "pirate", "max_new_tokens": 40, "apply_chat_template": True},
     }
     out().print(json.loads(curl(url, "/generate", lorax))["generated_text"] + "\n")
     messages = [{"role": "user", "content": "Ravi Patel, 51, moved to Oslo last spring and found work as a chef."}]
@@ -102,12 +102,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
     args = parser.parse_args()
-    side_by_side()
-    out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
     config = load_config({"model": MODEL}).engine
-    with running_server(
-        config, ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"], 8000 if args.serve else free_port()
-    ) as url:
+    flags = ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"]
+    with OwnServer(config, flags, 8000 if args.serve else None) as server:  # it starts while the batch below runs
+        side_by_side()
+        out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
+        url = server.wait()
         ask_the_server(url)
         what_next()
         if args.serve:

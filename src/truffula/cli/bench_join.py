@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from truffula.cli.bench_load import Load
-from truffula.cli.bench_server import random_adapters, running_server
+from truffula.cli.bench_server import OwnServer, random_adapters
 from truffula.cli.output import out, table
 from truffula.config import EngineConfig
 
@@ -33,7 +33,8 @@ def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *,
     names = [f"join-{i:03d}" for i in range(joins)]
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
         random_adapters(config, Path(folder), names, rank)
-        with running_server(config, ["--adapter-dir", folder, "--log-level", "warning"]) as url:
+        with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
+            url = server.wait()
             gaps = asyncio.run(_measure(url, running, names))
     report = _report(gaps, running, joins, rank)
     if as_json:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from truffula.cli.bench_load import Load, closed_loop
-from truffula.cli.bench_server import config_fields, random_adapters, running_server
+from truffula.cli.bench_server import OwnServer, config_fields, random_adapters
 from truffula.cli.output import err, out, table
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
@@ -59,7 +59,8 @@ def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> di
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
         made = random_adapters(config, Path(folder), names, bench.rank)
         results: dict[str, list[dict[str, Any]]] = {"http": []}
-        with running_server(config, ["--adapter-dir", folder, "--log-level", "warning"]) as url:
+        with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
+            url = server.wait()
             results["http"] = _http_runs(url, bench, names, _vocabulary(url))
             vocabulary = _vocabulary(url)
         if bench.against_llm:

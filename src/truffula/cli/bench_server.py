@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -38,48 +38,44 @@ def free_port() -> int:
         return port
 
 
-@contextlib.contextmanager
-def running_server(config: EngineConfig, flags: list[str], port: int | None = None) -> Iterator[str]:
-    """Start ``truffula serve`` with ``flags`` (on a free port by default); yields its address once it is healthy."""
-    port = port or free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "truffula",
-        "serve",
-        config.model,
-        "--port",
-        str(port),
-        *engine_flags(config),
-        *flags,
-    ]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+class OwnServer:
+    """``truffula serve`` as a child: starts on entering, stops on leaving. ``url`` answers once ``wait`` returns."""
+
+    def __init__(self, config: EngineConfig, flags: list[str], port: int | None = None) -> None:
+        self._port = port or free_port()
+        self._command = [sys.executable, "-m", "truffula", "serve", config.model, "--port", str(self._port)]
+        self._command += [*engine_flags(config), *flags]
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> OwnServer:
+        self._log = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.terminate()
         try:
-            _wait(process, f"http://127.0.0.1:{port}", log)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
 
+    def wait(self, timeout_s: float = 600) -> str:
+        """The address, once it is healthy. Raises ``ConfigError`` with what the server said when it ended instead."""
+        import httpx
 
-def _wait(process: subprocess.Popen[bytes], url: str, log: Any) -> None:
-    import httpx
-
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            log.seek(0)
-            raise ConfigError(f"The server ended while it started:\n{log.read().decode(errors='replace')[-2000:]}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url + "/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.05)
-    raise ConfigError("The server was not healthy within 600 seconds.")
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                self._log.seek(0)
+                said = self._log.read().decode(errors="replace")[-2000:]
+                raise ConfigError(f"The server ended while it started:\n{said}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(self.url + "/health", timeout=5).status_code == 200:
+                    return self.url
+            time.sleep(0.05)
+        raise ConfigError(f"The server was not healthy within {timeout_s:g} seconds.")
 
 
 def random_adapters(config: EngineConfig, folder: Path, names: list[str], rank: int) -> Mapping[str, Path]:
