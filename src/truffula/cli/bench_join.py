@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
@@ -12,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from truffula.cli.bench_load import Load
-from truffula.cli.bench_server import OwnServer, random_adapters
+from truffula.cli.bench_server import OwnServer, planned, random_adapters
 from truffula.cli.output import out, table
 from truffula.config import EngineConfig
+from truffula.errors import ConfigError
 
 PROMPT_TOKENS = 16
 JOIN_TOKENS = 4
@@ -32,10 +34,16 @@ class Gaps:
 def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *, as_json: bool) -> None:
     names = [f"join-{i:03d}" for i in range(joins)]
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
-        random_adapters(config, Path(folder), names, rank)
+        plan = planned(config)
+        random_adapters(plan, Path(folder), names, rank)
+        load = Load(running + 1, 1, PROMPT_TOKENS, 0, (), plan.program.vocab_size, 7)
+        length = min(4096, config.max_model_len or plan.max_model_len) - 2 * PROMPT_TOKENS
         with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
             url = server.wait()
-            gaps = asyncio.run(_measure(url, running, names))
+            try:
+                gaps = asyncio.run(_measure(url, running, names, load, length))
+            except ExceptionGroup as failed:  # of the streams; the first says it all
+                raise failed.exceptions[0] from None
     report = _report(gaps, running, joins, rank)
     if as_json:
         out().print_json(json.dumps(report))
@@ -55,30 +63,31 @@ def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *,
     out().print(f"first token of a joining adapter: {report['join_ttft_ms']:.0f} ms (median)")
 
 
-async def _measure(url: str, running: int, names: list[str]) -> Gaps:
+async def _measure(url: str, running: int, names: list[str], load: Load, length: int) -> Gaps:
+    """Streams of ``length`` tokens run, one after another on each of ``running`` places, until all ``names`` joined."""
     import httpx
 
     gaps, joined = Gaps(), asyncio.Event()
     quiet_done = asyncio.Event()
-    load = Load(running + 1, 1, PROMPT_TOKENS, 0, (), 32000, 7)
-    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client, asyncio.TaskGroup() as group:
 
         async def stream(number: int) -> None:
-            async for gap in _gaps(client, load.prompt(number, 0), "", 4096):
-                (gaps.joining if quiet_done.is_set() else gaps.quiet).append(gap)
-                if len(gaps.quiet) >= 40 * running:
-                    quiet_done.set()
-                if joined.is_set():
-                    return
+            for turn in itertools.count():
+                async for gap in _gaps(client, load.prompt(number, turn), "", length):
+                    (gaps.joining if quiet_done.is_set() else gaps.quiet).append(gap)
+                    if len(gaps.quiet) >= 40 * running:
+                        quiet_done.set()
+                    if joined.is_set() and gaps.joining:
+                        return
 
-        streams = [asyncio.create_task(stream(number)) for number in range(running)]
+        for number in range(running):
+            group.create_task(stream(number))
         await quiet_done.wait()
         for name in names:
             begun = time.monotonic()
             async for _ in _gaps(client, load.prompt(running, 0), name, JOIN_TOKENS, gaps.join_ttft, begun):
                 pass
         joined.set()
-        await asyncio.gather(*streams)
     return gaps
 
 
@@ -90,7 +99,7 @@ async def _gaps(
     last = None
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if response.status_code != 200:
-            raise RuntimeError((await response.aread()).decode(errors="replace"))
+            raise ConfigError(f"A request failed: {(await response.aread()).decode(errors='replace')[:300]}")
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from truffula.cli.bench_load import Load, closed_loop
-from truffula.cli.bench_server import OwnServer, config_fields, random_adapters
+from truffula.cli.bench_server import OwnServer, config_fields, planned, random_adapters
 from truffula.cli.output import err, out, table
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
 
+# Ids below this exist in the vocabulary of any server whose model we don't know.
+UNKNOWN_VOCABULARY = 1000
 MIXES = ("none", "shared", "distinct")
 
 
@@ -45,7 +47,7 @@ class ServeBench:
 def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -> None:
     names = bench.names()
     if bench.url:
-        results = {"http": _http_runs(bench.url, bench, names, 32000)}
+        results = {"http": _http_runs(bench.url, bench, names, UNKNOWN_VOCABULARY)}
     else:
         results = _own_server(config, bench, names)
     report = {"bench": asdict(bench), "model": config.model, "machine": _machine(), **_medians(results)}
@@ -57,22 +59,16 @@ def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -
 
 def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> dict[str, list[dict[str, Any]]]:
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
-        made = random_adapters(config, Path(folder), names, bench.rank)
+        plan = planned(config)
+        made = random_adapters(plan, Path(folder), names, bench.rank)
+        vocabulary = plan.program.vocab_size
         results: dict[str, list[dict[str, Any]]] = {"http": []}
         with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
             url = server.wait()
-            results["http"] = _http_runs(url, bench, names, _vocabulary(url))
-            vocabulary = _vocabulary(url)
+            results["http"] = _http_runs(url, bench, names, vocabulary)
         if bench.against_llm:
             results["llm"] = _llm_runs(config, bench, {name: str(path) for name, path in made.items()}, vocabulary)
         return results
-
-
-def _vocabulary(url: str) -> int:
-    import httpx
-
-    size = httpx.get(url + "/info", timeout=10).json().get("vocab_size")
-    return int(size) if size else 32000
 
 
 def _load(bench: ServeBench, names: list[str], vocab_size: int, seed: int) -> Load:

@@ -11,10 +11,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from truffula.config import EngineConfig, options_of
 from truffula.errors import ConfigError
+
+if TYPE_CHECKING:
+    from truffula.model.load import ModelPlan
 
 
 def engine_flags(config: EngineConfig) -> list[str]:
@@ -78,25 +81,31 @@ class OwnServer:
         raise ConfigError(f"The server was not healthy within {timeout_s:g} seconds.")
 
 
-def random_adapters(config: EngineConfig, folder: Path, names: list[str], rank: int) -> Mapping[str, Path]:
-    """Write a random all-linear adapter per name for ``config``'s model: bfloat16, alpha 2r, different seeds."""
+def planned(config: EngineConfig) -> ModelPlan:
+    """``config``'s model as it would be loaded; reads no weights."""
     from truffula.model.load import plan_model
-    from truffula.testing.adapters import write_tiny_adapter
     from truffula.weights.open import open_checkpoint
     from truffula.weights.sources import resolve_source
 
     path = resolve_source(config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision)
     checkpoint = open_checkpoint(path)
     try:
-        sites = plan_model(checkpoint).program.sites
+        return plan_model(checkpoint)
     finally:
         checkpoint.close()
-    made = {}
-    for seed, name in enumerate(names):
-        made[name] = write_tiny_adapter(
+
+
+def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) -> Mapping[str, Path]:
+    """Write a random all-linear adapter per name for a planned model: bfloat16, alpha 2r, different seeds."""
+    from truffula.testing.adapters import write_tiny_adapter
+
+    sites = plan.program.sites
+    return {
+        name: write_tiny_adapter(
             folder / name, sites, rank=rank, alpha=2 * rank, targets="all-linear", seed=seed, dtype="bfloat16"
         )
-    return made
+        for seed, name in enumerate(names)
+    }
 
 
 def config_fields(config: EngineConfig) -> dict[str, Any]:
