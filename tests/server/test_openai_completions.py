@@ -301,7 +301,7 @@ def test_bad_values_are_refused_by_name(live, body, param):
         {"stop": None},
         {"top_k": -1},
         {"top_k": 0},
-        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+        {"user": None, "metadata": {}, "store": False, "service_tier": "auto"},
         {"n": None, "max_tokens": None, "temperature": None, "seed": None, "stream": None, "stream_options": None},
     ],
     ids=lambda value: str(value)[:60],

@@ -20,18 +20,20 @@ IGNORED_HEADER = "x-truffula-ignored"
 class Body(BaseModel):
     """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
 
-    ``nested`` names the field whose own unknown keys count as the body's (``parameters`` on the native side).
+    ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on the native
+    side).
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
     nested: ClassVar[str | None] = None
 
     def unknown(self) -> list[str]:
-        """Keys nobody here knows, ours and the nested object's."""
+        """Keys that were given and have no effect, this object's and those of the objects in it (``a.b``)."""
         names = list(self.model_extra or ())
-        inner = getattr(self, self.nested) if self.nested else None
-        if isinstance(inner, Body):
-            names += [f"{self.nested}.{name}" for name in inner.model_extra or ()]
+        for field in type(self).model_fields:
+            inner = getattr(self, field)
+            if isinstance(inner, Body):
+                names += [f"{field}.{name}" for name in inner.unknown()]
         return names
 
 
@@ -76,14 +78,14 @@ def validate(model: type[B], value: dict[str, Any]) -> B:
 
 
 async def read_body(request: Request, model: type[B]) -> B:
-    """The request's body as ``model``; its unknown keys are noted for the log and the header."""
+    """The request's body as ``model``; keys without effect are noted for the log and the header."""
     body = validate(model, await read_object(request))
     note_unknown(request, body)
     return body
 
 
 def note_unknown(request: Request, body: Body) -> None:
-    """Unknown keys are accepted, but never in silence: a typing error should show in the log and the answer."""
+    """Keys without effect are accepted, but never in silence: a typing error should show in the log and the answer."""
     names = body.unknown()
     if not names:
         return
@@ -95,7 +97,7 @@ def note_unknown(request: Request, body: Body) -> None:
     new = [name for name in shown if name not in seen]
     if new and len(seen) < 1000:
         seen.update(new)
-        log.warning("ignored unknown request keys %s on %s (said once per key)", ", ".join(new), request.url.path)
+        log.warning("ignored request keys %s on %s (said once per key)", ", ".join(new), request.url.path)
 
 
 def safe_header(text: str, limit: int = 256) -> str:

@@ -51,8 +51,13 @@ class Parameters(Body):
             raise ValueError("an empty string would match at once")
         return value
 
-    def unknown_here(self) -> list[str]:
-        return [name for name in self.model_extra or () if name not in NATIVE_REFUSED]
+    def unknown(self) -> list[str]:
+        names = [name for name in super().unknown() if name not in NATIVE_REFUSED]
+        return names + (["api_token"] if self.api_token else [])
+
+    def given(self) -> list[str]:
+        """All that asks for something, for a route where nothing of it has an effect."""
+        return [name for name, value in self.model_dump().items() if value not in (None, False, [])]
 
     @property
     def wants_details(self) -> bool:
@@ -137,10 +142,6 @@ class GenerateBody(Body):
     parameters: Parameters | None = None
     stream: bool | None = None
 
-    def unknown(self) -> list[str]:
-        inner = self.parameters.unknown_here() if self.parameters is not None else []
-        return [*(self.model_extra or ()), *(f"parameters.{name}" for name in inner)]
-
     @property
     def params(self) -> Parameters:
         return self.parameters or Parameters()
@@ -159,6 +160,11 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, object] | None = None
+
+    def unknown(self) -> list[str]:
+        """Tokens do not depend on how to generate, so all of ``parameters`` is without effect."""
+        inner = self.parameters.given() if self.parameters is not None else []
+        return [*(self.model_extra or ()), *(f"parameters.{name}" for name in inner)]
 
 
 class DetokenizeBody(Body):

@@ -61,25 +61,26 @@ NATIVE_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "schema": (),
     }
 )
-# Accepted without an effect on the answer: labels for the operator's side of the API, or hints.
-OPENAI_ACCEPTED = frozenset(
+# Known, and of no effect here: field → values that ask for nothing. Another value is accepted and listed as ignored.
+OPENAI_IDLE: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "user",
-        "metadata",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "verbosity",
-        "parallel_tool_calls",
-        "tool_prompt",
-        "include_reasoning",
-        "separate_reasoning",
-        "stream_reasoning",
-        "spaces_between_special_tokens",
-        "guided_decoding_backend",
-        "guided_whitespace_pattern",
+        "api_token": ("",),
+        "user": ("",),
+        "metadata": ({},),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "safety_identifier": ("",),
+        "prompt_cache_key": ("",),
+        "prompt_cache_retention": (),
+        "verbosity": (),
+        "parallel_tool_calls": (True,),
+        "tool_prompt": ("",),
+        "include_reasoning": (True,),
+        "separate_reasoning": (True,),
+        "stream_reasoning": (True,),
+        "spaces_between_special_tokens": (True,),
+        "guided_decoding_backend": ("",),
+        "guided_whitespace_pattern": ("",),
     }
 )
 
@@ -89,6 +90,11 @@ def refuse(extra: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> 
     for name, value in extra.items():
         if name in refused and not is_neutral(value, refused[name]):
             raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)
+
+
+def asks_for_something(name: str, value: Any, known: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Whether a field without effect is worth a word: one nobody knows is, a known one unless it asks for nothing."""
+    return name not in known or not is_neutral(value, known[name])
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

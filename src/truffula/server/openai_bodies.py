@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.server.body import Body
-from truffula.server.neutral import OPENAI_ACCEPTED, OPENAI_REFUSED, refuse
+from truffula.server.neutral import OPENAI_IDLE, OPENAI_REFUSED, asks_for_something, refuse
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
@@ -25,6 +25,9 @@ class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
+
+    def unknown(self) -> list[str]:
+        return super().unknown() + (["include_obfuscation"] if self.include_obfuscation else [])
 
 
 class OpenAIBody(Body):
@@ -69,7 +72,11 @@ class OpenAIBody(Body):
     ignore_eos_token: bool | None = None
 
     def unknown(self) -> list[str]:
-        return [name for name in super().unknown() if name not in OPENAI_ACCEPTED and name not in OPENAI_REFUSED]
+        """A refused field that is still here is neutral (``check``), so it is not worth a word."""
+        given = {**(self.model_extra or {}), "api_token": self.api_token}
+        idle = {name for name, value in given.items() if not asks_for_something(name, value, OPENAI_IDLE)}
+        names = [*super().unknown(), "api_token"]
+        return [name for name in names if name not in idle and name not in OPENAI_REFUSED]
 
     def check(self) -> None:
         """Refuses what cannot be honoured and what contradicts itself."""
