@@ -265,6 +265,9 @@ class EngineConfig:
     step_timeout_s: float = _row(
         120.0, "seconds", "length of one step after which the engine counts as unhealthy", low=1.0
     )
+    hang_timeout_s: float = _row(
+        30.0, "seconds", "how long the engine may be unhealthy before it is killed and restarted", low=0.001
+    )
     max_restarts: int = _row(5, "integer", "restarts of a dead engine within the restart window", low=0)
     restart_window_s: float = _row(300.0, "seconds", "the window in which restarts are counted", low=0.001)
 

@@ -18,7 +18,7 @@ from following import Answer, ask, eventually, fold, follow, run
 
 from truffula.config import EngineConfig
 from truffula.engine import wire
-from truffula.engine.process import ProcessClient
+from truffula.engine.process import Life, ProcessClient
 from truffula.errors import EngineDied
 from truffula.types import AdapterCommand, AdapterRef
 
@@ -93,6 +93,38 @@ def test_a_stopped_engine_is_unhealthy_and_never_blocks_its_callers(start: Start
         os.kill(client.pid, signal.SIGCONT)
     assert {a.code for a in follow(client, names).values()} == {"prompt_too_long"}
     eventually(client.alive, "it speaks again")
+
+
+def test_an_engine_that_hangs_takes_no_requests_is_killed_and_followed_by_another(start: Start):
+    client = start("process", heartbeat_timeout_s=1.0, hang_timeout_s=2.0)
+    first = client.pid
+    client.submit([ask("open", [5, 6], max_tokens=450, ignore_eos=True)])
+    os.kill(first, signal.SIGSTOP)
+    eventually(lambda: not client.alive(), "the silence is noticed")
+    late = run(client, [ask("late", [3])])["late"]
+    assert (late.finish, late.code) == ("error", "engine_died")
+    answer = follow(client, ["open"])["open"]
+    assert (answer.finish, answer.code) == ("error", "engine_died")
+    assert "silent" in answer.message
+    eventually(lambda: client.pid not in (None, first) and client.alive(), "the next engine")
+    assert not running(first)
+    assert run(client, [ask("after", [3])])["after"].finish in ("length", "stop")
+
+
+def test_a_step_that_never_ends_counts_as_hanging_though_the_heart_beats():
+    config = EngineConfig(model="none", step_timeout_s=2.0, heartbeat_timeout_s=5.0, hang_timeout_s=3.0)
+    life = Life(config)
+    try:
+        life.ready, life.step_since = True, 100.0
+        looks = [(now, life.heard(now), life.hang(now)) for now in (100.0, 102.0, 102.5, 105.0)]
+        assert [hang for _, _, hang in looks] == [None] * 4
+        life.heard(105.5)
+        assert "stuck in a step" in (life.hang(105.5) or "")
+        life.step_since = None
+        assert life.hang(105.6) is None, "it has gone on"
+    finally:
+        life.kill()
+        life.end()
 
 
 def test_signals_for_the_group_do_not_end_the_engine_whose_command_line_tells_nothing(start: Start, tiny_model: Path):

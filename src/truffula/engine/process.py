@@ -4,9 +4,10 @@
     supervising thread    spawn ► Start ► Starting ► Ready ► Events, Stats, AdapterReply ──► Journal, Tickets
     one consumer          events() ◄── Journal
 
-One life of the engine ends with the socket. Then every open request ends with ``engine_died`` and the next life begins
-after a pause that doubles, at most ``max_restarts`` times in ``restart_window_s``; until it is ready, requests are
-refused at once.
+One life of the engine ends with the socket, or by the supervisor's hand when it stays unhealthy (silent, or stuck in a
+step) for ``hang_timeout_s``; an unhealthy engine is given no new requests. Then every open request ends with
+``engine_died`` and the next life begins after a pause that doubles, at most ``max_restarts`` times in
+``restart_window_s``; until it is ready, requests are refused at once.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from truffula.errors import EngineDied, ShuttingDown, TruffulaError, WireError, 
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+LOOK_S = 0.5
+"""How often a silent engine is looked at."""
 GRACE_S = 5.0
 """How long an engine may take to end by itself before it is killed."""
 
@@ -103,7 +106,7 @@ class ProcessClient:
 
     def alive(self) -> bool:
         life = self._life
-        return life is not None and life.healthy(self._config, time.monotonic())
+        return life is not None and life.healthy(time.monotonic())
 
     def close(self) -> None:
         with self._lock:
@@ -123,6 +126,9 @@ class ProcessClient:
         with self._lock:
             if self._life is None:
                 return self._refusal
+            # Ends are told even to an engine that hangs: should it go on, nobody wants them any more.
+            if not isinstance(frame, wire.Abort) and not self._life.healthy(time.monotonic()):
+                return EngineDied("The engine does not answer; unless it does soon, it is killed and restarted.")
             try:
                 if self._life.channel.post(frame):
                     self._wake_now()
@@ -240,9 +246,10 @@ class ProcessClient:
                     if isinstance(frame, wire.Died):
                         return from_info(frame.error)
                     self._handle(life, frame)
-            if life.patience(time.monotonic()) <= 0:
+            hang = life.hang(time.monotonic())
+            if hang is not None:
                 life.kill()
-                return EngineDied(f"The engine's start made no progress for {self._config.start_timeout_s:g} s.")
+                return EngineDied(hang)
         return None
 
     def _handle(self, life: Life, frame: wire.FromEngine) -> None:
@@ -290,7 +297,8 @@ class Life:
             raise
         finally:
             theirs.close()
-        self._start_timeout_s = config.start_timeout_s
+        self._config = config
+        self._unhealthy_since: float | None = None
         self._told: tuple[str, int, int | None] | None = None
         self._progress_at = self._heard_at = time.monotonic()
         self.ready = False
@@ -315,12 +323,31 @@ class Life:
 
     def patience(self, now: float) -> float:
         """Seconds to wait for a frame before looking again; 0 or less when a start hangs."""
-        return 3600.0 if self.ready else self._progress_at + self._start_timeout_s - now
+        return LOOK_S if self.ready else self._progress_at + self._config.start_timeout_s - now
 
-    def healthy(self, config: EngineConfig, now: float) -> bool:
+    def hang(self, now: float) -> str | None:
+        """Why it is to be killed; None while it may live. Asked at least every ``LOOK_S`` once it is ready."""
+        if not self.ready:
+            limit = self._config.start_timeout_s
+            return f"The engine's start made no progress for {limit:g} s." if self.patience(now) <= 0 else None
+        if self.healthy(now):
+            self._unhealthy_since = None
+        elif self._unhealthy_since is None:
+            # Counted from here, not from its last word: when both of us were frozen, it may speak yet.
+            self._unhealthy_since = now
+        elif now - self._unhealthy_since >= self._config.hang_timeout_s:
+            what = "was silent" if self._silent(now) else "was stuck in a step"
+            since = self._heard_at if self._silent(now) or self.step_since is None else self.step_since
+            return f"The engine {what} for {now - since:.0f} s and was killed."
+        return None
+
+    def healthy(self, now: float) -> bool:
         """Whether it was heard of lately and its step in progress is not stuck."""
-        stuck = self.step_since is not None and now - self.step_since > config.step_timeout_s
-        return now - self._heard_at <= config.heartbeat_timeout_s and not stuck
+        stuck = self.step_since is not None and now - self.step_since > self._config.step_timeout_s
+        return not stuck and not self._silent(now)
+
+    def _silent(self, now: float) -> bool:
+        return now - self._heard_at > self._config.heartbeat_timeout_s
 
     def stop(self) -> None:
         """Ask it to end."""
