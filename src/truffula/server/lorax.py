@@ -64,6 +64,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
     """The body as a request in text, and who answers it."""
     state, params = state_of(request), body.params
     config = state.config
+    body.check()
     params.check(
         stream=streams,
         max_best_of=config.max_best_of,
@@ -77,7 +78,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
         shape = {"messages": [{"role": "user", "content": body.inputs}]}
     made = GenerateRequest(
         **shape,
-        params=params.sampling(with_logprobs=streams or params.wants_details),
+        params=params.sampling(with_logprobs=streams or params.wants_details, vocab_size=state.service.info.vocab_size),
         adapter=adapter,
         request_id=record_of(request).request_id,
         truncate=params.truncate,

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.server.body import Body
-from truffula.server.neutral import NATIVE_REFUSED, refuse
+from truffula.server.neutral import NATIVE_ELSEWHERE, NATIVE_REFUSED, refuse, refuse_elsewhere
+from truffula.server.openai_bodies import biases
 from truffula.types import MAX_SEED, SamplingParams
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -43,6 +44,11 @@ class Parameters(Body):
     top_n_tokens: int | None = Field(default=None, ge=0)
     apply_chat_template: bool | None = None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    # vLLM's and OpenAI's, under their names
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    min_tokens: int | None = Field(default=None, ge=0)
+    stop_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
 
     @field_validator("stop")
     @classmethod
@@ -52,7 +58,7 @@ class Parameters(Body):
         return value
 
     def unknown(self) -> list[str]:
-        names = [name for name in super().unknown() if name not in NATIVE_REFUSED]
+        names = [name for name in super().unknown() if name not in NATIVE_REFUSED and name not in NATIVE_ELSEWHERE]
         return names + (["api_token"] if self.api_token else [])
 
     def given(self) -> list[str]:
@@ -81,11 +87,13 @@ class Parameters(Body):
             or self.top_k is not None
             or (self.top_p is not None and self.top_p < 1)
             or (self.typical_p is not None and self.typical_p < 1)
+            or bool(self.min_p)
         )
 
     def check(self, *, stream: bool, max_best_of: int, max_stops: int, max_logprobs: int) -> None:
         """Refuses what cannot be honoured, what contradicts itself and what the operator does not allow."""
         refuse(self.model_extra or {}, NATIVE_REFUSED)
+        refuse_elsewhere(self.model_extra or {})
         best_of = self.best_of or 1
         rows = (
             ("best_of", best_of, max_best_of),
@@ -108,22 +116,26 @@ class Parameters(Body):
         if stream and self.decoder_input_details:
             raise InvalidRequest("decoder_input_details cannot be streamed.", param="decoder_input_details")
 
-    def sampling(self, *, with_logprobs: bool) -> SamplingParams:
+    def sampling(self, *, with_logprobs: bool, vocab_size: int) -> SamplingParams:
         """As ``SamplingParams``. The stop text stays in the output; logprobs are of the distribution drawn from."""
         sampling = self.samples
         best_of = self.best_of or 1
         logprobs = self.alternatives if with_logprobs or self.alternatives else None
         return SamplingParams(
             max_tokens=self.max_new_tokens,
+            min_tokens=self.min_tokens or 0,
             temperature=(1.0 if self.temperature is None else self.temperature) if sampling else 0.0,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
             typical_p=1.0 if self.typical_p is None else self.typical_p,
+            min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
             seed=self.seed if sampling else None,
             stop=tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logit_bias=biases(self.logit_bias, vocab_size),
             include_stop=True,
             ignore_eos=bool(self.ignore_eos_token),
             n=best_of,
@@ -141,6 +153,13 @@ class GenerateBody(Body):
     inputs: str = Field(min_length=1)
     parameters: Parameters | None = None
     stream: bool | None = None
+
+    def check(self) -> None:
+        """What this server does not do is refused beside ``inputs`` as it is among the parameters."""
+        refuse(self.model_extra or {}, NATIVE_REFUSED)
+
+    def unknown(self) -> list[str]:
+        return [name for name in super().unknown() if name not in NATIVE_REFUSED]
 
     @property
     def params(self) -> Parameters:

@@ -5,7 +5,7 @@ A field of these tables is never ignored with an effect the client would miss. N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -52,14 +52,37 @@ OPENAI_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "kv_transfer_params": (),
     }
 )
-NATIVE_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+NATIVE_REFUSED: Mapping[str, tuple[Any, ...]] = MappingProxyType({**OPENAI_REFUSED, "schema": ()})
+# The other side's fields among native parameters: field → (the native word, values that ask for nothing).
+NATIVE_ELSEWHERE: Mapping[str, tuple[str, tuple[Any, ...]]] = MappingProxyType(
     {
-        "watermark": (False,),
-        "grammar": (),
-        "response_format": ({"type": "text"},),
-        "merged_adapters": (),
-        "schema": (),
+        "max_tokens": ("max_new_tokens", ()),
+        "max_completion_tokens": ("max_new_tokens", ()),
+        "n": ("best_of", (1,)),
+        "logprobs": ("details", (False,)),
+        "top_logprobs": ("top_n_tokens", (0,)),
+        "prompt_logprobs": ("decoder_input_details", ()),
+        "ignore_eos": ("ignore_eos_token", (False,)),
+        "truncate_prompt_tokens": ("truncate", ()),
+        "lora_path": ("adapter_id", ("",)),
+        "include_stop_str_in_output": ("", (True,)),
+        "no_stop_trim": ("", (True,)),
+        "skip_special_tokens": ("", (True,)),
+        "add_special_tokens": ("", (True,)),
+        "return_token_ids": ("details", (False,)),
+        "return_tokens_as_token_ids": ("", (False,)),
+        "chat_template_kwargs": ("", ({},)),
+        "add_generation_prompt": ("", (True,)),
+        "continue_final_message": ("", (False,)),
+        "reasoning_effort": ("", ()),
+        "documents": ("", ([],)),
     }
+)
+# Two spellings of one field.
+OPENAI_TWINS = (
+    ("ignore_eos", "ignore_eos_token"),
+    ("include_stop_str_in_output", "no_stop_trim"),
+    ("request_id", "rid"),
 )
 # Known, and of no effect here: field → values that ask for nothing. Another value is accepted and listed as ignored.
 OPENAI_IDLE: Mapping[str, tuple[Any, ...]] = MappingProxyType(
@@ -90,6 +113,23 @@ def refuse(extra: Mapping[str, Any], refused: Mapping[str, tuple[Any, ...]]) -> 
     for name, value in extra.items():
         if name in refused and not is_neutral(value, refused[name]):
             raise InvalidRequest(f"{name} is not supported by this server; leave it out.", param=name)
+
+
+def refuse_elsewhere(extra: Mapping[str, Any]) -> None:
+    """Raises ``InvalidRequest`` for a field of ``/v1/`` that has another name on the native side, or none."""
+    for name, value in extra.items():
+        if name in NATIVE_ELSEWHERE and not is_neutral(value, NATIVE_ELSEWHERE[name][1]):
+            word = NATIVE_ELSEWHERE[name][0]
+            instead = f"use {word}" if word else "leave it out"
+            raise InvalidRequest(f"{name} is a field of /v1/ and has no effect on this route; {instead}.", param=name)
+
+
+def refuse_twins(body: object, twins: Sequence[tuple[str, str]]) -> None:
+    """Raises ``InvalidRequest`` where two spellings of one field are given and differ."""
+    for name, twin in twins:
+        one, other = getattr(body, name), getattr(body, twin)
+        if one is not None and other is not None and one != other:
+            raise InvalidRequest(f"{name} and {twin} mean the same and differ; give one of them.", param=name)
 
 
 def asks_for_something(name: str, value: Any, known: Mapping[str, tuple[Any, ...]]) -> bool:

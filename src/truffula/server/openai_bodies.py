@@ -13,12 +13,26 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.server.body import Body
-from truffula.server.neutral import OPENAI_IDLE, OPENAI_REFUSED, asks_for_something, refuse
+from truffula.server.neutral import OPENAI_IDLE, OPENAI_REFUSED, OPENAI_TWINS, asks_for_something, refuse, refuse_twins
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 Prompt = str | list[int]
+
+
+def biases(given: Mapping[str, float] | None, vocab_size: int) -> dict[int, float]:
+    """``logit_bias`` by token id; keys are integer strings within the vocabulary."""
+    found: dict[int, float] = {}
+    for key, value in (given or {}).items():
+        token = int(key) if key.isascii() and key.isdigit() and len(key) < 12 else -1
+        if not 0 <= token < vocab_size:
+            shown = key[:20]
+            raise InvalidRequest(
+                f"logit_bias has the key {shown!r}, which is no token id of 0..{vocab_size - 1}.", param="logit_bias"
+            )
+        found[token] = value
+    return found
 
 
 class StreamOptions(Body):
@@ -81,6 +95,7 @@ class OpenAIBody(Body):
     def check(self) -> None:
         """Refuses what cannot be honoured and what contradicts itself."""
         refuse(self.model_extra or {}, OPENAI_REFUSED)
+        refuse_twins(self, OPENAI_TWINS)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
@@ -99,20 +114,6 @@ class OpenAIBody(Body):
         if not MIN_INT64 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed is {self.seed}, which does not fit in 64 bits.", param="seed")
         return self.seed & MAX_SEED
-
-    def biases(self, vocab_size: int) -> dict[int, float]:
-        """``logit_bias`` by token id; keys are integer strings within the vocabulary."""
-        found: dict[int, float] = {}
-        for key, value in (self.logit_bias or {}).items():
-            token = int(key) if key.isascii() and key.isdigit() and len(key) < 12 else -1
-            if not 0 <= token < vocab_size:
-                shown = key[:20]
-                raise InvalidRequest(
-                    f"logit_bias has the key {shown!r}, which is no token id of 0..{vocab_size - 1}.",
-                    param="logit_bias",
-                )
-            found[token] = value
-        return found
 
     def sampling(
         self,
@@ -150,7 +151,7 @@ class OpenAIBody(Body):
             ignore_eos=bool(self.ignore_eos or self.ignore_eos_token),
             include_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
             seed=self.seed64(),
-            logit_bias=self.biases(vocab_size),
+            logit_bias=biases(self.logit_bias, vocab_size),
             logprobs=logprobs,
             prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
         )
@@ -178,6 +179,12 @@ class CompletionBody(OpenAIBody):
 
     def check(self) -> None:
         super().check()
+        if self.echo and None not in (self.logprobs, self.prompt_logprobs) and self.logprobs != self.prompt_logprobs:
+            raise InvalidRequest(
+                f"echo with logprobs {self.logprobs} and prompt_logprobs {self.prompt_logprobs} ask for different "
+                "numbers of the prompt's alternatives; give one of them.",
+                param="prompt_logprobs",
+            )
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens is 0, which only echo: true gives a meaning.", param="max_tokens")
 

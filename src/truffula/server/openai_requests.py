@@ -27,7 +27,7 @@ def completion_requests(request: Request, body: CompletionBody, state: ServerSta
         max_tokens=16 if body.max_tokens is None else body.max_tokens,
         logprobs=body.logprobs,
         vocab_size=state.service.info.vocab_size,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=body.logprobs if body.echo else None,  # ``check`` has compared the two
         defaults=state.defaults,
     )
     shared = common(request, body, state, params)
