@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -230,6 +231,42 @@ def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> N
             await service.open(GenerateRequest(prompt="c"))
 
     run(folders, test, wrap=lambda client: Dying(client, 3))
+
+
+class LateForItsLock:
+    """A lock that lets the dispatcher in only when told, so that a close can come just before."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __enter__(self) -> None:
+        if threading.current_thread().name == "truffula-events":
+            self.reached.set()
+            self.go.wait()
+        self._lock.acquire()
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
+
+
+def test_a_close_that_meets_the_dispatcher_between_two_waits_is_not_lost(folders: dict[str, Path]) -> None:
+    async def main() -> None:
+        client = connect(EngineConfig(model=str(folders["model"]), **OPTIONS), "thread")
+        service = AsyncService(client)
+        service._lock = lock = LateForItsLock()  # type: ignore[assignment]
+        await service.start()
+        await asyncio.to_thread(lock.reached.wait)  # it has seen that it shall go on, and is about to wait
+        closing = asyncio.ensure_future(service.close())
+        while not service._stopping.is_set():
+            await asyncio.sleep(0)
+        lock.go.set()
+        try:
+            await asyncio.wait_for(closing, 20)
+        finally:
+            service._submitted.set()  # should it fail, the thread may end
+
+    asyncio.run(main())
 
 
 @pytest.mark.slow

@@ -224,8 +224,9 @@ class AsyncService:
         """End what runs, stop the dispatcher, close the client. Idempotent."""
         self._draining = True
         self._fail_all(ShuttingDown("The server ended before the request did.").info())
-        self._stopping.set()
-        self._submitted.set()
+        with self._lock:
+            self._stopping.set()
+            self._submitted.set()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._client.close)
         if self._thread is not None:
@@ -260,7 +261,7 @@ class AsyncService:
             while not self._stopping.is_set():
                 # An engine in line is only asked for events while it has some: asking is what makes it step.
                 with self._lock:
-                    if not self._in_engine:
+                    if not self._in_engine and not self._stopping.is_set():
                         self._submitted.clear()
                 self._submitted.wait()
                 events = self._client.events(WAIT_S)
