@@ -13,7 +13,7 @@ from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, release, stacked, view
-from truffula.kernels.select import backend_names, choose_dtype, pick_dtype, select_backend
+from truffula.kernels.select import backend_names, choose_dtype, select_backend
 from truffula.testing.programs import Part, as_dtype, fill_step, llama_program, pull_from, random_weights
 
 CAPACITY = Capacity(
@@ -155,10 +155,10 @@ def test_a_missing_torch_names_the_extra(monkeypatch):
         select_backend("reference", "cpu")
 
 
-def test_pick_dtype():
+def test_choose_dtype():
     backend = ReferenceBackend()
-    assert pick_dtype(backend, "bfloat16", "float32") == "bfloat16"
-    assert pick_dtype(backend, "bf16", "F32") == "bfloat16"
+    assert choose_dtype(backend, "bfloat16", "float32").dtype == "bfloat16"
+    assert choose_dtype(backend, "bf16", "F32").dtype == "bfloat16"
     assert choose_dtype(backend, "auto", "float32").dtype == "float32"
     assert choose_dtype(backend, "auto", "F32").reason == "the checkpoint is float32"
     for stored in ("bfloat16", "float16", "BF16"):
@@ -166,5 +166,5 @@ def test_pick_dtype():
         assert choice.dtype in ("float32", "bfloat16") and "times as fast" in choice.reason
     for wrong in ("float16", "int8"):
         with pytest.raises(ConfigError, match="bfloat16") as caught:
-            pick_dtype(backend, wrong, "float16")
+            choose_dtype(backend, wrong, "float16")
         assert caught.value.param == "dtype"

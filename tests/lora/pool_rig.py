@@ -9,12 +9,12 @@ from pathlib import Path
 from lora_bases import llama_sites
 
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.loader import InlineLoader
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage
 from truffula.lora.pool import AdapterPool, Want
 from truffula.lora.spool import Spool
 from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.loading import InlineLoader
 from truffula.types import AdapterRef
 
 

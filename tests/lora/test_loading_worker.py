@@ -17,13 +17,14 @@ import pytest
 from lora_bases import judge, llama_sites
 from pool_rig import Clock
 
-from truffula.engine.loader import InlineLoader, LoadingWorker
+from truffula.engine.loader import LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
 from truffula.lora.image import map_image
 from truffula.lora.job import LoadLimits, Order, Setup, load
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import LOCK, PREFIX, Spool, remove_abandoned
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
+from truffula.testing.loading import InlineLoader
 from truffula.types import AdapterRef
 
 PATIENCE_S = 120.0  # for a busy machine; nothing here takes a hundredth of it

@@ -142,10 +142,14 @@ def verify(
 
 @app.command()
 def config(
+    context: typer.Context,
     show: Annotated[bool, typer.Option("--show", help="Print every option, its value and where it came from.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """The options in force: defaults and environment."""
+    if not show:
+        typer.echo(context.get_help())
+        return
     from truffula.cli.show_config import run_config
 
     run_config(as_json=as_json)

@@ -133,9 +133,10 @@ def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
             shown.add_row(row.field, escape(row.value), f"[{colour}]{row.verdict}[/]", escape(row.note))
         out().print(shown)
         without_effect = ", ".join(row.field for row in report.rows if row.verdict == "ignore")
-        out().print(f"\n[dim]without effect when serving:[/] {without_effect}")
+        out().print(f"\n[dim]asks for nothing, or without effect when serving:[/] {without_effect}")
         against = f"for {base}" if base else "without looking at a base (give --base MODEL)"
         out().print(f"\nrank {report.rank}, {report.modules} modules, {nbytes(report.nbytes)}; judged {against}")
+        out().print("[dim]Names, shapes and types were judged; the numbers themselves are checked on loading.[/]")
         for text in report.warnings:
             warn(text)
     if report.error is not None:

@@ -22,11 +22,11 @@ def run_config(*, as_json: bool) -> None:
         return
     console = out()
     for group in ("engine", "server"):
-        shown = table("option", "value", "from", "help", title=f"{group} options")
+        shown = table("option", "variable", "value", "from", "help", title=f"{group} options")
         for setting in (s for s in settings if s.option.group == group):
             origin = setting.source or setting.origin
             value = f"[bold]{setting.shown}[/]" if setting.origin != "default" else setting.shown
-            shown.add_row(setting.option.flag, value, origin, setting.option.help)
+            shown.add_row(setting.option.flag, setting.option.env, value, origin, setting.option.help)
         console.print(shown)
         console.print()
-    console.print("[dim]Set an option by its flag or by TRUFFULA_<NAME>; flags win.[/]")
+    console.print("[dim]Set an option by its flag or its variable; flags win.[/]")

@@ -115,8 +115,12 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
         settings = find_settings(config, path, plan, backend)
         pull = puller(checkpoint, plan, progress=lambda _, done, total: tell("load", done, total))
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
-        pull.finish()
-    engine = _assemble(config, settings, plan, executable)
+        try:
+            pull.finish()
+            engine = _assemble(config, settings, plan, executable)
+        except BaseException:
+            executable.close()
+            raise
     info = _info(config, settings, plan, time.monotonic() - began)
     _log(info)
     return engine, info

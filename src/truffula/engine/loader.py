@@ -23,7 +23,7 @@ from pathlib import Path
 from truffula.errors import AdapterLoadError, ErrorInfo, WireError
 from truffula.kernels.program import Site
 from truffula.lora import frames
-from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Outcome, Ready, Setup, load, out_of_memory
+from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Outcome, Ready, Setup
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import Spool
 from truffula.types import AdapterRef
@@ -309,56 +309,6 @@ class LoadingWorker:
         if order is None:
             return STARTUP_S
         return self._limits.download_s if order.ref.kind == "hub" else self._limits.wall_s
-
-
-class InlineLoader:
-    """The same interface without a process: each ``poll`` carries out one load, in the caller's thread.
-
-    For offline use, where nobody else's tokens wait. No limit but sizes holds here.
-    """
-
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        *,
-        model: str,
-        limits: LoadLimits | None = None,
-        offline: bool = False,
-        cache_dir: Path | None = None,
-        spool: Spool | None = None,
-    ) -> None:
-        self._spool = spool or Spool()
-        self._setup = Setup(
-            sites=list(sites),
-            model=model,
-            spools=[str(folder) for folder in self._spool.folders],
-            limits=limits or LoadLimits(),
-            offline=offline,
-            cache_dir=str(cache_dir) if cache_dir is not None else None,
-        )
-        self._queue: deque[Order] = deque()
-        self._next_ticket = 0
-
-    def start(self, ref: AdapterRef) -> int:
-        self._next_ticket += 1
-        self._queue.append(Order(ticket=self._next_ticket, ref=ref))
-        return self._next_ticket
-
-    def poll(self) -> list[LoadResult]:
-        if not self._queue:
-            return []
-        order = self._queue.popleft()
-        try:
-            return [load(order, self._setup)]
-        except MemoryError:
-            return [out_of_memory(order, self._setup)]
-
-    def cancel(self, ticket: int) -> None:
-        self._queue = deque(order for order in self._queue if order.ticket != ticket)
-
-    def close(self) -> None:
-        self._queue.clear()
-        self._spool.close()
 
 
 def _failed(order: Order, reason: str, stderr: str) -> LoadResult:

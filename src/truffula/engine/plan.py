@@ -53,10 +53,6 @@ class StepPlan:
     def num_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
 
-    @property
-    def num_rows(self) -> int:
-        return sum(chunk.rows for chunk in self.chunks)
-
 
 @dataclass(frozen=True, slots=True)
 class ChunkResult:

@@ -56,11 +56,6 @@ class DtypeChoice:
     reason: str
 
 
-def pick_dtype(backend: Backend, requested: str, stored: str) -> str:
-    """``choose_dtype`` without the reason."""
-    return choose_dtype(backend, requested, stored).dtype
-
-
 def choose_dtype(backend: Backend, requested: str, stored: str) -> DtypeChoice:
     """``requested`` itself, or for ``auto`` the faster of what the backend serves.
 

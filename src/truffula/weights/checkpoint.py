@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
@@ -60,13 +59,3 @@ class Checkpoint(Protocol):
         """Contents by file name (tokenizer.json, tokenizer_config.json, chat_template.jinja, …) of those that exist."""
 
     def close(self) -> None: ...
-
-
-def storage_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors as stored."""
-    return sum(info.nbytes for info in checkpoint.tensors.values())
-
-
-def as_float32(array: Array) -> Array:
-    """A float32 copy (or the array itself when it is float32)."""
-    return np.asarray(array, dtype=np.float32)
