@@ -286,6 +286,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = _row(
         (), "list", "keys of which requests must carry one", secret=True, singular="api_key"
     )
+    salt_by_api_key: bool = _row(True, "switch", "requests of different API keys never share prefix-cache blocks")
     adapters: Mapping[str, str] = _row(
         MappingProxyType({}), "mapping", "adapter served by this name", singular="adapter"
     )

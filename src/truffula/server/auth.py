@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 from collections.abc import Sequence
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from truffula.server.errors import Unauthorized, render, side_of
@@ -26,6 +28,20 @@ def bearer(value: str) -> str | None:
     return credential.strip() if scheme.lower() == "bearer" else None
 
 
+def tenant_of(key: str) -> str:
+    """A digest that stands for the key where the key itself has no business."""
+    return hashlib.blake2b(key.encode("latin-1"), digest_size=16, person=b"truffula-tenant").hexdigest()
+
+
+def prefix_salt(request: Request, given: str | None, by_key: bool) -> str:
+    """The salt of a request's prefix-cache blocks: the client's own, behind its key's digest where keys separate.
+
+    Digests are of one length, so no client's word can imitate another key's.
+    """
+    tenant: str | None = getattr(request.state, "tenant", None)
+    return f"{tenant}:{given or ''}" if by_key and tenant is not None else given or ""
+
+
 class KeyCheck:
     """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
 
@@ -40,6 +56,7 @@ class KeyCheck:
         value = next((v for k, v in scope["headers"] if k == b"authorization"), b"").decode("latin-1")
         given = bearer(value)
         if given is not None and self._known(given):
+            scope.setdefault("state", {})["tenant"] = tenant_of(given)
             await self.app(scope, receive, send)
             return
         what = "The API key is wrong" if given else "An API key is needed"

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from truffula.server.auth import prefix_salt
 from truffula.server.body import note_unknown, read_body, read_object, validate
 from truffula.server.generating import mark, stream, whole
 from truffula.server.headers import reply_headers, stream_headers
@@ -82,6 +83,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
         adapter=adapter,
         request_id=record_of(request).request_id,
         truncate=params.truncate,
+        salt=prefix_salt(request, params.cache_salt, config.salt_by_api_key),
         return_prompt_tokens=bool(params.decoder_input_details),
         queue_timeout_s=config.queue_timeout_s,
         deadline_s=config.request_timeout_s,

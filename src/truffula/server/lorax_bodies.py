@@ -49,6 +49,7 @@ class Parameters(Body):
     min_tokens: int | None = Field(default=None, ge=0)
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
+    cache_salt: str | None = None
 
     @field_validator("stop")
     @classmethod

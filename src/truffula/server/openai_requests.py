@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
+from truffula.server.auth import prefix_salt
 from truffula.server.generating import mark
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
@@ -69,7 +70,7 @@ def common(request: Request, body: OpenAIBody, state: ServerState, params: Sampl
         "request_id": record_of(request).request_id,
         "add_special_tokens": body.add_special_tokens,
         "truncate": truncation(body, params, state),
-        "salt": body.cache_salt or "",
+        "salt": prefix_salt(request, body.cache_salt, state.config.salt_by_api_key),
         "return_prompt_tokens": bool(body.return_token_ids),
         "queue_timeout_s": state.config.queue_timeout_s,
         "deadline_s": state.config.request_timeout_s,
