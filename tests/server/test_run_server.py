@@ -1,5 +1,7 @@
 """Listening before loading, and what is said when it cannot be."""
 
+import os
+import signal
 import socket
 import threading
 
@@ -8,7 +10,7 @@ import pytest
 from live_server import assert_canonical_error, ok, serving, write_model
 
 from truffula.config import ServerConfig, load_config
-from truffula.errors import ConfigError, TruffulaError
+from truffula.errors import ConfigError, EngineDied, TruffulaError
 from truffula.server.run import Gate, bind, make_server, run_server
 
 
@@ -105,3 +107,26 @@ def test_sampling_defaults_of_the_model_by_option_only(tmp_path):
         assert len(answers(live, top_k=0)) > 1
     with serving(model) as live:
         assert len(answers(live)) > 1
+
+
+def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder):
+    options = {"model": str(model_folder), "port": 0, "transport": "process", "memory": "1GiB", "threads": 1}
+    resolved = load_config({**options, "max_restarts": 0, "offline": True}, env={})
+    listening = bind(resolved.server)
+    server = make_server(resolved, listening)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while client.get("/health").status_code != 200:
+                assert thread.is_alive()
+        os.kill(server.gate.started.service._client.pid, signal.SIGKILL)
+        thread.join(60)
+        assert not thread.is_alive()
+    finally:
+        server.should_exit = True
+        thread.join(60)
+    assert isinstance(server.gate.failure, EngineDied)
+    assert "given up" in server.gate.failure.message
+    assert "SIGKILL" in server.gate.failure.message

@@ -42,7 +42,7 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert {(a.finish, a.code) for a in answers.values()} == {("error", "engine_died")}
     assert "SIGKILL" in answers["r0"].message
     eventually(lambda: client.pid not in (None, first), "the next engine")
-    assert client.alive()
+    assert client.alive() and client.lost() is None
     with pytest.raises(psutil.NoSuchProcess):
         psutil.Process(first)
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
@@ -57,6 +57,8 @@ def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refuse
     with pytest.raises(EngineDied, match="SIGKILL"):
         client.adapters(AdapterCommand(action="list"))
     assert not client.alive() and client.pid is None
+    lost = client.lost()
+    assert lost is not None and "given up" in lost.message
 
 
 @pytest.mark.slow

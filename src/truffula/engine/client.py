@@ -57,6 +57,9 @@ class EngineClient(Protocol):
     def alive(self) -> bool:
         """Whether the engine takes requests: started, heartbeat fresh, no step stuck."""
 
+    def lost(self) -> TruffulaError | None:
+        """Why no engine will answer ever again, though nobody closed it; None while one may."""
+
     def close(self) -> None:
         """End the engine; open requests end with ``shutting_down``. Idempotent."""
 
@@ -205,6 +208,9 @@ class InlineClient:
     def alive(self) -> bool:
         return self._end is None
 
+    def lost(self) -> TruffulaError | None:
+        return None if isinstance(self._end, ShuttingDown) else self._end
+
     def close(self) -> None:
         with self._lock:
             if self._end is None:
@@ -276,6 +282,9 @@ class ThreadClient:
         since = self._step_since
         stuck = since is not None and time.monotonic() - since > self._config.step_timeout_s
         return self._end is None and not stuck
+
+    def lost(self) -> TruffulaError | None:
+        return None if isinstance(self._end, ShuttingDown) else self._end
 
     def close(self) -> None:
         with self._wake:

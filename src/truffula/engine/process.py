@@ -52,6 +52,7 @@ class ProcessClient:
         self._lock = threading.Lock()  # guards the fields down to _pinned
         self._life: Life | None = None  # the engine that takes requests
         self._refusal: TruffulaError = EngineDied("The engine is starting.")  # what requests get while there is none
+        self._lost: TruffulaError | None = None
         self._closing = False
         self._pinned: dict[str, AdapterCommand] = {}
         self._wake_in, self._wake_out = os.pipe()
@@ -108,6 +109,9 @@ class ProcessClient:
         life = self._life
         return life is not None and life.healthy(time.monotonic())
 
+    def lost(self) -> TruffulaError | None:
+        return self._lost
+
     def close(self) -> None:
         with self._lock:
             self._closing = True
@@ -152,7 +156,7 @@ class ProcessClient:
             self._live_on()
         except BaseException as error:  # noqa: BLE001  nobody may wait for ever for a thread that has died
             traceback.print_exception(error, file=sys.stderr)
-            self._refuse(EngineDied(f"The supervisor failed: {type(error).__name__}: {error}."))
+            self._give_up(EngineDied(f"The supervisor failed: {type(error).__name__}: {error}."))
             if not self._started.done():
                 self._started.set_exception(error)
 
@@ -170,7 +174,7 @@ class ProcessClient:
                 deaths.popleft()
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (len(deaths) - 1))
             if not self._closing and len(deaths) > self._config.max_restarts:
-                self._refuse(
+                self._give_up(
                     EngineDied(f"The engine died {len(deaths)} times and is given up. Last: {error}", **error.data)
                 )
                 return
@@ -194,6 +198,11 @@ class ProcessClient:
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_in, 4096):
                 pass
+
+    def _give_up(self, error: TruffulaError) -> None:
+        self._refuse(error)
+        if not self._closing:
+            self._lost = error
 
     def _refuse(self, error: TruffulaError) -> None:
         """No engine takes requests from now: end what is open."""

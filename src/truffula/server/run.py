@@ -1,12 +1,14 @@
 """``run_server``: one process that listens, loads, serves and drains.
 
 The port is taken before anything loads, and answers 503 while it does. The first SIGTERM or SIGINT stops accepting and
-lets running requests end within ``drain_timeout_s``; the second ends the process at once.
+lets running requests end within ``drain_timeout_s``; the second ends the process at once. An engine that is given up
+ends the server with its error, so that whoever supervises the process learns of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import os
@@ -25,7 +27,10 @@ from truffula.server.errors import Unhealthy, render, side_of
 from truffula.server.logs import setup_logs
 from truffula.server.middleware import send_reply
 from truffula.server.started import Started, start
+from truffula.service import AsyncService
 
+LOOK_S = 1.0
+"""How often is looked whether the engine is given up."""
 log = logging.getLogger(__name__)
 
 
@@ -94,10 +99,23 @@ class Gate:
             async with app.router.lifespan_context(app):
                 self._app = app
                 self.started.announce()
+                await self._watch(self.started.service, ended)
                 await ended.wait()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
             self.failure = error
             self._on_failure()
+
+    async def _watch(self, service: AsyncService, ended: asyncio.Event) -> None:
+        """Until the end is told, or until the engine is given up, which tells the server to end."""
+        while not ended.is_set():
+            lost = service.lost()
+            if lost is not None:
+                log.error("%s", lost.message)
+                self.failure = lost
+                self._on_failure()
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), LOOK_S)
 
     async def _loaded(self) -> Started:
         """Loads in a thread of its own, which a server that is told to end does not wait for."""
@@ -180,7 +198,7 @@ def run_server(resolved: Resolved) -> None:
 
     Raises:
         ConfigError: The port is in use, before anything was loaded.
-        TruffulaError: What kept the engine from starting.
+        TruffulaError: What kept the engine from starting, or why it was given up.
     """
     setup_logs(resolved.server)
     listening = bind(resolved.server)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, NoTokenizer, ShuttingDown
+from truffula.errors import EngineDied, ErrorInfo, NoTokenizer, ShuttingDown, TruffulaError, from_info
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.core import RequestState, Service, ServiceLimits
 from truffula.service.files import tokenizer_of
@@ -195,6 +195,10 @@ class AsyncService:
     def healthy(self) -> bool:
         """Started, not draining, and the engine's heartbeat fresh."""
         return self._thread is not None and not self._draining and self._broken is None and self._client.alive()
+
+    def lost(self) -> TruffulaError | None:
+        """Why no request will be answered ever again, though nobody closed the service; None while one may."""
+        return self._client.lost() or (None if self._broken is None else from_info(self._broken))
 
     @property
     def draining(self) -> bool:
