@@ -11,6 +11,7 @@ Precedence: option over environment over default.
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 import os
 import re
@@ -22,9 +23,14 @@ from typing import Any, Literal
 
 from truffula.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 Kind = Literal["text", "path", "integer", "seconds", "size", "switch", "list", "paths", "mapping"]
 Origin = Literal["default", "environment", "option"]
 PREFIX = "TRUFFULA_"
+# What Kubernetes puts into every container for each Service; one called truffula (or truffula-x) shares our prefix.
+_SERVICE_NAME = re.compile(r".*_SERVICE_(HOST|PORT(_.+)?)|.*_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
+_SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*", re.IGNORECASE)
 UNITS = MappingProxyType(
     {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -397,13 +403,30 @@ def _given(cli: Mapping[str, Any]) -> dict[str, Any]:
     return {names[key]: value for key, value in cli.items() if value is not None}
 
 
+def _without_services(env: Mapping[str, str]) -> Mapping[str, str]:
+    """``env`` less the variables that Kubernetes made of Services with a name like ours; they are no options."""
+    services = {
+        name
+        for name, value in env.items()
+        if name.startswith(PREFIX)
+        and (_SERVICE_NAME.fullmatch(name) or (name.endswith("_PORT") and _SERVICE_URL.fullmatch(value)))
+    }
+    if not services:
+        return env
+    log.warning(
+        "left out %s: Kubernetes sets these for a Service; enableServiceLinks: false in the pod keeps them away",
+        ", ".join(sorted(services)),
+    )
+    return {name: value for name, value in env.items() if name not in services}
+
+
 def load_settings(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) -> tuple[Setting, ...]:
     """Every option's value and origin; a required one that nobody gave is left out.
 
     Raises:
         ConfigError: Unknown option or ``TRUFFULA_`` variable (the nearest known one is named), or a malformed value.
     """
-    env = os.environ if env is None else env
+    env = _without_services(os.environ if env is None else env)
     known = {option.env for option in OPTIONS.values()}
     for name in env:
         if name.startswith(PREFIX) and name not in known:

@@ -122,3 +122,30 @@ def test_sizes_are_exact(number: int, unit: str, spaced: bool):
     scale = {"K": 1, "M": 2, "G": 3}.get(unit[:1].upper(), 0)
     base = 1024 if unit.endswith("iB") else 1000
     assert parse_size(f"{number}{' ' if spaced else ''}{unit}") == number * base**scale
+
+
+SERVICE = {
+    "TRUFFULA_SERVICE_HOST": "10.0.0.9",
+    "TRUFFULA_SERVICE_PORT": "8000",
+    "TRUFFULA_SERVICE_PORT_HTTP": "8000",
+    "TRUFFULA_PORT": "tcp://10.0.0.9:8000",
+    "TRUFFULA_PORT_8000_TCP": "tcp://10.0.0.9:8000",
+    "TRUFFULA_PORT_8000_TCP_PROTO": "tcp",
+    "TRUFFULA_PORT_8000_TCP_PORT": "8000",
+    "TRUFFULA_PORT_8000_TCP_ADDR": "10.0.0.9",
+    "TRUFFULA_CANARY_SERVICE_HOST": "10.0.0.8",
+    "TRUFFULA_CANARY_PORT": "tcp://10.0.0.8:8000",
+}
+
+
+def test_variables_that_kubernetes_makes_of_a_service_are_no_options(caplog: pytest.LogCaptureFixture):
+    """https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables"""
+    assert origins({"model": "m"}, SERVICE)["port"][1] == "default"
+    assert "enableServiceLinks" in caplog.text and "TRUFFULA_PORT," in caplog.text
+    assert origins({"model": "m"}, SERVICE | {"TRUFFULA_HOST": "::1"})["host"][0] == "::1"
+
+
+@pytest.mark.parametrize("name", ["TRUFFULA_SERVICE", "TRUFFULA_PORT_TCP", "TRUFFULA_CANARY_PORT"])
+def test_what_only_looks_like_a_service_is_still_refused(name: str):
+    with pytest.raises(ConfigError, match=name):
+        load_config({"model": "m"}, {name: "8000"})
