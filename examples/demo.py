@@ -52,7 +52,7 @@ def side_by_side() -> None:
         titles = [
             f"{name} (adapter)" if name else f"base, asked for {question.split()[0]} ..." for question, name in pairs
         ]
-        answers = show(titles, llm.stream_each(chats, params, adapters=[name for _, name in pairs]))
+        answers = show(titles, llm.stream_each(chats, params, adapters=[name for _, name in pairs]), per_row=2)
         tokens = sum(answer.tokens for answer in answers)
         console.print(
             f"[dim]{tokens} tokens for base and {len(QUESTIONS)} adapters of ranks 4, 8 and 2 in one batch: "

@@ -35,9 +35,13 @@ class Answer:
 
 
 def show(
-    titles: Sequence[str], deltas: Iterable[tuple[int, TextDelta]], console: Console | None = None
+    titles: Sequence[str],
+    deltas: Iterable[tuple[int, TextDelta]],
+    *,
+    per_row: int = 3,
+    console: Console | None = None,
 ) -> list[Answer]:
-    """Print the answers while they come; returns them. ``deltas`` yields (column, delta)."""
+    """Print the answers while they come; returns them. ``deltas`` yields (position of the title, delta)."""
     console = console or out()
     answers = [Answer(title) for title in titles]
     if not console.is_terminal:
@@ -57,14 +61,13 @@ def show(
     with Live(console=console, refresh_per_second=12) as live:
         for column, delta in deltas:
             answers[column].add(delta)
-            live.update(_columns(answers))
+            live.update(_columns(answers, min(per_row, len(answers))))
     return answers
 
 
-def _columns(answers: Sequence[Answer]) -> Table:
+def _columns(answers: Sequence[Answer], per_row: int) -> Table:
     grid = Table.grid(expand=True, padding=(0, 1))
-    per_row = 3 if len(answers) % 3 == 0 or len(answers) > 4 else 2
-    for _ in range(min(per_row, len(answers))):
+    for _ in range(per_row):
         grid.add_column(ratio=1)
     panels = [
         Panel(
