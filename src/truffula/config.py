@@ -11,6 +11,7 @@ Precedence: option over environment over default.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import logging
 import math
 import os
@@ -281,6 +282,14 @@ class EngineConfig:
         _check(self)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``; a name other than localhost may be anybody's."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """What the HTTP server adds."""
@@ -291,6 +300,10 @@ class ServerConfig:
     served_model_name: str | None = _row(None, "text", "name of the base model in answers (default: as given)")
     api_keys: tuple[str, ...] = _row(
         (), "list", "keys of which requests must carry one", secret=True, singular="api_key"
+    )
+    protect_metrics: bool = _row(False, "switch", "the metrics need an API key too")
+    cors_origins: tuple[str, ...] = _row(
+        ("*",), "list", "origins whose web pages may call the server; none for no page", singular="cors_origin"
     )
     salt_by_api_key: bool = _row(True, "switch", "requests of different API keys never share prefix-cache blocks")
     adapters: Mapping[str, str] = _row(
@@ -322,6 +335,16 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.api_keys:
+            return
+        if self.adapter_admin and not is_loopback(self.host):
+            raise ConfigError(
+                f"adapter_admin without API keys would let everybody who reaches {self.host} read adapters from this "
+                "machine's disk; set --api-key, or listen on 127.0.0.1.",
+                param="adapter_admin",
+            )
+        if self.protect_metrics:
+            raise ConfigError("protect_metrics needs API keys to ask for; set --api-key.", param="protect_metrics")
 
 
 def options_of(cls: type[EngineConfig] | type[ServerConfig]) -> tuple[Option, ...]:

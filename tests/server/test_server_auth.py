@@ -1,8 +1,10 @@
 """API keys: exact, in every place but the probes."""
 
 import pytest
-from live_server import assert_canonical_error, ok, serving
+from live_server import MODEL, assert_canonical_error, ok, serving
 
+from truffula.config import ServerConfig
+from truffula.errors import ConfigError
 from truffula.server.auth import bearer, is_open
 
 KEY = "sk-Truffula-1"
@@ -97,6 +99,8 @@ def test_adapters_by_an_administrator(guarded, adapter_folders):
         return [m["id"] for m in ok(guarded.client.get("/v1/models", headers=with_key(KEY)))["data"][1:]]
 
     path = str(adapter_folders["pirate"])
+    for name in ("tgi", "dummy", MODEL, f"{MODEL}:x"):
+        assert_canonical_error(call("/v1/load_lora_adapter", lora_name=name, lora_path=path), 400, "base model")
     assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new", lora_path="/nowhere"), 404)
     assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new"), 400)
     assert "Success" in ok(call("/v1/load_lora_adapter", lora_name="new", lora_path=path))
@@ -108,6 +112,57 @@ def test_adapters_by_an_administrator(guarded, adapter_folders):
     assert names() == []
     assert_canonical_error(call("/v1/unload_lora_adapter", lora_name="new"), 404)
     assert_canonical_error(call("/v1/completions", model="new", prompt="Hello"), 404)
+
+
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+ADMIN = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+
+
+@pytest.mark.parametrize("path", ADMIN)
+def test_no_web_page_administers(guarded, path):
+    origin = {"origin": "https://evil.org"}
+    preflight = guarded.client.options(path, headers=origin | PREFLIGHT)
+    assert preflight.status_code == 401
+    answer = guarded.client.post(path, json={}, headers=origin | with_key(KEY))
+    assert answer.status_code == 400
+    for response in (preflight, answer):
+        assert not any(name.startswith("access-control-") for name in response.headers)
+
+
+def test_an_administrator_without_keys_is_no_web_page(model_folder, adapter_folders):
+    body = {"lora_name": "new", "lora_path": str(adapter_folders["pirate"])}
+    options = {"adapter_admin": True, "cors_origins": ("https://my.site",)}
+    with serving(model_folder, **options) as live:
+        for origin in ("https://evil.org", "https://my.site", "null", live.url):
+            assert_canonical_error(live.post(ADMIN[0], body, headers={"origin": origin}), 403)
+        assert ok(live.client.get("/v1/models"))["data"][1:] == []
+        assert "Success" in ok(live.post(ADMIN[0], body))
+        mine = live.client.options("/v1/completions", headers={"origin": "https://my.site"} | PREFLIGHT)
+        assert (mine.status_code, mine.headers["access-control-allow-origin"]) == (200, "https://my.site")
+        others = live.client.get("/v1/models", headers={"origin": "https://evil.org"})
+        assert "access-control-allow-origin" not in others.headers
+
+
+def test_by_default_every_page_may_ask_and_none_ends_that(live, model_folder):
+    response = live.client.get("/v1/models", headers={"origin": "https://x.org"})
+    assert response.headers["access-control-allow-origin"] == "*"
+    options = {"cors_origins": "none", "api_keys": (KEY,), "protect_metrics": True}
+    with serving(model_folder, **options) as closed:
+        response = closed.client.get("/health", headers={"origin": "https://x.org"})
+        assert not any(name.startswith("access-control-") for name in response.headers)
+        assert_canonical_error(closed.client.get("/metrics"), 401)
+        assert closed.client.get("/metrics", headers=with_key(KEY)).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "my.host"])
+def test_administration_for_everybody_is_refused(host):
+    with pytest.raises(ConfigError, match="adapter_admin"):
+        ServerConfig(adapter_admin=True, host=host)
+    ServerConfig(adapter_admin=True, host=host, api_keys=("k",))
+    for near in ("127.0.0.1", "127.1.2.3", "::1", "localhost"):
+        ServerConfig(adapter_admin=True, host=near)
+    with pytest.raises(ConfigError, match="api-key"):
+        ServerConfig(protect_metrics=True)
 
 
 def test_what_is_open_and_what_a_header_holds():

@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,7 +18,7 @@ from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
 from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, probes, tokens
-from truffula.server.auth import KeyCheck
+from truffula.server.auth import KeyCheck, PublicCors
 from truffula.server.body import Body
 from truffula.server.errors import MethodNotAllowed, UnknownPath, render, side_of
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
@@ -54,7 +53,6 @@ _ADMIN_ROUTES: tuple[tuple[str, str, Handler, str, type[Body] | None], ...] = (
     ("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
     ("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
 )
-EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
 def create_app(
@@ -95,13 +93,9 @@ def create_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes)
     if config.api_keys:
-        app.add_middleware(KeyCheck, keys=config.api_keys)
+        app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     app.add_middleware(
-        CORSMiddleware,
-        allow_origins=["*"],
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-        expose_headers=EXPOSED_HEADERS,
+        PublicCors, origins=config.cors_origins, closed=[row[1] for row in _ADMIN_ROUTES], keyed=bool(config.api_keys)
     )
     app.add_middleware(RequestScope, metrics=metrics)
     return app

@@ -6,19 +6,21 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from truffula.server.errors import Unauthorized, render, side_of
+from truffula.server.errors import Unauthorized, WebPage, render, side_of
 from truffula.server.middleware import send_reply
 
 OPEN_PATHS = frozenset({"/health", "/ping", "/startup", "/metrics"})
+EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
-def is_open(method: str, path: str) -> bool:
+def is_open(method: str, path: str, protect_metrics: bool = False) -> bool:
     """Probes and scrapers carry no key. ``/`` answers probes by GET and generates by POST."""
     if path in OPEN_PATHS:
-        return True
+        return not (protect_metrics and path == "/metrics")
     return path == "/" and method in ("GET", "HEAD")
 
 
@@ -45,12 +47,13 @@ def prefix_salt(request: Request, given: str | None, by_key: bool) -> str:
 class KeyCheck:
     """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], protect_metrics: bool = False) -> None:
         self.app = app
+        self._protect_metrics = protect_metrics
         self._keys = tuple(key.encode() for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_open(scope["method"], scope["path"]):
+        if scope["type"] != "http" or is_open(scope["method"], scope["path"], self._protect_metrics):
             await self.app(scope, receive, send)
             return
         value = next((v for k, v in scope["headers"] if k == b"authorization"), b"").decode("latin-1")
@@ -66,3 +69,37 @@ class KeyCheck:
     def _known(self, given: str) -> bool:
         sent = given.encode("latin-1")  # the bytes of the header, whatever they spell
         return sum([hmac.compare_digest(sent, key) for key in self._keys]) > 0
+
+
+class PublicCors:
+    """CORS for web pages of the operator's ``origins`` ("*" is everybody's), and never on ``closed`` paths.
+
+    A page may send those without being able to read the answer, from a browser that reaches what the page cannot. So
+    where no key stands in the way (``keyed``), whatever carries an Origin is refused there.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str], closed: Sequence[str], keyed: bool) -> None:
+        self.app = app
+        self._closed = frozenset(closed)
+        self._keyed = keyed
+        allowed = [origin for origin in origins if origin != "none"]
+        self._cors = (
+            app
+            if not allowed
+            else CORSMiddleware(
+                app,
+                allow_origins=allowed,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=EXPOSED_HEADERS,
+            )
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] not in self._closed:
+            await self._cors(scope, receive, send)
+        elif self._keyed or not any(name == b"origin" for name, _ in scope["headers"]):
+            await self.app(scope, receive, send)
+        else:
+            error = WebPage("Web pages cannot administer a server that has no API keys.")
+            await send_reply(send, *render(error, side_of(scope["path"])))

@@ -39,6 +39,12 @@ class Unauthorized(TruffulaError):
     code = "invalid_api_key"
 
 
+class WebPage(TruffulaError):
+    """A web page asked for what pages have no business with."""
+
+    code = "forbidden"
+
+
 class UnknownPath(TruffulaError):
     code = "not_found"
 
@@ -95,6 +101,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         "body_too_large": Row(413, "validation", _INPUT, 413, _BAD, "body_too_large"),
         "unsupported_media_type": Row(415, "validation", _INPUT, 415, _BAD, "unsupported_media_type"),
         "invalid_api_key": Row(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
+        "forbidden": Row(403, "forbidden", "", 403, _BAD, "forbidden"),
         "not_found": Row(404, "not_found", "", 404, _BAD, "not_found"),
         "method_not_allowed": Row(405, "method_not_allowed", "", 405, _BAD, "method_not_allowed"),
         "model_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
