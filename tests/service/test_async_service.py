@@ -9,6 +9,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from served import OPTIONS, write_adapter, write_model
 from tiny_tokenizers import byte_level
@@ -24,9 +25,11 @@ from truffula.errors import (
     PromptTooLong,
     QueueTimeout,
     ShuttingDown,
+    TruffulaError,
 )
 from truffula.lora.sources import AdapterPolicy
 from truffula.service import AsyncService, ServiceLimits, collect
+from truffula.service.sync import SyncService
 from truffula.types import AdapterCommand, GenerateRequest, SamplingParams, TokenEvent
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -231,6 +234,49 @@ def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> N
             await service.open(GenerateRequest(prompt="c"))
 
     run(folders, test, wrap=lambda client: Dying(client, 3))
+
+
+class Garbling(Dying):
+    """A client whose events for one request make no sense: a logprob for no token."""
+
+    def events(self, timeout: float | None) -> list[TokenEvent]:
+        found = self._client.events(timeout)
+        return [
+            msgspec.structs.replace(e, token_ids=e.token_ids * 2 or [3], logprobs=[-1.0])
+            if e.request_id.startswith("bad") else e
+            for e in found
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("best_of", [None, 3])
+def test_an_event_that_makes_no_sense_ends_its_request_alone(folders: dict[str, Path], best_of: int | None) -> None:
+    async def test(service: AsyncService) -> None:
+        params = SamplingParams(max_tokens=100, ignore_eos=True, n=2, best_of=best_of)
+        bad = GenerateRequest(prompt="a", params=params, request_id="bad")
+        good = [service.complete(GenerateRequest(prompt=p, params=GREEDY)) for p in ("a", "b")]
+        found = await asyncio.gather(service.complete(bad), *good, return_exceptions=True)
+        assert isinstance(found[0], TruffulaError)
+        assert found[0].code == "internal_error"
+        assert [len(answer.choices[0].tokens) for answer in found[1:]] == [10, 10]  # type: ignore[union-attr]
+        await quiet(service)
+        assert service.healthy()
+
+    run(folders, test, wrap=lambda client: Garbling(client, -1))
+
+
+def test_it_ends_alone_in_the_callers_thread_too(folders: dict[str, Path]) -> None:
+    client = connect(EngineConfig(model=str(folders["model"]), **OPTIONS), "inline")
+    service = SyncService(Garbling(client, -1))
+    try:
+        params = SamplingParams(max_tokens=100, ignore_eos=True, n=2)
+        bad = GenerateRequest(prompt="a", params=params, request_id="bad")
+        found = service.run([bad, GenerateRequest(prompt="b", params=GREEDY)], return_errors=True)
+        assert isinstance(found[0], TruffulaError)
+        assert found[0].code == "internal_error"
+        assert not isinstance(found[1], TruffulaError)
+        assert len(found[1].choices[0].tokens) == 10
+    finally:
+        service.close()
 
 
 class LateForItsLock:

@@ -294,9 +294,13 @@ class AsyncService:
             if found is None:
                 continue  # ended for its client already: a stop string, an abort
             stream, state = found
-            deltas = state.push(event)
+            try:
+                deltas = state.push(event)
+            except Exception as fault:  # noqa: BLE001  it is this request's alone; the others' events go on
+                deltas = state.break_off(fault)
+                self._forget(state)
             if event.request_id not in state.open_ids:
-                del self._streams[event.request_id]
+                self._streams.pop(event.request_id, None)
                 aborts += state.take_aborts()
                 if state.done:
                     self._ended(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -10,13 +11,24 @@ from dataclasses import dataclass
 
 import msgspec
 
-from truffula.errors import ErrorInfo, InvalidRequest
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, check_text
-from truffula.types import AdapterRef, EngineInfo, EngineRequest, GenerateRequest, SamplingParams, TextDelta, TokenEvent
+from truffula.types import (
+    AdapterRef,
+    ChoiceTotals,
+    EngineInfo,
+    EngineRequest,
+    GenerateRequest,
+    SamplingParams,
+    TextDelta,
+    TokenEvent,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,13 @@ class RequestState:
         return aborts
 
     def push(self, event: TokenEvent) -> list[TextDelta]:
-        """The deltas that ``event`` releases, often none. Exactly one per choice is terminal."""
+        """The deltas that ``event`` releases, often none. Exactly one per choice is terminal.
+
+        What raises here is a fault of ours or the engine's; ``break_off`` ends the request then.
+        """
         engine_id = event.request_id
+        if engine_id not in self.open_ids:
+            return []
         choice = self._choices[engine_id]
         delta = choice.push(event)
         if choice.finished and engine_id in self.open_ids:
@@ -85,6 +102,23 @@ class RequestState:
         """End every choice that is open with ``error``."""
         ends = [TokenEvent(request_id=i, finish_reason="error", error=error) for i in sorted(self.open_ids)]
         return [delta for event in ends for delta in self.push(event)]
+
+    def break_off(self, fault: Exception) -> list[TextDelta]:
+        """End every choice after ``push`` raised ``fault``; what they held back is lost, and the engine is to abort."""
+        logger.error("request %s is ended by a fault", self.request_id, exc_info=fault)
+        error = TruffulaError(f"The answer could not be put together: {type(fault).__name__}: {fault}.").info()
+        if self._waiting is None:
+            places = [one.choice for one in self.engine_requests if one.request_id in self.open_ids]
+        else:
+            places = list(range(self.request.params.n))
+        self._aborts += sorted(self.open_ids)
+        self.open_ids.clear()
+        return [
+            TextDelta(
+                choice=place, finish_reason="error", error=error, totals=ChoiceTotals(prompt_tokens=self.prompt_tokens)
+            )
+            for place in places
+        ]
 
     def _gather(self, engine_id: str, delta: TextDelta) -> list[TextDelta]:
         assert self._waiting is not None

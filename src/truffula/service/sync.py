@@ -32,9 +32,12 @@ class _Run:
             self.in_engine.add(one.request_id)
 
     def push(self, event: TokenEvent) -> list[str]:
-        """Take one event; engine requests that a stop string has ended come back."""
+        """Take one event; engine requests that have ended early for the caller come back."""
         index, state = self.places[event.request_id]
-        deltas = state.push(event)
+        try:
+            deltas = state.push(event)
+        except Exception as fault:  # noqa: BLE001  it is this request's alone; the others' events go on
+            deltas = state.break_off(fault)
         if event.finish_reason is not None:
             self.in_engine.discard(event.request_id)
         if deltas:
