@@ -176,3 +176,31 @@ def test_the_folder_may_vanish(tmp_path: Path) -> None:
     assert policy.names() == ["far"]
     with pytest.raises(AdapterNotFound):
         policy.resolve("a")
+
+
+RESERVED = ["tgi", "dummy", "org/base", "served", "served:x"]
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_name_that_means_the_base_is_no_adapters(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        AdapterPolicy({name: "org/name"}, base_names=("org/base", "served"))
+
+
+def test_folders_named_like_the_base_are_left_out_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("tgi", "served", "served:x", "fine"):
+        adapter(tmp_path / name)
+    policy = AdapterPolicy(adapter_dir=tmp_path, allow_local=(tmp_path,), base_names=("org/base", "served"))
+    assert policy.names() == policy.names() == ["fine"]
+    assert sorted(record.args for record in caplog.records) == [("served",), ("served:x",), ("tgi",)]
+    for name in ("tgi", "served", "served:x"):
+        for source in (None, "local"):
+            with pytest.raises(AdapterNotFound):
+                policy.resolve(name, source)
+    assert policy.resolve("fine") is not None
+
+
+def test_a_library_reserves_nothing() -> None:
+    assert AdapterPolicy({"tgi": "org/name"}).names() == ["tgi"]

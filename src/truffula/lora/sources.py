@@ -12,6 +12,7 @@ Whatever does not lead anywhere is ``AdapterNotFound`` in the same words, so tha
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -22,8 +23,16 @@ from truffula.lora.folder import CONFIG, TENSORS, fingerprint
 from truffula.types import AdapterRef
 
 SOURCES = ("local", "hub")
+# What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
+BASE_WORDS = ("", "tgi", "dummy")
 MAX_NAME_CHARS = 512
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
+log = logging.getLogger(__name__)
+
+
+def reserved(name: str, base_names: Collection[str]) -> bool:
+    """Whether ``name`` means the base to some client, or (``base:…``) an adapter by another name: no adapter has it."""
+    return name in BASE_WORDS or name in base_names or any(name.startswith(f"{base}:") for base in base_names if base)
 
 
 def _not_found(name: str) -> AdapterNotFound:
@@ -53,6 +62,8 @@ class AdapterPolicy:
         allow_local: Folders below which a client may name an adapter by absolute path (or by a path relative to one).
         allow_hub: Shell patterns of Hub ids a client may name, such as ``my-org/*``.
         default_source: Where a name is looked for that is in neither of the first two and names no source.
+        base_names: What the base is called. Names that are ``reserved`` beside them lead to no adapter. None: there are
+            no other clients than the caller, and nothing is reserved.
 
     Raises ``ConfigError`` for a name or a source that can't be used.
     """
@@ -65,9 +76,15 @@ class AdapterPolicy:
         allow_local: tuple[Path, ...] = (),
         allow_hub: tuple[str, ...] = (),
         default_source: str = "hub",
+        base_names: Collection[str] | None = None,
     ) -> None:
         if default_source not in SOURCES:
             raise ConfigError(f"adapter source {default_source!r} is not one of {', '.join(SOURCES)}.")
+        self._base_names = base_names
+        self._left_out: set[str] = set()
+        for name in adapters or ():
+            if self._is_reserved(name):
+                raise ConfigError(f"{name!r} can't be an adapter's name: it means the base model.", param="adapters")
         if adapter_dir is not None and not adapter_dir.is_dir():
             raise ConfigError(f"The adapter folder {adapter_dir} does not exist.", param="adapter_dir")
         self._named = {name: _place(name, source) for name, source in (adapters or {}).items()}
@@ -91,7 +108,7 @@ class AdapterPolicy:
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
             )
-        if not _printable(name):
+        if not _printable(name) or self._is_reserved(name):
             raise _not_found(name)
         named = self._named.get(name)
         if named is not None and source in (None, named.kind):
@@ -110,10 +127,18 @@ class AdapterPolicy:
         if self._dir is not None:
             try:
                 with os.scandir(self._dir) as entries:
-                    found |= {entry.name for entry in entries if self._in_dir(entry.name) is not None}
+                    there = {entry.name for entry in entries if self._in_dir(entry.name) is not None}
             except OSError:
                 return sorted(found)  # the folder was taken away; the named ones are still served
+            left_out = {name for name in there if self._is_reserved(name)}
+            for name in sorted(left_out - self._left_out):
+                log.warning("the adapter folder's %r is left out: that name means the base model", name)
+            self._left_out |= left_out
+            found |= there - left_out
         return sorted(found)
+
+    def _is_reserved(self, name: str) -> bool:
+        return self._base_names is not None and reserved(name, self._base_names)
 
     def _in_dir(self, name: str) -> Path | None:
         if self._dir is None or not _is_folder_name(name):

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterPolicy, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
 from truffula.server.state import state_of
@@ -31,7 +31,9 @@ async def load_adapter(request: Request) -> Response:
     state = state_of(request)
     body = await read_body(request, LoadBody)
     name = body.lora_name
-    if name == state.model_id or (name in state.adapter_names() and not body.load_inplace):
+    if reserved(name, state.base_names):
+        raise InvalidRequest(f"{name[:80]!r} means the base model; name the adapter otherwise.", param="lora_name")
+    if name in state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
     if not Path(body.lora_path).is_dir():
         raise AdapterNotFound(f"{body.lora_path[:200]!r} holds no adapter.", param="lora_path")

@@ -37,9 +37,9 @@ class Started:
 def start(resolved: Resolved, url: str) -> Started:
     """Loads the model in the configured transport, and builds the application on it."""
     config = resolved.server
+    policy = adapter_policy(resolved)  # before the model: a mistake in the options need not wait for gigabytes
     progress = _Progress()
     client = connect(resolved.engine, config.transport, progress)  # type: ignore[arg-type]  # a choice of the option
-    policy = adapter_policy(resolved)
     limits = ServiceLimits(
         max_choices=max(config.max_n, config.max_best_of),
         base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
@@ -48,7 +48,7 @@ def start(resolved: Resolved, url: str) -> Started:
     if config.chat_template is not None:
         templates = {"default": read_template(config.chat_template)}
     service = AsyncService(client, policy=policy, limits=limits, templates=templates)
-    metrics = Metrics(service.stats, max_adapters=config.metrics_adapters, lorax_names=config.lorax_metrics)
+    metrics = Metrics(service.known_stats, max_adapters=config.metrics_adapters, lorax_names=config.lorax_metrics)
     defaults = sampling_defaults(client.info) if config.generation_defaults else {}
     app = create_app(service, config, policy, metrics, defaults=defaults)
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
@@ -57,12 +57,14 @@ def start(resolved: Resolved, url: str) -> Started:
 def adapter_policy(resolved: Resolved) -> AdapterPolicy:
     """What clients may name, from the options."""
     config = resolved.server
+    names = (resolved.engine.model, config.served_model_name)
     return AdapterPolicy(
         adapters=config.adapters,
         adapter_dir=config.adapter_dir,
         allow_local=config.allow_local,
         allow_hub=config.allow_hub,
         default_source=config.adapter_source,
+        base_names=tuple(name for name in names if name),
     )
 
 

@@ -11,13 +11,11 @@ from starlette.requests import Request
 
 from truffula.config import ServerConfig
 from truffula.errors import InvalidRequest
+from truffula.lora.sources import BASE_WORDS as BASE_WORDS  # routes know it from here
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics, RequestRecord
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
-
-# What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
-BASE_WORDS = ("", "tgi", "dummy")
 
 
 @dataclass(slots=True)
@@ -42,6 +40,11 @@ class ServerState:
     def model_id(self) -> str:
         """The base model's name in answers."""
         return self.config.served_model_name or self.service.info.model
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Every name of the base."""
+        return (self.model_id, self.service.info.model)
 
     def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """Who answers to ``name``: None is the base. Raises ``AdapterNotFound``, never falls back to the base."""
