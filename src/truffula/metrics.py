@@ -206,7 +206,11 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
-        yield GaugeMetricFamily("truffula_engine_up", "1 when the engine's stats are known", 0 if stats is None else 1)
+        yield GaugeMetricFamily(
+            "truffula_engine_up",
+            "1 when the engine lives and answers",
+            0 if stats is None else 1,
+        )
         if stats is None:
             return
         for name, text, field in _ENGINE_SERIES:

@@ -130,3 +130,23 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
     assert isinstance(server.gate.failure, EngineDied)
     assert "given up" in server.gate.failure.message
     assert "SIGKILL" in server.gate.failure.message
+
+
+def test_the_metrics_of_a_dead_engine_say_so_and_leave_its_numbers_out(model_folder):
+    with serving(model_folder, transport="process", heartbeat_timeout_s=1.0, hang_timeout_s=600.0) as live:
+        assert "truffula_engine_up 1.0" in live.client.get("/metrics").text
+        engine = live.service._client.pid
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            while live.client.get("/health").status_code == 200:
+                pass
+            silent = live.client.get("/metrics").text
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        assert "truffula_engine_up 0.0" in silent
+        assert "truffula_engine_steps_total" not in silent
+        while live.client.get("/health").status_code != 200:
+            pass
+        again = live.client.get("/metrics").text
+        assert "truffula_engine_up 1.0" in again
+        assert "truffula_engine_steps_total" in again

@@ -192,6 +192,10 @@ class AsyncService:
     def stats(self) -> EngineStats:
         return self._client.stats()
 
+    def known_stats(self) -> EngineStats | None:
+        """The latest heartbeat of an engine that lives and answers; None while there is none."""
+        return self._client.stats() if self._client.alive() else None
+
     def healthy(self) -> bool:
         """Started, not draining, and the engine's heartbeat fresh."""
         return self._thread is not None and not self._draining and self._broken is None and self._client.alive()
