@@ -51,8 +51,8 @@ class Laid:
 class HandLoader:
     """An ``AdapterLoader`` whose loads end when the test says. ``automatic``: on the next poll.
 
-    The generation is locator and fingerprint, so a place means the same adapter in every test. Locators that begin
-    with ``bad`` fail.
+    The generation is locator and fingerprint, so a place means the same adapter in every test. Locators and
+    fingerprints that begin with ``bad`` fail.
     """
 
     def __init__(self, *, automatic: bool = True, nbytes: int = 64) -> None:
@@ -88,7 +88,7 @@ class HandLoader:
         self._open.clear()
 
     def _result(self, ticket: int, ref: AdapterRef) -> LoadResult:
-        if ref.locator.startswith("bad"):
+        if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
             return LoadResult(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         laid = Laid(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
         path = Path(tempfile.mkdtemp()) / "image"

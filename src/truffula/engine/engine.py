@@ -15,7 +15,7 @@ from truffula.engine.scheduler import Scheduler
 from truffula.errors import AdapterNotFound, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
-from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -97,18 +97,23 @@ class Engine:
     def command(self, command: AdapterCommand) -> list[AdapterState]:
         """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
 
-        After ``load`` ask again (``list``) until the state is resident or failed. Raises ``AdapterNotFound`` when there
+        After ``load`` ask ``adapter`` until the state is resident or failed. Raises ``AdapterNotFound`` when there
         is nothing to unload.
         """
         ref = command.ref
         if command.action == "load" and ref is not None:
             if command.pinned:
                 self._adapters.pin(ref)
+            self._adapters.retry(ref)
             self._adapters.want(ref, self._clock())
         elif command.action == "unload" and ref is not None and not self._adapters.unload(ref.name):
             raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
         states = self._adapters.states()
         return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
+
+    def adapter(self, ref: AdapterRef) -> AdapterState | None:
+        """Where the adapter at this place stands; None when nothing is known of it."""
+        return self._adapters.state(ref)
 
     def stats(self) -> EngineStats:
         roster, blocks, adapters = self._scheduler.roster, self._blocks, self._adapters

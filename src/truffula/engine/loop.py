@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from truffula.engine.engine import Engine
 from truffula.errors import AdapterLoadError, AdapterNotFound, EngineDied, TruffulaError, from_info
-from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
 
 LOAD_POLL_S = 0.005
 """How often an engine looks for finished adapter loads when it has nothing else to do."""
@@ -39,7 +39,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
-        self._loads: dict[int, str] = {}  # ticket of a load that has not ended, and the adapter's name
+        self._loads: dict[int, AdapterRef] = {}  # ticket of a load that has not ended, and what it is to load
         self._looked_at = 0.0
         self._answers: list[AdapterAnswer] = []
 
@@ -59,8 +59,8 @@ class EngineLoop:
             self._answers.append(AdapterAnswer(ticket, error=error))
             return
         if command.action == "load" and command.ref is not None:
-            self._loads[ticket] = command.ref.name
-            self._judge_loads(states)
+            self._loads[ticket] = command.ref
+            self._judge_loads()
         else:
             self._answers.append(AdapterAnswer(ticket, tuple(states)))
 
@@ -68,7 +68,7 @@ class EngineLoop:
         """One step at most. Raises only when the engine itself is at fault; nothing more can be asked of it then."""
         events = [] if self._engine.idle() and not self._loads else self._engine.step()
         if self._loads and self._clock() - self._looked_at >= LOAD_POLL_S:
-            self._judge_loads(self._engine.command(AdapterCommand(action="list")))
+            self._judge_loads()
         answers, self._answers = self._answers, []
         return Turn(events, answers)
 
@@ -84,30 +84,26 @@ class EngineLoop:
     def close(self) -> None:
         self._engine.close()
 
-    def _judge_loads(self, states: Sequence[AdapterState]) -> None:
+    def _judge_loads(self) -> None:
         self._looked_at = self._clock()
-        for ticket, name in list(self._loads.items()):
-            answer = load_outcome(ticket, name, states)
+        for ticket, ref in list(self._loads.items()):
+            answer = load_outcome(ticket, ref, self._engine.adapter(ref))
             if answer is not None:
                 del self._loads[ticket]
                 self._answers.append(answer)
 
 
-def load_outcome(ticket: int, name: str, states: Sequence[AdapterState]) -> AdapterAnswer | None:
-    """How the load of ``name`` stands: None while it goes on. Generations that only end (retired) don't count."""
-    rows = [state for state in states if state.name == name and state.status != "retired"]
-    if any(row.status == "loading" for row in rows):
+def load_outcome(ticket: int, ref: AdapterRef, state: AdapterState | None) -> AdapterAnswer | None:
+    """How the load of ``ref`` stands, which is in ``state``: None while it goes on."""
+    if state is None:
+        what = f"Adapter {ref.name!r} was unloaded while it was loading."
+        return AdapterAnswer(ticket, error=AdapterNotFound(what, param="adapter"))
+    if state.status == "loading":
         return None
-    for row in rows:
-        if row.status == "failed":
-            error = (
-                from_info(row.error) if row.error is not None else AdapterLoadError(f"Adapter {name!r} failed to load.")
-            )
-            return AdapterAnswer(ticket, error=error)
-    if not rows:
-        error = AdapterNotFound(f"Adapter {name!r} was unloaded while it was loading.", param="adapter")
-        return AdapterAnswer(ticket, error=error)
-    return AdapterAnswer(ticket, tuple(rows))
+    if state.status == "failed":
+        lost = AdapterLoadError(f"Adapter {ref.name!r} failed to load.")
+        return AdapterAnswer(ticket, error=lost if state.error is None else from_info(state.error))
+    return AdapterAnswer(ticket, (state,))
 
 
 def engine_fault(error: BaseException) -> TruffulaError:

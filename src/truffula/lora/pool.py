@@ -229,6 +229,22 @@ class AdapterPool:
         for generation, entry in self._entries.items():
             self._repin(generation, entry)
 
+    def retry(self, ref: AdapterRef) -> None:
+        """Forget what failed at the place of ``ref``: its next ``want`` reads again, whatever was said just now."""
+        for key in [key for key in self._failures if key[0] == _key(ref)[0]]:
+            del self._failures[key]
+
+    def state(self, ref: AdapterRef) -> AdapterState | None:
+        """Where the place of ``ref`` stands, under its name; None when nothing is known of it. Begins nothing."""
+        key = _key(ref)
+        generation = self._current.get(key, self._places.get(key[0]))
+        if key in self._loads:
+            return AdapterState(name=ref.name, status="loading")
+        resident = generation is not None and self._entries[generation].slot is not None
+        if key in self._failures and not resident:
+            return AdapterState(name=ref.name, status="failed", error=self._failures[key].error)
+        return None if generation is None else self._row(ref.name, generation)
+
     def unload(self, name: str) -> bool:
         """Forget ``name``: new requests load it anew, running ones keep theirs. False when nothing was there."""
         found = False
@@ -261,20 +277,21 @@ class AdapterPool:
         rows = [AdapterState(name=load.ref.name, status="loading") for load in self._loads.values()]
         rows += [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
         for generation, entry in self._entries.items():
-            status: Literal["ready", "resident", "retired"] = "ready" if entry.slot is None else "resident"
-            for name in entry.names:
-                rows.append(
-                    AdapterState(
-                        name=name,
-                        generation=generation,
-                        status=status if entry.keys else "retired",
-                        nbytes=entry.nbytes,
-                        rank=entry.image.rank,
-                        leases=entry.leases,
-                        pinned=entry.pinned,
-                    )
-                )
+            rows += [self._row(name, generation) for name in entry.names]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
+
+    def _row(self, name: str, generation: str) -> AdapterState:
+        entry = self._entries[generation]
+        status: Literal["ready", "resident", "retired"] = "ready" if entry.slot is None else "resident"
+        return AdapterState(
+            name=name,
+            generation=generation,
+            status=status if entry.keys else "retired",
+            nbytes=entry.nbytes,
+            rank=entry.image.rank,
+            leases=entry.leases,
+            pinned=entry.pinned,
+        )
 
     @property
     def resident(self) -> int:
