@@ -1,0 +1,65 @@
+"""Adapter commands through the loop of an engine: a load is answered for what it was asked for."""
+
+from __future__ import annotations
+
+import pytest
+from rig import HandLoader, Rig
+
+from truffula.engine.loop import AdapterAnswer, EngineLoop
+from truffula.types import AdapterCommand, AdapterRef
+
+
+class Loop:
+    """An ``EngineLoop`` on a rig's engine; ``load`` turns it until the command is answered."""
+
+    def __init__(self, **options: object) -> None:
+        self.rig = Rig(**options)  # type: ignore[arg-type]
+        self.loop = EngineLoop(self.rig.engine, self.rig.clock)
+
+    def turns(self, count: int) -> list[AdapterAnswer]:
+        answers: list[AdapterAnswer] = []
+        for _ in range(count):
+            self.rig.clock.now += 0.01
+            answers += self.loop.turn().answers
+        self.rig.engine.check()
+        return answers
+
+    def load(self, ref: AdapterRef) -> AdapterAnswer:
+        self.loop.command(1, AdapterCommand(action="load", ref=ref))
+        (answer,) = self.turns(5)
+        return answer
+
+
+def ref(locator: str = "a", fingerprint: str = "1", kind: str = "local") -> AdapterRef:
+    return AdapterRef(name="pirate", kind=kind, locator=locator, fingerprint=fingerprint)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("broken", "mended"),
+    [(ref("a", "bad"), ref("a", "2")), (ref("bad-place"), ref("b"))],
+    ids=["the same folder, written again", "another folder under the same name"],
+)
+def test_a_mended_adapter_loads_at_once(broken: AdapterRef, mended: AdapterRef) -> None:
+    loop = Loop()
+    assert loop.load(broken).error is not None
+    answer = loop.load(mended)
+    assert answer.error is None and [s.status for s in answer.states] == ["resident"]
+
+
+def test_an_explicit_load_of_a_broken_one_reads_it_again() -> None:
+    """What lies on the Hub has no fingerprint: only a fresh look tells that it was mended."""
+    loader = HandLoader()
+    loop = Loop(loader=loader)
+    for _ in range(2):
+        assert loop.load(ref("bad/hub", "", "hub")).error is not None
+    assert loader.started == ["bad/hub"] * 2
+
+
+def test_a_load_whose_adapter_is_unloaded_meanwhile_says_so() -> None:
+    loop = Loop(loader=HandLoader(automatic=False))
+    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    assert loop.turns(2) == []
+    loop.loop.command(2, AdapterCommand(action="unload", ref=ref()))
+    answers = {answer.ticket: answer for answer in loop.turns(2)}
+    assert answers[2].error is None
+    assert answers[1].error is not None and answers[1].error.code == "adapter_not_found"
