@@ -27,7 +27,7 @@ LAYERS = [
     "weights",
     "kernels",
 ]
-BOTTOM = {"types", "config", "errors", "metrics", "__init__"}
+BOTTOM = {"types", "config", "errors", "logs", "metrics", "__init__"}
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
 PUBLIC = {"LLM": "llm", "SamplingParams": "types", "AdapterRef": "types", "TruffulaError": "errors"}

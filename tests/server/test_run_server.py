@@ -1,5 +1,6 @@
 """Listening before loading, and what is said when it cannot be."""
 
+import json
 import os
 import signal
 import socket
@@ -93,7 +94,6 @@ def test_a_broken_adapter_fails_its_request_alone(tmp_path, adapter_folders):
 
 
 def test_sampling_defaults_of_the_model_by_option_only(tmp_path):
-    import json
 
     model = write_model(tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"top_k": 1, "eos_token_id": 1}))
@@ -150,3 +150,18 @@ def test_the_metrics_of_a_dead_engine_say_so_and_leave_its_numbers_out(model_fol
         again = live.client.get("/metrics").text
         assert "truffula_engine_up 1.0" in again
         assert "truffula_engine_steps_total" in again
+
+
+def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folders, capfd):
+    with serving(
+        model_folder,
+        transport="process",
+        log_format="json",
+        log_level="info",
+        adapters={"pirate": str(adapter_folders["pirate"])},
+    ) as live:
+        live.completion(model="pirate", prompt="a", max_tokens=1)
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
+    said = {(line["logger"], line["level"]): line["message"] for line in lines}
+    assert "pirate" in said["truffula.lora.pool", "info"]
+    assert ("truffula.engine.build", "info") in said

@@ -21,6 +21,7 @@ from truffula.engine.journal import Journal
 from truffula.engine.loop import EngineLoop, Turn, close_engine, engine_fault
 from truffula.engine.wire import crosses
 from truffula.errors import AdapterLoadError, InvalidRequest, ShuttingDown, TruffulaError
+from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 Transport = Literal["inline", "thread", "process"]
@@ -64,10 +65,13 @@ class EngineClient(Protocol):
         """End the engine; open requests end with ``shutting_down``. Idempotent."""
 
 
-def connect(config: EngineConfig, transport: Transport, progress: Progress | None = None) -> EngineClient:
+def connect(
+    config: EngineConfig, transport: Transport, progress: Progress | None = None, logs: LogSettings | None = None
+) -> EngineClient:
     """Start an engine and wait until it is ready.
 
-    ``progress`` is called with (stage, done, total or None), from the thread that loads.
+    ``progress`` is called with (stage, done, total or None), from the thread that loads. ``logs`` is for an engine in a
+    process of its own: how it logs (None: warnings and errors, bare).
 
     Raises:
         TruffulaError: Why it can't start, whatever the transport.
@@ -78,7 +82,7 @@ def connect(config: EngineConfig, transport: Transport, progress: Progress | Non
         return ThreadClient(config, progress)
     from truffula.engine.process import ProcessClient
 
-    return ProcessClient(config, progress)
+    return ProcessClient(config, progress, logs)
 
 
 def refuse_uncrossable(requests: Sequence[EngineRequest], journal: Journal) -> list[EngineRequest]:

@@ -32,6 +32,7 @@ from truffula.engine.build import Progress
 from truffula.engine.client import Tickets, refuse_uncrossable
 from truffula.engine.journal import Journal
 from truffula.errors import EngineDied, ShuttingDown, TruffulaError, WireError, from_info
+from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -44,8 +45,9 @@ GRACE_S = 5.0
 class ProcessClient:
     """An ``EngineClient`` whose engine can die without anybody waiting for ever."""
 
-    def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
+    def __init__(self, config: EngineConfig, progress: Progress | None = None, logs: LogSettings | None = None) -> None:
         self._config = config
+        self._logs = logs
         self._progress = progress
         self._journal = Journal()
         self._tickets = Tickets()
@@ -240,7 +242,7 @@ class ProcessClient:
         """Take in what the engine says until it ends, or until close. Returns the reason, when it told one."""
         waiter = select.poll()
         waiter.register(self._wake_in, select.POLLIN)
-        life.channel.post(wire.Start(self._config))
+        life.channel.post(wire.Start(self._config, self._logs))
         while not self._closing:
             waiter.register(life.channel, select.POLLIN | (select.POLLOUT if life.channel.unsent else 0))
             ready = dict(waiter.poll(max(0.0, life.patience(time.monotonic())) * 1000))

@@ -23,6 +23,7 @@ import msgspec
 
 from truffula.config import EngineConfig
 from truffula.errors import ErrorInfo, TruffulaError, WireError
+from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
 VERSION = 1
@@ -42,9 +43,10 @@ class Hello(Frame, frozen=True):
 
 
 class Start(Frame, frozen=True):
-    """What to serve; answered by ``Starting`` frames and then ``Ready`` or ``Died``."""
+    """What to serve, and how to log; answered by ``Starting`` frames and then ``Ready`` or ``Died``."""
 
     config: EngineConfig
+    logs: LogSettings | None = None
 
 
 class Submit(Frame, frozen=True):

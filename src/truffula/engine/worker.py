@@ -21,6 +21,7 @@ from truffula.engine import wire
 from truffula.engine.build import build_engine
 from truffula.engine.loop import AdapterAnswer, EngineLoop, close_engine, engine_fault
 from truffula.errors import TruffulaError, WireError
+from truffula.logs import setup_logs
 from truffula.types import EngineStats
 
 BEAT_S = 0.4
@@ -112,6 +113,8 @@ class Worker:
                 return frames or []
 
     def _serve(self, start: wire.Start, frames: Sequence[wire.ToEngine]) -> int:
+        if start.logs is not None:
+            setup_logs(start.logs)
         engine, info = build_engine(start.config, self._heart.starting)
         loop = EngineLoop(engine)
         try:

@@ -23,10 +23,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from truffula.config import Resolved, ServerConfig
 from truffula.errors import ConfigError
+from truffula.logs import setup_logs
 from truffula.server.errors import Unhealthy, render, side_of
-from truffula.server.logs import setup_logs
 from truffula.server.middleware import send_reply
-from truffula.server.started import Started, start
+from truffula.server.started import Started, log_settings, start
 from truffula.service import AsyncService
 
 LOOK_S = 1.0
@@ -200,7 +200,7 @@ def run_server(resolved: Resolved) -> None:
         ConfigError: The port is in use, before anything was loaded.
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
-    setup_logs(resolved.server)
+    setup_logs(log_settings(resolved.server))
     listening = bind(resolved.server)
     server = make_server(resolved, listening)
     log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)

@@ -11,9 +11,10 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from truffula.config import EngineConfig, Resolved, format_size
-from truffula.engine.client import connect
+from truffula.config import EngineConfig, Resolved, ServerConfig, format_size
+from truffula.engine.client import Transport, connect
 from truffula.errors import ConfigError, InvalidRequest
+from truffula.logs import LogSettings
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
 from truffula.server.app import create_app
@@ -39,7 +40,8 @@ def start(resolved: Resolved, url: str) -> Started:
     config = resolved.server
     policy = adapter_policy(resolved)  # before the model: a mistake in the options need not wait for gigabytes
     progress = _Progress()
-    client = connect(resolved.engine, config.transport, progress)  # type: ignore[arg-type]  # a choice of the option
+    transport: Transport = config.transport  # type: ignore[assignment]  # a choice of the option
+    client = connect(resolved.engine, transport, progress, log_settings(config))
     limits = ServiceLimits(
         max_choices=max(config.max_n, config.max_best_of),
         base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
@@ -52,6 +54,10 @@ def start(resolved: Resolved, url: str) -> Started:
     defaults = sampling_defaults(client.info) if config.generation_defaults else {}
     app = create_app(service, config, policy, metrics, defaults=defaults)
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
+
+
+def log_settings(config: ServerConfig) -> LogSettings:
+    return LogSettings(format=config.log_format, level=config.log_level)
 
 
 def adapter_policy(resolved: Resolved) -> AdapterPolicy:
@@ -125,8 +131,6 @@ def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: s
     names = policy.names()
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
-    for warning in info.warnings:
-        log.warning("%s", warning)
     if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
         log.warning("listening beyond this machine without --api-key: anyone who reaches the port may use the model")
     log.info("ready at %s (prefix cache %s)", url, "on" if engine.prefix_cache else "off")

@@ -1,14 +1,21 @@
-"""Where log lines go: stderr, as text for people or as one JSON object a line."""
+"""Where log lines go: stderr, as text for people or as one JSON object a line; in the engine's process too."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from dataclasses import dataclass
 
 import msgspec
 
-from truffula.config import ServerConfig
+
+@dataclass(frozen=True)
+class LogSettings:
+    """``format`` is ``text`` or ``json``; ``level`` the least severity logged, as the option names it."""
+
+    format: str = "text"
+    level: str = "info"
 
 
 class TextLines(logging.Formatter):
@@ -38,11 +45,11 @@ class JsonLines(logging.Formatter):
         return msgspec.json.encode(entry).decode()
 
 
-def setup_logs(config: ServerConfig) -> None:
+def setup_logs(settings: LogSettings) -> None:
     """Sends our log lines, and the HTTP library's warnings, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if config.log_format == "json" else TextLines())
-    for name, level in (("truffula", config.log_level.upper()), ("uvicorn.error", "WARNING"), ("asyncio", "WARNING")):
+    handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
+    for name, level in (("truffula", settings.level.upper()), ("uvicorn.error", "WARNING"), ("asyncio", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(level)
