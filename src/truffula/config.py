@@ -319,6 +319,11 @@ class ServerConfig:
     )
     request_timeout_s: float | None = _row(600.0, "seconds", "longest request", low=0.001, nullable=True)
     max_body_bytes: int = _row(2 * 2**20, "size", "largest request body", low=1024)
+    body_timeout_s: float = _row(60.0, "seconds", "longest arrival of a request's body", low=0.001)
+    send_timeout_s: float = _row(
+        60.0, "seconds", "longest standstill of a stream that its client does not read", low=0.001
+    )
+    max_open_requests: int = _row(2048, "integer", "most requests at once; more are refused as overloaded", low=1)
     max_best_of: int = _row(2, "integer", "largest best_of", low=1, high=1024)
     max_n: int = _row(16, "integer", "most choices of one request", low=1, high=1024)
     max_prompts: int = _row(128, "integer", "most prompts in one completions request", low=1)

@@ -129,3 +129,27 @@ def test_the_frames_are_closed_even_when_nobody_took_one():
         assert await unless_gone(never, quick()) == 5
 
     asyncio.run(go())
+
+
+def test_a_client_that_reads_nothing_is_gone():
+    """Its buffers are full, so ``send`` waits; the work must not wait with it for ever."""
+    closed = []
+
+    async def frames():
+        try:
+            while True:
+                yield b"data: 2\n\n"
+        finally:
+            closed.append(True)
+
+    sent = []
+
+    async def send(message):
+        if len(sent) == 5:
+            await never()
+        sent.append(message)
+
+    response = EventStream(b"data: 1\n\n", frames(), send_timeout_s=0.01)
+    with pytest.raises(ClientGone):
+        asyncio.run(asyncio.wait_for(response({"type": "http"}, never, send), 20))
+    assert closed == [True]

@@ -22,7 +22,7 @@ from truffula.server.auth import KeyCheck, PublicCors
 from truffula.server.body import Body
 from truffula.server.errors import MethodNotAllowed, UnknownPath, render, side_of
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
-from truffula.server.middleware import BodyLimit, RequestScope
+from truffula.server.middleware import BodyLimit, OpenLimit, RequestScope
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.state import ServerState, record_of
 from truffula.service import AsyncService
@@ -91,7 +91,8 @@ def create_app(
         _add(app, method, path, handler, tag, body)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, limit=config.max_body_bytes)
+    app.add_middleware(BodyLimit, limit=config.max_body_bytes, timeout_s=config.body_timeout_s)
+    app.add_middleware(OpenLimit, limit=config.max_open_requests)
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     app.add_middleware(

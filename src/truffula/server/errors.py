@@ -31,6 +31,10 @@ class BodyTooLarge(TruffulaError):
     code = "body_too_large"
 
 
+class SlowBody(TruffulaError):
+    code = "body_timeout"
+
+
 class UnsupportedMedia(TruffulaError):
     code = "unsupported_media_type"
 
@@ -99,6 +103,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         "template_error": Row(422, "template_error", "Template error: ", 400, _BAD, "template_error"),
         "malformed_json": Row(400, "validation", _INPUT, 400, _BAD, "malformed_json"),
         "body_too_large": Row(413, "validation", _INPUT, 413, _BAD, "body_too_large"),
+        "body_timeout": Row(408, "validation", _INPUT, 408, _BAD, "body_timeout"),
         "unsupported_media_type": Row(415, "validation", _INPUT, 415, _BAD, "unsupported_media_type"),
         "invalid_api_key": Row(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
         "forbidden": Row(403, "forbidden", "", 403, _BAD, "forbidden"),

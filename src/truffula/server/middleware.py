@@ -15,9 +15,9 @@ from dataclasses import asdict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from truffula.errors import TruffulaError
+from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
-from truffula.server.errors import BodyTooLarge, render, side_of
+from truffula.server.errors import BodyTooLarge, SlowBody, render, side_of
 from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
@@ -127,8 +127,38 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() and c not in ' "' else "?" for c in text[:200])
 
 
+WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+class OpenLimit:
+    """Refuses a request with a body while ``limit`` others are open, those whose bodies still arrive included.
+
+    Probes and other GETs pass: they are answered at once, and an overloaded server is no dead one.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self.app = app
+        self._limit = limit
+        self._open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
+            await self.app(scope, receive, send)
+            return
+        if self._open >= self._limit:
+            error = Overloaded(f"{self._open} requests are open, as many as this server takes.", retry_after_s=1)
+            scope["state"]["record"].error_code = error.code
+            await send_reply(send, *render(error, side_of(scope["path"])))
+            return
+        self._open += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._open -= 1
+
+
 class BodyLimit:
-    """Reads a body whole before the app sees it, and stops at ``limit`` bytes with 413.
+    """Reads a body whole before the app sees it; stops at ``limit`` bytes with 413, after ``timeout_s`` with 408.
 
     The rest of a refused body is thrown away for a while before the connection closes: closing at once would reset it,
     and most clients would report that instead of reading the answer.
@@ -137,30 +167,27 @@ class BodyLimit:
     linger_bytes = 64 * 2**20
     linger_s = 5.0
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
         self.app = app
         self._limit = limit
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
             await self.app(scope, receive, send)
             return
         declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
+        body: bytes | TruffulaError | None
         if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(scope, receive, send)
+            body = self._too_large()
+        else:
+            body = await self._read(receive)
+        if body is None:
             return
-        body = bytearray()
-        more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._limit:
-                await self._refuse(scope, receive, send)
-                return
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        if isinstance(body, TruffulaError):
+            await self._refuse(body, scope, receive, send)
+            return
+        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
             nonlocal whole
@@ -171,15 +198,35 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = BodyTooLarge(f"The body is larger than {self._limit} bytes, this server's limit.", limit=self._limit)
+    async def _read(self, receive: Receive) -> bytes | TruffulaError | None:
+        """The body, why it is refused, or None when the client left before its end."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self._limit:
+                        return self._too_large()
+        except TimeoutError:
+            return SlowBody(f"The body did not arrive within {self._timeout_s:g} s, this server's limit.")
+        return bytes(body)
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The body is larger than {self._limit} bytes, this server's limit.", limit=self._limit)
+
+    async def _refuse(self, error: TruffulaError, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["record"].error_code = error.code
         status, headers, body = render(error, side_of(scope["path"]))
         pairs = [(k.encode(), v.encode()) for k, v in headers.items()]
         pairs += [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": status, "headers": pairs})
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        if not any(k == b"expect" for k, _ in scope["headers"]):
+        if isinstance(error, BodyTooLarge) and not any(k == b"expect" for k, _ in scope["headers"]):
             await self._discard(receive)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

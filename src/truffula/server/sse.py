@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
 
 KEEP_ALIVE_S = 15.0
+SEND_TIMEOUT_S = 60.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS: tuple[tuple[str, str], ...] = (
@@ -69,7 +70,8 @@ class EventStream(Response):
     """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
 
     ``frames`` yields one or more whole frames at a time and never raises for a fault of a request: that is a frame too.
-    It is closed, which ends its work, when the client leaves; then ``ClientGone`` is raised.
+    It is closed, which ends its work, when the client leaves, or takes nothing of what waits for it for
+    ``send_timeout_s``; then ``ClientGone`` is raised.
     """
 
     def __init__(
@@ -78,19 +80,33 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         headers: Mapping[str, str] | None = None,
         keep_alive_s: float = KEEP_ALIVE_S,
+        send_timeout_s: float = SEND_TIMEOUT_S,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._first = first
         self._frames = frames
         self._keep_alive_s = keep_alive_s
+        self._send_timeout_s = send_timeout_s
         self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(send))
+            await unless_gone(receive, self._send_all(self._within(send)))
         finally:
             await self._frames.aclose()
+
+    def _within(self, send: Send) -> Send:
+        """``send``, which waits while the client's buffers are full, with an end to the waiting."""
+
+        async def bounded(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send(message)
+            except TimeoutError as error:
+                raise ClientGone from error
+
+        return bounded
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -1,0 +1,53 @@
+"""Clients that send slowly, or hold a place without using it."""
+
+import contextlib
+import json
+import socket
+import time
+from urllib.parse import urlsplit
+
+import pytest
+from live_server import assert_canonical_error, ok, serving
+
+BODY = {"prompt": "Hello", "max_tokens": 1}
+
+
+@contextlib.contextmanager
+def half_a_body(live, path):
+    """A connection whose request says more bytes than it sends."""
+    head = ["POST " + path + " HTTP/1.1", "host: x", "content-type: application/json", "content-length: 500", "", ""]
+    with socket.create_connection(("127.0.0.1", urlsplit(live.url).port), timeout=30) as connection:
+        connection.sendall("\r\n".join(head).encode() + b'{"prompt":')
+        yield connection
+
+
+@pytest.mark.parametrize(("path", "key"), [("/v1/completions", "code"), ("/generate", "error_type")])
+def test_a_body_that_never_ends_is_408(model_folder, path, key):
+    with serving(model_folder, body_timeout=0.2) as live:
+        with half_a_body(live, path) as connection:
+            raw = b""
+            while part := connection.recv(65536):  # until the server closes
+                raw += part
+        head, _, body = raw.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        found = json.loads(body)
+        found = found["error"] if path.startswith("/v1") else found
+        assert found[key] == ("body_timeout" if key == "code" else "validation")
+        assert "0.2 s" in str(found)
+        ok(live.post("/v1/completions", BODY))
+
+
+def test_open_requests_are_bounded_and_probes_are_not(model_folder):
+    with serving(model_folder, max_open_requests=1) as live:
+        with half_a_body(live, "/v1/completions"):
+            until(lambda: live.post("/v1/completions", BODY).status_code == 429)
+            assert_canonical_error(live.post("/v1/completions", BODY), 429, "1 requests are open")
+            assert_canonical_error(live.post("/generate", {"inputs": "Hello"}), 429)
+            assert live.client.get("/health").status_code == 200
+        until(lambda: live.post("/v1/completions", BODY).status_code == 200)
+
+
+def until(true):
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
