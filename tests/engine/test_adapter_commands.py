@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from rig import HandLoader, Rig
+from rig import HandLoader, Rig, request
 
-from truffula.engine.loop import AdapterAnswer, EngineLoop
+from truffula.engine.loop import ROOM_PATIENCE_S, AdapterAnswer, EngineLoop
 from truffula.types import AdapterCommand, AdapterRef
 
 
@@ -63,3 +63,43 @@ def test_a_load_whose_adapter_is_unloaded_meanwhile_says_so() -> None:
     answers = {answer.ticket: answer for answer in loop.turns(2)}
     assert answers[2].error is None
     assert answers[1].error is not None and answers[1].error.code == "adapter_not_found"
+
+
+ROOM = 24 << 10  # for one of the adapters below and some blocks
+
+
+def crowded() -> Loop:
+    """An engine with room for one adapter, which a running request uses."""
+    loop = Loop(loader=HandLoader(nbytes=16 << 10), budget_bytes=ROOM)
+    busy = AdapterRef(name="busy", locator="busy", fingerprint="1")
+    loop.rig.add(request("r", [1, 2, 3], adapter=busy, max_tokens=100, ignore_eos=True))
+    loop.turns(5)
+    assert loop.rig.engine.stats().running == 1
+    return loop
+
+
+def test_a_load_waits_until_there_is_room() -> None:
+    loop = crowded()
+    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    assert loop.turns(5) == []
+    loop.loop.abort(["r"])
+    (answer,) = loop.turns(3)
+    assert answer.error is None and [s.status for s in answer.states] == ["resident"]
+
+
+def test_a_load_without_room_is_an_error_in_the_end() -> None:
+    loop = crowded()
+    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    assert loop.turns(5) == []
+    loop.rig.clock.now += ROOM_PATIENCE_S
+    (answer,) = loop.turns(1)
+    assert answer.error is not None and answer.error.code == "insufficient_memory"
+
+
+def test_a_load_without_room_for_it_in_an_idle_engine_is_an_error_at_once() -> None:
+    loop = Loop(loader=HandLoader(nbytes=16 << 10), budget_bytes=ROOM)
+    pinned = AdapterCommand(action="load", ref=AdapterRef(name="pinned", locator="p", fingerprint="1"), pinned=True)
+    loop.loop.command(1, pinned)
+    assert [answer.error for answer in loop.turns(3)] == [None]
+    answer = loop.load(ref())
+    assert answer.error is not None and answer.error.code == "insufficient_memory"

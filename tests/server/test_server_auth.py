@@ -102,6 +102,8 @@ def test_adapters_by_an_administrator(guarded, adapter_folders):
     for name in ("tgi", "dummy", MODEL, f"{MODEL}:x"):
         assert_canonical_error(call("/v1/load_lora_adapter", lora_name=name, lora_path=path), 400, "base model")
     assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new", lora_path="/nowhere"), 404)
+    assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new", lora_path="/" + "a" * 300), 404)
+    assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new", lora_path="/a\0b"), 404)
     assert_canonical_error(call("/v1/load_lora_adapter", lora_name="new"), 400)
     assert "Success" in ok(call("/v1/load_lora_adapter", lora_name="new", lora_path=path))
     assert names() == ["new"]

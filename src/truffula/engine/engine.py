@@ -97,7 +97,7 @@ class Engine:
     def command(self, command: AdapterCommand) -> list[AdapterState]:
         """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
 
-        After ``load`` ask ``adapter`` until the state is resident or failed. Raises ``AdapterNotFound`` when there
+        After ``load`` call ``settle`` until the state is resident or failed. Raises ``AdapterNotFound`` when there
         is nothing to unload.
         """
         ref = command.ref
@@ -111,8 +111,12 @@ class Engine:
         states = self._adapters.states()
         return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
 
-    def adapter(self, ref: AdapterRef) -> AdapterState | None:
-        """Where the adapter at this place stands; None when nothing is known of it."""
+    def settle(self, ref: AdapterRef) -> AdapterState | None:
+        """Give a loaded adapter its memory as soon as that is free. Where it stands; None when nothing is known of it.
+
+        Raises ``InsufficientMemory`` when it never fits, and what the executable says against it.
+        """
+        self._adapters.settle(ref)
         return self._adapters.state(ref)
 
     def stats(self) -> EngineStats:

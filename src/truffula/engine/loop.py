@@ -9,11 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from truffula.engine.engine import Engine
-from truffula.errors import AdapterLoadError, AdapterNotFound, EngineDied, TruffulaError, from_info
+from truffula.errors import AdapterLoadError, AdapterNotFound, EngineDied, InsufficientMemory, TruffulaError, from_info
 from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
 
 LOAD_POLL_S = 0.005
 """How often an engine looks for finished adapter loads when it has nothing else to do."""
+
+
+ROOM_PATIENCE_S = 60.0
+"""How long a load command waits for memory that running requests hold, once the adapter is read."""
+
+
+@dataclass
+class _Load:
+    """A load command that is not answered yet; ``read_at``: when its adapter was there but for memory."""
+
+    ref: AdapterRef
+    read_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
-        self._loads: dict[int, AdapterRef] = {}  # ticket of a load that has not ended, and what it is to load
+        self._loads: dict[int, _Load] = {}  # by ticket
         self._looked_at = 0.0
         self._answers: list[AdapterAnswer] = []
 
@@ -59,16 +71,17 @@ class EngineLoop:
             self._answers.append(AdapterAnswer(ticket, error=error))
             return
         if command.action == "load" and command.ref is not None:
-            self._loads[ticket] = command.ref
+            self._loads[ticket] = _Load(command.ref)
             self._judge_loads()
         else:
             self._answers.append(AdapterAnswer(ticket, tuple(states)))
 
     def turn(self) -> Turn:
         """One step at most. Raises only when the engine itself is at fault; nothing more can be asked of it then."""
-        events = [] if self._engine.idle() and not self._loads else self._engine.step()
+        # Before the step: however long the last one took, what a load waits for was looked at when idle things go.
         if self._loads and self._clock() - self._looked_at >= LOAD_POLL_S:
             self._judge_loads()
+        events = [] if self._engine.idle() and not self._loads else self._engine.step()
         answers, self._answers = self._answers, []
         return Turn(events, answers)
 
@@ -86,11 +99,29 @@ class EngineLoop:
 
     def _judge_loads(self) -> None:
         self._looked_at = self._clock()
-        for ticket, ref in list(self._loads.items()):
-            answer = load_outcome(ticket, ref, self._engine.adapter(ref))
+        for ticket, load in list(self._loads.items()):
+            try:
+                state = self._engine.settle(load.ref)
+                if state is not None and state.status == "ready":
+                    self._wait_for_room(load, state)
+                    continue
+                answer = load_outcome(ticket, load.ref, state)
+            except TruffulaError as error:
+                answer = AdapterAnswer(ticket, error=error)
             if answer is not None:
                 del self._loads[ticket]
                 self._answers.append(answer)
+
+    def _wait_for_room(self, load: _Load, state: AdapterState) -> None:
+        """Raises ``InsufficientMemory`` when nothing is left to wait for, or after ``ROOM_PATIENCE_S``."""
+        load.read_at = self._looked_at if load.read_at is None else load.read_at
+        waited = self._looked_at - load.read_at
+        if self._engine.idle() or waited >= ROOM_PATIENCE_S:
+            raise InsufficientMemory(
+                f"Adapter {load.ref.name!r} takes {state.nbytes} bytes, and what runs or is pinned leaves it no room "
+                f"(waited {waited:.0f} s). Unload others, try again later, or give the server more memory.",
+                requested_bytes=state.nbytes,
+            )
 
 
 def load_outcome(ticket: int, ref: AdapterRef, state: AdapterState | None) -> AdapterAnswer | None:

@@ -234,6 +234,17 @@ class AdapterPool:
         for key in [key for key in self._failures if key[0] == _key(ref)[0]]:
             del self._failures[key]
 
+    def settle(self, ref: AdapterRef) -> None:
+        """Make what is loaded of this place resident if its bytes are to be had now; meanwhile it is kept.
+
+        Raises ``InsufficientMemory`` when they never are, and what the executable says against it.
+        """
+        key = _key(ref)
+        generation = self._current.get(key, self._places.get(key[0]))
+        if generation is not None and self._entries[generation].slot is None:
+            self._touch(generation, self._clock())
+            self._make_resident(generation, self._entries[generation])
+
     def state(self, ref: AdapterRef) -> AdapterState | None:
         """Where the place of ``ref`` stands, under its name; None when nothing is known of it. Begins nothing."""
         key = _key(ref)

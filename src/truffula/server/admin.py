@@ -35,7 +35,7 @@ async def load_adapter(request: Request) -> Response:
         raise InvalidRequest(f"{name[:80]!r} means the base model; name the adapter otherwise.", param="lora_name")
     if name in state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
-    if not Path(body.lora_path).is_dir():
+    if not _is_folder(body.lora_path):
         raise AdapterNotFound(f"{body.lora_path[:200]!r} holds no adapter.", param="lora_path")
     try:
         policy = AdapterPolicy({name: body.lora_path})
@@ -44,6 +44,13 @@ async def load_adapter(request: Request) -> Response:
     await state.service.adapters(AdapterCommand(action="load", ref=policy.resolve(name)))
     state.loaded[name] = policy
     return json_reply(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+def _is_folder(path: str) -> bool:
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):  # longer than the system takes, or with a zero byte
+        return False
 
 
 async def unload_adapter(request: Request) -> Response:
