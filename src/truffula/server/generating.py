@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 from starlette.requests import Request
@@ -35,7 +36,10 @@ class Writer(Protocol):
 
 
 class _Watch:
-    """Fills the request's record from its deltas, and times the gaps between those of a choice."""
+    """Fills the request's record from its deltas, and times the gaps between those of a choice.
+
+    The gaps are taken as deltas arrive: when they are read depends on how fast the client is.
+    """
 
     def __init__(self, state: ServerState, record: RequestRecord) -> None:
         self._state = state
@@ -44,14 +48,18 @@ class _Watch:
         self._last: dict[tuple[int, int], float] = {}
         self._seen: dict[tuple[int, int], int] = {}
 
-    def note(self, batch: Batch) -> Batch:
+    def arrived(self, prompt: int, deltas: Sequence[TextDelta]) -> None:
         now = time.monotonic()
-        for prompt, delta in batch:
+        for delta in deltas:
             key = (prompt, delta.choice)
             before = self._last.get(key)
             if before is not None and delta.tokens:
                 self._observer.inter_token.observe((now - before) / len(delta.tokens))
             self._last[key] = now
+
+    def note(self, batch: Batch) -> Batch:
+        for prompt, delta in batch:
+            key = (prompt, delta.choice)
             self._record.completion_tokens += len(delta.tokens)
             self._seen[key] = self._seen.get(key, 0) + len(delta.tokens)
             if delta.totals is not None:
@@ -85,8 +93,9 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
     streams: list[TextStream] = []
     started = time.monotonic()
     try:
-        for one in requests:
+        for i, one in enumerate(requests):
             streams.append(await state.service.open(one))
+            streams[-1].on_arrival = partial(watch.arrived, i)
             record.prompt_tokens += streams[-1].prompt_tokens
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:

@@ -25,6 +25,7 @@ class TextStream:
         self._waiter: asyncio.Future[None] | None = None
         self._begun = False
         self._closed = False
+        self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # told of deltas before anybody reads them
 
     @property
     def request_id(self) -> str:
@@ -41,6 +42,8 @@ class TextStream:
     def feed(self, deltas: list[TextDelta]) -> None:
         """Called on the loop with what the request's events released."""
         self._ready += deltas
+        if deltas and self.on_arrival is not None:
+            self.on_arrival(deltas)
         waiter = self._waiter
         if waiter is not None and not waiter.done() and (self._ready or self._state.done):
             waiter.set_result(None)

@@ -1,0 +1,41 @@
+"""The time between tokens is the engine's, not the client's: a gap counts when it arrives, not when it is read."""
+
+import asyncio
+
+from truffula.metrics import Metrics, RequestRecord
+from truffula.server.generating import run
+from truffula.types import GenerateRequest, SamplingParams
+
+
+class Watched:
+    """Just enough of a request: what ``run`` reads of it."""
+
+    def __init__(self, app, record):
+        self.app = app
+        self.state = type("State", (), {"record": record})()
+
+
+def test_gaps_are_counted_before_anybody_reads_them(live):
+    """The first delta is read, then nothing; all gaps are there once the engine is done."""
+    app = live.server.gate.started.app
+    metrics: Metrics = app.state.truffula.metrics
+
+    def gaps():
+        labels = {"adapter": "__base_model__"}
+        return metrics.registry.get_sample_value("truffula_inter_token_seconds_count", labels) or 0.0
+
+    async def go():
+        one = GenerateRequest(prompt="Hello", params=SamplingParams(max_tokens=40, ignore_eos=True, temperature=0))
+        batches = run(Watched(app, RequestRecord(request_id="r", generates=True)), [one])
+        read = sum(len(delta.tokens) for _, delta in await anext(batches))
+        while live.service.stats().running or live.service.stats().waiting:
+            await asyncio.sleep(0.005)
+        found = gaps()
+        await batches.aclose()
+        return read, found
+
+    before = gaps()
+    future = asyncio.run_coroutine_threadsafe(go(), live.server.gate.loop)
+    read, after = future.result(60)
+    assert read < 20
+    assert after - before >= 10, "a delta may hold several tokens, but not all of them"
