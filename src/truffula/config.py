@@ -315,7 +315,7 @@ class ServerConfig:
     adapter_source: str = _row("hub", "text", "source of an adapter id that names none", choices=("hub", "local"))
     adapter_admin: bool = _row(False, "switch", "serve the routes that load and unload adapters")
     queue_timeout_s: float | None = _row(
-        60.0, "seconds", "longest wait for a place in the batch", low=0.001, nullable=True
+        60.0, "seconds", "longest wait for a place in the batch, beside its adapter's loading", low=0.001, nullable=True
     )
     request_timeout_s: float | None = _row(600.0, "seconds", "longest request", low=0.001, nullable=True)
     max_body_bytes: int = _row(2 * 2**20, "size", "largest request body", low=1024)

@@ -191,6 +191,28 @@ def test_out_of_time_in_the_queue_and_while_running():
     rig.assert_clean()
 
 
+def test_the_wait_for_a_load_is_not_the_wait_for_a_place():
+    rig = Rig(limits(max_running=1), loader=HandLoader(automatic=False))
+    now = rig.clock.now
+    for name in ("first", "behind"):
+        rig.add(request(name, PROMPT, adapter="red", max_tokens=50, ignore_eos=True, queue_deadline=now + 1))
+    rig.add(request("out of time", PROMPT, adapter="red", queue_deadline=now + 1, deadline=now + 2))
+    for second in range(1, 8):
+        rig.step()
+        rig.clock.now = now + second
+    assert (rig.answers["first"].final, rig.answers["behind"].final) == (None, None)
+    assert rig.answers["out of time"].code == "queue_timeout"
+    rig.loader.finish()
+    rig.step()
+    rig.step()
+    assert rig.answers["first"].token_ids  # and the one behind waits for its place from here on
+    rig.clock.now += 8
+    rig.step()
+    assert rig.answers["behind"].code == "queue_timeout"
+    rig.drain()
+    rig.assert_clean()
+
+
 def test_times_say_where_the_seconds_went():
     rig = Rig(loader=HandLoader(automatic=False))
     arrival = rig.clock.now - 1.0

@@ -180,12 +180,21 @@ class Roster:
         self._blocks.forget(sequence.blocks)
 
     def expire(self, now: float) -> None:
-        """End what is out of time: ``queue_timeout`` when it never ran, ``deadline_exceeded`` when it did."""
+        """End what is out of time: ``queue_timeout`` when it never ran, ``deadline_exceeded`` when it did.
+
+        The time a sequence's adapter loads is not its wait for a place: a load has limits of its own.
+        """
         while self._timers and self._timers[0][0] <= now:
             deadline, serial = heapq.heappop(self._timers)
             sequence = self._live.get(serial)
             if sequence is None:
                 continue
+            if deadline != sequence.request.deadline and sequence.admitted_at is None:
+                assert sequence.request.queue_deadline is not None
+                later = sequence.request.queue_deadline + self._load_time(sequence, now)
+                if later > now:
+                    heapq.heappush(self._timers, (later, serial))
+                    continue
             waited = now - sequence.arrival
             if sequence.admitted_at is None:
                 loading = sequence.loading_since is not None
@@ -196,6 +205,13 @@ class Roster:
             elif deadline == sequence.request.deadline:
                 message = f"Its time ended after {waited:.3f} s with {sequence.num_completion} completion tokens."
                 self.fail(sequence, DeadlineExceeded(message, elapsed_s=waited), now)
+
+    def _load_time(self, sequence: Sequence, now: float) -> float:
+        """Seconds it waited for its adapter's load, or stood behind one who does."""
+        since = sequence.loading_since
+        if since is None and not sequence.ready:
+            since = next(iter(self.waiting.of(sequence.key))).loading_since
+        return sequence.load_s + (0.0 if since is None else now - max(since, sequence.arrival))
 
     def _give_back(self, sequence: Sequence, now: float) -> None:
         self._blocks.release(sequence.blocks, now)
