@@ -16,7 +16,7 @@ class Watched:
 
 
 def test_gaps_are_counted_before_anybody_reads_them(live):
-    """The first delta is read, then nothing; all gaps are there once the engine is done."""
+    """The first delta is read, then nothing; the gaps between the others come all the same."""
     app = live.server.gate.started.app
     metrics: Metrics = app.state.truffula.metrics
 
@@ -28,14 +28,11 @@ def test_gaps_are_counted_before_anybody_reads_them(live):
         one = GenerateRequest(prompt="Hello", params=SamplingParams(max_tokens=40, ignore_eos=True, temperature=0))
         batches = run(Watched(app, RequestRecord(request_id="r", generates=True)), [one])
         read = sum(len(delta.tokens) for _, delta in await anext(batches))
-        while live.service.stats().running or live.service.stats().waiting:
+        while gaps() < before + 10:  # the test's own timeout bounds it
             await asyncio.sleep(0.005)
-        found = gaps()
         await batches.aclose()
-        return read, found
+        return read
 
     before = gaps()
     future = asyncio.run_coroutine_threadsafe(go(), live.server.gate.loop)
-    read, after = future.result(60)
-    assert read < 20
-    assert after - before >= 10, "a delta may hold several tokens, but not all of them"
+    assert future.result(30) < 20

@@ -39,6 +39,20 @@ def test_not_json(raw):
     assert len(caught.value.message) < 300
 
 
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b'{"a": "\\ud800"}', "surrogate"),
+        (b'{"a": "x\\\\\\udc00 y"}', "surrogate"),
+        (b'{"a": "\\ud83d\\ude00', "truncated"),
+        (b'{"a": "\\\\ud800', "truncated"),
+    ],
+)
+def test_half_a_pair_is_called_so(raw, words):
+    with pytest.raises(MalformedBody, match=words):
+        decode_object(raw)
+
+
 def test_json():
     assert decode_object('{"a": "😀 \\ud83d\\ude00 \\u0000", "b": [1.5, true, null]}'.encode()) == {
         "a": "😀 😀 \0",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -15,6 +16,8 @@ from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validat
 log = logging.getLogger(__name__)
 
 IGNORED_HEADER = "x-truffula-ignored"
+_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class Body(BaseModel):
@@ -49,6 +52,10 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise MalformedBody(f"The body holds a number that is not finite: {error}.") from error
     except msgspec.DecodeError as error:
+        if _HALF_PAIR.search(_PAIR.sub(b"", raw)):  # the decoder calls that "truncated"
+            raise MalformedBody(
+                "The body holds half a surrogate pair (\\ud800 to \\udfff without its other half), no character."
+            ) from error
         raise MalformedBody(f"The body is not valid JSON: {error}.") from error
     except UnicodeDecodeError as error:
         raise MalformedBody("The body is not valid UTF-8.") from error
