@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, w
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, TemplateError, TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.service import Service, ServiceLimits, collect
+from truffula.service.prompts import MAX_PROMPT_SCORES
 from truffula.types import GenerateRequest, SamplingParams, TokenEvent
 
 
@@ -196,3 +198,15 @@ def test_a_prompt_of_ids_is_given_back_as_their_text() -> None:
     deltas = state.push(TokenEvent(request_id=state.engine_requests[0].request_id, token_ids=[9]))
     assert deltas[0].prompt is not None
     assert deltas[0].prompt.text == "<|begin|>naïve 🌲"
+
+
+def test_prompt_scores_are_bounded_by_their_number() -> None:
+    params = SamplingParams(prompt_logprobs=1024, max_tokens=1)
+    at_most = MAX_PROMPT_SCORES // 1025
+    core = service(max_model_len=2 * at_most)
+    core.open(GenerateRequest(prompt=[3] * at_most, params=params))
+    for length, choices in ((at_most + 1, 1), (at_most, 2)):
+        asked = msgspec.structs.replace(params, n=choices)
+        with pytest.raises(InvalidRequest) as caught:
+            core.open(GenerateRequest(prompt=[3] * length, params=asked))
+        assert caught.value.param == "prompt_logprobs"

@@ -19,8 +19,9 @@ from following import Answer, ask, eventually, fold, follow, run
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.process import Life, ProcessClient
+from truffula.engine.worker import Worker
 from truffula.errors import EngineDied
-from truffula.types import AdapterCommand, AdapterRef
+from truffula.types import AdapterCommand, AdapterRef, TokenEvent
 
 Start = Callable[..., ProcessClient]
 
@@ -178,6 +179,25 @@ def everything(channel: wire.Channel[wire.FromEngine]) -> list[wire.FromEngine]:
         time.sleep(0.01)
     channel.close()
     return frames
+
+
+def test_an_event_too_big_for_a_frame_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 4000)
+    ours, theirs = socket.socketpair()
+    channel = wire.Channel(ours, wire.client_side())
+    teller = Worker(wire.Channel(theirs, wire.engine_side()))
+    scores = [(-1.0, [(n, -2.0) for n in range(20)])] * 50
+    small = [TokenEvent(request_id=name, token_ids=[1]) for name in "ab"]
+    try:
+        assert teller._tell([small[0], TokenEvent(request_id="big", prompt_logprobs=scores), small[1]]) == ["big"]
+        assert teller._tell(small) == []
+    finally:
+        teller._heart.stop()
+        theirs.close()
+    frames = [frame for frame in everything(channel) if isinstance(frame, wire.Events)]
+    told = [(e.request_id, e.token_ids, e.error and e.error.code) for frame in frames for e in frame.events]
+    ends = [("a", [1], None), ("big", [], "generation_failed"), ("b", [1], None)]
+    assert told == [*ends, *ends[::2]]
 
 
 def test_a_worker_that_hears_nonsense_says_so_and_ends():

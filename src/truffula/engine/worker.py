@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from truffula.engine import wire
 from truffula.engine.build import build_engine
 from truffula.engine.loop import AdapterAnswer, EngineLoop, close_engine, engine_fault
-from truffula.errors import TruffulaError, WireError
+from truffula.errors import GenerationError, TruffulaError, WireError
 from truffula.logs import setup_logs
-from truffula.types import EngineStats
+from truffula.types import EngineStats, TokenEvent
 
 BEAT_S = 0.4
 EXIT_OK, EXIT_FAULT, EXIT_WIRE = 0, 70, 71
@@ -143,9 +143,24 @@ class Worker:
             self._heart.step(None)
             self._heart.stats(loop.stats())
             if turn.events:
-                self._channel.send(wire.Events(turn.events))
+                loop.abort(self._tell(turn.events))
             for answer in turn.answers:
                 self._channel.send(_reply(answer))
+
+    def _tell(self, events: list[TokenEvent]) -> list[str]:
+        """Send what a step gave; requests whose event no frame can carry fail, and are returned to be aborted."""
+        try:
+            self._channel.send(wire.Events(events))
+        except WireError as error:
+            if len(events) > 1:
+                return [request_id for event in events for request_id in self._tell([event])]
+            (event,) = events
+            info = GenerationError(f"The answer can't be sent: {error.message}").info()
+            self._channel.send(
+                wire.Events([TokenEvent(request_id=event.request_id, finish_reason="error", error=info)])
+            )
+            return [event.request_id]
+        return []
 
     def _take(self, loop: EngineLoop, frames: Sequence[wire.ToEngine]) -> bool:
         """Hand on what came; False on Stop."""

@@ -14,7 +14,7 @@ import msgspec
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.choices import ChoiceState, merged, rank
-from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
+from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
@@ -188,6 +188,7 @@ class Service:
         self._check_params(params)
         prompt = make_prompt(request, self.tokenizer, self.templates, self.info)
         check_fits(len(prompt.ids), params, self.info)
+        check_scores(len(prompt.ids), count, params)
         engine_params = self._engine_params(params)
         now = self._clock()
         request_id = request.request_id or f"{self._random.getrandbits(64):016x}"

@@ -12,6 +12,8 @@ from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingPara
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21
+# Prompt tokens and their alternatives in one answer: a hundred bytes each as JSON.
+MAX_PROMPT_SCORES = 2**22
 # Normalisers may shorten a text a little (composition, blanks), so the bound by the longest token is taken with room to
 # spare.
 SLACK = 4
@@ -213,3 +215,18 @@ def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
         max_tokens=params.max_tokens,
         max_model_len=info.max_model_len,
     )
+
+
+def check_scores(prompt: int, count: int, params: SamplingParams) -> None:
+    """Raise ``InvalidRequest`` when ``count`` times ``prompt`` tokens with alternatives are too much to answer."""
+    if params.prompt_logprobs is None:
+        return
+    asked = prompt * count * (params.prompt_logprobs + 1)
+    if asked > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"prompt_logprobs is {params.prompt_logprobs} for {prompt} prompt tokens and {count} choices: {asked} "
+            f"scores; at most {MAX_PROMPT_SCORES} are given. Ask for fewer alternatives.",
+            param="prompt_logprobs",
+            scores=asked,
+            max_scores=MAX_PROMPT_SCORES,
+        )
