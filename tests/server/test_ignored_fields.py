@@ -1,7 +1,7 @@
 """What was given and has no effect is listed in a header; what asks for nothing is not."""
 
 import pytest
-from live_server import ok
+from live_server import MODEL, assert_canonical_error, ok
 
 from truffula.server.lorax_bodies import TokenizeBody
 from truffula.server.openai_bodies import ChatBody
@@ -42,3 +42,18 @@ def test_the_native_side_too(live):
     assert response.headers[HEADER] == "parameters.api_token"
     body = TokenizeBody.model_validate({"inputs": "a", "parameters": {"top_k": 3, "stop": [], "seed": None}})
     assert body.unknown() == ["parameters.top_k"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"inputs": "Hello"}),
+        ("/tokenize", {"prompt": "Hello"}),
+        ("/chat_tokenize", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_not_served_has_no_tokens(live, path, body):
+    assert_canonical_error(live.post(path, {**body, "model": "nobody"}), 424, "nobody")
+    for name in (MODEL, "pirate"):
+        assert ok(live.post(path, {**body, "model": name}))
