@@ -236,6 +236,36 @@ def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> N
     run(folders, test, wrap=lambda client: Dying(client, 3))
 
 
+def test_text_of_unknown_size_is_not_worked_on_in_the_loop(folders: dict[str, Path]) -> None:
+    """Seen by the threads that a template or tokenizer ran in."""
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    chat = [{"role": "user", "content": "hi"}]
+    cases: list[dict[str, Any]] = [
+        {"messages": chat, "documents": [{"text": "d"}]},
+        {"messages": chat, "template_kwargs": {"notes": "n"}},
+        {"messages": chat, "tools": [{"type": "function"}]},
+        {"messages": [*chat, call]},
+        {"messages": [{"role": "user", "content": "hi", "name": "n" * 5000}]},
+    ]
+
+    async def test(service: AsyncService) -> None:
+        seen: list[str] = []
+        make = service._core.open
+
+        def watched(request: GenerateRequest) -> Any:
+            seen.append(threading.current_thread().name)
+            return make(request)
+
+        service._core.open = watched  # type: ignore[method-assign]
+        for case in cases:
+            await (await service.open(GenerateRequest(params=GREEDY, truncate=9, **case))).aclose()
+        assert all(name.startswith("truffula-text") for name in seen), seen
+        with pytest.raises(PromptTooLong):
+            await service.tokenize("a" * (2**21 + 1))
+
+    run(folders, test)
+
+
 class Garbling(Dying):
     """A client whose events for one request make no sense: a logprob for no token."""
 

@@ -26,9 +26,10 @@ async def tokenize(request: Request) -> Response:
             f"Give one of inputs, prompt and messages, not {' and '.join(given) or 'none'}.", param="inputs"
         )
     special = True if body.add_special_tokens is None else body.add_special_tokens
-    if body.inputs is not None:
-        return json_reply(await _native_tokens(state, body.inputs, special))
     state.named_model(body.model)
+    if body.inputs is not None:
+        rows = await _native_tokens(state, body.inputs, special)
+        return await state.service.beside(len(rows), lambda: json_reply(rows))
     if body.messages is not None:
         _, ids = await state.service.render(
             GenerateRequest(
@@ -41,9 +42,12 @@ async def tokenize(request: Request) -> Response:
         )
     else:
         ids = [row[0] for row in await state.service.tokenize(body.prompt or "", add_special_tokens=special)]
-    strings = [_vocabulary_piece(state, token) for token in ids] if body.return_token_strs else None
+    strings = None
+    if body.return_token_strs:
+        strings = await state.service.beside(len(ids), lambda: [_vocabulary_piece(state, token) for token in ids])
     limit = state.service.info.max_model_len
-    return json_reply({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
+    answer = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings}
+    return await state.service.beside(len(ids), lambda: json_reply(answer))
 
 
 async def detokenize(request: Request) -> Response:
@@ -64,15 +68,21 @@ async def chat_tokenize(request: Request) -> Response:
     """The templated text and its tokens."""
     state = state_of(request)
     body = await read_body(request, ChatTokenizeBody)
+    state.named_model(body.model)
     text, _ = await state.service.render(GenerateRequest(messages=_messages(body.messages)))
     rows = await _native_tokens(state, text, special=False)
-    return json_reply({"tokenize_response": rows, "templated_text": text})
+    answer = {"tokenize_response": rows, "templated_text": text}
+    return await state.service.beside(len(text), lambda: json_reply(answer))
 
 
 async def _native_tokens(state: ServerState, text: str, special: bool) -> list[dict[str, Any]]:
     """``text`` is the slice of the input between the character offsets, empty for what the tokenizer added."""
     rows = await state.service.tokenize(text, add_special_tokens=special)
-    return [{"id": token, "text": text[start:stop], "start": start, "stop": stop} for token, _, start, stop in rows]
+
+    def shaped() -> list[dict[str, Any]]:
+        return [{"id": token, "text": text[start:stop], "start": start, "stop": stop} for token, _, start, stop in rows]
+
+    return await state.service.beside(len(text), shaped)
 
 
 def _messages(values: list[dict[str, object]]) -> list[dict[str, Any]]:

@@ -10,16 +10,17 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, NoTokenizer, ShuttingDown, TruffulaError, from_info
+from truffula.errors import EngineDied, ErrorInfo, NoTokenizer, PromptTooLong, ShuttingDown, TruffulaError, from_info
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.core import RequestState, Service, ServiceLimits
 from truffula.service.files import tokenizer_of
 from truffula.service.fold import collect, failure
+from truffula.service.prompts import MAX_TRUNCATED_CHARS
 from truffula.service.streams import TextStream
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
@@ -164,13 +165,26 @@ class AsyncService:
         """``(id, vocabulary piece, start, stop)`` per token; character offsets, 0, 0 for tokens the tokenizer added."""
         tokenizer = self._need_tokenizer()
         check_text(text, "inputs")
-        encoded = await self._off_loop(
-            len(text), lambda: tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens)
-        )
-        return [
-            (token_id, tokenizer.id_to_token(token_id) or "", *((0, 0) if added else offset))
-            for token_id, offset, added in zip(encoded.ids, encoded.offsets, encoded.added, strict=True)
-        ]
+        if len(text) > MAX_TRUNCATED_CHARS:
+            raise PromptTooLong(
+                f"The text has {len(text)} characters; at most {MAX_TRUNCATED_CHARS} are tokenised at once.",
+                param="inputs",
+                prompt_chars=len(text),
+                max_chars=MAX_TRUNCATED_CHARS,
+            )
+
+        def rows() -> list[tuple[int, str, int, int]]:
+            encoded = tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens)
+            return [
+                (token_id, tokenizer.id_to_token(token_id) or "", *((0, 0) if added else offset))
+                for token_id, offset, added in zip(encoded.ids, encoded.offsets, encoded.added, strict=True)
+            ]
+
+        return await self.beside(len(text), rows)
+
+    async def beside(self, size: int, work: Callable[[], T]) -> T:
+        """The result of ``work``, done in the text thread when ``size`` (characters or tokens) says that it is long."""
+        return await self._off_loop(size, work)
 
     async def render(self, request: GenerateRequest) -> tuple[str, list[int]]:
         """A chat or prompt as the model would see it: ``(text, prompt ids)``, however long; nothing is submitted."""
@@ -350,16 +364,19 @@ class AsyncService:
 
 
 def _chars(request: GenerateRequest) -> int:
-    """How much text there is to work on, roughly; a foreign template counts as long."""
+    """How much text there is to work on, roughly; what can't be told at a glance counts as long."""
     if request.messages is not None:
-        if request.chat_template is not None:
+        # What else a template is given may be of any size, and what a foreign one does with it, too.
+        if request.chat_template or request.tools or request.documents or request.template_kwargs:
             return INLINE_CHARS + 1
         return sum(_length(message) for message in request.messages) if isinstance(request.messages, list) else 0
     return len(request.prompt or "")
 
 
-def _length(message: Mapping[str, Any]) -> int:
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(content, Sequence) and not isinstance(content, str):
+def _length(message: Any) -> int:
+    if not isinstance(message, Mapping):
+        return 64
+    values = [value for value in message.values() if value is not None]
+    if not all(isinstance(value, str) for value in values):  # parts, tool calls
         return INLINE_CHARS + 1
-    return 64 + (len(content) if isinstance(content, str) else 0)
+    return 64 + sum(map(len, values))
