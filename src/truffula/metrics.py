@@ -1,13 +1,14 @@
 """Prometheus metrics: one registry per server, never the global one, and a bounded number of series.
 
-A client names adapters, so an adapter's name is a label only for the first ``max_adapters`` names that were allowed;
-later ones count as ``__other__``, the base model as ``__base_model__``. Times are seconds.
+A client names adapters, so an adapter's name is a label only once it has answered, and only for ``max_adapters`` names:
+the operator's own, then the first that come. Others count as ``__other__``, the base as ``__base_model__``. Times are
+seconds.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -103,10 +104,11 @@ class Metrics:
         *,
         max_adapters: int = 100,
         lorax_names: bool = False,
+        named: Iterable[str] = (),
     ) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._max_adapters = max_adapters
-        self._labels: set[str] = set()
+        self._labels = set(sorted(named)[:max_adapters])
         self._observers: dict[str, Observer] = {}
         self._lock = threading.Lock()
         own, by = self.registry, ("adapter",)
@@ -126,20 +128,20 @@ class Metrics:
         self._lorax = _LoraxSeries(own) if lorax_names else None
         own.register(_EngineCollector(engine or (lambda: None), lorax_names))
 
-    def label(self, adapter: str | None) -> str:
-        """The label of an adapter's name: itself while there is room."""
+    def label(self, adapter: str | None, *, answered: bool) -> str:
+        """The label of an adapter's name: itself if it has one, or gets it now: it ``answered`` and there is room."""
         if adapter is None:
             return BASE_LABEL
         with self._lock:
             if adapter in self._labels:
                 return adapter
-            if len(self._labels) >= self._max_adapters:
+            if not answered or len(self._labels) >= self._max_adapters:
                 return OTHER_LABEL
             self._labels.add(adapter)
             return adapter
 
-    def observer(self, adapter: str | None) -> Observer:
-        label = self.label(adapter)
+    def observer(self, adapter: str | None, *, answered: bool) -> Observer:
+        label = self.label(adapter, answered=answered)
         found = self._observers.get(label)
         if found is None:
             found = self._observers.setdefault(label, Observer(self, label))
@@ -152,8 +154,10 @@ class Metrics:
         if not record.generates:
             return
         outcome = record.error_code or record.finish or "unknown"
-        self._requests.labels(self.label(record.adapter), record.route, outcome).inc()
-        one = self.observer(record.adapter)
+        answered = record.completion_tokens > 0 or record.finish in ("stop", "length")
+        label = self.label(record.adapter, answered=answered)
+        self._requests.labels(label, record.route, outcome).inc()
+        one = self.observer(record.adapter, answered=answered)
         one.total.observe(record.total_s)
         if record.prompt_tokens:
             one.prompt.inc(record.prompt_tokens)
@@ -164,7 +168,7 @@ class Metrics:
         if record.ttft_s is not None:
             one.ttft.observe(record.ttft_s)
         if record.load_s > 0:
-            self._loading.labels(self.label(record.adapter)).observe(record.load_s)
+            self._loading.labels(label).observe(record.load_s)
         if self._lorax is not None:
             self._lorax.request_ended(record)
 

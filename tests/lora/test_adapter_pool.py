@@ -11,7 +11,9 @@ from lora_bases import judge, llama_sites
 from pool_rig import Rig, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError
+from truffula.lora.pool import MAX_NAMES
 from truffula.testing.adapters import write_tiny_adapter
+from truffula.types import AdapterRef
 
 
 def size_of(folder: Path, r: Rig, ref_rank: int = 4) -> int:
@@ -279,3 +281,13 @@ def test_a_thousand_loads_and_unloads_leave_nothing(tmp_path: Path) -> None:
             r.pool.unload("a")
         assert descriptors() == before and mappings() == 0 and r.spooled() == []
         assert r.pool.states() == [] and r.budget.total_used() == 0
+
+
+def test_names_of_one_key_are_bounded(tmp_path: Path) -> None:
+    with rig(tmp_path) as r:
+        ref = r.write("a")
+        generation = r.loaded(ref)
+        for i in range(10 * MAX_NAMES):
+            again = AdapterRef(name=f"a{i}", locator=ref.locator, fingerprint=ref.fingerprint)
+            assert r.want(again).generation == generation
+        assert len(r.pool.states()) == MAX_NAMES

@@ -145,6 +145,17 @@ def test_first_use_is_where_the_operator_allowed(tmp_path: Path) -> None:
             policy.resolve(name, "hub")
 
 
+def test_a_folder_has_one_name_however_it_is_spelt(tmp_path: Path) -> None:
+    adapter(tmp_path / "ok" / "team" / "a")
+    (tmp_path / "ok" / "link").symlink_to("team")
+    policy = AdapterPolicy(allow_local=(tmp_path / "ok",))
+    absolute = str(tmp_path / "ok" / "team" / "a")
+    refs = {
+        policy.resolve(name, "local") for name in ("team/a", "team//a", "./team/./a", "team/a/", "link/a", absolute)
+    }
+    assert [ref.name for ref in refs if ref is not None] == ["team/a"]
+
+
 def test_without_an_allow_list_nothing_is_loaded_on_first_use(tmp_path: Path) -> None:
     adapter(tmp_path / "a")
     for source in (None, "hub", "local"):

@@ -51,6 +51,17 @@ def test_labels_are_bounded():
     assert methods == {"other"}
 
 
+def test_a_name_is_a_label_once_it_answers():
+    metrics = Metrics(max_adapters=2, named=("ours",))
+    for i in range(5):
+        metrics.request_ended(record(adapter=f"invented{i}", status=404, error_code="adapter_not_found", finish=None,
+                                     completion_tokens=0))  # fmt: skip
+    for name in ("first", "second", "ours"):
+        metrics.request_ended(record(adapter=name))
+    labels = {dict(labels).get("adapter") for (name, labels) in samples(metrics) if name == "truffula_requests_total"}
+    assert labels == {"ours", "first", OTHER_LABEL}
+
+
 def test_the_engines_numbers_are_read_when_scraped():
     stats = EngineStats(monotonic=0.0, running=3, prefix_hit_tokens=7)
     found = samples(Metrics(lambda: stats))

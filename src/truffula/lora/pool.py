@@ -38,6 +38,9 @@ __all__ = ["AdapterLease", "AdapterPool", "Budget", "Reclaimer", "Slots", "Want"
 logger = logging.getLogger(__name__)
 
 OWNER = "adapters"
+MAX_NAMES = 32
+"""Names that are kept of those by which one key was asked for. A client may have many words for one place."""
+
 Place = tuple[str, str, str | None]
 Key = tuple[Place, str]
 
@@ -141,7 +144,8 @@ class AdapterPool:
         generation = self._current.get(key)
         if generation is not None:
             entry = self._entries[generation]
-            entry.keys[key].add(ref.name)
+            if len(entry.keys[key]) < MAX_NAMES:
+                entry.keys[key].add(ref.name)
             self._touch(generation, now)
             return Want("ready", generation)
         failure = self._failures.get(key)

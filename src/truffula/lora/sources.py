@@ -156,7 +156,9 @@ class AdapterPolicy:
             try:
                 folder = (root / name).resolve(strict=True)  # an absolute name stands for itself
                 if _is_below(folder, root) and (folder / CONFIG).is_file():
-                    return _with_fingerprint(AdapterRef(name=name, kind="local", locator=str(folder)))
+                    # One name a folder, however it was spelt: names end up in the pool's and the metrics' tables.
+                    own = str(folder.relative_to(root)) if folder != root else root.name
+                    return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder)))
             except (OSError, RuntimeError, ValueError):
                 continue
         raise _not_found(name)

@@ -15,7 +15,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from truffula.errors import TruffulaError
-from truffula.metrics import RequestRecord
+from truffula.metrics import Observer, RequestRecord
 from truffula.server.errors import Aborted, as_error
 from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
@@ -44,7 +44,7 @@ class _Watch:
     def __init__(self, state: ServerState, record: RequestRecord) -> None:
         self._state = state
         self._record = record
-        self._observer = state.metrics.observer(record.adapter)
+        self._observer: Observer | None = None  # of the adapter, once it answers
         self._last: dict[tuple[int, int], float] = {}
         self._seen: dict[tuple[int, int], int] = {}
 
@@ -53,7 +53,9 @@ class _Watch:
         for delta in deltas:
             key = (prompt, delta.choice)
             before = self._last.get(key)
-            if before is not None and delta.tokens:
+            if self._observer is None and delta.tokens:
+                self._observer = self._state.metrics.observer(self._record.adapter, answered=True)
+            if before is not None and delta.tokens and self._observer is not None:
                 self._observer.inter_token.observe((now - before) / len(delta.tokens))
             self._last[key] = now
 

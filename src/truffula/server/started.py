@@ -50,7 +50,12 @@ def start(resolved: Resolved, url: str) -> Started:
     if config.chat_template is not None:
         templates = {"default": read_template(config.chat_template)}
     service = AsyncService(client, policy=policy, limits=limits, templates=templates)
-    metrics = Metrics(service.known_stats, max_adapters=config.metrics_adapters, lorax_names=config.lorax_metrics)
+    metrics = Metrics(
+        service.known_stats,
+        max_adapters=config.metrics_adapters,
+        lorax_names=config.lorax_metrics,
+        named=config.adapters,
+    )
     defaults = sampling_defaults(client.info) if config.generation_defaults else {}
     app = create_app(service, config, policy, metrics, defaults=defaults)
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
