@@ -84,7 +84,7 @@ def test_a_pinned_adapter_is_loaded_again_after_a_death(start: Start, tiny_adapt
 
 
 def test_a_stopped_engine_is_unhealthy_and_never_blocks_its_callers(start: Start):
-    client = start("process", heartbeat_timeout_s=1.0)
+    client = start("process", heartbeat_timeout_s=4.0)
     os.kill(client.pid, signal.SIGSTOP)
     try:
         # More than a socket's buffer holds: were submit to wait for the engine, this would hang.
