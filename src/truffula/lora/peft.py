@@ -18,6 +18,7 @@ import numpy as np
 from truffula.errors import AdapterError, CheckpointError, ErrorInfo, InsufficientMemory, TruffulaError
 from truffula.kernels.backend import Array, SiteTensors
 from truffula.kernels.program import ModuleSlice, Site
+from truffula.lora.beside import warnings_beside
 from truffula.lora.fields import FieldRow, LoraSettings, judge_fields, parse_config, read_settings
 from truffula.lora.folder import TENSORS, AdapterFolder
 from truffula.lora.image import DTYPES, image_nbytes
@@ -99,6 +100,7 @@ class _Sites:
     def __init__(self, sites: Sequence[Site]) -> None:
         self.by_name: dict[str, list[tuple[Site, ModuleSlice]]] = {}
         self.tables: set[str] = set()
+        self.all = sites
         self.linear = [site for site in sites if site.kind == "linear"]
         for site in sites:
             for module in site.modules:
@@ -185,7 +187,8 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; no base given"
     )
-    return AdapterReport((*rows, row), (), None, max(ranks, default=0), nbytes, len(plan.a))
+    warnings = tuple(warnings_beside(files.folder, config, sites=None, model=None))
+    return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 
 def _judge_metadata(files: AdapterFolder, config: Mapping[str, Any], sites: _Sites, base: BaseFacts) -> _Judged:
@@ -217,6 +220,7 @@ def _judge_metadata(files: AdapterFolder, config: Mapping[str, Any], sites: _Sit
             judged.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
         judged.warnings.append(f"Buffers that only training used: {listed(plan.unused)}.")
+    judged.warnings += warnings_beside(files.folder, config, sites=sites.all, model=base.model)
     return judged
 
 

@@ -1,0 +1,106 @@
+"""What an adapter says beside its two files: the base it was trained on, a tokenizer and a chat template of its own.
+
+None of it is served: the base's tokenizer and template are used. That is right for most adapters, whose copies are the
+base's, so it is said rather than refused. Added tokens that the base has no row for are refused: it can't know them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from truffula.errors import AdapterError
+from truffula.kernels.program import Site
+
+ADDED, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", TOKENIZER_CONFIG, ADDED)
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+READ = (ADDED, TOKENIZER_CONFIG, *TEMPLATES)
+"""The small ones: worth fetching to tell what an adapter expects."""
+MAX_BYTES = 4 << 20
+_MADE_OF = re.compile(
+    r"[-_.](hf|gguf|awq|gptq|fp8|int[48]|[48]bit|bnb|unsloth|base|instruct|chat|it|q\d\w*|i?q\d_\w+|f16|bf16)\b"
+)
+
+
+def warnings_beside(
+    folder: Path, config: Mapping[str, Any], *, sites: Sequence[Site] | None, model: str | None
+) -> list[str]:
+    """What an operator should know. ``sites`` and ``model`` of the base, as far as there is one.
+
+    Raises ``AdapterError`` (``param``: the file) for added tokens beyond the base's vocabulary.
+    """
+    return [*_other_base(config.get("base_model_name_or_path"), model), *_other_texts(folder, sites)]
+
+
+def _other_base(named: Any, model: str | None) -> Iterator[str]:
+    if not isinstance(named, str) or not named.strip() or model is None:
+        return
+    one, other = plain_name(named), plain_name(model)
+    if one and other and one not in other and other not in one:
+        yield (
+            f"base_model_name_or_path is {named[:200]!r}, and {model!r} is served: if these are different models, "
+            "the adapter's answers mean nothing."
+        )
+
+
+def plain_name(model: str) -> str:
+    """A model's name without what copies of it differ in: folders, organisation, revision, format, tuning, spelling."""
+    path = PurePosixPath(model.replace("\\", "/"))
+    cached = [part.rpartition("--")[2] for part in path.parts if part.startswith("models--")]
+    name = (cached[0] if cached else path.name).lower().partition("@")[0].removesuffix(".gguf")
+    before = None
+    while before != name:
+        before, name = name, _MADE_OF.sub("", name)
+    return re.sub(r"[^a-z0-9]", "", name)
+
+
+def _other_texts(folder: Path, sites: Sequence[Site] | None) -> Iterator[str]:
+    tokenizers = [name for name in TOKENIZERS if (folder / name).is_file()]
+    settings = _object(folder / TOKENIZER_CONFIG)
+    templates = [name for name in TEMPLATES if (folder / name).is_file()]
+    if settings.get("chat_template"):
+        templates.append(f"chat_template in {TOKENIZER_CONFIG}")
+    _check_added(folder, settings, sites)
+    if tokenizers:
+        yield f"It brings a tokenizer ({', '.join(tokenizers)}), which is not used: prompts are read as the base's are."
+    if templates:
+        yield f"It brings a chat template ({', '.join(templates)}), which is not used: chats are put in the base's."
+
+
+def _check_added(folder: Path, settings: Mapping[str, Any], sites: Sequence[Site] | None) -> None:
+    """Every id of an added token must have a row in the base's tables."""
+    tables = [site.in_features if site.kind == "embed" else site.out_features for site in sites or () if _table(site)]
+    if not tables:
+        return
+    decoder = settings.get("added_tokens_decoder")
+    decoded = [int(key) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
+    listed = [value for value in _object(folder / ADDED).values() if isinstance(value, int)]
+    for name, ids in ((TOKENIZER_CONFIG, decoded), (ADDED, listed)):
+        highest = max(ids, default=0)
+        if highest >= min(tables):
+            raise AdapterError(
+                f"{name} adds token {highest}; the base has {min(tables)} tokens. The adapter was trained with a "
+                "larger vocabulary, which is not served.",
+                param=name,
+                found=highest,
+                limit=min(tables),
+            )
+
+
+def _table(site: Site) -> bool:
+    return site.kind in ("embed", "head")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object that need not be there; what can't be read as one says nothing."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            return {}
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
