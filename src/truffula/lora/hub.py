@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from pathlib import Path
 from typing import Any
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound
+from truffula.lora.beside import MAX_BYTES, READ
+from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.folder import CONFIG, PICKLE, TENSORS
 
 
 def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline: bool, max_file_bytes: int) -> Path:
     """Bring one adapter's files into the cache; returns their folder (a snapshot: its files are links to blobs).
+
+    What is checked is what is fetched: one commit. The small files that tell what else an adapter expects come along.
 
     Raises ``AdapterNotFound`` for an unknown repository or revision, ``AdapterError`` when it holds no adapter or a
     file above ``max_file_bytes`` (checked before it is fetched), ``AdapterLoadError`` when the Hub can't be reached
@@ -22,13 +28,17 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
 
     disable_progress_bars()
     common: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    names: tuple[str, ...] = (CONFIG, TENSORS)
     try:
         if not offline:
-            _check_listing(hub.HfApi().model_info(repo, revision=revision, files_metadata=True), repo, max_file_bytes)
+            info = hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
+            names += _check_listing(info, repo, max_file_bytes)
+            common["revision"] = info.sha
         # One by one: a pool of threads would cost address space that this process does not have.
-        paths = [
-            Path(hub.hf_hub_download(repo, name, local_files_only=offline, **common)) for name in (CONFIG, TENSORS)
-        ]
+        paths = [Path(hub.hf_hub_download(repo, name, local_files_only=offline, **common)) for name in names]
+        if not offline:
+            with contextlib.suppress(OSError):  # a cache that is complete may be read-only
+                _note_branch(paths[0].parent, revision or "main")
     except errors.LocalEntryNotFoundError as error:
         why = "it is not in the cache and we are offline" if offline else "the Hub cannot be reached"
         raise AdapterLoadError(f"{repo}: {why}.", param="adapter") from error
@@ -45,14 +55,28 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
     return paths[0].parent
 
 
-def _check_listing(info: Any, repo: str, max_file_bytes: int) -> None:
+def _note_branch(snapshot: Path, revision: str) -> None:
+    """In the library's cache, what leads from a branch to its commit: it notes that only when asked by the branch, and
+    offline nothing is found without it.
+    """
+    note = snapshot.parents[1] / "refs" / revision
+    if revision == snapshot.name or (note.is_file() and note.read_text() == snapshot.name):
+        return
+    note.parent.mkdir(parents=True, exist_ok=True)
+    fresh = note.with_name(f"{note.name}.{uuid.uuid4().hex}.tmp")
+    fresh.write_text(snapshot.name)
+    fresh.replace(note)
+
+
+def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]:
+    """Raises ``AdapterError`` unless both files are there and small enough; the other files to fetch with them."""
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     if CONFIG not in sizes:
         raise AdapterError(f"{repo} has no {CONFIG}: it is no PEFT adapter.", param=CONFIG)
     if TENSORS not in sizes:
         only = f"only {PICKLE}, a pickle; ask its author for safetensors" if PICKLE in sizes else "no adapter weights"
         raise AdapterError(f"{repo} has no {TENSORS} ({only}).", param=TENSORS)
-    if (sizes[TENSORS] or 0) > max_file_bytes:
-        raise AdapterError(
-            f"{repo}: {TENSORS} has {sizes[TENSORS]} bytes; at most {max_file_bytes} are read.", param=TENSORS
-        )
+    for name, most in ((CONFIG, min(MAX_CONFIG_BYTES, max_file_bytes)), (TENSORS, max_file_bytes)):
+        if (sizes[name] or 0) > most:
+            raise AdapterError(f"{repo}: {name} has {sizes[name]} bytes; at most {most} are read.", param=name)
+    return tuple(name for name in READ if name in sizes and (sizes[name] or 0) <= MAX_BYTES)

@@ -1,0 +1,110 @@
+"""Fetching from a Hub on this machine whose branch moves while an adapter is fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from truffula.lora.fields import MAX_CONFIG_BYTES
+
+OLD, NEW = "a" * 40, "b" * 40
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+Files = dict[str, bytes]
+
+CALL = """
+import sys
+from pathlib import Path
+from truffula.errors import TruffulaError
+from truffula.lora.hub import download
+try:
+    print(download("org/x", None, cache_dir=Path(sys.argv[1]), offline=sys.argv[2] == "offline", max_file_bytes=64))
+except TruffulaError as error:
+    print(error.code, error.param, error.message)
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Lists the branch at ``OLD``; by then it has moved to ``NEW``. ``asked``: what was fetched."""
+
+    def __init__(self, old: Files, new: Files) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.commits = {OLD: old, NEW: new}
+        self.asked: list[str] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        if path.startswith("/api/models/"):
+            files = [{"rfilename": name, "size": len(data)} for name, data in self.server.commits[OLD].items()]
+            body, commit = json.dumps({"id": "org/x", "sha": OLD, "siblings": files}).encode(), OLD
+        else:
+            _, _, _, _, revision, name = path.split("/", 5)
+            commit = revision if revision in self.server.commits else NEW
+            body = self.server.commits[commit].get(name, b"")
+            if with_body:
+                self.server.asked.append(name)
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub({CONFIG: b"{}", TENSORS: b"old"}, {CONFIG: b"{}", TENSORS: b"new" * 1000})
+    thread = threading.Thread(target=made.serve_forever)
+    thread.start()
+    yield made
+    made.shutdown()
+    thread.join()
+    made.server_close()
+
+
+def download(hub: Hub, cache: Path, how: str = "online") -> str:
+    env = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
+    for name in ("HF_HUB_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        env.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", CALL, str(cache), how], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_what_was_checked_is_what_is_fetched_and_found_again_offline(hub: Hub, tmp_path: Path) -> None:
+    hub.commits[OLD]["chat_template.jinja"] = b"{{ messages }}"
+    folder = download(hub, tmp_path)
+    assert (Path(folder) / TENSORS).read_bytes() == b"old"
+    assert (Path(folder) / "chat_template.jinja").read_bytes() == b"{{ messages }}"
+    assert download(hub, tmp_path, "offline") == folder
+
+
+@pytest.mark.parametrize(("name", "nbytes"), [(TENSORS, 65), (CONFIG, 65), (CONFIG, MAX_CONFIG_BYTES + 1)])
+def test_a_file_too_large_is_not_fetched(hub: Hub, tmp_path: Path, name: str, nbytes: int) -> None:
+    hub.commits[OLD][name] = b" " * nbytes
+    assert download(hub, tmp_path).startswith(f"adapter_invalid {name} ")
+    assert hub.asked == []
