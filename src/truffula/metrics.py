@@ -7,6 +7,7 @@ seconds.
 
 from __future__ import annotations
 
+import collections
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,6 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
     ("truffula_engine_prompt_tokens_total", "Prompt tokens the engine took in", "prompt_tokens"),
     ("truffula_prefix_hit_tokens_total", "Prompt tokens not computed thanks to the prefix cache", "prefix_hit_tokens"),
     ("truffula_engine_generated_tokens_total", "Tokens the engine generated", "generated_tokens"),
-    ("truffula_adapter_loads_total", "Adapters loaded", "adapter_loads"),
     ("truffula_adapter_load_failures_total", "Adapter loads that failed", "adapter_load_failures"),
     ("truffula_adapter_evictions_total", "Adapters dropped from the backend's memory", "adapter_evictions"),
 )
@@ -126,7 +126,7 @@ class Metrics:
         self._total = _histogram("truffula_request_seconds", "Arrival to last byte", _SECONDS, own, by)
         self._loading = _histogram("truffula_adapter_wait_seconds", "Waits for an adapter's load", _SECONDS, own, by)
         self._lorax = _LoraxSeries(own) if lorax_names else None
-        own.register(_EngineCollector(engine or (lambda: None), lorax_names))
+        own.register(_EngineCollector(engine or (lambda: None), lorax_names, self.label))
 
     def label(self, adapter: str | None, *, answered: bool) -> str:
         """The label of an adapter's name: itself if it has one, or gets it now: it ``answered`` and there is room."""
@@ -204,9 +204,10 @@ class _WithoutBirthdays(Collector):
 class _EngineCollector(Collector):
     """Gauges read when somebody scrapes, from the engine's last heartbeat: nothing is counted twice."""
 
-    def __init__(self, stats: Callable[[], EngineStats | None], lorax_names: bool) -> None:
+    def __init__(self, stats: Callable[[], EngineStats | None], lorax_names: bool, label: Callable[..., str]) -> None:
         self._stats = stats
         self._lorax_names = lorax_names
+        self._label = label
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -220,10 +221,21 @@ class _EngineCollector(Collector):
         for name, text, field in _ENGINE_SERIES:
             family = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             yield family(name, text, getattr(stats, field))
+        yield self._loads(stats)
         if self._lorax_names:
             yield GaugeMetricFamily("lorax_batch_current_size", "Sequences in the batch", stats.running)
             yield GaugeMetricFamily("lorax_queue_length", "Sequences in the queue", stats.waiting)
             yield CounterMetricFamily("lorax_batch_inference_count", "Steps of the engine", stats.steps)
+
+    def _loads(self, stats: EngineStats) -> Metric:
+        """Loads per adapter, under the same bounded labels as requests: what loaded has shown that it exists."""
+        counts: collections.Counter[str] = collections.Counter()
+        for name, loads in stats.adapter_loads_by_name.items():
+            counts[self._label(name, answered=True)] += loads
+        family = CounterMetricFamily("truffula_adapter_loads_total", "Adapters loaded", labels=["adapter"])
+        for label, loads in counts.items():
+            family.add_metric([label], loads)
+        return family
 
 
 class _LoraxSeries:

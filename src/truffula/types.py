@@ -370,6 +370,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hit_tokens: int = 0
     generated_tokens: int = 0
     adapter_loads: int = 0
+    adapter_loads_by_name: dict[str, int] = {}
     adapter_load_failures: int = 0
     adapter_evictions: int = 0
     adapters_resident: int = 0

@@ -82,3 +82,11 @@ def test_lorax_names_by_switch_and_json():
     assert found["lorax_queue_length", ()] == 4
     assert not any(name.startswith("lorax_") for name, _ in samples(Metrics()))
     assert {"truffula_sequences_waiting"} <= {family["name"] for family in metrics.as_json()}
+
+
+def test_loads_are_counted_by_adapter():
+    stats = EngineStats(monotonic=1.0, adapter_loads=4, adapter_loads_by_name={"pirate": 3, "poet": 1})
+    found = samples(Metrics(lambda: stats, max_adapters=1))
+    name = "truffula_adapter_loads_total"
+    loads = {labels: value for (sample, labels), value in found.items() if sample == name}
+    assert sorted(loads.values()) == [1, 3] and (("adapter", OTHER_LABEL),) in loads

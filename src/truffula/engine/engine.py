@@ -136,6 +136,7 @@ class Engine:
             prefix_hit_tokens=roster.prefix_hit_tokens,
             generated_tokens=self._scheduler.generated_tokens,
             adapter_loads=adapters.loads,
+            adapter_loads_by_name=dict(adapters.loads_by_name),
             adapter_load_failures=adapters.failures,
             adapter_evictions=adapters.evictions,
             adapters_resident=adapters.resident,

@@ -37,6 +37,9 @@ __all__ = ["AdapterLease", "AdapterPool", "Budget", "Reclaimer", "Slots", "Want"
 
 logger = logging.getLogger(__name__)
 
+MAX_COUNTED_NAMES = 1000
+"""Names with a count of loads of their own; the rest share ``OTHER_NAMES``."""
+OTHER_NAMES = "__other__"
 OWNER = "adapters"
 MAX_NAMES = 32
 """Names that are kept of those by which one key was asked for. A client may have many words for one place."""
@@ -128,6 +131,7 @@ class AdapterPool:
         self._leases: dict[int, str] = {}
         self._next_lease = 0
         self.loads = 0
+        self.loads_by_name: Counter[str] = Counter()
         self.failures = 0
         self.evictions = 0
         budget.register_reclaimer(OWNER, self)
@@ -371,6 +375,8 @@ class AdapterPool:
             self._fail(key, ref.name, error.info(), now)
             return
         self.loads += 1
+        known = ref.name in self.loads_by_name or len(self.loads_by_name) < MAX_COUNTED_NAMES
+        self.loads_by_name[ref.name if known else OTHER_NAMES] += 1
         _log_load(ref, result)
         entry = self._entries[generation]
         entry.keys[key] = {ref.name}
