@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from truffula.kernels.inputs import Capacity, SampleInputs
 from truffula.kernels.philox import uniform
-from truffula.kernels.reference.sampling import sample
+from truffula.kernels.sampling import sample
 
 INF = float("inf")
 CAPACITY = Capacity(

@@ -23,7 +23,15 @@ def _reference(device: str, threads: int | None) -> Backend:
     return ReferenceBackend(threads=threads)
 
 
-BACKENDS: Mapping[str, Callable[[str, int | None], Backend]] = MappingProxyType({"reference": _reference})
+def _cpu(device: str, threads: int | None) -> Backend:
+    if device not in ("cpu", "auto"):
+        raise ConfigError(f"device is {device!r}; the cpu backend runs on cpu.", param="device")
+    from truffula.kernels.cpu import CpuBackend
+
+    return CpuBackend(threads=threads)
+
+
+BACKENDS: Mapping[str, Callable[[str, int | None], Backend]] = MappingProxyType({"cpu": _cpu, "reference": _reference})
 """Creators by name; each imports its own library when called. The names are the command line's choices."""
 
 

@@ -10,8 +10,8 @@ import torch
 from truffula.errors import KernelError
 from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight, weight_elements
 from truffula.kernels.inputs import Capacity
+from truffula.kernels.liveness import peak_bytes
 from truffula.kernels.program import Linear, Program
-from truffula.kernels.reference.buffers import peak_bytes
 from truffula.kernels.reference.executable import ReferenceExecutable
 from truffula.kernels.reference.weights import DTYPES, load_weights
 from truffula.kernels.validate import validate

@@ -15,6 +15,7 @@ from torch import Tensor
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage
 from truffula.kernels.inputs import Capacity, SampledRows, SampleInputs, StepInputs
+from truffula.kernels.liveness import dead_after, written_by
 from truffula.kernels.program import (
     Attention,
     Embed,
@@ -30,9 +31,9 @@ from truffula.kernels.program import (
     TakeRows,
 )
 from truffula.kernels.reference import attention, ops
-from truffula.kernels.reference.buffers import Buffers, dead_after
+from truffula.kernels.reference.buffers import Buffers
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, converted_bytes, lay_out
-from truffula.kernels.reference.sampling import sample
+from truffula.kernels.sampling import sample
 from truffula.kernels.reference.weights import Weight
 
 Array = npt.NDArray[Any]
@@ -89,7 +90,7 @@ class ReferenceExecutable:
         for index, (call, dead) in enumerate(zip(self._bound, self._dead, strict=True)):
             call(step)
             if self._taps is not None:
-                self._taps[index] = self._buffers.get(_output(self._program.ops[index])).float().numpy().copy()
+                self._taps[index] = self._buffers.get(written_by(self._program.ops[index])).float().numpy().copy()
             if dead:
                 self._buffers.drop(dead)
         self._logits = self._buffers.get(self._program.logits).numpy()
@@ -263,11 +264,6 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
 
 def _long(array: Array) -> Tensor:
     return torch.from_numpy(array.astype(np.int64))
-
-
-def _output(op: Op) -> Ref:
-    out: Ref = op.x if isinstance(op, Rope) else op.out  # type: ignore[attr-defined]  # every other op has an out
-    return out
 
 
 def _planes(program: Program, dtype: torch.dtype, capacity: Capacity) -> dict[int, Tensor]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truffula.errors import KernelError
-from truffula.kernels.backend import AdapterImage, SiteTensors
-from truffula.kernels.program import Linear, Logits, Program, Site, SiteSlice
+from truffula.kernels.adapters import AtSlice, by_op
+from truffula.kernels.backend import AdapterImage
+from truffula.kernels.program import Program
 from truffula.kernels.reference.weights import Weight, stacked, view
 
 
@@ -84,40 +84,12 @@ def lay_out(program: Program, image: AdapterImage) -> dict[int, OpAdapter]:
     """An adapter's tensors by op index, in float32: views where they are stored so, else converted once.
 
     Raises:
-        KernelError: A site that does not exist or that no op serves, or a shape that does not fit it.
+        KernelError: see ``by_op``.
     """
-    by_site: dict[int, SiteTensors] = {}
-    for tensors in image.sites:
-        _check(program, tensors)
-        by_site[tensors.site] = tensors
-    made: dict[int, OpAdapter] = {}
-    for index, op in enumerate(program.ops):
-        if isinstance(op, Linear):
-            slices: tuple[SiteSlice, ...] = op.slices
-        elif isinstance(op, Logits) and op.site is not None:
-            slices = (SiteSlice(op.site, 0, op.out.width),)
-        else:
-            continue
-        present = [(item, by_site.pop(item.site)) for item in slices if item.site in by_site]
-        if present:
-            made[index] = _op_adapter(present)
-    for site in by_site:
-        raise KernelError(f"no op serves site {program.sites[site].module!r}.", param=program.sites[site].module)
-    return made
+    return {index: _op_adapter(present) for index, present in by_op(program, image).items()}
 
 
-def _check(program: Program, tensors: SiteTensors) -> None:
-    if not 0 <= tensors.site < len(program.sites):
-        raise KernelError(f"the adapter names site {tensors.site}; the program has {len(program.sites)}.", param="site")
-    site: Site = program.sites[tensors.site]
-    a, b = tensors.a.shape, tensors.b.shape
-    fits = len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (site.in_features, site.out_features)
-    if not fits:
-        want = f"[r, {site.in_features}] and [{site.out_features}, r]"
-        raise KernelError(f"site {site.module}: A {list(a)}, B {list(b)}; {want} needed.", param=site.module)
-
-
-def _op_adapter(present: list[tuple[SiteSlice, SiteTensors]]) -> OpAdapter:
+def _op_adapter(present: Sequence[AtSlice]) -> OpAdapter:
     expands, shrinks = [], []
     at: dict[int, int] = {}  # address of an A -> its first column: fused modules share one A
     columns = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import PullWeight
+from truffula.kernels.mapped import release
 from truffula.kernels.program import Linear, Program, WeightDecl
 
 Array = npt.NDArray[Any]
@@ -69,22 +69,6 @@ def stacked(arrays: Sequence[Array]) -> Tensor:
         return torch.cat([view(array).float() for array in arrays])
     shape = (sum(len(array) for array in arrays), arrays[0].shape[1])
     return torch.from_numpy(np.asarray(_Memory(list(arrays), shape)))
-
-
-def release(array: Array) -> None:
-    """Give back the page-cache pages behind a mapped array that has been converted; they are read again if touched."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if length > 0:
-        base.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""The native CPU backend: the program's ops in C++, on packed weights, one call a step. Needs numpy and nothing else."""
+
+from truffula.kernels.cpu.backend import CpuBackend
+
+__all__ = ["CpuBackend"]

@@ -1,0 +1,130 @@
+"""The native CPU backend: what it offers, what it needs, how it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from truffula.errors import ConfigError, KernelError, MissingDependency
+from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
+from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
+from truffula.kernels.cpu.executable import CpuExecutable
+from truffula.kernels.cpu.lowering import Lowering
+from truffula.kernels.cpu.weights import BF16, F32, LANES, load_weights, packed_bytes, panel_bytes, roles, stored_formats
+from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
+from truffula.kernels.program import Attention, Program
+from truffula.kernels.validate import validate
+
+DTYPES = ("bfloat16", "float32")
+
+
+class CpuBackend:
+    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int | None = None, isa: str = "auto") -> None:
+        self._threads = threads or 1
+        self._isa = isa
+        if isa != "auto" and isa not in instruction_sets():
+            have = ", ".join(("auto", *instruction_sets()))
+            raise ConfigError(f"cpu_isa is {isa!r}; this machine has {have}.", param="cpu_isa")
+
+    def probe(self) -> BackendProbe:
+        isa = instruction_sets()[0] if self._isa == "auto" else self._isa
+        return BackendProbe(name=self.name, available=True, device="cpu", isa=isa, dtypes=DTYPES)
+
+    def plan(self, program: Program, dtype: str, capacity: Capacity, stored_bytes: int) -> MemoryPlan:
+        """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
+        del stored_bytes
+        formats = stored_formats(program, dtype)
+        weights = sum(
+            packed_bytes(decl, role, formats[decl.id])
+            for decl, role in zip(program.weights, roles(program), strict=True)
+        )
+        arena = plan_arena(program, capacity, reuse=True)
+        logits = 4 * capacity.max_logit_rows * program.vocab_size
+        return MemoryPlan(
+            weight_bytes=weights,
+            arena_bytes=max(0, 4 * arena.floats - logits),
+            logits_bytes=2 * logits,
+            kv_block_bytes=sum(
+                _kv_block_bytes(op, dtype, capacity.block_size) for op in program.ops if isinstance(op, Attention)
+            ),
+        )
+
+    def time_products(self, dtypes: Sequence[str]) -> dict[str, float]:
+        """Not a timing: a step reads its weights once, so a dtype takes time as it takes bytes."""
+        return {name: 2.0 if name == "bfloat16" else 4.0 for name in dtypes}
+
+    def load(
+        self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
+    ) -> CpuExecutable:
+        """Validate, pull and pack every weight, make the native op list.
+
+        Raises:
+            KernelError: The program is wrong, a weight does not have its declared shape, or the dtype is not served.
+        """
+        validate(program)
+        if dtype not in DTYPES:
+            raise KernelError(f"dtype {dtype!r} is not served; {' or '.join(DTYPES)} is.", param="dtype")
+        inputs = StepInputs.allocate(capacity, len(program.kv_groups))
+        kv_format = BF16 if dtype == "bfloat16" else F32
+        native = _library().Executable(self._isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
+        arena = plan_arena(program, capacity, reuse=not debug)
+        _add_buffers(native, program, dtype, arena)
+        vectors = load_weights(native, program, dtype, pull)
+        lowering = Lowering(native, program, dtype, vectors)
+        try:
+            for op in program.ops:
+                lowering.add(op)
+            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.logits.buffer)
+        except ValueError as error:
+            raise KernelError(f"cpu backend: {error}.") from error
+        return CpuExecutable(native, program, inputs, SampleInputs.allocate(capacity), arena, debug=debug)
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """What this machine can run, the best first.
+
+    Raises:
+        MissingDependency: The native library was not built.
+    """
+    return tuple(_library().table_names())
+
+
+def available() -> bool:
+    """Whether the native library is there."""
+    try:
+        _library()
+    except MissingDependency:
+        return False
+    return True
+
+
+def _library() -> Any:
+    try:
+        from truffula.kernels.cpu import _native
+    except ImportError as error:
+        raise MissingDependency(
+            "truffula was installed without its native CPU kernels: a C++20 compiler (such as g++) was missing then. "
+            "Install one and reinstall truffula, or use the reference backend: pip install 'truffula[torch]'.",
+            param="backend",
+        ) from error
+    return _native
+
+
+def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) -> None:
+    for buffer, offset, stride in zip(program.buffers, arena.offsets, arena.strides, strict=True):
+        native.add_buffer(
+            offset=offset, stride=stride, logit_rows=buffer.rows == "R",
+            rounded=dtype == "bfloat16" and buffer.dtype == "model",
+        )  # fmt: skip
+
+
+def _kv_block_bytes(op: Attention, dtype: str, block_size: int) -> int:
+    fmt = BF16 if dtype == "bfloat16" else F32
+    pad = lambda n: -(-n // LANES) * LANES  # noqa: E731
+    keys = op.kv_heads * pad(block_size) // LANES * panel_bytes(fmt, op.dim_k)
+    values = op.kv_heads * block_size * pad(op.dim_v) * (4 if fmt == F32 else 2)
+    return keys + values

@@ -1,0 +1,132 @@
+"""A loaded program on the native backend: ``Executable`` around the C++ one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from truffula.errors import KernelError
+from truffula.kernels.adapters import AtSlice, by_op
+from truffula.kernels.backend import AdapterImage
+from truffula.kernels.cpu.arena import ArenaPlan
+from truffula.kernels.cpu.weights import F32, LANES, BF16, as_bits, panel_bytes, panels_of
+from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
+from truffula.kernels.program import Linear, Program
+from truffula.kernels.sampling import sample
+
+Array = npt.NDArray[Any]
+
+
+class CpuExecutable:
+    """One call of ``run`` is one call into C++, without the GIL. Made by ``CpuBackend.load``."""
+
+    def __init__(
+        self, native: Any, program: Program, inputs: StepInputs, samples: SampleInputs, arena: ArenaPlan, *, debug: bool
+    ) -> None:
+        self.inputs = inputs
+        self.samples = samples
+        self._native = native
+        self._program = program
+        self._arena = arena
+        self._debug = debug
+        self._images: dict[int, AdapterImage] = {}
+
+    def run(self) -> None:
+        with _as_kernel_errors():
+            self._native.run()
+
+    def sample(self) -> SampledRows:
+        return sample(self.logits(), self.samples)
+
+    def logits(self) -> Array:
+        made: Array = self._native.logits(self._program.vocab_size)
+        return made
+
+    def tap(self, op: int) -> Array:
+        if not self._debug:
+            raise KernelError("tap() needs load(debug=True).", param="debug")
+        with _as_kernel_errors():
+            made: Array = self._native.tap(op)
+        return made
+
+    # --- adapters and KV ----------------------------------------------------------------------------------------------
+
+    def adapter_bytes(self, image: AdapterImage) -> int:
+        """The panels that ``adapter`` makes of it."""
+        return sum(self._op_bytes(index, present) for index, present in by_op(self._program, image).items())
+
+    def _op_bytes(self, index: int, present: Sequence[AtSlice]) -> int:
+        arrays = {(t.a.ctypes.data, t.scale): t.a for _, t in present}
+        fmt = BF16 if all(a.dtype.name == "bfloat16" for a in arrays.values()) else F32
+        total = sum(panels_of(a.shape[0]) * panel_bytes(fmt, a.shape[1]) for a in arrays.values())
+        for item, tensors in present:
+            fmt = BF16 if tensors.b.dtype.name == "bfloat16" else F32
+            # One panel more where the slice begins inside one, and again for a slice over gates and ups.
+            total += (panels_of(item.hi - item.lo) + 1 + self._gated(index)) * panel_bytes(fmt, tensors.b.shape[1])
+        return total
+
+    def _gated(self, index: int) -> bool:
+        op = self._program.ops[index]
+        return isinstance(op, Linear) and op.epilogue.glu
+
+    def adapter(self, image: AdapterImage) -> int:
+        found = by_op(self._program, image)
+        for _, tensors in (item for present in found.values() for item in present):
+            for array in (tensors.a, tensors.b):
+                if array.dtype.name not in ("float32", "float16", "bfloat16"):
+                    raise KernelError(f"the adapter holds {array.dtype.name}.", param="dtype")
+        with _as_kernel_errors():
+            slot: int = self._native.add_adapter()
+            try:
+                for index, present in found.items():
+                    self._add_op(slot, index, present)
+            except BaseException:
+                self._native.drop_adapter(slot)
+                raise
+        self._images[slot] = image
+        return slot
+
+    def _add_op(self, slot: int, index: int, present: Sequence[AtSlice]) -> None:
+        shared: dict[tuple[int, float], int] = {}  # fused modules share one A
+        shrinks, scales, of = [], [], []
+        for _, tensors in present:
+            key = (tensors.a.ctypes.data, tensors.scale)
+            if key not in shared:
+                shared[key] = len(shrinks)
+                shrinks.append(as_bits(tensors.a))
+                scales.append(tensors.scale)
+            of.append(shared[key])
+        self._native.add_adapter_op(
+            slot, index, a=shrinks, scales=scales, b=[as_bits(t.b) for _, t in present], expand_of=of,
+            first_output=[item.lo for item, _ in present],
+        )  # fmt: skip
+
+    def drop_adapter(self, slot: int) -> None:
+        if slot not in self._images:
+            raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
+        self._native.drop_adapter(slot)
+        self._images.pop(slot).close()
+
+    def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
+        with _as_kernel_errors():
+            self._native.kv_copy(group, list(src), list(dst))
+
+    def close(self) -> None:
+        if self._native is None:
+            return
+        for slot in list(self._images):
+            self.drop_adapter(slot)
+        self._native = None
+
+
+@contextmanager
+def _as_kernel_errors() -> Iterator[None]:
+    """What C++ refuses is a fault of the caller's arrays or of ours: an error that says which, never a crash."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise KernelError(f"cpu backend: {error}.") from error

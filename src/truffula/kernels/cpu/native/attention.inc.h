@@ -1,0 +1,251 @@
+// Attention over cached keys and values. Keys are cut into partitions by their position alone; each is worked on as if
+// it were alone (scores, their maximum, weights, their sum, the weighed values) and they are merged in order. So a
+// row's result depends on its position and keys, not on the chunk, the batch or the thread that computes it.
+#pragma once
+
+#include "linear.inc.h"
+#include "vec.h"
+
+namespace truffula {
+namespace {
+
+TF_INLINE int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// What is the same for all query rows of one call.
+struct View {
+  const AttentionCall* c;
+  const AttentionItem* item;
+  int share, rows, lanes, part_blocks, part_stride, value_width;
+  int64_t key_head_bytes, value_head_bytes, number_bytes;
+  const float* q;       // [rows, dim_k]
+  float* scores;        // [rows, part_stride]
+  float* part;          // [rows, value_width] values of the partition at hand
+  float* total;         // [rows, value_width] merged so far
+  float *top, *sum;     // [rows] of `total`
+  float *part_top, *part_sum;
+};
+
+TF_INLINE int position_of(const View* v, int row) { return v->item->position + row / v->share; }
+TF_INLINE int first_key(const View* v, int position) {
+  const int window = v->c->window;
+  return window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
+}
+
+static void write_kv(const AttentionCall* c, const int32_t* slots, int32_t row_lo, int32_t row_hi) {
+  const KvCache* kv = &c->cache;
+  const int lanes = padded(kv->block_size), value_width = padded(kv->dim_v);
+  const int wide = kv->format == kF32 ? 4 : 2;
+  const int64_t lines = kv->format == kF32 ? kv->dim_k : (kv->dim_k + 1) / 2;
+  for (int32_t t = row_lo; t < row_hi; ++t) {
+    const int64_t block = slots[t] / kv->block_size, offset = slots[t] % kv->block_size;
+    for (int g = 0; g < kv->kv_heads; ++g) {
+      const float* k = c->k.data + t * c->k.stride + (int64_t)g * kv->dim_k;
+      const float* v = c->v.data + t * c->v.stride + (int64_t)g * kv->dim_v;
+      uint8_t* keys = kv->keys + block * kv->key_block_bytes + g * lanes / kLanes * lines * 64 +
+                      offset / kLanes * lines * 64;
+      const int64_t lane = offset % kLanes;
+      if (kv->format == kF32) {
+        for (int d = 0; d < kv->dim_k; ++d) ((float*)keys)[d * kLanes + lane] = k[d];
+      } else {
+        for (int d = 0; d < kv->dim_k; ++d) ((uint16_t*)keys)[d / 2 * 2 * kLanes + 2 * lane + d % 2] = to_bf16(k[d]);
+        // The other half of a last pair is never multiplied, but a number has to be there.
+        if (kv->dim_k % 2) ((uint16_t*)keys)[kv->dim_k / 2 * 2 * kLanes + 2 * lane + 1] = 0;
+      }
+      uint8_t* values = kv->values + block * kv->value_block_bytes +
+                        ((int64_t)g * kv->block_size + offset) * value_width * wide;
+      for (int d = 0; d < value_width; ++d) {
+        const float number = d < kv->dim_v ? v[d] : 0.0f;
+        if (kv->format == kF32) ((float*)values)[d] = number;
+        else ((uint16_t*)values)[d] = to_bf16(number);
+      }
+    }
+  }
+}
+
+// scores[row, key] = q . k for the blocks lo .. hi of the partition that begins with block `from`.
+static void score(const View* v, int from, int lo, int hi) {
+  const KvCache* kv = &v->c->cache;
+  const int64_t panel_bytes = v->key_head_bytes / (v->lanes / kLanes);
+  for (int block = lo; block < hi; ++block) {
+    const uint8_t* keys = kv->keys + (int64_t)v->item->table[block] * kv->key_block_bytes +
+                          v->item->kv_head * v->key_head_bytes;
+    product_of<false>(kv->format, v->rows, v->lanes / kLanes, v->q, kv->dim_k, keys, panel_bytes, kv->dim_k,
+                      v->scores + (int64_t)(block - from) * v->lanes, v->part_stride);
+  }
+}
+
+// Scores of the keys lo .. hi that a row sees become weights; lanes of other keys in the blocks at hand become zero.
+static void weigh(const View* v, int row, int from, int block_lo, int block_hi, int lo, int hi) {
+  const AttentionCall* c = v->c;
+  const int size = c->cache.block_size;
+  float* scores = v->scores + (int64_t)row * v->part_stride;
+  V best = set1(-INFINITY);
+  for (int block = block_lo; block < block_hi; ++block)
+    for (int lane = 0; lane < v->lanes; lane += kLanes) {
+      float* s = scores + (int64_t)(block - from) * v->lanes + lane;
+      const int key = block * size + lane;  // of the first lane; lanes from block_size on are no keys
+      const int end = size - lane < kLanes ? key + size - lane : key + kLanes;
+      V a = load(s) * set1(c->scale);
+      if (c->softcap != 0.0f) a = softcapped(a, c->softcap);
+      store(s, a);
+      if (key < lo || end > hi || end - key < kLanes) {
+        for (int i = 0; i < kLanes; ++i)
+          if (key + i < lo || key + i >= hi || key + i >= end) s[i] = -INFINITY;
+        a = load(s);
+      }
+      best = vmax(a, best);  // skips NaN: that shows in the sum
+    }
+  const float most = max_of(best);
+  V sum = zero();
+  const V top = set1(most);
+  for (int block = block_lo; block < block_hi; ++block)
+    for (int lane = 0; lane < v->lanes; lane += kLanes) {
+      float* s = scores + (int64_t)(block - from) * v->lanes + lane;
+      const V a = load(s);
+      V w = vexp(a - top);
+      w = where_negative(a + set1(3.0e38f), zero(), w);  // only what is masked lies that low
+      store(s, w);
+      sum = sum + w;
+    }
+  v->part_top[row] = most;
+  v->part_sum[row] = sum_of(sum);
+}
+
+// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 numbers of a value at a time.
+template <int MR>
+static void blend(const View* v, int row, int from, int lo, int hi) {
+  const KvCache* kv = &v->c->cache;
+  const int size = kv->block_size;
+  const float* weights = v->scores + (int64_t)row * v->part_stride;
+  for (int d = 0; d < v->value_width; d += kLanes) {
+    V acc[MR];
+    for (int r = 0; r < MR; ++r) acc[r] = zero();
+    for (int block = lo / size; block * size < hi; ++block) {
+      const uint8_t* values = kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes +
+                              v->item->kv_head * v->value_head_bytes;
+      const int begin = block * size < lo ? lo - block * size : 0;
+      const int end = hi - block * size < size ? hi - block * size : size;
+      const float* w = weights + (int64_t)(block - from) * v->lanes;
+      for (int key = begin; key < end; ++key) {
+        const int64_t at = (int64_t)key * v->value_width + d;
+        const V value = kv->format == kF32 ? load((const float*)values + at) : load_bf16((const uint16_t*)values + at);
+        for (int r = 0; r < MR; ++r) acc[r] = fma(value, set1(w[r * v->part_stride + key]), acc[r]);
+      }
+    }
+    for (int r = 0; r < MR; ++r) store(v->part + (int64_t)(row + r) * v->value_width + d, acc[r]);
+  }
+}
+
+static void blend_rows(const View* v, int from, int lo, int hi) {
+  for (int row = 0; row < v->rows; row += 6) switch (v->rows - row) {
+      case 1:
+        blend<1>(v, row, from, lo, hi);
+        break;
+      case 2:
+        blend<2>(v, row, from, lo, hi);
+        break;
+      case 3:
+        blend<3>(v, row, from, lo, hi);
+        break;
+      case 4:
+        blend<4>(v, row, from, lo, hi);
+        break;
+      case 5:
+        blend<5>(v, row, from, lo, hi);
+        break;
+      default:
+        blend<6>(v, row, from, lo, hi);
+    }
+}
+
+// total and the partition at hand become one softmax.
+static void merge(const View* v, int row) {
+  float* total = v->total + (int64_t)row * v->value_width;
+  const float* part = v->part + (int64_t)row * v->value_width;
+  if (v->sum[row] == 0.0f) {  // the first
+    for (int d = 0; d < v->value_width; d += kLanes) store(total + d, load(part + d));
+    v->top[row] = v->part_top[row];
+    v->sum[row] = v->part_sum[row];
+    return;
+  }
+  const float top = v->part_top[row] > v->top[row] ? v->part_top[row] : v->top[row];
+  float by[kLanes];
+  const float below[kLanes] = {v->top[row] - top, v->part_top[row] - top};
+  store(by, vexp(load(below)));
+  for (int d = 0; d < v->value_width; d += kLanes)
+    store(total + d, fma(load(part + d), set1(by[1]), load(total + d) * set1(by[0])));
+  v->sum[row] = v->sum[row] * by[0] + v->part_sum[row] * by[1];
+  v->top[row] = top;
+}
+
+// A sink takes weight and carries no value. Then the division, and the one rounding.
+static void put_out(const View* v, int row) {
+  const AttentionCall* c = v->c;
+  const int head = v->item->kv_head * v->share + row % v->share;
+  float by = 1.0f / v->sum[row];
+  if (c->sinks) {
+    const float sink = c->sinks[head], top = sink > v->top[row] ? sink : v->top[row];
+    float e[kLanes];
+    const float below[kLanes] = {v->top[row] - top, sink - top};
+    store(e, vexp(load(below)));
+    by = e[0] / (v->sum[row] * e[0] + e[1]);
+  }
+  const int width = c->cache.dim_v;
+  float* out = c->out.data + (v->item->t + row / v->share) * c->out.stride + (int64_t)head * width;
+  for (int d = 0; d < width; d += kLanes)
+    store_n(out + d, rounded(load(v->total + (int64_t)row * v->value_width + d) * set1(by), c->round_out), width - d);
+}
+
+static void attend(const AttentionCall* c, const AttentionItem* item, float* scratch) {
+  const KvCache* kv = &c->cache;
+  View v;
+  v.c = c;
+  v.item = item;
+  v.share = c->heads / kv->kv_heads;
+  v.rows = item->count * v.share;
+  v.lanes = padded(kv->block_size);
+  v.part_blocks = kv->block_size < kPartitionKeys ? kPartitionKeys / kv->block_size : 1;
+  v.part_stride = v.part_blocks * v.lanes;
+  v.value_width = padded(kv->dim_v);
+  v.number_bytes = kv->format == kF32 ? 4 : 2;
+  v.key_head_bytes = kv->key_block_bytes / kv->kv_heads;
+  v.value_head_bytes = kv->value_block_bytes / kv->kv_heads;
+  v.scores = scratch;
+  v.part = v.scores + (int64_t)v.rows * v.part_stride;
+  v.total = v.part + (int64_t)v.rows * v.value_width;
+  v.top = v.total + (int64_t)v.rows * v.value_width;
+  v.sum = v.top + v.rows;
+  v.part_top = v.sum + v.rows;
+  v.part_sum = v.part_top + v.rows;
+  float* q = v.part_sum + v.rows;
+  v.q = q;
+  for (int row = 0; row < v.rows; ++row) {
+    const int64_t head = item->kv_head * v.share + row % v.share;
+    const float* from = c->q.data + (item->t + row / v.share) * c->q.stride + head * kv->dim_k;
+    for (int d = 0; d < kv->dim_k; ++d) q[(int64_t)row * kv->dim_k + d] = from[d];
+    v.top[row] = -INFINITY;
+    v.sum[row] = 0.0f;
+  }
+  const int end = item->position + item->count;
+  const int begin = first_key(&v, item->position);
+  for (int from = begin / kv->block_size / v.part_blocks * v.part_blocks; from * kv->block_size < end;
+       from += v.part_blocks) {
+    const int part_lo = from * kv->block_size, part_hi = part_lo + v.part_blocks * kv->block_size;
+    const int lo = part_lo > begin ? part_lo : begin, hi = part_hi < end ? part_hi : end;
+    const int block_lo = lo / kv->block_size, block_hi = (hi + kv->block_size - 1) / kv->block_size;
+    score(&v, from, block_lo, block_hi);
+    for (int row = 0; row < v.rows; ++row) {
+      const int position = position_of(&v, row), first = first_key(&v, position);
+      weigh(&v, row, from, block_lo, block_hi, first > lo ? first : lo, position + 1 < hi ? position + 1 : hi);
+    }
+    blend_rows(&v, from, lo, hi);
+    for (int row = 0; row < v.rows; ++row) {
+      const int position = position_of(&v, row);
+      if (first_key(&v, position) < hi && position >= lo) merge(&v, row);
+    }
+  }
+  for (int row = 0; row < v.rows; ++row) put_out(&v, row);
+}
+
+}  // namespace
+}  // namespace truffula

@@ -1,0 +1,61 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+#include "tables.h"
+
+#if defined(TRUFFULA_X86)
+#include <cpuid.h>
+#endif
+
+namespace truffula {
+namespace {
+
+#if defined(TRUFFULA_X86)
+
+struct Features {
+  bool avx2 = false, avx512 = false;
+};
+
+// What the processor has and the operating system keeps across a task switch (XCR0): one without the other is useless.
+Features features() {
+  Features found;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+  const bool osxsave = c & (1u << 27), avx = c & (1u << 28), fma = c & (1u << 12);
+  if (!osxsave || !avx) return found;
+  unsigned low = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  const bool ymm = (low & 0x6u) == 0x6u, zmm = (low & 0xe6u) == 0xe6u;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  found.avx2 = ymm && fma && (b & (1u << 5));
+  const unsigned wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
+  found.avx512 = found.avx2 && zmm && (b & wanted) == wanted;
+  return found;
+}
+
+#endif
+
+}  // namespace
+
+std::vector<const Kernels*> usable_tables() {
+  std::vector<const Kernels*> tables;
+#if defined(TRUFFULA_X86)
+  const Features has = features();
+  if (has.avx512) tables.push_back(&kAvx512);
+  if (has.avx2) tables.push_back(&kAvx2);
+#endif
+  tables.push_back(&kPortable);
+  return tables;
+}
+
+const Kernels* find_table(const std::string& name) {
+  std::string names;
+  for (const Kernels* table : usable_tables()) {
+    if (name == "auto" || name == table->name) return table;
+    names += (names.empty() ? "" : ", ") + std::string(table->name);
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not to be had on this machine; it has " + names);
+}
+
+}  // namespace truffula

@@ -1,0 +1,17 @@
+// Which function tables this machine can run.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace truffula {
+
+// Usable tables, the best first; the portable one is always there.
+std::vector<const Kernels*> usable_tables();
+
+// The table called `name`; "auto" is the first. Throws std::invalid_argument naming those there are.
+const Kernels* find_table(const std::string& name);
+
+}  // namespace truffula

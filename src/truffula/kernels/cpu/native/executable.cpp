@@ -1,0 +1,355 @@
+#include "executable.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "dispatch.h"
+
+namespace truffula {
+namespace {
+
+[[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+void require(bool holds, const char* why) {
+  if (!holds) refuse(why);
+}
+
+// Visits every Ref of an op with its name.
+template <class F>
+void for_refs(const Op& op, F f) {
+  std::visit(
+      [&](const auto& o) {
+        using T = std::decay_t<decltype(o)>;
+        if constexpr (std::is_same_v<T, EmbedOp>) f(o.out, "out", false), f(o.add, "add", true);
+        else if constexpr (std::is_same_v<T, NormOp>) f(o.x, "x", false), f(o.out, "out", false), f(o.plus, "plus", true);
+        else if constexpr (std::is_same_v<T, LinearOp>)
+          f(o.x, "x", false), f(o.out, "out", false), f(o.residual, "residual", true);
+        else if constexpr (std::is_same_v<T, PointwiseOp>) f(o.x, "x", false), f(o.y, "y", true), f(o.out, "out", false);
+        else if constexpr (std::is_same_v<T, RopeRowsOp>) f(o.out, "out", false);
+        else if constexpr (std::is_same_v<T, RopeOp>) f(o.x, "x", false), f(o.rows, "rows", false);
+        else if constexpr (std::is_same_v<T, AttentionOp>)
+          f(o.q, "q", false), f(o.k, "k", false), f(o.v, "v", false), f(o.out, "out", false);
+        else f(o.x, "x", false), f(o.out, "out", false);
+      },
+      op);
+}
+
+const Ref& out_of(const Op& op) {
+  return std::visit(
+      [](const auto& o) -> const Ref& {
+        if constexpr (requires { o.out; }) return o.out;
+        else return o.x;
+      },
+      op);
+}
+
+}  // namespace
+
+Executable::Executable(const std::string& isa, int threads, const Capacity& capacity, int32_t kv_format, int32_t groups,
+                       bool debug)
+    : kernels_(find_table(isa)),
+      team_(threads),
+      capacity_(capacity),
+      kv_format_(kv_format),
+      groups_(groups),
+      debug_(debug),
+      attention_scratch_(static_cast<size_t>(threads)),
+      deltas_(static_cast<size_t>(threads)) {
+  require(capacity.max_tokens > 0 && capacity.max_seqs > 0 && capacity.max_logit_rows > 0, "capacity: a step has rows");
+  require(capacity.num_blocks > 0 && capacity.block_size > 0, "capacity: there is a block");
+}
+
+// Load
+
+void Executable::add_buffer(const Buffer& buffer) { buffers_.push_back(buffer); }
+
+int32_t Executable::add_vector(const float* values, int64_t count) {
+  require(count > 0, "a vector has numbers");
+  Weight made;
+  made.memory = Memory(static_cast<size_t>(count) * sizeof(float));
+  made.outputs = count;
+  std::memcpy(made.memory.data(), values, static_cast<size_t>(count) * sizeof(float));
+  weights_.push_back(std::move(made));
+  return static_cast<int32_t>(weights_.size()) - 1;
+}
+
+int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
+  require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
+  require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
+  Weight made;
+  made.outputs = outputs;
+  made.inputs = inputs;
+  made.format = format;
+  made.panels = panels;
+  made.order = {outputs, half};
+  const int64_t bytes = panels ? made.order.panels() * panel_bytes(format, inputs)
+                               : outputs * inputs * (format == kF32 ? 4 : 2);
+  made.memory = Memory(static_cast<size_t>(bytes) + 64);
+  weights_.push_back(std::move(made));
+  return static_cast<int32_t>(weights_.size()) - 1;
+}
+
+void Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
+  const Weight& to = weight(id);
+  require(source.inputs == to.inputs && first >= 0 && rows > 0 && first + rows <= to.outputs, "matrix: bad part");
+  struct Job {
+    const Weight* to;
+    const Source* source;
+    int64_t rows, first;
+    int threads;
+  } job{&to, &source, rows, first, team_.size()};
+  team_.run(
+      [](void* context, int thread) {
+        const Job& j = *static_cast<const Job*>(context);
+        // Cut where panels begin, so that no two threads write to one.
+        const int64_t step = (j.rows / j.threads + kLanes) / kLanes * kLanes;
+        const int64_t shift = j.first % kLanes;
+        const int64_t lo = thread == 0 ? 0 : std::min(j.rows, std::max<int64_t>(0, thread * step - shift));
+        const int64_t hi = thread == j.threads - 1 ? j.rows : std::min(j.rows, (thread + 1) * step - shift);
+        if (lo >= hi) return;
+        if (j.to->panels) pack_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first, j.to->order);
+        else copy_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first);
+      },
+      &job);
+}
+
+const Weight& Executable::weight(int32_t id) const {
+  require(id >= 0 && static_cast<size_t>(id) < weights_.size(), "no such weight");
+  return weights_[static_cast<size_t>(id)];
+}
+
+void Executable::check_ref(const Ref& ref, const char* what, bool optional) const {
+  if (optional && ref.buffer == kNothing) return;
+  if (ref.buffer < 0 || static_cast<size_t>(ref.buffer) >= buffers_.size()) refuse(std::string(what) + ": no such buffer");
+  const Buffer& buffer = buffers_[static_cast<size_t>(ref.buffer)];
+  if (ref.start < 0 || ref.width < 1 || ref.start + ref.width > buffer.stride)
+    refuse(std::string(what) + ": columns outside its buffer");
+}
+
+void Executable::check_op(const Op& op) const {
+  for_refs(op, [&](const Ref& ref, const char* what, bool optional) { check_ref(ref, what, optional); });
+  if (const auto* embed = std::get_if<EmbedOp>(&op)) {
+    require(weight(embed->table).inputs == embed->out.width, "embed: width");
+  } else if (const auto* norm = std::get_if<NormOp>(&op)) {
+    require(norm->groups > 0 && norm->x.width % norm->groups == 0 && norm->x.width == norm->out.width, "norm: width");
+    for (int32_t id : {norm->weight, norm->bias})
+      require(id == kNothing || weight(id).outputs == norm->x.width / norm->groups, "norm: weight");
+  } else if (const auto* linear = std::get_if<LinearOp>(&op)) {
+    const Weight& w = weight(linear->weight);
+    require(w.panels && w.inputs == linear->x.width, "linear: weight");
+    require(linear->glu == (w.order.half > 0), "linear: gate and up panels");
+    require(linear->out.width == (linear->glu ? w.order.half : w.outputs), "linear: width");
+    require(linear->bias.empty() || linear->bias.size() == static_cast<size_t>(w.order.panels() * kLanes), "linear: bias");
+  } else if (const auto* rope = std::get_if<RopeOp>(&op)) {
+    require(rope->dims % 2 == 0 && rope->dims > 0 && rope->start >= 0 && rope->start + rope->dims <= rope->head_dim &&
+                rope->x.width == rope->heads * rope->head_dim && rope->rows.width == rope->dims, "rope: width");
+  } else if (const auto* a = std::get_if<AttentionOp>(&op)) {
+    require(a->heads > 0 && a->kv_heads > 0 && a->heads % a->kv_heads == 0, "attention: heads");
+    require(a->q.width == a->heads * a->dim_k && a->k.width == a->kv_heads * a->dim_k &&
+                a->v.width == a->kv_heads * a->dim_v && a->out.width == a->heads * a->dim_v, "attention: width");
+    require(a->group >= 0 && a->group < groups_, "attention: group");
+    require(a->sinks == kNothing || weight(a->sinks).outputs == a->heads, "attention: sinks");
+  }
+}
+
+void Executable::add(Op op) {
+  check_op(op);
+  if (const auto* attention = std::get_if<AttentionOp>(&op)) {
+    const int64_t lanes = (capacity_.block_size + kLanes - 1) / kLanes;
+    const int64_t value_width = (attention->dim_v + kLanes - 1) / kLanes * kLanes * (kv_format_ == kF32 ? 4 : 2);
+    const int64_t bytes[2] = {attention->kv_heads * lanes * panel_bytes(kv_format_, attention->dim_k),
+                              attention->kv_heads * capacity_.block_size * value_width};
+    const int32_t ids[2] = {attention->key_plane, attention->value_plane};
+    for (int i = 0; i < 2; ++i) {
+      require(ids[i] >= 0 && ids[i] < (1 << 20), "attention: planes");
+      if (static_cast<size_t>(ids[i]) >= planes_.size()) planes_.resize(static_cast<size_t>(ids[i]) + 1);
+      Plane& plane = planes_[static_cast<size_t>(ids[i])];
+      require(plane.block_bytes == 0, "attention: a plane serves one op");
+      plane.block_bytes = bytes[i];
+      plane.group = attention->group;
+      plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));
+    }
+    const int32_t share = attention->heads / attention->kv_heads;
+    if (std::none_of(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; }))
+      shares_.push_back({share, {}});
+    const int64_t rows = std::max(share, kQueryRows);
+    const int64_t floats = attention_scratch(rows, capacity_.block_size, attention->dim_k, attention->dim_v);
+    for (std::vector<float>& scratch : attention_scratch_)
+      if (static_cast<int64_t>(scratch.size()) < floats) scratch.resize(static_cast<size_t>(floats));
+  }
+  ops_.push_back(std::move(op));
+}
+
+void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer) {
+  for (const Buffer& buffer : buffers_) {
+    const int64_t rows = buffer.logit_rows ? capacity_.max_logit_rows : capacity_.max_tokens;
+    require(buffer.offset >= 0 && buffer.stride > 0 && buffer.offset + rows * buffer.stride <= arena_floats,
+            "a buffer lies outside the arena");
+  }
+  require(logits_buffer >= 0 && static_cast<size_t>(logits_buffer) < buffers_.size(), "no such buffer of logits");
+  logits_ = logits_buffer;
+  in_ = arrays;
+  arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
+  claims_ = std::make_unique<Claim[]>(2 * ops_.size());
+  if (debug_) taps_.resize(ops_.size());
+  token_rows_ = position_rows_ = INT32_MAX;
+  for (const Op& op : ops_)
+    if (const auto* embed = std::get_if<EmbedOp>(&op)) {
+      const auto rows = static_cast<int32_t>(weight(embed->table).outputs);
+      if (embed->source == EmbedSource::kToken) token_rows_ = std::min(token_rows_, rows);
+      else position_rows_ = std::min(position_rows_, rows - embed->offset);
+    }
+}
+
+// Checks of what a step is given: a wrong number is an error here and never a read outside.
+
+void Executable::check_inputs(const StepCounts& c) const {
+  const Capacity& cap = capacity_;
+  require(c.T >= 1 && c.T <= cap.max_tokens && c.N >= 1 && c.N <= cap.max_seqs, "step: T or N outside the capacity");
+  require(c.R >= 0 && c.R <= cap.max_logit_rows && c.G >= 0 && c.G <= cap.max_segments, "step: R or G outside the capacity");
+  for (int32_t t = 0; t < c.T; ++t) {
+    require(in_.token_ids[t] >= 0 && in_.token_ids[t] < token_rows_, "token_ids: outside the table");
+    require(in_.position[t] >= 0 && in_.position[t] < position_rows_, "position: outside the table");
+    for (int32_t g = 0; g < groups_; ++g) {
+      const int64_t slot = in_.slot_mapping[static_cast<int64_t>(g) * cap.max_tokens + t];
+      require(slot >= 0 && slot < static_cast<int64_t>(cap.num_blocks) * cap.block_size, "slot_mapping: no such slot");
+    }
+  }
+  require(in_.q_start[0] == 0 && in_.q_start[c.N] == c.T, "q_start: does not cover the rows");
+  for (int32_t n = 0; n < c.N; ++n) {
+    const int32_t count = in_.q_start[n + 1] - in_.q_start[n];
+    require(count >= 0 && in_.kv_len[n] >= count, "kv_len: fewer keys than rows");
+    if (groups_ == 0) continue;
+    const int64_t blocks = (in_.kv_len[n] + static_cast<int64_t>(cap.block_size) - 1) / cap.block_size;
+    require(blocks <= cap.max_blocks_per_seq, "kv_len: beyond the block table");
+    for (int32_t g = 0; g < groups_; ++g) {
+      const int32_t* table = in_.block_tables + (static_cast<int64_t>(g) * cap.max_seqs + n) * cap.max_blocks_per_seq;
+      for (int64_t b = 0; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
+    }
+  }
+  for (int32_t g = 0; g < c.G; ++g) {
+    const int32_t *seg = in_.seg + 3 * g, *seg_r = in_.seg_r + 2 * g;
+    require(seg[0] >= 0 && seg[0] <= seg[1] && seg[1] <= c.T, "seg: rows outside the step");
+    require(seg_r[0] >= 0 && seg_r[0] <= seg_r[1] && seg_r[1] <= c.R, "seg_r: rows outside the step");
+    if (seg[2] < 0 || static_cast<size_t>(seg[2]) >= adapters_.size() || !adapters_[static_cast<size_t>(seg[2])])
+      refuse("segment " + std::to_string(g) + " names adapter slot " + std::to_string(seg[2]) + ", which is empty");
+  }
+  for (int32_t r = 0; r < c.R; ++r)
+    require(in_.logit_rows[r] >= 0 && in_.logit_rows[r] < c.T, "logit_rows: outside the step");
+}
+
+// Adapters
+
+int32_t Executable::add_adapter() {
+  auto made = std::make_unique<Adapter>();
+  made->op_of.assign(ops_.size(), kNothing);
+  if (free_slots_.empty()) {
+    adapters_.push_back(std::move(made));
+    return static_cast<int32_t>(adapters_.size()) - 1;
+  }
+  const int32_t slot = free_slots_.back();
+  free_slots_.pop_back();
+  adapters_[static_cast<size_t>(slot)] = std::move(made);
+  return slot;
+}
+
+void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<Source>& a,
+                                const std::vector<int64_t>& ranks, const std::vector<float>& scales,
+                                const std::vector<int32_t>& expand_of, const std::vector<Source>& b,
+                                const std::vector<int64_t>& outputs, const std::vector<int64_t>& first_output) {
+  require(slot >= 0 && static_cast<size_t>(slot) < adapters_.size() && adapters_[static_cast<size_t>(slot)], "no such slot");
+  require(index >= 0 && static_cast<size_t>(index) < ops_.size(), "no such op");
+  const auto* op = std::get_if<LinearOp>(&ops_[static_cast<size_t>(index)]);
+  require(op != nullptr, "adapters act on products only");
+  const Weight& w = weight(op->weight);
+  Adapter& adapter = *adapters_[static_cast<size_t>(slot)];
+  AdapterOp made;
+  int64_t panels = 0;
+  bool exact_in_bf16 = true;
+  std::vector<int64_t> at;
+  for (size_t i = 0; i < a.size(); ++i) {
+    require(a[i].inputs == w.inputs && ranks[i] > 0, "adapter: A has another width");
+    at.push_back(panels);
+    panels += (ranks[i] + kLanes - 1) / kLanes;
+    exact_in_bf16 &= a[i].type == Stored::kBfloat16;
+  }
+  const int32_t format = exact_in_bf16 ? kBF16 : kF32;
+  Memory memory(static_cast<size_t>(panels * panel_bytes(format, w.inputs)) + 64);
+  made.column_scale.assign(static_cast<size_t>(panels * kLanes), 0.0f);
+  for (size_t i = 0; i < a.size(); ++i) {
+    pack_rows(a[i], 0, ranks[i], memory.data() + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0});
+    std::fill_n(made.column_scale.begin() + at[i] * kLanes, ranks[i], scales[i]);
+  }
+  made.a = {memory.data(), panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels),
+            static_cast<int32_t>(w.inputs)};
+  adapter.memory.push_back(std::move(memory));
+  for (size_t i = 0; i < b.size(); ++i) {
+    const auto from = static_cast<size_t>(expand_of[i]);
+    require(from < a.size() && b[i].inputs == ranks[from], "adapter: B has another rank");
+    require(first_output[i] >= 0 && first_output[i] + outputs[i] <= w.outputs, "adapter: B has too many rows");
+    const int32_t b_format = b[i].type == Stored::kBfloat16 ? kBF16 : kF32;
+    // A slice that covers gates and ups is two, whose panels alternate.
+    const int64_t end = first_output[i] + outputs[i], half = w.order.half;
+    const int64_t cut = half ? std::clamp(half, first_output[i], end) : end;
+    for (const auto& [lo, hi, base] : {std::array<int64_t, 3>{first_output[i], cut, 0}, std::array<int64_t, 3>{cut, end, half}}) {
+      if (lo >= hi) continue;
+      const int64_t shift = (lo - base) % kLanes;
+      const PanelOrder order{shift + hi - lo, 0};
+      Memory packed(static_cast<size_t>(order.panels() * panel_bytes(b_format, ranks[from])) + 64);
+      const int64_t skip = lo - first_output[i];
+      pack_rows(b[i], skip, skip + hi - lo, packed.data(), b_format, shift - skip, order);
+      const int64_t first = half ? 2 * ((lo - base) / kLanes) + (base ? 1 : 0) : lo / kLanes;
+      made.expands.push_back({{packed.data(), panel_bytes(b_format, ranks[from]), b_format,
+                               static_cast<int32_t>(order.panels()), static_cast<int32_t>(ranks[from])},
+                              static_cast<int32_t>(at[from] * kLanes), static_cast<int32_t>(first), half ? 2 : 1});
+      adapter.memory.push_back(std::move(packed));
+    }
+  }
+  adapter.op_of[static_cast<size_t>(index)] = static_cast<int32_t>(adapter.ops.size());
+  adapter.ops.push_back(std::move(made));
+}
+
+void Executable::drop_adapter(int32_t slot) {
+  require(slot >= 0 && static_cast<size_t>(slot) < adapters_.size() && adapters_[static_cast<size_t>(slot)],
+          "adapter slot is not in use");
+  adapters_[static_cast<size_t>(slot)].reset();
+  free_slots_.push_back(slot);
+}
+
+void Executable::kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to) {
+  require(from.size() == to.size(), "kv_copy: as many sources as destinations");
+  require(group >= 0 && group < groups_, "kv_copy: no such group");
+  for (size_t i = 0; i < from.size(); ++i)
+    require(std::min(from[i], to[i]) >= 0 && std::max(from[i], to[i]) < capacity_.num_blocks, "kv_copy: no such block");
+  for (Plane& plane : planes_) {
+    if (plane.block_bytes == 0 || plane.group != group) continue;
+    for (size_t i = 0; i < from.size(); ++i)
+      std::memmove(plane.memory.data() + to[i] * plane.block_bytes, plane.memory.data() + from[i] * plane.block_bytes,
+                   static_cast<size_t>(plane.block_bytes));
+  }
+}
+
+// Taps
+
+void Executable::keep_tap(size_t index) {
+  const Ref& ref = out_of(ops_[index]);
+  const int32_t count = rows_of(ref);
+  std::vector<float>& kept = taps_[index];
+  kept.resize(static_cast<size_t>(count) * static_cast<size_t>(ref.width));
+  const Rows from = rows(ref);
+  for (int32_t r = 0; r < count; ++r)
+    std::memcpy(kept.data() + static_cast<int64_t>(r) * ref.width, from.data + r * from.stride,
+                static_cast<size_t>(ref.width) * sizeof(float));
+}
+
+std::vector<float> Executable::tap(int32_t op) const {
+  require(op >= 0 && static_cast<size_t>(op) < taps_.size(), "no such tap");
+  return taps_[static_cast<size_t>(op)];
+}
+
+int32_t Executable::tap_width(int32_t op) const { return out_of(ops_.at(static_cast<size_t>(op))).width; }
+
+std::array<double, std::variant_size_v<Op>> Executable::take_seconds() { return std::exchange(seconds_, {}); }
+
+}  // namespace truffula

@@ -1,0 +1,131 @@
+// A loaded program: weights, activations, cached keys and values, adapters, and the loop that runs the ops.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "ops.h"
+#include "team.h"
+
+namespace truffula {
+
+struct Capacity {
+  int32_t max_tokens, max_seqs, max_logit_rows, max_segments, num_blocks, block_size, max_blocks_per_seq;
+};
+
+// The arrays that vary from step to step, owned by the caller (see kernels/inputs.py for shapes and meaning).
+struct StepArrays {
+  const int32_t *token_ids, *position, *rope_pos, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;
+  const float* seg_weight;
+  const int32_t* logit_rows;
+};
+
+struct StepCounts {
+  int32_t T = 0, N = 0, R = 0, G = 0;
+};
+
+// One owner. Made in this order: buffers, weights, ops; then `seal`. Every number that comes from outside is checked
+// where it enters: what fails throws std::invalid_argument and leaves nothing half done.
+class Executable {
+ public:
+  Executable(const std::string& isa, int threads, const Capacity& capacity, int32_t kv_format, int32_t groups,
+             bool debug);
+
+  // Load
+  void add_buffer(const Buffer& buffer);
+  int32_t add_vector(const float* values, int64_t count);
+  int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half);
+  void fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
+  void add(Op op);
+  void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer);
+
+  // A step
+  void run(const StepCounts& counts);
+  const float* logits_row(int32_t row) const { return row_of(buffers_[static_cast<size_t>(logits_)], row); }
+  int64_t logits_stride() const { return buffers_[static_cast<size_t>(logits_)].stride; }
+  int32_t logit_rows() const { return counts_.R; }
+  std::vector<float> tap(int32_t op) const;
+  int32_t tap_width(int32_t op) const;
+
+  // Adapters and KV
+  int32_t add_adapter();
+  void add_adapter_op(int32_t slot, int32_t op, const std::vector<Source>& a, const std::vector<int64_t>& ranks,
+                      const std::vector<float>& scales, const std::vector<int32_t>& expand_of,
+                      const std::vector<Source>& b, const std::vector<int64_t>& outputs,
+                      const std::vector<int64_t>& first_output);
+  void drop_adapter(int32_t slot);
+  void kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to);
+
+  // Per kind of op, seconds since the last call (thread 0's view, waiting included).
+  std::array<double, std::variant_size_v<Op>> take_seconds();
+  Team& team() { return team_; }
+  const Kernels& kernels() const { return *kernels_; }
+  size_t num_ops() const { return ops_.size(); }
+
+ private:
+  struct Item {
+    int32_t sequence, t, count, position;
+  };
+  struct Share {  // attention items for ops whose kv heads each serve so many heads
+    int32_t heads;
+    std::vector<Item> items;
+  };
+  struct alignas(128) Claim {
+    std::atomic<int32_t> next{0};
+  };
+
+  const Weight& weight(int32_t id) const;
+  void check_ref(const Ref& ref, const char* what, bool optional = false) const;
+  void check_op(const Op& op) const;
+  void check_inputs(const StepCounts& counts) const;
+  void prepare();
+  std::vector<Item> items_for(int32_t share) const;
+  void execute(int thread);
+  int32_t rows_of(const Ref& ref) const;
+  float* row_of(const Buffer& buffer, int32_t row) const { return arena_.floats() + buffer.offset + row * buffer.stride; }
+  Rows rows(const Ref& ref) const;
+  bool rounded(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].rounded; }
+  void keep_tap(size_t op);
+
+  void run_op(const EmbedOp&, size_t index, int thread);
+  void run_op(const NormOp&, size_t index, int thread);
+  void run_op(const LinearOp&, size_t index, int thread);
+  void run_op(const PointwiseOp&, size_t index, int thread);
+  void run_op(const RopeRowsOp&, size_t index, int thread);
+  void run_op(const RopeOp&, size_t index, int thread);
+  void run_op(const AttentionOp&, size_t index, int thread);
+  void run_op(const TakeRowsOp&, size_t index, int thread);
+  bool shrink_all(const LinearOp&, size_t index, int thread);
+  AttentionCall call_of(const AttentionOp& op) const;
+
+  const Kernels* kernels_;
+  Team team_;
+  const Capacity capacity_;
+  const int32_t kv_format_, groups_;
+  const bool debug_;
+  std::vector<Buffer> buffers_;
+  std::vector<Weight> weights_;
+  std::vector<Op> ops_;
+  std::vector<Plane> planes_;
+  std::vector<std::unique_ptr<Adapter>> adapters_;
+  std::vector<int32_t> free_slots_;
+  Memory arena_;
+  StepArrays in_{};
+  StepCounts counts_;
+  int32_t logits_ = 0, token_rows_ = 0, position_rows_ = 0;
+  std::vector<Share> shares_;
+  std::vector<std::vector<float>> attention_scratch_;  // per thread
+  std::vector<std::vector<Delta>> deltas_;             // per thread
+  std::vector<float> h_;
+  std::unique_ptr<Claim[]> claims_;  // two per op
+  std::vector<std::vector<float>> taps_;
+  std::array<double, std::variant_size_v<Op>> seconds_{};
+};
+
+}  // namespace truffula

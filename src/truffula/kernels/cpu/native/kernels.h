@@ -1,0 +1,152 @@
+// What a kernel table offers. Plain C structs: the tables are compiled with different instruction sets, so nothing
+// that the linker could share between them (no inline functions with linkage, no std::) may be declared here.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace truffula {
+
+// Outputs of a panel, tokens of a key line, floats of a vector: one number, so that weights, adapters and cached keys
+// are read by the same tile.
+constexpr int kLanes = 16;
+
+// Keys of one attention partition. Partitions are cut by position alone and merged in order.
+constexpr int kPartitionKeys = 512;
+
+// How numbers are stored. F32: a line holds one input of 16 outputs. BF16: inputs 2k and 2k + 1, side by side.
+enum Format : int32_t { kF32 = 0, kBF16 = 1 };
+
+enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
+
+enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5 };
+
+// A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
+struct Packed {
+  const uint8_t* data;
+  int64_t panel_bytes;
+  int32_t format;
+  int32_t panels;
+  int32_t inputs;
+};
+
+// Rows of a buffer: float32, `stride` floats apart. In bfloat16 mode they hold values rounded to bfloat16.
+struct Rows {
+  float* data;
+  int64_t stride;
+};
+
+// What one adapter adds to rows lo .. hi: h [hi - lo, rank] (scaled) times B. Panel i of `b` adds to panel
+// first + i * step of the product.
+struct Delta {
+  const float* h;
+  int64_t h_stride;
+  Packed b;
+  int32_t lo, hi, first, step;
+};
+
+// out = softcap(residual + scale * activation(clip(x W^T + deltas + bias))), see program.Epilogue for the order.
+// With `glu` the panels alternate gate, up, gate, up. `residual.data` and `bias` may be null.
+struct LinearCall {
+  Rows x, out, residual;
+  Packed w;
+  const float* bias;   // in packed order (16 x panels), zero in unused lanes
+  const Delta* deltas;
+  int32_t num_deltas;
+  int32_t rows;
+  int32_t out_width;
+  int32_t activation;
+  int32_t glu;
+  int32_t round_out;
+  float clip;      // 0: none
+  float scale;
+  float softcap;   // 0: none
+};
+
+// h[rows, 16 x a.panels] = weight * column_scale * (x A^T).
+struct ShrinkCall {
+  Rows x, h;
+  Packed a;
+  const float* column_scale;
+  float weight;
+  int32_t rows;
+};
+
+struct NormCall {
+  Rows x, out, plus;   // plus.data may be null
+  const float* weight;
+  const float* bias;
+  int32_t width, groups;
+  int32_t layer_norm, cast_first, round_out;
+  float eps;
+};
+
+struct PointwiseCall {
+  Rows x, y, out;
+  int32_t kind, activation, width, round_out;
+  float param;
+};
+
+struct RopeCall {
+  Rows x, rows;
+  int32_t heads, head_dim, start, dims, interleaved, round_out;
+};
+
+// One layer's cached keys and values. Keys: per block and kv head, lines of 16 tokens. Values: per block and kv head,
+// a row of `value_width` numbers per token.
+struct KvCache {
+  uint8_t* keys;
+  uint8_t* values;
+  int64_t key_block_bytes, value_block_bytes;
+  int32_t format, block_size, kv_heads, dim_k, dim_v;
+};
+
+struct AttentionCall {
+  KvCache cache;
+  Rows q, k, v, out;
+  const float* sinks;   // per head; may be null
+  int32_t heads, window, round_out;
+  float scale, softcap;
+};
+
+// Query rows t .. t + count of one sequence, whose positions begin at `position`.
+struct AttentionItem {
+  const int32_t* table;
+  int32_t t, count, position, kv_head;
+};
+
+// Rows of a table as floats, whatever its layout.
+struct Table {
+  const uint8_t* data;
+  int64_t panel_bytes;   // 0: plain rows
+  int32_t format, width;
+};
+
+struct EmbedCall {
+  Table table;
+  Rows out, add;   // add.data may be null
+  float scale;
+  int32_t scaled, round_out;
+};
+
+struct Kernels {
+  const char* name;
+  void (*linear)(const LinearCall*, int32_t unit_lo, int32_t unit_hi);   // units of two panels
+  void (*shrink)(const ShrinkCall*, int32_t panel_lo, int32_t panel_hi);
+  void (*norm)(const NormCall*, int32_t row_lo, int32_t row_hi);
+  void (*pointwise)(const PointwiseCall*, int32_t row_lo, int32_t row_hi);
+  void (*rope)(const RopeCall*, int32_t row_lo, int32_t row_hi);
+  void (*write_kv)(const AttentionCall*, const int32_t* slots, int32_t row_lo, int32_t row_hi);
+  void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
+  void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
+  void (*argmax)(const float* row, int64_t width, int32_t* index, float* value);
+};
+
+// Floats of scratch that `attend` needs per thread for `rows` query rows (tokens x heads that share a kv head).
+constexpr int64_t attention_scratch(int64_t rows, int64_t block_size, int64_t dim_k, int64_t dim_v) {
+  const int64_t lanes = (block_size + kLanes - 1) / kLanes * kLanes;
+  const int64_t blocks = block_size < kPartitionKeys ? kPartitionKeys / block_size : 1;
+  return rows * (lanes * blocks + dim_k + 2 * ((dim_v + kLanes - 1) / kLanes * kLanes) + 4);
+}
+
+}  // namespace truffula

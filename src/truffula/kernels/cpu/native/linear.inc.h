@@ -1,0 +1,240 @@
+// Products with packed matrices. Every output has one accumulator that walks k upward, whatever tile it is in: a row's
+// result depends neither on the other rows nor on where it stands.
+#pragma once
+
+#include "vec.h"
+
+namespace truffula {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kTileRows = 12;  // 12 rows x 2 panels: 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kTileRows = 6;  // 6 rows x 1 panel of two registers: 12 accumulators of 16
+#else
+constexpr int kTileRows = 2;
+#endif
+constexpr int kBlockRows = 48;  // between two epilogues: a multiple of every tile's rows
+constexpr int kUnitPanels = 2;
+
+// Lines lo .. hi of NP panels times rows of x, onto acc. `odd` says that a pair's second number is there.
+template <int MR, int NP, int FORMAT>
+TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
+                        int64_t k_lo, int64_t k_hi) {
+  if constexpr (FORMAT == kF32) {
+    for (int64_t k = k_lo; k < k_hi; ++k) {
+      V w[NP];
+      for (int p = 0; p < NP; ++p) w[p] = load((const float*)(panel + p * panel_bytes + 64 * k));
+      for (int r = 0; r < MR; ++r) {
+        const V b = set1(x[r * stride + k]);
+        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
+      }
+    }
+  } else {
+    const uint8_t* line = panel + 32 * k_lo;  // k_lo is even
+    int64_t k = k_lo;
+    for (; k + 1 < k_hi; k += 2, line += 64) {
+      __builtin_prefetch(line + 2048);
+      V w[NP];
+      for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes);
+      for (int r = 0; r < MR; ++r) {
+        const V b = set1(x[r * stride + k]);
+        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
+      }
+      for (int p = 0; p < NP; ++p) w[p] = odd_of(line + p * panel_bytes);
+      for (int r = 0; r < MR; ++r) {
+        const V b = set1(x[r * stride + k + 1]);
+        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
+      }
+    }
+    if (k < k_hi)
+      for (int r = 0; r < MR; ++r)
+        for (int p = 0; p < NP; ++p)
+          acc[r][p] = fma(even_of(line + p * panel_bytes), set1(x[r * stride + k]), acc[r][p]);
+  }
+}
+
+// y[r, 16 p ...] (+)= x[r] W^T for MR rows and NP panels.
+template <int MR, int NP, int FORMAT, bool ADD>
+static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* y,
+                 int64_t y_stride) {
+  V acc[MR][NP];
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) acc[r][p] = ADD ? load(y + r * y_stride + kLanes * p) : zero();
+  multiply<MR, NP, FORMAT>(acc, x, stride, panel, panel_bytes, 0, inputs);
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
+}
+
+template <int NP, int FORMAT, bool ADD>
+static void tile_rows(int rows, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
+                      int64_t inputs, float* y, int64_t y_stride) {
+#define TF_CASE(n)                                                                                    \
+  case n:                                                                                             \
+    if constexpr (n <= kTileRows) return tile<n, NP, FORMAT, ADD>(x, stride, panel, panel_bytes, inputs, y, y_stride); \
+    break;
+  switch (rows) {
+    TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6)
+    TF_CASE(7) TF_CASE(8) TF_CASE(9) TF_CASE(10) TF_CASE(11) TF_CASE(12)
+  }
+#undef TF_CASE
+}
+
+// One or two adjacent panels. Two at once where registers allow: with few rows, and always with 32 registers.
+template <int FORMAT, bool ADD>
+static void product(int rows, int panels, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
+                    int64_t inputs, float* y, int64_t y_stride) {
+#if defined(__AVX512F__)
+  const int most_for_two = kTileRows;
+#else
+  const int most_for_two = 2;
+#endif
+  for (int r = 0; r < rows; r += kTileRows) {
+    const int count = rows - r < kTileRows ? rows - r : kTileRows;
+    const float* from = x + r * stride;
+    float* to = y + r * y_stride;
+    if (panels == 2 && count <= most_for_two) {
+      tile_rows<2, FORMAT, ADD>(count, from, stride, panel, panel_bytes, inputs, to, y_stride);
+    } else {
+      for (int p = 0; p < panels; ++p)
+        tile_rows<1, FORMAT, ADD>(count, from, stride, panel + p * panel_bytes, panel_bytes, inputs, to + kLanes * p,
+                                  y_stride);
+    }
+  }
+}
+
+template <bool ADD>
+TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, int64_t stride, const uint8_t* panel,
+                          int64_t panel_bytes, int64_t inputs, float* y, int64_t y_stride) {
+  if (format == kF32) product<kF32, ADD>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  else product<kBF16, ADD>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+}
+
+// What adapters add to rows r .. r + rows of panels first .. first + panels, held in y.
+static void add_deltas(const LinearCall* c, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
+  for (int d = 0; d < c->num_deltas; ++d) {
+    const Delta* delta = c->deltas + d;
+    const int lo = delta->lo > r ? delta->lo : r;
+    const int hi = delta->hi < r + rows ? delta->hi : r + rows;
+    if (lo >= hi) continue;
+    for (int p = 0; p < panels; ++p) {
+      const int behind = first + p - delta->first;
+      if (behind < 0 || behind % delta->step || behind / delta->step >= delta->b.panels) continue;
+      const uint8_t* panel = delta->b.data + behind / delta->step * delta->b.panel_bytes;
+      product_of<true>(delta->b.format, hi - lo, 1, delta->h + (lo - delta->lo) * delta->h_stride, delta->h_stride,
+                       panel, delta->b.panel_bytes, delta->b.inputs, y + (lo - r) * y_stride + kLanes * p, y_stride);
+    }
+  }
+}
+
+// Columns of one row to what is stored, in the order of program.Epilogue.
+TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int panel, int row, int column, int count) {
+  V a = load(y);
+  if (c->bias) a = a + load(c->bias + (int64_t)kLanes * panel);
+  if (c->clip != 0.0f) a = vmin(vmax(a, set1(-c->clip)), set1(c->clip));
+  a = activated(a, c->activation);
+  if (up) {
+    V b = load(up);
+    if (c->bias) b = b + load(c->bias + (int64_t)kLanes * (panel + 1));
+    if (c->clip != 0.0f) b = vmin(vmax(b, set1(-c->clip)), set1(c->clip));
+    a = a * b;
+  }
+  if (c->scale != 1.0f) a = a * set1(c->scale);
+  if (c->residual.data) a = a + load_n(c->residual.data + row * c->residual.stride + column, count);
+  if (c->softcap != 0.0f) a = softcapped(a, c->softcap);
+  store_n(c->out.data + row * c->out.stride + column, rounded(a, c->round_out), count);
+}
+
+static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
+  alignas(64) float y[kBlockRows * kUnitPanels * kLanes];
+  const int64_t y_stride = kUnitPanels * kLanes;
+  for (int32_t unit = unit_lo; unit < unit_hi; ++unit) {
+    const int first = unit * kUnitPanels;
+    const int panels = c->w.panels - first < kUnitPanels ? c->w.panels - first : kUnitPanels;
+    const uint8_t* panel = c->w.data + first * c->w.panel_bytes;
+    for (int r = 0; r < c->rows; r += kBlockRows) {
+      const int rows = c->rows - r < kBlockRows ? c->rows - r : kBlockRows;
+      product_of<false>(c->w.format, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel, c->w.panel_bytes,
+                        c->w.inputs, y, y_stride);
+      if (c->num_deltas) add_deltas(c, r, rows, first, panels, y, y_stride);
+      for (int p = 0; p < panels; p += c->glu ? 2 : 1) {
+        const int column = kLanes * (c->glu ? unit : first + p);
+        const int count = c->out_width - column < kLanes ? c->out_width - column : kLanes;
+        for (int i = 0; i < rows; ++i)
+          finish(c, y + i * y_stride + kLanes * p, c->glu ? y + i * y_stride + kLanes : nullptr, first + p, r + i,
+                 column, count);
+      }
+    }
+  }
+}
+
+// A row's k are cut into four quarters, always: one chain of dependent sums would be slow for a single row, and every
+// row has to be summed in the same way. (0 + 1) + (2 + 3).
+template <int FORMAT>
+static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int32_t row_hi) {
+  const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
+  const int64_t quarter = c->a.inputs / 8 * 2;  // even: a pair is never cut
+  const V scale = load(c->column_scale + (int64_t)kLanes * panel) * set1(c->weight);
+  for (int32_t r = row_lo; r < row_hi; ++r) {
+    const float* x = c->x.data + r * c->x.stride;
+    V part[4][1][1];
+    for (int q = 0; q < 4; ++q) part[q][0][0] = zero();
+    if constexpr (FORMAT == kF32) {
+      const int64_t common = c->a.inputs - 3 * quarter < quarter ? c->a.inputs - 3 * quarter : quarter;
+      int64_t k = 0;
+      for (; k < common; ++k)
+        for (int q = 0; q < 4; ++q)
+          part[q][0][0] = fma(load((const float*)(data + 64 * (k + q * quarter))), set1(x[k + q * quarter]), part[q][0][0]);
+      for (int q = 0; q < 3; ++q)
+        multiply<1, 1, FORMAT>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
+      multiply<1, 1, FORMAT>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
+    } else {
+      const int64_t last = c->a.inputs - 3 * quarter;
+      const int64_t common = (last < quarter ? last : quarter) / 2 * 2;
+      int64_t k = 0;
+      for (; k < common; k += 2)
+        for (int q = 0; q < 4; ++q) {
+          const int64_t at = k + q * quarter;
+          part[q][0][0] = fma(even_of(data + 32 * at), set1(x[at]), part[q][0][0]);
+          part[q][0][0] = fma(odd_of(data + 32 * at), set1(x[at + 1]), part[q][0][0]);
+        }
+      for (int q = 0; q < 3; ++q)
+        multiply<1, 1, FORMAT>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
+      multiply<1, 1, FORMAT>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
+    }
+    const V sum = (part[0][0][0] + part[1][0][0]) + (part[2][0][0] + part[3][0][0]);
+    store(c->h.data + r * c->h.stride + (int64_t)kLanes * panel, sum * scale);
+  }
+}
+
+// Several rows share what is loaded of A; quarter after quarter, so that the sums are those of a single row.
+template <int FORMAT>
+static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
+  constexpr int MR = 4;
+  const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
+  const int64_t quarter = c->a.inputs / 8 * 2;
+  const V scale = load(c->column_scale + (int64_t)kLanes * panel) * set1(c->weight);
+  int32_t r = 0;
+  for (; r + MR <= c->rows; r += MR) {
+    const float* x = c->x.data + r * c->x.stride;
+    V sum[4][MR][1];
+    for (int q = 0; q < 4; ++q) {
+      for (int i = 0; i < MR; ++i) sum[q][i][0] = zero();
+      multiply<MR, 1, FORMAT>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs);
+    }
+    for (int i = 0; i < MR; ++i)
+      store(c->h.data + (r + i) * c->h.stride + (int64_t)kLanes * panel,
+            ((sum[0][i][0] + sum[1][i][0]) + (sum[2][i][0] + sum[3][i][0])) * scale);
+  }
+  if (r < c->rows) shrink_rows<FORMAT>(c, panel, r, c->rows);
+}
+
+static void shrink(const ShrinkCall* c, int32_t panel_lo, int32_t panel_hi) {
+  for (int32_t panel = panel_lo; panel < panel_hi; ++panel) {
+    if (c->a.format == kF32) shrink_tiles<kF32>(c, panel);
+    else shrink_tiles<kBF16>(c, panel);
+  }
+}
+
+}  // namespace
+}  // namespace truffula

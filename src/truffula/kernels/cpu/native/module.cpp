@@ -1,0 +1,251 @@
+// The binding: numpy arrays in, checked; no GIL while it computes.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "dispatch.h"
+#include "executable.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace truffula {
+namespace {
+
+template <class T>
+using In = nb::ndarray<const T, nb::numpy, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<T, nb::numpy>;
+using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+using Columns = nb::tuple;  // (buffer, start, width)
+
+Ref ref_of(const nb::object& columns) {
+  if (columns.is_none()) return {};
+  const auto t = nb::cast<nb::tuple>(columns);
+  return {nb::cast<int32_t>(t[0]), nb::cast<int32_t>(t[1]), nb::cast<int32_t>(t[2])};
+}
+
+int32_t or_nothing(const nb::object& id) { return id.is_none() ? kNothing : nb::cast<int32_t>(id); }
+
+// A matrix [rows, inputs] of float32, float16, or uint16 (bfloat16's bits).
+Source source_of(const Any& array) {
+  if (array.ndim() != 2) throw std::invalid_argument("a matrix has two axes");
+  Source source{array.data(), Stored::kFloat32, static_cast<int64_t>(array.shape(1))};
+  if (array.dtype() == nb::dtype<uint16_t>()) source.type = Stored::kBfloat16;
+  else if (array.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
+    source.type = Stored::kFloat16;
+  else if (array.dtype() != nb::dtype<float>()) throw std::invalid_argument("a matrix holds float32, float16 or uint16");
+  return source;
+}
+
+// An array that a step reads: at least `count` numbers.
+template <class T>
+const T* step_array(const nb::object& owner, const char* name, int64_t count) {
+  const auto array = nb::cast<In<T>>(owner.attr(name));
+  if (static_cast<int64_t>(array.size()) < count) throw std::invalid_argument(std::string(name) + ": too small");
+  return array.data();
+}
+
+StepArrays step_arrays(const nb::object& inputs, const Capacity& c, int64_t groups) {
+  const int64_t T = c.max_tokens, N = c.max_seqs, G = c.max_segments;
+  return {step_array<int32_t>(inputs, "token_ids", T),
+          step_array<int32_t>(inputs, "position", T),
+          step_array<int32_t>(inputs, "rope_pos", 3 * T),
+          step_array<int32_t>(inputs, "slot_mapping", groups * T),
+          step_array<int32_t>(inputs, "block_tables", groups * N * c.max_blocks_per_seq),
+          step_array<int32_t>(inputs, "q_start", N + 1),
+          step_array<int32_t>(inputs, "kv_len", N),
+          step_array<int32_t>(inputs, "seg", 3 * G),
+          step_array<int32_t>(inputs, "seg_r", 2 * G),
+          step_array<float>(inputs, "seg_weight", G),
+          step_array<int32_t>(inputs, "logit_rows", c.max_logit_rows)};
+}
+
+// What Python holds: the executable, and the arrays it reads (kept alive here).
+struct Native {
+  Native(const std::string& isa, int threads, const nb::object& capacity, int32_t kv_format, int32_t groups, bool debug)
+      : cap{field(capacity, "max_tokens"), field(capacity, "max_seqs"), field(capacity, "max_logit_rows"),
+            field(capacity, "max_segments"), field(capacity, "num_blocks"), field(capacity, "block_size"),
+            field(capacity, "max_blocks_per_seq")},
+        num_groups(groups),
+        executable(isa, threads, cap, kv_format, groups, debug) {}
+
+  static int32_t field(const nb::object& capacity, const char* name) { return nb::cast<int32_t>(capacity.attr(name)); }
+
+  Capacity cap;
+  int32_t num_groups;
+  Executable executable;
+  nb::object inputs;
+};
+
+void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer) {
+  self.executable.seal(step_arrays(inputs, self.cap, self.num_groups), arena_floats, logits_buffer);
+  self.inputs = inputs;
+}
+
+void run(Native& self) {
+  const auto count = [&](const char* name) { return nb::cast<int32_t>(self.inputs.attr(name)); };
+  const StepCounts counts{count("T"), count("N"), count("R"), count("G")};
+  const nb::gil_scoped_release release;
+  self.executable.run(counts);
+}
+
+void fill(Native& self, int32_t weight, const Any& array, int64_t first) {
+  const Source source = source_of(array);
+  const auto rows = static_cast<int64_t>(array.shape(0));
+  const nb::gil_scoped_release release;
+  self.executable.fill_matrix(weight, source, rows, first);
+}
+
+void add_adapter_op(Native& self, int32_t slot, int32_t op, const std::vector<Any>& a, const std::vector<float>& scales,
+                    const std::vector<Any>& b, const std::vector<int32_t>& expand_of,
+                    const std::vector<int64_t>& first_output) {
+  if (scales.size() != a.size() || expand_of.size() != b.size() || first_output.size() != b.size())
+    throw std::invalid_argument("adapter: lists of unequal length");
+  std::vector<Source> as, bs;
+  std::vector<int64_t> ranks, outputs;
+  for (const Any& array : a) as.push_back(source_of(array)), ranks.push_back(static_cast<int64_t>(array.shape(0)));
+  for (const Any& array : b) bs.push_back(source_of(array)), outputs.push_back(static_cast<int64_t>(array.shape(0)));
+  const nb::gil_scoped_release release;
+  self.executable.add_adapter_op(slot, op, as, ranks, scales, expand_of, bs, outputs, first_output);
+}
+
+Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) {
+  auto* data = new float[rows * width + 1];
+  for (size_t r = 0; r < rows; ++r)
+    std::memcpy(data + r * width, from + static_cast<int64_t>(r) * stride, width * sizeof(float));
+  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return Out<float>(data, {rows, width}, owner);
+}
+
+Out<float> logits(Native& self, size_t vocab) {
+  const Executable& e = self.executable;
+  if (static_cast<int64_t>(vocab) > e.logits_stride()) throw std::invalid_argument("logits are not that wide");
+  return floats(e.logits_row(0), static_cast<size_t>(e.logit_rows()), vocab, e.logits_stride());
+}
+
+Out<float> tap(Native& self, int32_t op) {
+  const std::vector<float> kept = self.executable.tap(op);
+  const auto width = static_cast<size_t>(self.executable.tap_width(op));
+  return floats(kept.data(), kept.size() / width, width, static_cast<int64_t>(width));
+}
+
+void add_attention(Native& self, const nb::object& q, const nb::object& k, const nb::object& v, const nb::object& out,
+                   int32_t group, int32_t key_plane, int32_t value_plane, int32_t heads, int32_t kv_heads, int32_t dim_k,
+                   int32_t dim_v, float scale, int32_t window, float softcap, const nb::object& sinks) {
+  self.executable.add(AttentionOp{ref_of(q), ref_of(k), ref_of(v), ref_of(out), group, key_plane, value_plane, heads,
+                                  kv_heads, dim_k, dim_v, window, scale, softcap, or_nothing(sinks)});
+}
+
+std::vector<std::string> table_names() {
+  std::vector<std::string> names;
+  for (const Kernels* table : usable_tables()) names.emplace_back(table->name);
+  return names;
+}
+
+void bind_load(nb::class_<Native>& c) {
+  c.def("add_buffer",
+        [](Native& self, int64_t offset, int64_t stride, bool logit_rows, bool rounded) {
+          self.executable.add_buffer({offset, stride, logit_rows, rounded});
+        },
+        "offset"_a, "stride"_a, "logit_rows"_a, "rounded"_a)
+      .def("add_vector",
+           [](Native& self, const In<float>& values) {
+             return self.executable.add_vector(values.data(), static_cast<int64_t>(values.size()));
+           },
+           "values"_a)
+      .def("add_matrix",
+           [](Native& self, int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
+             return self.executable.add_matrix(outputs, inputs, format, panels, half);
+           },
+           "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
+      .def("fill", fill, "weight"_a, "array"_a, "first"_a)
+      .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a)
+      .def("add_embed",
+           [](Native& self, int32_t table, const nb::object& out, const nb::object& add, bool position, int32_t offset,
+              float scale, bool scaled) {
+             self.executable.add(EmbedOp{table, ref_of(out), ref_of(add),
+                                         position ? EmbedSource::kPosition : EmbedSource::kToken, offset, scale, scaled});
+           },
+           "table"_a, "out"_a, "add"_a.none(), "position"_a, "offset"_a, "scale"_a, "scaled"_a)
+      .def("add_norm",
+           [](Native& self, const nb::object& x, const nb::object& out, const nb::object& plus, const nb::object& weight,
+              const nb::object& bias, int32_t groups, bool layer_norm, bool cast_first, float eps) {
+             self.executable.add(NormOp{ref_of(x), ref_of(out), ref_of(plus), or_nothing(weight), or_nothing(bias), groups,
+                                        layer_norm, cast_first, eps});
+           },
+           "x"_a, "out"_a, "plus"_a.none(), "weight"_a.none(), "bias"_a.none(), "groups"_a, "layer_norm"_a, "cast_first"_a,
+           "eps"_a)
+      .def("add_linear",
+           [](Native& self, const nb::object& x, const nb::object& out, const nb::object& residual, int32_t weight,
+              const std::vector<float>& bias, float clip, float scale, float softcap, int32_t activation, bool glu) {
+             self.executable.add(LinearOp{ref_of(x), ref_of(out), ref_of(residual), weight, bias, clip, scale, softcap,
+                                          activation, glu});
+           },
+           "x"_a, "out"_a, "residual"_a.none(), "weight"_a, "bias"_a, "clip"_a, "scale"_a, "softcap"_a, "activation"_a,
+           "glu"_a)
+      .def("add_pointwise",
+           [](Native& self, const nb::object& x, const nb::object& y, const nb::object& out, int32_t kind,
+              int32_t activation, float param) {
+             self.executable.add(PointwiseOp{ref_of(x), ref_of(y), ref_of(out), kind, activation, param});
+           },
+           "x"_a, "y"_a.none(), "out"_a, "kind"_a, "activation"_a, "param"_a)
+      .def("add_rope_rows",
+           [](Native& self, const std::vector<float>& inv_freq, float factor, const nb::object& out) {
+             const Ref to = ref_of(out);
+             if (to.width != static_cast<int32_t>(2 * inv_freq.size())) throw std::invalid_argument("rope rows: width");
+             self.executable.add(RopeRowsOp{inv_freq, factor, to});
+           },
+           "inv_freq"_a, "factor"_a, "out"_a)
+      .def("add_rope",
+           [](Native& self, const nb::object& x, const nb::object& rows, int32_t heads, int32_t head_dim, int32_t start,
+              int32_t dims, bool interleaved) {
+             self.executable.add(RopeOp{ref_of(x), ref_of(rows), heads, head_dim, start, dims, interleaved});
+           },
+           "x"_a, "rows"_a, "heads"_a, "head_dim"_a, "start"_a, "dims"_a, "interleaved"_a)
+      .def("add_attention", add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "group"_a, "key_plane"_a, "value_plane"_a,
+           "heads"_a, "kv_heads"_a, "dim_k"_a, "dim_v"_a, "scale"_a, "window"_a, "softcap"_a, "sinks"_a.none())
+      .def("add_take_rows",
+           [](Native& self, const nb::object& x, const nb::object& out) {
+             self.executable.add(TakeRowsOp{ref_of(x), ref_of(out)});
+           },
+           "x"_a, "out"_a);
+}
+
+void bind_step(nb::class_<Native>& c) {
+  c.def("run", run)
+      .def("logits", logits, "vocab"_a)
+      .def("tap", tap, "op"_a)
+      .def("add_adapter", [](Native& self) { return self.executable.add_adapter(); })
+      .def("add_adapter_op", add_adapter_op, "slot"_a, "op"_a, "a"_a, "scales"_a, "b"_a, "expand_of"_a, "first_output"_a)
+      .def("drop_adapter", [](Native& self, int32_t slot) { self.executable.drop_adapter(slot); }, "slot"_a)
+      .def("kv_copy",
+           [](Native& self, int32_t group, const std::vector<int32_t>& src, const std::vector<int32_t>& dst) {
+             self.executable.kv_copy(group, src, dst);
+           },
+           "group"_a, "src"_a, "dst"_a)
+      .def("take_seconds",
+           [](Native& self) {
+             const auto seconds = self.executable.take_seconds();
+             return std::vector<double>(seconds.begin(), seconds.end());
+           })
+      .def_prop_ro("isa", [](const Native& self) { return std::string(self.executable.kernels().name); });
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
+  m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
+  nb::class_<Native> executable(m, "Executable");
+  executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
+                 "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
+  bind_load(executable);
+  bind_step(executable);
+}
+
+}  // namespace truffula

@@ -1,0 +1,130 @@
+// The program as this backend runs it: plain data, made once at load.
+#pragma once
+
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+#include "pack.h"
+
+namespace truffula {
+
+constexpr int32_t kNothing = -1;
+
+// Query rows (tokens x heads that share a kv head) that attention works on at once.
+constexpr int32_t kQueryRows = 24;
+
+// Columns start .. start + width of a buffer; buffer kNothing means that there is none.
+struct Ref {
+  int32_t buffer = kNothing, start = 0, width = 0;
+};
+
+// Rows of `stride` floats from `offset` in the arena. `rounded`: its values are bfloat16 numbers.
+struct Buffer {
+  int64_t offset = 0, stride = 0;
+  bool logit_rows = false, rounded = false;
+};
+
+// A weight as loaded: a vector of floats, plain rows (panels 0), or panels.
+struct Weight {
+  Memory memory;
+  int64_t outputs = 0, inputs = 0;
+  int32_t format = kF32;
+  bool panels = false;
+  PanelOrder order{0, 0};
+
+  Packed packed() const {
+    return {memory.data(), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
+            static_cast<int32_t>(inputs)};
+  }
+  Table table() const {
+    return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
+  }
+};
+
+enum class EmbedSource : int32_t { kToken = 0, kPosition = 1 };
+
+struct EmbedOp {
+  int32_t table = 0;
+  Ref out, add;
+  EmbedSource source = EmbedSource::kToken;
+  int32_t offset = 0;
+  float scale = 1.0f;
+  bool scaled = false;
+};
+
+struct NormOp {
+  Ref x, out, plus;
+  int32_t weight = kNothing, bias = kNothing, groups = 1;
+  bool layer_norm = false, cast_first = false;
+  float eps = 0.0f;
+};
+
+struct LinearOp {
+  Ref x, out, residual;
+  int32_t weight = 0;
+  std::vector<float> bias;  // in packed order; empty without one
+  float clip = 0.0f, scale = 1.0f, softcap = 0.0f;
+  int32_t activation = kNone;
+  bool glu = false;
+};
+
+struct PointwiseOp {
+  Ref x, y, out;
+  int32_t kind = 0, activation = kNone;
+  float param = 0.0f;
+};
+
+struct RopeRowsOp {
+  std::vector<float> inv_freq;
+  float factor = 1.0f;
+  Ref out;
+};
+
+struct RopeOp {
+  Ref x, rows;
+  int32_t heads = 0, head_dim = 0, start = 0, dims = 0;
+  bool interleaved = false;
+};
+
+struct AttentionOp {
+  Ref q, k, v, out;
+  int32_t group = 0, key_plane = 0, value_plane = 0, heads = 0, kv_heads = 0, dim_k = 0, dim_v = 0, window = 0;
+  float scale = 1.0f, softcap = 0.0f;
+  int32_t sinks = kNothing;
+};
+
+struct TakeRowsOp {
+  Ref x, out;
+};
+
+using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, TakeRowsOp>;
+
+// A plane of cached numbers of one layer.
+struct Plane {
+  Memory memory;
+  int64_t block_bytes = 0;
+  int32_t group = 0;
+};
+
+// What an adapter does at one product: h = x A^T (ranks padded to panels), then each expand adds to some panels.
+struct AdapterExpand {
+  Packed b;
+  int32_t h_start, first, step;
+};
+
+struct AdapterOp {
+  Packed a{};
+  std::vector<float> column_scale;
+  std::vector<AdapterExpand> expands;
+};
+
+struct Adapter {
+  std::vector<Memory> memory;
+  std::vector<int32_t> op_of;  // per op of the program: an index into `ops`, or kNothing
+  std::vector<AdapterOp> ops;
+};
+
+}  // namespace truffula

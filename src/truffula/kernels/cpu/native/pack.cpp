@@ -1,0 +1,116 @@
+#include "pack.h"
+
+#include <bit>
+#include <cstring>
+
+namespace truffula {
+namespace {
+
+float from_bf16(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
+
+uint16_t to_bf16(float value) {  // nearest, ties to even; a NaN stays one
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+float from_f16(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
+  if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // Shifted into a float's place the exponent is 112 too small; the product puts that right, for denormals too.
+  const float size = std::bit_cast<float>(rest << 13) * 0x1p112f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(size));
+}
+
+template <Stored TYPE>
+struct Reader {
+  using Number = uint16_t;
+  static float value(const Number* p) { return TYPE == Stored::kFloat16 ? from_f16(*p) : from_bf16(*p); }
+  static uint16_t half(const Number* p) { return TYPE == Stored::kFloat16 ? to_bf16(from_f16(*p)) : *p; }
+};
+
+template <>
+struct Reader<Stored::kFloat32> {
+  using Number = float;
+  static float value(const Number* p) { return *p; }
+  static uint16_t half(const Number* p) { return to_bf16(*p); }
+};
+
+// Up to 16 rows that lie in one panel, a stretch of k at a time so that its lines stay in the nearest cache.
+template <Stored TYPE>
+void pack_lanes(const typename Reader<TYPE>::Number* rows, int64_t inputs, int64_t count, uint8_t* panel, int64_t lane,
+                int32_t format) {
+  constexpr int64_t kStretch = 128;
+  for (int64_t lo = 0; lo < inputs; lo += kStretch) {
+    const int64_t hi = lo + kStretch < inputs ? lo + kStretch : inputs;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* row = rows + i * inputs;
+      if (format == kF32) {
+        float* to = reinterpret_cast<float*>(panel) + lane + i;
+        for (int64_t k = lo; k < hi; ++k) to[k * kLanes] = Reader<TYPE>::value(row + k);
+      } else {
+        uint16_t* to = reinterpret_cast<uint16_t*>(panel) + 2 * (lane + i);
+        int64_t k = lo;
+        for (; k + 1 < hi; k += 2) {
+          to[k * kLanes] = Reader<TYPE>::half(row + k);
+          to[k * kLanes + 1] = Reader<TYPE>::half(row + k + 1);
+        }
+        if (k < hi) {
+          to[k * kLanes] = Reader<TYPE>::half(row + k);
+          to[k * kLanes + 1] = 0;
+        }
+      }
+    }
+  }
+}
+
+template <Stored TYPE>
+void pack_as(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
+             const PanelOrder& order) {
+  const auto* data = static_cast<const typename Reader<TYPE>::Number*>(source.data);
+  const int64_t bytes = panel_bytes(format, source.inputs);
+  for (int64_t row = row_lo; row < row_hi;) {
+    const int64_t output = first + row, panel = order.panel_of(output), lane = order.lane_of(output);
+    int64_t count = 1;
+    while (row + count < row_hi && order.panel_of(output + count) == panel) ++count;
+    pack_lanes<TYPE>(data + row * source.inputs, source.inputs, count, to + panel * bytes, lane, format);
+    row += count;
+  }
+}
+
+template <Stored TYPE>
+void copy_as(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first) {
+  const auto* from = static_cast<const typename Reader<TYPE>::Number*>(source.data) + row_lo * source.inputs;
+  const int64_t at = (first + row_lo) * source.inputs, count = (row_hi - row_lo) * source.inputs;
+  for (int64_t i = 0; i < count; ++i) {
+    if (format == kF32) reinterpret_cast<float*>(to)[at + i] = Reader<TYPE>::value(from + i);
+    else reinterpret_cast<uint16_t*>(to)[at + i] = Reader<TYPE>::half(from + i);
+  }
+}
+
+}  // namespace
+
+void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
+               const PanelOrder& order) {
+  switch (source.type) {
+    case Stored::kFloat32:
+      return pack_as<Stored::kFloat32>(source, row_lo, row_hi, to, format, first, order);
+    case Stored::kFloat16:
+      return pack_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first, order);
+    case Stored::kBfloat16:
+      return pack_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first, order);
+  }
+}
+
+void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first) {
+  switch (source.type) {
+    case Stored::kFloat32:
+      return copy_as<Stored::kFloat32>(source, row_lo, row_hi, to, format, first);
+    case Stored::kFloat16:
+      return copy_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first);
+    case Stored::kBfloat16:
+      return copy_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first);
+  }
+}
+
+}  // namespace truffula

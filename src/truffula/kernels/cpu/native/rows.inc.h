@@ -1,0 +1,155 @@
+// Ops that work on rows alone.
+#pragma once
+
+#include "vec.h"
+
+namespace truffula {
+namespace {
+
+static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
+  const int width = c->width / c->groups;
+  const float count = (float)width;
+  for (int32_t t = row_lo; t < row_hi; ++t)
+    for (int g = 0; g < c->groups; ++g) {
+      const float* x = c->x.data + t * c->x.stride + g * width;
+      float* out = c->out.data + t * c->out.stride + g * width;
+      const float* plus = c->plus.data ? c->plus.data + t * c->plus.stride + g * width : nullptr;
+      V mean = zero();
+      if (c->layer_norm) {
+        V sum = zero();
+        for (int i = 0; i < width; i += kLanes) sum = sum + load_n(x + i, width - i);
+        mean = set1(sum_of(sum) / count);
+      }
+      V squares = zero();
+      for (int i = 0; i < width; i += kLanes) {
+        V a = load_n(x + i, width - i) - mean;
+        if (c->layer_norm && width - i < kLanes) {  // lanes that are not there must not count as -mean
+          float lanes[kLanes];
+          store(lanes, a);
+          a = load_n(lanes, width - i);
+        }
+        squares = fma(a, a, squares);
+      }
+      const V by = set1(1.0f / sqrtf(sum_of(squares) / count + c->eps));
+      for (int i = 0; i < width; i += kLanes) {
+        const int n = width - i;
+        V a = (load_n(x + i, n) - mean) * by;
+        if (c->cast_first) a = rounded(a, c->round_out);
+        if (c->weight) a = a * load_n(c->weight + i, n);
+        if (c->bias) a = a + load_n(c->bias + i, n);
+        a = rounded(a, c->round_out);
+        if (plus) a = rounded(load_n(plus + i, n) + a, c->round_out);
+        store_n(out + i, a, n);
+      }
+    }
+}
+
+static void pointwise(const PointwiseCall* c, int32_t row_lo, int32_t row_hi) {
+  for (int32_t t = row_lo; t < row_hi; ++t)
+    for (int i = 0; i < c->width; i += kLanes) {
+      const int n = c->width - i;
+      V a = load_n(c->x.data + t * c->x.stride + i, n);
+      switch (c->kind) {
+        case kAct:
+          a = activated(a, c->activation);
+          break;
+        case kAdd:
+          a = a + load_n(c->y.data + t * c->y.stride + i, n);
+          break;
+        case kScale:
+          a = a * set1(c->param);
+          break;
+        case kClip:
+          a = vmin(set1(c->param), vmax(set1(-c->param), a));
+          break;
+        case kSoftcap:
+          a = softcapped(a, c->param);
+          break;
+        default:
+          a = a * vsigmoid(load_n(c->y.data + t * c->y.stride + i, n));
+      }
+      store_n(c->out.data + t * c->out.stride + i, rounded(a, c->round_out), n);
+    }
+}
+
+// (a, b) of a pair becomes (a cos - b sin, b cos + a sin).
+static void rope(const RopeCall* c, int32_t row_lo, int32_t row_hi) {
+  const int pairs = c->dims / 2;
+  for (int32_t t = row_lo; t < row_hi; ++t) {
+    const float* cosine = c->rows.data + t * c->rows.stride;
+    const float* sine = cosine + pairs;
+    for (int h = 0; h < c->heads; ++h) {
+      float* x = c->x.data + t * c->x.stride + (int64_t)h * c->head_dim + c->start;
+      if (!c->interleaved) {
+        for (int i = 0; i < pairs; i += kLanes) {
+          const int n = pairs - i;
+          const V a = load_n(x + i, n), b = load_n(x + pairs + i, n);
+          const V co = load_n(cosine + i, n), si = load_n(sine + i, n);
+          store_n(x + i, rounded(a * co - b * si, c->round_out), n);
+          store_n(x + pairs + i, rounded(b * co + a * si, c->round_out), n);
+        }
+        continue;
+      }
+      for (int i = 0; i < pairs; ++i) {
+        float* pair = x + 2 * i;
+        const float a = pair[0] * cosine[i] - pair[1] * sine[i], b = pair[1] * cosine[i] + pair[0] * sine[i];
+        pair[0] = c->round_out ? to_float(to_bf16(a)) : a;
+        pair[1] = c->round_out ? to_float(to_bf16(b)) : b;
+      }
+    }
+  }
+}
+
+static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_t row_hi) {
+  const Table* table = &c->table;
+  const int width = table->width;
+  for (int32_t t = row_lo; t < row_hi; ++t) {
+    float* out = c->out.data + t * c->out.stride;
+    const int64_t id = ids[t];
+    if (table->panel_bytes == 0) {
+      const int64_t at = id * width;
+      for (int i = 0; i < width; ++i)
+        out[i] = table->format == kF32 ? ((const float*)table->data)[at + i]
+                                       : to_float(((const uint16_t*)table->data)[at + i]);
+    } else {  // a table that is the head too: lane id % 16 of its panel
+      const uint8_t* panel = table->data + id / kLanes * table->panel_bytes;
+      const int64_t lane = id % kLanes;
+      for (int i = 0; i < width; ++i)
+        out[i] = table->format == kF32 ? ((const float*)panel)[i * kLanes + lane]
+                                       : to_float(((const uint16_t*)panel)[i / 2 * 2 * kLanes + 2 * lane + i % 2]);
+    }
+    if (!c->scaled && !c->add.data) continue;
+    for (int i = 0; i < width; i += kLanes) {
+      const int n = width - i;
+      V a = load_n(out + i, n);
+      if (c->scaled) a = a * set1(c->scale);
+      if (c->add.data) a = a + load_n(c->add.data + t * c->add.stride + i, n);
+      store_n(out + i, rounded(a, c->round_out), n);
+    }
+  }
+}
+
+// The first index of the largest value; the first NaN before all.
+static void argmax(const float* row, int64_t width, int32_t* index, float* value) {
+  V best = set1(-INFINITY), bad = zero();
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const int64_t left = width - i;
+    if (left < kLanes) break;
+    const V a = load(row + i);
+    best = vmax(a, best);  // the second where the first is NaN
+    bad = where_nan(a, set1(1.0f), bad);
+  }
+  float top = max_of(best);
+  int64_t nan = max_of(bad) > 0.0f;
+  for (int64_t i = width / kLanes * kLanes; i < width; ++i) {
+    top = row[i] > top ? row[i] : top;
+    nan |= row[i] != row[i];
+  }
+  int64_t at = 0;
+  while (at < width && !(nan ? row[at] != row[at] : row[at] == top)) ++at;
+  *index = at < width ? (int32_t)at : 0;
+  *value = row[*index];
+}
+
+}  // namespace
+}  // namespace truffula

@@ -1,0 +1,14 @@
+// The function tables, one per instruction set, and which of them this machine can run.
+#pragma once
+
+#include "kernels.h"
+
+namespace truffula {
+
+extern const Kernels kPortable;
+#if defined(TRUFFULA_X86)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace truffula
