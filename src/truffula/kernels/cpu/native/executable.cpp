@@ -76,6 +76,8 @@ int32_t Executable::add_vector(const float* values, int64_t count) {
 
 int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
   require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
+  require(format >= kF32 && format <= kQ5_0, "matrix: no such format");
+  require(!is_quantised(format) || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
   require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
   Weight made;
   made.outputs = outputs;
@@ -90,28 +92,42 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   return static_cast<int32_t>(weights_.size()) - 1;
 }
 
-void Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
+Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
   const Weight& to = weight(id);
   require(source.inputs == to.inputs && first >= 0 && rows > 0 && first + rows <= to.outputs, "matrix: bad part");
+  require(is_quantised(to.format) ? packs_as(source.type, to.format) : stored_block_bytes(source.type) == 0,
+          "matrix: its format does not hold such blocks");
   struct Job {
     const Weight* to;
     const Source* source;
     int64_t rows, first;
-    int threads;
-  } job{&to, &source, rows, first, team_.size()};
+    std::vector<Rounding> rounding;  // per thread
+  } job{&to, &source, rows, first, std::vector<Rounding>(static_cast<size_t>(team_.size()))};
   team_.run(
       [](void* context, int thread) {
-        const Job& j = *static_cast<const Job*>(context);
+        Job& j = *static_cast<Job*>(context);
+        const auto threads = static_cast<int>(j.rounding.size());
         // Cut where panels begin, so that no two threads write to one.
-        const int64_t step = (j.rows / j.threads + kLanes) / kLanes * kLanes;
+        const int64_t step = (j.rows / threads + kLanes) / kLanes * kLanes;
         const int64_t shift = j.first % kLanes;
         const int64_t lo = thread == 0 ? 0 : std::min(j.rows, std::max<int64_t>(0, thread * step - shift));
-        const int64_t hi = thread == j.threads - 1 ? j.rows : std::min(j.rows, (thread + 1) * step - shift);
+        const int64_t hi = thread == threads - 1 ? j.rows : std::min(j.rows, (thread + 1) * step - shift);
         if (lo >= hi) return;
-        if (j.to->panels) pack_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first, j.to->order);
-        else copy_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first);
+        const Weight& w = *j.to;
+        if (is_quantised(w.format))
+          pack_quantised(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.order, j.rounding[static_cast<size_t>(thread)]);
+        else if (w.panels) pack_rows(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.order);
+        else copy_rows(*j.source, lo, hi, w.memory.data(), w.format, j.first);
       },
       &job);
+  Rounding all;
+  for (const Rounding& one : job.rounding) {
+    all.squares += one.squares;
+    all.lost += one.lost;
+    all.overflow |= one.overflow;
+  }
+  require(!all.overflow, "matrix: numbers beyond the range of Q8_0's float16 scales");
+  return all;
 }
 
 const Weight& Executable::weight(int32_t id) const {
@@ -191,6 +207,14 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   logits_ = logits_buffer;
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
+  int64_t quantised = 0;
+  for (const Op& op : ops_)
+    if (const auto* linear = std::get_if<LinearOp>(&op); linear && is_quantised(weight(linear->weight).format)) {
+      const bool logits = buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
+      quantised = std::max(quantised, (logits ? capacity_.max_logit_rows : capacity_.max_tokens) *
+                                          (linear->x.width / kBlock * kMostXBlockBytes));
+    }
+  if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
   claims_ = std::make_unique<Claim[]>(2 * ops_.size());
   if (debug_) taps_.resize(ops_.size());
   token_rows_ = position_rows_ = INT32_MAX;

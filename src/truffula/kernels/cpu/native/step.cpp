@@ -159,10 +159,23 @@ bool Executable::shrink_all(const LinearOp& op, size_t index, int thread) {
   return any;
 }
 
+// This thread's rows of x for a quantised weight. False when the weight is not.
+bool Executable::quantise_x(const LinearOp& op, int thread, LinearCall& call) {
+  const Weight& w = weight(op.weight);
+  if (!is_quantised(w.format)) return false;
+  call.quantised_x = quantised_x_.data();
+  call.quantised_stride = w.inputs / kBlock * kMostXBlockBytes;
+  const QuantiseCall quantise{rows(op.x), quantised_x_.data(), call.quantised_stride, w.format, op.x.width};
+  const Span mine = share_of(rows_of(op.out), thread, team_.size());
+  kernels_->quantise(&quantise, mine.lo, mine.hi);
+  return true;
+}
+
 void Executable::run_op(const LinearOp& op, size_t index, int thread) {
-  if (shrink_all(op, index, thread)) team_.barrier();
-  const std::vector<Delta>& deltas = deltas_[static_cast<size_t>(thread)];
   LinearCall call{};
+  const bool quantised = quantise_x(op, thread, call), shrunk = shrink_all(op, index, thread);
+  if (quantised || shrunk) team_.barrier();
+  const std::vector<Delta>& deltas = deltas_[static_cast<size_t>(thread)];
   call.x = rows(op.x);
   call.out = rows(op.out);
   call.residual = rows(op.residual);

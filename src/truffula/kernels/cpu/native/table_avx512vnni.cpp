@@ -1,0 +1,10 @@
+#include "attention.inc.h"
+#include "linear.inc.h"
+#include "rows.inc.h"
+#include "tables.h"
+
+namespace truffula {
+
+extern const Kernels kAvx512Vnni{"avx512vnni", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, embed, argmax};
+
+}  // namespace truffula
