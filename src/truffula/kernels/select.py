@@ -11,7 +11,21 @@ from truffula.errors import ConfigError, MissingDependency
 from truffula.kernels.backend import Backend
 
 
-def _reference(device: str, threads: int | None) -> Backend:
+@dataclass(frozen=True)
+class Precision:
+    """What is asked of a backend beside the dtype. ``quantize``: the format (``q8_0``) that float matrices are rounded
+    to at load, or ``none``. ``exact``: compute on the values of quantised files, not in whole numbers."""
+
+    quantize: str = "none"
+    exact: bool = False
+
+
+def _reference(device: str, threads: int | None, precision: Precision) -> Backend:
+    if precision.quantize != "none":
+        raise ConfigError(
+            f"quantize is {precision.quantize!r}, which the reference backend does not serve; the cpu backend does.",
+            param="quantize",
+        )
     if importlib.util.find_spec("torch") is None:
         raise MissingDependency(
             "the reference backend needs torch, which is not installed: pip install 'truffula[torch]'.", param="backend"
@@ -23,15 +37,17 @@ def _reference(device: str, threads: int | None) -> Backend:
     return ReferenceBackend(threads=threads)
 
 
-def _cpu(device: str, threads: int | None) -> Backend:
+def _cpu(device: str, threads: int | None, precision: Precision) -> Backend:
     if device not in ("cpu", "auto"):
         raise ConfigError(f"device is {device!r}; the cpu backend runs on cpu.", param="device")
     from truffula.kernels.cpu import CpuBackend
 
-    return CpuBackend(threads=threads)
+    return CpuBackend(threads=threads, quantize=precision.quantize, exact=precision.exact)
 
 
-BACKENDS: Mapping[str, Callable[[str, int | None], Backend]] = MappingProxyType({"cpu": _cpu, "reference": _reference})
+BACKENDS: Mapping[str, Callable[[str, int | None, Precision], Backend]] = MappingProxyType(
+    {"cpu": _cpu, "reference": _reference}
+)
 """Creators by name; each imports its own library when called. The names are the command line's choices."""
 
 
@@ -40,20 +56,22 @@ def backend_names() -> tuple[str, ...]:
     return ("auto", *BACKENDS)
 
 
-def select_backend(name: str = "auto", device: str = "auto", *, threads: int | None = None) -> Backend:
+def select_backend(
+    name: str = "auto", device: str = "auto", *, threads: int | None = None, precision: Precision = Precision()
+) -> Backend:
     """The backend called ``name``; ``auto`` takes the first that is available on ``device``.
 
     ``threads`` is how many the backend may compute with; None leaves its own default.
 
     Raises:
-        ConfigError: An unknown name, or a device the backend does not run on.
+        ConfigError: An unknown name, a device the backend does not run on, or a precision it does not serve.
         MissingDependency: Its library is not installed; the message names the extra.
     """
     if name == "auto":
         name = next(iter(BACKENDS))
     if name not in BACKENDS:
         raise ConfigError(f"backend is {name!r}; it must be one of {', '.join(backend_names())}.", param="backend")
-    return BACKENDS[name](device, threads)
+    return BACKENDS[name](device, threads, precision)
 
 
 @dataclass(frozen=True)

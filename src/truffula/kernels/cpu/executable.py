@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AtSlice, by_op
 from truffula.kernels.backend import AdapterImage
 from truffula.kernels.cpu.arena import ArenaPlan
-from truffula.kernels.cpu.weights import F32, LANES, BF16, as_bits, panel_bytes, panels_of
+from truffula.kernels.cpu.formats import BF16, F32, panel_bytes, panels_of
+from truffula.kernels.cpu.weights import as_bits
 from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
 from truffula.kernels.sampling import sample
