@@ -16,7 +16,6 @@ from truffula.kernels.cpu.arena import ArenaPlan
 from truffula.kernels.cpu.weights import F32, LANES, BF16, as_bits, panel_bytes, panels_of
 from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
-from truffula.kernels.sampling import sample
 
 Array = npt.NDArray[Any]
 
@@ -40,7 +39,12 @@ class CpuExecutable:
             self._native.run()
 
     def sample(self) -> SampledRows:
-        return sample(self.logits(), self.samples)
+        rows, samples = self.inputs.R, self.samples
+        width = max(0, int(samples.n_logprobs[:rows].max(initial=0)))
+        with _as_kernel_errors():
+            ids, logprob, finite, top_ids, top_logprobs = self._native.sample(samples, self._program.vocab_size, width)
+        shape = (rows, width)
+        return SampledRows(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
 
     def logits(self) -> Array:
         made: Array = self._native.logits(self._program.vocab_size)

@@ -55,7 +55,8 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       groups_(groups),
       debug_(debug),
       attention_scratch_(static_cast<size_t>(threads)),
-      deltas_(static_cast<size_t>(threads)) {
+      deltas_(static_cast<size_t>(threads)),
+      sample_scratch_(static_cast<size_t>(threads)) {
   require(capacity.max_tokens > 0 && capacity.max_seqs > 0 && capacity.max_logit_rows > 0, "capacity: a step has rows");
   require(capacity.num_blocks > 0 && capacity.block_size > 0, "capacity: there is a block");
 }
@@ -173,6 +174,7 @@ void Executable::add(Op op) {
     const int32_t share = attention->heads / attention->kv_heads;
     if (std::none_of(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; }))
       shares_.push_back({share, {}});
+    partial_row_floats_ = std::max(partial_row_floats_, attention->kv_heads * partial_floats(1, attention->dim_v));
     const int64_t rows = std::max(share, kQueryRows);
     const int64_t floats = attention_scratch(rows, capacity_.block_size, attention->dim_k, attention->dim_v);
     for (std::vector<float>& scratch : attention_scratch_)
@@ -191,7 +193,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   logits_ = logits_buffer;
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
-  claims_ = std::make_unique<Claim[]>(2 * ops_.size());
+  claims_ = std::make_unique<Claim[]>(2 * ops_.size() + 1);
   if (debug_) taps_.resize(ops_.size());
   token_rows_ = position_rows_ = INT32_MAX;
   for (const Op& op : ops_)

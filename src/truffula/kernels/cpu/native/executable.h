@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "ops.h"
+#include "sampler.h"
 #include "team.h"
 
 namespace truffula {
@@ -50,6 +51,8 @@ class Executable {
   const float* logits_row(int32_t row) const { return row_of(buffers_[static_cast<size_t>(logits_)], row); }
   int64_t logits_stride() const { return buffers_[static_cast<size_t>(logits_)].stride; }
   int32_t logit_rows() const { return counts_.R; }
+  // Chooses or scores an id for each row of the last run's logits. `args` and `out` hold at least R rows.
+  void sample(int64_t vocab, const SampleArgs& args, const SampleOut& out);
   std::vector<float> tap(int32_t op) const;
   int32_t tap_width(int32_t op) const;
 
@@ -71,10 +74,14 @@ class Executable {
  private:
   struct Item {
     int32_t sequence, t, count, position;
+    int32_t part = kNothing;   // a single partition of it, or all
+    int64_t partial = 0;       // where its result goes, in rows of partial results
+    bool first = true;         // of its partitions
   };
   struct Share {  // attention items for ops whose kv heads each serve so many heads
     int32_t heads;
     std::vector<Item> items;
+    int64_t partial_rows = 0;  // of all items that are single partitions, per kv head
   };
   struct alignas(128) Claim {
     std::atomic<int32_t> next{0};
@@ -85,7 +92,7 @@ class Executable {
   void check_op(const Op& op) const;
   void check_inputs(const StepCounts& counts) const;
   void prepare();
-  std::vector<Item> items_for(int32_t share) const;
+  void plan_attention(Share& share) const;
   void execute(int thread);
   int32_t rows_of(const Ref& ref) const;
   float* row_of(const Buffer& buffer, int32_t row) const { return arena_.floats() + buffer.offset + row * buffer.stride; }
@@ -123,7 +130,10 @@ class Executable {
   std::vector<std::vector<float>> attention_scratch_;  // per thread
   std::vector<std::vector<Delta>> deltas_;             // per thread
   std::vector<float> h_;
-  std::unique_ptr<Claim[]> claims_;  // two per op
+  std::vector<float> partials_;
+  int64_t partial_row_floats_ = 0;  // at most, over the attention ops
+  std::vector<SampleScratch> sample_scratch_;          // per thread
+  std::unique_ptr<Claim[]> claims_;  // two per op, and one for sampling
   std::vector<std::vector<float>> taps_;
   std::array<double, std::variant_size_v<Op>> seconds_{};
 };

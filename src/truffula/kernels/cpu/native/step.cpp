@@ -3,6 +3,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "denormals.h"
 #include "executable.h"
@@ -24,6 +25,8 @@ Span share_of(int32_t count, int thread, int threads) {
 // one long stretch of weights per thread reads faster.
 constexpr int32_t kClaimRows = 16;
 constexpr int32_t kShrinkRows = 64;
+// A sequence with so few rows in a step has its keys cut into partitions that any thread may work on.
+constexpr int32_t kSplitTokens = 4;
 
 }  // namespace
 
@@ -44,11 +47,37 @@ void Executable::run(const StepCounts& counts) {
   team_.run([](void* self, int thread) { static_cast<Executable*>(self)->execute(thread); }, this);
 }
 
+void Executable::sample(int64_t vocab, const SampleArgs& args, const SampleOut& out) {
+  if (vocab < 1 || vocab > logits_stride() || !sample_ids_valid(counts_.R, vocab, args))
+    throw std::invalid_argument("samples: an id outside the vocabulary");
+  for (SampleScratch& scratch : sample_scratch_) scratch.reserve(vocab);
+  struct Job {
+    Executable* self;
+    int64_t vocab;
+    const SampleArgs* args;
+    const SampleOut* out;
+    std::atomic<int32_t>* next;
+  } job{this, vocab, &args, &out, &claims_[2 * ops_.size()].next};
+  job.next->store(0, std::memory_order_relaxed);
+  team_.run(
+      [](void* context, int thread) {
+        const Job& j = *static_cast<const Job*>(context);
+        SampleScratch& scratch = j.self->sample_scratch_[static_cast<size_t>(thread)];
+        for (int32_t r; (r = j.next->fetch_add(1, std::memory_order_relaxed)) < j.self->counts_.R;)
+          sample_row(j.self->logits_row(r), j.vocab, r, *j.args, *j.out, scratch);
+      },
+      &job);
+}
+
 // What all threads share in this step. The only place of a step that may allocate, and only until it has seen the
 // largest step.
 void Executable::prepare() {
   for (size_t i = 0; i < 2 * ops_.size(); ++i) claims_[i].next.store(0, std::memory_order_relaxed);
-  for (Share& share : shares_) share.items = items_for(share.heads);
+  for (Share& share : shares_) {
+    plan_attention(share);
+    const auto floats = static_cast<size_t>(share.partial_rows * partial_row_floats_);
+    if (partials_.size() < floats) partials_.resize(floats);
+  }
   int64_t most = 0;
   size_t expands = 0;
   for (int32_t g = 0; g < counts_.G; ++g) {
@@ -66,17 +95,36 @@ void Executable::prepare() {
   for (std::vector<Delta>& deltas : deltas_) deltas.reserve(expands);
 }
 
-std::vector<Executable::Item> Executable::items_for(int32_t share) const {
-  std::vector<Item> items;
-  const int32_t tokens = std::max(1, kQueryRows / share);
+// Query rows in groups that share the keys they read. Few rows over long contexts are cut into partitions, so that all
+// threads have work; how a row is summed does not change by that.
+void Executable::plan_attention(Share& share) const {
+  std::vector<Item>& items = share.items;
+  items.clear();
+  share.partial_rows = 0;
+  const int32_t tokens = std::max(1, kQueryRows / share.heads);
+  const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
   for (int32_t n = 0; n < counts_.N; ++n) {
     const int32_t lo = in_.q_start[n], hi = in_.q_start[n + 1];
-    for (int32_t t = lo; t < hi; t += tokens)
-      items.push_back({n, t, std::min(tokens, hi - t), in_.kv_len[n] - (hi - t)});
+    for (int32_t t = lo; t < hi; t += tokens) {
+      const Item whole{n, t, std::min(tokens, hi - t), in_.kv_len[n] - (hi - t)};
+      const int32_t parts = (whole.position + whole.count + keys - 1) / keys;
+      if (parts == 1 || hi - lo > kSplitTokens) {
+        items.push_back(whole);
+        continue;
+      }
+      for (int32_t part = 0; part < parts; ++part) {
+        items.push_back(whole);
+        items.back().part = part;
+        items.back().partial = share.partial_rows;
+        items.back().first = part == 0;
+        share.partial_rows += whole.count * share.heads;
+      }
+    }
   }
   // The longest first: the last to be claimed should be short.
-  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.position > b.position; });
-  return items;
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return (a.part == kNothing ? a.position : 0) > (b.part == kNothing ? b.position : 0);
+  });
 }
 
 void Executable::execute(int thread) {
@@ -247,14 +295,38 @@ void Executable::run_op(const AttentionOp& op, size_t index, int thread) {
   const auto found = std::find_if(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; });
   const std::vector<Item>& items = found->items;
   const auto total = static_cast<int32_t>(items.size()) * op.kv_heads;
-  std::atomic<int32_t>& next = claims_[2 * index].next;
   float* scratch = attention_scratch_[static_cast<size_t>(thread)].data();
+  const int64_t row_floats = partial_floats(1, op.dim_v);
+  const int32_t* tables = in_.block_tables + static_cast<int64_t>(op.group) * capacity_.max_seqs * capacity_.max_blocks_per_seq;
+  // With a window the partitions wholly before it are nobody's: they are neither worked on nor merged.
+  const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
+  const auto first_part = [&](const Item& item) {
+    return op.window > 0 ? std::max(0, item.position - op.window + 1) / keys : 0;
+  };
+  const auto one = [&](const Item& item, int32_t kv_head, int32_t part) {
+    AttentionItem made{tables + static_cast<int64_t>(item.sequence) * capacity_.max_blocks_per_seq,
+                       item.t, item.count, item.position, kv_head, nullptr, part};
+    if (item.part != kNothing) {
+      const int64_t row = item.partial + (part - item.part) * static_cast<int64_t>(item.count) * share;
+      made.parts = partials_.data() + (kv_head * found->partial_rows + row) * row_floats;
+    }
+    return made;
+  };
+  std::atomic<int32_t>& next = claims_[2 * index].next;
   for (int32_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
     const Item& item = items[static_cast<size_t>(i / op.kv_heads)];
-    const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + item.sequence) *
-                                                  capacity_.max_blocks_per_seq;
-    const AttentionItem one{table, item.t, item.count, item.position, i % op.kv_heads};
-    kernels_->attend(&call, &one, scratch);
+    if (item.part != kNothing && item.part < first_part(item)) continue;
+    const AttentionItem mine = one(item, i % op.kv_heads, item.part);
+    kernels_->attend(&call, &mine, scratch);
+  }
+  if (found->partial_rows == 0) return;
+  team_.barrier();
+  std::atomic<int32_t>& merged = claims_[2 * index + 1].next;
+  for (int32_t i; (i = merged.fetch_add(1, std::memory_order_relaxed)) < total;) {
+    const Item& item = items[static_cast<size_t>(i / op.kv_heads)];
+    if (item.part == kNothing || !item.first) continue;
+    const AttentionItem mine = one(item, i % op.kv_heads, first_part(item));
+    kernels_->merge_parts(&call, &mine, scratch);
   }
 }
 
