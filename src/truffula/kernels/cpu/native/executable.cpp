@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "dispatch.h"
 
 namespace truffula {
 namespace {
+
+constexpr int64_t kPackRows = 8 * kLanes;  // of a matrix that one chunk packs
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
 
@@ -54,9 +57,7 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       kv_format_(kv_format),
       groups_(groups),
       debug_(debug),
-      attention_scratch_(static_cast<size_t>(threads)),
-      deltas_(static_cast<size_t>(threads)),
-      sample_scratch_(static_cast<size_t>(threads)) {
+      locals_(static_cast<size_t>(threads)) {
   require(capacity.max_tokens > 0 && capacity.max_seqs > 0 && capacity.max_logit_rows > 0, "capacity: a step has rows");
   require(capacity.num_blocks > 0 && capacity.block_size > 0, "capacity: there is a block");
 }
@@ -98,16 +99,14 @@ void Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int
     const Weight* to;
     const Source* source;
     int64_t rows, first;
-    int threads;
-  } job{&to, &source, rows, first, team_.size()};
-  team_.run(
-      [](void* context, int thread) {
+  } job{&to, &source, rows, first};
+  // Cut where panels begin, so that no two chunks write to one.
+  const int64_t before = first % kLanes, chunks = (before + rows + kPackRows - 1) / kPackRows;
+  team_.run_chunks(static_cast<int32_t>(chunks),
+      [](void* context, int32_t, int32_t chunk, int) {
         const Job& j = *static_cast<const Job*>(context);
-        // Cut where panels begin, so that no two threads write to one.
-        const int64_t step = (j.rows / j.threads + kLanes) / kLanes * kLanes;
-        const int64_t shift = j.first % kLanes;
-        const int64_t lo = thread == 0 ? 0 : std::min(j.rows, std::max<int64_t>(0, thread * step - shift));
-        const int64_t hi = thread == j.threads - 1 ? j.rows : std::min(j.rows, (thread + 1) * step - shift);
+        const int64_t lo = std::max<int64_t>(0, chunk * kPackRows - j.first % kLanes);
+        const int64_t hi = std::min(j.rows, (chunk + 1) * kPackRows - j.first % kLanes);
         if (lo >= hi) return;
         if (j.to->panels) pack_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first, j.to->order);
         else copy_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first);
@@ -177,8 +176,8 @@ void Executable::add(Op op) {
     partial_row_floats_ = std::max(partial_row_floats_, attention->kv_heads * partial_floats(1, attention->dim_v));
     const int64_t rows = std::max(share, kQueryRows);
     const int64_t floats = attention_scratch(rows, capacity_.block_size, attention->dim_k, attention->dim_v);
-    for (std::vector<float>& scratch : attention_scratch_)
-      if (static_cast<int64_t>(scratch.size()) < floats) scratch.resize(static_cast<size_t>(floats));
+    for (Local& local : locals_)
+      if (static_cast<int64_t>(local.attention.size()) < floats) local.attention.resize(static_cast<size_t>(floats));
   }
   ops_.push_back(std::move(op));
 }
@@ -193,8 +192,13 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   logits_ = logits_buffer;
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
-  claims_ = std::make_unique<Claim[]>(2 * ops_.size() + 1);
+  actives_of_.resize(ops_.size());
   if (debug_) taps_.resize(ops_.size());
+  for (size_t index = 0; index < ops_.size(); ++index) {
+    const int32_t count = std::holds_alternative<AttentionOp>(ops_[index]) ? 3 : std::holds_alternative<LinearOp>(ops_[index]) ? 2 : 1;
+    for (int32_t number = 0; number < count; ++number) stages_.push_back({static_cast<uint32_t>(index), number});
+    if (debug_) stages_.push_back({static_cast<uint32_t>(index), kTapStage});
+  }
   token_rows_ = position_rows_ = INT32_MAX;
   for (const Op& op : ops_)
     if (const auto* embed = std::get_if<EmbedOp>(&op)) {
@@ -352,6 +356,12 @@ std::vector<float> Executable::tap(int32_t op) const {
 
 int32_t Executable::tap_width(int32_t op) const { return out_of(ops_.at(static_cast<size_t>(op))).width; }
 
-std::array<double, std::variant_size_v<Op>> Executable::take_seconds() { return std::exchange(seconds_, {}); }
+std::array<double, std::variant_size_v<Op>> Executable::take_seconds() {
+  timed_ = true;
+  std::array<double, std::variant_size_v<Op>> total{};
+  for (Local& local : locals_)
+    for (size_t kind = 0; kind < total.size(); ++kind) total[kind] += std::exchange(local.seconds[kind], 0.0);
+  return total;
+}
 
 }  // namespace truffula

@@ -13,6 +13,9 @@ namespace truffula {
 
 constexpr int32_t kNothing = -1;
 
+// The stage of an op that keeps what it wrote, for looking at.
+constexpr int32_t kTapStage = -1;
+
 // Query rows (tokens x heads that share a kv head) that attention works on at once.
 constexpr int32_t kQueryRows = 24;
 
