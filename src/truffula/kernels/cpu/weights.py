@@ -19,6 +19,9 @@ Array = npt.NDArray[Any]
 LANES = 16
 F32, BF16 = 0, 1
 """Storage formats, as kernels.h numbers them."""
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+"""What files and adapters may hold here. Compared as dtypes: numpy works out a dtype's name each time it is asked."""
 _CHUNK_BYTES = 8 << 20
 """Pages of the file are given back after so much of it: the peak stays near the packed size."""
 
@@ -104,7 +107,7 @@ def _load_one(native: Any, decl: WeightDecl, role: Role, dtype: str, pull: PullW
         shapes = [list(array.shape) for array in arrays]
         raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
     for array in arrays:
-        if array.dtype.name not in ("float32", "float16", "bfloat16"):
+        if array.dtype not in STORED:
             raise KernelError(f"{decl.name} is {array.dtype.name}; float32, float16 or bfloat16 wanted.", param="dtype")
     if role.kind == "vector":
         values = np.concatenate([np.asarray(array, np.float32) for array in arrays])
@@ -135,7 +138,7 @@ def matrix_format(stored: set[str], dtype: str, role: Role) -> int:
 def as_bits(array: Array) -> Array:
     """Contiguous, and bfloat16 as the uint16 that its bits are: what the binding takes."""
     array = np.ascontiguousarray(array)
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return array.view(np.uint16) if array.dtype == BFLOAT16 else array
 
 
 def stored_formats(program: Program, dtype: str) -> Mapping[int, int]:

@@ -18,6 +18,14 @@ void require(bool holds, const char* why) {
   if (!holds) refuse(why);
 }
 
+// The next `bytes` of an adapter's memory, on a line of their own.
+uint8_t* take(Adapter& adapter, int64_t bytes) {
+  require(adapter.used + bytes <= static_cast<int64_t>(adapter.memory.size()), "adapter: larger than it was said to be");
+  uint8_t* taken = adapter.memory.data() + adapter.used;
+  adapter.used += bytes;  // panels are whole lines
+  return taken;
+}
+
 // Visits every Ref of an op with its name.
 template <class F>
 void for_refs(const Op& op, F f) {
@@ -247,8 +255,10 @@ void Executable::check_inputs(const StepCounts& c) const {
 
 // Adapters
 
-int32_t Executable::add_adapter() {
+int32_t Executable::add_adapter(int64_t bytes) {
+  require(bytes >= 0, "an adapter has a size");
   auto made = std::make_unique<Adapter>();
+  made->memory = Memory(static_cast<size_t>(bytes));
   made->op_of.assign(ops_.size(), kNothing);
   if (free_slots_.empty()) {
     adapters_.push_back(std::move(made));
@@ -281,15 +291,13 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
     exact_in_bf16 &= a[i].type == Stored::kBfloat16;
   }
   const int32_t format = exact_in_bf16 ? kBF16 : kF32;
-  Memory memory(static_cast<size_t>(panels * panel_bytes(format, w.inputs)) + 64);
+  uint8_t* to = take(adapter, panels * panel_bytes(format, w.inputs));
   made.column_scale.assign(static_cast<size_t>(panels * kLanes), 0.0f);
   for (size_t i = 0; i < a.size(); ++i) {
-    pack_rows(a[i], 0, ranks[i], memory.data() + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0});
+    pack_rows(a[i], 0, ranks[i], to + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0});
     std::fill_n(made.column_scale.begin() + at[i] * kLanes, ranks[i], scales[i]);
   }
-  made.a = {memory.data(), panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels),
-            static_cast<int32_t>(w.inputs)};
-  adapter.memory.push_back(std::move(memory));
+  made.a = {to, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)};
   for (size_t i = 0; i < b.size(); ++i) {
     const auto from = static_cast<size_t>(expand_of[i]);
     require(from < a.size() && b[i].inputs == ranks[from], "adapter: B has another rank");
@@ -302,14 +310,13 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
       if (lo >= hi) continue;
       const int64_t shift = (lo - base) % kLanes;
       const PanelOrder order{shift + hi - lo, 0};
-      Memory packed(static_cast<size_t>(order.panels() * panel_bytes(b_format, ranks[from])) + 64);
+      uint8_t* packed = take(adapter, order.panels() * panel_bytes(b_format, ranks[from]));
       const int64_t skip = lo - first_output[i];
-      pack_rows(b[i], skip, skip + hi - lo, packed.data(), b_format, shift - skip, order);
+      pack_rows(b[i], skip, skip + hi - lo, packed, b_format, shift - skip, order);
       const int64_t first = half ? 2 * ((lo - base) / kLanes) + (base ? 1 : 0) : lo / kLanes;
-      made.expands.push_back({{packed.data(), panel_bytes(b_format, ranks[from]), b_format,
+      made.expands.push_back({{packed, panel_bytes(b_format, ranks[from]), b_format,
                                static_cast<int32_t>(order.panels()), static_cast<int32_t>(ranks[from])},
                               static_cast<int32_t>(at[from] * kLanes), static_cast<int32_t>(first), half ? 2 : 1});
-      adapter.memory.push_back(std::move(packed));
     }
   }
   adapter.op_of[static_cast<size_t>(index)] = static_cast<int32_t>(adapter.ops.size());

@@ -56,7 +56,7 @@ class Executable {
   int32_t tap_width(int32_t op) const;
 
   // Adapters and KV
-  int32_t add_adapter();
+  int32_t add_adapter(int64_t bytes);  // all that its ops will hold
   void add_adapter_op(int32_t slot, int32_t op, const std::vector<Source>& a, const std::vector<int64_t>& ranks,
                       const std::vector<float>& scales, const std::vector<int32_t>& expand_of,
                       const std::vector<Source>& b, const std::vector<int64_t>& outputs,

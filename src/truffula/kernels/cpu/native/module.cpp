@@ -276,7 +276,7 @@ void bind_step(nb::class_<Native>& c) {
       .def("logits", logits, "vocab"_a)
       .def("sample", sample, "samples"_a, "vocab"_a, "width"_a)
       .def("tap", tap, "op"_a)
-      .def("add_adapter", [](Native& self) { return self.executable.add_adapter(); })
+      .def("add_adapter", [](Native& self, int64_t bytes) { return self.executable.add_adapter(bytes); }, "bytes"_a)
       .def("add_adapter_op", add_adapter_op, "slot"_a, "op"_a, "a"_a, "scales"_a, "b"_a, "expand_of"_a, "first_output"_a)
       .def("drop_adapter", [](Native& self, int32_t slot) { self.executable.drop_adapter(slot); }, "slot"_a)
       .def("kv_copy",

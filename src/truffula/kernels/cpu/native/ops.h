@@ -124,8 +124,10 @@ struct AdapterOp {
   std::vector<AdapterExpand> expands;
 };
 
+// One piece of memory for all of it: an adapter comes while others wait for their tokens, and pages cost time.
 struct Adapter {
-  std::vector<Memory> memory;
+  Memory memory;
+  int64_t used = 0;
   std::vector<int32_t> op_of;  // per op of the program: an index into `ops`, or kNothing
   std::vector<AdapterOp> ops;
 };

@@ -82,7 +82,7 @@ Peak scan(const T* values, int64_t size, std::vector<T>& maxima, const SampleLoo
   return {static_cast<int32_t>(place - values), *block, *block < std::numeric_limits<T>::infinity()};
 }
 
-// `sums` gets the summed exp(score) of each block from `first` on, `weights` the last block's, with zeros beyond the row.
+// `sums` gets the summed exp(score) of each block from `first` on, `weights` the last block's: zeros beyond the row.
 template <class T>
 void weigh_blocks(const View<T>& view, int64_t first, int64_t blocks, double* weights, double* sums,
                   const SampleLoops& loops) {
@@ -260,7 +260,7 @@ void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t i
   }
 }
 
-// Of all ids. `ranked` orders them: of `view`, whose best scores 0, two near values may be equal. `total` is its weight.
+// Of all ids. `ranked` orders them: in `view`, whose best scores 0, two near values may be equal. `total`: its weight.
 template <class T>
 void report_all(const View<T>& ranked, const View<T>& view, double total, int32_t id, const Row& row) {
   Items& order = row.scratch.order;

@@ -79,8 +79,8 @@ bool sample_ids_valid(std::int64_t rows, std::int64_t vocab, const SampleArgs& a
 // Choose (or score) the id of `row`, whose `vocab` (> 0) logits these are, and write its part of `out`.
 //
 // Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0; so do those that penalties
-// or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN. Distinct rows with distinct scratch may
-// run at once.
+// or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN. Distinct rows with distinct scratch
+// may run at once.
 void sample_row(const float* logits, std::int64_t vocab, std::int64_t row, const SampleArgs& args,
                 const SampleOut& out, SampleScratch& scratch);
 

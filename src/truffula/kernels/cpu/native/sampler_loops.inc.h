@@ -29,8 +29,8 @@ using Vector [[gnu::vector_size(kBytes)]] = T;
 using Doubles = Vector<double>;
 using Words = Vector<uint64_t>;
 
-// exp(x) for x <= 0 (a little above does no harm), within 2 ulp; 0 from -708 down, where doubles stop being normal: such
-// a weight is less than any rounding of a sum that holds a 1. No branches.
+// exp(x) for x <= 0 (a little above does no harm), within 2 ulp; 0 from -708 down, where doubles stop being normal:
+// such a weight is less than any rounding of a sum that holds a 1. No branches.
 // Method: Cephes exp.c (Moshier): x = n ln 2 + r, exp(r) = 1 + 2 r P(r^2) / (Q(r^2) - r P(r^2)).
 [[gnu::always_inline]] inline void exp_nonpositive(const Doubles& x, Doubles& out) {
   constexpr double kToInteger = 0x1.8p52;  // adding it rounds to an integer, held in the low bits of the mantissa
