@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,10 +13,9 @@ from truffula.kernels.adapters import AtSlice, by_op
 from truffula.kernels.backend import AdapterImage
 from truffula.kernels.cpu.arena import ArenaPlan
 from truffula.kernels.cpu.formats import BF16, F32, panel_bytes, panels_of
-from truffula.kernels.cpu.weights import as_bits
+from truffula.kernels.cpu.weights import BFLOAT16, STORED, as_bits
 from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
-from truffula.kernels.sampling import sample
 
 Array = npt.NDArray[Any]
 
@@ -40,7 +39,12 @@ class CpuExecutable:
             self._native.run()
 
     def sample(self) -> SampledRows:
-        return sample(self.logits(), self.samples)
+        rows, samples = self.inputs.R, self.samples
+        width = max(0, int(samples.n_logprobs[:rows].max(initial=0)))
+        with _as_kernel_errors():
+            ids, logprob, finite, top_ids, top_logprobs = self._native.sample(samples, self._program.vocab_size, width)
+        shape = (rows, width)
+        return SampledRows(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
 
     def logits(self) -> Array:
         made: Array = self._native.logits(self._program.vocab_size)
@@ -57,14 +61,17 @@ class CpuExecutable:
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         """The panels that ``adapter`` makes of it."""
-        return sum(self._op_bytes(index, present) for index, present in by_op(self._program, image).items())
+        return self._bytes(by_op(self._program, image))
+
+    def _bytes(self, found: Mapping[int, Sequence[AtSlice]]) -> int:
+        return sum(self._op_bytes(index, present) for index, present in found.items())
 
     def _op_bytes(self, index: int, present: Sequence[AtSlice]) -> int:
         arrays = {(t.a.ctypes.data, t.scale): t.a for _, t in present}
-        fmt = BF16 if all(a.dtype.name == "bfloat16" for a in arrays.values()) else F32
+        fmt = BF16 if all(a.dtype == BFLOAT16 for a in arrays.values()) else F32
         total = sum(panels_of(a.shape[0]) * panel_bytes(fmt, a.shape[1]) for a in arrays.values())
         for item, tensors in present:
-            fmt = BF16 if tensors.b.dtype.name == "bfloat16" else F32
+            fmt = BF16 if tensors.b.dtype == BFLOAT16 else F32
             # One panel more where the slice begins inside one, and again for a slice over gates and ups.
             total += (panels_of(item.hi - item.lo) + 1 + self._gated(index)) * panel_bytes(fmt, tensors.b.shape[1])
         return total
@@ -77,10 +84,10 @@ class CpuExecutable:
         found = by_op(self._program, image)
         for _, tensors in (item for present in found.values() for item in present):
             for array in (tensors.a, tensors.b):
-                if array.dtype.name not in ("float32", "float16", "bfloat16"):
+                if array.dtype not in STORED:
                     raise KernelError(f"the adapter holds {array.dtype.name}.", param="dtype")
         with _as_kernel_errors():
-            slot: int = self._native.add_adapter()
+            slot: int = self._native.add_adapter(self._bytes(found))
             try:
                 for index, present in found.items():
                     self._add_op(slot, index, present)

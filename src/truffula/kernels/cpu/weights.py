@@ -20,6 +20,9 @@ from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 
 Array = npt.NDArray[Any]
 logger = logging.getLogger(__name__)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+"""What files and adapters may hold here. Compared as dtypes: numpy works out a dtype's name each time it is asked."""
 _CHUNK_BYTES = 8 << 20
 """Pages of the file are given back after so much of it: the peak stays near the packed size."""
 
@@ -120,8 +123,8 @@ def _load_one(
         shapes = [list(part.shape) for part in parts]
         raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
     for part in parts:
-        if _kind(part) not in (*BLOCK_KINDS, "float32", "float16", "bfloat16"):
-            raise KernelError(f"{decl.name} is {_kind(part)}; float32, float16 or bfloat16 wanted.", param="dtype")
+        if not isinstance(part, QuantisedArray) and part.dtype not in STORED:
+            raise KernelError(f"{decl.name} is {part.dtype.name}; float32, float16 or bfloat16 wanted.", param="dtype")
     if role.kind == "vector":
         values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
         if wanted.dtype == "bfloat16" and not role.exact:
@@ -183,7 +186,7 @@ def _fill(
 def as_bits(array: Array) -> Array:
     """Contiguous, and bfloat16 as the uint16 that its bits are: what the binding takes."""
     array = np.ascontiguousarray(array)
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return array.view(np.uint16) if array.dtype == BFLOAT16 else array
 
 
 def planned_formats(program: Program, wanted: Wanted, stored_types: Mapping[str, str]) -> Mapping[int, int]:

@@ -16,8 +16,9 @@ struct View {
   const AttentionCall* c;
   const AttentionItem* item;
   int share, rows, lanes, part_blocks, part_stride, value_width;
-  int64_t key_head_bytes, value_head_bytes, number_bytes;
-  const float* q;       // [rows, dim_k]
+  int begin, end;  // keys that some row sees
+  int64_t key_head_bytes, value_head_bytes;
+  float* q;             // [rows, dim_k]
   float* scores;        // [rows, part_stride]
   float* part;          // [rows, value_width] values of the partition at hand
   float* total;         // [rows, value_width] merged so far
@@ -69,7 +70,13 @@ static void score(const View* v, int from, int lo, int hi) {
   for (int block = lo; block < hi; ++block) {
     const uint8_t* keys = kv->keys + (int64_t)v->item->table[block] * kv->key_block_bytes +
                           v->item->kv_head * v->key_head_bytes;
-    product_of<false>(kv->format, v->rows, v->lanes / kLanes, v->q, kv->dim_k, keys, panel_bytes, kv->dim_k,
+    // Blocks lie anywhere: the next keys, and these values, which are wanted soon.
+    if (block + 1 < hi)
+      prefetch(kv->keys + (int64_t)v->item->table[block + 1] * kv->key_block_bytes + v->item->kv_head * v->key_head_bytes,
+               v->key_head_bytes);
+    prefetch(kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes + v->item->kv_head * v->value_head_bytes,
+             v->value_head_bytes);
+    product_of<kScattered>(kv->format, v->rows, v->lanes / kLanes, v->q, kv->dim_k, keys, panel_bytes, kv->dim_k,
                       v->scores + (int64_t)(block - from) * v->lanes, v->part_stride);
   }
 }
@@ -196,7 +203,7 @@ static void put_out(const View* v, int row) {
     store_n(out + d, rounded(load(v->total + (int64_t)row * v->value_width + d) * set1(by), c->round_out), width - d);
 }
 
-static void attend(const AttentionCall* c, const AttentionItem* item, float* scratch) {
+static View view_of(const AttentionCall* c, const AttentionItem* item, float* scratch) {
   const KvCache* kv = &c->cache;
   View v;
   v.c = c;
@@ -204,45 +211,100 @@ static void attend(const AttentionCall* c, const AttentionItem* item, float* scr
   v.share = c->heads / kv->kv_heads;
   v.rows = item->count * v.share;
   v.lanes = padded(kv->block_size);
-  v.part_blocks = kv->block_size < kPartitionKeys ? kPartitionKeys / kv->block_size : 1;
+  v.part_blocks = partition_blocks(kv->block_size);
   v.part_stride = v.part_blocks * v.lanes;
   v.value_width = padded(kv->dim_v);
-  v.number_bytes = kv->format == kF32 ? 4 : 2;
   v.key_head_bytes = kv->key_block_bytes / kv->kv_heads;
   v.value_head_bytes = kv->value_block_bytes / kv->kv_heads;
   v.scores = scratch;
-  v.part = v.scores + (int64_t)v.rows * v.part_stride;
-  v.total = v.part + (int64_t)v.rows * v.value_width;
+  v.total = v.scores + (int64_t)v.rows * v.part_stride;
   v.top = v.total + (int64_t)v.rows * v.value_width;
   v.sum = v.top + v.rows;
-  v.part_top = v.sum + v.rows;
+  v.q = v.sum + v.rows;
+  v.part = v.q + (int64_t)v.rows * kv->dim_k;
+  v.part_top = v.part + (int64_t)v.rows * v.value_width;
   v.part_sum = v.part_top + v.rows;
-  float* q = v.part_sum + v.rows;
-  v.q = q;
-  for (int row = 0; row < v.rows; ++row) {
-    const int64_t head = item->kv_head * v.share + row % v.share;
-    const float* from = c->q.data + (item->t + row / v.share) * c->q.stride + head * kv->dim_k;
-    for (int d = 0; d < kv->dim_k; ++d) q[(int64_t)row * kv->dim_k + d] = from[d];
-    v.top[row] = -INFINITY;
-    v.sum[row] = 0.0f;
+  v.begin = first_key(&v, item->position);
+  v.end = item->position + item->count;
+  return v;
+}
+
+static void gather_queries(const View* v) {
+  const int width = v->c->cache.dim_k;
+  for (int row = 0; row < v->rows; ++row) {
+    const int64_t head = v->item->kv_head * v->share + row % v->share;
+    const float* from = v->c->q.data + (v->item->t + row / v->share) * v->c->q.stride + head * width;
+    for (int d = 0; d < width; ++d) v->q[(int64_t)row * width + d] = from[d];
   }
-  const int end = item->position + item->count;
-  const int begin = first_key(&v, item->position);
-  for (int from = begin / kv->block_size / v.part_blocks * v.part_blocks; from * kv->block_size < end;
-       from += v.part_blocks) {
-    const int part_lo = from * kv->block_size, part_hi = part_lo + v.part_blocks * kv->block_size;
-    const int lo = part_lo > begin ? part_lo : begin, hi = part_hi < end ? part_hi : end;
-    const int block_lo = lo / kv->block_size, block_hi = (hi + kv->block_size - 1) / kv->block_size;
-    score(&v, from, block_lo, block_hi);
-    for (int row = 0; row < v.rows; ++row) {
-      const int position = position_of(&v, row), first = first_key(&v, position);
-      weigh(&v, row, from, block_lo, block_hi, first > lo ? first : lo, position + 1 < hi ? position + 1 : hi);
-    }
-    blend_rows(&v, from, lo, hi);
-    for (int row = 0; row < v.rows; ++row) {
-      const int position = position_of(&v, row);
-      if (first_key(&v, position) < hi && position >= lo) merge(&v, row);
-    }
+}
+
+// Keys of the partition that begins with block `from` which some row sees.
+TF_INLINE int part_lo(const View* v, int from) {
+  const int lo = from * v->c->cache.block_size;
+  return lo > v->begin ? lo : v->begin;
+}
+TF_INLINE int part_hi(const View* v, int from) {
+  const int hi = (from + v->part_blocks) * v->c->cache.block_size;
+  return hi < v->end ? hi : v->end;
+}
+
+// One partition on its own: its values to `part`, its maximum and sum beside.
+static void attend_part(const View* v, int from) {
+  const int size = v->c->cache.block_size, lo = part_lo(v, from), hi = part_hi(v, from);
+  const int block_lo = lo / size, block_hi = (hi + size - 1) / size;
+  score(v, from, block_lo, block_hi);
+  for (int row = 0; row < v->rows; ++row) {
+    const int position = position_of(v, row), first = first_key(v, position);
+    weigh(v, row, from, block_lo, block_hi, first > lo ? first : lo, position + 1 < hi ? position + 1 : hi);
+  }
+  blend_rows(v, from, lo, hi);
+}
+
+static void begin_total(const View* v) {
+  for (int row = 0; row < v->rows; ++row) {
+    v->top[row] = -INFINITY;
+    v->sum[row] = 0.0f;
+  }
+}
+
+static void merge_part(const View* v, int from) {
+  const int lo = part_lo(v, from), hi = part_hi(v, from);
+  for (int row = 0; row < v->rows; ++row) {
+    const int position = position_of(v, row);
+    if (first_key(v, position) < hi && position >= lo) merge(v, row);
+  }
+}
+
+static void attend(const AttentionCall* c, const AttentionItem* item, float* scratch) {
+  View v = view_of(c, item, scratch);
+  gather_queries(&v);
+  if (item->parts) {  // one partition of many that others work on
+    v.part = item->parts;
+    v.part_top = v.part + (int64_t)v.rows * v.value_width;
+    v.part_sum = v.part_top + v.rows;
+    return attend_part(&v, item->part * v.part_blocks);
+  }
+  begin_total(&v);
+  const int size = c->cache.block_size;
+  for (int from = v.begin / size / v.part_blocks * v.part_blocks; from * size < v.end; from += v.part_blocks) {
+    attend_part(&v, from);
+    merge_part(&v, from);
+  }
+  for (int row = 0; row < v.rows; ++row) put_out(&v, row);
+}
+
+// The partitions item->part .. of an item, worked on apart, become one result: in their order, as `attend` does it.
+static void merge_parts(const AttentionCall* c, const AttentionItem* item, float* scratch) {
+  View v = view_of(c, item, scratch);
+  begin_total(&v);
+  const int64_t floats = partial_floats(v.rows, c->cache.dim_v);
+  const int size = c->cache.block_size;
+  int at = 0;
+  for (int from = item->part * v.part_blocks; from * size < v.end; from += v.part_blocks, ++at) {
+    v.part = item->parts + at * floats;
+    v.part_top = v.part + (int64_t)v.rows * v.value_width;
+    v.part_sum = v.part_top + v.rows;
+    merge_part(&v, from);
   }
   for (int row = 0; row < v.rows; ++row) put_out(&v, row);
 }

@@ -3,16 +3,27 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "dispatch.h"
 
 namespace truffula {
 namespace {
 
+constexpr int64_t kPackRows = 8 * kLanes;  // of a matrix that one chunk packs
+
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
 
 void require(bool holds, const char* why) {
   if (!holds) refuse(why);
+}
+
+// The next `bytes` of an adapter's memory, on a line of their own.
+uint8_t* take(Adapter& adapter, int64_t bytes) {
+  require(adapter.used + bytes <= static_cast<int64_t>(adapter.memory.size()), "adapter: larger than it was said to be");
+  uint8_t* taken = adapter.memory.data() + adapter.used;
+  adapter.used += bytes;  // panels are whole lines
+  return taken;
 }
 
 // Visits every Ref of an op with its name.
@@ -54,8 +65,7 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       kv_format_(kv_format),
       groups_(groups),
       debug_(debug),
-      attention_scratch_(static_cast<size_t>(threads)),
-      deltas_(static_cast<size_t>(threads)) {
+      locals_(static_cast<size_t>(threads)) {
   require(capacity.max_tokens > 0 && capacity.max_seqs > 0 && capacity.max_logit_rows > 0, "capacity: a step has rows");
   require(capacity.num_blocks > 0 && capacity.block_size > 0, "capacity: there is a block");
 }
@@ -103,15 +113,13 @@ Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows,
     int64_t rows, first;
     std::vector<Rounding> rounding;  // per thread
   } job{&to, &source, rows, first, std::vector<Rounding>(static_cast<size_t>(team_.size()))};
-  team_.run(
-      [](void* context, int thread) {
+  // Cut where panels begin, so that no two chunks write to one.
+  const int64_t before = first % kLanes, chunks = (before + rows + kPackRows - 1) / kPackRows;
+  team_.run_chunks(static_cast<int32_t>(chunks),
+      [](void* context, int32_t, int32_t chunk, int thread) {
         Job& j = *static_cast<Job*>(context);
-        const auto threads = static_cast<int>(j.rounding.size());
-        // Cut where panels begin, so that no two threads write to one.
-        const int64_t step = (j.rows / threads + kLanes) / kLanes * kLanes;
-        const int64_t shift = j.first % kLanes;
-        const int64_t lo = thread == 0 ? 0 : std::min(j.rows, std::max<int64_t>(0, thread * step - shift));
-        const int64_t hi = thread == threads - 1 ? j.rows : std::min(j.rows, (thread + 1) * step - shift);
+        const int64_t lo = std::max<int64_t>(0, chunk * kPackRows - j.first % kLanes);
+        const int64_t hi = std::min(j.rows, (chunk + 1) * kPackRows - j.first % kLanes);
         if (lo >= hi) return;
         const Weight& w = *j.to;
         if (is_quantised(w.format))
@@ -189,10 +197,11 @@ void Executable::add(Op op) {
     const int32_t share = attention->heads / attention->kv_heads;
     if (std::none_of(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; }))
       shares_.push_back({share, {}});
+    partial_row_floats_ = std::max(partial_row_floats_, attention->kv_heads * partial_floats(1, attention->dim_v));
     const int64_t rows = std::max(share, kQueryRows);
     const int64_t floats = attention_scratch(rows, capacity_.block_size, attention->dim_k, attention->dim_v);
-    for (std::vector<float>& scratch : attention_scratch_)
-      if (static_cast<int64_t>(scratch.size()) < floats) scratch.resize(static_cast<size_t>(floats));
+    for (Local& local : locals_)
+      if (static_cast<int64_t>(local.attention.size()) < floats) local.attention.resize(static_cast<size_t>(floats));
   }
   ops_.push_back(std::move(op));
 }
@@ -215,8 +224,13 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
                                           (linear->x.width / kBlock * kMostXBlockBytes));
     }
   if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
-  claims_ = std::make_unique<Claim[]>(2 * ops_.size());
+  actives_of_.resize(ops_.size());
   if (debug_) taps_.resize(ops_.size());
+  for (size_t index = 0; index < ops_.size(); ++index) {
+    const int32_t count = std::holds_alternative<AttentionOp>(ops_[index]) ? 3 : std::holds_alternative<LinearOp>(ops_[index]) ? 2 : 1;
+    for (int32_t number = 0; number < count; ++number) stages_.push_back({static_cast<uint32_t>(index), number});
+    if (debug_) stages_.push_back({static_cast<uint32_t>(index), kTapStage});
+  }
   token_rows_ = position_rows_ = INT32_MAX;
   for (const Op& op : ops_)
     if (const auto* embed = std::get_if<EmbedOp>(&op)) {
@@ -265,8 +279,10 @@ void Executable::check_inputs(const StepCounts& c) const {
 
 // Adapters
 
-int32_t Executable::add_adapter() {
+int32_t Executable::add_adapter(int64_t bytes) {
+  require(bytes >= 0, "an adapter has a size");
   auto made = std::make_unique<Adapter>();
+  made->memory = Memory(static_cast<size_t>(bytes));
   made->op_of.assign(ops_.size(), kNothing);
   if (free_slots_.empty()) {
     adapters_.push_back(std::move(made));
@@ -299,15 +315,13 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
     exact_in_bf16 &= a[i].type == Stored::kBfloat16;
   }
   const int32_t format = exact_in_bf16 ? kBF16 : kF32;
-  Memory memory(static_cast<size_t>(panels * panel_bytes(format, w.inputs)) + 64);
+  uint8_t* to = take(adapter, panels * panel_bytes(format, w.inputs));
   made.column_scale.assign(static_cast<size_t>(panels * kLanes), 0.0f);
   for (size_t i = 0; i < a.size(); ++i) {
-    pack_rows(a[i], 0, ranks[i], memory.data() + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0});
+    pack_rows(a[i], 0, ranks[i], to + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0});
     std::fill_n(made.column_scale.begin() + at[i] * kLanes, ranks[i], scales[i]);
   }
-  made.a = {memory.data(), panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels),
-            static_cast<int32_t>(w.inputs)};
-  adapter.memory.push_back(std::move(memory));
+  made.a = {to, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)};
   for (size_t i = 0; i < b.size(); ++i) {
     const auto from = static_cast<size_t>(expand_of[i]);
     require(from < a.size() && b[i].inputs == ranks[from], "adapter: B has another rank");
@@ -320,14 +334,13 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
       if (lo >= hi) continue;
       const int64_t shift = (lo - base) % kLanes;
       const PanelOrder order{shift + hi - lo, 0};
-      Memory packed(static_cast<size_t>(order.panels() * panel_bytes(b_format, ranks[from])) + 64);
+      uint8_t* packed = take(adapter, order.panels() * panel_bytes(b_format, ranks[from]));
       const int64_t skip = lo - first_output[i];
-      pack_rows(b[i], skip, skip + hi - lo, packed.data(), b_format, shift - skip, order);
+      pack_rows(b[i], skip, skip + hi - lo, packed, b_format, shift - skip, order);
       const int64_t first = half ? 2 * ((lo - base) / kLanes) + (base ? 1 : 0) : lo / kLanes;
-      made.expands.push_back({{packed.data(), panel_bytes(b_format, ranks[from]), b_format,
+      made.expands.push_back({{packed, panel_bytes(b_format, ranks[from]), b_format,
                                static_cast<int32_t>(order.panels()), static_cast<int32_t>(ranks[from])},
                               static_cast<int32_t>(at[from] * kLanes), static_cast<int32_t>(first), half ? 2 : 1});
-      adapter.memory.push_back(std::move(packed));
     }
   }
   adapter.op_of[static_cast<size_t>(index)] = static_cast<int32_t>(adapter.ops.size());
@@ -374,6 +387,12 @@ std::vector<float> Executable::tap(int32_t op) const {
 
 int32_t Executable::tap_width(int32_t op) const { return out_of(ops_.at(static_cast<size_t>(op))).width; }
 
-std::array<double, std::variant_size_v<Op>> Executable::take_seconds() { return std::exchange(seconds_, {}); }
+std::array<double, std::variant_size_v<Op>> Executable::take_seconds() {
+  timed_ = true;
+  std::array<double, std::variant_size_v<Op>> total{};
+  for (Local& local : locals_)
+    for (size_t kind = 0; kind < total.size(); ++kind) total[kind] += std::exchange(local.seconds[kind], 0.0);
+  return total;
+}
 
 }  // namespace truffula

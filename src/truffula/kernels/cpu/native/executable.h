@@ -2,7 +2,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -11,6 +10,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "ops.h"
+#include "sampler.h"
 #include "team.h"
 
 namespace truffula {
@@ -51,11 +51,13 @@ class Executable {
   const float* logits_row(int32_t row) const { return row_of(buffers_[static_cast<size_t>(logits_)], row); }
   int64_t logits_stride() const { return buffers_[static_cast<size_t>(logits_)].stride; }
   int32_t logit_rows() const { return counts_.R; }
+  // Chooses or scores an id for each row of the last run's logits. `args` and `out` hold at least R rows.
+  void sample(int64_t vocab, const SampleArgs& args, const SampleOut& out);
   std::vector<float> tap(int32_t op) const;
   int32_t tap_width(int32_t op) const;
 
   // Adapters and KV
-  int32_t add_adapter();
+  int32_t add_adapter(int64_t bytes);  // all that its ops will hold
   void add_adapter_op(int32_t slot, int32_t op, const std::vector<Source>& a, const std::vector<int64_t>& ranks,
                       const std::vector<float>& scales, const std::vector<int32_t>& expand_of,
                       const std::vector<Source>& b, const std::vector<int64_t>& outputs,
@@ -63,7 +65,7 @@ class Executable {
   void drop_adapter(int32_t slot);
   void kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to);
 
-  // Per kind of op, seconds since the last call (thread 0's view, waiting included).
+  // Per kind of op, seconds of work since the last call, of all threads together. The first call begins to measure.
   std::array<double, std::variant_size_v<Op>> take_seconds();
   Team& team() { return team_; }
   const Kernels& kernels() const { return *kernels_; }
@@ -72,13 +74,34 @@ class Executable {
  private:
   struct Item {
     int32_t sequence, t, count, position;
+    int32_t part = kNothing;   // a single partition of it, or all
+    int64_t partial = 0;       // where its result goes, in rows of partial results
+    bool first = true;         // of its partitions
   };
   struct Share {  // attention items for ops whose kv heads each serve so many heads
     int32_t heads;
     std::vector<Item> items;
+    int64_t partial_rows = 0;  // of all items that are single partitions, per kv head
   };
-  struct alignas(128) Claim {
-    std::atomic<int32_t> next{0};
+  // One stage of an op: what the team goes through in order.
+  struct Stage {
+    uint32_t op;
+    int32_t number;
+  };
+  // An adapter that acts at one op in this step: rows lo .. hi, and where its h lies.
+  struct Active {
+    const AdapterOp* op;
+    int32_t lo, hi, first_chunk;
+    float weight;
+    int64_t h;
+  };
+  // What one thread has of its own.
+  struct alignas(128) Local {
+    std::vector<float> attention;
+    std::vector<Delta> deltas;
+    size_t deltas_of = SIZE_MAX;  // the op they were put together for in this step
+    SampleScratch sample;
+    std::array<double, std::variant_size_v<Op>> seconds{};
   };
 
   const Weight& weight(int32_t id) const;
@@ -86,24 +109,31 @@ class Executable {
   void check_op(const Op& op) const;
   void check_inputs(const StepCounts& counts) const;
   void prepare();
-  std::vector<Item> items_for(int32_t share) const;
-  void execute(int thread);
+  void plan_adapters();
+  void plan_attention(Share& share) const;
+  int32_t chunks_of(const Stage& stage);
+  void work(int32_t phase, int32_t chunk, int thread);
   int32_t rows_of(const Ref& ref) const;
   float* row_of(const Buffer& buffer, int32_t row) const { return arena_.floats() + buffer.offset + row * buffer.stride; }
   Rows rows(const Ref& ref) const;
   bool rounded(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].rounded; }
+  const Share& share_of(const AttentionOp& op) const;
   void keep_tap(size_t op);
 
-  void run_op(const EmbedOp&, size_t index, int thread);
-  void run_op(const NormOp&, size_t index, int thread);
-  void run_op(const LinearOp&, size_t index, int thread);
-  void run_op(const PointwiseOp&, size_t index, int thread);
-  void run_op(const RopeRowsOp&, size_t index, int thread);
-  void run_op(const RopeOp&, size_t index, int thread);
-  void run_op(const AttentionOp&, size_t index, int thread);
-  void run_op(const TakeRowsOp&, size_t index, int thread);
-  bool quantise_x(const LinearOp&, int thread, LinearCall& call);
-  bool shrink_all(const LinearOp&, size_t index, int thread);
+  // One chunk of a stage.
+  void run_op(const EmbedOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const NormOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const LinearOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const PointwiseOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const RopeRowsOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const RopeOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const AttentionOp&, const Stage&, int32_t chunk, Local&);
+  void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, Local&);
+  int32_t quantise_chunks(const LinearOp&) const;
+  void quantise(const LinearOp&, int32_t chunk);
+  void shrink(const LinearOp&, size_t op, int32_t chunk);
+  const std::vector<Delta>& deltas_of(size_t op, Local&) const;
+  void attend(const AttentionOp&, bool merge, int32_t chunk, Local&);
   AttentionCall call_of(const AttentionOp& op) const;
 
   const Kernels* kernels_;
@@ -123,12 +153,14 @@ class Executable {
   StepCounts counts_;
   int32_t logits_ = 0, token_rows_ = 0, position_rows_ = 0;
   std::vector<Share> shares_;
-  std::vector<std::vector<float>> attention_scratch_;  // per thread
-  std::vector<std::vector<Delta>> deltas_;             // per thread
-  std::vector<float> h_;
-  std::unique_ptr<Claim[]> claims_;  // two per op
+  std::vector<Local> locals_;  // per thread
+  std::vector<Stage> stages_;
+  std::vector<Active> actives_;
+  std::vector<std::array<int32_t, 2>> actives_of_;  // per op: from .. to in actives_
+  std::vector<float> h_, partials_;
+  int64_t partial_row_floats_ = 0;  // at most, over the attention ops
+  bool timed_ = false;
   std::vector<std::vector<float>> taps_;
-  std::array<double, std::variant_size_v<Op>> seconds_{};
 };
 
 }  // namespace truffula

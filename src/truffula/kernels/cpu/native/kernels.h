@@ -129,10 +129,13 @@ struct AttentionCall {
   float scale, softcap;
 };
 
-// Query rows t .. t + count of one sequence, whose positions begin at `position`.
+// Query rows t .. t + count of one sequence, whose positions begin at `position`. With `parts`: partition number `part`
+// alone, whose result goes there (`attend`), or is there with those behind it (`merge_parts`).
 struct AttentionItem {
   const int32_t* table;
   int32_t t, count, position, kv_head;
+  float* parts;
+  int32_t part;
 };
 
 // Rows of a table as floats, whatever its layout.
@@ -159,15 +162,24 @@ struct Kernels {
   void (*rope)(const RopeCall*, int32_t row_lo, int32_t row_hi);
   void (*write_kv)(const AttentionCall*, const int32_t* slots, int32_t row_lo, int32_t row_hi);
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
+  void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
   void (*argmax)(const float* row, int64_t width, int32_t* index, float* value);
 };
 
-// Floats of scratch that `attend` needs per thread for `rows` query rows (tokens x heads that share a kv head).
-constexpr int64_t attention_scratch(int64_t rows, int64_t block_size, int64_t dim_k, int64_t dim_v) {
+constexpr int32_t partition_blocks(int32_t block_size) {
+  return block_size < kPartitionKeys ? kPartitionKeys / block_size : 1;
+}
+
+// Floats of one partition's result for `rows` query rows (tokens x heads that share a kv head).
+constexpr int64_t partial_floats(int64_t rows, int64_t dim_v) {
+  return rows * ((dim_v + kLanes - 1) / kLanes * kLanes + 2);
+}
+
+// Floats of scratch that `attend` needs per thread for `rows` query rows.
+constexpr int64_t attention_scratch(int64_t rows, int32_t block_size, int64_t dim_k, int64_t dim_v) {
   const int64_t lanes = (block_size + kLanes - 1) / kLanes * kLanes;
-  const int64_t blocks = block_size < kPartitionKeys ? kPartitionKeys / block_size : 1;
-  return rows * (lanes * blocks + dim_k + 2 * ((dim_v + kLanes - 1) / kLanes * kLanes) + 4);
+  return rows * (lanes * partition_blocks(block_size) + dim_k) + 2 * partial_floats(rows, dim_v);
 }
 
 }  // namespace truffula

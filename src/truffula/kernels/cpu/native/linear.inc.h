@@ -18,8 +18,13 @@ constexpr int kTileRows = 2;
 constexpr int kBlockRows = 48;  // between two epilogues: a multiple of every tile's rows
 constexpr int kUnitPanels = 2;
 
-// Lines lo .. hi of NP panels times rows of x, onto acc. `odd` says that a pair's second number is there.
-template <int MR, int NP, int FORMAT>
+// Reads ahead what will be needed next and no hardware foresees: a few hundred bytes here and there.
+TF_INLINE void prefetch(const uint8_t* data, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
+}
+
+// Lines k_lo .. k_hi of NP panels times rows of x, onto acc. STREAM: panels follow each other in memory, so read ahead.
+template <int MR, int NP, int FORMAT, bool STREAM>
 TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
                         int64_t k_lo, int64_t k_hi) {
   if constexpr (FORMAT == kF32) {
@@ -35,7 +40,7 @@ TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const 
     const uint8_t* line = panel + 32 * k_lo;  // k_lo is even
     int64_t k = k_lo;
     for (; k + 1 < k_hi; k += 2, line += 64) {
-      __builtin_prefetch(line + 2048);
+      if constexpr (STREAM) __builtin_prefetch(line + 2048);
       V w[NP];
       for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes);
       for (int r = 0; r < MR; ++r) {
@@ -55,24 +60,27 @@ TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const 
   }
 }
 
+// How a product is used: weights stream by; keys and adapters lie scattered, and adapters add to what is there.
+enum Use : int { kStream, kScattered, kAddScattered };
+
 // y[r, 16 p ...] (+)= x[r] W^T for MR rows and NP panels.
-template <int MR, int NP, int FORMAT, bool ADD>
+template <int MR, int NP, int FORMAT, Use USE>
 static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* y,
                  int64_t y_stride) {
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) acc[r][p] = ADD ? load(y + r * y_stride + kLanes * p) : zero();
-  multiply<MR, NP, FORMAT>(acc, x, stride, panel, panel_bytes, 0, inputs);
+    for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScattered ? load(y + r * y_stride + kLanes * p) : zero();
+  multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs);
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
 }
 
-template <int NP, int FORMAT, bool ADD>
+template <int NP, int FORMAT, Use USE>
 static void tile_rows(int rows, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
                       int64_t inputs, float* y, int64_t y_stride) {
 #define TF_CASE(n)                                                                                    \
   case n:                                                                                             \
-    if constexpr (n <= kTileRows) return tile<n, NP, FORMAT, ADD>(x, stride, panel, panel_bytes, inputs, y, y_stride); \
+    if constexpr (n <= kTileRows) return tile<n, NP, FORMAT, USE>(x, stride, panel, panel_bytes, inputs, y, y_stride); \
     break;
   switch (rows) {
     TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6)
@@ -82,7 +90,7 @@ static void tile_rows(int rows, const float* x, int64_t stride, const uint8_t* p
 }
 
 // One or two adjacent panels. Two at once where registers allow: with few rows, and always with 32 registers.
-template <int FORMAT, bool ADD>
+template <int FORMAT, Use USE>
 static void product(int rows, int panels, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
                     int64_t inputs, float* y, int64_t y_stride) {
 #if defined(__AVX512F__)
@@ -95,20 +103,20 @@ static void product(int rows, int panels, const float* x, int64_t stride, const 
     const float* from = x + r * stride;
     float* to = y + r * y_stride;
     if (panels == 2 && count <= most_for_two) {
-      tile_rows<2, FORMAT, ADD>(count, from, stride, panel, panel_bytes, inputs, to, y_stride);
+      tile_rows<2, FORMAT, USE>(count, from, stride, panel, panel_bytes, inputs, to, y_stride);
     } else {
       for (int p = 0; p < panels; ++p)
-        tile_rows<1, FORMAT, ADD>(count, from, stride, panel + p * panel_bytes, panel_bytes, inputs, to + kLanes * p,
+        tile_rows<1, FORMAT, USE>(count, from, stride, panel + p * panel_bytes, panel_bytes, inputs, to + kLanes * p,
                                   y_stride);
     }
   }
 }
 
-template <bool ADD>
+template <Use USE>
 TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, int64_t stride, const uint8_t* panel,
                           int64_t panel_bytes, int64_t inputs, float* y, int64_t y_stride) {
-  if (format == kF32) product<kF32, ADD>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
-  else product<kBF16, ADD>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  if (format == kF32) product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
+  else product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
 }
 
 // What adapters add to rows r .. r + rows of panels first .. first + panels, held in y.
@@ -117,13 +125,25 @@ static void add_deltas(const LinearCall* c, int r, int rows, int first, int pane
     const Delta* delta = c->deltas + d;
     const int lo = delta->lo > r ? delta->lo : r;
     const int hi = delta->hi < r + rows ? delta->hi : r + rows;
-    if (lo >= hi) continue;
-    for (int p = 0; p < panels; ++p) {
-      const int behind = first + p - delta->first;
-      if (behind < 0 || behind % delta->step || behind / delta->step >= delta->b.panels) continue;
-      const uint8_t* panel = delta->b.data + behind / delta->step * delta->b.panel_bytes;
-      product_of<true>(delta->b.format, hi - lo, 1, delta->h + (lo - delta->lo) * delta->h_stride, delta->h_stride,
-                       panel, delta->b.panel_bytes, delta->b.inputs, y + (lo - r) * y_stride + kLanes * p, y_stride);
+    // Panels of the unit that it acts on: both in a row, or (gate and up) one of the two.
+    const int last = delta->first + (delta->b.panels - 1) * delta->step;
+    if (lo >= hi || last < first || delta->first >= first + panels) continue;
+    const float* h = delta->h + (lo - delta->lo) * delta->h_stride;
+    float* to = y + (lo - r) * y_stride;
+    const int64_t bytes = delta->b.panel_bytes;
+    if (delta->step == 1) {
+      const int from = delta->first > first ? delta->first : first;
+      const int count = (last < first + panels - 1 ? last : first + panels - 1) - from + 1;
+      const uint8_t* panel = delta->b.data + (from - delta->first) * bytes;
+      product_of<kAddScattered>(delta->b.format, hi - lo, count, h, delta->h_stride, panel, bytes, delta->b.inputs,
+                       to + kLanes * (from - first), y_stride);
+      if (last >= first + panels) prefetch(panel + count * bytes, count * bytes);
+    } else {
+      const int at = (first - delta->first + 1) / 2;
+      const uint8_t* panel = delta->b.data + at * bytes;
+      product_of<kAddScattered>(delta->b.format, hi - lo, 1, h, delta->h_stride, panel, bytes, delta->b.inputs,
+                       to + kLanes * (delta->first + 2 * at - first), y_stride);
+      if (last >= first + panels) prefetch(panel + bytes, bytes);
     }
   }
 }
@@ -159,8 +179,8 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
         quant_product_of(&c->w, rows, panels, c->quantised_x + r * c->quantised_stride, c->quantised_stride, panel, y,
                          y_stride);
       else
-        product_of<false>(c->w.format, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel, c->w.panel_bytes,
-                          c->w.inputs, y, y_stride);
+        product_of<kStream>(c->w.format, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel,
+                            c->w.panel_bytes, c->w.inputs, y, y_stride);
       if (c->num_deltas) add_deltas(c, r, rows, first, panels, y, y_stride);
       for (int p = 0; p < panels; p += c->glu ? 2 : 1) {
         const int column = kLanes * (c->glu ? unit : first + p);
@@ -191,8 +211,8 @@ static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int3
         for (int q = 0; q < 4; ++q)
           part[q][0][0] = fma(load((const float*)(data + 64 * (k + q * quarter))), set1(x[k + q * quarter]), part[q][0][0]);
       for (int q = 0; q < 3; ++q)
-        multiply<1, 1, FORMAT>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
-      multiply<1, 1, FORMAT>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
+        multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
+      multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
     } else {
       const int64_t last = c->a.inputs - 3 * quarter;
       const int64_t common = (last < quarter ? last : quarter) / 2 * 2;
@@ -204,8 +224,8 @@ static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int3
           part[q][0][0] = fma(odd_of(data + 32 * at), set1(x[at + 1]), part[q][0][0]);
         }
       for (int q = 0; q < 3; ++q)
-        multiply<1, 1, FORMAT>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
-      multiply<1, 1, FORMAT>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
+        multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
+      multiply<1, 1, FORMAT, false>(part[3], x, 0, data, 0, 3 * quarter + k, c->a.inputs);
     }
     const V sum = (part[0][0][0] + part[1][0][0]) + (part[2][0][0] + part[3][0][0]);
     store(c->h.data + r * c->h.stride + (int64_t)kLanes * panel, sum * scale);
@@ -225,7 +245,7 @@ static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
     V sum[4][MR][1];
     for (int q = 0; q < 4; ++q) {
       for (int i = 0; i < MR; ++i) sum[q][i][0] = zero();
-      multiply<MR, 1, FORMAT>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs);
+      multiply<MR, 1, FORMAT, true>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs);
     }
     for (int i = 0; i < MR; ++i)
       store(c->h.data + (r + i) * c->h.stride + (int64_t)kLanes * panel,

@@ -152,6 +152,61 @@ Out<float> tap(Native& self, int32_t op) {
   return floats(kept.data(), kept.size() / width, width, static_cast<int64_t>(width));
 }
 
+// The arrays of SampleInputs (see kernels/inputs.py) for `rows` rows, checked for their length.
+SampleArgs sample_args(const nb::object& samples, int64_t rows) {
+  SampleArgs args{};
+  const auto f32 = [&](const char* name) { return step_array<float>(samples, name, rows); };
+  const auto i32 = [&](const char* name, int64_t count) { return step_array<int32_t>(samples, name, count); };
+  args.temperature = f32("temperature");
+  args.top_k = i32("top_k", rows);
+  args.top_p = f32("top_p");
+  args.min_p = f32("min_p");
+  args.typical_p = f32("typical_p");
+  args.repetition = f32("repetition");
+  args.frequency = f32("frequency");
+  args.presence = f32("presence");
+  args.n_logprobs = i32("n_logprobs", rows);
+  args.seed = step_array<uint64_t>(samples, "seed", rows);
+  args.choice = step_array<uint32_t>(samples, "choice", rows);
+  args.draw = step_array<uint32_t>(samples, "draw", rows);
+  args.target = i32("target", rows);
+  args.warped = step_array<uint8_t>(samples, "warped", rows);
+  args.seen_start = i32("seen_start", rows + 1);
+  args.bias_start = i32("bias_start", rows + 1);
+  const int64_t seen = args.seen_start[rows], bias = args.bias_start[rows];
+  args.seen_ids = i32("seen_ids", seen);
+  args.seen_counts = i32("seen_counts", seen);
+  args.bias_ids = i32("bias_ids", bias);
+  args.bias_values = step_array<float>(samples, "bias_values", bias);
+  return args;
+}
+
+template <class T>
+Out<T> made(size_t rows, size_t width) {
+  auto* data = new T[rows * width + 1]();
+  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return width == 1 ? Out<T>(data, {rows}, owner) : Out<T>(data, {rows, width}, owner);
+}
+
+// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width].
+nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t width) {
+  const auto rows = static_cast<size_t>(self.executable.logit_rows());
+  const SampleArgs args = sample_args(samples, static_cast<int64_t>(rows));
+  for (size_t r = 0; r < rows; ++r)
+    if (args.n_logprobs[r] > width) throw std::invalid_argument("n_logprobs: more than there is room for");
+  const auto ids = made<int32_t>(rows, 1);
+  const auto logprob = made<float>(rows, 1);
+  const auto finite = made<uint8_t>(rows, 1);
+  const auto top_ids = made<int32_t>(rows * static_cast<size_t>(width), 1);
+  const auto top_logprobs = made<float>(rows * static_cast<size_t>(width), 1);
+  const SampleOut out{ids.data(), logprob.data(), finite.data(), top_ids.data(), top_logprobs.data(), width};
+  {
+    const nb::gil_scoped_release release;
+    self.executable.sample(vocab, args, out);
+  }
+  return nb::make_tuple(ids, logprob, finite, top_ids, top_logprobs);
+}
+
 void add_attention(Native& self, const nb::object& q, const nb::object& k, const nb::object& v, const nb::object& out,
                    int32_t group, int32_t key_plane, int32_t value_plane, int32_t heads, int32_t kv_heads, int32_t dim_k,
                    int32_t dim_v, float scale, int32_t window, float softcap, const nb::object& sinks) {
@@ -237,8 +292,9 @@ void bind_load(nb::class_<Native>& c) {
 void bind_step(nb::class_<Native>& c) {
   c.def("run", run)
       .def("logits", logits, "vocab"_a)
+      .def("sample", sample, "samples"_a, "vocab"_a, "width"_a)
       .def("tap", tap, "op"_a)
-      .def("add_adapter", [](Native& self) { return self.executable.add_adapter(); })
+      .def("add_adapter", [](Native& self, int64_t bytes) { return self.executable.add_adapter(bytes); }, "bytes"_a)
       .def("add_adapter_op", add_adapter_op, "slot"_a, "op"_a, "a"_a, "scales"_a, "b"_a, "expand_of"_a, "first_output"_a)
       .def("drop_adapter", [](Native& self, int32_t slot) { self.executable.drop_adapter(slot); }, "slot"_a)
       .def("kv_copy",

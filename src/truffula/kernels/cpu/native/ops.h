@@ -13,6 +13,9 @@ namespace truffula {
 
 constexpr int32_t kNothing = -1;
 
+// The stage of an op that keeps what it wrote, for looking at.
+constexpr int32_t kTapStage = -1;
+
 // Query rows (tokens x heads that share a kv head) that attention works on at once.
 constexpr int32_t kQueryRows = 24;
 
@@ -39,6 +42,7 @@ struct Weight {
     return {memory.data(), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
             static_cast<int32_t>(inputs)};
   }
+  int64_t quantised_stride() const { return inputs / kBlock * kMostXBlockBytes; }  // of a row of x, in bytes
   Table table() const {
     return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
   }
@@ -121,8 +125,10 @@ struct AdapterOp {
   std::vector<AdapterExpand> expands;
 };
 
+// One piece of memory for all of it: an adapter comes while others wait for their tokens, and pages cost time.
 struct Adapter {
-  std::vector<Memory> memory;
+  Memory memory;
+  int64_t used = 0;
   std::vector<int32_t> op_of;  // per op of the program: an index into `ops`, or kNothing
   std::vector<AdapterOp> ops;
 };

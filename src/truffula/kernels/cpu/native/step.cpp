@@ -1,8 +1,9 @@
-// How a step runs: the ops one after another on every thread, each thread its part, a barrier behind each.
+// How a step runs: the stages of the ops one after another, each cut into chunks that the team claims.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "denormals.h"
 #include "executable.h"
@@ -10,20 +11,25 @@
 namespace truffula {
 namespace {
 
-// Rows lo .. hi of `count` that are `thread`'s.
+// Chunk number `chunk` of `count` things in `chunks`.
 struct Span {
   int32_t lo, hi;
 };
 
-Span share_of(int32_t count, int thread, int threads) {
+Span span_of(int32_t count, int32_t chunk, int32_t chunks) {
   const int64_t n = count;
-  return {static_cast<int32_t>(n * thread / threads), static_cast<int32_t>(n * (thread + 1) / threads)};
+  return {static_cast<int32_t>(n * chunk / chunks), static_cast<int32_t>(n * (chunk + 1) / chunks)};
 }
 
-// From so many rows on chunks are claimed instead of dealt out, so that a slower core doesn't hold the other up; below,
-// one long stretch of weights per thread reads faster.
-constexpr int32_t kClaimRows = 16;
+// From so many rows on a product is cut finer, so that a slower core doesn't hold the other up; below, one long stretch
+// of weights per thread reads faster.
+constexpr int32_t kFineRows = 16;
 constexpr int32_t kShrinkRows = 64;
+// A sequence with so few rows in a step has its keys cut into partitions that any thread may work on.
+constexpr int32_t kSplitTokens = 4;
+constexpr int32_t kLeastRows = 4;  // worth a chunk
+
+int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kLeastRows - 1) / kLeastRows, 4 * team); }
 
 }  // namespace
 
@@ -37,69 +43,155 @@ int32_t Executable::rows_of(const Ref& ref) const {
   return buffers_[static_cast<size_t>(ref.buffer)].logit_rows ? counts_.R : counts_.T;
 }
 
+const Executable::Share& Executable::share_of(const AttentionOp& op) const {
+  return *std::find_if(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == op.heads / op.kv_heads; });
+}
+
 void Executable::run(const StepCounts& counts) {
   check_inputs(counts);
   counts_ = counts;
   prepare();
-  team_.run([](void* self, int thread) { static_cast<Executable*>(self)->execute(thread); }, this);
+  team_.run([](void* self, int32_t phase, int32_t chunk, int thread) {
+    static_cast<Executable*>(self)->work(phase, chunk, thread);
+  }, this);
 }
 
-// What all threads share in this step. The only place of a step that may allocate, and only until it has seen the
-// largest step.
+void Executable::sample(int64_t vocab, const SampleArgs& args, const SampleOut& out) {
+  if (vocab < 1 || vocab > logits_stride() || !sample_ids_valid(counts_.R, vocab, args))
+    throw std::invalid_argument("samples: an id outside the vocabulary");
+  for (Local& local : locals_) local.sample.reserve(vocab);
+  struct Job {
+    Executable* self;
+    int64_t vocab;
+    const SampleArgs* args;
+    const SampleOut* out;
+  } job{this, vocab, &args, &out};
+  team_.run_chunks(counts_.R, [](void* context, int32_t, int32_t row, int thread) {
+    const Job& j = *static_cast<const Job*>(context);
+    sample_row(j.self->logits_row(row), j.vocab, row, *j.args, *j.out, j.self->locals_[static_cast<size_t>(thread)].sample);
+  }, &job);
+}
+
+// What the team shares in this step. The only place of a step that may allocate, and only until it has seen the largest.
 void Executable::prepare() {
-  for (size_t i = 0; i < 2 * ops_.size(); ++i) claims_[i].next.store(0, std::memory_order_relaxed);
-  for (Share& share : shares_) share.items = items_for(share.heads);
+  plan_adapters();
+  for (Share& share : shares_) {
+    plan_attention(share);
+    const auto floats = static_cast<size_t>(share.partial_rows * partial_row_floats_);
+    if (partials_.size() < floats) partials_.resize(floats);
+  }
+  team_.resize(static_cast<int32_t>(stages_.size()));
+  for (size_t phase = 0; phase < stages_.size(); ++phase)
+    team_.set(static_cast<int32_t>(phase), chunks_of(stages_[phase]));
+}
+
+// Which adapters act at which op, and where their h goes: each op's from the beginning of h_.
+void Executable::plan_adapters() {
+  actives_.clear();
   int64_t most = 0;
-  size_t expands = 0;
-  for (int32_t g = 0; g < counts_.G; ++g) {
-    const int32_t* seg = in_.seg + 3 * g;
-    int64_t panels = 0;
-    size_t most_expands = 0;
-    for (const AdapterOp& op : adapters_[static_cast<size_t>(seg[2])]->ops) {
-      panels = std::max<int64_t>(panels, op.a.panels);
-      most_expands = std::max(most_expands, op.expands.size());
+  size_t most_expands = 0;
+  for (size_t index = 0; index < ops_.size(); ++index) {
+    const auto from = static_cast<int32_t>(actives_.size());
+    const auto* linear = std::get_if<LinearOp>(&ops_[index]);
+    const bool logits = linear && buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
+    int64_t at = 0;
+    int32_t chunk = 0;
+    size_t expands = 0;
+    for (int32_t g = 0; linear && g < counts_.G; ++g) {
+      const int32_t* seg = in_.seg + 3 * g;
+      const int32_t lo = logits ? in_.seg_r[2 * g] : seg[0], hi = logits ? in_.seg_r[2 * g + 1] : seg[1];
+      const Adapter& adapter = *adapters_[static_cast<size_t>(seg[2])];
+      const int32_t found = adapter.op_of[index];
+      if (found == kNothing || lo >= hi) continue;
+      const AdapterOp& op = adapter.ops[static_cast<size_t>(found)];
+      actives_.push_back({&op, lo, hi, chunk, in_.seg_weight[g], at});
+      at += static_cast<int64_t>(hi - lo) * op.a.panels * kLanes;
+      chunk += (hi - lo + kShrinkRows - 1) / kShrinkRows;
+      expands += op.expands.size();
     }
-    most += (seg[1] - seg[0]) * panels * kLanes;
-    expands += most_expands;
+    actives_of_[index] = {from, static_cast<int32_t>(actives_.size())};
+    most = std::max(most, at);
+    most_expands = std::max(most_expands, expands);
   }
   if (static_cast<int64_t>(h_.size()) < most) h_.resize(static_cast<size_t>(most));
-  for (std::vector<Delta>& deltas : deltas_) deltas.reserve(expands);
+  for (Local& local : locals_) {
+    local.deltas.reserve(most_expands);
+    local.deltas_of = SIZE_MAX;
+  }
 }
 
-std::vector<Executable::Item> Executable::items_for(int32_t share) const {
-  std::vector<Item> items;
-  const int32_t tokens = std::max(1, kQueryRows / share);
+// Query rows in groups that share the keys they read. Few rows over long contexts are cut into partitions, so that all
+// threads have work; how a row is summed does not change by that.
+void Executable::plan_attention(Share& share) const {
+  std::vector<Item>& items = share.items;
+  items.clear();
+  share.partial_rows = 0;
+  const int32_t tokens = std::max(1, kQueryRows / share.heads);
+  const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
   for (int32_t n = 0; n < counts_.N; ++n) {
     const int32_t lo = in_.q_start[n], hi = in_.q_start[n + 1];
-    for (int32_t t = lo; t < hi; t += tokens)
-      items.push_back({n, t, std::min(tokens, hi - t), in_.kv_len[n] - (hi - t)});
+    for (int32_t t = lo; t < hi; t += tokens) {
+      const Item whole{n, t, std::min(tokens, hi - t), in_.kv_len[n] - (hi - t)};
+      const int32_t parts = (whole.position + whole.count + keys - 1) / keys;
+      if (parts == 1 || hi - lo > kSplitTokens) {
+        items.push_back(whole);
+        continue;
+      }
+      for (int32_t part = 0; part < parts; ++part) {
+        items.push_back(whole);
+        items.back().part = part;
+        items.back().partial = share.partial_rows;
+        items.back().first = part == 0;
+        share.partial_rows += whole.count * share.heads;
+      }
+    }
   }
   // The longest first: the last to be claimed should be short.
-  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.position > b.position; });
-  return items;
+  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
+    return (a.part == kNothing ? a.position : 0) > (b.part == kNothing ? b.position : 0);
+  });
 }
 
-void Executable::execute(int thread) {
-  const FlushDenormals flush;
-  using Clock = std::chrono::steady_clock;
-  Clock::time_point before = thread == 0 ? Clock::now() : Clock::time_point();
-  for (size_t index = 0; index < ops_.size(); ++index) {
-    std::visit([&](const auto& op) { run_op(op, index, thread); }, ops_[index]);
-    team_.barrier();
-    if (thread == 0) {
-      const Clock::time_point now = Clock::now();
-      seconds_[ops_[index].index()] += std::chrono::duration<double>(now - before).count();
-      before = now;
+int32_t Executable::chunks_of(const Stage& stage) {
+  if (stage.number == kTapStage) return 1;
+  const int32_t team = team_.size();
+  const Op& op = ops_[stage.op];
+  if (const auto* linear = std::get_if<LinearOp>(&op)) {
+    if (stage.number == 0) {
+      const auto [from, to] = actives_of_[stage.op];
+      const int32_t quantising = quantise_chunks(*linear);
+      if (from == to) return quantising;
+      const Active& last = actives_[static_cast<size_t>(to) - 1];
+      return quantising + last.first_chunk + (last.hi - last.lo + kShrinkRows - 1) / kShrinkRows;
     }
-    if (debug_) {
-      if (thread == 0) keep_tap(index);
-      team_.barrier();
-    }
+    const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
+    return count == 0 ? 0 : std::min(units, count < kFineRows ? team : 8 * team);
   }
+  if (const auto* attention = std::get_if<AttentionOp>(&op)) {
+    const Share& share = share_of(*attention);
+    if (stage.number == 0) return row_chunks(counts_.T, team);
+    if (stage.number == 2 && share.partial_rows == 0) return 0;
+    return static_cast<int32_t>(share.items.size()) * attention->kv_heads;
+  }
+  if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
+  if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
+  return row_chunks(counts_.T, team);
 }
 
-void Executable::run_op(const EmbedOp& op, size_t, int thread) {
-  const Span mine = share_of(rows_of(op.out), thread, team_.size());
+void Executable::work(int32_t phase, int32_t chunk, int thread) {
+  const FlushDenormals flush;
+  const Stage& stage = stages_[static_cast<size_t>(phase)];
+  if (stage.number == kTapStage) return keep_tap(stage.op);
+  Local& local = locals_[static_cast<size_t>(thread)];
+  const auto run = [&] { std::visit([&](const auto& op) { run_op(op, stage, chunk, local); }, ops_[stage.op]); };
+  if (!timed_) return run();
+  const auto before = std::chrono::steady_clock::now();
+  run();
+  local.seconds[ops_[stage.op].index()] += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
+}
+
+void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Local&) {
+  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scaled, rounded(op.out)};
   if (op.source == EmbedSource::kToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
@@ -111,75 +203,73 @@ void Executable::run_op(const EmbedOp& op, size_t, int thread) {
   }
 }
 
-void Executable::run_op(const NormOp& op, size_t, int thread) {
+void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Local&) {
   const auto vector = [&](int32_t id) { return id == kNothing ? nullptr : weight(id).memory.floats(); };
   const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
                       op.groups,     op.layer_norm, op.cast_first, rounded(op.out),   op.eps};
-  const Span mine = share_of(rows_of(op.out), thread, team_.size());
+  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
 
-// h of every segment whose adapter acts here, then what expands read of it into this thread's `deltas_`. False when no
-// adapter acts: known to all threads alike, without a barrier.
-bool Executable::shrink_all(const LinearOp& op, size_t index, int thread) {
-  std::vector<Delta>& deltas = deltas_[static_cast<size_t>(thread)];
-  deltas.clear();
-  const bool logits = buffers_[static_cast<size_t>(op.out.buffer)].logit_rows;
-  const Rows x = rows(op.x);
-  std::atomic<int32_t>& next = claims_[2 * index].next;
-  int32_t wanted = counts_.G ? next.fetch_add(1, std::memory_order_relaxed) : 0, item = 0;
-  int64_t at = 0;
-  bool any = false;
-  for (int32_t g = 0; g < counts_.G; ++g) {
-    const int32_t* seg = in_.seg + 3 * g;
-    const int32_t lo = logits ? in_.seg_r[2 * g] : seg[0], hi = logits ? in_.seg_r[2 * g + 1] : seg[1];
-    const Adapter& adapter = *adapters_[static_cast<size_t>(seg[2])];
-    const int32_t found = adapter.op_of[index];
-    if (found == kNothing || lo >= hi) continue;
-    any = true;
-    const AdapterOp& acting = adapter.ops[static_cast<size_t>(found)];
-    const int64_t stride = static_cast<int64_t>(acting.a.panels) * kLanes;
-    float* h = h_.data() + at;
-    at += (hi - lo) * stride;
-    for (int32_t r = lo; r < hi; r += kShrinkRows)
-      for (int32_t panel = 0; panel < acting.a.panels; ++panel, ++item) {
-        if (item != wanted) continue;
-        const ShrinkCall call{{x.data + r * x.stride, x.stride},
-                              {h + (r - lo) * stride, stride},
-                              acting.a,
-                              acting.column_scale.data(),
-                              in_.seg_weight[g],
-                              std::min(kShrinkRows, hi - r)};
-        kernels_->shrink(&call, panel, panel + 1);
-        wanted = next.fetch_add(1, std::memory_order_relaxed);
-      }
-    for (const AdapterExpand& expand : acting.expands)
-      deltas.push_back({h + expand.h_start, stride, expand.b, lo, hi, expand.first, expand.step});
-  }
-  return any;
+// Chunks in which x is brought to 8 bits for a quantised weight: beside the adapters', before the product.
+int32_t Executable::quantise_chunks(const LinearOp& op) const {
+  return is_quantised(weight(op.weight).format) ? row_chunks(rows_of(op.out), team_.size()) : 0;
 }
 
-// This thread's rows of x for a quantised weight. False when the weight is not.
-bool Executable::quantise_x(const LinearOp& op, int thread, LinearCall& call) {
+void Executable::quantise(const LinearOp& op, int32_t chunk) {
   const Weight& w = weight(op.weight);
-  if (!is_quantised(w.format)) return false;
-  call.quantised_x = quantised_x_.data();
-  call.quantised_stride = w.inputs / kBlock * kMostXBlockBytes;
-  const QuantiseCall quantise{rows(op.x), quantised_x_.data(), call.quantised_stride, w.format, op.x.width};
-  const Span mine = share_of(rows_of(op.out), thread, team_.size());
-  kernels_->quantise(&quantise, mine.lo, mine.hi);
-  return true;
+  const QuantiseCall call{rows(op.x), quantised_x_.data(), w.quantised_stride(), w.format, op.x.width};
+  const Span mine = span_of(rows_of(op.out), chunk, quantise_chunks(op));
+  kernels_->quantise(&call, mine.lo, mine.hi);
 }
 
-void Executable::run_op(const LinearOp& op, size_t index, int thread) {
+// h of the rows of one chunk of one adapter.
+void Executable::shrink(const LinearOp& op, size_t index, int32_t chunk) {
+  const auto [from, to] = actives_of_[index];
+  const auto behind = std::upper_bound(actives_.begin() + from, actives_.begin() + to, chunk,
+                                       [](int32_t wanted, const Active& active) { return wanted < active.first_chunk; });
+  const Active& active = *(behind - 1);
+  const int32_t lo = active.lo + (chunk - active.first_chunk) * kShrinkRows;
+  const int64_t stride = static_cast<int64_t>(active.op->a.panels) * kLanes;
+  const Rows x = rows(op.x);
+  const ShrinkCall call{{x.data + lo * x.stride, x.stride},
+                        {h_.data() + active.h + (lo - active.lo) * stride, stride},
+                        active.op->a,
+                        active.op->column_scale.data(),
+                        active.weight,
+                        std::min(kShrinkRows, active.hi - lo)};
+  kernels_->shrink(&call, 0, active.op->a.panels);
+}
+
+// What the adapters at an op add, in the order of the segments. Put together once per thread, op and step.
+const std::vector<Delta>& Executable::deltas_of(size_t index, Local& local) const {
+  if (local.deltas_of == index) return local.deltas;
+  local.deltas_of = index;
+  local.deltas.clear();
+  const auto [from, to] = actives_of_[index];
+  for (int32_t i = from; i < to; ++i) {
+    const Active& active = actives_[static_cast<size_t>(i)];
+    const int64_t stride = static_cast<int64_t>(active.op->a.panels) * kLanes;
+    for (const AdapterExpand& expand : active.op->expands)
+      local.deltas.push_back({h_.data() + active.h + expand.h_start, stride, expand.b, active.lo, active.hi, expand.first,
+                              expand.step});
+  }
+  return local.deltas;
+}
+
+void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, Local& local) {
+  if (stage.number == 0) {
+    const int32_t quantising = quantise_chunks(op);
+    return chunk < quantising ? quantise(op, chunk) : shrink(op, stage.op, chunk - quantising);
+  }
+  const std::vector<Delta>& deltas = deltas_of(stage.op, local);
   LinearCall call{};
-  const bool quantised = quantise_x(op, thread, call), shrunk = shrink_all(op, index, thread);
-  if (quantised || shrunk) team_.barrier();
-  const std::vector<Delta>& deltas = deltas_[static_cast<size_t>(thread)];
   call.x = rows(op.x);
   call.out = rows(op.out);
   call.residual = rows(op.residual);
   call.w = weight(op.weight).packed();
+  call.quantised_x = quantised_x_.data();
+  call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias.empty() ? nullptr : op.bias.data();
   call.deltas = deltas.data();
   call.num_deltas = static_cast<int32_t>(deltas.size());
@@ -191,27 +281,19 @@ void Executable::run_op(const LinearOp& op, size_t index, int thread) {
   call.clip = op.clip;
   call.scale = op.scale;
   call.softcap = op.softcap;
-  if (call.rows == 0) return;
-  const int32_t units = (call.w.panels + 1) / 2;
-  if (call.rows < kClaimRows) {
-    const Span mine = share_of(units, thread, team_.size());
-    return kernels_->linear(&call, mine.lo, mine.hi);
-  }
-  const int32_t chunk = std::max(1, units / (8 * team_.size()));
-  std::atomic<int32_t>& next = claims_[2 * index + 1].next;
-  for (int32_t lo; (lo = next.fetch_add(chunk, std::memory_order_relaxed)) < units;)
-    kernels_->linear(&call, lo, std::min(lo + chunk, units));
+  const Span mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
+  kernels_->linear(&call, mine.lo, mine.hi);
 }
 
-void Executable::run_op(const PointwiseOp& op, size_t, int thread) {
+void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, Local&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
                            rounded(op.out), op.param};
-  const Span mine = share_of(rows_of(op.out), thread, team_.size());
+  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
 
-void Executable::run_op(const RopeRowsOp& op, size_t, int thread) {
-  const Span mine = share_of(rows_of(op.out), thread, team_.size());
+void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk, Local&) {
+  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   const Rows out = rows(op.out);
   const size_t pairs = op.inv_freq.size();
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
@@ -225,10 +307,10 @@ void Executable::run_op(const RopeRowsOp& op, size_t, int thread) {
   }
 }
 
-void Executable::run_op(const RopeOp& op, size_t, int thread) {
+void Executable::run_op(const RopeOp& op, const Stage& stage, int32_t chunk, Local&) {
   const RopeCall call{rows(op.x), rows(op.rows), op.heads, op.head_dim, op.start, op.dims, op.interleaved,
                       rounded(op.x)};
-  const Span mine = share_of(rows_of(op.x), thread, team_.size());
+  const Span mine = span_of(rows_of(op.x), chunk, chunks_of(stage));
   kernels_->rope(&call, mine.lo, mine.hi);
 }
 
@@ -251,28 +333,36 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   return call;
 }
 
-void Executable::run_op(const AttentionOp& op, size_t index, int thread) {
+void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk, Local& local) {
+  if (stage.number > 0) return attend(op, stage.number == 2, chunk, local);
   const AttentionCall call = call_of(op);
-  const Span mine = share_of(counts_.T, thread, team_.size());
+  const Span mine = span_of(counts_.T, chunk, chunks_of(stage));
   kernels_->write_kv(&call, in_.slot_mapping + static_cast<int64_t>(op.group) * capacity_.max_tokens, mine.lo, mine.hi);
-  team_.barrier();
-  const int32_t share = op.heads / op.kv_heads;
-  const auto found = std::find_if(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; });
-  const std::vector<Item>& items = found->items;
-  const auto total = static_cast<int32_t>(items.size()) * op.kv_heads;
-  std::atomic<int32_t>& next = claims_[2 * index].next;
-  float* scratch = attention_scratch_[static_cast<size_t>(thread)].data();
-  for (int32_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-    const Item& item = items[static_cast<size_t>(i / op.kv_heads)];
-    const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + item.sequence) *
-                                                  capacity_.max_blocks_per_seq;
-    const AttentionItem one{table, item.t, item.count, item.position, i % op.kv_heads};
-    kernels_->attend(&call, &one, scratch);
-  }
 }
 
-void Executable::run_op(const TakeRowsOp& op, size_t, int thread) {
-  const Span mine = share_of(counts_.R, thread, team_.size());
+// One item and kv head; `merge` puts partitions together that were worked on apart.
+void Executable::attend(const AttentionOp& op, bool merge, int32_t chunk, Local& local) {
+  const Share& share = share_of(op);
+  const Item& item = share.items[static_cast<size_t>(chunk / op.kv_heads)];
+  const int32_t kv_head = chunk % op.kv_heads;
+  const bool split = item.part != kNothing;
+  // With a window the partitions wholly before it are nobody's: they are neither worked on nor merged.
+  const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
+  const int32_t first = op.window > 0 ? std::max(0, item.position - op.window + 1) / keys : 0;
+  if (merge ? !split || !item.first : split && item.part < first) return;
+  const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + item.sequence) *
+                                                capacity_.max_blocks_per_seq;
+  AttentionItem made{table, item.t, item.count, item.position, kv_head, nullptr, merge ? first : item.part};
+  if (split) {
+    const int64_t row = item.partial + (made.part - item.part) * static_cast<int64_t>(item.count) * share.heads;
+    made.parts = partials_.data() + (kv_head * share.partial_rows + row) * partial_floats(1, op.dim_v);
+  }
+  const AttentionCall call = call_of(op);
+  (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, local.attention.data());
+}
+
+void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, Local&) {
+  const Span mine = span_of(counts_.R, chunk, chunks_of(stage));
   const Rows x = rows(op.x), out = rows(op.out);
   for (int32_t r = mine.lo; r < mine.hi; ++r)
     std::memcpy(out.data + r * out.stride, x.data + in_.logit_rows[r] * x.stride,

@@ -5,6 +5,6 @@
 
 namespace truffula {
 
-extern const Kernels kPortable{"portable", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, embed, argmax};
+extern const Kernels kPortable{"portable", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed, argmax};
 
 }  // namespace truffula

@@ -20,7 +20,12 @@ namespace {
 // system has given to somebody else: then sleeping lets it come back sooner. (Yielding in a loop does neither.)
 constexpr int kSpins = 2000;
 
-inline void relax() {
+constexpr int kJobShift = 40, kChunksShift = 20;
+constexpr uint64_t kField = (uint64_t{1} << kChunksShift) - 1;
+constexpr int32_t kNone = -1, kOver = -2;
+constexpr uint32_t kJobMask = (uint32_t{1} << (64 - kJobShift)) - 1;
+
+void relax() {
 #if defined(__x86_64__) || defined(_M_X64)
   _mm_pause();
 #elif defined(__aarch64__)
@@ -28,20 +33,13 @@ inline void relax() {
 #endif
 }
 
-void wait_for_change(std::atomic<uint32_t>& value, uint32_t old) {
-  for (int i = 0; i < kSpins; ++i) {
-    if (value.load(std::memory_order_acquire) != old) return;
-    relax();
-  }
-  value.wait(old, std::memory_order_acquire);
-}
-
 }  // namespace
 
 Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
   if (threads < 1) throw std::invalid_argument("a team has at least one thread");
+  resize(1);
   workers_.reserve(static_cast<size_t>(threads) - 1);
-  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::work, this, thread);
+  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
 }
 
 Team::~Team() {
@@ -50,43 +48,95 @@ Team::~Team() {
     return;
   }
   stop_ = true;
-  started_.fetch_add(1, std::memory_order_release);
-  started_.notify_all();
+  job_.fetch_add(1);
+  job_.notify_all();
+  wake_late();
   for (std::thread& worker : workers_) worker.join();
 }
 
-void Team::run(void (*job)(void*, int), void* context) {
-  if (TF_GETPID() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
-  job_ = job;
-  context_ = context;
-  started_.fetch_add(1, std::memory_order_release);
-  started_.notify_all();
-  join_job(0);
-}
-
-void Team::join_job(int thread) {
-  job_(context_, thread);
-  barrier();
-}
-
-void Team::work(int thread) {
-  for (uint32_t seen = 0;;) {
-    wait_for_change(started_, seen);
-    ++seen;
-    if (stop_) return;
-    join_job(thread);
+// Who waits for a phase of a job that is over (it looked away when the phase was done) looks again.
+void Team::wake_late() {
+  for (int32_t i = 0; i < capacity_; ++i) {
+    phases_[i].done.fetch_add(1);
+    phases_[i].done.notify_all();
   }
 }
 
-void Team::barrier() {
-  if (size_ == 1) return;
-  const uint32_t round = passed_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    passed_.fetch_add(1, std::memory_order_release);
-    passed_.notify_all();
-  } else {
-    wait_for_change(passed_, round);
+void Team::resize(int32_t phases) {
+  next_phases_ = phases;
+  if (phases <= capacity_) return;
+  // Nobody may enter with a job that is over; who is still inside leaves at the next look.
+  num_phases_.store(0);
+  job_.fetch_add(1);
+  wake_late();
+  while (inside_.load() > 0) relax();
+  phases_ = std::make_unique<Phase[]>(static_cast<size_t>(phases));
+  capacity_ = phases;
+}
+
+void Team::set(int32_t phase, int32_t chunks) {
+  if (static_cast<uint64_t>(chunks) > kField) throw std::invalid_argument("a phase has too many chunks");
+  Phase& p = phases_[phase];
+  p.done.store(0, std::memory_order_relaxed);
+  const uint64_t job = (job_.load(std::memory_order_relaxed) + 1) & kJobMask;
+  p.claim.store(job << kJobShift | static_cast<uint64_t>(chunks) << kChunksShift, std::memory_order_release);
+}
+
+void Team::run(Work work, void* context) {
+  if (TF_GETPID() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
+  work_ = work;
+  context_ = context;
+  num_phases_.store(next_phases_);
+  const uint32_t job = job_.fetch_add(1) + 1;
+  if (size_ > 1) job_.notify_all();
+  take_part(job, 0);
+}
+
+void Team::run_chunks(int32_t chunks, Work work, void* context) {
+  resize(1);
+  set(0, chunks);
+  run(work, context);
+}
+
+// The next chunk of a phase, kNone when all are taken, kOver when the phase is another job's by now.
+int32_t Team::take(Phase& phase, uint32_t job, int32_t* chunks) {
+  uint64_t claim = phase.claim.load(std::memory_order_acquire);
+  for (;;) {
+    const auto total = static_cast<int32_t>(claim >> kChunksShift & kField), next = static_cast<int32_t>(claim & kField);
+    *chunks = total;
+    if (claim >> kJobShift != (job & kJobMask)) return kOver;
+    if (next >= total) return kNone;
+    if (phase.claim.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel)) return next;
+  }
+}
+
+void Team::take_part(uint32_t job, int thread) {
+  for (int32_t index = 0; index < num_phases_.load(); ++index) {
+    Phase& phase = phases_[index];
+    int32_t chunks = 0, chunk;
+    while ((chunk = take(phase, job, &chunks)) >= 0) {
+      work_(context_, index, chunk, thread);
+      if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(chunks)) phase.done.notify_all();
+    }
+    if (chunk == kOver) return;
+    int spins = 0;
+    for (uint32_t done; (done = phase.done.load(std::memory_order_acquire)) < static_cast<uint32_t>(chunks);) {
+      if (job_.load() != job) return;  // late: that job is over
+      if (++spins < kSpins) relax();
+      else phase.done.wait(done, std::memory_order_acquire);
+    }
+  }
+}
+
+void Team::serve(int thread) {
+  for (uint32_t seen = 0;;) {
+    for (int spins = 0; job_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) relax();
+    job_.wait(seen, std::memory_order_acquire);
+    inside_.fetch_add(1);
+    seen = job_.load();
+    if (!stop_.load()) take_part(seen, thread);
+    inside_.fetch_sub(1);
+    if (stop_.load()) return;
   }
 }
 
