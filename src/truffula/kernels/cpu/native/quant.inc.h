@@ -53,8 +53,13 @@ TF_INLINE I flip_signs(I a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((ch
 TF_INLINE I up16(I a, int n) { return {_mm512_slli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down16(I a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm512_srai_epi32(a.v, (unsigned)n)}; }
-TF_INLINE I add32(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
-TF_INLINE I add16(I a, I b) { return {_mm512_add_epi16(a.v, b.v)}; }
+// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
+TF_INLINE I in_order(I a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
+TF_INLINE I add32(I a, I b) { return in_order({_mm512_add_epi32(a.v, b.v)}); }
+TF_INLINE I add16(I a, I b) { return in_order({_mm512_add_epi16(a.v, b.v)}); }
 TF_INLINE I madd(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 TF_INLINE I maddubs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
 #if defined(__AVX512VNNI__)
@@ -82,8 +87,13 @@ TF_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or
 TF_INLINE I up16(I a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
 TF_INLINE I down16(I a, int n) { return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
-TF_INLINE I add32(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
-TF_INLINE I add16(I a, I b) { return {_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)}; }
+// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
+TF_INLINE I in_order(__m256i lo, __m256i hi) {
+  asm("" : "+x"(lo), "+x"(hi));
+  return {lo, hi};
+}
+TF_INLINE I add32(I a, I b) { return in_order(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
+TF_INLINE I add16(I a, I b) { return in_order(_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)); }
 TF_INLINE I madd(I a, I b) { return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)}; }
 TF_INLINE I maddubs(I a, I b) { return {_mm256_maddubs_epi16(a.lo, b.lo), _mm256_maddubs_epi16(a.hi, b.hi)}; }
 TF_INLINE V floats_of(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
