@@ -25,6 +25,7 @@ COMMANDS = [
     "doctor",
     "bench serve",
     "bench join",
+    "bench step",
     "adapters list",
 ]
 
@@ -172,6 +173,19 @@ def test_adapters_without_a_server_says_so() -> None:
     done = truffula("adapters", "list", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "--url" in done.stderr
+
+
+def test_bench_step_on_a_toy_shape() -> None:
+    done = truffula("bench", "step", "--tiny", "--rows", "1,3", "--steps", "2", "--prefill", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    seen = [(line["what"], line["rows"], line["adapters"]) for line in report["lines"]]
+    assert seen == [("decode", r, a) for r in (1, 3) for a in ("none", "shared", "distinct")] + [
+        ("prefill", 20, "none")
+    ]
+    assert all(line["ms"] >= line["best_ms"] > 0 for line in report["lines"])
+    refused = truffula("bench", "step", "--tiny", "--adapters", "some")
+    assert refused.returncode != 0 and "none, shared, distinct" in refused.stderr
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The native CPU backend: the program's ops in C++, on packed weights, one call a step. Needs numpy and nothing else."""
+"""The native CPU backend: the program's ops in C++ on packed weights, one call a step. Needs numpy and no torch."""
 
 from truffula.kernels.cpu.backend import CpuBackend
 

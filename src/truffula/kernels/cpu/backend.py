@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,16 @@ from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.lowering import Lowering
-from truffula.kernels.cpu.weights import BF16, F32, LANES, load_weights, packed_bytes, panel_bytes, roles, stored_formats
+from truffula.kernels.cpu.weights import (
+    BF16,
+    F32,
+    LANES,
+    load_weights,
+    packed_bytes,
+    panel_bytes,
+    roles,
+    stored_formats,
+)
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.program import Attention, Program
 from truffula.kernels.validate import validate
@@ -104,14 +114,13 @@ def available() -> bool:
 
 def _library() -> Any:
     try:
-        from truffula.kernels.cpu import _native
+        return importlib.import_module("truffula.kernels.cpu._native")
     except ImportError as error:
         raise MissingDependency(
             "truffula was installed without its native CPU kernels: a C++20 compiler (such as g++) was missing then. "
             "Install one and reinstall truffula, or use the reference backend: pip install 'truffula[torch]'.",
             param="backend",
         ) from error
-    return _native
 
 
 def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) -> None:
@@ -124,7 +133,7 @@ def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) ->
 
 def _kv_block_bytes(op: Attention, dtype: str, block_size: int) -> int:
     fmt = BF16 if dtype == "bfloat16" else F32
-    pad = lambda n: -(-n // LANES) * LANES  # noqa: E731
-    keys = op.kv_heads * pad(block_size) // LANES * panel_bytes(fmt, op.dim_k)
-    values = op.kv_heads * block_size * pad(op.dim_v) * (4 if fmt == F32 else 2)
+    lanes, value_width = -(-block_size // LANES), -(-op.dim_v // LANES) * LANES
+    keys = op.kv_heads * lanes * panel_bytes(fmt, op.dim_k)
+    values = op.kv_heads * block_size * value_width * (4 if fmt == F32 else 2)
     return keys + values

@@ -66,6 +66,7 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       groups_(groups),
       debug_(debug),
       locals_(static_cast<size_t>(threads)) {
+  for (Local& local : locals_) local.sample.loops = kernels_->sampling;
   require(capacity.max_tokens > 0 && capacity.max_seqs > 0 && capacity.max_logit_rows > 0, "capacity: a step has rows");
   require(capacity.num_blocks > 0 && capacity.block_size > 0, "capacity: there is a block");
 }
