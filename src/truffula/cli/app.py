@@ -230,12 +230,12 @@ def bench_step(
     """Milliseconds of a step on SmolLM2-135M's shape, and which ops they go to. No server, no sampling."""
     from truffula.cli.bench_step import StepBench, run_bench_step
 
-    words = lambda text: tuple(word.strip() for word in text.split(",") if word.strip())
     try:
-        numbers = tuple(int(word) for word in words(rows))
+        numbers = tuple(int(word) for word in rows.split(","))
     except ValueError:
         raise typer.BadParameter(f"{rows!r} is not a list of whole numbers.", param_hint="--rows") from None
-    bench = StepBench(numbers, words(adapters), rank, context, prefill, steps, tiny)
+    mixes = tuple(word.strip() for word in adapters.split(","))
+    bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny)
     run_bench_step(bench, backend=backend, dtype=dtype, threads=threads, as_json=as_json)
 
 
