@@ -11,8 +11,8 @@ import pytest
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.mapped import release
+from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
 from truffula.testing.programs import Part, as_dtype, fill_step, llama_program, pull_from, random_weights

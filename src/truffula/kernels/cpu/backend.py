@@ -11,7 +11,16 @@ from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.lowering import Lowering
-from truffula.kernels.cpu.weights import BF16, F32, LANES, load_weights, packed_bytes, panel_bytes, roles, stored_formats
+from truffula.kernels.cpu.weights import (
+    BF16,
+    F32,
+    LANES,
+    load_weights,
+    packed_bytes,
+    panel_bytes,
+    roles,
+    stored_formats,
+)
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.program import Attention, Program
 from truffula.kernels.validate import validate

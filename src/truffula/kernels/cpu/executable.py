@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AtSlice, by_op
 from truffula.kernels.backend import AdapterImage
 from truffula.kernels.cpu.arena import ArenaPlan
-from truffula.kernels.cpu.weights import F32, LANES, BF16, as_bits, panel_bytes, panels_of
+from truffula.kernels.cpu.weights import BF16, F32, as_bits, panel_bytes, panels_of
 from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
 from truffula.kernels.sampling import sample
@@ -92,7 +91,9 @@ class CpuExecutable:
 
     def _add_op(self, slot: int, index: int, present: Sequence[AtSlice]) -> None:
         shared: dict[tuple[int, float], int] = {}  # fused modules share one A
-        shrinks, scales, of = [], [], []
+        shrinks: list[Array] = []
+        scales: list[float] = []
+        of: list[int] = []
         for _, tensors in present:
             key = (tensors.a.ctypes.data, tensors.scale)
             if key not in shared:

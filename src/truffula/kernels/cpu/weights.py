@@ -94,7 +94,9 @@ def load_weights(native: Any, program: Program, dtype: str, pull: PullWeight) ->
     Raises:
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
-    return [_load_one(native, decl, role, dtype, pull) for decl, role in zip(program.weights, roles(program), strict=True)]
+    return [
+        _load_one(native, decl, role, dtype, pull) for decl, role in zip(program.weights, roles(program), strict=True)
+    ]
 
 
 def _load_one(native: Any, decl: WeightDecl, role: Role, dtype: str, pull: PullWeight) -> Array | None:
