@@ -22,7 +22,7 @@ $(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard src/truffula/kernels/cpu/
 	@$(PIP) install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])') cmake ninja
 	@$(PIP) install -v --no-build-isolation --config-settings=build-dir=build/{wheel_tag} -e . >$(VENV)/install.log 2>&1 || \
 	  { tail -n 30 $(VENV)/install.log; exit 1; }
-	@$(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(why())' 2>/dev/null || { \
+	@$(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null || { \
 	  echo "The native kernels did not compile: taking the slower torch backend instead. What the compiler said ($(VENV)/install.log):"; \
 	  grep -m 3 -A 4 -iE 'error[: ]|failed' $(VENV)/install.log || true; \
 	  echo "With a C++20 compiler (on Debian and Ubuntu, the package g++): make native"; \

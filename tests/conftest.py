@@ -12,5 +12,14 @@ for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py"
     sys.path.insert(0, str(folder))
 
 
+def pytest_report_header() -> list[str]:
+    """Which backends this run tests: the native one on each of its instruction sets, where it was compiled."""
+    from truffula.kernels.cpu import instruction_sets, why_unavailable
+
+    why = why_unavailable()
+    native = f"not cpu: {why}" if why else f"cpu ({', '.join(instruction_sets())})"
+    return [f"backends: reference, {native}"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the benchmarks for real (make bench FULL=1)")
