@@ -67,7 +67,7 @@ def _machine() -> list[Finding]:
     return [
         Finding("python", platform.python_version()),
         Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        Finding("cpu", f"{name}, {cores} usable core{'s' * (cores != 1)}, {sets[0] if sets else 'plain'}"),
+        Finding("cpu", ", ".join((name, f"{cores} usable core{'s' * (cores != 1)}", *sets[:1]))),
         Finding(
             "free memory",
             nbytes(memory),
