@@ -20,9 +20,10 @@ $(BIN)/python:
 $(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard src/truffula/kernels/cpu/native/*) | $(BIN)/python
 	@echo "Installing truffula and compiling its native kernels (a minute or two the first time) ..."
 	@$(PIP) install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])') cmake ninja
-	@$(PIP) install -v --no-build-isolation --config-settings=build-dir=build/{wheel_tag} -e . >$(VENV)/install.log 2>&1 || \
+	@$(PIP) install -v --no-build-isolation --config-settings=build-dir=$(VENV)/build -e . >$(VENV)/install.log 2>&1 || \
 	  { tail -n 30 $(VENV)/install.log; exit 1; }
 	@$(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null || { \
+	  rm -rf $(VENV)/build; \
 	  echo "The native kernels did not compile: taking the slower torch backend instead. What the compiler said ($(VENV)/install.log):"; \
 	  grep -m 3 -A 4 -iE 'error[: ]|failed' $(VENV)/install.log || true; \
 	  echo "With a C++20 compiler (on Debian and Ubuntu, the package g++): make native"; \
@@ -38,7 +39,7 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.dev: $(VENV)/.run | $(VENV)/.torch
 	@echo "Installing what the tests need ..."
-	@$(PIP) install -q --no-build-isolation --config-settings=build-dir=build/{wheel_tag} -e '.[dev]'
+	@$(PIP) install -q --no-build-isolation --config-settings=build-dir=$(VENV)/build -e '.[dev]'
 	@touch $@
 
 native:          ## compile the native kernels (again): after a compiler was installed
