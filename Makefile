@@ -6,6 +6,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0+cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null
 
 .PHONY: help native demo test test-slow lint check fix bench clean
 help:            ## this list
@@ -20,14 +21,14 @@ $(BIN)/python:
 $(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard src/truffula/kernels/cpu/native/*) | $(BIN)/python
 	@echo "Installing truffula and compiling its native kernels (a minute or two the first time) ..."
 	@$(PIP) install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])') cmake ninja
+	@$(COMPILED) || rm -rf $(VENV)/build  # what CMake keeps of a failure stays wrong
 	@$(PIP) install -v --no-build-isolation --config-settings=build-dir=$(VENV)/build -e . >$(VENV)/install.log 2>&1 || \
 	  { tail -n 30 $(VENV)/install.log; exit 1; }
-	@$(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null || { \
-	  rm -rf $(VENV)/build; \
+	@$(COMPILED) || { \
 	  echo "The native kernels did not compile: taking the slower torch backend instead. What the compiler said ($(VENV)/install.log):"; \
 	  grep -m 3 -A 4 -iE 'error[: ]|failed' $(VENV)/install.log || true; \
-	  echo "With a C++20 compiler (on Debian and Ubuntu, the package g++): make native"; \
-	  $(MAKE) --no-print-directory $(VENV)/.torch; }
+	  echo "With a C++20 compiler (on Debian and Ubuntu, the package g++): make native"; }
+	@$(COMPILED) || $(MAKE) --no-print-directory $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.torch: | $(BIN)/python
@@ -43,7 +44,8 @@ $(VENV)/.dev: $(VENV)/.run | $(VENV)/.torch
 	@touch $@
 
 native:          ## compile the native kernels (again): after a compiler was installed
-	@rm -f $(VENV)/.run && $(MAKE) --no-print-directory $(VENV)/.run
+	@rm -f $(VENV)/.run
+	@$(MAKE) --no-print-directory $(VENV)/.run
 
 demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays)
 	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
