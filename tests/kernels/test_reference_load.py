@@ -141,8 +141,8 @@ def test_taps_show_every_op_and_only_in_debug():
 def test_select_backend():
     assert select_backend("auto", "cpu").probe().available
     assert select_backend("reference", "auto").name == "reference"
-    assert backend_names() == ("auto", "reference")
-    with pytest.raises(ConfigError, match="auto, reference") as caught:
+    assert backend_names() == ("auto", "cpu", "reference")
+    with pytest.raises(ConfigError, match="auto, cpu, reference") as caught:
         select_backend("cuda-graphs", "cpu")
     assert caught.value.param == "backend"
     with pytest.raises(ConfigError) as caught:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
@@ -106,7 +105,8 @@ class CpuExecutable:
     def _add_op(self, slot: int, index: int, present: Sequence[AtSlice]) -> None:
         shared: dict[tuple[int, float], int] = {}  # fused modules share one A
         shrinks: list[Array] = []
-        scales, of = [], []
+        scales: list[float] = []
+        of: list[int] = []
         for _, tensors in present:
             key = (tensors.a.ctypes.data, tensors.scale)
             if key not in shared:
