@@ -60,8 +60,6 @@ def test_tied_logits(backend, dtype, biased, scale, softcap):
     a, b = as_dtype(rng.standard_normal((2, D)), "float32"), as_dtype(rng.standard_normal((V, 2)), "float32")
     slot = executable.adapter(AdapterImage("g", (SiteTensors(0, a, b, 0.25),), 1, 2))
     inputs = executable.inputs
-    inputs.block_tables = np.zeros((1, 4, 4), np.int32)  # no KV group, so allocate() made none: fill_step writes one
-    inputs.slot_mapping = np.zeros((1, 16), np.int32)
     fill_step(inputs, [Part((3, 4, 5), 0, (1,), slot), Part((7,), 0, (2,)), Part((8, 9), 0, (3,), logits="all")], 4)
     executable.run()
     t, w = table.astype(np.float64), table.astype(np.float64)

@@ -52,14 +52,14 @@ void Executable::prepare() {
   int64_t most = 0;
   size_t expands = 0;
   for (int32_t g = 0; g < counts_.G; ++g) {
-    const int32_t* seg = in_.seg + 3 * g;
+    const int32_t *seg = in_.seg + 3 * g, *seg_r = in_.seg_r + 2 * g;
     int64_t panels = 0;
     size_t most_expands = 0;
     for (const AdapterOp& op : adapters_[static_cast<size_t>(seg[2])]->ops) {
       panels = std::max<int64_t>(panels, op.a.panels);
       most_expands = std::max(most_expands, op.expands.size());
     }
-    most += (seg[1] - seg[0]) * panels * kLanes;
+    most += std::max(seg[1] - seg[0], seg_r[1] - seg_r[0]) * panels * kLanes;
     expands += most_expands;
   }
   if (static_cast<int64_t>(h_.size()) < most) h_.resize(static_cast<size_t>(most));

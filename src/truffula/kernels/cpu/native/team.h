@@ -27,6 +27,7 @@ class Team {
 
  private:
   void work(int thread);
+  void dismiss();
   void join_job(int thread);
 
   const int size_;
