@@ -21,6 +21,10 @@ NATIVE: Mapping[str, Backend] = MappingProxyType({f"cpu-{isa}": CpuBackend(threa
 BACKENDS: Mapping[str, Backend] = MappingProxyType({"reference": ReferenceBackend(), **NATIVE})
 # For tests that compare whole models, where one table says what all do: op tests compare the tables.
 BEST: Mapping[str, Backend] = MappingProxyType(dict(list(BACKENDS.items())[:2]))
+# The same on one thread: for tests of very many very small steps.
+SINGLE: Mapping[str, Backend] = MappingProxyType(
+    {"reference": ReferenceBackend(threads=1), **{f"cpu-{isa}": CpuBackend(threads=1, isa=isa) for isa in ISAS[:1]}}
+)
 
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 on_every_table = pytest.mark.parametrize("isa", ISAS)
