@@ -36,13 +36,20 @@ void relax() {
 }  // namespace
 
 Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
-  if (threads < 1) throw std::invalid_argument("a team has at least one thread");
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("a team has 1 to 1024 threads");
   resize(1);
   workers_.reserve(static_cast<size_t>(threads) - 1);
-  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
+  try {
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
+  } catch (...) {  // the system gives no more threads: those there are must end first
+    dismiss();
+    throw;
+  }
 }
 
-Team::~Team() {
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
   if (TF_GETPID() != process_) {  // forked: there is nobody to join
     for (std::thread& worker : workers_) worker.detach();
     return;
