@@ -245,6 +245,10 @@ class EngineConfig:
     )
     backend: str = _row("auto", "text", "kernel backend")
     cpu_isa: str = _row("auto", "text", "instruction set of the cpu backend (doctor lists them); auto takes the best")
+    quantize: str = _row(
+        "none", "text", "format that a checkpoint's float matrices are rounded to at load", choices=("none", "q8_0")
+    )
+    exact: bool = _row(False, "switch", "compute on the values of quantised files, not in whole numbers")
     threads: int | None = _row(None, "integer", "compute threads (default: the CPUs we may use)", low=1, high=4096)
     max_model_len: int | None = _row(None, "integer", "longest prompt + completion (default: the model's)", low=1)
     memory_bytes: int | None = _row(
@@ -281,6 +285,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.exact and self.quantize != "none":
+            raise ConfigError(
+                f"exact and quantize={self.quantize} contradict each other: a rounded checkpoint is not exact.",
+                param="quantize",
+            )
 
 
 def is_loopback(host: str) -> bool:

@@ -19,7 +19,7 @@ from truffula.engine.memory import AdapterShare, MemoryFit, fit, offered, usable
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.select import DtypeChoice, choose_dtype, fallback_warning, select_backend
+from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
 from truffula.lora.job import LoadLimits
 from truffula.lora.pool import AdapterPool
 from truffula.model.load import ModelPlan, plan_model, puller
@@ -68,7 +68,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     dtype = choose_dtype(backend, config.dtype, plan.stored_dtype)
     model_len = config.max_model_len or plan.max_model_len
     first = _capacity(config, plan, model_len, num_blocks=1)
-    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_bytes)
+    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_bytes, plan.stored_types)
     memory = fit(
         memory_plan, offered(config.memory_bytes), model_len=plan.max_model_len, asked_len=config.max_model_len,
         block_size=config.block_size, max_running=config.max_running,
@@ -112,10 +112,13 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
     with closing(open_checkpoint(path)) as checkpoint:  # what the executable keeps mapped stays until it goes
         plan = plan_model(checkpoint)
         backend = select_backend(
-            config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa
-        )
+            config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
+            precision=Precision(config.quantize, config.exact),
+        )  # fmt: skip
         settings = find_settings(config, path, plan, backend)
-        pull = puller(checkpoint, plan, progress=lambda _, done, total: tell("load", done, total))
+        pull = puller(
+            checkpoint, plan, progress=lambda _, done, total: tell("load", done, total), block_kinds=backend.block_kinds
+        )
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
         try:
             pull.finish()
@@ -194,6 +197,9 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
             "isa": settings.isa,
             "threads": settings.threads,
             "dtype_reason": settings.dtype.reason,
+            "quantize": config.quantize,
+            "exact": config.exact,
+            "weight_formats": dict(settings.planned.weight_formats),
             "fixed_bytes": memory.fixed_bytes,
             "memory_limit_bytes": memory.limit_bytes,
             "memory_reason": memory.reason,

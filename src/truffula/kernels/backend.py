@@ -4,7 +4,8 @@ words."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -36,6 +37,8 @@ class MemoryPlan:
     arena_bytes: int
     logits_bytes: int
     kv_block_bytes: int
+    weight_formats: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of matrices by the format they are held in, where a backend has several."""
 
     def total(self, num_blocks: int) -> int:
         return self.weight_bytes + self.arena_bytes + self.logits_bytes + num_blocks * self.kv_block_bytes
@@ -69,9 +72,41 @@ class AdapterImage:
     close: Callable[[], None] = lambda: None
 
 
-PullWeight = Callable[[WeightDecl], Sequence[Array]]
+@dataclass(frozen=True)
+class QuantisedArray:
+    """A matrix as GGUF stores it: uint8 ``blocks [rows, blocks of a row, bytes of a block]`` of the type ``kind``.
+
+    ``unpack`` makes ``[N, bytes]`` blocks the float32 values they stand for. The blocks' scales are finite.
+    """
+
+    kind: str
+    blocks: Array
+    shape: tuple[int, int]
+    unpack: Callable[[Array], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.blocks.nbytes)
+
+    def rows(self, lo: int, hi: int) -> QuantisedArray:
+        """Rows ``lo .. hi``; a view."""
+        part = self.blocks[lo:hi]
+        return QuantisedArray(self.kind, part, (len(part), self.shape[1]), self.unpack)
+
+    def dequantise(self) -> Array:
+        """float32 ``shape``, as the format defines the values."""
+        return self.unpack(self.blocks.reshape(-1, self.blocks.shape[2])).reshape(self.shape)
+
+
+def as_array(part: Array | QuantisedArray) -> Array:
+    """The numbers of a part, whatever holds them."""
+    return part.dequantise() if isinstance(part, QuantisedArray) else part
+
+
+PullWeight = Callable[[WeightDecl], Sequence[Array | QuantisedArray]]
 """Yields a weight's parts in order, as mapped arrays in their stored dtype (transforms and permutations already done);
-the caller may keep the views: the mapping outlives the executable."""
+the caller may keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds``
+come as ``QuantisedArray``."""
 
 
 class Executable(Protocol):
@@ -112,11 +147,21 @@ class Backend(Protocol):
     """Chosen once at start from the configuration and the probe."""
 
     name: str
+    block_kinds: frozenset[str]
+    """Quantised types it takes as they are stored; empty when it computes on their values."""
 
     def probe(self) -> BackendProbe: ...
 
-    def plan(self, program: Program, dtype: str, capacity: Capacity, stored_bytes: int) -> MemoryPlan:
-        """Bytes needed. ``stored_bytes`` is what the checkpoint's tensors take on disk (they may be kept mapped)."""
+    def plan(
+        self,
+        program: Program,
+        dtype: str,
+        capacity: Capacity,
+        stored_bytes: int,
+        stored_types: Mapping[str, str] = MappingProxyType({}),
+    ) -> MemoryPlan:
+        """Bytes needed. ``stored_bytes`` is what the checkpoint's tensors take on disk (they may be kept mapped),
+        ``stored_types`` how they are stored, by the names of the weights' parts."""
 
     def time_products(self, dtypes: Sequence[str]) -> Mapping[str, float]:
         """Seconds that the same few products take in each dtype; how ``auto`` chooses. Costs about 50 ms."""

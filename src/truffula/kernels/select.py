@@ -13,11 +13,25 @@ from truffula.kernels.backend import Backend
 from truffula.kernels.cpu import CpuBackend, why_unavailable
 
 
+@dataclass(frozen=True)
+class Precision:
+    """What is asked of a backend beside the dtype. ``quantize``: the format (``q8_0``) that float matrices are rounded
+    to at load, or ``none``. ``exact``: compute on the values of quantised files, not in whole numbers."""
+
+    quantize: str = "none"
+    exact: bool = False
+
+
 def _torch_is_there() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def _reference(threads: int | None, cpu_isa: str) -> Backend:
+def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
+    if precision.quantize != "none":
+        raise ConfigError(
+            f"quantize is {precision.quantize!r}, which the reference backend does not serve; the cpu backend does.",
+            param="quantize",
+        )
     if not _torch_is_there():
         raise MissingDependency(
             "the reference backend needs torch, which is not installed: pip install 'truffula[torch]'.", param="backend"
@@ -34,22 +48,22 @@ def _reference(threads: int | None, cpu_isa: str) -> Backend:
     return ReferenceBackend(threads=threads)
 
 
-def _cpu(threads: int | None, cpu_isa: str) -> Backend:
+def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if why := why_unavailable():
         raise MissingDependency(
             f"the cpu backend is not there: {why}. Or compute with torch, which is several times slower: pip install "
             "'truffula[torch]'.",
             param="backend",
         )
-    return CpuBackend(threads=threads, isa=cpu_isa)
+    return CpuBackend(threads=threads, isa=cpu_isa, quantize=precision.quantize, exact=precision.exact)
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """A backend of ``--backend``: whether ``auto`` may take it, and its creator (threads, instruction set)."""
+    """A backend of ``--backend``: whether ``auto`` may take it, and its creator of threads, instruction set, precision."""
 
     available: Callable[[], bool]
-    create: Callable[[int | None, str], Backend]
+    create: Callable[[int | None, str, Precision], Backend]
 
 
 BACKENDS: Mapping[str, _Choice] = MappingProxyType(
@@ -68,7 +82,12 @@ def backend_names() -> tuple[str, ...]:
 
 
 def select_backend(
-    name: str = "auto", device: str = "auto", *, threads: int | None = None, cpu_isa: str = "auto"
+    name: str = "auto",
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    cpu_isa: str = "auto",
+    precision: Precision = Precision(),
 ) -> Backend:
     """The backend called ``name``; ``auto`` takes the first that is installed.
 
@@ -76,7 +95,8 @@ def select_backend(
     that the cpu backend must use.
 
     Raises:
-        ConfigError: An unknown name, a device the backend does not run on, an instruction set this machine has not.
+        ConfigError: An unknown name, a device the backend does not run on, an instruction set this machine has not, or
+            a precision it does not serve.
         MissingDependency: The backend is not installed, or none is; the message says what to do.
     """
     if name not in backend_names():
@@ -86,7 +106,7 @@ def select_backend(
         chosen = next((known for known, choice in BACKENDS.items() if choice.available()), next(iter(BACKENDS)))
     if device not in ("cpu", "auto"):
         raise ConfigError(f"device is {device!r}; the {chosen} backend runs on cpu.", param="device")
-    return BACKENDS[chosen].create(threads, cpu_isa)
+    return BACKENDS[chosen].create(threads, cpu_isa, precision)
 
 
 def fallback_warning(asked: str, chosen: Backend) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 
 from truffula.errors import CheckpointError, KernelError, UnsupportedModel
-from truffula.kernels.backend import Array
+from truffula.kernels.backend import Array, QuantisedArray
 from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
@@ -34,7 +34,7 @@ class ModelPlan:
 
     ``stored_bytes`` are those of the tensors the program uses, ``saved_bytes`` what tying spares (the table that is not
     held twice), ``stored_dtype`` the float type that most of those bytes have (or ``quantised``), ``unused`` names left
-    out knowingly.
+    out knowingly, ``stored_types`` how each tensor that is used is stored (``BF16``, ``Q4_1``).
     """
 
     spec: ModelSpec
@@ -48,6 +48,7 @@ class ModelPlan:
     unused: tuple[str, ...]
     saved_bytes: int
     stored_dtype: str = "float32"
+    stored_types: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_model(checkpoint: Checkpoint) -> ModelPlan:
@@ -80,6 +81,7 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
         unused=(*names.unused, *dropped),
         saved_bytes=0 if tying.tie is Tie.SEPARATE else table.nbytes,
         stored_dtype=_stored_dtype(checkpoint, used),
+        stored_types={name: checkpoint.tensors[name].dtype for name in used},
     )
 
 
@@ -209,7 +211,8 @@ class Puller:
     """A ``PullWeight``: called once per weight, it yields the weight's parts in order.
 
     A part is a view of the mapped file in its stored dtype, or, when it is transformed, a fresh float32 array (the
-    pages of its file are released at the next call; those of a view are the backend's to keep or to drop).
+    pages of its file are released at the next call; those of a view are the backend's to keep or to drop). Matrices
+    stored in one of ``block_kinds`` come as their blocks.
     """
 
     def __init__(
@@ -218,13 +221,14 @@ class Puller:
         plan: ModelPlan,
         *,
         progress: Callable[[str, int, int | None], None] | None = None,
+        block_kinds: frozenset[str] = frozenset(),
     ) -> None:
-        self.checkpoint, self.plan, self.progress = checkpoint, plan, progress
+        self.checkpoint, self.plan, self.progress, self.block_kinds = checkpoint, plan, progress, block_kinds
         self._filled: set[int] = set()
         self._release: list[str] = []
         self._done_bytes = 0
 
-    def __call__(self, decl: WeightDecl) -> Sequence[Array]:
+    def __call__(self, decl: WeightDecl) -> Sequence[Array | QuantisedArray]:
         """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
         if decl.id in self._filled:
             raise KernelError(f"{decl.name} was pulled twice.")
@@ -236,8 +240,29 @@ class Puller:
         self._filled.add(decl.id)
         return parts
 
-    def _part(self, part: WeightPart) -> Array:
-        info, array = self.checkpoint.tensors[part.name], self.checkpoint.read(part.name)
+    def _part(self, part: WeightPart) -> Array | QuantisedArray:
+        info = self.checkpoint.tensors[part.name]
+        blocks = self._blocks(part) if info.dtype in self.block_kinds else None
+        made = self._array(part, info) if blocks is None else blocks
+        self._done_bytes += info.nbytes
+        if self.progress is not None:
+            self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
+        return made
+
+    def _blocks(self, part: WeightPart) -> QuantisedArray | None:
+        """As stored, rows picked and in order; None where only the values will do."""
+        blocks = self.checkpoint.blocks(part.name) if part.transform == "none" else None
+        if blocks is None:
+            return None
+        self._release.append(part.name)
+        if part.lo or part.hi >= 0:
+            blocks = blocks.rows(part.lo, part.hi if part.hi >= 0 else blocks.shape[0])
+        if part.permute is not None:
+            blocks = replace(blocks, blocks=_unpermute(blocks.blocks, *part.permute))
+        return blocks
+
+    def _array(self, part: WeightPart, info: TensorInfo) -> Array:
+        array = self.checkpoint.read(part.name)
         found = first_non_finite(array)
         if found is not None:
             count, index = found
@@ -257,9 +282,6 @@ class Puller:
         if part.transform != "none":
             array = np.asarray(array, np.float32) + np.float32(1 if part.transform == "plus_one" else -1)
             self._release.append(part.name)
-        self._done_bytes += info.nbytes
-        if self.progress is not None:
-            self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
         return array
 
     def _let_go(self) -> None:
@@ -280,9 +302,10 @@ def puller(
     plan: ModelPlan,
     *,
     progress: Callable[[str, int, int | None], None] | None = None,
+    block_kinds: frozenset[str] = frozenset(),
 ) -> Puller:
     """The weights of ``plan``, to be given to ``Backend.load``; call ``finish()`` behind it."""
-    return Puller(checkpoint, plan, progress=progress)
+    return Puller(checkpoint, plan, progress=progress, block_kinds=block_kinds)
 
 
 def _unpermute(array: Array, heads: int, head_dim: int) -> Array:

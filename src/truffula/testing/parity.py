@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import InvalidRequest
-from truffula.kernels.backend import AdapterImage, Array, Executable
+from truffula.kernels.backend import AdapterImage, Array, Executable, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
@@ -168,7 +168,7 @@ def _load(
 ) -> Executable:
     pull = puller(checkpoint, plan)
     executable = select_backend(backend, "cpu").load(
-        program, dtype, lambda decl: change.weight(decl, pull(decl)), capacity, debug=True
+        program, dtype, lambda decl: change.weight(decl, [as_array(part) for part in pull(decl)]), capacity, debug=True
     )
     pull.finish()
     return executable

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
+from truffula.kernels.backend import QuantisedArray
+
 Array = npt.NDArray[Any]
 
 
@@ -48,6 +50,10 @@ class Checkpoint(Protocol):
 
         A view stays good after ``release``. It must not be written to: a write would last only until the release.
         """
+
+    def blocks(self, name: str) -> QuantisedArray | None:
+        """The tensor in the blocks it is stored in, its rows in the order of ``read``; None for those that are not
+        matrices in simple blocks of 32 with finite scales: these are read."""
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file, before any conversion."""

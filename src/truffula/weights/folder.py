@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from truffula.errors import CheckpointError
+from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.safetensors import SafetensorsFile, is_lfs_pointer, refuse_lfs_pointer
 
@@ -52,6 +53,9 @@ class FolderCheckpoint:
 
     def read(self, name: str) -> Array:
         return self._file(name).read(name)
+
+    def blocks(self, name: str) -> QuantisedArray | None:
+        return None  # safetensors hold plain numbers
 
     def raw(self, name: str) -> Array:
         return self._file(name).raw(name)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import CheckpointError
+from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.gguf_header import GgufTensor, read_header
 from truffula.weights.gguf_names import ROPE_FREQS, family_of, generation_config, rename, to_config
-from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
 from truffula.weights.gguf_tokenizer import tokenizer_files
 from truffula.weights.mapped import MappedFile
 
@@ -46,12 +48,27 @@ class GgufCheckpoint:
         }
         self.warnings = tuple(warnings)
 
-    def read(self, name: str) -> Array:
-        item = self._item(name)
+    def _data(self, name: str, item: GgufTensor) -> Array:
+        """The bytes, rows in Hugging Face's order."""
         data = self._file.view(item.offset, item.nbytes)
         heads = self._permuted_heads(name)
-        if heads:
-            data = _restore_halves(data, item.shape[0], heads)
+        return _restore_halves(data, item.shape[0], heads) if heads else data
+
+    def blocks(self, name: str) -> QuantisedArray | None:
+        item = self._item(name)
+        format = FORMATS[item.type]
+        if not format.scales or len(item.shape) != 2:
+            return None
+        rows, width = item.shape
+        data = self._data(name, item).reshape(rows, width // format.size, format.nbytes)
+        scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
+        if not np.isfinite(scales).all():
+            return None  # what is wrong shows in the values
+        return QuantisedArray(format.name, data, (rows, width), partial(_values, format))
+
+    def read(self, name: str) -> Array:
+        item = self._item(name)
+        data = self._data(name, item)
         values = dequantize(FORMATS[item.type], data, item.shape)
         if self._family.shifted and name.endswith("norm.weight"):
             values = values.astype(np.float32) - np.float32(1)
@@ -108,6 +125,10 @@ class GgufCheckpoint:
         if self._family.permuted and ".self_attn.k_proj." in name:
             return int(self.config["num_key_value_heads"])
         return 0
+
+
+def _values(format: BlockFormat, blocks: Array) -> Array:
+    return dequantize(format, np.ascontiguousarray(blocks).reshape(-1), (len(blocks), format.size))
 
 
 def _restore_halves(data: Array, rows: int, heads: int) -> Array:

@@ -26,7 +26,7 @@ _CHUNK_VALUES = 1 << 16
 @dataclass(frozen=True)
 class BlockFormat:
     """One storage type: ``size`` values take ``nbytes`` bytes. ``dtype`` for plain numbers, ``unpack`` for packed
-    ones.
+    ones. ``scales``: so many float16 begin a block of 32, and it may be handed out as it is; 0 for other types.
     """
 
     name: str
@@ -34,6 +34,7 @@ class BlockFormat:
     nbytes: int
     dtype: np.dtype[Any] | None = None
     unpack: Callable[[Blocks, Values], None] | None = None
+    scales: int = 0
 
 
 def dequantize(format: BlockFormat, data: Blocks, shape: tuple[int, ...]) -> Array:
@@ -153,11 +154,11 @@ def _q6_k(blocks: Blocks, out: Values) -> None:
 FORMATS: Mapping[int, BlockFormat] = {
     0: BlockFormat("F32", 1, 4, dtype=np.dtype("<f4")),
     1: BlockFormat("F16", 1, 2, dtype=np.dtype("<f2")),
-    2: BlockFormat("Q4_0", 32, 18, unpack=_q4_0),
-    3: BlockFormat("Q4_1", 32, 20, unpack=_q4_1),
-    6: BlockFormat("Q5_0", 32, 22, unpack=_q5_0),
+    2: BlockFormat("Q4_0", 32, 18, unpack=_q4_0, scales=1),
+    3: BlockFormat("Q4_1", 32, 20, unpack=_q4_1, scales=2),
+    6: BlockFormat("Q5_0", 32, 22, unpack=_q5_0, scales=1),
     7: BlockFormat("Q5_1", 32, 24, unpack=_q5_1),
-    8: BlockFormat("Q8_0", 32, 34, unpack=_q8_0),
+    8: BlockFormat("Q8_0", 32, 34, unpack=_q8_0, scales=1),
     12: BlockFormat("Q4_K", 256, 144, unpack=_q4_k),
     13: BlockFormat("Q5_K", 256, 176, unpack=_q5_k),
     14: BlockFormat("Q6_K", 256, 210, unpack=_q6_k),

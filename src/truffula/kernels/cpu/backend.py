@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable
+from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, Wanted, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
-from truffula.kernels.cpu.weights import (
-    BF16,
-    F32,
-    LANES,
-    load_weights,
-    packed_bytes,
-    panel_bytes,
-    roles,
-    stored_formats,
-)
+from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.program import Attention, Program
 from truffula.kernels.validate import validate
@@ -29,14 +22,24 @@ DTYPES = ("bfloat16", "float32")
 
 
 class CpuBackend:
-    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has."""
+    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has.
+
+    ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are computed with as the
+    values they stand for, else as whole numbers.
+    """
 
     name = "cpu"
 
-    def __init__(self, threads: int | None = None, isa: str = "auto") -> None:
+    def __init__(
+        self, threads: int | None = None, isa: str = "auto", *, quantize: str = "none", exact: bool = False
+    ) -> None:
         sets = instruction_sets()
         if isa not in ("auto", *sets):
             raise ConfigError(f"cpu_isa is {isa!r}; this machine has {', '.join(('auto', *sets))}.", param="cpu_isa")
+        if quantize not in ("none", "q8_0"):
+            raise ConfigError(f"quantize is {quantize!r}; none or q8_0 is served.", param="quantize")
+        self._quantize, self._exact = quantize, exact
+        self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
         self._isa = isa
 
@@ -44,18 +47,29 @@ class CpuBackend:
         isa = instruction_sets()[0] if self._isa == "auto" else self._isa
         return BackendProbe(name=self.name, available=True, device="cpu", isa=isa, dtypes=DTYPES)
 
-    def plan(self, program: Program, dtype: str, capacity: Capacity, stored_bytes: int) -> MemoryPlan:
+    def _wanted(self, dtype: str) -> Wanted:
+        return Wanted(dtype, self._quantize, blocks=not self._exact)
+
+    def plan(
+        self,
+        program: Program,
+        dtype: str,
+        capacity: Capacity,
+        stored_bytes: int,
+        stored_types: Mapping[str, str] = MappingProxyType({}),
+    ) -> MemoryPlan:
         """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
         del stored_bytes
-        formats = stored_formats(program, dtype)
-        weights = sum(
-            packed_bytes(decl, role, formats[decl.id])
-            for decl, role in zip(program.weights, roles(program), strict=True)
-        )
+        formats = planned_formats(program, self._wanted(dtype), stored_types)
+        by_format: dict[str, int] = {}
+        for decl, role in zip(program.weights, roles(program), strict=True):
+            held = NAMES[formats.get(decl.id, F32)] if role.kind != "vector" else "vectors"
+            by_format[held] = by_format.get(held, 0) + packed_bytes(decl, role, formats.get(decl.id, F32))
         arena = plan_arena(program, capacity, reuse=True)
         logits = 4 * capacity.max_logit_rows * program.vocab_size
         return MemoryPlan(
-            weight_bytes=weights,
+            weight_bytes=sum(by_format.values()),
+            weight_formats=by_format,
             arena_bytes=max(0, 4 * arena.floats - logits),
             logits_bytes=2 * logits,
             kv_block_bytes=sum(
@@ -83,7 +97,7 @@ class CpuBackend:
         native = _library().Executable(self._isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
         arena = plan_arena(program, capacity, reuse=not debug)
         _add_buffers(native, program, dtype, arena)
-        vectors = load_weights(native, program, dtype, pull)
+        vectors = load_weights(native, program, self._wanted(dtype), pull)
         lowering = Lowering(native, program, dtype, vectors)
         try:
             for op in program.ops:

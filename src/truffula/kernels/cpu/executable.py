@@ -13,7 +13,8 @@ from truffula.errors import KernelError
 from truffula.kernels.adapters import AtSlice, by_op
 from truffula.kernels.backend import AdapterImage
 from truffula.kernels.cpu.arena import ArenaPlan
-from truffula.kernels.cpu.weights import BF16, BFLOAT16, F32, STORED, as_bits, panel_bytes, panels_of
+from truffula.kernels.cpu.formats import BF16, F32, panel_bytes, panels_of
+from truffula.kernels.cpu.weights import BFLOAT16, STORED, as_bits
 from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
 

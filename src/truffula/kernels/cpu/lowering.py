@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.cpu.weights import LANES, Array, panels_of
+from truffula.kernels.cpu.formats import LANES, panels_of
+from truffula.kernels.cpu.weights import Array
 from truffula.kernels.program import (
     Attention,
     Embed,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_dtypes
@@ -11,14 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import PullWeight
+from truffula.kernels.backend import PullWeight, QuantisedArray, as_array
+from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, Wanted, matrix_format, panel_bytes, panels_of
 from truffula.kernels.mapped import release
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 
 Array = npt.NDArray[Any]
-LANES = 16
-F32, BF16 = 0, 1
-"""Storage formats, as kernels.h numbers them."""
+logger = logging.getLogger(__name__)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 """What files and adapters may hold here. Compared as dtypes: numpy works out a dtype's name each time it is asked."""
@@ -69,15 +70,6 @@ def roles(program: Program) -> list[Role]:
     return made
 
 
-def panels_of(outputs: int, half: int = 0) -> int:
-    """Panels of 16 outputs; gates and ups are padded apart."""
-    return 2 * -(-half // LANES) if half else -(-outputs // LANES)
-
-
-def panel_bytes(fmt: int, inputs: int) -> int:
-    return 64 * (inputs if fmt == F32 else (inputs + 1) // 2)
-
-
 def packed_bytes(decl: WeightDecl, role: Role, fmt: int) -> int:
     """Bytes of a weight as this backend holds it."""
     if role.kind == "vector":
@@ -88,53 +80,107 @@ def packed_bytes(decl: WeightDecl, role: Role, fmt: int) -> int:
     return panels_of(outputs, role.half) * panel_bytes(fmt, inputs)
 
 
-def load_weights(native: Any, program: Program, dtype: str, pull: PullWeight) -> list[Array | None]:
+@dataclass
+class RoundingReport:
+    """What ``quantize`` lost: relative RMS error by matrix."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        worst = max(self.errors, key=lambda name: self.errors[name])
+        mean = sum(self.errors.values()) / len(self.errors)
+        return (
+            f"{len(self.errors)} matrices rounded to Q8_0, relative RMS error {mean:.2%} on average, "
+            f"at most {self.errors[worst]:.2%} ({worst})"
+        )
+
+
+def load_weights(native: Any, program: Program, wanted: Wanted, pull: PullWeight) -> list[Array | None]:
     """Pull every weight of ``program`` in order into ``native``; its ids are the program's. Vectors come back as well.
 
     In bfloat16 matrices are rounded to it. In float32 a matrix that is stored in bfloat16 stays so: that is exact, and
-    half as much to read per step.
+    half as much to read per step. Blocks stay what they are (see ``matrix_format``).
 
     Raises:
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
-    return [
-        _load_one(native, decl, role, dtype, pull) for decl, role in zip(program.weights, roles(program), strict=True)
+    report = RoundingReport()
+    made = [
+        _load_one(native, decl, role, wanted, pull, report)
+        for decl, role in zip(program.weights, roles(program), strict=True)
     ]
+    if report.errors:
+        logger.info("%s", report)
+    return made
 
 
-def _load_one(native: Any, decl: WeightDecl, role: Role, dtype: str, pull: PullWeight) -> Array | None:
-    arrays = list(pull(decl))
-    rows = sum(array.shape[0] for array in arrays if array.ndim)
-    if rows != decl.shape[0] or any(array.shape[1:] != decl.shape[1:] for array in arrays):
-        shapes = [list(array.shape) for array in arrays]
+def _load_one(
+    native: Any, decl: WeightDecl, role: Role, wanted: Wanted, pull: PullWeight, report: RoundingReport
+) -> Array | None:
+    parts = list(pull(decl))
+    rows = sum(part.shape[0] for part in parts if part.shape)
+    if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
+        shapes = [list(part.shape) for part in parts]
         raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
-    for array in arrays:
-        if array.dtype not in STORED:
-            raise KernelError(f"{decl.name} is {array.dtype.name}; float32, float16 or bfloat16 wanted.", param="dtype")
+    for part in parts:
+        if not isinstance(part, QuantisedArray) and part.dtype not in STORED:
+            raise KernelError(f"{decl.name} is {part.dtype.name}; float32, float16 or bfloat16 wanted.", param="dtype")
     if role.kind == "vector":
-        values = np.concatenate([np.asarray(array, np.float32) for array in arrays])
-        if dtype == "bfloat16" and not role.exact:
+        values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
+        if wanted.dtype == "bfloat16" and not role.exact:
             values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         native.add_vector(values)
         return values
-    fmt = matrix_format({array.dtype.name for array in arrays}, dtype, role)
-    weight = native.add_matrix(*decl.shape, format=fmt, panels=role.kind == "panels", half=role.half)
+    kinds = {_kind(part) for part in parts}
+    panels = role.kind == "panels"
+    fmt = matrix_format(kinds, wanted, decl, exact=role.exact, panels=panels)
+    weight = native.add_matrix(*decl.shape, format=fmt, panels=panels, half=role.half)
+    lossless = (
+        fmt > BF16
+        and kinds <= BLOCK_KINDS.keys()
+        and fmt
+        == matrix_format(kinds, Wanted(wanted.dtype, blocks=wanted.blocks), decl, exact=role.exact, panels=panels)
+    )
+    squares = lost = 0.0
     first = 0
-    for array in arrays:
-        step = max(1, _CHUNK_BYTES // max(1, array.nbytes // max(1, len(array)))) // LANES * LANES or LANES
-        for lo in range(0, len(array), step):
-            part = array[lo : lo + step]
-            native.fill(weight, as_bits(part), first + lo)
-            release(part)
-        first += len(array)
+    for part in parts:
+        for lo, hi in _chunks(part):
+            more = _fill(native, weight, part, lo, hi, first + lo, lossless)
+            squares, lost = squares + more[0], lost + more[1]
+        first += part.shape[0]
+    if squares:
+        report.errors[decl.name] = math.sqrt(lost / squares)
     return None
 
 
-def matrix_format(stored: set[str], dtype: str, role: Role) -> int:
-    """How a matrix is held whose parts are stored so."""
-    if dtype == "bfloat16" and not role.exact:
-        return BF16
-    return BF16 if stored == {"bfloat16"} else F32
+def _kind(part: Array | QuantisedArray) -> str:
+    return part.kind if isinstance(part, QuantisedArray) else part.dtype.name
+
+
+def _chunks(part: Array | QuantisedArray) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about ``_CHUNK_BYTES``, cut where panels are when the part begins with one."""
+    rows = part.shape[0]
+    step = max(1, _CHUNK_BYTES // max(1, part.nbytes // max(1, rows))) // LANES * LANES or LANES
+    for lo in range(0, rows, step):
+        yield lo, min(lo + step, rows)
+
+
+def _fill(
+    native: Any, weight: int, part: Array | QuantisedArray, lo: int, hi: int, first: int, lossless: bool
+) -> tuple[float, float]:
+    """Rows ``lo .. hi`` of a part become rows ``first ..``; sums of squares: of numbers rounded, of what that lost."""
+    if isinstance(part, QuantisedArray):
+        some = part.rows(lo, hi)
+        if lossless:
+            native.fill(weight, np.ascontiguousarray(some.blocks), first, some.kind)
+            release(some.blocks)
+            return 0.0, 0.0
+        source, values = some.blocks, some.dequantise()
+    else:
+        source = values = part[lo:hi]
+    squares, lost = native.fill(weight, as_bits(values), first)
+    release(source)
+    return squares, lost
 
 
 def as_bits(array: Array) -> Array:
@@ -143,9 +189,13 @@ def as_bits(array: Array) -> Array:
     return array.view(np.uint16) if array.dtype == BFLOAT16 else array
 
 
-def stored_formats(program: Program, dtype: str) -> Mapping[int, int]:
-    """Formats to plan memory with: float32 where the files are not known to be bfloat16."""
+def planned_formats(program: Program, wanted: Wanted, stored_types: Mapping[str, str]) -> Mapping[int, int]:
+    """Formats to plan memory with: float32 where the files are not known to be bfloat16 or blocks."""
     return {
-        decl.id: BF16 if dtype == "bfloat16" and not role.exact else F32
+        decl.id: matrix_format(
+            {kind if kind in BLOCK_KINDS else "float32" for kind in (stored_types.get(p.name, "") for p in decl.parts)},
+            wanted, decl, exact=role.exact, panels=role.kind == "panels",
+        )
         for decl, role in zip(program.weights, roles(program), strict=True)
-    }
+        if len(decl.shape) > 1
+    }  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -24,6 +25,7 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    block_kinds: frozenset[str] = frozenset()
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
@@ -32,9 +34,16 @@ class ReferenceBackend:
         isa = torch.backends.cpu.get_cpu_capability()
         return BackendProbe(name=self.name, available=True, device="cpu", isa=isa, dtypes=tuple(DTYPES))
 
-    def plan(self, program: Program, dtype: str, capacity: Capacity, stored_bytes: int) -> MemoryPlan:
+    def plan(
+        self,
+        program: Program,
+        dtype: str,
+        capacity: Capacity,
+        stored_bytes: int,
+        stored_types: Mapping[str, str] = MappingProxyType({}),
+    ) -> MemoryPlan:
         """Weights count once, mapped or converted: what is converted gives its source pages back as it goes."""
-        del stored_bytes
+        del stored_bytes, stored_types
         width = _dtype(dtype).itemsize
         weights = sum(
             weight_elements(d) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import PullWeight
+from truffula.kernels.backend import PullWeight, as_array
 from truffula.kernels.mapped import release
 from truffula.kernels.program import Linear, Program, WeightDecl
 
@@ -98,7 +98,7 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight) -> Weight:
     Cost: mapped parts cost no memory of their own; converted ones give their source pages back as they go.
     """
     target = torch.float32 if decl.dtype == "float32" else dtype
-    arrays = list(pull(decl))
+    arrays = [as_array(part) for part in pull(decl)]
     rows = sum(array.shape[0] for array in arrays if array.ndim)
     if rows != decl.shape[0] or any(array.shape[1:] != decl.shape[1:] for array in arrays):
         shapes = [list(array.shape) for array in arrays]

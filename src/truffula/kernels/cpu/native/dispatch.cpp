@@ -14,7 +14,7 @@ namespace {
 #if defined(TRUFFULA_X86)
 
 struct Features {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, vnni = false;
 };
 
 // What the processor has and the operating system keeps across a task switch (XCR0): one without the other is useless.
@@ -22,15 +22,16 @@ Features features() {
   Features found;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
-  const bool osxsave = c & (1u << 27), avx = c & (1u << 28), fma = c & (1u << 12);
+  const bool osxsave = c & (1u << 27), avx = c & (1u << 28), fma = c & (1u << 12), f16c = c & (1u << 29);
   if (!osxsave || !avx) return found;
   unsigned low = 0, high = 0;
   asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   const bool ymm = (low & 0x6u) == 0x6u, zmm = (low & 0xe6u) == 0xe6u;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
-  found.avx2 = ymm && fma && (b & (1u << 5));
+  found.avx2 = ymm && fma && f16c && (b & (1u << 5));
   const unsigned wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   found.avx512 = found.avx2 && zmm && (b & wanted) == wanted;
+  found.vnni = found.avx512 && (c & (1u << 11));
   return found;
 }
 
@@ -42,6 +43,7 @@ std::vector<const Kernels*> usable_tables() {
   std::vector<const Kernels*> tables;
 #if defined(TRUFFULA_X86)
   const Features has = features();
+  if (has.vnni) tables.push_back(&kAvx512Vnni);
   if (has.avx512) tables.push_back(&kAvx512);
   if (has.avx2) tables.push_back(&kAvx2);
 #endif

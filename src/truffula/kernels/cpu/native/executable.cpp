@@ -95,7 +95,8 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   require(!sealed_, "the program is sealed");
   require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
   require(outputs <= kMostWidth && inputs <= kMostWidth, "matrix: too large");
-  require(format == kF32 || format == kBF16, "matrix: unknown format");
+  require(format >= kF32 && format <= kQ5_0, "matrix: no such format");
+  require(!is_quantised(format) || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
   require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
   Weight made;
   made.outputs = outputs;
@@ -110,27 +111,41 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   return static_cast<int32_t>(weights_.size()) - 1;
 }
 
-void Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
+Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
   const Weight& to = weight(id);
   require(to.inputs > 0 && source.inputs == to.inputs && rows > 0 && first >= 0 && rows <= to.outputs &&
               first <= to.outputs - rows, "matrix: bad part");
+  require(is_quantised(to.format) ? packs_as(source.type, to.format) : stored_block_bytes(source.type) == 0,
+          "matrix: its format does not hold such blocks");
   struct Job {
     const Weight* to;
     const Source* source;
     int64_t rows, first;
-  } job{&to, &source, rows, first};
+    std::vector<Rounding> rounding;  // per thread
+  } job{&to, &source, rows, first, std::vector<Rounding>(static_cast<size_t>(team_.size()))};
   // Cut where panels begin, so that no two chunks write to one.
   const int64_t before = first % kLanes, chunks = (before + rows + kPackRows - 1) / kPackRows;
   team_.run_chunks(static_cast<int32_t>(chunks),
-      [](void* context, int32_t, int32_t chunk, int) {
-        const Job& j = *static_cast<const Job*>(context);
+      [](void* context, int32_t, int32_t chunk, int thread) {
+        Job& j = *static_cast<Job*>(context);
         const int64_t lo = std::max<int64_t>(0, chunk * kPackRows - j.first % kLanes);
         const int64_t hi = std::min(j.rows, (chunk + 1) * kPackRows - j.first % kLanes);
         if (lo >= hi) return;
-        if (j.to->panels) pack_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first, j.to->order);
-        else copy_rows(*j.source, lo, hi, j.to->memory.data(), j.to->format, j.first);
+        const Weight& w = *j.to;
+        if (is_quantised(w.format))
+          pack_quantised(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.order, j.rounding[static_cast<size_t>(thread)]);
+        else if (w.panels) pack_rows(*j.source, lo, hi, w.memory.data(), w.format, j.first, w.order);
+        else copy_rows(*j.source, lo, hi, w.memory.data(), w.format, j.first);
       },
       &job);
+  Rounding all;
+  for (const Rounding& one : job.rounding) {
+    all.squares += one.squares;
+    all.lost += one.lost;
+    all.overflow |= one.overflow;
+  }
+  require(!all.overflow, "matrix: numbers beyond the range of Q8_0's float16 scales");
+  return all;
 }
 
 const Weight& Executable::weight(int32_t id) const {
@@ -185,6 +200,14 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   logits_ = logits_buffer;
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
+  int64_t quantised = 0;
+  for (const Op& op : ops_)
+    if (const auto* linear = std::get_if<LinearOp>(&op); linear && is_quantised(weight(linear->weight).format)) {
+      const bool logits = buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
+      quantised = std::max(quantised, (logits ? capacity_.max_logit_rows : capacity_.max_tokens) *
+                                          (linear->x.width / kBlock * kMostXBlockBytes));
+    }
+  if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
   actives_of_.resize(ops_.size());
   if (debug_) taps_.resize(ops_.size());
   for (size_t index = 0; index < ops_.size(); ++index) {

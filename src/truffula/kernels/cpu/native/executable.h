@@ -45,7 +45,8 @@ class Executable {
   void add_buffer(const Buffer& buffer);
   int32_t add_vector(const float* values, int64_t count);
   int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half);
-  void fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
+  // The rounding is that of this part: nothing is lost where `source` is not brought to a quantised format.
+  Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
   void add(Op op);
   void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer);
 
@@ -144,6 +145,8 @@ class Executable {
   void run_op(const RopeOp&, const Stage&, int32_t chunk, Local&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, Local&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, Local&);
+  int32_t quantise_chunks(const LinearOp&) const;
+  void quantise(const LinearOp&, int32_t chunk);
   void shrink(const LinearOp&, size_t op, int32_t chunk);
   const std::vector<Delta>& deltas_of(size_t op, Local&) const;
   void attend(const AttentionOp&, bool merge, int32_t chunk, Local&);
@@ -162,6 +165,7 @@ class Executable {
   std::vector<std::unique_ptr<Adapter>> adapters_;
   std::vector<int32_t> free_slots_;
   Memory arena_;
+  Memory quantised_x_;  // of the product at hand
   StepArrays in_{};
   StepCounts counts_;
   int32_t logits_ = 0, token_rows_ = 0, position_rows_ = 0;

@@ -16,8 +16,18 @@ constexpr int kLanes = 16;
 // Keys of one attention partition. Partitions are cut by position alone and merged in order.
 constexpr int kPartitionKeys = 512;
 
+// Inputs of a quantised block.
+constexpr int kBlock = 32;
+
 // How numbers are stored. F32: a line holds one input of 16 outputs. BF16: inputs 2k and 2k + 1, side by side.
-enum Format : int32_t { kF32 = 0, kBF16 = 1 };
+// Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes; kQ4_0 and kQ4_1: 4 lines
+// whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: one line of fifth bits more); behind all blocks of
+// a panel 16 float16 scales a block, followed in kQ4_1 by 16 float16 minimums.
+enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5 };
+static constexpr bool is_quantised(int32_t format) { return format > kBF16; }
+
+// Most bytes of a block of a quantised row of x.
+constexpr int64_t kMostXBlockBytes = 72;
 
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
 
@@ -52,6 +62,8 @@ struct Delta {
 struct LinearCall {
   Rows x, out, residual;
   Packed w;
+  const uint8_t* quantised_x;   // for a quantised w: what `quantise` made of x, rows `quantised_stride` bytes apart
+  int64_t quantised_stride;
   const float* bias;   // in packed order (16 x panels), zero in unused lanes
   const Delta* deltas;
   int32_t num_deltas;
@@ -63,6 +75,14 @@ struct LinearCall {
   float clip;      // 0: none
   float scale;
   float softcap;   // 0: none
+};
+
+// Rows of x as products with a matrix of `format` read them.
+struct QuantiseCall {
+  Rows x;
+  uint8_t* to;
+  int64_t stride;
+  int32_t format, inputs;
 };
 
 // h[rows, 16 x a.panels] = weight * column_scale * (x A^T).
@@ -137,6 +157,7 @@ struct EmbedCall {
 struct Kernels {
   const char* name;
   void (*linear)(const LinearCall*, int32_t unit_lo, int32_t unit_hi);   // units of two panels
+  void (*quantise)(const QuantiseCall*, int32_t row_lo, int32_t row_hi);
   void (*shrink)(const ShrinkCall*, int32_t panel_lo, int32_t panel_hi);
   void (*norm)(const NormCall*, int32_t row_lo, int32_t row_hi);
   void (*pointwise)(const PointwiseCall*, int32_t row_lo, int32_t row_hi);

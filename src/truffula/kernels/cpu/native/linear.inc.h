@@ -2,6 +2,7 @@
 // result depends neither on the other rows nor on where it stands.
 #pragma once
 
+#include "quant.inc.h"
 #include "vec.h"
 
 namespace truffula {
@@ -174,8 +175,12 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
     const uint8_t* panel = c->w.data + first * c->w.panel_bytes;
     for (int r = 0; r < c->rows; r += kBlockRows) {
       const int rows = c->rows - r < kBlockRows ? c->rows - r : kBlockRows;
-      product_of<kStream>(c->w.format, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel, c->w.panel_bytes,
-                        c->w.inputs, y, y_stride);
+      if (is_quantised(c->w.format))
+        quant_product_of(&c->w, rows, panels, c->quantised_x + r * c->quantised_stride, c->quantised_stride, panel, y,
+                         y_stride);
+      else
+        product_of<kStream>(c->w.format, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel,
+                            c->w.panel_bytes, c->w.inputs, y, y_stride);
       if (c->num_deltas) add_deltas(c, r, rows, first, panels, y, y_stride);
       for (int p = 0; p < panels; p += c->glu ? 2 : 1) {
         const int column = kLanes * (c->glu ? unit : first + p);

@@ -111,11 +111,29 @@ void run(Native& self) {
   self.executable.run(counts);
 }
 
-void fill(Native& self, int32_t weight, const Any& array, int64_t first) {
-  const Source source = source_of(array);
+// Blocks [rows, blocks, bytes] of a stored type, as GGUF names it.
+Source blocks_of(const Any& array, const std::string& kind) {
+  if (array.ndim() != 3 || array.dtype() != nb::dtype<uint8_t>()) throw std::invalid_argument("blocks have three axes of uint8");
+  const std::pair<const char*, Stored> kinds[] = {
+      {"Q8_0", Stored::kQ8_0}, {"Q4_0", Stored::kQ4_0}, {"Q4_1", Stored::kQ4_1}, {"Q5_0", Stored::kQ5_0}};
+  for (const auto& [name, type] : kinds)
+    if (kind == name) {
+      if (static_cast<int64_t>(array.shape(2)) != stored_block_bytes(type)) throw std::invalid_argument(kind + ": bad blocks");
+      return {array.data(), type, static_cast<int64_t>(array.shape(1)) * kBlock};
+    }
+  throw std::invalid_argument("blocks of " + kind + " are not packed");
+}
+
+// Sums of squares: of the numbers, and of what rounding them to a quantised format lost.
+nb::tuple fill(Native& self, int32_t weight, const Any& array, int64_t first, const std::string& kind) {
+  const Source source = kind.empty() ? source_of(array) : blocks_of(array, kind);
   const auto rows = static_cast<int64_t>(array.shape(0));
-  const nb::gil_scoped_release release;
-  self.executable.fill_matrix(weight, source, rows, first);
+  Rounding made;
+  {
+    const nb::gil_scoped_release release;
+    made = self.executable.fill_matrix(weight, source, rows, first);
+  }
+  return nb::make_tuple(made.squares, made.lost);
 }
 
 void add_adapter_op(Native& self, int32_t slot, int32_t op, const std::vector<Any>& a, const std::vector<float>& scales,
@@ -239,7 +257,7 @@ void bind_load(nb::class_<Native>& c) {
              return self.executable.add_matrix(outputs, inputs, format, panels, half);
            },
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
-      .def("fill", fill, "weight"_a, "array"_a, "first"_a)
+      .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
       .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a)
       .def("add_embed",
            [](Native& self, int32_t table, const nb::object& out, const nb::object& add, bool position, int32_t offset,

@@ -45,6 +45,7 @@ struct Weight {
     return {memory.data(), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
             static_cast<int32_t>(inputs)};
   }
+  int64_t quantised_stride() const { return inputs / kBlock * kMostXBlockBytes; }  // of a row of x, in bytes
   Table table() const {
     return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
   }

@@ -1,26 +1,11 @@
 #include "pack.h"
 
-#include <bit>
 #include <cstring>
+
+#include "numbers.h"
 
 namespace truffula {
 namespace {
-
-float from_bf16(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
-
-uint16_t to_bf16(float value) {  // nearest, ties to even; a NaN stays one
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-float from_f16(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
-  if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-  // Shifted into a float's place the exponent is 112 too small; the product puts that right, for denormals too.
-  const float size = std::bit_cast<float>(rest << 13) * 0x1p112f;
-  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(size));
-}
 
 template <Stored TYPE>
 struct Reader {
@@ -99,6 +84,8 @@ void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to
       return pack_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first, order);
     case Stored::kBfloat16:
       return pack_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first, order);
+    default:  // blocks: see pack_quantised
+      return;
   }
 }
 
@@ -110,6 +97,8 @@ void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to
       return copy_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first);
     case Stored::kBfloat16:
       return copy_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first);
+    default:
+      return;
   }
 }
 

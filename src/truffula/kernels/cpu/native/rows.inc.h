@@ -1,6 +1,7 @@
 // Ops that work on rows alone.
 #pragma once
 
+#include "quant.inc.h"
 #include "vec.h"
 
 namespace truffula {
@@ -114,6 +115,10 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
     } else {  // a table that is the head too: lane id % 16 of its panel
       const uint8_t* panel = table->data + id / kLanes * table->panel_bytes;
       const int64_t lane = id % kLanes;
+      if (is_quantised(table->format)) {
+        unpack_lane(panel, table->format, width, lane, out);
+        for (int i = 0; i < width; i += kLanes) store(out + i, rounded(load(out + i), c->round_out));
+      } else
       for (int i = 0; i < width; ++i)
         out[i] = table->format == kF32 ? ((const float*)panel)[i * kLanes + lane]
                                        : to_float(((const uint16_t*)panel)[i / 2 * 2 * kLanes + 2 * lane + i % 2]);

@@ -29,6 +29,8 @@ constexpr int32_t kShrinkRows = 64;
 constexpr int32_t kSplitTokens = 4;
 constexpr int32_t kLeastRows = 4;  // worth a chunk
 
+int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kLeastRows - 1) / kLeastRows, 4 * team); }
+
 }  // namespace
 
 Rows Executable::rows(const Ref& ref) const {
@@ -153,29 +155,27 @@ void Executable::plan_attention(Share& share) const {
 int32_t Executable::chunks_of(const Stage& stage) {
   if (stage.number == kTapStage) return 1;
   const int32_t team = team_.size();
-  const auto row_chunks = [&](int32_t count) {
-    return std::min((count + kLeastRows - 1) / kLeastRows, 4 * team);
-  };
   const Op& op = ops_[stage.op];
   if (const auto* linear = std::get_if<LinearOp>(&op)) {
     if (stage.number == 0) {
       const auto [from, to] = actives_of_[stage.op];
-      if (from == to) return 0;
+      const int32_t quantising = quantise_chunks(*linear);
+      if (from == to) return quantising;
       const Active& last = actives_[static_cast<size_t>(to) - 1];
-      return last.first_chunk + (last.hi - last.lo + kShrinkRows - 1) / kShrinkRows;
+      return quantising + last.first_chunk + (last.hi - last.lo + kShrinkRows - 1) / kShrinkRows;
     }
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     return count == 0 ? 0 : std::min(units, count < kFineRows ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
     const Share& share = share_of(*attention);
-    if (stage.number == 0) return row_chunks(counts_.T);
+    if (stage.number == 0) return row_chunks(counts_.T, team);
     if (stage.number == 2 && share.partial_rows == 0) return 0;
     return static_cast<int32_t>(share.items.size()) * attention->kv_heads;
   }
-  if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out));
-  if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x));
-  return row_chunks(counts_.T);
+  if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
+  if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
+  return row_chunks(counts_.T, team);
 }
 
 void Executable::work(int32_t phase, int32_t chunk, int thread) {
@@ -209,6 +209,18 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Loc
                       op.groups,     op.layer_norm, op.cast_first, rounded(op.out),   op.eps};
   const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
+}
+
+// Chunks in which x is brought to 8 bits for a quantised weight: beside the adapters', before the product.
+int32_t Executable::quantise_chunks(const LinearOp& op) const {
+  return is_quantised(weight(op.weight).format) ? row_chunks(rows_of(op.out), team_.size()) : 0;
+}
+
+void Executable::quantise(const LinearOp& op, int32_t chunk) {
+  const Weight& w = weight(op.weight);
+  const QuantiseCall call{rows(op.x), quantised_x_.data(), w.quantised_stride(), w.format, op.x.width};
+  const Span mine = span_of(rows_of(op.out), chunk, quantise_chunks(op));
+  kernels_->quantise(&call, mine.lo, mine.hi);
 }
 
 // h of the rows of one chunk of one adapter.
@@ -246,13 +258,18 @@ const std::vector<Delta>& Executable::deltas_of(size_t index, Local& local) cons
 }
 
 void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, Local& local) {
-  if (stage.number == 0) return shrink(op, stage.op, chunk);
+  if (stage.number == 0) {
+    const int32_t quantising = quantise_chunks(op);
+    return chunk < quantising ? quantise(op, chunk) : shrink(op, stage.op, chunk - quantising);
+  }
   const std::vector<Delta>& deltas = deltas_of(stage.op, local);
   LinearCall call{};
   call.x = rows(op.x);
   call.out = rows(op.out);
   call.residual = rows(op.residual);
   call.w = weight(op.weight).packed();
+  call.quantised_x = quantised_x_.data();
+  call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias.empty() ? nullptr : op.bias.data();
   call.deltas = deltas.data();
   call.num_deltas = static_cast<int32_t>(deltas.size());

@@ -6,6 +6,7 @@
 
 namespace truffula {
 
-extern const Kernels kAvx2{"avx2", linear, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed, &kSampleLoops};
+extern const Kernels kAvx2{"avx2", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed,
+                         &kSampleLoops};
 
 }  // namespace truffula

@@ -6,6 +6,7 @@
 
 namespace truffula {
 
-extern const Kernels kPortable{"portable", linear, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed, &kSampleLoops};
+extern const Kernels kPortable{"portable", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed,
+                         &kSampleLoops};
 
 }  // namespace truffula

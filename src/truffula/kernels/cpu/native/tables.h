@@ -9,6 +9,7 @@ extern const Kernels kPortable;
 #if defined(TRUFFULA_X86)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Vnni;
 #endif
 
 }  // namespace truffula

@@ -1,0 +1,398 @@
+// Products with quantised matrices: whole numbers within a block of 32 inputs, float32 from block to block. A row of
+// x is brought to 8 bits per block first, on its own. An output's sum within a block is exact, whatever instructions
+// make it; blocks are added in ascending order to one accumulator. So a row's result depends on that row alone.
+#pragma once
+
+#include "vec.h"
+
+namespace truffula {
+namespace {
+
+// A block of a quantised row of x: its scale, what the format wants beside it, then its 32 numbers.
+// `beside`: where products begin (int32: minus the weights' offset times the sum), or scale * sum (float) for kQ4_1.
+struct BlockHead {
+  float scale;
+  int32_t beside;
+};
+
+// Tables without 8-bit dot products read x for kQ8_0 as 16-bit numbers in the order 0 2 1 3 of each four.
+#if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__)
+constexpr bool kWideBytes = true;
+#else
+constexpr bool kWideBytes = false;
+#endif
+TF_INLINE constexpr bool wide(int format) { return kWideBytes && format == kQ8_0; }
+TF_INLINE constexpr int64_t x_block_bytes(int format) { return (int64_t)sizeof(BlockHead) + (wide(format) ? 64 : 32); }
+// Lines of 64 bytes per block, and bytes of scales behind all of them.
+TF_INLINE constexpr int64_t lines_of(int format) { return format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4; }
+TF_INLINE constexpr int64_t scale_bytes(int format) { return format == kQ4_1 ? 64 : 32; }
+
+TF_INLINE float half_to_float(uint16_t half) {  // finite ones
+  const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, rest = half & 0x3ffu;
+  float size;
+  if (exponent == 0) {
+    size = (float)rest * 0x1p-24f;
+  } else {
+    const uint32_t bits = ((uint32_t)(half & 0x7fffu) << 13) + (112u << 23);
+    memcpy(&size, &bits, sizeof size);
+  }
+  return sign ? -size : size;
+}
+
+// 64 bytes of weights, or 16 sums (32-bit), or 32 sums of pairs (16-bit).
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+
+struct I {
+  __m512i v;
+};
+TF_INLINE I line_at(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+TF_INLINE I all32(int32_t x) { return {_mm512_set1_epi32(x)}; }
+TF_INLINE I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
+TF_INLINE I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
+TF_INLINE I flip_signs(I a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((char)0x80))}; }
+TF_INLINE I up16(I a, int n) { return {_mm512_slli_epi16(a.v, (unsigned)n)}; }
+TF_INLINE I down16(I a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
+TF_INLINE I down32(I a, int n) { return {_mm512_srai_epi32(a.v, (unsigned)n)}; }
+// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
+TF_INLINE I in_order(I a) {
+  asm("" : "+v"(a.v));
+  return a;
+}
+TF_INLINE I add32(I a, I b) { return in_order({_mm512_add_epi32(a.v, b.v)}); }
+TF_INLINE I add16(I a, I b) { return in_order({_mm512_add_epi16(a.v, b.v)}); }
+TF_INLINE I madd(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
+TF_INLINE I maddubs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
+#if defined(__AVX512VNNI__)
+TF_INLINE I dot_bytes(I sums, I w, I x) { return {_mm512_dpbusd_epi32(sums.v, w.v, x.v)}; }
+#endif
+TF_INLINE V floats_of(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+TF_INLINE V load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+constexpr int kQuantRows = 6;    // 6 rows x 2 panels: 12 sums and 12 accumulators of 32 registers
+constexpr int kQuantTwo = 6;     // up to so many rows two panels at once
+
+#elif defined(__AVX2__) && defined(__FMA__)
+
+struct I {
+  __m256i lo, hi;
+};
+TF_INLINE I line_at(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+TF_INLINE I all32(int32_t x) {
+  const __m256i v = _mm256_set1_epi32(x);
+  return {v, v};
+}
+TF_INLINE I operator&(I a, I b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+TF_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+TF_INLINE I up16(I a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
+TF_INLINE I down16(I a, int n) { return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)}; }
+TF_INLINE I down32(I a, int n) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
+// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
+TF_INLINE I in_order(__m256i lo, __m256i hi) {
+  asm("" : "+x"(lo), "+x"(hi));
+  return {lo, hi};
+}
+TF_INLINE I add32(I a, I b) { return in_order(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
+TF_INLINE I add16(I a, I b) { return in_order(_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)); }
+TF_INLINE I madd(I a, I b) { return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)}; }
+TF_INLINE I maddubs(I a, I b) { return {_mm256_maddubs_epi16(a.lo, b.lo), _mm256_maddubs_epi16(a.hi, b.hi)}; }
+TF_INLINE V floats_of(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+TF_INLINE V load_half(const uint8_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+constexpr int kQuantRows = 4;    // 4 rows x 1 panel of two registers: 8 sums and 4 registers of weights of 16
+constexpr int kQuantTwo = 1;
+
+#else  // portable
+
+typedef uint8_t ByteQuad __attribute__((vector_size(16)));
+
+struct I {
+  IntQuad q[4];
+};
+TF_INLINE I line_at(const uint8_t* p) {
+  I a;
+  memcpy(&a, p, sizeof a);
+  return a;
+}
+template <class F>
+TF_INLINE I map_int(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+TF_INLINE I all32(int32_t x) { return map_int([=](int) { return IntQuad{x, x, x, x}; }); }
+TF_INLINE I operator&(I a, I b) { return map_int([&](int i) { return a.q[i] & b.q[i]; }); }
+TF_INLINE I operator|(I a, I b) { return map_int([&](int i) { return a.q[i] | b.q[i]; }); }
+TF_INLINE I flip_signs(I a) { return map_int([&](int i) { return a.q[i] ^ (int32_t)0x80808080u; }); }
+// Bits that cross from one 16-bit number to the next are masked away by all who shift.
+TF_INLINE I up16(I a, int n) { return map_int([&](int i) { return (IntQuad)((BitQuad)a.q[i] << n); }); }
+TF_INLINE I down16(I a, int n) { return map_int([&](int i) { return (IntQuad)((BitQuad)a.q[i] >> n); }); }
+TF_INLINE I dot_bytes(I sums, I w, I x) {  // unsigned w, signed x
+  return map_int([&](int i) {
+    IntQuad sum = sums.q[i];
+    for (int shift = 0; shift < 32; shift += 8)
+      sum += (IntQuad)((BitQuad)w.q[i] >> shift & 0xffu) * ((IntQuad)((BitQuad)x.q[i] << (24 - shift)) >> 24);
+    return sum;
+  });
+}
+TF_INLINE V floats_of(I a) { return map([&](int i) { return __builtin_convertvector(a.q[i], Quad); }); }
+TF_INLINE V load_half(const uint8_t* p) {
+  float x[kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    uint16_t half;
+    memcpy(&half, p + 2 * i, sizeof half);
+    x[i] = half_to_float(half);
+  }
+  return load(x);
+}
+constexpr int kQuantRows = 2;
+constexpr int kQuantTwo = 0;
+
+#endif
+
+TF_INLINE I four_of(const uint8_t* p) {  // four numbers of x (or two wide ones), for every output
+  int32_t x;
+  memcpy(&x, p, sizeof x);
+  return all32(x);
+}
+TF_INLINE BlockHead head_of(const uint8_t* block) {
+  BlockHead head;
+  memcpy(&head, block, sizeof head);
+  return head;
+}
+
+// A block's 32 inputs as bytes: weights q + 128 times x, begun at -128 * sum(x); or, where there is no such product,
+// q in the upper half of 16 bits times x as 16 bits: 256 times the sum, which still fits.
+template <int MR, int NP>
+TF_INLINE void byte_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, const uint8_t* lines, int64_t panel_bytes) {
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    if constexpr (kWideBytes) {
+#if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__)
+      I even[NP], odd[NP];
+      for (int p = 0; p < NP; ++p) {
+        const I w = line_at(lines + p * panel_bytes + 64 * j);
+        even[p] = up16(w, 8);
+        odd[p] = w & all32((int32_t)0xff00ff00u);
+      }
+      for (int r = 0; r < MR; ++r) {
+        const uint8_t* four = x + r * stride + sizeof(BlockHead) + 8 * j;
+        const I a = four_of(four), b = four_of(four + 4);
+        for (int p = 0; p < NP; ++p) sums[r][p] = add32(add32(sums[r][p], madd(even[p], a)), madd(odd[p], b));
+      }
+#endif
+    } else {
+#if defined(__AVX512VNNI__) || !defined(__AVX2__)
+      I w[NP];
+      for (int p = 0; p < NP; ++p) w[p] = flip_signs(line_at(lines + p * panel_bytes + 64 * j));
+      for (int r = 0; r < MR; ++r) {
+        const I a = four_of(x + r * stride + sizeof(BlockHead) + 4 * j);
+        for (int p = 0; p < NP; ++p) sums[r][p] = dot_bytes(sums[r][p], w[p], a);
+      }
+#endif
+    }
+  }
+#if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__)
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) sums[r][p] = down32(sums[r][p], 8);
+#endif
+}
+
+// Line j of a block's nibbles: inputs 4 j ... in the low halves, 16 + 4 j ... in the high ones; kQ5_0 adds the fifth
+// bits from the block's last line, where bit g of byte b belongs to input 4 g + b.
+template <int FORMAT>
+TF_INLINE void nibbles_of(I* low, I* high, const uint8_t* lines, int j) {
+  const I mask = all32(0x0f0f0f0f), w = line_at(lines + 64 * j);
+  *low = w & mask;
+  *high = down16(w, 4) & mask;
+  if constexpr (FORMAT == kQ5_0) {
+    const I bits = line_at(lines + 256), fifth = all32(0x10101010);
+    *low = *low | (up16(bits, 4 - j) & fifth);
+    *high = *high | (down16(bits, j) & fifth);
+  }
+}
+
+// A block's 32 inputs as nibbles 0 .. 15 (kQ5_0: 0 .. 31) times x. Without an 8-bit dot product sums of pairs are held
+// in 16 bits: 8 of them at 15 * 127 * 2 fit, of kQ5_0's 4.
+template <int MR, int NP, int FORMAT>
+TF_INLINE void nibble_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, const uint8_t* lines,
+                           int64_t panel_bytes) {
+#if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__)
+  constexpr int kHold = FORMAT == kQ5_0 ? 2 : 4;
+#pragma GCC unroll 2
+  for (int from = 0; from < 4; from += kHold) {
+    I pairs[MR][NP];
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) pairs[r][p] = all32(0);
+#pragma GCC unroll 4
+    for (int j = from; j < from + kHold; ++j) {
+      I low[NP], high[NP];
+      for (int p = 0; p < NP; ++p) nibbles_of<FORMAT>(low + p, high + p, lines + p * panel_bytes, j);
+      for (int r = 0; r < MR; ++r) {
+        const uint8_t* four = x + r * stride + sizeof(BlockHead) + 4 * j;
+        const I a = four_of(four), b = four_of(four + 16);
+        for (int p = 0; p < NP; ++p)
+          pairs[r][p] = add16(add16(pairs[r][p], maddubs(low[p], a)), maddubs(high[p], b));
+      }
+    }
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p) sums[r][p] = add32(sums[r][p], madd(pairs[r][p], all32(0x00010001)));
+  }
+#else
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    I low[NP], high[NP];
+    for (int p = 0; p < NP; ++p) nibbles_of<FORMAT>(low + p, high + p, lines + p * panel_bytes, j);
+    for (int r = 0; r < MR; ++r) {
+      const uint8_t* four = x + r * stride + sizeof(BlockHead) + 4 * j;
+      const I a = four_of(four), b = four_of(four + 16);
+      for (int p = 0; p < NP; ++p) sums[r][p] = dot_bytes(dot_bytes(sums[r][p], low[p], a), high[p], b);
+    }
+  }
+#endif
+}
+
+// y[r, 16 p ...] = x[r] W^T for MR rows and NP panels.
+template <int MR, int NP, int FORMAT>
+static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t blocks,
+                       float* y, int64_t y_stride) {
+  V acc[MR][NP];
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) acc[r][p] = zero();
+  const uint8_t* scales = panel + blocks * lines_of(FORMAT) * 64;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* lines = panel + block * lines_of(FORMAT) * 64;
+    const uint8_t* at = x + block * x_block_bytes(FORMAT);
+    for (int p = 0; p < NP; ++p)
+      for (int j = 0; j < lines_of(FORMAT); ++j) __builtin_prefetch(lines + p * panel_bytes + 64 * j + 2048);
+    I sums[MR][NP];
+    for (int r = 0; r < MR; ++r)
+      for (int p = 0; p < NP; ++p)
+        sums[r][p] = all32(FORMAT == kQ4_1 || wide(FORMAT) ? 0 : head_of(at + r * stride).beside);
+    if constexpr (FORMAT == kQ8_0) byte_sums<MR, NP>(sums, at, stride, lines, panel_bytes);
+    else nibble_sums<MR, NP, FORMAT>(sums, at, stride, lines, panel_bytes);
+    for (int p = 0; p < NP; ++p) {
+      const uint8_t* of = scales + p * panel_bytes + block * scale_bytes(FORMAT);
+      const V scale = load_half(of);
+      for (int r = 0; r < MR; ++r)
+        acc[r][p] = fma(floats_of(sums[r][p]), scale * set1(head_of(at + r * stride).scale), acc[r][p]);
+      if constexpr (FORMAT == kQ4_1) {
+        const V least = load_half(of + 32);
+        for (int r = 0; r < MR; ++r) {
+          float shift;
+          memcpy(&shift, at + r * stride + offsetof(BlockHead, beside), sizeof shift);
+          acc[r][p] = fma(least, set1(shift), acc[r][p]);
+        }
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
+}
+
+template <int NP, int FORMAT>
+static void quant_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
+                       int64_t blocks, float* y, int64_t y_stride) {
+#define TF_CASE(n)                                                                                               \
+  case n:                                                                                                        \
+    if constexpr (n <= kQuantRows)                                                                               \
+      return quant_tile<n, NP, FORMAT>(x, stride, panel, panel_bytes, blocks, y, y_stride);                      \
+    break;
+  switch (rows) { TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6) }
+#undef TF_CASE
+}
+
+template <int FORMAT>
+static void quant_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
+                          int64_t panel_bytes, int64_t blocks, float* y, int64_t y_stride) {
+  for (int r = 0; r < rows; r += kQuantRows) {
+    const int count = rows - r < kQuantRows ? rows - r : kQuantRows;
+    const uint8_t* from = x + r * stride;
+    float* to = y + r * y_stride;
+    if (panels == 2 && count <= kQuantTwo) {
+      quant_rows<2, FORMAT>(count, from, stride, panel, panel_bytes, blocks, to, y_stride);
+    } else {
+      for (int p = 0; p < panels; ++p)
+        quant_rows<1, FORMAT>(count, from, stride, panel + p * panel_bytes, panel_bytes, blocks, to + kLanes * p, y_stride);
+    }
+  }
+}
+
+TF_INLINE void quant_product_of(const Packed* w, int rows, int panels, const uint8_t* x, int64_t stride,
+                                const uint8_t* panel, float* y, int64_t y_stride) {
+  const int64_t blocks = w->inputs / kBlock, bytes = w->panel_bytes;
+  if (w->format == kQ8_0) quant_product<kQ8_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
+  else if (w->format == kQ4_0) quant_product<kQ4_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
+  else if (w->format == kQ4_1) quant_product<kQ4_1>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
+  else quant_product<kQ5_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
+}
+
+// 32 numbers of x to 8 bits: the largest becomes 127. A number that is not finite makes the whole block NaN.
+static void quantise_block(const float* x, int format, uint8_t* to) {
+  const V a = load(x), b = load(x + kLanes);
+  const V wrong = (a - a) + (b - b);
+  const float most = max_of(where_nan(wrong, set1(INFINITY), vmax(vabs(a), vabs(b))));
+  const bool finite = most < INFINITY, any = finite && most > 1e-30f;
+  const V by = set1(any ? 127.0f / most : 0.0f);
+  float numbers[kBlock];
+  store(numbers, finite ? nearest(a * by) : zero());
+  store(numbers + kLanes, finite ? nearest(b * by) : zero());
+  int32_t sum = 0;
+  int8_t bytes[kBlock];
+  for (int i = 0; i < kBlock; ++i) bytes[i] = (int8_t)(int32_t)numbers[i];
+  for (int i = 0; i < kBlock; ++i) sum += bytes[i];
+  BlockHead head;
+  head.scale = finite ? (any ? most / 127.0f : 0.0f) : NAN;
+  head.beside = sum * (format == kQ8_0 ? -128 : format == kQ5_0 ? -16 : -8);
+  if (format == kQ4_1) {
+    const float shift = head.scale * (float)sum;
+    memcpy(&head.beside, &shift, sizeof shift);
+  }
+  memcpy(to, &head, sizeof head);
+  if (!wide(format)) {
+    memcpy(to + sizeof head, bytes, sizeof bytes);
+    return;
+  }
+  int16_t pairs[kBlock];
+  for (int i = 0; i < kBlock; i += 4) {
+    pairs[i] = bytes[i];
+    pairs[i + 1] = bytes[i + 2];
+    pairs[i + 2] = bytes[i + 1];
+    pairs[i + 3] = bytes[i + 3];
+  }
+  memcpy(to + sizeof head, pairs, sizeof pairs);
+}
+
+static void quantise(const QuantiseCall* c, int32_t row_lo, int32_t row_hi) {
+  for (int32_t r = row_lo; r < row_hi; ++r)
+    for (int32_t block = 0; block < c->inputs / kBlock; ++block)
+      quantise_block(c->x.data + r * c->x.stride + block * kBlock, c->format,
+                     c->to + r * c->stride + block * x_block_bytes(c->format));
+}
+
+// One output's weights as floats.
+static void unpack_lane(const uint8_t* panel, int format, int64_t inputs, int64_t lane, float* out) {
+  const int64_t blocks = inputs / kBlock;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint8_t* lines = panel + block * lines_of(format) * 64 + 4 * lane;
+    const uint8_t* of = panel + blocks * lines_of(format) * 64 + block * scale_bytes(format) + 2 * lane;
+    uint16_t halves[2] = {0, 0};
+    memcpy(halves, of, 2);
+    if (format == kQ4_1) memcpy(halves + 1, of + 32, 2);
+    const float scale = half_to_float(halves[0]), least = half_to_float(halves[1]);
+    for (int k = 0; k < kBlock; ++k) {
+      int q;
+      if (format == kQ8_0) {
+        q = (int8_t)lines[k / 4 * 64 + k % 4];
+      } else {
+        q = lines[k % 16 / 4 * 64 + k % 4] >> (k < 16 ? 0 : 4) & 15;
+        if (format == kQ5_0) q = (q | (lines[256 + k % 4] >> (k / 4) & 1) << 4) - 16;
+        if (format == kQ4_0) q -= 8;
+      }
+      const float value = (float)q * scale;
+      out[block * kBlock + k] = format == kQ4_1 ? value + least : value;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace truffula
