@@ -18,7 +18,6 @@ from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.parity import Perturbation, VerifyReport, verify_model
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
-
 BACKENDS = ["reference", *(["cpu"] if NATIVE else [])]
 
 
