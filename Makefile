@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null
 
-.PHONY: help native demo test test-slow lint check fix bench clean
+.PHONY: help native demo test test-slow sanitize lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -55,6 +55,9 @@ test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
 
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
+
+sanitize: $(VENV)/.dev   ## native kernels under address, undefined-behaviour and thread sanitizers (ten minutes)
+	@$(PIP) install -q cmake ninja nanobind && $(BIN)/python scripts/sanitize.py $(ARGS)
 
 lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -60,7 +60,7 @@ def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A backend of ``--backend``: whether ``auto`` may take it, and its creator of threads, instruction set, precision."""
+    """A backend of ``--backend``: whether ``auto`` may take it; its maker's arguments are threads, ISA, precision."""
 
     available: Callable[[], bool]
     create: Callable[[int | None, str, Precision], Backend]

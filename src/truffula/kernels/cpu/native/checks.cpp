@@ -110,6 +110,7 @@ void check_capacity(const Capacity& c) {
     require(number > 0 && number <= kMost, "capacity: not between 1 and 2^24");
   for (int32_t number : {c.max_segments, c.max_blocks_per_seq})
     require(number >= 0 && number <= kMost, "capacity: not between 0 and 2^24");
+  require(c.block_size <= 4096, "capacity: a block has at most 4096 tokens");
   require(static_cast<int64_t>(c.num_blocks) * c.block_size <= INT32_MAX, "capacity: more than 2^31 slots");
 }
 

@@ -76,7 +76,7 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
 
 void Executable::add_buffer(const Buffer& buffer) {
   require(!sealed_, "the program is sealed");
-  require(buffer.offset >= 0 && buffer.stride > 0 && buffer.stride <= kMostWidth, "buffer: bad offset or stride");
+  require(buffer.offset >= 0 && buffer.stride > 0 && buffer.stride <= kMostColumns, "buffer: bad offset or stride");
   buffers_.push_back(buffer);
 }
 

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <stdexcept>
+#include <utility>
 
 #if defined(_WIN32)
 #include <process.h>
@@ -50,8 +51,9 @@ Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
 Team::~Team() { dismiss(); }
 
 void Team::dismiss() {
-  if (TF_GETPID() != process_) {  // forked: there is nobody to join
-    for (std::thread& worker : workers_) worker.detach();
+  if (TF_GETPID() != process_) {
+    // Forked: there is nobody to join, and what stands for a thread may by now be another's. Left alone, for good.
+    new std::vector<std::thread>(std::move(workers_));
     return;
   }
   stop_ = true;
