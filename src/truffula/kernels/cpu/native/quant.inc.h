@@ -39,6 +39,9 @@ TF_INLINE float half_to_float(uint16_t half) {  // finite ones
   return sign ? -size : size;
 }
 
+// Bytes between what is computed with and what is asked of memory: most of a panel.
+constexpr int64_t kReadAhead = 8192;
+
 // 64 bytes of weights, or 16 sums (32-bit), or 32 sums of pairs (16-bit).
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
@@ -263,7 +266,7 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
     const uint8_t* lines = panel + block * lines_of(FORMAT) * 64;
     const uint8_t* at = x + block * x_block_bytes(FORMAT);
     for (int p = 0; p < NP; ++p)
-      for (int j = 0; j < lines_of(FORMAT); ++j) __builtin_prefetch(lines + p * panel_bytes + 64 * j + 2048);
+      for (int j = 0; j < lines_of(FORMAT); ++j) __builtin_prefetch(lines + p * panel_bytes + 64 * j + kReadAhead);
     I sums[MR][NP];
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p)
