@@ -6,8 +6,9 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0+cpu
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null
 
-.PHONY: help demo test test-slow lint check fix bench clean
+.PHONY: help native demo test test-slow sanitize lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -16,6 +17,20 @@ $(BIN)/python:
 	  { echo "truffula needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "Could not make a virtual environment: on Debian and Ubuntu, install the package python3-venv."; rm -rf $(VENV); exit 1; }
 
+# What compiles is installed beside what is compiled, so that a second time only what changed is compiled again.
+$(VENV)/.run: pyproject.toml CMakeLists.txt $(wildcard src/truffula/kernels/cpu/native/*) | $(BIN)/python
+	@echo "Installing truffula and compiling its native kernels (a minute or two the first time) ..."
+	@$(PIP) install -q $$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"])') cmake ninja
+	@$(COMPILED) || rm -rf $(VENV)/build  # what CMake keeps of a failure stays wrong
+	@$(PIP) install -v --no-build-isolation --config-settings=build-dir=$(VENV)/build -e . >$(VENV)/install.log 2>&1 || \
+	  { tail -n 30 $(VENV)/install.log; exit 1; }
+	@$(COMPILED) || { \
+	  echo "The native kernels did not compile: taking the slower torch backend instead. What the compiler said ($(VENV)/install.log):"; \
+	  grep -m 3 -A 4 -iE 'error[: ]|failed' $(VENV)/install.log || true; \
+	  echo "With a C++20 compiler (on Debian and Ubuntu, the package g++): make native"; }
+	@$(COMPILED) || $(MAKE) --no-print-directory $(VENV)/.torch
+	@touch $@
+
 $(VENV)/.torch: | $(BIN)/python
 	@echo "Installing $(TORCH) ..."
 	@$(PIP) install -q "$(TORCH)" 2>$(VENV)/torch.log || { \
@@ -23,15 +38,14 @@ $(VENV)/.torch: | $(BIN)/python
 	  $(PIP) install -q "$(firstword $(subst +, ,$(TORCH)))" || { cat $(VENV)/torch.log; exit 1; }; }
 	@touch $@
 
-$(VENV)/.run: pyproject.toml $(VENV)/.torch
-	@echo "Installing truffula ..."
-	@$(PIP) install -q -e '.[torch]'
+$(VENV)/.dev: $(VENV)/.run | $(VENV)/.torch
+	@echo "Installing what the tests need ..."
+	@$(PIP) install -q --no-build-isolation --config-settings=build-dir=$(VENV)/build -e '.[dev]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml $(VENV)/.run
-	@echo "Installing what the tests need ..."
-	@$(PIP) install -q -e '.[dev]'
-	@touch $@
+native:          ## compile the native kernels (again): after a compiler was installed
+	@rm -f $(VENV)/.run
+	@$(MAKE) --no-print-directory $(VENV)/.run
 
 demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays)
 	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
@@ -41,6 +55,9 @@ test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
 
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
+
+sanitize: $(VENV)/.dev   ## native kernels under address, undefined-behaviour and thread sanitizers (ten minutes)
+	@$(PIP) install -q cmake ninja nanobind && $(BIN)/python scripts/sanitize.py $(ARGS)
 
 lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

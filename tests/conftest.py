@@ -12,5 +12,19 @@ for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py"
     sys.path.insert(0, str(folder))
 
 
+def backends() -> str:
+    """Which backends this run tests: the native one on each of its instruction sets, where it was compiled."""
+    from truffula.kernels.cpu import instruction_sets, why_unavailable
+
+    why = why_unavailable()
+    native = f"not cpu: {why}" if why else f"cpu ({', '.join(instruction_sets())})"
+    return f"backends: reference, {native}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """At the end, for ``-q`` shows no header."""
+    terminalreporter.write_line(backends())
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the benchmarks for real (make bench FULL=1)")

@@ -244,6 +244,7 @@ class EngineConfig:
         choices=("auto", "float32", "bfloat16"),
     )
     backend: str = _row("auto", "text", "kernel backend")
+    cpu_isa: str = _row("auto", "text", "instruction set of the cpu backend (doctor lists them); auto takes the best")
     quantize: str = _row(
         "none", "text", "format that a checkpoint's float matrices are rounded to at load", choices=("none", "q8_0")
     )
@@ -397,7 +398,7 @@ class Resolved:
 
 
 def prepare_compute() -> None:
-    """Let idle compute threads sleep instead of spin. Has effect until the compute library is loaded, then none.
+    """Let torch's idle compute threads sleep instead of spin. Has effect until torch is loaded, then none.
 
     With a busy neighbour on the other core (the API process is one) a spinning team waits for a thread that does not
     run: a product of 8 rows took 466 ms in place of 18 on two cores. On a quiet machine both are the same.

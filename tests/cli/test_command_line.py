@@ -13,6 +13,7 @@ import pytest
 from live_server import write_model
 
 from truffula.config import OPTIONS
+from truffula.kernels.cpu import available, instruction_sets
 from truffula.testing.adapters import write_tiny_adapter
 
 COMMANDS = [
@@ -25,6 +26,7 @@ COMMANDS = [
     "doctor",
     "bench serve",
     "bench join",
+    "bench step",
     "adapters list",
 ]
 
@@ -108,9 +110,26 @@ def test_an_unknown_variable_is_refused_with_the_nearest() -> None:
     assert "TRUFFULA_MAX_RUNNING" in done.stderr
 
 
-def test_doctor_finds_the_backend() -> None:
-    rows = {row["what"]: row for row in json.loads(truffula("doctor", "--json").stdout)}
+def test_doctor_finds_the_backends_and_what_they_would_use() -> None:
+    rows = {row["what"]: row for row in json.loads(truffula("doctor", "--json", TRUFFULA_THREADS="2").stdout)}
     assert rows["backend reference"]["state"] == "ok"
+    if available():
+        assert rows["instruction sets"]["value"] == ", ".join(instruction_sets())
+        assert rows["would use"]["value"] == f"{instruction_sets()[0]}, 2 threads"
+        assert rows["backend auto"]["value"].startswith("cpu ")
+    else:
+        assert rows["native kernels"]["state"] == "missing"
+        assert "C++20 compiler" in rows["native kernels"]["advice"] and rows["backend auto"]["state"] == "note"
+
+
+@pytest.mark.skipif(not available(), reason="truffula was installed without its native kernels")
+def test_an_instruction_set_that_is_not_there_is_refused_naming_what_is(model: Path) -> None:
+    for given in ({}, {"TRUFFULA_CPU_ISA": "nonsense"}):
+        flags = () if given else ("--cpu-isa", "nonsense")
+        done = truffula("generate", str(model), "hello", *flags, **given)
+        assert done.returncode == 1
+        assert "cpu_isa" in done.stderr and "nonsense" in done.stderr
+        assert all(name in done.stderr for name in instruction_sets())
 
 
 def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
@@ -172,6 +191,19 @@ def test_adapters_without_a_server_says_so() -> None:
     done = truffula("adapters", "list", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "--url" in done.stderr
+
+
+def test_bench_step_on_a_toy_shape() -> None:
+    done = truffula("bench", "step", "--tiny", "--rows", "1,3", "--steps", "2", "--prefill", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    seen = [(line["what"], line["rows"], line["adapters"]) for line in report["lines"]]
+    assert seen == [("decode", r, a) for r in (1, 3) for a in ("none", "shared", "distinct")] + [
+        ("prefill", 20, "none")
+    ]
+    assert all(line["ms"] >= line["best_ms"] > 0 for line in report["lines"])
+    refused = truffula("bench", "step", "--tiny", "--adapters", "some")
+    assert refused.returncode != 0 and "none, shared, distinct" in refused.stderr
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ LAYERS = [
     "kernels",
 ]
 BOTTOM = {"types", "config", "errors", "logs", "metrics", "__init__"}
+NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
 PUBLIC = {"LLM": "llm", "SamplingParams": "types", "AdapterRef": "types", "TruffulaError": "errors"}
@@ -108,6 +109,30 @@ def test_size_of_files_and_functions(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= LONG_FUNCTION, f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=relative)
+def test_size_of_native_files(path: Path) -> None:
+    lines = path.read_text().count("\n")
+    assert lines <= LONG_FILE, f"{relative(path)} has {lines} lines; split it by what it owns"
+
+
+@pytest.mark.parametrize("table", [p for p in NATIVE if p.name.startswith("table_")], ids=relative)
+def test_tables_share_no_code_with_the_linker(table: Path) -> None:
+    """What is compiled for one instruction set may use C headers and intrinsics alone: the linker keeps one of an
+    inline function that several files use, and an older processor would run a newer one's instructions."""
+    waiting, seen = [table], set()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        for line in path.read_text().splitlines():
+            if not line.startswith("#include"):
+                continue
+            name = line.split()[1].strip('<>"')
+            assert name.endswith(".h"), f"{relative(path)} includes <{name}>; tables take C headers and intrinsics only"
+            inner = path.parent / name
+            if '"' in line and inner not in seen:
+                waiting.append(inner)
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

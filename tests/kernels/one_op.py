@@ -57,6 +57,7 @@ class OneOp:
     tables: list[RopeTable] = field(default_factory=list)
     groups: list[KvGroup] = field(default_factory=list)
     adapters: list[AdapterImage] = field(default_factory=list)
+    capacity: Capacity = CAPACITY
 
     def buffer(self, width: int, rows: str = "T", dtype: str = "model") -> Ref:
         self.buffers.append(Buffer(len(self.buffers), f"b{len(self.buffers)}", rows, width, dtype))
@@ -94,7 +95,7 @@ class OneOp:
             rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), ops=tuple(self.ops), logits=logits,
             max_positions=1000,
         )  # fmt: skip
-        executable = backend.load(program, self.dtype, pull_from(self.values), CAPACITY, debug=True)
+        executable = backend.load(program, self.dtype, pull_from(self.values), self.capacity, debug=True)
         for image in self.adapters:
             executable.adapter(image)
         inputs = executable.inputs

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_backends import on_every_backend
 from one_op import OneOp, close, exact
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage, SiteTensors
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Epilogue, Linear, ModuleSlice, Site, SiteSlice
-from truffula.kernels.reference import ReferenceBackend
 from truffula.testing.programs import (
     Part,
     as_dtype,
@@ -23,7 +23,6 @@ from truffula.testing.programs import (
     random_weights,
 )
 
-BACKEND = ReferenceBackend()
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=16, num_blocks=40, block_size=4, max_blocks_per_seq=8
 )
@@ -66,12 +65,13 @@ def mixes(draw):
     return widths, rows, adapters, segments
 
 
+@on_every_backend
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     mixes(), st.integers(1, 12), st.sampled_from(["float32", "bfloat16"]),
     st.sampled_from(["float32", "float16", "bfloat16"]), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_any_mix_equals_folding_each_into_its_base(mix, inputs, dtype, stored, split, residual, seed):
+def test_any_mix_equals_folding_each_into_its_base(backend, mix, inputs, dtype, stored, split, residual, seed):
     """Ranks differ, segments may be empty or overlap (then their deltas add), slices may lack an adapter."""
     widths, rows, adapters, segments = mix
     rng = np.random.default_rng(seed)
@@ -105,10 +105,11 @@ def test_any_mix_equals_folding_each_into_its_base(mix, inputs, dtype, stored, s
                     span = slice(edges[s.site], edges[s.site + 1])
                     folded[span] += weight * s.scale * (s.b.astype(np.float64) @ s.a.astype(np.float64))
         wanted[t] = folded @ x[t] + (r[t] if residual else 0)
-    close(case.run(BACKEND, op, fill), wanted, dtype, roundings=2)
+    close(case.run(backend, op, fill), wanted, dtype, roundings=2)
 
 
-def test_sites_may_share_one_a():
+@on_every_backend
+def test_sites_may_share_one_a(backend):
     """A fused module: one A array at several sites gives each site its own expand."""
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((3, 5)), rng.standard_normal((7, 5))
@@ -123,17 +124,18 @@ def test_sites_may_share_one_a():
         step.G, step.seg[0] = 1, (0, 3, 0)
 
     deltas = [s.scale * (s.b.astype(np.float64) @ s.a.astype(np.float64)) for s in case.adapters[0].sites]
-    close(case.run(BACKEND, op, fill), x @ (w + np.concatenate(deltas)).T, "float32")
+    close(case.run(backend, op, fill), x @ (w + np.concatenate(deltas)).T, "float32")
 
 
-def load(program, dtype="float32", stored="float32"):
-    return BACKEND.load(program, dtype, pull_from(random_weights(program, dtype=stored)), CAPACITY)
+def load(backend, program, dtype="float32", stored="float32"):
+    return backend.load(program, dtype, pull_from(random_weights(program, dtype=stored)), CAPACITY)
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_base_rows_are_bit_equal_with_the_adapters_taken_away(dtype):
+def test_base_rows_are_bit_equal_with_the_adapters_taken_away(backend, dtype):
     program = llama_program()
-    executable = load(program, dtype)
+    executable = load(backend, program, dtype)
     slots = [executable.adapter(random_adapter(program, rank=r, seed=r)) for r in (1, 7, 40)]
     parts = [Part((1, 2, 3), 0, (1,), slots[0]), Part((4,), 0, (2,), slots[1]), Part((5, 6), 0, (3,), slots[2])]
     parts += [Part((7, 8, 9, 10, 11), 0, (4, 5)), Part((12,), 0, (6,))]
@@ -148,9 +150,10 @@ def test_base_rows_are_bit_equal_with_the_adapters_taken_away(dtype):
     assert not np.isclose(results[0][:3], results[1][:3], atol=1e-3).all(axis=1).any()
 
 
-def test_each_adapter_answers_as_if_alone():
+@on_every_backend
+def test_each_adapter_answers_as_if_alone(backend):
     program = llama_program()
-    executable = load(program)
+    executable = load(backend, program)
     slots = [executable.adapter(random_adapter(program, rank=3 + i, seed=i)) for i in range(4)]
     parts = [Part((5, 9, 2 + i), 0, (1 + i,), slot) for i, slot in enumerate(slots)] + [Part((5, 9, 9), 0, (9,))]
     fill_step(executable.inputs, parts, 4)
@@ -162,9 +165,10 @@ def test_each_adapter_answers_as_if_alone():
         np.testing.assert_allclose(executable.logits()[0], together[index], atol=2e-5, rtol=1e-5)
 
 
-def test_slots_are_reused_and_images_closed():
+@on_every_backend
+def test_slots_are_reused_and_images_closed(backend):
     program = llama_program()
-    executable = load(program)
+    executable = load(backend, program)
     closed = []
     images = [random_adapter(program, seed=i) for i in range(3)]
     images = [
@@ -182,14 +186,16 @@ def test_slots_are_reused_and_images_closed():
     assert sorted(closed) == ["random-0", "random-1", "random-2"]
 
 
-def test_a_segment_without_its_adapter_is_refused():
+@on_every_backend
+def test_a_segment_without_its_adapter_is_refused(backend):
     program = llama_program()
-    executable = load(program)
+    executable = load(backend, program)
     fill_step(executable.inputs, [Part((1,), 0, (1,), 5)], 4)
     with pytest.raises(KernelError, match="slot 5"):
         executable.run()
 
 
+@on_every_backend
 @pytest.mark.parametrize(
     ("a", "b"),
     [
@@ -201,17 +207,18 @@ def test_a_segment_without_its_adapter_is_refused():
         ((4, 32, 1), (32, 4)),
     ],
 )
-def test_shapes_that_do_not_fit_name_the_site(a, b):
+def test_shapes_that_do_not_fit_name_the_site(backend, a, b):
     program = llama_program()
-    executable = load(program)
+    executable = load(backend, program)
     wrong = SiteTensors(0, np.zeros(a, np.float32), np.zeros(b, np.float32), 1.0)
     with pytest.raises(KernelError, match=r"model\.layers\.0\.q_proj"):
         executable.adapter(AdapterImage("g", (wrong,), 1, 4))
 
 
-def test_sites_that_do_not_exist_or_that_no_op_serves_are_refused():
+@on_every_backend
+def test_sites_that_do_not_exist_or_that_no_op_serves_are_refused(backend):
     program = llama_program()
-    executable = load(program)
+    executable = load(backend, program)
     zeros = np.zeros((1, 32), np.float32)
     with pytest.raises(KernelError, match="names site 99"):
         executable.adapter(AdapterImage("g", (SiteTensors(99, zeros, zeros.T, 1.0),), 1, 1))

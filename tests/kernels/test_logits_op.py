@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kernel_backends import on_every_backend
 
 from truffula.kernels.backend import AdapterImage, SiteTensors
 from truffula.kernels.inputs import Capacity
@@ -19,7 +20,6 @@ from truffula.kernels.program import (
     WeightDecl,
     WeightPart,
 )
-from truffula.kernels.reference import ReferenceBackend
 from truffula.testing.programs import Part, as_dtype, fill_step, pull_from
 
 CAPACITY = Capacity(
@@ -28,10 +28,11 @@ CAPACITY = Capacity(
 V, D = 11, 6
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, None), (1.0, 3.0), (0.5, 3.0)])
-def test_tied_logits(dtype, biased, scale, softcap):
+def test_tied_logits(backend, dtype, biased, scale, softcap):
     """A tied head with an adapter of its own: the gathered rows stay the table's, the logits get the delta."""
     rng = np.random.default_rng(0)
     table = as_dtype(rng.standard_normal((V, D)), dtype)
@@ -55,12 +56,10 @@ def test_tied_logits(dtype, biased, scale, softcap):
         ),
         logits=Ref(2, 0, V), max_positions=8,
     )  # fmt: skip
-    executable = ReferenceBackend().load(program, dtype, pull_from({"table": [table], "bias": [bias]}), CAPACITY)
+    executable = backend.load(program, dtype, pull_from({"table": [table], "bias": [bias]}), CAPACITY)
     a, b = as_dtype(rng.standard_normal((2, D)), "float32"), as_dtype(rng.standard_normal((V, 2)), "float32")
     slot = executable.adapter(AdapterImage("g", (SiteTensors(0, a, b, 0.25),), 1, 2))
     inputs = executable.inputs
-    inputs.block_tables = np.zeros((1, 4, 4), np.int32)  # no KV group, so allocate() made none: fill_step writes one
-    inputs.slot_mapping = np.zeros((1, 16), np.int32)
     fill_step(inputs, [Part((3, 4, 5), 0, (1,), slot), Part((7,), 0, (2,)), Part((8, 9), 0, (3,), logits="all")], 4)
     executable.run()
     t, w = table.astype(np.float64), table.astype(np.float64)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_backends import BACKENDS, on_every_backend
 from one_op import OneOp, close, exact
 
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Attention, KvGroup, KvPlane
-from truffula.kernels.reference import ReferenceBackend, attention
+from truffula.kernels.reference import attention
 from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
 
-BACKEND = ReferenceBackend()
 S = 4
 
 
@@ -49,9 +49,10 @@ def cases(draw):
     }  # fmt: skip
 
 
+@on_every_backend
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(cases())
-def test_attention_over_shuffled_blocks(case_):
+def test_attention_over_shuffled_blocks(backend, case_):
     c = case_
     rng = np.random.default_rng(c["seed"])
     rows = sum(c["lengths"])
@@ -87,12 +88,57 @@ def test_attention_over_shuffled_blocks(case_):
         shaped = [a[span].reshape(length, n, -1) for a, n in ((q, c["heads"]), (k, c["kv_heads"]), (v, c["kv_heads"]))]
         wanted.append(oracle(*shaped, op, sinks))
         lo += length
-    close(case.run(BACKEND, op, fill), np.concatenate(wanted), c["dtype"], roundings=2)
+    close(case.run(backend, op, fill), np.concatenate(wanted), c["dtype"], roundings=2)
+
+
+LONG = [
+    # rows, heads, kv_heads, dim_k, dim_v, block size, window, softcap, sinks
+    (1100, 2, 1, 20, 33, 16, None, None, False),
+    (1100, 3, 3, 8, 8, 24, None, 5.0, True),
+    (1100, 2, 2, 16, 16, 4, 600, None, False),
+    (700, 30, 1, 4, 4, 512, 513, 2.0, True),
+    (600, 9, 1, 7, 5, 700, None, None, False),
+]
+
+
+@on_every_backend
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case_", LONG, ids=str)
+def test_long_contexts(backend, dtype, case_):
+    """More keys than a backend works on at once, block sizes that divide nothing, many heads to one kv head."""
+    rows, heads, kv_heads, dim_k, dim_v, size, window, softcap, with_sinks = case_
+    rng = np.random.default_rng(7)
+    # Scores that grow along the context: what was the largest weight at first counts for little at last.
+    q = exact(np.abs(rng.standard_normal((rows, heads * dim_k))), dtype)
+    k = exact(rng.standard_normal((rows, kv_heads * dim_k)) + np.arange(rows)[:, None] / 400, dtype)
+    v = exact(rng.standard_normal((rows, kv_heads * dim_v)), dtype)
+    sinks = exact(rng.standard_normal(heads) + 3, dtype) if with_sinks else None
+    blocks = rng.permutation(np.arange(1, -(-rows // size) + 1))
+    capacity = Capacity(
+        max_tokens=rows, max_seqs=1, max_logit_rows=4, max_segments=1, num_blocks=len(blocks) + 1, block_size=size,
+        max_blocks_per_seq=len(blocks),
+    )  # fmt: skip
+    group = KvGroup(0, "full", (KvPlane(0, 0, k.shape[1]), KvPlane(1, 0, v.shape[1])))
+    case = OneOp(dtype, rows, groups=[group], capacity=capacity)
+    op = Attention(
+        name="a", q=case.input(q), k=case.input(k), v=case.input(v), out=case.buffer(heads * dim_v), group=0,
+        planes=(0, 1), heads=heads, kv_heads=kv_heads, dim_k=dim_k, dim_v=dim_v, scale=dim_k**-0.5, window=window,
+        softcap=softcap, sinks=None if sinks is None else case.weight(sinks, "vector"),
+    )  # fmt: skip
+
+    def fill(inputs):
+        position = np.arange(rows)
+        inputs.slot_mapping[0, :rows] = blocks[position // size] * size + position % size
+        inputs.block_tables[0, 0, : len(blocks)] = blocks
+
+    shaped = [a.reshape(rows, n, -1) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
+    close(case.run(backend, op, fill), oracle(*shaped, op, sinks), dtype, roundings=2)
 
 
 def test_large_scores_are_worked_on_in_slices(monkeypatch):
     """The same result whatever the number of query rows worked on at a time."""
-    executable = load(Shape(softcap=3.0)), load(Shape())
+    reference = BACKENDS["reference"]
+    executable = load(reference, Shape(softcap=3.0)), load(reference, Shape())
     part = [Part(tuple(range(20)), 0, (1, 2, 3, 4, 5), logits="all")]
     for one in executable:
         results = []
@@ -105,12 +151,12 @@ def test_large_scores_are_worked_on_in_slices(monkeypatch):
         np.testing.assert_allclose(results[2], results[0], atol=1e-5)
 
 
-def load(shape: Shape, dtype: str = "float32"):
+def load(backend, shape: Shape, dtype: str = "float32"):
     capacity = Capacity(
         max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=40, block_size=S, max_blocks_per_seq=16
     )
     program = llama_program(shape)
-    return BACKEND.load(program, dtype, pull_from(random_weights(program)), capacity)
+    return backend.load(program, dtype, pull_from(random_weights(program)), capacity)
 
 
 IDS = tuple(int(i) for i in np.random.default_rng(3).integers(0, 61, 23))
@@ -122,13 +168,14 @@ def whole(executable, blocks):
     return executable.logits()
 
 
+@on_every_backend
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.lists(st.integers(1, 22), max_size=5, unique=True), st.sampled_from([None, 5]), st.randoms(use_true_random=False)
 )
-def test_chunked_equals_whole(cuts, window, random):
+def test_chunked_equals_whole(backend, cuts, window, random):
     """Any chunking, over shuffled blocks, with another sequence decoding beside it: the same logits."""
-    executable = load(Shape(window=window))
+    executable = load(backend, Shape(window=window))
     wanted = whole(executable, (1, 2, 3, 4, 5, 6))
     blocks = tuple(random.sample(range(1, 40), 7))
     got = []
@@ -142,11 +189,12 @@ def test_chunked_equals_whole(cuts, window, random):
     np.testing.assert_allclose(np.concatenate(got), wanted, atol=2e-5, rtol=1e-5)
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("window", [None, 3])
-def test_what_an_earlier_owner_left_in_a_block_never_shows(dtype, window):
+def test_what_an_earlier_owner_left_in_a_block_never_shows(backend, dtype, window):
     """A sequence whose K and V were NaN leaves its blocks; the next owner's partly filled block reads none of it."""
-    executable = load(Shape(window=window), dtype)
+    executable = load(backend, Shape(window=window), dtype)
     wanted = whole(executable, (1, 2, 3, 4, 5, 6))
     broken = random_adapter(llama_program(), rank=1)
     for site in broken.sites:
@@ -161,9 +209,10 @@ def test_what_an_earlier_owner_left_in_a_block_never_shows(dtype, window):
     assert np.isfinite(executable.logits()).all()
 
 
-def test_kv_copy_moves_whole_blocks():
+@on_every_backend
+def test_kv_copy_moves_whole_blocks(backend):
     """A sequence goes on from copies of its blocks as from the blocks themselves."""
-    executable = load(Shape())
+    executable = load(backend, Shape())
     wanted = whole(executable, (1, 2, 3, 4, 5, 6))
     executable.kv_copy(0, [1, 2, 3, 4, 5], [15, 12, 13, 14, 11])
     fill_step(executable.inputs, [Part(IDS[19:], 19, (15, 12, 13, 14, 11, 9), logits="all")], S)
@@ -171,8 +220,20 @@ def test_kv_copy_moves_whole_blocks():
     np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
 
 
-def test_many_lengths_in_one_step_equal_each_alone():
-    executable = load(Shape(window=6))
+@on_every_backend
+def test_kv_copy_reads_all_before_it_writes(backend):
+    """Two blocks may be exchanged."""
+    executable = load(backend, Shape())
+    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
+    executable.kv_copy(0, [1, 2, 3, 4, 5], [2, 3, 4, 5, 1])
+    fill_step(executable.inputs, [Part(IDS[19:], 19, (2, 3, 4, 5, 1, 9), logits="all")], S)
+    executable.run()
+    np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
+
+
+@on_every_backend
+def test_many_lengths_in_one_step_equal_each_alone(backend):
+    executable = load(backend, Shape(window=6))
     tables = [(1,), (2, 3), (4, 5, 6, 7, 8), (9, 10, 11), (12, 13)]
     for table, length in zip(tables, (2, 5, 18, 9, 6), strict=True):
         fill_step(executable.inputs, [Part(IDS[:length], 0, table)], S)

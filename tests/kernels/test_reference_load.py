@@ -8,11 +8,12 @@ import mmap
 import ml_dtypes
 import numpy as np
 import pytest
+from kernel_backends import on_every_backend
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.mapped import release
+from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
 from truffula.testing.programs import Part, as_dtype, fill_step, llama_program, pull_from, random_weights
@@ -38,16 +39,17 @@ def test_weights_stored_in_the_compute_dtype_are_views(dtype):
     assert before.any() and not executable.logits().any()
 
 
+@on_every_backend
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_stored_dtype_serves_in_any_compute_dtype(stored, dtype):
+def test_any_stored_dtype_serves_in_any_compute_dtype(backend, stored, dtype):
     """Converted weights give what weights converted beforehand give."""
     program = llama_program()
     weights = random_weights(program, dtype=stored)
     converted = {name: [as_dtype(part, dtype) for part in parts] for name, parts in weights.items()}
     logits = []
     for source in (weights, converted):
-        executable = ReferenceBackend().load(program, dtype, pull_from(source), CAPACITY)
+        executable = backend.load(program, dtype, pull_from(source), CAPACITY)
         fill_step(executable.inputs, [Part((1, 2, 3), 0, (1,), logits="all")], 4)
         executable.run()
         logits.append(executable.logits())
@@ -121,10 +123,11 @@ def test_the_plan_counts_what_is_declared():
         assert plan.total(10) - plan.total(0) == 10 * plan.kv_block_bytes
 
 
-def test_taps_show_every_op_and_only_in_debug():
+@on_every_backend
+def test_taps_show_every_op_and_only_in_debug(backend):
     program = llama_program()
     weights = random_weights(program)
-    executable = ReferenceBackend().load(program, "float32", pull_from(weights), CAPACITY, debug=True)
+    executable = backend.load(program, "float32", pull_from(weights), CAPACITY, debug=True)
     with pytest.raises(KernelError, match="has not run"):
         executable.tap(1)
     fill_step(executable.inputs, [Part((1, 2, 3), 0, (1,))], 4)
@@ -133,7 +136,7 @@ def test_taps_show_every_op_and_only_in_debug():
     assert np.array_equal(executable.tap(len(program.ops) - 1), executable.logits())
     for index in range(len(program.ops)):
         assert executable.tap(index).dtype == np.float32
-    plain = ReferenceBackend().load(program, "float32", pull_from(weights), CAPACITY)
+    plain = backend.load(program, "float32", pull_from(weights), CAPACITY)
     with pytest.raises(KernelError, match="debug"):
         plain.tap(0)
 
@@ -141,8 +144,8 @@ def test_taps_show_every_op_and_only_in_debug():
 def test_select_backend():
     assert select_backend("auto", "cpu").probe().available
     assert select_backend("reference", "auto").name == "reference"
-    assert backend_names() == ("auto", "reference")
-    with pytest.raises(ConfigError, match="auto, reference") as caught:
+    assert backend_names() == ("auto", "cpu", "reference")
+    with pytest.raises(ConfigError, match="auto, cpu, reference") as caught:
         select_backend("cuda-graphs", "cpu")
     assert caught.value.param == "backend"
     with pytest.raises(ConfigError) as caught:

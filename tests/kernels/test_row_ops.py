@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_backends import on_every_backend
 from one_op import OneOp, close, exact
 
 from truffula.kernels.program import (
@@ -21,9 +22,7 @@ from truffula.kernels.program import (
     RopeRows,
     RopeTable,
 )
-from truffula.kernels.reference import ReferenceBackend
 
-BACKEND = ReferenceBackend()
 quick = settings(max_examples=12, deadline=None, derandomize=True)
 dtypes = st.sampled_from(["float32", "bfloat16"])
 ERF = np.vectorize(math.erf)
@@ -46,11 +45,12 @@ ACTIVATIONS = {
 }
 
 
+@on_every_backend
 @quick
 @given(
     dtypes, st.integers(1, 9), st.integers(1, 20), st.sampled_from([None, 4.898979]), st.booleans(), st.integers(0, 99)
 )
-def test_embed(dtype, rows, width, scale, add, seed):
+def test_embed(backend, dtype, rows, width, scale, add, seed):
     table = draw(seed, rows + 3, width, dtype=dtype)
     case = OneOp(dtype, rows)
     extra = draw(seed + 1, rows, width, dtype=dtype)
@@ -64,15 +64,16 @@ def test_embed(dtype, rows, width, scale, add, seed):
         inputs.position[:rows] = np.arange(rows)[::-1]
 
     wanted = table[np.arange(rows)[::-1] + 2] * (1 if scale is None else rounded(np.array(scale), dtype))
-    close(case.run(BACKEND, op, fill), wanted + extra if add else wanted, dtype)
+    close(case.run(backend, op, fill), wanted + extra if add else wanted, dtype)
 
 
+@on_every_backend
 @quick
 @given(
     dtypes, st.integers(1, 9), st.integers(1, 4), st.integers(2, 12), st.sampled_from(["rms", "layer"]),
     st.sampled_from(["first", "last"]), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
-def test_norm(dtype, rows, groups, width, kind, cast, weighted, biased, plus, seed):
+def test_norm(backend, dtype, rows, groups, width, kind, cast, weighted, biased, plus, seed):
     x = draw(seed, rows, groups * width, dtype=dtype, scale=3.0)
     w, b, p = (
         draw(seed + 1, width, dtype=dtype),
@@ -92,10 +93,11 @@ def test_norm(dtype, rows, groups, width, kind, cast, weighted, biased, plus, se
     y = rounded(y, dtype) if cast == "first" else y
     y = (y * w if weighted else y) + (b if biased else 0)
     y = y.reshape(rows, -1)
-    close(case.run(BACKEND, op), rounded(y, dtype) + p if plus else y, dtype, roundings=3)
+    close(case.run(backend, op), rounded(y, dtype) + p if plus else y, dtype, roundings=3)
 
 
-def test_norm_order_of_rounding_shows_in_bfloat16():
+@on_every_backend
+def test_norm_order_of_rounding_shows_in_bfloat16(backend):
     """The two casts differ in bfloat16, each equal to its own formula in nearly every value."""
     x, w = draw(1, 50, 64, dtype="bfloat16"), draw(2, 64, dtype="bfloat16")
     normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
@@ -104,18 +106,19 @@ def test_norm_order_of_rounding_shows_in_bfloat16():
         case = OneOp("bfloat16", 50)
         weight = case.weight(w, "vector")
         op = Norm(name="n", x=case.input(x), out=case.buffer(64), kind="rms", eps=1e-5, cast=cast, weight=weight)
-        results[cast] = case.run(BACKEND, op)
+        results[cast] = case.run(backend, op)
         assert (results[cast] == rounded(wanted, "bfloat16")).mean() > 0.99
     assert (results["first"] != results["last"]).mean() > 0.05
 
 
+@on_every_backend
 @quick
 @given(
     dtypes, st.integers(1, 6), st.integers(1, 9),
     st.sampled_from(["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]), st.sampled_from(sorted(ACTIVATIONS)),
     st.integers(0, 99),
 )  # fmt: skip
-def test_pointwise(dtype, rows, width, kind, activation, seed):
+def test_pointwise(backend, dtype, rows, width, kind, activation, seed):
     x, y = draw(seed, rows, width, dtype=dtype, scale=2.0), draw(seed + 1, rows, width, dtype=dtype)
     case = OneOp(dtype, rows)
     two = kind in ("add", "sigmoid_mul")
@@ -128,13 +131,14 @@ def test_pointwise(dtype, rows, width, kind, activation, seed):
         "clip": lambda: np.clip(x, -1.5, 1.5), "softcap": lambda: 1.5 * np.tanh(x / 1.5),
         "sigmoid_mul": lambda: x / (1 + np.exp(-y)),
     }[kind]()  # fmt: skip
-    close(case.run(BACKEND, op), wanted, dtype)
+    close(case.run(backend, op), wanted, dtype)
 
 
+@on_every_backend
 @quick
 @given(dtypes, st.integers(1, 6), st.integers(1, 4), st.integers(1, 4), st.integers(0, 3), st.integers(0, 3),
        st.sampled_from(["half", "interleaved"]), st.integers(0, 99))  # fmt: skip
-def test_rope(dtype, rows, heads, pairs, before, behind, layout, seed):
+def test_rope(backend, dtype, rows, heads, pairs, before, behind, layout, seed):
     dims, head_dim = 2 * pairs, before + 2 * pairs + behind
     x = draw(seed, rows, heads * head_dim, dtype=dtype)
     other = draw(seed + 1, rows, 3, dtype=dtype)
@@ -160,7 +164,7 @@ def test_rope(dtype, rows, heads, pairs, before, behind, layout, seed):
         left, right = wanted[..., a].copy(), wanted[..., b].copy()
         wanted[..., a], wanted[..., b] = left * cos - right * sin, right * cos + left * sin
     # Positions up to 500 radians: float32 angles are good to 2^-15 there.
-    got = case.run(BACKEND, op, fill)
+    got = case.run(backend, op, fill)
     np.testing.assert_allclose(got, wanted.reshape(rows, -1), atol=3e-4 if dtype == "float32" else 4e-2, rtol=1e-2)
 
 
@@ -176,11 +180,12 @@ def oracle_epilogue(y, e, bias, residual):
     return y * e.scale + (residual if e.residual is not None else 0)
 
 
+@on_every_backend
 @settings(quick, max_examples=25)
 @given(dtypes, st.integers(1, 9), st.integers(1, 20), st.integers(1, 10), st.booleans(), st.booleans(), st.booleans(),
        st.sampled_from([None, "silu", "gelu_tanh"]), st.sampled_from([1.0, 0.22]), st.sampled_from([None, 0.7]),
        st.booleans(), st.integers(0, 99))  # fmt: skip
-def test_linear_with_epilogue(dtype, rows, inputs, half, glu, biased, added, act, scale, clip, split, seed):
+def test_linear_with_epilogue(backend, dtype, rows, inputs, half, glu, biased, added, act, scale, clip, split, seed):
     outputs = 2 * half
     x, w = draw(seed, rows, inputs, dtype=dtype), draw(seed + 1, outputs, inputs, dtype=dtype, scale=inputs**-0.5)
     bias, residual = draw(seed + 2, outputs, dtype=dtype), draw(seed + 3, rows, half if glu else outputs, dtype=dtype)
@@ -193,22 +198,40 @@ def test_linear_with_epilogue(dtype, rows, inputs, half, glu, biased, added, act
     op = Linear(name="l", x=case.input(x), weight=weight, out=case.buffer(half if glu else outputs), epilogue=e)
     wanted = oracle_epilogue(x @ w.T, e, bias, residual)
     # The reference rounds the base product in bfloat16; 2^-9 of it can be tripled by gelu's slope and by the gate.
-    close(case.run(BACKEND, op), wanted, dtype, roundings=4)
+    close(case.run(backend, op), wanted, dtype, roundings=4)
 
 
-def test_float32_linear_in_a_bfloat16_program():
+@on_every_backend
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("glu", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 12, 13, 48, 49, 63])
+def test_products_of_many_rows_and_panels(backend, dtype, glu, rows):
+    """Rows and outputs on both sides of a tile's edges, and inputs that are odd."""
+    x, w = draw(1, rows, 131, dtype=dtype), draw(2, 2 * 41, 131, dtype=dtype, scale=0.1)
+    case = OneOp(dtype, rows)
+    epilogue = Epilogue(activation="silu" if glu else None, glu=glu)
+    op = Linear(
+        name="l", x=case.input(x), weight=case.weight(w, "matmul"), out=case.buffer(41 if glu else 82),
+        epilogue=epilogue,
+    )  # fmt: skip
+    close(case.run(backend, op), oracle_epilogue(x @ w.T, epilogue, None, None), dtype)
+
+
+@on_every_backend
+def test_float32_linear_in_a_bfloat16_program(backend):
     """``compute="float32"`` (a router) keeps the product and the output exact."""
     x, w = draw(1, 7, 33, dtype="bfloat16"), draw(2, 5, 33, dtype="bfloat16")
     case = OneOp("bfloat16", 7)
     out, weight = case.buffer(5, dtype="float32"), case.weight(w, "matmul")
     op = Linear(name="l", x=case.input(x), weight=weight, out=out, compute="float32")
-    np.testing.assert_allclose(case.run(BACKEND, op), x @ w.T, atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(case.run(backend, op), x @ w.T, atol=1e-5, rtol=1e-5)
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_gathered_row_is_the_stored_row(dtype):
+def test_a_gathered_row_is_the_stored_row(backend, dtype):
     """A table that also serves a product gives back its rows bit for bit."""
     table = draw(5, 9, 6, dtype=dtype)
     case = OneOp(dtype, 4)
     op = Embed(name="e", table=case.weight(table, "rows matmul"), out=case.buffer(6))
-    assert np.array_equal(case.run(BACKEND, op), table[:4].astype(np.float32))
+    assert np.array_equal(case.run(backend, op), table[:4].astype(np.float32))

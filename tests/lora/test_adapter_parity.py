@@ -6,18 +6,19 @@ Logits within 1e-4 in float32. The adapters go the whole way: files, judgement, 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from kernel_backends import BEST, on_the_best
 from lora_bases import BASE
 
+from truffula.kernels.backend import Backend
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.kernels.reference import ReferenceBackend
 from truffula.lora.image import map_image, write_image
 from truffula.lora.peft import judge_adapter
 from truffula.model.load import plan_model, puller
@@ -88,7 +89,7 @@ BASES = {
 class Served:
     """One base with any number of adapters in slots; runs whole prompts in one step."""
 
-    def __init__(self, folder: Path, model_type: str) -> None:
+    def __init__(self, folder: Path, model_type: str, backend: Backend) -> None:
         self.folder = folder
         self.path = write_tiny_checkpoint(folder / "model", tiny_model_config(model_type, **BASES[model_type]), seed=5)
         checkpoint = open_checkpoint(self.path)
@@ -98,7 +99,7 @@ class Served:
         self.tied = plan.tying.tie is not Tie.SEPARATE
         rows, blocks = 48 * PROMPT_TOKENS, -(-PROMPT_TOKENS // BLOCK)
         capacity = Capacity(rows, 48, rows, 48, num_blocks=1 + 48 * blocks, block_size=BLOCK, max_blocks_per_seq=blocks)
-        self.executable = ReferenceBackend().load(plan.program, "float32", pull, capacity)
+        self.executable = backend.load(plan.program, "float32", pull, capacity)
         pull.finish()
         self._blocks = blocks
 
@@ -135,22 +136,37 @@ class Outcome:
     base: Float32
 
 
+@dataclass
+class Asked:
+    """Every case's adapter on disk, its prompt, and what peft answers to it (asked once for all backends)."""
+
+    folder: Path
+    answers: dict[str, Float32] = field(default_factory=dict)
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    return Asked(tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="module", params=BEST.values(), ids=BEST.keys())
+def outcomes(asked: Asked, request: pytest.FixtureRequest) -> dict[str, Outcome]:
     """Every case on one base: by itself, in one batch of all with base rows between, and as peft computes it."""
-    served = Served(tmp_path_factory.mktemp("parity"), "llama")
+    served = Served(asked.folder, "llama", request.param)
     slots: dict[str, int] = {}
     for number, (name, fields) in enumerate(CASES.items()):
         write_tiny_adapter(served.folder / name, served.program.sites, seed=number, **fields)
         slots[name] = served.add(served.folder / name)
     order = sorted(CASES, key=lambda name: slots[name])
-    prompts = {name: served.prompt(slots[name]) for name in CASES}
+    prompts = {name: served.prompt(number) for number, name in enumerate(CASES)}
     mixed = served.run([(slots[n], prompts[n]) for n in order] + [(None, prompts[n]) for n in order[:10]])
     made = {}
     for place, name in enumerate(order):
         (alone,) = served.run([(slots[name], prompts[name])])
         (base,) = served.run([(None, prompts[name])])
-        made[name] = Outcome(alone, mixed[place], served.peft(served.folder / name, prompts[name]), base)
+        if name not in asked.answers:
+            asked.answers[name] = served.peft(served.folder / name, prompts[name])
+        made[name] = Outcome(alone, mixed[place], asked.answers[name], base)
         shutil.rmtree(served.folder / name)
     # Base rows don't know what runs beside them: the same plan without adapters gives the same bits.
     without = served.run([(None, prompts[n]) for n in order] + [(None, prompts[n]) for n in order[:10]])
@@ -167,9 +183,10 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
     assert np.abs(outcome.peft - outcome.base).max() > 100 * TOLERANCE, "the adapter does not show"
 
 
+@on_the_best
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
-def test_other_families_agree_with_peft(tmp_path: Path, model_type: str) -> None:
-    served = Served(tmp_path, model_type)
+def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
+    served = Served(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
     for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "down_proj"]})):
@@ -182,9 +199,10 @@ def test_other_families_agree_with_peft(tmp_path: Path, model_type: str) -> None
         np.testing.assert_allclose(mine, theirs, atol=TOLERANCE)
 
 
-def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path) -> None:
+@on_the_best
+def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path, backend: Backend) -> None:
     """An adapter on ``qkv_proj`` and ``gate_up_proj`` equals peft's adapter on the parts, each with the same A."""
-    served = Served(tmp_path, "llama")
+    served = Served(tmp_path, "llama", backend)
     config = tiny_config(rank=4, alpha=8, targets=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
     split = tiny_tensors(served.program.sites, config, seed=1)
     fused = {}
@@ -207,13 +225,14 @@ def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path) -> None:
         np.testing.assert_allclose(logits, theirs, atol=TOLERANCE)
 
 
-def test_an_adapter_that_peft_itself_wrote_is_served(tmp_path: Path) -> None:
+@on_the_best
+def test_an_adapter_that_peft_itself_wrote_is_served(tmp_path: Path, backend: Backend) -> None:
     """The files as ``save_pretrained`` leaves them, not as we think it does."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    served = Served(tmp_path, "llama")
+    served = Served(tmp_path, "llama", backend)
     model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32)
     config = LoraConfig(
         r=6,

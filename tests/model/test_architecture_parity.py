@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_backends import on_the_best
 
-from truffula.kernels.reference import ReferenceBackend
+from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
@@ -90,12 +91,12 @@ def write(folder: Path, model_type: str, overrides: dict[str, Any]) -> Path:
     return write_tiny_checkpoint(folder, tiny_config(model_type, **overrides), seed=3)
 
 
-def compare(folder: Path) -> ModelPlan:
+def compare(folder: Path, backend: Backend) -> ModelPlan:
     """Prefill at once and in chunks, then decode over pages of 4, against transformers on the same files."""
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
     pull, capacity = puller(checkpoint, plan), capacity_for(PROMPT + NEW, block_size=4)
-    executable = ReferenceBackend().load(plan.program, "float32", pull, capacity)
+    executable = backend.load(plan.program, "float32", pull, capacity)
     pull.finish()
     prompt = np.random.default_rng(1).integers(3, plan.spec.vocab_size, PROMPT).tolist()
     chosen, decoded = Driver(executable, capacity).greedy(prompt, NEW, chunk=5)
@@ -109,16 +110,20 @@ def compare(folder: Path) -> ModelPlan:
     return plan
 
 
+@on_the_best
 @pytest.mark.parametrize(("model_type", "name", "overrides"), CASES, ids=[f"{case[0]}: {case[1]}" for case in CASES])
-def test_parity_with_transformers(tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any]) -> None:
-    plan = compare(write(tmp_path / "model", model_type, overrides))
+def test_parity_with_transformers(
+    tmp_path: Path, model_type: str, name: str, overrides: dict[str, Any], backend: Backend
+) -> None:
+    plan = compare(write(tmp_path / "model", model_type, overrides), backend)
     assert plan.warnings == (), name
 
 
+@on_the_best
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_stored_in_sixteen_bits_computed_in_float32(tmp_path: Path, dtype: str) -> None:
+def test_stored_in_sixteen_bits_computed_in_float32(tmp_path: Path, dtype: str, backend: Backend) -> None:
     config = tiny_config("qwen2", tie_word_embeddings=True)
-    assert compare(write_tiny_checkpoint(tmp_path, config, dtype=dtype)).stored_dtype == dtype
+    assert compare(write_tiny_checkpoint(tmp_path, config, dtype=dtype), backend).stored_dtype == dtype
 
 
 TINY_VISION = {
@@ -127,8 +132,9 @@ TINY_VISION = {
 }  # fmt: skip
 
 
+@on_the_best
 @pytest.mark.parametrize("body", ["language_model.model.", "model.language_model."])
-def test_the_text_part_of_a_multimodal_gemma3(tmp_path: Path, body: str) -> None:
+def test_the_text_part_of_a_multimodal_gemma3(tmp_path: Path, body: str, backend: Backend) -> None:
     config = tiny_config("gemma3", num_hidden_layers=3, sliding_window_pattern=2) | {"vision_config": TINY_VISION}
     config["mm_tokens_per_image"] = 4
     write_tiny_checkpoint(tmp_path / "old", config)
@@ -136,7 +142,7 @@ def test_the_text_part_of_a_multimodal_gemma3(tmp_path: Path, body: str) -> None
     moved = {name.replace("language_model.model.", body): old.read(name) for name in old.tensors}
     vision = {"vision_tower.vision_model.embeddings.position_embedding.weight": np.zeros((4, 8), np.float32)}
     folder = write_tiny_checkpoint(tmp_path / "new", config, drop=tuple(old.tensors), extra=moved | vision)
-    plan = compare(folder)
+    plan = compare(folder, backend)
     assert plan.unused == tuple(vision)
     assert any("only the text part" in text for text in plan.warnings)
     assert plan.program.sites[1].module == "model.language_model.layers.0.self_attn.q_proj"

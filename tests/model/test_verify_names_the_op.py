@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_backends import NATIVE
 
 from truffula.errors import InvalidRequest
 from truffula.kernels.backend import AdapterImage, Array
@@ -16,6 +17,8 @@ from truffula.kernels.program import Norm, Program, WeightDecl
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.parity import Perturbation, VerifyReport, verify_model
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
+
+BACKENDS = ["reference", *(["cpu"] if NATIVE else [])]
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +38,9 @@ def verify(model: Path, **more: Any) -> VerifyReport:
     return verify_model(model, prompts=[[5, 17, 3, 99, 41, 8, 8, 60]], new_tokens=4, **more)
 
 
-def test_base_and_adapter_pass(model: Path, adapter: Path) -> None:
-    for report in (verify(model), verify(model, adapter=adapter)):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_base_and_adapter_pass(model: Path, adapter: Path, backend: str) -> None:
+    for report in (verify(model, backend=backend), verify(model, adapter=adapter, backend=backend)):
         assert report.ok
         assert report.max_logit_diff < 1e-4
         assert report.tokens_compared == 4
@@ -52,11 +56,12 @@ def test_base_and_adapter_pass(model: Path, adapter: Path) -> None:
         }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "mistral"])
-def test_other_shapes_of_layer_pass(tmp_path: Path, model_type: str) -> None:
+def test_other_shapes_of_layer_pass(tmp_path: Path, model_type: str, backend: str) -> None:
     write_tiny_checkpoint(tmp_path, tiny_config(model_type))
     # As many tokens as heads: rows and heads of a norm's output must still be told apart.
-    report = verify_model(tmp_path, prompts=[[1, 2, 3, 4], list(range(20))], new_tokens=4)
+    report = verify_model(tmp_path, prompts=[[1, 2, 3, 4], list(range(20))], new_tokens=4, backend=backend)
     assert report.ok and report.tokens_compared == 8
 
 
@@ -140,13 +145,16 @@ def test_a_table_changed_for_one_id_shows_only_where_the_id_is(model: Path) -> N
     assert untouched.first_divergence is not None and untouched.first_divergence.op == "logits"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text"])
-def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, model_type: str) -> None:
+def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, model_type: str, backend: str) -> None:
     """Before the first rounded product both sides have the same bits: a norm that multiplied before the cast, or an
     embedding scale that was not rounded, would show here and nowhere else.
     """
     write_tiny_checkpoint(tmp_path, tiny_config(model_type), dtype="bfloat16")
-    report = verify_model(tmp_path, prompts=[list(range(3, 24))], new_tokens=0, dtype="bfloat16", tolerance=1.0)
+    report = verify_model(
+        tmp_path, prompts=[list(range(3, 24))], new_tokens=0, dtype="bfloat16", tolerance=1.0, backend=backend
+    )
     errors = {row.op: row.error for row in report.rows}
     assert errors["embed"] == 0.0
     assert errors["layers.0.before_attention"] == 0.0

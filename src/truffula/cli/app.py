@@ -211,6 +211,34 @@ def bench_join(
     run_bench_join(resolve(options, model=model).engine, running, joins, rank, as_json=as_json)
 
 
+@bench_app.command("step")
+def bench_step(
+    rows: Annotated[str, typer.Option("--rows", help="Decode rows, separated by commas.")] = "1,8,32",
+    adapters: Annotated[
+        str, typer.Option("--adapters", help="none, shared (one for all), distinct (one a row), by commas.")
+    ] = "none,shared,distinct",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
+    context: Annotated[int, typer.Option("--context", help="Tokens that each row has behind it.")] = 105,
+    prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end.")] = 512,
+    steps: Annotated[int, typer.Option("--steps", help="Steps per line; the median is printed.")] = 20,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="A toy shape: does it run?")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Milliseconds of a step on SmolLM2-135M's shape, and which ops they go to. No server, no sampling."""
+    from truffula.cli.bench_step import StepBench, run_bench_step
+
+    try:
+        numbers = tuple(int(word) for word in rows.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{rows!r} is not a list of whole numbers.", param_hint="--rows") from None
+    mixes = tuple(word.strip() for word in adapters.split(","))
+    bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny)
+    run_bench_step(bench, backend=backend, dtype=dtype, threads=threads, as_json=as_json)
+
+
 @adapters_app.command("list")
 def adapters_list(url: Url = "http://127.0.0.1:8000", api_key: str | None = None, as_json: AsJson = False) -> None:
     """The base and the adapters a server offers."""

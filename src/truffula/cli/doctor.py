@@ -9,10 +9,12 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.markup import escape
+
 from truffula.cli.output import nbytes, out, table
 from truffula.errors import TruffulaError
 
-# What a CPU must say of itself for each kernel table that matters to us, fastest first.
+# What a CPU must say of itself for what speeds up products, fastest first.
 ISA_FLAGS = (
     ("AMX bf16", ("amx_bf16",)),
     ("AVX512-BF16", ("avx512_bf16",)),
@@ -33,14 +35,14 @@ class Finding:
 
 
 def run_doctor(*, as_json: bool) -> None:
-    findings = [*_machine(), *_packages(), *_backends(), *_settings()]
+    findings = [*_machine(), *_native(), *_packages(), *_backends(), *_settings()]
     if as_json:
         out().print_json(json.dumps([asdict(f) for f in findings]))
         return
     shown = table("", "what", "found", "what to do")
     marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
     for finding in findings:
-        shown.add_row(marks[finding.state], finding.what, finding.value, finding.advice)
+        shown.add_row(marks[finding.state], *map(escape, (finding.what, finding.value, finding.advice)))
     out().print(shown)
 
 
@@ -62,17 +64,10 @@ def _machine() -> list[Finding]:
     name, sets = cpu_name()
     cores = usable_cpus()
     memory = available().nbytes
-    fast = bool(sets) and sets[0] in ("AMX bf16", "AVX512-BF16")
     return [
         Finding("python", platform.python_version()),
         Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
-        Finding("cpu", f"{name}, {cores} usable core{'s' * (cores != 1)}"),
-        Finding(
-            "instruction sets",
-            ", ".join(sets) or "unknown",
-            "ok" if fast else "note",
-            "" if fast else "no bf16 products: --dtype auto will likely compute in float32",
-        ),
+        Finding("cpu", ", ".join((name, f"{cores} usable core{'s' * (cores != 1)}", *sets[:1]))),
         Finding(
             "free memory",
             nbytes(memory),
@@ -82,39 +77,65 @@ def _machine() -> list[Finding]:
     ]
 
 
+def _native() -> list[Finding]:
+    """The native module, the instruction sets and threads it would use, and the compiler it takes to have it."""
+    from truffula.config import load_settings
+    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.cpu import instruction_sets, why_unavailable
+
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if why := why_unavailable():
+        advice = "" if compiler else "install one, such as g++, then truffula again"
+        return [
+            Finding("native kernels", "no", "missing", why),
+            Finding("C++ compiler", compiler or "none", "ok" if compiler else "missing", advice),
+        ]
+    settings = {s.option.name: s.value for s in load_settings({})}
+    sets = instruction_sets()
+    asked = settings["cpu_isa"]
+    used = sets[0] if asked == "auto" else asked
+    state, advice = ("ok", "") if used in sets else ("missing", "not to be had here; the cpu backend will refuse it")
+    threads = settings["threads"] or usable_cpus()
+    return [
+        Finding("native kernels", "yes"),
+        Finding("instruction sets", ", ".join(sets), "ok", "--cpu-isa forces one" if len(sets) > 1 else ""),
+        Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}", state, advice),
+        Finding("C++ compiler", compiler or "none"),
+    ]
+
+
 def _packages() -> list[Finding]:
     wanted = (
-        ("torch", "the reference backend", "pip install 'truffula[torch]'", "missing"),
-        ("transformers", "truffula verify", "pip install 'truffula[hf]'", "note"),
-        ("peft", "truffula verify --adapter", "pip install peft", "note"),
+        ("torch", "the reference backend", "pip install 'truffula[torch]'"),
+        ("transformers", "truffula verify", "pip install 'truffula[hf]'"),
+        ("peft", "truffula verify --adapter", "pip install peft"),
     )
     findings = []
-    for package, purpose, advice, state in wanted:
+    for package, purpose, advice in wanted:
         try:
             findings.append(Finding(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(package, "not installed", state, f"{advice} (for {purpose})"))
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    findings.append(Finding("C++ compiler", compiler or "none", "ok" if compiler else "note"))
+            findings.append(Finding(package, "not installed", "note", f"{advice} (for {purpose})"))
     return findings
 
 
 def _backends() -> list[Finding]:
-    from truffula.kernels.select import backend_names, select_backend
+    from truffula.config import load_settings
+    from truffula.kernels.select import backend_names, fallback_warning, select_backend
 
+    isa = next(s.value for s in load_settings({}) if s.option.name == "cpu_isa")
     findings = []
     for name in backend_names():
         try:
-            probe = select_backend(name, "cpu").probe()
+            backend = select_backend(name, "cpu", cpu_isa="auto" if name == "reference" else isa)
         except TruffulaError as error:
-            findings.append(Finding(f"backend {name}", "not available", "missing", error.message))
+            state = "note" if name == "reference" else "missing"
+            findings.append(Finding(f"backend {name}", "not available", state, error.message))
             continue
-        detail = f"{probe.device} {probe.isa} ({', '.join(probe.dtypes)})"
-        findings.append(
-            Finding(
-                f"backend {name}", detail if probe.available else probe.reason, "ok" if probe.available else "missing"
-            )
-        )
+        probe = backend.probe()
+        slow = fallback_warning(name, backend)
+        detail = f"{probe.name} on {probe.device}, {probe.isa} ({', '.join(probe.dtypes)})"
+        findings.append(Finding(f"backend {name}", detail, "note" if slow else "ok", slow))
     return findings
 
 

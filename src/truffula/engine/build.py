@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.config import EngineConfig, format_size, prepare_compute
+from truffula.config import EngineConfig, format_size
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
@@ -19,7 +19,7 @@ from truffula.engine.memory import AdapterShare, MemoryFit, fit, offered, usable
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, select_backend
+from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
 from truffula.lora.job import LoadLimits
 from truffula.lora.pool import AdapterPool
 from truffula.model.load import ModelPlan, plan_model, puller
@@ -90,7 +90,8 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     )
     probe = backend.probe()
     threads = config.threads or usable_cpus()
-    warnings = (*plan.warnings, *memory.warnings)
+    slow = fallback_warning(config.backend, backend)
+    warnings = (*([slow] if slow else []), *plan.warnings, *memory.warnings)
     return EngineSettings(
         path, backend.name, probe.device, probe.isa, dtype, threads, memory_plan, memory, capacity, limits, warnings
     )
@@ -102,7 +103,6 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
     Raises:
         TruffulaError: Any reason why this model can't be served so: nothing stays behind.
     """
-    prepare_compute()
     tell = progress or _silent
     began = time.monotonic()
     path = resolve_source(
@@ -112,7 +112,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
     with closing(open_checkpoint(path)) as checkpoint:  # what the executable keeps mapped stays until it goes
         plan = plan_model(checkpoint)
         backend = select_backend(
-            config.backend, config.device, threads=config.threads or usable_cpus(),
+            config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
             precision=Precision(config.quantize, config.exact),
         )  # fmt: skip
         settings = find_settings(config, path, plan, backend)

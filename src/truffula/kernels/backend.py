@@ -1,4 +1,4 @@
-"""What a backend is. ``reference`` (torch) is the specification; ``cpu`` and ``triton`` come later and obey the same
+"""What a backend is. ``reference`` (torch) is the specification; ``cpu`` (C++) and later ``triton`` obey the same
 words."""
 
 from __future__ import annotations

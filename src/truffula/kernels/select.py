@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from truffula.config import prepare_compute
 from truffula.errors import ConfigError, MissingDependency
 from truffula.kernels.backend import Backend
+from truffula.kernels.cpu import CpuBackend, why_unavailable
 
 
 @dataclass(frozen=True)
@@ -20,35 +22,58 @@ class Precision:
     exact: bool = False
 
 
-def _reference(device: str, threads: int | None, precision: Precision) -> Backend:
+def _torch_is_there() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if precision.quantize != "none":
         raise ConfigError(
             f"quantize is {precision.quantize!r}, which the reference backend does not serve; the cpu backend does.",
             param="quantize",
         )
-    if importlib.util.find_spec("torch") is None:
+    if not _torch_is_there():
         raise MissingDependency(
             "the reference backend needs torch, which is not installed: pip install 'truffula[torch]'.", param="backend"
         )
-    if device not in ("cpu", "auto"):
-        raise ConfigError(f"device is {device!r}; the reference backend runs on cpu.", param="device")
+    if cpu_isa != "auto":
+        raise ConfigError(
+            f"cpu_isa is {cpu_isa!r}, but the backend is reference, and torch chooses its instructions itself; leave "
+            "cpu_isa at auto or take the cpu backend.",
+            param="cpu_isa",
+        )
+    prepare_compute()
     from truffula.kernels.reference import ReferenceBackend
 
     return ReferenceBackend(threads=threads)
 
 
-def _cpu(device: str, threads: int | None, precision: Precision) -> Backend:
-    if device not in ("cpu", "auto"):
-        raise ConfigError(f"device is {device!r}; the cpu backend runs on cpu.", param="device")
-    from truffula.kernels.cpu import CpuBackend
+def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
+    if why := why_unavailable():
+        raise MissingDependency(
+            f"the cpu backend is not there: {why}. Or compute with torch, which is several times slower: pip install "
+            "'truffula[torch]'.",
+            param="backend",
+        )
+    return CpuBackend(threads=threads, isa=cpu_isa, quantize=precision.quantize, exact=precision.exact)
 
-    return CpuBackend(threads=threads, quantize=precision.quantize, exact=precision.exact)
+
+@dataclass(frozen=True)
+class _Choice:
+    """A backend of ``--backend``: whether ``auto`` may take it; its maker's arguments are threads, ISA, precision."""
+
+    available: Callable[[], bool]
+    create: Callable[[int | None, str, Precision], Backend]
 
 
-BACKENDS: Mapping[str, Callable[[str, int | None, Precision], Backend]] = MappingProxyType(
-    {"cpu": _cpu, "reference": _reference}
+BACKENDS: Mapping[str, _Choice] = MappingProxyType(
+    {
+        "cpu": _Choice(lambda: not why_unavailable(), _cpu),
+        "reference": _Choice(_torch_is_there, _reference),
+    }
 )
-"""Creators by name; each imports its own library when called. The names are the command line's choices."""
+"""By name, best first. A backend's own library is imported when it is asked for. The names are the command line's
+choices."""
 
 
 def backend_names() -> tuple[str, ...]:
@@ -57,21 +82,38 @@ def backend_names() -> tuple[str, ...]:
 
 
 def select_backend(
-    name: str = "auto", device: str = "auto", *, threads: int | None = None, precision: Precision = Precision()
+    name: str = "auto",
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    cpu_isa: str = "auto",
+    precision: Precision = Precision(),
 ) -> Backend:
-    """The backend called ``name``; ``auto`` takes the first that is available on ``device``.
+    """The backend called ``name``; ``auto`` takes the first that is installed.
 
-    ``threads`` is how many the backend may compute with; None leaves its own default.
+    ``threads`` is how many the backend may compute with (None leaves its own default), ``cpu_isa`` the instruction set
+    that the cpu backend must use.
 
     Raises:
-        ConfigError: An unknown name, a device the backend does not run on, or a precision it does not serve.
-        MissingDependency: Its library is not installed; the message names the extra.
+        ConfigError: An unknown name, a device the backend does not run on, an instruction set this machine has not, or
+            a precision it does not serve.
+        MissingDependency: The backend is not installed, or none is; the message says what to do.
     """
-    if name == "auto":
-        name = next(iter(BACKENDS))
-    if name not in BACKENDS:
+    if name not in backend_names():
         raise ConfigError(f"backend is {name!r}; it must be one of {', '.join(backend_names())}.", param="backend")
-    return BACKENDS[name](device, threads, precision)
+    chosen = name
+    if name == "auto":  # where there is none, the best one's error says what would help
+        chosen = next((known for known, choice in BACKENDS.items() if choice.available()), next(iter(BACKENDS)))
+    if device not in ("cpu", "auto"):
+        raise ConfigError(f"device is {device!r}; the {chosen} backend runs on cpu.", param="device")
+    return BACKENDS[chosen].create(threads, cpu_isa, precision)
+
+
+def fallback_warning(asked: str, chosen: Backend) -> str:
+    """Said once at start when ``auto`` had to take a slower backend than there could be; empty otherwise."""
+    if asked != "auto" or chosen.name == "cpu":
+        return ""
+    return f"computing with the {chosen.name} backend, which is several times slower: {why_unavailable()}."
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,7 @@ def verify_model(
     prompts: Sequence[str | Sequence[int]] | None = None,
     adapter: Path | None = None,
     dtype: str = "float32",
+    backend: str = "reference",
     new_tokens: int = 16,
     tolerance: float = TOLERANCE,
     perturb: Perturbation | None = None,
@@ -111,6 +112,7 @@ def verify_model(
         prompts: Texts (when the model has a tokenizer) or ids; None takes a few that are built in.
         adapter: A PEFT folder, or None for the base.
         dtype: Both sides compute in it. In bfloat16 the two round in other places: expect no better than 2e-2.
+        backend: What computes our side, by the names of ``kernels/select.py``.
         new_tokens: How many greedy tokens follow each prompt, and are compared too.
         tolerance: Of an op's relative error.
         perturb: Changes our side; for tests.
@@ -127,7 +129,7 @@ def verify_model(
         program = change.program(plan.program)
         sequences = _prompts(checkpoint, plan, prompts)
         capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
-        executable = _load(checkpoint, plan, program, dtype, capacity, change)
+        executable = _load(backend, checkpoint, plan, program, dtype, capacity, change)
         try:
             slot = None if adapter is None else _adapter(executable, adapter, program, change)
             oracle = Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
@@ -156,10 +158,16 @@ def verify_model(
 
 
 def _load(
-    checkpoint: Checkpoint, plan: ModelPlan, program: Program, dtype: str, capacity: Capacity, change: Perturbation
+    backend: str,
+    checkpoint: Checkpoint,
+    plan: ModelPlan,
+    program: Program,
+    dtype: str,
+    capacity: Capacity,
+    change: Perturbation,
 ) -> Executable:
     pull = puller(checkpoint, plan)
-    executable = select_backend("reference", "cpu").load(
+    executable = select_backend(backend, "cpu").load(
         program, dtype, lambda decl: change.weight(decl, [as_array(part) for part in pull(decl)]), capacity, debug=True
     )
     pull.finish()

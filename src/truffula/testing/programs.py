@@ -230,9 +230,9 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
         i.position[lo : lo + count] = position
         i.rope_pos[:, lo : lo + count] = position
         blocks = np.asarray(part.blocks)
-        i.slot_mapping[0, lo : lo + count] = blocks[position // block_size] * block_size + position % block_size
-        i.block_tables[0, n] = -1
-        i.block_tables[0, n, : len(blocks)] = blocks
+        i.slot_mapping[:, lo : lo + count] = blocks[position // block_size] * block_size + position % block_size
+        i.block_tables[:, n] = -1
+        i.block_tables[:, n, : len(blocks)] = blocks
         i.q_start[n], i.q_start[n + 1], i.kv_len[n] = lo, lo + count, part.start + count
         wanted = np.arange(lo if part.logits == "all" else lo + count - 1, lo + count)
         i.logit_rows[lo_r : lo_r + len(wanted)] = wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -32,15 +33,15 @@ class CpuBackend:
     def __init__(
         self, threads: int | None = None, isa: str = "auto", *, quantize: str = "none", exact: bool = False
     ) -> None:
+        sets = instruction_sets()
+        if isa not in ("auto", *sets):
+            raise ConfigError(f"cpu_isa is {isa!r}; this machine has {', '.join(('auto', *sets))}.", param="cpu_isa")
         if quantize not in ("none", "q8_0"):
             raise ConfigError(f"quantize is {quantize!r}; none or q8_0 is served.", param="quantize")
         self._quantize, self._exact = quantize, exact
         self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
         self._isa = isa
-        if isa != "auto" and isa not in instruction_sets():
-            have = ", ".join(("auto", *instruction_sets()))
-            raise ConfigError(f"cpu_isa is {isa!r}; this machine has {have}.", param="cpu_isa")
 
     def probe(self) -> BackendProbe:
         isa = instruction_sets()[0] if self._isa == "auto" else self._isa
@@ -108,33 +109,45 @@ class CpuBackend:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """What this machine can run, the best first.
+    """What this machine can run of what was compiled, best first.
 
     Raises:
-        MissingDependency: The native library was not built.
+        MissingDependency: The native module was not built, or can't be loaded.
     """
     return tuple(_library().table_names())
 
 
 def available() -> bool:
-    """Whether the native library is there."""
+    """Whether the native module is there and can be loaded."""
+    return not why_unavailable()
+
+
+def why_unavailable() -> str:
+    """Why the native module can't be used, and the way out; empty when it can."""
     try:
         _library()
-    except MissingDependency:
-        return False
-    return True
+    except MissingDependency as error:
+        return error.message.removesuffix(".")
+    return ""
 
 
 def _library() -> Any:
+    name = "truffula.kernels.cpu._native"
     try:
-        from truffula.kernels.cpu import _native
+        return importlib.import_module(name)
     except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == name
+        reason = (
+            "truffula was installed without its native CPU kernels, because no C++20 compiler (such as g++) was there "
+            "or it failed"
+            if absent
+            else f"truffula's native CPU kernels can't be loaded ({error})"
+        )
         raise MissingDependency(
-            "truffula was installed without its native CPU kernels: a C++20 compiler (such as g++) was missing then. "
-            "Install one and reinstall truffula, or use the reference backend: pip install 'truffula[torch]'.",
+            f"{reason}; with a compiler, install truffula again (pip install --force-reinstall --no-deps "
+            "--no-cache-dir; -v shows what the compiler says).",
             param="backend",
         ) from error
-    return _native
 
 
 def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) -> None:
@@ -147,7 +160,7 @@ def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) ->
 
 def _kv_block_bytes(op: Attention, dtype: str, block_size: int) -> int:
     fmt = BF16 if dtype == "bfloat16" else F32
-    pad = lambda n: -(-n // LANES) * LANES
-    keys = op.kv_heads * pad(block_size) // LANES * panel_bytes(fmt, op.dim_k)
-    values = op.kv_heads * block_size * pad(op.dim_v) * (4 if fmt == F32 else 2)
+    lanes, value_width = -(-block_size // LANES), -(-op.dim_v // LANES) * LANES
+    keys = op.kv_heads * lanes * panel_bytes(fmt, op.dim_k)
+    values = op.kv_heads * block_size * value_width * (4 if fmt == F32 else 2)
     return keys + values

@@ -19,6 +19,8 @@ from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
 
 Array = npt.NDArray[Any]
+_KINDS = ("embed", "norm", "linear", "pointwise", "rope rows", "rope", "attention", "take rows")
+"""In the order of ops.h's variant."""
 
 
 class CpuExecutable:
@@ -57,6 +59,10 @@ class CpuExecutable:
         with _as_kernel_errors():
             made: Array = self._native.tap(op)
         return made
+
+    def op_seconds(self) -> dict[str, float]:
+        """Seconds of work per kind of op since the last call, all threads together; the first call begins to count."""
+        return dict(zip(_KINDS, self._native.take_seconds(), strict=True))
 
     # --- adapters and KV ----------------------------------------------------------------------------------------------
 
@@ -100,7 +106,9 @@ class CpuExecutable:
 
     def _add_op(self, slot: int, index: int, present: Sequence[AtSlice]) -> None:
         shared: dict[tuple[int, float], int] = {}  # fused modules share one A
-        shrinks, scales, of = [], [], []
+        shrinks: list[Array] = []
+        scales: list[float] = []
+        of: list[int] = []
         for _, tensors in present:
             key = (tensors.a.ctypes.data, tensors.scale)
             if key not in shared:

@@ -33,8 +33,8 @@ from truffula.kernels.program import (
 from truffula.kernels.reference import attention, ops
 from truffula.kernels.reference.buffers import Buffers
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, converted_bytes, lay_out
-from truffula.kernels.sampling import sample
 from truffula.kernels.reference.weights import Weight
+from truffula.kernels.sampling import sample
 
 Array = npt.NDArray[Any]
 

@@ -66,15 +66,22 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       groups_(groups),
       debug_(debug),
       locals_(static_cast<size_t>(threads)) {
-  require(capacity.max_tokens > 0 && capacity.max_seqs > 0 && capacity.max_logit_rows > 0, "capacity: a step has rows");
-  require(capacity.num_blocks > 0 && capacity.block_size > 0, "capacity: there is a block");
+  check_capacity(capacity);
+  require(kv_format == kF32 || kv_format == kBF16, "kv_format: unknown");
+  require(groups >= 0 && groups <= 64, "groups: not between 0 and 64");
+  for (Local& local : locals_) local.sample.loops = kernels_->sampling;
 }
 
 // Load
 
-void Executable::add_buffer(const Buffer& buffer) { buffers_.push_back(buffer); }
+void Executable::add_buffer(const Buffer& buffer) {
+  require(!sealed_, "the program is sealed");
+  require(buffer.offset >= 0 && buffer.stride > 0 && buffer.stride <= kMostColumns, "buffer: bad offset or stride");
+  buffers_.push_back(buffer);
+}
 
 int32_t Executable::add_vector(const float* values, int64_t count) {
+  require(!sealed_, "the program is sealed");
   require(count > 0, "a vector has numbers");
   Weight made;
   made.memory = Memory(static_cast<size_t>(count) * sizeof(float));
@@ -85,7 +92,9 @@ int32_t Executable::add_vector(const float* values, int64_t count) {
 }
 
 int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
+  require(!sealed_, "the program is sealed");
   require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
+  require(outputs <= kMostWidth && inputs <= kMostWidth, "matrix: too large");
   require(format >= kF32 && format <= kQ5_0, "matrix: no such format");
   require(!is_quantised(format) || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
   require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
@@ -104,7 +113,8 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
 
 Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows, int64_t first) {
   const Weight& to = weight(id);
-  require(source.inputs == to.inputs && first >= 0 && rows > 0 && first + rows <= to.outputs, "matrix: bad part");
+  require(to.inputs > 0 && source.inputs == to.inputs && rows > 0 && first >= 0 && rows <= to.outputs &&
+              first <= to.outputs - rows, "matrix: bad part");
   require(is_quantised(to.format) ? packs_as(source.type, to.format) : stored_block_bytes(source.type) == 0,
           "matrix: its format does not hold such blocks");
   struct Job {
@@ -143,41 +153,13 @@ const Weight& Executable::weight(int32_t id) const {
   return weights_[static_cast<size_t>(id)];
 }
 
-void Executable::check_ref(const Ref& ref, const char* what, bool optional) const {
-  if (optional && ref.buffer == kNothing) return;
-  if (ref.buffer < 0 || static_cast<size_t>(ref.buffer) >= buffers_.size()) refuse(std::string(what) + ": no such buffer");
-  const Buffer& buffer = buffers_[static_cast<size_t>(ref.buffer)];
-  if (ref.start < 0 || ref.width < 1 || ref.start + ref.width > buffer.stride)
-    refuse(std::string(what) + ": columns outside its buffer");
-}
-
 void Executable::check_op(const Op& op) const {
-  for_refs(op, [&](const Ref& ref, const char* what, bool optional) { check_ref(ref, what, optional); });
-  if (const auto* embed = std::get_if<EmbedOp>(&op)) {
-    require(weight(embed->table).inputs == embed->out.width, "embed: width");
-  } else if (const auto* norm = std::get_if<NormOp>(&op)) {
-    require(norm->groups > 0 && norm->x.width % norm->groups == 0 && norm->x.width == norm->out.width, "norm: width");
-    for (int32_t id : {norm->weight, norm->bias})
-      require(id == kNothing || weight(id).outputs == norm->x.width / norm->groups, "norm: weight");
-  } else if (const auto* linear = std::get_if<LinearOp>(&op)) {
-    const Weight& w = weight(linear->weight);
-    require(w.panels && w.inputs == linear->x.width, "linear: weight");
-    require(linear->glu == (w.order.half > 0), "linear: gate and up panels");
-    require(linear->out.width == (linear->glu ? w.order.half : w.outputs), "linear: width");
-    require(linear->bias.empty() || linear->bias.size() == static_cast<size_t>(w.order.panels() * kLanes), "linear: bias");
-  } else if (const auto* rope = std::get_if<RopeOp>(&op)) {
-    require(rope->dims % 2 == 0 && rope->dims > 0 && rope->start >= 0 && rope->start + rope->dims <= rope->head_dim &&
-                rope->x.width == rope->heads * rope->head_dim && rope->rows.width == rope->dims, "rope: width");
-  } else if (const auto* a = std::get_if<AttentionOp>(&op)) {
-    require(a->heads > 0 && a->kv_heads > 0 && a->heads % a->kv_heads == 0, "attention: heads");
-    require(a->q.width == a->heads * a->dim_k && a->k.width == a->kv_heads * a->dim_k &&
-                a->v.width == a->kv_heads * a->dim_v && a->out.width == a->heads * a->dim_v, "attention: width");
-    require(a->group >= 0 && a->group < groups_, "attention: group");
-    require(a->sinks == kNothing || weight(a->sinks).outputs == a->heads, "attention: sinks");
-  }
+  for_refs(op, [&](const Ref& ref, const char* what, bool optional) { check_columns(ref, what, optional); });
+  std::visit([&](const auto& o) { check(o); }, op);
 }
 
 void Executable::add(Op op) {
+  require(!sealed_, "the program is sealed");
   check_op(op);
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
     const int64_t lanes = (capacity_.block_size + kLanes - 1) / kLanes;
@@ -207,12 +189,14 @@ void Executable::add(Op op) {
 }
 
 void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer) {
+  require(!sealed_, "the program is sealed");
+  require(arena_floats >= 0 && arena_floats <= int64_t{1} << 44, "arena: too large");
   for (const Buffer& buffer : buffers_) {
     const int64_t rows = buffer.logit_rows ? capacity_.max_logit_rows : capacity_.max_tokens;
-    require(buffer.offset >= 0 && buffer.stride > 0 && buffer.offset + rows * buffer.stride <= arena_floats,
-            "a buffer lies outside the arena");
+    require(buffer.offset <= arena_floats - rows * buffer.stride, "a buffer lies outside the arena");
   }
   require(logits_buffer >= 0 && static_cast<size_t>(logits_buffer) < buffers_.size(), "no such buffer of logits");
+  require(buffers_[static_cast<size_t>(logits_buffer)].logit_rows, "logits: their buffer has a row per token");
   logits_ = logits_buffer;
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
@@ -238,12 +222,14 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
       if (embed->source == EmbedSource::kToken) token_rows_ = std::min(token_rows_, rows);
       else position_rows_ = std::min(position_rows_, rows - embed->offset);
     }
+  sealed_ = true;
 }
 
 // Checks of what a step is given: a wrong number is an error here and never a read outside.
 
 void Executable::check_inputs(const StepCounts& c) const {
   const Capacity& cap = capacity_;
+  require(sealed_, "the program is not sealed");
   require(c.T >= 1 && c.T <= cap.max_tokens && c.N >= 1 && c.N <= cap.max_seqs, "step: T or N outside the capacity");
   require(c.R >= 0 && c.R <= cap.max_logit_rows && c.G >= 0 && c.G <= cap.max_segments, "step: R or G outside the capacity");
   for (int32_t t = 0; t < c.T; ++t) {
@@ -280,6 +266,7 @@ void Executable::check_inputs(const StepCounts& c) const {
 // Adapters
 
 int32_t Executable::add_adapter(int64_t bytes) {
+  require(sealed_, "the program is not sealed");
   require(bytes >= 0, "an adapter has a size");
   auto made = std::make_unique<Adapter>();
   made->memory = Memory(static_cast<size_t>(bytes));
@@ -304,12 +291,13 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
   require(op != nullptr, "adapters act on products only");
   const Weight& w = weight(op->weight);
   Adapter& adapter = *adapters_[static_cast<size_t>(slot)];
+  require(adapter.op_of[static_cast<size_t>(index)] == kNothing, "adapter: this op has its matrices");
   AdapterOp made;
   int64_t panels = 0;
   bool exact_in_bf16 = true;
   std::vector<int64_t> at;
   for (size_t i = 0; i < a.size(); ++i) {
-    require(a[i].inputs == w.inputs && ranks[i] > 0, "adapter: A has another width");
+    require(a[i].inputs == w.inputs && ranks[i] > 0 && ranks[i] <= kMostWidth, "adapter: A has another width");
     at.push_back(panels);
     panels += (ranks[i] + kLanes - 1) / kLanes;
     exact_in_bf16 &= a[i].type == Stored::kBfloat16;
@@ -325,7 +313,8 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
   for (size_t i = 0; i < b.size(); ++i) {
     const auto from = static_cast<size_t>(expand_of[i]);
     require(from < a.size() && b[i].inputs == ranks[from], "adapter: B has another rank");
-    require(first_output[i] >= 0 && first_output[i] + outputs[i] <= w.outputs, "adapter: B has too many rows");
+    require(first_output[i] >= 0 && outputs[i] <= w.outputs && first_output[i] <= w.outputs - outputs[i],
+            "adapter: B has too many rows");
     const int32_t b_format = b[i].type == Stored::kBfloat16 ? kBF16 : kF32;
     // A slice that covers gates and ups is two, whose panels alternate.
     const int64_t end = first_output[i] + outputs[i], half = w.order.half;
@@ -359,11 +348,16 @@ void Executable::kv_copy(int32_t group, const std::vector<int32_t>& from, const 
   require(group >= 0 && group < groups_, "kv_copy: no such group");
   for (size_t i = 0; i < from.size(); ++i)
     require(std::min(from[i], to[i]) >= 0 && std::max(from[i], to[i]) < capacity_.num_blocks, "kv_copy: no such block");
-  for (Plane& plane : planes_) {
+  // All is read before anything is written: blocks may change places.
+  std::vector<uint8_t> held;
+  for (const Plane& plane : planes_) {
     if (plane.block_bytes == 0 || plane.group != group) continue;
+    const auto bytes = static_cast<size_t>(plane.block_bytes);
+    held.resize(from.size() * bytes);
     for (size_t i = 0; i < from.size(); ++i)
-      std::memmove(plane.memory.data() + to[i] * plane.block_bytes, plane.memory.data() + from[i] * plane.block_bytes,
-                   static_cast<size_t>(plane.block_bytes));
+      std::memcpy(held.data() + i * bytes, plane.memory.data() + from[i] * plane.block_bytes, bytes);
+    for (size_t i = 0; i < to.size(); ++i)
+      std::memcpy(plane.memory.data() + to[i] * plane.block_bytes, held.data() + i * bytes, bytes);
   }
 }
 
@@ -382,6 +376,7 @@ void Executable::keep_tap(size_t index) {
 
 std::vector<float> Executable::tap(int32_t op) const {
   require(op >= 0 && static_cast<size_t>(op) < taps_.size(), "no such tap");
+  require(counts_.T > 0, "that op has not run");
   return taps_[static_cast<size_t>(op)];
 }
 

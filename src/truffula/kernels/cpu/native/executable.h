@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -29,6 +30,9 @@ struct StepArrays {
 struct StepCounts {
   int32_t T = 0, N = 0, R = 0, G = 0;
 };
+
+// Throws std::invalid_argument unless a step of this size can be counted.
+void check_capacity(const Capacity& capacity);
 
 // One owner. Made in this order: buffers, weights, ops; then `seal`. Every number that comes from outside is checked
 // where it enters: what fails throws std::invalid_argument and leaves nothing half done.
@@ -105,8 +109,20 @@ class Executable {
   };
 
   const Weight& weight(int32_t id) const;
-  void check_ref(const Ref& ref, const char* what, bool optional = false) const;
   void check_op(const Op& op) const;
+  // checks.cpp
+  void check_columns(const Ref& ref, const char* what, bool optional) const;
+  void check(const EmbedOp&) const;
+  void check(const NormOp&) const;
+  void check(const LinearOp&) const;
+  void check(const PointwiseOp&) const;
+  void check(const RopeRowsOp&) const;
+  void check(const RopeOp&) const;
+  void check(const AttentionOp&) const;
+  void check(const TakeRowsOp&) const;
+  bool of_logits(const Ref& ref) const;
+  void same_rows(const Ref& out, std::initializer_list<const Ref*> others) const;
+  const float* vector_of(int32_t id, int64_t width, const char* why) const;
   void check_inputs(const StepCounts& counts) const;
   void prepare();
   void plan_adapters();
@@ -141,6 +157,7 @@ class Executable {
   const Capacity capacity_;
   const int32_t kv_format_, groups_;
   const bool debug_;
+  bool sealed_ = false;
   std::vector<Buffer> buffers_;
   std::vector<Weight> weights_;
   std::vector<Op> ops_;

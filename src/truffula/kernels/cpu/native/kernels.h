@@ -5,6 +5,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "sampler_loops.h"
+
 namespace truffula {
 
 // Outputs of a panel, tokens of a key line, floats of a vector: one number, so that weights, adapters and cached keys
@@ -164,7 +166,7 @@ struct Kernels {
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
-  void (*argmax)(const float* row, int64_t width, int32_t* index, float* value);
+  const SampleLoops* sampling;
 };
 
 constexpr int32_t partition_blocks(int32_t block_size) {

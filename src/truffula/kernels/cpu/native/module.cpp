@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "dispatch.h"
 #include "executable.h"
@@ -26,6 +27,7 @@ using Columns = nb::tuple;  // (buffer, start, width)
 Ref ref_of(const nb::object& columns) {
   if (columns.is_none()) return {};
   const auto t = nb::cast<nb::tuple>(columns);
+  if (t.size() != 3) throw std::invalid_argument("columns are (buffer, start, width)");
   return {nb::cast<int32_t>(t[0]), nb::cast<int32_t>(t[1]), nb::cast<int32_t>(t[2])};
 }
 
@@ -42,27 +44,34 @@ Source source_of(const Any& array) {
   return source;
 }
 
-// An array that a step reads: at least `count` numbers.
+// The arrays that steps read, each with its name: held, so that none can go while a pointer to it is here.
+using Held = std::vector<std::pair<const char*, nb::object>>;
+
+// An array that a step reads: at least `count` numbers, as they are (a converted copy would show no later step).
 template <class T>
-const T* step_array(const nb::object& owner, const char* name, int64_t count) {
-  const auto array = nb::cast<In<T>>(owner.attr(name));
+const T* step_array(Held& held, const nb::object& owner, const char* name, int64_t count) {
+  const nb::object object = owner.attr(name);
+  In<T> array;
+  if (!nb::try_cast(object, array, false))
+    throw std::invalid_argument(std::string(name) + ": a contiguous array of another dtype is wanted");
   if (static_cast<int64_t>(array.size()) < count) throw std::invalid_argument(std::string(name) + ": too small");
+  held.emplace_back(name, object);
   return array.data();
 }
 
-StepArrays step_arrays(const nb::object& inputs, const Capacity& c, int64_t groups) {
+StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, int64_t groups) {
   const int64_t T = c.max_tokens, N = c.max_seqs, G = c.max_segments;
-  return {step_array<int32_t>(inputs, "token_ids", T),
-          step_array<int32_t>(inputs, "position", T),
-          step_array<int32_t>(inputs, "rope_pos", 3 * T),
-          step_array<int32_t>(inputs, "slot_mapping", groups * T),
-          step_array<int32_t>(inputs, "block_tables", groups * N * c.max_blocks_per_seq),
-          step_array<int32_t>(inputs, "q_start", N + 1),
-          step_array<int32_t>(inputs, "kv_len", N),
-          step_array<int32_t>(inputs, "seg", 3 * G),
-          step_array<int32_t>(inputs, "seg_r", 2 * G),
-          step_array<float>(inputs, "seg_weight", G),
-          step_array<int32_t>(inputs, "logit_rows", c.max_logit_rows)};
+  return {step_array<int32_t>(held, inputs, "token_ids", T),
+          step_array<int32_t>(held, inputs, "position", T),
+          step_array<int32_t>(held, inputs, "rope_pos", 3 * T),
+          step_array<int32_t>(held, inputs, "slot_mapping", groups * T),
+          step_array<int32_t>(held, inputs, "block_tables", groups * N * c.max_blocks_per_seq),
+          step_array<int32_t>(held, inputs, "q_start", N + 1),
+          step_array<int32_t>(held, inputs, "kv_len", N),
+          step_array<int32_t>(held, inputs, "seg", 3 * G),
+          step_array<int32_t>(held, inputs, "seg_r", 2 * G),
+          step_array<float>(held, inputs, "seg_weight", G),
+          step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
 }
 
 // What Python holds: the executable, and the arrays it reads (kept alive here).
@@ -80,14 +89,22 @@ struct Native {
   int32_t num_groups;
   Executable executable;
   nb::object inputs;
+  Held held;
 };
 
 void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer) {
-  self.executable.seal(step_arrays(inputs, self.cap, self.num_groups), arena_floats, logits_buffer);
+  Held held;
+  const StepArrays arrays = step_arrays(held, inputs, self.cap, self.num_groups);
+  self.executable.seal(arrays, arena_floats, logits_buffer);
   self.inputs = inputs;
+  self.held = std::move(held);
 }
 
 void run(Native& self) {
+  if (!self.inputs.is_valid()) throw std::invalid_argument("the program is not sealed");
+  for (const auto& [name, object] : self.held)
+    if (!self.inputs.attr(name).is(object))
+      throw std::invalid_argument(std::string(name) + " is another array than at load; fill the one there was");
   const auto count = [&](const char* name) { return nb::cast<int32_t>(self.inputs.attr(name)); };
   const StepCounts counts{count("T"), count("N"), count("R"), count("G")};
   const nb::gil_scoped_release release;
@@ -142,6 +159,7 @@ Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) 
 
 Out<float> logits(Native& self, size_t vocab) {
   const Executable& e = self.executable;
+  if (!self.inputs.is_valid()) throw std::invalid_argument("the program is not sealed");
   if (static_cast<int64_t>(vocab) > e.logits_stride()) throw std::invalid_argument("logits are not that wide");
   return floats(e.logits_row(0), static_cast<size_t>(e.logit_rows()), vocab, e.logits_stride());
 }
@@ -153,10 +171,10 @@ Out<float> tap(Native& self, int32_t op) {
 }
 
 // The arrays of SampleInputs (see kernels/inputs.py) for `rows` rows, checked for their length.
-SampleArgs sample_args(const nb::object& samples, int64_t rows) {
+SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows) {
   SampleArgs args{};
-  const auto f32 = [&](const char* name) { return step_array<float>(samples, name, rows); };
-  const auto i32 = [&](const char* name, int64_t count) { return step_array<int32_t>(samples, name, count); };
+  const auto f32 = [&](const char* name) { return step_array<float>(held, samples, name, rows); };
+  const auto i32 = [&](const char* name, int64_t count) { return step_array<int32_t>(held, samples, name, count); };
   args.temperature = f32("temperature");
   args.top_k = i32("top_k", rows);
   args.top_p = f32("top_p");
@@ -166,18 +184,19 @@ SampleArgs sample_args(const nb::object& samples, int64_t rows) {
   args.frequency = f32("frequency");
   args.presence = f32("presence");
   args.n_logprobs = i32("n_logprobs", rows);
-  args.seed = step_array<uint64_t>(samples, "seed", rows);
-  args.choice = step_array<uint32_t>(samples, "choice", rows);
-  args.draw = step_array<uint32_t>(samples, "draw", rows);
+  args.seed = step_array<uint64_t>(held, samples, "seed", rows);
+  args.choice = step_array<uint32_t>(held, samples, "choice", rows);
+  args.draw = step_array<uint32_t>(held, samples, "draw", rows);
   args.target = i32("target", rows);
-  args.warped = step_array<uint8_t>(samples, "warped", rows);
+  args.warped = step_array<uint8_t>(held, samples, "warped", rows);
   args.seen_start = i32("seen_start", rows + 1);
   args.bias_start = i32("bias_start", rows + 1);
   const int64_t seen = args.seen_start[rows], bias = args.bias_start[rows];
+  if (seen < 0 || bias < 0) throw std::invalid_argument("seen_start, bias_start: below 0");
   args.seen_ids = i32("seen_ids", seen);
   args.seen_counts = i32("seen_counts", seen);
   args.bias_ids = i32("bias_ids", bias);
-  args.bias_values = step_array<float>(samples, "bias_values", bias);
+  args.bias_values = step_array<float>(held, samples, "bias_values", bias);
   return args;
 }
 
@@ -191,7 +210,9 @@ Out<T> made(size_t rows, size_t width) {
 // (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width].
 nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t width) {
   const auto rows = static_cast<size_t>(self.executable.logit_rows());
-  const SampleArgs args = sample_args(samples, static_cast<int64_t>(rows));
+  if (!self.inputs.is_valid() || width < 0) throw std::invalid_argument("the program is not sealed, or width is below 0");
+  Held held;
+  const SampleArgs args = sample_args(held, samples, static_cast<int64_t>(rows));
   for (size_t r = 0; r < rows; ++r)
     if (args.n_logprobs[r] > width) throw std::invalid_argument("n_logprobs: more than there is room for");
   const auto ids = made<int32_t>(rows, 1);
@@ -269,9 +290,7 @@ void bind_load(nb::class_<Native>& c) {
            "x"_a, "y"_a.none(), "out"_a, "kind"_a, "activation"_a, "param"_a)
       .def("add_rope_rows",
            [](Native& self, const std::vector<float>& inv_freq, float factor, const nb::object& out) {
-             const Ref to = ref_of(out);
-             if (to.width != static_cast<int32_t>(2 * inv_freq.size())) throw std::invalid_argument("rope rows: width");
-             self.executable.add(RopeRowsOp{inv_freq, factor, to});
+             self.executable.add(RopeRowsOp{inv_freq, factor, ref_of(out)});
            },
            "inv_freq"_a, "factor"_a, "out"_a)
       .def("add_rope",

@@ -16,6 +16,10 @@ constexpr int32_t kNothing = -1;
 // The stage of an op that keeps what it wrote, for looking at.
 constexpr int32_t kTapStage = -1;
 
+// Rows and columns of a matrix, and ranks: no more of any. Columns of a buffer: so many.
+constexpr int64_t kMostWidth = int64_t{1} << 26;
+constexpr int64_t kMostColumns = int64_t{1} << 22;
+
 // Query rows (tokens x heads that share a kv head) that attention works on at once.
 constexpr int32_t kQueryRows = 24;
 

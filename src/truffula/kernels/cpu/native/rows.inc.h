@@ -134,27 +134,5 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
   }
 }
 
-// The first index of the largest value; the first NaN before all.
-static void argmax(const float* row, int64_t width, int32_t* index, float* value) {
-  V best = set1(-INFINITY), bad = zero();
-  for (int64_t i = 0; i < width; i += kLanes) {
-    const int64_t left = width - i;
-    if (left < kLanes) break;
-    const V a = load(row + i);
-    best = vmax(a, best);  // the second where the first is NaN
-    bad = where_nan(a, set1(1.0f), bad);
-  }
-  float top = max_of(best);
-  int64_t nan = max_of(bad) > 0.0f;
-  for (int64_t i = width / kLanes * kLanes; i < width; ++i) {
-    top = row[i] > top ? row[i] : top;
-    nan |= row[i] != row[i];
-  }
-  int64_t at = 0;
-  while (at < width && !(nan ? row[at] != row[at] : row[at] == top)) ++at;
-  *index = at < width ? (int32_t)at : 0;
-  *value = row[*index];
-}
-
 }  // namespace
 }  // namespace truffula

@@ -1,10 +1,12 @@
 #include "attention.inc.h"
 #include "linear.inc.h"
 #include "rows.inc.h"
+#include "sampler_loops.inc.h"
 #include "tables.h"
 
 namespace truffula {
 
-extern const Kernels kAvx2{"avx2", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed, argmax};
+extern const Kernels kAvx2{"avx2", linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed,
+                         &kSampleLoops};
 
 }  // namespace truffula

@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <stdexcept>
+#include <utility>
 
 #if defined(_WIN32)
 #include <process.h>
@@ -36,15 +37,23 @@ void relax() {
 }  // namespace
 
 Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
-  if (threads < 1) throw std::invalid_argument("a team has at least one thread");
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("a team has 1 to 1024 threads");
   resize(1);
   workers_.reserve(static_cast<size_t>(threads) - 1);
-  for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
+  try {
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
+  } catch (...) {  // the system gives no more threads: those there are must end first
+    dismiss();
+    throw;
+  }
 }
 
-Team::~Team() {
-  if (TF_GETPID() != process_) {  // forked: there is nobody to join
-    for (std::thread& worker : workers_) worker.detach();
+Team::~Team() { dismiss(); }
+
+void Team::dismiss() {
+  if (TF_GETPID() != process_) {
+    // Forked: there is nobody to join, and what stands for a thread may by now be another's. Left alone, for good.
+    new std::vector<std::thread>(std::move(workers_));
     return;
   }
   stop_ = true;

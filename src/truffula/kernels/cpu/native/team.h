@@ -44,6 +44,7 @@ class Team {
     std::atomic<uint32_t> done{0};
   };
 
+  void dismiss();
   void serve(int thread);
   void take_part(uint32_t job, int thread);
   int32_t take(Phase& phase, uint32_t job, int32_t* chunks);

@@ -1,0 +1,78 @@
+"""Native kernels under sanitizers: ``python scripts/sanitize.py [pytest arguments]``; what ``make sanitize`` runs.
+
+Builds the module with AddressSanitizer and UBSan beside a copy of the sources in build/sanitize, runs the fuzzer of the
+binding and the op tests on it, then the thread team's driver under ThreadSanitizer. Ends at the first complaint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "sanitize"
+TESTS = ("test_row_ops", "test_linear_adapters", "test_paged_attention", "test_logits_op", "test_cpu_exact")
+# Without an editable install's own import hook, which would go past the copy.
+FRONT = """
+import runpy, sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__.lower()]
+sys.path.insert(0, {source!r})
+from truffula.kernels.cpu import _native
+assert _native.__file__.startswith({source!r}), _native.__file__
+"""
+
+
+def build() -> Path:
+    """Compile module and driver; the folder of sources that imports the module."""
+    where = subprocess.run(
+        [sys.executable, "-m", "nanobind", "--cmake_dir"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    settings = [
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={where}", "-DCMAKE_BUILD_TYPE=None",
+        "-DTRUFFULA_SANITIZE=address,undefined", "-DTRUFFULA_NATIVE_TESTS=ON",
+    ]  # fmt: skip
+    env = os.environ | {"PATH": path}
+    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", *settings], check=True, env=env)
+    subprocess.run(["cmake", "--build", BUILD / "cmake"], check=True, env=env)
+    source = BUILD / "src"
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for module in (BUILD / "cmake").glob("_native*.so"):
+        shutil.copy(module, source / "truffula" / "kernels" / "cpu")
+    return source
+
+
+def library(name: str) -> str:
+    compiler = os.environ.get("CXX", "g++")
+    return subprocess.run(
+        [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def main() -> None:
+    source = str(build())
+    front = FRONT.format(source=source)
+    env = os.environ | {
+        "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
+        # Python itself leaves memory behind at its end, and asks for too much where a test wants that refused.
+        "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    fuzzer = ROOT / "tests" / "kernels" / "binding_fuzz.py"
+    for part in ("steps", "programs", "calls"):
+        code = f"{front}\nsys.argv = ['fuzz', {part!r}, '1000']\nrunpy.run_path({str(fuzzer)!r}, run_name='__main__')"
+        subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
+    chosen = sys.argv[1:] or ["-k", "cpu or avx or portable"]
+    paths = [f"tests/kernels/{name}.py" for name in TESTS]
+    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *chosen]
+    code = f"{front}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
+    subprocess.run([BUILD / "cmake" / "team_driver", "1000"], check=True)
+
+
+if __name__ == "__main__":
+    main()

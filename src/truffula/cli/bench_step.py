@@ -1,0 +1,189 @@
+"""``truffula bench step``: milliseconds of a decode step and of a prefill chunk, and which ops they go to.
+
+No server, no sampling: the executable alone, on random weights of SmolLM2-135M's shape stored in bfloat16. Each row is
+a sequence of its own behind ``context`` tokens, each adapter is of one rank on all linears.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from truffula.cli.doctor import cpu_name
+from truffula.cli.output import out, table
+from truffula.config import prepare_compute
+from truffula.engine.memory import usable_cpus
+from truffula.errors import ConfigError
+from truffula.kernels.backend import Backend, Executable
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Program
+from truffula.kernels.select import choose_dtype, select_backend
+from truffula.testing.programs import (
+    SMOLLM2,
+    TINY,
+    Part,
+    fill_step,
+    llama_program,
+    pull_from,
+    random_adapter,
+    random_weights,
+)
+
+BLOCK = 16
+MIXES = ("none", "shared", "distinct")
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What is asked for. ``tiny`` takes a toy shape: does it run at all?"""
+
+    rows: tuple[int, ...] = (1, 8, 32)
+    mixes: tuple[str, ...] = MIXES
+    rank: int = 16
+    context: int = 105
+    prefill: int = 512
+    steps: int = 20
+    tiny: bool = False
+
+    def __post_init__(self) -> None:
+        for mix in self.mixes:
+            if mix not in MIXES:
+                raise ConfigError(f"adapters is {mix!r}; it must be of {', '.join(MIXES)}.", param="adapters")
+        if not self.rows or min(self.rows) < 1:
+            raise ConfigError("rows must be whole numbers above 0.", param="rows")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One line: ``ms`` is the median, ``ops`` milliseconds of work per kind of op, summed over the threads."""
+
+    what: str
+    rows: int
+    adapters: str
+    ms: float
+    best_ms: float
+    tokens_per_s: float
+    tax: float | None = None
+    roofline: float | None = None
+    ops: dict[str, float] = field(default_factory=dict)
+
+
+def run_bench_step(bench: StepBench, *, backend: str, dtype: str, threads: int | None, as_json: bool) -> None:
+    prepare_compute()
+    chosen = select_backend(backend, "cpu", threads=threads or usable_cpus())
+    served = choose_dtype(chosen, dtype, "bfloat16").dtype
+    program = llama_program(TINY if bench.tiny else SMOLLM2)
+    rate = read_rate(threads or usable_cpus(), 1 << 22 if bench.tiny else 1 << 28)
+    lines = measure(chosen, program, served, bench, rate)
+    report = {
+        "cpu": cpu_name()[0], "backend": chosen.name, "isa": chosen.probe().isa, "dtype": served,
+        "threads": threads or usable_cpus(), "read_gb_per_s": round(rate / 1e9, 1),
+        "lines": [asdict(line) for line in lines],
+    }  # fmt: skip
+    if as_json:
+        out().print_json(json.dumps(report))
+        return
+    title = (
+        f"{report['cpu']}, {report['threads']} threads, {chosen.name}/{report['isa']}, {served}; "
+        f"memory reads {report['read_gb_per_s']} GB/s"
+    )
+    shown = table(
+        "", ">rows", "adapters", ">ms", ">best", ">tok/s", ">of base", ">of roofline", "ms by op", title=title
+    )
+    for line in lines:
+        by_op = ", ".join(f"{name} {ms:.1f}" for name, ms in line.ops.items() if ms >= 0.05)
+        tax = "" if line.tax is None else f"{line.tax:.2f}"
+        share = "" if line.roofline is None else f"{line.roofline:.2f}"
+        shown.add_row(
+            line.what, str(line.rows), line.adapters, f"{line.ms:.1f}", f"{line.best_ms:.1f}",
+            f"{line.tokens_per_s:.0f}", tax, share, by_op,
+        )  # fmt: skip
+    out().print(shown)
+
+
+def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, rate: float) -> list[Measured]:
+    """Decode steps of each number of rows and mix, then a prefill chunk. ``rate`` is the memory's, bytes a second."""
+    most = max(bench.rows)
+    per_row = -(-(bench.context + bench.steps) // BLOCK)
+    blocks = max(most * per_row, -(-bench.prefill // BLOCK))
+    capacity = Capacity(
+        max_tokens=max(bench.prefill, bench.context, most), max_seqs=most, max_logit_rows=most, max_segments=most,
+        num_blocks=1 + blocks, block_size=BLOCK, max_blocks_per_seq=max(per_row, -(-bench.prefill // BLOCK)),
+    )  # fmt: skip
+    executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
+    weights = backend.plan(program, dtype, capacity, 0).weight_bytes
+    slots = [executable.adapter(random_adapter(program, rank=bench.rank, seed=i)) for i in range(most)]
+    lines = []
+    for rows in bench.rows:
+        base: float | None = None
+        for mix in bench.mixes:
+            using: dict[str, list[int | None]] = {
+                "none": [None] * rows, "shared": [slots[0]] * rows, "distinct": [*slots[:rows]]
+            }  # fmt: skip
+            times, ops = _decode(executable, using[mix], bench, per_row)
+            ms = statistics.median(times)
+            base = ms if mix == "none" else base
+            share = weights / rate * 1e3 / ms if mix == "none" and rows == 1 else None
+            tax = base / ms if base and mix != "none" else None
+            lines.append(Measured("decode", rows, mix, ms, min(times), 1e3 * rows / ms, tax, share, ops))
+    where = tuple(range(1, 1 + -(-bench.prefill // BLOCK)))
+    fill_step(executable.inputs, [Part(_prompt(bench.prefill), 0, where, None)], BLOCK)
+    times, ops = _times(executable, lambda _: None, 3)
+    ms = statistics.median(times)
+    lines.append(Measured("prefill", bench.prefill, "none", ms, min(times), 1e3 * bench.prefill / ms, ops=ops))
+    executable.close()
+    return lines
+
+
+def _prompt(count: int) -> tuple[int, ...]:
+    return tuple(1 + i % 50 for i in range(count))
+
+
+def _decode(
+    executable: Executable, using: Sequence[int | None], bench: StepBench, per_row: int
+) -> tuple[list[float], dict[str, float]]:
+    """Times of decode steps behind ``context`` tokens; row i uses the adapter in slot ``using[i]``."""
+    tables = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(len(using))]
+    for where, slot in zip(tables, using, strict=True):
+        fill_step(executable.inputs, [Part(_prompt(bench.context), 0, where, slot)], BLOCK)
+        executable.run()
+
+    def next_tokens(step: int) -> None:
+        parts = [Part((1 + i,), bench.context + step, tables[i], using[i]) for i in range(len(using))]
+        fill_step(executable.inputs, parts, BLOCK)
+
+    return _times(executable, next_tokens, bench.steps)
+
+
+def _times(executable: Executable, prepare: Callable[[int], None], steps: int) -> tuple[list[float], dict[str, float]]:
+    measured = getattr(executable, "op_seconds", None)  # only the native backend knows
+    if measured is not None:
+        measured()
+    times = []
+    for step in range(steps):
+        prepare(step)
+        start = time.perf_counter()
+        executable.run()
+        times.append((time.perf_counter() - start) * 1e3)
+    ops = {} if measured is None else {name: 1e3 * s / steps for name, s in measured().items() if s > 0}
+    return times, ops
+
+
+def read_rate(threads: int, nbytes: int) -> float:
+    """Bytes a second that this many threads read from memory together: the limit of a step of one row."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    data = np.ones(nbytes // 8, np.int64)
+    parts = np.array_split(data, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.bitwise_or.reduce, parts))  # numpy lets go of the GIL
+            best = min(best, time.perf_counter() - start)
+    return nbytes / best

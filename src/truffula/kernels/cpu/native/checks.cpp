@@ -1,0 +1,117 @@
+// What an op may be: its buffers have the rows it needs, its widths agree, its numbers name something. After these
+// checks a step reads and writes inside the arena whatever the program says.
+#include <stdexcept>
+
+#include "executable.h"
+
+namespace truffula {
+namespace {
+
+void require(bool holds, const char* why) {
+  if (!holds) throw std::invalid_argument(why);
+}
+
+bool absent_or(const Ref& ref, int32_t width) { return ref.buffer == kNothing || ref.width == width; }
+
+bool is_activation(int32_t kind) { return kind >= kNone && kind <= kRelu2; }
+
+}  // namespace
+
+bool Executable::of_logits(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].logit_rows; }
+
+void Executable::same_rows(const Ref& out, std::initializer_list<const Ref*> others) const {
+  for (const Ref* ref : others)
+    require(ref->buffer == kNothing || of_logits(*ref) == of_logits(out), "an op's buffers have unequal rows");
+}
+
+const float* Executable::vector_of(int32_t id, int64_t width, const char* why) const {
+  if (id == kNothing) return nullptr;
+  const Weight& found = weight(id);
+  require(found.inputs == 0 && found.outputs == width, why);
+  return found.memory.floats();
+}
+
+void Executable::check(const EmbedOp& op) const {
+  const Weight& table = weight(op.table);
+  require(!of_logits(op.out), "embed: out has a row per token");
+  same_rows(op.out, {&op.add});
+  require(table.inputs == op.out.width && absent_or(op.add, op.out.width), "embed: width");
+  require(table.order.half == 0, "embed: a table has no gates");
+  require(op.offset >= 0 && op.offset < table.outputs, "embed: offset");
+}
+
+void Executable::check(const NormOp& op) const {
+  same_rows(op.out, {&op.x, &op.plus});
+  require(op.groups > 0 && op.x.width % op.groups == 0 && op.x.width == op.out.width, "norm: width");
+  require(absent_or(op.plus, op.out.width), "norm: plus");
+  for (int32_t id : {op.weight, op.bias}) vector_of(id, op.x.width / op.groups, "norm: weight");
+}
+
+void Executable::check(const LinearOp& op) const {
+  const Weight& w = weight(op.weight);
+  same_rows(op.out, {&op.x, &op.residual});
+  require(w.panels && w.inputs == op.x.width, "linear: weight");
+  require(op.glu == (w.order.half > 0), "linear: gate and up panels");
+  require(op.out.width == (op.glu ? w.order.half : w.outputs), "linear: width");
+  require(absent_or(op.residual, op.out.width), "linear: residual");
+  require(op.bias.empty() || op.bias.size() == static_cast<size_t>(w.order.panels() * kLanes), "linear: bias");
+  require(is_activation(op.activation), "linear: activation");
+}
+
+void Executable::check(const PointwiseOp& op) const {
+  const bool two = op.kind == kAdd || op.kind == kSigmoidMul;
+  require(op.kind >= kAct && op.kind <= kSigmoidMul && is_activation(op.activation), "pointwise: kind");
+  require(two == (op.y.buffer != kNothing), "pointwise: y");
+  same_rows(op.out, {&op.x, &op.y});
+  require(op.x.width == op.out.width && absent_or(op.y, op.out.width), "pointwise: width");
+}
+
+void Executable::check(const RopeRowsOp& op) const {
+  require(!of_logits(op.out), "rope rows: out has a row per token");
+  require(op.out.width == static_cast<int64_t>(2 * op.inv_freq.size()), "rope rows: width");
+}
+
+void Executable::check(const RopeOp& op) const {
+  same_rows(op.x, {&op.rows});
+  const int64_t heads = op.heads, end = static_cast<int64_t>(op.start) + op.dims;
+  require(op.dims % 2 == 0 && op.dims > 0 && op.start >= 0 && end <= op.head_dim && heads > 0 &&
+              op.x.width == heads * op.head_dim && op.rows.width == op.dims, "rope: width");
+}
+
+void Executable::check(const AttentionOp& op) const {
+  require(!of_logits(op.out), "attention: out has a row per token");
+  same_rows(op.out, {&op.q, &op.k, &op.v});
+  const int64_t heads = op.heads, kv_heads = op.kv_heads;
+  require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "attention: heads");
+  require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.k.width == kv_heads * op.dim_k &&
+              op.v.width == kv_heads * op.dim_v && op.out.width == heads * op.dim_v, "attention: width");
+  require(op.group >= 0 && op.group < groups_, "attention: group");
+  vector_of(op.sinks, heads, "attention: sinks");
+}
+
+void Executable::check(const TakeRowsOp& op) const {
+  require(!of_logits(op.x) && of_logits(op.out) && op.x.width == op.out.width, "take rows: width or rows");
+}
+
+void Executable::check_columns(const Ref& ref, const char* what, bool optional) const {
+  if (optional && ref.buffer == kNothing) return;
+  const std::string name(what);
+  if (ref.buffer < 0 || static_cast<size_t>(ref.buffer) >= buffers_.size())
+    throw std::invalid_argument(name + ": no such buffer");
+  const int64_t end = static_cast<int64_t>(ref.start) + ref.width;
+  if (ref.start < 0 || ref.width < 1 || end > buffers_[static_cast<size_t>(ref.buffer)].stride)
+    throw std::invalid_argument(name + ": columns outside its buffer");
+}
+
+// Everything a step counts with fits 32 bits, and every product of two of these fits 64.
+void check_capacity(const Capacity& c) {
+  constexpr int32_t kMost = 1 << 24;
+  for (int32_t number : {c.max_tokens, c.max_seqs, c.max_logit_rows, c.num_blocks, c.block_size})
+    require(number > 0 && number <= kMost, "capacity: not between 1 and 2^24");
+  for (int32_t number : {c.max_segments, c.max_blocks_per_seq})
+    require(number >= 0 && number <= kMost, "capacity: not between 0 and 2^24");
+  require(c.block_size <= 4096, "capacity: a block has at most 4096 tokens");
+  require(static_cast<int64_t>(c.num_blocks) * c.block_size <= INT32_MAX, "capacity: more than 2^31 slots");
+}
+
+}  // namespace truffula

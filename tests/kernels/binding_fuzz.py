@@ -1,0 +1,271 @@
+"""Gives the native binding nonsense, in a process of its own: ``python binding_fuzz.py PART EXAMPLES [ISA]``.
+
+Each refusal must be one of the errors below. A crash ends the process, which is how the tests that start it know.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from truffula.errors import KernelError
+from truffula.kernels.cpu import _native
+from truffula.kernels.cpu.backend import CpuBackend
+from truffula.kernels.inputs import Capacity, StepInputs
+from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+
+REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
+S = 4
+CAPACITY = Capacity(
+    max_tokens=24, max_seqs=4, max_logit_rows=16, max_segments=4, num_blocks=20, block_size=S, max_blocks_per_seq=6
+)
+NASTY = st.sampled_from(
+    [-(2**31), -(2**31) + 1, -65536, -2, -1, 0, 1, 2, 3, 5, 16, 24, 25, 63, 80, 127, 65536, 2**30, 2**31 - 2, 2**31 - 1]
+)
+ARRAYS = (
+    "token_ids", "position", "rope_pos", "slot_mapping", "block_tables", "q_start", "kv_len", "seg", "seg_r",
+    "seg_weight", "logit_rows",
+)  # fmt: skip
+settled = lambda examples: settings(
+    max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def fuzz_steps(examples: int, isa: str) -> None:
+    """Any numbers in any array of a step, and any counts: refused or run, and a good step behind it is unharmed."""
+    program = llama_program(Shape(window=5))
+    executable = CpuBackend(threads=2, isa=isa).load(
+        program, "float32", pull_from(random_weights(program)), CAPACITY, debug=False
+    )
+    slots = [executable.adapter(random_adapter(program, rank=rank, seed=rank)) for rank in (3, 17)]
+    parts = [Part((1, 2, 3, 4, 5), 0, (1, 2), slots[0]), Part((6,), 0, (3,), slots[1]), Part((7, 8), 0, (4,), None)]
+    inputs = executable.inputs
+    fill_step(inputs, parts, S)
+    executable.run()
+    good = executable.logits()
+    change = st.tuples(st.sampled_from(ARRAYS), st.integers(0, 2**16), NASTY)
+    counts = st.dictionaries(st.sampled_from("TNRG"), NASTY, max_size=2)
+
+    @settled(examples)
+    @given(st.lists(change, max_size=4), counts)
+    def steps(changes: list[tuple[str, int, int]], changed: dict[str, int]) -> None:
+        fill_step(inputs, parts, S)
+        for name, place, value in changes:
+            array = getattr(inputs, name).reshape(-1)
+            # Mostly where a small step looks.
+            array[place % (array.size if place % 2 else min(8, array.size))] = value
+        for name, value in changed.items():
+            setattr(inputs, name, value)
+        try:
+            executable.run()
+            executable.logits()
+        except KernelError:
+            pass
+        for name in ARRAYS:
+            getattr(inputs, name)[...] = 0
+        fill_step(inputs, parts, S)
+        executable.run()
+        assert np.array_equal(executable.logits(), good)
+
+    steps()
+
+
+WIDTHS = st.sampled_from([1, 2, 4, 8, 15, 16, 17, 32, 33])
+small = st.integers(-1, 6)
+numbers = st.one_of(small, WIDTHS, NASTY, st.just(2**40), st.just(2**63 - 1), st.just(-(2**63)))
+# (buffer, first column, width), mostly of the buffers there are.
+plausible = st.tuples(st.integers(0, 5), st.sampled_from([0, 0, 0, 4, 16]), st.sampled_from([16, 16, 16, 8, 32]))
+columns = st.one_of(plausible, plausible, plausible, st.tuples(numbers, numbers, numbers), st.just(()), st.just((1, 2)))
+maybe = st.one_of(st.none(), columns)
+floats = st.sampled_from([0.0, 1.0, -1.0, float("nan"), float("inf"), 1e-30])
+ids = st.one_of(st.integers(0, 5), st.integers(0, 5), numbers)
+maybe_id = st.one_of(st.none(), ids)
+booleans = st.booleans()
+DTYPES = ("float32", "float32", "uint16", "float16", "float64", "int32")
+
+
+@st.composite
+def arrays(draw: Any) -> np.ndarray:
+    """Mostly matrices, sometimes not, of a dtype that may not be taken, sometimes with strides."""
+    shape = draw(st.lists(st.sampled_from([16, 16, 8, 1, 2, 0, 17]), min_size=2, max_size=2 + draw(st.integers(0, 1))))
+    array = np.ones(shape, draw(st.sampled_from(DTYPES)))
+    return draw(st.sampled_from([array, array, array, array.T, array[::2], array[..., ::-1]]))
+
+
+matrices = arrays()
+CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "add_buffer": {"offset": numbers, "stride": numbers, "logit_rows": booleans, "rounded": booleans},
+    "add_vector": {"values": st.sampled_from([np.ones(16, np.float32), np.ones(0, np.float32), np.ones((4, 4))])},
+    "add_matrix": {"outputs": numbers, "inputs": numbers, "format": small, "panels": booleans, "half": numbers},
+    "fill": {"weight": ids, "array": matrices, "first": numbers},
+    "add_embed": {"table": ids, "out": columns, "add": maybe, "position": booleans, "offset": numbers, "scale": floats,
+                  "scaled": booleans},
+    "add_norm": {"x": columns, "out": columns, "plus": maybe, "weight": maybe_id, "bias": maybe_id, "groups": ids,
+                 "layer_norm": booleans, "cast_first": booleans, "eps": floats},
+    "add_linear": {"x": columns, "out": columns, "residual": maybe, "weight": ids,
+                   "bias": st.sampled_from([[], [1.0] * 16, [1.0] * 32]), "clip": floats, "scale": floats,
+                   "softcap": floats, "activation": numbers, "glu": booleans},
+    "add_pointwise": {"x": columns, "y": maybe, "out": columns, "kind": numbers, "activation": numbers,
+                      "param": floats},
+    "add_rope_rows": {"inv_freq": st.sampled_from([[], [1.0] * 4, [1.0] * 8]), "factor": floats, "out": columns},
+    "add_rope": {"x": columns, "rows": columns, "heads": ids, "head_dim": numbers, "start": ids, "dims": numbers,
+                 "interleaved": booleans},
+    "add_attention": {"q": columns, "k": columns, "v": columns, "out": columns, "group": ids, "key_plane": ids,
+                      "value_plane": ids, "heads": numbers, "kv_heads": numbers, "dim_k": numbers, "dim_v": numbers,
+                      "scale": floats, "window": numbers, "softcap": floats, "sinks": maybe_id},
+    "add_take_rows": {"x": columns, "out": columns},
+    "seal": {"inputs": st.just("inputs"), "arena_floats": st.one_of(numbers, st.just(4096), st.just(4096)),
+             "logits_buffer": ids},
+    "run": {},
+    "logits": {"vocab": numbers},
+    "tap": {"op": ids},
+    "add_adapter": {},
+    "add_adapter_op": {"slot": ids, "op": ids, "a": st.lists(matrices, max_size=2),
+                       "scales": st.lists(floats, max_size=2), "b": st.lists(matrices, max_size=2),
+                       "expand_of": st.lists(ids, max_size=2), "first_output": st.lists(numbers, max_size=2)},
+    "drop_adapter": {"slot": ids},
+    "kv_copy": {"group": ids, "src": st.lists(ids, max_size=3), "dst": st.lists(ids, max_size=3)},
+}  # fmt: skip
+call = st.sampled_from(sorted(CALLS)).flatmap(lambda name: st.tuples(st.just(name), st.fixed_dictionaries(CALLS[name])))
+A, B = np.ones((3, 16), np.float32), np.ones((16, 3), np.uint16)
+# Calls that ``prepared`` executables take: fuzzing spoils a field or two of some.
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("add_embed", {"table": 1, "out": (0, 0, 16), "add": None, "position": False, "offset": 0, "scale": 1.0,
+                   "scaled": False}),
+    ("add_embed", {"table": 2, "out": (1, 16, 16), "add": (0, 0, 16), "position": True, "offset": 3, "scale": 2.0,
+                   "scaled": True}),
+    ("add_norm", {"x": (0, 0, 16), "out": (1, 0, 16), "plus": (2, 0, 16), "weight": 0, "bias": 0, "groups": 1,
+                  "layer_norm": True, "cast_first": False, "eps": 1.0}),
+    ("add_norm", {"x": (4, 0, 15), "out": (4, 0, 15), "plus": None, "weight": None, "bias": None, "groups": 3,
+                  "layer_norm": False, "cast_first": True, "eps": 1.0}),
+    ("add_linear", {"x": (0, 0, 16), "out": (1, 0, 16), "residual": (2, 0, 16), "weight": 2, "bias": [1.0] * 16,
+                    "clip": 1.0, "scale": 2.0, "softcap": 3.0, "activation": 1, "glu": False}),
+    ("add_linear", {"x": (1, 16, 16), "out": (2, 24, 8), "residual": None, "weight": 3, "bias": [1.0] * 32,
+                    "clip": 0.0, "scale": 1.0, "softcap": 0.0, "activation": 2, "glu": True}),
+    ("add_linear", {"x": (4, 0, 16), "out": (5, 0, 16), "residual": None, "weight": 4, "bias": [], "clip": 0.0,
+                    "scale": 1.0, "softcap": 0.0, "activation": 0, "glu": True}),
+    ("add_linear", {"x": (4, 16, 16), "out": (5, 16, 16), "residual": None, "weight": 5, "bias": [], "clip": 0.0,
+                    "scale": 1.0, "softcap": 0.0, "activation": 0, "glu": False}),
+    ("add_pointwise", {"x": (0, 0, 32), "y": (1, 0, 32), "out": (2, 0, 32), "kind": 1, "activation": 0, "param": 0.0}),
+    ("add_pointwise", {"x": (4, 1, 17), "y": None, "out": (5, 15, 17), "kind": 0, "activation": 3, "param": 0.0}),
+    ("add_rope_rows", {"inv_freq": [1.0] * 4, "factor": 1.0, "out": (3, 24, 8)}),
+    ("add_rope", {"x": (0, 0, 32), "rows": (3, 24, 8), "heads": 2, "head_dim": 16, "start": 8, "dims": 8,
+                  "interleaved": False}),
+    ("add_attention", {"q": (0, 0, 16), "k": (1, 0, 8), "v": (1, 8, 5), "out": (2, 0, 10), "group": 0, "key_plane": 0,
+                       "value_plane": 1, "heads": 2, "kv_heads": 1, "dim_k": 8, "dim_v": 5, "scale": 1.0, "window": 3,
+                       "softcap": 1.0, "sinks": None}),
+    ("add_attention", {"q": (0, 0, 16), "k": (1, 0, 16), "v": (1, 16, 16), "out": (2, 0, 16), "group": 0,
+                       "key_plane": 2, "value_plane": 3, "heads": 16, "kv_heads": 16, "dim_k": 1, "dim_v": 1,
+                       "scale": 1.0, "window": 0, "softcap": 0.0, "sinks": 0}),
+    ("add_take_rows", {"x": (0, 0, 16), "out": (4, 0, 16)}),
+]  # fmt: skip
+GOOD_BEHIND: list[tuple[str, dict[str, Any]]] = [
+    *(("add_adapter_op", {"slot": 0, "op": op, "a": [A], "scales": [1.0], "b": [B], "expand_of": [0],
+                          "first_output": [0]}) for op in range(5)),
+    *(("add_adapter_op", {"slot": 0, "op": op, "a": [A, A], "scales": [1.0, 2.0], "b": [B[:9], B[:5]],
+                          "expand_of": [1, 0], "first_output": [1, 11]}) for op in range(5)),
+    ("kv_copy", {"group": 0, "src": [1, 2], "dst": [2, 19]}),
+    ("drop_adapter", {"slot": 0}),
+    ("tap", {"op": 1}),
+    ("logits", {"vocab": 32}),
+    ("fill", {"weight": 4, "array": np.ones((9, 16), np.float16), "first": 3}),
+]  # fmt: skip
+
+
+@st.composite
+def mostly(draw: Any, good: list[tuple[str, dict[str, Any]]]) -> tuple[str, dict[str, Any]]:
+    """One of ``good``; now and then with a field or two that are anything."""
+    name, arguments = draw(st.sampled_from(good))
+    spoilt = draw(st.one_of(st.just([]), st.lists(st.sampled_from(sorted(arguments)), max_size=2)))
+    return name, {**arguments, **{key: draw(CALLS[name][key]) for key in spoilt}}
+
+
+def attempt(native: Any, inputs: StepInputs, name: str, arguments: dict[str, Any]) -> bool:
+    if name == "seal":
+        arguments = {**arguments, "inputs": inputs}
+    try:
+        getattr(native, name)(**arguments)
+    except REFUSALS:
+        return False
+    return True
+
+
+def prepared(isa: str, debug: bool) -> tuple[Any, StepInputs]:
+    """An executable with buffers 0..3 of token rows and 4, 5 of logit rows, and one weight of each kind, filled."""
+    inputs = StepInputs.allocate(CAPACITY, 1)
+    native = _native.Executable(isa, 2, CAPACITY, 0, 1, debug)
+    at = 0
+    for number in range(6):
+        rows = CAPACITY.max_logit_rows if number >= 4 else CAPACITY.max_tokens
+        native.add_buffer(offset=at, stride=32, logit_rows=number >= 4, rounded=number % 2 == 1)
+        at += rows * 32
+    native.add_vector(np.ones(16, np.float32))
+    for fmt, panels, half in ((0, False, 0), (1, True, 0), (0, True, 8), (1, True, 16), (0, True, 0)):
+        outputs = 2 * half or 16
+        weight = native.add_matrix(outputs, 16, fmt, panels, half)
+        native.fill(weight, np.ones((outputs, 16), np.float32), 0)
+    fill_step(inputs, [Part((1, 2, 3, 4, 5), 0, (1, 2)), Part((6, 7), 0, (3,))], S)
+    return native, inputs
+
+
+def fuzz_programs(examples: int, isa: str) -> None:
+    """Any ops over plausible buffers and weights, sealed and run."""
+
+    @settled(examples)
+    @given(st.lists(mostly(GOOD), min_size=1, max_size=6), st.lists(mostly(GOOD_BEHIND), max_size=5), booleans)
+    def programs(ops: list[Any], behind: list[Any], debug: bool) -> None:
+        native, inputs = prepared(isa, debug)
+        for name, arguments in ops:
+            attempt(native, inputs, name, arguments)
+        attempt(native, inputs, "seal", {"arena_floats": (4 * 24 + 2 * 16) * 32, "logits_buffer": 5})
+        attempt(native, inputs, "run", {})
+        if attempt(native, inputs, "add_adapter", {}):
+            inputs.G, inputs.seg[0], inputs.seg_r[0] = 1, (0, 5, 0), (0, 1)
+        for name, arguments in behind:
+            attempt(native, inputs, name, arguments)
+        attempt(native, inputs, "run", {})
+        attempt(native, inputs, "logits", {"vocab": 8})
+
+    programs()
+
+
+def fuzz_calls(examples: int, isa: str) -> None:
+    """Any calls in any order, on an executable of any capacity; arrays of any kind in the inputs."""
+    capacities = st.fixed_dictionaries(
+        {name: st.one_of(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), NASTY)
+         for name in ("max_tokens", "max_seqs", "max_logit_rows", "max_segments", "num_blocks", "block_size",
+                      "max_blocks_per_seq")}
+    )  # fmt: skip
+    odd = st.sampled_from(
+        [np.zeros(500, np.int32), np.zeros(1000, np.int32)[::2], np.zeros(500, np.int64), np.zeros(3, np.int32), None,
+         [0] * 500, np.zeros(500, np.float32)]
+    )  # fmt: skip
+
+    @settled(examples)
+    @given(capacities, st.integers(-1, 5), small, small, booleans, st.lists(call, max_size=12),
+           st.dictionaries(st.sampled_from(ARRAYS), odd, max_size=2))  # fmt: skip
+    def calls(
+        sizes: dict[str, int], threads: int, fmt: int, groups: int, debug: bool, made: list[Any], odd: dict[str, Any]
+    ) -> None:
+        try:
+            native = _native.Executable(isa, threads, SimpleNamespace(**sizes), fmt, groups, debug)
+        except REFUSALS:
+            return
+        inputs: Any = StepInputs.allocate(CAPACITY, 2)
+        for name, array in odd.items():
+            setattr(inputs, name, array)
+        for name, arguments in made:
+            attempt(native, inputs, name, arguments)
+
+    calls()
+
+
+if __name__ == "__main__":
+    part, count = sys.argv[1], int(sys.argv[2])
+    {"steps": fuzz_steps, "programs": fuzz_programs, "calls": fuzz_calls}[part](count, *(sys.argv[3:] or ["auto"]))
+    print("done")

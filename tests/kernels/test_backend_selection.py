@@ -1,0 +1,93 @@
+"""What ``--backend auto`` takes, and what is said where the native module, torch or both are missing.
+
+A missing package is simulated in a process of its own, by a finder that knows of none.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from truffula.errors import ConfigError
+from truffula.kernels.cpu import CpuBackend, available, instruction_sets
+from truffula.kernels.select import fallback_warning, select_backend
+
+NATIVE = "truffula.kernels.cpu._native"
+needs_native = pytest.mark.skipif(not available(), reason="truffula was installed without its native kernels")
+SCRIPT = """
+import importlib.util, json, sys
+missing = set(sys.argv[1].split(","))
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name + "!" in missing:
+            raise ImportError("libstdc++.so.6: version not found", name=name)
+sys.meta_path[:0] = [Absent(), Broken()]
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in missing else found(name, *rest)
+
+from truffula.errors import TruffulaError
+from truffula.kernels.select import fallback_warning, select_backend
+try:
+    backend = select_backend(sys.argv[2], "cpu", cpu_isa=sys.argv[3])
+    print(json.dumps({"name": backend.name, "warning": fallback_warning(sys.argv[2], backend)}))
+except TruffulaError as error:
+    print(json.dumps({"code": error.code, "param": error.param, "message": error.message}))
+"""
+
+
+def without(missing: str, asked: str = "auto", isa: str = "auto") -> dict[str, str]:
+    command = [sys.executable, "-c", SCRIPT, missing, asked, isa]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+
+
+def test_without_the_native_module_auto_takes_torch_and_says_why() -> None:
+    found = without(NATIVE)
+    assert found["name"] == "reference"
+    assert "several times slower" in found["warning"] and "C++20 compiler" in found["warning"]
+    assert "pip install --force-reinstall" in found["warning"]
+
+
+def test_torch_asked_for_by_name_is_no_reason_to_warn() -> None:
+    assert without(NATIVE, "reference") == {"name": "reference", "warning": ""}
+
+
+@pytest.mark.parametrize("asked", ["auto", "cpu"])
+def test_with_neither_the_error_names_both_ways_out(asked: str) -> None:
+    error = without(f"{NATIVE},torch", asked)
+    assert (error["code"], error["param"]) == ("missing_dependency", "backend")
+    assert "C++20 compiler" in error["message"] and "--force-reinstall" in error["message"]
+    assert "pip install 'truffula[torch]'" in error["message"]
+
+
+def test_a_native_module_that_does_not_load_is_not_called_missing() -> None:
+    found = without(f"{NATIVE}!")
+    assert "can't be loaded (libstdc++.so.6: version not found)" in found["warning"]
+
+
+def test_an_instruction_set_is_never_silently_ignored() -> None:
+    for missing, asked in ((NATIVE, "auto"), ("", "reference")):
+        error = without(missing, asked, "portable")
+        assert (error["code"], error["param"]) == ("config_invalid", "cpu_isa")
+
+
+@needs_native
+def test_with_the_native_module_auto_takes_it_and_needs_no_torch() -> None:
+    assert without("torch") == {"name": "cpu", "warning": ""}
+    assert fallback_warning("auto", select_backend()) == ""
+
+
+@needs_native
+def test_an_instruction_set_is_forced_or_refused_naming_what_there_is() -> None:
+    for isa in instruction_sets():
+        assert select_backend("cpu", cpu_isa=isa).probe().isa == isa
+    assert select_backend("cpu").probe().isa == instruction_sets()[0]
+    with pytest.raises(ConfigError, match=r"auto, .*portable") as caught:
+        CpuBackend(isa="nonsense")
+    assert caught.value.param == "cpu_isa"
