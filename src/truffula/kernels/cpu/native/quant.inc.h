@@ -3,6 +3,7 @@
 // make it; blocks are added in ascending order to one accumulator. So a row's result depends on that row alone.
 #pragma once
 
+#include "ints.h"
 #include "vec.h"
 
 namespace truffula {
@@ -27,130 +28,8 @@ TF_INLINE constexpr int64_t x_block_bytes(int format) { return (int64_t)sizeof(B
 TF_INLINE constexpr int64_t lines_of(int format) { return format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4; }
 TF_INLINE constexpr int64_t scale_bytes(int format) { return format == kQ4_1 ? 64 : 32; }
 
-TF_INLINE float half_to_float(uint16_t half) {  // finite ones
-  const uint32_t sign = (uint32_t)(half & 0x8000u) << 16, exponent = (half >> 10) & 31u, rest = half & 0x3ffu;
-  float size;
-  if (exponent == 0) {
-    size = (float)rest * 0x1p-24f;
-  } else {
-    const uint32_t bits = ((uint32_t)(half & 0x7fffu) << 13) + (112u << 23);
-    memcpy(&size, &bits, sizeof size);
-  }
-  return sign ? -size : size;
-}
-
 // Bytes between what is computed with and what is asked of memory: most of a panel.
 constexpr int64_t kReadAhead = 8192;
-
-// 64 bytes of weights, or 16 sums (32-bit), or 32 sums of pairs (16-bit).
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-
-struct I {
-  __m512i v;
-};
-TF_INLINE I line_at(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-TF_INLINE I all32(int32_t x) { return {_mm512_set1_epi32(x)}; }
-TF_INLINE I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
-TF_INLINE I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
-TF_INLINE I flip_signs(I a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((char)0x80))}; }
-TF_INLINE I up16(I a, int n) { return {_mm512_slli_epi16(a.v, (unsigned)n)}; }
-TF_INLINE I down16(I a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
-TF_INLINE I down32(I a, int n) { return {_mm512_srai_epi32(a.v, (unsigned)n)}; }
-// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
-TF_INLINE I in_order(I a) {
-  asm("" : "+v"(a.v));
-  return a;
-}
-TF_INLINE I add32(I a, I b) { return in_order({_mm512_add_epi32(a.v, b.v)}); }
-TF_INLINE I add16(I a, I b) { return in_order({_mm512_add_epi16(a.v, b.v)}); }
-TF_INLINE I madd(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
-TF_INLINE I maddubs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
-#if defined(__AVX512VNNI__)
-TF_INLINE I dot_bytes(I sums, I w, I x) { return {_mm512_dpbusd_epi32(sums.v, w.v, x.v)}; }
-#endif
-TF_INLINE V floats_of(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
-TF_INLINE V load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-constexpr int kQuantRows = 6;    // 6 rows x 2 panels: 12 sums and 12 accumulators of 32 registers
-constexpr int kQuantTwo = 6;     // up to so many rows two panels at once
-
-#elif defined(__AVX2__) && defined(__FMA__)
-
-struct I {
-  __m256i lo, hi;
-};
-TF_INLINE I line_at(const uint8_t* p) {
-  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
-}
-TF_INLINE I all32(int32_t x) {
-  const __m256i v = _mm256_set1_epi32(x);
-  return {v, v};
-}
-TF_INLINE I operator&(I a, I b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
-TF_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-TF_INLINE I up16(I a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
-TF_INLINE I down16(I a, int n) { return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)}; }
-TF_INLINE I down32(I a, int n) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
-// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
-TF_INLINE I in_order(__m256i lo, __m256i hi) {
-  asm("" : "+x"(lo), "+x"(hi));
-  return {lo, hi};
-}
-TF_INLINE I add32(I a, I b) { return in_order(_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)); }
-TF_INLINE I add16(I a, I b) { return in_order(_mm256_add_epi16(a.lo, b.lo), _mm256_add_epi16(a.hi, b.hi)); }
-TF_INLINE I madd(I a, I b) { return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)}; }
-TF_INLINE I maddubs(I a, I b) { return {_mm256_maddubs_epi16(a.lo, b.lo), _mm256_maddubs_epi16(a.hi, b.hi)}; }
-TF_INLINE V floats_of(I a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
-TF_INLINE V load_half(const uint8_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
-}
-constexpr int kQuantRows = 4;    // 4 rows x 1 panel of two registers: 8 sums and 4 registers of weights of 16
-constexpr int kQuantTwo = 1;
-
-#else  // portable
-
-typedef uint8_t ByteQuad __attribute__((vector_size(16)));
-
-struct I {
-  IntQuad q[4];
-};
-TF_INLINE I line_at(const uint8_t* p) {
-  I a;
-  memcpy(&a, p, sizeof a);
-  return a;
-}
-template <class F>
-TF_INLINE I map_int(F f) {
-  return {{f(0), f(1), f(2), f(3)}};
-}
-TF_INLINE I all32(int32_t x) { return map_int([=](int) { return IntQuad{x, x, x, x}; }); }
-TF_INLINE I operator&(I a, I b) { return map_int([&](int i) { return a.q[i] & b.q[i]; }); }
-TF_INLINE I operator|(I a, I b) { return map_int([&](int i) { return a.q[i] | b.q[i]; }); }
-TF_INLINE I flip_signs(I a) { return map_int([&](int i) { return a.q[i] ^ (int32_t)0x80808080u; }); }
-// Bits that cross from one 16-bit number to the next are masked away by all who shift.
-TF_INLINE I up16(I a, int n) { return map_int([&](int i) { return (IntQuad)((BitQuad)a.q[i] << n); }); }
-TF_INLINE I down16(I a, int n) { return map_int([&](int i) { return (IntQuad)((BitQuad)a.q[i] >> n); }); }
-TF_INLINE I dot_bytes(I sums, I w, I x) {  // unsigned w, signed x
-  return map_int([&](int i) {
-    IntQuad sum = sums.q[i];
-    for (int shift = 0; shift < 32; shift += 8)
-      sum += (IntQuad)((BitQuad)w.q[i] >> shift & 0xffu) * ((IntQuad)((BitQuad)x.q[i] << (24 - shift)) >> 24);
-    return sum;
-  });
-}
-TF_INLINE V floats_of(I a) { return map([&](int i) { return __builtin_convertvector(a.q[i], Quad); }); }
-TF_INLINE V load_half(const uint8_t* p) {
-  float x[kLanes];
-  for (int i = 0; i < kLanes; ++i) {
-    uint16_t half;
-    memcpy(&half, p + 2 * i, sizeof half);
-    x[i] = half_to_float(half);
-  }
-  return load(x);
-}
-constexpr int kQuantRows = 2;
-constexpr int kQuantTwo = 0;
-
-#endif
 
 TF_INLINE I four_of(const uint8_t* p) {  // four numbers of x (or two wide ones), for every output
   int32_t x;
