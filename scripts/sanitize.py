@@ -14,7 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ("test_row_ops", "test_linear_adapters", "test_paged_attention", "test_logits_op", "test_cpu_exact")
+TESTS = (
+    "test_row_ops",
+    "test_linear_adapters",
+    "test_paged_attention",
+    "test_logits_op",
+    "test_cpu_exact",
+    "test_cpu_quantised",
+)
 # Without an editable install's own import hook, which would go past the copy.
 FRONT = """
 import runpy, sys
