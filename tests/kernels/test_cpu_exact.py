@@ -178,6 +178,19 @@ def test_long_contexts_cut_anywhere(model, size):
         same(model.whole(ids, slot, cuts=sorted({cut for cut in cuts if 0 < cut < size})), wanted)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_windows_wider_than_a_partition(isa, dtype):
+    """Where a partition begins follows from positions alone, not from the first key that a chunk sees."""
+    model = load(isa, dtype, Shape(hidden=16, heads=2, kv_heads=1, feed_forward=18, window=700))
+    ids = ids_of(3, 1500)
+    wanted = model.whole(ids, None)
+    for cuts in ([1400], [700, 1001, 1499], [*range(97, 1500, 97)]):
+        model.forget(cuts[0])
+        same(model.whole(ids, None, cuts=cuts), wanted)
+    model.executable.close()
+
+
 def test_long_and_short_decode_together(model):
     lengths = (1200, 3, 600, 512, 40)
     tables = [model.blocks(length + 1) for length in lengths]

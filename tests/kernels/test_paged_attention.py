@@ -19,10 +19,11 @@ from truffula.testing.programs import Part, Shape, fill_step, llama_program, pul
 S = 4
 
 
-def oracle(q, k, v, op, sinks):
-    """``q [L, H, E]``, ``k [L, K, E]``, ``v [L, K, W]`` of one sequence from its start."""
-    out = np.zeros((len(q), op.heads, op.dim_v))
-    for i in range(len(q)):
+def oracle(q, k, v, op, sinks, chosen=None):
+    """``q [L, H, E]``, ``k [L, K, E]``, ``v [L, K, W]`` of one sequence from its start; rows ``chosen``, or all."""
+    chosen = range(len(q)) if chosen is None else chosen
+    out = np.zeros((len(chosen), op.heads, op.dim_v))
+    for at, i in enumerate(chosen):
         for h in range(op.heads):
             g = h // (op.heads // op.kv_heads)
             first = 0 if op.window is None else max(0, i - op.window + 1)
@@ -32,8 +33,8 @@ def oracle(q, k, v, op, sinks):
             top = max(scores.max(), sinks[h] if sinks is not None else -np.inf)
             weights = np.exp(scores - top)
             total = weights.sum() + (np.exp(sinks[h] - top) if sinks is not None else 0)
-            out[i, h] = (weights / total) @ v[first : i + 1, g]
-    return out.reshape(len(q), -1)
+            out[at, h] = (weights / total) @ v[first : i + 1, g]
+    return out.reshape(len(chosen), -1)
 
 
 @st.composite
@@ -131,8 +132,11 @@ def test_long_contexts(backend, dtype, case_):
         inputs.slot_mapping[0, :rows] = blocks[position // size] * size + position % size
         inputs.block_tables[0, 0, : len(blocks)] = blocks
 
+    got = case.run(backend, op, fill)
+    # The last rows see the most keys, those around 512 the edge of what is worked on at once.
+    chosen = [*range(0, 8), *range(505, 520), *range(rows - 80, rows)]
     shaped = [a.reshape(rows, n, -1) for a, n in ((q, heads), (k, kv_heads), (v, kv_heads))]
-    close(case.run(backend, op, fill), oracle(*shaped, op, sinks), dtype, roundings=2)
+    close(got[chosen], oracle(*shaped, op, sinks, chosen), dtype, roundings=2)
 
 
 def test_large_scores_are_worked_on_in_slices(monkeypatch):

@@ -1,5 +1,5 @@
-// Many jobs on a team of threads, each with barriers, on plain numbers: what one thread writes before a barrier another
-// reads behind it. Thread sanitizer sees whatever the barrier does not order; without it, wrong sums end the program.
+// Many jobs of many phases on plain numbers: what one phase writes the next reads, whoever does which chunk. Thread
+// sanitizer sees whatever the team does not order; without it, wrong sums end the program, and a lost wake-up hangs it.
 #include "team.h"
 
 #include <cstdio>
@@ -8,42 +8,54 @@
 
 namespace {
 
-constexpr int kRounds = 20;
-
 struct Job {
-  truffula::Team* team;
-  std::vector<long>* numbers;  // one per thread, not atomic on purpose
+  std::vector<long> numbers;  // one per chunk, not atomic on purpose
   long wrong = 0;
+  int32_t chunks = 0;
 };
 
-void work(void* context, int thread) {
+// Even phases add one to each number, chunk by chunk; odd ones have a single chunk, which adds them up.
+void work(void* context, int32_t phase, int32_t chunk, int) {
   Job& job = *static_cast<Job*>(context);
-  std::vector<long>& numbers = *job.numbers;
-  const auto mine = static_cast<size_t>(thread), size = numbers.size();
-  for (int round = 0; round < kRounds; ++round) {
-    numbers[mine] += 1;
-    job.team->barrier();
-    long sum = 0;
-    for (long number : numbers) sum += number;
-    if (thread == 0 && sum != numbers[0] * static_cast<long>(size)) ++job.wrong;
-    job.team->barrier();
+  if (phase % 2 == 0) {
+    job.numbers[static_cast<size_t>(chunk)] += 1;
+    return;
   }
+  for (int32_t i = 1; i < job.chunks; ++i) job.wrong += job.numbers[static_cast<size_t>(i)] != job.numbers[0];
+}
+
+// `jobs` jobs, each with another number of phases and chunks. False when a sum was wrong.
+bool drive(int threads, int jobs, int most_phases) {
+  truffula::Team team(threads);
+  for (int i = 0; i < jobs; ++i) {
+    Job job;
+    job.chunks = 1 + i % 7;
+    job.numbers.assign(static_cast<size_t>(job.chunks), 0);
+    if (i % 3 == 2) {  // between two steps: sampling, a weight that is packed
+      team.run_chunks(job.chunks, work, &job);
+      if (job.numbers[static_cast<size_t>(job.chunks) - 1] != 1) return false;
+      continue;
+    }
+    const int32_t phases = 2 * (1 + i % most_phases);
+    team.resize(phases);
+    for (int32_t phase = 0; phase < phases; ++phase) team.set(phase, phase % 2 ? 1 : job.chunks);
+    team.run(work, &job);
+    if (job.wrong || job.numbers[0] != phases / 2) return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
   const int jobs = count > 1 ? std::atoi(arguments[1]) : 1000;
-  for (int threads = 1; threads <= 4; ++threads) {
-    truffula::Team team(threads);
-    std::vector<long> numbers(static_cast<size_t>(threads), 0);
-    Job job{&team, &numbers};
-    for (int i = 0; i < jobs; ++i) team.run(work, &job);
-    if (job.wrong || numbers[0] != static_cast<long>(jobs) * kRounds) {
-      std::printf("%d threads: %ld wrong sums\n", threads, job.wrong);
+  for (int threads = 1; threads <= 4; ++threads)
+    if (!drive(threads, jobs, 20)) {
+      std::printf("%d threads: a phase did not see the one before it\n", threads);
       return 1;
     }
-  }
-  for (int i = 0; i < 200; ++i) truffula::Team team(1 + i % 4);  // made and gone without a job
+  // Made and gone after no, one or a few jobs: who sleeps behind one must hear of the end.
+  for (int i = 0; i < jobs; ++i)
+    if (!drive(1 + i % 4, i % 5, 3)) return 1;
   std::puts("done");
 }

@@ -242,8 +242,9 @@ void Executable::check_inputs(const StepCounts& c) const {
   }
   require(in_.q_start[0] == 0 && in_.q_start[c.N] == c.T, "q_start: does not cover the rows");
   for (int32_t n = 0; n < c.N; ++n) {
+    require(in_.q_start[n + 1] >= in_.q_start[n], "q_start: does not ascend");
     const int32_t count = in_.q_start[n + 1] - in_.q_start[n];
-    require(count >= 0 && in_.kv_len[n] >= count, "kv_len: fewer keys than rows");
+    require(in_.kv_len[n] >= count, "kv_len: fewer keys than rows");
     if (groups_ == 0) continue;
     const int64_t blocks = (in_.kv_len[n] + static_cast<int64_t>(cap.block_size) - 1) / cap.block_size;
     require(blocks <= cap.max_blocks_per_seq, "kv_len: beyond the block table");

@@ -59,16 +59,15 @@ void Team::dismiss() {
   stop_ = true;
   job_.fetch_add(1);
   job_.notify_all();
-  wake_late();
+  tell_news();
   for (std::thread& worker : workers_) worker.join();
 }
 
-// Who waits for a phase of a job that is over (it looked away when the phase was done) looks again.
-void Team::wake_late() {
-  for (int32_t i = 0; i < capacity_; ++i) {
-    phases_[i].done.fetch_add(1);
-    phases_[i].done.notify_all();
-  }
+// Tells those who sleep behind a phase that it may be over, or their job. The number only grows: one that came back to
+// an old value would look to a late sleeper as if nothing had happened.
+void Team::tell_news() {
+  news_.fetch_add(1);
+  news_.notify_all();
 }
 
 void Team::resize(int32_t phases) {
@@ -77,7 +76,7 @@ void Team::resize(int32_t phases) {
   // Nobody may enter with a job that is over; who is still inside leaves at the next look.
   num_phases_.store(0);
   job_.fetch_add(1);
-  wake_late();
+  tell_news();
   while (inside_.load() > 0) relax();
   phases_ = std::make_unique<Phase[]>(static_cast<size_t>(phases));
   capacity_ = phases;
@@ -125,14 +124,15 @@ void Team::take_part(uint32_t job, int thread) {
     int32_t chunks = 0, chunk;
     while ((chunk = take(phase, job, &chunks)) >= 0) {
       work_(context_, index, chunk, thread);
-      if (phase.done.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<uint32_t>(chunks)) phase.done.notify_all();
+      if (phase.done.fetch_add(1) + 1 == static_cast<uint32_t>(chunks) && size_ > 1) tell_news();
     }
     if (chunk == kOver) return;
-    int spins = 0;
-    for (uint32_t done; (done = phase.done.load(std::memory_order_acquire)) < static_cast<uint32_t>(chunks);) {
+    for (int spins = 0;; ++spins) {
+      const uint32_t news = news_.load();  // before looking: what comes after it ends the sleep
+      if (phase.done.load() >= static_cast<uint32_t>(chunks)) break;
       if (job_.load() != job) return;  // late: that job is over
-      if (++spins < kSpins) relax();
-      else phase.done.wait(done, std::memory_order_acquire);
+      if (spins < kSpins) relax();
+      else news_.wait(news);
     }
   }
 }

@@ -48,7 +48,7 @@ class Team {
   void serve(int thread);
   void take_part(uint32_t job, int thread);
   int32_t take(Phase& phase, uint32_t job, int32_t* chunks);
-  void wake_late();
+  void tell_news();
 
   const int size_;
   const int64_t process_;
@@ -60,6 +60,7 @@ class Team {
   std::atomic<int32_t> num_phases_{0};
   // On lines of its own: a core that spins on it must not slow others.
   alignas(128) std::atomic<uint32_t> job_{0};
+  alignas(128) std::atomic<uint32_t> news_{0};
   alignas(128) std::atomic<bool> stop_{false};
   // Threads inside phases_: it may only be replaced when there are none.
   std::atomic<int32_t> inside_{0};
