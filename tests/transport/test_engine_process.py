@@ -16,6 +16,7 @@ import psutil
 import pytest
 from following import Answer, ask, eventually, fold, follow, run
 
+from processes import running
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.process import Life, ProcessClient
@@ -26,16 +27,12 @@ from truffula.types import AdapterCommand, AdapterRef, TokenEvent
 Start = Callable[..., ProcessClient]
 
 
-def running(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     client = start("process")
     before = run(client, [ask("before", [3, 4, 5])])["before"]
     first = client.pid
     names = [f"r{n}" for n in range(12)]
-    client.submit([ask(name, [n + 3, 4], max_tokens=450, ignore_eos=True) for n, name in enumerate(names)])
+    client.submit([ask(name, [n + 3, 4], max_tokens=4000, ignore_eos=True) for n, name in enumerate(names)])
     answers: dict[str, Answer] = {}
     eventually(lambda: fold(answers, client.events(0.1)) or answers, "the first token")
     os.kill(first, signal.SIGKILL)
@@ -44,14 +41,13 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert "SIGKILL" in answers["r0"].message
     eventually(lambda: client.pid not in (None, first), "the next engine")
     assert client.alive() and client.lost() is None
-    with pytest.raises(psutil.NoSuchProcess):
-        psutil.Process(first)
+    assert not psutil.pid_exists(first), "not even a zombie"
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
 
 
 def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refused_at_once(start: Start):
     client = start("process", max_restarts=0)
-    client.submit([ask("open", [5, 6], max_tokens=450, ignore_eos=True)])
+    client.submit([ask("open", [5, 6], max_tokens=4000, ignore_eos=True)])
     os.kill(client.pid, signal.SIGKILL)
     assert follow(client, ["open"])["open"].code == "engine_died"
     eventually(lambda: "given up" in run(client, [ask("late", [3])])["late"].message, "the supervisor gives up")
@@ -99,9 +95,9 @@ def test_a_stopped_engine_is_unhealthy_and_never_blocks_its_callers(start: Start
 
 
 def test_an_engine_that_hangs_takes_no_requests_is_killed_and_followed_by_another(start: Start):
-    client = start("process", heartbeat_timeout_s=1.0, hang_timeout_s=2.0)
+    client = start("process", heartbeat_timeout_s=5.0, hang_timeout_s=2.0)
     first = client.pid
-    client.submit([ask("open", [5, 6], max_tokens=450, ignore_eos=True)])
+    client.submit([ask("open", [5, 6], max_tokens=4000, ignore_eos=True)])
     os.kill(first, signal.SIGSTOP)
     eventually(lambda: not client.alive(), "the silence is noticed")
     late = run(client, [ask("late", [3])])["late"]
@@ -109,9 +105,10 @@ def test_an_engine_that_hangs_takes_no_requests_is_killed_and_followed_by_anothe
     answer = follow(client, ["open"])["open"]
     assert (answer.finish, answer.code) == ("error", "engine_died")
     assert "silent" in answer.message
-    eventually(lambda: client.pid not in (None, first) and client.alive(), "the next engine")
+    eventually(lambda: client.pid not in (None, first), "the next engine")
     assert not running(first)
-    assert run(client, [ask("after", [3])])["after"].finish in ("length", "stop")
+    served = lambda: run(client, [ask("after", [3])])["after"].finish in ("length", "stop")
+    eventually(served, "it serves")
 
 
 def test_a_step_that_never_ends_counts_as_hanging_though_the_heart_beats():

@@ -137,7 +137,7 @@ class Gate:
                 found = self._load()
             except Exception as error:  # noqa: BLE001  (handed to the loop, which raises it)
                 failure = error
-            if not loop.is_closed():  # else the server has ended, and nobody is left to tell
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, nobody is left to tell
                 loop.call_soon_threadsafe(answer, found, failure)
 
         threading.Thread(target=work, name="truffula-load", daemon=True).start()
