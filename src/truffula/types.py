@@ -331,6 +331,15 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     error: ErrorInfo | None = None
 
 
+class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
+    """A file as it was when the model was loaded from it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What a started engine is: fixed until it ends."""
 
@@ -351,6 +360,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int = 0
     warnings: list[str] = []
     details: dict[str, Any] = {}
+    files: list[FileStamp] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
