@@ -18,7 +18,7 @@ from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openai_chat import chat
 from truffula.server.openai_completions import complete
 from truffula.server.replies import json_reply
-from truffula.server.state import record_of, state_of
+from truffula.server.state import BASE_WORDS, record_of, state_of
 from truffula.types import AdapterRef, GenerateRequest
 
 
@@ -65,7 +65,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
     """The body as a request in text, and who answers it."""
     state, params = state_of(request), body.params
     config = state.config
-    body.check()
+    body.check((*state.base_names, *BASE_WORDS))
     params.check(
         stream=streams,
         max_best_of=config.max_best_of,

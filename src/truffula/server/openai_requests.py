@@ -11,6 +11,7 @@ from truffula.server.auth import prefix_salt
 from truffula.server.generating import mark
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from truffula.server.selectors import other_name
 from truffula.server.state import ServerState, record_of
 from truffula.types import AdapterRef, GenerateRequest, SamplingParams
 
@@ -78,13 +79,16 @@ def common(request: Request, body: OpenAIBody, state: ServerState, params: Sampl
 
 
 def answering(body: OpenAIBody, state: ServerState) -> AdapterRef | None:
-    """The adapter ``model`` names, or SGLang's ``lora_path`` beside the base's name."""
+    """The adapter ``model`` names, or ``lora_path`` or another word for it beside the base's name."""
     found = state.named_model(body.model, body.adapter_source)
-    if body.lora_path is None:
+    said = other_name(body)
+    if said is None:
         return found
-    if found is not None:
-        raise InvalidRequest("model and lora_path both name an adapter; give one of them.", param="lora_path")
-    return state.adapter(body.lora_path, body.adapter_source)
+    field, name = said
+    other = state.adapter(name, body.adapter_source)
+    if found is not None and (other is None or other.name != found.name):
+        raise InvalidRequest(f"model names one adapter and {field} another; give one of them.", param=field)
+    return other
 
 
 def truncation(body: OpenAIBody, params: SamplingParams, state: ServerState) -> int | None:
