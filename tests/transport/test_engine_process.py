@@ -197,6 +197,23 @@ def test_an_event_too_big_for_a_frame_fails_its_request_alone(monkeypatch: pytes
     assert told == [*ends, *ends[::2]]
 
 
+def test_a_heart_that_fails_ends_the_engine_and_says_why():
+    ours, theirs = socket.socketpair()
+    code = f"""
+import socket, time
+from truffula.engine import wire, worker
+from truffula.types import EngineStats
+heart = worker.Heart(wire.Channel(socket.socket(fileno={theirs.fileno()}), wire.engine_side()))
+heart.stats(EngineStats(monotonic=0.0, steps=10**30))  # no frame can carry that
+time.sleep(600)  # the main thread in a long step
+"""
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),))
+    died = everything(wire.Channel(ours, wire.client_side()))[-1]
+    assert isinstance(died, wire.Died) and died.error.code == "engine_died", died
+    assert process.wait(60) == 70
+
+
 def test_a_worker_that_hears_nonsense_says_so_and_ends():
     process, channel = worker()
     channel.post(wire.Stop())

@@ -75,6 +75,16 @@ class Heart:
             except wire.Disconnected:
                 # The main thread may be in a step of minutes; nobody is left to want its end.
                 os._exit(EXIT_OK)
+            except Exception as error:  # noqa: BLE001  without a heart the engine would be killed as silent, no word why
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the process, the reason said to the parent and to stderr."""
+        fault = engine_fault(error)
+        try:
+            self._channel.send(wire.Died(fault.info()))
+        finally:  # whatever the channel says, which may be what fails
+            os._exit(EXIT_FAULT)
 
 
 class Worker:
