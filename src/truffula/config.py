@@ -319,7 +319,7 @@ class ServerConfig:
     )
     request_timeout_s: float | None = _row(600.0, "seconds", "longest request", low=0.001, nullable=True)
     max_body_bytes: int = _row(2 * 2**20, "size", "largest request body", low=1024)
-    body_timeout_s: float = _row(60.0, "seconds", "longest arrival of a request's body", low=0.001)
+    body_timeout_s: float = _row(60.0, "seconds", "longest arrival of a request's head, and of its body", low=0.001)
     send_timeout_s: float = _row(
         60.0, "seconds", "longest standstill of a stream that its client does not read", low=0.001
     )

@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -24,11 +25,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from truffula.config import Resolved, ServerConfig
 from truffula.errors import ConfigError
 from truffula.logs import setup_logs
+from truffula.server.connections import (
+    ACCEPT_BURST,
+    AcceptErrors,
+    Connections,
+    GuardedProtocol,
+    most_connections,
+    raise_file_limit,
+)
 from truffula.server.errors import Unhealthy, render, side_of
 from truffula.server.middleware import send_reply
 from truffula.server.started import Started, log_settings, start
 from truffula.service import AsyncService
 
+QUEUED = 2048
+"""Connections the system keeps until they are accepted."""
 LOOK_S = 1.0
 """How often is looked whether the engine is given up."""
 log = logging.getLogger(__name__)
@@ -43,7 +54,7 @@ def bind(config: ServerConfig) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((config.host, config.port))
-        made.listen(2048)
+        made.listen(QUEUED)
     except OSError as error:
         made.close()
         where = f"{config.host}:{config.port}"
@@ -82,6 +93,7 @@ class Gate:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(AcceptErrors())
         ended = asyncio.Event()
         serving = asyncio.ensure_future(self._serve(ended))
         await send({"type": "lifespan.startup.complete"})
@@ -149,6 +161,7 @@ class DrainingServer(uvicorn.Server):
 
     gate: Gate
     drain_timeout_s: float
+    connections: Connections
     _drain: asyncio.Future[bool] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -157,6 +170,11 @@ class DrainingServer(uvicorn.Server):
             os._exit(128 + sig)
         self.should_exit = True  # before the line below: whoever reads it may send the second signal
         log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(QUEUED)  # asyncio has set the number it accepts at once
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
@@ -177,10 +195,13 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
     def stop() -> None:
         server.should_exit = True
 
+    connections = Connections(most_connections(config), config.body_timeout_s)
     gate = Gate(lambda: start(resolved, f"http://{host}:{port}"), stop)
     server = DrainingServer(
         uvicorn.Config(
             gate,
+            http=partial(GuardedProtocol, connections),  # type: ignore[arg-type]
+            backlog=ACCEPT_BURST,
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -189,7 +210,7 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
         )
     )
-    server.gate, server.drain_timeout_s = gate, config.drain_timeout_s
+    server.gate, server.drain_timeout_s, server.connections = gate, config.drain_timeout_s, connections
     return server
 
 
@@ -201,6 +222,7 @@ def run_server(resolved: Resolved) -> None:
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
     setup_logs(log_settings(resolved.server))
+    raise_file_limit()
     listening = bind(resolved.server)
     server = make_server(resolved, listening)
     log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)
