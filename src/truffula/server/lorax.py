@@ -61,7 +61,9 @@ async def _body(request: Request) -> GenerateBody:
     return await read_body(request, GenerateBody)
 
 
-def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[GenerateRequest, AdapterRef | None]:
+async def to_request(
+    request: Request, body: GenerateBody, *, streams: bool
+) -> tuple[GenerateRequest, AdapterRef | None]:
     """The body as a request in text, and who answers it."""
     state, params = state_of(request), body.params
     config = state.config
@@ -72,7 +74,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
         max_stops=config.max_stop_sequences,
         max_logprobs=config.max_logprobs,
     )
-    adapter = state.adapter(params.adapter_id, params.adapter_source)
+    adapter = await state.adapter(params.adapter_id, params.adapter_source)
     mark(request, adapter, params.max_new_tokens)
     shape: dict[str, Any] = {"prompt": body.inputs}
     if params.apply_chat_template:
@@ -93,7 +95,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
 
 async def _whole(request: Request, body: GenerateBody, *, as_list: bool) -> Response:
     started = time.monotonic()
-    made, adapter = to_request(request, body, streams=False)
+    made, adapter = await to_request(request, body, streams=False)
     (found,) = await whole(request, [made])
     choice, *others = best_first(found.choices)
     full = body.inputs if body.params.return_full_text else ""
@@ -112,7 +114,7 @@ async def _whole(request: Request, body: GenerateBody, *, as_list: bool) -> Resp
 
 
 async def _stream(request: Request, body: GenerateBody) -> Response:
-    made, adapter = to_request(request, body, streams=True)
+    made, adapter = await to_request(request, body, streams=True)
     return await stream(
         request, [made], NativeWriter(body), stream_headers(len(body.inputs), adapter, state_of(request))
     )
