@@ -214,16 +214,10 @@ class ChatMessage(Body):
                 raise ValueError(f"a part of type {kind!r} needs a string in {kind.removeprefix('input_')!r}")
         return value
 
-    def text(self) -> str | None:
-        if not isinstance(self.content, list):
-            return self.content
-        return "\n".join(str(part.get("text", part.get("refusal", ""))) for part in self.content)
-
     def for_template(self) -> dict[str, Any]:
-        """As templates expect it: text content (null where tools were called), absent keys left out."""
-        text = self.text()
-        out: dict[str, Any] = {"role": self.role, "content": text}
-        if text is None and not self.tool_calls:
+        """As the template takes it, which joins parts: null content where tools were called, absent keys left out."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.content is None and not self.tool_calls:
             out["content"] = ""
         for name in ("name", "tool_calls", "tool_call_id"):
             if (value := getattr(self, name)) is not None:
