@@ -133,6 +133,36 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
     assert "SIGKILL" in server.gate.failure.message
 
 
+def test_after_a_signal_the_port_stays_open_for_the_drain_delay_and_says_503(model_folder):
+    with serving(model_folder, drain_delay=3.0) as live:
+        live.server.handle_exit(signal.SIGTERM, None)
+        seen = set()
+        body = {"prompt": "a", "max_tokens": 1}
+
+        def closed():
+            try:  # a connection of its own each time, as a balancer's probe and its clients have
+                seen.add(("health", httpx.get(f"{live.url}/health", timeout=60).status_code))
+                response = httpx.post(f"{live.url}/v1/completions", json=body, timeout=60)
+            except httpx.TransportError:
+                return True
+            if response.status_code == 503:
+                assert response.json()["error"]["code"] == "shutting_down"
+                assert int(response.headers["retry-after"]) >= 1
+            seen.add(("new", response.status_code))
+            return False
+
+        until(closed)
+    assert {("health", 503), ("new", 503)} <= seen
+
+
+def test_a_server_that_ends_by_itself_takes_the_first_signal_as_the_first(model_folder):
+    resolved = load_config({"model": str(model_folder), "port": 0}, env={})
+    with bind(resolved.server) as listening:
+        server = make_server(resolved, listening)
+        server.should_exit = True  # as when the engine is given up
+        server.handle_exit(signal.SIGTERM, None)  # a second one would end this process
+
+
 def test_the_metrics_of_a_dead_engine_say_so_and_leave_its_numbers_out(model_folder):
     with serving(model_folder, transport="process", heartbeat_timeout_s=5.0, hang_timeout_s=600.0) as live:
         assert "truffula_engine_up 1.0" in live.client.get("/metrics").text

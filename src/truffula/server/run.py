@@ -1,8 +1,9 @@
 """``run_server``: one process that listens, loads, serves and drains.
 
 The port is taken before anything loads, and answers 503 while it does. The first SIGTERM or SIGINT stops accepting and
-lets running requests end within ``drain_timeout_s``; the second ends the process at once. An engine that is given up
-ends the server with its error, so that whoever supervises the process learns of it.
+lets running requests end within ``drain_timeout_s``; the second ends the process at once. With a ``drain_delay_s``, the
+port stays open for that long first and answers 503, so that who sends us requests can look elsewhere. An engine that is
+given up ends the server with its error, so that whoever supervises the process learns of it.
 """
 
 from __future__ import annotations
@@ -160,15 +161,17 @@ class DrainingServer(uvicorn.Server):
     """Uvicorn, which drains the service on the first signal and leaves at once on the second."""
 
     gate: Gate
+    drain_delay_s: float
     drain_timeout_s: float
     connections: Connections
     _drain: asyncio.Future[bool] | None = None
+    _signalled = False  # not ``should_exit``, which is also set when the engine is given up
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self._signalled:
             log.warning("second signal: leaving at once")
             os._exit(128 + sig)
-        self.should_exit = True  # before the line below: whoever reads it may send the second signal
+        self._signalled = self.should_exit = True  # before the line below: whoever reads it may send the second signal
         log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -177,10 +180,12 @@ class DrainingServer(uvicorn.Server):
             listening.listen(QUEUED)  # asyncio has set the number it accepts at once
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.gate.started is not None:
+            delay = self.drain_delay_s if self._signalled else 0.0
+            self._drain = asyncio.ensure_future(self.gate.started.service.drain(delay + self.drain_timeout_s))
+            await asyncio.sleep(delay)
         for server in self.servers:
             server.close()
-        if self.gate.started is not None:
-            self._drain = asyncio.ensure_future(self.gate.started.service.drain(self.drain_timeout_s))
         await super().shutdown(sockets)
         if self._drain is not None and not self._drain.done():
             self._drain.cancel()
@@ -210,7 +215,8 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
         )
     )
-    server.gate, server.drain_timeout_s, server.connections = gate, config.drain_timeout_s, connections
+    server.gate, server.connections = gate, connections
+    server.drain_delay_s, server.drain_timeout_s = config.drain_delay_s, config.drain_timeout_s
     return server
 
 
