@@ -326,6 +326,7 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     status: Literal["loading", "ready", "resident", "failed", "retired"] = "ready"
     nbytes: int = 0
     rank: int = 0
+    commit: str = ""  # of the Hub, as of its last load
     leases: int = 0
     pinned: bool = False
     error: ErrorInfo | None = None

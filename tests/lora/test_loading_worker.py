@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lora_bases import judge, llama_sites
-from pool_rig import Clock
+from pool_rig import Clock, cached
 
 from processes import running
 from truffula.engine.loader import LoadingWorker
@@ -305,20 +305,6 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
 # ---- the Hub's cache, offline
 
 
-def cached(cache: Path, repo: str, folder: Path) -> None:
-    """The files of ``folder`` as huggingface_hub keeps them: a snapshot of links into blobs."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (root / "blobs").mkdir()
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("0" * 40)
-    for number, path in enumerate(sorted(folder.iterdir())):
-        blob = root / "blobs" / str(number)
-        blob.write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-
-
 def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "a", llama_sites())
     cached(tmp_path / "cache", "org/pirate", tmp_path / "a")
@@ -327,5 +313,6 @@ def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Pa
     lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
     results = collect(loader, 2)
     assert results[good].error is None and results[good].generation == judge(tmp_path / "a").generation
+    assert results[good].commit == "0" * 40
     error = results[lacking].error
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message

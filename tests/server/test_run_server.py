@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -184,6 +185,7 @@ def test_the_metrics_of_a_dead_engine_say_so_and_leave_its_numbers_out(model_fol
 def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folders, capfd):
     with serving(
         model_folder,
+        dtype="auto",
         transport="process",
         log_format="json",
         log_level="info",
@@ -192,5 +194,6 @@ def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folde
         live.completion(model="pirate", prompt="a", max_tokens=1)
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     said = {(line["logger"], line["level"]): line["message"] for line in lines}
+    assert any(re.search(r"compute in \w+ \(.+\)", line["message"]) for line in lines), "the dtype and its reason"
     assert "pirate" in said["truffula.lora.pool", "info"]
     assert ("truffula.engine.build", "info") in said
