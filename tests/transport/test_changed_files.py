@@ -97,11 +97,21 @@ def test_weights_overwritten_in_place_end_the_engine(start: Start, model: Path, 
     client.submit([ask("open", [3, 4, 5], max_tokens=4000, ignore_eos=True)])  # seconds; it is noticed within one
     answers: dict[str, Answer] = {}
     eventually(lambda: fold(answers, client.events(0.1)) or answers, "the first token")
-    (model / WEIGHTS).write_bytes((other / WEIGHTS).read_bytes())
+    with (model / WEIGHTS).open("r+b") as file:  # without cutting it: who has a cut file mapped is killed by SIGBUS
+        file.write((other / WEIGHTS).read_bytes())
     answer = follow(client, ["open"], answers)["open"]
     assert (answer.finish, answer.code) == ("error", "checkpoint_changed")
     error = lost(client)
     assert "overwritten" in error.message and str(model / WEIGHTS) in error.message
+
+
+def test_weights_cut_short_end_the_engine_by_a_signal_or_an_error_and_there_is_no_next(start: Start, model: Path):
+    client = start("process", model=model)
+    client.submit([ask("open", [3, 4, 5], max_tokens=4000, ignore_eos=True)])
+    eventually(lambda: client.events(0.1), "the first token")
+    os.truncate(model / WEIGHTS, 0)
+    assert follow(client, ["open"])["open"].code in ("engine_died", "checkpoint_changed")
+    lost(client)
 
 
 def test_a_later_life_decides_nothing_anew(model: Path):

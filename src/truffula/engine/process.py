@@ -389,5 +389,8 @@ def _manner(status: int) -> str:
     if status >= 0:
         return f"with status {status}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    hint = " (the system kills so when memory runs out)" if status == -signal.SIGKILL else ""
-    return f"by {name}{hint}"
+    hints = {
+        -signal.SIGKILL: " (the system kills so when memory runs out)",
+        -signal.SIGBUS: " (a file that is mapped, such as the model's, was cut short)",
+    }
+    return f"by {name}{hints.get(status, '')}"
