@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Helper modules beside the tests (pages.py, ...) import by name from any test folder.
 for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py")}):
@@ -28,3 +29,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the benchmarks for real (make bench FULL=1)")
+    parser.addoption("--explore", action="store_true", help="new random examples for the properties, not the same ones")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The same examples in every run, so that CI says of a commit what it said yesterday; --explore looks for new ones.
+    settings.register_profile("repeat", derandomize=True, print_blob=True, deadline=None)
+    settings.register_profile("explore", derandomize=False, print_blob=True, deadline=None)
+    settings.load_profile("explore" if config.getoption("--explore") else "repeat")

@@ -329,7 +329,7 @@ class ServerConfig:
     )
     request_timeout_s: float | None = _row(600.0, "seconds", "longest request", low=0.001, nullable=True)
     max_body_bytes: int = _row(2 * 2**20, "size", "largest request body", low=1024)
-    body_timeout_s: float = _row(60.0, "seconds", "longest arrival of a request's body", low=0.001)
+    body_timeout_s: float = _row(60.0, "seconds", "longest arrival of a request's head, and of its body", low=0.001)
     send_timeout_s: float = _row(
         60.0, "seconds", "longest standstill of a stream that its client does not read", low=0.001
     )
@@ -339,6 +339,12 @@ class ServerConfig:
     max_prompts: int = _row(128, "integer", "most prompts in one completions request", low=1)
     max_stop_sequences: int = _row(10, "integer", "most stop strings of one request", low=0)
     max_logprobs: int = _row(20, "integer", "most alternatives reported per token", low=0, high=1024)
+    drain_delay_s: float = _row(
+        0.0,
+        "seconds",
+        "how long the port stays open after SIGTERM, answering 503",
+        low=0,
+    )
     drain_timeout_s: float = _row(30.0, "seconds", "how long running requests may end after SIGTERM", low=0)
     keep_alive_s: float = _row(15.0, "seconds", "silence in a stream after which a comment line is sent", low=0.1)
     generation_defaults: bool = _row(False, "switch", "use the sampling defaults of generation_config.json")

@@ -8,7 +8,8 @@
     ├── ModelNotFound            no such base model                    model_not_found
     ├── UnsupportedModel         a config asks what we don't do        model_unsupported
     ├── CheckpointError          files of a model are broken           checkpoint_invalid
-    │   └── TyingError           neither table, or a missing head      checkpoint_tying
+    │   ├── TyingError           neither table, or a missing head      checkpoint_tying
+    │   └── CheckpointChanged    ... changed while they were served    checkpoint_changed
     ├── AdapterNotFound          no such adapter                       adapter_not_found
     ├── AdapterError             an adapter is broken or unsupported   adapter_invalid
     ├── AdapterLoadError         its loading failed (may be retried)   adapter_load_failed
@@ -93,6 +94,10 @@ class CheckpointError(TruffulaError):
 
 class TyingError(CheckpointError):
     code = "checkpoint_tying"
+
+
+class CheckpointChanged(CheckpointError):
+    code = "checkpoint_changed"
 
 
 class AdapterNotFound(TruffulaError):

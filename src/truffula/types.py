@@ -326,9 +326,19 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     status: Literal["loading", "ready", "resident", "failed", "retired"] = "ready"
     nbytes: int = 0
     rank: int = 0
+    commit: str = ""  # of the Hub, as of its last load
     leases: int = 0
     pinned: bool = False
     error: ErrorInfo | None = None
+
+
+class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
+    """A file as it was when the model was loaded from it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -351,6 +361,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     budget_bytes: int = 0
     warnings: list[str] = []
     details: dict[str, Any] = {}
+    files: list[FileStamp] = []
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

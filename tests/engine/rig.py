@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +64,8 @@ class HandLoader:
         self._next = 0
         self._open: dict[int, AdapterRef] = {}
         self._done: list[LoadResult] = []
+        self._folder = Path(tempfile.mkdtemp(prefix="truffula-rig-"))
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def start(self, ref: AdapterRef) -> int:
         self._next += 1
@@ -91,7 +95,7 @@ class HandLoader:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
             return LoadResult(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         laid = Laid(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
-        path = Path(tempfile.mkdtemp()) / "image"
+        path = self._folder / str(ticket)
         size = write_image(laid, path)
         return LoadResult(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
 

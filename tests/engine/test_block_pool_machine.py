@@ -123,7 +123,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
 def test_a_chain_is_evicted_from_its_tail():

@@ -25,7 +25,7 @@ def watch(rig: Rig) -> dict[int, list[int]]:
     return served
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from([None, "a", "b", "c", "d"]), st.integers(1, 60), st.integers(1, 12)),
@@ -132,7 +132,7 @@ def test_a_big_request_is_not_passed_by_small_ones_for_ever():
     rig.assert_clean()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(9, 16),
     st.lists(st.tuples(st.sampled_from(["a", "a", "a", "b", None]), st.integers(5, 10)), max_size=10),

@@ -121,4 +121,4 @@ class TestEngineAtLength(EngineMachine.TestCase):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None, derandomize=True)
+TestEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)

@@ -71,7 +71,7 @@ def assert_same(got, expected) -> None:
     assert got.prompt_logprobs == expected.prompt_logprobs
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None)
 @given(crowds(), engines(), st.data())
 def test_any_company_any_budget_any_memory(crowd, lim, data):
     hold_company(crowd, lim, data)
@@ -97,7 +97,7 @@ def hold_company(crowd, lim, data) -> None:
         assert_same(rig.answers[req.request_id], alone(req))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(requests(), engines(), st.data())
 def test_resumed_behind_any_of_its_tokens(req, lim, data):
     whole = alone(req)

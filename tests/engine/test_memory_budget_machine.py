@@ -76,7 +76,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
 
 TestBudget = BudgetMachine.TestCase
-TestBudget.settings = settings(max_examples=80, stateful_step_count=30, deadline=None, derandomize=True)
+TestBudget.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
 def test_a_release_of_more_than_was_reserved_is_our_mistake():

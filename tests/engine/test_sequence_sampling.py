@@ -14,7 +14,7 @@ from truffula.engine.sampling import SequenceSampling
 ids = st.lists(st.integers(0, 300), max_size=150)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None)
 @given(ids.filter(bool), ids, ids)
 def test_seen_tokens_are_those_of_prompt_and_completion(prompt, before, after):
     sampling = SequenceSampling(request("r", prompt, presence_penalty=1.0), frozenset(), 301)
@@ -33,7 +33,7 @@ def test_without_penalties_nothing_is_kept():
     assert [len(part) for part in sampling.seen(np.asarray([4, 4], np.int32))] == [0, 0]
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(st.integers(0, 20), st.floats(-9, 9, width=32), max_size=5),
     st.frozensets(st.integers(0, 25), max_size=4), st.integers(0, 3), st.integers(0, 5),

@@ -54,7 +54,9 @@ class Rig:
         self.table = Table()
         self.budget = MemoryBudget(limit)
         self.spool = Spool([folder])
-        self.loader = InlineLoader(llama_sites(), model="tiny-base", spool=self.spool)
+        self.loader = InlineLoader(
+            llama_sites(), model="tiny-base", spool=self.spool, offline=True, cache_dir=folder / "hub"
+        )
         self.pool = AdapterPool(self.table, self.loader, self.budget, self.clock, spare_bytes=spare)
 
     def write(self, name: str, seed: int = 0, rank: int = 4) -> AdapterRef:
@@ -89,6 +91,20 @@ class Rig:
         self.budget.check()
         assert self.pool.resident == len(self.table.images)
         assert self.spooled() == []
+
+
+def cached(cache: Path, repo: str, folder: Path, commit: str = "0" * 40) -> None:
+    """The files of ``folder`` as huggingface_hub keeps them: a snapshot of links into blobs."""
+    root = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (root / "blobs").mkdir()
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        blob = root / "blobs" / str(number)
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lora_bases import judge, llama_sites
-from pool_rig import Rig, rig
+from pool_rig import Rig, cached, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError
 from truffula.lora.pool import MAX_NAMES
@@ -291,3 +291,15 @@ def test_names_of_one_key_are_bounded(tmp_path: Path) -> None:
             again = AdapterRef(name=f"a{i}", locator=ref.locator, fingerprint=ref.fingerprint)
             assert r.want(again).generation == generation
         assert len(r.pool.states()) == MAX_NAMES
+
+
+def test_the_commit_of_a_load_is_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "truffula.lora.pool")
+    commit = "5" * 40
+    with rig(tmp_path) as made:
+        made.write("a")
+        cached(tmp_path / "hub", "org/a", tmp_path / "a", commit)
+        made.loaded(AdapterRef(name="org/a", kind="hub", locator="org/a"))
+        (state,) = made.pool.states()
+        assert state.commit == commit
+        assert f"org/a@{commit}" in caplog.text

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from truffula.config import EngineConfig
@@ -32,8 +31,10 @@ def engine(tmp_path: Path) -> Any:
     made.close()
 
 
-def workers() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "truffula.lora.worker" in p.cmdline()]
+def workers(engine: Engine) -> list[int]:
+    """Of this engine's own loader: other engines of this process may have some too."""
+    pids: list[int] = engine._adapters._loader.pids()  # type: ignore[attr-defined]
+    return pids
 
 
 def request(name: str, policy: AdapterPolicy, adapter: str | None, tokens: int) -> EngineRequest:
@@ -55,11 +56,11 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
     engine.step()
     engine.add(request("burning", policy, "burning", 4))
     engine.step()
-    (first,) = workers()
+    (first,) = workers(engine)
     engine.add(request("blocked", policy, "blocked", 4))
     engine.step()
-    (second,) = [p for p in workers() if p.pid != first.pid]
-    os.kill(second.pid, signal.SIGSTOP)
+    (second,) = [pid for pid in workers(engine) if pid != first]
+    os.kill(second, signal.SIGSTOP)
     engine.add(request("good", policy, "good", 4))
     final: dict[str, TokenEvent] = {}
 
@@ -75,7 +76,7 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
     while {"burning", "good"} - set(final):  # the blocked one holds up nobody's load either
         step()
         assert time.monotonic() < end and "blocked" not in final
-    os.kill(second.pid, signal.SIGCONT)
+    os.kill(second, signal.SIGCONT)
     while not engine.idle():
         step()
         assert time.monotonic() < end
@@ -88,12 +89,12 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
 def test_a_killed_worker_ends_one_request_and_the_next_try_works(engine: Engine, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "served" / "a", tmp_path / "model")
     policy = AdapterPolicy(adapter_dir=tmp_path / "served")
-    (worker,) = workers()
-    os.kill(worker.pid, signal.SIGSTOP)
+    (worker,) = workers(engine)
+    os.kill(worker, signal.SIGSTOP)
     engine.add(request("base", policy, None, 60))
     engine.add(request("lost", policy, "a", 4))
     events = engine.step()
-    worker.kill()
+    os.kill(worker, signal.SIGKILL)
     end = time.monotonic() + PATIENCE_S
     while not engine.idle():
         events += engine.step()

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 from lora_bases import judge, llama_sites
-from pool_rig import Clock
+from pool_rig import Clock, cached
 
+from processes import running
 from truffula.engine.loader import LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
 from truffula.lora.image import map_image
@@ -48,7 +48,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
     for loader in made:
         pids = loader.pids()
         loader.close()
-        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not any(running(pid) for pid in pids)
     assert list((tmp_path / "spool").iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_a_load_that_takes_too_long_is_ended_and_the_rest_go_on(make: Make, tmp_
     error = results[slow].error
     assert error is not None and "30 s" in error.message and error.code == AdapterLoadError.code
     assert results[fine].error is None
-    until(lambda: loader.poll() or not psutil.pid_exists(pid), "the end of the slow worker")
+    until(lambda: loader.poll() or not running(pid), "the end of the slow worker")
 
 
 def test_a_blocked_source_does_not_hold_up_the_others(make: Make, tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ time.sleep(600)
         pid = int(engine.stdout.readline())
         assert list(tmp_path.glob(f"{PREFIX}*"))
         engine.kill()
-    until(lambda: not psutil.pid_exists(pid), "the end of the worker")
+    until(lambda: not running(pid), "the end of the worker")
     assert list(tmp_path.glob(f"{PREFIX}*")) == []
 
 
@@ -305,20 +305,6 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
 # ---- the Hub's cache, offline
 
 
-def cached(cache: Path, repo: str, folder: Path) -> None:
-    """The files of ``folder`` as huggingface_hub keeps them: a snapshot of links into blobs."""
-    root = cache / f"models--{repo.replace('/', '--')}"
-    snapshot = root / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (root / "blobs").mkdir()
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text("0" * 40)
-    for number, path in enumerate(sorted(folder.iterdir())):
-        blob = root / "blobs" / str(number)
-        blob.write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(Path("../../blobs") / blob.name)
-
-
 def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "a", llama_sites())
     cached(tmp_path / "cache", "org/pirate", tmp_path / "a")
@@ -327,5 +313,6 @@ def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Pa
     lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
     results = collect(loader, 2)
     assert results[good].error is None and results[good].generation == judge(tmp_path / "a").generation
+    assert results[good].commit == "0" * 40
     error = results[lacking].error
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message

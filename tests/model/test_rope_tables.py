@@ -34,14 +34,14 @@ widths = st.sampled_from([8, 20, 64, 80, 96, 128, 256])
 thetas = st.floats(50.0, 5e7)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(head_dim=widths, theta=thetas, factor=st.floats(1.0, 64.0))
 def test_default_and_linear(head_dim: int, theta: float, factor: float) -> None:
     agree(tiny_config(head_dim=head_dim, rope_theta=theta))
     agree(tiny_config(head_dim=head_dim, rope_theta=theta, rope_scaling={"type": "linear", "factor": factor}))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(
     head_dim=widths,
     theta=thetas,
@@ -61,7 +61,7 @@ def test_llama3(head_dim: int, theta: float, factor: float, low: float, more: fl
     agree(tiny_config(head_dim=head_dim, rope_theta=theta, max_position_embeddings=131072, rope_scaling=rope))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None)
 @given(
     head_dim=widths,
     theta=thetas,

@@ -15,6 +15,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def long_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For requests that must outlast a busy machine's pauses: thousands of tokens fit."""
+    return write_model(tmp_path_factory.mktemp("served") / "long", max_position_embeddings=4096)
+
+
+@pytest.fixture(scope="session")
 def adapter_folders(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> dict[str, Path]:
     return write_adapters(tmp_path_factory.mktemp("adapters"), model_folder)
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -150,12 +150,24 @@ def serving(model: Path, **options: Any) -> Iterator[Live]:
     assert not thread.is_alive()
 
 
+def health_of(client: httpx.Client) -> int:
+    return client.get("/health").status_code
+
+
+def until(true: Callable[[], Any], patience_s: float = 60) -> None:
+    """Polls: what is waited for happens in a thread or a process that says nothing."""
+    deadline = time.monotonic() + patience_s
+    while not true():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)
+
+
 def wait_ready(client: httpx.Client, server: DrainingServer) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if server.gate.failure is not None:
             raise server.gate.failure
-        if client.get("/health").status_code == 200:
+        if health_of(client) == 200:
             return
         time.sleep(0.01)
     raise AssertionError("the server did not become healthy")

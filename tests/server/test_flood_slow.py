@@ -7,12 +7,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
 import psutil
 import pytest
-from live_server import MODEL, serving
+from live_server import MODEL, serving, until
 from test_leaving_clients import wait_idle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -115,17 +116,44 @@ async def flood(url, count, rng):
     return answers, left
 
 
+class Log:
+    """A process's stderr, read to its end by a thread of its own: a full pipe would stop who writes to it."""
+
+    def __init__(self, stream):
+        self._lines, self._ended = [], False
+        self._thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self._thread.start()
+
+    def _read(self, stream):
+        for line in stream:
+            self._lines.append(line)
+        self._ended = True
+
+    def find(self, words):
+        """The first line with ``words``, once it is there. The end of the stream without it is an error."""
+        found = []
+
+        def look():
+            ended = self._ended  # before the lines: the last may come in between
+            found[:] = [line for line in list(self._lines) if words in line]
+            return found or ended
+
+        until(look, patience_s=120)
+        assert found, f"ended without {words!r}: {''.join(self._lines[-20:])}"
+        return found[0]
+
+
 @contextlib.contextmanager
 def serve_process(model_folder, *flags):
-    """``truffula serve`` itself; yields the process and its address, and ends it when the test has not."""
+    """``truffula serve`` itself; yields the process, its address and its log, and ends it when the test has not."""
     command = [sys.executable, "-m", "truffula", "serve", str(model_folder), "--port", "0", "--memory", "1GiB"]
     with subprocess.Popen([*command, "--threads", "1", *flags], stderr=subprocess.PIPE, text=True) as process:
+        log = Log(process.stderr)
         try:
-            ready = next((line for line in process.stderr if "ready at " in line), None)
-            assert ready is not None, "the server ended while it started"
-            yield process, ready.split("ready at ")[1].split()[0]
+            yield process, log.find("ready at ").split("ready at ")[1].split()[0], log
         finally:
             process.kill()
+            log._thread.join(60)
 
 
 def signal_while_streaming(process, url, number, **more):
@@ -139,36 +167,35 @@ def signal_while_streaming(process, url, number, **more):
 
 
 def test_sigterm_lets_running_requests_end(model_folder):
-    with serve_process(model_folder, "--drain-timeout", "60") as (process, url):
+    with serve_process(model_folder, "--drain-timeout", "60") as (process, url, _):
         seen = signal_while_streaming(process, url, signal.SIGTERM)
         assert seen[-1] == "[DONE]"
         assert json.loads(seen[-2])["choices"][0]["finish_reason"] == "length"
         assert process.wait(60) == 0
 
 
-def test_a_drain_that_takes_too_long_says_so_in_the_stream(model_folder):
-    with serve_process(model_folder, "--drain-timeout", "0.1") as (process, url):
-        seen = signal_while_streaming(process, url, signal.SIGINT, n=16)
+def test_a_drain_that_takes_too_long_says_so_in_the_stream(long_model_folder):
+    with serve_process(long_model_folder, "--drain-timeout", "0.1") as (process, url, _):
+        seen = signal_while_streaming(process, url, signal.SIGINT, n=16, max_tokens=4000)
         assert seen[-1] == "[DONE]"
         assert "error" in json.loads(seen[-2])
         assert process.wait(60) == 0
 
 
-def test_a_second_signal_leaves_at_once(model_folder):
-    with serve_process(model_folder, "--drain-timeout", "600") as (process, url):
-        request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 16, "ignore_eos": True, "stream": True}
+def test_a_second_signal_leaves_at_once(long_model_folder):
+    with serve_process(long_model_folder, "--drain-timeout", "600") as (process, url, log):
+        request = {"prompt": [5, 6, 7], "max_tokens": 4000, "n": 16, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
             next(response.iter_lines())
             process.send_signal(signal.SIGTERM)
-            while "draining" not in process.stderr.readline():
-                pass
+            log.find("draining")
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) != 0
 
 
-def test_a_killed_engine_answers_every_request_and_comes_back(model_folder):
-    with serve_process(model_folder) as (process, url):
-        request = {"prompt": [5, 6, 7], "max_tokens": 480, "n": 8, "ignore_eos": True, "stream": True}
+def test_a_killed_engine_answers_every_request_and_comes_back(long_model_folder):
+    with serve_process(long_model_folder) as (process, url, _):
+        request = {"prompt": [5, 6, 7], "max_tokens": 4000, "n": 8, "ignore_eos": True, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=request, timeout=100) as response:
             lines = response.iter_lines()
             next(lines)

@@ -7,6 +7,24 @@ from truffula.server.errors import MalformedBody
 
 
 @pytest.mark.parametrize(
+    ("raw", "key"),
+    [
+        (b'{"prompt": "a", "prompt": "b"}', "prompt"),
+        (b'{"prompt": "a", "\\u0070rompt": "a"}', "prompt"),
+        (b'{"a": [{"b": {"model": 1, "x": 2, "model": null}}]}', "model"),
+        (b'{"": 1, "": 1}', ""),
+    ],
+    ids=repr,
+)
+def test_a_key_written_twice_is_refused_by_name(raw, key):
+    with pytest.raises(MalformedBody, match="written twice") as caught:
+        decode_object(raw)
+    assert caught.value.param == key
+    assert repr(key) in caught.value.message
+    assert decode_object(b'{"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}') == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 1}]}
+
+
+@pytest.mark.parametrize(
     "raw",
     [
         b"",

@@ -293,7 +293,7 @@ def test_too_long(live):
 
 
 def test_unknown_keys_are_listed_at_both_levels(live):
-    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 1, "temprature": 1}, "model": "x"}
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 1, "temprature": 1}, "modle": "x"}
     response = live.post("/generate", body)
     ok(response)
-    assert response.headers["x-truffula-ignored"] == "model, parameters.temprature"
+    assert response.headers["x-truffula-ignored"] == "modle, parameters.temprature"

@@ -72,6 +72,21 @@ def test_forms_of_messages(live):
         ok(live.post("/v1/chat/completions", {"messages": messages, "max_tokens": 2}))
 
 
+def test_parts_of_text_are_joined_by_line_breaks_as_by_the_offline_api(live):
+    parts = [
+        {"type": "text", "text": "Hel"},
+        {"type": "input_text", "text": "lo"},
+        {"type": "refusal", "refusal": "no"},
+    ]
+    for spelt in (parts, "Hel\nlo\nno"):
+        body = {"messages": [{"role": "user", "content": spelt}], "return_token_ids": True, "max_tokens": 1}
+        found = ok(live.post("/v1/chat/completions", body))["prompt_token_ids"]
+        assert found == ok(live.post("/tokenize", {"messages": body["messages"]}))["tokens"]
+        if spelt is parts:
+            joined = found
+    assert found == joined
+
+
 def test_continuing_the_last_message(live):
     messages = [*TALK, {"role": "assistant", "content": "The Lorax"}]
     body = {

@@ -5,10 +5,11 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import httpx
 import pytest
-from live_server import assert_canonical_error, ok, serving, write_model
+from live_server import assert_canonical_error, health_of, ok, serving, until, write_model
 
 from truffula.config import ServerConfig, load_config
 from truffula.errors import ConfigError, EngineDied, TruffulaError
@@ -68,8 +69,7 @@ def test_it_answers_503_while_it_loads(model_folder):
             assert response.json()["error"]
             assert int(response.headers["retry-after"]) >= 1
         held.set()
-        while client.get("/health").status_code != 200:
-            pass
+        until(lambda: health_of(client) == 200)
         assert ok(client.get("/v1/models"))["data"]
     server.should_exit = True
     thread.join(60)
@@ -119,8 +119,9 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
     try:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with httpx.Client(base_url=url, timeout=60) as client:
-            while client.get("/health").status_code != 200:
+            while health_of(client) != 200:
                 assert thread.is_alive()
+                time.sleep(0.02)
         os.kill(server.gate.started.service._client.pid, signal.SIGKILL)
         thread.join(60)
         assert not thread.is_alive()
@@ -132,24 +133,58 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
     assert "SIGKILL" in server.gate.failure.message
 
 
+def test_after_a_signal_the_port_stays_open_for_the_drain_delay_and_says_503(model_folder):
+    with serving(model_folder, drain_delay=3.0) as live:
+        live.server.handle_exit(signal.SIGTERM, None)
+        seen = set()
+        body = {"prompt": "a", "max_tokens": 1}
+
+        def closed():
+            try:  # a connection of its own each time, as a balancer's probe and its clients have
+                seen.add(("health", httpx.get(f"{live.url}/health", timeout=60).status_code))
+                response = httpx.post(f"{live.url}/v1/completions", json=body, timeout=60)
+            except httpx.TransportError:
+                return True
+            if response.status_code == 503:
+                assert response.json()["error"]["code"] == "shutting_down"
+                assert int(response.headers["retry-after"]) >= 1
+            seen.add(("new", response.status_code))
+            return False
+
+        until(closed)
+    assert {("health", 503), ("new", 503)} <= seen
+
+
+def test_a_server_that_ends_by_itself_takes_the_first_signal_as_the_first(model_folder):
+    resolved = load_config({"model": str(model_folder), "port": 0}, env={})
+    with bind(resolved.server) as listening:
+        server = make_server(resolved, listening)
+        server.should_exit = True  # as when the engine is given up
+        server.handle_exit(signal.SIGTERM, None)  # a second one would end this process
+
+
 def test_the_metrics_of_a_dead_engine_say_so_and_leave_its_numbers_out(model_folder):
-    with serving(model_folder, transport="process", heartbeat_timeout_s=1.0, hang_timeout_s=600.0) as live:
+    with serving(model_folder, transport="process", heartbeat_timeout_s=5.0, hang_timeout_s=600.0) as live:
         assert "truffula_engine_up 1.0" in live.client.get("/metrics").text
         engine = live.service._client.pid
         os.kill(engine, signal.SIGSTOP)
         try:
-            while live.client.get("/health").status_code == 200:
-                pass
+            until(lambda: health_of(live.client) != 200)
             silent = live.client.get("/metrics").text
         finally:
             os.kill(engine, signal.SIGCONT)
         assert "truffula_engine_up 0.0" in silent
         assert "truffula_engine_steps_total" not in silent
-        while live.client.get("/health").status_code != 200:
-            pass
+        until(lambda: health_of(live.client) == 200)
         again = live.client.get("/metrics").text
         assert "truffula_engine_up 1.0" in again
         assert "truffula_engine_steps_total" in again
+
+
+def test_the_start_log_says_why_a_dtype_was_chosen(model_folder, caplog):
+    caplog.set_level("INFO", "truffula.server.started")
+    with serving(model_folder, dtype="float32"):
+        until(lambda: "compute in float32 (asked for)" in caplog.text)
 
 
 def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folders, capfd):

@@ -3,11 +3,10 @@
 import contextlib
 import json
 import socket
-import time
 from urllib.parse import urlsplit
 
 import pytest
-from live_server import assert_canonical_error, ok, serving
+from live_server import assert_canonical_error, ok, serving, until
 
 BODY = {"prompt": "Hello", "max_tokens": 1}
 
@@ -23,7 +22,7 @@ def half_a_body(live, path):
 
 @pytest.mark.parametrize(("path", "key"), [("/v1/completions", "code"), ("/generate", "error_type")])
 def test_a_body_that_never_ends_is_408(model_folder, path, key):
-    with serving(model_folder, body_timeout=0.2) as live:
+    with serving(model_folder, body_timeout=1.0) as live:
         with half_a_body(live, path) as connection:
             raw = b""
             while part := connection.recv(65536):  # until the server closes
@@ -33,7 +32,7 @@ def test_a_body_that_never_ends_is_408(model_folder, path, key):
         found = json.loads(body)
         found = found["error"] if path.startswith("/v1") else found
         assert found[key] == ("body_timeout" if key == "code" else "validation")
-        assert "0.2 s" in str(found)
+        assert "1 s" in str(found)
         ok(live.post("/v1/completions", BODY))
 
 
@@ -50,9 +49,3 @@ def test_open_requests_are_bounded_and_probes_are_not(model_folder):
             assert_canonical_error(live.post("/generate", {"inputs": "Hello"}), 429)
             assert live.client.get("/health").status_code == 200
         until(lambda: live.post("/v1/completions", BODY).status_code == 200)
-
-
-def until(true):
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tiny_tokenizers import byte_level_json
 
@@ -26,13 +27,14 @@ OPTIONS = {
 }
 
 
-def write_model(folder: Path, *, tokenizer: bool = True) -> Path:
+def write_model(folder: Path, *, tokenizer: bool = True, **config: Any) -> Path:
     """A llama with the byte-level tokenizer; a few ids at the end have no token, as in padded vocabularies."""
-    model = write_tiny_checkpoint(folder, tiny_llama_config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=1))
+    shape = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1}
+    model = write_tiny_checkpoint(folder, tiny_llama_config(**shape | config))
     if tokenizer:
         (model / "tokenizer.json").write_bytes(byte_level_json())
-        config = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
-        (model / "tokenizer_config.json").write_text(json.dumps(config))
+        names = {"bos_token": "<|begin|>", "eos_token": "<|end|>", "chat_template": TEMPLATE}
+        (model / "tokenizer_config.json").write_text(json.dumps(names))
     return model
 
 

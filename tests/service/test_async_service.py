@@ -33,13 +33,14 @@ from truffula.service.sync import SyncService
 from truffula.types import AdapterCommand, GenerateRequest, SamplingParams, TokenEvent
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
-LONG = SamplingParams(max_tokens=100, ignore_eos=True)
+LONG = SamplingParams(max_tokens=4000, ignore_eos=True)  # outlasts a busy machine's pauses
+ROOM = {"max_model_len": 4096}
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("async")
-    model = write_model(root / "model")
+    model = write_model(root / "model", max_position_embeddings=4096)
     return {"model": model, "one": write_adapter(root / "one", model, 1), "root": root}
 
 
@@ -155,9 +156,9 @@ def test_whoever_leaves_is_ended_in_the_engine(folders: dict[str, Path], transpo
         never_read = await service.open(GenerateRequest(prompt="e", params=LONG))
         await never_read.aclose()
         await quiet(service)
-        assert service.stats().generated_tokens < 200
+        assert service.stats().generated_tokens < 4000  # none of the five ran to its end
 
-    run(folders, test, transport=transport)
+    run(folders, test, transport=transport, **ROOM)
 
 
 def test_a_stop_string_ends_the_sequence_in_the_engine(folders: dict[str, Path], llm: LLM) -> None:
@@ -204,7 +205,7 @@ def test_what_outlasts_the_drain_ends_with_an_error(folders: dict[str, Path]) ->
         assert deltas[-1].error.code == "shutting_down"
         assert service.active == 0
 
-    run(folders, test)
+    run(folders, test, **ROOM)
 
 
 class Dying:
@@ -233,7 +234,7 @@ def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> N
         with pytest.raises(EngineDied):
             await service.open(GenerateRequest(prompt="c"))
 
-    run(folders, test, wrap=lambda client: Dying(client, 3))
+    run(folders, test, wrap=lambda client: Dying(client, 3), **ROOM)
 
 
 def test_text_of_unknown_size_is_not_worked_on_in_the_loop(folders: dict[str, Path]) -> None:
@@ -365,7 +366,7 @@ def test_a_dead_engine_ends_every_request_and_the_next_one_is_served(folders: di
         answer = await service.complete(GenerateRequest(prompt="a", params=GREEDY))
         assert len(answer.choices[0].tokens) == 10
 
-    run(folders, test, transport="process")
+    run(folders, test, transport="process", **ROOM)
 
 
 def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> None:

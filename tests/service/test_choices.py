@@ -78,7 +78,7 @@ stops = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None)
 @given(
     ids=ids_of | texts,
     stop=stops,
@@ -125,7 +125,7 @@ def test_text_is_the_decode_up_to_the_first_stop_however_events_are_cut(
         assert answer.text.startswith(out)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None)
 @given(ids=ids_of, stop=stops, one=st.lists(st.integers(1, 9), max_size=9), two=st.lists(st.integers(1, 9), max_size=9))
 def test_the_fold_does_not_depend_on_how_events_are_cut(
     ids: list[int], stop: list[str], one: list[int], two: list[int]

@@ -158,7 +158,7 @@ def test_words_for_the_base_and_for_adapters(tmp_path) -> None:
     assert caught.value.code == "adapter_not_found"
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
     kind=st.sampled_from(["byte-level", "sentence-piece", "word-piece"]),

@@ -116,9 +116,9 @@ def test_what_a_dialect_may_send_becomes_what_a_template_expects() -> None:
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 3}'}}]},
         {"role": "assistant", "content": "c", "tool_calls": []},
     ]
-    assert templates(source).render(messages) == "system=ab;assistant=3;assistant=c;"
+    assert templates(source).render(messages) == "system=a\nb;assistant=3;assistant=c;"
     knows = source + "{# developer #}"
-    assert templates(knows).render(messages[:1]) == "developer=ab;"
+    assert templates(knows).render(messages[:1]) == "developer=a\nb;"
     assert templates("{{ 'x' if 'tool_calls' in messages[0] else 'y' }}").render(messages[2:]) == "y"
 
 

@@ -17,7 +17,7 @@ from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    write_tiny_checkpoint(folder, tiny_llama_config(), seed=3, dtype="float32")
+    write_tiny_checkpoint(folder, tiny_llama_config(max_position_embeddings=4096), seed=3, dtype="float32")
     return folder
 
 

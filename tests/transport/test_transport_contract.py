@@ -45,7 +45,7 @@ def mixture() -> list[EngineRequest]:
         ask("foreign", [3, 101]),
         ask("absurd", [10**30]),
         ask("surrogate", [1], stop=("\ud800",)),
-        ask("too long", [3] * 512),
+        ask("too long", [3] * 4096),
     ]
 
 
@@ -83,12 +83,12 @@ def test_the_same_requests_give_the_same_events(client: EngineClient, alone: dic
 
 
 def test_an_abort_ends_its_request_and_no_other(client: EngineClient):
-    client.submit([ask("goes", [5, 6], max_tokens=450, ignore_eos=True), ask("stays", [5, 6], max_tokens=40)])
+    client.submit([ask("goes", [5, 6], max_tokens=4000, ignore_eos=True), ask("stays", [5, 6], max_tokens=40)])
     answers: dict[str, Answer] = {}
     eventually(lambda: fold(answers, client.events(0.1)) or "goes" in answers, "the first token")
     client.abort(["goes", "nobody"])
     follow(client, ["goes", "stays"], answers)
-    assert answers["goes"].finish == "abort" and len(answers["goes"].token_ids) < 450
+    assert answers["goes"].finish == "abort"
     assert answers["stays"].finish in ("length", "stop")
 
 
@@ -162,7 +162,7 @@ def test_a_broken_adapter_fails_its_command_and_its_requests_only(
 @each
 def test_closing_ends_what_is_open_and_may_be_repeated(transport: str, start: Callable[..., EngineClient]):
     client = start(transport)
-    client.submit([ask("open", [5, 6], max_tokens=450, ignore_eos=True)])
+    client.submit([ask("open", [5, 6], max_tokens=4000, ignore_eos=True)])
     client.close()
     client.close()
     answers: dict[str, Answer] = {}
@@ -207,11 +207,17 @@ def test_a_fault_of_the_engine_itself_ends_every_request(
 
 
 def test_starting_and_closing_leaves_no_descriptor_thread_or_child(start: Callable[..., EngineClient]):
+    def destination(link: Path) -> Path | None:
+        try:
+            return link.readlink()
+        except OSError:  # closed since it was listed, the listing's own descriptor too
+            return None
+
     def held() -> set[str]:
         """What is open and running by name: what earlier tests left may end in our middle, but nothing may be new."""
         gc.collect()
         links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]  # noqa: PTH208  names only
-        files = {f"{link.name} {link.readlink()}" for link in links if link.is_symlink()}
+        files = {f"{link.name} {target}" for link in links if (target := destination(link)) is not None}
         threads = {f"thread {thread.ident} {thread.name}" for thread in threading.enumerate()}
         return files | threads | {f"child {child.pid}" for child in psutil.Process().children(recursive=True)}
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from truffula.config import EngineConfig, format_size
 from truffula.engine.budget import MemoryBudget
@@ -23,9 +26,11 @@ from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallba
 from truffula.lora.job import LoadLimits
 from truffula.lora.pool import AdapterPool
 from truffula.model.load import ModelPlan, plan_model, puller
-from truffula.types import EngineInfo
+from truffula.types import EngineInfo, FileStamp
+from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
+from truffula.weights.watch import FileWatch, require_same, stamp, stamps_of
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +102,27 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     )
 
 
-def build_engine(config: EngineConfig, progress: Progress | None = None) -> tuple[Engine, EngineInfo]:
+def build_engine(
+    config: EngineConfig, progress: Progress | None = None, first: EngineInfo | None = None
+) -> tuple[Engine, EngineInfo]:
     """Start an engine in this thread, which must then be the one that steps it (thread counts are per thread).
 
+    With ``first``, what an earlier life of it said: the same files, unchanged, and all that was found out then.
+
     Raises:
+        CheckpointChanged: The files are not those of the first life, or changed while they were read.
         TruffulaError: Any reason why this model can't be served so: nothing stays behind.
     """
+    if first is not None:
+        config = as_found(config, first)
     tell = progress or _silent
     began = time.monotonic()
-    path = resolve_source(
-        config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=tell
-    )
+    path = Path(first.details["path"]) if first is not None else _resolve(config, tell)
     tell("plan", 0, None)
-    with closing(open_checkpoint(path)) as checkpoint:  # what the executable keeps mapped stays until it goes
+    with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays until it goes
+        files = stamps_of(checkpoint)
+        if first is not None:
+            require_same(first.files, files)
         plan = plan_model(checkpoint)
         backend = select_backend(
             config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
@@ -122,40 +135,71 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> tupl
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
         try:
             pull.finish()
-            engine = _assemble(config, settings, plan, executable)
+            require_same(files, stamps_of(checkpoint))
+            weights = {str(info.file) for info in checkpoint.tensors.values()}
+            engine = _assemble(config, settings, plan, executable, [f for f in files if f.path in weights])
         except BaseException:
             executable.close()
             raise
-    info = _info(config, settings, plan, time.monotonic() - began)
+    info = replace(_info(config, settings, plan, time.monotonic() - began), files=files)
     _log(info)
     return engine, info
 
 
-def _assemble(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable) -> Engine:
-    """Budget, loading worker, adapter pool and engine around a loaded model."""
+def as_found(config: EngineConfig, first: EngineInfo) -> EngineConfig:
+    """``config`` with what its first start decided: a later one decides nothing anew, so that it answers the same."""
+    return dataclasses.replace(
+        config,
+        backend=first.backend,
+        device=first.device,
+        dtype=first.dtype,
+        threads=first.details["threads"],
+        max_model_len=first.max_model_len,
+        memory_bytes=first.details["memory_limit_bytes"],
+    )
+
+
+def _resolve(config: EngineConfig, tell: Progress) -> Path:
+    return resolve_source(
+        config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=tell
+    )
+
+
+def _open(path: Path, first: EngineInfo | None) -> Checkpoint:
+    """The checkpoint at ``path``; one that was served and cannot be opened any more has changed."""
+    if first is not None:
+        require_same(first.files, [stamp(Path(item.path)) for item in first.files])
+    return open_checkpoint(path)
+
+
+def _assemble(
+    config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable, weights: list[FileStamp]
+) -> Engine:
+    """Budget, loading worker, adapter pool, the watch over the mapped files and engine around a loaded model."""
     budget = MemoryBudget(settings.memory.pool_bytes)
     share = budget if config.adapter_memory_bytes is None else AdapterShare(budget, config.adapter_memory_bytes)
-    loader = LoadingWorker(
-        plan.program.sites,
-        model=config.model,
-        limits=LoadLimits(
-            image_bytes=share.limit,
-            file_bytes=config.max_adapter_file_bytes,
-            memory_bytes=config.adapter_worker_memory_bytes,
-            cpu_s=config.adapter_load_timeout_s,
-            wall_s=config.adapter_load_timeout_s,
-            download_s=config.adapter_download_timeout_s,
-        ),
-        offline=config.offline,
-        cache_dir=config.cache_dir,
-    )
-    try:
+    with ExitStack() as undo:
+        watch = FileWatch(weights)
+        undo.callback(watch.close)
+        loader = LoadingWorker(
+            plan.program.sites,
+            model=config.model,
+            limits=LoadLimits(
+                image_bytes=share.limit,
+                file_bytes=config.max_adapter_file_bytes,
+                memory_bytes=config.adapter_worker_memory_bytes,
+                cpu_s=config.adapter_load_timeout_s,
+                wall_s=config.adapter_load_timeout_s,
+                download_s=config.adapter_download_timeout_s,
+            ),
+            offline=config.offline,
+            cache_dir=config.cache_dir,
+        )
+        undo.callback(loader.close)
         adapters = AdapterPool(executable, loader, share, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
-        return Engine(executable, settings.limits, adapters, budget)
-    except BaseException:
-        loader.close()
-        executable.close()
-        raise
+        engine = Engine(executable, settings.limits, adapters, budget, watch=watch)
+        undo.pop_all()
+    return engine
 
 
 def _capacity(config: EngineConfig, plan: ModelPlan, model_len: int, num_blocks: int) -> Capacity:

@@ -18,7 +18,7 @@ from typing import Literal, Protocol
 from truffula.config import EngineConfig
 from truffula.engine.build import Progress, build_engine
 from truffula.engine.journal import Journal
-from truffula.engine.loop import EngineLoop, Turn, close_engine, engine_fault
+from truffula.engine.loop import FILES_LOOK_S, EngineLoop, Turn, close_engine, engine_fault
 from truffula.engine.wire import crosses
 from truffula.errors import AdapterLoadError, InvalidRequest, ShuttingDown, TruffulaError
 from truffula.logs import LogSettings
@@ -331,7 +331,7 @@ class ThreadClient:
                 if not self._inbox and not self._closing:
                     rest = loop.rest()
                     if rest is None or rest > 0:
-                        self._wake.wait(rest)
+                        self._wake.wait(FILES_LOOK_S if rest is None else rest)
                 if self._closing:
                     return
                 calls, self._inbox = self._inbox, []

@@ -16,6 +16,7 @@ from truffula.errors import AdapterNotFound, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.weights.watch import FileWatch
 
 __all__ = ["Engine", "EngineLimits"]
 
@@ -25,9 +26,9 @@ logger = logging.getLogger(__name__)
 class Engine:
     """One model, its adapters, and everybody who waits for tokens of them. One owner, one thread.
 
-    ``executable``, ``adapters`` and ``budget`` are the engine's from here on; ``close`` closes the first two. ``clock``
-    gives monotonic seconds (the pool's and the requests' clock). Every request added is answered by exactly one final
-    event.
+    ``executable``, ``adapters``, ``budget`` and ``watch`` (over the files that weights are mapped from) are the
+    engine's from here on; ``close`` closes them. ``clock`` gives monotonic seconds (the pool's and the requests'
+    clock). Every request added is answered by exactly one final event.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class Engine:
         adapters: AdapterPool,
         budget: MemoryBudget,
         *,
+        watch: FileWatch | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
         self._executable = executable
         self._adapters = adapters
         self._budget = budget
+        self._watch = watch
         self._clock = clock
         self._blocks = BlockPool(
             limits.num_blocks, limits.block_size, budget=budget, block_bytes=limits.kv_block_bytes,
@@ -81,6 +84,11 @@ class Engine:
             else:
                 self._scheduler.update(plan, results, self._clock())
         return self._scheduler.take_events()
+
+    def check_files(self) -> None:
+        """Raises ``CheckpointChanged`` when a file that weights may be mapped from was written to."""
+        if self._watch is not None:
+            self._watch.check()
 
     def has_work(self) -> bool:
         """Whether ``step`` would do something at once.
@@ -158,4 +166,6 @@ class Engine:
             self._scheduler.roster.fail(sequence, ShuttingDown("The engine was closed."), now)
         self._adapters.close()
         self._executable.close()
+        if self._watch is not None:
+            self._watch.close()
         return self._scheduler.take_events()

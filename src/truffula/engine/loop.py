@@ -9,13 +9,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from truffula.engine.engine import Engine
-from truffula.errors import AdapterLoadError, AdapterNotFound, EngineDied, InsufficientMemory, TruffulaError, from_info
+from truffula.errors import (
+    AdapterLoadError,
+    AdapterNotFound,
+    CheckpointChanged,
+    EngineDied,
+    InsufficientMemory,
+    TruffulaError,
+    from_info,
+)
 from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
 
 LOAD_POLL_S = 0.005
 """How often an engine looks for finished adapter loads when it has nothing else to do."""
 
 
+FILES_LOOK_S = 1.0
+"""How often the files that weights are mapped from are looked at, while idle too."""
 ROOM_PATIENCE_S = 60.0
 """How long a load command waits for memory that running requests hold, once the adapter is read."""
 
@@ -52,7 +62,7 @@ class EngineLoop:
         self._engine = engine
         self._clock = clock
         self._loads: dict[int, _Load] = {}  # by ticket
-        self._looked_at = 0.0
+        self._looked_at = self._looked_at_files = 0.0
         self._answers: list[AdapterAnswer] = []
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
@@ -78,6 +88,9 @@ class EngineLoop:
 
     def turn(self) -> Turn:
         """One step at most. Raises only when the engine itself is at fault; nothing more can be asked of it then."""
+        if self._clock() - self._looked_at_files >= FILES_LOOK_S:
+            self._engine.check_files()
+            self._looked_at_files = self._clock()
         # Before the step: however long the last one took, what a load waits for was looked at when idle things go.
         if self._loads and self._clock() - self._looked_at >= LOAD_POLL_S:
             self._judge_loads()
@@ -138,7 +151,9 @@ def load_outcome(ticket: int, ref: AdapterRef, state: AdapterState | None) -> Ad
 
 
 def engine_fault(error: BaseException) -> TruffulaError:
-    """A fault of the engine's own as what its requests end with; the traceback goes to stderr, for the operator."""
+    """What ended an engine as what its requests end with; a fault of its own shows its traceback on stderr."""
+    if isinstance(error, CheckpointChanged):
+        return error
     traceback.print_exception(error, file=sys.stderr)
     return EngineDied(f"The engine failed: {type(error).__name__}: {error}.", cause=type(error).__name__)
 

@@ -7,7 +7,8 @@
 One life of the engine ends with the socket, or by the supervisor's hand when it stays unhealthy (silent, or stuck in a
 step) for ``hang_timeout_s``; an unhealthy engine is given no new requests. Then every open request ends with
 ``engine_died`` and the next life begins after a pause that doubles, at most ``max_restarts`` times in
-``restart_window_s``; until it is ready, requests are refused at once.
+``restart_window_s``; until it is ready, requests are refused at once. A later life decides nothing anew: it gets what
+the first one found out (files, dtype, lengths, memory). When the model's files have changed there is no next life.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from truffula.engine import wire
 from truffula.engine.build import Progress
 from truffula.engine.client import Tickets, refuse_uncrossable
 from truffula.engine.journal import Journal
-from truffula.errors import EngineDied, ShuttingDown, TruffulaError, WireError, from_info
+from truffula.errors import CheckpointChanged, EngineDied, ShuttingDown, TruffulaError, WireError, from_info
 from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
@@ -60,7 +61,7 @@ class ProcessClient:
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
-        self._started: Future[EngineInfo] = Future()
+        self._started: Future[EngineInfo] = Future()  # of the first life, which later ones repeat
         self._thread = threading.Thread(target=self._supervise, name="truffula-supervisor", daemon=True)
         self._thread.start()
         try:
@@ -170,6 +171,9 @@ class ProcessClient:
             if not self._started.done():
                 self._started.set_exception(error)
                 return
+            if isinstance(error, CheckpointChanged):
+                self._give_up(error)
+                return
             now = time.monotonic()
             deaths.append(now)
             while now - deaths[0] > self._config.restart_window_s:
@@ -235,14 +239,16 @@ class ProcessClient:
         status = life.end()
         if reason is None:
             reason = EngineDied(f"The engine's process ended {_manner(status)}.", status=status)
-        self._refuse(EngineDied(f"The engine died and is being restarted: {reason}", **reason.data))
+        if not isinstance(reason, CheckpointChanged):  # that one has no next life
+            self._refuse(EngineDied(f"The engine died and is being restarted: {reason}", **reason.data))
         return reason
 
     def _follow(self, life: Life) -> TruffulaError | None:
         """Take in what the engine says until it ends, or until close. Returns the reason, when it told one."""
         waiter = select.poll()
         waiter.register(self._wake_in, select.POLLIN)
-        life.channel.post(wire.Start(self._config, self._logs))
+        first = self._started.result() if self._started.done() else None
+        life.channel.post(wire.Start(self._config, self._logs, first))
         while not self._closing:
             waiter.register(life.channel, select.POLLIN | (select.POLLOUT if life.channel.unsent else 0))
             ready = dict(waiter.poll(max(0.0, life.patience(time.monotonic())) * 1000))
@@ -383,5 +389,8 @@ def _manner(status: int) -> str:
     if status >= 0:
         return f"with status {status}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    hint = " (the system kills so when memory runs out)" if status == -signal.SIGKILL else ""
-    return f"by {name}{hint}"
+    hints = {
+        -signal.SIGKILL: " (the system kills so when memory runs out)",
+        -signal.SIGBUS: " (a file that is mapped, such as the model's, was cut short)",
+    }
+    return f"by {name}{hints.get(status, '')}"

@@ -43,10 +43,14 @@ class Hello(Frame, frozen=True):
 
 
 class Start(Frame, frozen=True):
-    """What to serve, and how to log; answered by ``Starting`` frames and then ``Ready`` or ``Died``."""
+    """What to serve, and how to log; answered by ``Starting`` frames and then ``Ready`` or ``Died``.
+
+    ``first`` is what this engine's first life said of itself: a later one must be the same, or end.
+    """
 
     config: EngineConfig
     logs: LogSettings | None = None
+    first: EngineInfo | None = None
 
 
 class Submit(Frame, frozen=True):

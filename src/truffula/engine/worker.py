@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from truffula.engine import wire
 from truffula.engine.build import build_engine
-from truffula.engine.loop import AdapterAnswer, EngineLoop, close_engine, engine_fault
+from truffula.engine.loop import FILES_LOOK_S, AdapterAnswer, EngineLoop, close_engine, engine_fault
 from truffula.errors import GenerationError, TruffulaError, WireError
 from truffula.logs import setup_logs
 from truffula.types import EngineStats, TokenEvent
@@ -75,6 +75,16 @@ class Heart:
             except wire.Disconnected:
                 # The main thread may be in a step of minutes; nobody is left to want its end.
                 os._exit(EXIT_OK)
+            except Exception as error:  # noqa: BLE001  without a heart the engine would be killed as silent, no word why
+                self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        """End the process, the reason said to the parent and to stderr."""
+        fault = engine_fault(error)
+        try:
+            self._channel.send(wire.Died(fault.info()))
+        finally:  # whatever the channel says, which may be what fails
+            os._exit(EXIT_FAULT)
 
 
 class Worker:
@@ -115,7 +125,7 @@ class Worker:
     def _serve(self, start: wire.Start, frames: Sequence[wire.ToEngine]) -> int:
         if start.logs is not None:
             setup_logs(start.logs)
-        engine, info = build_engine(start.config, self._heart.starting)
+        engine, info = build_engine(start.config, self._heart.starting, start.first)
         loop = EngineLoop(engine)
         try:
             self._heart.stats(loop.stats(), tell=True)
@@ -134,7 +144,7 @@ class Worker:
             if rest is None and busy:
                 self._heart.stats(loop.stats(), tell=True)  # the numbers of an idle engine are right at once
             busy = rest is not None
-            self._poll(rest)
+            self._poll(FILES_LOOK_S if rest is None else rest)
             frames = self._channel.receive()
             if frames is None or not self._take(loop, frames):
                 return

@@ -111,6 +111,7 @@ def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda
         generation=adapter.generation,
         nbytes=nbytes,
         rank=adapter.rank,
+        commit=folder.name if order.ref.kind == "hub" else "",  # the cache names its snapshots so
         warnings=adapter.warnings,
         seconds=time.monotonic() - started,
     )

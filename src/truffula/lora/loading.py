@@ -19,6 +19,7 @@ class LoadResult:
     generation: str = ""
     nbytes: int = 0
     rank: int = 0
+    commit: str = ""  # of an adapter of the Hub
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
 

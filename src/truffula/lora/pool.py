@@ -61,6 +61,7 @@ class _Entry:
     pinned: bool = False
     former: list[str] = field(default_factory=list)  # its last names, for when no key leads here any more
     used_at: float = 0.0
+    commit: str = ""
 
     @property
     def idle(self) -> bool:
@@ -308,6 +309,7 @@ class AdapterPool:
             status=status if entry.keys else "retired",
             nbytes=entry.nbytes,
             rank=entry.image.rank,
+            commit=entry.commit,
             leases=entry.leases,
             pinned=entry.pinned,
         )
@@ -380,6 +382,7 @@ class AdapterPool:
         _log_load(ref, result)
         entry = self._entries[generation]
         entry.keys[key] = {ref.name}
+        entry.commit = result.commit or entry.commit
         self._current[key] = generation
         former = self._places.get(key[0], generation)
         if former != generation:
@@ -535,9 +538,10 @@ class AdapterPool:
 
 
 def _log_load(ref: AdapterRef, result: LoadResult) -> None:
+    where = f"{ref.locator}@{result.commit}" if result.commit else ref.locator
     logger.info(
         "adapter %r (%s): generation %s, rank %d, %d bytes, read in %.2f s",
-        ref.name, ref.locator, result.generation[:12], result.rank, result.nbytes, result.seconds,
+        ref.name, where, result.generation[:12], result.rank, result.nbytes, result.seconds,
     )  # fmt: skip
     for warning in result.warnings:
         logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)

@@ -15,7 +15,9 @@ import fnmatch
 import logging
 import os
 import re
+import time
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
@@ -26,6 +28,8 @@ SOURCES = ("local", "hub")
 # What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
 BASE_WORDS = ("", "tgi", "dummy")
 MAX_NAME_CHARS = 512
+LISTING_S = 1.0
+"""How long a listing of the adapter folder is good."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,15 @@ def _is_folder_name(name: str) -> bool:
 
 def _is_below(path: Path, root: Path) -> bool:
     return path == root or root in path.parents
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What the folder held ``at`` (monotonic seconds), when its own time of change was ``changed``."""
+
+    changed: int
+    at: float
+    names: frozenset[str]
 
 
 class AdapterPolicy:
@@ -82,6 +95,7 @@ class AdapterPolicy:
             raise ConfigError(f"adapter source {default_source!r} is not one of {', '.join(SOURCES)}.")
         self._base_names = base_names
         self._left_out: set[str] = set()
+        self._listing: _Listing | None = None
         for name in adapters or ():
             if self._is_reserved(name):
                 raise ConfigError(f"{name!r} can't be an adapter's name: it means the base model.", param="adapters")
@@ -123,19 +137,30 @@ class AdapterPolicy:
 
     def names(self) -> list[str]:
         """Adapters that can be listed: the named ones and the folder's, sorted. First-use ones have no list."""
-        found = set(self._named)
-        if self._dir is not None:
-            try:
-                with os.scandir(self._dir) as entries:
-                    there = {entry.name for entry in entries if self._in_dir(entry.name) is not None}
-            except OSError:
-                return sorted(found)  # the folder was taken away; the named ones are still served
-            left_out = {name for name in there if self._is_reserved(name)}
-            for name in sorted(left_out - self._left_out):
-                log.warning("the adapter folder's %r is left out: that name means the base model", name)
-            self._left_out |= left_out
-            found |= there - left_out
-        return sorted(found)
+        return sorted({*self._named, *self._listed()})
+
+    def _listed(self) -> frozenset[str]:
+        """The folder's adapters. Looked at again when the folder itself has changed, and after ``LISTING_S``, as what
+        makes a subfolder an adapter lies in the subfolder.
+        """
+        if self._dir is None:
+            return frozenset()
+        kept = self._listing
+        try:
+            changed = self._dir.stat().st_mtime_ns
+            if kept is not None and kept.changed == changed and time.monotonic() - kept.at < LISTING_S:
+                return kept.names
+            at = time.monotonic()
+            with os.scandir(self._dir) as entries:
+                there = {entry.name for entry in entries if self._in_dir(entry.name) is not None}
+        except OSError:
+            return frozenset()  # the folder was taken away; the named ones are still served
+        left_out = {name for name in there if self._is_reserved(name)}
+        for name in sorted(left_out - self._left_out):
+            log.warning("the adapter folder's %r is left out: that name means the base model", name)
+        self._left_out |= left_out
+        self._listing = _Listing(changed, at, frozenset(there - left_out))
+        return self._listing.names
 
     def _is_reserved(self, name: str) -> bool:
         return self._base_names is not None and reserved(name, self._base_names)

@@ -13,7 +13,7 @@ from truffula.lora.sources import AdapterPolicy, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
 from truffula.server.state import state_of
-from truffula.types import AdapterCommand
+from truffula.types import AdapterCommand, AdapterRef
 
 
 class LoadBody(Body):
@@ -33,17 +33,23 @@ async def load_adapter(request: Request) -> Response:
     name = body.lora_name
     if reserved(name, state.base_names):
         raise InvalidRequest(f"{name[:80]!r} means the base model; name the adapter otherwise.", param="lora_name")
-    if name in state.adapter_names() and not body.load_inplace:
+    if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
-    if not _is_folder(body.lora_path):
-        raise AdapterNotFound(f"{body.lora_path[:200]!r} holds no adapter.", param="lora_path")
-    try:
-        policy = AdapterPolicy({name: body.lora_path})
-    except ConfigError as error:
-        raise InvalidRequest(error.message, param="lora_name") from error
-    await state.service.adapters(AdapterCommand(action="load", ref=policy.resolve(name)))
+    policy, ref = await state.service.in_thread(_find, name, body.lora_path)
+    await state.service.adapters(AdapterCommand(action="load", ref=ref))
     state.loaded[name] = policy
     return json_reply(f"Success: LoRA adapter '{name}' added successfully.")
+
+
+def _find(name: str, path: str) -> tuple[AdapterPolicy, AdapterRef | None]:
+    """The adapter at ``path`` by its new name; asks the file system."""
+    if not _is_folder(path):
+        raise AdapterNotFound(f"{path[:200]!r} holds no adapter.", param="lora_path")
+    try:
+        policy = AdapterPolicy({name: path})
+    except ConfigError as error:
+        raise InvalidRequest(error.message, param="lora_name") from error
+    return policy, policy.resolve(name)
 
 
 def _is_folder(path: str) -> bool:
@@ -57,9 +63,9 @@ async def unload_adapter(request: Request) -> Response:
     """Running requests end with it; new ones no longer find it, unless the operator's own options name it."""
     state = state_of(request)
     name = (await read_body(request, UnloadBody)).lora_name
-    if name not in state.adapter_names():
+    if name not in await state.adapter_names():
         raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
-    ref = state.adapter(name)
+    ref = await state.adapter(name)
     state.loaded.pop(name, None)
     await state.service.adapters(AdapterCommand(action="unload", ref=ref))
     return json_reply(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from collections import Counter
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -63,7 +65,25 @@ def decode_object(raw: bytes) -> dict[str, Any]:
         raise MalformedBody("The body is nested too deeply.") from error
     if not isinstance(value, dict):
         raise MalformedBody(f"The body must be a JSON object, not {_kind(value)}.")
+    _refuse_duplicates(raw)
     return value
+
+
+def _refuse_duplicates(raw: bytes) -> None:
+    """Raises ``MalformedBody`` for a key written twice in one object: the decoder keeps the last and says nothing."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) == len(pairs):
+            return
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise MalformedBody(f"The key {twice[:80]!r} is written twice in one object; write it once.", param=twice[:80])
+
+    try:
+        json.loads(raw, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise MalformedBody("The body is nested too deeply.") from error
+    except ValueError as error:
+        raise MalformedBody(f"The body is not valid JSON: {error}.") from error
 
 
 async def read_object(request: Request) -> dict[str, Any]:

@@ -119,6 +119,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         "shutting_down": Row(503, "overloaded", _FULL, 503, _OURS, "shutting_down"),
         "deadline_exceeded": Row(504, "generation", _RUN, 504, _OURS, "deadline_exceeded"),
         "engine_died": Row(503, "incomplete_generation", _CUT, 503, _OURS, "engine_died"),
+        "checkpoint_changed": Row(503, "incomplete_generation", _CUT, 503, _OURS, "checkpoint_changed"),
         "aborted": Row(500, "incomplete_generation", _CUT, 500, _OURS, "aborted"),
         "generation_failed": Row(424, "generation", _RUN, 500, _OURS, "generation_failed"),
         "no_tokenizer": Row(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),

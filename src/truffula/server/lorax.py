@@ -18,7 +18,7 @@ from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openai_chat import chat
 from truffula.server.openai_completions import complete
 from truffula.server.replies import json_reply
-from truffula.server.state import record_of, state_of
+from truffula.server.state import BASE_WORDS, record_of, state_of
 from truffula.types import AdapterRef, GenerateRequest
 
 
@@ -61,18 +61,20 @@ async def _body(request: Request) -> GenerateBody:
     return await read_body(request, GenerateBody)
 
 
-def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[GenerateRequest, AdapterRef | None]:
+async def to_request(
+    request: Request, body: GenerateBody, *, streams: bool
+) -> tuple[GenerateRequest, AdapterRef | None]:
     """The body as a request in text, and who answers it."""
     state, params = state_of(request), body.params
     config = state.config
-    body.check()
+    body.check((*state.base_names, *BASE_WORDS))
     params.check(
         stream=streams,
         max_best_of=config.max_best_of,
         max_stops=config.max_stop_sequences,
         max_logprobs=config.max_logprobs,
     )
-    adapter = state.adapter(params.adapter_id, params.adapter_source)
+    adapter = await state.adapter(params.adapter_id, params.adapter_source)
     mark(request, adapter, params.max_new_tokens)
     shape: dict[str, Any] = {"prompt": body.inputs}
     if params.apply_chat_template:
@@ -93,7 +95,7 @@ def to_request(request: Request, body: GenerateBody, *, streams: bool) -> tuple[
 
 async def _whole(request: Request, body: GenerateBody, *, as_list: bool) -> Response:
     started = time.monotonic()
-    made, adapter = to_request(request, body, streams=False)
+    made, adapter = await to_request(request, body, streams=False)
     (found,) = await whole(request, [made])
     choice, *others = best_first(found.choices)
     full = body.inputs if body.params.return_full_text else ""
@@ -112,7 +114,7 @@ async def _whole(request: Request, body: GenerateBody, *, as_list: bool) -> Resp
 
 
 async def _stream(request: Request, body: GenerateBody) -> Response:
-    made, adapter = to_request(request, body, streams=True)
+    made, adapter = await to_request(request, body, streams=True)
     return await stream(
         request, [made], NativeWriter(body), stream_headers(len(body.inputs), adapter, state_of(request))
     )

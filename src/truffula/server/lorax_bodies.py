@@ -5,6 +5,7 @@ lorax-client sends every key, most of them null; null means absent. What cannot 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, ClassVar
 
 from pydantic import Field, field_validator
@@ -13,6 +14,7 @@ from truffula.errors import InvalidRequest
 from truffula.server.body import Body
 from truffula.server.neutral import NATIVE_ELSEWHERE, NATIVE_REFUSED, refuse, refuse_elsewhere
 from truffula.server.openai_bodies import biases
+from truffula.server.selectors import refuse_misplaced
 from truffula.types import MAX_SEED, SamplingParams
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -50,6 +52,7 @@ class Parameters(Body):
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
     cache_salt: str | None = None
+    model: str | None = None  # the base's name or nothing: ``refuse_misplaced``
 
     @field_validator("stop")
     @classmethod
@@ -154,10 +157,12 @@ class GenerateBody(Body):
     inputs: str = Field(min_length=1)
     parameters: Parameters | None = None
     stream: bool | None = None
+    model: str | None = None  # the base's name or nothing: ``refuse_misplaced``
 
-    def check(self) -> None:
+    def check(self, base_names: Collection[str]) -> None:
         """What this server does not do is refused beside ``inputs`` as it is among the parameters."""
         refuse(self.model_extra or {}, NATIVE_REFUSED)
+        refuse_misplaced(self.model_extra or {}, (self.model, self.params.model), base_names)
 
     def unknown(self) -> list[str]:
         return [name for name in super().unknown() if name not in NATIVE_REFUSED]

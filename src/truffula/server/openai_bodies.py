@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from truffula.errors import InvalidRequest
 from truffula.server.body import Body
 from truffula.server.neutral import OPENAI_IDLE, OPENAI_REFUSED, OPENAI_TWINS, asks_for_something, refuse, refuse_twins
+from truffula.server.selectors import refuse_held
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
@@ -80,7 +81,10 @@ class OpenAIBody(Body):
     request_id: str | None = None
     rid: str | None = None
     lora_path: str | None = None
-    # LoRAX
+    # LoRAX, and other words for it
+    adapter_id: str | None = None
+    lora_name: str | None = None
+    lora_adapter: str | None = None
     adapter_source: str | None = None
     api_token: str | None = Field(default=None, repr=False)
     ignore_eos_token: bool | None = None
@@ -95,6 +99,7 @@ class OpenAIBody(Body):
     def check(self) -> None:
         """Refuses what cannot be honoured and what contradicts itself."""
         refuse(self.model_extra or {}, OPENAI_REFUSED)
+        refuse_held(self.model_extra or {})
         refuse_twins(self, OPENAI_TWINS)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
@@ -209,16 +214,10 @@ class ChatMessage(Body):
                 raise ValueError(f"a part of type {kind!r} needs a string in {kind.removeprefix('input_')!r}")
         return value
 
-    def text(self) -> str | None:
-        if not isinstance(self.content, list):
-            return self.content
-        return "\n".join(str(part.get("text", part.get("refusal", ""))) for part in self.content)
-
     def for_template(self) -> dict[str, Any]:
-        """As templates expect it: text content (null where tools were called), absent keys left out."""
-        text = self.text()
-        out: dict[str, Any] = {"role": self.role, "content": text}
-        if text is None and not self.tool_calls:
+        """As the template takes it, which joins parts: null content where tools were called, absent keys left out."""
+        out: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.content is None and not self.tool_calls:
             out["content"] = ""
         for name in ("name", "tool_calls", "tool_call_id"):
             if (value := getattr(self, name)) is not None:

@@ -37,7 +37,7 @@ async def chat_completions(request: Request) -> Response:
 
 
 async def chat(request: Request, body: ChatBody, state: ServerState) -> Response:
-    one = chat_request(request, body, state)
+    one = await chat_request(request, body, state)
     model = asked_model(body, state)
     if body.stream:
         return await stream(

@@ -40,7 +40,7 @@ async def completions(request: Request) -> Response:
 
 async def complete(request: Request, body: CompletionBody, state: ServerState) -> Response:
     started = time.monotonic()
-    requests = completion_requests(request, body, state)
+    requests = await completion_requests(request, body, state)
     top = head("text_completion", "cmpl", asked_model(body, state), state)
     if body.stream:
         return await stream(request, requests, CompletionWriter(request, body, top))

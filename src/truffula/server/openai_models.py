@@ -29,7 +29,7 @@ def entry(state: ServerState, name: str | None) -> dict[str, Any]:
 async def list_models(request: Request) -> Response:
     """The base model and every adapter that can be named now."""
     state = state_of(request)
-    rows = [entry(state, None), *(entry(state, name) for name in state.adapter_names())]
+    rows = [entry(state, None), *(entry(state, name) for name in await state.adapter_names())]
     return json_reply({"object": "list", "data": rows})
 
 
@@ -39,5 +39,5 @@ async def one_model(request: Request) -> Response:
     name: str = request.path_params["model_id"]
     if not name or (name in BASE_WORDS and name != state.model_id):
         raise ModelNotFound(f"There is no model {name!r}.", param="model")
-    adapter = state.named_model(name)
+    adapter = await state.named_model(name)
     return json_reply(entry(state, None if adapter is None else name))

@@ -11,11 +11,12 @@ from truffula.server.auth import prefix_salt
 from truffula.server.generating import mark
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from truffula.server.selectors import other_name
 from truffula.server.state import ServerState, record_of
 from truffula.types import AdapterRef, GenerateRequest, SamplingParams
 
 
-def completion_requests(request: Request, body: CompletionBody, state: ServerState) -> list[GenerateRequest]:
+async def completion_requests(request: Request, body: CompletionBody, state: ServerState) -> list[GenerateRequest]:
     """One a prompt, in order."""
     body.check()
     check_limits(body, body.logprobs, "logprobs", state)
@@ -31,11 +32,11 @@ def completion_requests(request: Request, body: CompletionBody, state: ServerSta
         prompt_logprobs=body.logprobs if body.echo else None,  # ``check`` has compared the two
         defaults=state.defaults,
     )
-    shared = common(request, body, state, params)
+    shared = await common(request, body, state, params)
     return [GenerateRequest(prompt=prompt, echo=bool(body.echo), **shared) for prompt in prompts]
 
 
-def chat_request(request: Request, body: ChatBody, state: ServerState) -> GenerateRequest:
+async def chat_request(request: Request, body: ChatBody, state: ServerState) -> GenerateRequest:
     body.check()
     top = None if not body.logprobs else body.top_logprobs or 0
     check_limits(body, top, "top_logprobs", state)
@@ -53,13 +54,13 @@ def chat_request(request: Request, body: ChatBody, state: ServerState) -> Genera
         documents=body.documents,
         continue_final_message=last,
         add_generation_prompt=not last if body.add_generation_prompt is None else body.add_generation_prompt,
-        **common(request, body, state, params),
+        **await common(request, body, state, params),
     )
 
 
-def common(request: Request, body: OpenAIBody, state: ServerState, params: SamplingParams) -> dict[str, Any]:
+async def common(request: Request, body: OpenAIBody, state: ServerState, params: SamplingParams) -> dict[str, Any]:
     """The fields of ``GenerateRequest`` that both routes fill alike; notes them for log and metrics."""
-    adapter = answering(body, state)
+    adapter = await answering(body, state)
     given = body.request_id or body.rid
     if given is not None:
         record_of(request).request_id = request_id(given)
@@ -77,14 +78,17 @@ def common(request: Request, body: OpenAIBody, state: ServerState, params: Sampl
     }
 
 
-def answering(body: OpenAIBody, state: ServerState) -> AdapterRef | None:
-    """The adapter ``model`` names, or SGLang's ``lora_path`` beside the base's name."""
-    found = state.named_model(body.model, body.adapter_source)
-    if body.lora_path is None:
+async def answering(body: OpenAIBody, state: ServerState) -> AdapterRef | None:
+    """The adapter ``model`` names, or ``lora_path`` or another word for it beside the base's name."""
+    found = await state.named_model(body.model, body.adapter_source)
+    said = other_name(body)
+    if said is None:
         return found
-    if found is not None:
-        raise InvalidRequest("model and lora_path both name an adapter; give one of them.", param="lora_path")
-    return state.adapter(body.lora_path, body.adapter_source)
+    field, name = said
+    other = await state.adapter(name, body.adapter_source)
+    if found is not None and (other is None or other.name != found.name):
+        raise InvalidRequest(f"model names one adapter and {field} another; give one of them.", param=field)
+    return other
 
 
 def truncation(body: OpenAIBody, params: SamplingParams, state: ServerState) -> int | None:

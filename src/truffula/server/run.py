@@ -1,8 +1,9 @@
 """``run_server``: one process that listens, loads, serves and drains.
 
 The port is taken before anything loads, and answers 503 while it does. The first SIGTERM or SIGINT stops accepting and
-lets running requests end within ``drain_timeout_s``; the second ends the process at once. An engine that is given up
-ends the server with its error, so that whoever supervises the process learns of it.
+lets running requests end within ``drain_timeout_s``; the second ends the process at once. With a ``drain_delay_s``, the
+port stays open for that long first and answers 503, so that who sends us requests can look elsewhere. An engine that is
+given up ends the server with its error, so that whoever supervises the process learns of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -24,11 +26,21 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from truffula.config import Resolved, ServerConfig
 from truffula.errors import ConfigError
 from truffula.logs import setup_logs
+from truffula.server.connections import (
+    ACCEPT_BURST,
+    AcceptErrors,
+    Connections,
+    GuardedProtocol,
+    most_connections,
+    raise_file_limit,
+)
 from truffula.server.errors import Unhealthy, render, side_of
 from truffula.server.middleware import send_reply
 from truffula.server.started import Started, log_settings, start
 from truffula.service import AsyncService
 
+QUEUED = 2048
+"""Connections the system keeps until they are accepted."""
 LOOK_S = 1.0
 """How often is looked whether the engine is given up."""
 log = logging.getLogger(__name__)
@@ -43,7 +55,7 @@ def bind(config: ServerConfig) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((config.host, config.port))
-        made.listen(2048)
+        made.listen(QUEUED)
     except OSError as error:
         made.close()
         where = f"{config.host}:{config.port}"
@@ -82,6 +94,7 @@ class Gate:
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(AcceptErrors())
         ended = asyncio.Event()
         serving = asyncio.ensure_future(self._serve(ended))
         await send({"type": "lifespan.startup.complete"})
@@ -137,7 +150,7 @@ class Gate:
                 found = self._load()
             except Exception as error:  # noqa: BLE001  (handed to the loop, which raises it)
                 failure = error
-            if not loop.is_closed():  # else the server has ended, and nobody is left to tell
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, nobody is left to tell
                 loop.call_soon_threadsafe(answer, found, failure)
 
         threading.Thread(target=work, name="truffula-load", daemon=True).start()
@@ -148,21 +161,31 @@ class DrainingServer(uvicorn.Server):
     """Uvicorn, which drains the service on the first signal and leaves at once on the second."""
 
     gate: Gate
+    drain_delay_s: float
     drain_timeout_s: float
+    connections: Connections
     _drain: asyncio.Future[bool] | None = None
+    _signalled = False  # not ``should_exit``, which is also set when the engine is given up
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self._signalled:
             log.warning("second signal: leaving at once")
             os._exit(128 + sig)
-        self.should_exit = True  # before the line below: whoever reads it may send the second signal
+        self._signalled = self.should_exit = True  # before the line below: whoever reads it may send the second signal
         log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(QUEUED)  # asyncio has set the number it accepts at once
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.gate.started is not None:
+            delay = self.drain_delay_s if self._signalled else 0.0
+            self._drain = asyncio.ensure_future(self.gate.started.service.drain(delay + self.drain_timeout_s))
+            await asyncio.sleep(delay)
         for server in self.servers:
             server.close()
-        if self.gate.started is not None:
-            self._drain = asyncio.ensure_future(self.gate.started.service.drain(self.drain_timeout_s))
         await super().shutdown(sockets)
         if self._drain is not None and not self._drain.done():
             self._drain.cancel()
@@ -177,10 +200,13 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
     def stop() -> None:
         server.should_exit = True
 
+    connections = Connections(most_connections(config), config.body_timeout_s)
     gate = Gate(lambda: start(resolved, f"http://{host}:{port}"), stop)
     server = DrainingServer(
         uvicorn.Config(
             gate,
+            http=partial(GuardedProtocol, connections),  # type: ignore[arg-type]
+            backlog=ACCEPT_BURST,
             log_config=None,
             access_log=False,
             lifespan="on",
@@ -189,7 +215,8 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
             timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
         )
     )
-    server.gate, server.drain_timeout_s = gate, config.drain_timeout_s
+    server.gate, server.connections = gate, connections
+    server.drain_delay_s, server.drain_timeout_s = config.drain_delay_s, config.drain_timeout_s
     return server
 
 
@@ -201,6 +228,7 @@ def run_server(resolved: Resolved) -> None:
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
     setup_logs(log_settings(resolved.server))
+    raise_file_limit()
     listening = bind(resolved.server)
     server = make_server(resolved, listening)
     log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)

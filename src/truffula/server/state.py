@@ -46,8 +46,11 @@ class ServerState:
         """Every name of the base."""
         return (self.model_id, self.service.info.model)
 
-    def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        """Who answers to ``name``: None is the base. Raises ``AdapterNotFound``, never falls back to the base."""
+    async def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
+        """Who answers to ``name``: None is the base. Raises ``AdapterNotFound``, never falls back to the base.
+
+        Files are looked at beside the loop: a slow disk, or thousands of folders, hold up nobody's tokens.
+        """
         if source is not None and source not in ("hub", "local"):
             known = source in ("s3", "pbase")
             what = "is not supported by this server" if known else "is unknown"
@@ -55,18 +58,19 @@ class ServerState:
         if not name or name == self.model_id:
             return None
         if name in self.loaded and source in (None, "local"):
-            return self.loaded[name].resolve(name)
-        return self.service.resolve_adapter(name, source)
+            return await self.service.in_thread(self.loaded[name].resolve, name)
+        return await self.service.in_thread(self.service.resolve_adapter, name, source)
 
-    def adapter_names(self) -> list[str]:
+    async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
-        return sorted({*self.service.adapter_names(), *self.loaded} - {self.model_id})
+        found = await self.service.in_thread(self.service.adapter_names)
+        return sorted({*found, *self.loaded} - {self.model_id})
 
-    def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
+    async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
         """OpenAI's ``model``: the base, an adapter, or SGLang's ``base:adapter``."""
         if model is not None and model.startswith(f"{self.model_id}:"):
-            return self.adapter(model.removeprefix(f"{self.model_id}:"), source)
-        return None if model in BASE_WORDS else self.adapter(model, source)
+            return await self.adapter(model.removeprefix(f"{self.model_id}:"), source)
+        return None if model in BASE_WORDS else await self.adapter(model, source)
 
 
 def state_of(request: Request) -> ServerState:

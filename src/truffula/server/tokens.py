@@ -26,7 +26,7 @@ async def tokenize(request: Request) -> Response:
             f"Give one of inputs, prompt and messages, not {' and '.join(given) or 'none'}.", param="inputs"
         )
     special = True if body.add_special_tokens is None else body.add_special_tokens
-    state.named_model(body.model)
+    await state.named_model(body.model)
     if body.inputs is not None:
         rows = await _native_tokens(state, body.inputs, special)
         return await state.service.beside(len(rows), lambda: json_reply(rows))
@@ -54,7 +54,7 @@ async def detokenize(request: Request) -> Response:
     """Token ids back to text, special tokens included as vLLM does."""
     state = state_of(request)
     body = await read_body(request, DetokenizeBody)
-    state.named_model(body.model)
+    await state.named_model(body.model)
     for i, token in enumerate(body.tokens):
         if not 0 <= token < state.service.info.vocab_size:
             raise InvalidRequest(
@@ -68,7 +68,7 @@ async def chat_tokenize(request: Request) -> Response:
     """The templated text and its tokens."""
     state = state_of(request)
     body = await read_body(request, ChatTokenizeBody)
-    state.named_model(body.model)
+    await state.named_model(body.model)
     text, _ = await state.service.render(GenerateRequest(messages=_messages(body.messages)))
     rows = await _native_tokens(state, text, special=False)
     answer = {"tokenize_response": rows, "templated_text": text}

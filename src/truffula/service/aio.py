@@ -186,6 +186,10 @@ class AsyncService:
         """The result of ``work``, done in the text thread when ``size`` (characters or tokens) says that it is long."""
         return await self._off_loop(size, work)
 
+    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """The result of ``work``, done in the text thread: for what asks the file system."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
     async def render(self, request: GenerateRequest) -> tuple[str, list[int]]:
         """A chat or prompt as the model would see it: ``(text, prompt ids)``, however long; nothing is submitted."""
         self._need_tokenizer()
@@ -272,9 +276,7 @@ class AsyncService:
             raise RuntimeError("AsyncService.start() comes first")
 
     async def _off_loop(self, chars: int, work: Callable[..., T], *args: Any) -> T:
-        if chars <= INLINE_CHARS:
-            return work(*args)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+        return work(*args) if chars <= INLINE_CHARS else await self.in_thread(work, *args)
 
     def _dispatch(self) -> None:
         """The dispatcher thread: events of the engine, to the loop."""

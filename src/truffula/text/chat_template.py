@@ -15,6 +15,7 @@ from truffula.text.sandbox import MeteredEnvironment
 MAX_SOURCE = 400_000
 MAX_DEPTH = 64
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 REASONING = ("reasoning_content", "thinking", "reasoning")
 # Put behind the message that is to be continued, to find its end in what the template makes of it. Not a word of any
 # template.
@@ -163,8 +164,8 @@ class ChatTemplates:
 def conversation(messages: Any, *, knows_developer: bool) -> list[dict[str, Any]]:
     """OpenAI's messages as templates expect them: plain data, text content, tool arguments as objects.
 
-    A ``developer`` is a ``system`` where the template doesn't know the role. Parts of text are joined. Null content is
-    "".
+    A ``developer`` is a ``system`` where the template doesn't know the role. Parts of text are joined by line breaks.
+    Null content is "".
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise InvalidRequest("messages must be a list with at least one message.", param="messages")
@@ -204,15 +205,16 @@ def _text_content(content: Any, where: str) -> str:
         raise InvalidRequest(f"{where} is a {type(content).__name__}; it must be text or a list of parts.", param=where)
     texts = []
     for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        text = part.get("text") if isinstance(part, Mapping) and kind in ("text", "input_text", "output_text") else None
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        known = isinstance(part, Mapping) and kind in TEXT_PARTS
+        text = part.get("refusal" if kind == "refusal" else "text") if known else None
         if not isinstance(text, str):
             raise InvalidRequest(
                 f"{where}[{index}] is a part of type {kind!r}; this model reads text parts only.",
                 param=f"{where}[{index}]",
             )
         texts.append(text)
-    return "".join(texts)
+    return "\n".join(texts)  # as vLLM does for templates that take text
 
 
 def _tool_call(call: Any, where: str) -> Any:

@@ -1,0 +1,118 @@
+"""Connections that say nothing, or half a request head: they end in time and keep nobody out."""
+
+import asyncio
+import contextlib
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from live_server import ok, serving, until
+
+from truffula.config import ServerConfig
+from truffula.server.connections import AcceptErrors, most_connections
+
+
+def connect(url, said=b""):
+    connection = socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=30)
+    connection.sendall(said)
+    return connection
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /hea", b"GET /health HTTP/1.1\r\nhost: x\r\n"], ids=["nothing", "half", "most"]
+)
+def test_a_head_that_does_not_come_ends_the_connection(model_folder, said):
+    with serving(model_folder, body_timeout=1.0) as live:
+        with connect(live.url, said) as connection:
+            assert connection.recv(100) == b""
+        until(lambda: len(live.server.connections) <= 1)  # the test's own client
+
+
+def test_a_head_in_drops_gains_no_time(model_folder):
+    with serving(model_folder, body_timeout=1.0) as live, connect(live.url) as connection:
+        connection.settimeout(0.1)
+        ended = time.monotonic() + 60
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() < ended:
+                connection.sendall(b"x")
+                with contextlib.suppress(TimeoutError):
+                    assert connection.recv(100) == b""
+                    break
+        assert time.monotonic() < ended
+
+
+def test_half_a_head_after_an_answer(model_folder):
+    whole = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    with serving(model_folder, body_timeout=1.0) as live, connect(live.url, whole) as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(whole[:12])
+        assert connection.recv(100) == b""
+
+
+def test_a_long_answer_is_not_cut_by_the_heads_limit(long_model_folder):
+    with serving(long_model_folder, body_timeout=0.5) as live:
+        body = {"prompt": "Hello", "max_tokens": 1500, "ignore_eos": True, "temperature": 0}
+        assert ok(live.post("/v1/completions", body))["usage"]["completion_tokens"] == 1500
+
+
+def test_those_that_wait_longest_make_room(model_folder):
+    with serving(model_folder, max_open_requests=1) as live, contextlib.ExitStack() as held:
+        for _ in range(150):
+            held.enter_context(connect(live.url, b"GET /hea"))
+        for _ in range(3):
+            assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
+        until(lambda: len(live.server.connections) <= 101)
+        ok(live.post("/v1/completions", {"prompt": "Hello", "max_tokens": 1}))
+
+
+def test_few_open_files_mean_fewer_connections_and_a_warning(caplog):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    config = ServerConfig(max_open_requests=2048)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, before[1]))
+        assert most_connections(config) == 1024 - 96
+        assert "ulimit -n" in caplog.text
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert most_connections(ServerConfig(max_open_requests=1)) == 101
+
+
+def test_what_cannot_be_accepted_is_said_once_in_a_while(caplog):
+    loop = asyncio.new_event_loop()
+    try:
+        handler = AcceptErrors()
+        for _ in range(1000):
+            handler(loop, {"message": "socket.accept() out of system resource", "exception": OSError(24, "Too many")})
+        assert len(caplog.records) == 1
+        handler(loop, {"message": "something else"})
+        assert len(caplog.records) == 2
+    finally:
+        loop.close()
+
+
+@pytest.mark.slow
+def test_with_few_descriptors_200_half_heads_stop_nobody(model_folder, tmp_path):
+    flags = "--port 0 --memory 1GiB --threads 1"
+    command = f"ulimit -n 128; exec {sys.executable} -m truffula serve {model_folder} {flags}"
+    said = tmp_path / "log"
+    with said.open("w") as log, subprocess.Popen(["bash", "-c", command], stderr=log) as process:
+        try:
+            until(lambda: "ready at " in said.read_text(), patience_s=120)
+            url = said.read_text().split("ready at ")[1].split()[0]
+            with contextlib.ExitStack() as held:
+                for _ in range(200):
+                    held.enter_context(connect(url, b"GET /hea"))
+                for _ in range(5):
+                    assert httpx.get(f"{url}/health", timeout=30).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    assert "--max-open-requests" in said.read_text()
+    assert said.stat().st_size < 20_000, said.read_text()[-2000:]
