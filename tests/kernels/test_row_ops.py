@@ -202,6 +202,20 @@ def test_linear_with_epilogue(backend, dtype, rows, inputs, half, glu, biased, a
 
 
 @on_every_backend
+@pytest.mark.parametrize("glu", [False, True])
+def test_a_clip_bounds_numbers_and_hides_no_nan(backend, glu):
+    x, w = draw(1, 3, 8), draw(2, 8, 8, scale=9.0)
+    x[1, 2] = np.nan
+    for clip in (0.0, 0.5):
+        case = OneOp("float32", 3)
+        epilogue = Epilogue(clip=clip, glu=glu)
+        op = Linear(name="l", x=case.input(x), weight=case.weight(w, "matmul"), out=case.buffer(4 if glu else 8),
+                    epilogue=epilogue)  # fmt: skip
+        got = case.run(backend, op)
+        assert np.isnan(got[1]).all() and np.abs(got[[0, 2]]).max() <= clip
+
+
+@on_every_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("glu", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 3, 6, 7, 12, 13, 48, 49, 63])

@@ -163,8 +163,8 @@ class Backend(Protocol):
         """Bytes needed. ``stored_bytes`` is what the checkpoint's tensors take on disk (they may be kept mapped),
         ``stored_types`` how they are stored, by the names of the weights' parts."""
 
-    def time_products(self, dtypes: Sequence[str]) -> Mapping[str, float]:
-        """Seconds that the same few products take in each dtype; how ``auto`` chooses. Costs about 50 ms."""
+    def faster_dtype(self) -> tuple[str, str]:
+        """The dtype of ``probe().dtypes`` that it computes faster in here, and why, in words: how ``auto`` chooses."""
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False

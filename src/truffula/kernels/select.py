@@ -128,8 +128,8 @@ def choose_dtype(backend: Backend, requested: str, stored: str) -> DtypeChoice:
     """``requested`` itself, or for ``auto`` the faster of what the backend serves.
 
     ``stored`` is the checkpoint's dtype: ``float32``, ``float16``, ``bfloat16`` (or as safetensors writes them). A
-    float32 checkpoint is served in float32: rounding it is the operator's choice. For the others a few products are
-    timed (about 50 ms).
+    float32 checkpoint is served in float32: rounding it is the operator's choice. For the others the
+    backend says which is faster.
 
     Raises:
         ConfigError: The backend does not compute in ``requested``.
@@ -149,11 +149,10 @@ def choose_dtype(backend: Backend, requested: str, stored: str) -> DtypeChoice:
         return DtypeChoice("float32", "the checkpoint is float32")
     if "bfloat16" not in served:
         return DtypeChoice("float32", f"the {backend.name} backend computes in nothing else")
-    seconds = backend.time_products(("float32", "bfloat16"))
-    ratio = seconds["float32"] / seconds["bfloat16"]
-    if ratio >= 1.0:
-        return DtypeChoice("bfloat16", f"its products are {ratio:.1f} times as fast as float32's here")
-    return DtypeChoice("float32", f"its products are {1 / ratio:.1f} times as fast as bfloat16's here")
+    dtype, reason = backend.faster_dtype()
+    if stored == "float16" and dtype == "bfloat16":
+        reason += "; float16 weights are rounded to it (--dtype float32 keeps them)"
+    return DtypeChoice(dtype, reason)
 
 
 _ALIASES = {

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
-from truffula.kernels.cpu.executable import CpuExecutable
+from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, Wanted, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
 from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
-from truffula.kernels.program import Attention, Program
+from truffula.kernels.program import Attention, Linear, Program
 from truffula.kernels.validate import validate
 
 DTYPES = ("bfloat16", "float32")
+_SAMPLER_BYTES = 58
+"""Per id of the vocabulary and thread, at most (sampler.h)."""
 
 
 class CpuBackend:
@@ -70,16 +72,24 @@ class CpuBackend:
         return MemoryPlan(
             weight_bytes=sum(by_format.values()),
             weight_formats=by_format,
-            arena_bytes=max(0, 4 * arena.floats - logits),
+            arena_bytes=max(0, 4 * arena.floats - logits) + self._scratch_bytes(program, capacity),
             logits_bytes=2 * logits,
             kv_block_bytes=sum(
                 _kv_block_bytes(op, dtype, capacity.block_size) for op in program.ops if isinstance(op, Attention)
             ),
         )
 
-    def time_products(self, dtypes: Sequence[str]) -> dict[str, float]:
-        """Not a timing: a step reads its weights once, so a dtype takes time as it takes bytes."""
-        return {name: 2.0 if name == "bfloat16" else 4.0 for name in dtypes}
+    def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:
+        """What steps need beside the buffers, at most: rows of 8 bits, and per thread attention's and the sampler's."""
+        widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
+        rows = 72 * capacity.max_tokens * -(-widest // 32) if self.block_kinds or self._quantize != "none" else 0
+        attention = max(
+            (_attention_scratch(op, capacity) for op in program.ops if isinstance(op, Attention)), default=0
+        )
+        return rows + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
+
+    def faster_dtype(self) -> tuple[str, str]:
+        return "bfloat16", "a step reads half the bytes of float32's"
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
@@ -93,19 +103,24 @@ class CpuBackend:
         if dtype not in DTYPES:
             raise KernelError(f"dtype {dtype!r} is not served; {' or '.join(DTYPES)} is.", param="dtype")
         inputs = StepInputs.allocate(capacity, len(program.kv_groups))
+        arena = plan_arena(program, capacity, reuse=not debug)
+        with as_kernel_errors():
+            native = self._native(program, dtype, pull, capacity, arena, debug)
+            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.logits.buffer)
+        return CpuExecutable(native, program, inputs, SampleInputs.allocate(capacity), arena, debug=debug)
+
+    def _native(
+        self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool
+    ) -> Any:
+        """Everything of a native executable but its inputs."""
         kv_format = BF16 if dtype == "bfloat16" else F32
         native = _library().Executable(self._isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
-        arena = plan_arena(program, capacity, reuse=not debug)
         _add_buffers(native, program, dtype, arena)
         vectors = load_weights(native, program, self._wanted(dtype), pull)
         lowering = Lowering(native, program, dtype, vectors)
-        try:
-            for op in program.ops:
-                lowering.add(op)
-            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.logits.buffer)
-        except ValueError as error:
-            raise KernelError(f"cpu backend: {error}.") from error
-        return CpuExecutable(native, program, inputs, SampleInputs.allocate(capacity), arena, debug=debug)
+        for op in program.ops:
+            lowering.add(op)
+        return native
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -156,6 +171,14 @@ def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) ->
             offset=offset, stride=stride, logit_rows=buffer.rows == "R",
             rounded=dtype == "bfloat16" and buffer.dtype == "model",
         )  # fmt: skip
+
+
+def _attention_scratch(op: Attention, capacity: Capacity) -> int:
+    """Bytes per thread, as kernels.h counts them (``attention_scratch``)."""
+    rows = max(op.heads // op.kv_heads, 24)
+    lanes = -(-capacity.block_size // LANES) * LANES
+    scores = lanes * max(1, 512 // capacity.block_size) + op.dim_k
+    return 4 * rows * (scores + 2 * (-(-op.dim_v // LANES) * LANES + 2))
 
 
 def _kv_block_bytes(op: Attention, dtype: str, block_size: int) -> int:

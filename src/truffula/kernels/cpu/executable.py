@@ -38,13 +38,13 @@ class CpuExecutable:
         self._images: dict[int, AdapterImage] = {}
 
     def run(self) -> None:
-        with _as_kernel_errors():
+        with as_kernel_errors():
             self._native.run()
 
     def sample(self) -> SampledRows:
         rows, samples = self.inputs.R, self.samples
         width = max(0, int(samples.n_logprobs[:rows].max(initial=0)))
-        with _as_kernel_errors():
+        with as_kernel_errors():
             ids, logprob, finite, top_ids, top_logprobs = self._native.sample(samples, self._program.vocab_size, width)
         shape = (rows, width)
         return SampledRows(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
@@ -56,7 +56,7 @@ class CpuExecutable:
     def tap(self, op: int) -> Array:
         if not self._debug:
             raise KernelError("tap() needs load(debug=True).", param="debug")
-        with _as_kernel_errors():
+        with as_kernel_errors():
             made: Array = self._native.tap(op)
         return made
 
@@ -93,7 +93,7 @@ class CpuExecutable:
             for array in (tensors.a, tensors.b):
                 if array.dtype not in STORED:
                     raise KernelError(f"the adapter holds {array.dtype.name}.", param="dtype")
-        with _as_kernel_errors():
+        with as_kernel_errors():
             slot: int = self._native.add_adapter(self._bytes(found))
             try:
                 for index, present in found.items():
@@ -128,7 +128,7 @@ class CpuExecutable:
         self._images.pop(slot).close()
 
     def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
-        with _as_kernel_errors():
+        with as_kernel_errors():
             self._native.kv_copy(group, list(src), list(dst))
 
     def close(self) -> None:
@@ -140,9 +140,9 @@ class CpuExecutable:
 
 
 @contextmanager
-def _as_kernel_errors() -> Iterator[None]:
+def as_kernel_errors() -> Iterator[None]:
     """What C++ refuses is a fault of the caller's arrays or of ours: an error that says which, never a crash."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError) as error:
         raise KernelError(f"cpu backend: {error}.") from error

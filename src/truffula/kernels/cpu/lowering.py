@@ -71,14 +71,14 @@ class Lowering:
         e: Epilogue = op.epilogue
         self._native.add_linear(
             x=_columns(op.x), out=_columns(op.out), residual=_maybe(e.residual), weight=op.weight,
-            bias=self._bias(e.bias, op.weight, e.glu), clip=e.clip or 0.0, scale=e.scale, softcap=0.0,
-            activation=_ACTIVATIONS[e.activation], glu=e.glu,
+            bias=self._bias(e.bias, op.weight, e.glu), clip=-1.0 if e.clip is None else e.clip, scale=e.scale,
+            softcap=0.0, activation=_ACTIVATIONS[e.activation], glu=e.glu,
         )  # fmt: skip
 
     def _logits(self, op: Logits) -> None:
         self._native.add_linear(
             x=_columns(op.x), out=_columns(op.out), residual=None, weight=op.weight,
-            bias=self._bias(op.bias, op.weight, False), clip=0.0, scale=op.scale, softcap=op.softcap or 0.0,
+            bias=self._bias(op.bias, op.weight, False), clip=-1.0, scale=op.scale, softcap=op.softcap or 0.0,
             activation=0, glu=False,
         )  # fmt: skip
 

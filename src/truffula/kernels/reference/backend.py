@@ -57,6 +57,14 @@ class ReferenceBackend:
             kv_block_bytes=sum(p.width for g in program.kv_groups for p in g.planes) * capacity.block_size * width,
         )
 
+    def faster_dtype(self) -> tuple[str, str]:
+        """A few products are timed in each, which costs about 50 ms."""
+        seconds = self.time_products(("float32", "bfloat16"))
+        ratio = seconds["float32"] / seconds["bfloat16"]
+        if ratio >= 1.0:
+            return "bfloat16", f"its products are {ratio:.1f} times as fast as float32's here"
+        return "float32", f"its products are {1 / ratio:.1f} times as fast as bfloat16's here"
+
     def time_products(self, dtypes: Sequence[str]) -> dict[str, float]:
         """The best of a few rounds of a decode step's and a prefill chunk's product, per dtype."""
         if self._threads is not None:

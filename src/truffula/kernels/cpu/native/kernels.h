@@ -72,7 +72,7 @@ struct LinearCall {
   int32_t activation;
   int32_t glu;
   int32_t round_out;
-  float clip;      // 0: none
+  float clip;      // below 0: none
   float scale;
   float softcap;   // 0: none
 };
@@ -169,17 +169,17 @@ struct Kernels {
   const SampleLoops* sampling;
 };
 
-constexpr int32_t partition_blocks(int32_t block_size) {
+static constexpr int32_t partition_blocks(int32_t block_size) {
   return block_size < kPartitionKeys ? kPartitionKeys / block_size : 1;
 }
 
 // Floats of one partition's result for `rows` query rows (tokens x heads that share a kv head).
-constexpr int64_t partial_floats(int64_t rows, int64_t dim_v) {
+static constexpr int64_t partial_floats(int64_t rows, int64_t dim_v) {
   return rows * ((dim_v + kLanes - 1) / kLanes * kLanes + 2);
 }
 
 // Floats of scratch that `attend` needs per thread for `rows` query rows.
-constexpr int64_t attention_scratch(int64_t rows, int32_t block_size, int64_t dim_k, int64_t dim_v) {
+static constexpr int64_t attention_scratch(int64_t rows, int32_t block_size, int64_t dim_k, int64_t dim_v) {
   const int64_t lanes = (block_size + kLanes - 1) / kLanes * kLanes;
   return rows * (lanes * partition_blocks(block_size) + dim_k) + 2 * partial_floats(rows, dim_v);
 }

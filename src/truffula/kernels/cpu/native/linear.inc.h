@@ -152,12 +152,12 @@ static void add_deltas(const LinearCall* c, int r, int rows, int first, int pane
 TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int panel, int row, int column, int count) {
   V a = load(y);
   if (c->bias) a = a + load(c->bias + (int64_t)kLanes * panel);
-  if (c->clip != 0.0f) a = vmin(vmax(a, set1(-c->clip)), set1(c->clip));
+  if (c->clip >= 0.0f) a = vmin(set1(c->clip), vmax(set1(-c->clip), a));  // in this order NaN stays
   a = activated(a, c->activation);
   if (up) {
     V b = load(up);
     if (c->bias) b = b + load(c->bias + (int64_t)kLanes * (panel + 1));
-    if (c->clip != 0.0f) b = vmin(vmax(b, set1(-c->clip)), set1(c->clip));
+    if (c->clip >= 0.0f) b = vmin(set1(c->clip), vmax(set1(-c->clip), b));
     a = a * b;
   }
   if (c->scale != 1.0f) a = a * set1(c->scale);

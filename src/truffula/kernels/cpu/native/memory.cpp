@@ -4,14 +4,22 @@
 #include <cstring>
 #include <new>
 
-#if defined(__linux__)
+#if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#define TF_MMAP
 #endif
 
 namespace truffula {
+#if defined(TF_MMAP)
 namespace {
-constexpr size_t kHuge = size_t{2} << 20;
-}
+[[maybe_unused]] constexpr size_t kHuge = size_t{2} << 20;
+#if defined(MAP_NORESERVE)
+[[maybe_unused]] constexpr int kFlags = MAP_PRIVATE | MAP_ANON | MAP_NORESERVE;
+#else
+[[maybe_unused]] constexpr int kFlags = MAP_PRIVATE | MAP_ANON;
+#endif
+}  // namespace
+#endif
 
 #if defined(__SANITIZE_ADDRESS__)
 
@@ -24,14 +32,16 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 
 Memory::~Memory() { std::free(data_); }
 
-#elif defined(__linux__)
+#elif defined(TF_MMAP)
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
   if (bytes == 0) return;
-  void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, kFlags, -1, 0);
   if (found == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<uint8_t*>(found);
+#if defined(MADV_HUGEPAGE)
   if (bytes >= kHuge) madvise(found, bytes, MADV_HUGEPAGE);  // a wish: without it the pages are small
+#endif
 }
 
 Memory::~Memory() {

@@ -74,7 +74,7 @@ struct LinearOp {
   Ref x, out, residual;
   int32_t weight = 0;
   std::vector<float> bias;  // in packed order; empty without one
-  float clip = 0.0f, scale = 1.0f, softcap = 0.0f;
+  float clip = -1.0f, scale = 1.0f, softcap = 0.0f;
   int32_t activation = kNone;
   bool glu = false;
 };

@@ -118,12 +118,14 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
       if (is_quantised(table->format)) {
         unpack_lane(panel, table->format, width, lane, out);
         for (int i = 0; i < width; i += kLanes) store(out + i, rounded(load(out + i), c->round_out));
-      } else
-      for (int i = 0; i < width; ++i)
-        out[i] = table->format == kF32 ? ((const float*)panel)[i * kLanes + lane]
-                                       : to_float(((const uint16_t*)panel)[i / 2 * 2 * kLanes + 2 * lane + i % 2]);
+      } else {
+        for (int i = 0; i < width; ++i)
+          out[i] = table->format == kF32 ? ((const float*)panel)[i * kLanes + lane]
+                                         : to_float(((const uint16_t*)panel)[i / 2 * 2 * kLanes + 2 * lane + i % 2]);
+      }
     }
-    if (!c->scaled && !c->add.data) continue;
+    // A table that is kept in float32 may still feed rows of bfloat16.
+    if (!c->scaled && !c->add.data && !(c->round_out && table->format == kF32)) continue;
     for (int i = 0; i < width; i += kLanes) {
       const int n = width - i;
       V a = load_n(out + i, n);

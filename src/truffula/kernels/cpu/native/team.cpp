@@ -50,6 +50,10 @@ Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
 
 Team::~Team() { dismiss(); }
 
+void Team::require_own_process() const {
+  if (TF_GETPID() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
+}
+
 void Team::dismiss() {
   if (TF_GETPID() != process_) {
     // Forked: there is nobody to join, and what stands for a thread may by now be another's. Left alone, for good.
@@ -71,6 +75,7 @@ void Team::tell_news() {
 }
 
 void Team::resize(int32_t phases) {
+  require_own_process();
   next_phases_ = phases;
   if (phases <= capacity_) return;
   // Nobody may enter with a job that is over; who is still inside leaves at the next look.
@@ -91,12 +96,15 @@ void Team::set(int32_t phase, int32_t chunks) {
 }
 
 void Team::run(Work work, void* context) {
-  if (TF_GETPID() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
+  require_own_process();
   work_ = work;
   context_ = context;
   num_phases_.store(next_phases_);
   const uint32_t job = job_.fetch_add(1) + 1;
-  if (size_ > 1) job_.notify_all();
+  if (size_ > 1) {
+    job_.notify_all();
+    tell_news();  // to who went to sleep between the last job and this one
+  }
   take_part(job, 0);
 }
 

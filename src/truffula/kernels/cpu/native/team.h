@@ -44,6 +44,7 @@ class Team {
     std::atomic<uint32_t> done{0};
   };
 
+  void require_own_process() const;
   void dismiss();
   void serve(int thread);
   void take_part(uint32_t job, int thread);
