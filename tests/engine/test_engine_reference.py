@@ -55,8 +55,6 @@ class Real:
     answers: dict[bytes, Answer] = field(default_factory=dict)
     near_ties: int = 0
     compared: int = 0
-    drawn: int = 0
-    drawn_otherwise: int = 0
 
     def rig(self, **changes) -> Rig:
         usual = {"vocab_size": self.vocab_size, "num_blocks": 80, "eos_token_ids": (self.vocab_size - 1,)}
@@ -242,12 +240,7 @@ def test_sampled_tokens_in_any_company(real, crowd, seed, step_tokens):
     ]
     _, answers = real.run(requests, step_tokens=step_tokens)
     for req in requests:
-        expected = real.alone(req)
-        real.drawn += len(expected.token_ids)
-        # Probabilities that differ in the last bits may move a draw that falls on the border: once in thousands.
-        real.drawn_otherwise += answers[req.request_id].token_ids != expected.token_ids
-    most = 1 + real.drawn // 200
-    assert real.drawn_otherwise <= most, f"{real.drawn_otherwise} near-ties in {real.drawn} tokens"
+        assert answers[req.request_id].token_ids == real.alone(req).token_ids
 
 
 def test_prompt_logprobs_are_the_same_in_chunks(real):
