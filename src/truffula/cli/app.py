@@ -221,7 +221,11 @@ def bench_step(
     context: Annotated[int, typer.Option("--context", help="Tokens that each row has behind it.")] = 105,
     prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end.")] = 512,
     steps: Annotated[int, typer.Option("--steps", help="Steps per line; the median is printed.")] = 20,
+    adapter_dtype: Annotated[
+        str, typer.Option("--adapter-dtype", help="What the adapters hold: bfloat16, float16 or float32.")
+    ] = "bfloat16",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
+    quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: the base rounded to it.")] = "none",
     backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy shape: does it run?")] = False,
@@ -235,8 +239,8 @@ def bench_step(
     except ValueError:
         raise typer.BadParameter(f"{rows!r} is not a list of whole numbers.", param_hint="--rows") from None
     mixes = tuple(word.strip() for word in adapters.split(","))
-    bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny)
-    run_bench_step(bench, backend=backend, dtype=dtype, threads=threads, as_json=as_json)
+    bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny, adapter_dtype)
+    run_bench_step(bench, backend=backend, dtype=dtype, threads=threads, quantize=quantize, as_json=as_json)
 
 
 @adapters_app.command("list")

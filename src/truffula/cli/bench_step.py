@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -22,7 +22,7 @@ from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.kernels.select import choose_dtype, select_backend
+from truffula.kernels.select import Precision, choose_dtype, select_backend
 from truffula.testing.programs import (
     SMOLLM2,
     TINY,
@@ -36,11 +36,15 @@ from truffula.testing.programs import (
 
 BLOCK = 16
 MIXES = ("none", "shared", "distinct")
+ADAPTER_DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class StepBench:
-    """What is asked for. ``tiny`` takes a toy shape: does it run at all?"""
+    """What is asked for. ``tiny`` takes a toy shape: does it run at all?
+
+    ``adapter_dtype`` is what the adapters' files hold; they are kept as they are stored.
+    """
 
     rows: tuple[int, ...] = (1, 8, 32)
     mixes: tuple[str, ...] = MIXES
@@ -49,11 +53,15 @@ class StepBench:
     prefill: int = 512
     steps: int = 20
     tiny: bool = False
+    adapter_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
         for mix in self.mixes:
             if mix not in MIXES:
                 raise ConfigError(f"adapters is {mix!r}; it must be of {', '.join(MIXES)}.", param="adapters")
+        if self.adapter_dtype not in ADAPTER_DTYPES:
+            known = ", ".join(ADAPTER_DTYPES)
+            raise ConfigError(f"adapter_dtype is {self.adapter_dtype!r}; it must be of {known}.", param="adapter_dtype")
         if not self.rows or min(self.rows) < 1:
             raise ConfigError("rows must be whole numbers above 0.", param="rows")
 
@@ -73,15 +81,18 @@ class Measured:
     ops: dict[str, float] = field(default_factory=dict)
 
 
-def run_bench_step(bench: StepBench, *, backend: str, dtype: str, threads: int | None, as_json: bool) -> None:
+def run_bench_step(
+    bench: StepBench, *, backend: str, dtype: str, threads: int | None, quantize: str, as_json: bool
+) -> None:
     prepare_compute()
-    chosen = select_backend(backend, "cpu", threads=threads or usable_cpus())
+    chosen = select_backend(backend, "cpu", threads=threads or usable_cpus(), precision=Precision(quantize))
     served = choose_dtype(chosen, dtype, "bfloat16").dtype
     program = llama_program(TINY if bench.tiny else SMOLLM2)
     rate = read_rate(threads or usable_cpus(), 1 << 22 if bench.tiny else 1 << 28)
     lines = measure(chosen, program, served, bench, rate)
     report = {
         "cpu": cpu_name()[0], "backend": chosen.name, "isa": chosen.probe().isa, "dtype": served,
+        "quantize": quantize, "adapter_dtype": bench.adapter_dtype,
         "threads": threads or usable_cpus(), "read_gb_per_s": round(rate / 1e9, 1),
         "lines": [asdict(line) for line in lines],
     }  # fmt: skip
@@ -89,7 +100,8 @@ def run_bench_step(bench: StepBench, *, backend: str, dtype: str, threads: int |
         out().print_json(json.dumps(report))
         return
     title = (
-        f"{report['cpu']}, {report['threads']} threads, {chosen.name}/{report['isa']}, {served}; "
+        f"{report['cpu']}, {report['threads']} threads, {chosen.name}/{report['isa']}, "
+        f"{served if quantize == 'none' else quantize}, adapters {bench.adapter_dtype}; "
         f"memory reads {report['read_gb_per_s']} GB/s"
     )
     shown = table(
@@ -117,25 +129,32 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     )  # fmt: skip
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
     weights = backend.plan(program, dtype, capacity, 0).weight_bytes
-    slots = [executable.adapter(random_adapter(program, rank=bench.rank, seed=i)) for i in range(most)]
+    slots = [
+        executable.adapter(random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
+        for i in range(most if {"shared", "distinct"} & {*bench.mixes} else 0)
+    ]
     lines = []
     for rows in bench.rows:
-        base: float | None = None
-        for mix in bench.mixes:
-            using: dict[str, list[int | None]] = {
-                "none": [None] * rows, "shared": [slots[0]] * rows, "distinct": [*slots[:rows]]
-            }  # fmt: skip
-            times, ops = _decode(executable, using[mix], bench, per_row)
+        using: dict[str, list[int | None]] = {
+            mix: {"none": [None] * rows, "shared": slots[:1] * rows, "distinct": slots[:rows]}[mix]
+            for mix in bench.mixes
+        }
+        measured = _decode(executable, using, bench, per_row)
+        base = statistics.median(measured["none"][0]) if "none" in measured else None
+        for mix, (times, ops) in measured.items():
             ms = statistics.median(times)
-            base = ms if mix == "none" else base
             share = weights / rate * 1e3 / ms if mix == "none" and rows == 1 else None
             tax = base / ms if base and mix != "none" else None
             lines.append(Measured("decode", rows, mix, ms, min(times), 1e3 * rows / ms, tax, share, ops))
     where = tuple(range(1, 1 + -(-bench.prefill // BLOCK)))
     fill_step(executable.inputs, [Part(_prompt(bench.prefill), 0, where, None)], BLOCK)
-    times, ops = _times(executable, lambda _: None, 3)
-    ms = statistics.median(times)
-    lines.append(Measured("prefill", bench.prefill, "none", ms, min(times), 1e3 * bench.prefill / ms, ops=ops))
+    turns = _Turns(executable)
+    for step in range(4):
+        turns.take(kept=step > 0)
+    ms = statistics.median(turns.times)
+    lines.append(
+        Measured("prefill", bench.prefill, "none", ms, min(turns.times), 1e3 * bench.prefill / ms, ops=turns.ops())
+    )
     executable.close()
     return lines
 
@@ -145,33 +164,49 @@ def _prompt(count: int) -> tuple[int, ...]:
 
 
 def _decode(
-    executable: Executable, using: Sequence[int | None], bench: StepBench, per_row: int
-) -> tuple[list[float], dict[str, float]]:
-    """Times of decode steps behind ``context`` tokens; row i uses the adapter in slot ``using[i]``."""
-    tables = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(len(using))]
-    for where, slot in zip(tables, using, strict=True):
-        fill_step(executable.inputs, [Part(_prompt(bench.context), 0, where, slot)], BLOCK)
+    executable: Executable, using: Mapping[str, Sequence[int | None]], bench: StepBench, per_row: int
+) -> dict[str, tuple[list[float], dict[str, float]]]:
+    """Times of decode steps behind ``context`` tokens, by mix; row i uses the adapter in slot ``using[mix][i]``.
+
+    The mixes take turns, step by step, so that what disturbs one disturbs all.
+    """
+    rows = len(next(iter(using.values())))
+    tables = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(rows)]
+    for where in tables:
+        fill_step(executable.inputs, [Part(_prompt(bench.context), 0, where, None)], BLOCK)
         executable.run()
+    made: dict[str, _Turns] = {mix: _Turns(executable) for mix in using}
+    for step in range(-1, bench.steps):
+        for mix, slots in using.items():
+            parts = [Part((1 + i,), bench.context + max(0, step), tables[i], slots[i]) for i in range(rows)]
+            fill_step(executable.inputs, parts, BLOCK)
+            made[mix].take(kept=step >= 0)  # the first of each touches its memory
+    return {mix: (turns.times, turns.ops()) for mix, turns in made.items()}
 
-    def next_tokens(step: int) -> None:
-        parts = [Part((1 + i,), bench.context + step, tables[i], using[i]) for i in range(len(using))]
-        fill_step(executable.inputs, parts, BLOCK)
 
-    return _times(executable, next_tokens, bench.steps)
+class _Turns:
+    """Milliseconds of some steps, and of the ops in them."""
 
+    def __init__(self, executable: Executable) -> None:
+        self._executable = executable
+        self._op_seconds = getattr(executable, "op_seconds", None)  # only the native backend knows
+        self._sums: dict[str, float] = {}
+        self.times: list[float] = []
 
-def _times(executable: Executable, prepare: Callable[[int], None], steps: int) -> tuple[list[float], dict[str, float]]:
-    measured = getattr(executable, "op_seconds", None)  # only the native backend knows
-    if measured is not None:
-        measured()
-    times = []
-    for step in range(steps):
-        prepare(step)
+    def take(self, *, kept: bool = True) -> None:
+        if self._op_seconds is not None:
+            self._op_seconds()  # forgets what was before
         start = time.perf_counter()
-        executable.run()
-        times.append((time.perf_counter() - start) * 1e3)
-    ops = {} if measured is None else {name: 1e3 * s / steps for name, s in measured().items() if s > 0}
-    return times, ops
+        self._executable.run()
+        if not kept:
+            return
+        self.times.append((time.perf_counter() - start) * 1e3)
+        if self._op_seconds is not None:
+            for name, seconds in self._op_seconds().items():
+                self._sums[name] = self._sums.get(name, 0.0) + 1e3 * seconds
+
+    def ops(self) -> dict[str, float]:
+        return {name: ms / len(self.times) for name, ms in self._sums.items() if ms > 0}
 
 
 def read_rate(threads: int, nbytes: int) -> float:
