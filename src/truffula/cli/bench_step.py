@@ -135,10 +135,7 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     ]
     lines = []
     for rows in bench.rows:
-        using: dict[str, list[int | None]] = {
-            mix: {"none": [None] * rows, "shared": slots[:1] * rows, "distinct": slots[:rows]}[mix]
-            for mix in bench.mixes
-        }
+        using = {mix: _slots(mix, slots, rows) for mix in bench.mixes}
         measured = _decode(executable, using, bench, per_row)
         base = statistics.median(measured["none"][0]) if "none" in measured else None
         for mix, (times, ops) in measured.items():
@@ -157,6 +154,13 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     )
     executable.close()
     return lines
+
+
+def _slots(mix: str, slots: list[int], rows: int) -> list[int | None]:
+    """The adapter of each row."""
+    if mix == "none":
+        return [None] * rows
+    return [*(slots[:1] * rows if mix == "shared" else slots[:rows])]
 
 
 def _prompt(count: int) -> tuple[int, ...]:
