@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from cpu_steps import IDS, load, run
+from cpu_steps import CAPACITY, IDS, load, run
 from kernel_backends import ISAS, needs_native, on_every_table
 
-from truffula.errors import KernelError
+from truffula.errors import ConfigError, KernelError
 from truffula.kernels.backend import AdapterImage, SiteTensors
-from truffula.testing.programs import Part, Shape, llama_program, random_adapter, random_weights
+from truffula.kernels.cpu.backend import CpuBackend, available, sound_table
+from truffula.kernels.inputs import Capacity, StepInputs
+from truffula.testing.programs import Part, Shape, llama_program, pull_from, random_adapter, random_weights
+
+if available():
+    from truffula.kernels.cpu import _native
 
 pytestmark = needs_native
 HERE = Path(__file__).parent
@@ -117,6 +124,137 @@ def test_what_is_not_finite_stays_in_its_sequence(isa, dtype, value):
     np.testing.assert_array_equal(got[:23], wanted[:23])
     np.testing.assert_array_equal(got[27:], wanted[23:])
     assert not np.isfinite(got[25:27]).any()
+    sound = np.delete(run(load(isa, weights=weights, dtype=dtype), beside), 60, axis=1)
+    np.testing.assert_array_equal(got[23:25], sound[23:25])  # earlier rows of the same sequence see none of it
+
+
+@on_every_table
+def test_what_is_not_finite_ends_with_the_window(isa):
+    """Two layers of a window of five: a row sees eight back, and the ninth is nothing to it."""
+    shape = Shape(window=5)
+    program = llama_program(shape)
+    weights = random_weights(program)
+    broken = {**weights, "embed": [np.array(weights["embed"][0])]}
+    broken["embed"][0][60] = np.nan
+    part = Part((60, *IDS), 0, (1, 2, 3, 4, 5, 6), logits="all")
+    good, got = (
+        run(CpuBackend(threads=2, isa=isa).load(program, "float32", pull_from(made), CAPACITY), [part])[:, :60]
+        for made in (weights, broken)
+    )
+    assert not np.isfinite(got[:9]).any()
+    np.testing.assert_array_equal(got[9:], good[9:])
+
+
+ALIASES = [
+    ("add_embed", {"table": 2, "out": (0, 0, 16), "add": (0, 0, 16)}),
+    ("add_embed", {"table": 2, "out": (0, 0, 16), "add": (6, 0, 16)}),
+    ("add_norm", {"x": (1, 0, 16), "out": (1, 8, 16), "plus": None}),
+    ("add_norm", {"x": (0, 0, 16), "out": (1, 8, 16), "plus": (1, 0, 16)}),
+    ("add_linear", {"x": (1, 0, 16), "out": (1, 0, 16), "residual": None}),
+    ("add_linear", {"x": (1, 0, 16), "out": (1, 15, 16), "residual": None}),
+    ("add_linear", {"x": (0, 0, 16), "out": (6, 0, 16), "residual": None}),
+    ("add_linear", {"x": (0, 0, 16), "out": (1, 8, 16), "residual": (1, 0, 16)}),
+    ("add_pointwise", {"x": (0, 0, 16), "y": (1, 0, 16), "out": (0, 1, 16)}),
+    ("add_pointwise", {"x": (0, 0, 16), "y": (1, 0, 16), "out": (1, 1, 16)}),
+    ("add_rope", {"rows": (0, 24, 8)}),
+    ("add_attention", {"q": (2, 0, 16)}),
+    ("add_attention", {"out": (1, 0, 10)}),
+    ("add_take_rows", {"x": (0, 0, 16), "out": (7, 0, 16)}),
+]
+
+
+@pytest.mark.parametrize(("call", "changed"), ALIASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_op_that_would_read_what_it_writes_is_refused(call, changed):
+    """Its chunks run in any order. Buffers 6 (a row per token) and 7 (of logits) lie half on buffer 0."""
+    from binding_fuzz import GOOD, prepared
+
+    native, _ = prepared("auto", False)
+    native.add_buffer(offset=24 * 16, stride=32, logit_rows=False, rounded=False)
+    native.add_buffer(offset=24 * 16, stride=32, logit_rows=True, rounded=False)
+    good = next(arguments for name, arguments in GOOD if name == call)
+    getattr(native, call)(**good)
+    with pytest.raises(ValueError, match=r"where .* written"):
+        getattr(native, call)(**{**good, **changed})
+
+
+def test_an_op_may_work_in_place():
+    from binding_fuzz import GOOD, prepared
+
+    native, _ = prepared("auto", False)
+    good = dict(GOOD)  # the last of each name
+    native.add_pointwise(**{**good["add_pointwise"], "x": (0, 0, 16), "out": (0, 0, 16)})
+    native.add_norm(**{**good["add_norm"], "x": (4, 0, 15), "out": (4, 0, 15), "plus": (4, 0, 15)})
+    native.add_linear(**{**good["add_linear"], "x": (4, 16, 16), "out": (5, 16, 16), "residual": (5, 16, 16)})
+
+
+def test_one_call_at_a_time():
+    """A second thread is refused while a step runs, and what runs is not disturbed."""
+    executable = load(threads=1)
+    parts = [Part(IDS, 0, (1, 2, 3, 4, 5, 6), logits="all")]
+    wanted = run(executable, parts)
+    refused, over = threading.Event(), threading.Event()
+
+    def steps():
+        while not refused.is_set():
+            with suppress(KernelError):  # the other one may be first
+                executable.run()
+        over.set()
+
+    threading.Thread(target=steps).start()
+    while not refused.is_set():
+        try:
+            executable.run()
+        except KernelError as error:
+            assert "another thread is in this executable" in error.message
+            refused.set()
+    over.wait()
+    executable.run()
+    np.testing.assert_array_equal(executable.logits(), wanted)
+
+
+def test_a_step_of_more_pieces_than_a_team_counts():
+    """33,000 sequences of one token and 32 kv heads: over 2^20 pieces. A token that sees itself alone gets its values."""
+    tokens, heads = 33_000, 32
+    capacity = Capacity(
+        max_tokens=tokens, max_seqs=tokens, max_logit_rows=1, max_segments=0, num_blocks=tokens, block_size=1,
+        max_blocks_per_seq=1,
+    )  # fmt: skip
+    native = _native.Executable("auto", 2, capacity, 1, 1, True)
+    for number, rows in enumerate((tokens, tokens, 1)):
+        native.add_buffer(offset=number * tokens * heads, stride=heads, logit_rows=rows == 1, rounded=True)
+    table = np.arange(5 * heads, dtype=np.float32).reshape(5, heads)
+    native.fill(native.add_matrix(5, heads, format=0, panels=False, half=0), table, 0)
+    everything = (0, 0, heads)
+    native.add_embed(table=0, out=everything, add=None, position=False, offset=0, scale=1.0, scaled=False)
+    native.add_attention(
+        q=everything, k=everything, v=everything, out=(1, 0, heads), group=0, key_plane=0, value_plane=1, heads=heads,
+        kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
+    )  # fmt: skip
+    inputs = StepInputs.allocate(capacity, 1)
+    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2)
+    inputs.T = inputs.N = tokens
+    inputs.token_ids[:] = np.arange(tokens) % 5
+    inputs.slot_mapping[0] = np.arange(tokens)
+    inputs.block_tables[0, :, 0] = np.arange(tokens)
+    inputs.q_start[:] = np.arange(tokens + 1)
+    inputs.kv_len[:] = 1
+    native.run()
+    np.testing.assert_array_equal(native.tap(1), table[inputs.token_ids])
+
+
+@on_every_table
+def test_every_table_works_here(isa):
+    assert _native.table_fault(isa) == ""
+
+
+def test_a_table_that_works_wrongly_is_passed_over(caplog):
+    """And refused where it was asked for by name."""
+    faults = {"fast": "norms", "sound": ""}
+    assert sound_table(("fast", "sound"), "auto", faults.__getitem__) == "sound"
+    assert "computing with sound: the instruction set fast gets norms wrong" in caplog.text
+    with pytest.raises(ConfigError, match="fast gets norms wrong") as caught:
+        sound_table(("fast", "sound"), "fast", faults.__getitem__)
+    assert caught.value.param == "cpu_isa"
 
 
 def test_arrays_of_a_step_may_not_be_replaced():
