@@ -213,7 +213,7 @@ def test_one_call_at_a_time():
 
 
 def test_a_step_of_more_pieces_than_a_team_counts():
-    """33,000 sequences of one token and 32 kv heads: over 2^20 pieces. A token that sees itself alone gets its values."""
+    """33,000 sequences of one token and 32 kv heads: over 2^20 pieces. One that sees itself alone gets its values."""
     tokens, heads = 33_000, 32
     capacity = Capacity(
         max_tokens=tokens, max_seqs=tokens, max_logit_rows=1, max_segments=0, num_blocks=tokens, block_size=1,

@@ -134,7 +134,7 @@ def sound_table(sets: Sequence[str], isa: str, fault_of: Callable[[str], str]) -
     Raises:
         ConfigError: ``isa`` names a table that has a fault; or all have one.
     """
-    faults = []
+    faults: list[str] = []
     for name in sets if isa == "auto" else (isa,):
         fault = fault_of(name)
         if not fault:
