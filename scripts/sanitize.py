@@ -1,7 +1,8 @@
 """Native kernels under sanitizers: ``python scripts/sanitize.py [pytest arguments]``; what ``make sanitize`` runs.
 
 Builds the module with AddressSanitizer and UBSan beside a copy of the sources in build/sanitize, runs the fuzzer of the
-binding and the op tests on it, then the thread team's driver under ThreadSanitizer. Ends at the first complaint.
+binding and the op tests on it, then the drivers of the thread team and of whole steps under ThreadSanitizer. Ends at the
+first complaint. ``--brief`` takes less of each, on the best instruction table alone: what the slow suite runs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ TESTS = (
     "test_cpu_exact",
     "test_cpu_quantised",
 )
+BRIEF_TESTS = ("test_row_ops", "test_linear_adapters", "test_paged_attention", "test_logits_op")
 # Without an editable install's own import hook, which would go past the copy.
 FRONT = """
 import runpy, sys
@@ -60,7 +62,16 @@ def library(name: str) -> str:
     ).stdout.strip()
 
 
+def best(front: str, env: dict[str, str]) -> str:
+    """The instruction table that tests of one run on, as pytest's -k names it."""
+    code = f"{front}\nprint(_native.table_names()[0])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
 def main() -> None:
+    brief = "--brief" in sys.argv[1:]
+    chosen = [word for word in sys.argv[1:] if word != "--brief"]
     source = str(build())
     front = FRONT.format(source=source)
     env = os.environ | {
@@ -71,14 +82,16 @@ def main() -> None:
     }
     fuzzer = ROOT / "tests" / "kernels" / "binding_fuzz.py"
     for part in ("steps", "programs", "calls"):
-        code = f"{front}\nsys.argv = ['fuzz', {part!r}, '1000']\nrunpy.run_path({str(fuzzer)!r}, run_name='__main__')"
+        told = ["fuzz", part, "150" if brief else "1000"]
+        code = f"{front}\nsys.argv = {told!r}\nrunpy.run_path({str(fuzzer)!r}, run_name='__main__')"
         subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
-    chosen = sys.argv[1:] or ["-k", "cpu or avx or portable"]
-    paths = [f"tests/kernels/{name}.py" for name in TESTS]
-    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *chosen]
+    words = best(front, env) if brief else "cpu or avx or portable"
+    paths = [f"tests/kernels/{name}.py" for name in TESTS if not brief or name in BRIEF_TESTS]
+    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *(chosen or ["-k", words])]
     code = f"{front}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
-    subprocess.run([BUILD / "cmake" / "team_driver", "1000"], check=True)
+    subprocess.run([BUILD / "cmake" / "team_driver", "200" if brief else "1000"], check=True)
+    subprocess.run([BUILD / "cmake" / "step_driver", "100" if brief else "1000"], check=True)
 
 
 if __name__ == "__main__":

@@ -381,3 +381,28 @@ def test_no_damage_gives_anything_but_our_errors(data: st.DataObject) -> None:
             checkpoint.tokenizer_files()
         except TruffulaError as error:
             assert isinstance(error, CheckpointError | UnsupportedModel)
+
+
+def test_an_empty_tensor_that_no_array_can_be_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "x.gguf", metadata_of("llama"), {"token_embd.weight": GgufBlocks(0, (2**40, 2**40, 0), b"")}
+    )
+    with pytest.raises(CheckpointError, match=r"x\.gguf.*token_embd\.weight.*beyond what an array can be"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("embedding_length", "32"),
+        ("rope.freq_base", "5e4"),
+        ("attention.value_length", 99),
+        ("general.architecture", ""),
+    ],
+)
+def test_what_is_said_of_a_key_names_the_file(tmp_path: Path, key: str, value: Any) -> None:
+    name = key if key.startswith("general") else f"llama.{key}"
+    path = write_gguf(tmp_path / "x.gguf", {**metadata_of("llama"), name: value}, {})
+    with pytest.raises(TruffulaError, match=r"x\.gguf: ") as caught:
+        open_checkpoint(path)
+    assert caught.value.param

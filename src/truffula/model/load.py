@@ -105,7 +105,9 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
         head_name=names.head,
     )
     if names.has_head and head is None and decision.tie is not Tie.TIED:
-        raise CheckpointError(f"{names.head} is wanted; the head is there in another form, perhaps quantised.")
+        raise CheckpointError(
+            f"{names.head} is wanted; the head is there in another form, perhaps quantised.", param=names.head
+        )
     return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
 
 

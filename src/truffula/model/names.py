@@ -61,7 +61,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     """
     stored = _unwrapped(names)
     if not stored:
-        raise CheckpointError("The checkpoint holds no tensors.")
+        raise CheckpointError("The checkpoint holds no tensors.", param="tensors")
     prefix, head = _prefix(spec, stored)
     taken: set[str] = set()
     parts: dict[str, tuple[WeightPart, ...]] = {}
@@ -130,11 +130,15 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
         return fitting[0]
     if fitting:
         shown = " and ".join(repr(prefix) for prefix, _ in fitting)
-        raise CheckpointError(f"The checkpoint holds two bodies, under {shown}; one is wanted.")
+        raise CheckpointError(
+            f"The checkpoint holds two bodies, under {shown}; one is wanted.",
+            prefixes=[prefix for prefix, _ in fitting],
+        )
     tried = ", ".join(f"{prefix}{first}*" for prefix, _ in spec.names.prefixes)
     raise CheckpointError(
         f"No tensor of layer 0 of a {spec.model_type} model is in the checkpoint (looked for {tried}); "
-        f"it begins with {', '.join(sorted(stored)[:3])}."
+        f"it begins with {', '.join(sorted(stored)[:3])}.",
+        tensors=sorted(stored)[:_SHOW],
     )
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError
+from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.gguf_header import GgufTensor, read_header
@@ -36,11 +37,12 @@ class GgufCheckpoint:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
         self._file = MappedFile(path, size)
         self._header = read_header(path, size, self._file)
-        self._family = family_of(self._header)
         warnings: list[str] = []
-        factors = self._values(self._header.tensors[ROPE_FREQS]) if ROPE_FREQS in self._header.tensors else None
-        self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
-        self.generation_config: dict[str, Any] = generation_config(self._header)
+        with _naming(path):
+            self._family = family_of(self._header)
+            factors = self._values(self._header.tensors[ROPE_FREQS]) if ROPE_FREQS in self._header.tensors else None
+            self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
+            self.generation_config: dict[str, Any] = generation_config(self._header)
         self._stored = self._renamed()
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, item.shape, FORMATS[item.type].name, path, item.offset, item.nbytes)
@@ -52,7 +54,14 @@ class GgufCheckpoint:
         """The bytes, rows in Hugging Face's order."""
         data = self._file.view(item.offset, item.nbytes)
         heads = self._permuted_heads(name)
-        return _restore_halves(data, item.shape[0], heads) if heads else data
+        if not heads or not item.nbytes:
+            return data
+        if item.shape[0] % (2 * heads):
+            raise CheckpointError(
+                f"{self.path}: tensor {item.name!r}: {item.shape[0]} rows do not divide into pairs of {heads} heads.",
+                param=item.name,
+            )
+        return _restore_halves(data, item.shape[0], heads)
 
     def blocks(self, name: str) -> QuantisedArray | None:
         item = self._item(name)
@@ -127,6 +136,15 @@ class GgufCheckpoint:
         return 0
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is said of a key or a tensor begins with the file it is in."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error.message}", param=error.param, **error.data) from error
+
+
 def _values(format: BlockFormat, blocks: Array) -> Array:
     return dequantize(format, np.ascontiguousarray(blocks).reshape(-1), (len(blocks), format.size))
 
@@ -135,7 +153,5 @@ def _restore_halves(data: Array, rows: int, heads: int) -> Array:
     """Put the rows of each head from interleaved pairs back into two halves. A row is whole blocks, so bytes are
     moved.
     """
-    if rows % (2 * heads):
-        raise CheckpointError(f"{rows} rows do not divide into pairs of {heads} heads.")
     pairs = data.reshape(heads, rows // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)

@@ -19,7 +19,7 @@ import numpy as np
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_quants import FORMATS, OTHER_TYPES
 from truffula.weights.mapped import MappedFile
-from truffula.weights.safetensors import is_lfs_pointer, refuse_lfs_pointer
+from truffula.weights.safetensors import fits_an_array, is_lfs_pointer, refuse_lfs_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -204,6 +204,8 @@ def _check_tensors(
         if start + offset + nbytes > size:
             end = start + offset + nbytes
             raise _refuse(path, f"truncated: tensor {name!r} ends at byte {end}, the file at {size}.", name)
+        if not fits_an_array(shape, 8):
+            raise _refuse(path, f"tensor {name!r}: shape {shape} is empty, and beyond what an array can be.", name)
         found[name] = GgufTensor(name, shape, kind, start + offset, nbytes)
     end, before = start, ""
     for tensor in sorted(found.values(), key=lambda item: (item.offset, item.nbytes)):

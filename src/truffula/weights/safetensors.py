@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,14 @@ def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> T
         )
     if len(shape) > 32:
         raise _refuse(path, f"{len(shape)} dimensions; at most 32 are read.", name)
+    if not fits_an_array(shape, DTYPES[dtype].itemsize):
+        raise _refuse(path, f"shape {shape} is empty, and beyond what an array can be.", name)
     return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
+
+
+def fits_an_array(shape: Sequence[int], itemsize: int) -> bool:
+    """Whether numpy makes an array of that shape: the sizes that are not 0 have to be addressable too."""
+    return math.prod(max(size, 1) for size in shape) * itemsize < 2**63
 
 
 def _is_count_list(value: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,13 +20,15 @@ from truffula.kernels.program import Attention, Linear, Program
 from truffula.kernels.validate import validate
 
 DTYPES = ("bfloat16", "float32")
+logger = logging.getLogger(__name__)
 _SAMPLER_BYTES = 58
 """Per id of the vocabulary and thread, at most (sampler.h)."""
 
 
 class CpuBackend:
-    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has.
+    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has that works.
 
+    A table that fails its self-check (``sound_table``) is passed over with a warning; one that was named is refused.
     ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are computed with as the
     values they stand for, else as whole numbers.
     """
@@ -43,11 +46,10 @@ class CpuBackend:
         self._quantize, self._exact = quantize, exact
         self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
-        self._isa = isa
+        self._isa = sound_table(sets, isa, _library().table_fault)
 
     def probe(self) -> BackendProbe:
-        isa = instruction_sets()[0] if self._isa == "auto" else self._isa
-        return BackendProbe(name=self.name, available=True, device="cpu", isa=isa, dtypes=DTYPES)
+        return BackendProbe(name=self.name, available=True, device="cpu", isa=self._isa, dtypes=DTYPES)
 
     def _wanted(self, dtype: str) -> Wanted:
         return Wanted(dtype, self._quantize, blocks=not self._exact)
@@ -121,6 +123,26 @@ class CpuBackend:
         for op in program.ops:
             lowering.add(op)
         return native
+
+
+def sound_table(sets: Sequence[str], isa: str, fault_of: Callable[[str], str]) -> str:
+    """The table to compute with: the first of ``sets`` (best first) without a fault, or ``isa`` where it is not auto.
+
+    ``fault_of`` says what a table works out otherwise than the portable one (by more than 1e-4 of an op's largest
+    number; native/self_check.h), and is empty for one that works.
+
+    Raises:
+        ConfigError: ``isa`` names a table that has a fault; or all have one.
+    """
+    faults: list[str] = []
+    for name in sets if isa == "auto" else (isa,):
+        fault = fault_of(name)
+        if not fault:
+            if faults:
+                logger.warning("computing with %s: %s", name, "; ".join(faults))
+            return name
+        faults.append(f"the instruction set {name} gets {fault} wrong on this machine")
+    raise ConfigError(f"{'; '.join(faults)}. Leave cpu_isa at auto, or take another backend.", param="cpu_isa")
 
 
 def instruction_sets() -> tuple[str, ...]:

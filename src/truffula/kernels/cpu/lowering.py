@@ -29,6 +29,8 @@ from truffula.kernels.program import (
 )
 
 Columns = tuple[int, int, int]
+MOST_POSITIONS = 2**31 - 1
+"""Positions are 32 bits: a window as wide hides nothing, and one that is wider neither."""
 _ACTIVATIONS = MappingProxyType({None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4, "relu2": 5})
 _POINTWISE = MappingProxyType({"act": 0, "add": 1, "scale": 2, "clip": 3, "softcap": 4, "sigmoid_mul": 5})
 
@@ -46,7 +48,12 @@ class Lowering:
         method = _METHODS.get(type(op))
         if method is None:
             raise KernelError(f"op {op.name!r}: the cpu backend has no {type(op).__name__}.", param="ops")
-        method(self, op)
+        try:
+            method(self, op)
+        except TypeError as error:  # of the binding: a number that its C++ type does not hold
+            raise KernelError(
+                f"op {op.name!r}: a number in it is beyond what the cpu backend computes with.", param="ops"
+            ) from error
 
     def _embed(self, op: Embed) -> None:
         if op.source == "extra":
@@ -117,7 +124,7 @@ class Lowering:
         self._native.add_attention(
             q=_columns(op.q), k=_columns(op.k), v=_columns(op.v), out=_columns(op.out), group=op.group,
             key_plane=op.planes[0], value_plane=op.planes[1], heads=op.heads, kv_heads=op.kv_heads, dim_k=op.dim_k,
-            dim_v=op.dim_v, scale=op.scale, window=op.window or 0, softcap=op.softcap or 0.0, sinks=op.sinks,
+            dim_v=op.dim_v, scale=op.scale, window=min(op.window or 0, MOST_POSITIONS), softcap=op.softcap or 0.0, sinks=op.sinks,
         )  # fmt: skip
 
     def _take_rows(self, op: TakeRows) -> None:

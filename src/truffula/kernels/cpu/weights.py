@@ -145,7 +145,10 @@ def _load_one(
     first = 0
     for part in parts:
         for lo, hi in _chunks(part):
-            more = _fill(native, weight, part, lo, hi, first + lo, lossless)
+            try:
+                more = _fill(native, weight, part, lo, hi, first + lo, lossless)
+            except ValueError as error:
+                raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
             squares, lost = squares + more[0], lost + more[1]
         first += part.shape[0]
     if squares:

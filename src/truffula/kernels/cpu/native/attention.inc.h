@@ -118,12 +118,14 @@ static void weigh(const View* v, int row, int from, int block_lo, int block_hi, 
   v->part_sum[row] = sum_of(sum);
 }
 
-// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 numbers of a value at a time.
+// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 numbers of a value at a time. A key that a row does
+// not see is left out of its sum: its weight is zero, but what it is the weight of may be infinite.
 template <int MR>
 static void blend(const View* v, int row, int from, int lo, int hi) {
   const KvCache* kv = &v->c->cache;
   const int size = kv->block_size;
   const float* weights = v->scores + (int64_t)row * v->part_stride;
+  const int first_of_all = first_key(v, position_of(v, row + MR - 1)), last_of_all = position_of(v, row);
   for (int d = 0; d < v->value_width; d += kLanes) {
     V acc[MR];
     for (int r = 0; r < MR; ++r) acc[r] = zero();
@@ -136,7 +138,16 @@ static void blend(const View* v, int row, int from, int lo, int hi) {
       for (int key = begin; key < end; ++key) {
         const int64_t at = (int64_t)key * v->value_width + d;
         const V value = kv->format == kF32 ? load((const float*)values + at) : load_bf16((const uint16_t*)values + at);
-        for (int r = 0; r < MR; ++r) acc[r] = fma(value, set1(w[r * v->part_stride + key]), acc[r]);
+        const int number = block * size + key;
+        if (number >= first_of_all && number <= last_of_all) {
+          for (int r = 0; r < MR; ++r) acc[r] = fma(value, set1(w[r * v->part_stride + key]), acc[r]);
+          continue;
+        }
+        for (int r = 0; r < MR; ++r) {
+          const int position = position_of(v, row + r);
+          if (number <= position && number >= first_key(v, position))
+            acc[r] = fma(value, set1(w[r * v->part_stride + key]), acc[r]);
+        }
       }
     }
     for (int r = 0; r < MR; ++r) store(v->part + (int64_t)(row + r) * v->value_width + d, acc[r]);

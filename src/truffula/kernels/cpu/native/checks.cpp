@@ -24,6 +24,28 @@ void Executable::same_rows(const Ref& out, std::initializer_list<const Ref*> oth
     require(ref->buffer == kNothing || of_logits(*ref) == of_logits(out), "an op's buffers have unequal rows");
 }
 
+// Whether two operands share a float of the arena. Offsets are whatever the caller says: compared without adding.
+bool Executable::overlap(const Ref& a, const Ref& b) const {
+  if (a.buffer == kNothing || b.buffer == kNothing) return false;
+  if (a.buffer == b.buffer) return a.start < b.start + b.width && b.start < a.start + a.width;
+  const auto floats = [&](const Buffer& of) { return (of.logit_rows ? capacity_.max_logit_rows : capacity_.max_tokens) * of.stride; };
+  const Buffer &one = buffers_[static_cast<size_t>(a.buffer)], &two = buffers_[static_cast<size_t>(b.buffer)];
+  return one.offset < two.offset ? two.offset - one.offset < floats(one) : one.offset - two.offset < floats(two);
+}
+
+// Chunks of an op run in any order and at once: what one writes none may still have to read.
+void Executable::apart(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const {
+  for (const Ref* ref : others) require(!overlap(out, *ref), why);
+}
+
+// Of an op that reads each number just before it writes it: in place, or elsewhere; never shifted.
+void Executable::apart_or_equal(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const {
+  for (const Ref* ref : others) {
+    const bool equal = ref->buffer == out.buffer && ref->start == out.start && ref->width == out.width;
+    require(equal || !overlap(out, *ref), why);
+  }
+}
+
 const float* Executable::vector_of(int32_t id, int64_t width, const char* why) const {
   if (id == kNothing) return nullptr;
   const Weight& found = weight(id);
@@ -38,12 +60,14 @@ void Executable::check(const EmbedOp& op) const {
   require(table.inputs == op.out.width && absent_or(op.add, op.out.width), "embed: width");
   require(table.order.half == 0, "embed: a table has no gates");
   require(op.offset >= 0 && op.offset < table.outputs, "embed: offset");
+  apart(op.out, {&op.add}, "embed: add lies where out is written");
 }
 
 void Executable::check(const NormOp& op) const {
   same_rows(op.out, {&op.x, &op.plus});
   require(op.groups > 0 && op.x.width % op.groups == 0 && op.x.width == op.out.width, "norm: width");
   require(absent_or(op.plus, op.out.width), "norm: plus");
+  apart_or_equal(op.out, {&op.x, &op.plus}, "norm: x or plus lies partly where out is written");
   for (int32_t id : {op.weight, op.bias}) vector_of(id, op.x.width / op.groups, "norm: weight");
 }
 
@@ -56,6 +80,8 @@ void Executable::check(const LinearOp& op) const {
   require(absent_or(op.residual, op.out.width), "linear: residual");
   require(op.bias.empty() || op.bias.size() == static_cast<size_t>(w.order.panels() * kLanes), "linear: bias");
   require(is_activation(op.activation), "linear: activation");
+  apart(op.out, {&op.x}, "linear: x lies where out is written");
+  apart_or_equal(op.out, {&op.residual}, "linear: residual lies partly where out is written");
 }
 
 void Executable::check(const PointwiseOp& op) const {
@@ -64,6 +90,7 @@ void Executable::check(const PointwiseOp& op) const {
   require(two == (op.y.buffer != kNothing), "pointwise: y");
   same_rows(op.out, {&op.x, &op.y});
   require(op.x.width == op.out.width && absent_or(op.y, op.out.width), "pointwise: width");
+  apart_or_equal(op.out, {&op.x, &op.y}, "pointwise: x or y lies partly where out is written");
 }
 
 void Executable::check(const RopeRowsOp& op) const {
@@ -76,6 +103,7 @@ void Executable::check(const RopeOp& op) const {
   const int64_t heads = op.heads, end = static_cast<int64_t>(op.start) + op.dims;
   require(op.dims % 2 == 0 && op.dims > 0 && op.start >= 0 && end <= op.head_dim && heads > 0 &&
               op.x.width == heads * op.head_dim && op.rows.width == op.dims, "rope: width");
+  apart(op.x, {&op.rows}, "rope: rows lie where x is written");
 }
 
 void Executable::check(const AttentionOp& op) const {
@@ -86,11 +114,13 @@ void Executable::check(const AttentionOp& op) const {
   require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.k.width == kv_heads * op.dim_k &&
               op.v.width == kv_heads * op.dim_v && op.out.width == heads * op.dim_v, "attention: width");
   require(op.group >= 0 && op.group < groups_, "attention: group");
+  apart(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
   vector_of(op.sinks, heads, "attention: sinks");
 }
 
 void Executable::check(const TakeRowsOp& op) const {
   require(!of_logits(op.x) && of_logits(op.out) && op.x.width == op.out.width, "take rows: width or rows");
+  apart(op.out, {&op.x}, "take rows: x lies where out is written");
 }
 
 void Executable::check_columns(const Ref& ref, const char* what, bool optional) const {

@@ -4,6 +4,7 @@
 #if defined(__x86_64__) || defined(_M_X64)
 #include <xmmintrin.h>
 #endif
+#include <cstdint>
 
 namespace truffula {
 
@@ -18,6 +19,20 @@ class FlushDenormals {
 
  private:
   unsigned before_;
+#elif defined(__aarch64__)
+  FlushDenormals() : before_(fpcr()) { set_fpcr(before_ | uint64_t{1} << 24); }
+  ~FlushDenormals() { set_fpcr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  static uint64_t fpcr() {
+    uint64_t value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void set_fpcr(uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
+  uint64_t before_;
 #else
   FlushDenormals() {}
 #endif

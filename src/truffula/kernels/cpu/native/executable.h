@@ -95,7 +95,7 @@ class Executable {
   // An adapter that acts at one op in this step: rows lo .. hi, and where its h lies.
   struct Active {
     const AdapterOp* op;
-    int32_t lo, hi, first_chunk;
+    int32_t lo, hi, first;  // rows; the first of its stretches
     float weight;
     int64_t h;
   };
@@ -122,6 +122,9 @@ class Executable {
   void check(const TakeRowsOp&) const;
   bool of_logits(const Ref& ref) const;
   void same_rows(const Ref& out, std::initializer_list<const Ref*> others) const;
+  bool overlap(const Ref& a, const Ref& b) const;
+  void apart(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
+  void apart_or_equal(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
   const float* vector_of(int32_t id, int64_t width, const char* why) const;
   void check_inputs(const StepCounts& counts) const;
   void prepare();
@@ -147,9 +150,10 @@ class Executable {
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, Local&);
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
-  void shrink(const LinearOp&, size_t op, int32_t chunk);
+  int32_t shrinks_of(size_t op) const;
+  void shrink(const LinearOp&, size_t op, int32_t number);
   const std::vector<Delta>& deltas_of(size_t op, Local&) const;
-  void attend(const AttentionOp&, bool merge, int32_t chunk, Local&);
+  void attend(const AttentionOp&, bool merge, int64_t pair, Local&);
   AttentionCall call_of(const AttentionOp& op) const;
 
   const Kernels* kernels_;

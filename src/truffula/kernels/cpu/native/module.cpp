@@ -4,12 +4,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
 
 #include "dispatch.h"
 #include "executable.h"
+#include "self_check.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -85,9 +87,31 @@ struct Native {
 
   static int32_t field(const nb::object& capacity, const char* name) { return nb::cast<int32_t>(capacity.attr(name)); }
 
+  // Everything on the executable goes through this: what enters while another thread is in it gets a RuntimeError.
+  class Entered {
+   public:
+    explicit Entered(Native& native) : native_(native) {
+      int64_t nobody = 0;
+      const int64_t here = process_id();
+      // A forked child may find a thread inside that is not in it: whatever it did there is over.
+      if (!native_.inside.compare_exchange_strong(nobody, here) &&
+          (nobody == here || !native_.inside.compare_exchange_strong(nobody, here)))
+        throw std::runtime_error("another thread is in this executable; it takes one call at a time");
+    }
+    ~Entered() { native_.inside.store(0); }
+    Entered(const Entered&) = delete;
+    Entered& operator=(const Entered&) = delete;
+    Executable* operator->() const { return &native_.executable; }
+
+   private:
+    Native& native_;
+  };
+  Entered enter() { return Entered(*this); }
+
   Capacity cap;
   int32_t num_groups;
   Executable executable;
+  std::atomic<int64_t> inside{0};  // the process of the thread that is in it
   nb::object inputs;
   Held held;
 };
@@ -95,7 +119,7 @@ struct Native {
 void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer) {
   Held held;
   const StepArrays arrays = step_arrays(held, inputs, self.cap, self.num_groups);
-  self.executable.seal(arrays, arena_floats, logits_buffer);
+  self.enter()->seal(arrays, arena_floats, logits_buffer);
   self.inputs = inputs;
   self.held = std::move(held);
 }
@@ -107,8 +131,9 @@ void run(Native& self) {
       throw std::invalid_argument(std::string(name) + " is another array than at load; fill the one there was");
   const auto count = [&](const char* name) { return nb::cast<int32_t>(self.inputs.attr(name)); };
   const StepCounts counts{count("T"), count("N"), count("R"), count("G")};
+  const auto entered = self.enter();
   const nb::gil_scoped_release release;
-  self.executable.run(counts);
+  entered->run(counts);
 }
 
 // Blocks [rows, blocks, bytes] of a stored type, as GGUF names it.
@@ -130,8 +155,9 @@ nb::tuple fill(Native& self, int32_t weight, const Any& array, int64_t first, co
   const auto rows = static_cast<int64_t>(array.shape(0));
   Rounding made;
   {
+    const auto entered = self.enter();
     const nb::gil_scoped_release release;
-    made = self.executable.fill_matrix(weight, source, rows, first);
+    made = entered->fill_matrix(weight, source, rows, first);
   }
   return nb::make_tuple(made.squares, made.lost);
 }
@@ -145,8 +171,9 @@ void add_adapter_op(Native& self, int32_t slot, int32_t op, const std::vector<An
   std::vector<int64_t> ranks, outputs;
   for (const Any& array : a) as.push_back(source_of(array)), ranks.push_back(static_cast<int64_t>(array.shape(0)));
   for (const Any& array : b) bs.push_back(source_of(array)), outputs.push_back(static_cast<int64_t>(array.shape(0)));
+  const auto entered = self.enter();
   const nb::gil_scoped_release release;
-  self.executable.add_adapter_op(slot, op, as, ranks, scales, expand_of, bs, outputs, first_output);
+  entered->add_adapter_op(slot, op, as, ranks, scales, expand_of, bs, outputs, first_output);
 }
 
 Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) {
@@ -158,6 +185,7 @@ Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) 
 }
 
 Out<float> logits(Native& self, size_t vocab) {
+  const auto entered = self.enter();
   const Executable& e = self.executable;
   if (!self.inputs.is_valid()) throw std::invalid_argument("the program is not sealed");
   if (static_cast<int64_t>(vocab) > e.logits_stride()) throw std::invalid_argument("logits are not that wide");
@@ -165,8 +193,9 @@ Out<float> logits(Native& self, size_t vocab) {
 }
 
 Out<float> tap(Native& self, int32_t op) {
-  const std::vector<float> kept = self.executable.tap(op);
-  const auto width = static_cast<size_t>(self.executable.tap_width(op));
+  const auto entered = self.enter();
+  const std::vector<float> kept = entered->tap(op);
+  const auto width = static_cast<size_t>(entered->tap_width(op));
   return floats(kept.data(), kept.size() / width, width, static_cast<int64_t>(width));
 }
 
@@ -209,7 +238,8 @@ Out<T> made(size_t rows, size_t width) {
 
 // (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width].
 nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t width) {
-  const auto rows = static_cast<size_t>(self.executable.logit_rows());
+  const auto entered = self.enter();
+  const auto rows = static_cast<size_t>(entered->logit_rows());
   if (!self.inputs.is_valid() || width < 0) throw std::invalid_argument("the program is not sealed, or width is below 0");
   Held held;
   const SampleArgs args = sample_args(held, samples, static_cast<int64_t>(rows));
@@ -223,7 +253,7 @@ nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t
   const SampleOut out{ids.data(), logprob.data(), finite.data(), top_ids.data(), top_logprobs.data(), width};
   {
     const nb::gil_scoped_release release;
-    self.executable.sample(vocab, args, out);
+    entered->sample(vocab, args, out);
   }
   return nb::make_tuple(ids, logprob, finite, top_ids, top_logprobs);
 }
@@ -231,7 +261,7 @@ nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t
 void add_attention(Native& self, const nb::object& q, const nb::object& k, const nb::object& v, const nb::object& out,
                    int32_t group, int32_t key_plane, int32_t value_plane, int32_t heads, int32_t kv_heads, int32_t dim_k,
                    int32_t dim_v, float scale, int32_t window, float softcap, const nb::object& sinks) {
-  self.executable.add(AttentionOp{ref_of(q), ref_of(k), ref_of(v), ref_of(out), group, key_plane, value_plane, heads,
+  self.enter()->add(AttentionOp{ref_of(q), ref_of(k), ref_of(v), ref_of(out), group, key_plane, value_plane, heads,
                                   kv_heads, dim_k, dim_v, window, scale, softcap, or_nothing(sinks)});
 }
 
@@ -244,17 +274,17 @@ std::vector<std::string> table_names() {
 void bind_load(nb::class_<Native>& c) {
   c.def("add_buffer",
         [](Native& self, int64_t offset, int64_t stride, bool logit_rows, bool rounded) {
-          self.executable.add_buffer({offset, stride, logit_rows, rounded});
+          self.enter()->add_buffer({offset, stride, logit_rows, rounded});
         },
         "offset"_a, "stride"_a, "logit_rows"_a, "rounded"_a)
       .def("add_vector",
            [](Native& self, const In<float>& values) {
-             return self.executable.add_vector(values.data(), static_cast<int64_t>(values.size()));
+             return self.enter()->add_vector(values.data(), static_cast<int64_t>(values.size()));
            },
            "values"_a)
       .def("add_matrix",
            [](Native& self, int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
-             return self.executable.add_matrix(outputs, inputs, format, panels, half);
+             return self.enter()->add_matrix(outputs, inputs, format, panels, half);
            },
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
@@ -262,14 +292,14 @@ void bind_load(nb::class_<Native>& c) {
       .def("add_embed",
            [](Native& self, int32_t table, const nb::object& out, const nb::object& add, bool position, int32_t offset,
               float scale, bool scaled) {
-             self.executable.add(EmbedOp{table, ref_of(out), ref_of(add),
+             self.enter()->add(EmbedOp{table, ref_of(out), ref_of(add),
                                          position ? EmbedSource::kPosition : EmbedSource::kToken, offset, scale, scaled});
            },
            "table"_a, "out"_a, "add"_a.none(), "position"_a, "offset"_a, "scale"_a, "scaled"_a)
       .def("add_norm",
            [](Native& self, const nb::object& x, const nb::object& out, const nb::object& plus, const nb::object& weight,
               const nb::object& bias, int32_t groups, bool layer_norm, bool cast_first, float eps) {
-             self.executable.add(NormOp{ref_of(x), ref_of(out), ref_of(plus), or_nothing(weight), or_nothing(bias), groups,
+             self.enter()->add(NormOp{ref_of(x), ref_of(out), ref_of(plus), or_nothing(weight), or_nothing(bias), groups,
                                         layer_norm, cast_first, eps});
            },
            "x"_a, "out"_a, "plus"_a.none(), "weight"_a.none(), "bias"_a.none(), "groups"_a, "layer_norm"_a, "cast_first"_a,
@@ -277,7 +307,7 @@ void bind_load(nb::class_<Native>& c) {
       .def("add_linear",
            [](Native& self, const nb::object& x, const nb::object& out, const nb::object& residual, int32_t weight,
               const std::vector<float>& bias, float clip, float scale, float softcap, int32_t activation, bool glu) {
-             self.executable.add(LinearOp{ref_of(x), ref_of(out), ref_of(residual), weight, bias, clip, scale, softcap,
+             self.enter()->add(LinearOp{ref_of(x), ref_of(out), ref_of(residual), weight, bias, clip, scale, softcap,
                                           activation, glu});
            },
            "x"_a, "out"_a, "residual"_a.none(), "weight"_a, "bias"_a, "clip"_a, "scale"_a, "softcap"_a, "activation"_a,
@@ -285,25 +315,25 @@ void bind_load(nb::class_<Native>& c) {
       .def("add_pointwise",
            [](Native& self, const nb::object& x, const nb::object& y, const nb::object& out, int32_t kind,
               int32_t activation, float param) {
-             self.executable.add(PointwiseOp{ref_of(x), ref_of(y), ref_of(out), kind, activation, param});
+             self.enter()->add(PointwiseOp{ref_of(x), ref_of(y), ref_of(out), kind, activation, param});
            },
            "x"_a, "y"_a.none(), "out"_a, "kind"_a, "activation"_a, "param"_a)
       .def("add_rope_rows",
            [](Native& self, const std::vector<float>& inv_freq, float factor, const nb::object& out) {
-             self.executable.add(RopeRowsOp{inv_freq, factor, ref_of(out)});
+             self.enter()->add(RopeRowsOp{inv_freq, factor, ref_of(out)});
            },
            "inv_freq"_a, "factor"_a, "out"_a)
       .def("add_rope",
            [](Native& self, const nb::object& x, const nb::object& rows, int32_t heads, int32_t head_dim, int32_t start,
               int32_t dims, bool interleaved) {
-             self.executable.add(RopeOp{ref_of(x), ref_of(rows), heads, head_dim, start, dims, interleaved});
+             self.enter()->add(RopeOp{ref_of(x), ref_of(rows), heads, head_dim, start, dims, interleaved});
            },
            "x"_a, "rows"_a, "heads"_a, "head_dim"_a, "start"_a, "dims"_a, "interleaved"_a)
       .def("add_attention", add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "group"_a, "key_plane"_a, "value_plane"_a,
            "heads"_a, "kv_heads"_a, "dim_k"_a, "dim_v"_a, "scale"_a, "window"_a, "softcap"_a, "sinks"_a.none())
       .def("add_take_rows",
            [](Native& self, const nb::object& x, const nb::object& out) {
-             self.executable.add(TakeRowsOp{ref_of(x), ref_of(out)});
+             self.enter()->add(TakeRowsOp{ref_of(x), ref_of(out)});
            },
            "x"_a, "out"_a);
 }
@@ -313,17 +343,17 @@ void bind_step(nb::class_<Native>& c) {
       .def("logits", logits, "vocab"_a)
       .def("sample", sample, "samples"_a, "vocab"_a, "width"_a)
       .def("tap", tap, "op"_a)
-      .def("add_adapter", [](Native& self, int64_t bytes) { return self.executable.add_adapter(bytes); }, "bytes"_a)
+      .def("add_adapter", [](Native& self, int64_t bytes) { return self.enter()->add_adapter(bytes); }, "bytes"_a)
       .def("add_adapter_op", add_adapter_op, "slot"_a, "op"_a, "a"_a, "scales"_a, "b"_a, "expand_of"_a, "first_output"_a)
-      .def("drop_adapter", [](Native& self, int32_t slot) { self.executable.drop_adapter(slot); }, "slot"_a)
+      .def("drop_adapter", [](Native& self, int32_t slot) { self.enter()->drop_adapter(slot); }, "slot"_a)
       .def("kv_copy",
            [](Native& self, int32_t group, const std::vector<int32_t>& src, const std::vector<int32_t>& dst) {
-             self.executable.kv_copy(group, src, dst);
+             self.enter()->kv_copy(group, src, dst);
            },
            "group"_a, "src"_a, "dst"_a)
       .def("take_seconds",
            [](Native& self) {
-             const auto seconds = self.executable.take_seconds();
+             const auto seconds = self.enter()->take_seconds();
              return std::vector<double>(seconds.begin(), seconds.end());
            })
       .def_prop_ro("isa", [](const Native& self) { return std::string(self.executable.kernels().name); });
@@ -334,6 +364,8 @@ void bind_step(nb::class_<Native>& c) {
 NB_MODULE(_native, m) {
   m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
+  m.def("table_fault", [](const std::string& isa) { return fault_of(*find_table(isa)); }, "isa"_a,
+        "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);

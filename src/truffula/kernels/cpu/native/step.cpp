@@ -12,14 +12,19 @@ namespace truffula {
 namespace {
 
 // Chunk number `chunk` of `count` things in `chunks`.
+template <class Count>
 struct Span {
-  int32_t lo, hi;
+  Count lo, hi;
 };
 
-Span span_of(int32_t count, int32_t chunk, int32_t chunks) {
+template <class Count>
+Span<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
   const int64_t n = count;
-  return {static_cast<int32_t>(n * chunk / chunks), static_cast<int32_t>(n * (chunk + 1) / chunks)};
+  return {static_cast<Count>(n * chunk / chunks), static_cast<Count>(n * (chunk + 1) / chunks)};
 }
+
+// One thing a chunk, while the team can count them: in a very large step several.
+int32_t chunks_for(int64_t things) { return static_cast<int32_t>(std::min<int64_t>(things, Team::kMostChunks / 2)); }
 
 // From so many rows on a product is cut finer, so that a slower core doesn't hold the other up; below, one long stretch
 // of weights per thread reads faster.
@@ -66,9 +71,12 @@ void Executable::sample(int64_t vocab, const SampleArgs& args, const SampleOut& 
     const SampleArgs* args;
     const SampleOut* out;
   } job{this, vocab, &args, &out};
-  team_.run_chunks(counts_.R, [](void* context, int32_t, int32_t row, int thread) {
+  team_.run_chunks(chunks_for(counts_.R), [](void* context, int32_t, int32_t chunk, int thread) {
     const Job& j = *static_cast<const Job*>(context);
-    sample_row(j.self->logits_row(row), j.vocab, row, *j.args, *j.out, j.self->locals_[static_cast<size_t>(thread)].sample);
+    const int32_t count = j.self->counts_.R;
+    const auto mine = span_of(count, chunk, chunks_for(count));
+    for (int32_t row = mine.lo; row < mine.hi; ++row)
+      sample_row(j.self->logits_row(row), j.vocab, row, *j.args, *j.out, j.self->locals_[static_cast<size_t>(thread)].sample);
   }, &job);
 }
 
@@ -146,9 +154,11 @@ void Executable::plan_attention(Share& share) const {
       }
     }
   }
-  // The longest first: the last to be claimed should be short.
-  std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) {
-    return (a.part == kNothing ? a.position : 0) > (b.part == kNothing ? b.position : 0);
+  // The longest first: the last to be claimed should be short. Equal ones stay in order by their place in the step, for
+  // a stable sort would allocate.
+  const auto length = [](const Item& item) { return item.part == kNothing ? item.position : 0; };
+  std::sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
+    return length(a) != length(b) ? length(a) > length(b) : a.t != b.t ? a.t < b.t : a.part < b.part;
   });
 }
 
@@ -158,11 +168,8 @@ int32_t Executable::chunks_of(const Stage& stage) {
   const Op& op = ops_[stage.op];
   if (const auto* linear = std::get_if<LinearOp>(&op)) {
     if (stage.number == 0) {
-      const auto [from, to] = actives_of_[stage.op];
       const int32_t quantising = quantise_chunks(*linear);
-      if (from == to) return quantising;
-      const Active& last = actives_[static_cast<size_t>(to) - 1];
-      return quantising + last.first_chunk + (last.hi - last.lo + kShrinkRows - 1) / kShrinkRows;
+      return quantising + chunks_for(shrinks_of(stage.op));
     }
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     return count == 0 ? 0 : std::min(units, count < kFineRows ? team : 8 * team);
@@ -171,7 +178,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const Share& share = share_of(*attention);
     if (stage.number == 0) return row_chunks(counts_.T, team);
     if (stage.number == 2 && share.partial_rows == 0) return 0;
-    return static_cast<int32_t>(share.items.size()) * attention->kv_heads;
+    return chunks_for(static_cast<int64_t>(share.items.size()) * attention->kv_heads);
   }
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
@@ -191,7 +198,7 @@ void Executable::work(int32_t phase, int32_t chunk, int thread) {
 }
 
 void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Local&) {
-  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
+  const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scaled, rounded(op.out)};
   if (op.source == EmbedSource::kToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
@@ -207,7 +214,7 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Loc
   const auto vector = [&](int32_t id) { return id == kNothing ? nullptr : weight(id).memory.floats(); };
   const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
                       op.groups,     op.layer_norm, op.cast_first, rounded(op.out),   op.eps};
-  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
+  const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
 
@@ -219,17 +226,25 @@ int32_t Executable::quantise_chunks(const LinearOp& op) const {
 void Executable::quantise(const LinearOp& op, int32_t chunk) {
   const Weight& w = weight(op.weight);
   const QuantiseCall call{rows(op.x), quantised_x_.data(), w.quantised_stride(), w.format, op.x.width};
-  const Span mine = span_of(rows_of(op.out), chunk, quantise_chunks(op));
+  const auto mine = span_of(rows_of(op.out), chunk, quantise_chunks(op));
   kernels_->quantise(&call, mine.lo, mine.hi);
 }
 
-// h of the rows of one chunk of one adapter.
-void Executable::shrink(const LinearOp& op, size_t index, int32_t chunk) {
+// Stretches of rows that some adapter acts on at an op.
+int32_t Executable::shrinks_of(size_t index) const {
   const auto [from, to] = actives_of_[index];
-  const auto behind = std::upper_bound(actives_.begin() + from, actives_.begin() + to, chunk,
-                                       [](int32_t wanted, const Active& active) { return wanted < active.first_chunk; });
+  if (from == to) return 0;
+  const Active& last = actives_[static_cast<size_t>(to) - 1];
+  return last.first + (last.hi - last.lo + kShrinkRows - 1) / kShrinkRows;
+}
+
+// h of one stretch of rows of one adapter.
+void Executable::shrink(const LinearOp& op, size_t index, int32_t number) {
+  const auto [from, to] = actives_of_[index];
+  const auto behind = std::upper_bound(actives_.begin() + from, actives_.begin() + to, number,
+                                       [](int32_t wanted, const Active& active) { return wanted < active.first; });
   const Active& active = *(behind - 1);
-  const int32_t lo = active.lo + (chunk - active.first_chunk) * kShrinkRows;
+  const int32_t lo = active.lo + (number - active.first) * kShrinkRows;
   const int64_t stride = static_cast<int64_t>(active.op->a.panels) * kLanes;
   const Rows x = rows(op.x);
   const ShrinkCall call{{x.data + lo * x.stride, x.stride},
@@ -260,7 +275,11 @@ const std::vector<Delta>& Executable::deltas_of(size_t index, Local& local) cons
 void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, Local& local) {
   if (stage.number == 0) {
     const int32_t quantising = quantise_chunks(op);
-    return chunk < quantising ? quantise(op, chunk) : shrink(op, stage.op, chunk - quantising);
+    if (chunk < quantising) return quantise(op, chunk);
+    const int32_t shrinks = shrinks_of(stage.op);
+    const auto mine = span_of(shrinks, chunk - quantising, chunks_for(shrinks));
+    for (int32_t number = mine.lo; number < mine.hi; ++number) shrink(op, stage.op, number);
+    return;
   }
   const std::vector<Delta>& deltas = deltas_of(stage.op, local);
   LinearCall call{};
@@ -281,19 +300,19 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, L
   call.clip = op.clip;
   call.scale = op.scale;
   call.softcap = op.softcap;
-  const Span mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
+  const auto mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
   kernels_->linear(&call, mine.lo, mine.hi);
 }
 
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, Local&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
                            rounded(op.out), op.param};
-  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
+  const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
 
 void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk, Local&) {
-  const Span mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
+  const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   const Rows out = rows(op.out);
   const size_t pairs = op.inv_freq.size();
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
@@ -310,7 +329,7 @@ void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk,
 void Executable::run_op(const RopeOp& op, const Stage& stage, int32_t chunk, Local&) {
   const RopeCall call{rows(op.x), rows(op.rows), op.heads, op.head_dim, op.start, op.dims, op.interleaved,
                       rounded(op.x)};
-  const Span mine = span_of(rows_of(op.x), chunk, chunks_of(stage));
+  const auto mine = span_of(rows_of(op.x), chunk, chunks_of(stage));
   kernels_->rope(&call, mine.lo, mine.hi);
 }
 
@@ -334,17 +353,22 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
 }
 
 void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk, Local& local) {
-  if (stage.number > 0) return attend(op, stage.number == 2, chunk, local);
+  if (stage.number > 0) {
+    const auto pairs = static_cast<int64_t>(share_of(op).items.size()) * op.kv_heads;
+    const auto mine = span_of(pairs, chunk, chunks_for(pairs));
+    for (int64_t pair = mine.lo; pair < mine.hi; ++pair) attend(op, stage.number == 2, pair, local);
+    return;
+  }
   const AttentionCall call = call_of(op);
-  const Span mine = span_of(counts_.T, chunk, chunks_of(stage));
+  const auto mine = span_of(counts_.T, chunk, chunks_of(stage));
   kernels_->write_kv(&call, in_.slot_mapping + static_cast<int64_t>(op.group) * capacity_.max_tokens, mine.lo, mine.hi);
 }
 
 // One item and kv head; `merge` puts partitions together that were worked on apart.
-void Executable::attend(const AttentionOp& op, bool merge, int32_t chunk, Local& local) {
+void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, Local& local) {
   const Share& share = share_of(op);
-  const Item& item = share.items[static_cast<size_t>(chunk / op.kv_heads)];
-  const int32_t kv_head = chunk % op.kv_heads;
+  const Item& item = share.items[static_cast<size_t>(pair / op.kv_heads)];
+  const auto kv_head = static_cast<int32_t>(pair % op.kv_heads);
   const bool split = item.part != kNothing;
   // With a window the partitions wholly before it are nobody's: they are neither worked on nor merged.
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
@@ -362,7 +386,7 @@ void Executable::attend(const AttentionOp& op, bool merge, int32_t chunk, Local&
 }
 
 void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, Local&) {
-  const Span mine = span_of(counts_.R, chunk, chunks_of(stage));
+  const auto mine = span_of(counts_.R, chunk, chunks_of(stage));
   const Rows x = rows(op.x), out = rows(op.out);
   for (int32_t r = mine.lo; r < mine.hi; ++r)
     std::memcpy(out.data + r * out.stride, x.data + in_.logit_rows[r] * x.stride,

@@ -36,7 +36,9 @@ void relax() {
 
 }  // namespace
 
-Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
+int64_t process_id() { return TF_GETPID(); }
+
+Team::Team(int threads) : size_(threads), process_(process_id()) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("a team has 1 to 1024 threads");
   resize(1);
   workers_.reserve(static_cast<size_t>(threads) - 1);
@@ -51,11 +53,11 @@ Team::Team(int threads) : size_(threads), process_(TF_GETPID()) {
 Team::~Team() { dismiss(); }
 
 void Team::require_own_process() const {
-  if (TF_GETPID() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
+  if (process_id() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
 }
 
 void Team::dismiss() {
-  if (TF_GETPID() != process_) {
+  if (process_id() != process_) {
     // Forked: there is nobody to join, and what stands for a thread may by now be another's. Left alone, for good.
     new std::vector<std::thread>(std::move(workers_));
     return;
@@ -88,7 +90,8 @@ void Team::resize(int32_t phases) {
 }
 
 void Team::set(int32_t phase, int32_t chunks) {
-  if (static_cast<uint64_t>(chunks) > kField) throw std::invalid_argument("a phase has too many chunks");
+  static_assert(kMostChunks == kField);
+  if (chunks < 0 || chunks > kMostChunks) throw std::invalid_argument("a phase has too many chunks");
   Phase& p = phases_[phase];
   p.done.store(0, std::memory_order_relaxed);
   const uint64_t job = (job_.load(std::memory_order_relaxed) + 1) & kJobMask;

@@ -9,6 +9,9 @@
 
 namespace truffula {
 
+// Of this process: another one's after a fork.
+int64_t process_id();
+
 // The caller is one of the team. Nobody has to turn up: a phase is over when its chunks are done, whoever did them, so
 // that a thread which the system has put aside holds the others up only while it has a chunk in hand. Between jobs the
 // threads spin shortly, then sleep: an idle server burns nothing.
@@ -25,6 +28,9 @@ class Team {
   Team& operator=(const Team&) = delete;
 
   int size() const { return size_; }
+
+  // Chunks of a phase, at most.
+  static constexpr int32_t kMostChunks = (1 << 20) - 1;
 
   // Chunks of the phases of the next job: `set` each of 0 .. phases, none left out.
   void resize(int32_t phases);
