@@ -38,6 +38,8 @@ AdapterArg = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+# What decides which numbers are served.
+SERVED = ("revision", "device", "dtype", "backend", "cpu_isa", "quantize", "exact", "threads", "offline", "cache_dir")
 Url = Annotated[str, typer.Option("--url", help="Address of a running truffula server.")]
 
 
@@ -126,6 +128,7 @@ def inspect(
 
 
 @app.command()
+@with_options("engine", only=SERVED)
 def verify(
     model: Model,
     adapter: Annotated[
@@ -133,11 +136,16 @@ def verify(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Greedy tokens to compare.")] = 16,
     as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
 ) -> None:
-    """Compare logits and greedy tokens with transformers (and peft); name the first operation that differs."""
+    """Hold MODEL against transformers in float32 (and ADAPTER against peft): is what these options serve right?
+
+    First op by op in float32, which names the first operation that differs; then in the arithmetic that is served.
+    """
     from truffula.cli.verify import run_verify
 
-    run_verify(model, adapter, tokens, as_json=as_json)
+    run_verify(resolve(options, model=model).engine, adapter, tokens, as_json=as_json)
 
 
 @app.command()
