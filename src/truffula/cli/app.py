@@ -119,12 +119,17 @@ def chat(
 def inspect(
     source: Annotated[str, typer.Argument(help="A model or an adapter: folder, .gguf file, alias or Hugging Face id.")],
     base: Annotated[str | None, typer.Option("--base", help="For an adapter: the model it is for.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="q8_0", help="For a model: read its weights and say what this would lose."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would be loaded and how: sizes, tying and its reason, memory, and every field's fate. Loads no weights."""
+    """What would be loaded and how: sizes, tying and its reason, memory, and every field's fate. Reads no weights,
+    unless --quantize asks."""
     from truffula.cli.inspect import run_inspect
 
-    run_inspect(source, base, as_json=as_json)
+    run_inspect(source, base, quantize, as_json=as_json)
 
 
 @app.command()
