@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null
 
-.PHONY: help native demo test test-slow sanitize fuzz lint check fix bench clean
+.PHONY: help native demo test smoke test-slow sanitize fuzz lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -56,6 +56,14 @@ test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
 	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
 
+# An environment of its own, so that what the tests need elsewhere is not there. pytest's settings are its own, too.
+smoke:           ## what a user without torch has: installed apart, then commands, server, adapters, dialects
+	@$(MAKE) --no-print-directory VENV=.venvs/smoke .smoke
+
+.PHONY: .smoke
+.smoke: $(VENV)/.run
+	@$(PIP) install -q pytest && $(BIN)/python -m pytest -c tests/smoke/pytest.ini --confcutdir tests/smoke tests/smoke
+
 sanitize: $(VENV)/.dev   ## native kernels under address, undefined-behaviour and thread sanitizers (ten minutes)
 	@$(PIP) install -q cmake ninja nanobind && $(BIN)/python scripts/sanitize.py $(ARGS)
 
@@ -67,7 +75,7 @@ fuzz: $(VENV)/.dev   ## fuzz what reads model and adapter files (SECONDS=300, SE
 lint: $(VENV)/.dev   ## ruff (rules and format) and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-check: test lint test-slow   ## all that CI runs
+check: test lint smoke test-slow   ## all that CI runs
 
 fix: $(VENV)/.dev   ## let ruff mend what it can
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

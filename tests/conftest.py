@@ -12,6 +12,8 @@ from hypothesis import settings
 for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py")}):
     sys.path.insert(0, str(folder))
 
+collect_ignore = ["smoke"]  # it wants an environment without torch: make smoke
+
 
 def backends() -> str:
     """Which backends this run tests: the native one on each of its instruction sets, where it was compiled."""

@@ -140,6 +140,17 @@ def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
     assert found["weights_bytes"] == sum(kind["bytes"] for kind in found["stored"].values())
 
 
+def test_inspect_says_what_rounding_would_lose(model: Path, adapter: Path) -> None:
+    found = json.loads(truffula("inspect", str(model), "--quantize", "q8_0", "--json").stdout)
+    kinds = found["rounding"]["kinds"]
+    assert kinds["all"]["tensors"] == sum(kind["tensors"] for name, kind in kinds.items() if name != "all")
+    assert 0 < kinds["all"]["error"] <= kinds["all"]["worst_error"] < 0.05
+    refused = truffula("inspect", str(adapter), "--quantize", "q8_0")
+    assert refused.returncode == 1 and "adapters are never rounded" in refused.stderr
+    unknown = truffula("inspect", str(model), "--quantize", "q3")
+    assert unknown.returncode == 1 and "--quantize" in unknown.stderr and "q8_0" in unknown.stderr
+
+
 def test_inspect_an_adapter_against_its_base_and_a_wrong_one(model: Path, adapter: Path, tmp_path: Path) -> None:
     found = json.loads(truffula("inspect", str(adapter), "--base", str(model), "--json").stdout)
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -38,6 +38,8 @@ AdapterArg = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
+# What decides which numbers are served.
+SERVED = ("revision", "device", "dtype", "backend", "cpu_isa", "quantize", "exact", "threads", "offline", "cache_dir")
 Url = Annotated[str, typer.Option("--url", help="Address of a running truffula server.")]
 
 
@@ -117,15 +119,21 @@ def chat(
 def inspect(
     source: Annotated[str, typer.Argument(help="A model or an adapter: folder, .gguf file, alias or Hugging Face id.")],
     base: Annotated[str | None, typer.Option("--base", help="For an adapter: the model it is for.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="q8_0", help="For a model: read its weights and say what this would lose."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would be loaded and how: sizes, tying and its reason, memory, and every field's fate. Loads no weights."""
+    """What would be loaded and how: sizes, tying and its reason, memory, and every field's fate. Reads no weights,
+    unless --quantize asks."""
     from truffula.cli.inspect import run_inspect
 
-    run_inspect(source, base, as_json=as_json)
+    run_inspect(source, base, quantize, as_json=as_json)
 
 
 @app.command()
+@with_options("engine", only=SERVED)
 def verify(
     model: Model,
     adapter: Annotated[
@@ -133,11 +141,16 @@ def verify(
     ] = None,
     tokens: Annotated[int, typer.Option("--tokens", help="Greedy tokens to compare.")] = 16,
     as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
 ) -> None:
-    """Compare logits and greedy tokens with transformers (and peft); name the first operation that differs."""
+    """Hold MODEL against transformers in float32 (and ADAPTER against peft): is what these options serve right?
+
+    First op by op in float32, which names the first operation that differs; then in the arithmetic that is served.
+    """
     from truffula.cli.verify import run_verify
 
-    run_verify(model, adapter, tokens, as_json=as_json)
+    run_verify(resolve(options, model=model).engine, adapter, tokens, as_json=as_json)
 
 
 @app.command()

@@ -1,16 +1,22 @@
-"""``truffula inspect``: what would be loaded and how, from metadata alone."""
+"""``truffula inspect``: what would be loaded and how, from metadata alone; and what rounding would lose, when asked."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
 from truffula.cli.output import nbytes, out, progress, table, warn
-from truffula.errors import CheckpointError, from_info
+from truffula.config import OPTIONS
+from truffula.errors import CheckpointError, ConfigError, from_info
+
+if TYPE_CHECKING:
+    from truffula.kernels.cpu.rounding import Lost, Rounding
+    from truffula.model.load import ModelPlan
+    from truffula.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -21,12 +27,17 @@ class Source:
     is_adapter: bool
 
 
-def run_inspect(source: str, base: str | None, *, as_json: bool) -> None:
+def run_inspect(source: str, base: str | None, quantize: str | None, *, as_json: bool) -> None:
+    """Raises ``ConfigError`` for a ``quantize`` that is not served, or beside an adapter."""
+    if quantize is not None:
+        quantize = OPTIONS["quantize"].parse(quantize, "--quantize")
     found = _resolve(source)
     if found.is_adapter:
+        if quantize is not None:
+            raise ConfigError("--quantize rounds a model's weights; adapters are never rounded.", param="quantize")
         _adapter(found.path, base, as_json=as_json)
     else:
-        _model(found.path, as_json=as_json)
+        _model(found.path, rounded=quantize == "q8_0", as_json=as_json)
 
 
 def _resolve(source: str) -> Source:
@@ -44,7 +55,7 @@ def _resolve(source: str) -> Source:
     return Source(path, (path / "adapter_config.json").is_file())
 
 
-def _model(path: Path, *, as_json: bool) -> None:
+def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     from truffula.model.load import plan_model
     from truffula.model.read import read_config
     from truffula.weights.open import open_checkpoint
@@ -57,14 +68,14 @@ def _model(path: Path, *, as_json: bool) -> None:
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)
         facts = _facts(path, checkpoint.format, plan)
+        rounding = _rounding(checkpoint, plan) if rounded else None
     finally:
         checkpoint.close()
     if as_json:
         stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
         keys = [{"key": f.key, "value": f.value, "fate": f.fate} for f in fates]
-        out().print_json(
-            json.dumps({**facts, "stored": stored, "config": keys, "unused": plan.unused, "warnings": plan.warnings})
-        )
+        report = {**facts, "stored": stored, "config": keys, "unused": plan.unused, "warnings": plan.warnings}
+        out().print_json(json.dumps(report | ({"rounding": _as_json(rounding)} if rounding else {})))
         return
     console = out()
     shown = table("", "", title=str(path))
@@ -83,8 +94,55 @@ def _model(path: Path, *, as_json: bool) -> None:
     console.print(config_table)
     if plan.unused:
         console.print(f"\nnot used, by a named rule: {', '.join(plan.unused[:10])}{' ...' * (len(plan.unused) > 10)}")
+    if rounding is not None:
+        _show_rounding(rounding)
     for text in plan.warnings:
         warn(text)
+
+
+def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> Rounding:
+    """What ``--quantize q8_0`` would lose, read tensor by tensor."""
+    from truffula.kernels.cpu.formats import BLOCK_KINDS
+    from truffula.kernels.cpu.rounding import rounding_errors
+    from truffula.model.load import puller
+
+    with progress() as report:
+        done = 0
+
+        def tell(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report("rounding to Q8_0", done, plan.stored_bytes)
+
+        pull = puller(checkpoint, plan, block_kinds=frozenset(BLOCK_KINDS))
+        found = rounding_errors(plan.program, pull, plan.stored_types, tell)
+        report("rounding to Q8_0", plan.stored_bytes, plan.stored_bytes)  # what it keeps was not read
+    return found
+
+
+def _rows(rounding: Rounding) -> list[tuple[str, Lost]]:
+    return [*rounding.kinds.items(), ("all", rounding.all)]
+
+
+def _as_json(rounding: Rounding) -> dict[str, Any]:
+    kinds = {
+        name: {"tensors": at.tensors, "error": at.error, "worst": at.worst, "worst_error": at.worst_error}
+        for name, at in _rows(rounding)
+    }
+    return {"format": "q8_0", "kinds": kinds, "kept": rounding.kept}
+
+
+def _show_rounding(rounding: Rounding) -> None:
+    console = out()
+    if not rounding.kinds:
+        console.print(f"\n--quantize q8_0 would round nothing: all {rounding.kept} matrices stay as they are")
+        return
+    shown = table("site", ">tensors", ">relative RMS error", ">worst", "tensor", title="\n--quantize q8_0 would lose")
+    for name, at in _rows(rounding):
+        shown.add_row(name, str(at.tensors), f"{at.error:.3%}", f"{at.worst_error:.3%}", at.worst)
+    console.print(shown)
+    if rounding.kept:
+        console.print(f"{rounding.kept} matrices stay as they are")
 
 
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:

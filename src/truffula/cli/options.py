@@ -34,12 +34,16 @@ def _annotation(option: Option) -> Any:
     ]
 
 
-def with_options(*groups: str, leave_out: tuple[str, ...] = ()) -> Callable[[Command], Command]:
+def with_options(
+    *groups: str, leave_out: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> Callable[[Command], Command]:
     """Give a command the options of ``groups``; it receives them as one dict, its keyword ``options``.
 
-    What a command takes itself (its model argument, say) is left out by name.
+    What a command takes itself (its model argument, say) is left out by name; ``only``, where given, names those that
+    it takes.
     """
     rows = [o for o in OPTIONS.values() if o.group in groups and o.name not in ("model", *leave_out)]
+    rows = [o for o in rows if not only or o.name in only]
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from truffula.cli.options import resolve
 from truffula.cli.output import out, progress, table, warn
+from truffula.config import EngineConfig, prepare_compute
 from truffula.errors import MissingDependency, TruffulaError
+
+if TYPE_CHECKING:
+    from truffula.testing.parity import OpRow
+    from truffula.testing.served import ServedReport, ServingReport
 
 
 class VerifyFailed(TruffulaError):
@@ -17,16 +22,22 @@ class VerifyFailed(TruffulaError):
     code = "verify_failed"
 
 
-def run_verify(model: str, adapter: str | None, tokens: int, *, as_json: bool) -> None:
+def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_json: bool) -> None:
+    from truffula.engine.memory import usable_cpus
     from truffula.weights.sources import resolve_source
 
-    config = resolve({}, model=model).engine
+    prepare_compute()
     with progress() as report:
-        path = resolve_source(model, cache_dir=config.cache_dir, offline=config.offline, progress=report)
+        path = resolve_source(
+            config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
+        )
     try:
-        from truffula.testing.parity import verify_model
+        from truffula.testing.served import verify_serving
 
-        result = verify_model(path, adapter=Path(adapter) if adapter else None, new_tokens=tokens)
+        result = verify_serving(
+            path, config, threads=config.threads or usable_cpus(), adapter=Path(adapter) if adapter else None,
+            new_tokens=tokens,
+        )  # fmt: skip
     except ModuleNotFoundError as error:
         raise MissingDependency(
             f"verify compares with transformers and peft, and {error.name} is not installed: "
@@ -34,36 +45,73 @@ def run_verify(model: str, adapter: str | None, tokens: int, *, as_json: bool) -
             param=error.name,
         ) from error
     if as_json:
-        out().print_json(json.dumps({**asdict(result), "ok": result.ok}))
+        served = None if result.served is None else {**asdict(result.served), "ok": result.served.ok}
+        out().print_json(json.dumps({**asdict(result.values), "served": served, "ok": result.ok}))
     else:
-        console = out()
-        shown = table("", "", title=f"{result.model}{f' with {result.adapter}' if result.adapter else ''}")
-        shown.add_row("architecture", result.model_type)
-        shown.add_row("tying", result.tying)
-        shown.add_row(
-            "ops compared", f"{len(result.rows)}, worst {max(row.error for row in result.rows):.1e} of its row"
-        )
-        shown.add_row("largest logit difference", f"{result.max_logit_diff:.1e}")
-        equal = "all equal" if result.tokens_equal else "[red]different[/]"
-        shown.add_row("greedy tokens", f"{result.tokens_compared} compared, {equal}, {result.near_ties} near-ties")
-        console.print(shown)
-        for text in result.warnings:
-            warn(text)
-    if not result.ok:
-        raise VerifyFailed(_reason(result.first_divergence), model=result.model)
+        _show(result)
+    if not result.values.ok:
+        raise VerifyFailed(_reason(result.values.first_divergence), model=result.values.model)
+    if result.served is not None and not result.served.ok:
+        raise VerifyFailed(_lost(result.served), model=result.values.model)
     if not as_json:
-        out().print(
-            f"\n[green]ok[/]: the same as {'transformers and peft' if adapter else 'transformers'} in {result.dtype}"
+        _conclude(result)
+
+
+def _show(result: ServingReport) -> None:
+    values, served = result.values, result.served
+    shown = table("", "", title=f"{values.model}{f' with {values.adapter}' if values.adapter else ''}")
+    shown.add_row("architecture", values.model_type)
+    shown.add_row("tying", values.tying)
+    shown.add_row("backend", values.backend)
+    shown.add_row("first", f"{values.dtype} on the values, against transformers in {values.dtype}")
+    worst = max(row.error for row in values.rows)
+    shown.add_row("  ops compared", f"{len(values.rows)}, worst {worst:.1e} of its row (limit {values.tolerance:.0e})")
+    shown.add_row("  largest logit difference", f"{values.max_logit_diff:.1e}")
+    equal = "all equal" if values.tokens_equal else "[red]different[/]"
+    shown.add_row("  greedy tokens", f"{values.tokens_compared} compared, {equal}, {values.near_ties} near-ties")
+    if served is None:
+        shown.add_row("as served", "just so")
+    else:
+        at, limit = served.divergence, served.limit
+        shown.add_row("as served", f"{served.arithmetic}, against transformers in float32")
+        shown.add_row(
+            "  KL of its predictions",
+            f"{at.kl_mean:.1e} on average (limit {limit.kl_mean:.0e}), at most {at.kl_max:.1e}, of {at.positions} rows",
         )
+        shown.add_row("  top-1 equal", f"{at.same_top1:.1%}")
+        shown.add_row(
+            "  greedy tokens",
+            f"{served.tokens_compared} compared, at most {served.worst_below:.2f} nats below transformers' likeliest "
+            f"(limit {limit.below})",
+        )
+    out().print(shown)
+    for text in values.warnings:
+        warn(text)
 
 
-def _reason(row: object) -> str:
-    from truffula.testing.parity import OpRow
+def _conclude(result: ServingReport) -> None:
+    theirs = "transformers and peft" if result.values.adapter else "transformers"
+    text = f"the same as {theirs} in {result.values.dtype}"
+    if result.served is not None:
+        text += f"; as served ({result.served.arithmetic}) within its limit"
+    out().print(f"\n[green]ok[/]: {text}")
 
-    if not isinstance(row, OpRow):
+
+def _reason(row: OpRow | None) -> str:
+    if row is None:
         return "Every op agrees within tolerance, yet greedy tokens differ. Please report this model."
     where = "outside the layers" if row.layer is None else f"of layer {row.layer}"
     return (
         f"First divergence: op {row.index} {row.op} ({row.kind}) {where}, the {row.side}put of {row.module}: "
         f"relative error {row.error:.1e}. What comes before it agrees."
+    )
+
+
+def _lost(served: ServedReport) -> str:
+    other = "--exact" if served.formats else "--dtype float32"
+    return (
+        f"In float32 every op agrees, but as served ({served.arithmetic}, {served.backend}) predictions are too far "
+        f"from transformers': KL {served.divergence.kl_mean:.1e} on average (limit {served.limit.kl_mean:.0e}), a "
+        f"greedy token {served.worst_below:.2f} nats below the likeliest (limit {served.limit.below}). This model does "
+        f"not bear the rounding, or a kernel is wrong: serve it with {other}, and please report it."
     )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import InvalidRequest
-from truffula.kernels.backend import AdapterImage, Array, Executable, as_array
+from truffula.kernels.backend import AdapterImage, Array, Backend, Executable, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
@@ -78,6 +78,7 @@ class VerifyReport:
     model: str
     model_type: str
     adapter: str | None
+    backend: str
     dtype: str
     tying: str
     tolerance: float
@@ -100,10 +101,11 @@ def verify_model(
     prompts: Sequence[str | Sequence[int]] | None = None,
     adapter: Path | None = None,
     dtype: str = "float32",
-    backend: str = "reference",
+    backend: str | Backend = "reference",
     new_tokens: int = 16,
     tolerance: float = TOLERANCE,
     perturb: Perturbation | None = None,
+    oracle: Oracle | None = None,
 ) -> VerifyReport:
     """Hold the model at ``path`` (and ``adapter`` on it) against transformers (and peft).
 
@@ -112,10 +114,12 @@ def verify_model(
         prompts: Texts (when the model has a tokenizer) or ids; None takes a few that are built in.
         adapter: A PEFT folder, or None for the base.
         dtype: Both sides compute in it. In bfloat16 the two round in other places: expect no better than 2e-2.
-        backend: What computes our side, by the names of ``kernels/select.py``.
+        backend: What computes our side, or its name in ``kernels/select.py``. It is given the values of quantised
+            files, never their blocks.
         new_tokens: How many greedy tokens follow each prompt, and are compared too.
         tolerance: Of an op's relative error.
         perturb: Changes our side; for tests.
+        oracle: The same model, adapter and dtype in transformers, where it is loaded already.
 
     Raises:
         TruffulaError: The model or the adapter is refused, or a library of the comparison is missing.
@@ -123,16 +127,17 @@ def verify_model(
     Cost: both models in memory, and a forward pass of each per prompt.
     """
     change = perturb or Perturbation()
+    chosen = select_backend(backend, "cpu") if isinstance(backend, str) else backend
     checkpoint = open_checkpoint(path)
     try:
         plan = plan_model(checkpoint)
         program = change.program(plan.program)
-        sequences = _prompts(checkpoint, plan, prompts)
+        sequences = prompts_as_ids(checkpoint, plan, prompts)
         capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
-        executable = _load(backend, checkpoint, plan, program, dtype, capacity, change)
+        executable = _load(chosen, checkpoint, plan, program, dtype, capacity, change)
         try:
-            slot = None if adapter is None else _adapter(executable, adapter, program, change)
-            oracle = Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
+            slot = None if adapter is None else attach(executable, adapter, program, change)
+            oracle = oracle or Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
             comparison = _Comparison(program)
             for ids in sequences:
                 comparison.add(executable, capacity, slot, oracle, ids, new_tokens)
@@ -142,6 +147,7 @@ def verify_model(
             model=str(path),
             model_type=plan.spec.model_type,
             adapter=None if adapter is None else str(adapter),
+            backend=describe(chosen),
             dtype=dtype,
             tying=plan.tying.reason,
             tolerance=tolerance,
@@ -157,8 +163,14 @@ def verify_model(
         checkpoint.close()
 
 
+def describe(backend: Backend) -> str:
+    """``cpu (avx2)``: which backend, and what it computes with."""
+    probe = backend.probe()
+    return f"{probe.name} ({probe.isa})" if probe.isa else probe.name
+
+
 def _load(
-    backend: str,
+    backend: Backend,
     checkpoint: Checkpoint,
     plan: ModelPlan,
     program: Program,
@@ -167,21 +179,25 @@ def _load(
     change: Perturbation,
 ) -> Executable:
     pull = puller(checkpoint, plan)
-    executable = select_backend(backend, "cpu").load(
+    executable = backend.load(
         program, dtype, lambda decl: change.weight(decl, [as_array(part) for part in pull(decl)]), capacity, debug=True
     )
     pull.finish()
     return executable
 
 
-def _adapter(executable: Executable, folder: Path, program: Program, change: Perturbation) -> int:
+def attach(executable: Executable, folder: Path, program: Program, change: Perturbation = Perturbation()) -> int:
+    """The slot of the PEFT adapter in ``folder``, judged as a server does."""
     judged = judge_adapter(folder, program.sites, base=BaseFacts(program.name))
     with tempfile.TemporaryDirectory() as scratch:
         write_image(judged, Path(scratch) / "adapter")
         return executable.adapter(change.image(map_image(Path(scratch) / "adapter")))
 
 
-def _prompts(checkpoint: Checkpoint, plan: ModelPlan, prompts: Sequence[str | Sequence[int]] | None) -> list[list[int]]:
+def prompts_as_ids(
+    checkpoint: Checkpoint, plan: ModelPlan, prompts: Sequence[str | Sequence[int]] | None
+) -> list[list[int]]:
+    """``prompts``, or a few that are built in (ids by chance where there is no tokenizer)."""
     tokenizer = load_tokenizer(checkpoint.tokenizer_files())
     if prompts is None and tokenizer is None:
         rng = np.random.default_rng(0)

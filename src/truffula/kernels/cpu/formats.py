@@ -56,3 +56,11 @@ def matrix_format(stored: set[str], wanted: Wanted, decl: WeightDecl, *, exact: 
     if wanted.dtype == "bfloat16" and not exact:
         return BF16
     return BF16 if stored == {"bfloat16"} else F32
+
+
+def keeps_blocks(fmt: int, stored: set[str], wanted: Wanted, decl: WeightDecl, *, exact: bool, panels: bool) -> bool:
+    """Whether a matrix held in ``fmt`` (what ``matrix_format`` gave) is the file's blocks, none of them rounded."""
+    if fmt <= BF16 or not stored <= BLOCK_KINDS.keys():
+        return False
+    unrounded = Wanted(wanted.dtype, blocks=wanted.blocks)
+    return fmt == matrix_format(stored, unrounded, decl, exact=exact, panels=panels)

@@ -14,7 +14,16 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import PullWeight, QuantisedArray, as_array
-from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, Wanted, matrix_format, panel_bytes, panels_of
+from truffula.kernels.cpu.formats import (
+    BLOCK_KINDS,
+    F32,
+    LANES,
+    Wanted,
+    keeps_blocks,
+    matrix_format,
+    panel_bytes,
+    panels_of,
+)
 from truffula.kernels.mapped import release
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 
@@ -135,16 +144,11 @@ def _load_one(
     panels = role.kind == "panels"
     fmt = matrix_format(kinds, wanted, decl, exact=role.exact, panels=panels)
     weight = native.add_matrix(*decl.shape, format=fmt, panels=panels, half=role.half)
-    lossless = (
-        fmt > BF16
-        and kinds <= BLOCK_KINDS.keys()
-        and fmt
-        == matrix_format(kinds, Wanted(wanted.dtype, blocks=wanted.blocks), decl, exact=role.exact, panels=panels)
-    )
+    lossless = keeps_blocks(fmt, kinds, wanted, decl, exact=role.exact, panels=panels)
     squares = lost = 0.0
     first = 0
     for part in parts:
-        for lo, hi in _chunks(part):
+        for lo, hi in chunks(part):
             try:
                 more = _fill(native, weight, part, lo, hi, first + lo, lossless)
             except ValueError as error:
@@ -160,7 +164,7 @@ def _kind(part: Array | QuantisedArray) -> str:
     return part.kind if isinstance(part, QuantisedArray) else part.dtype.name
 
 
-def _chunks(part: Array | QuantisedArray) -> Iterator[tuple[int, int]]:
+def chunks(part: Array | QuantisedArray) -> Iterator[tuple[int, int]]:
     """Ranges of rows of about ``_CHUNK_BYTES``, cut where panels are when the part begins with one."""
     rows = part.shape[0]
     step = max(1, _CHUNK_BYTES // max(1, part.nbytes // max(1, rows))) // LANES * LANES or LANES
