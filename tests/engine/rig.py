@@ -177,12 +177,8 @@ class Rig:
                 answer.final = event
         return events
 
-    def drain(self, most: int = 20_000) -> None:
-        """Steps (of a millisecond) until every request has its final event.
-
-        Enough for several times the 5 s that the pool keeps an image for somebody: where it fills the room for spare
-        images, no load begins until then.
-        """
+    def drain(self, most: int = 5000) -> None:
+        """Steps until every request has its final event."""
         for _ in range(most):
             if self.engine.idle():
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rig import HandLoader, Rig, request
 
-from truffula.engine.loop import ROOM_PATIENCE_S, AdapterAnswer, EngineLoop
+from truffula.engine.loop import LOAD_POLL_S, ROOM_PATIENCE_S, AdapterAnswer, EngineLoop
 from truffula.types import AdapterCommand, AdapterRef
 
 
@@ -85,6 +85,36 @@ def test_a_load_waits_until_there_is_room() -> None:
     loop.loop.abort(["r"])
     (answer,) = loop.turns(3)
     assert answer.error is None and [s.status for s in answer.states] == ["resident"]
+
+
+def test_a_load_that_waits_for_room_is_kept_from_other_loads() -> None:
+    """Several steps go by between two looks at a load command: what it read is not dropped for others meanwhile."""
+    loop = crowded()
+    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.turns(3)
+    other = AdapterRef(name="other", locator="other", fingerprint="1")
+    loop.rig.add(request("s", [1, 2], adapter=other, max_tokens=1))
+    for _ in range(30):
+        loop.rig.clock.now += LOAD_POLL_S / 7
+        assert loop.loop.turn().answers == []
+    assert loop.rig.loader.started == ["busy", "a"]
+    loop.loop.abort(["r"])
+    (answer,) = loop.turns(5)
+    assert answer.error is None and [s.status for s in answer.states] == ["resident"]
+    loop.turns(20)
+    assert loop.rig.engine.idle() and loop.rig.adapters.check() is None
+
+
+def test_an_adapter_whose_request_left_holds_up_nobodys_load() -> None:
+    loop = crowded()
+    for name in ("gone", "here"):
+        place = AdapterRef(name=name, locator=name, fingerprint="1")
+        loop.rig.add(request(name, [1, 2], adapter=place, max_tokens=1))
+        loop.turns(3)
+    assert loop.rig.loader.started == ["busy", "gone"]
+    loop.loop.abort(["gone"])
+    loop.turns(2)
+    assert loop.rig.loader.started == ["busy", "gone", "here"]
 
 
 def test_a_load_without_room_is_an_error_in_the_end() -> None:

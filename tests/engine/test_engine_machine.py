@@ -83,10 +83,11 @@ class EngineMachine(RuleBasedStateMachine):
     def adapter_changes(self, place):
         self.fingerprints[place] += 1
 
-    @rule(place=st.sampled_from(PLACES), action=st.sampled_from(["load", "unload", "list"]))
+    @rule(place=st.sampled_from(PLACES), action=st.sampled_from(["load", "pin", "unload", "list"]))
     def command(self, place, action):
+        pinned, action = action == "pin", "load" if action == "pin" else action
         try:
-            self.rig.engine.command(AdapterCommand(action=action, ref=self.ref(place)))
+            self.rig.engine.command(AdapterCommand(action=action, ref=self.ref(place), pinned=pinned))
         except TruffulaError as error:
             assert (error.code, action) == ("adapter_not_found", "unload")
         self.rig.engine.check()

@@ -230,6 +230,7 @@ def test_no_load_begins_while_spare_images_exceed_their_room(tmp_path: Path) -> 
         lease = r.pool.acquire(r.loaded(r.write("a", seed=1)))
         assert lease is not None
         waiting = r.loaded(r.write("b", seed=2))  # has no room: spare
+        r.pool.hold(waiting)
         late = r.write("c", seed=3)
         assert r.want(late).status == "loading"
         r.poll(5)
@@ -239,6 +240,97 @@ def test_no_load_begins_while_spare_images_exceed_their_room(tmp_path: Path) -> 
         assert taken is not None
         r.poll(2)
         assert r.want(late).status == "ready"
+        r.check()
+
+
+def crowded(r: Rig) -> str:
+    """Memory for one adapter, which is leased, and another that is spare and fills its room. Its generation."""
+    r.budget.limit = size_of(r.folder, r)
+    assert r.pool.acquire(r.loaded(r.write("a", seed=1))) is not None
+    return r.loaded(r.write("b", seed=2))
+
+
+def test_a_spare_image_that_nobody_came_for_holds_up_no_load(tmp_path: Path) -> None:
+    with rig(tmp_path, spare=1) as r:
+        crowded(r)
+        late = r.write("c", seed=3)
+        assert r.want(late).status == "loading"
+        r.poll(3)  # without any time passing
+        assert r.want(late).status == "ready"
+        r.check()
+
+
+def test_a_spare_image_that_is_let_go_of_holds_up_no_load(tmp_path: Path) -> None:
+    with rig(tmp_path, spare=1) as r:
+        held = crowded(r)
+        r.pool.hold(held)
+        late = r.write("c", seed=3)
+        assert r.want(late).status == "loading"
+        r.poll(3)
+        assert r.want(late).status == "loading" and r.pool.acquire(held) is None
+        r.pool.let_go(held)
+        r.poll(3)
+        assert r.want(late).status == "ready"
+        r.check()
+
+
+def test_a_finished_load_is_there_for_who_waited_though_others_wait_for_room(tmp_path: Path) -> None:
+    with rig(tmp_path, spare=1) as r:
+        crowded(r)
+        refs = [r.write(f"x{n}", seed=10 + n) for n in range(20)]  # more than are begun at a time
+        taken = []
+        for _ in range(100):
+            taken += [ref for ref in refs if ref not in taken and r.want(ref).status == "ready"]
+            r.poll()
+        assert taken == refs  # each was there for its asker, in order, and was read once
+        assert r.pool.loads == 3 + len(refs)
+
+
+def test_a_claimed_image_stays_until_disclaimed(tmp_path: Path) -> None:
+    with rig(tmp_path, spare=1) as r:
+        ref = r.ref("b", "2/4")
+        r.pool.claim(ref)
+        claimed = crowded(r)
+        late = r.write("c", seed=3)
+        r.want(late)
+        r.clock.now += 100
+        r.poll(5)
+        assert r.want(late).status == "loading" and r.want(ref).generation == claimed
+        r.pool.disclaim(ref)
+        r.poll(5)
+        assert r.want(late).status == "ready"
+        r.check()
+
+
+def test_a_claimed_adapter_outlives_its_eviction(tmp_path: Path) -> None:
+    with rig(tmp_path, spare=0) as r:
+        ref = r.write("a")
+        r.pool.claim(ref)
+        generation = r.loaded(ref)
+        r.clock.now += 100
+        assert r.pool.evict_oldest() > 0
+        r.poll()
+        assert r.want(ref).generation == generation
+        r.pool.disclaim(ref)
+        r.clock.now += 100
+        r.poll()
+        assert r.pool.states() == []
+
+
+def test_a_pinned_adapter_that_never_fits_does_not_end_all_loading(tmp_path: Path) -> None:
+    with rig(tmp_path, spare=1) as r:
+        small, large = size_of(tmp_path, r, 1), size_of(tmp_path, r, 30)
+        first, second, late = r.write("a", seed=1, rank=30), r.write("b", seed=2, rank=30), r.write("c", rank=1)
+        r.budget.limit = large + small
+        for ref in (first, second):
+            r.pool.pin(ref)
+            r.loaded(ref)
+        r.clock.now += 100
+        r.poll()
+        assert [(s.name, s.status) for s in r.pool.states()] == [("a", "resident"), ("b", "ready")]
+        assert r.want(late).status == "loading"
+        r.poll(3)
+        assert [(s.name, s.status) for s in r.pool.states()] == [("a", "resident"), ("c", "resident")]
         r.check()
 
 

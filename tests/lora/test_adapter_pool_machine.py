@@ -40,6 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
     generations: Bundle[str] = Bundle("generations")
     leases: Bundle[AdapterLease] = Bundle("leases")
     holds: Bundle[str] = Bundle("holds")
+    claims: Bundle[AdapterRef] = Bundle("claims")
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,6 +118,15 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def pin(self, name: str) -> None:
         self.rig.pool.pin(self.refs[name])
+
+    @rule(target=claims, name=NAMES)
+    def claim(self, name: str) -> AdapterRef:
+        self.rig.pool.claim(self.refs[name])
+        return self.refs[name]
+
+    @rule(ref=consumes(claims))
+    def disclaim(self, ref: AdapterRef) -> None:
+        self.rig.pool.disclaim(ref)
 
     @rule()
     def use_kv(self) -> None:

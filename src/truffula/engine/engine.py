@@ -105,8 +105,8 @@ class Engine:
     def command(self, command: AdapterCommand) -> list[AdapterState]:
         """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
 
-        After ``load`` call ``settle`` until the state is resident or failed. Raises ``AdapterNotFound`` when there
-        is nothing to unload.
+        After ``load`` call ``claim``, then ``settle`` until the state is resident or failed, then ``disclaim``. Raises
+        ``AdapterNotFound`` when there is nothing to unload.
         """
         ref = command.ref
         if command.action == "load" and ref is not None:
@@ -118,6 +118,14 @@ class Engine:
             raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
         states = self._adapters.states()
         return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
+
+    def claim(self, ref: AdapterRef) -> None:
+        """Keep what is loaded of a place, though it has no memory yet, until ``disclaim``."""
+        self._adapters.claim(ref)
+
+    def disclaim(self, ref: AdapterRef) -> None:
+        """End one ``claim``."""
+        self._adapters.disclaim(ref)
 
     def settle(self, ref: AdapterRef) -> AdapterState | None:
         """Give a loaded adapter its memory as soon as that is free. Where it stands; None when nothing is known of it.

@@ -82,6 +82,7 @@ class EngineLoop:
             return
         if command.action == "load" and command.ref is not None:
             self._loads[ticket] = _Load(command.ref)
+            self._engine.claim(command.ref)
             self._judge_loads()
         else:
             self._answers.append(AdapterAnswer(ticket, tuple(states)))
@@ -123,6 +124,7 @@ class EngineLoop:
                 answer = AdapterAnswer(ticket, error=error)
             if answer is not None:
                 del self._loads[ticket]
+                self._engine.disclaim(load.ref)
                 self._answers.append(answer)
 
     def _wait_for_room(self, load: _Load, state: AdapterState) -> None:

@@ -10,8 +10,8 @@
 - A place whose fingerprint changed is read again. Its former generation is *retired*: sequences that hold it keep it,
   new ones get the new one, and it is dropped with its last lease and hold. Until then its bytes count.
 - Bytes are reserved from the ``MemoryBudget`` before the executable sees the image. An image that is mapped but not
-  resident is not charged: those kept for somebody (``hold``, or wanted within ``keep_s``) are few, and no further load
-  is begun while they exceed ``spare_bytes``.
+  resident is not charged: those kept for somebody (``hold``, ``claim``, or wanted within ``keep_s``) are few, and no
+  further load is begun while they exceed ``spare_bytes``. Then those that nobody came for go, so that it begins.
 - A preempted sequence keeps its generation by ``hold``: evicted, its image stays mapped, so that it comes back without
   its source, which may have changed or gone meanwhile.
 """
@@ -61,6 +61,7 @@ class _Entry:
     pinned: bool = False
     former: list[str] = field(default_factory=list)  # its last names, for when no key leads here any more
     used_at: float = 0.0
+    asked_in: int = 0  # the last poll after which somebody asked for it, or that brought it
     commit: str = ""
 
     @property
@@ -129,6 +130,8 @@ class AdapterPool:
         self._current: dict[Key, str] = {}
         self._places: dict[Place, str] = {}  # all keys of a place lead to one generation
         self._pins: set[Place] = set()
+        self._claims: Counter[Place] = Counter()
+        self._polls = 0
         self._leases: dict[int, str] = {}
         self._next_lease = 0
         self.loads = 0
@@ -151,6 +154,7 @@ class AdapterPool:
             entry = self._entries[generation]
             if len(entry.keys[key]) < MAX_NAMES:
                 entry.keys[key].add(ref.name)
+            entry.asked_in = self._polls
             self._touch(generation, now)
             return Want("ready", generation)
         failure = self._failures.get(key)
@@ -207,7 +211,11 @@ class AdapterPool:
         self._drop_if_forgotten(generation, entry)
 
     def poll(self, now: float) -> None:
-        """Take in what the loader finished, begin what waited, forget what nobody wants. Never raises for a load."""
+        """Take in what the loader finished, begin what waited, forget what nobody wants. Never raises for a load.
+
+        Whoever waits for a load asks again before the next ``poll``, or has a ``claim``: until then it is kept for him.
+        """
+        self._polls += 1
         for result in self._loader.poll():
             key = self._tickets.pop(result.ticket, None)
             load = self._loads.pop(key, None) if key is not None else None
@@ -226,8 +234,11 @@ class AdapterPool:
         if entry.pinned:
             with contextlib.suppress(TruffulaError):  # recorded as the failure of its keys
                 self._make_resident(generation, entry)
-        elif not entry.holds and now - entry.used_at > self._keep_s:
+        elif not self._kept(entry) and now - entry.used_at > self._keep_s:
             self._drop(generation, entry)
+
+    def _kept(self, entry: _Entry) -> bool:
+        return entry.holds > 0 or any(key[0] in self._claims for key in entry.keys)
 
     # ---- what the operator asks
 
@@ -237,6 +248,17 @@ class AdapterPool:
         self._pins.add(place)
         for generation, entry in self._entries.items():
             self._repin(generation, entry)
+
+    def claim(self, ref: AdapterRef) -> None:
+        """Keep what is or will be loaded of this place obtainable until ``disclaim``: for a load command."""
+        self._claims[_key(ref)[0]] += 1
+
+    def disclaim(self, ref: AdapterRef) -> None:
+        """End one ``claim``."""
+        place = _key(ref)[0]
+        self._claims[place] -= 1
+        if not self._claims[place]:
+            del self._claims[place]
 
     def retry(self, ref: AdapterRef) -> None:
         """Forget what failed at the place of ``ref``: its next ``want`` reads again, whatever was said just now."""
@@ -353,7 +375,7 @@ class AdapterPool:
         self._leave_slot(generation, entry)
         self.evictions += 1
         wanted = self._clock() - entry.used_at <= self._keep_s and self.spare <= self._spare_bytes
-        if not (entry.holds or wanted):
+        if not (wanted or self._kept(entry)):
             self._drop(generation, entry)
         return nbytes
 
@@ -361,7 +383,7 @@ class AdapterPool:
 
     def _begin_loads(self) -> None:
         in_flight = Counter(load.ref.kind for load in self._loads.values() if load.ticket is not None)
-        if len(self._tickets) == len(self._loads) or self.spare > self._spare_bytes:
+        if len(self._tickets) == len(self._loads) or not self._clear_spare():
             return
         for key, load in self._loads.items():
             # Counted per kind: slow downloads may not keep local folders from being read.
@@ -369,6 +391,24 @@ class AdapterPool:
                 in_flight[load.ref.kind] += 1
                 load.ticket = self._loader.start(load.ref)
                 self._tickets[load.ticket] = key
+
+    def _clear_spare(self) -> bool:
+        """Whether spare images leave room for a load. Those nobody came for go, pinned ones last, where that helps.
+
+        A pin keeps memory that was given. One that is given none, because others are pinned, may not end all loading.
+        """
+        over = self.spare - self._spare_bytes
+        if over <= 0:
+            return True
+        entries = [(generation, self._entries[generation]) for generation in self._spare]
+        free = [(g, e) for g, e in entries if not self._kept(e) and e.asked_in < self._polls]
+        if sum(entry.image.nbytes for _, entry in free) < over:
+            return False
+        for generation, entry in sorted(free, key=lambda item: (item[1].pinned, item[1].used_at)):
+            if over > 0:
+                over -= entry.image.nbytes
+                self._drop(generation, entry)
+        return True
 
     def _finish(self, key: Key, ref: AdapterRef, result: LoadResult, now: float) -> None:
         try:
@@ -381,6 +421,7 @@ class AdapterPool:
         self.loads_by_name[ref.name if known else OTHER_NAMES] += 1
         _log_load(ref, result)
         entry = self._entries[generation]
+        entry.asked_in = self._polls
         entry.keys[key] = {ref.name}
         entry.commit = result.commit or entry.commit
         self._current[key] = generation
@@ -511,6 +552,7 @@ class AdapterPool:
         self._loads.clear()
         self._tickets.clear()
         self._leases.clear()
+        self._claims.clear()
         for generation, entry in list(self._entries.items()):
             self._drop(generation, entry)
 

@@ -236,13 +236,10 @@ Out<T> made(size_t rows, size_t width) {
   return width == 1 ? Out<T>(data, {rows}, owner) : Out<T>(data, {rows, width}, owner);
 }
 
-// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width].
-nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t width) {
-  const auto entered = self.enter();
-  const auto rows = static_cast<size_t>(entered->logit_rows());
-  if (!self.inputs.is_valid() || width < 0) throw std::invalid_argument("the program is not sealed, or width is below 0");
-  Held held;
-  const SampleArgs args = sample_args(held, samples, static_cast<int64_t>(rows));
+// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL.
+template <class F>
+nb::tuple sampled(const SampleArgs& args, size_t rows, int32_t width, const F& fill) {
+  if (width < 0) throw std::invalid_argument("width is below 0");
   for (size_t r = 0; r < rows; ++r)
     if (args.n_logprobs[r] > width) throw std::invalid_argument("n_logprobs: more than there is room for");
   const auto ids = made<int32_t>(rows, 1);
@@ -253,9 +250,36 @@ nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t
   const SampleOut out{ids.data(), logprob.data(), finite.data(), top_ids.data(), top_logprobs.data(), width};
   {
     const nb::gil_scoped_release release;
-    entered->sample(vocab, args, out);
+    fill(out);
   }
   return nb::make_tuple(ids, logprob, finite, top_ids, top_logprobs);
+}
+
+nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t width) {
+  const auto entered = self.enter();
+  if (!self.inputs.is_valid()) throw std::invalid_argument("the program is not sealed");
+  const int64_t rows = entered->logit_rows();
+  Held held;
+  const SampleArgs args = sample_args(held, samples, rows);
+  return sampled(args, static_cast<size_t>(rows), width,
+                 [&](const SampleOut& out) { entered->sample(vocab, args, out); });
+}
+
+// The sampler on its own: of `logits` [R, vocab] instead of a step's, with the loops of one instruction set.
+nb::tuple sample_rows(const In<float>& logits, const nb::object& samples, int32_t width, const std::string& isa) {
+  if (logits.ndim() != 2 || logits.shape(1) < 1) throw std::invalid_argument("logits: two axes, the second not empty");
+  const size_t rows = logits.shape(0);
+  const auto vocab = static_cast<int64_t>(logits.shape(1));
+  Held held;
+  const SampleArgs args = sample_args(held, samples, static_cast<int64_t>(rows));
+  if (!sample_ids_valid(static_cast<int64_t>(rows), vocab, args))
+    throw std::invalid_argument("samples: an id outside the vocabulary");
+  SampleScratch scratch;
+  scratch.loops = find_table(isa)->sampling;
+  return sampled(args, rows, width, [&](const SampleOut& out) {
+    for (size_t r = 0; r < rows; ++r)
+      sample_row(logits.data() + static_cast<int64_t>(r) * vocab, vocab, static_cast<int64_t>(r), args, out, scratch);
+  });
 }
 
 void add_attention(Native& self, const nb::object& q, const nb::object& k, const nb::object& v, const nb::object& out,
@@ -366,6 +390,8 @@ NB_MODULE(_native, m) {
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
   m.def("table_fault", [](const std::string& isa) { return fault_of(*find_table(isa)); }, "isa"_a,
         "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");
+  m.def("sample_rows", sample_rows, "logits"_a.noconvert(), "samples"_a, "width"_a, "isa"_a,
+        "The sampler on its own: what Executable.sample gives, of these logits.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
