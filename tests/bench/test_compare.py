@@ -156,7 +156,7 @@ def test_the_command_writes_what_it_measured(place: Place, other: Live, tmp_path
     file = tmp_path / "own.toml"
     file.write_text(
         '[[row]]\nname = "mine"\nwhat = "w"\nmeasure = "throughput"\nmax_tokens = 3\nprompt_tokens = 9\n'
-        'vocab_size = 300\n'
+        "vocab_size = 300\n"
         f'contestant = [{{ peer = "openai", model = "{MODEL}", url = "{other.url}" }}]\n'
     )
     assert [one.name for one in read_scenarios(file)] == ["mine"]
