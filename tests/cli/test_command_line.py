@@ -25,6 +25,7 @@ COMMANDS = [
     "config",
     "doctor",
     "bench serve",
+    "bench compare",
     "bench join",
     "bench step",
     "adapters list",

@@ -15,6 +15,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # Top to bottom; a module imports its own layer or lower ones only.
 LAYERS = [
     "cli",
+    "bench",
     "scale",
     "testing",
     "server",

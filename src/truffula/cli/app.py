@@ -19,7 +19,8 @@ app = typer.Typer(
     "or [bold]truffula generate smollm2 'Hello'[/].",
 )
 bench_app = typer.Typer(
-    no_args_is_help=True, help="Measure: throughput and latency of a server, and what joining adapters cost."
+    no_args_is_help=True,
+    help="Measure: throughput and latency of a server, alone and beside others, and what joining adapters cost.",
 )
 adapters_app = typer.Typer(no_args_is_help=True, help="Ask a running server for its adapters; load and unload them.")
 app.add_typer(bench_app, name="bench")
@@ -180,15 +181,39 @@ def doctor(as_json: AsJson = False) -> None:
 @with_options("engine")
 def bench_serve(
     model: Model,
-    clients: Annotated[int, typer.Option("--clients", "-c", help="Clients, each with one request at a time.")] = 8,
-    requests: Annotated[int, typer.Option("--requests", help="Requests per client.")] = 1,
+    clients: Annotated[
+        int | None, typer.Option("--clients", "-c", help="Clients, each with one request at a time. [dim]\\[8][/]")
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option("--requests", help="Requests per client [dim]\\[1][/]; with --rate, in all [dim]\\[32][/]."),
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Open loop: requests a second, as a Poisson process sends them.")
+    ] = None,
     adapters: Annotated[
-        str, typer.Option("--adapters", help="none, shared (one for all) or distinct (one each).")
+        str,
+        typer.Option(
+            "--adapters", help="none, shared (one for all), distinct (one each) or zipf (few are asked most)."
+        ),
     ] = "distinct",
+    adapter_count: Annotated[
+        int | None, typer.Option("--adapter-count", help="Adapters that zipf draws from, or that --rate goes through.")
+    ] = None,
+    zipf_exponent: Annotated[
+        float | None, typer.Option("--zipf-exponent", help="s of zipf's 1 / rank**s; 0 draws evenly. [dim]\\[1][/]")
+    ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens")] = 105,
-    max_tokens: Annotated[int, typer.Option("--max-tokens")] = 64,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Random ids per prompt.")] = 105,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate, greedily.")] = 64,
     repeats: Annotated[int, typer.Option("--repeats", help="Runs after a warm-up; the median is printed.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same prompts, adapters and arrival times.")] = 0,
+    ttft_limit: Annotated[
+        float | None, typer.Option("--ttft-limit", help="Goodput: most ms to the first token. [dim]\\[2000][/]")
+    ] = None,
+    itl_limit: Annotated[
+        float | None, typer.Option("--itl-limit", help="Goodput: most ms between tokens, on average. [dim]\\[200][/]")
+    ] = None,
     against_llm: Annotated[
         bool, typer.Option("--against-llm", help="Also through LLM.generate in a process of its own, in turn.")
     ] = False,
@@ -199,12 +224,63 @@ def bench_serve(
     *,
     options: dict[str, Any],
 ) -> None:
-    """Closed loop against the server: output tokens a second, time to first token, inter-token time, prefix-hit
-    rate."""
+    """Load on the server: output tokens a second, time to first token, inter-token time, prefix-hit rate.
+
+    A closed loop by default: each client sends its next request when the last has ended. With --rate an open loop:
+    requests come when they come, so waiting shows; goodput counts those that kept both limits.
+    """
+    from truffula.bench.measured import Limits
     from truffula.cli.bench_serve import ServeBench, run_bench_serve
 
-    bench = ServeBench(clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url)
+    given = {"ttft_ms": ttft_limit, "itl_ms": itl_limit}
+    limits = (
+        Limits(**{name: value for name, value in given.items() if value is not None}) if any(given.values()) else None
+    )
+    bench = ServeBench(
+        clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url, rate, adapter_count,
+        zipf_exponent, limits, seed,
+    )  # fmt: skip
     run_bench_serve(resolve(options, model=model).engine, bench, as_json=as_json)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(help="Scenarios or single rows (--list shows them); left out, all of them.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; in each, everybody runs once, in turn.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every run there.")] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write rows for benchmarks/README.md there.")
+    ] = None,
+    scenario_file: Annotated[
+        Path | None, typer.Option("--scenario-file", help="A TOML file of rows of your own, in place of ours.")
+    ] = None,
+    bench_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--bench-dir",
+            help="BENCH_DIR of benchmarks/peers: models, adapters, peers. [dim]\\[bench in the temporary folder][/]",
+        ),
+    ] = None,
+    peers: Annotated[
+        Path | None, typer.Option("--peers", help="Folder of the peers' scripts. [dim]\\[the checkout's][/]")
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the scenarios and who takes part.")] = False,
+) -> None:
+    """truffula and other projects' servers in turn, on the same prompts: medians, spreads and ratios.
+
+    One contestant runs at a time, started fresh and warmed up; rounds alternate. Peers are installed once by
+    benchmarks/peers (llamacpp.sh setup, vllm.sh setup, ...); one that is not is named with the command, and the status
+    is 1.
+    """
+    from truffula.cli.bench_compare import Asked, list_scenarios, run_bench_compare
+
+    if list_only:
+        list_scenarios(scenario_file)
+        return
+    asked = Asked(tuple(scenarios or ()), scenario_file, repeats, peers, bench_dir, json_file, markdown_file)
+    run_bench_compare(asked)
 
 
 @bench_app.command("join")

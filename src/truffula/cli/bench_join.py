@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truffula.cli.bench_load import Load
-from truffula.cli.bench_server import OwnServer, planned, random_adapters
+from truffula.bench.load import Load
+from truffula.bench.server import OwnServer, planned, random_adapters
 from truffula.cli.output import out, table
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError

@@ -12,8 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-import numpy as np
-
+from truffula.bench.machine import read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import out, table
 from truffula.config import prepare_compute
@@ -211,18 +210,3 @@ class _Turns:
 
     def ops(self) -> dict[str, float]:
         return {name: ms / len(self.times) for name, ms in self._sums.items() if ms > 0}
-
-
-def read_rate(threads: int, nbytes: int) -> float:
-    """Bytes a second that this many threads read from memory together: the limit of a step of one row."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    data = np.ones(nbytes // 8, np.int64)
-    parts = np.array_split(data, threads)
-    with ThreadPoolExecutor(threads) as pool:
-        best = float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, parts))  # numpy lets go of the GIL
-            best = min(best, time.perf_counter() - start)
-    return nbytes / best

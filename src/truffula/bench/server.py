@@ -1,20 +1,15 @@
-"""A server of our own to measure: started, waited for, stopped."""
+"""A truffula server of our own to measure, and what its model is asked with."""
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from truffula.bench.processes import Server, free_port
 from truffula.config import EngineConfig, options_of
-from truffula.errors import ConfigError
 
 if TYPE_CHECKING:
     from truffula.model.load import ModelPlan
@@ -34,51 +29,13 @@ def engine_flags(config: EngineConfig) -> list[str]:
     return flags
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-class OwnServer:
+class OwnServer(Server):
     """``truffula serve`` as a child: starts on entering, stops on leaving. ``url`` answers once ``wait`` returns."""
 
     def __init__(self, config: EngineConfig, flags: list[str], port: int | None = None) -> None:
-        self._port = port or free_port()
-        self._command = [sys.executable, "-m", "truffula", "serve", config.model, "--port", str(self._port)]
-        self._command += [*engine_flags(config), *flags]
-        self.url = f"http://127.0.0.1:{self._port}"
-
-    def __enter__(self) -> OwnServer:
-        self._log = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(self._command, stdout=self._log, stderr=self._log)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def wait(self, timeout_s: float = 600) -> str:
-        """The address, once it is healthy. Raises ``ConfigError`` with what the server said when it ended instead."""
-        import httpx
-
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                self._log.seek(0)
-                said = self._log.read().decode(errors="replace")[-2000:]
-                raise ConfigError(f"The server ended while it started:\n{said}")
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(self.url + "/health", timeout=5).status_code == 200:
-                    return self.url
-            time.sleep(0.05)
-        raise ConfigError(f"The server was not healthy within {timeout_s:g} seconds.")
+        port = port or free_port()
+        argv = [sys.executable, "-m", "truffula", "serve", config.model, "--port", str(port)]
+        super().__init__("truffula", [*argv, *engine_flags(config), *flags], f"http://127.0.0.1:{port}")
 
 
 def planned(config: EngineConfig) -> ModelPlan:

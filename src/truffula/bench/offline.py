@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any
 
-from truffula.cli.bench_load import Load, Measured
+from truffula.bench.load import Load
+from truffula.bench.measured import Measured, Stream
 
 
 def main() -> None:
@@ -28,12 +29,13 @@ def _run(llm: Any, load: Load) -> dict[str, Any]:
     measured = Measured()
     for request in range(load.requests):
         prompts = [load.prompt(client, request) for client in range(load.clients)]
+        adapters = [load.adapter(client, request) for client in range(load.clients)]
         begun = time.monotonic()
-        outputs = llm.generate(prompts, params, adapters=[load.adapter(client) for client in range(load.clients)])
+        outputs = llm.generate(prompts, params, adapters=adapters)
         measured.wall_s += time.monotonic() - begun
-        measured.output_tokens += sum(len(output.token_ids) for output in outputs)
-        measured.prompt_tokens += sum(len(prompt) for prompt in prompts)
-        measured.cached_tokens += sum(output.cached_tokens for output in outputs)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            stream = Stream(begun, begun, [], len(output.token_ids), len(prompt), output.cached_tokens)
+            measured.streams.append(stream)
     return measured.summary()
 
 

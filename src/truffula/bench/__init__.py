@@ -1,0 +1,1 @@
+"""What the ``truffula bench`` commands measure with: loads, servers of ours and of others, and what is made of runs."""

@@ -1,0 +1,187 @@
+"""``bench compare``: contestants in turn, round after round; one runs at a time, each started fresh.
+
+On few cores two servers disturb each other even while one idles, so a contestant has the machine alone: it starts, is
+warmed up by the row's load (adapters loaded, pages touched, code compiled), answers the measured runs and ends. Rounds
+alternate A B A B, so that a machine that slows down slows all of them; a round's value is the median of its runs.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from truffula.bench.dialects import Dialect
+from truffula.bench.machine import read_rate
+from truffula.bench.measured import Measured, Stream
+from truffula.bench.memory import resident
+from truffula.bench.peers import (
+    HttpSession,
+    Place,
+    Session,
+    adapter_names,
+    held,
+    missing,
+    offline,
+    server_of,
+    session,
+    version,
+    with_seed,
+)
+from truffula.bench.scenarios import Contestant, Row
+from truffula.engine.memory import usable_cpus
+from truffula.errors import ConfigError
+
+READ_BYTES = 1 << 28
+START_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Round:
+    """One contestant's turn: ``value`` in the row's unit, from ``runs`` as they were measured."""
+
+    value: float
+    runs: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class Result:
+    """What became of a row. ``absent`` says why contestants did not take part, by title."""
+
+    row: Row
+    rounds: dict[str, list[Round]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -> Result:
+    """Measure ``row`` in ``repeats`` rounds.
+
+    Raises:
+        ConfigError: A contestant that is installed could not be started or measured.
+    """
+    result, begun = Result(row), time.monotonic()
+    present: list[Contestant] = []
+    for contestant in row.contestants:
+        why = missing(contestant, place)
+        if why is not None:
+            result.absent[contestant.title] = why
+            continue
+        present.append(contestant)
+        result.versions[contestant.title] = version(contestant, place)
+        result.rounds[contestant.title] = []
+    for number in range(repeats):
+        for contestant in present:
+            tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} ...")
+            turn = _MEASURE[row.measure](contestant, row, place, number)
+            tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} {turn.value:.1f} {row.unit}")
+            result.rounds[contestant.title].append(turn)
+    result.seconds = time.monotonic() - begun
+    return result
+
+
+def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
+    names = adapter_names(contestant, row, place)
+    with session(contestant, row, place) as running:
+        _checked(running, row, names, -1 - number)
+        measured = [_checked(running, row, names, number * row.runs + i) for i in range(row.runs)]
+    runs = tuple(one.summary() for one in measured)
+    if row.measure == "throughput":
+        return Round(statistics.median(run["output_tok_s"] for run in runs), runs)
+    if any("p50" not in run["ttft_ms"] for run in runs):
+        raise ConfigError(f"{row.name!r}: {contestant.title} does not say when its first token came.", param="measure")
+    return Round(statistics.median(run["ttft_ms"]["p50"] for run in runs), runs)
+
+
+def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> Measured:
+    """A run in which every request was answered in full, from nobody's cache."""
+    measured = running.run(with_seed(row, list(names), seed))
+    if measured.failures:
+        raise ConfigError(f"{len(measured.failures)} requests failed; the first said: {measured.failures[0]}")
+    expected = row.clients * row.requests * row.max_tokens
+    if measured.output_tokens != expected:
+        raise ConfigError(f"{row.name!r}: {measured.output_tokens} tokens were answered, {expected} were asked for.")
+    if any(stream.cached_tokens for stream in measured.streams):
+        raise ConfigError(f"{row.name!r}: part of a prompt was answered from a prefix cache.")
+    return measured
+
+
+def _offline(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
+    del number  # its ids do not matter
+    rate = read_rate(usable_cpus(), READ_BYTES)
+    answer = offline(contestant, row, place)
+    value = statistics.median(answer["tok_s"])
+    answer["read_gb_per_s"] = round(rate / 1e9, 2)
+    if row.measure == "decode":
+        answer["of_roofline"] = round(value * answer["weight_bytes"] / rate, 3)
+    return Round(value, (answer,))
+
+
+def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
+    """PSS of all its processes, less the model's mapped files, weights in anonymous memory and KV.
+
+    Enough is asked before that every block of KV has been used, so that KV counts whole on all sides.
+    """
+    names = adapter_names(contestant, row, place)
+    with session(contestant, row, place) as running:
+        assert isinstance(running, HttpSession) and running.server is not None  # memory is measured of servers we start
+        _checked(running, row, names, number)
+        seen = resident(running.server.pids(), place.path(contestant.model))
+        weights, kv = held(contestant, row, place, running.server.said())
+    beside = seen.pss - seen.model_file - weights - kv
+    run = {**asdict(seen), "weights": weights, "kv": kv, "anonymous_beside": seen.anonymous - weights - kv}
+    return Round(round(beside / 1e6, 2), ({**run, "pss_beside": beside},))
+
+
+def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
+    server, dialect = server_of(contestant, row, place)
+    prompt = row.load([], number).prompt(0, 0)
+    for file in [place.path(contestant.model)]:  # into the page cache
+        if file.is_file():
+            file.read_bytes()
+    begun = time.monotonic()
+    with server:
+        body = json.dumps(dialect.body(prompt, row.max_tokens, None))
+        while not _first_token(server.url, dialect, body):
+            if server.ended:
+                raise ConfigError(f"{contestant.title} ended while it started:\n{server.said()[-2000:]}")
+            if time.monotonic() - begun > START_TIMEOUT_S:
+                raise ConfigError(f"{contestant.title} gave no token within {START_TIMEOUT_S:g} seconds.")
+            time.sleep(0.002)
+        seconds = time.monotonic() - begun
+    return Round(round(1000 * seconds, 1), ({"start_s": round(seconds, 4)},))
+
+
+def _first_token(url: str, dialect: Dialect, body: str) -> bool:
+    """Whether a token arrived; False while nobody listens or the model is loading."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
+    try:
+        connection.request("POST", dialect.path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        if response.status != 200:
+            return False
+        stream = Stream(0.0, 0.0)
+        while not stream.tokens and (line := response.readline()):
+            if line.startswith(b"data: {"):
+                dialect.read(json.loads(line[6:]), time.monotonic(), stream)
+        return bool(stream.tokens)
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+_MEASURE: dict[str, Callable[[Contestant, Row, Place, int], Round]] = {
+    "throughput": _served,
+    "ttft": _served,
+    "decode": _offline,
+    "prefill": _offline,
+    "memory": _memory,
+    "start": _start,
+}

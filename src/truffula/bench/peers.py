@@ -1,0 +1,264 @@
+"""Who can take part in a comparison, and what starting one gives: a session that takes loads.
+
+Other projects' software lives outside, below one folder, and is set up and started by the scripts of
+``benchmarks/peers``. A script tells the command that starts its server or child, so what a person starts by hand and
+what is measured are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from truffula.bench.client import Target, closed_loop
+from truffula.bench.dialects import Dialect, LlamaServer, OpenAI
+from truffula.bench.load import Load
+from truffula.bench.measured import Measured, Stream
+from truffula.bench.processes import SAID, LineChild, Server, free_port
+from truffula.bench.scenarios import Contestant, Row
+from truffula.bench.server import OwnServer, config_fields
+from truffula.config import EngineConfig, load_config
+from truffula.errors import ConfigError
+
+SLOT_TOKENS = 512
+"""KV that a peer whose slots divide it is given per client, at least."""
+# peer → the script that knows it
+SCRIPTS = {
+    "llama-server": "llamacpp.sh", "llama-bench": "llamacpp.sh", "vllm": "vllm.sh", "openvino": "openvino.sh",
+    "hf-peft": "hf_peft.sh",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where peers lie: their ``scripts``, and the folder below which these put everything (``BENCH_DIR``)."""
+
+    scripts: Path
+    files: Path
+
+    def path(self, name: str) -> Path:
+        return self.files / name
+
+    def ask(self, script: str, *words: object) -> subprocess.CompletedProcess[str]:
+        argv = ["env", f"BENCH_DIR={self.files}", "bash", str(self.scripts / script), *map(str, words)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=120)
+
+    def command(self, script: str, *words: object) -> list[str]:
+        """The command line that a script tells, one argument a line."""
+        done = self.ask(script, *words)
+        if done.returncode:
+            raise ConfigError(f"{script} {words[0]} failed: {done.stderr[-SAID:]}")
+        return done.stdout.splitlines()
+
+
+class Session(Protocol):
+    """A peer that runs and takes loads. Time to first token is empty where a peer does not say it."""
+
+    def run(self, load: Load) -> Measured: ...
+
+
+@dataclass(frozen=True)
+class HttpSession:
+    """A server, ours or another's. Without ``server`` somebody else runs it."""
+
+    target: Target
+    server: Server | None = None
+
+    def run(self, load: Load) -> Measured:
+        return asyncio.run(closed_loop(self.target, load))
+
+
+@dataclass(frozen=True)
+class LineSession:
+    """A child that answers lines: what the clients ask at the same time is one batch, as a library is used."""
+
+    child: LineChild
+
+    def run(self, load: Load) -> Measured:
+        measured = Measured()
+        for request in range(load.requests):
+            prompts = [load.prompt(client, request) for client in range(load.clients)]
+            adapters = [load.adapter(client, request) for client in range(load.clients)]
+            begun = time.monotonic()
+            said = self.child.ask({"prompts": prompts, "adapters": adapters, "max_tokens": load.max_tokens})
+            measured.wall_s += said["wall_s"]
+            each = said["output_tokens"] // len(prompts)
+            for i, prompt in enumerate(prompts):
+                first = [begun + said["ttft_s"][i]] if said["ttft_s"] else []
+                measured.streams.append(Stream(begun, begun, first, each, len(prompt)))
+        return measured
+
+
+def missing(contestant: Contestant, place: Place) -> str | None:
+    """Why ``contestant`` can't take part, with the command that helps; None when it can."""
+    script = SCRIPTS.get(contestant.peer)
+    if script is not None:
+        if not (place.scripts / script).is_file():
+            return (
+                f"{contestant.peer}: {place.scripts} has no {script}; run from a checkout or give --peers its "
+                "benchmarks/peers"
+            )
+        if place.ask(script, "check").returncode:
+            return f"{contestant.peer} is not installed below {place.files}: {place.scripts / script} setup"
+    if contestant.peer == "openai":
+        return None
+    if contestant.peer == "truffula" and not contestant.model.startswith(("models/", "/")):
+        return None  # an alias or a Hub id
+    path = place.path(contestant.model)
+    if path.exists():
+        return None
+    maker = "llamacpp.sh" if path.suffix == ".gguf" else "models.sh"
+    return f"{contestant.title}: {path} does not exist: {place.scripts / maker} setup"
+
+
+def version(contestant: Contestant, place: Place) -> str:
+    if contestant.peer in SCRIPTS:
+        return place.ask(SCRIPTS[contestant.peer], "version").stdout.strip()
+    if contestant.peer == "openai":
+        return contestant.url
+    from truffula import __version__
+
+    return f"truffula {__version__}"
+
+
+def engine_config(contestant: Contestant, place: Place) -> EngineConfig:
+    """What a truffula contestant runs with. Raises ``ConfigError`` of an unknown or malformed option."""
+    model = contestant.model
+    if model.startswith(("models/", "/")):
+        model = str(place.path(model))
+    return load_config({"model": model, **contestant.options}).engine
+
+
+def adapter_names(contestant: Contestant, row: Row, place: Place) -> list[str]:
+    """The first of the adapters below the row's folder, in order."""
+    folder = place.path(row.adapter_dir)
+    names = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))[: row.adapter_count]
+    if contestant.peer != "openai" and len(names) < row.adapter_count:
+        raise ConfigError(
+            f"{row.name!r} needs {row.adapter_count} adapters; {folder} has {len(names)}: models.sh setup",
+            param="adapter_dir",
+        )
+    return names
+
+
+def server_of(contestant: Contestant, row: Row, place: Place) -> tuple[Server, Dialect]:
+    """The server of a peer that has one, not started, and how to talk with it."""
+    if contestant.peer == "truffula":
+        flags = ["--log-level", "warning"]
+        if row.adapter_count:
+            flags += ["--adapter-dir", str(place.path(row.adapter_dir))]
+        return OwnServer(engine_config(contestant, place), flags), OpenAI()
+    port = free_port()
+    words = [port, place.path(contestant.model), row.adapter_count, row.clients, context_of(row), *contestant.flags]
+    argv = place.command(SCRIPTS[contestant.peer], "serve-command", *words)
+    server = Server(contestant.title, argv, f"http://127.0.0.1:{port}")
+    if contestant.peer == "llama-server":
+        return server, LlamaServer(tuple(adapter_names(contestant, row, place)))
+    return server, OpenAI("base")
+
+
+def context_of(row: Row) -> int:
+    """Tokens of KV for a peer that is told a number: 2048 for one client, a slot each for more."""
+    return max(2048, row.clients * max(SLOT_TOKENS, row.prompt_tokens + row.max_tokens))
+
+
+@contextlib.contextmanager
+def session(contestant: Contestant, row: Row, place: Place) -> Iterator[Session]:
+    """``contestant`` started for ``row`` and healthy; stopped on leaving."""
+    if contestant.peer == "openai":
+        yield HttpSession(Target(contestant.url, OpenAI(contestant.model)))
+    elif contestant.peer in ("openvino", "hf-peft"):
+        if contestant.peer == "openvino" and row.adapter_count:
+            raise ConfigError(f"{row.name!r}: openvino can't mix adapters in a batch.", param="adapters")
+        model = place.path(contestant.model)
+        argv = place.command(SCRIPTS[contestant.peer], "child-command", model, row.adapter_count)
+        with LineChild(contestant.title, argv) as child:
+            child.read()
+            yield LineSession(child)
+    else:
+        server, dialect = server_of(contestant, row, place)
+        with server:
+            yield HttpSession(Target(server.wait(), dialect), server)
+
+
+def offline(contestant: Contestant, row: Row, place: Place) -> dict[str, Any]:
+    """``{"tok_s": [per run], "weight_bytes"}`` of a decode or prefill without a server."""
+    tokens = row.prompt_tokens if row.measure == "prefill" else row.max_tokens
+    if contestant.peer == "llama-bench":
+        words = [place.path(contestant.model), row.measure, tokens, row.runs, *contestant.flags]
+        return parse_llama_bench(_output(contestant, place.command("llamacpp.sh", "bench-command", *words), ""))
+    config = config_fields(engine_config(contestant, place))
+    job = {"config": config, "measure": row.measure, "tokens": tokens, "repeats": row.runs}
+    said = _output(contestant, [sys.executable, "-m", "truffula.bench.executable"], json.dumps(job))
+    answer: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return answer
+
+
+def parse_llama_bench(text: str) -> dict[str, Any]:
+    """What ``llama-bench -o json`` says of one test. Raises ``ConfigError`` when it is none."""
+    try:
+        (test,) = json.loads(text)
+        return {
+            "tok_s": [float(rate) for rate in test["samples_ts"]],
+            "weight_bytes": int(test["model_size"]),
+            "threads": int(test["n_threads"]),
+            "tokens": int(test["n_prompt"]) or int(test["n_gen"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"llama-bench did not answer with the JSON of one test ({error!r}): {text[:300]}") from error
+
+
+def held(contestant: Contestant, row: Row, place: Place, said: str) -> tuple[int, int]:
+    """Bytes of weights in anonymous memory and of KV; of llama-server from what it ``said`` at the start."""
+    if contestant.peer == "llama-server":
+        return parse_llama_log(said)
+    from truffula.engine.build import find_settings
+    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.select import Precision, select_backend
+    from truffula.model.load import plan_model
+    from truffula.weights.open import open_checkpoint
+
+    config = engine_config(contestant, place)
+    backend = select_backend(
+        config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
+        precision=Precision(config.quantize, config.exact),
+    )  # fmt: skip
+    with contextlib.closing(open_checkpoint(Path(config.model))) as checkpoint:
+        settings = find_settings(config, Path(config.model), plan_model(checkpoint), backend)
+    return settings.planned.weight_bytes, settings.memory.num_blocks * settings.planned.kv_block_bytes
+
+
+def parse_llama_log(text: str) -> tuple[int, int]:
+    """(weights in anonymous memory, KV) in bytes, from the ``buffer size`` lines of llama-server's log.
+
+    What it maps from the file is no anonymous memory; what it repacks for the processor is.
+    """
+    found = re.findall(r"(\S+) +(model|KV) buffer size = +([0-9.]+) MiB", text)
+    sizes = [(where, kind, int(float(size) * 2**20)) for where, kind, size in found]
+    kv = sum(size for _, kind, size in sizes if kind == "KV")
+    if not kv:
+        raise ConfigError("llama-server did not log its KV buffer; give it the flags -lv 4.")
+    return sum(size for where, kind, size in sizes if kind == "model" and not where.endswith("_Mapped")), kv
+
+
+def _output(contestant: Contestant, argv: list[str], stdin: str) -> str:
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise ConfigError(f"{contestant.title} failed:\n{done.stderr[-SAID:]}")
+    return done.stdout
+
+
+def with_seed(row: Row, names: list[str], seed: int, requests: int | None = None) -> Load:
+    """The row's load for one run; a warm-up may ask for fewer requests."""
+    load = row.load(names, seed)
+    return load if requests is None else dataclasses.replace(load, requests=requests)

@@ -1,0 +1,73 @@
+"""What other programs and the kernel say, read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from truffula.bench.memory import parse_smaps, resident
+from truffula.bench.peers import parse_llama_bench, parse_llama_log
+from truffula.errors import ConfigError
+
+TEST = {
+    "model_filename": "m.gguf", "model_size": 143025408, "n_threads": 2, "n_prompt": 0, "n_gen": 64,
+    "avg_ts": 110.0, "samples_ts": [100.5, 119.5],
+}  # fmt: skip
+LOG = """
+0.01 I load_tensors:   CPU_Mapped model buffer size =   136.40 MiB
+0.01 I load_tensors:   CPU_REPACK model buffer size =    60.50 MiB
+0.01 I llama_context:        CPU  output buffer size =     0.19 MiB
+0.01 I llama_kv_cache:        CPU KV buffer size =    45.00 MiB
+0.01 I sched_reserve:        CPU compute buffer size =    16.64 MiB
+"""
+SMAPS = """00400000-00500000 r-xp 00000000 08:02 1 /usr/bin/server
+Size:               1024 kB
+Pss:                 100 kB
+Pss_Dirty:            50 kB
+Anonymous:             4 kB
+7f00-7f10 rw-p 00000000 00:00 0
+Pss:                2000 kB
+Anonymous:          2000 kB
+VmFlags: rd wr
+7f20-7f30 r--s 00000000 08:02 9 /data/my model/weights.gguf
+Pss:                3000 kB
+Anonymous:             0 kB
+"""
+
+
+def test_llama_bench_json() -> None:
+    found = parse_llama_bench(json.dumps([TEST]))
+    assert found == {"tok_s": [100.5, 119.5], "weight_bytes": 143025408, "threads": 2, "tokens": 64}
+
+
+@pytest.mark.parametrize("text", ["", "[]", json.dumps([TEST, TEST]), '[{"samples_ts": [1]}]', "error: no model"])
+def test_llama_bench_that_says_something_else_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="llama-bench did not answer"):
+        parse_llama_bench(text)
+
+
+def test_llama_log_counts_repacked_weights_and_not_mapped_ones() -> None:
+    assert parse_llama_log(LOG) == (int(60.5 * 2**20), 45 * 2**20)
+
+
+def test_llama_log_without_buffers_is_refused() -> None:
+    with pytest.raises(ConfigError, match="-lv 4"):
+        parse_llama_log("main: server is listening")
+
+
+@pytest.mark.parametrize("model", ["/data/my model/weights.gguf", "/data/my model"])
+def test_smaps_tells_the_models_files_apart(model: str) -> None:
+    found = parse_smaps(SMAPS, model)
+    assert (found.pss, found.anonymous, found.model_file) == (5100 * 1024, 2004 * 1024, 3000 * 1024)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what processes hold in /proc")
+def test_memory_of_this_process_grows_by_what_it_touches() -> None:
+    before = resident([os.getpid()], Path("/nowhere"))
+    held = bytearray(os.urandom(1 << 16) * (1 << 9))  # 32 MiB
+    after = resident([os.getpid()], Path("/nowhere"))
+    assert after.anonymous - before.anonymous == pytest.approx(len(held), rel=0.25)
+    assert after.pss >= after.anonymous

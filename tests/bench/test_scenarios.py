@@ -1,0 +1,59 @@
+"""Scenario files: the built-in one is sound, and what is wrong in another is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from truffula.bench.scenarios import BUILT_IN, chosen, read_scenarios
+from truffula.errors import ConfigError
+
+ROW = 'name = "r"\nwhat = "w"\nmeasure = "throughput"\n'
+PEER = 'contestant = [{ peer = "truffula", model = "m" }]\n'
+REFUSED = [
+    ("", "has no"),
+    ("[[row]\n", "can't be read"),
+    ('[[row]]\nname = "r"\nwhat = "w"\n' + PEER, "has no measure"),
+    ("[[row]]\n" + ROW, "no \\[\\[row.contestant"),
+    ("[[row]]\n" + ROW + "client = 3\n" + PEER, "no field 'client'"),
+    ("[[row]]\n" + ROW + 'clients = "3"\n' + PEER, "clients is '3'"),
+    ("[[row]]\n" + ROW + "clients = true\n" + PEER, "clients is True"),
+    ("[[row]]\n" + ROW + "clients = 0\n" + PEER, "clients is 0"),
+    ("[[row]]\n" + ROW + 'adapters = "some"\n' + PEER, "adapters is 'some'"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "tgi", model = "m" }]', "peer is 'tgi'"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "openai", model = "m" }]', "needs the url"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "vllm", model = "m", url = "http://x" }]', "url is for openai"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "vllm" }]', "needs a model"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "vllm", model = "m", options = { dtype = "x" } }]', "options are"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "hf-peft", model = "m", flags = ["-x"] }]', "takes no flags"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "llama-bench", model = "m" }]', "can't be measured of llama-bench"),
+    ("[[row]]\n" + ROW + PEER.replace("}]", '}, { peer = "truffula", model = "n" }]'), "the same name"),
+    (("[[row]]\n" + ROW + PEER) * 2, "Two rows"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_scenarios(file)
+
+
+def test_truffula_is_first_in_every_built_in_row() -> None:
+    rows = read_scenarios()
+    assert all(row.contestants[0].peer == "truffula" for row in rows)
+    names = {row.scenario or row.name for row in rows}
+    assert {"decode", "adapter1", "distinct8", "distinct32", "base32", "base32-q8", "base32-q4"} <= names
+    assert {"distinct32-q8", "ttft", "prefill", "idle-memory", "start"} <= names
+
+
+def test_rows_are_chosen_by_scenario_or_by_name() -> None:
+    rows = read_scenarios(BUILT_IN)
+    assert [row.name for row in chosen(rows, ["start", "decode"])] == [
+        "decode-bf16", "decode-q8_0", "decode-q4_0", "start"
+    ]  # fmt: skip
+    assert [row.name for row in chosen(rows, ["decode-q8_0"])] == ["decode-q8_0"]
+    with pytest.raises(ConfigError, match="'decod'"):
+        chosen(rows, ["decod"])
