@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from truffula.config import EngineConfig, Resolved, ServerConfig, format_size
 from truffula.engine.client import Transport, connect
@@ -31,7 +31,7 @@ class Started:
     """What ``start`` made; ``announce`` writes the start log once requests are answered."""
 
     service: AsyncService
-    app: FastAPI
+    app: Starlette
     announce: Callable[[], None]
 
 
