@@ -13,9 +13,9 @@ from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.gguf_header import GgufTensor, read_header
-from truffula.weights.gguf_names import ROPE_FREQS, family_of, generation_config, rename, to_config
+from truffula.weights.gguf_names import ROPE_FREQS, family_of, rename, to_config
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
-from truffula.weights.gguf_tokenizer import tokenizer_files
+from truffula.weights.gguf_tokenizer import generation_config, tokenizer_files
 from truffula.weights.mapped import MappedFile
 
 
@@ -35,12 +35,12 @@ class GgufCheckpoint:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
         self._file = MappedFile(path, size)
-        self._header = read_header(path, size, self._file)
+        self._header = read_header(path, self._file.data())
         self._family = family_of(self._header)
         warnings: list[str] = []
         factors = self._values(self._header.tensors[ROPE_FREQS]) if ROPE_FREQS in self._header.tensors else None
         self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
-        self.generation_config: dict[str, Any] = generation_config(self._header)
+        self.generation_config: dict[str, Any] = generation_config(self._header.metadata)
         self._stored = self._renamed()
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, item.shape, FORMATS[item.type].name, path, item.offset, item.nbytes)

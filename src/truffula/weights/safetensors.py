@@ -18,9 +18,9 @@ import numpy as np
 from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
+from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer
 
 MAX_HEADER_BYTES = 100_000_000
-LFS_FIRST_LINE = b"version https://git-lfs"
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -78,19 +78,6 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def is_lfs_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is the placeholder git leaves when its large files were not fetched."""
-    return start.startswith(LFS_FIRST_LINE[: max(8, len(start))])
-
-
-def refuse_lfs_pointer(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its "
-        "repository, or download the file itself.",
-        param=str(path),
-    )
 
 
 def _refuse(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
