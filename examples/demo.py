@@ -14,9 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from truffula.cli.bench_server import OwnServer
-
 from truffula import LLM, SamplingParams
+from truffula.bench.server import OwnServer
 from truffula.cli.output import out, progress
 from truffula.cli.side_by_side import show
 from truffula.config import load_config

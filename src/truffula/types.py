@@ -6,6 +6,7 @@ Everything here is frozen and msgspec-encodable, so that the process transport i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -13,6 +14,8 @@ import msgspec
 from truffula.errors import ErrorInfo, InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Progress = Callable[[str, int, int | None], None]
+"""Of a start: called with (stage, done, total or None), bytes while downloading and loading."""
 MAX_SEED = 2**64 - 1
 
 

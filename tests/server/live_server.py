@@ -16,7 +16,8 @@ import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from truffula.config import load_config
-from truffula.server.run import DrainingServer, bind, make_server
+from truffula.server.launch import bind
+from truffula.server.run import DrainingServer, make_server
 from truffula.service import AsyncService
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint

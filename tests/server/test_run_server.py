@@ -13,7 +13,8 @@ from live_server import assert_canonical_error, health_of, ok, serving, until, w
 
 from truffula.config import ServerConfig, load_config
 from truffula.errors import ConfigError, EngineDied, TruffulaError
-from truffula.server.run import Gate, bind, make_server, run_server
+from truffula.server.launch import bind, launch
+from truffula.server.run import Gate, make_server
 
 
 def test_a_port_in_use_is_said_before_anything_loads(tmp_path):
@@ -23,7 +24,7 @@ def test_a_port_in_use_is_said_before_anything_loads(tmp_path):
         port = taken.getsockname()[1]
         resolved = load_config({"model": str(tmp_path / "no model here"), "port": port}, env={})
         with pytest.raises(ConfigError, match=f"Port {port} .* in use") as caught:
-            run_server(resolved)
+            launch(resolved)
     assert caught.value.param == "port"
 
 
@@ -43,7 +44,7 @@ def test_connections_do_not_wait_to_fill_segments():
 def test_a_model_that_cannot_load_ends_the_server_with_its_error(tmp_path):
     resolved = load_config({"model": str(tmp_path), "port": 0, "transport": "thread", "offline": True}, env={})
     with pytest.raises(TruffulaError):
-        run_server(resolved)
+        launch(resolved)
 
 
 def test_it_answers_503_while_it_loads(model_folder):

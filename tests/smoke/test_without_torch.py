@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from truffula import LLM, SamplingParams
-from truffula.cli.bench_server import OwnServer
+from truffula.bench.server import OwnServer
 from truffula.config import load_config
 from truffula.kernels.cpu import why_unavailable
 from truffula.testing.adapters import write_tiny_adapter

@@ -12,8 +12,9 @@ import pytest
 
 from truffula.errors import CheckpointError, ModelNotFound
 from truffula.testing.files import write_safetensors
-from truffula.weights.folder import FolderCheckpoint, conversion_command, read_json
+from truffula.weights.folder import FolderCheckpoint, conversion_command
 from truffula.weights.open import open_checkpoint
+from truffula.weights.text_files import read_json
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 2, 3))
 

@@ -31,7 +31,8 @@ from truffula.testing.files import GgufBlocks, write_gguf
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_names import FAMILIES as KNOWN
 from truffula.weights.gguf_names import fit_llama3
-from truffula.weights.gguf_quants import FORMATS, OTHER_TYPES, dequantize
+from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf_types import OTHER_TYPES
 from truffula.weights.open import open_checkpoint
 
 PACKED = sorted(kind for kind, format in FORMATS.items() if format.unpack is not None)

@@ -68,9 +68,9 @@ def serve(model: Model, *, options: dict[str, Any]) -> None:
 
     Every option is also an environment variable, shown beside it.
     """
-    from truffula.server.run import run_server
+    from truffula.server.launch import launch
 
-    run_server(resolve(options, model=model))
+    launch(resolve(options, model=model))
 
 
 @app.command()

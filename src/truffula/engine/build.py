@@ -26,16 +26,13 @@ from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallba
 from truffula.lora.job import LoadLimits
 from truffula.lora.pool import AdapterPool
 from truffula.model.load import ModelPlan, plan_model, puller
-from truffula.types import EngineInfo, FileStamp
+from truffula.types import EngineInfo, FileStamp, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
 from truffula.weights.watch import FileWatch, require_same, stamp, stamps_of
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with (stage, done, total or None): bytes while downloading and loading."""
 
 SCORING_BYTES = 64 * 2**20
 """Logits of a step that may go to prompt logprobs, beside one row per sequence."""
@@ -103,11 +100,16 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
 
 
 def build_engine(
-    config: EngineConfig, progress: Progress | None = None, first: EngineInfo | None = None
+    config: EngineConfig,
+    progress: Progress | None = None,
+    first: EngineInfo | None = None,
+    located: Callable[[Path], None] | None = None,
 ) -> tuple[Engine, EngineInfo]:
     """Start an engine in this thread, which must then be the one that steps it (thread counts are per thread).
 
     With ``first``, what an earlier life of it said: the same files, unchanged, and all that was found out then.
+    ``located`` hears where the files are once they were looked at: what others read of them from then on until this
+    returns is what was loaded.
 
     Raises:
         CheckpointChanged: The files are not those of the first life, or changed while they were read.
@@ -123,6 +125,8 @@ def build_engine(
         files = stamps_of(checkpoint)
         if first is not None:
             require_same(first.files, files)
+        if located is not None:
+            located(path)
         plan = plan_model(checkpoint)
         backend = select_backend(
             config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,

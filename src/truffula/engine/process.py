@@ -26,15 +26,15 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
 from truffula.config import EngineConfig
 from truffula.engine import wire
-from truffula.engine.build import Progress
 from truffula.engine.client import Tickets, refuse_uncrossable
 from truffula.engine.journal import Journal
 from truffula.errors import CheckpointChanged, EngineDied, ShuttingDown, TruffulaError, WireError, from_info
 from truffula.logs import LogSettings
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
+from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, Progress, TokenEvent
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
 LOOK_S = 0.5
@@ -43,8 +43,30 @@ GRACE_S = 5.0
 """How long an engine may take to end by itself before it is killed."""
 
 
+class ProcessOpening:
+    """An ``Opening`` of an engine in a process of its own, which begins at once."""
+
+    def __init__(self, config: EngineConfig, progress: Progress | None, logs: LogSettings | None) -> None:
+        self._client = ProcessClient(config, progress, logs)
+
+    def files(self) -> Path | None:
+        return self._client.located.result()
+
+    def client(self) -> ProcessClient:
+        self._client.wait()
+        return self._client
+
+    def close(self) -> None:
+        self._client.close()
+
+
 class ProcessClient:
-    """An ``EngineClient`` whose engine can die without anybody waiting for ever."""
+    """An ``EngineClient`` whose engine can die without anybody waiting for ever. ``wait`` comes first.
+
+    ``located`` is the path of the model's files, None when the first life ended before it knew.
+    """
+
+    info: EngineInfo
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None, logs: LogSettings | None = None) -> None:
         self._config = config
@@ -61,9 +83,14 @@ class ProcessClient:
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
+        self.located: Future[Path | None] = Future()
         self._started: Future[EngineInfo] = Future()  # of the first life, which later ones repeat
+        self._started.add_done_callback(lambda _: self._locate(None))
         self._thread = threading.Thread(target=self._supervise, name="truffula-supervisor", daemon=True)
         self._thread.start()
+
+    def wait(self) -> None:
+        """Until the engine is ready. Raises why it can't start, and closes then."""
         try:
             self.info = self._started.result()
         except BaseException:
@@ -281,10 +308,16 @@ class ProcessClient:
             case wire.Starting(stage, done, total):
                 if life.progressed((stage, done, total)) and self._progress is not None:
                     self._progress(stage, done, total)
+            case wire.Located(path):
+                self._locate(Path(path))
             case wire.Ready(info):
                 self._ready(life, info)
             case _:
                 raise WireError(f"A {type(frame).__name__} frame has no place here.")
+
+    def _locate(self, path: Path | None) -> None:
+        if not self.located.done():
+            self.located.set_result(path)
 
     def _ready(self, life: Life, info: EngineInfo) -> None:
         life.ready = True

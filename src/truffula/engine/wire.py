@@ -80,6 +80,12 @@ class Starting(Frame, frozen=True):
     total: int | None = None
 
 
+class Located(Frame, frozen=True):
+    """Where the model's files are: they were looked at, and do not change until ``Ready``, or there will be none."""
+
+    path: str
+
+
 class Ready(Frame, frozen=True):
     info: EngineInfo
 
@@ -113,7 +119,7 @@ class Died(Frame, frozen=True):
 
 
 ToEngine = Hello | Start | Submit | Abort | Adapter | Stop
-FromEngine = Hello | Starting | Ready | Events | Stats | AdapterReply | Died
+FromEngine = Hello | Starting | Located | Ready | Events | Stats | AdapterReply | Died
 F = TypeVar("F")
 
 

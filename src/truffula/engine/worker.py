@@ -125,7 +125,9 @@ class Worker:
     def _serve(self, start: wire.Start, frames: Sequence[wire.ToEngine]) -> int:
         if start.logs is not None:
             setup_logs(start.logs)
-        engine, info = build_engine(start.config, self._heart.starting, start.first)
+        engine, info = build_engine(
+            start.config, self._heart.starting, start.first, lambda path: self._channel.send(wire.Located(str(path)))
+        )
         loop = EngineLoop(engine)
         try:
             self._heart.stats(loop.stats(), tell=True)

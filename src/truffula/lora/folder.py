@@ -8,34 +8,14 @@ from pathlib import Path
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, CheckpointError
 from truffula.lora.fields import MAX_CONFIG_BYTES
+from truffula.lora.place import CONFIG, PICKLE, TENSORS
 from truffula.weights.safetensors import SafetensorsFile
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
-PICKLE = "adapter_model.bin"
 _CHUNK = 1 << 20
 _TO_SAFETENSORS = (
     'python -c "import torch, safetensors.torch as s; '
     f"s.save_file({{k: v.contiguous() for k, v in torch.load('{PICKLE}', weights_only=True).items()}}, '{TENSORS}')\""
 )
-
-
-def fingerprint(folder: Path) -> str:
-    """Sizes, times and inodes of both files: what tells two states of a place apart without reading it."""
-    return ";".join(_stamp(folder / name) for name in (CONFIG, TENSORS))
-
-
-def files_nbytes(folder: Path) -> int:
-    """Size of both files; 0 for one that is missing."""
-    return sum((folder / name).stat().st_size for name in (CONFIG, TENSORS) if (folder / name).is_file())
-
-
-def _stamp(path: Path) -> str:
-    try:
-        found = path.stat()
-    except OSError:
-        return "-"
-    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ino}"
 
 
 class AdapterFolder:

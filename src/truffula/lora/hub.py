@@ -10,7 +10,7 @@ from typing import Any
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound
 from truffula.lora.beside import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
-from truffula.lora.folder import CONFIG, PICKLE, TENSORS
+from truffula.lora.place import CONFIG, PICKLE, TENSORS
 
 
 def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline: bool, max_file_bytes: int) -> Path:

@@ -12,11 +12,11 @@ import msgspec
 
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.program import Site
-from truffula.lora.folder import files_nbytes, fingerprint
 from truffula.lora.hub import download
 from truffula.lora.image import write_image
 from truffula.lora.loading import LoadResult
 from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.place import files_nbytes, fingerprint
 from truffula.types import AdapterRef
 
 WORKER_VERSION = 1

@@ -20,10 +20,11 @@ from truffula.kernels.backend import Array, SiteTensors
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.beside import warnings_beside
 from truffula.lora.fields import FieldRow, LoraSettings, judge_fields, parse_config, read_settings
-from truffula.lora.folder import TENSORS, AdapterFolder
+from truffula.lora.folder import AdapterFolder
 from truffula.lora.image import DTYPES, image_nbytes
 from truffula.lora.keys import KeyPlan, listed, plan_keys
 from truffula.lora.patterns import PatternTable, Steps
+from truffula.lora.place import TENSORS
 from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
 from truffula.weights.finite import first_non_finite

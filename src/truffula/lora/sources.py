@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
-from truffula.lora.folder import CONFIG, TENSORS, fingerprint
+from truffula.lora.place import CONFIG, TENSORS, fingerprint
 from truffula.types import AdapterRef
 
 SOURCES = ("local", "hub")

@@ -1,6 +1,6 @@
-"""``run_server``: one process that listens, loads, serves and drains.
+"""``run_server``: one process that loads, serves and drains, on a port that ``launch`` has taken.
 
-The port is taken before anything loads, and answers 503 while it does. The first SIGTERM or SIGINT stops accepting and
+The port answers 503 while the model loads. The first SIGTERM or SIGINT stops accepting and
 lets running requests end within ``drain_timeout_s``; the second ends the process at once. With a ``drain_delay_s``, the
 port stays open for that long first and answers 503, so that who sends us requests can look elsewhere. An engine that is
 given up ends the server with its error, so that whoever supervises the process learns of it.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -23,9 +22,8 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from truffula.config import Resolved, ServerConfig
-from truffula.errors import ConfigError
-from truffula.logs import setup_logs
+from truffula.config import Resolved
+from truffula.engine.client import Opening
 from truffula.server.connections import (
     ACCEPT_BURST,
     AcceptErrors,
@@ -35,40 +33,14 @@ from truffula.server.connections import (
     raise_file_limit,
 )
 from truffula.server.errors import Unhealthy, render, side_of
+from truffula.server.launch import QUEUED
 from truffula.server.middleware import send_reply
-from truffula.server.started import Started, log_settings, start
+from truffula.server.started import Started, start
 from truffula.service import AsyncService
 
-QUEUED = 2048
-"""Connections the system keeps until they are accepted."""
 LOOK_S = 1.0
 """How often is looked whether the engine is given up."""
 log = logging.getLogger(__name__)
-
-
-def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket. Raises ``ConfigError`` naming the port when it is taken or the address is not ours."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # With the protocol named, asyncio switches Nagle's algorithm off for each connection; without, an answer's head and
-    # body wait 40 ms for each other.
-    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        made.bind((config.host, config.port))
-        made.listen(QUEUED)
-    except OSError as error:
-        made.close()
-        where = f"{config.host}:{config.port}"
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {config.port} of {config.host} is in use; choose another with --port.", param="port"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ConfigError(
-                f"Listening on {where} is not permitted; choose a port above 1023.", param="port"
-            ) from error
-        raise ConfigError(f"Cannot listen on {where}: {error.strerror or error}.", param="host") from error
-    return made
 
 
 class Gate:
@@ -191,8 +163,8 @@ class DrainingServer(uvicorn.Server):
             self._drain.cancel()
 
 
-def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
-    """The server that will load ``resolved`` behind ``listening`` when it runs."""
+def make_server(resolved: Resolved, listening: socket.socket, opening: Opening | None = None) -> DrainingServer:
+    """The server that will load ``resolved`` behind ``listening`` when it runs. ``opening`` as for ``start``."""
     config = resolved.server
     port = listening.getsockname()[1]
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -201,7 +173,7 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
         server.should_exit = True
 
     connections = Connections(most_connections(config), config.body_timeout_s)
-    gate = Gate(lambda: start(resolved, f"http://{host}:{port}"), stop)
+    gate = Gate(lambda: start(resolved, f"http://{host}:{port}", opening), stop)
     server = DrainingServer(
         uvicorn.Config(
             gate,
@@ -220,18 +192,14 @@ def make_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
     return server
 
 
-def run_server(resolved: Resolved) -> None:
-    """Serves until a signal; returns after a clean drain.
+def run_server(resolved: Resolved, listening: socket.socket, opening: Opening | None = None) -> None:
+    """Serves ``listening``, which it closes, until a signal; returns after a clean drain. ``opening`` as for ``start``.
 
     Raises:
-        ConfigError: The port is in use, before anything was loaded.
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
-    setup_logs(log_settings(resolved.server))
     raise_file_limit()
-    listening = bind(resolved.server)
-    server = make_server(resolved, listening)
-    log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)
+    server = make_server(resolved, listening, opening)
     try:
         server.run(sockets=[listening])
     finally:

@@ -1,13 +1,12 @@
-"""Where the service's process finds a model's text files: at the path that the started engine tells."""
+"""Where the service's process finds a model's text files: at the path that the engine tells."""
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
 from truffula.types import EngineInfo
-from truffula.weights.open import open_checkpoint
+from truffula.weights.texts import read_texts
 
 
 def tokenizer_of(info: EngineInfo) -> Tokenizer | None:
@@ -16,7 +15,4 @@ def tokenizer_of(info: EngineInfo) -> Tokenizer | None:
     Raises ``CheckpointError`` for files that can't be read.
     """
     path = info.details.get("path")
-    if path is None:
-        return None
-    with closing(open_checkpoint(Path(path))) as checkpoint:
-        return load_tokenizer(checkpoint.tokenizer_files())
+    return None if path is None else load_tokenizer(read_texts(Path(path)).tokenizer)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import shlex
 from collections.abc import Mapping
@@ -13,20 +11,11 @@ from typing import Any
 from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
-from truffula.weights.safetensors import SafetensorsFile, is_lfs_pointer, refuse_lfs_pointer
+from truffula.weights.safetensors import SafetensorsFile
+from truffula.weights.text_files import generation_config, read_json, tokenizer_files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-MAX_JSON_BYTES = 64 << 20
-MAX_TOKENIZER_BYTES = 256 << 20
 # The heads of the families this server knows: a tensor an index promises and no shard holds may be one of these (a tied
 # model saved with the index of its untied parent); tying then decides. Any other such tensor is a broken checkpoint.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output)\.")
@@ -42,8 +31,7 @@ class FolderCheckpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(_config_file(path))
-        generation = path / "generation_config.json"
-        self.generation_config: dict[str, Any] = read_json(generation) if generation.is_file() else {}
+        self.generation_config: dict[str, Any] = generation_config(path)
         warnings: list[str] = []
         self._home: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
         if not self._home:
@@ -64,12 +52,7 @@ class FolderCheckpoint:
         self._file(name).release(name)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        found = {}
-        for name in TOKENIZER_FILES:
-            file = self.path / name
-            if file.is_file():
-                found[name] = _read_bytes(file, MAX_TOKENIZER_BYTES)
-        return found
+        return tokenizer_files(self.path)
 
     def close(self) -> None:
         for file in set(self._home.values()):
@@ -80,49 +63,6 @@ class FolderCheckpoint:
             return self._home[name]
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``. Refuses another kind of value, NaN and infinities, a key written twice, 64 MB."""
-    raw = _read_bytes(path, MAX_JSON_BYTES)
-    try:
-        value = json.loads(
-            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_finite_only, parse_float=_finite_only
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}.", param=str(path)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}.", param=str(path))
-    return value
-
-
-def _finite_only(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number")
-    return number
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise ValueError(f"the key {key!r} is written twice")
-        made[key] = value
-    return made
-
-
-def _read_bytes(path: Path, limit: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
-    if len(raw) > limit:
-        raise CheckpointError(f"{path} is larger than {limit} bytes.", param=str(path))
-    if is_lfs_pointer(raw[:64]):
-        raise refuse_lfs_pointer(path)
-    return raw
 
 
 def _config_file(path: Path) -> Path:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.gguf_header import GgufTensor, read_header
-from truffula.weights.gguf_names import ROPE_FREQS, family_of, generation_config, rename, to_config
+from truffula.weights.gguf_names import ROPE_FREQS, family_of, rename, to_config
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
-from truffula.weights.gguf_tokenizer import tokenizer_files
+from truffula.weights.gguf_tokenizer import generation_config, tokenizer_files
 from truffula.weights.mapped import MappedFile
+from truffula.weights.naming import naming_file
 
 
 class GgufCheckpoint:
@@ -36,13 +36,13 @@ class GgufCheckpoint:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
         self._file = MappedFile(path, size)
-        self._header = read_header(path, size, self._file)
+        self._header = read_header(path, self._file.data())
         warnings: list[str] = []
-        with _naming(path):
+        with naming_file(path):
             self._family = family_of(self._header)
             factors = self._values(self._header.tensors[ROPE_FREQS]) if ROPE_FREQS in self._header.tensors else None
             self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
-            self.generation_config: dict[str, Any] = generation_config(self._header)
+            self.generation_config: dict[str, Any] = generation_config(self._header.metadata)
         self._stored = self._renamed()
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, item.shape, FORMATS[item.type].name, path, item.offset, item.nbytes)
@@ -134,15 +134,6 @@ class GgufCheckpoint:
         if self._family.permuted and ".self_attn.k_proj." in name:
             return int(self.config["num_key_value_heads"])
         return 0
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What is said of a key or a tensor begins with the file it is in."""
-    try:
-        yield
-    except (CheckpointError, UnsupportedModel) as error:
-        raise type(error)(f"{path}: {error.message}", param=error.param, **error.data) from error
 
 
 def _values(format: BlockFormat, blocks: Array) -> Array:

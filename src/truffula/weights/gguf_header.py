@@ -9,35 +9,21 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_quants import FORMATS, OTHER_TYPES
-from truffula.weights.mapped import MappedFile
-from truffula.weights.safetensors import fits_an_array, is_lfs_pointer, refuse_lfs_pointer
+from truffula.weights.gguf_types import OTHER_TYPES, SIZES
+from truffula.weights.shapes import fits_an_array
+from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 1 << 30
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS: Mapping[int, str] = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "<u1",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+_NUMBERS: Mapping[int, str] = dict(enumerate("BbHhIif")) | {7: "B", 10: "Q", 11: "q", 12: "d"}  # struct's letters
 _U64 = struct.Struct("<Q")
 
 
@@ -54,42 +40,86 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """``metadata`` values are int, float, bool, str, or lists of these."""
+    """``metadata`` values are int, float, bool, str, or lists of these.
+
+    Lists of strings are made when they are asked for: an engine never wants the vocabulary. Until then the file must
+    stay mapped.
+    """
 
     version: int
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
 
-def read_header(path: Path, size: int, file: MappedFile) -> GgufHeader:
-    """Parse and check the header. Raises ``CheckpointError`` naming the file, and the key or tensor at fault."""
-    head = bytes(file.view(0, min(size, 64)))
+@dataclass(frozen=True)
+class _Strings:
+    """``count`` strings from ``position`` on, known to lie within ``data``."""
+
+    data: memoryview
+    position: int
+    count: int
+
+    def read(self) -> list[str]:
+        """A vocabulary has a quarter of a million of these: the loop is kept tight."""
+        data, position, unpack, found = self.data, self.position, _U64.unpack_from, []
+        for _ in range(self.count):
+            stop = position + 8 + unpack(data, position)[0]
+            found.append(str(data[position + 8 : stop], "utf-8", "surrogateescape"))
+            position = stop
+        return found
+
+
+class _Metadata(Mapping[str, Any]):
+    """The pairs of a file, in its order."""
+
+    def __init__(self, pairs: dict[str, Any]) -> None:
+        self._pairs = pairs
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._pairs[key]
+        if isinstance(value, _Strings):
+            value = self._pairs[key] = value.read()
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pairs)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+
+def read_header(path: Path, data: memoryview) -> GgufHeader:
+    """Parse and check the header of a file that holds ``data``.
+
+    Raises ``CheckpointError`` naming the file, and the key or tensor at fault.
+    """
+    size, head = len(data), bytes(data[:64])
     if size == 0:
         raise _refuse(path, "the file is empty.")
     if is_lfs_pointer(head):
         raise refuse_lfs_pointer(path)
     if not head.startswith(MAGIC):
         raise _refuse(path, "it does not begin with 'GGUF'; not a GGUF file.")
-    cursor = _Cursor(path, file.view(0, min(size, MAX_HEADER_BYTES)).data, len(MAGIC))
-    version = cursor.number("<u4", "its version")
+    cursor = _Cursor(path, data[:MAX_HEADER_BYTES], len(MAGIC))
+    version = cursor.number("I", "its version")
     if version not in VERSIONS:
         kind = "big-endian" if version in {v << 24 for v in VERSIONS} else f"version {version}"
         raise _refuse(path, f"{kind} GGUF is not read; versions 2 and 3 in little endian are.")
-    tensor_count, pair_count = cursor.number("<u8", "its tensor count"), cursor.number("<u8", "its metadata count")
+    tensor_count, pair_count = cursor.number("Q", "its tensor count"), cursor.number("Q", "its metadata count")
     metadata: dict[str, Any] = {}
     cursor.room(pair_count, 13, "metadata pairs")
     for _ in range(pair_count):
         key = cursor.string("a metadata key")
         if key in metadata:
             raise _refuse(path, f"the metadata key {key!r} is written twice.", key)
-        metadata[key] = cursor.value(cursor.number("<u4", f"the type of {key!r}"), key)
+        metadata[key] = cursor.value(cursor.number("I", f"the type of {key!r}"), key)
     cursor.room(tensor_count, 24, "tensors")
     listed = [_listed(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise _refuse(path, f"general.alignment is {alignment!r}; it must be a power of two.", "general.alignment")
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(version, metadata, _check_tensors(path, listed, start, size))
+    return GgufHeader(version, _Metadata(metadata), _check_tensors(path, listed, start, size))
 
 
 def _refuse(path: Path, why: str, name: str | None = None) -> CheckpointError:
@@ -106,11 +136,11 @@ class _Cursor:
         if count * each > len(self.data) - self.position:
             raise _refuse(self.path, f"truncated, or absurd: {count} {what} do not fit behind byte {self.position}.")
 
-    def number(self, dtype: str, what: str) -> Any:
-        kind = np.dtype(dtype)
-        self.room(1, kind.itemsize, what)
-        value = np.frombuffer(self.data, kind, 1, self.position)[0].item()
-        self.position += kind.itemsize
+    def number(self, letter: str, what: str) -> Any:
+        kind = struct.Struct(f"<{letter}")
+        self.room(1, kind.size, what)
+        (value,) = kind.unpack_from(self.data, self.position)
+        self.position += kind.size
         return value
 
     def string(self, what: str) -> str:
@@ -135,51 +165,48 @@ class _Cursor:
         value = self.number(_NUMBERS[kind], f"the value of {key!r}")
         return bool(value) if kind == _BOOL else value
 
-    def _array(self, key: str, depth: int) -> list[Any]:
+    def _array(self, key: str, depth: int) -> list[Any] | _Strings:
         if depth > 3:
             raise _refuse(self.path, f"the metadata key {key!r} nests arrays too deeply.", key)
-        kind = self.number("<u4", f"the type of {key!r}")
-        count = self.number("<u8", f"the length of {key!r}")
+        kind = self.number("I", f"the type of {key!r}")
+        count = self.number("Q", f"the length of {key!r}")
         if kind == _STRING:
             return self._strings(count, key)
         if kind == _ARRAY:
             self.room(count, 12, f"items of {key!r}")
-            return [self._array(key, depth + 1) for _ in range(count)]
+            found = [self._array(key, depth + 1) for _ in range(count)]
+            return [inner.read() if isinstance(inner, _Strings) else inner for inner in found]
         if kind not in _NUMBERS:
             raise _refuse(self.path, f"the metadata key {key!r} has items of the unknown type {kind}.", key)
-        dtype = np.dtype(_NUMBERS[kind])
-        self.room(count, dtype.itemsize, f"items of {key!r}")
-        values: list[Any] = np.frombuffer(self.data, dtype, count, self.position).tolist()
-        self.position += count * dtype.itemsize
+        letter = _NUMBERS[kind]
+        self.room(count, struct.calcsize(f"<{letter}"), f"items of {key!r}")
+        run = struct.Struct(f"<{count}{letter}")
+        values = list(run.unpack_from(self.data, self.position))
+        self.position += run.size
         return [bool(value) for value in values] if kind == _BOOL else values
 
-    def _strings(self, count: int, key: str) -> list[str]:
-        """A vocabulary has a quarter of a million of these: the loop is kept tight."""
+    def _strings(self, count: int, key: str) -> _Strings:
         self.room(count, 8, f"strings of {key!r}")
         data, position, end = self.data, self.position, len(self.data)
-        unpack, found = _U64.unpack_from, []
-        for _ in range(count):
-            if position + 8 > end:
-                break
-            stop = position + 8 + unpack(data, position)[0]
-            if stop > end:
-                break
-            found.append(str(data[position + 8 : stop], "utf-8", "surrogateescape"))
-            position = stop
-        if len(found) != count:
+        unpack, done = _U64.unpack_from, 0
+        while done < count and position + 8 <= end:
+            position += 8 + unpack(data, position)[0]
+            done += 1
+        if done != count or position > end:
             raise _refuse(self.path, f"truncated, or absurd: the strings of {key!r} run past its end.", key)
+        found = _Strings(data, self.position, count)
         self.position = position
         return found
 
 
 def _listed(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string("a tensor's name")
-    count = cursor.number("<u4", f"the dimensions of {name!r}")
+    count = cursor.number("I", f"the dimensions of {name!r}")
     if count > 8:
         raise _refuse(cursor.path, f"tensor {name!r} has {count} dimensions; at most 8 are read.", name)
-    sizes = [cursor.number("<u8", f"the shape of {name!r}") for _ in range(count)]
-    kind = cursor.number("<u4", f"the type of {name!r}")
-    return name, tuple(reversed(sizes)), kind, cursor.number("<u8", f"the offset of {name!r}")
+    sizes = [cursor.number("Q", f"the shape of {name!r}") for _ in range(count)]
+    kind = cursor.number("I", f"the type of {name!r}")
+    return name, tuple(reversed(sizes)), kind, cursor.number("Q", f"the offset of {name!r}")
 
 
 def _check_tensors(
@@ -189,15 +216,15 @@ def _check_tensors(
     for name, shape, kind, offset in listed:
         if name in found:
             raise _refuse(path, f"tensor {name!r} is listed twice.", name)
-        if kind not in FORMATS:
+        if kind not in SIZES:
             what = OTHER_TYPES.get(kind, f"type {kind}")
-            known = ", ".join(format.name for format in FORMATS.values())
+            known = ", ".join(format.name for format in SIZES.values())
             raise UnsupportedModel(
                 f"{path}: tensor {name!r} is quantised as {what}, which is not read; {known} are.",
                 param=name,
                 type=what,
             )
-        format = FORMATS[kind]
+        format = SIZES[kind]
         if not shape or shape[-1] % format.size:
             raise _refuse(path, f"tensor {name!r}: rows of shape {shape} are no whole {format.name} blocks.", name)
         nbytes = math.prod(shape) // format.size * format.nbytes

@@ -155,13 +155,6 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
     return config
 
 
-def generation_config(header: GgufHeader) -> dict[str, Any]:
-    """End-of-sequence ids: a file may name one that ends the text, one that ends a turn and one that ends a message."""
-    found = [header.metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    ids = list(dict.fromkeys(value for value in found if isinstance(value, int)))
-    return {"eos_token_id": ids} if ids else {}
-
-
 def _head_dim(facts: _Facts, hidden: int, heads: int) -> int:
     width = facts.count("attention.key_length", max(hidden // heads, 1))
     value = facts.count("attention.value_length", width)
@@ -368,10 +361,11 @@ def _account(facts: _Facts, warnings: list[str]) -> None:
     suspicious = re.compile(
         r"^(attention|rope|expert|ssm|leading_dense|nextn|pooling|classifier|.*scale|.*softcapping)"
     )
-    for name, value in facts.header.metadata.items():
+    for name in facts.header.metadata:
         key = name.removeprefix(prefix)
         if not name.startswith(prefix) or key in _READ or key in _READ_BY.get(facts.architecture, set()):
             continue
+        value = facts.header.metadata[name]
         if key in _NEUTRAL and value == _NEUTRAL[key]:
             continue
         if suspicious.match(key) or key in _NEUTRAL:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.weights.checkpoint import Array
+from truffula.weights.gguf_types import SIZES
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
@@ -152,40 +153,15 @@ def _q6_k(blocks: Blocks, out: Values) -> None:
 
 
 FORMATS: Mapping[int, BlockFormat] = {
-    0: BlockFormat("F32", 1, 4, dtype=np.dtype("<f4")),
-    1: BlockFormat("F16", 1, 2, dtype=np.dtype("<f2")),
-    2: BlockFormat("Q4_0", 32, 18, unpack=_q4_0, scales=1),
-    3: BlockFormat("Q4_1", 32, 20, unpack=_q4_1, scales=2),
-    6: BlockFormat("Q5_0", 32, 22, unpack=_q5_0, scales=1),
-    7: BlockFormat("Q5_1", 32, 24, unpack=_q5_1),
-    8: BlockFormat("Q8_0", 32, 34, unpack=_q8_0, scales=1),
-    12: BlockFormat("Q4_K", 256, 144, unpack=_q4_k),
-    13: BlockFormat("Q5_K", 256, 176, unpack=_q5_k),
-    14: BlockFormat("Q6_K", 256, 210, unpack=_q6_k),
-    30: BlockFormat("BF16", 1, 2, dtype=np.dtype(ml_dtypes.bfloat16)),
-}
-# Types that files hold and this reader does not: refused by these names.
-OTHER_TYPES: Mapping[int, str] = {
-    9: "Q8_1",
-    10: "Q2_K",
-    11: "Q3_K",
-    15: "Q8_K",
-    16: "IQ2_XXS",
-    17: "IQ2_XS",
-    18: "IQ3_XXS",
-    19: "IQ1_S",
-    20: "IQ4_NL",
-    21: "IQ3_S",
-    22: "IQ2_S",
-    23: "IQ4_XS",
-    24: "I8",
-    25: "I16",
-    26: "I32",
-    27: "I64",
-    28: "F64",
-    29: "IQ1_M",
-    34: "TQ1_0",
-    35: "TQ2_0",
-    39: "MXFP4",
-    40: "NVFP4",
+    0: BlockFormat(*SIZES[0], dtype=np.dtype("<f4")),
+    1: BlockFormat(*SIZES[1], dtype=np.dtype("<f2")),
+    2: BlockFormat(*SIZES[2], unpack=_q4_0, scales=1),
+    3: BlockFormat(*SIZES[3], unpack=_q4_1, scales=2),
+    6: BlockFormat(*SIZES[6], unpack=_q5_0, scales=1),
+    7: BlockFormat(*SIZES[7], unpack=_q5_1),
+    8: BlockFormat(*SIZES[8], unpack=_q8_0, scales=1),
+    12: BlockFormat(*SIZES[12], unpack=_q4_k),
+    13: BlockFormat(*SIZES[13], unpack=_q5_k),
+    14: BlockFormat(*SIZES[14], unpack=_q6_k),
+    30: BlockFormat(*SIZES[30], dtype=np.dtype(ml_dtypes.bfloat16)),
 }

@@ -72,6 +72,13 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tupl
     return files, tuple(warnings)
 
 
+def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """End-of-sequence ids: a file may name one that ends the text, one that ends a turn and one that ends a message."""
+    found = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    ids = list(dict.fromkeys(value for value in found if isinstance(value, int)))
+    return {"eos_token_id": ids} if ids else {}
+
+
 def _is_text(tokens: Any) -> TypeGuard[list[str]]:
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         return False
@@ -277,8 +284,8 @@ def _tokenizer_config(vocabulary: _Vocabulary, made: dict[str, Any]) -> dict[str
         config["chat_template"] = template
     named = {
         key.removeprefix(f"{_TEMPLATE}."): value
-        for key, value in vocabulary.metadata.items()
-        if key.startswith(f"{_TEMPLATE}.") and isinstance(value, str)
+        for key in vocabulary.metadata
+        if key.startswith(f"{_TEMPLATE}.") and isinstance(value := vocabulary.metadata[key], str)
     }
     if named:
         every = {"default": template, **named} if isinstance(template, str) else named

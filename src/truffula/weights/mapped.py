@@ -35,6 +35,10 @@ class MappedFile:
             return np.empty(0, np.uint8)
         return np.frombuffer(self._mapped(), np.uint8, count=nbytes, offset=offset)
 
+    def data(self) -> memoryview:
+        """All of the file; while it is alive, so is the mapping."""
+        return memoryview(self._mapped() if self.size else b"")
+
     def release(self, offset: int, nbytes: int) -> None:
         """Drop the pages of a range from this process; the next touch reads them again. A hint: never fails."""
         if self._map is None or nbytes == 0 or not hasattr(mmap, "MADV_DONTNEED"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
+from truffula.weights.shapes import fits_an_array
+from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer
 
 MAX_HEADER_BYTES = 100_000_000
-LFS_FIRST_LINE = b"version https://git-lfs"
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -78,19 +79,6 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def is_lfs_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is the placeholder git leaves when its large files were not fetched."""
-    return start.startswith(LFS_FIRST_LINE[: max(8, len(start))])
-
-
-def refuse_lfs_pointer(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its "
-        "repository, or download the file itself.",
-        param=str(path),
-    )
 
 
 def _refuse(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
@@ -179,11 +167,6 @@ def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> T
     if not fits_an_array(shape, DTYPES[dtype].itemsize):
         raise _refuse(path, f"shape {shape} is empty, and beyond what an array can be.", name)
     return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
-
-
-def fits_an_array(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether numpy makes an array of that shape: the sizes that are not 0 have to be addressable too."""
-    return math.prod(max(size, 1) for size in shape) * itemsize < 2**63
 
 
 def _is_count_list(value: Any) -> bool:

@@ -1,0 +1,108 @@
+"""``launch``: the first moments of ``truffula serve``. The port is taken, then the engine's process begins to load, and
+only then is imported what speaks HTTP: both take about as long, and neither needs the other.
+
+What is imported here is what a start waits for with nothing else going on, so it is little.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+
+from truffula.config import Resolved, ServerConfig, format_size
+from truffula.engine.client import Opening, Transport, begin
+from truffula.errors import ConfigError
+from truffula.logs import LogSettings, setup_logs
+from truffula.lora.sources import AdapterPolicy
+
+QUEUED = 2048
+"""Connections the system keeps until they are accepted."""
+log = logging.getLogger(__name__)
+
+
+def launch(resolved: Resolved) -> None:
+    """Serves until a signal; returns after a clean drain.
+
+    Raises:
+        ConfigError: The port is in use, or an option is wrong, before anything was loaded.
+        TruffulaError: What kept the engine from starting, or why it was given up.
+    """
+    setup_logs(log_settings(resolved.server))
+    listening = bind(resolved.server)
+    try:
+        adapter_policy(resolved)  # a mistake in the options need not wait for gigabytes
+        log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)
+        opening = begin_engine(resolved)
+        from truffula.server.run import run_server
+
+        run_server(resolved, listening, opening)
+    finally:
+        listening.close()
+
+
+def begin_engine(resolved: Resolved) -> Opening:
+    """The engine in the configured transport, its progress in the log."""
+    transport: Transport = resolved.server.transport  # type: ignore[assignment]  # a choice of the option
+    return begin(resolved.engine, transport, _Progress(), log_settings(resolved.server))
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A listening socket. Raises ``ConfigError`` naming the port when it is taken or the address is not ours."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    # With the protocol named, asyncio switches Nagle's algorithm off for each connection; without, an answer's head and
+    # body wait 40 ms for each other.
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((config.host, config.port))
+        made.listen(QUEUED)
+    except OSError as error:
+        made.close()
+        where = f"{config.host}:{config.port}"
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {config.port} of {config.host} is in use; choose another with --port.", param="port"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise ConfigError(
+                f"Listening on {where} is not permitted; choose a port above 1023.", param="port"
+            ) from error
+        raise ConfigError(f"Cannot listen on {where}: {error.strerror or error}.", param="host") from error
+    return made
+
+
+def log_settings(config: ServerConfig) -> LogSettings:
+    return LogSettings(format=config.log_format, level=config.log_level)
+
+
+def adapter_policy(resolved: Resolved) -> AdapterPolicy:
+    """What clients may name, from the options."""
+    config = resolved.server
+    names = (resolved.engine.model, config.served_model_name)
+    return AdapterPolicy(
+        adapters=config.adapters,
+        adapter_dir=config.adapter_dir,
+        allow_local=config.allow_local,
+        allow_hub=config.allow_hub,
+        default_source=config.adapter_source,
+        base_names=tuple(name for name in names if name),
+    )
+
+
+class _Progress:
+    """Loading, in the log: a line for each stage and each tenth of its bytes."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._tenth = 0
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        tenth = 10 * done // total if total else 0
+        if stage == self._stage and tenth <= self._tenth:
+            return
+        if stage != self._stage:
+            log.info("starting: %s", stage)
+        elif total:
+            log.info("starting: %s, %d %% of %s", stage, 10 * tenth, format_size(total))
+        self._stage, self._tenth = stage, tenth

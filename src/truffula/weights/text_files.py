@@ -1,0 +1,91 @@
+"""The small files of a model folder: JSON and tokenizers, read whole, with limits. No tensor and no array is here."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from truffula.errors import CheckpointError
+
+LFS_FIRST_LINE = b"version https://git-lfs"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+MAX_JSON_BYTES = 64 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Contents by name of ``TOKENIZER_FILES``, as far as they exist."""
+    return {
+        name: _read_bytes(folder / name, MAX_TOKENIZER_BYTES) for name in TOKENIZER_FILES if (folder / name).is_file()
+    }
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json; ``{}`` where there is none."""
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``. Refuses another kind of value, NaN and infinities, a key written twice, 64 MB."""
+    raw = _read_bytes(path, MAX_JSON_BYTES)
+    try:
+        value = json.loads(
+            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_finite_only, parse_float=_finite_only
+        )
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.", param=str(path)) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}.", param=str(path))
+    return value
+
+
+def _finite_only(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a finite number")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key!r} is written twice")
+        made[key] = value
+    return made
+
+
+def _read_bytes(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
+    if len(raw) > limit:
+        raise CheckpointError(f"{path} is larger than {limit} bytes.", param=str(path))
+    if is_lfs_pointer(raw[:64]):
+        raise refuse_lfs_pointer(path)
+    return raw
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins so is the placeholder git leaves when its large files were not fetched."""
+    return start.startswith(LFS_FIRST_LINE[: max(8, len(start))])
+
+
+def refuse_lfs_pointer(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its "
+        "repository, or download the file itself.",
+        param=str(path),
+    )
