@@ -17,7 +17,8 @@ NASTY = (
 FLOATS = (0.0, -0.0, -1.0, 0.5, 1e-46, 1e-8, 1e38, 1e308, float("inf"), float("-inf"), float("nan"))
 TEXTS = (
     "", "\0", "a\0b", "../x", "/etc/passwd", "..", "\ud800", "\ufeff", "é" * 40, "x" * 3000, "(a+)+$", "a{1,9999}",
-    ".*", "[", "(?i)x", "model.safetensors", "lm_head.weight", "model.embed_tokens.weight", "__metadata__", "F32", "BF16",
+    ".*", "[", "(?i)x", "model.safetensors", "lm_head.weight",
+    "model.embed_tokens.weight", "__metadata__", "F32", "BF16",
     "I64", "llama", "gemma3", "linear", "yarn", "true", "CAUSAL_LM", "LORA", "\\", "base_model.model.",
 )  # fmt: skip
 BYTES = (b"", b"\xff\xfe", b"\xed\xa0\x80", b"a\0", b"\xf4\x90\x80\x80", b"x" * 300)
