@@ -1,8 +1,8 @@
 """Native kernels under sanitizers: ``python scripts/sanitize.py [pytest arguments]``; what ``make sanitize`` runs.
 
 Builds the module with AddressSanitizer and UBSan beside a copy of the sources in build/sanitize, runs the fuzzer of the
-binding and the op tests on it, then the drivers of the thread team and of whole steps under ThreadSanitizer. Ends at the
-first complaint. ``--brief`` takes less of each, on the best instruction table alone: what the slow suite runs.
+binding and the op tests on it, then the drivers of the thread team and of whole steps under ThreadSanitizer. Ends at
+the first complaint. ``--brief`` takes less of each, on the best instruction table alone: what the slow suite runs.
 """
 
 from __future__ import annotations

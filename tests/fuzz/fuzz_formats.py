@@ -21,7 +21,7 @@ class Safetensors(dict):
 
 
 class Gguf(dict):
-    """``pairs`` of ``[key, type, value]``, ``tensors`` of ``[name, sizes, type, offset]``, ``version``, ``align``, ``data``.
+    """``pairs`` of ``[key, type, value]``, ``tensors`` of ``[name, sizes, type, offset]``; version, align, data.
 
     Strings are bytes; the value of an array is ``[item type, items]``."""
 

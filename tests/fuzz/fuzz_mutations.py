@@ -10,14 +10,16 @@ from typing import Any
 from fuzz_formats import Deep, Gguf, Obj, Safetensors, render
 
 NASTY = (
-    -(2**63), -(2**31), -65536, -2, -1, 0, 1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 255, 256, 4096, 65535, 65536, 2**24, 2**31 - 1,
-    2**31, 2**32 - 1, 2**32, 2**40, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1, 10**30, 2**2001,
+    -(2**63), -(2**31), -65536, -2, -1, 0, 1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 255, 256, 4096, 65535, 65536, 2**24,
+    2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**53 + 1, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1, 10**30,
+    2**2001,
 )  # fmt: skip
 FLOATS = (0.0, -0.0, -1.0, 0.5, 1e-46, 1e-8, 1e38, 1e308, float("inf"), float("-inf"), float("nan"))
 TEXTS = (
-    "", "\0", "a\0b", "../x", "/etc/passwd", "..", "\ud800", "\ufeff", "é" * 40, "x" * 3000, "(a+)+$", "a{1,9999}", ".*", "[",
-    "(?i)x", "model.safetensors", "lm_head.weight", "model.embed_tokens.weight", "__metadata__", "F32", "BF16", "I64", "llama",
-    "gemma3", "linear", "yarn", "true", "CAUSAL_LM", "LORA", "\\", "base_model.model.",
+    "", "\0", "a\0b", "../x", "/etc/passwd", "..", "\ud800", "\ufeff", "é" * 40, "x" * 3000, "(a+)+$", "a{1,9999}",
+    ".*", "[", "(?i)x", "model.safetensors", "lm_head.weight",
+    "model.embed_tokens.weight", "__metadata__", "F32", "BF16",
+    "I64", "llama", "gemma3", "linear", "yarn", "true", "CAUSAL_LM", "LORA", "\\", "base_model.model.",
 )  # fmt: skip
 BYTES = (b"", b"\xff\xfe", b"\xed\xa0\x80", b"a\0", b"\xf4\x90\x80\x80", b"x" * 300)
 
@@ -90,7 +92,8 @@ def _scalar(value: Any, rng: random.Random) -> Any:
 
 
 def _other_kind(rng: random.Random) -> Any:
-    return rng.choice([None, True, 0, -1, 1.5, "x", [], [1], ["a", 2], Obj(), Obj([["a", 1]]), rng.choice(NASTY), rng.choice(FLOATS),
+    return rng.choice([None, True, 0, -1, 1.5, "x", [], [1], ["a", 2], Obj(), Obj([["a", 1]]), rng.choice(NASTY),
+                       rng.choice(FLOATS),
                        Deep(rng.choice([5, 900, 5000, 100_000])), rng.choice(TEXTS)])  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Fuzzes what reads files: ``python tests/fuzz/fuzz_readers.py [--seconds S] [--seed N] [--target NAME]``; ``make fuzz``.
+"""Fuzzes what reads files: ``make fuzz``, or ``python tests/fuzz/fuzz_readers.py [--seconds S] [--seed N]``.
 
 Inputs are made from valid ones by changing their structure (tests/fuzz/fuzz_mutations.py); those that reach code which
 none before reached are kept and changed further. All of it follows from the seed. Inputs run in child processes with
@@ -27,13 +27,13 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")  # a process with threads cannot be forked
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzz_mutations import Case, mutated
-from fuzz_targets import TARGETS
+from fuzz_mutations import Case, mutated  # noqa: E402
+from fuzz_targets import TARGETS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 40
 MORE_BYTES = 512 << 20
-"""An input of at most some hundred kilobytes may take so much address space: a native executable and its threads too."""
+"""What an input of some kilobytes may take of address space: a native executable and its threads are in it."""
 CPU_SECONDS, WALL_SECONDS = 10.0, 120.0
 WATCHED = (
     "/truffula/weights/",
@@ -108,7 +108,7 @@ def child(target: str, cases: list[dict[str, bytes]], scratch: Path, pipe: int) 
                     run_one(target, case, folder)
                 finally:
                     sys.settrace(None)
-            except BaseException:  # whatever it is, it is a find
+            except BaseException:  # noqa: BLE001  whatever it is, it is a find
                 fault = traceback.format_exc()[-4000:]
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             shutil.rmtree(folder, ignore_errors=True)

@@ -56,7 +56,7 @@ def _inside(info: Any) -> None:
     assert info.offset >= 0 and info.nbytes >= 0 and info.offset + info.nbytes <= info.file.stat().st_size, info
 
 
-# --- what each target does with a folder of files -----------------------------------------------------------------------
+# --- what each target does with a folder of files
 
 
 def safetensors(folder: Path) -> None:
@@ -146,7 +146,7 @@ def adapter(folder: Path) -> None:
     write_image(judged, folder / "image")
 
 
-# --- what they begin with -----------------------------------------------------------------------------------------------
+# --- what they begin with
 
 
 def _stored(tensors: Mapping[str, Any]) -> Safetensors:
@@ -202,8 +202,9 @@ _TOKENS = ["<a>", "<b>", "<c>", "\u2581", "a", "b", "ab", "\u2581a", "<0x41>"]
 
 
 def _gguf_pairs(architecture: str, model: str) -> list[Any]:
-    numbers = {"context_length": 64, "embedding_length": 32, "feed_forward_length": 32, "block_count": 1, "attention.head_count": 2,
-               "attention.head_count_kv": 1, "attention.key_length": 16, "attention.value_length": 16}  # fmt: skip
+    numbers = {"context_length": 64, "embedding_length": 32, "feed_forward_length": 32, "block_count": 1,
+               "attention.head_count": 2, "attention.head_count_kv": 1,
+               "attention.key_length": 16, "attention.value_length": 16}  # fmt: skip
     if architecture.startswith("gemma"):
         numbers["attention.sliding_window"] = 8
     pairs: list[Any] = [[b"general.architecture", 8, architecture.encode()], [b"general.alignment", 4, 32]]
@@ -228,7 +229,8 @@ def _gguf_pairs(architecture: str, model: str) -> list[Any]:
 
 
 def _gguf_seed(architecture: str, model: str, types: tuple[int, ...]) -> Case:
-    names = {"token_embd.weight": (9, 32), "output_norm.weight": (32,), "blk.0.attn_norm.weight": (32,), "blk.0.ffn_norm.weight": (32,),
+    names = {"token_embd.weight": (9, 32), "output_norm.weight": (32,), "blk.0.attn_norm.weight": (32,),
+             "blk.0.ffn_norm.weight": (32,),
              "blk.0.attn_q.weight": (32, 32), "blk.0.attn_k.weight": (16, 32), "blk.0.attn_v.weight": (16, 32),
              "blk.0.attn_output.weight": (32, 32), "blk.0.ffn_gate.weight": (32, 32), "blk.0.ffn_up.weight": (32, 32),
              "blk.0.ffn_down.weight": (32, 32), "rope_freqs.weight": (8,)}  # fmt: skip

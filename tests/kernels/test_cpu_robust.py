@@ -303,6 +303,7 @@ signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
 while len(counted) < 200:
     executable.run()
     assert (executable.logits() == wanted).all()
+signal.setitimer(signal.ITIMER_REAL, 0)
 """
 
 
@@ -330,11 +331,9 @@ def test_ten_thousand_loads_and_drops_leave_no_memory():
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing():
-    """AddressSanitizer and UBSan on the module, ThreadSanitizer on the team and on whole steps (scripts/sanitize.py)."""
-    tools = [
-        shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-        for name in ("cmake", "ninja", "g++")
-    ]
+    """AddressSanitizer and UBSan on the module, ThreadSanitizer on the team and whole steps (scripts/sanitize.py)."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    tools = [shutil.which(name, path=path) for name in ("cmake", "ninja", os.environ.get("CXX", "g++"))]
     if None in tools or importlib.util.find_spec("nanobind") is None:
         pytest.skip("the sanitizers need cmake, ninja, nanobind and g++")
     in_a_process(str(HERE.parents[1] / "scripts" / "sanitize.py"), "--brief", timeout=1150)

@@ -124,7 +124,8 @@ class Lowering:
         self._native.add_attention(
             q=_columns(op.q), k=_columns(op.k), v=_columns(op.v), out=_columns(op.out), group=op.group,
             key_plane=op.planes[0], value_plane=op.planes[1], heads=op.heads, kv_heads=op.kv_heads, dim_k=op.dim_k,
-            dim_v=op.dim_v, scale=op.scale, window=min(op.window or 0, MOST_POSITIONS), softcap=op.softcap or 0.0, sinks=op.sinks,
+            dim_v=op.dim_v, scale=op.scale, window=min(op.window or 0, MOST_POSITIONS), softcap=op.softcap or 0.0,
+            sinks=op.sinks,
         )  # fmt: skip
 
     def _take_rows(self, op: TakeRows) -> None:

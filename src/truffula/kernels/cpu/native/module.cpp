@@ -76,6 +76,28 @@ StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, 
           step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
 }
 
+// Threads inside any executable of this process, and whether the interpreter ends. Python ends a thread that asks for its
+// lock then by unwinding its stack, which C++ frames do not survive: so nobody may be in one, or enter one, by then.
+struct Guests {
+  std::atomic<int32_t> inside{0};
+  std::atomic<bool> closed{false};
+  const int64_t process = process_id();
+};
+
+Guests& guests() {
+  static Guests those;
+  return those;
+}
+
+// When the interpreter ends: who is inside finishes its call, and nobody else enters. (A forked child waits for nobody:
+// the threads it would wait for are not in it.)
+void see_guests_out() {
+  guests().closed = true;
+  if (process_id() != guests().process) return;
+  const nb::gil_scoped_release release;
+  for (int32_t left; (left = guests().inside.load()) > 0;) guests().inside.wait(left);
+}
+
 // What Python holds: the executable, and the arrays it reads (kept alive here).
 struct Native {
   Native(const std::string& isa, int threads, const nb::object& capacity, int32_t kv_format, int32_t groups, bool debug)
@@ -91,14 +113,20 @@ struct Native {
   class Entered {
    public:
     explicit Entered(Native& native) : native_(native) {
+      if (guests().closed) throw std::runtime_error("the interpreter is ending");
       int64_t nobody = 0;
       const int64_t here = process_id();
       // A forked child may find a thread inside that is not in it: whatever it did there is over.
       if (!native_.inside.compare_exchange_strong(nobody, here) &&
           (nobody == here || !native_.inside.compare_exchange_strong(nobody, here)))
         throw std::runtime_error("another thread is in this executable; it takes one call at a time");
+      guests().inside.fetch_add(1);
     }
-    ~Entered() { native_.inside.store(0); }
+    ~Entered() {
+      native_.inside.store(0);
+      guests().inside.fetch_sub(1);
+      guests().inside.notify_all();
+    }
     Entered(const Entered&) = delete;
     Entered& operator=(const Entered&) = delete;
     Executable* operator->() const { return &native_.executable; }
@@ -397,6 +425,8 @@ NB_MODULE(_native, m) {
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
   bind_load(executable);
   bind_step(executable);
+  guests();
+  nb::module_::import_("atexit").attr("register")(nb::cpp_function(see_guests_out));
 }
 
 }  // namespace truffula
