@@ -62,9 +62,9 @@ def post(url: str, path: str, body: dict[str, object]) -> httpx.Response:
     return httpx.post(url + path, json=body, timeout=120).raise_for_status()
 
 
-def chat(url: str, model: str, question: str = QUESTION) -> str:
+def chat(url: str, model: str, question: str = QUESTION, tokens: int = 24) -> str:
     messages = [{"role": "user", "content": question}]
-    body = {"model": model, "messages": messages, "max_tokens": 24, "temperature": 0}
+    body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
     return str(post(url, "/v1/chat/completions", body).json()["choices"][0]["message"]["content"])
 
 
@@ -107,7 +107,7 @@ def test_openai_dialect_with_adapters_at_once(url: str) -> None:
     assert together == [chat(url, name) for name in names]  # the same alone as in company
     assert len(set(together)) == 3
     question = "Extract the data: Hannah Weber is 42 years old, lives in Hamburg and works as a translator."
-    assert json.loads(chat(url, "extract", question))["name"] == "Hannah Weber"
+    assert json.loads(chat(url, "extract", question, 64))["name"] == "Hannah Weber"
 
 
 def test_openai_stream_is_the_whole_answer(url: str) -> None:
