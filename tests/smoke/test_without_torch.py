@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +18,6 @@ import httpx
 import pytest
 
 from truffula import LLM, SamplingParams
-from truffula.bench.server import OwnServer
-from truffula.config import load_config
 from truffula.kernels.cpu import why_unavailable
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
@@ -32,19 +32,39 @@ def truffula(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    config = load_config({"model": MODEL}).engine
-    with OwnServer(config, ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"]) as server:
-        yield server.wait(120)
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "truffula", "serve", MODEL, "--adapter-dir", str(ADAPTERS), "--port", str(port)]
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as said, subprocess.Popen(command, stdout=said, stderr=said) as server:
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
+            while not healthy(address):
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.1)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def healthy(url: str) -> bool:
+    try:
+        return httpx.get(url + "/health", timeout=5).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def post(url: str, path: str, body: dict[str, object]) -> httpx.Response:
     return httpx.post(url + path, json=body, timeout=120).raise_for_status()
 
 
-def chat(url: str, model: str, question: str = QUESTION) -> str:
+def chat(url: str, model: str, question: str = QUESTION, tokens: int = 24) -> str:
     messages = [{"role": "user", "content": question}]
-    body = {"model": model, "messages": messages, "max_tokens": 24, "temperature": 0}
+    body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
     return str(post(url, "/v1/chat/completions", body).json()["choices"][0]["message"]["content"])
 
 
@@ -87,7 +107,7 @@ def test_openai_dialect_with_adapters_at_once(url: str) -> None:
     assert together == [chat(url, name) for name in names]  # the same alone as in company
     assert len(set(together)) == 3
     question = "Extract the data: Hannah Weber is 42 years old, lives in Hamburg and works as a translator."
-    assert json.loads(chat(url, "extract", question))["name"] == "Hannah Weber"
+    assert json.loads(chat(url, "extract", question, 64))["name"] == "Hannah Weber"
 
 
 def test_openai_stream_is_the_whole_answer(url: str) -> None:

@@ -6,13 +6,18 @@ import importlib.metadata
 import json
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
 from truffula.cli.output import nbytes, out, table
 from truffula.errors import TruffulaError
+
+if TYPE_CHECKING:
+    from truffula.engine.memory import CpuLimits
 
 # What a CPU must say of itself for what speeds up products, fastest first.
 ISA_FLAGS = (
@@ -22,6 +27,9 @@ ISA_FLAGS = (
     ("AVX-512", ("avx512f",)),
     ("AVX2 + FMA", ("avx2", "fma")),
 )
+
+STORED = ("float32", "float16", "bfloat16", "quantised")
+"""How a checkpoint may be stored, as far as the choice of a dtype cares."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Finding:
 
 
 def run_doctor(*, as_json: bool) -> None:
-    findings = [*_machine(), *_native(), *_packages(), *_backends(), *_settings()]
+    findings = [*_machine(), *_native(), *_packages(), *_backends(), *_dtypes(), *_settings()]
     if as_json:
         out().print_json(json.dumps([asdict(f) for f in findings]))
         return
@@ -59,15 +67,16 @@ def cpu_name() -> tuple[str, list[str]]:
 
 
 def _machine() -> list[Finding]:
-    from truffula.engine.memory import available, usable_cpus
+    from truffula.engine.memory import available, cpu_limits
 
     name, sets = cpu_name()
-    cores = usable_cpus()
+    cores = cpu_limits().usable
     memory = available().nbytes
     return [
         Finding("python", platform.python_version()),
         Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         Finding("cpu", ", ".join((name, f"{cores} usable core{'s' * (cores != 1)}", *sets[:1]))),
+        cpu_limit(cpu_limits()),
         Finding(
             "free memory",
             nbytes(memory),
@@ -75,6 +84,28 @@ def _machine() -> list[Finding]:
             "" if memory > 2e9 else "choose a small model",
         ),
     ]
+
+
+def cpu_limit(limits: CpuLimits) -> Finding:
+    """What bounds the compute threads. A quota that is no whole number is a note: its last thread is throttled, and
+    all wait for it."""
+    quota = "no quota" if limits.quota is None else f"a control group's quota of {limits.quota:g} CPUs"
+    value = f"{limits.affinity} of {limits.machine} CPUs in our affinity mask, {quota}"
+    if limits.quota is not None and limits.quota < limits.affinity and limits.quota != int(limits.quota):
+        least = max(1, int(limits.quota))
+        return Finding("cpu limit", value, "note", f"give whole CPUs, or try --threads {least}: threads are throttled")
+    return Finding("cpu limit", value)
+
+
+def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
+    """What would make products faster than ``tables`` (ours that run here, best first) on a CPU with ``sets``."""
+    if tables[0] == "portable":
+        return "no AVX2 here or none compiled: products take several times as long as with it"
+    if any(table.startswith("avx512") for table in tables):
+        return "--cpu-isa forces one"
+    if "AVX-512" in sets:
+        return "this CPU has AVX-512, but it was not compiled in: install truffula again with a newer compiler"
+    return "this CPU has no AVX-512, with which steps of many rows and prompts are faster; --cpu-isa forces one"
 
 
 def _native() -> list[Finding]:
@@ -98,13 +129,15 @@ def _native() -> list[Finding]:
     threads = settings["threads"] or usable_cpus()
     return [
         Finding("native kernels", "yes"),
-        Finding("instruction sets", ", ".join(sets), "ok", "--cpu-isa forces one" if len(sets) > 1 else ""),
+        Finding("instruction sets", ", ".join(sets), "ok", faster_instructions(cpu_name()[1], sets)),
         Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}", state, advice),
         Finding("C++ compiler", compiler or "none"),
     ]
 
 
 def _packages() -> list[Finding]:
+    from truffula.kernels.cpu import available
+
     wanted = (
         ("torch", "the reference backend", "pip install 'truffula[torch]'"),
         ("transformers", "truffula verify", "pip install 'truffula[hf]'"),
@@ -115,7 +148,9 @@ def _packages() -> list[Finding]:
         try:
             findings.append(Finding(package, importlib.metadata.version(package)))
         except importlib.metadata.PackageNotFoundError:
-            findings.append(Finding(package, "not installed", "note", f"{advice} (for {purpose})"))
+            needed = "not needed to serve; " if available() else ""
+            state = "ok" if available() else "note"
+            findings.append(Finding(package, "not installed", state, f"{needed}{advice} (for {purpose})"))
     return findings
 
 
@@ -137,6 +172,26 @@ def _backends() -> list[Finding]:
         detail = f"{probe.name} on {probe.device}, {probe.isa} ({', '.join(probe.dtypes)})"
         findings.append(Finding(f"backend {name}", detail, "note" if slow else "ok", slow))
     return findings
+
+
+def _dtypes() -> list[Finding]:
+    """What ``serve`` would compute in, by how a checkpoint is stored, and why: asked of the same function."""
+    from truffula.config import load_settings
+    from truffula.kernels.select import Precision, choose_dtype, select_backend
+
+    given = {s.option.name: s.value for s in load_settings({})}
+    try:
+        precision = Precision(given["quantize"], given["exact"])
+        backend = select_backend(
+            given["backend"], given["device"], cpu_isa=given["cpu_isa"], precision=precision
+        )  # fmt: skip
+        choices = {kind: choose_dtype(backend, given["dtype"], kind) for kind in STORED}
+    except TruffulaError as error:
+        return [Finding("dtype", "none", "missing", error.message)]
+    findings = [Finding(f"dtype, {kind} files", at.dtype, "ok", at.reason) for kind, at in choices.items()]
+    whole = sorted(backend.block_kinds)
+    value = f"in whole numbers: {', '.join(whole)}" if whole else "computed with as the values they stand for"
+    return [*findings, Finding("blocks of quantised files", value, "ok", "docs/quantization.md" if whole else "")]
 
 
 def _settings() -> list[Finding]:

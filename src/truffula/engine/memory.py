@@ -116,11 +116,31 @@ def available(root: Path = Path("/")) -> Offer:
     return min(offers, key=lambda offer: offer.nbytes)
 
 
+@dataclass(frozen=True)
+class CpuLimits:
+    """CPUs of the ``machine``, those of them in our ``affinity`` mask, and the smallest ``quota`` of a control group
+    that holds us, in CPUs' worth of time; None where there is none."""
+
+    machine: int
+    affinity: int
+    quota: float | None
+
+    @property
+    def usable(self) -> int:
+        """Threads that can run at once; at least 1."""
+        return max(1, self.affinity if self.quota is None else min(self.affinity, math.ceil(self.quota)))
+
+
+def cpu_limits(root: Path = Path("/")) -> CpuLimits:
+    machine = os.cpu_count() or 1
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine
+    quotas = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
+    return CpuLimits(machine, affinity, min(quotas, default=None))
+
+
 def usable_cpus(root: Path = Path("/")) -> int:
     """CPUs that the affinity mask and the control groups' quotas let us use; at least 1."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
-    return max(1, min([affinity, *(math.ceil(quota) for quota in quotas)]))
+    return cpu_limits(root).usable
 
 
 def _machine(root: Path) -> Offer:

@@ -1,0 +1,54 @@
+"""What ``doctor`` says of limits, instructions and dtypes is what the engine would do."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from truffula.cli.doctor import STORED, cpu_limit, faster_instructions
+from truffula.engine.memory import CpuLimits
+from truffula.kernels.select import choose_dtype, select_backend
+
+
+def doctor(**env: str) -> dict[str, dict[str, str]]:
+    command = [sys.executable, "-m", "truffula", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
+    return {row["what"]: row for row in json.loads(done.stdout)}
+
+
+def test_dtypes_and_reasons_are_those_of_a_start() -> None:
+    rows, backend = doctor(), select_backend()
+    for kind in STORED:
+        choice = choose_dtype(backend, "auto", kind)
+        assert (rows[f"dtype, {kind} files"]["value"], rows[f"dtype, {kind} files"]["advice"]) == (
+            choice.dtype, choice.reason,
+        )  # fmt: skip
+    assert all(kind in rows["blocks of quantised files"]["value"] for kind in backend.block_kinds)
+
+
+def test_a_dtype_and_precision_that_are_set_are_told() -> None:
+    rows = doctor(TRUFFULA_DTYPE="float32", TRUFFULA_EXACT="1")
+    assert {rows[f"dtype, {kind} files"]["value"] for kind in STORED} == {"float32"}
+    assert "whole numbers" not in rows["blocks of quantised files"]["value"]
+
+
+def test_settings_a_server_would_refuse_are_said_with_its_words() -> None:
+    row = doctor(TRUFFULA_BACKEND="reference", TRUFFULA_QUANTIZE="q8_0")["dtype"]
+    assert row["state"] == "missing" and "quantize" in row["advice"]
+
+
+def test_a_quota_is_seen_and_a_broken_one_noted() -> None:
+    assert cpu_limit(CpuLimits(8, 4, None)).state == "ok"
+    assert "quota of 2 CPUs" in cpu_limit(CpuLimits(8, 8, 2.0)).value
+    odd = cpu_limit(CpuLimits(8, 8, 2.5))
+    assert odd.state == "note" and "--threads 2" in odd.advice
+    assert cpu_limit(CpuLimits(8, 2, 2.5)).state == "ok"  # it does not bind
+
+
+def test_what_would_be_faster_is_said_of_this_cpu() -> None:
+    assert "no AVX-512" in faster_instructions(["AVX2 + FMA"], ["avx2", "portable"])
+    assert "not compiled" in faster_instructions(["AVX-512", "AVX2 + FMA"], ["avx2", "portable"])
+    assert "no AVX" not in faster_instructions(["AVX-512"], ["avx512", "avx2", "portable"])
+    assert "AVX2" in faster_instructions([], ["portable"])
