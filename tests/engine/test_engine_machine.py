@@ -122,4 +122,4 @@ class TestEngineAtLength(EngineMachine.TestCase):
 
 
 TestEngine = EngineMachine.TestCase
-TestEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestEngine.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)

@@ -149,7 +149,7 @@ LIGHT = {
 }
 
 
-@settings(max_examples=30, **LIGHT)
+@settings(max_examples=15, **LIGHT)
 @given(crowds(), st.integers(1, 64), st.integers(1, 8), st.integers(12, 80), st.booleans())
 def test_greedy_tokens_in_any_company(real, crowd, step_tokens, max_running, num_blocks, prefix_cache):
     requests = made(real, crowd)

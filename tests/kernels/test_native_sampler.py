@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from kernel_backends import ISAS, SAMPLERS, needs_native
 from sampler_rows import V, as_sent, fill, on_an_edge, params
 
+from examples import examples
+
 pytestmark = needs_native
 SIZES = [V, 63, 64, 65, 700, 2049]  # about the blocks of 64 that the native one works in; V: the ids of `params`
 
@@ -32,7 +34,7 @@ shapes = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(100, 300))
 @given(shapes, st.lists(params, min_size=1, max_size=6))
 def test_it_is_the_numpy_sampler_row_for_row(shape, asked):
     """Equal ids, and log-probabilities to float32's last places: but where a draw or a mass hangs on 1e-9 of a limit,

@@ -23,8 +23,10 @@ from sampler_rows import (
     soften,
 )
 
+from examples import examples
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+
+@settings(max_examples=examples(80, 120))
 @given(st.lists(st.tuples(rows_of_logits, params), min_size=1, max_size=4))
 def test_rows_equal_the_plain_oracle(batch):
     """Ids, logprobs and top lists of a batch equal those of a slow sampler that sees one row at a time."""
@@ -100,7 +102,7 @@ def test_draws_follow_the_distribution(sample):
 
 
 @on_every_sampler
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=examples(20, 50))
 @given(st.lists(st.tuples(rows_of_logits, params), min_size=2, max_size=5), st.randoms(use_true_random=False))
 def test_a_row_does_not_depend_on_its_company(sample, batch, random):
     """Shuffled, alone, or beside a broken row: bit for bit the same outcome."""

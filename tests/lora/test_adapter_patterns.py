@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from truffula.errors import AdapterError
 from truffula.lora.patterns import MAX_STEPS, Pattern, PatternTable, Steps, Suffix
 
@@ -91,7 +92,7 @@ def _more(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(150, 300), deadline=None)
 @given(st.recursive(ATOMS, _more, max_leaves=6), st.text("ab.1_", max_size=6))
 def test_random_patterns_agree_with_re(source: str, text: str) -> None:
     pattern = Pattern(source, "target_modules", Steps())
@@ -99,7 +100,7 @@ def test_random_patterns_agree_with_re(source: str, text: str) -> None:
     assert pattern.match(text, full=True) == (re.fullmatch(source, text) is not None)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(100, 200), deadline=None)
 @given(st.text("ab._-1", max_size=6), st.text("ab._-1", max_size=8))
 def test_plain_suffixes_agree_with_pefts_expression(source: str, module: str) -> None:
     expected = re.match(rf"(.*\.)?({source})$", module) is not None

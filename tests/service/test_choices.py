@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from served import tiny_info
 from tiny_tokenizers import byte_level, sentence_piece
 
+from examples import examples
 from truffula.errors import EngineDied
 from truffula.service import Service, collect
 from truffula.text.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ stops = st.lists(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150, 400), deadline=None)
 @given(
     ids=ids_of | texts,
     stop=stops,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import byte_level, byte_level_json, metaspace, sentence_piece, sentence_piece_json, word_piece
 from tokenizers import Tokenizer as Library
 
+from examples import examples
 from truffula.text.tokenizer import Tokenizer
 
 KINDS = {
@@ -17,7 +18,7 @@ KINDS = {
     "word-piece": word_piece,
     "metaspace": metaspace,
 }
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=examples(75, 150), deadline=None)
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:

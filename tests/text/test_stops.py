@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from examples import examples
 from truffula.text.stops import StopMatch, StopMatcher
 
 few = st.text("abé", min_size=1, max_size=5)
@@ -27,7 +28,7 @@ def could_become(tail: str, stops: list[str]) -> int:
     )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=examples(150, 400), deadline=None)
 @given(chunks=st.lists(st.text("abéx", max_size=6), max_size=12), stops=stops_of)
 @example(chunks=["aab", "aabaa", "b"], stops=["aabaab"])
 @example(chunks=["abc"], stops=["b", "abc"])

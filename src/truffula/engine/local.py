@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -44,6 +46,20 @@ def publish(turn: Turn, journal: Journal, tickets: Tickets) -> None:
         tickets.answer(answer.ticket, answer.states, answer.error)
 
 
+def close_at_exit(client: EngineClient) -> None:
+    """Have ``client`` closed before the interpreter ends, should it be open then. It may be forgotten earlier.
+
+    A thread that comes back from a native step to an interpreter that has ended is unwound through C++, which aborts.
+    """
+    weakref.finalize(client, _close_if_there, weakref.ref(client), os.getpid())
+
+
+def _close_if_there(reference: weakref.ref[EngineClient], owner: int) -> None:
+    client = reference()
+    if client is not None and os.getpid() == owner:  # what is forked from the owner has no engine
+        client.close()
+
+
 class InlineClient:
     """The engine in the caller's thread: it steps while ``events`` or ``adapters`` waits, and only then."""
 
@@ -55,6 +71,7 @@ class InlineClient:
         self._lock = threading.RLock()  # held during a step
         self._end: TruffulaError | None = None
         self._stats = self._loop.stats()
+        close_at_exit(self)
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         with self._lock:
@@ -153,6 +170,7 @@ class ThreadClient:
         self._thread = threading.Thread(target=self._run, args=(progress, started), name="truffula-engine", daemon=True)
         self._thread.start()
         self.info, self._stats = started.result()
+        close_at_exit(self)
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         self._journal.open(requests)

@@ -12,7 +12,7 @@ from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
-from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, Wanted, panel_bytes
+from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, Wanted, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
 from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
@@ -82,13 +82,15 @@ class CpuBackend:
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:
-        """What steps need beside the buffers, at most: rows of 8 bits, and per thread attention's and the sampler's."""
+        """What steps need beside the buffers, at most: rows of 8 bits, adapters' products with A (those of great rank
+        pay for the rest), and per thread attention's and the sampler's."""
         widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
         rows = 72 * capacity.max_tokens * -(-widest // 32) if self.block_kinds or self._quantize != "none" else 0
         attention = max(
             (_attention_scratch(op, capacity) for op in program.ops if isinstance(op, Attention)), default=0
         )
-        return rows + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
+        products = 4 * PLANNED_RANK * max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
+        return rows + products + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
 
     def faster_dtype(self) -> tuple[str, str]:
         return "bfloat16", "a step reads half the bytes of float32's"

@@ -13,7 +13,7 @@ from truffula.errors import KernelError
 from truffula.kernels.adapters import AtSlice, by_op
 from truffula.kernels.backend import AdapterImage
 from truffula.kernels.cpu.arena import ArenaPlan
-from truffula.kernels.cpu.formats import BF16, F32, panel_bytes, panels_of
+from truffula.kernels.cpu.formats import BF16, F32, LANES, PLANNED_RANK, panel_bytes, panels_of
 from truffula.kernels.cpu.weights import BFLOAT16, STORED, as_bits
 from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
 from truffula.kernels.program import Linear, Program
@@ -67,16 +67,19 @@ class CpuExecutable:
     # --- adapters and KV ----------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """The panels that ``adapter`` makes of it."""
-        return self._bytes(by_op(self._program, image))
+        """The panels that ``adapter`` makes of it, and what a full step of it needs beyond the plan."""
+        found = by_op(self._program, image)
+        widest = max((sum(panels_of(a.shape[0]) for a in _shrinks(present)) for present in found.values()), default=0)
+        rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
+        return self._bytes(found) + 4 * rows * max(0, LANES * widest - PLANNED_RANK)
 
     def _bytes(self, found: Mapping[int, Sequence[AtSlice]]) -> int:
         return sum(self._op_bytes(index, present) for index, present in found.items())
 
     def _op_bytes(self, index: int, present: Sequence[AtSlice]) -> int:
-        arrays = {(t.a.ctypes.data, t.scale): t.a for _, t in present}
-        fmt = BF16 if all(a.dtype == BFLOAT16 for a in arrays.values()) else F32
-        total = sum(panels_of(a.shape[0]) * panel_bytes(fmt, a.shape[1]) for a in arrays.values())
+        arrays = _shrinks(present)
+        fmt = BF16 if all(a.dtype == BFLOAT16 for a in arrays) else F32
+        total = sum(panels_of(a.shape[0]) * panel_bytes(fmt, a.shape[1]) for a in arrays)
         for item, tensors in present:
             fmt = BF16 if tensors.b.dtype == BFLOAT16 else F32
             # One panel more where the slice begins inside one, and again for a slice over gates and ups.
@@ -137,6 +140,11 @@ class CpuExecutable:
         for slot in list(self._images):
             self.drop_adapter(slot)
         self._native = None
+
+
+def _shrinks(present: Sequence[AtSlice]) -> list[Array]:
+    """The distinct A at an op: fused modules share one."""
+    return list({(t.a.ctypes.data, t.scale): t.a for _, t in present}.values())
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from types import MappingProxyType
 from truffula.kernels.program import WeightDecl
 
 LANES = 16
+PLANNED_RANK = 256
+"""Of all adapters of a row at one op: so wide a product with A is in the memory plan; an adapter pays for more."""
 F32, BF16, Q8_0, Q4_0, Q4_1, Q5_0 = range(6)
 """Storage formats, as kernels.h numbers them."""
 NAMES = ("float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0")

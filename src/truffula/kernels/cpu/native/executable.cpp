@@ -342,6 +342,7 @@ void Executable::drop_adapter(int32_t slot) {
           "adapter slot is not in use");
   adapters_[static_cast<size_t>(slot)].reset();
   free_slots_.push_back(slot);
+  std::vector<float>().swap(h_);  // an adapter of great rank pays for its share of it, and takes that along
 }
 
 void Executable::kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to) {

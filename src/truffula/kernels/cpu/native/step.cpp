@@ -121,7 +121,10 @@ void Executable::plan_adapters() {
     most = std::max(most, at);
     most_expands = std::max(most_expands, expands);
   }
-  if (static_cast<int64_t>(h_.size()) < most) h_.resize(static_cast<size_t>(most));
+  if (static_cast<int64_t>(h_.size()) < most) {
+    std::vector<float>().swap(h_);  // what was in it is over, and growing it would take up to twice as much
+    h_.resize(static_cast<size_t>(most));
+  }
   for (Local& local : locals_) {
     local.deltas.reserve(most_expands);
     local.deltas_of = SIZE_MAX;

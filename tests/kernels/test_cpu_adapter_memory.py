@@ -1,0 +1,55 @@
+"""What an adapter is charged covers what a step of it takes, whatever its rank, and goes with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from kernel_backends import needs_native
+
+pytestmark = needs_native
+RANK, TOKENS = 8192, 1024  # a product of 32 MiB beside 2 MiB of adapter
+
+# In a process of its own, whose memory nothing else changes.
+SCRIPT = """
+import sys
+import numpy as np, psutil
+from truffula.kernels.backend import AdapterImage, SiteTensors
+from truffula.kernels.cpu.backend import CpuBackend
+from truffula.kernels.inputs import Capacity
+from truffula.testing.programs import Part, fill_step, llama_program, pull_from, random_weights
+
+rank, tokens = map(int, sys.argv[1:])
+program = llama_program()
+capacity = Capacity(max_tokens=tokens, max_seqs=1, max_logit_rows=1, max_segments=1, num_blocks=tokens // 4 + 2,
+                    block_size=4, max_blocks_per_seq=tokens // 4 + 1)
+executable = CpuBackend(threads=1).load(program, "float32", pull_from(random_weights(program)), capacity)
+site = program.sites[0]
+a, b = np.ones((rank, site.in_features), np.float32), np.ones((site.out_features, rank), np.float32)
+image = AdapterImage("g", (SiteTensors(0, a, b, 1e-6),), 1, rank)
+rss = psutil.Process().memory_info
+
+def step(slot):
+    blocks = tuple(range(1, tokens // 4 + 1))
+    fill_step(executable.inputs, [Part((1,) * tokens, 0, blocks, *slot)], 4)
+    executable.run()
+
+step(())
+before = rss().rss
+slot = executable.adapter(image)
+step((slot,))
+with_it = rss().rss
+executable.drop_adapter(slot)
+print(executable.adapter_bytes(image), with_it - before, rss().rss - before)
+"""
+
+
+def test_an_adapter_of_great_rank_pays_for_its_products() -> None:
+    command = [sys.executable, "-c", SCRIPT, str(RANK), str(TOKENS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    charged, taken, left = map(int, done.stdout.split())
+    products = 4 * RANK * TOKENS
+    assert taken > products // 2, "the step made no such product: this measures nothing"
+    assert taken <= charged + products // 8
+    assert left < products // 8
