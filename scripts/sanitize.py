@@ -21,6 +21,7 @@ TESTS = (
     "test_logits_op",
     "test_cpu_exact",
     "test_cpu_quantised",
+    "test_cpu_tables",
 )
 # Without an editable install's own import hook, which would go past the copy.
 FRONT = """
@@ -32,23 +33,22 @@ assert _native.__file__.startswith({source!r}), _native.__file__
 """
 
 
-def build() -> Path:
-    """Compile module and driver; the folder of sources that imports the module."""
+def build(where_to: Path, *chosen: str) -> Path:
+    """Compile the module (and the driver) with the settings ``chosen``; the folder of sources that imports it."""
     where = subprocess.run(
         [sys.executable, "-m", "nanobind", "--cmake_dir"], check=True, capture_output=True, text=True
     ).stdout.strip()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     settings = [
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={where}", "-DCMAKE_BUILD_TYPE=None",
-        "-DTRUFFULA_SANITIZE=address,undefined", "-DTRUFFULA_NATIVE_TESTS=ON",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={where}", *chosen,
     ]  # fmt: skip
     env = os.environ | {"PATH": path}
-    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", *settings], check=True, env=env)
-    subprocess.run(["cmake", "--build", BUILD / "cmake"], check=True, env=env)
-    source = BUILD / "src"
+    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", where_to / "cmake", *settings], check=True, env=env)
+    subprocess.run(["cmake", "--build", where_to / "cmake"], check=True, env=env)
+    source = where_to / "src"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for module in (BUILD / "cmake").glob("_native*.so"):
+    for module in (where_to / "cmake").glob("_native*.so"):
         shutil.copy(module, source / "truffula" / "kernels" / "cpu")
     return source
 
@@ -60,8 +60,17 @@ def library(name: str) -> str:
     ).stdout.strip()
 
 
+def run_tests(source: str, chosen: list[str], env: dict[str, str]) -> None:
+    """The op tests that ``chosen`` picks, on the module beside ``source``."""
+    paths = [f"tests/kernels/{name}.py" for name in TESTS]
+    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *chosen]
+    code = f"{FRONT.format(source=source)}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
+
+
 def main() -> None:
-    source = str(build())
+    settings = ("-DCMAKE_BUILD_TYPE=None", "-DTRUFFULA_SANITIZE=address,undefined", "-DTRUFFULA_NATIVE_TESTS=ON")
+    source = str(build(BUILD, *settings))
     front = FRONT.format(source=source)
     env = os.environ | {
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
@@ -73,11 +82,7 @@ def main() -> None:
     for part in ("steps", "programs", "calls"):
         code = f"{front}\nsys.argv = ['fuzz', {part!r}, '1000']\nrunpy.run_path({str(fuzzer)!r}, run_name='__main__')"
         subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
-    chosen = sys.argv[1:] or ["-k", "cpu or avx or portable"]
-    paths = [f"tests/kernels/{name}.py" for name in TESTS]
-    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *chosen]
-    code = f"{front}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
+    run_tests(source, sys.argv[1:] or ["-k", "cpu or avx or portable"], env)
     subprocess.run([BUILD / "cmake" / "team_driver", "1000"], check=True)
 
 

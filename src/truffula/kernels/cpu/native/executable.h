@@ -145,6 +145,7 @@ class Executable {
   void run_op(const RopeOp&, const Stage&, int32_t chunk, Local&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, Local&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, Local&);
+  bool converts_x(const LinearOp& op) const;
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
   void shrink(const LinearOp&, size_t op, int32_t chunk);
