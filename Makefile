@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null
 
-.PHONY: help native demo test smoke test-slow sanitize fuzz lint check fix bench clean
+.PHONY: help native demo test smoke test-slow sanitize emulate fuzz lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -66,6 +66,9 @@ smoke:           ## what a user without torch has: installed apart, then command
 
 sanitize: $(VENV)/.dev   ## native kernels under address, undefined-behaviour and thread sanitizers (ten minutes)
 	@$(PIP) install -q cmake ninja nanobind && $(BIN)/python scripts/sanitize.py $(ARGS)
+
+emulate: $(VENV)/.dev   ## AVX-512 tables out of AVX2 instructions, under the op tests (ten minutes)
+	@$(PIP) install -q cmake ninja nanobind && $(BIN)/python scripts/emulate.py $(ARGS)
 
 SECONDS ?= 300
 SEED    ?= 0

@@ -22,6 +22,7 @@ TESTS = (
     "test_logits_op",
     "test_cpu_exact",
     "test_cpu_quantised",
+    "test_cpu_tables",
 )
 BRIEF_TESTS = ("test_row_ops", "test_linear_adapters", "test_paged_attention", "test_logits_op")
 # Without an editable install's own import hook, which would go past the copy.
@@ -34,23 +35,22 @@ assert _native.__file__.startswith({source!r}), _native.__file__
 """
 
 
-def build() -> Path:
-    """Compile module and driver; the folder of sources that imports the module."""
+def build(where_to: Path, *chosen: str) -> Path:
+    """Compile the module (and the driver) with the settings ``chosen``; the folder of sources that imports it."""
     where = subprocess.run(
         [sys.executable, "-m", "nanobind", "--cmake_dir"], check=True, capture_output=True, text=True
     ).stdout.strip()
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     settings = [
-        f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={where}", "-DCMAKE_BUILD_TYPE=None",
-        "-DTRUFFULA_SANITIZE=address,undefined", "-DTRUFFULA_NATIVE_TESTS=ON",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={where}", *chosen,
     ]  # fmt: skip
     env = os.environ | {"PATH": path}
-    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", BUILD / "cmake", *settings], check=True, env=env)
-    subprocess.run(["cmake", "--build", BUILD / "cmake"], check=True, env=env)
-    source = BUILD / "src"
+    subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", where_to / "cmake", *settings], check=True, env=env)
+    subprocess.run(["cmake", "--build", where_to / "cmake"], check=True, env=env)
+    source = where_to / "src"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for module in (BUILD / "cmake").glob("_native*.so"):
+    for module in (where_to / "cmake").glob("_native*.so"):
         shutil.copy(module, source / "truffula" / "kernels" / "cpu")
     return source
 
@@ -60,6 +60,14 @@ def library(name: str) -> str:
     return subprocess.run(
         [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
     ).stdout.strip()
+
+
+def run_tests(source: str, chosen: list[str], env: dict[str, str], names: tuple[str, ...] = TESTS) -> None:
+    """The op tests that ``chosen`` picks, on the module beside ``source``."""
+    paths = [f"tests/kernels/{name}.py" for name in names]
+    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *chosen]
+    code = f"{FRONT.format(source=source)}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
 
 
 def best(front: str, env: dict[str, str]) -> str:
@@ -72,7 +80,8 @@ def best(front: str, env: dict[str, str]) -> str:
 def main() -> None:
     brief = "--brief" in sys.argv[1:]
     chosen = [word for word in sys.argv[1:] if word != "--brief"]
-    source = str(build())
+    settings = ("-DCMAKE_BUILD_TYPE=None", "-DTRUFFULA_SANITIZE=address,undefined", "-DTRUFFULA_NATIVE_TESTS=ON")
+    source = str(build(BUILD, *settings))
     front = FRONT.format(source=source)
     env = os.environ | {
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
@@ -86,10 +95,7 @@ def main() -> None:
         code = f"{front}\nsys.argv = {told!r}\nrunpy.run_path({str(fuzzer)!r}, run_name='__main__')"
         subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
     words = best(front, env) if brief else "cpu or avx or portable"
-    paths = [f"tests/kernels/{name}.py" for name in TESTS if not brief or name in BRIEF_TESTS]
-    arguments = ["-p", "no:cacheprovider", "--timeout=1200", *paths, *(chosen or ["-k", words])]
-    code = f"{front}\nimport pytest\nsys.exit(pytest.main({arguments!r}))"
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
+    run_tests(source, chosen or ["-k", words], env, BRIEF_TESTS if brief else TESTS)
     subprocess.run([BUILD / "cmake" / "team_driver", "200" if brief else "1000"], check=True)
     subprocess.run([BUILD / "cmake" / "step_driver", "100" if brief else "1000"], check=True)
 

@@ -28,6 +28,7 @@ COMMANDS = [
     "bench compare",
     "bench join",
     "bench step",
+    "bench kernel",
     "adapters list",
 ]
 
@@ -216,6 +217,23 @@ def test_bench_step_on_a_toy_shape() -> None:
     assert all(line["ms"] >= line["best_ms"] > 0 for line in report["lines"])
     refused = truffula("bench", "step", "--tiny", "--adapters", "some")
     assert refused.returncode != 0 and "none, shared, distinct" in refused.stderr
+
+
+@pytest.mark.skipif(not available(), reason="truffula was installed without its native kernels")
+def test_bench_kernel_on_toy_shapes() -> None:
+    done = truffula("bench", "kernel", "--tiny", "--shape", "50x64", "--threads", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    linears = [(line["shape"], line["format"], line["rows"]) for line in report["lines"] if line["kernel"] == "linear"]
+    formats = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
+    assert linears == [("50x64", stored, rows) for stored in formats for rows in (1, 3)]
+    others = {line["kernel"] for line in report["lines"]} - {"linear"}
+    assert others == {"with one adapter", "with adapter a row", "decode", "prefill", "norm", "head", "sampler"}
+    assert all(line["us"] > 0 and line["limit_us"] > 0 for line in report["lines"])
+    assert all(report["limits"][name] > 0 for name in ("float_peak", "byte_peak", "read_one", "read_all"))
+    for wrong, said in (("--shape=9", "960x576"), ("--shape=8x31", "multiple of 32"), ("--format=Q9", "Q5_0")):
+        refused = truffula("bench", "kernel", "--tiny", wrong)
+        assert refused.returncode != 0 and said in refused.stderr
 
 
 @pytest.mark.slow

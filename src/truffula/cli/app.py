@@ -332,6 +332,27 @@ def bench_step(
     run_bench_step(bench, backend=backend, dtype=dtype, threads=threads, quantize=quantize, as_json=as_json)
 
 
+@bench_app.command("kernel")
+def bench_kernel(
+    rows: Annotated[str, typer.Option("--rows", help="Rows, by commas.")] = "1,2,4,8,16,32,128,512",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NxK", help="Outputs x inputs, several times; else SmolLM2's."),
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="Of float32, bfloat16, Q8_0, Q4_0, Q4_1, Q5_0.")] = "",
+    kernels: Annotated[str, typer.Option("--kernel", help="Of linear, lora, attention, norm, head, sampler.")] = "",
+    isa: Annotated[str, typer.Option("--isa", help="An instruction set that doctor lists.")] = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Toy shapes: does it run?")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How fast each native kernel is, beside what memory and instructions allow, measured in the same run."""
+    from truffula.cli.bench_kernel import bench_of, run_bench_kernel
+
+    bench = bench_of(rows, shape or [], formats, kernels, tiny=tiny)
+    run_bench_kernel(bench, isa=isa, threads=threads, as_json=as_json)
+
+
 @adapters_app.command("list")
 def adapters_list(url: Url = "http://127.0.0.1:8000", api_key: str | None = None, as_json: AsJson = False) -> None:
     """The base and the adapters a server offers."""

@@ -112,7 +112,7 @@ def _native() -> list[Finding]:
     """The native module, the instruction sets and threads it would use, and the compiler it takes to have it."""
     from truffula.config import load_settings
     from truffula.engine.memory import usable_cpus
-    from truffula.kernels.cpu import instruction_sets, why_unavailable
+    from truffula.kernels.cpu import instruction_sets, why_this_set, why_unavailable
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if why := why_unavailable():
@@ -130,6 +130,7 @@ def _native() -> list[Finding]:
     return [
         Finding("native kernels", "yes"),
         Finding("instruction sets", ", ".join(sets), "ok", faster_instructions(cpu_name()[1], sets)),
+        *([Finding("tried", why)] if (why := why_this_set()) else []),
         Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}", state, advice),
         Finding("C++ compiler", compiler or "none"),
     ]

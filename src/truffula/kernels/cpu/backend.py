@@ -82,15 +82,19 @@ class CpuBackend:
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:
-        """What steps need beside the buffers, at most: rows of 8 bits, adapters' products with A (those of great rank
-        pay for the rest), and per thread attention's and the sampler's."""
+        """What steps need beside the buffers, at most: rows as products read them (8 bits, or pairs in bfloat16),
+        adapters' products with A (those of great rank pay for the rest), and per thread attention's and the sampler's.
+        """
         widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
-        rows = 72 * capacity.max_tokens * -(-widest // 32) if self.block_kinds or self._quantize != "none" else 0
+        rows = 72 * capacity.max_tokens * -(-widest // 32) if self._converts() else 0
         attention = max(
             (_attention_scratch(op, capacity) for op in program.ops if isinstance(op, Attention)), default=0
         )
         products = 4 * PLANNED_RANK * max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
         return rows + products + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
+
+    def _converts(self) -> bool:
+        return bool(self.block_kinds) or self._quantize != "none" or self.probe().isa == "avx512bf16"
 
     def faster_dtype(self) -> tuple[str, str]:
         return "bfloat16", "a step reads half the bytes of float32's"
@@ -154,6 +158,22 @@ def instruction_sets() -> tuple[str, ...]:
         MissingDependency: The native module was not built, or can't be loaded.
     """
     return tuple(_library().table_names())
+
+
+def why_this_set() -> str:
+    """Why the first of ``instruction_sets`` is: what was found where two were tried at start; else empty."""
+    return str(_library().table_reason())
+
+
+def peak_rate(isa: str, kind: int, threads: int) -> float:
+    """Operations a second that an instruction set does at most, measured: kind 0 float32, 1 bfloat16 pairs, 2 whole
+    numbers of 8 bits, 3 of 16. 0.0 where its products use no such instructions."""
+    return float(_library().peak_rate(isa, kind, threads))
+
+
+def read_rate(isa: str, threads: int, nbytes: int) -> float:
+    """Bytes a second that so many threads read together, going through ``nbytes`` again and again."""
+    return float(_library().read_rate(isa, threads, nbytes))
 
 
 def available() -> bool:

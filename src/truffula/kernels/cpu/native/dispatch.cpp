@@ -1,7 +1,9 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <stdexcept>
 
+#include "choose.h"
 #include "tables.h"
 
 #if defined(TRUFFULA_X86)
@@ -14,7 +16,7 @@ namespace {
 #if defined(TRUFFULA_X86)
 
 struct Features {
-  bool avx2 = false, avx512 = false, vnni = false;
+  bool avx2 = false, avx512 = false, vnni = false, bf16 = false;
 };
 
 // What the processor has and the operating system keeps across a task switch (XCR0): one without the other is useless.
@@ -32,28 +34,48 @@ Features features() {
   const unsigned wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   found.avx512 = found.avx2 && zmm && (b & wanted) == wanted;
   found.vnni = found.avx512 && (c & (1u << 11));
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.bf16 = found.vnni && (a & (1u << 5));
   return found;
 }
 
 #endif
 
-}  // namespace
-
-std::vector<const Kernels*> usable_tables() {
-  std::vector<const Kernels*> tables;
+// Whether there are bfloat16 products, and whether they are the faster ones, is asked once.
+Tables found_tables() {
+  Tables found;
 #if defined(TRUFFULA_X86)
   const Features has = features();
-  if (has.vnni) tables.push_back(&kAvx512Vnni);
-  if (has.avx512) tables.push_back(&kAvx512);
-  if (has.avx2) tables.push_back(&kAvx2);
+  if (has.bf16) {
+    const PairTrial trial = try_pairs(kAvx512Bf16, kAvx512Vnni);
+    found.usable = {&kAvx512Vnni};
+    found.usable.insert(trial.take_pairs() ? found.usable.begin() : found.usable.end(), &kAvx512Bf16);
+    found.why = trial.why(kAvx512Bf16.name, kAvx512Vnni.name);
+  } else if (has.vnni) {
+    found.usable = {&kAvx512Vnni};
+  }
+  if (has.avx512) found.usable.push_back(&kAvx512);
+  if (has.avx2) found.usable.push_back(&kAvx2);
 #endif
-  tables.push_back(&kPortable);
-  return tables;
+  found.usable.push_back(&kPortable);
+#if defined(TRUFFULA_EMULATE)
+  // Here the instructions are made of others: tables to test, never the best. The trial is made for its own sake.
+  if (found.why.empty()) found.why = try_pairs(kAvx512Bf16, kAvx512Vnni).why(kAvx512Bf16.name, kAvx512Vnni.name);
+  for (const Kernels* table : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16})
+    if (std::find(found.usable.begin(), found.usable.end(), table) == found.usable.end()) found.usable.push_back(table);
+#endif
+  return found;
+}
+
+}  // namespace
+
+const Tables& tables() {
+  static const Tables found = found_tables();
+  return found;
 }
 
 const Kernels* find_table(const std::string& name) {
   std::string names;
-  for (const Kernels* table : usable_tables()) {
+  for (const Kernels* table : tables().usable) {
     if (name == "auto" || name == table->name) return table;
     names += (names.empty() ? "" : ", ") + std::string(table->name);
   }

@@ -8,8 +8,13 @@
 
 namespace truffula {
 
-// Usable tables, the best first; the portable one is always there.
-std::vector<const Kernels*> usable_tables();
+// Usable tables, the best first; the portable one is always there. `why`: the reason for the first where it was tried
+// which is best, else empty.
+struct Tables {
+  std::vector<const Kernels*> usable;
+  std::string why;
+};
+const Tables& tables();
 
 // The table called `name`; "auto" is the first. Throws std::invalid_argument naming those there are.
 const Kernels* find_table(const std::string& name);

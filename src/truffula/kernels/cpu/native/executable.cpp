@@ -202,10 +202,10 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
   int64_t quantised = 0;
   for (const Op& op : ops_)
-    if (const auto* linear = std::get_if<LinearOp>(&op); linear && is_quantised(weight(linear->weight).format)) {
+    if (const auto* linear = std::get_if<LinearOp>(&op); linear && converts_x(*linear)) {
       const bool logits = buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
       quantised = std::max(quantised, (logits ? capacity_.max_logit_rows : capacity_.max_tokens) *
-                                          (linear->x.width / kBlock * kMostXBlockBytes));
+                                          weight(linear->weight).quantised_stride());
     }
   if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
   actives_of_.resize(ops_.size());

@@ -148,6 +148,7 @@ class Executable {
   void run_op(const RopeOp&, const Stage&, int32_t chunk, Local&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, Local&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, Local&);
+  bool converts_x(const LinearOp& op) const;
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
   int32_t shrinks_of(size_t op) const;

@@ -34,7 +34,9 @@ TF_INLINE I down16(I a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm512_srai_epi32(a.v, (unsigned)n)}; }
 // Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
 TF_INLINE I in_order(I a) {
+#if !defined(TRUFFULA_EMULATED_SET)  // there it is two registers
   asm("" : "+v"(a.v));
+#endif
   return a;
 }
 TF_INLINE I add32(I a, I b) { return in_order({_mm512_add_epi32(a.v, b.v)}); }
@@ -43,6 +45,10 @@ TF_INLINE I madd(I a, I b) { return {_mm512_madd_epi16(a.v, b.v)}; }
 TF_INLINE I maddubs(I a, I b) { return {_mm512_maddubs_epi16(a.v, b.v)}; }
 #if defined(__AVX512VNNI__)
 TF_INLINE I dot_bytes(I sums, I w, I x) { return {_mm512_dpbusd_epi32(sums.v, w.v, x.v)}; }
+#endif
+#if defined(__AVX512BF16__)
+// sums + odd of w * odd of x, rounded; + even of w * even of x, rounded. Denormals are zero, whatever MXCSR says.
+TF_INLINE V dot_pairs(V sums, I w, I x) { return {_mm512_dpbf16_ps(sums.v, (__m512bh)w.v, (__m512bh)x.v)}; }
 #endif
 TF_INLINE V floats_of(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TF_INLINE V load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }

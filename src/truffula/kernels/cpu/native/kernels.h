@@ -62,7 +62,7 @@ struct Delta {
 struct LinearCall {
   Rows x, out, residual;
   Packed w;
-  const uint8_t* quantised_x;   // for a quantised w: what `quantise` made of x, rows `quantised_stride` bytes apart
+  const uint8_t* quantised_x;   // what `quantise` made of x for w's format, rows `quantised_stride` bytes apart; null: x
   int64_t quantised_stride;
   const float* bias;   // in packed order (16 x panels), zero in unused lanes
   const Delta* deltas;
@@ -77,7 +77,7 @@ struct LinearCall {
   float softcap;   // 0: none
 };
 
-// Rows of x as products with a matrix of `format` read them.
+// Rows of x as products with a matrix of `format` read them; kBF16 in tables with `pairs` alone.
 struct QuantiseCall {
   Rows x;
   uint8_t* to;
@@ -154,8 +154,12 @@ struct EmbedCall {
   int32_t scaled, round_out;
 };
 
+// What a table computes at most: floats; two bfloat16 at once; whole numbers of 8 bits, of 16.
+enum Peak : int32_t { kFloatPeak = 0, kPairPeak = 1, kBytePeak = 2, kWordPeak = 3 };
+
 struct Kernels {
   const char* name;
+  int32_t pairs;   // whether products of bfloat16 matrices read rows of bfloat16 pairs, where x holds such numbers
   void (*linear)(const LinearCall*, int32_t unit_lo, int32_t unit_hi);   // units of two panels
   void (*quantise)(const QuantiseCall*, int32_t row_lo, int32_t row_hi);
   void (*shrink)(const ShrinkCall*, int32_t panel_lo, int32_t panel_hi);
@@ -167,6 +171,11 @@ struct Kernels {
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
   const SampleLoops* sampling;
+  // Runs the instructions that products consist of, from registers; how many operations (a product and a sum are two)
+  // that was, 0 where the table has no such instructions.
+  int64_t (*peak)(int32_t kind, int64_t rounds);
+  // Reads `bytes` (a multiple of 256); what it returns has to be looked at, or the compiler leaves the reading out.
+  uint32_t (*read)(const uint8_t* data, int64_t bytes);
 };
 
 static constexpr int32_t partition_blocks(int32_t block_size) {

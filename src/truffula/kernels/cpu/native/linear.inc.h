@@ -2,6 +2,7 @@
 // result depends neither on the other rows nor on where it stands.
 #pragma once
 
+#include "ahead.h"
 #include "quant.inc.h"
 #include "vec.h"
 
@@ -23,40 +24,61 @@ TF_INLINE void prefetch(const uint8_t* data, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
 }
 
-// Lines k_lo .. k_hi of NP panels times rows of x, onto acc. STREAM: panels follow each other in memory, so read ahead.
+// Where MR rows are read: a pointer to each third one. Left to itself gcc keeps one for each row, on the stack. (An array
+// of them would keep it from holding a tile's sums in registers.)
+template <int MR, class T>
+struct RowsAt {
+  const T *a, *b, *c, *d;
+  int64_t stride;
+
+  inline __attribute__((always_inline)) RowsAt(const T* x, int64_t rows_apart)
+      : a(x), b(x + 3 * rows_apart), c(x + 6 * rows_apart), d(x + 9 * rows_apart), stride(rows_apart) {}
+  inline __attribute__((always_inline)) const T* row(int r) const {
+    return (r < 3 ? a : r < 6 ? b : r < 9 ? c : d) + r % 3 * stride;
+  }
+  inline __attribute__((always_inline)) void step(int64_t by) {
+    a += by, b += by, c += by, d += by;
+    if constexpr (MR > 8) asm("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d));
+  }
+};
+
+// Lines k_lo .. k_hi of NP panels times rows of x, onto acc. Of a pair the odd input comes first, as VDPBF16PS has it.
+// STREAM: panels follow each other in memory, so read `ahead`.
 template <int MR, int NP, int FORMAT, bool STREAM>
 TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                        int64_t k_lo, int64_t k_hi) {
+                        int64_t k_lo, int64_t k_hi, Ahead ahead = {}) {
+  RowsAt<MR, float> at(x + k_lo, stride);
   if constexpr (FORMAT == kF32) {
-    for (int64_t k = k_lo; k < k_hi; ++k) {
+    for (int64_t k = k_lo; k < k_hi; ++k, at.step(1)) {
+      if constexpr (STREAM) read_ahead<NP>(panel + 64 * k, panel_bytes, ahead);
       V w[NP];
       for (int p = 0; p < NP; ++p) w[p] = load((const float*)(panel + p * panel_bytes + 64 * k));
       for (int r = 0; r < MR; ++r) {
-        const V b = set1(x[r * stride + k]);
+        const V b = set1(*at.row(r));
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
       }
     }
   } else {
     const uint8_t* line = panel + 32 * k_lo;  // k_lo is even
     int64_t k = k_lo;
-    for (; k + 1 < k_hi; k += 2, line += 64) {
-      if constexpr (STREAM) __builtin_prefetch(line + 2048);
+    for (; k + 1 < k_hi; k += 2, line += 64, at.step(2)) {
+      if constexpr (STREAM) read_ahead<NP>(line, panel_bytes, ahead);
       V w[NP];
-      for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes);
-      for (int r = 0; r < MR; ++r) {
-        const V b = set1(x[r * stride + k]);
-        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
-      }
       for (int p = 0; p < NP; ++p) w[p] = odd_of(line + p * panel_bytes);
       for (int r = 0; r < MR; ++r) {
-        const V b = set1(x[r * stride + k + 1]);
+        const V b = set1(at.row(r)[1]);
+        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
+      }
+      for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes);
+      for (int r = 0; r < MR; ++r) {
+        const V b = set1(*at.row(r));
         for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
       }
     }
     if (k < k_hi)
       for (int r = 0; r < MR; ++r)
         for (int p = 0; p < NP; ++p)
-          acc[r][p] = fma(even_of(line + p * panel_bytes), set1(x[r * stride + k]), acc[r][p]);
+          acc[r][p] = fma(even_of(line + p * panel_bytes), set1(*at.row(r)), acc[r][p]);
   }
 }
 
@@ -66,21 +88,22 @@ enum Use : int { kStream, kScattered, kAddScattered };
 // y[r, 16 p ...] (+)= x[r] W^T for MR rows and NP panels.
 template <int MR, int NP, int FORMAT, Use USE>
 static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* y,
-                 int64_t y_stride) {
+                 int64_t y_stride, Ahead ahead) {
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScattered ? load(y + r * y_stride + kLanes * p) : zero();
-  multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs);
+  multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs, ahead);
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
 }
 
 template <int NP, int FORMAT, Use USE>
 static void tile_rows(int rows, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                      int64_t inputs, float* y, int64_t y_stride) {
-#define TF_CASE(n)                                                                                    \
-  case n:                                                                                             \
-    if constexpr (n <= kTileRows) return tile<n, NP, FORMAT, USE>(x, stride, panel, panel_bytes, inputs, y, y_stride); \
+                      int64_t inputs, float* y, int64_t y_stride, Ahead ahead) {
+#define TF_CASE(n)                                                                                             \
+  case n:                                                                                                      \
+    if constexpr (n <= kTileRows)                                                                              \
+      return tile<n, NP, FORMAT, USE>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);              \
     break;
   switch (rows) {
     TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6)
@@ -98,16 +121,18 @@ static void product(int rows, int panels, const float* x, int64_t stride, const 
 #else
   const int most_for_two = 2;
 #endif
-  for (int r = 0; r < rows; r += kTileRows) {
-    const int count = rows - r < kTileRows ? rows - r : kTileRows;
+  const int tiles = tiles_of(rows, kTileRows);
+  for (int t = 0; t < tiles; ++t) {
+    const int r = first_row(rows, t, tiles, kTileRows), count = first_row(rows, t + 1, tiles, kTileRows) - r;
     const float* from = x + r * stride;
     float* to = y + r * y_stride;
+    const Ahead ahead = ahead_of(t, tiles, panels, panel_bytes);
     if (panels == 2 && count <= most_for_two) {
-      tile_rows<2, FORMAT, USE>(count, from, stride, panel, panel_bytes, inputs, to, y_stride);
+      tile_rows<2, FORMAT, USE>(count, from, stride, panel, panel_bytes, inputs, to, y_stride, ahead);
     } else {
       for (int p = 0; p < panels; ++p)
         tile_rows<1, FORMAT, USE>(count, from, stride, panel + p * panel_bytes, panel_bytes, inputs, to + kLanes * p,
-                                  y_stride);
+                                  y_stride, ahead_alone(ahead, p));
     }
   }
 }
@@ -118,6 +143,54 @@ TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, 
   if (format == kF32) product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
   else product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
 }
+
+#if defined(__AVX512BF16__)
+// As `tile`, with rows of bfloat16 pairs: the same sums in the same order, two inputs an instruction.
+template <int MR, int NP>
+static void pair_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t lines,
+                      float* y, int64_t y_stride, Ahead ahead) {
+  V acc[MR][NP];
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) acc[r][p] = zero();
+  RowsAt<MR, uint8_t> at(x, stride);
+  for (int64_t k = 0; k < lines; ++k, at.step(4)) {
+    const uint8_t* line = panel + 64 * k;
+    read_ahead<NP>(line, panel_bytes, ahead);
+    I w[NP];
+    for (int p = 0; p < NP; ++p) w[p] = line_at(line + p * panel_bytes);
+    for (int r = 0; r < MR; ++r) {
+      const I b = four_of(at.row(r));
+      for (int p = 0; p < NP; ++p) acc[r][p] = dot_pairs(acc[r][p], w[p], b);
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
+}
+
+template <int NP>
+static void pair_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
+                      int64_t lines, float* y, int64_t y_stride, Ahead ahead) {
+#define TF_CASE(n) \
+  case n:          \
+    return pair_tile<n, NP>(x, stride, panel, panel_bytes, lines, y, y_stride, ahead);
+  switch (rows) {
+    TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6)
+    TF_CASE(7) TF_CASE(8) TF_CASE(9) TF_CASE(10) TF_CASE(11) TF_CASE(12)
+  }
+#undef TF_CASE
+}
+
+static void pair_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
+                         int64_t panel_bytes, float* y, int64_t y_stride) {
+  const int tiles = tiles_of(rows, kTileRows);
+  for (int t = 0; t < tiles; ++t) {
+    const int r = first_row(rows, t, tiles, kTileRows), count = first_row(rows, t + 1, tiles, kTileRows) - r;
+    const Ahead ahead = ahead_of(t, tiles, panels, panel_bytes);
+    const auto run = panels == 2 ? pair_rows<2> : pair_rows<1>;
+    run(count, x + r * stride, stride, panel, panel_bytes, panel_bytes / 64, y + r * y_stride, y_stride, ahead);
+  }
+}
+#endif
 
 // What adapters add to rows r .. r + rows of panels first .. first + panels, held in y.
 static void add_deltas(const LinearCall* c, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
@@ -178,6 +251,11 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
       if (is_quantised(c->w.format))
         quant_product_of(&c->w, rows, panels, c->quantised_x + r * c->quantised_stride, c->quantised_stride, panel, y,
                          y_stride);
+#if defined(__AVX512BF16__)
+      else if (c->w.format == kBF16 && c->quantised_x)
+        pair_product(rows, panels, c->quantised_x + r * c->quantised_stride, c->quantised_stride, panel,
+                     c->w.panel_bytes, y, y_stride);
+#endif
       else
         product_of<kStream>(c->w.format, rows, panels, c->x.data + r * c->x.stride, c->x.stride, panel,
                             c->w.panel_bytes, c->w.inputs, y, y_stride);
@@ -220,8 +298,8 @@ static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int3
       for (; k < common; k += 2)
         for (int q = 0; q < 4; ++q) {
           const int64_t at = k + q * quarter;
-          part[q][0][0] = fma(even_of(data + 32 * at), set1(x[at]), part[q][0][0]);
           part[q][0][0] = fma(odd_of(data + 32 * at), set1(x[at + 1]), part[q][0][0]);
+          part[q][0][0] = fma(even_of(data + 32 * at), set1(x[at]), part[q][0][0]);
         }
       for (int q = 0; q < 3; ++q)
         multiply<1, 1, FORMAT, false>(part[q], x, 0, data, 0, q * quarter + k, (q + 1) * quarter);
@@ -245,7 +323,8 @@ static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
     V sum[4][MR][1];
     for (int q = 0; q < 4; ++q) {
       for (int i = 0; i < MR; ++i) sum[q][i][0] = zero();
-      multiply<MR, 1, FORMAT, true>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs);
+      multiply<MR, 1, FORMAT, true>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs,
+                                     Ahead{2048, 0});
     }
     for (int i = 0; i < MR; ++i)
       store(c->h.data + (r + i) * c->h.stride + (int64_t)kLanes * panel,

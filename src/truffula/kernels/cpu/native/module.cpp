@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "executable.h"
+#include "rates.h"
 #include "self_check.h"
 
 namespace nb = nanobind;
@@ -319,8 +320,23 @@ void add_attention(Native& self, const nb::object& q, const nb::object& k, const
 
 std::vector<std::string> table_names() {
   std::vector<std::string> names;
-  for (const Kernels* table : usable_tables()) names.emplace_back(table->name);
+  for (const Kernels* table : tables().usable) names.emplace_back(table->name);
   return names;
+}
+
+double measured_peak(const std::string& isa, int32_t kind, int threads) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
+  const Kernels* table = find_table(isa);
+  const nb::gil_scoped_release release;
+  return peak_rate(*table, kind, threads);
+}
+
+double measured_read(const std::string& isa, int threads, int64_t nbytes) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
+  if (nbytes < 256 || nbytes > int64_t{1} << 34) throw std::invalid_argument("nbytes: not between 256 and 2^34");
+  const Kernels* table = find_table(isa);
+  const nb::gil_scoped_release release;
+  return read_rate(*table, threads, nbytes);
 }
 
 void bind_load(nb::class_<Native>& c) {
@@ -420,6 +436,11 @@ NB_MODULE(_native, m) {
         "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");
   m.def("sample_rows", sample_rows, "logits"_a.noconvert(), "samples"_a, "width"_a, "isa"_a,
         "The sampler on its own: what Executable.sample gives, of these logits.");
+  m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where that was tried; else empty.");
+  m.def("peak_rate", measured_peak, "isa"_a, "kind"_a, "threads"_a,
+        "Operations a second of floats (0), bfloat16 pairs (1), bytes (2), 16-bit numbers (3); 0 where there are none.");
+  m.def("read_rate", measured_read, "isa"_a, "threads"_a, "nbytes"_a,
+        "Bytes a second that the threads read together, again and again through so many.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);

@@ -46,7 +46,9 @@ struct Weight {
     return {memory.data(), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
             static_cast<int32_t>(inputs)};
   }
-  int64_t quantised_stride() const { return inputs / kBlock * kMostXBlockBytes; }  // of a row of x, in bytes
+  int64_t quantised_stride() const {  // of a row of x as products read it, in bytes
+    return is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : (inputs + kBlock - 1) / kBlock * (2 * kBlock);
+  }
   Table table() const {
     return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
   }

@@ -3,6 +3,7 @@
 // make it; blocks are added in ascending order to one accumulator. So a row's result depends on that row alone.
 #pragma once
 
+#include "ahead.h"
 #include "ints.h"
 #include "vec.h"
 
@@ -27,9 +28,6 @@ TF_INLINE constexpr int64_t x_block_bytes(int format) { return (int64_t)sizeof(B
 // Lines of 64 bytes per block, and bytes of scales behind all of them.
 TF_INLINE constexpr int64_t lines_of(int format) { return format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4; }
 TF_INLINE constexpr int64_t scale_bytes(int format) { return format == kQ4_1 ? 64 : 32; }
-
-// Bytes between what is computed with and what is asked of memory: most of a panel.
-constexpr int64_t kReadAhead = 8192;
 
 TF_INLINE I four_of(const uint8_t* p) {  // four numbers of x (or two wide ones), for every output
   int32_t x;
@@ -136,7 +134,7 @@ TF_INLINE void nibble_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, 
 // y[r, 16 p ...] = x[r] W^T for MR rows and NP panels.
 template <int MR, int NP, int FORMAT>
 static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t blocks,
-                       float* y, int64_t y_stride) {
+                       float* y, int64_t y_stride, Ahead ahead) {
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) acc[r][p] = zero();
@@ -144,8 +142,7 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* lines = panel + block * lines_of(FORMAT) * 64;
     const uint8_t* at = x + block * x_block_bytes(FORMAT);
-    for (int p = 0; p < NP; ++p)
-      for (int j = 0; j < lines_of(FORMAT); ++j) __builtin_prefetch(lines + p * panel_bytes + 64 * j + kReadAhead);
+    for (int j = 0; j < lines_of(FORMAT); ++j) read_ahead<NP>(lines + 64 * j, panel_bytes, ahead);
     I sums[MR][NP];
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p)
@@ -154,6 +151,7 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
     else nibble_sums<MR, NP, FORMAT>(sums, at, stride, lines, panel_bytes);
     for (int p = 0; p < NP; ++p) {
       const uint8_t* of = scales + p * panel_bytes + block * scale_bytes(FORMAT);
+      __builtin_prefetch(of + (p ? ahead.second : ahead.first), 0, 2);
       const V scale = load_half(of);
       for (int r = 0; r < MR; ++r)
         acc[r][p] = fma(floats_of(sums[r][p]), scale * set1(head_of(at + r * stride).scale), acc[r][p]);
@@ -173,11 +171,11 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
 
 template <int NP, int FORMAT>
 static void quant_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                       int64_t blocks, float* y, int64_t y_stride) {
+                       int64_t blocks, float* y, int64_t y_stride, Ahead ahead) {
 #define TF_CASE(n)                                                                                               \
   case n:                                                                                                        \
     if constexpr (n <= kQuantRows)                                                                               \
-      return quant_tile<n, NP, FORMAT>(x, stride, panel, panel_bytes, blocks, y, y_stride);                      \
+      return quant_tile<n, NP, FORMAT>(x, stride, panel, panel_bytes, blocks, y, y_stride, ahead);               \
     break;
   switch (rows) { TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6) }
 #undef TF_CASE
@@ -186,15 +184,18 @@ static void quant_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t
 template <int FORMAT>
 static void quant_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
                           int64_t panel_bytes, int64_t blocks, float* y, int64_t y_stride) {
-  for (int r = 0; r < rows; r += kQuantRows) {
-    const int count = rows - r < kQuantRows ? rows - r : kQuantRows;
+  const int tiles = tiles_of(rows, kQuantRows);
+  for (int t = 0; t < tiles; ++t) {
+    const int r = first_row(rows, t, tiles, kQuantRows), count = first_row(rows, t + 1, tiles, kQuantRows) - r;
     const uint8_t* from = x + r * stride;
     float* to = y + r * y_stride;
+    const Ahead ahead = ahead_of(t, tiles, panels, panel_bytes);
     if (panels == 2 && count <= kQuantTwo) {
-      quant_rows<2, FORMAT>(count, from, stride, panel, panel_bytes, blocks, to, y_stride);
+      quant_rows<2, FORMAT>(count, from, stride, panel, panel_bytes, blocks, to, y_stride, ahead);
     } else {
       for (int p = 0; p < panels; ++p)
-        quant_rows<1, FORMAT>(count, from, stride, panel + p * panel_bytes, panel_bytes, blocks, to + kLanes * p, y_stride);
+        quant_rows<1, FORMAT>(count, from, stride, panel + p * panel_bytes, panel_bytes, blocks, to + kLanes * p,
+                              y_stride, ahead_alone(ahead, p));
     }
   }
 }
@@ -244,7 +245,19 @@ static void quantise_block(const float* x, int format, uint8_t* to) {
   memcpy(to + sizeof head, pairs, sizeof pairs);
 }
 
+// Inputs 2k and 2k + 1 side by side in bfloat16, which is what the row holds already.
+static void pair_row(const float* x, int inputs, uint8_t* to) {
+  uint16_t* halves = (uint16_t*)to;
+  for (int k = 0; k < inputs; ++k) halves[k] = to_bf16(x[k]);
+  if (inputs % 2) halves[inputs] = 0;
+}
+
 static void quantise(const QuantiseCall* c, int32_t row_lo, int32_t row_hi) {
+  if (c->format == kBF16) {
+    for (int32_t r = row_lo; r < row_hi; ++r)
+      pair_row(c->x.data + r * c->x.stride, c->inputs, c->to + r * c->stride);
+    return;
+  }
   for (int32_t r = row_lo; r < row_hi; ++r)
     for (int32_t block = 0; block < c->inputs / kBlock; ++block)
       quantise_block(c->x.data + r * c->x.stride + block * kBlock, c->format,

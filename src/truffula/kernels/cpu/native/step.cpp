@@ -221,9 +221,16 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Loc
   kernels_->norm(&call, mine.lo, mine.hi);
 }
 
-// Chunks in which x is brought to 8 bits for a quantised weight: beside the adapters', before the product.
+// Whether products read x in another form than float32: 8 bits for a quantised weight, or bfloat16 where the table
+// multiplies that and x holds nothing else.
+bool Executable::converts_x(const LinearOp& op) const {
+  const int32_t format = weight(op.weight).format;
+  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(op.x));
+}
+
+// Chunks in which x is converted: beside the adapters', before the product.
 int32_t Executable::quantise_chunks(const LinearOp& op) const {
-  return is_quantised(weight(op.weight).format) ? row_chunks(rows_of(op.out), team_.size()) : 0;
+  return converts_x(op) ? row_chunks(rows_of(op.out), team_.size()) : 0;
 }
 
 void Executable::quantise(const LinearOp& op, int32_t chunk) {
@@ -290,7 +297,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, L
   call.out = rows(op.out);
   call.residual = rows(op.residual);
   call.w = weight(op.weight).packed();
-  call.quantised_x = quantised_x_.data();
+  call.quantised_x = converts_x(op) ? quantised_x_.data() : nullptr;
   call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias.empty() ? nullptr : op.bias.data();
   call.deltas = deltas.data();

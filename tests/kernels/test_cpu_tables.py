@@ -1,0 +1,65 @@
+"""Products of bfloat16 numbers in every table: one order of sums, and so the same bits wherever products and
+sums are fused. Which of two ways to multiply a machine takes therefore never shows in an answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from kernel_backends import ISAS, needs_native
+from one_op import OneOp
+
+from truffula.kernels.cpu import CpuBackend, why_this_set
+from truffula.kernels.program import Linear
+
+pytestmark = needs_native
+FUSED = tuple(isa for isa in ISAS if isa != "portable")
+
+
+def products(isa: str, x: np.ndarray, w: np.ndarray, threads: int = 2) -> np.ndarray:
+    """x W^T in bfloat16 before its rounding: the buffer is float32."""
+    one = OneOp("bfloat16", len(x))
+    ref = one.input(x)
+    out = one.buffer(len(w), dtype="float32")
+    op = Linear(name="l", x=ref, weight=one.weight(w, "matmul"), out=out)
+    return one.run(CpuBackend(threads, isa), op)
+
+
+def halves(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """bfloat16 numbers of both signs between 1/8 and 1."""
+    bits = rng.integers(0x3E00, 0x3F80, shape, np.uint32) | rng.integers(0, 2, shape, np.uint32) << 15
+    return (bits << 16).astype(np.uint32).view(np.float32)
+
+
+@pytest.mark.parametrize("isa", FUSED)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 2), (3, 40, 33), (13, 35, 64), (29, 17, 71)])
+def test_sums_go_upward_in_pairs_odd_inputs_first(isa, rows, outputs, inputs):
+    rng = np.random.default_rng(inputs)
+    x, w = halves(rng, rows, inputs), halves(rng, outputs, inputs)
+    wanted = np.zeros((rows, outputs), np.float32)
+    for pair in range(0, inputs, 2):
+        for k in (pair + 1, pair):
+            if k < inputs:  # the product is exact in float64 and so, at these sizes, is the sum: one rounding
+                exact = wanted.astype(np.float64) + np.outer(x[:, k], w[:, k]).astype(np.float64)
+                wanted = exact.astype(np.float32)
+    np.testing.assert_array_equal(products(isa, x, w).view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", FUSED)
+@pytest.mark.parametrize("rows", [1, 7, 12, 13, 25, 50])
+def test_tables_agree_bit_for_bit(isa, rows):
+    """Whatever the numbers: large, small, infinite, none, and below the normal range, where they count as zero."""
+    rng = np.random.default_rng(rows)
+    x = rng.standard_normal((rows, 70)) * np.exp2(rng.integers(-60, 60, (rows, 70)))
+    w = rng.standard_normal((45, 70)) * np.exp2(rng.integers(-60, 60, (45, 70)))
+    x[:, 5], w[::3, 7], w[1::3, 9], w[2::3, 11] = 1e-39, 1e-39, 2e-38, -1e-39
+    x[0, 20], w[3, 21], w[4, 22] = np.inf, -np.inf, np.nan
+    got, wanted = products(isa, x, w), products(FUSED[-1], x, w)
+    none = np.isnan(wanted)
+    np.testing.assert_array_equal(np.isnan(got), none)
+    np.testing.assert_array_equal(got[~none].view(np.uint32), wanted[~none].view(np.uint32))
+
+
+@pytest.mark.skipif("avx512bf16" not in ISAS, reason="this processor has no bfloat16 products")
+def test_the_choice_of_avx512bf16_or_not_was_tried_and_says_so():
+    assert "avx512bf16" in why_this_set()
+    assert "differ" not in why_this_set()
