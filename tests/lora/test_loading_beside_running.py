@@ -89,11 +89,10 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
 def test_a_killed_worker_ends_one_request_and_the_next_try_works(engine: Engine, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "served" / "a", tmp_path / "model")
     policy = AdapterPolicy(adapter_dir=tmp_path / "served")
-    (worker,) = workers(engine)
-    os.kill(worker, signal.SIGSTOP)
     engine.add(request("base", policy, None, 60))
     engine.add(request("lost", policy, "a", 4))
     events = engine.step()
+    (worker,) = workers(engine)
     os.kill(worker, signal.SIGKILL)
     end = time.monotonic() + PATIENCE_S
     while not engine.idle():

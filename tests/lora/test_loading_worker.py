@@ -17,7 +17,7 @@ from lora_bases import judge, llama_sites
 from pool_rig import Clock, cached
 
 from processes import running
-from truffula.engine.loader import LoadingWorker
+from truffula.engine.loader import IDLE_WORKER_S, LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
 from truffula.lora.image import map_image
 from truffula.lora.job import LoadLimits, Order, Setup, load
@@ -85,9 +85,18 @@ def one(loader: LoadingWorker) -> LoadResult:
     return result
 
 
-def stop(loader: LoadingWorker) -> int:
-    """Freeze the only worker once it runs Python: what it is given next, it will not do."""
+def begun(loader: LoadingWorker) -> int:
+    """The only worker, which is begun by a load."""
+    if not loader.pids():
+        loader.start(AdapterRef(name="nothing", kind="local", locator="/no/such/folder"))
+        assert one(loader).error is not None
     (pid,) = loader.pids()
+    return pid
+
+
+def stop(loader: LoadingWorker) -> int:
+    """Freeze the only worker: what it is given next, it will not do."""
+    pid = begun(loader)
     os.kill(pid, signal.SIGSTOP)
     return pid
 
@@ -114,6 +123,20 @@ def test_the_worker_imports_no_framework() -> None:
     heavy = ["torch", "transformers", "peft", "huggingface_hub", "fastapi"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_workers_begin_with_the_first_load_and_end_when_idle(make: Make, tmp_path: Path) -> None:
+    clock = Clock()
+    loader = make(clock=clock)
+    assert loader.pids() == []
+    pid = begun(loader)
+    clock.now += IDLE_WORKER_S + 1
+    assert loader.poll() == [] and loader.pids() == []
+    until(lambda: not running(pid), "the end of the idle worker")
+    loader.start(adapter(tmp_path / "a"))
+    result = one(loader)
+    assert result.error is None and result.image_path is not None
+    Path(result.image_path).unlink()
 
 
 def test_a_refusal_comes_back_as_it_was_raised(make: Make, tmp_path: Path) -> None:
@@ -188,10 +211,10 @@ def test_needing_too_much_memory_is_an_error_of_that_adapter(make: Make, tmp_pat
     config = tiny_config(rank=4, alpha=8, targets=["q_proj", "v_proj"])
     greedy = config | {"alpha_pattern": {f"p{n}": 1.5 for n in range(120_000)}}
     write_adapter(tmp_path / "a", greedy, tiny_tensors(llama_sites(), config))
-    loader = make(limits=LoadLimits(memory_bytes=4 << 20))
+    loader = make(limits=LoadLimits(memory_bytes=12 << 20))
     loader.start(ref(tmp_path / "a"))
     error = one(loader).error
-    assert error is not None and error.code == AdapterLoadError.code and str(4 << 20) in error.message
+    assert error is not None and error.code == AdapterLoadError.code and str(12 << 20) in error.message
     loader.start(adapter(tmp_path / "b"))
     assert one(loader).error is None
 
@@ -233,7 +256,7 @@ def test_closing_ends_workers_that_hang(make: Make, tmp_path: Path) -> None:
     assert loader.poll() == []
 
 
-@pytest.mark.parametrize("loads", [True, False], ids=["after a load", "before the worker was told anything"])
+@pytest.mark.parametrize("loads", [True, False], ids=["after a load", "while the worker starts"])
 def test_an_engine_killed_leaves_neither_worker_nor_files(tmp_path: Path, loads: bool) -> None:
     program = f"""
 import os, sys, time
@@ -244,10 +267,9 @@ from truffula.engine.loader import LoadingWorker
 from truffula.lora.spool import Spool
 from truffula.types import AdapterRef
 loader = LoadingWorker(llama_sites(), model="x", spool=Spool([Path({str(tmp_path)!r})]))
-if {loads}:
-    loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
-    while not loader.poll():
-        time.sleep(0.002)
+loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
+while {loads} and not loader.poll():
+    time.sleep(0.002)
 print(loader.pids()[0], flush=True)
 time.sleep(600)
 """

@@ -90,6 +90,10 @@ class Engine:
         if self._watch is not None:
             self._watch.check()
 
+    def tend(self) -> None:
+        """What an idle engine does now and then: loads that nobody waits for are taken in, idle workers ended."""
+        self._adapters.poll(self._clock())
+
     def has_work(self) -> bool:
         """Whether ``step`` would do something at once.
 

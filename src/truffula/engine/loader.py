@@ -143,7 +143,8 @@ class LoadingWorker:
         spool: Where images pass; None makes one in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
-    The first worker is begun at once, so that the first adapter does not wait for an interpreter to start.
+    A worker is begun by a load that finds none free, and ended by ``poll`` after ``IDLE_WORKER_S`` without one: a
+    server of the base alone has none, and no start waits for one.
     """
 
     def __init__(
@@ -178,8 +179,6 @@ class LoadingWorker:
         self._results: list[LoadResult] = []
         self._next_ticket = 0
         self._closed = False
-        with contextlib.suppress(OSError):  # if none can be started now, the first load will say so
-            self._workers.append(_Worker(self._setup, nice, clock()))
 
     def start(self, ref: AdapterRef) -> int:
         self._next_ticket += 1
@@ -242,9 +241,7 @@ class LoadingWorker:
             self._lose(worker, worker.reason(self._limits))
         elif now > worker.deadline and (worker.order is not None or not worker.ready):
             self._lose(worker, f"it took longer than {self._seconds(worker.order):g} s")
-        elif worker.spent or (
-            len(self._workers) > 1 and worker.order is None and now - worker.idle_since > IDLE_WORKER_S
-        ):
+        elif worker.spent or (worker.order is None and now - worker.idle_since > IDLE_WORKER_S):
             self._retire(worker)
 
     def _take(self, worker: _Worker, frame: FromWorker, now: float) -> None:

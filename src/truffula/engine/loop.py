@@ -25,7 +25,7 @@ LOAD_POLL_S = 0.005
 
 
 FILES_LOOK_S = 1.0
-"""How often the files that weights are mapped from are looked at, while idle too."""
+"""How often the files that weights are mapped from are looked at, and adapters tended, while idle too."""
 ROOM_PATIENCE_S = 60.0
 """How long a load command waits for memory that running requests hold, once the adapter is read."""
 
@@ -91,6 +91,8 @@ class EngineLoop:
         """One step at most. Raises only when the engine itself is at fault; nothing more can be asked of it then."""
         if self._clock() - self._looked_at_files >= FILES_LOOK_S:
             self._engine.check_files()
+            if self._engine.idle() and not self._loads:
+                self._engine.tend()  # what steps do otherwise
             self._looked_at_files = self._clock()
         # Before the step: however long the last one took, what a load waits for was looked at when idle things go.
         if self._loads and self._clock() - self._looked_at >= LOAD_POLL_S:

@@ -21,6 +21,7 @@ from truffula.engine import wire
 from truffula.engine.build import build_engine
 from truffula.engine.loop import FILES_LOOK_S, AdapterAnswer, EngineLoop, close_engine, engine_fault
 from truffula.errors import GenerationError, TruffulaError, WireError
+from truffula.kernels.freed import give_back
 from truffula.logs import setup_logs
 from truffula.types import EngineStats, TokenEvent
 
@@ -128,6 +129,7 @@ class Worker:
         engine, info = build_engine(
             start.config, self._heart.starting, start.first, lambda path: self._channel.send(wire.Located(str(path)))
         )
+        give_back()
         loop = EngineLoop(engine)
         try:
             self._heart.stats(loop.stats(), tell=True)

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from truffula.config import EngineConfig, Resolved, format_size
 from truffula.engine.client import Opening
 from truffula.errors import ConfigError, InvalidRequest
+from truffula.kernels.freed import give_back
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
 from truffula.server.app import create_app
@@ -71,6 +72,8 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         defaults = sampling_defaults(texts.generation_config) if texts and config.generation_defaults else {}
         app = create_app(service, config, policy, metrics, defaults=defaults)
         undo.pop_all()
+    texts = None
+    give_back()  # what making the tokenizer took
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
 
 

@@ -26,6 +26,35 @@ uint8_t* take(Adapter& adapter, int64_t bytes) {
   return taken;
 }
 
+// One matrix of an adapter to be packed: what pack_rows takes.
+struct PackPart {
+  const Source* source;
+  int64_t row_lo, row_hi;
+  uint8_t* to;
+  int32_t format;
+  int64_t first;
+  PanelOrder order;
+};
+
+// The team packs, in chunks of whole panels: streams wait for it between two steps.
+void pack_parts(Team& team, const std::vector<PackPart>& parts) {
+  std::vector<PackPart> chunks;
+  for (const PackPart& part : parts)
+    for (int64_t lo = part.row_lo; lo < part.row_hi;) {
+      const int64_t hi = std::min(part.row_hi, (part.first + lo) / kPackRows * kPackRows + kPackRows - part.first);
+      chunks.push_back(part);
+      chunks.back().row_lo = lo;
+      chunks.back().row_hi = hi;
+      lo = hi;
+    }
+  team.run_chunks(static_cast<int32_t>(chunks.size()),
+      [](void* context, int32_t, int32_t chunk, int) {
+        const PackPart& p = (*static_cast<const std::vector<PackPart>*>(context))[static_cast<size_t>(chunk)];
+        pack_rows(*p.source, p.row_lo, p.row_hi, p.to, p.format, p.first, p.order);
+      },
+      &chunks);
+}
+
 // Visits every Ref of an op with its name.
 template <class F>
 void for_refs(const Op& op, F f) {
@@ -306,8 +335,9 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
   const int32_t format = exact_in_bf16 ? kBF16 : kF32;
   uint8_t* to = take(adapter, panels * panel_bytes(format, w.inputs));
   made.column_scale.assign(static_cast<size_t>(panels * kLanes), 0.0f);
+  std::vector<PackPart> parts;
   for (size_t i = 0; i < a.size(); ++i) {
-    pack_rows(a[i], 0, ranks[i], to + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0});
+    parts.push_back({&a[i], 0, ranks[i], to + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0}});
     std::fill_n(made.column_scale.begin() + at[i] * kLanes, ranks[i], scales[i]);
   }
   made.a = {to, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)};
@@ -326,13 +356,14 @@ void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<S
       const PanelOrder order{shift + hi - lo, 0};
       uint8_t* packed = take(adapter, order.panels() * panel_bytes(b_format, ranks[from]));
       const int64_t skip = lo - first_output[i];
-      pack_rows(b[i], skip, skip + hi - lo, packed, b_format, shift - skip, order);
+      parts.push_back({&b[i], skip, skip + hi - lo, packed, b_format, shift - skip, order});
       const int64_t first = half ? 2 * ((lo - base) / kLanes) + (base ? 1 : 0) : lo / kLanes;
       made.expands.push_back({{packed, panel_bytes(b_format, ranks[from]), b_format,
                                static_cast<int32_t>(order.panels()), static_cast<int32_t>(ranks[from])},
                               static_cast<int32_t>(at[from] * kLanes), static_cast<int32_t>(first), half ? 2 : 1});
     }
   }
+  pack_parts(team_, parts);
   adapter.op_of[static_cast<size_t>(index)] = static_cast<int32_t>(adapter.ops.size());
   adapter.ops.push_back(std::move(made));
 }
