@@ -122,7 +122,8 @@ def test_a_child_that_answers_lines(place: Place, tmp_path: Path) -> None:
         f"import sys, time; sys.path.insert(0, {str(PEERS)!r})\n"
         "from lines import serve_lines\n"
         "print('a library says hello')\n"
-        "serve_lines(time.perf_counter(), lambda q: (q['max_tokens'] * len(q['prompts']), [0.25] * len(q['prompts'])))\n"
+        "answer = lambda q: (q['max_tokens'] * len(q['prompts']), [0.25] * len(q['prompts']))\n"
+        "serve_lines(time.perf_counter(), answer)\n"
     )
     with LineChild("child", [sys.executable, str(script)]) as child:
         assert child.read()["ready"] is True
