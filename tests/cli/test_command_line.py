@@ -246,6 +246,12 @@ def test_verify_and_bench_on_a_tiny_model(model: Path, adapter: Path) -> None:
     assert done.returncode == 0, done.stderr
     served = json.loads(done.stdout)
     assert served["http"]["output_tokens"] == served["llm"]["output_tokens"] == 10
+    opened = ("--rate", "50", "--requests", "6", "--adapters", "zipf", "--adapter-count", "3")
+    done = truffula("bench", "serve", *common, *small[2:], *opened)
+    assert done.returncode == 0, done.stderr
+    arrived = json.loads(done.stdout)["http"]
+    assert (arrived["requests"], arrived["output_tokens"], arrived["failures"]) == (6, 30, 0)
+    assert arrived["prefix_hit_rate"] == 0.0 and 1 <= arrived["adapters"]["used"] <= 3
     done = truffula("bench", "join", *common, "--running", "2", "--joins", "2", "--rank", "2")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["joining"]["tokens"] > 0

@@ -54,7 +54,7 @@ def test_peft_answers_a_mixed_batch(tmp_path: Path) -> None:
     """What the child needs is in the tests' own environment: transformers and peft."""
     model = write_tiny_model(tmp_path / "model")
     folders = [write_tiny_adapter(tmp_path / f"a00{i}", model, rank=2, alpha=4, seed=i) for i in range(2)]
-    argv = [sys.executable, str(PEERS / "hf_peft_child.py"), str(model), *map(str, folders)]
+    argv = [sys.executable, str(PEERS / "hf_peft_child.py"), str(model), "bfloat16", *map(str, folders)]
     with LineChild("hf-peft", argv) as child:
         assert child.read()["ready"] is True
         question = {"prompts": [[3, 4, 5], [6, 7, 8]], "adapters": ["a001", "a000"], "max_tokens": 4}

@@ -10,9 +10,10 @@ from __future__ import annotations
 import http.client
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -31,14 +32,15 @@ from truffula.bench.peers import (
     server_of,
     session,
     version,
-    with_seed,
 )
 from truffula.bench.scenarios import Contestant, Row
 from truffula.engine.memory import usable_cpus
-from truffula.errors import ConfigError
+from truffula.errors import ConfigError, TruffulaError
 
 READ_BYTES = 1 << 28
 START_TIMEOUT_S = 300.0
+ASK_AGAIN_S = 0.01
+"""Between two attempts at a first token: often enough for the figure, seldom enough not to slow the start down."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Round:
 
 @dataclass
 class Result:
-    """What became of a row. ``absent`` says why contestants did not take part, by title."""
+    """What became of a row. ``absent`` says why contestants did not take part, or not to the end, by title."""
 
     row: Row
     rounds: dict[str, list[Round]] = field(default_factory=dict)
@@ -61,11 +63,7 @@ class Result:
 
 
 def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -> Result:
-    """Measure ``row`` in ``repeats`` rounds.
-
-    Raises:
-        ConfigError: A contestant that is installed could not be started or measured.
-    """
+    """Measure ``row`` in ``repeats`` rounds. Who fails in one is out of the row, figures and all, and says why."""
     result, begun = Result(row), time.monotonic()
     present: list[Contestant] = []
     for contestant in row.contestants:
@@ -77,9 +75,15 @@ def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -
         result.versions[contestant.title] = version(contestant, place)
         result.rounds[contestant.title] = []
     for number in range(repeats):
-        for contestant in present:
+        for contestant in list(present):
             tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} ...")
-            turn = _MEASURE[row.measure](contestant, row, place, number)
+            try:
+                turn = _MEASURE[row.measure](contestant, row, place, number)
+            except (TruffulaError, subprocess.TimeoutExpired) as error:
+                present.remove(contestant)
+                del result.rounds[contestant.title]
+                result.absent[contestant.title] = f"{contestant.title} failed: {error}"
+                continue
             tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} {turn.value:.1f} {row.unit}")
             result.rounds[contestant.title].append(turn)
     result.seconds = time.monotonic() - begun
@@ -89,7 +93,7 @@ def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -
 def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
     names = adapter_names(contestant, row, place)
     with session(contestant, row, place) as running:
-        _checked(running, row, names, -1 - number)
+        _checked(running, replace(row, requests=1), names, -1 - number)
         measured = [_checked(running, row, names, number * row.runs + i) for i in range(row.runs)]
     runs = tuple(one.summary() for one in measured)
     if row.measure == "throughput":
@@ -101,7 +105,7 @@ def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
 
 def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> Measured:
     """A run in which every request was answered in full, from nobody's cache."""
-    measured = running.run(with_seed(row, list(names), seed))
+    measured = running.run(row.load(names, seed))
     if measured.failures:
         raise ConfigError(f"{len(measured.failures)} requests failed; the first said: {measured.failures[0]}")
     expected = row.clients * row.requests * row.max_tokens
@@ -142,9 +146,9 @@ def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
 def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
     server, dialect = server_of(contestant, row, place)
     prompt = row.load([], number).prompt(0, 0)
-    for file in [place.path(contestant.model)]:  # into the page cache
-        if file.is_file():
-            file.read_bytes()
+    model = place.path(contestant.model)
+    for file in [model] if model.is_file() else model.glob("*"):
+        file.read_bytes()  # into the page cache
     begun = time.monotonic()
     with server:
         body = json.dumps(dialect.body(prompt, row.max_tokens, None))
@@ -153,7 +157,7 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
                 raise ConfigError(f"{contestant.title} ended while it started:\n{server.said()[-2000:]}")
             if time.monotonic() - begun > START_TIMEOUT_S:
                 raise ConfigError(f"{contestant.title} gave no token within {START_TIMEOUT_S:g} seconds.")
-            time.sleep(0.002)
+            time.sleep(ASK_AGAIN_S)
         seconds = time.monotonic() - begun
     return Round(round(1000 * seconds, 1), ({"start_s": round(seconds, 4)},))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import re
 import subprocess
@@ -256,9 +255,3 @@ def _output(contestant: Contestant, argv: list[str], stdin: str) -> str:
     if done.returncode:
         raise ConfigError(f"{contestant.title} failed:\n{done.stderr[-SAID:]}")
     return done.stdout
-
-
-def with_seed(row: Row, names: list[str], seed: int, requests: int | None = None) -> Load:
-    """The row's load for one run; a warm-up may ask for fewer requests."""
-    load = row.load(names, seed)
-    return load if requests is None else dataclasses.replace(load, requests=requests)

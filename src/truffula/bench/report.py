@@ -108,8 +108,8 @@ def markdown(results: Sequence[Result], machine: dict[str, Any], repeats: int) -
             what = f"{row.what}, {row.unit}" if i == 0 else ""
             command = f"`truffula bench compare {row.name}`" if i == 0 else ""
             lines.append(f"| {what} | {one.contestant} | {spread} | {ratio} | {one.note} | {command} |")
-        for title in result.absent:
-            lines.append(f"| {row.what} | {title} | not measured | | not installed | |")
+        for title, why in result.absent.items():
+            lines.append(f"| {row.what} | {title} | not measured | | {' '.join(why.split())[:120]} | |")
     return "\n".join([*head, *lines, ""])
 
 

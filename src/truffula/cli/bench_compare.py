@@ -56,7 +56,7 @@ def run_bench_compare(asked: Asked) -> None:
     out().print(f"[dim]{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, commit {machine['commit']}[/]")
     absent = sum(len(result.absent) for result in results)
     if absent:
-        raise ConfigError(f"{absent} contestants were not measured; what installs them stands above.", param="peers")
+        raise ConfigError(f"{absent} contestants were not measured; why, and what helps, stands above.", param="peers")
 
 
 def list_scenarios(scenario_file: Path | None) -> None:
