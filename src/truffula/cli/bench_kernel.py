@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from truffula.cli.bench_step import read_rate
+from truffula.bench.machine import read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import out, table
 from truffula.engine.memory import usable_cpus

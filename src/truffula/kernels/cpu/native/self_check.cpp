@@ -72,13 +72,17 @@ std::vector<float> product(const Kernels& table, int32_t format) {
   std::vector<uint8_t> small(static_cast<size_t>(kRows * kInputs / kBlock * kMostXBlockBytes));
   const int64_t stride = kInputs / kBlock * kMostXBlockBytes;
   const QuantiseCall quantise{rows_of(x, kInputs), small.data(), stride, format, kInputs};
-  if (is_quantised(format)) table.quantise(&quantise, 0, kRows);
+  // As steps do it: rows that hold bfloat16 numbers are read in pairs by tables that can.
+  const bool converts = is_quantised(format) || (format == kBF16 && table.pairs);
+  if (format == kBF16)
+    for (float& number : x) number = from_bf16(to_bf16(number));
+  if (converts) table.quantise(&quantise, 0, kRows);
   LinearCall call{};
   call.x = rows_of(x, kInputs);
   call.out = rows_of(out, kOutputs);
   call.residual = rows_of(residual, kOutputs);
   call.w = w.packed;
-  call.quantised_x = small.data();
+  call.quantised_x = converts ? small.data() : nullptr;
   call.quantised_stride = stride;
   call.rows = kRows;
   call.out_width = kOutputs;
