@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Self
+from urllib.parse import urlsplit
 
 from truffula.errors import ConfigError
 
@@ -25,6 +28,14 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def end_children_on_sigterm() -> None:
+    """Let SIGTERM leave through the context managers, as Ctrl-C does.
+
+    Children have sessions of their own and would stay. For a command's main thread, once.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 class Child:
@@ -81,17 +92,25 @@ class Server(Child):
 
     def wait(self, timeout_s: float = 600) -> str:
         """The address, once it is healthy. Raises ``ConfigError`` with what the server said when it ended instead."""
-        import httpx
-
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.ended:
                 raise ConfigError(f"{self.name} ended while it started:\n{self.said()[-SAID:]}")
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(self.url + self._health, timeout=5).status_code == 200:
-                    return self.url
+            if self._healthy():
+                return self.url
             time.sleep(0.05)
         raise ConfigError(f"{self.name} was not healthy within {timeout_s:g} seconds:\n{self.said()[-SAID:]}")
+
+    def _healthy(self) -> bool:
+        """Asked often while a server starts on the same cores, so by what costs least."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
+        try:
+            connection.request("GET", self._health)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
 
 class LineChild(Child):

@@ -14,6 +14,7 @@ from rich.markup import escape
 from truffula.bench.compare import Result, compare
 from truffula.bench.machine import commit
 from truffula.bench.peers import Place
+from truffula.bench.processes import end_children_on_sigterm
 from truffula.bench.report import figures, markdown, number, report
 from truffula.bench.scenarios import BUILT_IN, Row, chosen, read_scenarios
 from truffula.cli.output import err, out, table, warn
@@ -39,6 +40,7 @@ def run_bench_compare(asked: Asked) -> None:
     for file in (asked.json_file, asked.markdown_file):  # known now, not after an hour
         if file is not None and not file.parent.is_dir():
             raise ConfigError(f"{file} can't be written: {file.parent} is no folder.", param="json")
+    end_children_on_sigterm()
     rows = chosen(read_scenarios(asked.scenario_file or BUILT_IN), asked.scenarios)
     files = asked.bench_dir or Path(tempfile.gettempdir()) / "bench"
     place = Place(asked.peers or _checkout(), files.absolute())

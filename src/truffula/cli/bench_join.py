@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from truffula.bench.load import Load
+from truffula.bench.processes import end_children_on_sigterm
 from truffula.bench.server import OwnServer, planned, random_adapters
 from truffula.cli.output import out, table
 from truffula.config import EngineConfig
@@ -32,6 +33,7 @@ class Gaps:
 
 
 def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *, as_json: bool) -> None:
+    end_children_on_sigterm()
     names = [f"join-{i:03d}" for i in range(joins)]
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
         plan = planned(config)

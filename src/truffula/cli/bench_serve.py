@@ -17,6 +17,7 @@ from truffula.bench.client import Target, closed_loop, open_loop
 from truffula.bench.dialects import OpenAI
 from truffula.bench.load import MIXES, Load, arrivals, used
 from truffula.bench.measured import Limits
+from truffula.bench.processes import end_children_on_sigterm
 from truffula.bench.server import OwnServer, config_fields, planned, random_adapters
 from truffula.cli.output import err, out, table, warn
 from truffula.config import EngineConfig
@@ -114,6 +115,7 @@ def _apart(name: str, other: str, why: str) -> ConfigError:
 
 
 def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -> None:
+    end_children_on_sigterm()
     names = bench.names()
     if bench.url:
         results = {"http": _http_runs(bench.url, bench, names, UNKNOWN_VOCABULARY)}
