@@ -9,6 +9,7 @@
 namespace truffula {
 namespace {
 
+TF_INLINE int within(int n, int lo, int hi) { return n < lo ? lo : n > hi ? hi : n; }
 TF_INLINE int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // What is the same for all query rows of one call.
@@ -118,37 +119,45 @@ static void weigh(const View* v, int row, int from, int block_lo, int block_hi, 
   v->part_sum[row] = sum_of(sum);
 }
 
-// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 numbers of a value at a time. A key that a row does
-// not see is left out of its sum: its weight is zero, but what it is the weight of may be infinite.
+// What one key adds to MR rows; of rows that do not see it nothing: its weight is zero, but what it is the weight of may
+// be infinite.
+template <int MR, bool ALL>
+TF_INLINE void blend_key(V (&acc)[MR], const View* v, int row, int number, const float* w, V value) {
+  for (int r = 0; r < MR; ++r) {
+    if constexpr (!ALL) {
+      const int position = position_of(v, row + r);
+      if (number > position || number < first_key(v, position)) continue;
+    }
+    acc[r] = fma(value, set1(w[r * v->part_stride]), acc[r]);
+  }
+}
+
+// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 numbers of a value at a time. Keys that all rows
+// see are the most; at both ends are some that only some see.
 template <int MR>
 static void blend(const View* v, int row, int from, int lo, int hi) {
   const KvCache* kv = &v->c->cache;
   const int size = kv->block_size;
   const float* weights = v->scores + (int64_t)row * v->part_stride;
-  const int first_of_all = first_key(v, position_of(v, row + MR - 1)), last_of_all = position_of(v, row);
+  const int all_lo = first_key(v, position_of(v, row + MR - 1)), all_hi = position_of(v, row) + 1;
   for (int d = 0; d < v->value_width; d += kLanes) {
     V acc[MR];
     for (int r = 0; r < MR; ++r) acc[r] = zero();
     for (int block = lo / size; block * size < hi; ++block) {
       const uint8_t* values = kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes +
                               v->item->kv_head * v->value_head_bytes;
-      const int begin = block * size < lo ? lo - block * size : 0;
-      const int end = hi - block * size < size ? hi - block * size : size;
-      const float* w = weights + (int64_t)(block - from) * v->lanes;
-      for (int key = begin; key < end; ++key) {
-        const int64_t at = (int64_t)key * v->value_width + d;
-        const V value = kv->format == kF32 ? load((const float*)values + at) : load_bf16((const uint16_t*)values + at);
-        const int number = block * size + key;
-        if (number >= first_of_all && number <= last_of_all) {
-          for (int r = 0; r < MR; ++r) acc[r] = fma(value, set1(w[r * v->part_stride + key]), acc[r]);
-          continue;
-        }
-        for (int r = 0; r < MR; ++r) {
-          const int position = position_of(v, row + r);
-          if (number <= position && number >= first_key(v, position))
-            acc[r] = fma(value, set1(w[r * v->part_stride + key]), acc[r]);
-        }
-      }
+      const int first = block * size;
+      const int begin = within(lo, first, first + size), end = within(hi, first, first + size);
+      const int some = within(all_lo, begin, end), others = within(all_hi, some, end);
+      const float* w = weights + (int64_t)(block - from) * v->lanes - first;
+      const auto value = [&](int key) __attribute__((always_inline)) {
+        const int64_t at = (int64_t)(key - first) * v->value_width + d;
+        return kv->format == kF32 ? load((const float*)values + at) : load_bf16((const uint16_t*)values + at);
+      };
+      int key = begin;
+      for (; key < some; ++key) blend_key<MR, false>(acc, v, row, key, w + key, value(key));
+      for (; key < others; ++key) blend_key<MR, true>(acc, v, row, key, w + key, value(key));
+      for (; key < end; ++key) blend_key<MR, false>(acc, v, row, key, w + key, value(key));
     }
     for (int r = 0; r < MR; ++r) store(v->part + (int64_t)(row + r) * v->value_width + d, acc[r]);
   }
