@@ -14,6 +14,8 @@ PEER = 'contestant = [{ peer = "truffula", model = "m" }]\n'
 REFUSED = [
     ("", "has no"),
     ("[[row]\n", "can't be read"),
+    ("[row]\n" + ROW, "write \\[\\[row\\]\\]"),
+    ("[[row]]\n" + ROW + 'contestant = "vllm"\n', "must be a list of tables"),
     ('[[row]]\nname = "r"\nwhat = "w"\n' + PEER, "has no measure"),
     ("[[row]]\n" + ROW, "no \\[\\[row.contestant"),
     ("[[row]]\n" + ROW + "client = 3\n" + PEER, "no field 'client'"),

@@ -2,15 +2,20 @@
 
 import json
 import os
+import resource
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
 from live_server import assert_canonical_error, health_of, ok, serving, until, write_model
 
+from truffula.bench.processes import descendants, free_port
 from truffula.config import ServerConfig, load_config
 from truffula.errors import ConfigError, EngineDied, TruffulaError
 from truffula.server.launch import bind, launch
@@ -201,3 +206,30 @@ def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folde
     said = {(line["logger"], line["level"]): line["message"] for line in lines}
     assert "pirate" in said["truffula.lora.pool", "info"]
     assert ("truffula.engine.build", "info") in said
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="reads /proc, as Linux has it")
+def test_the_engine_may_open_as_many_files_as_the_system_allows(model_folder):
+    """Each adapter in memory is a mapped file."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    port = free_port()
+    command = [sys.executable, "-m", "truffula", "serve", str(model_folder), "--port", str(port), "--memory", "1GiB"]
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=few) as server,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client,
+    ):
+        try:
+            until(lambda: answers(client))
+            engine = descendants(server.pid)[-1]
+            (line,) = (x for x in Path(f"/proc/{engine}/limits").read_text().splitlines() if x.startswith("Max open"))
+            assert line.split()[3] == ("unlimited" if hard == resource.RLIM_INFINITY else str(hard))
+        finally:
+            server.terminate()
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return health_of(client) == 200
+    except httpx.TransportError:
+        return False

@@ -48,7 +48,11 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield address
         finally:
             server.terminate()
-            server.wait(60)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:  # leaving the block would wait without end
+                server.kill()
+                raise
 
 
 def healthy(url: str) -> bool:

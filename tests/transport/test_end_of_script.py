@@ -12,7 +12,8 @@ from kernel_backends import needs_native
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 
 SCRIPT = """
-import sys, threading, time
+import sys, tempfile, threading, time
+early = tempfile.TemporaryDirectory()  # has something done at exit, from before there was an engine
 from truffula import LLM, SamplingParams
 from truffula.errors import ShuttingDown
 

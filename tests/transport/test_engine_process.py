@@ -68,15 +68,17 @@ def test_each_death_within_the_window_counts_until_it_is_given_up(start: Start):
     eventually(lambda: "3 times" in run(client, [ask("a", [3])])["a"].message, "the supervisor gives up")
 
 
-def test_a_pinned_adapter_is_loaded_again_after_a_death(start: Start, tiny_adapter: Path):
+def test_pinned_adapters_are_loaded_again_after_a_death(start: Start, tiny_adapter: Path):
     client = start("process")
-    ref = AdapterRef(name="loud", locator=str(tiny_adapter))
-    client.adapters(AdapterCommand(action="load", ref=ref, pinned=True))
+    for name in ("loud", "soft"):
+        ref = AdapterRef(name=name, locator=str(tiny_adapter))
+        client.adapters(AdapterCommand(action="load", ref=ref, pinned=True))
     first = client.pid
     os.kill(first, signal.SIGKILL)
     eventually(lambda: client.pid not in (None, first), "the next engine")
     states = lambda: client.adapters(AdapterCommand(action="list"))
-    eventually(lambda: [(s.name, s.status, s.pinned) for s in states()] == [("loud", "resident", True)], "it is back")
+    there = [("loud", "resident", True), ("soft", "resident", True)]
+    eventually(lambda: sorted((s.name, s.status, s.pinned) for s in states()) == there, "they are back")
 
 
 def test_a_stopped_engine_is_unhealthy_and_never_blocks_its_callers(start: Start):

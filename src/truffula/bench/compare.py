@@ -79,7 +79,7 @@ def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -
             tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} ...")
             try:
                 turn = _MEASURE[row.measure](contestant, row, place, number)
-            except (TruffulaError, subprocess.TimeoutExpired) as error:
+            except (TruffulaError, subprocess.TimeoutExpired, OSError, ValueError, KeyError) as error:
                 present.remove(contestant)
                 del result.rounds[contestant.title]
                 result.absent[contestant.title] = f"{contestant.title} failed: {error}"
@@ -139,6 +139,11 @@ def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
         seen = resident(running.server.pids(), place.path(contestant.model))
         weights, kv = held(contestant, row, place, running.server.said())
     beside = seen.pss - seen.model_file - weights - kv
+    if beside <= 0:
+        raise ConfigError(
+            f"{row.name!r}: {contestant.title} holds less than its weights and KV: not every block of KV was used; "
+            "ask for more requests, or give it less KV.", param="requests",
+        )  # fmt: skip
     run = {**asdict(seen), "weights": weights, "kv": kv, "anonymous_beside": seen.anonymous - weights - kv}
     return Round(round(beside / 1e6, 2), ({**run, "pss_beside": beside},))
 
@@ -148,7 +153,8 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
     prompt = row.load([], number).prompt(0, 0)
     model = place.path(contestant.model)
     for file in [model] if model.is_file() else model.glob("*"):
-        file.read_bytes()  # into the page cache
+        if file.is_file():
+            file.read_bytes()  # into the page cache
     begun = time.monotonic()
     with server:
         body = json.dumps(dialect.body(prompt, row.max_tokens, None))

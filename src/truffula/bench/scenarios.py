@@ -100,6 +100,8 @@ def read_scenarios(path: Path = BUILT_IN) -> tuple[Row, ...]:
         rows = tomllib.loads(path.read_text(encoding="utf-8")).get("row", [])
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"The scenario file {path} can't be read: {error}", param="scenario_file") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"row in {path} must be a list of tables: write [[row]].", param="scenario_file")
     made = tuple(_row(row, f"row {i + 1} of {path.name}") for i, row in enumerate(rows))
     if not made:
         raise ConfigError(f"{path} has no [[row]].", param="scenario_file")
@@ -120,7 +122,10 @@ def chosen(rows: tuple[Row, ...], names: Iterable[str]) -> tuple[Row, ...]:
 
 def _row(given: Mapping[str, Any], where: str) -> Row:
     where = f"{given['name']!r}" if isinstance(given.get("name"), str) else where
-    contestants = tuple(_contestant(item, where) for item in given.get("contestant", []))
+    listed = given.get("contestant", [])
+    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
+        raise ConfigError(f"contestant of {where} must be a list of tables.", param="contestant")
+    contestants = tuple(_contestant(item, where) for item in listed)
     _check_fields(given, Row, where, extra="contestant", hidden="contestants", required=("name", "what", "measure"))
     row = Row(**{k: v for k, v in given.items() if k != "contestant"}, contestants=contestants)
     _one_of(row.measure, MEASURES, "measure", where)

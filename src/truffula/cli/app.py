@@ -233,9 +233,8 @@ def bench_serve(
     from truffula.cli.bench_serve import ServeBench, run_bench_serve
 
     given = {"ttft_ms": ttft_limit, "itl_ms": itl_limit}
-    limits = (
-        Limits(**{name: value for name, value in given.items() if value is not None}) if any(given.values()) else None
-    )
+    wanted = {name: value for name, value in given.items() if value is not None}
+    limits = Limits(**wanted) if wanted else None
     bench = ServeBench(
         clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url, rate, adapter_count,
         zipf_exponent, limits, seed,

@@ -112,7 +112,7 @@ def _native() -> list[Finding]:
     """The native module, the instruction sets and threads it would use, and the compiler it takes to have it."""
     from truffula.config import load_settings
     from truffula.engine.memory import usable_cpus
-    from truffula.kernels.cpu import instruction_sets, why_this_set, why_unavailable
+    from truffula.kernels.cpu import CpuBackend, instruction_sets, why_this_set, why_unavailable
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if why := why_unavailable():
@@ -124,7 +124,7 @@ def _native() -> list[Finding]:
     settings = {s.option.name: s.value for s in load_settings({})}
     sets = instruction_sets()
     asked = settings["cpu_isa"]
-    used = sets[0] if asked == "auto" else asked
+    used = CpuBackend(1).probe().isa if asked == "auto" else asked  # a table that fails its check is passed over
     state, advice = ("ok", "") if used in sets else ("missing", "not to be had here; the cpu backend will refuse it")
     threads = settings["threads"] or usable_cpus()
     return [

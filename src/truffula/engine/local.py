@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -50,8 +51,10 @@ def close_at_exit(client: EngineClient) -> None:
     """Have ``client`` closed before the interpreter ends, should it be open then. It may be forgotten earlier.
 
     A thread that comes back from a native step to an interpreter that has ended is unwound through C++, which aborts.
+    Registered with ``atexit`` itself, once the engine is built: what was registered last goes first, so before the
+    native module shuts its door. ``weakref.finalize`` shares one place for all, which others may have taken long ago.
     """
-    weakref.finalize(client, _close_if_there, weakref.ref(client), os.getpid())
+    atexit.register(_close_if_there, weakref.ref(client), os.getpid())
 
 
 def _close_if_there(reference: weakref.ref[EngineClient], owner: int) -> None:
@@ -61,7 +64,10 @@ def _close_if_there(reference: weakref.ref[EngineClient], owner: int) -> None:
 
 
 class InlineClient:
-    """The engine in the caller's thread: it steps while ``events`` or ``adapters`` waits, and only then."""
+    """The engine in the caller's thread: it steps while ``events`` or ``adapters`` waits, and only then.
+
+    Nor does anything else happen meanwhile: a loading worker that is idle stays until the next step or the end.
+    """
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
         engine, self.info = build_engine(config, progress)

@@ -34,6 +34,7 @@ ROOM_PATIENCE_S = 60.0
 class _Load:
     """A load command that is not answered yet; ``read_at``: when its adapter was there but for memory."""
 
+    ticket: int
     ref: AdapterRef
     read_at: float | None = None
 
@@ -61,7 +62,8 @@ class EngineLoop:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
-        self._loads: dict[int, _Load] = {}  # by ticket
+        # Not by ticket: after an engine's death its pinned adapters are asked for again, all under one.
+        self._loads: list[_Load] = []
         self._looked_at = self._looked_at_files = 0.0
         self._answers: list[AdapterAnswer] = []
 
@@ -81,7 +83,7 @@ class EngineLoop:
             self._answers.append(AdapterAnswer(ticket, error=error))
             return
         if command.action == "load" and command.ref is not None:
-            self._loads[ticket] = _Load(command.ref)
+            self._loads.append(_Load(ticket, command.ref))
             self._engine.claim(command.ref)
             self._judge_loads()
         else:
@@ -115,17 +117,17 @@ class EngineLoop:
 
     def _judge_loads(self) -> None:
         self._looked_at = self._clock()
-        for ticket, load in list(self._loads.items()):
+        for load in list(self._loads):
             try:
                 state = self._engine.settle(load.ref)
                 if state is not None and state.status == "ready":
                     self._wait_for_room(load, state)
                     continue
-                answer = load_outcome(ticket, load.ref, state)
+                answer = load_outcome(load.ticket, load.ref, state)
             except TruffulaError as error:
-                answer = AdapterAnswer(ticket, error=error)
+                answer = AdapterAnswer(load.ticket, error=error)
             if answer is not None:
-                del self._loads[ticket]
+                self._loads.remove(load)
                 self._engine.disclaim(load.ref)
                 self._answers.append(answer)
 

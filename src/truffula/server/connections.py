@@ -26,16 +26,6 @@ SAY_AGAIN_S = 10.0
 log = logging.getLogger(__name__)
 
 
-def raise_file_limit() -> None:
-    """Take as many open files as the system lets this process have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        except (OSError, ValueError) as error:  # a system whose real limit is below the one it names
-            log.info("the limit of %d open files could not be raised to %d: %s", soft, hard, error)
-
-
 def most_connections(config: ServerConfig) -> int:
     """How many may be open; warns when the system's limit of open files leaves less than the options ask for."""
     wanted = config.max_open_requests + SPARE_CONNECTIONS

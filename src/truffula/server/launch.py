@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import resource
 import socket
 
 from truffula.config import Resolved, ServerConfig, format_size
@@ -33,12 +34,23 @@ def launch(resolved: Resolved) -> None:
     try:
         adapter_policy(resolved)  # a mistake in the options need not wait for gigabytes
         log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)
+        raise_file_limit()  # before there is an engine: it inherits the limit, and maps a file per adapter in memory
         opening = begin_engine(resolved)
         from truffula.server.run import run_server
 
         run_server(resolved, listening, opening)
     finally:
         listening.close()
+
+
+def raise_file_limit() -> None:
+    """Take as many open files as the system lets this process have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (OSError, ValueError) as error:  # a system whose real limit is below the one it names
+            log.info("the limit of %d open files could not be raised to %d: %s", soft, hard, error)
 
 
 def begin_engine(resolved: Resolved) -> Opening:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -68,13 +69,17 @@ def document_handler(rows: Sequence[Row]) -> Handler:
         return document_of(rows)
 
     async def document(request: Request) -> Response:
-        return json_reply(made())
+        return json_reply(await run_in_threadpool(made))  # a second of work, while others are answered
 
     return document
 
 
 async def page(request: Request) -> Response:
     """Swagger UI over the document."""
+    return await run_in_threadpool(_made_page)
+
+
+def _made_page() -> Response:
     from fastapi.openapi.docs import get_swagger_ui_html
 
     return get_swagger_ui_html(openapi_url=DOCUMENT_PATH, title="truffula")

@@ -30,7 +30,6 @@ from truffula.server.connections import (
     Connections,
     GuardedProtocol,
     most_connections,
-    raise_file_limit,
 )
 from truffula.server.errors import Unhealthy, render, side_of
 from truffula.server.launch import QUEUED
@@ -198,7 +197,6 @@ def run_server(resolved: Resolved, listening: socket.socket, opening: Opening | 
     Raises:
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
-    raise_file_limit()
     server = make_server(resolved, listening, opening)
     try:
         server.run(sockets=[listening])

@@ -140,7 +140,7 @@ def q8_0_loss(values: Array, name: str) -> tuple[float, float]:
         stored = scale.astype(np.float16).astype(np.float32)
     if not np.isfinite(stored).all():
         raise KernelError(f"{name} has a block whose Q8_0 scale is beyond float16; --quantize q8_0 refuses it.")
-    scaled = blocks * by
+    scaled = blocks * np.where(np.isfinite(by), by, np.float32(0))  # so small that nothing is stored of it
     whole = np.trunc(scaled)
     whole += np.where(np.abs(scaled - whole) >= 0.5, np.copysign(np.float32(1), scaled), np.float32(0))
     off = (blocks - whole * stored).ravel().astype(np.float64)

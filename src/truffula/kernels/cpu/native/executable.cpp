@@ -373,7 +373,9 @@ void Executable::drop_adapter(int32_t slot) {
           "adapter slot is not in use");
   adapters_[static_cast<size_t>(slot)].reset();
   free_slots_.push_back(slot);
-  std::vector<float>().swap(h_);  // an adapter of great rank pays for its share of it, and takes that along
+  // An adapter of great rank pays for its share of it, and takes that along. What the memory plan counts stays.
+  const auto planned = static_cast<size_t>(kPlannedRank) * std::max(capacity_.max_tokens, capacity_.max_logit_rows);
+  if (h_.size() > planned) std::vector<float>().swap(h_);
 }
 
 void Executable::kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to) {

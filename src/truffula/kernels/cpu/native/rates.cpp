@@ -24,13 +24,21 @@ double since(Clock::time_point start) { return std::chrono::duration<double>(Clo
 double together(int threads, const std::function<void(int)>& work) {
   std::atomic<int> ready{0};
   std::atomic<bool> go{false};
+  bool called_off = false;
   std::vector<std::thread> team;
-  for (int i = 0; i < threads; ++i)
-    team.emplace_back([&, i] {
-      ++ready;
-      while (!go) std::this_thread::yield();
-      work(i);
-    });
+  try {
+    for (int i = 0; i < threads; ++i)
+      team.emplace_back([&, i] {
+        ++ready;
+        while (!go) std::this_thread::yield();
+        if (!called_off) work(i);
+      });
+  } catch (...) {  // the machine gives no more threads
+    called_off = true;
+    go = true;
+    for (std::thread& thread : team) thread.join();
+    throw;
+  }
   while (ready < threads) std::this_thread::yield();
   const auto start = Clock::now();
   go = true;

@@ -80,7 +80,8 @@ void Executable::sample(int64_t vocab, const SampleArgs& args, const SampleOut& 
   }, &job);
 }
 
-// What the team shares in this step. The only place of a step that may allocate, and only until it has seen the largest.
+// What the team shares in this step. The only place of a step that may allocate, and only until it has seen the largest
+// (since an adapter of great rank left).
 void Executable::prepare() {
   plan_adapters();
   for (Share& share : shares_) {
