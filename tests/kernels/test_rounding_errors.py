@@ -33,9 +33,14 @@ def relative(values: np.ndarray) -> float:
 def test_the_loss_is_ggufs() -> None:
     rng = np.random.default_rng(3)
     values = (rng.standard_normal((33, 96)) * np.exp(2 * rng.standard_normal((33, 1)))).astype(np.float32)
-    values[0], values[1, 5:], values[2, :32] = 0, 1e-9, 1e-38  # the last: 1 / its scale is infinite
+    values[0], values[1, 5:] = 0, 1e-9
     squares, lost = q8_0_loss(values, "w")
     assert np.sqrt(lost / squares) == pytest.approx(relative(values), rel=1e-6)
+
+
+def test_numbers_too_small_for_a_scale_are_lost_whole() -> None:
+    squares, lost = q8_0_loss(np.full((1, 32), 1e-38, np.float32), "w")  # 1 / its scale is infinite
+    assert lost == squares > 0
 
 
 def test_sites_are_told_apart_and_the_worst_is_named(tmp_path: Path) -> None:

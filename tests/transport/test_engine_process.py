@@ -22,6 +22,7 @@ from truffula.engine import wire
 from truffula.engine.process import Life, ProcessClient
 from truffula.engine.worker import Worker
 from truffula.errors import EngineDied
+from truffula.testing.adapters import write_tiny_adapter
 from truffula.types import AdapterCommand, AdapterRef, TokenEvent
 
 Start = Callable[..., ProcessClient]
@@ -68,10 +69,13 @@ def test_each_death_within_the_window_counts_until_it_is_given_up(start: Start):
     eventually(lambda: "3 times" in run(client, [ask("a", [3])])["a"].message, "the supervisor gives up")
 
 
-def test_pinned_adapters_are_loaded_again_after_a_death(start: Start, tiny_adapter: Path):
+def test_pinned_adapters_are_loaded_again_after_a_death(
+    start: Start, tiny_adapter: Path, tiny_model: Path, tmp_path: Path
+):
     client = start("process")
-    for name in ("loud", "soft"):
-        ref = AdapterRef(name=name, locator=str(tiny_adapter))
+    soft = write_tiny_adapter(tmp_path / "soft", tiny_model, rank=3, alpha=3, seed=6)
+    for name, folder in (("loud", tiny_adapter), ("soft", soft)):
+        ref = AdapterRef(name=name, locator=str(folder))
         client.adapters(AdapterCommand(action="load", ref=ref, pinned=True))
     first = client.pid
     os.kill(first, signal.SIGKILL)
