@@ -133,3 +133,13 @@ def test_a_load_without_room_for_it_in_an_idle_engine_is_an_error_at_once() -> N
     assert [answer.error for answer in loop.turns(3)] == [None]
     answer = loop.load(ref())
     assert answer.error is not None and answer.error.code == "insufficient_memory"
+
+
+def test_loads_asked_for_under_one_ticket_are_all_answered() -> None:
+    """As after an engine's death, when nobody waits for its pinned adapters: none may stay claimed for ever."""
+    loop = Loop()
+    for place in ("a", "b"):
+        loop.loop.command(0, AdapterCommand(action="load", ref=ref(place), pinned=True))
+    answers = loop.turns(5)
+    assert [answer.ticket for answer in answers] == [0, 0]
+    assert all(answer.error is None for answer in answers)
