@@ -67,6 +67,7 @@ def test_quantised_weights_are_refused_by_their_method(quantised: dict[str, Any]
     [
         ("llama", "per_layer_config", {"0": {"num_attention_heads": 2}}),
         ("llama", "partial_rotary_factor", 0.5),
+        ("llama", "num_hidden_layers", 2**32 - 32),
         ("llama", "is_encoder_decoder", True),
         ("llama", "hidden_act", "quick_gelu"),
         ("gemma2", "use_bidirectional_attention", True),

@@ -276,6 +276,7 @@ REFUSED = {
         "attn_factor",
     ),
     "no layers": ({"llama.block_count": 0}, CheckpointError, "llama.block_count"),
+    "more layers than tensors": ({"llama.block_count": 2**32 - 32}, CheckpointError, "llama.block_count"),
     "width as text": ({"llama.embedding_length": "48"}, CheckpointError, "llama.embedding_length"),
     "eps not finite": ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, CheckpointError, "rms_epsilon"),
     "no context": ({"llama.context_length": None}, CheckpointError, "llama.context_length"),

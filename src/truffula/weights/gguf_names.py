@@ -135,7 +135,7 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
         "architectures": [family.class_name],
         "hidden_size": hidden,
         "intermediate_size": facts.count("feed_forward_length"),
-        "num_hidden_layers": facts.count("block_count"),
+        "num_hidden_layers": _layers(facts, len(header.tensors)),
         "num_attention_heads": heads,
         "num_key_value_heads": facts.count("attention.head_count_kv", heads),
         "head_dim": width,
@@ -153,6 +153,15 @@ def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: l
         raise UnsupportedModel(f"{ROPE_FREQS} in a {architecture} file is not read.", param=ROPE_FREQS)
     _account(facts, warnings)
     return config
+
+
+def _layers(facts: _Facts, tensors: int) -> int:
+    """How many layers; no more than there are tensors, as lists are made of so many."""
+    count = facts.count("block_count")
+    if count > tensors:
+        key = f"{facts.architecture}.block_count"
+        raise CheckpointError(f"{key} is {count}, of a file with {tensors} tensors.", param=key)
+    return count
 
 
 def _head_dim(facts: _Facts, hidden: int, heads: int) -> int:

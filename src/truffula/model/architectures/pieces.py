@@ -22,6 +22,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": "relu2",
 }
 
+MOST_LAYERS = 4096
+"""Far beyond any model: what a broken file asks for must not become a list of as many things."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -48,8 +51,11 @@ def read_sizes(view: ConfigView) -> Sizes:
         if hidden % heads:
             raise view.refuse("hidden_size", f"{heads} heads do not divide it and head_dim is not given.", hidden)
         head_dim = hidden // heads
+    layers = view.integer("num_hidden_layers")
+    if layers > MOST_LAYERS:
+        raise view.refuse("num_hidden_layers", f"at most {MOST_LAYERS} layers are served.", layers)
     return Sizes(
-        layers=view.integer("num_hidden_layers"),
+        layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
