@@ -16,9 +16,16 @@ from truffula.engine.build import build_engine
 from truffula.engine.client import EngineClient
 from truffula.errors import CheckpointChanged
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
+from truffula.types import EngineRequest
 
 Start = Callable[..., EngineClient]
 WEIGHTS = "model.safetensors"
+LAST = "r19"
+
+
+def one_after_another() -> list[EngineRequest]:
+    """Work for much longer than the second in which a change is noticed, however fast steps are (with one row each)."""
+    return [ask(f"r{number}", [3, 4, 5], max_tokens=4000, ignore_eos=True) for number in range(20)]
 
 
 @pytest.fixture
@@ -93,24 +100,24 @@ def test_a_link_that_points_elsewhere_since_is_another_model(start: Start, tmp_p
 
 @pytest.mark.parametrize("transport", ["inline", "thread", "process"])
 def test_weights_overwritten_in_place_end_the_engine(start: Start, model: Path, other: Path, transport: str):
-    client = start(transport, model=model)
-    client.submit([ask("open", [3, 4, 5], max_tokens=4000, ignore_eos=True)])  # seconds; it is noticed within one
+    client = start(transport, model=model, max_running=1)
+    client.submit(one_after_another())
     answers: dict[str, Answer] = {}
     eventually(lambda: fold(answers, client.events(0.1)) or answers, "the first token")
     with (model / WEIGHTS).open("r+b") as file:  # without cutting it: who has a cut file mapped is killed by SIGBUS
         file.write((other / WEIGHTS).read_bytes())
-    answer = follow(client, ["open"], answers)["open"]
+    answer = follow(client, [LAST], answers)[LAST]
     assert (answer.finish, answer.code) == ("error", "checkpoint_changed")
     error = lost(client)
     assert "overwritten" in error.message and str(model / WEIGHTS) in error.message
 
 
 def test_weights_cut_short_end_the_engine_by_a_signal_or_an_error_and_there_is_no_next(start: Start, model: Path):
-    client = start("process", model=model)
-    client.submit([ask("open", [3, 4, 5], max_tokens=4000, ignore_eos=True)])
+    client = start("process", model=model, max_running=1)
+    client.submit(one_after_another())
     eventually(lambda: client.events(0.1), "the first token")
     os.truncate(model / WEIGHTS, 0)
-    assert follow(client, ["open"])["open"].code in ("engine_died", "checkpoint_changed")
+    assert follow(client, [LAST])[LAST].code in ("engine_died", "checkpoint_changed")
     lost(client)
 
 
