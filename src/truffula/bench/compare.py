@@ -82,7 +82,8 @@ def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -
             except (TruffulaError, subprocess.TimeoutExpired, OSError, ValueError, KeyError) as error:
                 present.remove(contestant)
                 del result.rounds[contestant.title]
-                result.absent[contestant.title] = f"{contestant.title} failed: {error}"
+                why = str(error) if isinstance(error, TruffulaError) else f"{type(error).__name__}: {error}"
+                result.absent[contestant.title] = f"{contestant.title} failed: {why}"
                 continue
             tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} {turn.value:.1f} {row.unit}")
             result.rounds[contestant.title].append(turn)
