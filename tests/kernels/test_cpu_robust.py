@@ -295,6 +295,36 @@ def test_the_interpreter_ends_while_a_thread_is_in_a_step():
     in_a_process("-c", SCRIPT.format(here=str(HERE)) + EXIT, timeout=60)
 
 
+EXIT_ALONE = """
+import sys, threading
+sys.path.insert(0, {here!r})
+import numpy as np
+from sampler_rows import fill
+from truffula.kernels.cpu import _native
+samples, logits = fill([dict(n_logprobs=0)] * 64), np.zeros((64, 4096), np.float32)
+begun = threading.Event()
+def calls():
+    while True:
+        begun.set()
+        {call}
+threading.Thread(target=calls, daemon=True).start()
+begun.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "_native.sample_rows(logits, samples, 1, 'portable')",
+        "_native.peak_rate('portable', 0, 1)",
+        "_native.read_rate('portable', 1, 1 << 16)",
+    ],
+    ids=lambda call: call.partition("(")[0],
+)
+def test_the_interpreter_ends_while_a_thread_is_in_a_call_without_an_executable(call):
+    in_a_process("-c", EXIT_ALONE.format(here=str(HERE), call=call), timeout=60)
+
+
 SIGNALS = """
 import signal
 counted = []

@@ -11,6 +11,7 @@
 
 #include "dispatch.h"
 #include "executable.h"
+#include "guests.h"
 #include "rates.h"
 #include "self_check.h"
 
@@ -77,28 +78,6 @@ StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, 
           step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
 }
 
-// Threads inside any executable of this process, and whether the interpreter ends. Python ends a thread that asks for its
-// lock then by unwinding its stack, which C++ frames do not survive: so nobody may be in one, or enter one, by then.
-struct Guests {
-  std::atomic<int32_t> inside{0};
-  std::atomic<bool> closed{false};
-  const int64_t process = process_id();
-};
-
-Guests& guests() {
-  static Guests those;
-  return those;
-}
-
-// When the interpreter ends: who is inside finishes its call, and nobody else enters. (A forked child waits for nobody:
-// the threads it would wait for are not in it.)
-void see_guests_out() {
-  guests().closed = true;
-  if (process_id() != guests().process) return;
-  const nb::gil_scoped_release release;
-  for (int32_t left; (left = guests().inside.load()) > 0;) guests().inside.wait(left);
-}
-
 // What Python holds: the executable, and the arrays it reads (kept alive here).
 struct Native {
   Native(const std::string& isa, int threads, const nb::object& capacity, int32_t kv_format, int32_t groups, bool debug)
@@ -114,25 +93,20 @@ struct Native {
   class Entered {
    public:
     explicit Entered(Native& native) : native_(native) {
-      if (guests().closed) throw std::runtime_error("the interpreter is ending");
       int64_t nobody = 0;
       const int64_t here = process_id();
       // A forked child may find a thread inside that is not in it: whatever it did there is over.
       if (!native_.inside.compare_exchange_strong(nobody, here) &&
           (nobody == here || !native_.inside.compare_exchange_strong(nobody, here)))
         throw std::runtime_error("another thread is in this executable; it takes one call at a time");
-      guests().inside.fetch_add(1);
     }
-    ~Entered() {
-      native_.inside.store(0);
-      guests().inside.fetch_sub(1);
-      guests().inside.notify_all();
-    }
+    ~Entered() { native_.inside.store(0); }
     Entered(const Entered&) = delete;
     Entered& operator=(const Entered&) = delete;
     Executable* operator->() const { return &native_.executable; }
 
    private:
+    const Guest guest_;
     Native& native_;
   };
   Entered enter() { return Entered(*this); }
@@ -265,7 +239,8 @@ Out<T> made(size_t rows, size_t width) {
   return width == 1 ? Out<T>(data, {rows}, owner) : Out<T>(data, {rows, width}, owner);
 }
 
-// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL.
+// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL:
+// the caller is a Guest.
 template <class F>
 nb::tuple sampled(const SampleArgs& args, size_t rows, int32_t width, const F& fill) {
   if (width < 0) throw std::invalid_argument("width is below 0");
@@ -305,6 +280,7 @@ nb::tuple sample_rows(const In<float>& logits, const nb::object& samples, int32_
     throw std::invalid_argument("samples: an id outside the vocabulary");
   SampleScratch scratch;
   scratch.loops = find_table(isa)->sampling;
+  const Guest guest;
   return sampled(args, rows, width, [&](const SampleOut& out) {
     for (size_t r = 0; r < rows; ++r)
       sample_row(logits.data() + static_cast<int64_t>(r) * vocab, vocab, static_cast<int64_t>(r), args, out, scratch);
@@ -327,6 +303,7 @@ std::vector<std::string> table_names() {
 double measured_peak(const std::string& isa, int32_t kind, int threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   const Kernels* table = find_table(isa);
+  const Guest guest;
   const nb::gil_scoped_release release;
   return peak_rate(*table, kind, threads);
 }
@@ -335,6 +312,7 @@ double measured_read(const std::string& isa, int threads, int64_t nbytes) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   if (nbytes < 256 || nbytes > int64_t{1} << 34) throw std::invalid_argument("nbytes: not between 256 and 2^34");
   const Kernels* table = find_table(isa);
+  const Guest guest;
   const nb::gil_scoped_release release;
   return read_rate(*table, threads, nbytes);
 }
@@ -446,8 +424,7 @@ NB_MODULE(_native, m) {
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
   bind_load(executable);
   bind_step(executable);
-  guests();
-  nb::module_::import_("atexit").attr("register")(nb::cpp_function(see_guests_out));
+  see_guests_out_at_exit();
 }
 
 }  // namespace truffula
