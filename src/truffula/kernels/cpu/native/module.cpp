@@ -1,6 +1,7 @@
 // The binding: numpy arrays in, checked; no GIL while it computes.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,11 +10,13 @@
 #include <stdexcept>
 #include <utility>
 
+#include "choose.h"
 #include "dispatch.h"
 #include "executable.h"
 #include "guests.h"
 #include "rates.h"
 #include "self_check.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -300,6 +303,16 @@ std::vector<std::string> table_names() {
   return names;
 }
 
+// For tests: what the trial at start decides of such seconds, with 1 and with 8 rows, as (names best first, why).
+nb::tuple choice_of_pairs(std::pair<double, double> pairs, std::pair<double, double> floats, bool same_bits) {
+  Kernels with = kPortable, without = kPortable;
+  with.name = "pairs", without.name = "floats";
+  const PairTrial trial{{pairs.first, pairs.second}, {floats.first, floats.second}, same_bits};
+  std::vector<std::string> names;
+  for (const Kernels* table : trial.best_first(with, without)) names.emplace_back(table->name);
+  return nb::make_tuple(names, trial.why(with.name, without.name));
+}
+
 double measured_peak(const std::string& isa, int32_t kind, int threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   const Kernels* table = find_table(isa);
@@ -415,6 +428,8 @@ NB_MODULE(_native, m) {
   m.def("sample_rows", sample_rows, "logits"_a.noconvert(), "samples"_a, "width"_a, "isa"_a,
         "The sampler on its own: what Executable.sample gives, of these logits.");
   m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where that was tried; else empty.");
+  m.def("choice_of_pairs", choice_of_pairs, "pairs"_a, "floats"_a, "same_bits"_a,
+        "What that trial decides of seconds measured with 1 and 8 rows: (names, the best first; why).");
   m.def("peak_rate", measured_peak, "isa"_a, "kind"_a, "threads"_a,
         "Operations a second of floats (0), bfloat16 pairs (1), bytes (2), 16-bit numbers (3); 0 where there are none.");
   m.def("read_rate", measured_read, "isa"_a, "threads"_a, "nbytes"_a,
