@@ -5,9 +5,6 @@ Nonsense, forks and exits are tried in processes of their own, where a crash is 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -357,16 +354,6 @@ def test_ten_thousand_loads_and_drops_leave_no_memory():
             sizes.append(psutil.Process().memory_info().rss)
     slope = np.polyfit(loads, sizes, 1)[0]
     assert slope < 64, (slope, sizes)
-
-
-@pytest.mark.slow
-def test_sanitizers_find_nothing():
-    """AddressSanitizer and UBSan on the module, ThreadSanitizer on the team and whole steps (scripts/sanitize.py)."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    tools = [shutil.which(name, path=path) for name in ("cmake", "ninja", os.environ.get("CXX", "g++"))]
-    if None in tools or importlib.util.find_spec("nanobind") is None:
-        pytest.skip("the sanitizers need cmake, ninja, nanobind and g++")
-    in_a_process(str(HERE.parents[1] / "scripts" / "sanitize.py"), "--brief", timeout=1150)
 
 
 def test_a_window_wider_than_positions_hides_nothing():
