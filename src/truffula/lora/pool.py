@@ -19,7 +19,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +29,9 @@ from truffula.lora.image import map_image
 from truffula.lora.leases import AdapterLease, Budget, Slots, Want
 from truffula.lora.loading import AdapterLoader, LoadResult
 from truffula.lora.queue import LoadQueue, discard
+from truffula.lora.residency import OWNER, Residency
 from truffula.types import AdapterRef, AdapterState
 
-OWNER = "adapters"
 MAX_NAMES = 32
 """Names that are kept of those by which one key was asked for. A client may have many words for one place."""
 
@@ -56,16 +56,12 @@ class AdapterPool:
         spare_bytes: int | None = None,
         max_in_flight: int = 8,
     ) -> None:
-        self._slots = slots
         self._queue = LoadQueue(loader, failure_ttl_s=failure_ttl_s, max_in_flight=max_in_flight)
         self._budget = budget
         self._clock = clock
         self._keep_s = keep_s
         self._spare_bytes = budget.limit // 8 if spare_bytes is None else spare_bytes
-        self._entries: dict[str, Generation] = {}
-        self._idle: OrderedDict[str, None] = OrderedDict()  # generations that may be evicted, oldest use first
-        self._spare: set[str] = set()  # generations that are mapped but not resident
-        self._stamp = 0.0
+        self._entries = Residency(slots, budget)
         self._current: dict[Key, str] = {}
         self._places: dict[Place, str] = {}  # all keys of a place lead to one generation
         self._pins: set[Place] = set()
@@ -91,7 +87,7 @@ class AdapterPool:
             if len(entry.keys[key]) < MAX_NAMES:
                 entry.keys[key].add(ref.name)
             entry.asked_in = self._polls
-            self._touch(generation, now)
+            self._entries.touch(generation, now)
             return Want("ready", generation)
         error = self._queue.refusal(key, now)
         if error is not None:
@@ -121,7 +117,7 @@ class AdapterPool:
             return None
         assert entry.slot is not None
         entry.leases += 1
-        self._touch(generation, self._clock())
+        self._entries.touch(generation, self._clock())
         self._next_lease += 1
         self._leases[self._next_lease] = generation
         return AdapterLease(self._next_lease, generation, entry.slot)
@@ -131,7 +127,7 @@ class AdapterPool:
         generation = self._leases.pop(lease.id)
         entry = self._entries[generation]
         entry.leases -= 1
-        self._touch(generation, self._clock())
+        self._entries.touch(generation, self._clock())
         self._drop_if_forgotten(generation, entry)
 
     def hold(self, generation: str) -> None:
@@ -153,7 +149,7 @@ class AdapterPool:
         for key, ref, result in self._queue.finished():
             self._finish(key, ref, result, now)
         self._queue.expire(now)
-        for generation in list(self._spare):
+        for generation in self._entries.spare():
             self._settle(generation, self._entries[generation], now)
         self._begin_loads()
 
@@ -200,7 +196,7 @@ class AdapterPool:
         key = key_of(ref)
         generation = self._current.get(key, self._places.get(key[0]))
         if generation is not None and self._entries[generation].slot is None:
-            self._touch(generation, self._clock())
+            self._entries.touch(generation, self._clock())
             self._make_resident(generation, self._entries[generation])
 
     def state(self, ref: AdapterRef) -> AdapterState | None:
@@ -247,17 +243,17 @@ class AdapterPool:
     @property
     def resident_bytes(self) -> int:
         """What the budget is charged for them."""
-        return sum(entry.nbytes for entry in self._entries.values() if entry.slot is not None)
+        return self._entries.resident_bytes
 
     @property
     def leased_bytes(self) -> int:
         """The part of ``resident_bytes`` that is leased or pinned: not to be had by evicting."""
-        return self.resident_bytes - sum(self._entries[generation].nbytes for generation in self._idle)
+        return self._entries.resident_bytes - self._entries.idle_bytes
 
     @property
     def spare(self) -> int:
         """Bytes of images mapped for somebody without being resident: outside the budget, see ``spare_bytes``."""
-        return sum(self._entries[generation].image.nbytes for generation in self._spare)
+        return self._entries.spare_bytes
 
     @property
     def loading(self) -> int:
@@ -282,20 +278,20 @@ class AdapterPool:
     # ---- what the budget asks
 
     def oldest(self) -> float | None:
-        return self._entries[next(iter(self._idle))].used_at if self._idle else None
+        generation = self._entries.oldest()
+        return None if generation is None else self._entries[generation].used_at
 
     def evict_oldest(self) -> int:
-        if not self._idle:
+        generation = self._entries.oldest()
+        if generation is None:
             return 0
-        generation = next(iter(self._idle))
         entry = self._entries[generation]
-        nbytes = entry.nbytes
-        self._leave_slot(generation, entry)
+        self._entries.leave(generation)
         self.evictions += 1
         wanted = self._clock() - entry.used_at <= self._keep_s and self.spare <= self._spare_bytes
         if not (wanted or self._kept(entry)):
             self._drop(generation, entry)
-        return nbytes
+        return entry.nbytes
 
     # ---- loading
 
@@ -311,7 +307,7 @@ class AdapterPool:
         over = self.spare - self._spare_bytes
         if over <= 0:
             return True
-        entries = [(generation, self._entries[generation]) for generation in self._spare]
+        entries = [(generation, self._entries[generation]) for generation in self._entries.spare()]
         free = [(g, e) for g, e in entries if not self._kept(e) and e.asked_in < self._polls]
         if sum(entry.image.nbytes for _, entry in free) < over:
             return False
@@ -361,10 +357,7 @@ class AdapterPool:
             discard(result.image_path)
         if image.generation != result.generation:
             raise AdapterLoadError("The laid-out adapter is not the one that was loaded.")
-        self._entries[image.generation] = Generation(
-            image, image.nbytes + self._slots.adapter_bytes(image), used_at=now
-        )
-        self._spare.add(image.generation)
+        self._entries.add(image, now)
         return image.generation
 
     def _too_large(self, nbytes: int) -> InsufficientMemory:
@@ -378,45 +371,22 @@ class AdapterPool:
 
     def _make_resident(self, generation: str, entry: Generation) -> bool:
         """Reserve, then hand to the executable. When that refuses, the keys fail and the generation is dropped."""
-        nbytes = entry.nbytes
-        if nbytes > self._budget.limit:
-            raise self._too_large(nbytes)
-        if not self._budget.reserve(OWNER, nbytes):
-            return False
+        if entry.nbytes > self._budget.limit:
+            raise self._too_large(entry.nbytes)
         try:
-            entry.slot = self._slots.adapter(entry.image)
-        except (
-            TruffulaError,
-            MemoryError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # a backend's own words for out of memory
-            self._budget.release(OWNER, nbytes)
-            wrapped = (
-                error if isinstance(error, TruffulaError) else AdapterLoadError(f"The backend refused it: {error}.")
-            )
+            return self._entries.enter(generation)
+        except TruffulaError as error:
             now = self._clock()
             for key, names in entry.keys.items():
                 for name in names:
-                    self._queue.fail(key, name, wrapped.info(), now)
+                    self._queue.fail(key, name, error.info(), now)
             if not entry.leases and not entry.holds:
                 self._drop(generation, entry)
-            raise wrapped from error
-        self._spare.discard(generation)
-        self._touch(generation, entry.used_at)
-        return True
-
-    def _touch(self, generation: str, now: float) -> None:
-        """A use: moves the generation to the young end of the idle list, or out of it. Stamps never run backwards."""
-        entry = self._entries[generation]
-        entry.used_at = self._stamp = max(self._stamp, now)
-        self._idle.pop(generation, None)
-        if entry.idle:
-            self._idle[generation] = None
+            raise
 
     def _repin(self, generation: str, entry: Generation) -> None:
         entry.pinned = any(key[0] in self._pins for key in entry.keys)
-        self._touch(generation, entry.used_at)
+        self._entries.touch(generation, entry.used_at)
 
     def _detach(self, key: Key) -> None:
         """This key leads to its generation no longer."""
@@ -430,26 +400,16 @@ class AdapterPool:
         self._repin(generation, entry)
         self._drop_if_forgotten(generation, entry)
 
-    def _leave_slot(self, generation: str, entry: Generation) -> None:
-        if entry.slot is not None:
-            self._slots.drop_adapter(entry.slot)
-            entry.slot = None
-            self._idle.pop(generation, None)
-            self._spare.add(generation)
-            self._budget.release(OWNER, entry.nbytes)
-
     def _drop_if_forgotten(self, generation: str, entry: Generation) -> None:
         if not entry.keys and not entry.leases and not entry.holds:
             self._drop(generation, entry)
 
     def _drop(self, generation: str, entry: Generation) -> None:
-        self._leave_slot(generation, entry)
+        self._entries.leave(generation)
         for key in entry.keys:
             del self._current[key]
             self._places.pop(key[0], None)
-        self._spare.discard(generation)
-        del self._entries[generation]
-        entry.image.close()
+        self._entries.remove(generation)
 
     def close(self) -> None:
         """Drop everything; leases become invalid."""
@@ -463,14 +423,8 @@ class AdapterPool:
         """Assert that every number agrees with every other. For tests and for an idle engine."""
         leased = Counter(self._leases.values())
         assert set(leased) <= set(self._entries), "a lease on a generation that is gone"
-        slots = [entry.slot for entry in self._entries.values() if entry.slot is not None]
-        assert len(slots) == len(set(slots)), "two generations in one slot"
-        assert self._budget.used(OWNER) == self.resident_bytes, "reserved bytes are not those of resident adapters"
-        assert set(self._idle) == {g for g, e in self._entries.items() if e.idle}, "the idle list is wrong"
-        assert self._spare == {g for g, e in self._entries.items() if e.slot is None}, "the spare set is wrong"
+        self._entries.check()
         assert self._places == {k[0]: g for k, g in self._current.items()}, "a place that leads elsewhere than its keys"
-        stamps = [self._entries[g].used_at for g in self._idle]
-        assert stamps == sorted(stamps), "the idle list is out of order"
         for generation, entry in self._entries.items():
             assert entry.leases == leased[generation] and entry.holds >= 0, "leases do not add up"
             assert not entry.leases or entry.slot is not None, "a leased adapter without a slot"
