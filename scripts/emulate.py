@@ -2,7 +2,8 @@
 
 Builds the module with TRUFFULA_EMULATE in build/emulate: the tables avx512, avx512vnni and avx512bf16 out of AVX2
 instructions (tests/native/emulate_avx512.h), listed behind the others. Runs the op tests on them. What this cannot show
-is that a processor does what that header says; what it shows is that the kernels are right if it does.
+is that a processor does what that header says; what it shows is that the kernels are right if it does. ``--brief``
+leaves out whole models in batches of every size, which take most of the time: what the slow suite runs.
 """
 
 from __future__ import annotations
@@ -10,12 +11,17 @@ from __future__ import annotations
 import os
 import sys
 
-from sanitize import ROOT, build, run_tests
+from sanitize import ROOT, TESTS, build, run_tests
+
+WHOLE_MODELS = "test_cpu_exact"
 
 
 def main() -> None:
+    brief = "--brief" in sys.argv[1:]
+    chosen = [word for word in sys.argv[1:] if word != "--brief"]
     source = str(build(ROOT / "build" / "emulate", "-DCMAKE_BUILD_TYPE=Release", "-DTRUFFULA_EMULATE=ON"))
-    run_tests(source, sys.argv[1:] or ["-k", "avx512"], dict(os.environ))
+    names = tuple(name for name in TESTS if not (brief and name == WHOLE_MODELS))
+    run_tests(source, chosen or ["-k", "avx512"], dict(os.environ), names)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ the first complaint. ``--brief`` takes less of each, on the best instruction tab
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,16 +37,34 @@ assert _native.__file__.startswith({source!r}), _native.__file__
 """
 
 
+def search_path() -> str:
+    """Where tools are looked for: beside this interpreter first, where ``make`` installs them."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
+def need_tools() -> None:
+    """End the process, with the way out, unless there is what compiles the module."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    missing = [name for name in ("cmake", "ninja", compiler[0]) if shutil.which(name, path=search_path()) is None]
+    missing += [] if importlib.util.find_spec("nanobind") else ["nanobind"]
+    if missing:
+        sys.exit(
+            f"The native kernels are compiled here, and {', '.join(missing)} can't be found. cmake, ninja and nanobind "
+            f"are there when you go through make (make test-slow, sanitize, emulate), or install them for "
+            f"{sys.executable} with pip; {compiler[0]} comes from your system, CXX names another compiler."
+        )
+
+
 def build(where_to: Path, *chosen: str) -> Path:
     """Compile the module (and the driver) with the settings ``chosen``; the folder of sources that imports it."""
+    need_tools()
     where = subprocess.run(
         [sys.executable, "-m", "nanobind", "--cmake_dir"], check=True, capture_output=True, text=True
     ).stdout.strip()
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     settings = [
         f"-DPython_EXECUTABLE={sys.executable}", f"-Dnanobind_DIR={where}", *chosen,
     ]  # fmt: skip
-    env = os.environ | {"PATH": path}
+    env = os.environ | {"PATH": search_path()}
     subprocess.run(["cmake", "-G", "Ninja", "-S", ROOT, "-B", where_to / "cmake", *settings], check=True, env=env)
     subprocess.run(["cmake", "--build", where_to / "cmake"], check=True, env=env)
     source = where_to / "src"

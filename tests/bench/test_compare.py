@@ -91,6 +91,15 @@ def test_memory_adds_up(place: Place) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what processes hold in /proc")
+def test_kv_that_the_load_did_not_reach_is_not_taken_off(place: Place) -> None:
+    """Blocks that hold nothing may never have been touched: subtracting them would make the figure too small."""
+    requests = [row("memory", OURS, requests=count, prompt_tokens=40) for count in (1, 3)]
+    one, three = (compare(asked, place, 1, silent).rounds["truffula"][0].runs[0]["kv"] for asked in requests)
+    assert three > one > 0
+
+
+@pytest.mark.slow
 def test_start_to_first_token(place: Place) -> None:
     (turn,) = compare(row("start", OURS), place, 1, silent).rounds["truffula"]
     assert turn.value == pytest.approx(1000 * turn.runs[0]["start_s"], abs=0.1)
@@ -102,6 +111,25 @@ def test_who_is_not_installed_is_named_with_the_command(place: Place) -> None:
     assert result.rounds == {}
     assert "models.sh setup" in result.absent["truffula"]
     assert "llamacpp.sh setup" in result.absent["llama-server"]
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("[ $1 != version ] || { echo no versions here >&2; exit 3; }", "no versions here"),
+        ("[ $1 = check ] || printf '\\377'", "UnicodeDecodeError"),
+        ("printf '\\377'", "UnicodeDecodeError"),
+    ],
+    ids=["version fails", "version is no text", "check is no text"],
+)
+def test_who_cannot_be_asked_is_out_with_the_reason(place: Place, other: Live, tmp_path: Path, script, said) -> None:
+    (tmp_path / "vllm.sh").write_text(script + "\n")
+    broken = Contestant("vllm", "models/tiny")
+    peer = Contestant("openai", MODEL, url=other.url)
+    asked = row("throughput", broken, peer, prompt_tokens=13)
+    result = compare(asked, Place(tmp_path, place.files), 1, silent)
+    assert list(result.rounds) == ["openai"]
+    assert "vllm failed: " in result.absent["vllm"] and said in result.absent["vllm"]
 
 
 def test_an_unknown_option_of_ours_is_named(place: Place) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from truffula.bench.memory import parse_smaps, resident
-from truffula.bench.peers import parse_llama_bench, parse_llama_log
+from truffula.bench.peers import parse_llama_bench, parse_llama_log, written_blocks
 from truffula.errors import ConfigError
+from truffula.metrics import Metrics
+from truffula.types import EngineStats
 
 TEST = {
     "model_filename": "m.gguf", "model_size": 143025408, "n_threads": 2, "n_prompt": 0, "n_gen": 64,
@@ -56,6 +58,17 @@ def test_llama_log_counts_repacked_weights_and_not_mapped_ones() -> None:
 def test_llama_log_without_buffers_is_refused() -> None:
     with pytest.raises(ConfigError, match="-lv 4"):
         parse_llama_log("main: server is listening")
+
+
+def test_kv_blocks_of_our_metrics() -> None:
+    """As the server writes them; what is free was perhaps never written."""
+    stats = EngineStats(monotonic=1.0, used_blocks=3, cached_blocks=40, free_blocks=5, num_blocks=49)
+    assert written_blocks(Metrics(lambda: stats).text().decode()) == 43
+
+
+def test_metrics_without_kv_blocks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="KV blocks"):
+        written_blocks("truffula_kv_blocks_used 3.0\n")
 
 
 @pytest.mark.parametrize("model", ["/data/my model/weights.gguf", "/data/my model"])

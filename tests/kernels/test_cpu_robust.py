@@ -5,9 +5,6 @@ Nonsense, forks and exits are tried in processes of their own, where a crash is 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -295,6 +292,36 @@ def test_the_interpreter_ends_while_a_thread_is_in_a_step():
     in_a_process("-c", SCRIPT.format(here=str(HERE)) + EXIT, timeout=60)
 
 
+EXIT_ALONE = """
+import sys, threading
+sys.path.insert(0, {here!r})
+import numpy as np
+from sampler_rows import fill
+from truffula.kernels.cpu import _native
+samples, logits = fill([dict(n_logprobs=0)] * 64), np.zeros((64, 4096), np.float32)
+begun = threading.Event()
+def calls():
+    while True:
+        begun.set()
+        {call}
+threading.Thread(target=calls, daemon=True).start()
+begun.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "_native.sample_rows(logits, samples, 1, 'portable')",
+        "_native.peak_rate('portable', 0, 1)",
+        "_native.read_rate('portable', 1, 1 << 16)",
+    ],
+    ids=lambda call: call.partition("(")[0],
+)
+def test_the_interpreter_ends_while_a_thread_is_in_a_call_without_an_executable(call):
+    in_a_process("-c", EXIT_ALONE.format(here=str(HERE), call=call), timeout=60)
+
+
 SIGNALS = """
 import signal
 counted = []
@@ -327,16 +354,6 @@ def test_ten_thousand_loads_and_drops_leave_no_memory():
             sizes.append(psutil.Process().memory_info().rss)
     slope = np.polyfit(loads, sizes, 1)[0]
     assert slope < 64, (slope, sizes)
-
-
-@pytest.mark.slow
-def test_sanitizers_find_nothing():
-    """AddressSanitizer and UBSan on the module, ThreadSanitizer on the team and whole steps (scripts/sanitize.py)."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    tools = [shutil.which(name, path=path) for name in ("cmake", "ninja", os.environ.get("CXX", "g++"))]
-    if None in tools or importlib.util.find_spec("nanobind") is None:
-        pytest.skip("the sanitizers need cmake, ninja, nanobind and g++")
-    in_a_process(str(HERE.parents[1] / "scripts" / "sanitize.py"), "--brief", timeout=1150)
 
 
 def test_a_window_wider_than_positions_hides_nothing():

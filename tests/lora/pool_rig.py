@@ -11,7 +11,8 @@ from lora_bases import llama_sites
 from truffula.engine.budget import MemoryBudget
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage
-from truffula.lora.pool import AdapterPool, Want
+from truffula.lora.leases import Want
+from truffula.lora.pool import AdapterPool
 from truffula.lora.spool import Spool
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.loading import InlineLoader

@@ -35,7 +35,7 @@ def test_many_waiters_are_one_load(tmp_path: Path) -> None:
 
 
 def test_a_load_and_its_warnings_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with rig(tmp_path) as r, caplog.at_level("INFO", "truffula.lora.pool"):
+    with rig(tmp_path) as r, caplog.at_level("INFO", "truffula.lora.queue"):
         write_tiny_adapter(r.folder / "a", llama_sites(), alpha_pattern={"nowhere": 3})
         generation = r.loaded(r.ref("a"))
         r.poll(3)
@@ -349,7 +349,7 @@ def test_a_slow_source_does_not_hold_up_the_other_kind(tmp_path: Path) -> None:
         refs = [r.ref(f"none/x{n}") for n in range(20)]
         for ref in refs:
             r.want(ref)
-        assert sum(load.ticket is not None for load in r.pool._loads.values()) == 8
+        assert r.pool._queue.in_flight == 8
         r.poll(30)
         assert {r.want(ref).status for ref in refs} == {"failed"}
 
@@ -386,7 +386,7 @@ def test_names_of_one_key_are_bounded(tmp_path: Path) -> None:
 
 
 def test_the_commit_of_a_load_is_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "truffula.lora.pool")
+    caplog.set_level("INFO", "truffula.lora.queue")
     commit = "5" * 40
     with rig(tmp_path) as made:
         made.write("a")

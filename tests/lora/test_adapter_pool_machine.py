@@ -11,7 +11,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from pool_rig import Rig
 
 from truffula.errors import TruffulaError
-from truffula.lora.pool import AdapterLease
+from truffula.lora.leases import AdapterLease
 from truffula.types import AdapterRef
 
 NAMES = st.sampled_from(["a", "b", "c"])

@@ -19,7 +19,8 @@ from following import Answer, ask, eventually, fold, follow, run
 from processes import running
 from truffula.config import EngineConfig
 from truffula.engine import wire
-from truffula.engine.process import Life, ProcessClient
+from truffula.engine.life import Life
+from truffula.engine.process import ProcessClient
 from truffula.engine.worker import Worker
 from truffula.errors import EngineDied
 from truffula.testing.adapters import write_tiny_adapter

@@ -39,6 +39,8 @@ from truffula.errors import ConfigError, TruffulaError
 
 READ_BYTES = 1 << 28
 START_TIMEOUT_S = 300.0
+# What puts one contestant out of its row; anything else is an error of ours and ends the comparison.
+_FAILURES = (TruffulaError, subprocess.SubprocessError, OSError, ValueError, KeyError)
 ASK_AGAIN_S = 0.01
 """Between two attempts at a first token: often enough for the figure, seldom enough not to slow the start down."""
 
@@ -67,28 +69,36 @@ def compare(row: Row, place: Place, repeats: int, tell: Callable[[str], None]) -
     result, begun = Result(row), time.monotonic()
     present: list[Contestant] = []
     for contestant in row.contestants:
-        why = missing(contestant, place)
+        try:
+            why = missing(contestant, place)
+            if why is None:
+                result.versions[contestant.title] = version(contestant, place)
+        except _FAILURES as error:
+            why = _failed(contestant, error)
         if why is not None:
             result.absent[contestant.title] = why
             continue
         present.append(contestant)
-        result.versions[contestant.title] = version(contestant, place)
         result.rounds[contestant.title] = []
     for number in range(repeats):
         for contestant in list(present):
             tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} ...")
             try:
                 turn = _MEASURE[row.measure](contestant, row, place, number)
-            except (TruffulaError, subprocess.TimeoutExpired, OSError, ValueError, KeyError) as error:
+            except _FAILURES as error:
                 present.remove(contestant)
                 del result.rounds[contestant.title]
-                why = str(error) if isinstance(error, TruffulaError) else f"{type(error).__name__}: {error}"
-                result.absent[contestant.title] = f"{contestant.title} failed: {why}"
+                result.absent[contestant.title] = _failed(contestant, error)
                 continue
             tell(f"{row.name}, round {number + 1} of {repeats}: {contestant.title} {turn.value:.1f} {row.unit}")
             result.rounds[contestant.title].append(turn)
     result.seconds = time.monotonic() - begun
     return result
+
+
+def _failed(contestant: Contestant, error: Exception) -> str:
+    why = str(error) if isinstance(error, TruffulaError) else f"{type(error).__name__}: {error}"
+    return f"{contestant.title} failed: {why}"
 
 
 def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
@@ -131,19 +141,20 @@ def _offline(contestant: Contestant, row: Row, place: Place, number: int) -> Rou
 def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
     """PSS of all its processes, less the model's mapped files, weights in anonymous memory and KV.
 
-    Enough is asked before that every block of KV has been used, so that KV counts whole on all sides.
+    KV counts as far as it was surely written: whole of a server that clears it at its start, else the blocks that hold
+    something now. So what a row's load did not reach makes no figure smaller.
     """
     names = adapter_names(contestant, row, place)
     with session(contestant, row, place) as running:
         assert isinstance(running, HttpSession) and running.server is not None  # memory is measured of servers we start
         _checked(running, row, names, number)
         seen = resident(running.server.pids(), place.path(contestant.model))
-        weights, kv = held(contestant, row, place, running.server.said())
+        weights, kv = held(contestant, place, running.server)
     beside = seen.pss - seen.model_file - weights - kv
     if beside <= 0:
         raise ConfigError(
-            f"{row.name!r}: {contestant.title} holds less than its weights and KV: not every block of KV was used; "
-            "ask for more requests, or give it less KV.", param="requests",
+            f"{row.name!r}: {contestant.title} holds less in memory than its weights ({weights} bytes) and the KV it "
+            f"wrote ({kv}): part of it is in swap, or its own numbers are wrong.", param="measure",
         )  # fmt: skip
     run = {**asdict(seen), "weights": weights, "kv": kv, "anonymous_beside": seen.anonymous - weights - kv}
     return Round(round(beside / 1e6, 2), ({**run, "pss_beside": beside},))

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,9 @@ def missing(contestant: Contestant, place: Place) -> str | None:
 
 
 def version(contestant: Contestant, place: Place) -> str:
+    """What takes part, in words. Raises ``ConfigError`` where a peer's script can't say it."""
     if contestant.peer in SCRIPTS:
-        return place.ask(SCRIPTS[contestant.peer], "version").stdout.strip()
+        return "\n".join(place.command(SCRIPTS[contestant.peer], "version")).strip()
     if contestant.peer == "openai":
         return contestant.url
     from truffula import __version__
@@ -217,10 +219,14 @@ def parse_llama_bench(text: str) -> dict[str, Any]:
         raise ConfigError(f"llama-bench did not answer with the JSON of one test ({error!r}): {text[:300]}") from error
 
 
-def held(contestant: Contestant, row: Row, place: Place, said: str) -> tuple[int, int]:
-    """Bytes of weights in anonymous memory and of KV; of llama-server from what it ``said`` at the start."""
+def held(contestant: Contestant, place: Place, server: Server) -> tuple[int, int]:
+    """Bytes of weights in anonymous memory and of KV that was written; ``server`` runs.
+
+    llama-server says both at its start, when it clears its KV, which therefore counts whole. Of ours, KV is touched
+    when it is first written: what counts is the blocks that hold something now.
+    """
     if contestant.peer == "llama-server":
-        return parse_llama_log(said)
+        return parse_llama_log(server.said())
     from truffula.engine.build import find_settings
     from truffula.engine.memory import usable_cpus
     from truffula.kernels.select import Precision, select_backend
@@ -234,7 +240,17 @@ def held(contestant: Contestant, row: Row, place: Place, said: str) -> tuple[int
     )  # fmt: skip
     with contextlib.closing(open_checkpoint(Path(config.model))) as checkpoint:
         settings = find_settings(config, Path(config.model), plan_model(checkpoint), backend)
-    return settings.planned.weight_bytes, settings.memory.num_blocks * settings.planned.kv_block_bytes
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
+        blocks = written_blocks(answer.read().decode())
+    return settings.planned.weight_bytes, blocks * settings.planned.kv_block_bytes
+
+
+def written_blocks(metrics: str) -> int:
+    """How many KV blocks sequences or the prefix cache hold, from the text of our ``/metrics``."""
+    counted = dict(re.findall(r"^truffula_kv_blocks_(used|cached) ([0-9.e+]+)$", metrics, re.MULTILINE))
+    if len(counted) != 2:
+        raise ConfigError("truffula's /metrics do not say how many KV blocks are used and cached.")
+    return sum(int(float(count)) for count in counted.values())
 
 
 def parse_llama_log(text: str) -> tuple[int, int]:

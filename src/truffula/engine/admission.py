@@ -10,7 +10,8 @@ from truffula.engine.limits import EngineLimits
 from truffula.engine.roster import Roster
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import TruffulaError
-from truffula.lora.pool import AdapterLease, AdapterPool
+from truffula.lora.leases import AdapterLease
+from truffula.lora.pool import AdapterPool
 
 OVERTAKERS = 16
 """How far behind the head of a queue to look for one that need not wait for a prompt in progress."""

@@ -19,7 +19,8 @@ from truffula.engine.prefix import Entry
 from truffula.engine.queues import WaitingQueues
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import DeadlineExceeded, ErrorInfo, InvalidRequest, Overloaded, QueueTimeout, TruffulaError
-from truffula.lora.pool import AdapterLease, AdapterPool
+from truffula.lora.leases import AdapterLease
+from truffula.lora.pool import AdapterPool
 from truffula.types import EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 

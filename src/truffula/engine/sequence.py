@@ -9,7 +9,7 @@ from truffula.engine.prefix import PrefixChain, namespace
 from truffula.engine.sampling import NO_IDS, SequenceSampling
 from truffula.errors import ErrorInfo
 from truffula.kernels.inputs import Int32
-from truffula.lora.pool import AdapterLease
+from truffula.lora.leases import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 AdapterKey = tuple[str, str, str | None, str] | None

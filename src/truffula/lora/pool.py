@@ -19,77 +19,21 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError, from_info
-from truffula.kernels.backend import AdapterImage
+from truffula.lora.generation import Generation, Key, Place, key_of
 from truffula.lora.image import map_image
-from truffula.lora.leases import AdapterLease, Budget, Reclaimer, Slots, Want
+from truffula.lora.leases import AdapterLease, Budget, Slots, Want
 from truffula.lora.loading import AdapterLoader, LoadResult
+from truffula.lora.queue import LoadQueue, discard
+from truffula.lora.residency import OWNER, Residency
 from truffula.types import AdapterRef, AdapterState
 
-__all__ = ["AdapterLease", "AdapterPool", "Budget", "Reclaimer", "Slots", "Want"]
-
-logger = logging.getLogger(__name__)
-
-MAX_COUNTED_NAMES = 1000
-"""Names with a count of loads of their own; the rest share ``OTHER_NAMES``."""
-OTHER_NAMES = "__other__"
-OWNER = "adapters"
 MAX_NAMES = 32
 """Names that are kept of those by which one key was asked for. A client may have many words for one place."""
-
-Place = tuple[str, str, str | None]
-Key = tuple[Place, str]
-
-
-@dataclass
-class _Entry:
-    """One generation whose image is mapped."""
-
-    image: AdapterImage
-    nbytes: int  # what residency costs: the mapped image and what the executable makes of it
-    keys: dict[Key, set[str]] = field(default_factory=dict)  # what leads here, and the names that asked by it
-    slot: int | None = None
-    leases: int = 0
-    holds: int = 0
-    pinned: bool = False
-    former: list[str] = field(default_factory=list)  # its last names, for when no key leads here any more
-    used_at: float = 0.0
-    asked_in: int = 0  # the last poll after which somebody asked for it, or that brought it
-    commit: str = ""
-
-    @property
-    def idle(self) -> bool:
-        return self.slot is not None and not self.leases and not self.pinned
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(set().union(*self.keys.values())) or self.former
-
-
-@dataclass
-class _Load:
-    """One load, begun (``ticket``) or waiting for spare room."""
-
-    ref: AdapterRef
-    ticket: int | None = None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    name: str
-    error: ErrorInfo
-    expires: float
-
-
-def _key(ref: AdapterRef) -> Key:
-    return (ref.kind, ref.locator, ref.revision), ref.fingerprint
 
 
 class AdapterPool:
@@ -112,21 +56,12 @@ class AdapterPool:
         spare_bytes: int | None = None,
         max_in_flight: int = 8,
     ) -> None:
-        self._slots = slots
-        self._loader = loader
+        self._queue = LoadQueue(loader, failure_ttl_s=failure_ttl_s, max_in_flight=max_in_flight)
         self._budget = budget
         self._clock = clock
-        self._failure_ttl_s = failure_ttl_s
         self._keep_s = keep_s
         self._spare_bytes = budget.limit // 8 if spare_bytes is None else spare_bytes
-        self._max_in_flight = max_in_flight
-        self._entries: dict[str, _Entry] = {}
-        self._idle: OrderedDict[str, None] = OrderedDict()  # generations that may be evicted, oldest use first
-        self._spare: set[str] = set()  # generations that are mapped but not resident
-        self._stamp = 0.0
-        self._loads: dict[Key, _Load] = {}
-        self._tickets: dict[int, Key] = {}
-        self._failures: dict[Key, _Failure] = {}
+        self._entries = Residency(slots, budget)
         self._current: dict[Key, str] = {}
         self._places: dict[Place, str] = {}  # all keys of a place lead to one generation
         self._pins: set[Place] = set()
@@ -134,9 +69,6 @@ class AdapterPool:
         self._polls = 0
         self._leases: dict[int, str] = {}
         self._next_lease = 0
-        self.loads = 0
-        self.loads_by_name: Counter[str] = Counter()
-        self.failures = 0
         self.evictions = 0
         budget.register_reclaimer(OWNER, self)
 
@@ -148,28 +80,26 @@ class AdapterPool:
         Waiting sequences ask again each step: that also keeps what they wait for from being dropped. ``generation`` is
         to be acquired at once; whoever keeps it for later calls ``hold``.
         """
-        key = _key(ref)
+        key = key_of(ref)
         generation = self._current.get(key)
         if generation is not None:
             entry = self._entries[generation]
             if len(entry.keys[key]) < MAX_NAMES:
                 entry.keys[key].add(ref.name)
             entry.asked_in = self._polls
-            self._touch(generation, now)
+            self._entries.touch(generation, now)
             return Want("ready", generation)
-        failure = self._failures.get(key)
-        if failure is not None:
-            if now < failure.expires:
-                return Want("failed", error=failure.error)
-            del self._failures[key]
-        if key not in self._loads:
-            self._loads[key] = _Load(ref)
+        error = self._queue.refusal(key, now)
+        if error is not None:
+            return Want("failed", error=error)
+        if key not in self._queue:
+            self._queue.add(key, ref)
             self._begin_loads()
         return Want("loading")
 
     def here(self, ref: AdapterRef) -> bool:
         """Whether ``want`` would be answered at once with a generation. Begins nothing."""
-        return _key(ref) in self._current
+        return key_of(ref) in self._current
 
     def acquire(self, generation: str) -> AdapterLease | None:
         """A lease on a generation, made resident for it; None when its bytes do not fit right now.
@@ -187,7 +117,7 @@ class AdapterPool:
             return None
         assert entry.slot is not None
         entry.leases += 1
-        self._touch(generation, self._clock())
+        self._entries.touch(generation, self._clock())
         self._next_lease += 1
         self._leases[self._next_lease] = generation
         return AdapterLease(self._next_lease, generation, entry.slot)
@@ -197,7 +127,7 @@ class AdapterPool:
         generation = self._leases.pop(lease.id)
         entry = self._entries[generation]
         entry.leases -= 1
-        self._touch(generation, self._clock())
+        self._entries.touch(generation, self._clock())
         self._drop_if_forgotten(generation, entry)
 
     def hold(self, generation: str) -> None:
@@ -216,20 +146,14 @@ class AdapterPool:
         Whoever waits for a load asks again before the next ``poll``, or has a ``claim``: until then it is kept for him.
         """
         self._polls += 1
-        for result in self._loader.poll():
-            key = self._tickets.pop(result.ticket, None)
-            load = self._loads.pop(key, None) if key is not None else None
-            if key is None or load is None:
-                _discard(result.image_path)
-                continue
-            self._finish(key, load.ref, result, now)
-        for key in [k for k, failure in self._failures.items() if now >= failure.expires]:
-            del self._failures[key]
-        for generation in list(self._spare):
+        for key, ref, result in self._queue.finished():
+            self._finish(key, ref, result, now)
+        self._queue.expire(now)
+        for generation in self._entries.spare():
             self._settle(generation, self._entries[generation], now)
         self._begin_loads()
 
-    def _settle(self, generation: str, entry: _Entry, now: float) -> None:
+    def _settle(self, generation: str, entry: Generation, now: float) -> None:
         """An image without a slot: a pinned one gets one as soon as it fits, one that nobody wants is dropped."""
         if entry.pinned:
             with contextlib.suppress(TruffulaError):  # recorded as the failure of its keys
@@ -237,71 +161,61 @@ class AdapterPool:
         elif not self._kept(entry) and now - entry.used_at > self._keep_s:
             self._drop(generation, entry)
 
-    def _kept(self, entry: _Entry) -> bool:
+    def _kept(self, entry: Generation) -> bool:
         return entry.holds > 0 or any(key[0] in self._claims for key in entry.keys)
 
     # ---- what the operator asks
 
     def pin(self, ref: AdapterRef) -> None:
         """Keep the adapter of this place resident once loaded, through reloads, until ``unload``."""
-        place = _key(ref)[0]
+        place = key_of(ref)[0]
         self._pins.add(place)
         for generation, entry in self._entries.items():
             self._repin(generation, entry)
 
     def claim(self, ref: AdapterRef) -> None:
         """Keep what is or will be loaded of this place obtainable until ``disclaim``: for a load command."""
-        self._claims[_key(ref)[0]] += 1
+        self._claims[key_of(ref)[0]] += 1
 
     def disclaim(self, ref: AdapterRef) -> None:
         """End one ``claim``."""
-        place = _key(ref)[0]
+        place = key_of(ref)[0]
         self._claims[place] -= 1
         if not self._claims[place]:
             del self._claims[place]
 
     def retry(self, ref: AdapterRef) -> None:
         """Forget what failed at the place of ``ref``: its next ``want`` reads again, whatever was said just now."""
-        for key in [key for key in self._failures if key[0] == _key(ref)[0]]:
-            del self._failures[key]
+        self._queue.retry(key_of(ref)[0])
 
     def settle(self, ref: AdapterRef) -> None:
         """Make what is loaded of this place resident if its bytes are to be had now; meanwhile it is kept.
 
         Raises ``InsufficientMemory`` when they never are, and what the executable says against it.
         """
-        key = _key(ref)
+        key = key_of(ref)
         generation = self._current.get(key, self._places.get(key[0]))
         if generation is not None and self._entries[generation].slot is None:
-            self._touch(generation, self._clock())
+            self._entries.touch(generation, self._clock())
             self._make_resident(generation, self._entries[generation])
 
     def state(self, ref: AdapterRef) -> AdapterState | None:
         """Where the place of ``ref`` stands, under its name; None when nothing is known of it. Begins nothing."""
-        key = _key(ref)
+        key = key_of(ref)
         generation = self._current.get(key, self._places.get(key[0]))
-        if key in self._loads:
+        if key in self._queue:
             return AdapterState(name=ref.name, status="loading")
         resident = generation is not None and self._entries[generation].slot is not None
-        if key in self._failures and not resident:
-            return AdapterState(name=ref.name, status="failed", error=self._failures[key].error)
-        return None if generation is None else self._row(ref.name, generation)
+        error = self._queue.failure(key)
+        if error is not None and not resident:
+            return AdapterState(name=ref.name, status="failed", error=error)
+        return None if generation is None else self._entries[generation].state(ref.name)
 
     def unload(self, name: str) -> bool:
         """Forget ``name``: new requests load it anew, running ones keep theirs. False when nothing was there."""
-        found = False
-        for key, load in list(self._loads.items()):
-            if load.ref.name == name:
-                found = True
-                self._pins.discard(key[0])
-                del self._loads[key]
-                if load.ticket is not None:
-                    del self._tickets[load.ticket]
-                    self._loader.cancel(load.ticket)
-        for key, failure in list(self._failures.items()):
-            if failure.name == name:
-                found = True
-                del self._failures[key]
+        cancelled = self._queue.cancel(name)
+        self._pins.difference_update(key[0] for key in cancelled)
+        found = self._queue.forgive(name) or bool(cancelled)
         for key, generation in list(self._current.items()):
             names = self._entries[generation].keys[key]
             if name in names:
@@ -316,25 +230,10 @@ class AdapterPool:
 
     def states(self) -> list[AdapterState]:
         """One row per name and generation, loads and failures included, by name."""
-        rows = [AdapterState(name=load.ref.name, status="loading") for load in self._loads.values()]
-        rows += [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
-        for generation, entry in self._entries.items():
-            rows += [self._row(name, generation) for name in entry.names]
+        rows = self._queue.states()
+        for entry in self._entries.values():
+            rows += [entry.state(name) for name in entry.names]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
-
-    def _row(self, name: str, generation: str) -> AdapterState:
-        entry = self._entries[generation]
-        status: Literal["ready", "resident", "retired"] = "ready" if entry.slot is None else "resident"
-        return AdapterState(
-            name=name,
-            generation=generation,
-            status=status if entry.keys else "retired",
-            nbytes=entry.nbytes,
-            rank=entry.image.rank,
-            commit=entry.commit,
-            leases=entry.leases,
-            pinned=entry.pinned,
-        )
 
     @property
     def resident(self) -> int:
@@ -344,53 +243,61 @@ class AdapterPool:
     @property
     def resident_bytes(self) -> int:
         """What the budget is charged for them."""
-        return sum(entry.nbytes for entry in self._entries.values() if entry.slot is not None)
+        return self._entries.resident_bytes
 
     @property
     def leased_bytes(self) -> int:
         """The part of ``resident_bytes`` that is leased or pinned: not to be had by evicting."""
-        return self.resident_bytes - sum(self._entries[generation].nbytes for generation in self._idle)
+        return self._entries.resident_bytes - self._entries.idle_bytes
 
     @property
     def spare(self) -> int:
         """Bytes of images mapped for somebody without being resident: outside the budget, see ``spare_bytes``."""
-        return sum(self._entries[generation].image.nbytes for generation in self._spare)
+        return self._entries.spare_bytes
 
     @property
     def loading(self) -> int:
         """Loads begun or waiting to begin."""
-        return len(self._loads)
+        return len(self._queue)
+
+    @property
+    def loads(self) -> int:
+        """Loads that ended well."""
+        return self._queue.done
+
+    @property
+    def loads_by_name(self) -> Counter[str]:
+        """The same by name, of a bounded number of names."""
+        return self._queue.done_by_name
+
+    @property
+    def failures(self) -> int:
+        """Loads that ended otherwise, and adapters that the executable refused."""
+        return self._queue.failed
 
     # ---- what the budget asks
 
     def oldest(self) -> float | None:
-        return self._entries[next(iter(self._idle))].used_at if self._idle else None
+        generation = self._entries.oldest()
+        return None if generation is None else self._entries[generation].used_at
 
     def evict_oldest(self) -> int:
-        if not self._idle:
+        generation = self._entries.oldest()
+        if generation is None:
             return 0
-        generation = next(iter(self._idle))
         entry = self._entries[generation]
-        nbytes = entry.nbytes
-        self._leave_slot(generation, entry)
+        self._entries.leave(generation)
         self.evictions += 1
         wanted = self._clock() - entry.used_at <= self._keep_s and self.spare <= self._spare_bytes
         if not (wanted or self._kept(entry)):
             self._drop(generation, entry)
-        return nbytes
+        return entry.nbytes
 
     # ---- loading
 
     def _begin_loads(self) -> None:
-        in_flight = Counter(load.ref.kind for load in self._loads.values() if load.ticket is not None)
-        if len(self._tickets) == len(self._loads) or not self._clear_spare():
-            return
-        for key, load in self._loads.items():
-            # Counted per kind: slow downloads may not keep local folders from being read.
-            if load.ticket is None and in_flight[load.ref.kind] < self._max_in_flight:
-                in_flight[load.ref.kind] += 1
-                load.ticket = self._loader.start(load.ref)
-                self._tickets[load.ticket] = key
+        if self._queue.in_flight < len(self._queue) and self._clear_spare():
+            self._queue.begin()
 
     def _clear_spare(self) -> bool:
         """Whether spare images leave room for a load. Those nobody came for go, pinned ones last, where that helps.
@@ -400,7 +307,7 @@ class AdapterPool:
         over = self.spare - self._spare_bytes
         if over <= 0:
             return True
-        entries = [(generation, self._entries[generation]) for generation in self._spare]
+        entries = [(generation, self._entries[generation]) for generation in self._entries.spare()]
         free = [(g, e) for g, e in entries if not self._kept(e) and e.asked_in < self._polls]
         if sum(entry.image.nbytes for _, entry in free) < over:
             return False
@@ -414,12 +321,9 @@ class AdapterPool:
         try:
             generation = self._take_in(result, now)
         except TruffulaError as error:
-            self._fail(key, ref.name, error.info(), now)
+            self._queue.fail(key, ref.name, error.info(), now)
             return
-        self.loads += 1
-        known = ref.name in self.loads_by_name or len(self.loads_by_name) < MAX_COUNTED_NAMES
-        self.loads_by_name[ref.name if known else OTHER_NAMES] += 1
-        _log_load(ref, result)
+        self._queue.count(ref, result)
         entry = self._entries[generation]
         entry.asked_in = self._polls
         entry.keys[key] = {ref.name}
@@ -450,17 +354,11 @@ class AdapterPool:
         except OSError as error:
             raise AdapterLoadError(f"The laid-out adapter cannot be mapped: {error}.") from error
         finally:
-            _discard(result.image_path)
+            discard(result.image_path)
         if image.generation != result.generation:
             raise AdapterLoadError("The laid-out adapter is not the one that was loaded.")
-        self._entries[image.generation] = _Entry(image, image.nbytes + self._slots.adapter_bytes(image), used_at=now)
-        self._spare.add(image.generation)
+        self._entries.add(image, now)
         return image.generation
-
-    def _fail(self, key: Key, name: str, error: ErrorInfo, now: float) -> None:
-        self.failures += 1
-        logger.warning("adapter %r (%s): %s: %s", name, key[0][1], error.code, error.message)
-        self._failures[key] = _Failure(name, error, now + self._failure_ttl_s)
 
     def _too_large(self, nbytes: int) -> InsufficientMemory:
         return InsufficientMemory(
@@ -471,47 +369,24 @@ class AdapterPool:
 
     # ---- residency
 
-    def _make_resident(self, generation: str, entry: _Entry) -> bool:
+    def _make_resident(self, generation: str, entry: Generation) -> bool:
         """Reserve, then hand to the executable. When that refuses, the keys fail and the generation is dropped."""
-        nbytes = entry.nbytes
-        if nbytes > self._budget.limit:
-            raise self._too_large(nbytes)
-        if not self._budget.reserve(OWNER, nbytes):
-            return False
+        if entry.nbytes > self._budget.limit:
+            raise self._too_large(entry.nbytes)
         try:
-            entry.slot = self._slots.adapter(entry.image)
-        except (
-            TruffulaError,
-            MemoryError,
-            RuntimeError,
-            ValueError,
-        ) as error:  # a backend's own words for out of memory
-            self._budget.release(OWNER, nbytes)
-            wrapped = (
-                error if isinstance(error, TruffulaError) else AdapterLoadError(f"The backend refused it: {error}.")
-            )
+            return self._entries.enter(generation)
+        except TruffulaError as error:
             now = self._clock()
             for key, names in entry.keys.items():
                 for name in names:
-                    self._fail(key, name, wrapped.info(), now)
+                    self._queue.fail(key, name, error.info(), now)
             if not entry.leases and not entry.holds:
                 self._drop(generation, entry)
-            raise wrapped from error
-        self._spare.discard(generation)
-        self._touch(generation, entry.used_at)
-        return True
+            raise
 
-    def _touch(self, generation: str, now: float) -> None:
-        """A use: moves the generation to the young end of the idle list, or out of it. Stamps never run backwards."""
-        entry = self._entries[generation]
-        entry.used_at = self._stamp = max(self._stamp, now)
-        self._idle.pop(generation, None)
-        if entry.idle:
-            self._idle[generation] = None
-
-    def _repin(self, generation: str, entry: _Entry) -> None:
+    def _repin(self, generation: str, entry: Generation) -> None:
         entry.pinned = any(key[0] in self._pins for key in entry.keys)
-        self._touch(generation, entry.used_at)
+        self._entries.touch(generation, entry.used_at)
 
     def _detach(self, key: Key) -> None:
         """This key leads to its generation no longer."""
@@ -525,32 +400,20 @@ class AdapterPool:
         self._repin(generation, entry)
         self._drop_if_forgotten(generation, entry)
 
-    def _leave_slot(self, generation: str, entry: _Entry) -> None:
-        if entry.slot is not None:
-            self._slots.drop_adapter(entry.slot)
-            entry.slot = None
-            self._idle.pop(generation, None)
-            self._spare.add(generation)
-            self._budget.release(OWNER, entry.nbytes)
-
-    def _drop_if_forgotten(self, generation: str, entry: _Entry) -> None:
+    def _drop_if_forgotten(self, generation: str, entry: Generation) -> None:
         if not entry.keys and not entry.leases and not entry.holds:
             self._drop(generation, entry)
 
-    def _drop(self, generation: str, entry: _Entry) -> None:
-        self._leave_slot(generation, entry)
+    def _drop(self, generation: str, entry: Generation) -> None:
+        self._entries.leave(generation)
         for key in entry.keys:
             del self._current[key]
             self._places.pop(key[0], None)
-        self._spare.discard(generation)
-        del self._entries[generation]
-        entry.image.close()
+        self._entries.remove(generation)
 
     def close(self) -> None:
         """Drop everything; leases become invalid."""
-        self._loader.close()
-        self._loads.clear()
-        self._tickets.clear()
+        self._queue.close()
         self._leases.clear()
         self._claims.clear()
         for generation, entry in list(self._entries.items()):
@@ -560,35 +423,12 @@ class AdapterPool:
         """Assert that every number agrees with every other. For tests and for an idle engine."""
         leased = Counter(self._leases.values())
         assert set(leased) <= set(self._entries), "a lease on a generation that is gone"
-        slots = [entry.slot for entry in self._entries.values() if entry.slot is not None]
-        assert len(slots) == len(set(slots)), "two generations in one slot"
-        assert self._budget.used(OWNER) == self.resident_bytes, "reserved bytes are not those of resident adapters"
-        assert set(self._idle) == {g for g, e in self._entries.items() if e.idle}, "the idle list is wrong"
-        assert self._spare == {g for g, e in self._entries.items() if e.slot is None}, "the spare set is wrong"
+        self._entries.check()
         assert self._places == {k[0]: g for k, g in self._current.items()}, "a place that leads elsewhere than its keys"
-        stamps = [self._entries[g].used_at for g in self._idle]
-        assert stamps == sorted(stamps), "the idle list is out of order"
         for generation, entry in self._entries.items():
             assert entry.leases == leased[generation] and entry.holds >= 0, "leases do not add up"
             assert not entry.leases or entry.slot is not None, "a leased adapter without a slot"
             assert entry.keys or entry.leases or entry.holds, "a generation nobody can reach"
             assert all(self._current.get(key) == generation for key in entry.keys), "a key that leads elsewhere"
         assert set(self._current) == {k for e in self._entries.values() for k in e.keys}, "a key without its entry"
-        assert {load.ticket for load in self._loads.values()} - {None} == set(self._tickets), (
-            "tickets do not match loads"
-        )
-
-
-def _log_load(ref: AdapterRef, result: LoadResult) -> None:
-    where = f"{ref.locator}@{result.commit}" if result.commit else ref.locator
-    logger.info(
-        "adapter %r (%s): generation %s, rank %d, %d bytes, read in %.2f s",
-        ref.name, where, result.generation[:12], result.rank, result.nbytes, result.seconds,
-    )  # fmt: skip
-    for warning in result.warnings:
-        logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
-
-
-def _discard(path: str | None) -> None:
-    if path is not None:
-        Path(path).unlink(missing_ok=True)
+        self._queue.check()

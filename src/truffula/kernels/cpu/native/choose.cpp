@@ -71,6 +71,11 @@ std::string PairTrial::why(const char* with, const char* without) const {
   return text;
 }
 
+std::vector<const Kernels*> PairTrial::best_first(const Kernels& with, const Kernels& without) const {
+  if (take_pairs()) return {&with, &without};
+  return {&without, &with};
+}
+
 PairTrial try_pairs(const Kernels& pairs, const Kernels& floats) {
   const FlushDenormals flush;
   const auto start = std::chrono::steady_clock::now();

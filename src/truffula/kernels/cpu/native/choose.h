@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -15,6 +16,8 @@ struct PairTrial {
   // Only a clear gain, and never at the price of other bits: the choice must not show in any answer.
   bool take_pairs() const { return same_bits && pairs[0] / floats[0] + pairs[1] / floats[1] < 1.95; }
   std::string why(const char* with, const char* without) const;
+  // Both tables, the one to take first.
+  std::vector<const Kernels*> best_first(const Kernels& with, const Kernels& without) const;
 };
 
 // A product of a small matrix by either table, alternating; a few milliseconds. `pairs` is a table that has them.

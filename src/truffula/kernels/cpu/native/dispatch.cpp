@@ -47,8 +47,7 @@ Tables found_tables() {
   const Features has = features();
   if (has.bf16) {
     const PairTrial trial = try_pairs(kAvx512Bf16, kAvx512Vnni);
-    found.usable = {&kAvx512Vnni};
-    found.usable.insert(trial.take_pairs() ? found.usable.begin() : found.usable.end(), &kAvx512Bf16);
+    found.usable = trial.best_first(kAvx512Bf16, kAvx512Vnni);
     found.why = trial.why(kAvx512Bf16.name, kAvx512Vnni.name);
   } else if (has.vnni) {
     found.usable = {&kAvx512Vnni};

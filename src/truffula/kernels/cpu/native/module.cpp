@@ -1,18 +1,21 @@
-// The binding: numpy arrays in, checked; no GIL while it computes.
+// The binding: what Python calls. Numpy arrays in, checked (arrays.h); no GIL while it computes.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
-#include <cstring>
 #include <stdexcept>
 #include <utility>
 
+#include "arrays.h"
+#include "choose.h"
 #include "dispatch.h"
 #include "executable.h"
+#include "guests.h"
 #include "rates.h"
 #include "self_check.h"
+#include "tables.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -20,84 +23,7 @@ using namespace nb::literals;
 namespace truffula {
 namespace {
 
-template <class T>
-using In = nb::ndarray<const T, nb::numpy, nb::c_contig, nb::device::cpu>;
-template <class T>
-using Out = nb::ndarray<T, nb::numpy>;
-using Any = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-using Columns = nb::tuple;  // (buffer, start, width)
-
-Ref ref_of(const nb::object& columns) {
-  if (columns.is_none()) return {};
-  const auto t = nb::cast<nb::tuple>(columns);
-  if (t.size() != 3) throw std::invalid_argument("columns are (buffer, start, width)");
-  return {nb::cast<int32_t>(t[0]), nb::cast<int32_t>(t[1]), nb::cast<int32_t>(t[2])};
-}
-
 int32_t or_nothing(const nb::object& id) { return id.is_none() ? kNothing : nb::cast<int32_t>(id); }
-
-// A matrix [rows, inputs] of float32, float16, or uint16 (bfloat16's bits).
-Source source_of(const Any& array) {
-  if (array.ndim() != 2) throw std::invalid_argument("a matrix has two axes");
-  Source source{array.data(), Stored::kFloat32, static_cast<int64_t>(array.shape(1))};
-  if (array.dtype() == nb::dtype<uint16_t>()) source.type = Stored::kBfloat16;
-  else if (array.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
-    source.type = Stored::kFloat16;
-  else if (array.dtype() != nb::dtype<float>()) throw std::invalid_argument("a matrix holds float32, float16 or uint16");
-  return source;
-}
-
-// The arrays that steps read, each with its name: held, so that none can go while a pointer to it is here.
-using Held = std::vector<std::pair<const char*, nb::object>>;
-
-// An array that a step reads: at least `count` numbers, as they are (a converted copy would show no later step).
-template <class T>
-const T* step_array(Held& held, const nb::object& owner, const char* name, int64_t count) {
-  const nb::object object = owner.attr(name);
-  In<T> array;
-  if (!nb::try_cast(object, array, false))
-    throw std::invalid_argument(std::string(name) + ": a contiguous array of another dtype is wanted");
-  if (static_cast<int64_t>(array.size()) < count) throw std::invalid_argument(std::string(name) + ": too small");
-  held.emplace_back(name, object);
-  return array.data();
-}
-
-StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, int64_t groups) {
-  const int64_t T = c.max_tokens, N = c.max_seqs, G = c.max_segments;
-  return {step_array<int32_t>(held, inputs, "token_ids", T),
-          step_array<int32_t>(held, inputs, "position", T),
-          step_array<int32_t>(held, inputs, "rope_pos", 3 * T),
-          step_array<int32_t>(held, inputs, "slot_mapping", groups * T),
-          step_array<int32_t>(held, inputs, "block_tables", groups * N * c.max_blocks_per_seq),
-          step_array<int32_t>(held, inputs, "q_start", N + 1),
-          step_array<int32_t>(held, inputs, "kv_len", N),
-          step_array<int32_t>(held, inputs, "seg", 3 * G),
-          step_array<int32_t>(held, inputs, "seg_r", 2 * G),
-          step_array<float>(held, inputs, "seg_weight", G),
-          step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
-}
-
-// Threads inside any executable of this process, and whether the interpreter ends. Python ends a thread that asks for its
-// lock then by unwinding its stack, which C++ frames do not survive: so nobody may be in one, or enter one, by then.
-struct Guests {
-  std::atomic<int32_t> inside{0};
-  std::atomic<bool> closed{false};
-  const int64_t process = process_id();
-};
-
-Guests& guests() {
-  static Guests those;
-  return those;
-}
-
-// When the interpreter ends: who is inside finishes its call, and nobody else enters. (A forked child waits for nobody:
-// the threads it would wait for are not in it.)
-void see_guests_out() {
-  guests().closed = true;
-  if (process_id() != guests().process) return;
-  const nb::gil_scoped_release release;
-  for (int32_t left; (left = guests().inside.load()) > 0;) guests().inside.wait(left);
-}
 
 // What Python holds: the executable, and the arrays it reads (kept alive here).
 struct Native {
@@ -114,25 +40,20 @@ struct Native {
   class Entered {
    public:
     explicit Entered(Native& native) : native_(native) {
-      if (guests().closed) throw std::runtime_error("the interpreter is ending");
       int64_t nobody = 0;
       const int64_t here = process_id();
       // A forked child may find a thread inside that is not in it: whatever it did there is over.
       if (!native_.inside.compare_exchange_strong(nobody, here) &&
           (nobody == here || !native_.inside.compare_exchange_strong(nobody, here)))
         throw std::runtime_error("another thread is in this executable; it takes one call at a time");
-      guests().inside.fetch_add(1);
     }
-    ~Entered() {
-      native_.inside.store(0);
-      guests().inside.fetch_sub(1);
-      guests().inside.notify_all();
-    }
+    ~Entered() { native_.inside.store(0); }
     Entered(const Entered&) = delete;
     Entered& operator=(const Entered&) = delete;
     Executable* operator->() const { return &native_.executable; }
 
    private:
+    const Guest guest_;
     Native& native_;
   };
   Entered enter() { return Entered(*this); }
@@ -165,19 +86,6 @@ void run(Native& self) {
   entered->run(counts);
 }
 
-// Blocks [rows, blocks, bytes] of a stored type, as GGUF names it.
-Source blocks_of(const Any& array, const std::string& kind) {
-  if (array.ndim() != 3 || array.dtype() != nb::dtype<uint8_t>()) throw std::invalid_argument("blocks have three axes of uint8");
-  const std::pair<const char*, Stored> kinds[] = {
-      {"Q8_0", Stored::kQ8_0}, {"Q4_0", Stored::kQ4_0}, {"Q4_1", Stored::kQ4_1}, {"Q5_0", Stored::kQ5_0}};
-  for (const auto& [name, type] : kinds)
-    if (kind == name) {
-      if (static_cast<int64_t>(array.shape(2)) != stored_block_bytes(type)) throw std::invalid_argument(kind + ": bad blocks");
-      return {array.data(), type, static_cast<int64_t>(array.shape(1)) * kBlock};
-    }
-  throw std::invalid_argument("blocks of " + kind + " are not packed");
-}
-
 // Sums of squares: of the numbers, and of what rounding them to a quantised format lost.
 nb::tuple fill(Native& self, int32_t weight, const Any& array, int64_t first, const std::string& kind) {
   const Source source = kind.empty() ? source_of(array) : blocks_of(array, kind);
@@ -205,14 +113,6 @@ void add_adapter_op(Native& self, int32_t slot, int32_t op, const std::vector<An
   entered->add_adapter_op(slot, op, as, ranks, scales, expand_of, bs, outputs, first_output);
 }
 
-Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) {
-  auto* data = new float[rows * width + 1];
-  for (size_t r = 0; r < rows; ++r)
-    std::memcpy(data + r * width, from + static_cast<int64_t>(r) * stride, width * sizeof(float));
-  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
-  return Out<float>(data, {rows, width}, owner);
-}
-
 Out<float> logits(Native& self, size_t vocab) {
   const auto entered = self.enter();
   const Executable& e = self.executable;
@@ -228,44 +128,8 @@ Out<float> tap(Native& self, int32_t op) {
   return floats(kept.data(), kept.size() / width, width, static_cast<int64_t>(width));
 }
 
-// The arrays of SampleInputs (see kernels/inputs.py) for `rows` rows, checked for their length.
-SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows) {
-  SampleArgs args{};
-  const auto f32 = [&](const char* name) { return step_array<float>(held, samples, name, rows); };
-  const auto i32 = [&](const char* name, int64_t count) { return step_array<int32_t>(held, samples, name, count); };
-  args.temperature = f32("temperature");
-  args.top_k = i32("top_k", rows);
-  args.top_p = f32("top_p");
-  args.min_p = f32("min_p");
-  args.typical_p = f32("typical_p");
-  args.repetition = f32("repetition");
-  args.frequency = f32("frequency");
-  args.presence = f32("presence");
-  args.n_logprobs = i32("n_logprobs", rows);
-  args.seed = step_array<uint64_t>(held, samples, "seed", rows);
-  args.choice = step_array<uint32_t>(held, samples, "choice", rows);
-  args.draw = step_array<uint32_t>(held, samples, "draw", rows);
-  args.target = i32("target", rows);
-  args.warped = step_array<uint8_t>(held, samples, "warped", rows);
-  args.seen_start = i32("seen_start", rows + 1);
-  args.bias_start = i32("bias_start", rows + 1);
-  const int64_t seen = args.seen_start[rows], bias = args.bias_start[rows];
-  if (seen < 0 || bias < 0) throw std::invalid_argument("seen_start, bias_start: below 0");
-  args.seen_ids = i32("seen_ids", seen);
-  args.seen_counts = i32("seen_counts", seen);
-  args.bias_ids = i32("bias_ids", bias);
-  args.bias_values = step_array<float>(held, samples, "bias_values", bias);
-  return args;
-}
-
-template <class T>
-Out<T> made(size_t rows, size_t width) {
-  auto* data = new T[rows * width + 1]();
-  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
-  return width == 1 ? Out<T>(data, {rows}, owner) : Out<T>(data, {rows, width}, owner);
-}
-
-// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL.
+// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL:
+// the caller is a Guest.
 template <class F>
 nb::tuple sampled(const SampleArgs& args, size_t rows, int32_t width, const F& fill) {
   if (width < 0) throw std::invalid_argument("width is below 0");
@@ -305,6 +169,7 @@ nb::tuple sample_rows(const In<float>& logits, const nb::object& samples, int32_
     throw std::invalid_argument("samples: an id outside the vocabulary");
   SampleScratch scratch;
   scratch.loops = find_table(isa)->sampling;
+  const Guest guest;
   return sampled(args, rows, width, [&](const SampleOut& out) {
     for (size_t r = 0; r < rows; ++r)
       sample_row(logits.data() + static_cast<int64_t>(r) * vocab, vocab, static_cast<int64_t>(r), args, out, scratch);
@@ -324,9 +189,20 @@ std::vector<std::string> table_names() {
   return names;
 }
 
+// For tests: what the trial at start decides of such seconds, with 1 and with 8 rows, as (names best first, why).
+nb::tuple choice_of_pairs(std::pair<double, double> pairs, std::pair<double, double> floats, bool same_bits) {
+  Kernels with = kPortable, without = kPortable;
+  with.name = "pairs", without.name = "floats";
+  const PairTrial trial{{pairs.first, pairs.second}, {floats.first, floats.second}, same_bits};
+  std::vector<std::string> names;
+  for (const Kernels* table : trial.best_first(with, without)) names.emplace_back(table->name);
+  return nb::make_tuple(names, trial.why(with.name, without.name));
+}
+
 double measured_peak(const std::string& isa, int32_t kind, int threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   const Kernels* table = find_table(isa);
+  const Guest guest;
   const nb::gil_scoped_release release;
   return peak_rate(*table, kind, threads);
 }
@@ -335,6 +211,7 @@ double measured_read(const std::string& isa, int threads, int64_t nbytes) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   if (nbytes < 256 || nbytes > int64_t{1} << 34) throw std::invalid_argument("nbytes: not between 256 and 2^34");
   const Kernels* table = find_table(isa);
+  const Guest guest;
   const nb::gil_scoped_release release;
   return read_rate(*table, threads, nbytes);
 }
@@ -437,6 +314,8 @@ NB_MODULE(_native, m) {
   m.def("sample_rows", sample_rows, "logits"_a.noconvert(), "samples"_a, "width"_a, "isa"_a,
         "The sampler on its own: what Executable.sample gives, of these logits.");
   m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where that was tried; else empty.");
+  m.def("choice_of_pairs", choice_of_pairs, "pairs"_a, "floats"_a, "same_bits"_a,
+        "What that trial decides of seconds measured with 1 and 8 rows: (names, the best first; why).");
   m.def("peak_rate", measured_peak, "isa"_a, "kind"_a, "threads"_a,
         "Operations a second of floats (0), bfloat16 pairs (1), bytes (2), 16-bit numbers (3); 0 where there are none.");
   m.def("read_rate", measured_read, "isa"_a, "threads"_a, "nbytes"_a,
@@ -446,8 +325,7 @@ NB_MODULE(_native, m) {
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
   bind_load(executable);
   bind_step(executable);
-  guests();
-  nb::module_::import_("atexit").attr("register")(nb::cpp_function(see_guests_out));
+  see_guests_out_at_exit();
 }
 
 }  // namespace truffula

@@ -1,0 +1,88 @@
+#include "arrays.h"
+
+#include <cstring>
+
+namespace truffula {
+
+Ref ref_of(const nb::object& columns) {
+  if (columns.is_none()) return {};
+  const auto t = nb::cast<nb::tuple>(columns);
+  if (t.size() != 3) throw std::invalid_argument("columns are (buffer, start, width)");
+  return {nb::cast<int32_t>(t[0]), nb::cast<int32_t>(t[1]), nb::cast<int32_t>(t[2])};
+}
+
+Source source_of(const Any& array) {
+  if (array.ndim() != 2) throw std::invalid_argument("a matrix has two axes");
+  Source source{array.data(), Stored::kFloat32, static_cast<int64_t>(array.shape(1))};
+  if (array.dtype() == nb::dtype<uint16_t>()) source.type = Stored::kBfloat16;
+  else if (array.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Float) && array.dtype().bits == 16)
+    source.type = Stored::kFloat16;
+  else if (array.dtype() != nb::dtype<float>()) throw std::invalid_argument("a matrix holds float32, float16 or uint16");
+  return source;
+}
+
+Source blocks_of(const Any& array, const std::string& kind) {
+  if (array.ndim() != 3 || array.dtype() != nb::dtype<uint8_t>()) throw std::invalid_argument("blocks have three axes of uint8");
+  const std::pair<const char*, Stored> kinds[] = {
+      {"Q8_0", Stored::kQ8_0}, {"Q4_0", Stored::kQ4_0}, {"Q4_1", Stored::kQ4_1}, {"Q5_0", Stored::kQ5_0}};
+  for (const auto& [name, type] : kinds)
+    if (kind == name) {
+      if (static_cast<int64_t>(array.shape(2)) != stored_block_bytes(type)) throw std::invalid_argument(kind + ": bad blocks");
+      return {array.data(), type, static_cast<int64_t>(array.shape(1)) * kBlock};
+    }
+  throw std::invalid_argument("blocks of " + kind + " are not packed");
+}
+
+StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, int64_t groups) {
+  const int64_t T = c.max_tokens, N = c.max_seqs, G = c.max_segments;
+  return {step_array<int32_t>(held, inputs, "token_ids", T),
+          step_array<int32_t>(held, inputs, "position", T),
+          step_array<int32_t>(held, inputs, "rope_pos", 3 * T),
+          step_array<int32_t>(held, inputs, "slot_mapping", groups * T),
+          step_array<int32_t>(held, inputs, "block_tables", groups * N * c.max_blocks_per_seq),
+          step_array<int32_t>(held, inputs, "q_start", N + 1),
+          step_array<int32_t>(held, inputs, "kv_len", N),
+          step_array<int32_t>(held, inputs, "seg", 3 * G),
+          step_array<int32_t>(held, inputs, "seg_r", 2 * G),
+          step_array<float>(held, inputs, "seg_weight", G),
+          step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
+}
+
+SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows) {
+  SampleArgs args{};
+  const auto f32 = [&](const char* name) { return step_array<float>(held, samples, name, rows); };
+  const auto i32 = [&](const char* name, int64_t count) { return step_array<int32_t>(held, samples, name, count); };
+  args.temperature = f32("temperature");
+  args.top_k = i32("top_k", rows);
+  args.top_p = f32("top_p");
+  args.min_p = f32("min_p");
+  args.typical_p = f32("typical_p");
+  args.repetition = f32("repetition");
+  args.frequency = f32("frequency");
+  args.presence = f32("presence");
+  args.n_logprobs = i32("n_logprobs", rows);
+  args.seed = step_array<uint64_t>(held, samples, "seed", rows);
+  args.choice = step_array<uint32_t>(held, samples, "choice", rows);
+  args.draw = step_array<uint32_t>(held, samples, "draw", rows);
+  args.target = i32("target", rows);
+  args.warped = step_array<uint8_t>(held, samples, "warped", rows);
+  args.seen_start = i32("seen_start", rows + 1);
+  args.bias_start = i32("bias_start", rows + 1);
+  const int64_t seen = args.seen_start[rows], bias = args.bias_start[rows];
+  if (seen < 0 || bias < 0) throw std::invalid_argument("seen_start, bias_start: below 0");
+  args.seen_ids = i32("seen_ids", seen);
+  args.seen_counts = i32("seen_counts", seen);
+  args.bias_ids = i32("bias_ids", bias);
+  args.bias_values = step_array<float>(held, samples, "bias_values", bias);
+  return args;
+}
+
+Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) {
+  auto* data = new float[rows * width + 1];
+  for (size_t r = 0; r < rows; ++r)
+    std::memcpy(data + r * width, from + static_cast<int64_t>(r) * stride, width * sizeof(float));
+  const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return Out<float>(data, {rows, width}, owner);
+}
+
+}  // namespace truffula
