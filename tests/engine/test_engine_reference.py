@@ -168,7 +168,7 @@ def hold_in_any_company(real: Real, examples: int) -> None:
 
 
 def test_greedy_tokens_in_any_company(real):
-    # A step of torch's takes many times a native one's, and no bit of its is promised: at length it is the slow suite's.
+    # A step of torch's takes many times a native one's, and its bits are not promised: more of it in the slow suite.
     hold_in_any_company(real, 15 if real.exact else 6)
 
 
