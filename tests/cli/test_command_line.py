@@ -1,15 +1,13 @@
-"""Each command as a user runs it: a process, its output, its status."""
+"""Each command as a user runs it: its output, its status. At least one of each kind in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import here, truffula
 from live_server import write_model
 
 from truffula.config import OPTIONS
@@ -33,13 +31,6 @@ COMMANDS = [
 ]
 
 
-def truffula(*args: str, stdin: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "truffula", *args],
-        capture_output=True, text=True, input=stdin, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("cli") / "model")
@@ -52,13 +43,13 @@ def adapter(model: Path) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches(command: str) -> None:
-    done = truffula(*command.split(), "--help", COLUMNS="200")
+    done = here(*command.split(), "--help", COLUMNS="200")
     assert done.returncode == 0
     assert "Usage" in done.stdout
 
 
 def test_every_option_has_its_flag_in_serve() -> None:
-    shown = truffula("serve", "--help", COLUMNS="400").stdout
+    shown = here("serve", "--help", COLUMNS="400").stdout
     for option in OPTIONS.values():
         if option.name != "model":
             assert option.flag in shown, option.flag
@@ -71,7 +62,7 @@ def test_an_unknown_flag_is_named() -> None:
 
 
 def test_a_wrong_value_names_flag_value_and_what_is_expected() -> None:
-    done = truffula("generate", "model", "hello", "--step-tokens", "many")
+    done = here("generate", "model", "hello", "--step-tokens", "many")
     assert done.returncode == 1
     assert "--step-tokens" in done.stderr and "many" in done.stderr and "whole number" in done.stderr
 
@@ -94,20 +85,20 @@ def test_a_port_in_use_is_said_before_anything_loads(model: Path) -> None:
 
 
 def test_too_little_memory_is_computed_before_loading(model: Path) -> None:
-    done = truffula("generate", str(model), "hello", "--memory", "100KiB")
+    done = here("generate", str(model), "hello", "--memory", "100KiB")
     assert done.returncode == 1
     assert "insufficient_memory" in done.stderr and "100 KiB" in done.stderr
 
 
 def test_config_shows_values_and_their_origin() -> None:
-    shown = json.loads(truffula("config", "--show", "--json", TRUFFULA_MAX_RUNNING="7").stdout)
+    shown = json.loads(here("config", "--show", "--json", TRUFFULA_MAX_RUNNING="7").stdout)
     rows = {row["name"]: row for row in shown}
     assert (rows["max_running"]["value"], rows["max_running"]["source"]) == ("7", "TRUFFULA_MAX_RUNNING")
     assert rows["step_tokens"]["origin"] == "default"
 
 
 def test_an_unknown_variable_is_refused_with_the_nearest() -> None:
-    done = truffula("config", "--show", TRUFFULA_MAX_RUNING="7")
+    done = here("config", "--show", TRUFFULA_MAX_RUNING="7")
     assert done.returncode == 1
     assert "TRUFFULA_MAX_RUNNING" in done.stderr
 
@@ -128,14 +119,14 @@ def test_doctor_finds_the_backends_and_what_they_would_use() -> None:
 def test_an_instruction_set_that_is_not_there_is_refused_naming_what_is(model: Path) -> None:
     for given in ({}, {"TRUFFULA_CPU_ISA": "nonsense"}):
         flags = () if given else ("--cpu-isa", "nonsense")
-        done = truffula("generate", str(model), "hello", *flags, **given)
+        done = here("generate", str(model), "hello", *flags, **given)
         assert done.returncode == 1
         assert "cpu_isa" in done.stderr and "nonsense" in done.stderr
         assert all(name in done.stderr for name in instruction_sets())
 
 
 def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
-    found = json.loads(truffula("inspect", str(model), "--json").stdout)
+    found = json.loads(here("inspect", str(model), "--json").stdout)
     written = json.loads((model / "config.json").read_text())
     assert {row["key"] for row in found["config"]} == set(written)
     assert found["tying"] in ("tied", "separate") and found["tying_reason"]
@@ -143,23 +134,23 @@ def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
 
 
 def test_inspect_says_what_rounding_would_lose(model: Path, adapter: Path) -> None:
-    found = json.loads(truffula("inspect", str(model), "--quantize", "q8_0", "--json").stdout)
+    found = json.loads(here("inspect", str(model), "--quantize", "q8_0", "--json").stdout)
     kinds = found["rounding"]["kinds"]
     assert kinds["all"]["tensors"] == sum(kind["tensors"] for name, kind in kinds.items() if name != "all")
     assert 0 < kinds["all"]["error"] <= kinds["all"]["worst_error"] < 0.05
-    refused = truffula("inspect", str(adapter), "--quantize", "q8_0")
+    refused = here("inspect", str(adapter), "--quantize", "q8_0")
     assert refused.returncode == 1 and "adapters are never rounded" in refused.stderr
-    unknown = truffula("inspect", str(model), "--quantize", "q3")
+    unknown = here("inspect", str(model), "--quantize", "q3")
     assert unknown.returncode == 1 and "--quantize" in unknown.stderr and "q8_0" in unknown.stderr
 
 
 def test_inspect_an_adapter_against_its_base_and_a_wrong_one(model: Path, adapter: Path, tmp_path: Path) -> None:
-    found = json.loads(truffula("inspect", str(adapter), "--base", str(model), "--json").stdout)
+    found = json.loads(here("inspect", str(adapter), "--base", str(model), "--json").stdout)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert set(config) <= {row["field"] for row in found["fields"]}
     assert (found["rank"], found["error"]) == (3, None)
     other = write_model(tmp_path / "other", hidden_size=64)
-    refused = truffula("inspect", str(adapter), "--base", str(other))
+    refused = here("inspect", str(adapter), "--base", str(other))
     assert refused.returncode == 1
     assert "adapter_invalid" in refused.stderr and "lora_" in refused.stderr
 
@@ -188,26 +179,26 @@ def test_generate_refuses_a_broken_adapter(model: Path, adapter: Path, tmp_path:
     (tmp_path / "leaf").mkdir()
     (tmp_path / "leaf" / "adapter_config.json").write_text('{"peft_type": "LOHA", "r": 2}')
     (tmp_path / "leaf" / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-    done = truffula("generate", str(model), "hello", "--raw", "-a", str(tmp_path / "leaf"))
+    done = here("generate", str(model), "hello", "--raw", "-a", str(tmp_path / "leaf"))
     assert done.returncode == 1
     assert "LOHA" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_chat_answers_and_switches(model: Path, adapter: Path) -> None:
     lines = "Hello\n/adapter leaf\nHello\n/adapter oak\n/quit\n"
-    done = truffula("chat", str(model), "-a", f"leaf={adapter}", "--max-tokens", "4", stdin=lines)
+    done = here("chat", str(model), "-a", f"leaf={adapter}", "--max-tokens", "4", stdin=lines)
     assert done.returncode == 0, done.stderr
     assert "There is no adapter 'oak'" in done.stdout
 
 
 def test_adapters_without_a_server_says_so() -> None:
-    done = truffula("adapters", "list", "--url", "http://127.0.0.1:9")
+    done = here("adapters", "list", "--url", "http://127.0.0.1:9")
     assert done.returncode == 1
     assert "--url" in done.stderr
 
 
 def test_bench_step_on_a_toy_shape() -> None:
-    done = truffula("bench", "step", "--tiny", "--rows", "1,3", "--steps", "2", "--prefill", "20", "--json")
+    done = here("bench", "step", "--tiny", "--rows", "1,3", "--steps", "2", "--prefill", "20", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     seen = [(line["what"], line["rows"], line["adapters"]) for line in report["lines"]]
@@ -215,13 +206,13 @@ def test_bench_step_on_a_toy_shape() -> None:
         ("prefill", 20, "none")
     ]
     assert all(line["ms"] >= line["best_ms"] > 0 for line in report["lines"])
-    refused = truffula("bench", "step", "--tiny", "--adapters", "some")
+    refused = here("bench", "step", "--tiny", "--adapters", "some")
     assert refused.returncode != 0 and "none, shared, distinct" in refused.stderr
 
 
 @pytest.mark.skipif(not available(), reason="truffula was installed without its native kernels")
 def test_bench_kernel_on_toy_shapes() -> None:
-    done = truffula("bench", "kernel", "--tiny", "--shape", "50x64", "--threads", "1", "--json")
+    done = here("bench", "kernel", "--tiny", "--shape", "50x64", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     linears = [(line["shape"], line["format"], line["rows"]) for line in report["lines"] if line["kernel"] == "linear"]
@@ -232,7 +223,7 @@ def test_bench_kernel_on_toy_shapes() -> None:
     assert all(line["us"] > 0 and line["limit_us"] > 0 for line in report["lines"])
     assert all(report["limits"][name] > 0 for name in ("float_peak", "byte_peak", "read_one", "read_all"))
     for wrong, said in (("--shape=9", "960x576"), ("--shape=8x31", "multiple of 32"), ("--format=Q9", "Q5_0")):
-        refused = truffula("bench", "kernel", "--tiny", wrong)
+        refused = here("bench", "kernel", "--tiny", wrong)
         assert refused.returncode != 0 and said in refused.stderr
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+
+from command import here
 
 from truffula.cli.doctor import STORED, cpu_limit, faster_instructions
 from truffula.engine.memory import CpuLimits
@@ -13,9 +12,7 @@ from truffula.kernels.select import choose_dtype, select_backend
 
 
 def doctor(**env: str) -> dict[str, dict[str, str]]:
-    command = [sys.executable, "-m", "truffula", "doctor", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **env})
-    return {row["what"]: row for row in json.loads(done.stdout)}
+    return {row["what"]: row for row in json.loads(here("doctor", "--json", **env).stdout)}
 
 
 def test_dtypes_and_reasons_are_those_of_a_start() -> None:

@@ -103,9 +103,11 @@ FAMILIES = ["llama", "mistral", "gemma3_text"]
 def real(request, tmp_path_factory):
     name, family = request.param
     root: Path = tmp_path_factory.mktemp(family)
-    config = tiny_config(family, vocab_size=61)
+    config = tiny_config(family, vocab_size=61, num_hidden_layers=2)
     if "sliding_window" in config:
         config["sliding_window"] = 7  # shorter than the prompts
+    if family == "gemma3_text":  # by its own rule the first five slide
+        config["layer_types"] = ["sliding_attention", "full_attention"]
     folder = write_tiny_checkpoint(root / "base", config, seed=3)
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
@@ -149,28 +151,31 @@ LIGHT = {
 }
 
 
-@settings(max_examples=15, **LIGHT)
-@given(crowds(), st.integers(1, 64), st.integers(1, 8), st.integers(12, 80), st.booleans())
-def test_greedy_tokens_in_any_company(real, crowd, step_tokens, max_running, num_blocks, prefix_cache):
-    requests = made(real, crowd)
-    changes = {"step_tokens": step_tokens, "max_running": max_running, "num_blocks": num_blocks}
-    _, answers = real.run(requests, prefix_cache=prefix_cache, **changes)
-    for req in requests:
-        real.assert_same(answers[req.request_id], real.alone(req))
-    real.assert_few_ties()
+def hold_in_any_company(real: Real, examples: int) -> None:
+    """Crowds, however they are cut and whatever memory there is, against each request alone."""
+
+    @settings(max_examples=examples, **LIGHT)
+    @given(crowds(), st.integers(1, 64), st.integers(1, 8), st.integers(12, 80), st.booleans())
+    def holds(crowd, step_tokens, max_running, num_blocks, prefix_cache):
+        requests = made(real, crowd)
+        changes = {"step_tokens": step_tokens, "max_running": max_running, "num_blocks": num_blocks}
+        _, answers = real.run(requests, prefix_cache=prefix_cache, **changes)
+        for req in requests:
+            real.assert_same(answers[req.request_id], real.alone(req))
+        real.assert_few_ties()
+
+    holds()
+
+
+def test_greedy_tokens_in_any_company(real):
+    # A step of torch's takes many times a native one's, and its bits are not promised: more of it in the slow suite.
+    hold_in_any_company(real, 15 if real.exact else 6)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@settings(max_examples=150, **LIGHT)
-@given(crowds(), st.integers(1, 64), st.integers(1, 8), st.integers(12, 80), st.booleans())
-def test_greedy_tokens_in_any_company_at_length(real, crowd, step_tokens, max_running, num_blocks, prefix_cache):
-    requests = made(real, crowd)
-    changes = {"step_tokens": step_tokens, "max_running": max_running, "num_blocks": num_blocks}
-    _, answers = real.run(requests, prefix_cache=prefix_cache, **changes)
-    for req in requests:
-        real.assert_same(answers[req.request_id], real.alone(req))
-    real.assert_few_ties()
+def test_greedy_tokens_in_any_company_at_length(real):
+    hold_in_any_company(real, 150)
 
 
 def test_chunked_at_every_budget(real):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,10 +52,29 @@ def layer_of(name: str) -> int:
     return LAYERS.index(head)
 
 
-def imports(tree: ast.AST) -> list[tuple[str, int]]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Every rule goes over every file: each is parsed and walked once."""
+    return tuple(ast.walk(tree_of(path)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees_are_let_go() -> Iterator[None]:
+    """The rest of the suite need not carry a million nodes through each garbage collection."""
+    yield
+    tree_of.cache_clear()
+    nodes_of.cache_clear()
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
     """Every module a file imports, lazily or under TYPE_CHECKING too, with its line."""
     found = []
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -67,7 +88,7 @@ def test_imports_point_down(path: Path) -> None:
     if path == SRC / "__init__.py":
         return  # its lazy names are the public surface
     own = layer_of(relative(path).removesuffix(".py").replace("/", "."))
-    for name, line in imports(ast.parse(path.read_text())):
+    for name, line in imports(path):
         if name.startswith("truffula."):
             target = name.removeprefix("truffula.")
             if target.split(".")[0] == "__version__":
@@ -80,7 +101,7 @@ def test_imports_point_down(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_torch_is_a_backend_not_the_language(path: Path) -> None:
     at_home = relative(path).startswith(TORCH_HOMES)
-    for name, line in imports(ast.parse(path.read_text())):
+    for name, line in imports(path):
         if name.split(".")[0] == "torch":
             assert at_home, f"{relative(path)}:{line}: only {', '.join(TORCH_HOMES)} import torch"
         if name.split(".")[0] in {"transformers", "peft"}:
@@ -93,7 +114,7 @@ def test_torch_is_a_backend_not_the_language(path: Path) -> None:
 def test_environment_is_read_in_one_place(path: Path) -> None:
     if relative(path) == "config.py":
         return
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
             pytest.fail(
                 f"{relative(path)}:{node.lineno} reads the environment; config.py alone does, and passes values down"
@@ -106,7 +127,7 @@ def test_size_of_files_and_functions(path: Path) -> None:
     assert text.count("\n") <= LONG_FILE, (
         f"{relative(path)} has {text.count(chr(10))} lines; split it by owner of state"
     )
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or 0) - node.lineno + 1
             assert length <= LONG_FUNCTION, f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
@@ -138,7 +159,7 @@ def test_tables_share_no_code_with_the_linker(table: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_no_module_level_mutable_state(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
+    for node in tree_of(path).body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
@@ -153,7 +174,7 @@ def test_no_module_level_mutable_state(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_constants_are_never_written(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         assert not isinstance(node, ast.Global), f"{relative(path)}:{node.lineno} uses global"
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AugAssign) else []
@@ -171,7 +192,7 @@ def test_names_and_blindfolds(path: Path) -> None:
     assert path.stem not in {"utils", "util", "helpers", "misc", "common"}, (
         f"{relative(path)}: name a file after what it owns"
     )
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.ExceptHandler):
             blind = node.type is None or (
                 isinstance(node.type, ast.Name) and node.type.id in {"Exception", "BaseException"}

@@ -33,6 +33,14 @@ def live(model_folder: Path, adapter_folders: dict[str, Path]) -> Iterator[Live]
         "adapter_dir": adapter_folders["in-dir"].parent,
         "lorax_metrics": True,
         "max_model_len": 160,
+        "backend": "auto",  # for speed: no test of this server asks what computes
     }
     with serving(model_folder, **options) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def impatient(model_folder: Path) -> Iterator[Live]:
+    """A server that waits a second for heads and bodies."""
+    with serving(model_folder, body_timeout=1.0) as found:
         yield found

@@ -132,7 +132,8 @@ def serving(model: Path, **options: Any) -> Iterator[Live]:
         "memory": "1GiB",
         "dtype": "float32",
         "threads": 1,
-        "backend": "reference",
+        # An engine's process of its own would import torch for it, which takes longer than all that is asked of it.
+        "backend": "auto" if options.get("transport") == "process" else "reference",
     }
     resolved = load_config({**defaults, **options}, env={})
     listening = bind(resolved.server)

@@ -5,7 +5,6 @@ import json
 import socket
 from urllib.parse import urlsplit
 
-import pytest
 from live_server import assert_canonical_error, ok, serving, until
 
 BODY = {"prompt": "Hello", "max_tokens": 1}
@@ -20,20 +19,21 @@ def half_a_body(live, path):
         yield connection
 
 
-@pytest.mark.parametrize(("path", "key"), [("/v1/completions", "code"), ("/generate", "error_type")])
-def test_a_body_that_never_ends_is_408(model_folder, path, key):
-    with serving(model_folder, body_timeout=1.0) as live:
-        with half_a_body(live, path) as connection:
+def test_a_body_that_never_ends_is_408(impatient):
+    told = {"/v1/completions": ("code", "body_timeout"), "/generate": ("error_type", "validation")}
+    with contextlib.ExitStack() as held:
+        waiting = {path: held.enter_context(half_a_body(impatient, path)) for path in told}
+        for path, (key, value) in told.items():
             raw = b""
-            while part := connection.recv(65536):  # until the server closes
+            while part := waiting[path].recv(65536):  # until the server closes
                 raw += part
-        head, _, body = raw.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 408 ")
-        found = json.loads(body)
-        found = found["error"] if path.startswith("/v1") else found
-        assert found[key] == ("body_timeout" if key == "code" else "validation")
-        assert "1 s" in str(found)
-        ok(live.post("/v1/completions", BODY))
+            head, _, body = raw.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 408 ")
+            found = json.loads(body)
+            found = found["error"] if path.startswith("/v1") else found
+            assert found[key] == value
+            assert "1 s" in str(found)
+    ok(impatient.post("/v1/completions", BODY))
 
 
 def test_open_requests_are_bounded_and_probes_are_not(model_folder):

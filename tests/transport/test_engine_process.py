@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from following import Answer, ask, eventually, fold, follow, run
 
-from processes import running
+from processes import frozen, running, watched
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.life import Life
@@ -87,33 +88,33 @@ def test_pinned_adapters_are_loaded_again_after_a_death(
 
 
 def test_a_stopped_engine_is_unhealthy_and_never_blocks_its_callers(start: Start):
-    client = start("process", heartbeat_timeout_s=4.0)
-    os.kill(client.pid, signal.SIGSTOP)
-    try:
+    client = start("process", heartbeat_timeout_s=60.0)
+    with contextlib.ExitStack() as ice:
+        ice.enter_context(frozen(client.pid))
         # More than a socket's buffer holds: were submit to wait for the engine, this would hang.
         names = [f"big {n}" for n in range(40)]
         for name in names:
             client.submit([ask(name, [3] * 30_000)])
-        eventually(lambda: not client.alive(), "the silence is noticed")
-    finally:
-        os.kill(client.pid, signal.SIGCONT)
+        with watched(client, heartbeat_timeout_s=1.0):
+            eventually(lambda: not client.alive(), "the silence is noticed")
+            ice.close()
+            eventually(client.alive, "it speaks again")
     assert {a.code for a in follow(client, names).values()} == {"prompt_too_long"}
-    eventually(client.alive, "it speaks again")
 
 
 def test_an_engine_that_hangs_takes_no_requests_is_killed_and_followed_by_another(start: Start):
-    client = start("process", heartbeat_timeout_s=5.0, hang_timeout_s=2.0)
+    client = start("process", heartbeat_timeout_s=60.0)
     first = client.pid
     client.submit([ask("open", [5, 6], max_tokens=4000, ignore_eos=True)])
-    os.kill(first, signal.SIGSTOP)
-    eventually(lambda: not client.alive(), "the silence is noticed")
-    late = run(client, [ask("late", [3])])["late"]
-    assert (late.finish, late.code) == ("error", "engine_died")
-    answer = follow(client, ["open"])["open"]
-    assert (answer.finish, answer.code) == ("error", "engine_died")
-    assert "silent" in answer.message
-    eventually(lambda: client.pid not in (None, first), "the next engine")
-    assert not running(first)
+    with frozen(first), watched(client, heartbeat_timeout_s=1.0, hang_timeout_s=1.0):
+        eventually(lambda: not client.alive(), "the silence is noticed")
+        late = run(client, [ask("late", [3])])["late"]
+        assert (late.finish, late.code) == ("error", "engine_died")
+        answer = follow(client, ["open"])["open"]
+        assert (answer.finish, answer.code) == ("error", "engine_died")
+        assert "silent" in answer.message
+        eventually(lambda: client.pid not in (None, first), "the next engine")
+        assert not running(first)
     served = lambda: run(client, [ask("after", [3])])["after"].finish in ("length", "stop")
     eventually(served, "it serves")
 
