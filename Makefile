@@ -8,6 +8,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 COMPILED := $(BIN)/python -c 'import sys; from truffula.kernels.cpu import why_unavailable as why; sys.exit(bool(why()))' 2>/dev/null
 
+# Tests start many processes: they find their modules compiled, whatever the shell says of that, and leave the cores be.
+TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive
+
 .PHONY: help native demo test smoke test-slow sanitize emulate fuzz lint check fix bench clean
 help:            ## this list
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+: +##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -51,10 +54,10 @@ demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, th
 	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
 
 test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
-	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(ARGS)
+	@$(TESTING) $(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
-	@OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
+	@$(TESTING) $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
 
 # An environment of its own, so that what the tests need elsewhere is not there. pytest's settings are its own, too.
 smoke:           ## what a user without torch has: installed apart, then commands, server, adapters, dialects
