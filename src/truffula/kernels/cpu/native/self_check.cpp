@@ -86,6 +86,7 @@ std::vector<float> product(const Kernels& table, int32_t format) {
   call.quantised_stride = stride;
   call.rows = kRows;
   call.out_width = kOutputs;
+  call.in_blocks = format == kF32;
   call.activation = kSilu;
   call.clip = -1.0f;
   call.scale = 0.5f;
