@@ -15,7 +15,7 @@ from truffula.kernels.program import Linear
 from truffula.testing.programs import as_dtype
 
 pytestmark = needs_native
-BLOCK = 32
+BLOCK = 128
 FUSED = tuple(isa for isa in ISAS if isa != "portable")
 
 
@@ -59,8 +59,8 @@ def test_sums_go_upward_in_pairs_odd_inputs_first(isa, rows, outputs, inputs):
 
 @pytest.mark.parametrize("isa", FUSED)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 2), (2, 40, 33), (13, 35, 64), (29, 17, 171)])
-def test_float32_rows_are_summed_by_32_inputs(isa, stored, rows, outputs, inputs):
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 2), (2, 40, 128), (13, 35, 129), (29, 17, 401)])
+def test_float32_rows_are_summed_by_128_inputs(isa, stored, rows, outputs, inputs):
     rng = np.random.default_rng(inputs)
     x, w = halves(rng, rows, inputs), halves(rng, outputs, inputs)
     wanted = np.zeros((rows, outputs), np.float32)
@@ -72,11 +72,11 @@ def test_float32_rows_are_summed_by_32_inputs(isa, stored, rows, outputs, inputs
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_float32_sums_are_a_third_as_far_from_exact_as_one_chain(isa):
+def test_float32_sums_are_less_than_a_third_as_far_from_exact_as_one_chain(isa):
     rng = np.random.default_rng(4)
-    x, w = (rng.standard_normal((n, 1536)).astype(np.float32) for n in (8, 64))
+    x, w = (rng.standard_normal((n, 3072)).astype(np.float32) for n in (8, 64))
     exact = x.astype(np.float64) @ w.T.astype(np.float64)
-    ours, chain = (found - exact for found in (products(isa, x, w, "float32"), summed(x, w, range(1536))))
+    ours, chain = (found - exact for found in (products(isa, x, w, "float32"), summed(x, w, range(3072))))
     assert np.sqrt((ours**2).mean()) < np.sqrt((chain**2).mean()) / 3
 
 

@@ -1,7 +1,7 @@
 // Products with packed matrices. Every output is summed in one order, whatever tile it is in: a row's result depends
 // neither on the other rows nor on where it stands. Rows of bfloat16 numbers: one accumulator walks k upward. Rows of
-// float32: so within kSumInputs inputs, and these sums are added up, ascending; rounding errors grow with the length of a
-// chain, and a chain of all inputs is off by three to four times as much.
+// float32: so within kSumInputs inputs, and these sums are added up, ascending. Rounding errors grow with the length of a
+// chain: one of all inputs is off by two to four times as much.
 #pragma once
 
 #include "ahead.h"
@@ -20,7 +20,8 @@ constexpr int kTileRows = 2;
 #endif
 constexpr int kBlockRows = 48;  // between two epilogues: a multiple of every tile's rows
 constexpr int kUnitPanels = 2;
-constexpr int64_t kSumInputs = 32;  // even: a pair is never cut
+// Even, so that a pair is never cut. On a whole model 64 is off by 6 % less and a product takes 2 % longer.
+constexpr int64_t kSumInputs = 128;
 
 // Reads ahead what will be needed next and no hardware foresees: a few hundred bytes here and there.
 TF_INLINE void prefetch(const uint8_t* data, int64_t bytes) {
@@ -113,7 +114,8 @@ TF_INLINE void tile_in_blocks(const float* x, int64_t stride, const uint8_t* pan
 template <int MR, int NP, int FORMAT, Use USE>
 static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* y,
                  int64_t y_stride, Ahead ahead) {
-  if constexpr (USE == kStreamBlocks) return tile_in_blocks<MR, NP, FORMAT>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);
+  if constexpr (USE == kStreamBlocks)
+    return tile_in_blocks<MR, NP, FORMAT>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScattered ? load(y + r * y_stride + kLanes * p) : zero();

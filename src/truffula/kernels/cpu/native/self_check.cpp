@@ -12,7 +12,7 @@
 namespace truffula {
 namespace {
 
-constexpr int32_t kRows = 7, kInputs = 96, kOutputs = 48;
+constexpr int32_t kRows = 7, kInputs = 160, kOutputs = 48;
 constexpr double kTolerance = 1e-4;
 
 // Numbers between -1 and 1, the same on every machine.
