@@ -51,11 +51,11 @@ def wanted(checkpoint: Checkpoint, ids: list[int]) -> Float32:
     [pytest.param(CpuBackend(threads=2, exact=True), marks=needs_native, id="cpu"),
      pytest.param(ReferenceBackend(), id="reference")],
 )  # fmt: skip
-def test_every_logit_is_within_1e_4(
-    backend: Backend, checkpoint: Checkpoint, ids: list[int], wanted: Float32
-) -> None:
+def test_every_logit_is_within_1e_4(backend: Backend, checkpoint: Checkpoint, ids: list[int], wanted: Float32) -> None:
     plan, capacity = plan_model(checkpoint), capacity_for(POSITIONS)
-    executable = backend.load(plan.program, "float32", puller(checkpoint, plan, block_kinds=backend.block_kinds), capacity)
+    executable = backend.load(
+        plan.program, "float32", puller(checkpoint, plan, block_kinds=backend.block_kinds), capacity
+    )
     found = Driver(executable, capacity).feed(ids)
     executable.close()
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4)
