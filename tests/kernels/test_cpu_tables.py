@@ -1,7 +1,9 @@
-"""Products of bfloat16 numbers in every table: one order of sums, and so the same bits wherever products and
-sums are fused. Which of two ways to multiply a machine takes therefore never shows in an answer."""
+"""Products in every table: one order of sums, and so the same bits wherever products and sums are fused. Which of two
+ways to multiply bfloat16 numbers a machine takes therefore never shows in an answer."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -10,21 +12,37 @@ from one_op import OneOp
 
 from truffula.kernels.cpu import CpuBackend, available, why_this_set
 from truffula.kernels.program import Linear
+from truffula.testing.programs import as_dtype
 
 if available():
     from truffula.kernels.cpu import _native
 
 pytestmark = needs_native
+BLOCK = 128
 FUSED = tuple(isa for isa in ISAS if isa != "portable")
 
 
-def products(isa: str, x: np.ndarray, w: np.ndarray, threads: int = 2) -> np.ndarray:
-    """x W^T in bfloat16 before its rounding: the buffer is float32."""
-    one = OneOp("bfloat16", len(x))
+def products(isa: str, x: np.ndarray, w: np.ndarray, dtype: str = "bfloat16", stored: str = "") -> np.ndarray:
+    """x W^T, in bfloat16 before its rounding: the buffer is float32."""
+    one = OneOp(dtype, len(x))
     ref = one.input(x)
     out = one.buffer(len(w), dtype="float32")
     op = Linear(name="l", x=ref, weight=one.weight(w, "matmul"), out=out)
-    return one.run(CpuBackend(threads, isa), op)
+    one.values[one.weights[op.weight].name] = [as_dtype(w, stored or dtype)]
+    return one.run(CpuBackend(2, isa), op)
+
+
+def summed(x: np.ndarray, w: np.ndarray, order: Iterable[int]) -> np.ndarray:
+    """x W^T of ``halves``, rounded to float32 behind each k: in float64 the product and the sum are exact."""
+    sums = np.zeros((len(x), len(w)), np.float32)
+    for k in order:
+        sums = (sums.astype(np.float64) + np.outer(x[:, k], w[:, k]).astype(np.float64)).astype(np.float32)
+    return sums
+
+
+def pairwise_down(lo: int, hi: int) -> list[int]:
+    """k upward in pairs, of a pair the odd one first."""
+    return [k for pair in range(lo, hi, 2) for k in (pair + 1, pair) if k < hi]
 
 
 def halves(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -38,13 +56,31 @@ def halves(rng: np.random.Generator, *shape: int) -> np.ndarray:
 def test_sums_go_upward_in_pairs_odd_inputs_first(isa, rows, outputs, inputs):
     rng = np.random.default_rng(inputs)
     x, w = halves(rng, rows, inputs), halves(rng, outputs, inputs)
-    wanted = np.zeros((rows, outputs), np.float32)
-    for pair in range(0, inputs, 2):
-        for k in (pair + 1, pair):
-            if k < inputs:  # the product is exact in float64 and so, at these sizes, is the sum: one rounding
-                exact = wanted.astype(np.float64) + np.outer(x[:, k], w[:, k]).astype(np.float64)
-                wanted = exact.astype(np.float32)
+    wanted = summed(x, w, pairwise_down(0, inputs))
     np.testing.assert_array_equal(products(isa, x, w).view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", FUSED)
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 16, 2), (2, 40, 128), (13, 35, 129), (29, 17, 401)])
+def test_float32_rows_are_summed_by_128_inputs(isa, stored, rows, outputs, inputs):
+    rng = np.random.default_rng(inputs)
+    x, w = halves(rng, rows, inputs), halves(rng, outputs, inputs)
+    wanted = np.zeros((rows, outputs), np.float32)
+    for lo in range(0, inputs, BLOCK):
+        hi = min(lo + BLOCK, inputs)
+        wanted += summed(x, w, range(lo, hi) if stored == "float32" else pairwise_down(lo, hi))
+    got = products(isa, x, w, "float32", stored)
+    np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_float32_sums_are_less_than_a_third_as_far_from_exact_as_one_chain(isa):
+    rng = np.random.default_rng(4)
+    x, w = (rng.standard_normal((n, 3072)).astype(np.float32) for n in (8, 64))
+    exact = x.astype(np.float64) @ w.T.astype(np.float64)
+    ours, chain = (found - exact for found in (products(isa, x, w, "float32"), summed(x, w, range(3072))))
+    assert np.sqrt((ours**2).mean()) < np.sqrt((chain**2).mean()) / 3
 
 
 @pytest.mark.parametrize("isa", FUSED)

@@ -71,6 +71,7 @@ struct LinearCall {
   int32_t out_width;
   int32_t activation;
   int32_t glu;
+  int32_t in_blocks;   // x holds more than bfloat16 numbers: sums by kSumInputs, whose rounding errors are smaller
   int32_t round_out;
   float clip;      // below 0: none
   float scale;

@@ -12,7 +12,7 @@
 namespace truffula {
 namespace {
 
-constexpr int32_t kRows = 7, kInputs = 96, kOutputs = 48;
+constexpr int32_t kRows = 7, kInputs = 160, kOutputs = 48;
 constexpr double kTolerance = 1e-4;
 
 // Numbers between -1 and 1, the same on every machine.
@@ -86,6 +86,7 @@ std::vector<float> product(const Kernels& table, int32_t format) {
   call.quantised_stride = stride;
   call.rows = kRows;
   call.out_width = kOutputs;
+  call.in_blocks = format == kF32;
   call.activation = kSilu;
   call.clip = -1.0f;
   call.scale = 0.5f;

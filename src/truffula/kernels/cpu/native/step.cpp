@@ -307,6 +307,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, L
   call.out_width = op.out.width;
   call.activation = op.activation;
   call.glu = op.glu;
+  call.in_blocks = !rounded(op.x);
   call.round_out = rounded(op.out);
   call.clip = op.clip;
   call.scale = op.scale;
