@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from truffula.config import EngineConfig
+from truffula.config import EngineConfig, engine_environment
 from truffula.engine import wire
 from truffula.engine.client import Tickets, refuse_uncrossable
 from truffula.engine.journal import Journal
@@ -341,6 +341,7 @@ class Life:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
+                env=engine_environment(),
             )  # fmt: skip
         except BaseException:
             ours.close()
