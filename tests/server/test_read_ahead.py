@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 from truffula.config import load_config
 from truffula.engine.client import EngineClient, Opening
