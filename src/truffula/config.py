@@ -421,6 +421,11 @@ def engine_environment() -> dict[str, str]:
     return {"OPENBLAS_NUM_THREADS": "1", **os.environ}
 
 
+def installed_environment() -> dict[str, str]:
+    """Of a child that is measured as it is where it was installed: the interpreter keeps what it has compiled."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def _foreign(name: str, value: str) -> Any:
     """What another tool's variable means to us, by that tool's own reading of it."""
     if name == "HF_HUB_OFFLINE":
