@@ -413,6 +413,19 @@ def prepare_compute() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+def engine_environment() -> dict[str, str]:
+    """Of the engine's process: ours, with no threads of numpy's own, which would spin and no one would give work.
+
+    A user's own OPENBLAS_NUM_THREADS wins.
+    """
+    return {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+
+
+def installed_environment() -> dict[str, str]:
+    """Of a child that is measured as it is where it was installed: the interpreter keeps what it has compiled."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+
+
 def _foreign(name: str, value: str) -> Any:
     """What another tool's variable means to us, by that tool's own reading of it."""
     if name == "HF_HUB_OFFLINE":

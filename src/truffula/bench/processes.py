@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
+from truffula.config import installed_environment
 from truffula.errors import ConfigError
 
 SAID = 2000
@@ -51,7 +52,12 @@ class Child:
         stdin = subprocess.DEVNULL if self._stdin is None else self._stdin
         try:
             self._process = subprocess.Popen(
-                self._argv, stdin=stdin, stdout=out, stderr=self._log, start_new_session=True
+                self._argv,
+                stdin=stdin,
+                stdout=out,
+                stderr=self._log,
+                start_new_session=True,
+                env=installed_environment(),
             )
         except OSError as error:
             self._log.close()

@@ -9,12 +9,13 @@ def main() -> None:
     import sys
 
     from truffula.cli.app import app
-    from truffula.cli.output import fail
     from truffula.errors import TruffulaError
 
     try:
         app()
     except TruffulaError as error:
+        from truffula.cli.output import fail  # its console takes a while to import, and a server has no use for it
+
         fail(error)
         sys.exit(1)
     except BrokenPipeError:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from truffula.config import EngineConfig
+from truffula.config import EngineConfig, engine_environment
 from truffula.engine import wire
 from truffula.types import EngineStats
 
@@ -29,6 +29,7 @@ class Life:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
+                env=engine_environment(),
             )  # fmt: skip
         except BaseException:
             ours.close()

@@ -21,7 +21,7 @@ from truffula.engine import wire
 from truffula.engine.build import build_engine
 from truffula.engine.loop import FILES_LOOK_S, AdapterAnswer, EngineLoop, close_engine, engine_fault
 from truffula.errors import GenerationError, TruffulaError, WireError
-from truffula.kernels.freed import give_back
+from truffula.kernels.freed import collecting_later, settle
 from truffula.logs import setup_logs
 from truffula.types import EngineStats, TokenEvent
 
@@ -129,11 +129,11 @@ class Worker:
         engine, info = build_engine(
             start.config, self._heart.starting, start.first, lambda path: self._channel.send(wire.Located(str(path)))
         )
-        give_back()
         loop = EngineLoop(engine)
         try:
             self._heart.stats(loop.stats(), tell=True)
             self._channel.send(wire.Ready(info))
+            settle()  # while the parent takes that in
             if self._take(loop, frames):
                 self._work(loop)
         finally:
@@ -225,7 +225,8 @@ def main() -> int:
     os.set_inheritable(fd, False)
     channel = wire.Channel(socket.socket(fileno=fd), wire.engine_side())
     try:
-        return Worker(channel).run()
+        with collecting_later():
+            return Worker(channel).run()
     finally:
         channel.close()
 

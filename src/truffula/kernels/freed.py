@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def give_back() -> None:
@@ -14,3 +16,19 @@ def give_back() -> None:
     except (AttributeError, OSError, TypeError):  # another C library
         return
     trim(0)
+
+
+@contextmanager
+def collecting_later() -> Iterator[None]:
+    """No collections until ``settle``: what a start makes, modules and vocabularies, is there to stay."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def settle() -> None:
+    """The start has made what it makes: what it took for that goes back, and collections go on."""
+    give_back()
+    gc.enable()

@@ -14,6 +14,7 @@ import socket
 from truffula.config import Resolved, ServerConfig, format_size
 from truffula.engine.client import Opening, Transport, begin
 from truffula.errors import ConfigError
+from truffula.kernels.freed import collecting_later
 from truffula.logs import LogSettings, setup_logs
 from truffula.lora.sources import AdapterPolicy
 
@@ -30,6 +31,11 @@ def launch(resolved: Resolved) -> None:
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
     setup_logs(log_settings(resolved.server))
+    with collecting_later():
+        _launch(resolved)
+
+
+def _launch(resolved: Resolved) -> None:
     listening = bind(resolved.server)
     try:
         adapter_policy(resolved)  # a mistake in the options need not wait for gigabytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ from starlette.applications import Starlette
 
 from truffula.config import EngineConfig, Resolved, format_size
 from truffula.engine.client import Opening
-from truffula.errors import ConfigError, InvalidRequest
-from truffula.kernels.freed import give_back
+from truffula.errors import ConfigError, InvalidRequest, TruffulaError
+from truffula.kernels.freed import settle
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
 from truffula.server.app import create_app
 from truffula.server.launch import adapter_policy, begin_engine
 from truffula.service import AsyncService, ServiceLimits
-from truffula.text.tokenizer import load_tokenizer
-from truffula.types import EngineInfo, SamplingParams
+from truffula.text.tokenizer import Tokenizer, load_tokenizer
+from truffula.types import EngineInfo, FileStamp, SamplingParams
 from truffula.weights.texts import read_texts
+from truffula.weights.watch import stamp, text_stamped
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 log = logging.getLogger(__name__)
@@ -37,6 +38,44 @@ class Started:
     announce: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class _Read:
+    """What a model's text files gave; ``stamps`` where they were read before the engine had looked at them."""
+
+    tokenizer: Tokenizer | None
+    generation_config: Mapping[str, Any]
+    path: Path | None = None
+    stamps: tuple[FileStamp, ...] = ()
+
+    def is_of(self, path: Path, info: EngineInfo) -> bool:
+        """Whether it was read of the files that the engine has loaded from ``path``."""
+        if self.path is None:
+            return True
+        ours = {str(file) for file in text_stamped(path)} | {item.path for item in self.stamps}
+        return self.path == path and [item for item in info.files if item.path in ours] == sorted(
+            self.stamps, key=lambda item: item.path
+        )
+
+
+def _read(path: Path) -> _Read:
+    texts = read_texts(path)
+    return _Read(load_tokenizer(texts.tokenizer), texts.generation_config)
+
+
+def _read_ahead(path: Path) -> _Read | None:
+    """Of a model that lies here, while its engine still imports; None where there is nothing or it can't be read: then
+    the engine, which says best what is wrong, is asked first.
+    """
+    try:
+        if not path.exists():
+            return None
+        stamps = tuple(stamp(file) for file in text_stamped(path))
+        return replace(_read(path), path=path, stamps=stamps)
+    except (TruffulaError, OSError) as error:
+        log.debug("%s is left to the engine: %s", path, error)
+        return None
+
+
 def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Started:
     """The application over the engine that ``opening`` (None: begun here) starts, built while that loads."""
     config = resolved.server
@@ -44,20 +83,23 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
     opening = begin_engine(resolved) if opening is None else opening
     with ExitStack() as undo:
         undo.callback(opening.close)
-        found = opening.files()
-        texts = None if found is None else read_texts(found)
-        tokenizer = None if texts is None else load_tokenizer(texts.tokenizer)
+        read = _read_ahead(Path(resolved.engine.model).expanduser())
+        if read is None:
+            found = opening.files()
+            read = None if found is None else _read(found)
         templates = None
         if config.chat_template is not None:
             templates = {"default": read_template(config.chat_template)}
+        settle()  # what making the tokenizer took, before anybody waits for this process
         undo.pop_all()
     client = opening.client()
     with ExitStack() as undo:
         undo.callback(client.close)
         path = client.info.details.get("path")
-        if texts is None and path is not None:
-            texts = read_texts(Path(path))
-            tokenizer = load_tokenizer(texts.tokenizer)
+        if path is not None and (read is None or not read.is_of(Path(path), client.info)):
+            read = _read(Path(path))
+        tokenizer = None if read is None else read.tokenizer
+        generation = read.generation_config if read and config.generation_defaults else {}
         limits = ServiceLimits(
             max_choices=max(config.max_n, config.max_best_of),
             base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
@@ -69,11 +111,8 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
             lorax_names=config.lorax_metrics,
             named=config.adapters,
         )
-        defaults = sampling_defaults(texts.generation_config) if texts and config.generation_defaults else {}
-        app = create_app(service, config, policy, metrics, defaults=defaults)
+        app = create_app(service, config, policy, metrics, defaults=sampling_defaults(generation))
         undo.pop_all()
-    texts = None
-    give_back()  # what making the tokenizer took
     return Started(service, app, lambda: announce(resolved, client.info, policy, url))
 
 

@@ -53,18 +53,20 @@ class GgufHeader:
 
 @dataclass(frozen=True)
 class _Strings:
-    """``count`` strings from ``position`` on, known to lie within ``data``."""
+    """``count`` strings from ``position`` to ``end``, known to lie within ``data``."""
 
     data: memoryview
     position: int
+    end: int
     count: int
 
     def read(self) -> list[str]:
         """A vocabulary has a quarter of a million of these: the loop is kept tight."""
-        data, position, unpack, found = self.data, self.position, _U64.unpack_from, []
+        # Slices of bytes are made in half the time that those of a view take.
+        data, position, unpack, found = bytes(self.data[self.position : self.end]), 0, _U64.unpack_from, []
         for _ in range(self.count):
             stop = position + 8 + unpack(data, position)[0]
-            found.append(str(data[position + 8 : stop], "utf-8", "surrogateescape"))
+            found.append(data[position + 8 : stop].decode("utf-8", "surrogateescape"))
             position = stop
         return found
 
@@ -194,7 +196,7 @@ class _Cursor:
             done += 1
         if done != count or position > end:
             raise _refuse(self.path, f"truncated, or absurd: the strings of {key!r} run past its end.", key)
-        found = _Strings(data, self.position, count)
+        found = _Strings(data, self.position, position, count)
         self.position = position
         return found
 

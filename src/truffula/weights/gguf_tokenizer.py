@@ -7,7 +7,6 @@ Sources: llama.cpp's tokenizers (which text a file is meant to be read as) and t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -80,10 +79,13 @@ def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_text(tokens: Any) -> TypeGuard[list[str]]:
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
+    if not isinstance(tokens, list) or set(map(type, tokens)) != {str}:
         return False
-    # bytes that were no UTF-8 come as lone surrogates
-    return re.search("[\ud800-\udfff]", "".join(tokens)) is None
+    try:
+        "".join(tokens).encode()
+    except UnicodeEncodeError:  # bytes that were no UTF-8 come as lone surrogates
+        return False
+    return True
 
 
 class _Vocabulary:
@@ -100,9 +102,14 @@ class _Vocabulary:
 
     def _usable(self, merges: list[Any]) -> list[tuple[str, str]]:
         """One whose parts or result the vocabulary lacks can never apply, and the library refuses it."""
-        known = set(self.tokens)
-        pairs = [_halves(str(merge)) for merge in merges]
-        return [(a, b) for a, b in pairs if a in known and b in known and a + b in known]
+        known, found = set(self.tokens), []
+        for merge in map(str, merges):  # as many as tokens, while a server starts
+            left, _, right = merge.partition(" ")
+            if not left:
+                left, right = _halves(merge)
+            if left in known and right in known and left + right in known:
+                found.append((left, right))
+        return found
 
     def token(self, name: str) -> tuple[int, str] | None:
         """Id and text of the ``bos``, ``eos``, ``unknown`` or ``padding`` token."""
@@ -129,7 +136,7 @@ class _Vocabulary:
                 "special": kind != _USER_DEFINED,
             }
             for index, kind in enumerate(self.types)
-            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and spelled[index]
+            if kind != _NORMAL and kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and spelled[index]
         ]
 
 
@@ -223,7 +230,7 @@ def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> di
         "byte_fallback": False,
         "ignore_merges": False,
         **options,
-        "vocab": {token: index for index, token in enumerate(tokens)},
+        "vocab": dict(zip(tokens, range(len(tokens)), strict=True)),
         "merges": merges,
     }
 

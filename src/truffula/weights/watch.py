@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from truffula.errors import CheckpointChanged
 from truffula.types import FileStamp
-from truffula.weights.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from truffula.weights.checkpoint import Checkpoint  # brings arrays
 
 SIDE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """Read once at the start, with the weights: they decide what the weights mean."""
@@ -21,8 +24,12 @@ SIDE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.
 def stamps_of(checkpoint: Checkpoint) -> list[FileStamp]:
     """One stamp for each file that decides answers, by path."""
     weights = {info.file for info in checkpoint.tensors.values()}
-    sides = {checkpoint.path / name for name in SIDE_FILES} if checkpoint.path.is_dir() else set()
-    return [stamp(path) for path in sorted(weights | {path for path in sides if path.is_file()})]
+    return [stamp(path) for path in sorted(weights | set(text_stamped(checkpoint.path)))]
+
+
+def text_stamped(path: Path) -> list[Path]:
+    """Of a model at ``path``, the stamped files that say more than weights: side files, or the one ``.gguf`` file."""
+    return [file for name in SIDE_FILES if (file := path / name).is_file()] if path.is_dir() else [path]
 
 
 def stamp(path: Path) -> FileStamp:
