@@ -1,0 +1,107 @@
+// Every op of every instruction table that the machine has, in many shapes, without Python: one static program, so that
+// it runs where little else does, such as in an emulator of another processor (CONTRIBUTING.md). What must hold: tables
+// with fused products give equal bits, the portable one what its roundings allow; nobody reads or writes beyond a row's
+// end (arrays end where no memory is); the start-up choice finds no fault. Each op's line ends with a hash of what the
+// first fused table made, to be compared between machines.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "denormals.h"
+#include "dispatch.h"
+#include "self_check.h"
+#include "table_cases.h"
+#include "tables.h"
+
+namespace truffula {
+namespace {
+
+bool equal_bits(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
+
+// What one table made of an op's cases, against another's.
+struct Tally {
+  long cases = 0, unequal = 0;
+  double worst = 0.0;  // of a case's largest difference, by its largest number
+
+  void add(const std::vector<float>& got, const std::vector<float>& wanted) {
+    double most = 0.0, off = 0.0;
+    bool equal = got.size() == wanted.size();
+    for (size_t i = 0; i < wanted.size() && i < got.size(); ++i) {
+      equal = equal && equal_bits(got[i], wanted[i]);
+      if (!(std::abs(wanted[i]) < INFINITY) || !(std::abs(got[i]) < INFINITY)) continue;
+      most = std::max(most, std::abs(static_cast<double>(wanted[i])));
+      off = std::max(off, std::abs(static_cast<double>(got[i]) - wanted[i]));
+    }
+    ++cases;
+    unequal += !equal;
+    worst = std::max(worst, most > 0.0 ? off / most : off);
+  }
+};
+
+uint64_t hashed(uint64_t hash, const std::vector<float>& numbers) {
+  for (float number : numbers) {
+    uint32_t bits = 0x7fc00000u;
+    if (number == number) std::memcpy(&bits, &number, sizeof bits);
+    hash = (hash ^ bits) * 1099511628211u;
+  }
+  return hash;
+}
+
+// As self_check.h: without fused products, and in bfloat16 a last place more where a sum lies between two.
+double tolerance(const Op& op) { return op.rounds ? 0.02 : 1e-4; }
+
+// Whether all tables agree on an op.
+bool check(const Op& op, const std::vector<const Kernels*>& tables, const Kernels* fused) {
+  std::vector<Tally> tallies(tables.size());
+  uint64_t hash = 14695981039346656037u;
+  for (int32_t number = 0; number < op.cases; ++number) {
+    const Case one = op.make(number);
+    const std::vector<float> wanted = one.run(*fused);
+    hash = hashed(hash, wanted);
+    for (size_t t = 0; t < tables.size(); ++t)
+      if (tables[t] != &kPortable || !one.wild) tallies[t].add(one.run(*tables[t]), wanted);
+  }
+  bool right = true;
+  for (size_t t = 0; t < tables.size(); ++t) {
+    const Tally& tally = tallies[t];
+    const bool exact = op.exact || tables[t] != &kPortable;
+    const bool passed = exact ? tally.unequal == 0 : tally.worst <= tolerance(op);
+    std::printf("%s %-12s %-22s %5ld cases, %ld with other bits than %s, at most %.1e off\n", passed ? "PASS" : "FAIL",
+                tables[t]->name, op.name, tally.cases, tally.unequal, fused->name, tally.worst);
+    right = right && passed;
+  }
+  std::printf("     %-12s %-22s hash %016llx\n", fused->name, op.name, static_cast<unsigned long long>(hash));
+  std::fflush(stdout);
+  return right;
+}
+
+// The table that others are compared with: the plainest of those with fused products, or all there is.
+const Kernels* fused_table() {
+  for (const Kernels* table : tables().usable)
+    if (std::string(table->name) == "avx2") return table;
+  return tables().usable.front();
+}
+
+int drive() {
+  const FlushDenormals flush;
+  bool right = true;
+  std::printf("usable, best first:");
+  for (const Kernels* table : tables().usable) std::printf(" %s", table->name);
+  std::printf("\n%s\n", tables().why.c_str());
+  for (const Kernels* table : tables().usable) {
+    const std::string fault = fault_of(*table);
+    std::printf("%s %-12s self-check %s\n", fault.empty() ? "PASS" : "FAIL", table->name, fault.c_str());
+    right = right && fault.empty();
+  }
+  for (const Op& op : all_ops()) right = check(op, tables().usable, fused_table()) && right;
+  std::puts(right ? "done" : "tables differ");
+  return right ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace truffula
+
+int main() { return truffula::drive(); }

@@ -1,0 +1,188 @@
+// Products with packed matrices, adapters' among them, for table_driver.cpp.
+#include <cstdio>
+
+#include "pack.h"
+#include "table_cases.h"
+
+namespace truffula {
+namespace {
+
+struct Matrix {
+  Array bytes;
+  Packed packed;
+};
+
+// Blocks as files hold them: any bits, behind scales that are small, zero, below float16's normal range, or negative.
+std::vector<uint8_t> blocks_of(Stored type, int64_t outputs, int64_t inputs, Numbers& numbers) {
+  const auto each = static_cast<size_t>(stored_block_bytes(type));
+  std::vector<uint8_t> blocks(each * static_cast<size_t>(outputs * inputs / kBlock));
+  for (uint8_t& byte : blocks) byte = static_cast<uint8_t>(numbers.bits());
+  Numbers tame{numbers.bits()};
+  for (size_t at = 0; at < blocks.size(); at += each) {
+    uint16_t scales[2] = {to_f16(0.1f * tame.next()), to_f16(0.1f * tame.next())};
+    if (numbers.wild && tame.below(4) == 0) scales[0] = static_cast<uint16_t>(tame.below(0x400)), scales[1] = 0x8001;
+    std::memcpy(blocks.data() + at, scales, type == Stored::kQ4_1 ? 4 : 2);
+  }
+  return blocks;
+}
+
+Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Numbers& numbers) {
+  static constexpr Stored kTypes[] = {Stored::kFloat32, Stored::kFloat32, Stored::kQ8_0,
+                                      Stored::kQ4_0,    Stored::kQ4_1,    Stored::kQ5_0};
+  const int64_t panel = panel_bytes(format, inputs);
+  Matrix made{array_of(order.panels() * panel), {}};
+  std::memset(made.bytes->bytes(), 0, made.bytes->size());
+  made.packed = {made.bytes->bytes(), panel, format, static_cast<int32_t>(order.panels()), static_cast<int32_t>(inputs)};
+  const Stored type = kTypes[format];
+  if (is_quantised(format)) {
+    const std::vector<uint8_t> blocks = blocks_of(type, order.outputs, inputs, numbers);
+    Rounding rounding;
+    pack_quantised({blocks.data(), type, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order, rounding);
+  } else {
+    const Array values = numbers.floats(order.outputs * inputs);
+    pack_rows({values->floats(), type, inputs}, 0, order.outputs, made.bytes->bytes(), format, 0, order);
+  }
+  return made;
+}
+
+constexpr int32_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 17, 25, 47, 48, 49, 61};
+constexpr int32_t kWidths[] = {32, 64, 96, 160}, kOddWidths[] = {1, 2, 33, 64, 71};
+
+// What adapters add: any rank, over some of the rows and panels.
+struct Adapter {
+  RowArray h;
+  Matrix b;
+  Delta delta;
+
+  Adapter(Numbers& numbers, int32_t rows, int32_t panels, bool glu)
+      : h(RowArray::random(numbers, 1, 1)), b{nullptr, {}}, delta{} {
+    const int32_t lo = numbers.below(rows), hi = lo + 1 + numbers.below(rows - lo), rank = 1 + numbers.below(40);
+    const int32_t step = glu && numbers.below(2) ? 2 : 1, first = numbers.below(step == 2 ? 2 : panels);
+    const int32_t most = (panels - first + step - 1) / step, count = step == 2 ? most : 1 + numbers.below(most);
+    h = RowArray::random(numbers, hi - lo, rank);
+    b = matrix_of(numbers.below(2) ? kBF16 : kF32, {count * kLanes, 0}, rank, numbers);
+    delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step};
+  }
+};
+
+struct Product {
+  int32_t format, rows, inputs, width;
+  bool glu, pairs, bias, residual;
+  LinearCall call{};
+  PanelOrder order;
+  Matrix w;
+  RowArray x, plus;
+  Array offsets;
+  std::vector<Adapter> adapters;
+  std::vector<Delta> deltas;
+
+  Product(int32_t kind, int32_t number, Numbers& numbers)
+      : format(kind), rows(kRowCounts[number % 19]),
+        inputs(is_quantised(kind) ? kWidths[number % 4] : kOddWidths[number % 5]), width(1 + numbers.below(70)),
+        glu(numbers.below(4) == 0), pairs(numbers.below(4) != 0), bias(numbers.below(2)), residual(numbers.below(2)),
+        order{glu ? 2 * width : width, glu ? width : 0}, w(matrix_of(format, order, inputs, numbers)), x(1, 1),
+        plus(RowArray::random(numbers, rows, width)), offsets(numbers.floats(order.panels() * kLanes)) {
+    numbers.half = format == kBF16 && pairs;  // rows of bfloat16 numbers, as a model in bfloat16 has them
+    x = RowArray::random(numbers, rows, inputs);
+    numbers.half = false;
+    const int32_t count = numbers.below(2) * numbers.below(4), panels = static_cast<int32_t>(order.panels());
+    for (int32_t i = 0; i < count; ++i) adapters.emplace_back(numbers, rows, panels, glu);
+    for (const Adapter& one : adapters) deltas.push_back(one.delta);
+    call.activation = numbers.below(6);
+    call.round_out = numbers.below(2);
+    call.clip = numbers.below(3) ? -1.0f : 1.5f;
+    call.scale = numbers.below(2) ? 1.0f : 0.37f;
+    call.softcap = numbers.below(3) ? 0.0f : 5.0f;
+  }
+
+  std::vector<float> run(const Kernels& table) const {
+    const RowArray out(rows, width);
+    const int64_t stride = is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : 4 * ((inputs + 1) / 2);
+    const Array small = array_of(rows * stride);
+    LinearCall now = call;
+    now.x = x.rows(), now.out = out.rows(), now.residual = residual ? plus.rows() : Rows{nullptr, 0};
+    now.w = w.packed;
+    now.bias = bias ? offsets->floats() : nullptr;
+    now.deltas = deltas.data(), now.num_deltas = static_cast<int32_t>(deltas.size());
+    now.rows = rows, now.out_width = width, now.glu = glu;
+    if (is_quantised(format) || (format == kBF16 && pairs && table.pairs)) {
+      const QuantiseCall quantise{now.x, small->bytes(), stride, format, inputs};
+      table.quantise(&quantise, 0, rows / 2);
+      table.quantise(&quantise, rows / 2, rows);
+      now.quantised_x = small->bytes(), now.quantised_stride = stride;
+    }
+    const int32_t units = (w.packed.panels + 1) / 2;
+    table.linear(&now, 0, units / 2);
+    table.linear(&now, units / 2, units);
+    return out.taken();
+  }
+};
+
+Case product_case(int32_t format, int32_t number) {
+  Numbers numbers{static_cast<uint32_t>(1000 * format + number), number % 3 == 2};
+  const auto made = std::make_shared<Product>(format, number, numbers);
+  return {numbers.wild, [made](const Kernels& table) { return made->run(table); }};
+}
+
+struct Shrink {
+  int32_t rows, inputs, panels;
+  RowArray x;
+  Matrix a;
+  Array scales;
+};
+
+Case shrink_case(int32_t number) {
+  Numbers numbers{static_cast<uint32_t>(7000 + number), number % 3 == 2};
+  constexpr int32_t kInputs[] = {1, 7, 8, 33, 64, 96, 131};
+  const int32_t rows = 1 + number % 11, inputs = kInputs[number % 7], panels = 1 + number % 3;
+  const auto made = std::make_shared<Shrink>(Shrink{rows, inputs, panels, RowArray::random(numbers, rows, inputs),
+      matrix_of(number % 2 ? kBF16 : kF32, {panels * kLanes - number % 5, 0}, inputs, numbers),
+      numbers.floats(panels * kLanes)});
+  return {numbers.wild, [made](const Kernels& table) {
+    const RowArray h(made->rows, made->panels * kLanes);
+    const ShrinkCall call{made->x.rows(), h.rows(), made->a.packed, made->scales->floats(), 0.75f, made->rows};
+    table.shrink(&call, 0, made->panels / 2);
+    table.shrink(&call, made->panels / 2, made->panels);
+    return h.taken();
+  }};
+}
+
+struct Lookup {
+  Matrix w;
+  RowArray add;
+  int32_t rows, inputs;
+  EmbedCall call;
+};
+
+Case embed_case(int32_t number) {
+  Numbers numbers{static_cast<uint32_t>(8000 + number), number % 3 == 2};
+  const int32_t format = number % 6, rows = 1 + number % 9, inputs = kWidths[number % 4];
+  const auto made = std::make_shared<Lookup>(Lookup{matrix_of(format, {50, 0}, inputs, numbers),
+      RowArray::random(numbers, rows, inputs), rows, inputs, {}});
+  made->call = {{made->w.packed.data, made->w.packed.panel_bytes, format, inputs}, {}, {}, 3.3f, numbers.below(2),
+                numbers.below(2)};
+  if (numbers.below(2)) made->call.add = made->add.rows();
+  return {numbers.wild, [made](const Kernels& table) {
+    const RowArray out(made->rows, made->inputs);
+    EmbedCall call = made->call;
+    call.out = out.rows();
+    const int32_t ids[] = {0, 49, 15, 16, 31, 1, 47, 32, 5};
+    table.embed(&call, ids, 0, made->rows);
+    return out.taken();
+  }};
+}
+
+}  // namespace
+
+std::vector<Op> product_ops() {
+  static constexpr const char* kNames[] = {"linear float32", "linear bfloat16", "linear Q8_0",
+                                           "linear Q4_0",    "linear Q4_1",     "linear Q5_0"};
+  std::vector<Op> ops;
+  for (int32_t format = kF32; format <= kQ5_0; ++format)
+    ops.push_back({kNames[format], 228, false, true, [format](int32_t number) { return product_case(format, number); }});
+  ops.push_back({"adapter shrink", 154, false, false, shrink_case});
+  ops.push_back({"embed", 72, false, true, embed_case});
+  return ops;
+}
+
+}  // namespace truffula
