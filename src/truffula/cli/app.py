@@ -307,7 +307,7 @@ def bench_step(
     ] = "none,shared,distinct",
     rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
     context: Annotated[int, typer.Option("--context", help="Tokens that each row has behind it.")] = 105,
-    prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end.")] = 512,
+    prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end; 0: none.")] = 512,
     steps: Annotated[int, typer.Option("--steps", help="Steps per line; the median is printed.")] = 20,
     adapter_dtype: Annotated[
         str, typer.Option("--adapter-dtype", help="What the adapters hold: bfloat16, float16 or float32.")

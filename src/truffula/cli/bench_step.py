@@ -63,6 +63,9 @@ class StepBench:
             raise ConfigError(f"adapter_dtype is {self.adapter_dtype!r}; it must be of {known}.", param="adapter_dtype")
         if not self.rows or min(self.rows) < 1:
             raise ConfigError("rows must be whole numbers above 0.", param="rows")
+        for name, least in (("rank", 1), ("context", 1), ("prefill", 0), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.", param=name)
 
 
 @dataclass(frozen=True)
@@ -142,17 +145,20 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
             share = weights / rate * 1e3 / ms if mix == "none" and rows == 1 else None
             tax = base / ms if base and mix != "none" else None
             lines.append(Measured("decode", rows, mix, ms, min(times), 1e3 * rows / ms, tax, share, ops))
-    where = tuple(range(1, 1 + -(-bench.prefill // BLOCK)))
-    fill_step(executable.inputs, [Part(_prompt(bench.prefill), 0, where, None)], BLOCK)
+    if bench.prefill:
+        lines.append(_prefill(executable, bench.prefill))
+    executable.close()
+    return lines
+
+
+def _prefill(executable: Executable, tokens: int) -> Measured:
+    where = tuple(range(1, 1 + -(-tokens // BLOCK)))
+    fill_step(executable.inputs, [Part(_prompt(tokens), 0, where, None)], BLOCK)
     turns = _Turns(executable)
     for step in range(4):
         turns.take(kept=step > 0)
     ms = statistics.median(turns.times)
-    lines.append(
-        Measured("prefill", bench.prefill, "none", ms, min(turns.times), 1e3 * bench.prefill / ms, ops=turns.ops())
-    )
-    executable.close()
-    return lines
+    return Measured("prefill", tokens, "none", ms, min(turns.times), 1e3 * tokens / ms, ops=turns.ops())
 
 
 def _slots(mix: str, slots: list[int], rows: int) -> list[int | None]:
