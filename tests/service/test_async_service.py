@@ -288,6 +288,24 @@ def test_text_of_unknown_size_is_not_worked_on_in_the_loop(folders: dict[str, Pa
     run(folders, test)
 
 
+def test_a_token_needs_no_thread_between_the_transport_and_the_loop(folders: dict[str, Path]) -> None:
+    """Each would cost every token a switch; a thread asks only an engine that steps while it is asked."""
+
+    async def names(service: AsyncService) -> set[str]:
+        await service.complete(GenerateRequest(prompt="a", params=GREEDY))
+        return {thread.name for thread in threading.enumerate()}
+
+    seen: dict[str, set[str]] = {}
+    for transport in ("thread", "inline"):
+
+        async def test(service: AsyncService, transport: str = transport) -> None:
+            seen[transport] = await names(service)
+
+        run(folders, test, transport=transport)
+    assert "truffula-events" not in seen["thread"]
+    assert "truffula-events" in seen["inline"]
+
+
 class Garbling(Dying):
     """A client whose events for one request make no sense: a logprob for no token."""
 
@@ -350,7 +368,7 @@ class LateForItsLock:
 
 def test_a_close_that_meets_the_dispatcher_between_two_waits_is_not_lost(folders: dict[str, Path]) -> None:
     async def main() -> None:
-        client = connect(EngineConfig(model=str(folders["model"]), **OPTIONS), "thread")
+        client = connect(EngineConfig(model=str(folders["model"]), **OPTIONS), "inline")
         service = AsyncService(client)
         service._lock = lock = LateForItsLock()  # type: ignore[assignment]
         await service.start()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from following import Answer, ask, eventually, fold, follow, run, tiny_engine
+from following import PATIENCE_S, Answer, ask, eventually, fold, follow, run, tiny_engine
 
 from truffula.engine.client import EngineClient, connect
 from truffula.engine.engine import Engine
@@ -80,6 +80,41 @@ def test_the_same_requests_give_the_same_events(client: EngineClient, alone: dic
     )
     assert got["too long"].code == "prompt_too_long"
     assert {got[n].code for n in ("nothing", "foreign", "absurd", "surrogate")} == {"invalid_request"}
+
+
+def test_who_listens_is_called_when_events_come_and_none_waited(client: EngineClient, alone: dict[str, Answer]):
+    """A call that was left out would end this in its time limit: nothing else asks."""
+    heard = threading.Event()
+    if not client.listen(heard.set):  # it steps while it is asked, and only then
+        client.submit([ask("asked", [3, 4, 5])])
+        assert follow(client, ["asked"])["asked"].token_ids == alone["greedy"].token_ids
+        assert not heard.is_set()
+        return
+    answers: dict[str, Answer] = {}
+    requests = mixture()
+    client.submit(requests)
+    while len(answers) < len(requests) or any(answer.finish is None for answer in answers.values()):
+        assert heard.wait(PATIENCE_S), f"nothing was heard, and only {sorted(answers)} were answered"
+        heard.clear()
+        fold(answers, client.events(0))
+    assert {name: (answer.token_ids, answer.finish) for name, answer in answers.items()} == {
+        name: (answer.token_ids, answer.finish) for name, answer in alone.items()
+    }
+    client.listen(None)
+    heard.clear()
+    assert run(client, [ask("unheard", [3, 4, 5])])["unheard"].token_ids == alone["greedy"].token_ids
+    assert not heard.is_set()
+
+
+def test_who_begins_to_listen_hears_of_events_that_wait_already(client: EngineClient):
+    if not client.listen(None):
+        return
+    client.submit([ask("nothing before", [])])  # its end is there at once
+    heard = threading.Event()
+    client.listen(heard.set)
+    assert heard.wait(PATIENCE_S)
+    assert follow(client, ["nothing before"])
+    client.listen(None)
 
 
 def test_an_abort_ends_its_request_and_no_other(client: EngineClient):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
@@ -43,6 +43,12 @@ class EngineClient(Protocol):
 
     def events(self, timeout: float | None) -> list[TokenEvent]:
         """All events since the last call; waits up to ``timeout`` seconds (None: for ever) for some. One consumer."""
+
+    def listen(self, listener: Callable[[], None] | None) -> bool:
+        """Whether ``listener`` is called from now, in some thread, when events come and none waited for ``events(0)``.
+
+        None: nobody listens any more. False when only asking makes events: then somebody must wait in ``events``.
+        """
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
         """Carry out a command; a load returns when the adapter is usable.

@@ -19,6 +19,7 @@ class Journal:
         self._open: set[str] = set()
         self._events: list[TokenEvent] = []
         self._closed = False
+        self._listener: Callable[[], None] | None = None
 
     @property
     def outstanding(self) -> frozenset[str]:
@@ -42,12 +43,24 @@ class Journal:
     def deliver(self, events: Sequence[TokenEvent]) -> None:
         """Pass on events of open requests. Events of others are late ones of requests that were failed: dropped."""
         with self._arrived:
+            listener = None if self._events else self._listener
             for event in events:
                 if event.request_id in self._open:
                     self._events.append(event)
                     if event.finish_reason is not None:
                         self._open.discard(event.request_id)
             self._arrived.notify_all()
+            waiting = bool(self._events)
+        if waiting and listener is not None:
+            listener()
+
+    def listen(self, listener: Callable[[], None] | None) -> None:
+        """From now call ``listener``, in the thread that delivers, when events come and none waited; None: nobody."""
+        with self._arrived:
+            self._listener = listener
+            waiting = bool(self._events)
+        if waiting and listener is not None:
+            listener()
 
     def fail(self, request_ids: Sequence[str], error: TruffulaError) -> None:
         """End these requests with ``error``."""

@@ -106,6 +106,10 @@ class InlineClient:
             if rest:
                 time.sleep(rest)
 
+    def listen(self, listener: Callable[[], None] | None) -> bool:
+        """Never: it steps while somebody waits in ``events``."""
+        return False
+
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
         deadline = time.monotonic() + timeout
         with self._lock:
@@ -191,6 +195,10 @@ class ThreadClient:
 
     def events(self, timeout: float | None) -> list[TokenEvent]:
         return self._journal.take(timeout)
+
+    def listen(self, listener: Callable[[], None] | None) -> bool:
+        self._journal.listen(listener)
+        return True
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
         ticket, future = self._tickets.take()

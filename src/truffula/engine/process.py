@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -111,6 +111,10 @@ class ProcessClient:
 
     def events(self, timeout: float | None) -> list[TokenEvent]:
         return self._journal.take(timeout)
+
+    def listen(self, listener: Callable[[], None] | None) -> bool:
+        self._journal.listen(listener)
+        return True
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
         ticket, future = self._tickets.take()

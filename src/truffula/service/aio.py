@@ -1,7 +1,8 @@
 """``AsyncService``: the service under an event loop. The servers' only door to the engine.
 
-One dispatcher thread waits for the engine's events; all of a step's cross to the loop in one call, and when the loop
-lags behind, of several steps. On the loop they become deltas and wake the streams they belong to. Nothing here polls.
+All events of a step cross to the loop in one call, and when the loop lags behind, those of several steps. On the loop
+they become deltas and wake the streams they belong to. Who calls is the transport's own thread; only for an engine that
+steps while it is asked does a dispatcher thread ask. Nothing here polls.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ class AsyncService:
         self._idle: list[asyncio.Future[None]] = []
 
     async def start(self) -> None:
-        """Take the running loop and start the dispatcher thread."""
-        if self._thread is not None:
+        """Take the running loop, and listen to the engine's events."""
+        if self._loop is not None:
             return
         self._loop = asyncio.get_running_loop()
+        if self._client.listen(self._wake):
+            return  # a thread between would cost each token a switch more
         self._thread = threading.Thread(target=self._dispatch, name="truffula-events", daemon=True)
         self._thread.start()
 
@@ -216,7 +219,7 @@ class AsyncService:
 
     def healthy(self) -> bool:
         """Started, not draining, and the engine's heartbeat fresh."""
-        return self._thread is not None and not self._draining and self._broken is None and self._client.alive()
+        return self._loop is not None and not self._draining and self._broken is None and self._client.alive()
 
     def lost(self) -> TruffulaError | None:
         """Why no request will be answered ever again, though nobody closed the service; None while one may."""
@@ -255,6 +258,7 @@ class AsyncService:
             self._submitted.set()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._client.close)
+        self._client.listen(None)
         if self._thread is not None:
             await loop.run_in_executor(None, self._thread.join)
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -272,11 +276,34 @@ class AsyncService:
             raise ShuttingDown("The server is shutting down and takes no new requests.")
         if self._broken is not None:
             raise EngineDied(self._broken.message)
-        if self._thread is None:
+        if self._loop is None:
             raise RuntimeError("AsyncService.start() comes first")
 
     async def _off_loop(self, chars: int, work: Callable[..., T], *args: Any) -> T:
         return work(*args) if chars <= INLINE_CHARS else await self.in_thread(work, *args)
+
+    def _wake(self) -> None:
+        """In a thread of the engine's: events wait."""
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(self._take)
+        except RuntimeError:
+            if not self._loop.is_closed():  # else nobody is left to hear of them
+                raise
+
+    def _take(self) -> None:
+        """On the loop: the events that wait."""
+        if self._broken is not None:
+            return
+        try:
+            events = self._client.events(0)
+        except Exception as error:
+            logger.exception("the engine's events can't be read")
+            self._break(EngineDied(f"The engine's events can't be read any more: {error}").info())
+            return
+        with self._lock:
+            self._in_engine.difference_update([e.request_id for e in events if e.finish_reason is not None])
+        self._pass_on(events)
 
     def _dispatch(self) -> None:
         """The dispatcher thread: events of the engine, to the loop."""
@@ -305,9 +332,13 @@ class AsyncService:
             self._loop.call_soon_threadsafe(self._break, info)
 
     def _deliver(self) -> None:
-        """On the loop: all events that have arrived become deltas."""
+        """On the loop: the events that the dispatcher has brought."""
         with self._lock:
             events, self._arrived = self._arrived, []
+        self._pass_on(events)
+
+    def _pass_on(self, events: list[TokenEvent]) -> None:
+        """On the loop: events become deltas of their streams."""
         aborts: list[str] = []
         for event in events:
             found = self._streams.get(event.request_id)
