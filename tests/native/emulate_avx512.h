@@ -126,6 +126,29 @@ EMU __m512i emu_srli_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_a
 EMU __m512i emu_srai_epi32(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuInts>(a) >> (int)n); }
 EMU __m512i emu_slli_epi16(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuWords>(a) << (uint16_t)n); }
 EMU __m512i emu_srli_epi16(__m512i a, unsigned n) { return emu_as<__m512i>(emu_as<EmuWords>(a) >> (uint16_t)n); }
+EMU __m128i emu_cvtepi32_epi8(__m512i a) {
+  const EmuInts x = emu_as<EmuInts>(a);
+  uint8_t bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = (uint8_t)x[i];
+  __m128i all;
+  memcpy(&all, bytes, sizeof all);
+  return all;
+}
+EMU __m256i emu_cvtepi32_epi16(__m512i a) {
+  const EmuInts x = emu_as<EmuInts>(a);
+  uint16_t words[16];
+  for (int i = 0; i < 16; ++i) words[i] = (uint16_t)x[i];
+  __m256i all;
+  memcpy(&all, words, sizeof all);
+  return all;
+}
+EMU int32_t emu_reduce_add_epi32(__m512i a) {
+  const EmuInts x = emu_as<EmuInts>(a);
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += x[i];
+  return sum;
+}
+EMU void emu_storeu_si512(void* p, __m512i a) { memcpy(p, &a, sizeof a); }
 EMU __m512 emu_abs_ps(__m512 a) { return emu_as<__m512>(emu_as<EmuInts>(a) & 0x7fffffff); }
 
 #if TRUFFULA_EMULATED_SET >= 2
@@ -151,6 +174,89 @@ EMU __m512 emu_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 }
 #endif
 
+#if TRUFFULA_EMULATED_SET >= 4
+// Tiles, from Intel's manual (TDPBF16PS, TDPBSSD, TDPBSUD). What it calls an invalid configuration stops the program.
+struct EmuTiles {
+  uint16_t row_bytes[8];
+  uint8_t rows[8];
+  uint8_t data[8][16][64];
+};
+inline thread_local EmuTiles emu_tiles;
+EMU void emu_check(bool right) {
+  if (!right) __builtin_trap();
+}
+EMU void emu_tile_loadconfig(const void* from) {
+  const uint8_t* config = (const uint8_t*)from;
+  emu_check(config[0] == 1 && config[1] == 0);
+  for (int i = 2; i < 16; ++i) emu_check(config[i] == 0);
+  memset(&emu_tiles, 0, sizeof emu_tiles);
+  memcpy(emu_tiles.row_bytes, config + 16, sizeof emu_tiles.row_bytes);
+  memcpy(emu_tiles.rows, config + 48, sizeof emu_tiles.rows);
+  for (int i = 0; i < 8; ++i) emu_check(emu_tiles.row_bytes[i] <= 64 && emu_tiles.rows[i] <= 16);
+}
+EMU void emu_tile_release() { memset(&emu_tiles, 0, sizeof emu_tiles); }
+EMU void emu_tile_zero(int t) {
+  emu_check(emu_tiles.rows[t] > 0);
+  memset(emu_tiles.data[t], 0, sizeof emu_tiles.data[t]);
+}
+EMU void emu_tile_loadd(int t, const void* from, int64_t stride) {
+  emu_check(emu_tiles.rows[t] > 0);
+  memset(emu_tiles.data[t], 0, sizeof emu_tiles.data[t]);
+  for (int r = 0; r < emu_tiles.rows[t]; ++r)
+    memcpy(emu_tiles.data[t][r], (const uint8_t*)from + r * stride, emu_tiles.row_bytes[t]);
+}
+EMU void emu_tile_stored(int t, void* to, int64_t stride) {
+  emu_check(emu_tiles.rows[t] > 0);
+  for (int r = 0; r < emu_tiles.rows[t]; ++r)
+    memcpy((uint8_t*)to + r * stride, emu_tiles.data[t][r], emu_tiles.row_bytes[t]);
+}
+EMU float emu_float(uint32_t bits) {
+  if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+EMU float emu_flushed(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return emu_float(bits);
+}
+EMU void emu_same_shape(int c, int a, int b) {
+  const EmuTiles& t = emu_tiles;
+  emu_check(t.rows[c] == t.rows[a] && t.row_bytes[c] == t.row_bytes[b] && t.row_bytes[a] == 4 * t.rows[b]);
+}
+EMU void emu_tile_dpbf16ps(int c, int a, int b) {
+  emu_same_shape(c, a, b);
+  for (int m = 0; m < emu_tiles.rows[c]; ++m)
+    for (int n = 0; n < emu_tiles.row_bytes[c] / 4; ++n) {
+      float sums[2] = {0.0f, 0.0f}, total;
+      for (int k = 0; k < emu_tiles.rows[b]; ++k)
+        for (int odd = 0; odd < 2; ++odd) {
+          uint16_t x, w;
+          memcpy(&x, emu_tiles.data[a][m] + 4 * k + 2 * odd, 2);
+          memcpy(&w, emu_tiles.data[b][k] + 4 * n + 2 * odd, 2);
+          sums[odd] = emu_flushed(__builtin_fmaf(emu_float((uint32_t)x << 16), emu_float((uint32_t)w << 16), sums[odd]));
+        }
+      memcpy(&total, emu_tiles.data[c][m] + 4 * n, 4);
+      total = emu_flushed(emu_flushed(total) + emu_flushed(sums[0] + sums[1]));
+      memcpy(emu_tiles.data[c][m] + 4 * n, &total, 4);
+    }
+}
+template <class Weight>
+EMU void emu_tile_dot(int c, int a, int b) {
+  emu_same_shape(c, a, b);
+  for (int m = 0; m < emu_tiles.rows[c]; ++m)
+    for (int n = 0; n < emu_tiles.row_bytes[c] / 4; ++n) {
+      int32_t total;
+      memcpy(&total, emu_tiles.data[c][m] + 4 * n, 4);
+      for (int k = 0; k < emu_tiles.rows[b]; ++k)
+        for (int i = 0; i < 4; ++i)
+          total += (int8_t)emu_tiles.data[a][m][4 * k + i] * (Weight)emu_tiles.data[b][k][4 * n + i];
+      memcpy(emu_tiles.data[c][m] + 4 * n, &total, 4);
+    }
+}
+#endif
+
 }  // namespace
 
 #define _mm512_abs_ps emu_abs_ps
@@ -162,6 +268,8 @@ EMU __m512 emu_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_castsi512_ps(a) emu_as<__m512>(a)
 #undef _mm512_cmp_ps_mask
 #define _mm512_cmp_ps_mask(a, b, predicate) emu_cmp_ps_mask<predicate>(a, b)
+#define _mm512_cvtepi32_epi16 emu_cvtepi32_epi16
+#define _mm512_cvtepi32_epi8 emu_cvtepi32_epi8
 #define _mm512_cvtepi32_ps emu_cvtepi32_ps
 #define _mm512_cvtepu16_epi32 emu_cvtepu16_epi32
 #define _mm512_cvtph_ps emu_cvtph_ps
@@ -179,6 +287,7 @@ EMU __m512 emu_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_min_ps emu_min_ps
 #define _mm512_mul_ps emu_mul_ps
 #define _mm512_or_si512 emu_or_si512
+#define _mm512_reduce_add_epi32 emu_reduce_add_epi32
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps(a, mode) emu_roundscale_ps<mode>(a)
 #define _mm512_set1_epi32 emu_set1_epi32
@@ -192,6 +301,7 @@ EMU __m512 emu_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 #define _mm512_srli_epi16 emu_srli_epi16
 #undef _mm512_srli_epi32
 #define _mm512_srli_epi32 emu_srli_epi32
+#define _mm512_storeu_si512 emu_storeu_si512
 #define _mm512_storeu_ps emu_storeu_ps
 #define _mm512_sub_ps emu_sub_ps
 #define _mm512_xor_si512 emu_xor_si512
@@ -207,6 +317,25 @@ EMU __m512 emu_dpbf16_ps(__m512 sums, __m512i a, __m512i b) {
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps emu_dpbf16_ps
 #define __AVX512BF16__ 1
+#endif
+#if TRUFFULA_EMULATED_SET >= 4
+#define _tile_loadconfig emu_tile_loadconfig
+#define _tile_release emu_tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#undef _tile_dpbssd
+#undef _tile_dpbsud
+#define _tile_zero emu_tile_zero
+#define _tile_loadd emu_tile_loadd
+#define _tile_stored emu_tile_stored
+#define _tile_dpbf16ps emu_tile_dpbf16ps
+#define _tile_dpbssd emu_tile_dot<int8_t>
+#define _tile_dpbsud emu_tile_dot<uint8_t>
+#define __AMX_TILE__ 1
+#define __AMX_BF16__ 1
+#define __AMX_INT8__ 1
 #endif
 #undef EMU
 #undef EMU_FLOATS

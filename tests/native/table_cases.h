@@ -111,12 +111,14 @@ struct Case {
   std::function<std::vector<float>(const Kernels&)> run;
 };
 
-// `exact`: equal bits in every table; `rounds`: some results are rounded to bfloat16.
+// `exact`: equal bits in every table; `rounds`: some results are rounded to bfloat16; `tiles`: a table of tiles sums in an
+// order of its own.
 struct Op {
   const char* name;
   int32_t cases;
   bool exact, rounds;
   std::function<Case(int32_t)> make;
+  bool tiles = false;
 };
 
 std::vector<Op> product_ops();

@@ -97,8 +97,8 @@ struct Product {
 
   std::vector<float> run(const Kernels& table) const {
     const RowArray out(rows, width);
-    const int64_t stride = is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : 4 * ((inputs + 1) / 2);
-    const Array small = array_of(rows * stride);
+    const int64_t stride = is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : pair_row_bytes(inputs);
+    const Array small = array_of(padded_rows(rows) * stride);
     LinearCall now = call;
     now.x = x.rows(), now.out = out.rows(), now.residual = residual ? plus.rows() : Rows{nullptr, 0};
     now.w = w.packed;
@@ -179,7 +179,8 @@ std::vector<Op> product_ops() {
                                            "linear Q4_0",    "linear Q4_1",     "linear Q5_0"};
   std::vector<Op> ops;
   for (int32_t format = kF32; format <= kQ5_0; ++format)
-    ops.push_back({kNames[format], 228, false, true, [format](int32_t number) { return product_case(format, number); }});
+    ops.push_back({kNames[format], 228, false, true, [format](int32_t number) { return product_case(format, number); },
+                   format == kBF16});
   ops.push_back({"adapter shrink", 154, false, false, shrink_case});
   ops.push_back({"embed", 72, false, true, embed_case});
   return ops;

@@ -177,6 +177,11 @@ def doctor(as_json: AsJson = False) -> None:
     run_doctor(as_json=as_json)
 
 
+CpuIsa = Annotated[
+    str, typer.Option("--cpu-isa", envvar="TRUFFULA_CPU_ISA", help="An instruction set that doctor lists.")
+]
+
+
 @bench_app.command("serve")
 @with_options("engine")
 def bench_serve(
@@ -303,8 +308,8 @@ def bench_join(
 def bench_step(
     rows: Annotated[str, typer.Option("--rows", help="Decode rows, separated by commas.")] = "1,8,32",
     adapters: Annotated[
-        str, typer.Option("--adapters", help="none, shared (one for all), distinct (one a row), by commas.")
-    ] = "none,shared,distinct",
+        str, typer.Option("--adapters", help="none, shared (one for all), a number of them, distinct (one a row).")
+    ] = "none,shared,8,distinct",
     rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
     context: Annotated[int, typer.Option("--context", help="Tokens that each row has behind it.")] = 105,
     prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end; 0: none.")] = 512,
@@ -315,6 +320,7 @@ def bench_step(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
     quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: the base rounded to it.")] = "none",
     backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
+    cpu_isa: CpuIsa = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="A toy shape: does it run?")] = False,
     as_json: AsJson = False,
@@ -328,7 +334,9 @@ def bench_step(
         raise typer.BadParameter(f"{rows!r} is not a list of whole numbers.", param_hint="--rows") from None
     mixes = tuple(word.strip() for word in adapters.split(","))
     bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny, adapter_dtype)
-    run_bench_step(bench, backend=backend, dtype=dtype, threads=threads, quantize=quantize, as_json=as_json)
+    run_bench_step(
+        bench, backend=backend, cpu_isa=cpu_isa, dtype=dtype, threads=threads, quantize=quantize, as_json=as_json
+    )
 
 
 @bench_app.command("kernel")
@@ -340,7 +348,7 @@ def bench_kernel(
     ] = None,
     formats: Annotated[str, typer.Option("--format", help="Of float32, bfloat16, Q8_0, Q4_0, Q4_1, Q5_0.")] = "",
     kernels: Annotated[str, typer.Option("--kernel", help="Of linear, lora, attention, norm, head, sampler.")] = "",
-    isa: Annotated[str, typer.Option("--isa", help="An instruction set that doctor lists.")] = "auto",
+    cpu_isa: CpuIsa = "auto",
     threads: Annotated[int | None, typer.Option("--threads", help="Compute threads.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Toy shapes: does it run?")] = False,
     as_json: AsJson = False,
@@ -349,7 +357,7 @@ def bench_kernel(
     from truffula.cli.bench_kernel import bench_of, run_bench_kernel
 
     bench = bench_of(rows, shape or [], formats, kernels, tiny=tiny)
-    run_bench_kernel(bench, isa=isa, threads=threads, as_json=as_json)
+    run_bench_kernel(bench, isa=cpu_isa, threads=threads, as_json=as_json)
 
 
 @adapters_app.command("list")

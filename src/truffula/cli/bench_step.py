@@ -42,7 +42,8 @@ ADAPTER_DTYPES = ("bfloat16", "float16", "float32")
 class StepBench:
     """What is asked for. ``tiny`` takes a toy shape: does it run at all?
 
-    ``adapter_dtype`` is what the adapters' files hold; they are kept as they are stored.
+    A mix is one of ``MIXES``, or how many adapters the rows share, each with neighbouring rows. ``adapter_dtype`` is what
+    the adapters' files hold; they are kept as they are stored.
     """
 
     rows: tuple[int, ...] = (1, 8, 32)
@@ -56,8 +57,9 @@ class StepBench:
 
     def __post_init__(self) -> None:
         for mix in self.mixes:
-            if mix not in MIXES:
-                raise ConfigError(f"adapters is {mix!r}; it must be of {', '.join(MIXES)}.", param="adapters")
+            if mix not in MIXES and not (mix.isdecimal() and int(mix) > 0):
+                known = ", ".join(MIXES)
+                raise ConfigError(f"adapters is {mix!r}; it must be of {known} or a number above 0.", param="adapters")
         if self.adapter_dtype not in ADAPTER_DTYPES:
             known = ", ".join(ADAPTER_DTYPES)
             raise ConfigError(f"adapter_dtype is {self.adapter_dtype!r}; it must be of {known}.", param="adapter_dtype")
@@ -84,10 +86,11 @@ class Measured:
 
 
 def run_bench_step(
-    bench: StepBench, *, backend: str, dtype: str, threads: int | None, quantize: str, as_json: bool
+    bench: StepBench, *, backend: str, cpu_isa: str, dtype: str, threads: int | None, quantize: str, as_json: bool
 ) -> None:
     prepare_compute()
-    chosen = select_backend(backend, "cpu", threads=threads or usable_cpus(), precision=Precision(quantize))
+    precision = Precision(quantize)
+    chosen = select_backend(backend, "cpu", threads=threads or usable_cpus(), cpu_isa=cpu_isa, precision=precision)
     served = choose_dtype(chosen, dtype, "bfloat16").dtype
     program = llama_program(TINY if bench.tiny else SMOLLM2)
     rate = read_rate(threads or usable_cpus(), 1 << 22 if bench.tiny else 1 << 28)
@@ -133,11 +136,11 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     weights = backend.plan(program, dtype, capacity, 0).weight_bytes
     slots = [
         executable.adapter(random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
-        for i in range(most if {"shared", "distinct"} & {*bench.mixes} else 0)
+        for i in range(0 if {*bench.mixes} == {"none"} else most)
     ]
     lines = []
     for rows in bench.rows:
-        using = {mix: _slots(mix, slots, rows) for mix in bench.mixes}
+        using = {mix: _slots(mix, slots, rows) for mix in bench.mixes if not mix.isdecimal() or int(mix) <= rows}
         measured = _decode(executable, using, bench, per_row)
         base = statistics.median(measured["none"][0]) if "none" in measured else None
         for mix, (times, ops) in measured.items():
@@ -165,7 +168,8 @@ def _slots(mix: str, slots: list[int], rows: int) -> list[int | None]:
     """The adapter of each row."""
     if mix == "none":
         return [None] * rows
-    return [*(slots[:1] * rows if mix == "shared" else slots[:rows])]
+    adapters = {"shared": 1, "distinct": rows}.get(mix) or int(mix)
+    return [slots[row * adapters // rows] for row in range(rows)]
 
 
 def _prompt(count: int) -> tuple[int, ...]:

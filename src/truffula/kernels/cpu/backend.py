@@ -86,7 +86,7 @@ class CpuBackend:
         adapters' products with A (those of great rank pay for the rest), and per thread attention's and the sampler's.
         """
         widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
-        rows = 72 * capacity.max_tokens * -(-widest // 32) if self._converts() else 0
+        rows = 72 * -(-capacity.max_tokens // 16) * 16 * -(-widest // 32) if self._converts() else 0
         attention = max(
             (_attention_scratch(op, capacity) for op in program.ops if isinstance(op, Attention)), default=0
         )
@@ -94,7 +94,7 @@ class CpuBackend:
         return rows + products + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
 
     def _converts(self) -> bool:
-        return bool(self.block_kinds) or self._quantize != "none" or self.probe().isa == "avx512bf16"
+        return bool(self.block_kinds) or self._quantize != "none" or self.probe().isa in ("avx512bf16", "amx")
 
     def faster_dtype(self) -> tuple[str, str]:
         return "bfloat16", "a step reads half the bytes of float32's"

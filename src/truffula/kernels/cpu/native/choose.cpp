@@ -25,7 +25,7 @@ uint16_t some_half(uint32_t& state) {
 struct Trial {
   std::vector<uint16_t> weights;
   std::vector<float> x;
-  std::vector<uint8_t> pairs = std::vector<uint8_t>(kRows * 2 * kInputs);
+  std::vector<uint8_t> pairs = std::vector<uint8_t>(padded_rows(kRows) * pair_row_bytes(kInputs));
 
   Trial() : weights(kOutputs * kInputs), x(kRows * kInputs) {
     uint32_t state = 1;

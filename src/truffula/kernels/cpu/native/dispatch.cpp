@@ -9,6 +9,10 @@
 #if defined(TRUFFULA_X86)
 #include <cpuid.h>
 #endif
+#if defined(TRUFFULA_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace truffula {
 namespace {
@@ -16,8 +20,18 @@ namespace {
 #if defined(TRUFFULA_X86)
 
 struct Features {
-  bool avx2 = false, avx512 = false, vnni = false, bf16 = false;
+  bool avx2 = false, avx512 = false, vnni = false, bf16 = false, amx = false;
 };
+
+// Linux gives a process the tiles' 8 KB of state when it asks for them (ARCH_REQ_XCOMP_PERM in arch/x86/include/uapi).
+bool tiles_granted() {
+#if defined(TRUFFULA_AMX) && defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 // What the processor has and the operating system keeps across a task switch (XCR0): one without the other is useless.
 Features features() {
@@ -31,10 +45,12 @@ Features features() {
   const bool ymm = (low & 0x6u) == 0x6u, zmm = (low & 0xe6u) == 0xe6u;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
   found.avx2 = ymm && fma && f16c && (b & (1u << 5));
+  const bool tiles = (low & 0x60000u) == 0x60000u && (d & (1u << 24)) && (d & (1u << 22)) && (d & (1u << 25));
   const unsigned wanted = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31);  // F, DQ, BW, VL
   found.avx512 = found.avx2 && zmm && (b & wanted) == wanted;
   found.vnni = found.avx512 && (c & (1u << 11));
   if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) found.bf16 = found.vnni && (a & (1u << 5));
+  found.amx = found.bf16 && tiles && tiles_granted();
   return found;
 }
 
@@ -45,6 +61,13 @@ Tables found_tables() {
   Tables found;
 #if defined(TRUFFULA_X86)
   const Features has = features();
+#if defined(TRUFFULA_AMX)
+  // Its bfloat16 sums have an order of their own, so what the processor has decides, not what was faster this time.
+  if (has.amx) {
+    found.usable = {&kAmx, &kAvx512Vnni, &kAvx512Bf16};
+    found.why = "amx: this processor multiplies tiles";
+  } else
+#endif
   if (has.bf16) {
     const PairTrial trial = try_pairs(kAvx512Bf16, kAvx512Vnni);
     found.usable = trial.best_first(kAvx512Bf16, kAvx512Vnni);
@@ -59,7 +82,7 @@ Tables found_tables() {
 #if defined(TRUFFULA_EMULATE)
   // Here the instructions are made of others: tables to test, never the best. The trial is made for its own sake.
   if (found.why.empty()) found.why = try_pairs(kAvx512Bf16, kAvx512Vnni).why(kAvx512Bf16.name, kAvx512Vnni.name);
-  for (const Kernels* table : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16})
+  for (const Kernels* table : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16, &kAmx})
     if (std::find(found.usable.begin(), found.usable.end(), table) == found.usable.end()) found.usable.push_back(table);
 #endif
   return found;

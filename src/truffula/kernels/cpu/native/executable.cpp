@@ -233,7 +233,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   for (const Op& op : ops_)
     if (const auto* linear = std::get_if<LinearOp>(&op); linear && converts_x(*linear)) {
       const bool logits = buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
-      quantised = std::max(quantised, (logits ? capacity_.max_logit_rows : capacity_.max_tokens) *
+      quantised = std::max(quantised, padded_rows(logits ? capacity_.max_logit_rows : capacity_.max_tokens) *
                                           weight(linear->weight).quantised_stride());
     }
   if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));

@@ -25,6 +25,7 @@ struct I {
   __m512i v;
 };
 TF_INLINE I line_at(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+TF_INLINE void store_line(uint8_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 TF_INLINE I all32(int32_t x) { return {_mm512_set1_epi32(x)}; }
 TF_INLINE I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 TF_INLINE I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
@@ -52,6 +53,17 @@ TF_INLINE V dot_pairs(V sums, I w, I x) { return {_mm512_dpbf16_ps(sums.v, (__m5
 #endif
 TF_INLINE V floats_of(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TF_INLINE V load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
+// 32 whole numbers of -127 .. 127 as bytes; their sum.
+TF_INLINE int32_t to_bytes(V a, V b, uint8_t* to) {
+  const __m512i first = _mm512_cvtps_epi32(a.v), second = _mm512_cvtps_epi32(b.v);
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(first));
+  _mm_storeu_si128((__m128i*)(to + kLanes), _mm512_cvtepi32_epi8(second));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+}
+// The upper halves of 16 floats.
+TF_INLINE void store_halves(uint16_t* to, V a) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
+}
 constexpr int kQuantRows = 6;    // 6 rows x 2 panels: 12 sums and 12 accumulators of 32 registers
 constexpr int kQuantTwo = 6;     // up to so many rows two panels at once
 
@@ -132,6 +144,27 @@ TF_INLINE V load_half(const uint8_t* p) {
 constexpr int kQuantRows = 2;
 constexpr int kQuantTwo = 0;
 
+#endif
+
+#if !defined(__AVX512F__)
+// 32 whole numbers of -127 .. 127 as bytes; their sum.
+TF_INLINE int32_t to_bytes(V a, V b, uint8_t* to) {
+  float numbers[2 * kLanes];
+  store(numbers, a);
+  store(numbers + kLanes, b);
+  int8_t bytes[2 * kLanes];
+  int32_t sum = 0;
+  for (int i = 0; i < 2 * kLanes; ++i) bytes[i] = (int8_t)(int32_t)numbers[i];
+  for (int i = 0; i < 2 * kLanes; ++i) sum += bytes[i];
+  memcpy(to, bytes, sizeof bytes);
+  return sum;
+}
+// The upper halves of 16 floats.
+TF_INLINE void store_halves(uint16_t* to, V a) {
+  float numbers[kLanes];
+  store(numbers, a);
+  for (int i = 0; i < kLanes; ++i) to[i] = to_bf16(numbers[i]);
+}
 #endif
 
 }  // namespace

@@ -29,6 +29,13 @@ static constexpr bool is_quantised(int32_t format) { return format > kBF16; }
 // Most bytes of a block of a quantised row of x.
 constexpr int64_t kMostXBlockBytes = 72;
 
+// Bytes of a row of x in bfloat16 pairs: whole blocks, zero behind the last input.
+static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBlock - 1) / kBlock * (2 * kBlock); }
+
+// Products read so many rows of converted x at once: behind the last there is memory for them, whatever it holds.
+constexpr int32_t kXRows = 16;
+static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
+
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
 
 enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5 };
@@ -62,7 +69,8 @@ struct Delta {
 struct LinearCall {
   Rows x, out, residual;
   Packed w;
-  const uint8_t* quantised_x;   // what `quantise` made of x for w's format, rows `quantised_stride` bytes apart; null: x
+  // What `quantise` made of x for w's format: padded_rows(rows) of them, `quantised_stride` bytes apart; null: x.
+  const uint8_t* quantised_x;
   int64_t quantised_stride;
   const float* bias;   // in packed order (16 x panels), zero in unused lanes
   const Delta* deltas;
@@ -158,9 +166,13 @@ struct EmbedCall {
 // What a table computes at most: floats; two bfloat16 at once; whole numbers of 8 bits, of 16.
 enum Peak : int32_t { kFloatPeak = 0, kPairPeak = 1, kBytePeak = 2, kWordPeak = 3 };
 
+// Whether products of bfloat16 matrices read rows of bfloat16 pairs, where x holds such numbers; and then, whether they
+// sum in the order of those that don't.
+enum Pairs : int32_t { kNoPairs = 0, kPairsInOrder = 1, kPairsByTiles = 2 };
+
 struct Kernels {
   const char* name;
-  int32_t pairs;   // whether products of bfloat16 matrices read rows of bfloat16 pairs, where x holds such numbers
+  int32_t pairs;
   void (*linear)(const LinearCall*, int32_t unit_lo, int32_t unit_hi);   // units of two panels
   void (*quantise)(const QuantiseCall*, int32_t row_lo, int32_t row_hi);
   void (*shrink)(const ShrinkCall*, int32_t panel_lo, int32_t panel_hi);

@@ -47,7 +47,7 @@ struct Weight {
             static_cast<int32_t>(inputs)};
   }
   int64_t quantised_stride() const {  // of a row of x as products read it, in bytes
-    return is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : (inputs + kBlock - 1) / kBlock * (2 * kBlock);
+    return is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : pair_row_bytes(inputs);
   }
   Table table() const {
     return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};

@@ -2,15 +2,18 @@
 #pragma once
 
 #include "ints.h"
+#include "tiles.inc.h"
 #include "vec.h"
 
 namespace truffula {
 namespace {
 
-#if defined(__AVX512BF16__)
-constexpr int32_t kPairs = 1;
+#if defined(__AMX_BF16__)
+constexpr int32_t kPairs = kPairsByTiles;
+#elif defined(__AVX512BF16__)
+constexpr int32_t kPairs = kPairsInOrder;
 #else
-constexpr int32_t kPairs = 0;
+constexpr int32_t kPairs = kNoPairs;
 #endif
 
 #if defined(__AVX512F__)
@@ -50,7 +53,28 @@ static float float_peak(int64_t rounds, const float* operands) {
   return sum_of(all);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// Four products of full tiles, as many as there are sums for: 16 rows, 16 outputs and a line's inputs each.
+static int64_t tile_peak(int64_t rounds, int inputs, bool pairs) {
+  const TileShapes shapes(pairs ? 64 : kBlock, inputs / (pairs ? 2 : 4));
+  take_shapes(shapes);
+  for (int64_t round = 0; round < rounds; ++round) {
+    if (pairs) {
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    } else {
+      _tile_dpbssd(0, 4, 6);
+      _tile_dpbssd(1, 4, 7);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_release();
+  return rounds * 4 * 2 * kTile * kLanes * inputs;
+}
+#elif defined(__AVX512BF16__)
 static float pair_peak(int64_t rounds, const uint8_t* operands) {
   V sums[kChains];
 #pragma GCC unroll 16
@@ -111,11 +135,15 @@ static int64_t peak(int32_t kind, int64_t rounds) {
   const float* operands = zeros;
   __asm__ volatile("" : "+r"(operands) : : "memory");
   volatile float kept = 0.0f;
+#if defined(__AMX_BF16__)
+  if (kind == kPairPeak) return tile_peak(rounds, 2 * kTileLines, true);
+  if (kind == kBytePeak) return tile_peak(rounds, kBlock, false);
+#endif
   int64_t each = 0;  // operations of a step: 16 outputs, so many products of each, and as many sums
   if (kind == kFloatPeak) {
     kept = float_peak(rounds, operands);
     each = 2 * kLanes;
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
   } else if (kind == kPairPeak) {
     kept = pair_peak(rounds, (const uint8_t*)operands);
     each = 4 * kLanes;

@@ -216,13 +216,8 @@ static void quantise_block(const float* x, int format, uint8_t* to) {
   const float most = max_of(where_nan(wrong, set1(INFINITY), vmax(vabs(a), vabs(b))));
   const bool finite = most < INFINITY, any = finite && most > 1e-30f;
   const V by = set1(any ? 127.0f / most : 0.0f);
-  float numbers[kBlock];
-  store(numbers, finite ? nearest(a * by) : zero());
-  store(numbers + kLanes, finite ? nearest(b * by) : zero());
-  int32_t sum = 0;
-  int8_t bytes[kBlock];
-  for (int i = 0; i < kBlock; ++i) bytes[i] = (int8_t)(int32_t)numbers[i];
-  for (int i = 0; i < kBlock; ++i) sum += bytes[i];
+  uint8_t kept[kBlock], *bytes = wide(format) ? kept : to + sizeof(BlockHead);  // in place: read again at once they'd wait
+  const int32_t sum = to_bytes(finite ? nearest(a * by) : zero(), finite ? nearest(b * by) : zero(), bytes);
   BlockHead head;
   head.scale = finite ? (any ? most / 127.0f : 0.0f) : NAN;
   head.beside = sum * (format == kQ8_0 ? -128 : format == kQ5_0 ? -16 : -8);
@@ -231,25 +226,24 @@ static void quantise_block(const float* x, int format, uint8_t* to) {
     memcpy(&head.beside, &shift, sizeof shift);
   }
   memcpy(to, &head, sizeof head);
-  if (!wide(format)) {
-    memcpy(to + sizeof head, bytes, sizeof bytes);
-    return;
-  }
+  if (!wide(format)) return;
   int16_t pairs[kBlock];
   for (int i = 0; i < kBlock; i += 4) {
-    pairs[i] = bytes[i];
-    pairs[i + 1] = bytes[i + 2];
-    pairs[i + 2] = bytes[i + 1];
-    pairs[i + 3] = bytes[i + 3];
+    pairs[i] = (int8_t)bytes[i];
+    pairs[i + 1] = (int8_t)bytes[i + 2];
+    pairs[i + 2] = (int8_t)bytes[i + 1];
+    pairs[i + 3] = (int8_t)bytes[i + 3];
   }
   memcpy(to + sizeof head, pairs, sizeof pairs);
 }
 
-// Inputs 2k and 2k + 1 side by side in bfloat16, which is what the row holds already.
+// Inputs 2k and 2k + 1 side by side in bfloat16, which is what the row holds already; zero to the end.
 static void pair_row(const float* x, int inputs, uint8_t* to) {
   uint16_t* halves = (uint16_t*)to;
-  for (int k = 0; k < inputs; ++k) halves[k] = to_bf16(x[k]);
-  if (inputs % 2) halves[inputs] = 0;
+  int k = 0;
+  for (; k + kLanes <= inputs; k += kLanes) store_halves(halves + k, load(x + k));
+  for (; k < inputs; ++k) halves[k] = to_bf16(x[k]);
+  for (; k < pair_row_bytes(inputs) / 2; ++k) halves[k] = 0;
 }
 
 static void quantise(const QuantiseCall* c, int32_t row_lo, int32_t row_hi) {

@@ -69,7 +69,7 @@ std::vector<float> product(const Kernels& table, int32_t format) {
   Numbers numbers;
   const Matrix w = matrix_of(format, numbers);
   std::vector<float> x = numbers.many(kRows * kInputs), residual = numbers.many(kRows * kOutputs), out(kRows * kOutputs);
-  std::vector<uint8_t> small(static_cast<size_t>(kRows * kInputs / kBlock * kMostXBlockBytes));
+  std::vector<uint8_t> small(static_cast<size_t>(padded_rows(kRows) * kInputs / kBlock * kMostXBlockBytes));
   const int64_t stride = kInputs / kBlock * kMostXBlockBytes;
   const QuantiseCall quantise{rows_of(x, kInputs), small.data(), stride, format, kInputs};
   // As steps do it: rows that hold bfloat16 numbers are read in pairs by tables that can.

@@ -11,6 +11,9 @@ extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Vnni;
 extern const Kernels kAvx512Bf16;
+#if defined(TRUFFULA_AMX)
+extern const Kernels kAmx;
+#endif
 #endif
 
 }  // namespace truffula

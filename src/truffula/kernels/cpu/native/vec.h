@@ -256,6 +256,9 @@ TF_INLINE float sum_of(V a) {
   return x[0];
 }
 TF_INLINE float max_of(V a) {
+#if defined(__AVX512F__) && !defined(TRUFFULA_EMULATED_SET)
+  return _mm512_reduce_max_ps(a.v);
+#endif
   float x[16];
   store(x, a);
   float best = x[0];

@@ -1,0 +1,13 @@
+#include "attention.inc.h"
+#include "linear.inc.h"
+#include "peak.inc.h"
+#include "rows.inc.h"
+#include "sampler_loops.inc.h"
+#include "tables.h"
+
+namespace truffula {
+
+extern const Kernels kAmx{"amx", kPairs, linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed,
+                         &kSampleLoops, peak, read_through};
+
+}  // namespace truffula
