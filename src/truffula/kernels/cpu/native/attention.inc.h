@@ -9,6 +9,10 @@
 namespace truffula {
 namespace {
 
+template <bool VALUE>
+struct Truth {
+  static constexpr bool value = VALUE;
+};
 TF_INLINE int within(int n, int lo, int hi) { return n < lo ? lo : n > hi ? hi : n; }
 TF_INLINE int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -64,20 +68,37 @@ static void write_kv(const AttentionCall* c, const int32_t* slots, int32_t row_l
   }
 }
 
+#if defined(__AVX512F__)
+constexpr bool kTwoBlocks = true;  // a few query rows alone are a few sums, each waiting for itself
+constexpr int kValueVectors = 4;   // of a value at once: 6 rows x 4 are 24 sums of 32 registers
+#else
+constexpr bool kTwoBlocks = false;
+constexpr int kValueVectors = 1;
+#endif
+
+TF_INLINE const uint8_t* keys_of(const View* v, int block) {
+  const KvCache* kv = &v->c->cache;
+  return kv->keys + (int64_t)v->item->table[block] * kv->key_block_bytes + v->item->kv_head * v->key_head_bytes;
+}
+TF_INLINE const uint8_t* values_of(const View* v, int block) {
+  const KvCache* kv = &v->c->cache;
+  return kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes + v->item->kv_head * v->value_head_bytes;
+}
+
 // scores[row, key] = q . k for the blocks lo .. hi of the partition that begins with block `from`.
 static void score(const View* v, int from, int lo, int hi) {
   const KvCache* kv = &v->c->cache;
   const int64_t panel_bytes = v->key_head_bytes / (v->lanes / kLanes);
-  for (int block = lo; block < hi; ++block) {
-    const uint8_t* keys = kv->keys + (int64_t)v->item->table[block] * kv->key_block_bytes +
-                          v->item->kv_head * v->key_head_bytes;
+  for (int block = lo, next; block < hi; block = next) {
+    // Two blocks at once are two panels, wherever they lie.
+    const int blocks = kTwoBlocks && v->lanes == kLanes && block + 1 < hi ? 2 : 1;
+    next = block + blocks;
+    const uint8_t* keys = keys_of(v, block);
     // Blocks lie anywhere: the next keys, and these values, which are wanted soon.
-    if (block + 1 < hi)
-      prefetch(kv->keys + (int64_t)v->item->table[block + 1] * kv->key_block_bytes + v->item->kv_head * v->key_head_bytes,
-               v->key_head_bytes);
-    prefetch(kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes + v->item->kv_head * v->value_head_bytes,
-             v->value_head_bytes);
-    product_of<kScattered>(kv->format, v->rows, v->lanes / kLanes, v->q, kv->dim_k, keys, panel_bytes, kv->dim_k,
+    for (int i = next; i < hi && i < next + blocks; ++i) prefetch(keys_of(v, i), v->key_head_bytes);
+    for (int i = block; i < next; ++i) prefetch(values_of(v, i), v->value_head_bytes);
+    const int64_t apart = blocks == 2 ? keys_of(v, block + 1) - keys : panel_bytes;
+    product_of<kScattered>(kv->format, v->rows, blocks * v->lanes / kLanes, v->q, kv->dim_k, keys, apart, kv->dim_k,
                       v->scores + (int64_t)(block - from) * v->lanes, v->part_stride);
   }
 }
@@ -121,67 +142,80 @@ static void weigh(const View* v, int row, int from, int block_lo, int block_hi, 
 
 // What one key adds to MR rows; of rows that do not see it nothing: its weight is zero, but what it is the weight of may
 // be infinite.
-template <int MR, bool ALL>
-TF_INLINE void blend_key(V (&acc)[MR], const View* v, int row, int number, const float* w, V value) {
+template <int MR, int ND, bool ALL>
+TF_INLINE void blend_key(V (&acc)[MR][ND], const View* v, int row, int number, const float* w, const V (&value)[ND]) {
   for (int r = 0; r < MR; ++r) {
     if constexpr (!ALL) {
       const int position = position_of(v, row + r);
       if (number > position || number < first_key(v, position)) continue;
     }
-    acc[r] = fma(value, set1(w[r * v->part_stride]), acc[r]);
+    const V weight = set1(w[r * v->part_stride]);
+    for (int d = 0; d < ND; ++d) acc[r][d] = fma(value[d], weight, acc[r][d]);
   }
 }
 
-// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 numbers of a value at a time. Keys that all rows
-// see are the most; at both ends are some that only some see.
-template <int MR>
-static void blend(const View* v, int row, int from, int lo, int hi) {
-  const KvCache* kv = &v->c->cache;
-  const int size = kv->block_size;
+// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 ND numbers of a value, from d on, at a time. Keys
+// that all rows see are the most; at both ends are some that only some see.
+template <int MR, int ND, int FORMAT>
+static void blend(const View* v, int row, int from, int lo, int hi, int d) {
+  const int size = v->c->cache.block_size;
   const float* weights = v->scores + (int64_t)row * v->part_stride;
   const int all_lo = first_key(v, position_of(v, row + MR - 1)), all_hi = position_of(v, row) + 1;
-  for (int d = 0; d < v->value_width; d += kLanes) {
-    V acc[MR];
-    for (int r = 0; r < MR; ++r) acc[r] = zero();
-    for (int block = lo / size; block * size < hi; ++block) {
-      const uint8_t* values = kv->values + (int64_t)v->item->table[block] * kv->value_block_bytes +
-                              v->item->kv_head * v->value_head_bytes;
-      const int first = block * size;
-      const int begin = within(lo, first, first + size), end = within(hi, first, first + size);
-      const int some = within(all_lo, begin, end), others = within(all_hi, some, end);
-      const float* w = weights + (int64_t)(block - from) * v->lanes - first;
-      const auto value = [&](int key) __attribute__((always_inline)) {
-        const int64_t at = (int64_t)(key - first) * v->value_width + d;
-        return kv->format == kF32 ? load((const float*)values + at) : load_bf16((const uint16_t*)values + at);
-      };
-      int key = begin;
-      for (; key < some; ++key) blend_key<MR, false>(acc, v, row, key, w + key, value(key));
-      for (; key < others; ++key) blend_key<MR, true>(acc, v, row, key, w + key, value(key));
-      for (; key < end; ++key) blend_key<MR, false>(acc, v, row, key, w + key, value(key));
-    }
-    for (int r = 0; r < MR; ++r) store(v->part + (int64_t)(row + r) * v->value_width + d, acc[r]);
+  V acc[MR][ND];
+  for (int r = 0; r < MR; ++r)
+    for (int i = 0; i < ND; ++i) acc[r][i] = zero();
+  for (int block = lo / size; block * size < hi; ++block) {
+    const uint8_t* values = values_of(v, block);
+    const int first = block * size;
+    const int begin = within(lo, first, first + size), end = within(hi, first, first + size);
+    const int some = within(all_lo, begin, end), others = within(all_hi, some, end);
+    const float* w = weights + (int64_t)(block - from) * v->lanes - first;
+    const auto add = [&](int key, auto all) __attribute__((always_inline)) {
+      const int64_t at = (int64_t)(key - first) * v->value_width + d;
+      V value[ND];
+      for (int i = 0; i < ND; ++i)
+        value[i] = FORMAT == kF32 ? load((const float*)values + at + kLanes * i)
+                                  : load_bf16((const uint16_t*)values + at + kLanes * i);
+      blend_key<MR, ND, decltype(all)::value>(acc, v, row, key, w + key, value);
+    };
+    int key = begin;
+    for (; key < some; ++key) add(key, Truth<false>{});
+    for (; key < others; ++key) add(key, Truth<true>{});
+    for (; key < end; ++key) add(key, Truth<false>{});
   }
+  for (int r = 0; r < MR; ++r)
+    for (int i = 0; i < ND; ++i) store(v->part + (int64_t)(row + r) * v->value_width + d + kLanes * i, acc[r][i]);
 }
 
+template <int MR, int FORMAT>
+static void blend_all(const View* v, int row, int from, int lo, int hi) {
+  int d = 0;
+  for (; d + kLanes * kValueVectors <= v->value_width; d += kLanes * kValueVectors)
+    blend<MR, kValueVectors, FORMAT>(v, row, from, lo, hi, d);
+  if constexpr (kValueVectors > 1)
+    for (; d < v->value_width; d += kLanes) blend<MR, 1, FORMAT>(v, row, from, lo, hi, d);
+}
+
+template <int FORMAT>
 static void blend_rows(const View* v, int from, int lo, int hi) {
   for (int row = 0; row < v->rows; row += 6) switch (v->rows - row) {
       case 1:
-        blend<1>(v, row, from, lo, hi);
+        blend_all<1, FORMAT>(v, row, from, lo, hi);
         break;
       case 2:
-        blend<2>(v, row, from, lo, hi);
+        blend_all<2, FORMAT>(v, row, from, lo, hi);
         break;
       case 3:
-        blend<3>(v, row, from, lo, hi);
+        blend_all<3, FORMAT>(v, row, from, lo, hi);
         break;
       case 4:
-        blend<4>(v, row, from, lo, hi);
+        blend_all<4, FORMAT>(v, row, from, lo, hi);
         break;
       case 5:
-        blend<5>(v, row, from, lo, hi);
+        blend_all<5, FORMAT>(v, row, from, lo, hi);
         break;
       default:
-        blend<6>(v, row, from, lo, hi);
+        blend_all<6, FORMAT>(v, row, from, lo, hi);
     }
 }
 
@@ -277,7 +311,8 @@ static void attend_part(const View* v, int from) {
     const int position = position_of(v, row), first = first_key(v, position);
     weigh(v, row, from, block_lo, block_hi, first > lo ? first : lo, position + 1 < hi ? position + 1 : hi);
   }
-  blend_rows(v, from, lo, hi);
+  if (v->c->cache.format == kF32) blend_rows<kF32>(v, from, lo, hi);
+  else blend_rows<kBF16>(v, from, lo, hi);
 }
 
 static void begin_total(const View* v) {

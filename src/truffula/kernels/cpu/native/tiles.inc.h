@@ -19,7 +19,7 @@ namespace {
 constexpr int kTile = kXRows;            // rows and outputs of a tile
 constexpr int kTileLines = 16;           // lines of pairs in a tile of a bfloat16 panel: 32 inputs
 constexpr int kUnpackedBlocks = 32;      // of a panel with fewer bits, unpacked at a time
-constexpr int kLeastTileRows = 5;        // quantised products of fewer rows: as the other tables make them
+constexpr int kLeastTileRows = 10;        // quantised products of fewer rows are faster as the other tables make them
 
 // Registers 0 .. 3 hold sums, 4 and 5 rows of x, 6 and 7 lines of panels.
 struct alignas(64) TileShapes {
