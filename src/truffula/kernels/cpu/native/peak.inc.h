@@ -10,10 +10,13 @@ namespace {
 
 #if defined(__AMX_BF16__)
 constexpr int32_t kPairs = kPairsByTiles;
+constexpr int32_t kFineRows = 96;
 #elif defined(__AVX512BF16__)
 constexpr int32_t kPairs = kPairsInOrder;
+constexpr int32_t kFineRows = 16;
 #else
 constexpr int32_t kPairs = kNoPairs;
+constexpr int32_t kFineRows = 16;
 #endif
 
 #if defined(__AVX512F__)

@@ -7,7 +7,7 @@
 
 namespace truffula {
 
-extern const Kernels kPortable{"portable", kPairs, linear, quantise, shrink, norm, pointwise, rope, write_kv, attend, merge_parts, embed,
-                         &kSampleLoops, peak, read_through};
+extern const Kernels kPortable{"portable", kPairs, kFineRows, linear, quantise, shrink, norm, pointwise, rope,
+                         write_kv, attend, merge_parts, embed, &kSampleLoops, peak, read_through};
 
 }  // namespace truffula

@@ -198,10 +198,10 @@ static void byte_tile(const uint8_t* x, int64_t stride, const uint8_t* lines, co
 }
 #undef TF_BYTE_STEP
 
-// As quant_product, 16 rows at a time: writes rows up to a whole tile of y.
+// As quant_product, 16 rows at a time: writes rows up to a whole tile of y. `first`: as above.
 template <int FORMAT>
 static void byte_tile_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
-                              int64_t panel_bytes, int64_t blocks, float* y, int64_t y_stride) {
+                              int64_t panel_bytes, int64_t blocks, float* y, int64_t y_stride, bool first) {
   alignas(64) uint8_t unpacked[FORMAT == kQ8_0 ? 64 : 512 * kUnpackedBlocks];
   const int64_t each = FORMAT == kQ8_0 ? blocks : kUnpackedBlocks;
   for (int p = 0; p < panels; ++p) {
@@ -218,7 +218,7 @@ static void byte_tile_product(int rows, int panels, const uint8_t* x, int64_t st
       for (int r = 0; r < rows; r += kTile)
         byte_tile<FORMAT>(x + r * stride + block * x_block_bytes(FORMAT), stride, bytes,
                           scales + block * scale_bytes(FORMAT), count, block == 0, y + r * y_stride + kLanes * p, y_stride,
-                          FORMAT == kQ8_0 && r == 0 ? panels * panel_bytes : 0);
+                          FORMAT == kQ8_0 && first && r == 0 ? panels * panel_bytes : 0);
     }
   }
 }
@@ -230,10 +230,10 @@ static void tile_product(const LinearCall* c, int r, int rows, int panels, const
   const uint8_t* x = c->quantised_x + r * stride;
   const int32_t format = c->w.format;
   if (format == kBF16) pair_tile_product(rows, panels, x, stride, panel, bytes, y, y_stride, r == 0);
-  else if (format == kQ8_0) byte_tile_product<kQ8_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
-  else if (format == kQ4_0) byte_tile_product<kQ4_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
-  else if (format == kQ4_1) byte_tile_product<kQ4_1>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
-  else byte_tile_product<kQ5_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
+  else if (format == kQ8_0) byte_tile_product<kQ8_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride, r == 0);
+  else if (format == kQ4_0) byte_tile_product<kQ4_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride, r == 0);
+  else if (format == kQ4_1) byte_tile_product<kQ4_1>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride, r == 0);
+  else byte_tile_product<kQ5_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride, r == 0);
 }
 
 #undef TF_WRITTEN
