@@ -1,6 +1,6 @@
-"""AVX-512 tables on a machine without it: ``python scripts/emulate.py [pytest arguments]``; what ``make emulate`` runs.
+"""AVX-512 and AMX tables on a machine without them: ``python scripts/emulate.py [pytest arguments]``; what ``make emulate`` runs.
 
-Builds the module with TRUFFULA_EMULATE in build/emulate: the tables avx512, avx512vnni and avx512bf16 out of AVX2
+Builds the module with TRUFFULA_EMULATE in build/emulate: the tables avx512, avx512vnni, avx512bf16 and amx out of AVX2
 instructions (tests/native/emulate_avx512.h), listed behind the others. Compares all tables bit for bit
 (tests/native/table_driver.cpp), then runs the op tests on those. What this cannot show is that a processor does what
 that header says; what it shows is that the kernels are right if it does. ``--brief`` leaves out the comparison, which
@@ -28,7 +28,7 @@ def main() -> None:
         subprocess.run(["cmake", "--build", where / "cmake", "--target", "table_driver"], check=True, env=env)
         subprocess.run([where / "cmake" / "table_driver"], check=True)
     names = tuple(name for name in TESTS if not (brief and name == WHOLE_MODELS))
-    run_tests(source, chosen or ["-k", "avx512"], dict(os.environ), names)
+    run_tests(source, chosen or ["-k", "avx512 or amx"], dict(os.environ), names)
 
 
 if __name__ == "__main__":

@@ -53,3 +53,5 @@ def test_what_would_be_faster_is_said_of_this_cpu() -> None:
     assert "not compiled" in faster_instructions(["AVX-512", "AVX2 + FMA"], ["avx2", "portable"])
     assert "no AVX" not in faster_instructions(["AVX-512"], ["avx512", "avx2", "portable"])
     assert "AVX2" in faster_instructions([], ["portable"])
+    assert "tiles" in faster_instructions(["AMX bf16", "AVX-512"], ["avx512vnni", "avx512", "avx2", "portable"])
+    assert "tiles" not in faster_instructions(["AMX bf16", "AVX-512"], ["amx", "avx512", "avx2", "portable"])

@@ -40,7 +40,7 @@ def test_avx512_tables_are_right_where_their_instructions_are_made_of_others():
     done = script("emulate.py")
     assert done.returncode == 0, said(done)
     (tested,) = [line for line in done.stdout.splitlines() if line.startswith("backends: ")]
-    assert {"avx512", "avx512vnni", "avx512bf16"} <= set(re.findall(r"\w+", tested)), said(done)
+    assert {"avx512", "avx512vnni", "avx512bf16", "amx"} <= set(re.findall(r"\w+", tested)), said(done)
 
 
 @pytest.mark.parametrize("name", ["sanitize.py", "emulate.py"])

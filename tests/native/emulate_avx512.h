@@ -142,6 +142,13 @@ EMU __m256i emu_cvtepi32_epi16(__m512i a) {
   memcpy(&all, words, sizeof all);
   return all;
 }
+EMU float emu_reduce_max_ps(__m512 a) {
+  float x[16], best;
+  memcpy(x, &a, sizeof x);
+  best = x[0];
+  for (int i = 1; i < 16; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
 EMU int32_t emu_reduce_add_epi32(__m512i a) {
   const EmuInts x = emu_as<EmuInts>(a);
   int32_t sum = 0;
@@ -287,6 +294,7 @@ EMU void emu_tile_dot(int c, int a, int b) {
 #define _mm512_min_ps emu_min_ps
 #define _mm512_mul_ps emu_mul_ps
 #define _mm512_or_si512 emu_or_si512
+#define _mm512_reduce_max_ps emu_reduce_max_ps
 #define _mm512_reduce_add_epi32 emu_reduce_add_epi32
 #undef _mm512_roundscale_ps
 #define _mm512_roundscale_ps(a, mode) emu_roundscale_ps<mode>(a)

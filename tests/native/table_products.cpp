@@ -45,8 +45,8 @@ Matrix matrix_of(int32_t format, const PanelOrder& order, int64_t inputs, Number
   return made;
 }
 
-constexpr int32_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 17, 25, 47, 48, 49, 61};
-constexpr int32_t kWidths[] = {32, 64, 96, 160}, kOddWidths[] = {1, 2, 33, 64, 71};
+constexpr int32_t kRowCounts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 17, 25, 48, 49, 97, 130};
+constexpr int32_t kWidths[] = {32, 64, 160, 1120}, kOddWidths[] = {1, 2, 33, 64, 71};
 
 // What adapters add: any rank, over some of the rows and panels.
 struct Adapter {
@@ -99,6 +99,7 @@ struct Product {
     const RowArray out(rows, width);
     const int64_t stride = is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : pair_row_bytes(inputs);
     const Array small = array_of(padded_rows(rows) * stride);
+    std::memset(small->bytes(), 0xff, small->size());  // NaN, where nothing is written
     LinearCall now = call;
     now.x = x.rows(), now.out = out.rows(), now.residual = residual ? plus.rows() : Rows{nullptr, 0};
     now.w = w.packed;

@@ -308,7 +308,7 @@ def bench_join(
 def bench_step(
     rows: Annotated[str, typer.Option("--rows", help="Decode rows, separated by commas.")] = "1,8,32",
     adapters: Annotated[
-        str, typer.Option("--adapters", help="none, shared (one for all), a number of them, distinct (one a row).")
+        str, typer.Option("--adapters", help="none, shared (one for all), a number (fewer rows: left out), distinct.")
     ] = "none,shared,8,distinct",
     rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
     context: Annotated[int, typer.Option("--context", help="Tokens that each row has behind it.")] = 105,

@@ -42,8 +42,8 @@ ADAPTER_DTYPES = ("bfloat16", "float16", "float32")
 class StepBench:
     """What is asked for. ``tiny`` takes a toy shape: does it run at all?
 
-    A mix is one of ``MIXES``, or how many adapters the rows share, each with neighbouring rows. ``adapter_dtype`` is what
-    the adapters' files hold; they are kept as they are stored.
+    A mix is one of ``MIXES``, or how many adapters the rows share, each with neighbouring rows; fewer rows leave it out.
+    ``adapter_dtype`` is what the adapters' files hold; they are kept as they are stored.
     """
 
     rows: tuple[int, ...] = (1, 8, 32)
@@ -65,6 +65,11 @@ class StepBench:
             raise ConfigError(f"adapter_dtype is {self.adapter_dtype!r}; it must be of {known}.", param="adapter_dtype")
         if not self.rows or min(self.rows) < 1:
             raise ConfigError("rows must be whole numbers above 0.", param="rows")
+        for mix in self.mixes:
+            if mix.isdecimal() and int(mix) > max(self.rows):
+                raise ConfigError(
+                    f"adapters is {mix}, more than the most rows ({max(self.rows)}) can share.", param="adapters"
+                )
         for name, least in (("rank", 1), ("context", 1), ("prefill", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.", param=name)
@@ -140,7 +145,9 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     ]
     lines = []
     for rows in bench.rows:
-        using = {mix: _slots(mix, slots, rows) for mix in bench.mixes if not mix.isdecimal() or int(mix) <= rows}
+        using = {mix: slots_of(mix, slots, rows) for mix in bench.mixes if not mix.isdecimal() or int(mix) <= rows}
+        if not using:
+            continue
         measured = _decode(executable, using, bench, per_row)
         base = statistics.median(measured["none"][0]) if "none" in measured else None
         for mix, (times, ops) in measured.items():
@@ -164,7 +171,7 @@ def _prefill(executable: Executable, tokens: int) -> Measured:
     return Measured("prefill", tokens, "none", ms, min(turns.times), 1e3 * tokens / ms, ops=turns.ops())
 
 
-def _slots(mix: str, slots: list[int], rows: int) -> list[int | None]:
+def slots_of(mix: str, slots: list[int], rows: int) -> list[int | None]:
     """The adapter of each row."""
     if mix == "none":
         return [None] * rows

@@ -101,6 +101,8 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
     """What would make products faster than ``tables`` (ours that run here, best first) on a CPU with ``sets``."""
     if tables[0] == "portable":
         return "no AVX2 here or none compiled: products take several times as long as with it"
+    if "AMX bf16" in sets and "amx" not in tables:
+        return "this CPU multiplies tiles (AMX); they take Linux 5.16, and truffula installed with gcc 11 or clang 12"
     if any(table.startswith("avx512") for table in tables):
         return "--cpu-isa forces one"
     if "AVX-512" in sets:
@@ -130,7 +132,7 @@ def _native() -> list[Finding]:
     return [
         Finding("native kernels", "yes"),
         Finding("instruction sets", ", ".join(sets), "ok", faster_instructions(cpu_name()[1], sets)),
-        *([Finding("tried", why)] if (why := why_this_set()) else []),
+        *([Finding("why that order", why)] if (why := why_this_set()) else []),
         Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}", state, advice),
         Finding("C++ compiler", compiler or "none"),
     ]

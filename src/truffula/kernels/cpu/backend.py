@@ -21,6 +21,7 @@ from truffula.kernels.validate import validate
 
 DTYPES = ("bfloat16", "float32")
 logger = logging.getLogger(__name__)
+_X_ROWS = 16  # kXRows of kernels.h: rows as products read them have memory to a multiple of it
 _SAMPLER_BYTES = 58
 """Per id of the vocabulary and thread, at most (sampler.h)."""
 
@@ -86,7 +87,7 @@ class CpuBackend:
         adapters' products with A (those of great rank pay for the rest), and per thread attention's and the sampler's.
         """
         widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
-        rows = 72 * -(-capacity.max_tokens // 16) * 16 * -(-widest // 32) if self._converts() else 0
+        rows = 72 * -(-widest // 32) * -(-capacity.max_tokens // _X_ROWS) * _X_ROWS if self._converts() else 0
         attention = max(
             (_attention_scratch(op, capacity) for op in program.ops if isinstance(op, Attention)), default=0
         )
@@ -161,7 +162,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def why_this_set() -> str:
-    """Why the first of ``instruction_sets`` is: what was found where two were tried at start; else empty."""
+    """Why the first of ``instruction_sets`` is: tiles, or what was found where two were tried at start; else empty."""
     return str(_library().table_reason())
 
 

@@ -61,7 +61,7 @@ Tables found_tables() {
   Tables found;
 #if defined(TRUFFULA_X86)
   const Features has = features();
-#if defined(TRUFFULA_AMX)
+#if defined(TRUFFULA_AMX) && !defined(TRUFFULA_EMULATE)
   // Its bfloat16 sums have an order of their own, so what the processor has decides, not what was faster this time.
   if (has.amx) {
     found.usable = {&kAmx, &kAvx512Vnni, &kAvx512Bf16};

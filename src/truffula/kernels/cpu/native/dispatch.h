@@ -8,8 +8,8 @@
 
 namespace truffula {
 
-// Usable tables, the best first; the portable one is always there. `why`: the reason for the first where it was tried
-// which is best, else empty.
+// Usable tables, the best first; the portable one is always there. `why`: the reason for the first where there was a
+// choice, else empty.
 struct Tables {
   std::vector<const Kernels*> usable;
   std::string why;

@@ -173,7 +173,7 @@ enum Pairs : int32_t { kNoPairs = 0, kPairsInOrder = 1, kPairsByTiles = 2 };
 struct Kernels {
   const char* name;
   int32_t pairs;
-  int32_t fine_rows;   // products of fewer rows wait for memory
+  int32_t fine_rows;   // products of fewer rows of converted x wait for memory
   void (*linear)(const LinearCall*, int32_t unit_lo, int32_t unit_hi);   // units of two panels
   void (*quantise)(const QuantiseCall*, int32_t row_lo, int32_t row_hi);
   void (*shrink)(const ShrinkCall*, int32_t panel_lo, int32_t panel_hi);

@@ -1,7 +1,7 @@
 // Products with packed matrices. Every output is summed in one order, whatever tile it is in: a row's result depends
-// neither on the other rows nor on where it stands. Rows of bfloat16 numbers: one accumulator walks k upward. Rows of
-// float32: so within kSumInputs inputs, and these sums are added up, ascending. Rounding errors grow with the length of a
-// chain: one of all inputs is off by two to four times as much.
+// neither on the other rows nor on where it stands. Rows of bfloat16 numbers: one accumulator walks k upward (tiles have
+// an order of their own, see tiles.inc.h). Rows of float32: so within kSumInputs inputs, and these sums are added up,
+// ascending. Rounding errors grow with the length of a chain: one of all inputs is off by two to four times as much.
 #pragma once
 
 #include "ahead.h"
@@ -19,8 +19,8 @@ constexpr int kTileRows = 6;  // 6 rows x 1 panel of two registers: 12 accumulat
 #else
 constexpr int kTileRows = 2;
 #endif
-#if defined(__AMX_BF16__)
-constexpr int kBlockRows = 64;  // between two epilogues: a multiple of every tile's rows
+#if defined(TRUFFULA_TILES)
+constexpr int kBlockRows = 96;  // between two epilogues: a multiple of every tile's rows
 #else
 constexpr int kBlockRows = 48;
 #endif
@@ -158,7 +158,8 @@ static void product(int rows, int panels, const float* x, int64_t stride, const 
     const int r = first_row(rows, t, tiles, kTileRows), count = first_row(rows, t + 1, tiles, kTileRows) - r;
     const float* from = x + r * stride;
     float* to = y + r * y_stride;
-    const Ahead ahead = ahead_of(t, tiles, panels, panel_bytes);
+    // What lies scattered has nothing behind it, and two of it may be the same.
+    const Ahead ahead = USE == kStream || USE == kStreamBlocks ? ahead_of(t, tiles, panels, panel_bytes) : Ahead{0, 0};
     if (panels == 2 && count <= most_for_two) {
       tile_rows<2, FORMAT, USE>(count, from, stride, panel, panel_bytes, inputs, to, y_stride, ahead);
     } else {
@@ -176,7 +177,7 @@ TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, 
   else product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
 }
 
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
 // As `tile`, with rows of bfloat16 pairs: the same sums in the same order, two inputs an instruction.
 template <int MR, int NP>
 static void pair_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t lines,
@@ -274,14 +275,14 @@ TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int 
 // Sums of rows r .. r + rows and the unit's panels.
 TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
                              int64_t y_stride) {
-#if defined(__AMX_BF16__)
+#if defined(TRUFFULA_TILES)
   if (tiled(c)) return tile_product(c, r, rows, panels, panel, y, y_stride);
 #endif
   const uint8_t* quantised = c->quantised_x ? c->quantised_x + r * c->quantised_stride : nullptr;
   const float* x = c->x.data + r * c->x.stride;
   if (is_quantised(c->w.format))
     quant_product_of(&c->w, rows, panels, quantised, c->quantised_stride, panel, y, y_stride);
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
   else if (c->w.format == kBF16 && quantised)
     pair_product(rows, panels, quantised, c->quantised_stride, panel, c->w.panel_bytes, y, y_stride);
 #endif
@@ -294,7 +295,7 @@ TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, c
 static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
   alignas(64) float y[kBlockRows * kUnitPanels * kLanes];
   const int64_t y_stride = kUnitPanels * kLanes;
-#if defined(__AMX_BF16__)
+#if defined(TRUFFULA_TILES)
   const Tiles tiles(c);
 #endif
   for (int32_t unit = unit_lo; unit < unit_hi; ++unit) {

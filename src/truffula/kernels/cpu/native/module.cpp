@@ -313,7 +313,7 @@ NB_MODULE(_native, m) {
         "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");
   m.def("sample_rows", sample_rows, "logits"_a.noconvert(), "samples"_a, "width"_a, "isa"_a,
         "The sampler on its own: what Executable.sample gives, of these logits.");
-  m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where that was tried; else empty.");
+  m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where there was a choice; else empty.");
   m.def("choice_of_pairs", choice_of_pairs, "pairs"_a, "floats"_a, "same_bits"_a,
         "What that trial decides of seconds measured with 1 and 8 rows: (names, the best first; why).");
   m.def("peak_rate", measured_peak, "isa"_a, "kind"_a, "threads"_a,

@@ -8,7 +8,7 @@
 namespace truffula {
 namespace {
 
-#if defined(__AMX_BF16__)
+#if defined(TRUFFULA_TILES)
 constexpr int32_t kPairs = kPairsByTiles;
 constexpr int32_t kFineRows = 96;
 #elif defined(__AVX512BF16__)
@@ -56,7 +56,7 @@ static float float_peak(int64_t rounds, const float* operands) {
   return sum_of(all);
 }
 
-#if defined(__AMX_BF16__)
+#if defined(TRUFFULA_TILES)
 // Four products of full tiles, as many as there are sums for: 16 rows, 16 outputs and a line's inputs each.
 static int64_t tile_peak(int64_t rounds, int inputs, bool pairs) {
   const TileShapes shapes(pairs ? 64 : kBlock, inputs / (pairs ? 2 : 4));
@@ -138,7 +138,7 @@ static int64_t peak(int32_t kind, int64_t rounds) {
   const float* operands = zeros;
   __asm__ volatile("" : "+r"(operands) : : "memory");
   volatile float kept = 0.0f;
-#if defined(__AMX_BF16__)
+#if defined(TRUFFULA_TILES)
   if (kind == kPairPeak) return tile_peak(rounds, 2 * kTileLines, true);
   if (kind == kBytePeak) return tile_peak(rounds, kBlock, false);
 #endif
@@ -146,7 +146,7 @@ static int64_t peak(int32_t kind, int64_t rounds) {
   if (kind == kFloatPeak) {
     kept = float_peak(rounds, operands);
     each = 2 * kLanes;
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
   } else if (kind == kPairPeak) {
     kept = pair_peak(rounds, (const uint8_t*)operands);
     each = 4 * kLanes;

@@ -13,6 +13,7 @@ namespace truffula {
 namespace {
 
 constexpr int32_t kRows = 7, kInputs = 160, kOutputs = 48;
+constexpr int32_t kManyRows = 19;  // enough for tiles, wherever a table has them
 constexpr double kTolerance = 1e-4;
 
 // Numbers between -1 and 1, the same on every machine.
@@ -65,18 +66,18 @@ Matrix matrix_of(int32_t format, Numbers& numbers) {
 
 // Each op once on the numbers it always gets.
 
-std::vector<float> product(const Kernels& table, int32_t format) {
+std::vector<float> product(const Kernels& table, int32_t format, int32_t rows) {
   Numbers numbers;
   const Matrix w = matrix_of(format, numbers);
-  std::vector<float> x = numbers.many(kRows * kInputs), residual = numbers.many(kRows * kOutputs), out(kRows * kOutputs);
-  std::vector<uint8_t> small(static_cast<size_t>(padded_rows(kRows) * kInputs / kBlock * kMostXBlockBytes));
+  std::vector<float> x = numbers.many(rows * kInputs), residual = numbers.many(rows * kOutputs), out(rows * kOutputs);
+  std::vector<uint8_t> small(static_cast<size_t>(padded_rows(rows) * kInputs / kBlock * kMostXBlockBytes));
   const int64_t stride = kInputs / kBlock * kMostXBlockBytes;
   const QuantiseCall quantise{rows_of(x, kInputs), small.data(), stride, format, kInputs};
   // As steps do it: rows that hold bfloat16 numbers are read in pairs by tables that can.
   const bool converts = is_quantised(format) || (format == kBF16 && table.pairs);
   if (format == kBF16)
     for (float& number : x) number = from_bf16(to_bf16(number));
-  if (converts) table.quantise(&quantise, 0, kRows);
+  if (converts) table.quantise(&quantise, 0, rows);
   LinearCall call{};
   call.x = rows_of(x, kInputs);
   call.out = rows_of(out, kOutputs);
@@ -84,7 +85,7 @@ std::vector<float> product(const Kernels& table, int32_t format) {
   call.w = w.packed;
   call.quantised_x = converts ? small.data() : nullptr;
   call.quantised_stride = stride;
-  call.rows = kRows;
+  call.rows = rows;
   call.out_width = kOutputs;
   call.in_blocks = format == kF32;
   call.activation = kSilu;
@@ -200,7 +201,8 @@ std::string fault_of(const Kernels& table) {
   const std::pair<int32_t, const char*> formats[] = {{kF32, "float32"}, {kBF16, "bfloat16"}, {kQ8_0, "Q8_0"},
                                                       {kQ4_0, "Q4_0"},   {kQ4_1, "Q4_1"},     {kQ5_0, "Q5_0"}};
   for (const auto& [format, name] : formats)
-    if (!alike(product(table, format), product(sure, format))) return std::string("products with ") + name;
+    for (int32_t rows : {kRows, kManyRows})
+      if (!alike(product(table, format, rows), product(sure, format, rows))) return std::string("products with ") + name;
   if (!alike(shrunk(table), shrunk(sure))) return "an adapter's products";
   if (!alike(normed(table), normed(sure))) return "norms";
   if (!alike(pointwise(table), pointwise(sure))) return "activations and sums";

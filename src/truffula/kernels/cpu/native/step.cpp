@@ -26,6 +26,8 @@ Span<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
 // One thing a chunk, while the team can count them: in a very large step several.
 int32_t chunks_for(int64_t things) { return static_cast<int32_t>(std::min<int64_t>(things, Team::kMostChunks / 2)); }
 
+// Products of fewer rows of floats wait for memory.
+constexpr int32_t kFineRows = 16;
 constexpr int32_t kShrinkRows = 64;
 // A sequence with so few rows in a step has its keys cut into partitions that any thread may work on.
 constexpr int32_t kSplitTokens = 4;
@@ -175,7 +177,8 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     // Cut finer where products compute, so that a slower core doesn't hold the other up; one long stretch of weights per
     // thread reads faster.
-    return count == 0 ? 0 : std::min(units, count < kernels_->fine_rows ? team : 8 * team);
+    const int32_t fine = converts_x(*linear) ? kernels_->fine_rows : kFineRows;
+    return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
     const Share& share = share_of(*attention);

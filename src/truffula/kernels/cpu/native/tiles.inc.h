@@ -12,6 +12,7 @@
 #include "vec.h"
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#define TRUFFULA_TILES 1
 
 namespace truffula {
 namespace {
@@ -34,6 +35,7 @@ struct alignas(64) TileShapes {
     }
   }
 };
+static_assert(sizeof(TileShapes) == 64, "what LDTILECFG reads");
 
 // gcc's intrinsics do not say which memory they read: what was written before has to be there.
 #define TF_WRITTEN() __asm__ volatile("" ::: "memory")
@@ -175,6 +177,7 @@ TF_INLINE void add_block(V (&acc)[kTile], const int32_t* sums, const uint8_t* x,
 }
 
 // y += `blocks` blocks of 16 rows times a panel whose bytes are at `lines`. A block is scaled while the next is summed.
+// `ahead`: bytes to lines to ask memory for. Where blocks are unpacked first, that reads a whole stretch in one go.
 template <int FORMAT>
 static void byte_tile(const uint8_t* x, int64_t stride, const uint8_t* lines, const uint8_t* scales, int blocks,
                       bool first, float* y, int64_t y_stride, int64_t ahead) {

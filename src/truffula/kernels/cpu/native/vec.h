@@ -255,15 +255,16 @@ TF_INLINE float sum_of(V a) {
     for (int i = 0; i < width; ++i) x[i] += x[i + width];
   return x[0];
 }
-TF_INLINE float max_of(V a) {
-#if defined(__AVX512F__) && !defined(TRUFFULA_EMULATED_SET)
+TF_INLINE float max_of(V a) {  // of numbers, none of them NaN
+#if defined(__AVX512F__)
   return _mm512_reduce_max_ps(a.v);
-#endif
+#else
   float x[16];
   store(x, a);
   float best = x[0];
   for (int i = 1; i < 16; ++i) best = x[i] > best ? x[i] : best;
   return best;
+#endif
 }
 
 // e^x: a power of two times a polynomial (Cephes' coefficients); relative error about 1e-7. Below -87.3 it stays at
