@@ -65,11 +65,11 @@ class StepBench:
             raise ConfigError(f"adapter_dtype is {self.adapter_dtype!r}; it must be of {known}.", param="adapter_dtype")
         if not self.rows or min(self.rows) < 1:
             raise ConfigError("rows must be whole numbers above 0.", param="rows")
-        for mix in self.mixes:
-            if mix.isdecimal() and int(mix) > max(self.rows):
-                raise ConfigError(
-                    f"adapters is {mix}, more than the most rows ({max(self.rows)}) can share.", param="adapters"
-                )
+        if all(mix.isdecimal() and int(mix) > max(self.rows) for mix in self.mixes):
+            raise ConfigError(
+                f"adapters is {', '.join(self.mixes)}, more than the most rows ({max(self.rows)}) can share.",
+                param="adapters",
+            )
         for name, least in (("rank", 1), ("context", 1), ("prefill", 0), ("steps", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.", param=name)
