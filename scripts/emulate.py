@@ -1,4 +1,4 @@
-"""AVX-512 and AMX tables on a machine without them: ``python scripts/emulate.py [pytest arguments]``; what ``make emulate`` runs.
+"""AVX-512 and AMX tables on a machine without them: ``python scripts/emulate.py [pytest arguments]``, ``make emulate``.
 
 Builds the module with TRUFFULA_EMULATE in build/emulate: the tables avx512, avx512vnni, avx512bf16 and amx out of AVX2
 instructions (tests/native/emulate_avx512.h), listed behind the others. Compares all tables bit for bit

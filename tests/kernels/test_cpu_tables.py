@@ -1,6 +1,6 @@
 """Products in every table: one order of sums, and so the same bits wherever products and sums are fused. Which of two
-ways to multiply bfloat16 numbers a machine takes therefore never shows in an answer. Tiles have an order of their own in
-bfloat16, so nothing but the processor decides whether they are taken."""
+ways to multiply bfloat16 numbers a machine takes therefore never shows in an answer. Tiles have an order of their own
+in bfloat16, so nothing but the processor decides whether they are taken."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_why_bfloat16_products_were_taken_or_not_is_told():
 
 
 @pytest.mark.skipif("avx512bf16" not in ISAS, reason="this processor has no bfloat16 products")
-@pytest.mark.skipif(ISAS[:1] == ("amx",), reason="tiles are taken where they are, for their sums have an order of their own")
+@pytest.mark.skipif(ISAS[:1] == ("amx",), reason="tiles are taken wherever they are, without a trial")
 def test_the_choice_of_avx512bf16_or_not_was_tried_and_says_so():
     assert "avx512bf16" in why_this_set()
     assert "differ" not in why_this_set()

@@ -42,8 +42,8 @@ ADAPTER_DTYPES = ("bfloat16", "float16", "float32")
 class StepBench:
     """What is asked for. ``tiny`` takes a toy shape: does it run at all?
 
-    A mix is one of ``MIXES``, or how many adapters the rows share, each with neighbouring rows; fewer rows leave it out.
-    ``adapter_dtype`` is what the adapters' files hold; they are kept as they are stored.
+    A mix is one of ``MIXES``, or how many adapters the rows share, each with neighbouring rows; fewer rows leave it
+    out. ``adapter_dtype`` is what the adapters' files hold; they are kept as they are stored.
     """
 
     rows: tuple[int, ...] = (1, 8, 32)
