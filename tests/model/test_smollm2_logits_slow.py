@@ -46,12 +46,10 @@ def wanted(checkpoint: Checkpoint, ids: list[int]) -> Float32:
     return Oracle(checkpoint.path, tied=tied).logits(ids)
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [pytest.param(CpuBackend(threads=2, exact=True), marks=needs_native, id="cpu"),
-     pytest.param(ReferenceBackend(), id="reference")],
-)  # fmt: skip
-def test_every_logit_is_within_1e_4(backend: Backend, checkpoint: Checkpoint, ids: list[int], wanted: Float32) -> None:
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=needs_native), "reference"])
+def test_every_logit_is_within_1e_4(name: str, checkpoint: Checkpoint, ids: list[int], wanted: Float32) -> None:
+    # Made here, not where tests are collected: without the native module there is no such backend.
+    backend: Backend = CpuBackend(threads=2, exact=True) if name == "cpu" else ReferenceBackend()
     plan, capacity = plan_model(checkpoint), capacity_for(POSITIONS)
     executable = backend.load(
         plan.program, "float32", puller(checkpoint, plan, block_kinds=backend.block_kinds), capacity
