@@ -211,6 +211,16 @@ def test_bench_step_on_a_toy_shape() -> None:
 
 
 @pytest.mark.skipif(not available(), reason="truffula was installed without its native kernels")
+def test_bench_step_computes_with_the_instruction_set_asked_for() -> None:
+    """By option or by the environment, as a server does; the option wins, and one that is not there is refused."""
+    toy = ("bench", "step", "--tiny", "--rows", "1", "--adapters", "none", "--steps", "1", "--prefill", "0", "--json")
+    assert json.loads(here(*toy, TRUFFULA_CPU_ISA="portable").stdout)["isa"] == "portable"
+    assert json.loads(here(*toy, "--cpu-isa", "portable", TRUFFULA_CPU_ISA="none-such").stdout)["isa"] == "portable"
+    refused = here(*toy, TRUFFULA_CPU_ISA="none-such")
+    assert refused.returncode != 0 and "none-such" in refused.stderr and "portable" in refused.stderr
+
+
+@pytest.mark.skipif(not available(), reason="truffula was installed without its native kernels")
 def test_bench_kernel_on_toy_shapes() -> None:
     done = here("bench", "kernel", "--tiny", "--shape", "50x64", "--threads", "1", "--json")
     assert done.returncode == 0, done.stderr
