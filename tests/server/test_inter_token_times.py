@@ -25,14 +25,14 @@ def test_gaps_are_counted_before_anybody_reads_them(live):
         return metrics.registry.get_sample_value("truffula_inter_token_seconds_count", labels) or 0.0
 
     async def go():
-        one = GenerateRequest(prompt="Hello", params=SamplingParams(max_tokens=40, ignore_eos=True, temperature=0))
+        one = GenerateRequest(prompt="Hello", params=SamplingParams(max_tokens=150, ignore_eos=True, temperature=0))
         batches = run(Watched(app, RequestRecord(request_id="r", generates=True)), [one])
         read = sum(len(delta.tokens) for _, delta in await anext(batches))
-        while gaps() < before + 10:  # the test's own timeout bounds it
+        while gaps() < before + read + 10:  # more than what was read could give; the test's own timeout bounds it
             await asyncio.sleep(0.005)
         await batches.aclose()
         return read
 
     before = gaps()
     future = asyncio.run_coroutine_threadsafe(go(), live.server.gate.loop)
-    assert future.result(30) < 20
+    assert 0 < future.result(30) < 140
