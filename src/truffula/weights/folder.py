@@ -36,6 +36,7 @@ class FolderCheckpoint:
         self._home: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
         if not self._home:
             raise CheckpointError(f"{path}: its safetensors files hold no tensor.", param=str(path))
+        self.files = tuple(dict.fromkeys(file.file for file in self._home.values()))
         self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._home.items()}
         self.warnings = tuple(warnings)
 

@@ -31,11 +31,8 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
-        self._file = MappedFile(path, size)
+        self._file = MappedFile(path)
+        self.files: tuple[MappedFile, ...] = (self._file,)
         self._header = read_header(path, self._file.data())
         warnings: list[str] = []
         with naming_file(path):

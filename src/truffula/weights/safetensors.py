@@ -43,7 +43,8 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 
 class SafetensorsFile:
-    """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings its author left.
+    """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings its author left,
+    ``file`` the bytes.
 
     Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one,
     the tensor.
@@ -51,34 +52,31 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.file = MappedFile(path)
         try:
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                header, start = _read_header(path, file.read(9), size, file.read)
+            header, start = _read_header(path, self.file)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error
         self.metadata = _check_metadata(path, header.pop("__metadata__", {}))
-        self.tensors: dict[str, TensorInfo] = _check_tensors(path, header, start, size)
-        self._file = MappedFile(path, size)
+        self.tensors: dict[str, TensorInfo] = _check_tensors(path, header, start, self.file.size)
 
     def read(self, name: str) -> Array:
         """The tensor in its stored dtype: a view of the mapped file (a copy only where the file misaligns it)."""
         info = self.tensors[name]
-        view = self._file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
+        view = self.file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
         return view if view.flags.aligned else view.copy()
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file."""
         info = self.tensors[name]
-        return self._file.view(info.offset, info.nbytes)
+        return self.file.view(info.offset, info.nbytes)
 
     def release(self, name: str) -> None:
         info = self.tensors[name]
-        self._file.release(info.offset, info.nbytes)
+        self.file.release(info.offset, info.nbytes)
 
     def close(self) -> None:
-        self._file.close()
+        self.file.close()
 
 
 def _refuse(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
@@ -86,8 +84,9 @@ def _refuse(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
     return CheckpointError(where + why, param=tensor if tensor is not None else str(path), file=str(path))
 
 
-def _read_header(path: Path, head: bytes, size: int, read: Any) -> tuple[dict[str, Any], int]:
+def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
     """The header as a dict and where the data begin."""
+    head, size = file.head(9), file.size
     if size == 0:
         raise _refuse(path, "the file is empty.")
     if is_lfs_pointer(head):
@@ -103,7 +102,7 @@ def _read_header(path: Path, head: bytes, size: int, read: Any) -> tuple[dict[st
         )
     if 8 + length > size:
         raise _refuse(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
-    raw = head[8 : 8 + length] + read(max(length - 1, 0))
+    raw = file.head(8 + length)[8:]
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

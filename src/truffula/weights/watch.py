@@ -1,7 +1,7 @@
-"""What the files of a model looked like when they were loaded, and whether somebody has changed them since.
+"""What the files of a model looked like when they were loaded, and whether they have changed since.
 
-Weights are views of mapped files: who overwrites such a file in place changes answers while they are given. And what
-stands under the model's name later may be another model. Both are noticed by size, time of change and inode.
+Weights are views of mapped files: a write to such a file changes answers while they are made. And the file under the
+model's name may be another one later. Both are noticed by size, time of change and inode.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from truffula.types import FileStamp
 
 if TYPE_CHECKING:
     from truffula.weights.checkpoint import Checkpoint  # brings arrays
+    from truffula.weights.mapped import MappedFile
 
 SIDE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """Read once at the start, with the weights: they decide what the weights mean."""
 
 
 def stamps_of(checkpoint: Checkpoint) -> list[FileStamp]:
-    """One stamp for each file that decides answers, by path."""
-    weights = {info.file for info in checkpoint.tensors.values()}
-    return [stamp(path) for path in sorted(weights | set(text_stamped(checkpoint.path)))]
+    """One stamp for each file that decides answers, by path.
+
+    Weights are stamped as the open files that they are read from: a rename under them is no change. Side files are
+    stamped by name.
+    """
+    weights = {str(file.path): file.stamp() for file in checkpoint.files}
+    sides = {str(path): stamp(path) for path in text_stamped(checkpoint.path) if str(path) not in weights}
+    return sorted([*weights.values(), *sides.values()], key=lambda item: item.path)
 
 
 def text_stamped(path: Path) -> list[Path]:
@@ -32,62 +38,95 @@ def text_stamped(path: Path) -> list[Path]:
     return [file for name in SIDE_FILES if (file := path / name).is_file()] if path.is_dir() else [path]
 
 
+def stamp_of(path: Path, found: os.stat_result) -> FileStamp:
+    """The stamp of a file that was examined."""
+    return FileStamp(path=str(path), size=found.st_size, mtime_ns=found.st_mtime_ns, inode=found.st_ino)
+
+
 def stamp(path: Path) -> FileStamp:
-    """``path`` as it is now. Raises ``CheckpointChanged`` when it cannot be seen any more."""
+    """``path`` as it is now. Raises ``CheckpointChanged`` when it cannot be examined any more."""
     try:
-        return _stamp(path, path.stat())
+        return stamp_of(path, path.stat())
     except OSError as error:
-        raise CheckpointChanged(f"{path} cannot be looked at: {error.strerror or error}.", param=str(path)) from error
+        raise CheckpointChanged(f"{path} cannot be examined: {error.strerror or error}.", param=str(path)) from error
 
 
-def require_same(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
-    """Raises ``CheckpointChanged`` naming the first file that is not what it was."""
+def require_unchanged_load(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
+    """Raises ``CheckpointChanged`` naming the first file that is not what it was when its loading began."""
+    if path := _first_difference(then, now):
+        raise CheckpointChanged(
+            f"{path} changed while the model was loaded, so what was loaded may be a mixture. Start again when the "
+            "files are complete.",
+            param=path,
+        )
+
+
+def require_same_model(first: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
+    """Raises ``CheckpointChanged`` naming the first file that is not the one that the server was started with."""
+    if path := _first_difference(first, now):
+        raise CheckpointChanged(
+            f"The engine ended and is not started again: {path} is not the file that it had loaded (it was replaced, "
+            "removed or written to since), so answers would come from another model. Restart the server to serve the "
+            "file that is there now.",
+            param=path,
+        )
+
+
+def require_loaded(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileStamp]) -> None:
+    """Raises ``CheckpointChanged`` unless the text files of the model at ``path``, stamped in ``read``, are those
+    that the engine has ``loaded``.
+    """
+    if not same_texts(path, loaded, read):
+        raise CheckpointChanged(
+            f"{path} was replaced while the model was loaded: the tokenizer there now may belong to another model than "
+            "the weights that were loaded. Start again.",
+            param=str(path),
+        )
+
+
+def same_texts(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileStamp]) -> bool:
+    """Whether the text files of ``path`` that were ``read`` are those that were ``loaded``."""
+    names = {str(file) for file in text_stamped(path)} | {item.path for item in read}
+    return {item for item in loaded if item.path in names} == set(read)
+
+
+def _first_difference(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> str | None:
     found = {item.path: item for item in now}
     for item in then:
         if item != found.pop(item.path, None):
-            raise _changed(item.path, "was replaced or changed")
-    for path in found:
-        raise _changed(path, "is new")
+            return item.path
+    return next(iter(found), None)
 
 
 class FileWatch:
     """Holds mapped files open and notices when one of them is written to.
 
-    A file that is replaced by a rename, or removed, stays as it was for who holds it: that is no change here.
+    A file that is replaced by a rename, or removed, stays as it was for a process that has it open: that is no change
+    here.
     """
 
-    def __init__(self, stamps: Iterable[FileStamp]) -> None:
+    def __init__(self, files: Iterable[MappedFile]) -> None:
         self._held: dict[int, FileStamp] = {}  # by descriptor
         try:
-            for item in stamps:
-                self._held[os.open(item.path, os.O_RDONLY | os.O_CLOEXEC)] = item
+            for file in files:
+                self._held[file.duplicate()] = file.opened
             self.check()
-        except OSError as error:
-            self.close()
-            raise CheckpointChanged(f"A file of the model is gone: {error}.") from error
         except BaseException:
             self.close()
             raise
 
     def check(self) -> None:
-        """Raises ``CheckpointChanged`` when a file is not what its stamp says. A few microseconds a file."""
+        """Raises ``CheckpointChanged`` when a file is not what it was when it was opened. A few microseconds a file."""
         for descriptor, item in self._held.items():
-            if _stamp(Path(item.path), os.fstat(descriptor)) != item:
-                raise _changed(item.path, "was overwritten")
+            if stamp_of(Path(item.path), os.fstat(descriptor)) != item:
+                raise CheckpointChanged(
+                    f"{item.path} was overwritten while it was served, so answers would mix old and new weights. "
+                    "Restart the server to serve what is there now. To replace a model's files under a running server, "
+                    "rename new files over them; do not write to them in place.",
+                    param=item.path,
+                )
 
     def close(self) -> None:
         held, self._held = self._held, {}
         for descriptor in held:
             os.close(descriptor)
-
-
-def _stamp(path: Path, found: os.stat_result) -> FileStamp:
-    return FileStamp(path=str(path), size=found.st_size, mtime_ns=found.st_mtime_ns, inode=found.st_ino)
-
-
-def _changed(path: str, what: str) -> CheckpointChanged:
-    return CheckpointChanged(
-        f"{path} {what} since the model was loaded, so answers would come from other weights. Restart the server to "
-        "serve what is there now; replace a model's files by renaming new ones over them, never in place.",
-        param=path,
-    )
