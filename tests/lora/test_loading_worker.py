@@ -16,6 +16,7 @@ import pytest
 from lora_bases import judge, llama_sites
 from pool_rig import Clock, cached
 
+from fake_hub import NOTHING, environment, misbehaving_hub
 from processes import running
 from truffula.engine.loader import IDLE_WORKER_S, LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
@@ -246,6 +247,33 @@ def test_a_worker_that_cannot_start_is_said_with_its_last_words(make: Make, tmp_
     loader.start(adapter(tmp_path / "b"))
     error = one(loader).error
     assert error is not None and "can be started" in error.message
+
+
+def test_a_hub_that_fails_ends_the_load_and_not_the_worker(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not reached, and an answer that the Hub's library falls over: the first is said, the second is logged too."""
+    for name, value in environment(NOTHING).items():
+        monkeypatch.setenv(name, value)
+    loader = make()
+    loader.start(AdapterRef(name="a", kind="hub", locator="org/nope"))
+    error = one(loader).error
+    assert error is not None and error.code == "adapter_load_failed" and "cannot be reached" in error.message
+    (pid,) = loader.pids()
+    loader.start(adapter(tmp_path / "b"))
+    result = one(loader)
+    assert result.error is None and result.image_path is not None and loader.pids() == [pid]
+    Path(result.image_path).unlink()
+    assert caplog.text == ""
+
+    with misbehaving_hub() as endpoint:
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        other = make()
+        other.start(AdapterRef(name="c", kind="hub", locator="org/list"))
+        error = one(other).error
+        assert error is not None and "failed unexpectedly (" in error.message
+        assert len(other.pids()) == 1 and running(*other.pids())
+    assert "loading adapter 'c' failed unexpectedly" in caplog.text and "Traceback" in caplog.text
 
 
 def test_closing_ends_workers_that_hang(make: Make, tmp_path: Path) -> None:

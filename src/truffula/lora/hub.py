@@ -7,10 +7,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound
+from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, TruffulaError
 from truffula.lora.beside import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.place import CONFIG, PICKLE, TENSORS
+from truffula.weights.hub import HubFailure, explain
 
 
 def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline: bool, max_file_bytes: int) -> Path:
@@ -23,7 +24,6 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
     or, offline, the cache lacks it.
     """
     import huggingface_hub as hub
-    from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
@@ -39,20 +39,27 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
         if not offline:
             with contextlib.suppress(OSError):  # a cache that is complete may be read-only
                 _note_branch(paths[0].parent, revision or "main")
-    except errors.LocalEntryNotFoundError as error:
-        why = "it is not in the cache and we are offline" if offline else "the Hub cannot be reached"
-        raise AdapterLoadError(f"{repo}: {why}.", param="adapter") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        at = "" if revision is None else f" at {revision}"
-        raise AdapterNotFound(f"There is no {repo}{at} on the Hub, or we may not read it.", param="adapter") from error
-    except errors.EntryNotFoundError as error:
-        raise AdapterError(f"{repo} lacks {CONFIG} or {TENSORS}: it is no PEFT adapter.", param=CONFIG) from error
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        # The library's own message may hold a request's URL and ids; its kind says enough for a client.
-        raise AdapterLoadError(f"{repo} cannot be fetched ({type(error).__name__}).", param="adapter") from error
+    except (TruffulaError, MemoryError):
+        raise
+    except Exception as error:  # the library passes on errors of its HTTP client and of what it is sent
+        failure = explain(error, offline=offline)
+        if failure.kind == "unexpected":
+            raise
+        raise _refusal(repo, revision, failure) from error
     if paths[0].parent != paths[1].parent:
-        raise AdapterLoadError(f"{repo} changed while it was fetched; ask again.", param="adapter")
+        raise AdapterLoadError(f"{repo} changed while it was downloaded; try again.", param="adapter")
     return paths[0].parent
+
+
+def _refusal(repo: str, revision: str | None, failure: HubFailure) -> TruffulaError:
+    """The error for a client: nothing of the library's own message, which may hold a request's URL and ids."""
+    at = "" if revision is None else f" (revision {revision})"
+    text = f"The adapter {repo}{at} cannot be downloaded from the Hub: {failure.text}."
+    if failure.kind in ("repository", "revision"):
+        return AdapterNotFound(text, param="adapter")
+    if failure.kind == "file":
+        return AdapterError(f"{repo} has no {CONFIG} or no {TENSORS}: it is not a PEFT adapter.", param=CONFIG)
+    return AdapterLoadError(text, param="adapter")
 
 
 def _note_branch(snapshot: Path, revision: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +78,7 @@ FromWorker = Ready | Outcome
 
 
 def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda nbytes: None) -> LoadResult:
-    """Carry out ``order``: a new file in the spool, or the reason why not. Faults of the adapter do not raise.
+    """Carry out ``order``: a new file in the spool, or the reason why not. Errors of the adapter do not raise.
 
     ``on_files`` hears the size of the adapter's files once they are there, before they are read. Raises ``MemoryError``
     alone: the caller knows what that means for it.
@@ -105,6 +107,13 @@ def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda
         reason = error.strerror or type(error).__name__
         what = f"The adapter cannot be laid out in the spool: {reason}."
         return _failed(order, AdapterLoadError(what).info(), started)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  of a library, or our own mistake: it ends this load and nothing else
+        traceback.print_exception(error, file=sys.stderr)
+        kind = type(error).__name__
+        what = f"Loading adapter {order.ref.name!r} failed unexpectedly ({kind}); the log has the traceback."
+        return _failed(order, AdapterLoadError(what, unexpected=True).info(), started)
     return LoadResult(
         ticket=order.ticket,
         image_path=str(path),
