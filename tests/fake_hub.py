@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c" * 40
-FILES = ("config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors")
+FILES = ("config.json", "model.safetensors", "model.gguf", "adapter_config.json", "adapter_model.safetensors")
 NOTHING = "http://127.0.0.1:9"
 """An address where nothing listens."""
 

@@ -14,9 +14,8 @@ from fake_hub import NOTHING, environment, misbehaving_hub
 
 # The library waits seconds between attempts; how often it tries is its own affair.
 ASK = """
-import json, logging, sys, time
+import json, sys, time
 from pathlib import Path
-import huggingface_hub.file_download, huggingface_hub._snapshot_download
 from truffula.errors import TruffulaError
 from truffula.lora.hub import download
 from truffula.weights.sources import resolve_source

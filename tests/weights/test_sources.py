@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from truffula.errors import ModelNotFound
+from truffula.weights.hub import byte_progress
 from truffula.weights.packages import ALIASES
-from truffula.weights.sources import byte_progress, resolve_source
+from truffula.weights.sources import resolve_source
 
 
 def resolve(source: str, cache_dir: Path, offline: bool = True) -> Path:
@@ -30,7 +31,9 @@ def test_paths_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("smollm2", tmp_path) == Path("smollm2")
 
 
-@pytest.mark.parametrize("source", ["./none", "/none/at/all", "a/b/c", "no such thing", "", "../x", "none.gguf/"])
+@pytest.mark.parametrize(
+    "source", ["./none", "/none/at/all", "a/b/c", "no such thing", "", "../x", "none.gguf/", "none.gguf", "~/none"]
+)
 def test_what_is_no_model_is_not_looked_for_on_the_hub(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,9 +41,42 @@ def test_what_is_no_model_is_not_looked_for_on_the_hub(
     if source == "":
         assert resolve(source, tmp_path) == Path()  # the current folder, as everywhere
         return
-    with pytest.raises(ModelNotFound, match="does not exist") as caught:
+    with pytest.raises(ModelNotFound) as caught:
         resolve(source, tmp_path, offline=False)
+    assert caught.value.message.startswith(f"There is no file or folder {source!r}")
+    assert "from the Hub" not in caught.value.message and "Did you mean" not in caught.value.message
     assert all(alias in caught.value.message for alias in ALIASES)
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("smolm2", "smollm2"),
+        ("SmolLM2", "smollm2"),
+        ("smollm2-135m", "smollm2"),
+        ("gemma3-270", "gemma3-270m"),
+        ("tinny.gguf", "tiny.gguf"),
+        ("models/lama", "models/llama"),
+        ("./models/lama", "models/llama"),
+        ("models/tiny-q4_0.guf", "models/tiny-q4_0.gguf"),
+        ("elsewhere/lama", None),
+        ("qwen", None),
+    ],
+)
+def test_a_mistyped_name_is_said_to_be_no_path_first_and_another_is_suggested(
+    source: str, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    (tmp_path / "tiny.gguf").touch()
+    (tmp_path / "models" / "tiny-q4_0.gguf").touch()
+    (tmp_path / "models" / "lama.txt").touch()
+    with pytest.raises(ModelNotFound) as caught:
+        resolve(source, tmp_path / "cache")
+    message = caught.value.message
+    assert message.startswith(f"There is no file or folder {source!r} here. ")
+    assert f"Did you mean {meant}?" in message if meant else "Did you mean" not in message
+    assert "Aliases: smollm2, gemma3-270m." in message
 
 
 def hub_cache(folder: Path, repo: str, files: dict[str, bytes]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import json
 import logging
@@ -33,6 +34,7 @@ HUB_FILES = (
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)/(?P<file>.+\.gguf)")
+_NOT_CACHED = "it is not complete in the local cache, and offline mode forbids downloads"
 _RETRIES = re.compile(r"Retrying in|Trying to resume|thrown while requesting|Rate limited|Max retries")
 
 
@@ -67,18 +69,12 @@ def explain(error: BaseException, *, offline: bool, hub: str = "the Hub") -> Hub
         hub: How the text names the Hub.
     """
     chain = list(_chain(error))
-    return (
-        _of_library(chain)
-        or (
-            HubFailure("offline", "it is not complete in the local cache, and offline mode forbids downloads")
-            if offline
-            else None
-        )
-        or _of_status(chain, hub)
-        or _of_network(chain, hub)
-        or _of_answer(chain, hub)
-        or HubFailure("unexpected", f"the Hub's library failed ({type(error).__name__})")
-    )
+    if known := _of_library(chain):
+        return known
+    if offline:
+        return HubFailure("offline", _NOT_CACHED)
+    unexpected = HubFailure("unexpected", f"the Hub's library failed ({type(error).__name__})")
+    return _of_status(chain, hub) or _of_network(chain, hub) or _of_answer(chain, hub) or unexpected
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -183,11 +179,12 @@ def download_model(
     if progress is not None:
         common["tqdm_class"] = byte_progress(progress)
     single = _FILE.fullmatch(source)
+    repo, wanted = (single["repo"], [glob.escape(single["file"])]) if single else (source, list(HUB_FILES))
+    # For one file too: ``hf_hub_download`` tries for half a minute to reach a Hub that cannot be reached.
+    snapshot = huggingface_hub.snapshot_download  # imports: then its log handler is there
     try:
         with _retries_in_one_line(progress):
-            if single:
-                return Path(huggingface_hub.hf_hub_download(single["repo"], single["file"], **common))
-            folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=list(HUB_FILES), **common))
+            folder = Path(snapshot(repo, allow_patterns=wanted, **common))
     except (TruffulaError, MemoryError):
         raise
     except Exception as error:
@@ -195,6 +192,8 @@ def download_model(
         if failure.kind == "unexpected":
             logger.warning("downloading %s from the Hub failed", source, exc_info=error)
         raise ModelNotFound(failure.text, param="model", reason=failure.kind) from error
+    if single:
+        return _file_in(folder, single["file"], offline)
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             "the repository has no config.json, so it is not a model folder. Of a GGUF repository name the file: "
@@ -202,6 +201,13 @@ def download_model(
             param="model",
         )
     return folder
+
+
+def _file_in(folder: Path, name: str, offline: bool) -> Path:
+    if (folder / name).is_file():
+        return folder / name
+    reason = HubFailure("offline", _NOT_CACHED) if offline else HubFailure("file", "the repository has no such file")
+    raise ModelNotFound(reason.text, param="model", reason=reason.kind)
 
 
 @contextlib.contextmanager
