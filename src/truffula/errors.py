@@ -22,6 +22,7 @@
     ├── ShuttingDown             the server drains                     shutting_down
     ├── NoTokenizer              text was asked of a model without one no_tokenizer
     ├── MissingDependency        an extra is not installed             missing_dependency
+    ├── ProcessFailed            a program we started has failed       process_failed
     ├── KernelError              shapes or dtypes; our own mistake     kernel_error
     └── WireError                peer of another version, bad frame    wire_error
 
@@ -146,6 +147,10 @@ class NoTokenizer(TruffulaError):
 
 class MissingDependency(TruffulaError):
     code = "missing_dependency"
+
+
+class ProcessFailed(TruffulaError):
+    code = "process_failed"
 
 
 class KernelError(TruffulaError):

@@ -35,7 +35,7 @@ from truffula.bench.peers import (
 )
 from truffula.bench.scenarios import Contestant, Row
 from truffula.engine.memory import usable_cpus
-from truffula.errors import ConfigError, TruffulaError
+from truffula.errors import ConfigError, ProcessFailed, TruffulaError
 
 READ_BYTES = 1 << 28
 START_TIMEOUT_S = 300.0
@@ -172,9 +172,9 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
         body = json.dumps(dialect.body(prompt, row.max_tokens, None))
         while not _first_token(server.url, dialect, body):
             if server.ended:
-                raise ConfigError(f"{contestant.title} ended while it started:\n{server.said()[-2000:]}")
+                raise child_error(f"{contestant.title} ended while it started", server.said())
             if time.monotonic() - begun > START_TIMEOUT_S:
-                raise ConfigError(f"{contestant.title} gave no token within {START_TIMEOUT_S:g} seconds.")
+                raise ProcessFailed(f"{contestant.title} gave no token within {START_TIMEOUT_S:g} seconds.")
             time.sleep(ASK_AGAIN_S)
         seconds = time.monotonic() - begun
     return Round(round(1000 * seconds, 1), ({"start_s": round(seconds, 4)},))

@@ -24,7 +24,7 @@ from truffula.bench.client import Target, closed_loop
 from truffula.bench.dialects import Dialect, LlamaServer, OpenAI
 from truffula.bench.load import Load
 from truffula.bench.measured import Measured, Stream
-from truffula.bench.processes import SAID, LineChild, Server, free_port
+from truffula.bench.processes import LineChild, Server, child_error, free_port
 from truffula.bench.scenarios import Contestant, Row
 from truffula.bench.server import OwnServer, config_fields
 from truffula.config import EngineConfig, load_config
@@ -57,7 +57,7 @@ class Place:
         """The command line that a script tells, one argument a line."""
         done = self.ask(script, *words)
         if done.returncode:
-            raise ConfigError(f"{script} {words[0]} failed: {done.stderr[-SAID:]}")
+            raise child_error(f"{script} {words[0]} failed", done.stderr)
         return done.stdout.splitlines()
 
 
@@ -269,5 +269,5 @@ def parse_llama_log(text: str) -> tuple[int, int]:
 def _output(contestant: Contestant, argv: list[str], stdin: str) -> str:
     done = subprocess.run(argv, input=stdin, capture_output=True, text=True, timeout=1800)
     if done.returncode:
-        raise ConfigError(f"{contestant.title} failed:\n{done.stderr[-SAID:]}")
+        raise child_error(f"{contestant.title} failed", done.stderr)
     return done.stdout

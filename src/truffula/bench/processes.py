@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,10 +19,11 @@ from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
 from truffula.config import installed_environment
-from truffula.errors import ConfigError
+from truffula.errors import ErrorInfo, ProcessFailed, TruffulaError, from_info
 
 SAID = 2000
 """Characters of a child's last words in an error."""
+_OWN_ERROR = re.compile(r"^error \((?P<code>\w+)\) (?P<message>.+)\Z", re.MULTILINE | re.DOTALL)
 
 
 def free_port() -> int:
@@ -37,6 +39,14 @@ def end_children_on_sigterm() -> None:
     Children have sessions of their own and would stay. For a command's main thread, once.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def child_error(what: str, said: str) -> TruffulaError:
+    """``what`` a child did wrong, with what it ``said``. A truffula command's own error keeps its code."""
+    own = _OWN_ERROR.search(said)
+    if own is not None:
+        return from_info(ErrorInfo(code=own["code"], message=f"{what}: {own['message'].strip()}"))
+    return ProcessFailed(f"{what}:\n{said.strip()[-SAID:]}" if said.strip() else f"{what} and said nothing.")
 
 
 class Child:
@@ -61,7 +71,7 @@ class Child:
             )
         except OSError as error:
             self._log.close()
-            raise ConfigError(f"{self.name} did not start: {error}") from error
+            raise ProcessFailed(f"{self.name} did not start: {error}.") from error
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -97,15 +107,17 @@ class Server(Child):
         self.url, self._health = url, health
 
     def wait(self, timeout_s: float = 600) -> str:
-        """The address, once it is healthy. Raises ``ConfigError`` with what the server said when it ended instead."""
+        """The address, once it is healthy. Raises what the server said when it ended instead, with its own code where it
+        is truffula's, else ``ProcessFailed``.
+        """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.ended:
-                raise ConfigError(f"{self.name} ended while it started:\n{self.said()[-SAID:]}")
+                raise child_error(f"{self.name} ended while it started", self.said())
             if self._healthy():
                 return self.url
             time.sleep(0.05)
-        raise ConfigError(f"{self.name} was not healthy within {timeout_s:g} seconds:\n{self.said()[-SAID:]}")
+        raise ProcessFailed(f"{self.name} was not healthy within {timeout_s:g} seconds:\n{self.said()[-SAID:]}")
 
     def _healthy(self) -> bool:
         """Asked often while a server starts on the same cores, so by what costs least."""
@@ -133,7 +145,7 @@ class LineChild(Child):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         self._process.wait()
-        raise ConfigError(f"{self.name} ended before it answered:\n{self.said()[-SAID:]}")
+        raise child_error(f"{self.name} ended before it answered", self.said())
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         pipe = self._pipe(self._process.stdin)

@@ -17,7 +17,7 @@ from truffula.bench.client import Target, closed_loop, open_loop
 from truffula.bench.dialects import OpenAI
 from truffula.bench.load import MIXES, Load, arrivals, used
 from truffula.bench.measured import Limits
-from truffula.bench.processes import end_children_on_sigterm
+from truffula.bench.processes import child_error, end_children_on_sigterm
 from truffula.bench.server import OwnServer, config_fields, planned, random_adapters
 from truffula.cli.output import err, out, table, warn
 from truffula.config import EngineConfig
@@ -182,7 +182,7 @@ def _llm_runs(
         [sys.executable, "-m", "truffula.bench.offline"], input=json.dumps(job), capture_output=True, text=True
     )
     if child.returncode:
-        raise ConfigError(f"LLM.generate failed in the benchmark:\n{child.stderr[-2000:]}")
+        raise child_error("LLM.generate failed in the benchmark", child.stderr)
     runs: list[dict[str, Any]] = json.loads(child.stdout.splitlines()[-1])
     return runs[1:]
 

@@ -127,6 +127,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         # What follows is ours to mend: these end a start, and reach a client only through a fault in the server.
         "internal_error": _FAULT,
         "config_invalid": _FAULT,
+        "process_failed": _FAULT,
         "model_unsupported": _FAULT,
         "checkpoint_invalid": _FAULT,
         "checkpoint_tying": _FAULT,
