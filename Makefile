@@ -50,8 +50,8 @@ native:          ## compile the native kernels (again): after a compiler was ins
 	@rm -f $(VENV)/.run
 	@$(MAKE) --no-print-directory $(VENV)/.run
 
-demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays)
-	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve)
+demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays, PORT=8000)
+	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
 
 test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
 	@$(TESTING) $(BIN)/python -m pytest $(ARGS)

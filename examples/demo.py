@@ -1,12 +1,14 @@
 """The demo: a base and three adapters answer side by side from one batch; then a server answers a curl each way.
 
-make demo              # ends by itself
-make demo SERVE=1      # the server stays until Ctrl-C
+make demo                        # ends by itself
+make demo SERVE=1                # the server stays until Ctrl-C
+make demo SERVE=1 PORT=8001      # on another port
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -18,8 +20,10 @@ from truffula import LLM, SamplingParams
 from truffula.bench.server import OwnServer
 from truffula.cli.output import out, progress
 from truffula.cli.side_by_side import show
-from truffula.config import load_config
-from truffula.errors import TruffulaError
+from truffula.config import EngineConfig, ServerConfig, load_config
+from truffula.errors import ConfigError, TruffulaError
+from truffula.server.launch import bind
+from truffula.weights.sources import resolve_source
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"
 MODEL = "smollm2"
@@ -29,6 +33,12 @@ QUESTIONS = {
     "tldr": "Summarize: On Friday, the village library moved into the old train station. It took volunteers three "
     "weekends to carry all the books. Children painted the walls and a local baker brought free cake.",
 }
+
+
+def fetch(config: EngineConfig) -> None:
+    """Download the model once, before the batch and the server both load it."""
+    with progress() as report:
+        resolve_source(config.model, cache_dir=config.cache_dir, offline=config.offline, progress=report)
 
 
 def side_by_side() -> None:
@@ -41,7 +51,7 @@ def side_by_side() -> None:
         info = llm.info
         console.print(
             f"[bold]{MODEL}[/]: {info.model_type}, {info.dtype} on {info.device}, loaded in "
-            f"{time.monotonic() - began:.1f} s; {info.tying}"
+            f"{time.monotonic() - began:.1f} s; embeddings {info.tying.partition(':')[0]}"
         )
         pairs = [(question, name) for name, question in QUESTIONS.items() for name in (None, name)]
         for name, question in QUESTIONS.items():
@@ -88,23 +98,47 @@ def ask_the_server(url: str) -> None:
 
 
 def what_next() -> None:
-    out().print(
-        "[bold]Try next[/]\n"
-        f"  .venv/bin/truffula serve {MODEL} --adapter-dir examples/adapters      serve these; drop yours beside them\n"
-        f"  .venv/bin/truffula generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate\n"
-        f"  .venv/bin/truffula chat {MODEL} -a examples/adapters/pirate\n"
-        "  .venv/bin/truffula inspect examples/adapters/pirate --base smollm2       every field's fate\n"
-        "  .venv/bin/truffula verify smollm2 --adapter examples/adapters/pirate     against transformers and peft"
-    )
+    """Commands that work in this environment, or what to install first."""
+    missing = [name for name in ("torch", "transformers", "peft", "gguf") if importlib.util.find_spec(name) is None]
+    first = f"; first: {' && '.join(installs(missing))}" if missing else ""
+    rows = [
+        (f"serve {MODEL} --adapter-dir examples/adapters", "serve these; put your own beside them"),
+        (f"generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate", "side by side"),
+        (f"chat {MODEL} -a examples/adapters/pirate", "talk to it"),
+        (f"inspect examples/adapters/pirate --base {MODEL}", "what each field of an adapter does"),
+        (f"verify {MODEL} --adapter examples/adapters/pirate", f"compare with transformers and peft{first}"),
+    ]
+    out().print("[bold]Try next[/]")
+    for command, what in rows:
+        out().print(f"  [bold].venv/bin/truffula {command}[/]\n      {what}", soft_wrap=True)
+
+
+def installs(missing: list[str]) -> list[str]:
+    """The commands that install ``missing`` beside this clone. torch comes from make, which takes the CPU's build."""
+    torch = ["make .venv/.torch"] if "torch" in missing else []
+    others = [name for name in missing if name != "torch"]
+    return torch + ([f".venv/bin/pip install {' '.join(others)}"] if others else [])
+
+
+def require_free(port: int) -> None:
+    """Raises ``ConfigError`` now, not after the batch, when the server's port is taken."""
+    try:
+        bind(ServerConfig(port=port)).close()
+    except ConfigError as error:
+        raise ConfigError(f"{error.message} With make: make demo SERVE=1 PORT=8001.", param="port") from error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--port", type=int, default=8000, help="of the server that is left running")
     args = parser.parse_args()
+    if args.serve:
+        require_free(args.port)
     config = load_config({"model": MODEL}).engine
+    fetch(config)
     flags = ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"]
-    with OwnServer(config, flags, 8000 if args.serve else None) as server:  # it starts while the batch below runs
+    with OwnServer(config, flags, args.port if args.serve else None) as server:  # it starts while the batch below runs
         side_by_side()
         out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
         url = server.wait()

