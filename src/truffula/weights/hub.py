@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import io
 import json
 import logging
 import re
+import socket
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,7 @@ HUB_FILES = (
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)/(?P<file>.+\.gguf)")
+_NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _NOT_CACHED = "it is not complete in the local cache, and offline mode forbids downloads"
 _RETRIES = re.compile(r"Retrying in|Trying to resume|thrown while requesting|Rate limited|Max retries")
 
@@ -129,16 +133,24 @@ def _of_network(chain: list[BaseException], hub: str) -> HubFailure | None:
         name = type(error).__name__
         if isinstance(error, TimeoutError) or (isinstance(error, http) and "Timeout" in name):
             return HubFailure("network", f"{hub} does not answer in time")
-        if name == "gaierror" or isinstance(error, ConnectionRefusedError) or "ConnectError" in name:
+        if _is_unreachable(error):
             why = error.strerror if isinstance(error, OSError) else None
             return HubFailure("network", f"{hub} cannot be reached ({why or name}); check the network")
+    for error in chain:
         if isinstance(error, ConnectionError | http) or "Consistency check" in str(error):
-            return HubFailure(
-                "network", f"the connection to {hub} was lost ({name}); try again, it continues from there"
-            )
+            return HubFailure("network", f"the connection to {hub} was lost; try again, the download continues")
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
             return HubFailure("storage", f"it cannot be stored: {error.strerror}")
     return None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    """Whether no connection came about: no such host, no route, refused, or not trusted."""
+    if isinstance(error, ConnectionRefusedError | socket.gaierror | ssl.SSLError):
+        return True
+    if isinstance(error, OSError) and error.errno in _NO_ROUTE:
+        return True
+    return type(error).__name__ in ("ConnectError", "ProxyError")
 
 
 def _of_answer(chain: list[BaseException], hub: str) -> HubFailure | None:
