@@ -161,3 +161,5 @@ if __name__ == "__main__":
 
         fail(error)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

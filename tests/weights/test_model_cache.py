@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from truffula.weights.cache import CachedModel, cached_models
-from truffula.weights.packages import ALIASES
+from truffula.weights.packages import ALIASES, cached_package, own_cache, package_folder
 from truffula.weights.sources import resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -30,6 +30,21 @@ def test_an_empty_or_missing_cache_lists_the_aliases(tmp_path: Path) -> None:
         found = cached_models(folder)
         assert {model.name: model.path for model in found} == dict.fromkeys(ALIASES)
         assert all(model.kind == "alias" and model.nbytes > 2**20 and model.description for model in found)
+
+
+def test_an_alias_that_was_fetched_has_its_path(tmp_path: Path) -> None:
+    model = ALIASES["smollm2"]
+    assert cached_package(model, own_cache(tmp_path)) is None
+    kept = package_folder(model, own_cache(tmp_path)) / model.file
+    kept.parent.mkdir(parents=True)
+    with kept.open("wb") as file:
+        file.truncate(model.nbytes)
+    found = {item.name: item for item in cached_models(tmp_path)}
+    assert found["smollm2"].path == kept == resolve_source("smollm2", cache_dir=tmp_path, offline=True)
+    assert found["gemma3-270m"].path is None
+    with kept.open("r+b") as file:
+        file.truncate(1000)  # cut: as good as not there
+    assert cached_models(tmp_path)[0].path is None
 
 
 def test_models_of_the_hubs_cache(tmp_path: Path) -> None:

