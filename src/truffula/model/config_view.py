@@ -195,7 +195,7 @@ class ConfigView:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.refuse(key, "expected a list of strings.", value)
         if len(value) != length:
-            raise self.refuse(key, f"it has {len(value)} entries where {length} are wanted.", value)
+            raise self.refuse(key, f"it has {len(value)} entries where {length} are expected.", value)
         return tuple(value)
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
@@ -210,7 +210,7 @@ class ConfigView:
         values = self.mapping(key) or {}
         stated = values.get("model_type", model_type)
         if stated != model_type:
-            raise self.refuse(f"{key}.model_type", f"{model_type} is wanted.", stated)
+            raise self.refuse(f"{key}.model_type", f"expected {model_type}.", stated)
         view = ConfigView(values, model_type, self._table, f"{self.where} {key}")
         self._nested.append(view)
         return view

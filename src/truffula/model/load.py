@@ -106,7 +106,7 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
     )
     if names.has_head and head is None and decision.tie is not Tie.TIED:
         raise CheckpointError(
-            f"{names.head} is wanted; the head is there in another form, perhaps quantised.", param=names.head
+            f"{names.head} is missing; the head is stored in another form, perhaps quantised.", param=names.head
         )
     return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
 

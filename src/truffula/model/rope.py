@@ -75,9 +75,9 @@ def read_rope_by_layer_type(
     """
     nested, flat, label = _written(view)
     if nested and set(flat) - set(NESTED):
-        raise view.refuse(label, f"beside {' and '.join(NESTED)} nothing is expected there.")
+        raise view.refuse(label, f"no other keys are expected beside {' and '.join(NESTED)}.")
     if flat and not nested and label == "rope_parameters":
-        raise view.refuse(label, f"{view.model_type} wants one set for each of {' and '.join(NESTED)}.")
+        raise view.refuse(label, f"{view.model_type} needs one set for each of {' and '.join(NESTED)}.")
     tables = {}
     for layer_type, (key, default) in theta_keys.items():
         values = flat.get(layer_type) if nested else (flat if layer_type == "full_attention" else None)
@@ -122,7 +122,7 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     def number(key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise UnsupportedModel(
-                f"{view.where}: {label}.{key} is {value!r}; a number above zero is wanted.",
+                f"{view.where}: {label}.{key} is {value!r}; it must be a number above zero.",
                 param=f"{label}.{key}",
                 value=repr(value),
             )
