@@ -169,7 +169,7 @@ class LLM:
         Returns: one ``RequestOutput`` per prompt, in order (a list for a single prompt, too).
         """
         if not hasattr(prompts, "__len__"):
-            raise InvalidRequest(f"prompts is a {type(prompts).__name__}, no text and no list.", param="prompts")
+            raise InvalidRequest(f"prompts is a {type(prompts).__name__}; expected text or a list.", param="prompts")
         listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
         prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
         return self._run([{"prompt": prompt} for prompt in prepared], params, adapters, errors, progress)
@@ -283,7 +283,7 @@ class LLM:
                 for one, p, ref in zip(given, every_params, refs, strict=True)
             ]
         except TypeError as error:
-            raise InvalidRequest(f"A request can't be made: {error}") from error
+            raise InvalidRequest(f"The request is invalid: {error}") from error
 
 
 def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
@@ -315,7 +315,9 @@ def _is_ids(prompts: Any) -> bool:
 def _ids(prompt: Any, at: int) -> list[int]:
     """Any sequence of integers (numpy's too) as a list of ints."""
     if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
-        raise InvalidRequest(f"prompts[{at}] is a {type(prompt).__name__}, no text and no token ids.", param="prompts")
+        raise InvalidRequest(
+            f"prompts[{at}] is a {type(prompt).__name__}; expected text or a list of token ids.", param="prompts"
+        )
     try:
         return [operator.index(token_id) for token_id in prompt]
     except TypeError as error:

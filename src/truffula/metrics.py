@@ -37,18 +37,18 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
     ("truffula_kv_blocks", "KV blocks of the pool", "num_blocks"),
     ("truffula_kv_blocks_used", "KV blocks held by sequences", "used_blocks"),
     ("truffula_kv_blocks_cached", "KV blocks kept for prefix hits", "cached_blocks"),
-    ("truffula_kv_blocks_free", "KV blocks nobody holds", "free_blocks"),
-    ("truffula_budget_bytes", "Bytes that KV and adapters share", "budget_bytes"),
+    ("truffula_kv_blocks_free", "KV blocks that are free", "free_blocks"),
+    ("truffula_budget_bytes", "Bytes of the budget shared by KV and adapters", "budget_bytes"),
     ("truffula_budget_used_bytes", "Bytes of the budget in use", "budget_used_bytes"),
     ("truffula_adapters_resident", "Adapters in the backend's memory", "adapters_resident"),
     ("truffula_adapter_bytes", "Bytes of the resident adapters", "adapter_bytes"),
     ("truffula_engine_steps_total", "Steps of the engine", "steps"),
-    ("truffula_preemptions_total", "Sequences whose blocks were taken back", "preemptions"),
-    ("truffula_engine_prompt_tokens_total", "Prompt tokens the engine took in", "prompt_tokens"),
-    ("truffula_prefix_hit_tokens_total", "Prompt tokens not computed thanks to the prefix cache", "prefix_hit_tokens"),
+    ("truffula_preemptions_total", "Sequences that were preempted", "preemptions"),
+    ("truffula_engine_prompt_tokens_total", "Prompt tokens the engine received", "prompt_tokens"),
+    ("truffula_prefix_hit_tokens_total", "Prompt tokens served from the prefix cache", "prefix_hit_tokens"),
     ("truffula_engine_generated_tokens_total", "Tokens the engine generated", "generated_tokens"),
     ("truffula_adapter_load_failures_total", "Adapter loads that failed", "adapter_load_failures"),
-    ("truffula_adapter_evictions_total", "Adapters dropped from the backend's memory", "adapter_evictions"),
+    ("truffula_adapter_evictions_total", "Adapters evicted from the backend's memory", "adapter_evictions"),
 )
 
 
@@ -213,7 +213,7 @@ class _EngineCollector(Collector):
         stats = self._stats()
         yield GaugeMetricFamily(
             "truffula_engine_up",
-            "1 when the engine lives and answers",
+            "1 when the engine is up",
             0 if stats is None else 1,
         )
         if stats is None:

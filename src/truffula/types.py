@@ -94,7 +94,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise InvalidRequest(
-                    "stop holds an empty string, which would match at once; leave it out.", param="stop"
+                    "stop holds an empty string, which would match immediately; leave it out.", param="stop"
                 )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)

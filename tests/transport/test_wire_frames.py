@@ -143,7 +143,7 @@ def test_a_frame_above_the_limit_is_refused_from_its_length_alone():
 def test_another_version_is_refused_before_anything_else_is_read():
     reader = wire.client_side()
     later = wire.encode(wire.Hello(version=wire.VERSION + 1))
-    with pytest.raises(WireError, match=rf"version {wire.VERSION + 1}, we speak {wire.VERSION}"):
+    with pytest.raises(WireError, match=rf"version {wire.VERSION + 1}, this process speaks {wire.VERSION}"):
         reader.feed(later + b"\xff\xff\xff\xff whatever a later version says")
 
 

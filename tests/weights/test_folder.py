@@ -143,9 +143,9 @@ BAD_INDEXES = {
     "absolute": ({"a": "/etc/model.safetensors"}, "outside the folder"),
     "a drive": ({"a": "C:/model.safetensors"}, "outside the folder"),
     "pickles": ({"a": "pytorch_model-00001-of-00001.bin"}, "only safetensors"),
-    "no name": ({"a": 3}, "no file name"),
-    "an empty name": ({"a": ""}, "no file name"),
-    "a zero byte": ({"a": "a\0.safetensors"}, "no file name"),
+    "no name": ({"a": 3}, "not a file name"),
+    "an empty name": ({"a": ""}, "not a file name"),
+    "a zero byte": ({"a": "a\0.safetensors"}, "not a file name"),
     "no map": ([], "weight_map"),
     "an empty map": ({}, "weight_map"),
 }

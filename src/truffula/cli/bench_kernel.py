@@ -90,7 +90,7 @@ def bench_of(rows: str, shapes: Sequence[str], formats: str, kernels: str, *, ti
         if rows and not tiny:
             given["rows"] = tuple(int(word) for word in rows.split(","))
     except ValueError:
-        raise ConfigError(f"rows is {rows!r}; whole numbers by commas are wanted.", param="rows") from None
+        raise ConfigError(f"rows is {rows!r}; expected whole numbers separated by commas.", param="rows") from None
     try:
         if shapes:
             given["shapes"] = tuple((int(n), int(k)) for n, k in (word.lower().split("x") for word in shapes))

@@ -122,9 +122,7 @@ def refuse_uncrossable(requests: Sequence[EngineRequest], journal: Journal) -> l
         if fault is None:
             good.append(request)
         else:
-            journal.fail(
-                [request.request_id], InvalidRequest(f"The request holds a value that can't be used: {fault}.")
-            )
+            journal.fail([request.request_id], InvalidRequest(f"The request holds an invalid value: {fault}."))
     return good
 
 

@@ -89,7 +89,7 @@ def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks:
         needed = -(-(total - 1) // limits.block_size)
         raise InsufficientMemory(
             f"{prompt} prompt tokens and up to {total - prompt} more need {needed} KV blocks of {limits.block_size} "
-            f"tokens; there are {capacity_blocks}. Ask for less, or give the server more memory.",
+            f"tokens; there are {capacity_blocks}. Ask for fewer tokens, or raise --memory.",
             param="max_tokens", tokens=total, needed_blocks=needed, blocks=capacity_blocks,
             block_size=limits.block_size,
         )  # fmt: skip

@@ -238,7 +238,7 @@ class LoadingWorker:
             for frame in worker.pump():
                 self._take(worker, frame, now)
         except WireError as error:
-            self._lose(worker, f"the loading worker sent what we cannot read ({error.message})")
+            self._lose(worker, f"the loading worker sent an unreadable message ({error.message})")
             return
         if worker.gone():
             with contextlib.suppress(WireError):
@@ -253,13 +253,13 @@ class LoadingWorker:
     def _take(self, worker: _Worker, frame: FromWorker, now: float) -> None:
         if isinstance(frame, Ready):
             if frame.version != WORKER_VERSION:
-                raise WireError(f"it speaks version {frame.version}, we {WORKER_VERSION}")
+                raise WireError(f"it speaks version {frame.version}, this process speaks {WORKER_VERSION}")
             worker.ready = True
             return
         assert isinstance(frame, Outcome)
         order, result = worker.order, frame.result
         if order is None or result.ticket != order.ticket:
-            raise WireError("an answer to nothing")
+            raise WireError("an answer without a request")
         if result.image_path is not None and not self._spool.holds(Path(result.image_path)):
             raise WireError("an image outside the spool")
         if result.error is not None and result.error.data.get("unexpected"):

@@ -137,8 +137,8 @@ class EngineLoop:
         waited = self._looked_at - load.read_at
         if self._engine.idle() or waited >= ROOM_PATIENCE_S:
             raise InsufficientMemory(
-                f"Adapter {load.ref.name!r} takes {state.nbytes} bytes, and what runs or is pinned leaves it no room "
-                f"(waited {waited:.0f} s). Unload others, try again later, or give the server more memory.",
+                f"Adapter {load.ref.name!r} takes {state.nbytes} bytes, and running or pinned adapters leave no room "
+                f"(waited {waited:.0f} s). Unload other adapters, try again later, or raise --memory.",
                 requested_bytes=state.nbytes,
             )
 

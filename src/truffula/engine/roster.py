@@ -199,12 +199,15 @@ class Roster:
             waited = now - sequence.arrival
             if sequence.admitted_at is None:
                 loading = sequence.loading_since is not None
-                why = "while its adapter was loading" if loading else "for a place"
+                why = "while its adapter was loading" if loading else "for a free place in the batch"
                 self.fail(
                     sequence, QueueTimeout(f"Waited {waited:.3f} s {why}.", waited_s=waited, loading=loading), now
                 )
             elif deadline == sequence.request.deadline:
-                message = f"Its time ended after {waited:.3f} s with {sequence.num_completion} completion tokens."
+                message = (
+                    f"The request reached its time limit after {waited:.3f} s with {sequence.num_completion} "
+                    "completion tokens."
+                )
                 self.fail(sequence, DeadlineExceeded(message, elapsed_s=waited), now)
 
     def _load_time(self, sequence: Sequence, now: float) -> float:

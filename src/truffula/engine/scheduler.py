@@ -90,7 +90,7 @@ class Scheduler:
             assert sequence is not None
             if not result.finite:
                 self.roster.distrust(sequence)
-                self.roster.fail(sequence, GenerationError("The model gave a NaN or an infinity for it."), now)
+                self.roster.fail(sequence, GenerationError("The model computed a NaN or infinite logit."), now)
                 continue
             sequence.num_computed += chunk.count
             sequence.scores.extend(result.scores)
@@ -183,7 +183,7 @@ class Scheduler:
         return InsufficientMemory(
             f"{sequence.num_tokens} tokens and its adapter do not fit in memory though nothing else runs: "
             f"{self._blocks.num_used()} KV blocks are in use, {self._blocks.available()} are left. "
-            "Give the server more memory, or pin fewer adapters.",
+            "Raise --memory, or pin fewer adapters.",
             tokens=sequence.num_tokens, blocks_used=self._blocks.num_used(), blocks_left=self._blocks.available(),
         )  # fmt: skip
 

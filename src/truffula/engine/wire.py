@@ -226,7 +226,7 @@ class FrameReader(Generic[F]):
     def _greet(self, body: bytes) -> None:
         version = self._parse(_HELLO.decode, body).version
         if version != VERSION:
-            raise WireError(f"The peer speaks version {version}, we speak {VERSION}.", version=version)
+            raise WireError(f"The peer speaks version {version}, this process speaks {VERSION}.", version=version)
         self._greeted = True
 
     def _parse(self, decode: Callable[[bytes], Any], body: bytes) -> Any:

@@ -189,7 +189,7 @@ class Worker:
                 case wire.Stop():
                     return False
                 case _:
-                    raise WireError(f"A {type(frame).__name__} frame has no place here.")
+                    raise WireError(f"A {type(frame).__name__} frame is not expected here.")
         return True
 
     def _poll(self, timeout: float | None) -> None:

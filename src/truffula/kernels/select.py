@@ -51,8 +51,8 @@ def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backe
 def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if why := why_unavailable():
         raise MissingDependency(
-            f"the cpu backend is not there: {why}. Or compute with torch, which is several times slower: pip install "
-            "'truffula[torch]'.",
+            f"the cpu backend is not available: {why}. Or compute with torch, which is several times slower: "
+            "pip install 'truffula[torch]'.",
             param="backend",
         )
     return CpuBackend(threads=threads, isa=cpu_isa, quantize=precision.quantize, exact=precision.exact)

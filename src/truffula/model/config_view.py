@@ -148,7 +148,7 @@ class ConfigView:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(key, "an integer is wanted.", value)
+            raise self.refuse(key, "expected an integer.", value)
         if value < minimum:
             raise self.refuse(key, f"it must be at least {minimum}.", value)
         return value
@@ -166,7 +166,7 @@ class ConfigView:
     def number_value(self, key: str, value: Any, *, positive: bool = True) -> float:
         """``value`` (found under ``key``) as a finite float; above zero when ``positive``."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.refuse(key, "a finite number is wanted.", value)
+            raise self.refuse(key, "expected a finite number.", value)
         if positive and value <= 0:
             raise self.refuse(key, "it must be above zero.", value)
         return float(value)
@@ -177,7 +177,7 @@ class ConfigView:
         if value is None:
             return False
         if not isinstance(value, bool):
-            raise self.refuse(key, "true or false is wanted.", value)
+            raise self.refuse(key, "expected true or false.", value)
         return value
 
     def choice(self, key: str, options: Mapping[str, T]) -> T:
@@ -193,16 +193,16 @@ class ConfigView:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.refuse(key, "a list of strings is wanted.", value)
+            raise self.refuse(key, "expected a list of strings.", value)
         if len(value) != length:
-            raise self.refuse(key, f"it has {len(value)} entries where {length} are wanted.", value)
+            raise self.refuse(key, f"it has {len(value)} entries where {length} are expected.", value)
         return tuple(value)
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         """A JSON object, or None."""
         value = self.raw(key)
         if value is not None and not isinstance(value, Mapping):
-            raise self.refuse(key, "an object is wanted.", value)
+            raise self.refuse(key, "expected an object.", value)
         return value
 
     def nested(self, key: str, model_type: str) -> ConfigView:
@@ -210,7 +210,7 @@ class ConfigView:
         values = self.mapping(key) or {}
         stated = values.get("model_type", model_type)
         if stated != model_type:
-            raise self.refuse(f"{key}.model_type", f"{model_type} is wanted.", stated)
+            raise self.refuse(f"{key}.model_type", f"expected {model_type}.", stated)
         view = ConfigView(values, model_type, self._table, f"{self.where} {key}")
         self._nested.append(view)
         return view

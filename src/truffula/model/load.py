@@ -106,7 +106,7 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
     )
     if names.has_head and head is None and decision.tie is not Tie.TIED:
         raise CheckpointError(
-            f"{names.head} is wanted; the head is there in another form, perhaps quantised.", param=names.head
+            f"{names.head} is missing; the head is stored in another form, perhaps quantised.", param=names.head
         )
     return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
 
@@ -128,7 +128,7 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], mo
     info = checkpoint.tensors[name]
     if info.shape != wanted:
         raise CheckpointError(
-            f"{name} in {info.file.name} has shape {list(info.shape)}; by the config it is {list(wanted)}.{more}",
+            f"{name} in {info.file.name} has shape {list(info.shape)}; the config says {list(wanted)}.{more}",
             tensor=name,
             file=str(info.file),
             shape=list(info.shape),
@@ -164,7 +164,9 @@ def _ids(value: Any, key: str, where: str) -> list[int]:
     found = value if isinstance(value, list) else [] if value is None else [value]
     for item in found:
         if isinstance(item, bool) or not isinstance(item, int):
-            raise UnsupportedModel(f"{where}: {key} is {value!r}; an id or a list of ids is wanted.", param=key)
+            raise UnsupportedModel(
+                f"{where}: {key} is {value!r}; expected a token id or a list of token ids.", param=key
+            )
     return cast("list[int]", found)
 
 
@@ -269,7 +271,7 @@ class Puller:
         if found is not None:
             count, index = found
             raise CheckpointError(
-                f"{part.name} in {info.file.name} holds {count} values that are NaN or infinite, the first at {index}.",
+                f"{part.name} in {info.file.name} holds {count} NaN or infinite values, the first at {index}.",
                 tensor=part.name,
                 file=str(info.file),
                 count=count,
@@ -296,7 +298,7 @@ class Puller:
         self._let_go()
         left = [decl.name for decl in self.plan.program.weights if decl.id not in self._filled]
         if left:
-            raise KernelError(f"{len(left)} weights were never filled: {', '.join(left[:10])}.")
+            raise KernelError(f"{len(left)} weights were not filled: {', '.join(left[:10])}.")
 
 
 def puller(

@@ -131,7 +131,7 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
     if fitting:
         shown = " and ".join(repr(prefix) for prefix, _ in fitting)
         raise CheckpointError(
-            f"The checkpoint holds two bodies, under {shown}; one is wanted.",
+            f"The checkpoint holds two language models, under {shown}; expected one.",
             prefixes=[prefix for prefix, _ in fitting],
         )
     tried = ", ".join(f"{prefix}{first}*" for prefix, _ in spec.names.prefixes)
@@ -173,7 +173,7 @@ def _judge_leftovers(spec: ModelSpec, left: Iterable[str]) -> tuple[list[str], l
 def _missing(spec: ModelSpec, missing: list[str], unexplained: list[str], stored: Mapping[str, str]) -> CheckpointError:
     text = f"{len(missing)} tensors of this {spec.model_type} model are missing: {_some(missing)}."
     if any(".lora_A." in name or ".base_layer." in name for name in stored):
-        text += " These look like an unmerged PEFT save: fold the adapter, or serve base and adapter apart."
+        text += " These look like an unmerged PEFT save: merge the adapter, or serve base and adapter separately."
     elif unexplained:
         text += f" Unexplained instead: {_some(unexplained)}."
     return CheckpointError(text, tensors=missing[:_SHOW], count=len(missing))
@@ -182,7 +182,7 @@ def _missing(spec: ModelSpec, missing: list[str], unexplained: list[str], stored
 def _leftover(spec: ModelSpec, names: list[str]) -> CheckpointError:
     return CheckpointError(
         f"{len(names)} tensors belong to no part of this {spec.model_type} model ({len(spec.layers)} layers): "
-        f"{_some(names)}. Answering without them would be answering from another model.",
+        f"{_some(names)}. Serving without them would answer from a different model.",
         tensors=names[:_SHOW],
         count=len(names),
     )

@@ -85,7 +85,7 @@ def _check_file(config: Mapping[str, Any]) -> list[str]:
     for name in config.get("architectures") or ():
         if isinstance(name, str) and name.endswith(_OTHER_HEADS):
             raise UnsupportedModel(
-                f"config.json: architectures names {name}, which is no language model.",
+                f"config.json: architectures names {name}, which is not a causal language model.",
                 param="architectures",
                 value=name,
             )

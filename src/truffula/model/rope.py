@@ -39,7 +39,7 @@ _LATER = {
     "su": "its table changes with the length of each request",
     "mrope": "image positions are not supported",
     "proportional": "only gemma4 uses it",
-    "axial": "it is for images",
+    "axial": "it is for image inputs",
 }
 
 
@@ -59,7 +59,9 @@ def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
     """The one table of a model whose layers share it. ``head_dim`` is the width of a head."""
     nested, flat, label = _written(view)
     if nested:
-        raise view.refuse(label, f"{view.model_type} has one rope for all layers, not one per layer type.")
+        raise view.refuse(
+            label, f"{view.model_type} has one rope configuration for all layers, not one per layer type."
+        )
     theta = _theta(view, "rope_theta", DEFAULT_THETA)
     return rope_table(_check(view, flat, label, theta), head_dim, view)
 
@@ -73,9 +75,9 @@ def read_rope_by_layer_type(
     """
     nested, flat, label = _written(view)
     if nested and set(flat) - set(NESTED):
-        raise view.refuse(label, f"beside {' and '.join(NESTED)} nothing is expected there.")
+        raise view.refuse(label, f"no other keys are expected beside {' and '.join(NESTED)}.")
     if flat and not nested and label == "rope_parameters":
-        raise view.refuse(label, f"{view.model_type} wants one set for each of {' and '.join(NESTED)}.")
+        raise view.refuse(label, f"{view.model_type} needs one set for each of {' and '.join(NESTED)}.")
     tables = {}
     for layer_type, (key, default) in theta_keys.items():
         values = flat.get(layer_type) if nested else (flat if layer_type == "full_attention" else None)
@@ -103,7 +105,7 @@ def _written(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
     """Whether the parameters are nested per layer type, the parameters, and the key that holds them."""
     old, new = view.mapping("rope_scaling"), view.mapping("rope_parameters")
     if old and new and old != new:
-        raise view.refuse("rope_scaling", "rope_parameters is there too and says something else.")
+        raise view.refuse("rope_scaling", "rope_parameters is given too and differs.")
     label = "rope_scaling" if old else "rope_parameters"
     values = old or new or {}
     return any(key in values for key in NESTED), values, label
@@ -120,7 +122,7 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     def number(key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise UnsupportedModel(
-                f"{view.where}: {label}.{key} is {value!r}; a number above zero is wanted.",
+                f"{view.where}: {label}.{key} is {value!r}; it must be a number above zero.",
                 param=f"{label}.{key}",
                 value=repr(value),
             )
@@ -147,7 +149,7 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     }
     truncate = values.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise view.refuse(f"{label}.truncate", "true or false is wanted.", truncate)
+        raise view.refuse(f"{label}.truncate", "expected true or false.", truncate)
     if values.get("rope_theta") is not None:
         theta = number("rope_theta", values["rope_theta"])
     partial = values.get("partial_rotary_factor")
@@ -161,7 +163,7 @@ def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> R
     """Frequencies ``[dims / 2]`` of checked parameters for heads of width ``head_dim``."""
     # The default table of these architectures rotates the whole head; only the scaled kinds read the partial factor.
     if parameters.partial != 1.0:
-        raise view.refuse("partial_rotary_factor", "heads that rotate in part are not supported.", parameters.partial)
+        raise view.refuse("partial_rotary_factor", "partial rotary embeddings are not supported.", parameters.partial)
     if head_dim % 2:
         raise view.refuse("head_dim", "a rotary embedding needs an even width.", head_dim)
     inv_freq = _default(parameters.theta, head_dim)

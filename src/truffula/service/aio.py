@@ -170,7 +170,7 @@ class AsyncService:
         check_text(text, "inputs")
         if len(text) > MAX_TRUNCATED_CHARS:
             raise PromptTooLong(
-                f"The text has {len(text)} characters; at most {MAX_TRUNCATED_CHARS} are tokenised at once.",
+                f"The text has {len(text)} characters; at most {MAX_TRUNCATED_CHARS} are tokenised in one request.",
                 param="inputs",
                 prompt_chars=len(text),
                 max_chars=MAX_TRUNCATED_CHARS,

@@ -105,8 +105,8 @@ class RequestState:
 
     def break_off(self, fault: Exception) -> list[TextDelta]:
         """End every choice after ``push`` raised ``fault``; what they held back is lost, and the engine is to abort."""
-        logger.error("request %s is ended by a fault", self.request_id, exc_info=fault)
-        error = TruffulaError(f"The answer could not be put together: {type(fault).__name__}: {fault}.").info()
+        logger.error("request %s failed", self.request_id, exc_info=fault)
+        error = TruffulaError(f"The answer could not be built: {type(fault).__name__}: {fault}.").info()
         if self._waiting is None:
             places = [one.choice for one in self.engine_requests if one.request_id in self.open_ids]
         else:

@@ -81,7 +81,7 @@ def _open_weights(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFil
     """Which file each tensor is read from."""
     if (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
-            warnings.append(f"{folder} holds both {INDEX} and {SINGLE}; the shards of the index are read.")
+            warnings.append(f"{folder} holds both {INDEX} and {SINGLE}; the shards named by the index are used.")
         return _open_index(folder, warnings)
     if (folder / SINGLE).is_file():
         file = SafetensorsFile(folder / SINGLE)
@@ -109,11 +109,11 @@ def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]
             continue
         others = [other for other, file in files.items() if tensor in file.tensors]
         if others or not _HEAD.search(tensor):
-            where = f"; it lies in {others[0]}, so the index is wrong" if others else ""
+            where = f"; it is in {others[0]}, so the index is wrong" if others else ""
             raise CheckpointError(
                 f"{index} says that {tensor} is in {name}, but it is not there{where}.", param=tensor, file=name
             )
-        warnings.append(f"{index} promises {tensor} in {name}, which does not hold it; it counts as absent.")
+        warnings.append(f"{index} places {tensor} in {name}, which does not hold it; it is treated as missing.")
     for name, file in files.items():
         for tensor in file.tensors:
             if tensor not in weight_map:
@@ -132,7 +132,7 @@ def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]
 def _safe_name(index: Path, tensor: str, name: Any) -> str:
     """The name of a shard, if it is a safetensors file inside the folder."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"{index}: {tensor} maps to {name!r}, which is no file name.", param=tensor)
+        raise CheckpointError(f"{index}: {tensor} maps to {name!r}, which is not a file name.", param=tensor)
     pure = PurePosixPath(name.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or ":" in pure.parts[0]:
         raise CheckpointError(
@@ -169,7 +169,9 @@ def _full_set(folder: Path) -> list[Path]:
     missing = [n for n in range(1, total + 1) if n not in shards]
     if missing or len(shards) != total:
         which = (
-            f"{stem}-{missing[0]:05d}-of-{total:05d}.safetensors is missing" if missing else "the numbers do not fit"
+            f"{stem}-{missing[0]:05d}-of-{total:05d}.safetensors is missing"
+            if missing
+            else "the shard numbers are inconsistent"
         )
         raise CheckpointError(f"{folder} has no {INDEX} and its shards are incomplete: {which}.", param=str(folder))
     return [shards[n] for n in range(1, total + 1)]

@@ -67,7 +67,7 @@ def read_flag(config: dict[str, Any]) -> FlagReading:
             continue
         value, where = level[FLAG], f"{prefix}{FLAG}"
         if value is None:
-            warnings.append(f"{where} is null in config.json, which says nothing; it counts as not written.")
+            warnings.append(f"{where} is null in config.json, which is treated as if it were absent.")
         elif isinstance(value, bool):
             written[where] = value
         else:
@@ -118,7 +118,7 @@ def decide(
         warning = None
         if flag is None and class_default is False:
             warning = (
-                f"config.json does not write {FLAG} and the class assumes false, yet there is no {head_name}: "
+                f"config.json does not set {FLAG} and the class assumes false, yet there is no {head_name}: "
                 f"the model's author should write {FLAG}: true."
             )
         reason = f"tied: {_said(flag)} and the files hold {embed_name} but no {head_name}"
@@ -127,8 +127,8 @@ def decide(
         warning = None
         if flag is None:
             warning = (
-                f"config.json does not write {FLAG} and there is no {embed_name}; {head_name} serves as the "
-                f"input table. The model's author should write {FLAG}: true."
+                f"config.json does not set {FLAG} and there is no {embed_name}; {head_name} serves as the "
+                f"input table. The model's author should set {FLAG}: true."
             )
         reason = f"reversed: {_said(flag)} and the files hold {head_name} but no {embed_name}"
         return TyingDecision(Tie.REVERSED, reason, warning)
@@ -140,8 +140,8 @@ def _decide_untied(has_embed: bool, has_head: bool, embed_name: str, head_name: 
         return TyingDecision(Tie.SEPARATE, f"separate: {_said(False)} and the files hold {embed_name} and {head_name}")
     missing, there = (head_name, embed_name) if has_embed else (embed_name, head_name)
     raise TyingError(
-        f"{missing} is not in the files, and config.json says {FLAG}: false, so {there} must not stand in for it. "
-        f"If the model is tied, write {FLAG}: true; else the checkpoint is incomplete.",
+        f"{missing} is not in the files, and config.json says {FLAG}: false, so {there} must not be used in its place. "
+        f"If the model is tied, set {FLAG}: true; else the checkpoint is incomplete.",
         param=missing,
         flag=FLAG,
     )
@@ -166,18 +166,18 @@ def _decide_both(
     if flag is True:
         warning = (
             f"config.json says {FLAG}: true, but {head_name} differs from {embed_name}; both are kept. "
-            f"The model's author should write {FLAG}: false."
+            f"The model's author should set {FLAG}: false."
         )
     elif class_default is True:
         warning = (
-            f"config.json does not write {FLAG} and the class assumes true, but {head_name} differs from {embed_name}; "
-            f"both are kept. The model's author should write {FLAG}: false."
+            f"config.json does not set {FLAG} and the class assumes true, but {head_name} differs from {embed_name}; "
+            f"both are kept. The model's author should set {FLAG}: false."
         )
     return TyingDecision(Tie.SEPARATE, f"separate: {_said(flag)} but {head_name} differs from {embed_name}", warning)
 
 
 def _said(flag: bool | None) -> str:
-    return f"{FLAG} is not written" if flag is None else f"{FLAG} is {str(flag).lower()}"
+    return f"{FLAG} is not set" if flag is None else f"{FLAG} is {str(flag).lower()}"
 
 
 def equal_as_stored(checkpoint: Checkpoint, a: str, b: str) -> bool:

@@ -148,7 +148,7 @@ def sound_table(sets: Sequence[str], isa: str, fault_of: Callable[[str], str]) -
             if faults:
                 logger.warning("computing with %s: %s", name, "; ".join(faults))
             return name
-        faults.append(f"the instruction set {name} gets {fault} wrong on this machine")
+        faults.append(f"the instruction set {name} computes {fault} wrongly on this machine")
     raise ConfigError(f"{'; '.join(faults)}. Leave cpu_isa at auto, or take another backend.", param="cpu_isa")
 
 
