@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Encoded, Tokenizer, check_text
-from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingParams, TokenPiece
+from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingParams, TokenPiece, TopToken
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21
@@ -163,14 +163,14 @@ def prompt_part(
     return PromptPart(text=prompt.text or "", tokens=pieces)
 
 
-def _scored(piece: TokenPiece, logprob: float, top: list[tuple[int, str, float]]) -> TokenPiece:
+def _scored(piece: TokenPiece, logprob: float, top: list[TopToken]) -> TokenPiece:
     return TokenPiece(piece.id, piece.text, logprob, piece.special, piece.shown, top)
 
 
-def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[tuple[int, str, float]]:
+def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[TopToken]:
     if tokenizer is None:
-        return [(token_id, "", logprob) for token_id, logprob in top]
-    return [(token_id, tokenizer.text_of(token_id), logprob) for token_id, logprob in top]
+        return [TopToken(token_id, "", logprob) for token_id, logprob in top]
+    return [TopToken(i, tokenizer.text_of(i), logprob, tokenizer.bytes_of(i)) for i, logprob in top]
 
 
 def _check_length(text: str, request: GenerateRequest, tokenizer: Tokenizer, info: EngineInfo) -> None:
