@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from truffula.service.files import tokenizer_of
 from truffula.service.fold import collect, failure
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import Completion, GenerateRequest, TextDelta, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 Found = tuple[int, list[TextDelta] | TruffulaError]
 
@@ -113,7 +116,10 @@ class SyncService:
         run, refused = _Run(), []
         for index, request in enumerate(requests):
             try:
-                run.add(index, self.core.open(request))
+                state = self.core.open(request)
+                run.add(index, state)
+                if state.ignored:
+                    logger.warning("the chat template does not use %s", ", ".join(state.ignored))
             except TruffulaError as error:
                 if not return_errors:
                     raise
