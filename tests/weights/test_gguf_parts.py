@@ -10,8 +10,9 @@ import pytest
 from gguf_models import TinyGguf, write_tiny_gguf
 
 from truffula import LLM, SamplingParams
-from truffula.errors import CheckpointError
+from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.testing.files import write_gguf
+from truffula.testing.oracle import Oracle
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.texts import read_texts
 from truffula.weights.watch import stamps_of
@@ -60,6 +61,12 @@ def test_a_split_model_answers_as_the_whole_one(tiny: TinyGguf) -> None:
             params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
             answers.append(llm.generate([[5, 6, 7]], params)[0].token_ids)
     assert answers[0] == answers[1]
+
+
+def test_transformers_is_not_asked_to_compare_a_part(tiny: TinyGguf) -> None:
+    """It would fill what is in the other parts at random."""
+    with pytest.raises(UnsupportedModel, match="llama-gguf-split --merge m-00001-of-00002.gguf"):
+        Oracle(write_parts(tiny, "m", 2)[0], tied=False)
 
 
 def test_a_first_part_without_tensors(tiny: TinyGguf) -> None:
@@ -152,8 +159,11 @@ def test_counts_of_a_wrong_kind(tiny: TinyGguf, value: Any) -> None:
     assert "split.count" in refusal(write_parts(tiny, "m", 2, **{"split.count": value})[0])
 
 
-@pytest.mark.parametrize("suffix", [".part1of2", "-split-a", ".split-aa", ".part-b"])
-def test_a_piece_cut_by_bytes_says_how_to_join_it(tiny: TinyGguf, suffix: str) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "cut"),
+    [(".part1of2", ".part"), ("-split-a", "-split-"), (".split-aa", ".split-"), (".part-b", ".part-")],
+)
+def test_a_piece_cut_by_bytes_says_how_to_join_it(tiny: TinyGguf, suffix: str, cut: str) -> None:
     piece = tiny.path.with_name(f"big.Q8_0.gguf{suffix}")
     piece.write_bytes(tiny.path.read_bytes()[:5000])
-    assert "cat big.Q8_0.gguf* > big.Q8_0.gguf" in refusal(piece)
+    assert f"`cat big.Q8_0.gguf{cut}* > big.Q8_0.gguf`" in refusal(piece)

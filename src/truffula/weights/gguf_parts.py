@@ -17,7 +17,7 @@ from truffula.weights.mapped import MappedFile
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 # A file cut by its bytes: Hugging Face allows no more than 50 GB, and some publishers cut instead of splitting.
-_PIECE = re.compile(r"(?P<whole>.+\.gguf)[.-]?(part\d+of\d+|split-?[a-z0-9]+|part-?[a-z0-9]+)", re.IGNORECASE)
+_PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,15 @@ def open_parts(path: Path) -> list[Part]:
         whole = piece["whole"]
         raise CheckpointError(
             f"{path} is a piece of a file that was cut by bytes. Join the pieces in their order, "
-            f"`cat {whole}* > {whole}`, and give {path.with_name(whole)}.",
+            f"`cat {whole}{piece['cut']}* > {whole}`, and give {path.with_name(whole)}.",
             param=str(path),
         )
     first = _open(path)
     count = _number(first, "split.count", 1)
     if count <= 1:
         return [first]
-    try:
-        parts = [first, *map(_open, _other_parts(first, count))]
-        _check_set(parts, count)
-    except BaseException:
-        first.file.close()
-        raise
+    parts = [first, *map(_open, _other_parts(first, count))]
+    _check_set(parts, count)
     return parts
 
 
