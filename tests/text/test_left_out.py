@@ -44,15 +44,15 @@ def test_each_kind_is_named_with_its_place() -> None:
         documents=DOCUMENTS,
         tools=TOOLS,
     )
-    assert found == [
-        ("system message", "messages[0].content"),
-        ("name", "messages[1].name"),
-        ("tool calls", "messages[2].tool_calls"),
-        ("tool message", "messages[3].content"),
-        ("name", "messages[3].name"),
-        ("tools", "tools[0]"),
+    assert sorted(found) == [
         ("documents", "documents[0]"),
         ("documents", "documents[1]"),
+        ("name", "messages[1].name"),
+        ("name", "messages[3].name"),
+        ("system message", "messages[0].content"),
+        ("tool calls", "messages[2].tool_calls"),
+        ("tool message", "messages[3].content"),
+        ("tools", "tools[0]"),
     ]
 
 
@@ -115,12 +115,24 @@ def test_only_the_messages_that_are_left_out_are_named() -> None:
 def test_a_role_of_another_name_counts_too() -> None:
     users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     talk = [{"role": "developer", "content": "x"}, {"role": "function", "name": "f", "content": "5"}]
-    assert [kind for kind, _ in left_out(users, talk)] == ["system message", "tool message", "name"]
+    assert sorted(kind for kind, _ in left_out(users, talk)) == ["name", "system message", "tool message"]
 
 
 def test_a_template_that_refuses_the_words_is_given_the_benefit() -> None:
     template = "{% for m in messages %}{% if m.role == 'tool' and 'degrees' not in m.content %}{{ raise_exception('odd') }}{% endif %}{{ m.content }}{% endfor %}"
     assert left_out(template) == []
+
+
+def test_words_that_lead_a_template_another_way_are_asked_about_by_themselves() -> None:
+    """A call is written only where its function is one of the tools, and its result after it."""
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{% for t in tools %}{% if t.function.name == c.function.name %}"
+        "{{ t.function.name }}: {{ (messages | last).content }}{% endif %}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    talk = [{"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "21 degrees"}]
+    assert ("tool message", "messages[1].content") not in left_out(template, talk, tools=TOOLS)
+    others = [{"type": "function", "function": {"name": "other"}}]
+    assert ("tool message", "messages[1].content") in left_out(template, talk, tools=others)
 
 
 def test_variables_that_a_template_never_mentions() -> None:

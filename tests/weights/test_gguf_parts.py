@@ -65,7 +65,7 @@ def test_a_split_model_answers_as_the_whole_one(tiny: TinyGguf) -> None:
 
 def test_transformers_is_not_asked_to_compare_a_part(tiny: TinyGguf) -> None:
     """It would fill what is in the other parts at random."""
-    with pytest.raises(UnsupportedModel, match="llama-gguf-split --merge m-00001-of-00002.gguf"):
+    with pytest.raises(UnsupportedModel, match=r"llama-gguf-split --merge m-00001-of-00002\.gguf"):
         Oracle(write_parts(tiny, "m", 2)[0], tied=False)
 
 

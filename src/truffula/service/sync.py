@@ -113,17 +113,18 @@ class SyncService:
         """
         if self._closed:
             raise ShuttingDown("This engine is closed.")
-        run, refused = _Run(), []
+        run, refused, ignored = _Run(), [], set[str]()
         for index, request in enumerate(requests):
             try:
                 state = self.core.open(request)
                 run.add(index, state)
-                if state.ignored:
-                    logger.warning("the chat template does not use %s", ", ".join(state.ignored))
+                ignored.update(state.ignored)
             except TruffulaError as error:
                 if not return_errors:
                     raise
                 refused.append((index, error))
+        if ignored:
+            logger.warning("the chat template does not use %s", ", ".join(sorted(ignored)))
         yield from refused
         self._runs.update(dict.fromkeys(run.places, run))
         try:

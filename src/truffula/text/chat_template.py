@@ -13,7 +13,7 @@ from jinja2 import meta
 from truffula.errors import InvalidRequest, TemplateError
 from truffula.text.growth import LimitExceeded, Meter
 from truffula.text.sandbox import MeteredEnvironment
-from truffula.text.template_probe import Place, Words
+from truffula.text.template_probe import Kind, Place, Words
 
 MAX_SOURCE = 400_000
 MAX_DEPTH = 64
@@ -127,20 +127,24 @@ class ChatTemplates:
     ) -> LeftOut:
         """What the template does not write into the prompt of these messages, and which variables it never mentions.
 
-        Costs a second rendering where there is something that it might leave out. A template that refuses the words
-        which are then put in place of the texts reads them, so nothing is said to be left out.
+        Costs a second rendering where there is something that it might leave out, and one more for each kind that it
+        seems to. A template that refuses the words which are put in place of the texts reads them, so nothing counts as
+        left out.
         """
         source = self.choose(template, with_tools=bool(tools))
-        context = self._context(source, messages, tools, documents, variables, add_generation_prompt=True)
         unread = self._unread(source, variables) if variables else ()
-        words = Words()
-        words.put(context["messages"], context["tools"], context["documents"])
-        if not words.places:
-            return LeftOut((), unread)
-        try:
-            return LeftOut(tuple(words.missing_from(self._run(source, context))), unread)
-        except TemplateError:
-            return LeftOut((), unread)
+
+        def missing(only: Kind | None) -> list[Place]:
+            words = Words(only)
+            context = self._context(source, messages, tools, documents, variables, add_generation_prompt=True)
+            words.put(context["messages"], context["tools"], context["documents"])
+            try:
+                return words.missing_from(self._run(source, context)) if words.places else []
+            except TemplateError:
+                return []
+
+        kinds = dict.fromkeys(place.kind for place in missing(None))
+        return LeftOut(tuple(place for kind in kinds for place in missing(kind)), unread)
 
     def _context(
         self,

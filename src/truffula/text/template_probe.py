@@ -24,12 +24,20 @@ class Place:
 
 
 class Words:
-    """Replaces the texts in a conversation (in place) by words and keeps which stands for what."""
+    """Replaces the texts in a conversation (in place) by words and keeps which stands for what.
 
-    def __init__(self) -> None:
+    ``only`` restricts it to one kind: all words at once may lead a template another way (a call whose function it looks
+    up among the tools), so that what is missing is to be put to it once more by itself.
+    """
+
+    def __init__(self, only: Kind | None = None) -> None:
+        self._only = only
         self.places: list[Place] = []
 
-    def _word(self, kind: Kind, param: str) -> str:
+    def _word(self, kind: Kind, param: str, text: str) -> str:
+        """A new word for ``text``, or ``text`` itself where its kind is not asked about."""
+        if self._only not in (None, kind):
+            return text
         word = f"trufflprobe{len(self.places)}x"
         self.places.append(Place(word, kind, param))
         return word
@@ -46,22 +54,24 @@ class Words:
         for index, tool in enumerate(tools or ()):
             inner = tool.get("function", tool)
             if isinstance(inner, dict) and isinstance(inner.get("name"), str):
-                inner["name"] = self._word("tools", f"tools[{index}]")
+                inner["name"] = self._word("tools", f"tools[{index}]", inner["name"])
         for index, document in enumerate(documents or ()):
-            if has_text(document):
-                replace_texts(document, self._word("documents", f"documents[{index}]"))
+            word = self._word("documents", f"documents[{index}]", "") if has_text(document) else ""
+            if word:
+                replace_texts(document, word)
 
     def _put_message(self, message: dict[str, Any], where: str) -> None:
         role = message["role"]
         kinds: dict[str, Kind] = {"tool": "tool message", "function": "tool message"}
         kinds |= {"system": "system message", "developer": "system message"}
         if role in kinds and message["content"].strip():
-            message["content"] = self._word(kinds[role], f"{where}.content")
+            message["content"] = self._word(kinds[role], f"{where}.content", message["content"])
         if isinstance(message.get("name"), str):
-            message["name"] = self._word("name", f"{where}.name")
+            message["name"] = self._word("name", f"{where}.name", message["name"])
         for call in message.get("tool_calls") or ():
-            if isinstance(call["function"].get("name"), str):
-                call["function"]["name"] = self._word("tool calls", f"{where}.tool_calls")
+            function = call["function"]
+            if isinstance(function.get("name"), str):
+                function["name"] = self._word("tool calls", f"{where}.tool_calls", function["name"])
 
     def missing_from(self, text: str) -> list[Place]:
         """The places whose word is not in ``text``, in whatever case it was written."""

@@ -20,7 +20,8 @@ from truffula.weights.gguf_header import GgufHeader
 # Known, and of no effect on what a model computes. A pattern that ends in "." covers all keys under it.
 _INERT = re.compile(
     r"general\.(?!sampling\.)|split\.|quantize\.|tokenizer\.chat_templates$"
-    r"|tokenizer\.ggml\.(token_type_count|add_sep_token|remove_extra_whitespaces|(fim_\w+|prefix|suffix|middle|seperator|cls|mask)_token_id)$"
+    r"|tokenizer\.ggml\.(token_type_count|add_sep_token|remove_extra_whitespaces"
+    r"|(fim_\w+|prefix|suffix|middle|seperator|cls|mask)_token_id)$"
 )
 # Read by gguf_tokenizer, and only when a text is to be served: a test holds this list against what that module reads.
 READ_BY_TOKENIZER = re.compile(

@@ -210,7 +210,8 @@ def _layer_types(facts: Facts, layers: int, every: int) -> list[str]:
     """Of each layer, from a list of booleans (true: it slides) or a period: every n-th layer is full, none for 0."""
     pattern = facts.get("attention.sliding_window_pattern", every)
     if not isinstance(pattern, list):
-        period = facts.count("attention.sliding_window_pattern", every) if pattern != 0 else layers + 1
+        none_is_full = type(pattern) is int and pattern == 0
+        period = layers + 1 if none_is_full else facts.count("attention.sliding_window_pattern", every)
         pattern = [(layer + 1) % period != 0 for layer in range(layers)]
     if len(pattern) != layers:
         name = facts.name("attention.sliding_window_pattern")
