@@ -223,6 +223,17 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
 
 
+class TopToken(msgspec.Struct, frozen=True):
+    """One of the most likely tokens at a place. ``text`` is its own, U+FFFD where it is part of a character; ``raw``
+    its own bytes, None where the tokenizer does not tell them.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    raw: bytes | None = None
+
+
 class TokenPiece(msgspec.Struct, frozen=True):
     """One token as text.
 
@@ -230,8 +241,9 @@ class TokenPiece(msgspec.Struct, frozen=True):
     others "". ``shown`` False: the text is not part of the delta's ``text`` (a special token under
     ``skip_special_tokens``, the EOS or stop id that ended it, a token inside a stop string); ``text`` is then the
     token's own. ``special`` is the vocabulary's word. So joining ``text`` of the shown pieces gives the text.
-    ``logprob`` None: not asked for (or the first prompt token). ``top`` holds ``(id, text, logprob)``, best first, the
-    k most likely.
+    ``logprob`` None: not asked for (or the first prompt token). ``top`` holds the k most likely, best first. ``raw`` is
+    what this token added to the text in bytes, of a character split over tokens its own part; joined and decoded they
+    are the text. None: logprobs were not asked for, or the tokenizer does not tell.
     """
 
     id: int
@@ -239,7 +251,8 @@ class TokenPiece(msgspec.Struct, frozen=True):
     logprob: float | None = None
     special: bool = False
     shown: bool = True
-    top: list[tuple[int, str, float]] = []
+    top: list[TopToken] = []
+    raw: bytes | None = None
 
 
 class PromptPart(msgspec.Struct, frozen=True, kw_only=True):

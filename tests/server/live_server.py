@@ -58,10 +58,13 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def write_model(folder: Path, *, with_tokenizer: bool = True, **config: Any) -> Path:
+def write_model(
+    folder: Path, *, with_tokenizer: bool = True, extra: Mapping[str, Any] | None = None, **config: Any
+) -> Path:
+    """A tiny llama with the tokenizer above; ``extra`` replaces tensors."""
     made = tokenizer()
     shape = {"vocab_size": made.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 1, "num_hidden_layers": 2}
-    write_tiny_checkpoint(folder, tiny_llama_config(**shape | config), seed=3)
+    write_tiny_checkpoint(folder, tiny_llama_config(**shape | config), seed=3, extra=extra)
     if with_tokenizer:
         made.save(str(folder / "tokenizer.json"))
         names = {"bos_token": BEGIN, "eos_token": END, "chat_template": TEMPLATE}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import tiny_info
-from tiny_tokenizers import byte_level, sentence_piece
+from tiny_tokenizers import byte_level, metaspace, sentence_piece, word_piece
 
 from examples import examples
 from truffula.errors import EngineDied
@@ -118,7 +121,7 @@ def test_text_is_the_decode_up_to_the_first_stop_however_events_are_cut(
         assert (answer.eos, answer.stop_reason, aborted) == (end == "eos", None, False)
     for piece in answer.tokens:
         assert piece.special == (piece.id in tokenizer.special_ids)
-        assert (piece.logprob, piece.top[0][0]) == (-float(piece.id), piece.id)
+        assert (piece.logprob, piece.top[0].id) == (-float(piece.id), piece.id)
     # No character of the stop text was ever out, in any prefix of the stream.
     out = ""
     for delta in deltas:
@@ -146,6 +149,30 @@ def test_an_emoji_over_four_tokens_comes_whole_and_its_tokens_stay_apart() -> No
     assert deltas[0].text == "🌲"
     assert len(deltas[0].tokens) == 4
     assert answer.choices[0].text == "🌲or"
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentence_piece, partial(sentence_piece, False), word_piece, metaspace])
+@settings(max_examples=examples(60, 200), deadline=None)
+@given(data=st.data(), include=st.booleans(), cuts=st.lists(st.integers(1, 5), max_size=6))
+def test_the_bytes_of_shown_tokens_join_to_the_text(
+    kind: Callable[[], Tokenizer], data: st.DataObject, include: bool, cuts: list[int]
+) -> None:
+    """Whatever ids, stops and borders of events: each token has its own bytes, and all of them decode to the text."""
+    tokenizer = kind()
+    texts = st.sampled_from([" the", "Lorax", "🌲", "é", "東京", "ab", "  ", "née token"])
+    ids_of_texts = st.lists(texts, max_size=6).map(lambda parts: tokenizer.encode("".join(parts)))
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size), max_size=12) | ids_of_texts) or [5]
+    stop = tuple(data.draw(st.lists(st.sampled_from(["ab", "🌲", "京", "é", "a", " "]), max_size=2, unique=True)))
+    params = SamplingParams(max_tokens=None, stop=stop, include_stop=include, logprobs=1, seed=3)
+    choice = check_deltas(play(params, ids, tokenizer=tokenizer, cuts=cuts)[0], params).choices[0]
+    shown = [piece.raw for piece in choice.tokens if piece.shown]
+    assert b"".join(raw for raw in shown if raw is not None).decode(errors="replace") == choice.text
+    assert None not in shown
+
+
+def test_bytes_are_not_worked_out_unless_logprobs_are_asked_for() -> None:
+    choice = collect(play(SamplingParams(max_tokens=None), [5, 6])[0]).choices[0]
+    assert [piece.raw for piece in choice.tokens] == [None, None]
 
 
 def test_eos_is_a_token_that_is_not_shown() -> None:

@@ -145,6 +145,20 @@ def test_chat_renders_the_models_template(llm: LLM) -> None:
     assert open_.prompt.endswith("assistant\nthe Lorax")
 
 
+def test_what_the_template_does_not_use_is_logged(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    talk = [{"role": "user", "content": "who speaks?"}]
+    tools = [{"type": "function", "function": {"name": "count", "parameters": {}}}]
+    (plain,) = llm.chat(talk, GREEDY)
+    assert "chat template" not in caplog.text
+    (out,) = llm.chat(talk, GREEDY, tools=tools, template_kwargs={"enable_thinking": False})
+    assert out.token_ids == plain.token_ids
+    assert "the chat template does not use template_kwargs.enable_thinking, tools" in caplog.text
+    users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(InvalidRequest, match="result of a tool") as refused:
+        llm.chat([*talk, {"role": "tool", "content": "5"}], GREEDY, chat_template=users)
+    assert refused.value.param == "messages[1].content"
+
+
 def test_a_stream_is_the_answer_in_pieces(llm: LLM) -> None:
     params = SamplingParams(n=2, seed=4, max_tokens=10)
     deltas = list(llm.stream("the trees", params, adapter="one"))

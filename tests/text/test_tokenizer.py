@@ -7,9 +7,12 @@ import json
 import pytest
 from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, sentence_piece_json
 from tokenizers import Tokenizer as Library
+from tokenizers import decoders
 
 from truffula.errors import CheckpointError, InvalidRequest
-from truffula.text.tokenizer import check_text, load_tokenizer
+from truffula.text.pieces import byte_alphabet
+from truffula.text.tokenizer import Tokenizer, check_text, load_tokenizer
+from truffula.weights.gguf_tokenizer import tokenizer_files
 
 
 def test_a_folder_without_a_tokenizer_has_none() -> None:
@@ -102,6 +105,71 @@ def test_text_of_one_token_keeps_its_space() -> None:
     assert tokenizer.text_of(the) == " the"
     assert tokenizer.text_of(3 + 0xE2) == "\ufffd"
     assert tokenizer.text_of(10**6) == ""
+
+
+def gguf_tokenizer(model: str) -> Tokenizer:
+    tokens = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "\u2581a"]
+    if model == "gpt2":
+        tokens = ["<s>", "</s>", *sorted(byte_alphabet())]
+    metadata = {
+        "tokenizer.ggml.model": model,
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3, *([1 if model == "gpt2" else 6] * 256), *([1] * (len(tokens) - 258))],
+        "tokenizer.ggml.scores": [0.0] * len(tokens),
+        "tokenizer.ggml.merges": ["\u2581 a"] if model == "llama" else [],
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+    made = load_tokenizer(tokenizer_files(metadata)[0])
+    assert made is not None
+    return made
+
+
+KINDS = {
+    "byte level": byte_level,
+    "SentencePiece": lambda: sentence_piece(False),
+    "GGUF byte level": lambda: gguf_tokenizer("gpt2"),
+    "GGUF SentencePiece": lambda: gguf_tokenizer("llama"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_tokens_join_to_the_text(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    for text in (" a 🙂 a", "née", "東京\n", "a\u0301"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(tokenizer.bytes_of(i) or b"" for i in ids) == text.encode()
+    parts = [tokenizer.bytes_of(i) for i in tokenizer.encode("🙂", add_special_tokens=False)]
+    assert len(parts) > 2 and b"".join(part or b"" for part in parts) == "🙂".encode()
+    assert tokenizer.bytes_of(10**6) == b"", "an id without a token adds nothing"
+
+
+def test_the_bytes_of_special_tokens_are_their_text() -> None:
+    assert byte_level().bytes_of(1) == b"<|end|>"
+    assert sentence_piece().bytes_of(2) == b"</s>"
+
+
+def test_a_decoder_of_another_kind_tells_bytes_or_says_that_it_does_not() -> None:
+    fallback = Library.from_str(sentence_piece_json(False).decode())
+    fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = load(fallback.to_str().encode())
+    assert [tokenizer.bytes_of(3 + byte) for byte in (0xF0, 0x41)] == [b"\xf0", b"A"]
+    assert tokenizer.bytes_added(3 + 0x82, "🙂") == b"\x82"
+    levels = Library.from_str(byte_level_json().decode())
+    levels.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    tokenizer = load(levels.to_str().encode())
+    part = tokenizer.encode("🙂", add_special_tokens=False)[0]
+    assert (tokenizer.bytes_of(part), tokenizer.bytes_added(part, "")) == (None, None)
+    (whole,) = tokenizer.encode("a", add_special_tokens=False)
+    assert tokenizer.bytes_of(whole) == b"a"
+
+
+def test_a_space_that_the_decoder_strips_is_not_among_the_bytes_added() -> None:
+    tokenizer = sentence_piece(True)
+    (token,) = tokenizer.encode("the", add_special_tokens=False)
+    assert (tokenizer.bytes_of(token), tokenizer.bytes_added(token, "the")) == (b" the", b"the")
 
 
 def test_lone_surrogates_are_refused_by_position() -> None:

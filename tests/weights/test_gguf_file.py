@@ -30,8 +30,8 @@ from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.testing.files import GgufBlocks, write_gguf
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_names import FAMILIES as KNOWN
-from truffula.weights.gguf_names import fit_llama3
 from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.gguf_rope import fit_llama3
 from truffula.weights.gguf_types import OTHER_TYPES
 from truffula.weights.open import open_checkpoint
 
@@ -263,11 +263,11 @@ def test_details_of_the_families(tmp_path: Path) -> None:
 REFUSED = {
     "another architecture": ({"general.architecture": "mamba"}, UnsupportedModel, "mamba"),
     "no architecture": ({"general.architecture": 7}, UnsupportedModel, "general.architecture"),
-    "split": ({"split.count": 3}, UnsupportedModel, "llama-gguf-split"),
+    "split": ({"split.count": 3}, CheckpointError, "part 1 of 3"),
     "experts": ({"llama.expert_count": 8}, UnsupportedModel, "llama.expert_count"),
     "unknown attention": ({"llama.attention.temperature": 2.0}, UnsupportedModel, "llama.attention.temperature"),
     "partial rotation": ({"llama.rope.dimension_count": 8}, UnsupportedModel, "rope.dimension_count"),
-    "values of another width": ({"llama.attention.value_length": 8}, UnsupportedModel, "values 8"),
+    "values of another width": ({"llama.attention.value_length": 8}, UnsupportedModel, "value_length is 8"),
     "heads by layer": ({"llama.attention.head_count_kv": [2, 1] * 3 + [2]}, UnsupportedModel, "head_count_kv"),
     "longrope": ({"llama.rope.scaling.type": "longrope"}, UnsupportedModel, "longrope"),
     "yarn's own factor": (

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -113,13 +114,18 @@ async def read_body(request: Request, model: type[B]) -> B:
 
 def note_unknown(request: Request, body: Body) -> None:
     """Keys without effect are accepted, but never in silence: a typing error should show in the log and the answer."""
-    names = body.unknown()
+    note_ignored(request, body.unknown())
+
+
+def note_ignored(request: Request, names: Sequence[str]) -> None:
+    """Keys of this request that have no effect, for the header and the log; added to those noted before."""
     if not names:
         return
     shown = [safe_header(name, 64) for name in names[:20]]
     if len(names) > 20:
         shown.append(f"and {len(names) - 20} more")
-    request.state.record.ignored = ", ".join(shown)
+    record = request.state.record
+    record.ignored = ", ".join([record.ignored, *shown] if record.ignored else shown)
     seen: set[str] = request.app.state.truffula.seen_unknown
     new = [name for name in shown if name not in seen]
     if new and len(seen) < 1000:

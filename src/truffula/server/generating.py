@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from truffula.errors import TruffulaError
 from truffula.metrics import Observer, RequestRecord
+from truffula.server.body import note_ignored
 from truffula.server.errors import Aborted, as_error
 from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
@@ -99,6 +100,7 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
             streams.append(await state.service.open(one))
             streams[-1].on_arrival = partial(watch.arrived, i)
             record.prompt_tokens += streams[-1].prompt_tokens
+            note_ignored(request, [_field_of(name) for name in streams[-1].ignored])
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:
@@ -110,6 +112,13 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
     finally:
         for stream in streams:
             await stream.aclose()
+
+
+def _field_of(name: str) -> str:
+    """The field of a request by which a template's variable was given."""
+    if name == "template_kwargs.reasoning_effort":
+        return "reasoning_effort"
+    return f"chat_{name}" if name.startswith("template_kwargs.") else name
 
 
 async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:

@@ -35,12 +35,12 @@ def token(piece: TokenPiece, params: Parameters) -> dict[str, Any]:
 
 
 def _alternatives(piece: TokenPiece, count: int) -> list[dict[str, Any]]:
-    return [{"id": i, "text": text, "logprob": finite(p)} for i, text, p in piece.top[:count]]
+    return [{"id": top.id, "text": top.text, "logprob": finite(top.logprob)} for top in piece.top[:count]]
 
 
 def top_tokens(piece: TokenPiece, count: int) -> list[dict[str, Any]]:
     """TGI's spelling of the alternatives."""
-    return [{"id": i, "text": text, "logprob": finite(p), "special": False} for i, text, p in piece.top[:count]]
+    return [{**alternative, "special": False} for alternative in _alternatives(piece, count)]
 
 
 def prefill(prompt: PromptPart | None, params: Parameters) -> list[dict[str, Any]]:

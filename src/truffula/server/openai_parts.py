@@ -11,7 +11,8 @@ from truffula import __version__
 from truffula.metrics import RequestRecord
 from truffula.server.openai_bodies import OpenAIBody
 from truffula.server.state import ServerState
-from truffula.types import Completion, PromptPart, TextDelta, TokenPiece
+from truffula.text.pieces import is_utf8
+from truffula.types import Completion, PromptPart, TextDelta, TokenPiece, TopToken
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity, and clients refuse null here
 
@@ -79,6 +80,14 @@ def token_name(token: int, text: str, as_ids: bool) -> str:
     return f"token_id:{token}" if as_ids else text
 
 
+def top_name(top: TopToken, as_ids: bool) -> str:
+    """How an alternative is spelled: its text, or (as OpenAI does) its bytes where it is part of a character."""
+    if as_ids or top.raw is None or is_utf8(top.raw):
+        return token_name(top.id, top.text, as_ids)
+    # printable ASCII as it is, but for the backslash
+    return "bytes:" + "".join(chr(b) if 32 <= b < 127 and b != 92 else f"\\x{b:02x}" for b in top.raw)
+
+
 class CompletionLogprobs:
     """``/v1/completions``' four lists. ``text_offset`` counts characters from the start of the choice's text."""
 
@@ -101,29 +110,42 @@ class CompletionLogprobs:
             if piece.logprob is None:
                 tops.append(None)
                 continue
-            top: dict[str, float] = {}
-            for token, text, logprob in piece.top:
-                top.setdefault(token_name(token, text, self._as_ids), finite(logprob))
-            top[name] = finite(piece.logprob)  # under its own name whatever else is spelled alike
-            tops.append(top)
+            tops.append(self._tops(piece, name))
         return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+    def _tops(self, piece: TokenPiece, name: str) -> dict[str, float]:
+        """An entry per token, best first. The chosen one is called as in ``tokens``, and only so; another token that
+        would be called the same, or as a likelier one, is named by its id.
+        """
+        top: dict[str, float] = {}
+        for other in piece.top:
+            key = name if other.id == piece.id else top_name(other, self._as_ids)
+            if other.id != piece.id and (key == name or key in top):
+                key = token_name(other.id, "", as_ids=True)
+            top[key] = finite(other.logprob)
+        top[name] = finite(piece.logprob)
+        return top
 
 
 def chat_logprobs(pieces: Iterable[TokenPiece], as_ids: bool) -> dict[str, Any]:
     """``/v1/chat/completions``' form: one entry per shown token."""
     content = []
     for piece in pieces:
-        entry = _chat_token(piece.id, piece.text, piece.logprob, as_ids)
+        name = token_name(piece.id, piece.text, as_ids)
+        entry = _chat_token(name, piece.logprob, piece.raw)
         entry["top_logprobs"] = [
-            _chat_token(token, piece.text if token == piece.id else text, logprob, as_ids)
-            for token, text, logprob in piece.top
+            _chat_token(name, top.logprob, piece.raw)
+            if top.id == piece.id
+            else _chat_token(top_name(top, as_ids), top.logprob, top.raw)
+            for top in piece.top
         ]
         content.append(entry)
     return {"content": content, "refusal": None}
 
 
-def _chat_token(token: int, text: str, logprob: float | None, as_ids: bool) -> dict[str, Any]:
-    return {"token": token_name(token, text, as_ids), "logprob": finite(logprob), "bytes": list(text.encode())}
+def _chat_token(name: str, logprob: float | None, raw: bytes | None) -> dict[str, Any]:
+    """``bytes`` are the token's own: a client joins the parts of a character. Null where they are not known."""
+    return {"token": name, "logprob": finite(logprob), "bytes": None if raw is None else list(raw)}
 
 
 def shown(pieces: Iterable[TokenPiece]) -> list[TokenPiece]:
@@ -138,8 +160,8 @@ def prompt_logprobs(prompt: PromptPart | None) -> list[dict[str, Any] | None]:
             rows.append(None)
             continue
         row: dict[str, Any] = {}
-        for rank, (token, text, logprob) in enumerate(piece.top, 1):
-            row[str(token)] = {"logprob": finite(logprob), "rank": rank, "decoded_token": text}
+        for rank, top in enumerate(piece.top, 1):
+            row[str(top.id)] = {"logprob": finite(top.logprob), "rank": rank, "decoded_token": top.text}
         row.setdefault(str(piece.id), {"logprob": finite(piece.logprob), "rank": None, "decoded_token": piece.text})
         rows.append(row)
     return rows

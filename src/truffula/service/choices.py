@@ -126,15 +126,20 @@ class ChoiceState:
         special = token_id in self._special
         if token_id in self._skipped or (ended and not self._params.include_stop):
             own = self._tokenizer.text_of(token_id) if self._tokenizer is not None else ""
-            self._held.append(TokenPiece(token_id, own, logprob, special, False, list(top)))
+            self._held.append(TokenPiece(token_id, own, logprob, special, False, list(top), self._raw(token_id, own)))
             self._unfinished += self._unfinished > 0
             return None
         text = ""
         if self._detokenizer is not None:
             text = self._detokenizer.push(token_id)
             self._unfinished = self._unfinished + 1 if self._detokenizer.pending else 0
-        self._held.append(TokenPiece(token_id, text, logprob, special, True, list(top)))
+        self._held.append(TokenPiece(token_id, text, logprob, special, True, list(top), self._raw(token_id, text)))
         return self._match(text)
+
+    def _raw(self, token_id: int, text: str) -> bytes | None:
+        if self._params.logprobs is None or self._tokenizer is None:
+            return None
+        return self._tokenizer.bytes_added(token_id, text)
 
     def _match(self, text: str) -> StopMatch | None:
         if self._stops is None or not text:
@@ -166,7 +171,9 @@ class ChoiceState:
         """The engine's own end: text that was held back is text after all."""
         if self._detokenizer is not None and (rest := self._detokenizer.flush()):
             at = max(index for index, piece in enumerate(self._held) if piece.shown)
-            self._held[at] = msgspec.structs.replace(self._held[at], text=self._held[at].text + rest)
+            piece = self._held[at]
+            text = piece.text + rest
+            self._held[at] = msgspec.structs.replace(piece, text=text, raw=self._raw(piece.id, text))
             match = self._match(rest)
             if match is not None:
                 self._cut(match)
@@ -221,10 +228,14 @@ class ChoiceState:
         limit = self._unmatched + (match.end if self._params.include_stop else match.start)
         position, cut = self._held_start, []
         for piece in self._held:
-            if not piece.shown or position + len(piece.text) <= limit:
+            end = position + len(piece.text)
+            # Of a character that is cut off, the tokens before its last one have no text, and go with it.
+            if not piece.shown or (end <= limit and (piece.text or position < limit)):
                 cut.append(piece)
             elif position < limit:
-                cut.append(msgspec.structs.replace(piece, text=piece.text[: limit - position]))
+                text, rest = piece.text[: limit - position], piece.text[limit - position :]
+                raw = None if piece.raw is None else piece.raw[: len(piece.raw) - len(rest.encode())]
+                cut.append(msgspec.structs.replace(piece, text=text, raw=raw))
             else:
                 cut.append(msgspec.structs.replace(piece, shown=False))
             position += len(piece.text) if piece.shown else 0

@@ -59,8 +59,10 @@ class RequestState:
         engine_requests: list[EngineRequest],
         choices: list[ChoiceState],
         prompt_tokens: int,
+        ignored: tuple[str, ...] = (),
     ) -> None:
         self.request = request
+        self.ignored = ignored
         self.request_id = request_id
         self.engine_requests = engine_requests
         self.prompt_tokens = prompt_tokens
@@ -212,7 +214,7 @@ class Service:
         choices = [
             ChoiceState(one, params, self.tokenizer, self._eos_ids, given_back, self._clock) for one in engine_requests
         ]
-        return RequestState(request, request_id, engine_requests, choices, len(prompt.ids))
+        return RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop:

@@ -90,7 +90,7 @@ def _choice(choice: CompletionChoice, params: SamplingParams) -> ChoiceOutput:
 
 
 def _logprobs(piece: TokenPiece) -> Logprobs:
-    found = {token_id: logprob for token_id, _, logprob in piece.top}
+    found = {top.id: top.logprob for top in piece.top}
     if piece.logprob is not None:
         found.setdefault(piece.id, piece.logprob)
     return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong
 from truffula.text.chat_template import ChatTemplates
+from truffula.text.template_probe import Kind
 from truffula.text.tokenizer import Encoded, Tokenizer, check_text
-from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingParams, TokenPiece
+from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingParams, TokenPiece, TopToken
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21
@@ -22,12 +23,13 @@ SLACK = 4
 @dataclass(frozen=True)
 class Prompt:
     """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when they are to be given
-    back.
+    back. ``ignored`` names what the chat template did not use.
     """
 
     ids: list[int]
     text: str | None = None
     pieces: list[TokenPiece] | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
@@ -61,6 +63,42 @@ def prompt_text(request: GenerateRequest, templates: ChatTemplates) -> str | Non
     return None
 
 
+# How what a chat template leaves out is named, by its kind.
+_FIELDS: Mapping[Kind, str] = {
+    "documents": "documents",
+    "name": "messages.name",
+    "system message": "messages(role=system)",
+    "tool calls": "messages.tool_calls",
+    "tools": "tools",
+}
+
+
+def left_out(request: GenerateRequest, templates: ChatTemplates) -> tuple[str, ...]:
+    """Names of what the request holds and the chat template does not use.
+
+    Raises ``InvalidRequest`` for the result of a tool that would be missing from the prompt: the message is all there
+    is of it, and the model would answer as if no tool had been called.
+    """
+    if request.messages is None:
+        return ()
+    found = templates.left_out(
+        request.messages,
+        tools=request.tools,
+        documents=request.documents,
+        template=request.chat_template,
+        variables=request.template_kwargs,
+    )
+    for place in found.places:
+        if place.kind == "tool message":
+            raise InvalidRequest(
+                f"{place.param} is the result of a tool, and the model's chat template leaves messages of its role out "
+                "of the prompt. Write the result into a user message, or use a chat template that knows tools.",
+                param=place.param,
+            )
+    fields = dict.fromkeys(_FIELDS[place.kind] for place in found.places)
+    return (*(f"template_kwargs.{name}" for name in found.variables), *fields)
+
+
 def make_prompt(
     request: GenerateRequest, tokenizer: Tokenizer | None, templates: ChatTemplates, info: EngineInfo
 ) -> Prompt:
@@ -72,6 +110,7 @@ def make_prompt(
     if request.messages is not None:
         need_tokenizer(tokenizer)
     text = prompt_text(request, templates)
+    ignored = left_out(request, templates)
     wants_pieces = request.echo or request.return_prompt_tokens or request.params.prompt_logprobs is not None
     pieces: list[TokenPiece] | None = None
     if text is not None:
@@ -98,8 +137,8 @@ def make_prompt(
         raise InvalidRequest("The prompt is empty, and the model has no token that begins a text.", param="prompt")
     ids, pieces = _truncate(ids, pieces, request.truncate)
     if not wants_pieces:
-        return Prompt(ids)
-    return Prompt(ids, "".join(piece.text for piece in pieces or []), pieces)
+        return Prompt(ids, ignored=ignored)
+    return Prompt(ids, "".join(piece.text for piece in pieces or []), pieces, ignored)
 
 
 def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:
@@ -163,14 +202,14 @@ def prompt_part(
     return PromptPart(text=prompt.text or "", tokens=pieces)
 
 
-def _scored(piece: TokenPiece, logprob: float, top: list[tuple[int, str, float]]) -> TokenPiece:
+def _scored(piece: TokenPiece, logprob: float, top: list[TopToken]) -> TokenPiece:
     return TokenPiece(piece.id, piece.text, logprob, piece.special, piece.shown, top)
 
 
-def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[tuple[int, str, float]]:
+def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[TopToken]:
     if tokenizer is None:
-        return [(token_id, "", logprob) for token_id, logprob in top]
-    return [(token_id, tokenizer.text_of(token_id), logprob) for token_id, logprob in top]
+        return [TopToken(token_id, "", logprob) for token_id, logprob in top]
+    return [TopToken(i, tokenizer.text_of(i), logprob, tokenizer.bytes_of(i)) for i, logprob in top]
 
 
 def _check_length(text: str, request: GenerateRequest, tokenizer: Tokenizer, info: EngineInfo) -> None:

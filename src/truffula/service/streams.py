@@ -36,6 +36,11 @@ class TextStream:
         return self._state.prompt_tokens
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Names of what the request asks for and the chat template does not use."""
+        return self._state.ignored
+
+    @property
     def seed(self) -> int | None:
         return self._state.seed
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,8 @@ from truffula.service.files import tokenizer_of
 from truffula.service.fold import collect, failure
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import Completion, GenerateRequest, TextDelta, TokenEvent
+
+logger = logging.getLogger(__name__)
 
 Found = tuple[int, list[TextDelta] | TruffulaError]
 
@@ -110,14 +113,18 @@ class SyncService:
         """
         if self._closed:
             raise ShuttingDown("This engine is closed.")
-        run, refused = _Run(), []
+        run, refused, ignored = _Run(), [], set[str]()
         for index, request in enumerate(requests):
             try:
-                run.add(index, self.core.open(request))
+                state = self.core.open(request)
+                run.add(index, state)
+                ignored.update(state.ignored)
             except TruffulaError as error:
                 if not return_errors:
                     raise
                 refused.append((index, error))
+        if ignored:
+            logger.warning("the chat template does not use %s", ", ".join(sorted(ignored)))
         yield from refused
         self._runs.update(dict.fromkeys(run.places, run))
         try:

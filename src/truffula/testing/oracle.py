@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from truffula.errors import MissingDependency
+from truffula.errors import MissingDependency, UnsupportedModel
 from truffula.kernels.program import Probe
+from truffula.weights.gguf_parts import open_parts
 
 Float32 = npt.NDArray[np.float32]
 _ATTENTION = "truffula_observed"
@@ -28,6 +29,7 @@ class Oracle:
 
     Raises:
         MissingDependency: transformers, torch or (with an adapter) peft is not installed.
+        UnsupportedModel: a GGUF model in parts.
     """
 
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
@@ -44,6 +46,12 @@ class Oracle:
         self._register()
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
         if path.suffix == ".gguf":
+            if len(open_parts(path)) > 1:
+                raise UnsupportedModel(
+                    f"{path} is the first part of a split GGUF model, which transformers does not read; to compare, "
+                    f"join the parts: llama-gguf-split --merge {path.name} MODEL.gguf",
+                    param=str(path),
+                )
             source |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**source)
         config.tie_word_embeddings = tied

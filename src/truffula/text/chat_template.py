@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from truffula.errors import InvalidRequest, TemplateError
 from truffula.text.growth import LimitExceeded, Meter
 from truffula.text.sandbox import MeteredEnvironment
+from truffula.text.template_probe import Kind, Place, Words
 
 MAX_SOURCE = 400_000
 MAX_DEPTH = 64
@@ -20,6 +23,14 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 # Put behind the message that is to be continued, to find its end in what the template makes of it. Not a word of any
 # template.
 MARK = "\ue000TRUFFULA CONTINUES HERE\ue000 "
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """``places`` of a conversation that are not in the prompt; ``variables`` that the template never mentions."""
+
+    places: tuple[Place, ...]
+    variables: tuple[str, ...]
 
 
 class ChatTemplates:
@@ -49,6 +60,7 @@ class ChatTemplates:
         self._max_chars = max_chars
         self._environment = MeteredEnvironment()
         self._compiled: dict[str, jinja2.Template] = {}
+        self._reads: dict[str, frozenset[str]] = {}  # the names of the variables that each looks up
 
     def __bool__(self) -> bool:
         return bool(self._sources)
@@ -92,12 +104,8 @@ class ChatTemplates:
         conversation in text, ``TemplateError`` when the template refuses them, is wrong, or takes more than its limits.
         """
         source = self.choose(template, with_tools=bool(tools))
-        for name in variables or {}:
-            if name in RESERVED:
-                raise InvalidRequest(
-                    f"template_kwargs may not set {name}: it has a field of its own.", param="template_kwargs"
-                )
-        chat = conversation(messages, knows_developer="developer" in source)
+        context = self._context(source, messages, tools, documents, variables, add_generation_prompt)
+        chat = context["messages"]
         if continue_final_message:
             if add_generation_prompt:
                 raise InvalidRequest(
@@ -105,7 +113,56 @@ class ChatTemplates:
                     param="continue_final_message",
                 )
             chat[-1]["content"] = str(chat[-1]["content"]) + MARK
-        context = plain(
+        text = self._run(source, context)
+        return _cut_at_mark(text) if continue_final_message else text
+
+    def left_out(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> LeftOut:
+        """What the template does not write into the prompt of these messages, and which variables it never mentions.
+
+        Costs a second rendering where there is something that it might leave out, and one more for each kind that it
+        seems to. A template that refuses the words which are put in place of the texts reads them, so nothing counts as
+        left out.
+        """
+        source = self.choose(template, with_tools=bool(tools))
+        unread = self._unread(source, variables) if variables else ()
+
+        def missing(only: Kind | None) -> list[Place]:
+            words = Words(only)
+            context = self._context(source, messages, tools, documents, variables, add_generation_prompt=True)
+            words.put(context["messages"], context["tools"], context["documents"])
+            try:
+                return words.missing_from(self._run(source, context)) if words.places else []
+            except TemplateError:
+                return []
+
+        kinds = dict.fromkeys(place.kind for place in missing(None))
+        return LeftOut(tuple(place for kind in kinds for place in missing(kind)), unread)
+
+    def _context(
+        self,
+        source: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        documents: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        add_generation_prompt: bool,
+    ) -> dict[str, Any]:
+        """What the template is given, made of copies. Raises ``InvalidRequest`` for what is no conversation in text."""
+        for name in variables or {}:
+            if name in RESERVED:
+                raise InvalidRequest(
+                    f"template_kwargs may not set {name}: it has a field of its own.", param="template_kwargs"
+                )
+        chat = conversation(messages, knows_developer="developer" in source)
+        context: dict[str, Any] = plain(
             {
                 **self._special,
                 **(variables or {}),
@@ -116,8 +173,17 @@ class ChatTemplates:
             "template_kwargs",
         )
         context["messages"] = chat
-        text = self._run(source, context)
-        return _cut_at_mark(text) if continue_final_message else text
+        return context
+
+    def _unread(self, source: str, variables: Mapping[str, Any]) -> tuple[str, ...]:
+        """Those of ``variables`` that the template never looks up."""
+        self._template(source)  # raises for one that is too long or no Jinja
+        reads = self._reads.get(source)
+        if reads is None:
+            reads = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))
+            if source in self._sources.values():
+                self._reads[source] = reads
+        return tuple(name for name in variables if name not in reads)
 
     def _template(self, source: str) -> jinja2.Template:
         found = self._compiled.get(source)

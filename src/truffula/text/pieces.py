@@ -36,6 +36,15 @@ def byte_alphabet() -> dict[str, int]:
     return table | {chr(256 + rank): byte for rank, byte in enumerate(others)}
 
 
+def is_utf8(raw: bytes) -> bool:
+    """Whether ``raw`` is whole characters; a part of one is not."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def byte_level(piece: str) -> bytes:
     """A piece of the byte alphabet; one with any other character (an added token) is its own text."""
     alphabet = byte_alphabet()

@@ -12,8 +12,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from truffula.errors import CheckpointError, InvalidRequest
-from truffula.text.detokenizer import ByteDetokenizer, Detokenizer, WindowDetokenizer
-from truffula.text.pieces import byte_rule
+from truffula.text.detokenizer import REPLACEMENT, ByteDetokenizer, Detokenizer, WindowDetokenizer
+from truffula.text.pieces import BYTE_TOKEN, byte_rule, is_utf8
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -137,6 +137,23 @@ class Tokenizer:
                 found = self._piece_bytes(token_id).decode(errors="replace")
             self._texts[token_id] = found
         return found
+
+    def bytes_of(self, token_id: int) -> bytes | None:
+        """A token's own bytes; those of an id without a token are none. None where the decoder does not tell them."""
+        if self._rule is not None:
+            return self._piece_bytes(token_id)
+        text, piece = self.text_of(token_id), self.id_to_token(token_id) or ""
+        if REPLACEMENT not in text or REPLACEMENT in piece:
+            return text.encode()
+        byte = BYTE_TOKEN.fullmatch(piece)
+        return bytes([int(byte[1], 16)]) if byte else None
+
+    def bytes_added(self, token_id: int, text: str) -> bytes | None:
+        """The bytes a token added, where ``text`` came out with it: a space that the decoder strips is not among them,
+        and of a character that was split over tokens only its own part is.
+        """
+        own = self.bytes_of(token_id)
+        return text.encode() if own is not None and is_utf8(own) and REPLACEMENT not in text else own
 
 
 def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:

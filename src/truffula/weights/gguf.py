@@ -1,4 +1,4 @@
-"""A ``Checkpoint`` over a ``.gguf`` file: Hugging Face's names, shapes and conventions outside, blocks inside."""
+"""A ``Checkpoint`` over a GGUF model: Hugging Face's names, shapes and conventions outside, blocks inside."""
 
 from __future__ import annotations
 
@@ -12,81 +12,92 @@ import numpy as np
 from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
-from truffula.weights.gguf_header import GgufTensor, read_header
-from truffula.weights.gguf_names import ROPE_FREQS, family_of, rename, to_config
+from truffula.weights.gguf_facts import account
+from truffula.weights.gguf_header import GgufHeader, GgufTensor
+from truffula.weights.gguf_names import family_of, rename, to_config
+from truffula.weights.gguf_parts import Part, open_parts, tensors_of
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
+from truffula.weights.gguf_rope import ROPE_FREQS
+from truffula.weights.gguf_sampling import sampling_defaults
 from truffula.weights.gguf_tokenizer import generation_config, tokenizer_files
 from truffula.weights.mapped import MappedFile
 from truffula.weights.naming import naming_file
 
 
 class GgufCheckpoint:
-    """One GGUF file. ``read`` undoes what the converter did: interleaved q and k rows, norms stored as 1 + weight.
+    """A GGUF model, in one file or in parts; ``path`` is the first.
 
-    Plain numbers that need neither are views of the mapped file; all else is a fresh array (float32 when it was
-    packed).
+    ``read`` undoes what the converter did: interleaved q and k rows, norms stored as 1 + weight. Plain numbers that
+    need neither are views of the mapped file; all else is a fresh array (float32 when it was packed).
     """
 
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = MappedFile(path)
-        self.files: tuple[MappedFile, ...] = (self._file,)
-        self._header = read_header(path, self._file.data())
+        self._parts = open_parts(path)
+        self.files: tuple[MappedFile, ...] = tuple(part.file for part in self._parts)
         warnings: list[str] = []
         with naming_file(path):
+            found = tensors_of(self._parts)
+            tensors = {name: item for name, (_, item) in found.items()}
+            first = self._parts[0].header
+            self._header = GgufHeader(first.version, first.metadata, tensors)
             self._family = family_of(self._header)
-            factors = self._values(self._header.tensors[ROPE_FREQS]) if ROPE_FREQS in self._header.tensors else None
+            factors = self._values(*found[ROPE_FREQS]) if ROPE_FREQS in found else None
             self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
-            self.generation_config: dict[str, Any] = generation_config(self._header.metadata)
-        self._stored = self._renamed()
+            self.generation_config: dict[str, Any] = {
+                **sampling_defaults(first.metadata),
+                **generation_config(first.metadata),
+            }
+            warnings += account(self._header)
+        self._stored = self._renamed(found)
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, item.shape, FORMATS[item.type].name, path, item.offset, item.nbytes)
-            for name, item in self._stored.items()
+            name: TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
+            for name, (part, item) in self._stored.items()
         }
         self.warnings = tuple(warnings)
 
-    def _data(self, name: str, item: GgufTensor) -> Array:
+    def _data(self, name: str) -> Array:
         """The bytes, rows in Hugging Face's order."""
-        data = self._file.view(item.offset, item.nbytes)
+        part, item = self._item(name)
+        data = part.file.view(item.offset, item.nbytes)
         heads = self._permuted_heads(name)
         if not heads or not item.nbytes:
             return data
         if item.shape[0] % (2 * heads):
             raise CheckpointError(
-                f"{self.path}: tensor {item.name!r}: {item.shape[0]} rows do not divide into pairs of {heads} heads.",
+                f"{part.path}: tensor {item.name!r}: {item.shape[0]} rows do not divide into pairs of {heads} heads.",
                 param=item.name,
             )
         return _restore_halves(data, item.shape[0], heads)
 
     def blocks(self, name: str) -> QuantisedArray | None:
-        item = self._item(name)
+        _, item = self._item(name)
         format = FORMATS[item.type]
         if not format.scales or len(item.shape) != 2:
             return None
         rows, width = item.shape
-        data = self._data(name, item).reshape(rows, width // format.size, format.nbytes)
+        data = self._data(name).reshape(rows, width // format.size, format.nbytes)
         scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
         if not np.isfinite(scales).all():
             return None  # what is wrong shows in the values
         return QuantisedArray(format.name, data, (rows, width), partial(_values, format))
 
     def read(self, name: str) -> Array:
-        item = self._item(name)
-        data = self._data(name, item)
-        values = dequantize(FORMATS[item.type], data, item.shape)
+        _, item = self._item(name)
+        values = dequantize(FORMATS[item.type], self._data(name), item.shape)
         if self._family.shifted and name.endswith("norm.weight"):
             values = values.astype(np.float32) - np.float32(1)
         return values
 
     def raw(self, name: str) -> Array:
-        item = self._item(name)
-        return self._file.view(item.offset, item.nbytes)
+        part, item = self._item(name)
+        return part.file.view(item.offset, item.nbytes)
 
     def release(self, name: str) -> None:
-        item = self._item(name)
-        self._file.release(item.offset, item.nbytes)
+        part, item = self._item(name)
+        part.file.release(item.offset, item.nbytes)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         files, warnings = tokenizer_files(self._header.metadata)
@@ -94,20 +105,21 @@ class GgufCheckpoint:
         return files
 
     def close(self) -> None:
-        self._file.close()
+        for part in self._parts:
+            part.file.close()
 
-    def _item(self, name: str) -> GgufTensor:
+    def _item(self, name: str) -> tuple[Part, GgufTensor]:
         try:
             return self._stored[name]
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
 
-    def _values(self, item: GgufTensor) -> Array:
-        return dequantize(FORMATS[item.type], self._file.view(item.offset, item.nbytes), item.shape)
+    def _values(self, part: Part, item: GgufTensor) -> Array:
+        return dequantize(FORMATS[item.type], part.file.view(item.offset, item.nbytes), item.shape)
 
-    def _renamed(self) -> dict[str, GgufTensor]:
+    def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, tuple[Part, GgufTensor]]:
         found, unknown = {}, []
-        for name, item in self._header.tensors.items():
+        for name, item in stored.items():
             if name == ROPE_FREQS:
                 continue  # it is in the config now, as the parameters that made it
             new = rename(self._family, name)

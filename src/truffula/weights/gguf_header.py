@@ -39,19 +39,6 @@ class GgufTensor:
 
 
 @dataclass(frozen=True)
-class GgufHeader:
-    """``metadata`` values are int, float, bool, str, or lists of these.
-
-    Lists of strings are made when they are asked for: an engine never wants the vocabulary. Until then the file must
-    stay mapped.
-    """
-
-    version: int
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
-
-
-@dataclass(frozen=True)
 class _Strings:
     """``count`` strings from ``position`` to ``end``, known to lie within ``data``."""
 
@@ -71,23 +58,55 @@ class _Strings:
         return found
 
 
-class _Metadata(Mapping[str, Any]):
-    """The pairs of a file, in its order."""
+class Metadata(Mapping[str, Any]):
+    """The pairs of a file, in its order. It records which keys are read, so that the others can be reported by name.
+
+    A lookup (``[key]``, ``get``) counts as a read; ``in``, iteration and ``peek`` do not.
+    """
 
     def __init__(self, pairs: dict[str, Any]) -> None:
         self._pairs = pairs
+        self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
         value = self._pairs[key]
+        self._read.add(key)
         if isinstance(value, _Strings):
             value = self._pairs[key] = value.read()
         return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._pairs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._pairs)
 
     def __len__(self) -> int:
         return len(self._pairs)
+
+    def peek(self, key: str) -> Any:
+        """The value for a message: not counted as a read, a list shown by its length."""
+        value = self._pairs[key]
+        if isinstance(value, _Strings | list):
+            return f"a list of {value.count if isinstance(value, _Strings) else len(value)}"
+        return value
+
+    def unread(self) -> list[str]:
+        """The keys that were not read so far, in the file's order."""
+        return [key for key in self._pairs if key not in self._read]
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """``metadata`` values are int, float, bool, str, or lists of these.
+
+    Lists of strings are decoded when they are read: an engine does not need the vocabulary. Until then the file must
+    stay mapped.
+    """
+
+    version: int
+    metadata: Metadata
+    tensors: Mapping[str, GgufTensor]
 
 
 def read_header(path: Path, data: memoryview) -> GgufHeader:
@@ -121,7 +140,7 @@ def read_header(path: Path, data: memoryview) -> GgufHeader:
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise _refuse(path, f"general.alignment is {alignment!r}; it must be a power of two.", "general.alignment")
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(version, _Metadata(metadata), _check_tensors(path, listed, start, size))
+    return GgufHeader(version, Metadata(metadata), _check_tensors(path, listed, start, size))
 
 
 def _refuse(path: Path, why: str, name: str | None = None) -> CheckpointError:

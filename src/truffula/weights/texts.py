@@ -12,6 +12,7 @@ from typing import Any
 from truffula.errors import CheckpointError
 from truffula.weights import gguf_tokenizer, text_files
 from truffula.weights.gguf_header import read_header
+from truffula.weights.gguf_sampling import sampling_defaults
 from truffula.weights.naming import naming_file
 
 
@@ -35,4 +36,5 @@ def read_texts(path: Path) -> ModelTexts:
     metadata = read_header(path, memoryview(mapped)).metadata
     with naming_file(path):
         files, _ = gguf_tokenizer.tokenizer_files(metadata)
-        return ModelTexts(files, gguf_tokenizer.generation_config(metadata))
+        generation = {**sampling_defaults(metadata), **gguf_tokenizer.generation_config(metadata)}
+        return ModelTexts(files, generation)

@@ -1,0 +1,95 @@
+"""Whether a chat template writes what it is given into the prompt: words are put in its place and looked for.
+
+A template may read a field in many ways (by name, by iteration, through a macro), and may read one and not write it.
+So the question is put to the text: a second rendering has a word of its own in each place, and a word that is not in
+that text belongs to a place the template leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Kind = Literal["tool message", "tool calls", "documents", "tools", "name", "system message"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Something of a conversation that must not get lost, with the word that stands for it."""
+
+    word: str
+    kind: Kind
+    param: str
+
+
+class Words:
+    """Replaces the texts in a conversation (in place) by words and keeps which stands for what.
+
+    ``only`` restricts it to one kind: all words at once may lead a template another way (a call whose function it looks
+    up among the tools), so that what is missing is to be put to it once more by itself.
+    """
+
+    def __init__(self, only: Kind | None = None) -> None:
+        self._only = only
+        self.places: list[Place] = []
+
+    def _word(self, kind: Kind, param: str, text: str) -> str:
+        """A new word for ``text``, or ``text`` itself where its kind is not asked about."""
+        if self._only not in (None, kind):
+            return text
+        word = f"trufflprobe{len(self.places)}x"
+        self.places.append(Place(word, kind, param))
+        return word
+
+    def put(
+        self,
+        chat: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None,
+        documents: Sequence[dict[str, Any]] | None,
+    ) -> None:
+        """Put words into what a template might leave out. The text of users and assistants stays as it is."""
+        for index, message in enumerate(chat):
+            self._put_message(message, f"messages[{index}]")
+        for index, tool in enumerate(tools or ()):
+            inner = tool.get("function", tool)
+            if isinstance(inner, dict) and isinstance(inner.get("name"), str):
+                inner["name"] = self._word("tools", f"tools[{index}]", inner["name"])
+        for index, document in enumerate(documents or ()):
+            word = self._word("documents", f"documents[{index}]", "") if has_text(document) else ""
+            if word:
+                replace_texts(document, word)
+
+    def _put_message(self, message: dict[str, Any], where: str) -> None:
+        role = message["role"]
+        kinds: dict[str, Kind] = {"tool": "tool message", "function": "tool message"}
+        kinds |= {"system": "system message", "developer": "system message"}
+        if role in kinds and message["content"].strip():
+            message["content"] = self._word(kinds[role], f"{where}.content", message["content"])
+        if isinstance(message.get("name"), str):
+            message["name"] = self._word("name", f"{where}.name", message["name"])
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            if isinstance(function.get("name"), str):
+                function["name"] = self._word("tool calls", f"{where}.tool_calls", function["name"])
+
+    def missing_from(self, text: str) -> list[Place]:
+        """The places whose word is not in ``text``, in whatever case it was written."""
+        folded = text.casefold()
+        return [place for place in self.places if place.word not in folded]
+
+
+def has_text(value: Any) -> bool:
+    """Whether a JSON value holds a string that is not blank."""
+    if isinstance(value, dict | list):
+        return any(map(has_text, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and bool(value.strip())
+
+
+def replace_texts(value: Any, word: str) -> Any:
+    """``value`` with every string that is not a key replaced by ``word``; lists and objects are changed in place."""
+    if isinstance(value, dict):
+        value.update({key: replace_texts(item, word) for key, item in value.items()})
+    elif isinstance(value, list):
+        value[:] = [replace_texts(item, word) for item in value]
+    return word if isinstance(value, str) else value

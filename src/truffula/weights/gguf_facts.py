@@ -1,0 +1,131 @@
+"""The hyperparameters of a GGUF file, read key by key, and the account of the keys that nothing read.
+
+A key is read, of no effect on results, or reported: refused by name where it changes what the model computes, a warning
+otherwise. Source of the names: llama.cpp's table of keys (``llama-arch``) and its loader.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_header import GgufHeader
+
+# Known, and of no effect on what a model computes. A pattern that ends in "." covers all keys under it.
+_INERT = re.compile(
+    r"general\.(?!sampling\.)|split\.|quantize\.|tokenizer\.chat_templates$"
+    r"|tokenizer\.ggml\.(token_type_count|add_sep_token|remove_extra_whitespaces"
+    r"|(fim_\w+|prefix|suffix|middle|seperator|cls|mask)_token_id)$"
+)
+# Read by gguf_tokenizer, and only when a text is to be served: a test holds this list against what that module reads.
+READ_BY_TOKENIZER = re.compile(
+    r"tokenizer\.chat_template(\..+)?$|tokenizer\.ggml\.(model|pre|tokens|token_type|scores|merges"
+    r"|(bos|eos|eot|eom|unknown|padding)_token_id|add_(bos_token|eos_token|space_prefix))$"
+)
+# Under the architecture's prefix: of no effect.
+_INERT_HERE = frozenset({"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"})
+# Under the architecture's prefix: of no effect at this value; at any other they change the result.
+_NEUTRAL: Mapping[str, Any] = {
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.sliding_window": 0,
+    "embedding_scale": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "leading_dense_block_count": 0,
+    "logit_scale": 1.0,
+    "nextn_predict_layers": 0,
+    "pooling_type": 0,
+    "residual_scale": 1.0,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "use_parallel_residual": False,
+}
+# Under the architecture's prefix: what other architectures compute with. A key like these is refused, not warned of.
+_CHANGES = re.compile(
+    r"(attention|classifier|convnext|decoder|deepstack|dense_|embedding_length_|expert|full_attention|hash_layer|hidden"
+    r"|hyper_connection|interleave|kda|leading_dense|moe|n_deepstack|nextn|norm_|pooling|posnet|rescale|rope|shortconv"
+    r"|ssm|swiglu|swin|time_|token_shift|use_|wkv|xielu|.*scale|.*softcapping)"
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The hyperparameters of a file under its architecture's prefix. Keys are given without the prefix."""
+
+    architecture: str
+    header: GgufHeader
+
+    def name(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.header.metadata.get(self.name(key), default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer; a list (one per layer) must repeat one value."""
+        name, value = self.name(key), self.get(key, default)
+        if isinstance(value, list):
+            if len(set(value)) != 1:
+                raise UnsupportedModel(f"{name} differs from layer to layer: {value[:8]}…", param=name)
+            value = value[0]
+        if value is None:
+            raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"the GGUF metadata key {name} is {value!r}; a positive integer is needed.", param=name
+            )
+        return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A finite number. Stored as float32: its shortest spelling is the number that was meant (1e-05)."""
+        name, value = self.name(key), self.get(key, default)
+        if value is None:
+            raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"the GGUF metadata key {name} is {value!r}; a finite number is needed.", param=name)
+        return float(str(np.float32(value)))
+
+    def at_least(self, key: str, least: float, default: float | None = None) -> float:
+        """A finite number no smaller than ``least``."""
+        value = self.real(key, default)
+        if value < least:
+            name = self.name(key)
+            raise CheckpointError(f"the GGUF metadata key {name} is {value}; it must be at least {least}.", param=name)
+        return value
+
+
+def account(header: GgufHeader) -> list[str]:
+    """Warnings about the keys that nothing has read so far; call it when all readers but the tokenizer's are done.
+
+    Raises ``UnsupportedModel`` naming a key that changes what the model computes.
+    """
+    metadata, unknown = header.metadata, []
+    prefix = f"{metadata['general.architecture']}."
+    for name in metadata.unread():
+        key = name.removeprefix(prefix) if name.startswith(prefix) else ""
+        if _INERT.match(name) or READ_BY_TOKENIZER.match(name) or key in _INERT_HERE:
+            continue
+        value = metadata.peek(name)
+        if key in _NEUTRAL and value == _NEUTRAL[key]:
+            continue
+        if key in _NEUTRAL or _CHANGES.match(key):
+            raise UnsupportedModel(
+                f"the GGUF metadata key {name} ({value!r}) changes what the model computes and is not supported.",
+                param=name,
+            )
+        unknown.append(f"{name} ({str(value)[:40]})")
+    if not unknown:
+        return []
+    more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
+    keys = "keys" if len(unknown) > 1 else "key"
+    return [f"unknown GGUF metadata {keys}, not used: {', '.join(unknown[:20])}{more}."]

@@ -1,0 +1,133 @@
+"""The files of a GGUF model: one, or the parts that ``llama-gguf-split`` and the converters write.
+
+The first part holds the metadata; each holds whole tensors, ``split.no`` (from 0), ``split.count`` and
+``split.tensors.count`` (of all parts). Their names end in ``-00001-of-00003.gguf``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truffula.errors import CheckpointError
+from truffula.weights.gguf_header import GgufHeader, GgufTensor, read_header
+from truffula.weights.mapped import MappedFile
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
+# A file cut by its bytes: Hugging Face allows no more than 50 GB, and some publishers cut instead of splitting.
+_PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file: mapped, its header read."""
+
+    file: MappedFile
+    header: GgufHeader
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+
+def open_parts(path: Path) -> list[Part]:
+    """All files of the model whose first or only file is ``path``, headers read, no tensor.
+
+    Raises:
+        CheckpointError: the file is a later part, parts are missing, or they do not belong together; says what to give.
+    """
+    piece = _PIECE.fullmatch(path.name)
+    if piece:
+        whole = piece["whole"]
+        raise CheckpointError(
+            f"{path} is a piece of a file that was cut by bytes. Join the pieces in their order, "
+            f"`cat {whole}{piece['cut']}* > {whole}`, and give {path.with_name(whole)}.",
+            param=str(path),
+        )
+    first = _open(path)
+    count = _number(first, "split.count", 1)
+    if count <= 1:
+        return [first]
+    parts = [first, *map(_open, _other_parts(first, count))]
+    _check_set(parts, count)
+    return parts
+
+
+def tensors_of(parts: list[Part]) -> dict[str, tuple[Part, GgufTensor]]:
+    """Every tensor with the part it is in. Raises ``CheckpointError`` for a name that is in two parts."""
+    found: dict[str, tuple[Part, GgufTensor]] = {}
+    for part in parts:
+        for name, item in part.header.tensors.items():
+            if name in found:
+                raise CheckpointError(
+                    f"tensor {name!r} is in both {found[name][0].path.name} and {part.path.name}.", param=name
+                )
+            found[name] = (part, item)
+    return found
+
+
+def _open(path: Path) -> Part:
+    file = MappedFile(path)
+    return Part(file, read_header(path, file.data()))
+
+
+def _number(part: Part, key: str, default: int) -> int:
+    value: Any = part.header.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(
+            f"{part.path}: the GGUF metadata key {key} is {value!r}; an integer of at least 0 is needed.", param=key
+        )
+    return value
+
+
+def _other_parts(first: Part, count: int) -> list[Path]:
+    """The paths of parts 2 to ``count``, which exist."""
+    path, number = first.path, _number(first, "split.no", 0) + 1
+    named = _PART.fullmatch(path.name)
+    stem = named["stem"] if named and int(named["total"]) == count and int(named["number"]) == number else None
+    if number > 1:
+        name = f"{stem}-{1:05d}-of-{count:05d}.gguf" if stem else f"NAME-{1:05d}-of-{count:05d}.gguf"
+        raise CheckpointError(
+            f"{path} is part {number} of {count} of a split GGUF model; give the first part, {name}.", param=str(path)
+        )
+    if stem is None:
+        raise CheckpointError(
+            f"{path} is part 1 of {count} of a split GGUF model, and its name does not say where the others are: "
+            f"rename the parts to NAME-00001-of-{count:05d}.gguf and so on.",
+            param=str(path),
+        )
+    paths = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(2, count + 1)]
+    missing = [other.name for other in paths if not other.is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise CheckpointError(
+            f"{path} is part 1 of {count} of a split GGUF model; missing beside it: {', '.join(missing[:3])}{more}.",
+            param=str(path.with_name(missing[0])),
+        )
+    return paths
+
+
+def _check_set(parts: list[Part], count: int) -> None:
+    """Raise ``CheckpointError`` where the parts are not those of one model."""
+    first, *others = parts
+    total = _number(first, "split.tensors.count", 0)
+    for index, part in enumerate(others, 1):
+        mine, theirs = first.header.metadata, part.header.metadata
+        shared = [key for key in theirs if key in mine and not key.startswith("split.") and key != "general.alignment"]
+        differing = [(key, theirs.peek(key), mine.peek(key)) for key in shared]
+        wanted = {"split.no": index, "split.count": count, "split.tensors.count": total}
+        differing += [(key, _number(part, key, 0), value) for key, value in wanted.items()]
+        for key, found, value in differing:
+            if found != value:
+                raise CheckpointError(
+                    f"{part.path} does not belong to {first.path.name}: {key} is {found!r}, {value!r} is expected.",
+                    param=key,
+                )
+    held = sum(len(part.header.tensors) for part in parts)
+    if held != total:
+        raise CheckpointError(
+            f"{first.path}: split.tensors.count is {total}, but the {count} parts hold {held} tensors.",
+            param="split.tensors.count",
+        )

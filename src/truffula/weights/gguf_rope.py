@@ -1,0 +1,117 @@
+"""Rotary scaling as a GGUF file states it, as ``rope_parameters`` of a config.json. Source: llama.cpp's loader.
+
+There, a file without ``rope.scaling.type`` is scaled linearly by ``rope.scaling.factor`` (or the older
+``rope.scale_linear``), a factor of 0 means none, and type ``none`` scales nothing whatever the factor.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.weights.gguf_facts import Facts
+
+ROPE_FREQS = "rope_freqs.weight"
+_OF_YARN = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
+
+
+def rope_parameters(facts: Facts, theta: float | None, factors: Any, width: int, warnings: list[str]) -> dict[str, Any]:
+    """``rope_parameters`` for heads ``width`` wide. ``theta`` is the default base, None where the file must give it.
+
+    ``factors`` are the values of ``rope_freqs.weight``, or None.
+
+    Raises:
+        UnsupportedModel: a type of scaling that is not supported, or two kinds at once.
+        CheckpointError: a value of the wrong kind or range.
+    """
+    name, kind = facts.name("rope.scaling.type"), facts.get("rope.scaling.type", "linear")
+    base: dict[str, Any] = {"rope_type": "default", "rope_theta": facts.real("rope.freq_base", theta)}
+    factor = _factor(facts)
+    yarn = {key: facts.get(f"rope.scaling.{key}") for key in _OF_YARN}
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModel(f"{name} is {kind!r}; none, linear and yarn are supported.", param=name)
+    if kind != "yarn":
+        idle = [facts.name(f"rope.scaling.{key}") for key, value in yarn.items() if value is not None]
+        if idle:
+            warnings.append(f"{', '.join(idle)}: no effect, because {name} is {kind}.")
+    if kind == "none":
+        factor = 1.0
+    if factors is not None:
+        if kind == "yarn" or factor != 1.0:
+            raise UnsupportedModel(
+                f"both {ROPE_FREQS} and a rope scaling ({kind}, factor {factor}) are given; one is supported.",
+                param=ROPE_FREQS,
+            )
+        return _from_table(factors, base["rope_theta"], width)
+    if kind == "yarn":
+        return {**base, "rope_type": "yarn", "factor": factor, **_yarn(facts)}
+    return base if factor == 1.0 else {**base, "rope_type": "linear", "factor": factor}
+
+
+def _factor(facts: Facts) -> float:
+    """By how much positions are stretched; the older key counts where the newer is not written."""
+    older = facts.at_least("rope.scale_linear", 0.0, 0.0)
+    return facts.at_least("rope.scaling.factor", 0.0, older) or 1.0
+
+
+def _yarn(facts: Facts) -> dict[str, Any]:
+    # 0 means the same as no such key: the trained length.
+    key = "rope.scaling.original_context_length"
+    found: dict[str, Any] = {
+        "original_max_position_embeddings": facts.count(key if facts.get(key) else "context_length")
+    }
+    for name in ("beta_fast", "beta_slow"):
+        if facts.get(f"rope.scaling.yarn_{name}") is not None:
+            found[name] = facts.real(f"rope.scaling.yarn_{name}")
+    return found
+
+
+def _from_table(factors: Any, theta: float, width: int) -> dict[str, Any]:
+    factors = np.asarray(factors, np.float64).reshape(-1)
+    if 2 * factors.size != width:
+        raise CheckpointError(f"{ROPE_FREQS} holds {factors.size} factors for heads {width} wide.", param=ROPE_FREQS)
+    return fit_llama3(factors, theta)
+
+
+def fit_llama3(factors: Any, theta: float) -> dict[str, Any]:
+    """The ``llama3`` scaling whose frequency divisors are ``factors`` ``[head_dim / 2]``.
+
+    A GGUF file keeps the table in place of its four parameters. Scaling the original length and both band edges
+    together leaves the table as it is, so the low edge is set to 1, as all published models have it, and the rest
+    follows.
+
+    Raises:
+        UnsupportedModel: No such scaling gives this table to within float32.
+    """
+    plain = {"rope_type": "default", "rope_theta": theta}
+    if np.all(factors == 1.0):
+        return plain
+    turns = theta ** (-np.arange(factors.size) / factors.size) / (2 * math.pi)  # revolutions per position
+    if not np.isfinite(factors).all() or factors.min() < 1.0:
+        raise UnsupportedModel(f"{ROPE_FREQS} holds factors below 1, which no llama3 scaling has.", param=ROPE_FREQS)
+    factor = float(factors.max())
+    between = (factors > 1.0) & (factors < factor)
+    guesses = [(8192.0, 4.0)]
+    if between.sum() >= 2 and factor > 1.0:
+        smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)  # (original * turns - low) / (high - low)
+        slope, intercept = np.polyfit(turns[between], smooth, 1)
+        if intercept < 0 < slope:
+            high = 1 - 1 / intercept
+            guesses.append((float(round(slope * (high - 1))), round(high, 3)))
+    for original, high in guesses:
+        smooth = np.clip((original * turns - 1) / (high - 1), 0, 1)
+        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=2e-6, atol=0):
+            return {
+                "rope_type": "llama3",
+                "rope_theta": theta,
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": int(original),
+            }
+    raise UnsupportedModel(
+        f"{ROPE_FREQS} is no llama3 scaling; other tables of factors are not read.", param=ROPE_FREQS
+    )
