@@ -158,8 +158,8 @@ def error_body(error: TruffulaError, side: Side) -> dict[str, Any]:
     row = row_of(error.code)
     message = error.message or error.code
     if side == "native":
-        if row.native_type == "validation":
-            message = message.replace("max_tokens", "max_new_tokens")  # the one field that has another name here
+        if row.native_type == "validation" and not error.data.get("verbatim"):
+            message = message.replace("max_tokens", "max_new_tokens")  # the layers below know it by OpenAI's name
         text = message if message.startswith(row.prefix) else row.prefix + message
         return {"error": _clean(text), "error_type": row.native_type}
     # On this side adapters are models, whatever field of ours was at fault.

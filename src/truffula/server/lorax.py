@@ -8,8 +8,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from truffula.server.answering import answering
 from truffula.server.auth import prefix_salt
-from truffula.server.body import note_unknown, read_body, read_object, validate
+from truffula.server.body import read_body, read_object, read_value
 from truffula.server.generating import mark, stream, whole
 from truffula.server.headers import reply_headers, stream_headers
 from truffula.server.lorax_bodies import GenerateBody
@@ -18,7 +19,7 @@ from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openai_chat import chat
 from truffula.server.openai_completions import complete
 from truffula.server.replies import json_reply
-from truffula.server.state import BASE_WORDS, record_of, state_of
+from truffula.server.state import record_of, state_of
 from truffula.types import AdapterRef, GenerateRequest
 
 
@@ -44,15 +45,10 @@ async def invocations(request: Request) -> Response:
     value = await read_object(request)
     state = state_of(request)
     if "messages" in value:
-        chat_body = validate(ChatBody, value)
-        note_unknown(request, chat_body)
-        return await chat(request, chat_body, state)
+        return await chat(request, read_value(request, ChatBody, value), state)
     if "prompt" in value and "inputs" not in value:
-        completion_body = validate(CompletionBody, value)
-        note_unknown(request, completion_body)
-        return await complete(request, completion_body, state)
-    body = validate(GenerateBody, value)
-    note_unknown(request, body)
+        return await complete(request, read_value(request, CompletionBody, value), state)
+    body = read_value(request, GenerateBody, value)
     return await _stream(request, body) if body.stream else await _whole(request, body, as_list=True)
 
 
@@ -67,14 +63,14 @@ async def to_request(
     """The body as a request in text, and who answers it."""
     state, params = state_of(request), body.params
     config = state.config
-    body.check((*state.base_names, *BASE_WORDS))
     params.check(
         stream=streams,
         max_best_of=config.max_best_of,
         max_stops=config.max_stop_sequences,
         max_logprobs=config.max_logprobs,
+        max_truncate=state.service.info.max_model_len - 1,
     )
-    adapter = await state.adapter(params.adapter_id, params.adapter_source)
+    adapter = await answering(body, state)
     mark(request, adapter, params.max_new_tokens)
     shape: dict[str, Any] = {"prompt": body.inputs}
     if params.apply_chat_template:
