@@ -24,23 +24,23 @@ from truffula.types import AdapterRef, GenerateRequest
 
 
 async def compatible(request: Request) -> Response:
-    """``POST /``: a list with one object, or a stream where the body says so."""
+    """Continues a text. The answer is a list with one object, or events with `stream: true`."""
     body = await _body(request)
     return await _stream(request, body) if body.stream else await _whole(request, body, as_list=True)
 
 
 async def generate(request: Request) -> Response:
-    """``POST /generate``: the bare object; a ``stream`` key changes nothing."""
+    """Continues a text. The answer is one object; `stream` has no effect."""
     return await _whole(request, await _body(request), as_list=False)
 
 
 async def generate_stream(request: Request) -> Response:
-    """``POST /generate_stream``: events, always."""
+    """Continues a text. The answer is server-sent events, one for each token."""
     return await _stream(request, await _body(request))
 
 
 async def invocations(request: Request) -> Response:
-    """SageMaker's one route: by the body's shape native, chat or completion."""
+    """For SageMaker: takes `inputs` as `/` does, `messages` as a chat, `prompt` as a completion."""
     record_of(request).generates = True
     value = await read_object(request)
     state = state_of(request)
