@@ -4,12 +4,16 @@ import inspect
 
 import pytest
 from huggingface_hub import InferenceClient
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from live_server import MODEL, assert_canonical_error, ok
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAIChat
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletion
 from transformers import GenerationConfig
 
-from truffula.server.field_names import ALIASES, INERT, UNSUPPORTED
+from examples import examples
+from truffula.errors import InvalidRequest
+from truffula.server.field_names import ALIASES, HOLDERS, INERT, UNSUPPORTED
 from truffula.server.foreign_fields import is_ignored
 from truffula.server.lorax_bodies import NATIVE
 from truffula.server.openai_bodies import ChatBody, CompletionBody
@@ -159,17 +163,17 @@ def test_values_that_ask_for_nothing_pass_and_are_not_listed(live, route):
 
 
 @pytest.mark.parametrize(
-    ("of", "names", "dialects"),
+    "names",
     [
-        ("openai's chat", set(OpenAIChat.__annotations__), (CHAT,)),
-        ("openai's completions", set(OpenAICompletion.__annotations__), (COMPLETION,)),
-        ("huggingface_hub", set(inspect.signature(InferenceClient.text_generation).parameters) - {"self"}, (NATIVE,)),
+        set(OpenAIChat.__annotations__),
+        set(OpenAICompletion.__annotations__),
+        set(inspect.signature(InferenceClient.text_generation).parameters),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["openai chat", "openai completions", "huggingface_hub"],
 )
-def test_the_fields_of_real_clients_are_known_on_every_dialect(of, names, dialects):
+def test_the_fields_of_real_clients_are_known_on_every_dialect(names):
     """None of them is unknown anywhere: honoured or refused, or inert and listed; adapters have tests of their own."""
-    for name in names - {"model", "adapter_id"}:
+    for name in names - {"self", "model", "adapter_id"}:
         for dialect in (CHAT, COMPLETION, NATIVE):
             assert dialect.path_of(name) or not is_ignored(name, "something") or name in INERT, name
 
@@ -198,3 +202,65 @@ def test_keys_that_no_server_knows_stay_accepted_logged_and_listed(live, caplog)
         assert response.headers["x-truffula-ignored"] == "unheard_of, x"
     listed = live.post(BODIES["chat"][0], {**BODIES["chat"][1], "model": MODEL, "mirostat_tau": 5, "keep_alive": "5m"})
     assert listed.headers["x-truffula-ignored"] == "mirostat_tau, keep_alive"
+
+
+@pytest.mark.parametrize(
+    ("path", "extra"),
+    [
+        ("/tokenize", {"tools": [{"type": "function"}]}),
+        ("/tokenize", {"documents": [{"text": "x"}]}),
+        ("/tokenize", {"chat_template": "{{ 1 }}"}),
+        ("/tokenize", {"truncate_prompt_tokens": 2}),
+        ("/chat_tokenize", {"tools": [{"type": "function"}]}),
+        ("/chat_tokenize", {"chat_template_kwargs": {"x": 1}}),
+        ("/chat_tokenize", {"add_generation_prompt": False}),
+        ("/chat_tokenize", {"system": "Be brief."}),
+        ("/detokenize", {"add_special_tokens": False}),
+    ],
+    ids=str,
+)
+def test_what_would_change_tokens_is_refused_where_tokens_are_asked_for(live, path, extra):
+    body = {"tokens": [1]} if path == "/detokenize" else {"messages": [{"role": "user", "content": "Hello"}]}
+    assert_canonical_error(live.post(path, {**body, **extra}), 422, next(iter(extra)))
+
+
+def test_how_to_generate_changes_no_token_and_is_listed(live):
+    for path in ("/tokenize", "/chat_tokenize"):
+        body = BODIES["chat"][1] | {"temperature": 0, "mirostat": 2, "tools": [], "adapter_id": "pirate"}
+        response = live.post(path, body)
+        ok(response)
+        assert response.headers["x-truffula-ignored"] == "max_tokens, temperature, mirostat, tools, adapter_id"
+
+
+def camel(name):
+    head, *rest = name.split("_")
+    return head + "".join(word.capitalize() for word in rest)
+
+
+@settings(max_examples=examples(400, 4000))
+@given(
+    dialect=st.sampled_from([CHAT, COMPLETION, NATIVE]),
+    name=st.sampled_from(sorted({*UNSUPPORTED, *(name for row in ALIASES for name in row.names)})),
+    spelled=st.sampled_from([str, camel, str.upper, lambda name: name.replace("_", "-")]),
+    path=st.lists(st.sampled_from(sorted(HOLDERS - {"parameters"})), max_size=3),
+    inside_parameters=st.booleans(),
+)
+def test_a_field_of_another_server_never_passes_wherever_it_stands(dialect, name, spelled, path, inside_parameters):
+    """Refused with its place, and with the field of this route where there is one."""
+    level = "parameters." if inside_parameters and dialect is NATIVE else ""
+    written = spelled(name)
+    held = {written: "a value that asks for something"}
+    for holder in reversed(path):
+        held = {holder: held}
+    body = {"parameters": held} if level else held
+    own = not path and written in dialect.levels[level]
+    place = level + ".".join([*path, written])
+    if own:
+        dialect.check(body, ())
+        return
+    with pytest.raises(InvalidRequest) as caught:
+        dialect.check(body, ())
+    assert caught.value.param == place
+    assert caught.value.message.startswith(f"{place} ")
+    meant = dialect.path_of(name)
+    assert name in UNSUPPORTED or meant is None or f"use {meant}" in caught.value.message

@@ -31,8 +31,8 @@ class AdapterField:
 
 
 _WEIGHT = (1, [1])
-_NEAR = AdapterField("no server: what users of the others write")
-_SCALE = AdapterField("no server: what users of llama.cpp and peft write", names_one=False, neutral=_WEIGHT)
+_NEAR = AdapterField("no known server; near the names above")
+_SCALE = AdapterField("no known server; near llama.cpp's scale", names_one=False, neutral=_WEIGHT)
 ADAPTER_FIELDS: Mapping[str, AdapterField] = MappingProxyType(
     {
         "adapter_id": AdapterField("LoRAX, TGI"),
@@ -79,7 +79,7 @@ ADAPTER_FIELDS: Mapping[str, AdapterField] = MappingProxyType(
 _BY_SQUEEZED = MappingProxyType({squeezed(name): row for name, row in ADAPTER_FIELDS.items()})
 _WORDS = frozenset({"adapter", "adapters", "lora", "loras", "peft", "dora", "qlora"})
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-# Where an adapter lies, not which one it is.
+# The source of an adapter, not its name.
 _SOURCE = squeezed("adapter_source")
 
 
@@ -112,6 +112,9 @@ def adapters_named(fields: Iterable[tuple[str, Any]], prefix: str, use: str) -> 
     """Each field of an object that names an adapter, with its place and the name. Raises as ``adapter_named``."""
     found = []
     for field, value in fields:
-        if is_adapter_field(field) and (name := adapter_named(f"{prefix}{field[:64]}", field, value, use)):
-            found.append((f"{prefix}{field[:64]}", name))
+        if value is None or not is_adapter_field(field):
+            continue
+        place = f"{prefix}{field[:64]}"
+        if name := adapter_named(place, field, value, use):
+            found.append((place, name))
     return found

@@ -28,16 +28,22 @@ class Body(BaseModel):
     """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
 
     ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on the native
-    side). ``dialect`` is set on the bodies of routes that generate: fields of other routes and servers are refused.
+    side). ``dialect`` says which fields of other routes and servers a route refuses. With ``refuses_foreign`` that is all
+    of them in this object, so the values of those still in it ask for nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
     nested: ClassVar[str | None] = None
     dialect: ClassVar[Dialect | None] = None
+    refuses_foreign: ClassVar[bool] = False
 
     def unknown(self) -> list[str]:
         """Keys that were given and have no effect, this object's and those of the objects in it (``a.b``)."""
-        names = [name for name, value in (self.model_extra or {}).items() if is_ignored(name, value)]
+        names = [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if not self.refuses_foreign or is_ignored(name, value)
+        ]
         for field in type(self).model_fields:
             inner = getattr(self, field)
             if isinstance(inner, Body):

@@ -42,12 +42,18 @@ def is_ignored(name: str, value: Any) -> bool:
 class Dialect:
     """The fields of one route, by the object they stand in: ``""`` is the body, ``"parameters."`` an object in it.
 
-    ``where`` names the route in messages, ``adapter`` the field that names an adapter.
+    ``where`` names the route in messages, ``adapter`` the field that names an adapter. With ``only``, no other foreign
+    fields are refused than these.
     """
 
     where: str
     adapter: str
     levels: Mapping[str, Collection[str]]
+    only: Collection[str] | None = None
+
+    @cached_property
+    def _only(self) -> Collection[str]:
+        return frozenset(squeezed(name) for name in self.only or ())
 
     @cached_property
     def _paths(self) -> Mapping[str, str]:
@@ -69,7 +75,9 @@ class Dialect:
             if not isinstance(held, dict):
                 continue
             for name, value in held.items():
-                if name not in names and value is not None and not is_adapter_field(name):  # ``answering`` reads those
+                if name in names or value is None or is_adapter_field(name):  # ``answering`` reads those
+                    continue
+                if self.only is None or squeezed(name) in self._only:
                     self._check_field(name, value, f"{level}{name[:64]}")
                     self._search(name, value, f"{level}{name[:64]}", base_names, MAX_DEPTH)
 

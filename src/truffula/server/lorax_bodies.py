@@ -22,6 +22,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Parameters(Body):
     """How to generate. Every field may be null."""
 
+    refuses_foreign: ClassVar[bool] = True
+
     adapter_id: Any = Field(default=None, description="Name of an adapter; null and the base's name mean the base.")
     adapter_source: str | None = None
     api_token: str | None = Field(default=None, repr=False)
@@ -150,6 +152,7 @@ class GenerateBody(Body):
     """``POST /``, ``/generate`` and ``/generate_stream``."""
 
     nested: ClassVar[str | None] = "parameters"
+    refuses_foreign: ClassVar[bool] = True
 
     inputs: str = Field(min_length=1)
     parameters: Parameters | None = None
@@ -214,3 +217,18 @@ class ChatTokenizeBody(Body):
 
     messages: list[dict[str, object]]
     model: str | None = None
+
+
+# What changes the text that a chat template renders, or how it is tokenised. How to generate changes no token, and
+# clients count the tokens of a whole request by sending it here.
+_TOKEN_FIELDS = (
+    *("tools", "functions", "documents", "chat_template", "chat_template_kwargs", "add_generation_prompt"),
+    *("continue_final_message", "reasoning_effort", "think", "enable_thinking", "thinking", "system", "instructions"),
+    *("apply_chat_template", "add_special_tokens", "skip_special_tokens", "truncate_prompt_tokens", "truncate"),
+)
+for _body, _where in (
+    (TokenizeBody, "/tokenize"),
+    (DetokenizeBody, "/detokenize"),
+    (ChatTokenizeBody, "/chat_tokenize"),
+):
+    _body.dialect = Dialect(_where, "model", {"": frozenset(_body.model_fields)}, only=_TOKEN_FIELDS)

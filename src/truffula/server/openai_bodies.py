@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -53,6 +53,8 @@ class StreamOptions(Body):
 
 class OpenAIBody(Body):
     """Fields that both routes share."""
+
+    refuses_foreign: ClassVar[bool] = True
 
     model: str | None = None
     max_tokens: int | None = None

@@ -31,12 +31,9 @@ _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     "%3Cpath d='M8 9v7' stroke='%23754' stroke-width='2'/%3E%3Ccircle cx='8' cy='6' r='5.5' fill='%233a5'/%3E%3C/svg%3E"
 )
-TITLES: Mapping[str, str] = {
-    "openai": "OpenAI",
-    "native": "LoRAX and TGI",
-    "probes": "State",
-    "admin": "Administration",
-}
+TITLES: Mapping[str, str] = MappingProxyType(
+    {"openai": "OpenAI", "native": "LoRAX and TGI", "probes": "State", "admin": "Administration"}
+)
 
 
 def page(html: str, status: int = 200) -> Response:
