@@ -85,6 +85,9 @@ _SOURCE = squeezed("adapter_source")
 
 def is_adapter_field(name: str) -> bool:
     """Whether ``name`` is of the table, however it is spelled (``loraName``), or any name with such a word in it."""
+    low = name.lower()
+    if "lora" not in low and "adapter" not in low and "peft" not in low and "dora" not in low:
+        return False  # most names; what follows costs more
     key = squeezed(name)
     if key == _SOURCE:
         return False

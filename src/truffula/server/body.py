@@ -28,8 +28,8 @@ class Body(BaseModel):
     """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
 
     ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on the native
-    side). ``dialect`` says which fields of other routes and servers a route refuses. With ``refuses_foreign`` that is all
-    of them in this object, so the values of those still in it ask for nothing.
+    side). ``dialect`` says which fields of other routes and servers a route refuses. With ``refuses_foreign`` those are
+    all of them in this object, so the values of those still in it ask for nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())

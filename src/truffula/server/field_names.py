@@ -7,7 +7,6 @@ llama.cpp, Ollama, mlx_lm, Mistral, Anthropic and transformers' ``GenerationConf
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,7 +15,7 @@ from typing import Any
 
 def squeezed(name: str) -> str:
     """``name`` without case and separators: ``maxTokens``, ``max-tokens`` and ``max_tokens`` are one name."""
-    return re.sub(r"[-_]", "", name).lower()
+    return name.replace("_", "").replace("-", "").lower()
 
 
 def is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

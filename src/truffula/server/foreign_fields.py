@@ -24,6 +24,7 @@ _ALIASES: Mapping[str, Aliases] = MappingProxyType(
 )
 _UNSUPPORTED = MappingProxyType({squeezed(name): neutral for name, neutral in UNSUPPORTED.items()})
 _INERT = MappingProxyType({squeezed(name): neutral for name, neutral in INERT.items()})
+_KNOWN = _ALIASES.keys() | _UNSUPPORTED.keys()
 _HOLDERS = frozenset(squeezed(name) for name in HOLDERS)
 
 
@@ -77,14 +78,16 @@ class Dialect:
             for name, value in held.items():
                 if name in names or value is None or is_adapter_field(name):  # ``answering`` reads those
                     continue
-                if self.only is None or squeezed(name) in self._only:
-                    self._check_field(name, value, f"{level}{name[:64]}")
+                if self.only is not None and squeezed(name) not in self._only:
+                    continue
+                self._check_field(name, value, level)
+                if isinstance(value, dict):
                     self._search(name, value, f"{level}{name[:64]}", base_names, MAX_DEPTH)
 
-    def _search(self, name: str, value: Any, place: str, base_names: Collection[str], depth: int) -> None:
+    def _search(self, name: str, value: dict[str, Any], place: str, base_names: Collection[str], depth: int) -> None:
         """``check`` of the fields inside an object that no route reads. Outside the known holders of fields, names are
         the client's own, and only those of adapters are refused."""
-        if not isinstance(value, dict) or not depth or squeezed(name) in _INERT:
+        if not value or not depth or squeezed(name) in _INERT:
             return
         holds_fields = squeezed(name) in _HOLDERS
         for inner, given in value.items():
@@ -94,15 +97,20 @@ class Dialect:
                 if named and named not in base_names:
                     raise self._refusal(inside, f"name the adapter in {self.adapter}")
             elif holds_fields and given is not None:
-                self._check_field(inner, given, inside)
-            self._search(inner, given, inside, base_names, depth - 1)
+                self._check_field(inner, given, f"{place}.")
+            if isinstance(given, dict):
+                self._search(inner, given, inside, base_names, depth - 1)
 
-    def _check_field(self, name: str, value: Any, place: str) -> None:
+    def _check_field(self, name: str, value: Any, prefix: str) -> None:
+        """``check`` of one field in the object that ``prefix`` names."""
         key = squeezed(name)
+        if key not in _KNOWN and key not in self._paths:
+            return
+        place = f"{prefix}{name[:64]}"
         if key in _UNSUPPORTED and not is_neutral(value, _UNSUPPORTED[key]):
             raise InvalidRequest(f"{place} is not supported by this server; leave it out.", param=place)
         row, path = _ALIASES.get(key), self.path_of(name)
-        if (row is None and path is None) or is_neutral(value, row.neutral if row else ()):
+        if key in _UNSUPPORTED or is_neutral(value, row.neutral if row else ()):
             return
         if path is None:
             raise self._refusal(place, row.advice if row else "leave it out")
