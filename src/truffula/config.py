@@ -97,6 +97,8 @@ class Option:
 
     def parse(self, raw: Any, where: str) -> Any:
         """``raw`` (text, or a value already typed) as this option's value. ``where`` names its origin in the error."""
+        if self.secret and _has_empty(raw):
+            raise ConfigError(f"{where} is empty. Give a key, or leave it out to serve without keys.", param=self.name)
         try:
             value = None if self.nullable and raw in (None, "none") else _PARSERS[self.kind](raw)
         except (ValueError, TypeError, OverflowError):
@@ -183,6 +185,12 @@ def _switch(raw: Any) -> bool:
 def _list(raw: Any) -> tuple[str, ...]:
     items: Iterable[Any] = raw.split(",") if isinstance(raw, str) else raw
     return tuple(_text(item).strip() for item in items if item != "")
+
+
+def _has_empty(raw: Any) -> bool:
+    """Whether a list that was given holds an empty entry, or is an empty text: an unset shell variable, mostly."""
+    items = raw.split(",") if isinstance(raw, str) else raw
+    return isinstance(items, list | tuple) and any(isinstance(item, str) and not item.strip() for item in items)
 
 
 def _mapping(raw: Any) -> Mapping[str, str]:
@@ -334,8 +342,8 @@ class ServerConfig:
         60.0, "seconds", "longest standstill of a stream that its client does not read", low=0.001
     )
     max_open_requests: int = _row(2048, "integer", "most requests at once; more are refused as overloaded", low=1)
-    max_best_of: int = _row(2, "integer", "largest best_of", low=1, high=1024)
-    max_n: int = _row(16, "integer", "most choices of one request", low=1, high=1024)
+    max_best_of: int = _row(2, "integer", "largest best_of of LoRAX's routes", low=1, high=1024)
+    max_n: int = _row(16, "integer", "most choices of one request; bounds best_of on /v1/", low=1, high=1024)
     max_prompts: int = _row(128, "integer", "most prompts in one completions request", low=1)
     max_stop_sequences: int = _row(10, "integer", "most stop strings of one request", low=0)
     max_logprobs: int = _row(20, "integer", "most alternatives reported per token", low=0, high=1024)
@@ -441,7 +449,8 @@ def _nearest(word: str, known: Iterable[str]) -> str:
 def _setting(option: Option, given: Mapping[str, Any], env: Mapping[str, str]) -> Setting | None:
     if option.name in given:
         return Setting(option, option.parse(given[option.name], option.flag), "option", option.flag)
-    if env.get(option.env, "") != "":
+    # An empty variable counts as unset, except where that would leave the server without the keys it should ask for.
+    if env.get(option.env, "") != "" or (option.secret and option.env in env):
         return Setting(option, option.parse(env[option.env], option.env), "environment", option.env)
     for name in option.foreign:
         if env.get(name, "") != "":

@@ -149,3 +149,19 @@ def test_variables_that_kubernetes_makes_of_a_service_are_no_options(caplog: pyt
 def test_what_only_looks_like_a_service_is_still_refused(name: str):
     with pytest.raises(ConfigError, match=name):
         load_config({"model": "m"}, {name: "8000"})
+
+
+@pytest.mark.parametrize("empty", ["", " ", "key,", ",key", "key, ,other"])
+def test_an_empty_api_key_is_an_error_that_names_where_it_was_given(empty):
+    """It comes of an unset variable (``--api-key "$KEY"``), and the server would ask for no key at all."""
+    with pytest.raises(ConfigError, match=r"^TRUFFULA_API_KEYS is empty") as caught:
+        load_config({"model": "m"}, {"TRUFFULA_API_KEYS": empty})
+    assert caught.value.param == "api_keys"
+    for sent in (empty, [empty] if "," not in empty else empty.split(",")):
+        with pytest.raises(ConfigError, match=r"^--api-key is empty"):
+            load_config({"model": "m", "api_keys": sent}, {})
+
+
+def test_no_api_key_is_none():
+    assert load_config({"model": "m", "api_keys": None}, {}).server.api_keys == ()
+    assert load_config({"model": "m", "api_keys": []}, {}).server.api_keys == ()

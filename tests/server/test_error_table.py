@@ -14,7 +14,7 @@ def every_error(root=TruffulaError):
 
 
 @pytest.mark.parametrize("cls", sorted(set(every_error()), key=lambda c: c.code), ids=lambda c: c.code)
-@pytest.mark.parametrize("side", ["native", "openai"])
+@pytest.mark.parametrize("side", ["native", "openai", "anthropic", "ollama"])
 def test_every_code_has_a_row_and_renders(cls, side):
     assert cls.code in TABLE, f"{cls.__name__} has no row in server/errors.py"
     status, headers, body = render(cls("What happened.", param="field"), side)
@@ -72,7 +72,11 @@ def test_an_unknown_code_of_a_newer_engine_is_a_fault_of_ours():
 
 @pytest.mark.parametrize(
     ("path", "side"),
-    [("/v1/models", "openai"), ("/v1", "openai"), ("/v1x", "native"), ("/generate", "native"), ("/", "native")],
+    [
+        *(("/v1/models", "openai"), ("/v1", "openai"), ("/v1x", "native"), ("/generate", "native"), ("/", "native")),
+        *(("/chat/completions", "openai"), ("/v1/messages", "anthropic"), ("/v1/messages/count_tokens", "anthropic")),
+        *(("/v1/messagesx", "openai"), ("/api/chat", "ollama"), ("/api-doc/openapi.json", "native")),
+    ],
 )
 def test_side_by_path(path, side):
     assert side_of(path) == side

@@ -297,3 +297,26 @@ def test_unknown_keys_are_listed_at_both_levels(live):
     response = live.post("/generate", body)
     ok(response)
     assert response.headers["x-truffula-ignored"] == "modle, parameters.temprature"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"truncate": 160}, "truncate is 160; this server allows 159"),
+        ({"truncate": 10**9}, "truncate"),
+        ({"typical_p": 1}, "typical_p"),
+        ({"typical_p": 1.0}, "typical_p"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"best_of": 3, "do_sample": True}, "best_of is 3; this server allows 2"),
+    ],
+    ids=str,
+)
+def test_bounds_of_the_contract(live, parameters, words):
+    """LoRAX's and TGI's: truncate up to max_input_length of /info, typical_p below 1, best_of up to max_best_of."""
+    assert ok(live.client.get("/info"))["max_input_length"] == 159
+    assert_canonical_error(live.post("/generate", {"inputs": "Hello", "parameters": parameters}), 422, words)
+
+
+def test_truncate_at_its_bound(live):
+    found = live.native("Hello " * 300, truncate=159, max_new_tokens=1, details=True)
+    assert found["details"]["prompt_tokens"] == 159

@@ -331,3 +331,18 @@ def test_unknown_keys_are_listed(live):
 def test_a_prompt_too_long(live):
     error = assert_canonical_error(live.post("/v1/completions", {"model": MODEL, "prompt": [5] * 300}), 400)
     assert error["code"] == "context_length_exceeded"
+
+
+def test_best_of_is_bounded_like_n_and_not_by_loraxs_limit(live):
+    """OpenAI's best_of goes to 20; --max-best-of is of the native routes."""
+    found = live.completion(prompt="Hello", best_of=5, n=2, max_tokens=2, temperature=1, seed=1)
+    assert len(found["choices"]) == 2
+    body = {"prompt": "Hello", "best_of": 17, "max_tokens": 1}
+    assert_canonical_error(live.post("/v1/completions", body), 400, "best_of is 17; this server allows 16")
+
+
+def test_truncate_prompt_tokens_is_bounded_by_the_model(live):
+    found = live.completion(prompt="Hello " * 300, truncate_prompt_tokens=159, max_tokens=1)
+    assert found["usage"]["prompt_tokens"] == 159
+    body = {"prompt": "Hello", "truncate_prompt_tokens": 160, "max_tokens": 1}
+    assert_canonical_error(live.post("/v1/completions", body), 400, "at most 159 tokens")

@@ -27,7 +27,7 @@ def with_key(key):
     return {"authorization": f"Bearer {key}".encode()}
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/info", "/docs", "/v1/nowhere"])
+@pytest.mark.parametrize("path", ["/v1/models", "/info", "/v1", "/v1/nowhere"])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -60,7 +60,7 @@ def test_the_right_keys(guarded):
 
 
 def test_probes_stay_open(guarded):
-    for path in ("/health", "/ping", "/metrics", "/"):
+    for path in ("/health", "/ping", "/metrics", "/", "/v1/health", "/version", "/docs", "/openapi.json"):
         assert guarded.client.get(path).status_code == 200
     assert guarded.client.get("/startup").status_code in (200, 503)
 
@@ -169,6 +169,7 @@ def test_administration_for_everybody_is_refused(host):
 
 def test_what_is_open_and_what_a_header_holds():
     assert is_open("GET", "/") and not is_open("POST", "/")
+    assert is_open("GET", "/docs") and not is_open("GET", "/docs/x")
     assert is_open("GET", "/health") and not is_open("GET", "/healthz")
     assert bearer("Bearer a b ") == "a b"
     assert bearer("Token a") is None

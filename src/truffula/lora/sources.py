@@ -28,6 +28,7 @@ SOURCES = ("local", "hub")
 # What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
 BASE_WORDS = ("", "tgi", "dummy")
 MAX_NAME_CHARS = 512
+_UNKNOWN = "it is neither given by --adapter nor a folder of --adapter-dir"
 LISTING_S = 1.0
 """How long a listing of the adapter folder is good."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
@@ -39,9 +40,11 @@ def reserved(name: str, base_names: Collection[str]) -> bool:
     return name in BASE_WORDS or name in base_names or any(name.startswith(f"{base}:") for base in base_names if base)
 
 
-def _not_found(name: str) -> AdapterNotFound:
+def _not_found(name: str, reason: str) -> AdapterNotFound:
+    """``reason`` is for the operator's log alone: a client learns nothing of paths and of adapters it may not name."""
     shown = name if len(name) <= 80 else name[:77] + "..."
-    return AdapterNotFound(f"There is no adapter {shown!r} on this server.", param="adapter", adapter=shown)
+    text = f"There is no adapter {shown!r} on this server."
+    return AdapterNotFound(text, param="adapter", adapter=shown, reason=reason)
 
 
 def _printable(name: str) -> bool:
@@ -122,8 +125,11 @@ class AdapterPolicy:
             raise InvalidRequest(
                 f"adapter_source {source[:40]!r} is not one of {', '.join(SOURCES)}.", param="adapter_source"
             )
-        if not _printable(name) or self._is_reserved(name):
-            raise _not_found(name)
+        if not _printable(name):
+            reason = f"an adapter's name has 1 to {MAX_NAME_CHARS} printable characters"
+            raise _not_found(name, reason)
+        if self._is_reserved(name):
+            raise _not_found(name, "the name is reserved for the base model")
         named = self._named.get(name)
         if named is not None and source in (None, named.kind):
             return _with_fingerprint(named)
@@ -186,14 +192,20 @@ class AdapterPolicy:
                     return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder)))
             except (OSError, RuntimeError, ValueError):
                 continue
-        raise _not_found(name)
+        where = ", ".join(map(str, self._allow_local)) or "none is allowed: --allow-local FOLDER"
+        raise _not_found(name, f"{_UNKNOWN}, and no adapter lies there below a folder clients may name ({where})")
 
     def _on_hub(self, name: str) -> AdapterRef:
         if _HUB_ID.match(name) and ".." not in name:
             repo, _, revision = name.partition("@")
             if any(fnmatch.fnmatchcase(repo, pattern) for pattern in self._allow_hub):
                 return AdapterRef(name=name, kind="hub", locator=repo, revision=revision or None)
-        raise _not_found(name)
+            if "/" in repo:
+                owner = repo.split("/")[0]
+                raise _not_found(
+                    name, f"{_UNKNOWN}; if it is a Hub id, --allow-hub {repo!r} or --allow-hub '{owner}/*' allows it"
+                )
+        raise _not_found(name, f"{_UNKNOWN}, and it is no Hub id")
 
 
 def _place(name: str, source: Path | str) -> AdapterRef:

@@ -27,7 +27,7 @@ class UnloadBody(Body):
 
 
 async def load_adapter(request: Request) -> Response:
-    """Returns once the adapter is usable; it then is a model like the others."""
+    """Loads an adapter from a folder of the server's machine. The answer comes once requests can name it."""
     state = state_of(request)
     body = await read_body(request, LoadBody)
     name = body.lora_name
@@ -60,7 +60,7 @@ def _is_folder(path: str) -> bool:
 
 
 async def unload_adapter(request: Request) -> Response:
-    """Running requests end with it; new ones no longer find it, unless the operator's own options name it."""
+    """Unloads an adapter. Running requests keep it; new ones find it only if an option of the server names it."""
     state = state_of(request)
     name = (await read_body(request, UnloadBody)).lora_name
     if name not in await state.adapter_names():

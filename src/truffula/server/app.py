@@ -10,42 +10,54 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, probes, tokens
+from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, pages, probes, tokens
 from truffula.server.auth import KeyCheck, PublicCors
-from truffula.server.errors import MethodNotAllowed, UnknownPath, render, side_of
+from truffula.server.errors import MethodNotAllowed, render, side_of
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
 from truffula.server.middleware import BodyLimit, OpenLimit, RequestScope
 from truffula.server.openai_bodies import ChatBody, CompletionBody
-from truffula.server.openapi import DOCUMENT_PATH, PAGE_PATH, Row, document_handler, page
+from truffula.server.openapi import Row
 from truffula.server.state import ServerState, record_of
+from truffula.server.unserved import refusal
 from truffula.service import AsyncService
 
+_TALK = [{"role": "user", "content": "Hello"}]
+_NATIVE = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
 # GET also answers HEAD.
 _ROUTES: tuple[Row, ...] = (
-    Row("POST", "/v1/chat/completions", openai_chat.chat_completions, "openai", ChatBody),
-    Row("POST", "/v1/completions", openai_completions.completions, "openai", CompletionBody),
+    Row(
+        "POST", "/v1/chat/completions", openai_chat.chat_completions, "openai", ChatBody,
+        {"messages": _TALK, "max_tokens": 20},
+    ),
+    Row(
+        "POST", "/v1/completions", openai_completions.completions, "openai", CompletionBody,
+        {"prompt": "Once upon a time", "max_tokens": 20},
+    ),
     Row("GET", "/v1/models", openai_models.list_models, "openai"),
     Row("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
-    Row("POST", "/", lorax.compatible, "native", GenerateBody),
-    Row("POST", "/generate", lorax.generate, "native", GenerateBody),
-    Row("POST", "/generate_stream", lorax.generate_stream, "native", GenerateBody),
-    Row("POST", "/invocations", lorax.invocations, "native", GenerateBody),
-    Row("POST", "/tokenize", tokens.tokenize, "native", TokenizeBody),
-    Row("POST", "/detokenize", tokens.detokenize, "native", DetokenizeBody),
-    Row("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody),
-    Row("GET", "/", probes.health, "probes"),
+    Row("GET", "/v1", probes.openai_root, "openai"),
+    Row("POST", "/", lorax.compatible, "native", GenerateBody, _NATIVE),
+    Row("POST", "/generate", lorax.generate, "native", GenerateBody, _NATIVE),
+    Row("POST", "/generate_stream", lorax.generate_stream, "native", GenerateBody, _NATIVE),
+    Row("POST", "/invocations", lorax.invocations, "native", GenerateBody, _NATIVE),
+    Row("POST", "/tokenize", tokens.tokenize, "native", TokenizeBody, {"inputs": "Hello"}),
+    Row("POST", "/detokenize", tokens.detokenize, "native", DetokenizeBody, {"tokens": [1, 2, 3]}),
+    Row("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody, {"messages": _TALK}),
+    Row("GET", "/", pages.root, "probes"),
     Row("GET", "/health", probes.health, "probes"),
     Row("GET", "/ping", probes.health, "probes"),
+    Row("GET", "/v1/health", probes.openai_health, "probes"),
     Row("GET", "/startup", probes.startup, "probes"),
     Row("GET", "/info", probes.info, "probes"),
+    Row("GET", "/version", probes.version, "probes"),
     Row("GET", "/metrics", probes.metrics, "probes"),
-)
+)  # fmt: skip
 _ADMIN_ROUTES: tuple[Row, ...] = (
     Row("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
     Row("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
@@ -74,11 +86,13 @@ def create_app(
             await service.close()
 
     rows = _ROUTES + (_ADMIN_ROUTES if config.adapter_admin else ())
+    document, reference = pages.reference(rows, keyed=bool(config.api_keys))
     app = Starlette(
         routes=[
             *(Route(row.path, row.handler, methods=[row.method]) for row in rows),
-            Route(DOCUMENT_PATH, document_handler(rows)),
-            Route(PAGE_PATH, page),
+            Route("/openapi.json", document),
+            Route("/api-doc/openapi.json", document),
+            Route("/docs", reference),
         ],
         lifespan=lifespan,
         exception_handlers={TruffulaError: _truffula_error, HTTPException: _http_error},
@@ -103,17 +117,19 @@ async def _truffula_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """The router's own answers: a path nobody serves, a method nobody serves there."""
+    """The router's own answers: no route has this path, or none takes this method there."""
     assert isinstance(error, HTTPException)
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
     path = request.url.path
     if error.status_code == 405:
-        allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+        methods = {m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()}
+        allowed = ", ".join(sorted(methods))
         reply = _reply(
             request, MethodNotAllowed(f"{request.method[:16]} is not allowed on {path[:200]}; use {allowed}.")
         )
         reply.headers["allow"] = allowed
         return reply
-    return _reply(request, UnknownPath(f"There is nothing at {path[:200]}."))
+    return _reply(request, refusal(path, {route.path for route in routes}))
 
 
 def _reply(request: Request, error: TruffulaError) -> Response:

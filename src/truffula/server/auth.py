@@ -13,12 +13,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from truffula.server.errors import Unauthorized, WebPage, render, side_of
 from truffula.server.middleware import send_reply
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/startup", "/metrics"})
+# Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
+OPEN_PATHS = frozenset(
+    {
+        *("/health", "/ping", "/startup", "/metrics", "/v1/health", "/version"),
+        *("/docs", "/openapi.json", "/api-doc/openapi.json"),
+    }
+)
 EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
 def is_open(method: str, path: str, protect_metrics: bool = False) -> bool:
-    """Probes and scrapers carry no key. ``/`` answers probes by GET and generates by POST."""
+    """Whether a request needs no key. ``/`` answers probes and browsers by GET and generates by POST."""
     if path in OPEN_PATHS:
         return not (protect_metrics and path == "/metrics")
     return path == "/" and method in ("GET", "HEAD")

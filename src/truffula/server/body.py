@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
+from truffula.server.foreign_fields import Dialect, is_ignored
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +28,22 @@ class Body(BaseModel):
     """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
 
     ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on the native
-    side).
+    side). ``dialect`` says which fields of other routes and servers a route refuses. With ``refuses_foreign`` those are
+    all of them in this object, so the values of those still in it ask for nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
     nested: ClassVar[str | None] = None
+    dialect: ClassVar[Dialect | None] = None
+    refuses_foreign: ClassVar[bool] = False
 
     def unknown(self) -> list[str]:
         """Keys that were given and have no effect, this object's and those of the objects in it (``a.b``)."""
-        names = list(self.model_extra or ())
+        names = [
+            name
+            for name, value in (self.model_extra or {}).items()
+            if not self.refuses_foreign or is_ignored(name, value)
+        ]
         for field in type(self).model_fields:
             inner = getattr(self, field)
             if isinstance(inner, Body):
@@ -95,8 +103,12 @@ async def read_object(request: Request) -> dict[str, Any]:
     return decode_object(await request.body())
 
 
-def validate(model: type[B], value: dict[str, Any]) -> B:
-    """``value`` as a body; ``InvalidRequest`` names the first field at fault."""
+def validate(model: type[B], value: dict[str, Any], base_names: Collection[str] = ()) -> B:
+    """``value`` as a body; ``InvalidRequest`` names the first wrong field. ``base_names`` are names of the base model,
+    which are no adapters wherever they stand.
+    """
+    if model.dialect is not None:
+        model.dialect.check(value, base_names)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -107,13 +119,18 @@ def validate(model: type[B], value: dict[str, Any]) -> B:
 
 async def read_body(request: Request, model: type[B]) -> B:
     """The request's body as ``model``; keys without effect are noted for the log and the header."""
-    body = validate(model, await read_object(request))
+    return read_value(request, model, await read_object(request))
+
+
+def read_value(request: Request, model: type[B], value: dict[str, Any]) -> B:
+    """As ``read_body``, of an object that has been read."""
+    body = validate(model, value, request.app.state.truffula.base_words)
     note_unknown(request, body)
     return body
 
 
 def note_unknown(request: Request, body: Body) -> None:
-    """Keys without effect are accepted, but never in silence: a typing error should show in the log and the answer."""
+    """Puts the keys without effect into the record, for the header and the log line, and logs each key once."""
     note_ignored(request, body.unknown())
 
 

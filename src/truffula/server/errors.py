@@ -2,6 +2,7 @@
 
 *Native* is LoRAX's and TGI's side (``/generate`` and friends): ``{"error": str, "error_type": str}``.
 *OpenAI* is everything under ``/v1/``: ``{"error": {"message", "type", "param", "code"}}``.
+*Anthropic* and *Ollama* have no routes here; their clients read why in their own form.
 The status is fixed by the fault, never by whether the client streams.
 """
 
@@ -18,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, from_info
 
-Side = Literal["native", "openai"]
+Side = Literal["native", "openai", "anthropic", "ollama"]
 
 
 class MalformedBody(TruffulaError):
@@ -51,6 +52,14 @@ class WebPage(TruffulaError):
 
 class UnknownPath(TruffulaError):
     code = "not_found"
+
+
+class NoEmbeddings(TruffulaError):
+    code = "embedding_failure"
+
+
+class NoClassification(TruffulaError):
+    code = "classification_failure"
 
 
 class MethodNotAllowed(TruffulaError):
@@ -108,6 +117,8 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         "invalid_api_key": Row(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
         "forbidden": Row(403, "forbidden", "", 403, _BAD, "forbidden"),
         "not_found": Row(404, "not_found", "", 404, _BAD, "not_found"),
+        "embedding_failure": Row(422, "embedding_failure", "", 400, _BAD, "embedding_failure"),
+        "classification_failure": Row(422, "classification_failure", "", 400, _BAD, "classification_failure"),
         "method_not_allowed": Row(405, "method_not_allowed", "", 405, _BAD, "method_not_allowed"),
         "model_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
         "adapter_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
@@ -138,9 +149,26 @@ TABLE: Mapping[str, Row] = MappingProxyType(
 )
 
 
+# OpenAI's and vLLM's routes outside of /v1: what a client asks for whose base_url lacks the /v1, and vLLM's own.
+_OPENAI_ROOTS = ("/chat/completions", "/completions", "/models", "/responses", "/embeddings", "/score", "/pooling")
+_ANTHROPIC_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+    }
+)
+
+
 def side_of(path: str) -> Side:
     """The side a path is on, which decides the form of its errors."""
-    return "openai" if path == "/v1" or path.startswith("/v1/") else "native"
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return "anthropic"
+    if path == "/v1" or path.startswith("/v1/") or path in _OPENAI_ROOTS:
+        return "openai"
+    return "ollama" if path.startswith("/api/") else "native"
 
 
 def row_of(code: str) -> Row:
@@ -158,10 +186,15 @@ def error_body(error: TruffulaError, side: Side) -> dict[str, Any]:
     row = row_of(error.code)
     message = error.message or error.code
     if side == "native":
-        if row.native_type == "validation":
-            message = message.replace("max_tokens", "max_new_tokens")  # the one field that has another name here
+        if row.native_type == "validation" and not error.data.get("verbatim"):
+            message = message.replace("max_tokens", "max_new_tokens")  # the layers below know it by OpenAI's name
         text = message if message.startswith(row.prefix) else row.prefix + message
         return {"error": _clean(text), "error_type": row.native_type}
+    if side == "ollama":
+        return {"error": _clean(message)}
+    if side == "anthropic":
+        kind = _ANTHROPIC_TYPES.get(row.openai_status, "api_error" if row.openai_status >= 500 else _BAD)
+        return {"type": "error", "error": {"type": kind, "message": _clean(message)}}
     # On this side adapters are models, whatever field of ours was at fault.
     param = "model" if error.code in ("adapter_not_found", "model_not_found") else error.param
     return {

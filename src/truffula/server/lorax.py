@@ -8,8 +8,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from truffula.server.answering import answering
 from truffula.server.auth import prefix_salt
-from truffula.server.body import note_unknown, read_body, read_object, validate
+from truffula.server.body import read_body, read_object, read_value
 from truffula.server.generating import mark, stream, whole
 from truffula.server.headers import reply_headers, stream_headers
 from truffula.server.lorax_bodies import GenerateBody
@@ -18,41 +19,36 @@ from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openai_chat import chat
 from truffula.server.openai_completions import complete
 from truffula.server.replies import json_reply
-from truffula.server.state import BASE_WORDS, record_of, state_of
+from truffula.server.state import record_of, state_of
 from truffula.types import AdapterRef, GenerateRequest
 
 
 async def compatible(request: Request) -> Response:
-    """``POST /``: a list with one object, or a stream where the body says so."""
+    """Continues a text. The answer is a list with one object, or events with `stream: true`."""
     body = await _body(request)
     return await _stream(request, body) if body.stream else await _whole(request, body, as_list=True)
 
 
 async def generate(request: Request) -> Response:
-    """``POST /generate``: the bare object; a ``stream`` key changes nothing."""
+    """Continues a text. The answer is one object; `stream` has no effect."""
     return await _whole(request, await _body(request), as_list=False)
 
 
 async def generate_stream(request: Request) -> Response:
-    """``POST /generate_stream``: events, always."""
+    """Continues a text. The answer is server-sent events, one for each token."""
     return await _stream(request, await _body(request))
 
 
 async def invocations(request: Request) -> Response:
-    """SageMaker's one route: by the body's shape native, chat or completion."""
+    """For SageMaker: takes `inputs` as `/` does, `messages` as a chat, `prompt` as a completion."""
     record_of(request).generates = True
     value = await read_object(request)
     state = state_of(request)
     if "messages" in value:
-        chat_body = validate(ChatBody, value)
-        note_unknown(request, chat_body)
-        return await chat(request, chat_body, state)
+        return await chat(request, read_value(request, ChatBody, value), state)
     if "prompt" in value and "inputs" not in value:
-        completion_body = validate(CompletionBody, value)
-        note_unknown(request, completion_body)
-        return await complete(request, completion_body, state)
-    body = validate(GenerateBody, value)
-    note_unknown(request, body)
+        return await complete(request, read_value(request, CompletionBody, value), state)
+    body = read_value(request, GenerateBody, value)
     return await _stream(request, body) if body.stream else await _whole(request, body, as_list=True)
 
 
@@ -67,14 +63,14 @@ async def to_request(
     """The body as a request in text, and who answers it."""
     state, params = state_of(request), body.params
     config = state.config
-    body.check((*state.base_names, *BASE_WORDS))
     params.check(
         stream=streams,
         max_best_of=config.max_best_of,
         max_stops=config.max_stop_sequences,
         max_logprobs=config.max_logprobs,
+        max_truncate=state.service.info.max_model_len - 1,
     )
-    adapter = await state.adapter(params.adapter_id, params.adapter_source)
+    adapter = await answering(body, state)
     mark(request, adapter, params.max_new_tokens)
     shape: dict[str, Any] = {"prompt": body.inputs}
     if params.apply_chat_template:

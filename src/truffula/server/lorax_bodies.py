@@ -1,20 +1,19 @@
 """The native request of LoRAX and TGI: ``{"inputs", "parameters", "stream"}``.
 
-lorax-client sends every key, most of them null; null means absent. What cannot be honoured is in ``neutral.py``.
+lorax-client sends every key, most of them null; null means absent. Fields of other APIs: ``foreign_fields.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
+from truffula.server.adapter_fields import adapters_named
 from truffula.server.body import Body
-from truffula.server.neutral import NATIVE_ELSEWHERE, NATIVE_REFUSED, refuse, refuse_elsewhere
+from truffula.server.foreign_fields import Dialect
 from truffula.server.openai_bodies import biases
-from truffula.server.selectors import refuse_misplaced
 from truffula.types import MAX_SEED, SamplingParams
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -23,7 +22,9 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Parameters(Body):
     """How to generate. Every field may be null."""
 
-    adapter_id: str | None = None
+    refuses_foreign: ClassVar[bool] = True
+
+    adapter_id: Any = Field(default=None, description="Name of an adapter; null and the base's name mean the base.")
     adapter_source: str | None = None
     api_token: str | None = Field(default=None, repr=False)
     best_of: int | None = Field(default=None, ge=1)
@@ -33,7 +34,7 @@ class Parameters(Body):
     presence_penalty: Penalty | None = None
     top_k: int | None = Field(default=None, ge=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    typical_p: float | None = Field(default=None, gt=0, le=1)
+    typical_p: float | None = Field(default=None, gt=0, lt=1)
     do_sample: bool | None = None
     max_new_tokens: int | None = Field(default=None, ge=1)
     ignore_eos_token: bool | None = None
@@ -52,7 +53,7 @@ class Parameters(Body):
     stop_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
     cache_salt: str | None = None
-    model: str | None = None  # the base's name or nothing: ``refuse_misplaced``
+    model: str | None = None
 
     @field_validator("stop")
     @classmethod
@@ -62,8 +63,7 @@ class Parameters(Body):
         return value
 
     def unknown(self) -> list[str]:
-        names = [name for name in super().unknown() if name not in NATIVE_REFUSED and name not in NATIVE_ELSEWHERE]
-        return names + (["api_token"] if self.api_token else [])
+        return super().unknown() + (["api_token"] if self.api_token else [])
 
     def given(self) -> list[str]:
         """All that asks for something, for a route where nothing of it has an effect."""
@@ -94,16 +94,15 @@ class Parameters(Body):
             or bool(self.min_p)
         )
 
-    def check(self, *, stream: bool, max_best_of: int, max_stops: int, max_logprobs: int) -> None:
-        """Refuses what cannot be honoured, what contradicts itself and what the operator does not allow."""
-        refuse(self.model_extra or {}, NATIVE_REFUSED)
-        refuse_elsewhere(self.model_extra or {})
+    def check(self, *, stream: bool, max_best_of: int, max_stops: int, max_logprobs: int, max_truncate: int) -> None:
+        """Raises ``InvalidRequest`` for fields that contradict each other and values above the operator's limits."""
         best_of = self.best_of or 1
         rows = (
             ("best_of", best_of, max_best_of),
             ("return_k_alternatives", self.return_k_alternatives or 0, max_logprobs),
             ("top_n_tokens", self.top_n_tokens or 0, max_logprobs),
             ("stop", len(self.stop or ()), max_stops),
+            ("truncate", self.truncate or 0, max_truncate),
         )
         for name, value, limit in rows:
             if value > limit:
@@ -153,23 +152,38 @@ class GenerateBody(Body):
     """``POST /``, ``/generate`` and ``/generate_stream``."""
 
     nested: ClassVar[str | None] = "parameters"
+    refuses_foreign: ClassVar[bool] = True
 
     inputs: str = Field(min_length=1)
     parameters: Parameters | None = None
     stream: bool | None = None
-    model: str | None = None  # the base's name or nothing: ``refuse_misplaced``
-
-    def check(self, base_names: Collection[str]) -> None:
-        """What this server does not do is refused beside ``inputs`` as it is among the parameters."""
-        refuse(self.model_extra or {}, NATIVE_REFUSED)
-        refuse_misplaced(self.model_extra or {}, (self.model, self.params.model), base_names)
-
-    def unknown(self) -> list[str]:
-        return [name for name in super().unknown() if name not in NATIVE_REFUSED]
+    model: str | None = None
 
     @property
     def params(self) -> Parameters:
         return self.parameters or Parameters()
+
+    @property
+    def models(self) -> list[str | None]:
+        """``model``, where it was given: beside ``inputs`` and among the parameters."""
+        return [self.model, self.params.model]
+
+    @property
+    def adapter_source(self) -> str | None:
+        return self.params.adapter_source
+
+    def adapters(self) -> list[tuple[str, str]]:
+        """Fields that name an adapter, with the name."""
+        use = NATIVE.adapter
+        return adapters_named(self, "", use) + adapters_named(self.params, "parameters.", use)
+
+
+NATIVE = Dialect(
+    "this route",
+    "parameters.adapter_id",
+    {"": frozenset(GenerateBody.model_fields), "parameters.": frozenset(Parameters.model_fields)},
+)
+GenerateBody.dialect = NATIVE
 
 
 class TokenizeBody(Body):
@@ -203,3 +217,18 @@ class ChatTokenizeBody(Body):
 
     messages: list[dict[str, object]]
     model: str | None = None
+
+
+# What changes the text that a chat template renders, or how it is tokenised. How to generate changes no token, and
+# clients count the tokens of a whole request by sending it here.
+_TOKEN_FIELDS = (
+    *("tools", "functions", "documents", "chat_template", "chat_template_kwargs", "add_generation_prompt"),
+    *("continue_final_message", "reasoning_effort", "think", "enable_thinking", "thinking", "system", "instructions"),
+    *("apply_chat_template", "add_special_tokens", "skip_special_tokens", "truncate_prompt_tokens", "truncate"),
+)
+for _body, _where in (
+    (TokenizeBody, "/tokenize"),
+    (DetokenizeBody, "/detokenize"),
+    (ChatTokenizeBody, "/chat_tokenize"),
+):
+    _body.dialect = Dialect(_where, "model", {"": frozenset(_body.model_fields)}, only=_TOKEN_FIELDS)

@@ -1,25 +1,31 @@
 """Bodies of ``/v1/completions`` and ``/v1/chat/completions``, with the extras of vLLM, SGLang and LoRAX.
 
-Null means absent everywhere. What is unknown or refused is in ``neutral.py``.
+Null means absent everywhere. Fields of other APIs: ``foreign_fields.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
+from truffula.server.adapter_fields import adapters_named
 from truffula.server.body import Body
-from truffula.server.neutral import OPENAI_IDLE, OPENAI_REFUSED, OPENAI_TWINS, asks_for_something, refuse, refuse_twins
-from truffula.server.selectors import refuse_held
+from truffula.server.foreign_fields import Dialect
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 Prompt = str | list[int]
+# Two spellings of one field, both of which are taken.
+SAME = (
+    ("ignore_eos", "ignore_eos_token"),
+    ("include_stop_str_in_output", "no_stop_trim"),
+    ("request_id", "rid"),
+)
 
 
 def biases(given: Mapping[str, float] | None, vocab_size: int) -> dict[int, float]:
@@ -47,6 +53,8 @@ class StreamOptions(Body):
 
 class OpenAIBody(Body):
     """Fields that both routes share."""
+
+    refuses_foreign: ClassVar[bool] = True
 
     model: str | None = None
     max_tokens: int | None = None
@@ -80,27 +88,30 @@ class OpenAIBody(Body):
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
     rid: str | None = None
-    lora_path: str | None = None
-    # LoRAX, and other words for it
-    adapter_id: str | None = None
-    lora_name: str | None = None
-    lora_adapter: str | None = None
+    lora_path: Any = Field(default=None, description="Name of an adapter, as in model; SGLang's field.")
+    # LoRAX
+    adapter_id: Any = Field(default=None, description="Name of an adapter, as in model; LoRAX's field.")
     adapter_source: str | None = None
     api_token: str | None = Field(default=None, repr=False)
     ignore_eos_token: bool | None = None
 
     def unknown(self) -> list[str]:
-        """A refused field that is still here is neutral (``check``), so it is not worth a word."""
-        given = {**(self.model_extra or {}), "api_token": self.api_token}
-        idle = {name for name, value in given.items() if not asks_for_something(name, value, OPENAI_IDLE)}
-        names = [*super().unknown(), "api_token"]
-        return [name for name in names if name not in idle and name not in OPENAI_REFUSED]
+        return super().unknown() + (["api_token"] if self.api_token else [])
+
+    @property
+    def models(self) -> list[str | None]:
+        return [self.model]
+
+    def adapters(self) -> list[tuple[str, str]]:
+        """Fields beside ``model`` that name an adapter, with the name."""
+        return adapters_named(self, "", "model")
 
     def check(self) -> None:
-        """Refuses what cannot be honoured and what contradicts itself."""
-        refuse(self.model_extra or {}, OPENAI_REFUSED)
-        refuse_held(self.model_extra or {})
-        refuse_twins(self, OPENAI_TWINS)
+        """Raises ``InvalidRequest`` for fields that contradict each other."""
+        for name, other in SAME:
+            one, two = getattr(self, name), getattr(self, other)
+            if one is not None and two is not None and one != two:
+                raise InvalidRequest(f"{name} and {other} mean the same and differ; give one of them.", param=name)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options needs stream: true.", param="stream_options")
         if self.stream and self.best_of is not None and self.best_of > (self.n or 1):
@@ -256,3 +267,7 @@ class ChatBody(OpenAIBody):
 
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+CompletionBody.dialect = Dialect("/v1/completions", "model", {"": frozenset(CompletionBody.model_fields)})
+ChatBody.dialect = Dialect("/v1/chat/completions", "model", {"": frozenset(ChatBody.model_fields)})

@@ -30,7 +30,7 @@ from truffula.types import CompletionChoice, TextDelta
 
 
 async def chat_completions(request: Request) -> Response:
-    """The next message of a conversation."""
+    """Answers a conversation with its next message."""
     state = state_of(request)
     record_of(request).generates = True
     return await chat(request, await read_body(request, ChatBody), state)

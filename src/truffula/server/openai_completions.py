@@ -32,7 +32,7 @@ from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta, 
 
 
 async def completions(request: Request) -> Response:
-    """Text after a prompt: one, several, or token ids."""
+    """Continues a prompt, or several: text or token ids."""
     state = state_of(request)
     record_of(request).generates = True
     return await complete(request, await read_body(request, CompletionBody), state)

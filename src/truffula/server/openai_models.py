@@ -27,14 +27,14 @@ def entry(state: ServerState, name: str | None) -> dict[str, Any]:
 
 
 async def list_models(request: Request) -> Response:
-    """The base model and every adapter that can be named now."""
+    """Lists the base model and the adapters that requests may name."""
     state = state_of(request)
     rows = [entry(state, None), *(entry(state, name) for name in await state.adapter_names())]
     return json_reply({"object": "list", "data": rows})
 
 
 async def one_model(request: Request) -> Response:
-    """One of them; its id may contain slashes."""
+    """One entry of that list. The id may contain slashes."""
     state = state_of(request)
     name: str = request.path_params["model_id"]
     if not name or (name in BASE_WORDS and name != state.model_id):

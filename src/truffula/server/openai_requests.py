@@ -7,13 +7,13 @@ from typing import Any
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
+from truffula.server.answering import answering
 from truffula.server.auth import prefix_salt
 from truffula.server.generating import mark
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
-from truffula.server.selectors import other_name
 from truffula.server.state import ServerState, record_of
-from truffula.types import AdapterRef, GenerateRequest, SamplingParams
+from truffula.types import GenerateRequest, SamplingParams
 
 
 async def completion_requests(request: Request, body: CompletionBody, state: ServerState) -> list[GenerateRequest]:
@@ -78,19 +78,6 @@ async def common(request: Request, body: OpenAIBody, state: ServerState, params:
     }
 
 
-async def answering(body: OpenAIBody, state: ServerState) -> AdapterRef | None:
-    """The adapter ``model`` names, or ``lora_path`` or another word for it beside the base's name."""
-    found = await state.named_model(body.model, body.adapter_source)
-    said = other_name(body)
-    if said is None:
-        return found
-    field, name = said
-    other = await state.adapter(name, body.adapter_source)
-    if found is not None and (other is None or other.name != found.name):
-        raise InvalidRequest(f"model names one adapter and {field} another; give one of them.", param=field)
-    return other
-
-
 def truncation(body: OpenAIBody, params: SamplingParams, state: ServerState) -> int | None:
     """The last n prompt tokens are kept; vLLM's -1 is as many as fit."""
     n = body.truncate_prompt_tokens
@@ -102,6 +89,11 @@ def truncation(body: OpenAIBody, params: SamplingParams, state: ServerState) -> 
         raise InvalidRequest(
             f"truncate_prompt_tokens is {n}; it must be at least 1, or -1.", param="truncate_prompt_tokens"
         )
+    if n >= (longest := state.service.info.max_model_len):
+        raise InvalidRequest(
+            f"truncate_prompt_tokens is {n}; a prompt has at most {longest - 1} tokens on this server.",
+            param="truncate_prompt_tokens",
+        )
     return n
 
 
@@ -111,7 +103,7 @@ def check_limits(body: OpenAIBody, logprobs: int | None, name: str, state: Serve
     stops = 1 if isinstance(body.stop, str) else len(body.stop or ())
     rows = (
         ("n", body.n, config.max_n),
-        ("best_of", body.best_of, max(config.max_best_of, body.n or 1)),
+        ("best_of", body.best_of, max(config.max_best_of, config.max_n)),
         (name, logprobs, config.max_logprobs),
         ("prompt_logprobs", body.prompt_logprobs, config.max_logprobs),
     )

@@ -1,85 +1,80 @@
-"""The OpenAPI document of the routes, and the page that shows it: FastAPI makes both, when they are first asked for.
-
-FastAPI takes a quarter of the computing of a start to import, and serves nothing else here: handlers validate bodies
-themselves, strictly and once, and Starlette routes them.
-"""
+"""The OpenAPI document of the routes, made when it is first asked for."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula import __version__
 from truffula.server.body import Body
-from truffula.server.replies import json_reply
 
 Handler = Callable[[Request], Awaitable[Response]]
-
-DOCUMENT_PATH, PAGE_PATH = "/api-doc/openapi.json", "/docs"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One route. The handler's docstring describes it; ``body`` is what it reads, in the document only."""
+    """One route. Users read the handler's docstring. ``body`` is what the handler reads, ``example`` one such body."""
 
     method: str
     path: str
     handler: Handler
     tag: str
     body: type[Body] | None = None
+    example: Mapping[str, Any] | None = None
 
 
-def document_of(rows: Sequence[Row]) -> dict[str, Any]:
-    """OpenAPI 3.1: a path per route, the bodies' schemas."""
-    from fastapi import FastAPI
-    from fastapi.openapi.utils import get_openapi
+def document_of(rows: Sequence[Row], *, keyed: bool) -> dict[str, Any]:
+    """OpenAPI 3.1: a path per route, the bodies' schemas. ``keyed``: requests carry an API key."""
+    from truffula.server.field_help import HELP  # read when the document is made, not at a start
 
-    app = FastAPI(openapi_url=None)
+    paths: dict[str, Any] = {}
+    schemas: dict[str, Any] = {}
     for row in rows:
-        app.add_api_route(
-            row.path, row.handler, methods=[row.method], tags=[row.tag], response_model=None,
-            operation_id=f"{row.method.lower()}_{row.path.strip('/').replace('/', '_') or 'root'}",
-            openapi_extra=None if row.body is None else _request_body(row.body),
-        )  # fmt: skip
-    document = get_openapi(title="truffula", version=__version__, routes=app.routes)
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    for body in {row.body for row in rows if row.body is not None}:
-        made = body.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas.update(made.pop("$defs", {}))
-        schemas[body.__name__] = made
-    return document
+        paths.setdefault(row.path.replace(":path}", "}"), {})[row.method.lower()] = _operation(row)
+        if row.body is not None:
+            made = row.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas |= {**made.pop("$defs", {}), row.body.__name__: made}
+    for schema in schemas.values():
+        for name, field in schema.get("properties", {}).items():
+            field.pop("title", None)
+            if name in HELP:
+                field.setdefault("description", HELP[name])
+    document = {
+        "openapi": "3.1.0",
+        "info": {"title": "truffula", "version": __version__, "description": _ABOUT},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+    if not keyed:
+        return document
+    schemes = {"key": {"type": "http", "scheme": "bearer"}}
+    return {**document, "components": {"schemas": schemas, "securitySchemes": schemes}, "security": [{"key": []}]}
 
 
-def _request_body(body: type[Body]) -> dict[str, Any]:
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
-    return {"requestBody": {"required": True, "content": content}}
+_ABOUT = (
+    "One language model with LoRA adapters, under the APIs of OpenAI (/v1/), LoRAX and TGI. "
+    "Null means absent in every field. A field that another server knows is refused with the word to use here."
+)
 
 
-def document_handler(rows: Sequence[Row]) -> Handler:
-    """Answers with the document of ``rows``."""
-
-    @cache
-    def made() -> dict[str, Any]:
-        return document_of(rows)
-
-    async def document(request: Request) -> Response:
-        return json_reply(await run_in_threadpool(made))  # a second of work, while others are answered
-
-    return document
-
-
-async def page(request: Request) -> Response:
-    """Swagger UI over the document."""
-    return await run_in_threadpool(_made_page)
-
-
-def _made_page() -> Response:
-    from fastapi.openapi.docs import get_swagger_ui_html
-
-    return get_swagger_ui_html(openapi_url=DOCUMENT_PATH, title="truffula")
+def _operation(row: Row) -> dict[str, Any]:
+    text = inspect.cleandoc(row.handler.__doc__ or "").replace("``", "`")
+    made: dict[str, Any] = {
+        "tags": [row.tag],
+        "operationId": f"{row.method.lower()}_{row.path.strip('/').replace('/', '_') or 'root'}".replace(":path", ""),
+        "summary": text.split("\n\n")[0].replace("\n", " "),
+        "responses": {"200": {"description": "The answer."}, "default": {"description": "An error, as JSON."}},
+    }
+    if row.body is not None:
+        content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{row.body.__name__}"}}
+        if row.example is not None:
+            content["example"] = dict(row.example)
+        made["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if "{model_id" in row.path:
+        made["parameters"] = [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    return made

@@ -1,4 +1,4 @@
-"""``/health``, ``/ping``, ``/startup``, ``/info``, ``/metrics``: for machines that watch. They run nothing."""
+"""Routes that tell about the server and generate nothing: health, version, ``/info``, ``/metrics``."""
 
 from __future__ import annotations
 
@@ -13,25 +13,42 @@ from truffula.server.state import state_of
 
 
 async def health(request: Request) -> Response:
-    """200 with an empty body while the engine's heart beats and the server does not drain."""
-    state = state_of(request)
-    if not state.service.healthy():
-        raise Unhealthy("unhealthy")
+    """200 with an empty body while the engine answers and the server takes requests, else 503."""
+    _require_healthy(request)
     return Response(status_code=200)
 
 
-async def startup(request: Request) -> Response:
-    """200 once one generation has been answered."""
-    state = state_of(request)
-    if not state.service.healthy():
+def _require_healthy(request: Request) -> None:
+    if not state_of(request).service.healthy():
         raise Unhealthy("unhealthy")
-    if not state.succeeded:
+
+
+async def openai_health(request: Request) -> Response:
+    """As `/health`, with a JSON body like llama.cpp's."""
+    _require_healthy(request)
+    return json_reply({"status": "ok"})
+
+
+async def version(request: Request) -> Response:
+    """The version of truffula."""
+    return json_reply({"version": __version__})
+
+
+async def openai_root(request: Request) -> Response:
+    """The name and version of the server, and where its models and documentation are."""
+    return json_reply({"name": "truffula", "version": __version__, "models": "/v1/models", "docs": "/docs"})
+
+
+async def startup(request: Request) -> Response:
+    """200 once a request has been answered, else 503."""
+    _require_healthy(request)
+    if not state_of(request).succeeded:
         raise Unhealthy("No request has been answered yet.")
     return Response(status_code=200)
 
 
 async def info(request: Request) -> Response:
-    """What runs here, in the words of LoRAX and TGI. Never a secret."""
+    """The model, its limits and the server's version, in the fields of LoRAX and TGI."""
     state = state_of(request)
     engine, config = state.service.info, state.config
     return json_reply(
@@ -66,7 +83,7 @@ async def info(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Prometheus' text; JSON by ``?format=json`` or ``Accept: application/json``."""
+    """Metrics as Prometheus reads them; as JSON with ``?format=json`` or ``Accept: application/json``."""
     state = state_of(request)
     wanted = request.query_params.get("format")
     if wanted == "json" or (wanted is None and "application/json" in request.headers.get("accept", "")):

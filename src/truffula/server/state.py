@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ from typing import Any
 from starlette.requests import Request
 
 from truffula.config import ServerConfig
-from truffula.errors import InvalidRequest
+from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.sources import BASE_WORDS as BASE_WORDS  # routes know it from here
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics, RequestRecord
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
+
+MAX_LOGGED_NAMES = 1000
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -35,6 +39,7 @@ class ServerState:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     loaded: dict[str, AdapterPolicy] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
+    seen_not_found: set[str] = field(default_factory=set)
 
     @property
     def model_id(self) -> str:
@@ -46,10 +51,15 @@ class ServerState:
         """Every name of the base."""
         return (self.model_id, self.service.info.model)
 
-    async def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        """Who answers to ``name``: None is the base. Raises ``AdapterNotFound``, never falls back to the base.
+    @property
+    def base_words(self) -> tuple[str, ...]:
+        """Every word by which a client may mean the base."""
+        return (*self.base_names, *BASE_WORDS)
 
-        Files are looked at beside the loop: a slow disk, or thousands of folders, hold up nobody's tokens.
+    async def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
+        """The adapter called ``name``; None is the base. Raises ``AdapterNotFound``, never falls back to the base.
+
+        The file system is asked in another thread, so that a slow disk does not delay running streams.
         """
         if source is not None and source not in ("hub", "local"):
             known = source in ("s3", "pbase")
@@ -57,9 +67,27 @@ class ServerState:
             raise InvalidRequest(f"adapter_source {source[:40]!r} {what}; use hub or local.", param="adapter_source")
         if not name or name == self.model_id:
             return None
-        if name in self.loaded and source in (None, "local"):
-            return await self.service.in_thread(self.loaded[name].resolve, name)
-        return await self.service.in_thread(self.service.resolve_adapter, name, source)
+        try:
+            if name in self.loaded and source in (None, "local"):
+                return await self.service.in_thread(self.loaded[name].resolve, name)
+            return await self.service.in_thread(self.service.resolve_adapter, name, source)
+        except AdapterNotFound as error:
+            raise self._not_found(name, error) from error
+
+    def _not_found(self, name: str, error: AdapterNotFound) -> AdapterNotFound:
+        """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
+        it may not name. The operator's log has the reason, once per name and for at most ``MAX_LOGGED_NAMES``.
+        """
+        shown = name if len(name) <= 80 else name[:77] + "..."
+        if shown not in self.seen_not_found and len(self.seen_not_found) < MAX_LOGGED_NAMES:
+            self.seen_not_found.add(shown)
+            last = len(self.seen_not_found) == MAX_LOGGED_NAMES
+            log.warning(
+                "no model or adapter %r: %s (said once per name%s)",
+                shown, error.data.get("reason", error.message), "; further names are not logged" if last else "",
+            )  # fmt: skip
+        told = f"There is no model or adapter {shown!r}; GET /v1/models lists them."
+        return AdapterNotFound(told, param="model", adapter=shown)
 
     async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""

@@ -17,7 +17,7 @@ from truffula.types import GenerateRequest
 
 
 async def tokenize(request: Request) -> Response:
-    """By the body's shape: ``inputs`` gives a list of tokens, ``prompt`` or ``messages`` vLLM's object."""
+    """Turns text into tokens. `inputs` is answered as by LoRAX and TGI, `prompt` or `messages` as by vLLM."""
     state = state_of(request)
     body = await read_body(request, TokenizeBody)
     given = [name for name in ("inputs", "prompt", "messages") if getattr(body, name) is not None]
@@ -51,7 +51,7 @@ async def tokenize(request: Request) -> Response:
 
 
 async def detokenize(request: Request) -> Response:
-    """Token ids back to text, special tokens included as vLLM does."""
+    """Turns token ids into text. Special tokens are part of it, as in vLLM."""
     state = state_of(request)
     body = await read_body(request, DetokenizeBody)
     await state.named_model(body.model)
@@ -65,7 +65,7 @@ async def detokenize(request: Request) -> Response:
 
 
 async def chat_tokenize(request: Request) -> Response:
-    """The templated text and its tokens."""
+    """The text that the chat template makes of a conversation, and its tokens."""
     state = state_of(request)
     body = await read_body(request, ChatTokenizeBody)
     await state.named_model(body.model)
