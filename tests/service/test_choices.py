@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import tiny_info
-from tiny_tokenizers import byte_level, byte_level_json, sentence_piece
+from tiny_tokenizers import byte_level, byte_level_json, metaspace, sentence_piece, word_piece
 from tokenizers import Tokenizer as Library
 
 from examples import examples
@@ -78,11 +79,9 @@ ids_of = st.lists(st.integers(0, 425), min_size=1, max_size=25).map(lambda ids: 
 texts = st.lists(
     st.sampled_from(["the ", "Lorax", " spoke", "🌲", "é", "ab", "aab", "<|role|>", "東京"]), min_size=1, max_size=10
 ).map(lambda parts: byte_level().encode("".join(parts)))
+WITH_SPECIAL = ("<|role|>", "b<|role|>", "<|role|>a", "e|>é", "<|role|><|role|>", "<|role|> spoken", "x<|")
 stops = st.lists(
-    st.sampled_from(
-        ["a", "ab", "the L", "x s", "京", "🌲é", "aaab", "spoke", "\ufffd"]
-        + ["<|role|>", "b<|role|>", "<|role|>a", "e|>é", "<|role|><|role|>", "<|role|> spoken", "x<|"]
-    ),
+    st.sampled_from(["a", "ab", "the L", "x s", "京", "🌲é", "aaab", "spoke", "\ufffd", *WITH_SPECIAL]),
     max_size=3,
     unique=True,
 )
@@ -239,6 +238,19 @@ def test_an_id_that_ends_the_completion_is_the_reason_before_a_stop_string_that_
         params = SamplingParams(max_tokens=None, stop=("x<|end|>",), include_stop=include)
         choice = collect(play(params, [*byte_level().encode("fox"), EOS], end="stop")[0]).choices[0]
         assert (choice.text, choice.eos, choice.stop_reason) == ("fox", True, None)
+
+
+@pytest.mark.parametrize("make", [word_piece, metaspace])
+def test_a_special_stop_string_with_decoders_that_look_at_their_neighbours(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    special = min(tokenizer.special_ids)
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("the Lorax", "spoke"))
+    stop = tokenizer.text_of(special).strip()
+    for skip in (True, False):
+        params = SamplingParams(max_tokens=None, stop=(stop,), skip_special_tokens=skip)
+        choice = check_deltas(play(params, [*before, special, *after], tokenizer=tokenizer)[0], params).choices[0]
+        assert (choice.finish_reason, choice.text.strip()) == ("stop", tokenizer.decode(before))
+        assert choice.token_ids == [*before, special]
 
 
 def test_a_stop_string_after_a_special_token_in_text_that_loses_its_first_space() -> None:

@@ -72,9 +72,9 @@ def test_named_tokens_are_special_and_written_in_any_form() -> None:
         {
             "tokenizer.json": byte_level_json(),
             "special_tokens_map.json": json.dumps(
-                {"eos_token": "<|role|>", "pad_token": {"content": "<|pad|>"}}
+                {"eos_token": "<|end|>", "pad_token": {"content": "<|pad|>"}}
             ).encode(),
-            "tokenizer_config.json": json.dumps({"eos_token": {"content": "<|end|>"}, "bos_token": None}).encode(),
+            "tokenizer_config.json": json.dumps({"eos_token": {"content": "<|role|>"}, "bos_token": None}).encode(),
         }
     )
     assert tokenizer is not None

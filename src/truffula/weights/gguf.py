@@ -15,7 +15,7 @@ from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.gguf_header import GgufTensor, read_header
 from truffula.weights.gguf_names import ROPE_FREQS, family_of, rename, to_config
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
-from truffula.weights.gguf_tokenizer import generation_config, tokenizer_files
+from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
 from truffula.weights.mapped import MappedFile
 from truffula.weights.naming import naming_file
 
@@ -89,9 +89,7 @@ class GgufCheckpoint:
         self._file.release(item.offset, item.nbytes)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        files, warnings = tokenizer_files(self._header.metadata)
-        self.warnings = tuple(dict.fromkeys((*self.warnings, *warnings)))
-        return files
+        return read_tokenizer(self._header.metadata).files
 
     def close(self) -> None:
         self._file.close()
