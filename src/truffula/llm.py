@@ -138,7 +138,7 @@ class LLM:
     @property
     def info(self) -> EngineInfo:
         """What was loaded, and how."""
-        return self._service.client.info
+        return self._service.core.info
 
     @property
     def has_chat_template(self) -> bool:

@@ -357,8 +357,22 @@ class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
     inode: int
 
 
+class EndToken(msgspec.Struct, frozen=True):
+    """A token that ends a completion. ``source`` says which file and key name it; ``text`` is "" where no tokenizer
+    was read.
+    """
+
+    id: int
+    source: str
+    text: str = ""
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started engine is: fixed until it ends."""
+    """What a started engine is: fixed until it ends.
+
+    The engine names the end tokens of the model's configuration. A service adds those of the tokenizer and of the chat
+    template (``eos_token_ids`` are those of every request), and says in ``no_tokenizer`` why there is no tokenizer.
+    """
 
     model: str
     model_type: str
@@ -372,12 +386,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int
     max_running: int
     eos_token_ids: list[int]
+    end_tokens: list[EndToken] = []
     tying: str = ""
     weight_bytes: int = 0
     budget_bytes: int = 0
     warnings: list[str] = []
     details: dict[str, Any] = {}
     files: list[FileStamp] = []
+    no_tokenizer: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,6 +133,23 @@ def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
     assert found["weights_bytes"] == sum(kind["bytes"] for kind in found["stored"].values())
 
 
+def test_inspect_names_end_tokens_and_what_is_wrong_with_the_tokenizer(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "text")
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": 500}))
+    found = json.loads(here("inspect", str(folder), "--json").stdout)
+    assert found["end_tokens"] == [{"id": 1, "text": "<|end|>", "source": "tokenizer_config.json eos_token"}]
+    assert any("added_tokens.json gives the token '<tool>' the id 500" in text for text in found["warnings"])
+    shown = here("inspect", str(folder))
+    assert "ends at" in shown.stdout
+    assert "<|end|> (1, tokenizer_config.json eos_token)" in " ".join(shown.stdout.split())
+
+    silent = write_model(tmp_path / "silent", with_tokenizer=False)
+    (silent / "tokenizer.model").write_bytes(b"")
+    shown = here("inspect", str(silent))
+    assert "1 (config.json eos_token_id)" in " ".join(shown.stdout.split())
+    assert "tokenizer.model is not read" in " ".join(shown.stderr.split())
+
+
 def test_inspect_says_what_rounding_would_lose(model: Path, adapter: Path) -> None:
     found = json.loads(here("inspect", str(model), "--quantize", "q8_0", "--json").stdout)
     kinds = found["rounding"]["kinds"]

@@ -219,7 +219,7 @@ def test_a_value_that_is_not_finite_is_refused_by_tensor_and_count(tmp_path: Pat
         ({"eos_token_id": 2}, {"eos_token_id": 7}, (7, 2), True),
         ({"eos_token_id": None}, {"eos_token_id": 7}, (7,), False),
         ({"eos_token_id": 500}, {"eos_token_id": [7, 500]}, (7,), True),
-        ({"eos_token_id": None}, None, (), True),
+        ({"eos_token_id": None}, None, (), False),  # the service, which knows the tokenizer's end token, says so
     ],
 )
 def test_every_end_id_counts(tmp_path: Path, config: Any, generation: Any, ids: Any, warned: bool) -> None:

@@ -1,5 +1,7 @@
 """Health, info, metrics, tokens."""
 
+import logging
+
 from live_server import BEGIN, MODEL, assert_canonical_error, ok, serving, tokenizer, write_model
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -99,13 +101,17 @@ def test_detokenize_and_chat_tokenize(live):
     assert len(found["tokenize_response"]) > 3
 
 
-def test_a_model_without_tokenizer_serves_token_ids(tmp_path):
-    with serving(write_model(tmp_path / "bare", with_tokenizer=False)) as bare:
+def test_a_model_without_tokenizer_serves_token_ids_and_says_why(tmp_path, caplog):
+    model = write_model(tmp_path / "bare", with_tokenizer=False)
+    (model / "tokenizer.model").write_bytes(b"")
+    with caplog.at_level(logging.WARNING), serving(model, backend="auto") as bare:
+        assert "tokenizer.model is not read" in caplog.text
         body = {"prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0, "return_token_ids": True, "ignore_eos": True}
         answer = ok(bare.post("/v1/completions", body))
         assert len(answer["choices"][0]["token_ids"]) == 4
         error = assert_canonical_error(bare.post("/v1/completions", {"prompt": "text"}), 404)
         assert error["code"] == "no_tokenizer"
+        assert "tokenizer.model is not read" in error["message"] and "AutoTokenizer" in error["message"]
         assert (
             assert_canonical_error(bare.post("/tokenize", {"inputs": "text"}), 404)["error_type"] == "no fast tokenizer"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import tiny_info
-from tiny_tokenizers import byte_level, metaspace, sentence_piece, word_piece
+from tiny_tokenizers import byte_level, byte_level_json, metaspace, sentence_piece, word_piece
+from tokenizers import Tokenizer as Library
 
 from examples import examples
 from truffula.errors import EngineDied
@@ -73,13 +75,40 @@ def check_deltas(deltas: list[TextDelta], params: SamplingParams) -> Completion:
     return collect(deltas)
 
 
+LIBRARY = Library.from_buffer(byte_level_json())
 ids_of = st.lists(st.integers(0, 425), min_size=1, max_size=25).map(lambda ids: [i for i in ids if i != EOS] or [5])
 texts = st.lists(
     st.sampled_from(["the ", "Lorax", " spoke", "🌲", "é", "ab", "aab", "<|role|>", "東京"]), min_size=1, max_size=10
 ).map(lambda parts: byte_level().encode("".join(parts)))
+WITH_SPECIAL = ("<|role|>", "b<|role|>", "<|role|>a", "e|>é", "<|role|><|role|>", "<|role|> spoken", "x<|")
 stops = st.lists(
-    st.sampled_from(["a", "ab", "the L", "x s", "京", "🌲é", "aaab", "spoke", "\ufffd"]), max_size=3, unique=True
+    st.sampled_from(["a", "ab", "the L", "x s", "京", "🌲é", "aaab", "spoke", "\ufffd", *WITH_SPECIAL]),
+    max_size=3,
+    unique=True,
 )
+
+
+def runs(ids: list[int]) -> list[tuple[bool, str]]:
+    """The text of ``ids`` by the library, cut where special tokens are: (is a special token, text)."""
+    special = {i for i, token in LIBRARY.get_added_tokens_decoder().items() if token.special}
+    groups = itertools.groupby(enumerate(ids), lambda item: item[0] if item[1] in special else -1)
+    listed = [(at >= 0, [token for _, token in group]) for at, group in groups]
+    return [(is_special, LIBRARY.decode(group, skip_special_tokens=False)) for is_special, group in listed]
+
+
+def naive_text(ids: list[int], limit: int | None, skip: bool) -> str | None:
+    """What is shown of ``ids`` up to ``limit`` characters of their text with special tokens.
+
+    None where a special token lies within a character: then the two texts are not cut at the same places.
+    """
+    text, done = "", 0
+    for is_special, run in runs(ids):
+        if "\ufffd" in run and limit is not None and skip:
+            return None
+        room = len(run) if limit is None else max(0, min(len(run), limit - done))
+        text += "" if is_special and skip else run[:room]
+        done += len(run)
+    return text
 
 
 @settings(max_examples=examples(150, 400), deadline=None)
@@ -94,7 +123,7 @@ stops = st.lists(
 def test_text_is_the_decode_up_to_the_first_stop_however_events_are_cut(
     ids: list[int], stop: list[str], cuts: list[int], include: bool, skip: bool, end: str
 ) -> None:
-    """Against a naive reading: decode token by token, find the stop that is complete first, cut."""
+    """Against a naive reading by the library: find the stop that is complete first in the text with special tokens."""
     tokenizer = byte_level()
     params = SamplingParams(
         max_tokens=None, stop=tuple(stop), include_stop=include, skip_special_tokens=skip, logprobs=1, seed=3
@@ -103,19 +132,20 @@ def test_text_is_the_decode_up_to_the_first_stop_however_events_are_cut(
     deltas, aborted = play(params, given_ids, cuts=cuts, end="stop" if end == "eos" else end)
     answer = check_deltas(deltas, params).choices[0]
 
-    written = [*ids, EOS] if end == "eos" and include else ids
-    shown = [i for i in written if not (skip and i in tokenizer.special_ids)]
-    text = tokenizer.decode(shown)
-    hits = sorted((text.find(s) + len(s), -len(s), s) for s in stop if s in text)
+    full = LIBRARY.decode(ids, skip_special_tokens=False)
+    hits = sorted((full.find(s) + len(s), -len(s), s) for s in stop if s in full)
     if hits:
         stop_end, length, matched = hits[0]
-        assert answer.text == text[: stop_end if include else stop_end + length]
+        expected = naive_text(ids, stop_end if include else stop_end + length, skip)
+        if expected is not None:
+            assert answer.text == expected
         assert (answer.finish_reason, answer.stop_reason, answer.eos) == ("stop", matched, False)
         assert len(answer.tokens) <= len(given_ids)
         if len(answer.tokens) < len(given_ids):
             assert aborted or cuts
     else:
-        assert answer.text == text
+        written = [*ids, EOS] if end == "eos" and include else ids
+        assert answer.text == LIBRARY.decode(written, skip_special_tokens=skip)
         assert answer.token_ids == given_ids
         assert answer.finish_reason == ("stop" if end == "eos" else end)
         assert (answer.eos, answer.stop_reason, aborted) == (end == "eos", None, False)
@@ -193,6 +223,69 @@ def test_a_stop_id_is_shown_only_with_include_stop(include: bool) -> None:
     choice = check_deltas(deltas, params).choices[0]
     assert choice.text == byte_level().decode(ids if include else ids[:-1])
     assert (choice.stop_reason, choice.eos, choice.token_ids) == (ids[-1], False, ids)
+
+
+@pytest.mark.parametrize(
+    ("stop", "native", "openai"),
+    [
+        ("<|role|>", "fox", "fox"),
+        ("x<|role|>", "fox", "fo"),
+        ("<|role|>l", "foxl", "fox"),
+        ("ole|>", "fox", "fox"),
+        ("<|role|><|begin|>", None, None),
+        ("xl", None, None),
+    ],
+)
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stop_string_may_be_or_hold_a_special_token(
+    stop: str, native: str | None, openai: str | None, skip: bool
+) -> None:
+    ids = byte_level().encode("fox<|role|>lzy")
+    for include, expected in ((True, native), (False, openai)):
+        params = SamplingParams(max_tokens=None, stop=(stop,), include_stop=include, skip_special_tokens=skip)
+        deltas, aborted = play(params, ids)
+        choice = check_deltas(deltas, params).choices[0]
+        if expected is None:
+            assert (choice.finish_reason, choice.text) == ("length", "foxlzy" if skip else "fox<|role|>lzy")
+            continue
+        if not skip:  # as it was written, up to the end or the beginning of the stop string
+            text = "fox<|role|>lzy"
+            expected = text[: text.index(stop) + (len(stop) if include else 0)]
+        assert (choice.finish_reason, choice.stop_reason, choice.text) == ("stop", stop, expected)
+        assert aborted and choice.totals.completion_tokens == len(choice.tokens)
+        out = "".join(delta.text for delta in deltas)
+        assert out == expected
+
+
+def test_an_id_that_ends_the_completion_is_the_reason_before_a_stop_string_that_it_completes() -> None:
+    """As in TGI, which asks for the end id first."""
+    for include in (True, False):
+        params = SamplingParams(max_tokens=None, stop=("x<|end|>",), include_stop=include)
+        choice = collect(play(params, [*byte_level().encode("fox"), EOS], end="stop")[0]).choices[0]
+        assert (choice.text, choice.eos, choice.stop_reason) == ("fox", True, None)
+
+
+@pytest.mark.parametrize("make", [word_piece, metaspace])
+def test_a_special_stop_string_with_decoders_that_look_at_their_neighbours(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
+    special = min(tokenizer.special_ids)
+    before, after = (tokenizer.encode(text, add_special_tokens=False) for text in ("the Lorax", "spoke"))
+    stop = tokenizer.text_of(special).strip()
+    for skip in (True, False):
+        params = SamplingParams(max_tokens=None, stop=(stop,), skip_special_tokens=skip)
+        choice = check_deltas(play(params, [*before, special, *after], tokenizer=tokenizer)[0], params).choices[0]
+        assert (choice.finish_reason, choice.text.strip()) == ("stop", tokenizer.decode(before))
+        assert choice.token_ids == [*before, special]
+
+
+def test_a_stop_string_after_a_special_token_in_text_that_loses_its_first_space() -> None:
+    """With special tokens the text begins " the", without them "the": the cut is the same."""
+    tokenizer = sentence_piece()
+    ids = [2, *tokenizer.encode("the or", add_special_tokens=False)]
+    for stop, expected in ((" or", "the"), ("</s> the", ""), ("he ", "t")):
+        params = SamplingParams(max_tokens=None, stop=(stop,))
+        choice = collect(play(params, ids, tokenizer=tokenizer)[0]).choices[0]
+        assert (choice.stop_reason, choice.text) == (stop, expected)
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:

@@ -12,7 +12,7 @@ from tokenizers import decoders
 from truffula.errors import CheckpointError, InvalidRequest
 from truffula.text.pieces import byte_alphabet
 from truffula.text.tokenizer import Tokenizer, check_text, load_tokenizer
-from truffula.weights.gguf_tokenizer import tokenizer_files
+from truffula.weights.gguf_tokenizer import read_tokenizer
 
 
 def test_a_folder_without_a_tokenizer_has_none() -> None:
@@ -75,9 +75,9 @@ def test_named_tokens_are_special_and_written_in_any_form() -> None:
         {
             "tokenizer.json": byte_level_json(),
             "special_tokens_map.json": json.dumps(
-                {"eos_token": "<|role|>", "pad_token": {"content": "<|pad|>"}}
+                {"eos_token": "<|end|>", "pad_token": {"content": "<|pad|>"}}
             ).encode(),
-            "tokenizer_config.json": json.dumps({"eos_token": {"content": "<|end|>"}, "bos_token": None}).encode(),
+            "tokenizer_config.json": json.dumps({"eos_token": {"content": "<|role|>"}, "bos_token": None}).encode(),
         }
     )
     assert tokenizer is not None
@@ -122,7 +122,7 @@ def gguf_tokenizer(model: str) -> Tokenizer:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
-    made = load_tokenizer(tokenizer_files(metadata)[0])
+    made = load_tokenizer(read_tokenizer(metadata).files)
     assert made is not None
     return made
 

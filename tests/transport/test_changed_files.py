@@ -16,7 +16,7 @@ from truffula.engine.build import build_engine
 from truffula.engine.client import EngineClient
 from truffula.engine.local import InlineClient
 from truffula.errors import CheckpointChanged
-from truffula.service.files import tokenizer_of
+from truffula.service.files import texts_of
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 from truffula.types import EngineInfo, EngineRequest
 from truffula.weights.watch import stamp
@@ -160,13 +160,13 @@ def test_a_write_while_the_model_is_loaded_is_refused(model: Path, other: Path):
     assert str(model / WEIGHTS) in caught.value.message and "rename" not in caught.value.message
 
 
-def test_the_tokenizer_of_another_model_is_not_taken(model: Path):
+def test_the_texts_of_another_model_is_not_taken(model: Path):
     info, _ = build_while(model, lambda: None)
-    tokenizer_of(info)
+    texts_of(info)
     (model / "new.json").write_text((model / "config.json").read_text() + " ")
     (model / "new.json").replace(model / "config.json")
     with pytest.raises(CheckpointChanged, match="replaced while the model was loaded"):
-        tokenizer_of(info)
+        texts_of(info)
 
 
 def test_a_later_life_decides_nothing_anew(model: Path):

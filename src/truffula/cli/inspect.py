@@ -16,6 +16,7 @@ from truffula.errors import CheckpointError, ConfigError, from_info
 if TYPE_CHECKING:
     from truffula.kernels.cpu.rounding import Lost, Rounding
     from truffula.model.load import ModelPlan
+    from truffula.types import EndToken
     from truffula.weights.checkpoint import Checkpoint
 
 
@@ -58,6 +59,7 @@ def _resolve(source: str) -> Source:
 def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     from truffula.model.load import plan_model
     from truffula.model.read import read_config
+    from truffula.text.ends import describe
     from truffula.weights.open import open_checkpoint
 
     checkpoint = open_checkpoint(path)
@@ -67,6 +69,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         kinds: dict[str, list[int]] = {}
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)
+        ends, warnings = _texts(path, plan)
         facts = _facts(path, checkpoint.format, plan)
         rounding = _rounding(checkpoint, plan) if rounded else None
     finally:
@@ -74,7 +77,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     if as_json:
         stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
         keys = [{"key": f.key, "value": f.value, "fate": f.fate} for f in fates]
-        report = {**facts, "stored": stored, "config": keys, "unused": plan.unused, "warnings": plan.warnings}
+        report = {**facts, "end_tokens": [{"id": end.id, "text": end.text, "source": end.source} for end in ends]}
+        report |= {"stored": stored, "config": keys, "unused": plan.unused, "warnings": warnings}
         out().print_json(json.dumps(report | ({"rounding": _as_json(rounding)} if rounding else {})))
         return
     console = out()
@@ -83,6 +87,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         shown.add_row(
             name.removesuffix("_bytes").replace("_", " "), nbytes(value) if name.endswith("_bytes") else str(value)
         )
+    for index, end in enumerate(ends):
+        shown.add_row("" if index else "ends at", escape(describe([end])))
     console.print(shown)
     stored_table = table("stored as", ">tensors", ">bytes", title="\nweights")
     for kind, sizes in sorted(kinds.items()):
@@ -96,8 +102,27 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         console.print(f"\nnot used, by a named rule: {', '.join(plan.unused[:10])}{' ...' * (len(plan.unused) > 10)}")
     if rounding is not None:
         _show_rounding(rounding)
-    for text in plan.warnings:
+    for text in warnings:
         warn(text)
+
+
+def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
+    """The tokens that end a completion, and all warnings: of the weights and of the text files."""
+    from truffula.service.files import load_texts, without_tokenizer
+    from truffula.text.chat_template import ChatTemplates
+    from truffula.text.ends import EndTokens
+
+    texts = load_texts(path)
+    tokenizer = texts.tokenizer
+    templates = (
+        ChatTemplates({}, {})
+        if tokenizer is None
+        else ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens)
+    )
+    ends = EndTokens(
+        texts.end_tokens, plan.end_tokens, tokenizer=tokenizer, templates=templates, vocab_size=plan.program.vocab_size
+    )
+    return ends.all, [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
 
 
 def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> Rounding:
@@ -164,7 +189,6 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "tying_reason": plan.tying.reason,
         "saved_by_tying_bytes": plan.saved_bytes,
         "kv_per_token_bytes": 2 * sum(planes),
-        "eos_ids": ", ".join(map(str, plan.eos_token_ids)),
         "adapter_sites": sites,
         "rank_16_adapter_bytes": 2
         * 16

@@ -233,6 +233,7 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
         step_tokens=limits.step_tokens,
         max_running=limits.max_running,
         eos_token_ids=list(limits.eos_token_ids),
+        end_tokens=list(plan.end_tokens),
         tying=plan.tying.reason,
         weight_bytes=settings.planned.weight_bytes,
         budget_bytes=memory.pool_bytes,

@@ -20,6 +20,7 @@ from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
 from truffula.model.read import ReadConfig, read_config
 from truffula.model.spec import ModelSpec
+from truffula.types import EndToken
 from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.finite import first_non_finite
 from truffula.weights.tying import Tie, TyingDecision, decide, equal_as_stored, read_flag
@@ -41,7 +42,7 @@ class ModelPlan:
     program: Program
     tying: TyingDecision
     warnings: tuple[str, ...]
-    eos_token_ids: tuple[int, ...]
+    end_tokens: tuple[EndToken, ...]
     bos_token_id: int | None
     max_model_len: int
     stored_bytes: int
@@ -49,6 +50,10 @@ class ModelPlan:
     saved_bytes: int
     stored_dtype: str = "float32"
     stored_types: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return tuple(token.id for token in self.end_tokens)
 
 
 def plan_model(checkpoint: Checkpoint) -> ModelPlan:
@@ -65,7 +70,7 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
     tying, warnings = _decide(checkpoint, read, names)
     program = build_program(spec, names, tying)
     _check_shapes(checkpoint, spec, names, program)
-    eos, eos_warnings = _eos_ids(checkpoint, read)
+    ends, end_warnings = _end_tokens(checkpoint, read)
     used = {part.name for decl in program.weights for part in decl.parts}
     dropped = [name for name in checkpoint.tensors if name not in used and name not in names.unused]
     table = checkpoint.tensors[program.weights[0].parts[0].name]
@@ -73,8 +78,8 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
         spec=spec,
         program=program,
         tying=tying,
-        warnings=(*checkpoint.warnings, *read.warnings, *names.warnings, *warnings, *eos_warnings),
-        eos_token_ids=eos,
+        warnings=(*checkpoint.warnings, *read.warnings, *names.warnings, *warnings, *end_warnings),
+        end_tokens=ends,
         bos_token_id=_bos_id(checkpoint, read),
         max_model_len=spec.max_positions,
         stored_bytes=sum(checkpoint.tensors[name].nbytes for name in used),
@@ -170,41 +175,43 @@ def _ids(value: Any, key: str, where: str) -> list[int]:
     return cast("list[int]", found)
 
 
-def _special(config: Mapping[str, Any], key: str) -> tuple[bool, Any]:
-    """Whether the config writes ``key``, at its own level or in its text part, and what it says there."""
+def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
+    """What the config says of ``key``, and where: at its own level, or in its text part; "" where it does not."""
     text = config.get("text_config")
-    for level in (config, text if isinstance(text, Mapping) else {}):
+    for where, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
         if level.get(key) is not None:
-            return True, level[key]
-    return False, None
+            return f"config.json {where}{key}", level[key]
+    return "", None
 
 
-def _eos_ids(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[int, ...], list[str]]:
-    """Ids that end a completion: those of generation_config.json and those of config.json, each once, in that order."""
+def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToken, ...], list[str]]:
+    """Tokens that end a completion: those of generation_config.json and those of config.json, each once, in that order.
+
+    Where neither names one, the default of the config's class counts, as in transformers; a GGUF file has no class.
+    """
     key, warnings = "eos_token_id", []
+    gguf = checkpoint.format == "gguf"
     generation = _ids(checkpoint.generation_config.get(key), key, "generation_config.json")
-    written, value = _special(checkpoint.config, key)
-    configured = _ids(value if written or generation else read.eos_default, key, "config.json")
+    where, value = _special(checkpoint.config, key)
+    if not where and not generation and not gguf:
+        where, value = f"the default {key} of {read.spec.model_type}", read.eos_default
+    configured = _ids(value, key, "config.json")
     extra = [item for item in configured if item not in generation]
     if generation and extra:
         warnings.append(
             f"config.json ends a completion at {extra}, which generation_config.json does not list; both count."
         )
-    found = dict.fromkeys((*generation, *configured))
+    found = dict.fromkeys(generation, "GGUF metadata" if gguf else f"generation_config.json {key}")
+    found |= dict.fromkeys(extra, where)
     outside = [item for item in found if not 0 <= item < read.spec.vocab_size]
     if outside:
         warnings.append(f"eos_token_id {outside} lies outside the vocabulary of {read.spec.vocab_size} ids; left out.")
-    ids = tuple(item for item in found if item not in outside)
-    if not ids:
-        warnings.append(
-            "Neither config.json nor generation_config.json names an end id: completions end by length or stop."
-        )
-    return ids, warnings
+    return tuple(EndToken(item, source) for item, source in found.items() if item not in outside), warnings
 
 
 def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:
-    written, value = _special(checkpoint.config, "bos_token_id")
-    ids = _ids(value if written else checkpoint.generation_config.get("bos_token_id"), "bos_token_id", "config.json")
+    where, value = _special(checkpoint.config, "bos_token_id")
+    ids = _ids(value if where else checkpoint.generation_config.get("bos_token_id"), "bos_token_id", "config.json")
     return ids[0] if ids else read.bos_default if "bos_token_id" not in checkpoint.config else None
 
 

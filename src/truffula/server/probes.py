@@ -78,6 +78,7 @@ async def info(request: Request) -> Response:
             "docker_label": None,
             "request_logger_url": None,
             "backend": engine.backend,
+            "end_tokens": [{"id": token.id, "text": token.text, "source": token.source} for token in engine.end_tokens],
         }
     )
 

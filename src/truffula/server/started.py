@@ -20,9 +20,9 @@ from truffula.metrics import Metrics
 from truffula.server.app import create_app
 from truffula.server.launch import adapter_policy, begin_engine
 from truffula.service import AsyncService, ServiceLimits
-from truffula.text.tokenizer import Tokenizer, load_tokenizer
+from truffula.service.files import LoadedTexts, load_texts, without_tokenizer
+from truffula.text.ends import describe
 from truffula.types import EngineInfo, FileStamp, SamplingParams
-from truffula.weights.texts import read_texts
 from truffula.weights.watch import require_loaded, same_texts, stamp, text_stamped
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
@@ -42,8 +42,7 @@ class Started:
 class _Read:
     """What a model's text files gave; ``stamps`` are theirs from before they were read."""
 
-    tokenizer: Tokenizer | None
-    generation_config: Mapping[str, Any]
+    texts: LoadedTexts
     path: Path
     stamps: tuple[FileStamp, ...]
 
@@ -54,8 +53,7 @@ class _Read:
 
 def _read(path: Path) -> _Read:
     stamps = tuple(stamp(file) for file in text_stamped(path))
-    texts = read_texts(path)
-    return _Read(load_tokenizer(texts.tokenizer), texts.generation_config, path, stamps)
+    return _Read(load_texts(path), path, stamps)
 
 
 def _read_ahead(path: Path) -> _Read | None:
@@ -92,13 +90,13 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         if path is not None and (read is None or not read.is_of(Path(path), client.info)):
             read = _read(Path(path))
             require_loaded(read.path, client.info.files, read.stamps)
-        tokenizer = None if read is None else read.tokenizer
-        generation = read.generation_config if read and config.generation_defaults else {}
+        texts = LoadedTexts() if read is None else read.texts
+        generation = texts.generation_config if config.generation_defaults else {}
         limits = ServiceLimits(
             max_choices=max(config.max_n, config.max_best_of),
             base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
         )
-        service = AsyncService(client, policy=policy, limits=limits, tokenizer=tokenizer, templates=templates)
+        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates)
         metrics = Metrics(
             service.known_stats,
             max_adapters=config.metrics_adapters,
@@ -107,7 +105,7 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         )
         app = create_app(service, config, policy, metrics, defaults=sampling_defaults(generation))
         undo.pop_all()
-    return Started(service, app, lambda: announce(resolved, client.info, policy, url))
+    return Started(service, app, lambda: announce(resolved, service.info, policy, url))
 
 
 def read_template(path: Path) -> str:
@@ -142,6 +140,9 @@ def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: s
         info.max_model_len,
         info.max_running,
     )
+    log.info("ends at: %s", describe(info.end_tokens) or "nothing but stop strings and length")
+    for warning in without_tokenizer(info.no_tokenizer):
+        log.warning("%s", warning)
     names = policy.names()
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)

@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, NoTokenizer, PromptTooLong, ShuttingDown, TruffulaError, from_info
+from truffula.errors import EngineDied, ErrorInfo, PromptTooLong, ShuttingDown, TruffulaError, from_info
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.core import RequestState, Service, ServiceLimits
-from truffula.service.files import tokenizer_of
+from truffula.service.files import LoadedTexts, texts_of
 from truffula.service.fold import collect, failure
-from truffula.service.prompts import MAX_TRUNCATED_CHARS
+from truffula.service.prompts import MAX_TRUNCATED_CHARS, need_tokenizer
 from truffula.service.streams import TextStream
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
@@ -50,7 +50,7 @@ class AsyncService:
         client: A started engine.
         policy: Which adapters clients may name.
         limits: The operator's bounds.
-        tokenizer: Instead of the one in the model's folder.
+        texts: Instead of those in the model's folder.
         templates: Name → Jinja source, instead of the model's.
     """
 
@@ -60,13 +60,13 @@ class AsyncService:
         *,
         policy: AdapterPolicy | None = None,
         limits: ServiceLimits | None = None,
-        tokenizer: Tokenizer | None = None,
+        texts: LoadedTexts | None = None,
         templates: Mapping[str, str] | None = None,
     ) -> None:
         self._client = client
         self._core = Service(
             client.info,
-            tokenizer=tokenizer if tokenizer is not None else tokenizer_of(client.info),
+            texts=texts if texts is not None else texts_of(client.info),
             policy=policy,
             limits=limits,
             templates=templates,
@@ -98,7 +98,7 @@ class AsyncService:
 
     @property
     def info(self) -> EngineInfo:
-        return self._client.info
+        return self._core.info
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -267,9 +267,7 @@ class AsyncService:
     # Behind the door
 
     def _need_tokenizer(self) -> Tokenizer:
-        if self._core.tokenizer is None:
-            raise NoTokenizer("This model has no tokenizer; send and read token ids.")
-        return self._core.tokenizer
+        return need_tokenizer(self._core.tokenizer, self.info)
 
     def _refuse_if_ending(self) -> None:
         if self._draining:

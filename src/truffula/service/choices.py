@@ -30,8 +30,11 @@ class ChoiceState:
     """Turns the events of one ``EngineRequest`` into deltas.
 
     Tokens are released whole, as soon as no text of theirs could still become part of a stop string and no character of
-    theirs is unfinished. So in every delta the shown pieces join to the text, and what a stop string takes away was
-    never out.
+    theirs is unfinished. So in every delta the shown pieces join to the text, and text that a stop string removes was
+    never sent.
+
+    Stop strings are looked for in the text with special tokens, as LoRAX and TGI do, whether or not special tokens are
+    shown. A token that ends the completion by its id is not part of that text: the id is the reason.
 
     Args:
         request: As submitted.
@@ -58,9 +61,12 @@ class ChoiceState:
         self._skipped = tokenizer.special_ids if tokenizer is not None and params.skip_special_tokens else frozenset()
         self._special = tokenizer.special_ids if tokenizer is not None else frozenset()
         self._stops = StopMatcher(params.stop) if params.stop else None
-        self._unmatched = 0  # characters let through before min_tokens, which the matcher has not seen
+        # Decodes the text that stop strings are looked for in, where it is not the text shown.
+        self._full = tokenizer.detokenizer() if tokenizer is not None and self._stops and self._skipped else None
+        self._unmatched = 0  # characters before min_tokens, which the matcher has not seen
         self._held: list[TokenPiece] = []
-        self._held_start = 0  # where the text of the held pieces begins
+        self._widths: list[int] = []  # per held piece: its characters in the text that stop strings are looked for in
+        self._held_start = 0  # where the held pieces begin in that text
         self._unfinished = 0  # trailing tokens that hold the beginning of a character
         self._count = 0
         self._logprob_sum = 0.0
@@ -123,18 +129,23 @@ class ChoiceState:
                 logprob = None
             elif event.top_logprobs:
                 top = top_pieces(event.top_logprobs[index], self._tokenizer)
-        special = token_id in self._special
-        if token_id in self._skipped or (ended and not self._params.include_stop):
-            own = self._tokenizer.text_of(token_id) if self._tokenizer is not None else ""
-            self._held.append(TokenPiece(token_id, own, logprob, special, False, list(top), self._raw(token_id, own)))
-            self._unfinished += self._unfinished > 0
-            return None
-        text = ""
-        if self._detokenizer is not None:
-            text = self._detokenizer.push(token_id)
-            self._unfinished = self._unfinished + 1 if self._detokenizer.pending else 0
-        self._held.append(TokenPiece(token_id, text, logprob, special, True, list(top), self._raw(token_id, text)))
-        return self._match(text)
+        hidden = token_id in self._skipped or (ended and not self._params.include_stop)
+        text = self._text(token_id, hidden)
+        full = ""
+        if self._stops is not None and not ended:
+            full = text if self._full is None else self._full.push(token_id)
+        pending = any(one is not None and one.pending for one in (self._detokenizer, self._full))
+        self._unfinished = self._unfinished + 1 if pending else 0
+        special, raw = token_id in self._special, self._raw(token_id, text)
+        self._held.append(TokenPiece(token_id, text, logprob, special, not hidden, list(top), raw))
+        self._widths.append(len(full))
+        return self._match(full)
+
+    def _text(self, token_id: int, hidden: bool) -> str:
+        """What a shown token adds to the text; the own text of a hidden one."""
+        if self._tokenizer is None or self._detokenizer is None:
+            return ""
+        return self._tokenizer.text_of(token_id) if hidden else self._detokenizer.push(token_id)
 
     def _raw(self, token_id: int, text: str) -> bytes | None:
         if self._params.logprobs is None or self._tokenizer is None:
@@ -157,24 +168,26 @@ class ChoiceState:
         if everything or not (holding or keep):
             keep = 0
         else:
-            chars = sum(len(piece.text) for piece in held[len(held) - keep :] if piece.shown)
+            chars = sum(self._widths[len(held) - keep :])
             while chars < holding:
                 keep += 1
-                piece = held[-keep]
-                chars += len(piece.text) if piece.shown else 0
-        released = held[: len(held) - keep]
-        self._held = held[len(held) - keep :]
-        self._held_start += sum(len(piece.text) for piece in released if piece.shown)
-        return released
+                chars += self._widths[-keep]
+        cut = len(held) - keep
+        self._held, self._held_start = held[cut:], self._held_start + sum(self._widths[:cut])
+        del self._widths[:cut]
+        return held[:cut]
 
     def _finish(self, event: TokenEvent, prompt: PromptPart | None) -> TextDelta:
         """The engine's own end: text that was held back is text after all."""
-        if self._detokenizer is not None and (rest := self._detokenizer.flush()):
-            at = max(index for index, piece in enumerate(self._held) if piece.shown)
+        rest = self._detokenizer.flush() if self._detokenizer is not None else ""
+        full = self._full.flush() if self._full is not None else rest
+        if rest or full:
+            at = max((i for i, piece in enumerate(self._held) if piece.shown), default=len(self._held) - 1)
             piece = self._held[at]
             text = piece.text + rest
             self._held[at] = msgspec.structs.replace(piece, text=text, raw=self._raw(piece.id, text))
-            match = self._match(rest)
+            self._widths[at] += len(full)
+            match = self._match(full)
             if match is not None:
                 self._cut(match)
                 return self._end("stop", prompt, stop_reason=match.stop)
@@ -222,24 +235,22 @@ class ChoiceState:
         )
 
     def _cut(self, match: StopMatch) -> None:
-        """End the held text where the stop string ends (``include_stop``) or begins; pieces beyond it are no longer
-        shown.
-        """
+        """End the held text where the stop string ends (``include_stop``) or begins; later pieces are not shown."""
         limit = self._unmatched + (match.end if self._params.include_stop else match.start)
-        position, cut = self._held_start, []
-        for piece in self._held:
-            end = position + len(piece.text)
-            # Of a character that is cut off, the tokens before its last one have no text, and go with it.
-            if not piece.shown or (end <= limit and (piece.text or position < limit)):
-                cut.append(piece)
-            elif position < limit:
-                text, rest = piece.text[: limit - position], piece.text[limit - position :]
+        end = self._held_start
+        for index, (piece, width) in enumerate(zip(self._held, self._widths, strict=True)):
+            begin, end = end, end + width
+            # Of a character that is cut off, the tokens before its last one have no text, and are cut off with it.
+            if not piece.shown or (end <= limit and (piece.text or begin < limit)):
+                continue
+            if begin < limit:
+                # Counted from its end: where special tokens are left out, a piece may lack its leading space.
+                keep = max(0, len(piece.text) - (end - limit))
+                text, rest = piece.text[:keep], piece.text[keep:]
                 raw = None if piece.raw is None else piece.raw[: len(piece.raw) - len(rest.encode())]
-                cut.append(msgspec.structs.replace(piece, text=text, raw=raw))
+                self._held[index] = msgspec.structs.replace(piece, text=text, raw=raw)
             else:
-                cut.append(msgspec.structs.replace(piece, shown=False))
-            position += len(piece.text) if piece.shown else 0
-        self._held = cut
+                self._held[index] = msgspec.structs.replace(piece, shown=False)
         self._unfinished = 0
 
 

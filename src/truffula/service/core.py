@@ -14,12 +14,15 @@ import msgspec
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.choices import ChoiceState, merged, rank
+from truffula.service.files import LoadedTexts, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
+from truffula.text.ends import EndTokens
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.types import (
     AdapterRef,
     ChoiceTotals,
+    EndToken,
     EngineInfo,
     EngineRequest,
     GenerateRequest,
@@ -137,8 +140,9 @@ class Service:
     """Opens requests: tokenises, checks against the model's limits, expands ``n`` and ``best_of``. Thread-safe.
 
     Args:
-        info: Of the started engine.
+        info: Of the started engine. ``self.info`` adds what the text files say, as ``EngineInfo`` describes.
         tokenizer: None for a model without one: ids still serve, text raises ``NoTokenizer``.
+        texts: The tokenizer with what else its files say, in place of ``tokenizer``.
         policy: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
     """
@@ -147,20 +151,21 @@ class Service:
         self,
         info: EngineInfo,
         *,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | None = None,
+        texts: LoadedTexts | None = None,
         policy: AdapterPolicy | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.info = info
-        self.tokenizer = tokenizer
+        if texts is None:
+            texts = LoadedTexts(tokenizer, end_tokens=tokenizer.end_tokens if tokenizer is not None else ())
+        self.tokenizer = tokenizer = texts.tokenizer
         self.policy = policy or AdapterPolicy()
         self.limits = limits or ServiceLimits()
         self._clock = clock
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
-        self._eos_ids = frozenset(info.eos_token_ids)
         sources = templates if templates is not None else tokenizer.chat_templates if tokenizer is not None else {}
         self.templates = ChatTemplates(
             sources,
@@ -168,6 +173,40 @@ class Service:
             seconds=self.limits.template_seconds,
             max_chars=self.limits.template_chars,
         )
+        self._engine_ends = frozenset(info.eos_token_ids)
+        configured = info.end_tokens or [EndToken(token, "config.json eos_token_id") for token in info.eos_token_ids]
+        self._ends = EndTokens(
+            texts.end_tokens, configured, tokenizer=tokenizer, templates=self.templates, vocab_size=info.vocab_size
+        )
+        self.info = self._described(info, texts)
+
+    def _described(self, info: EngineInfo, texts: LoadedTexts) -> EngineInfo:
+        """``info`` with what the text files say. What they warn of is logged; a library may well serve ids alone, so
+        that there is no tokenizer is logged by the server.
+        """
+        warnings = [*texts.warnings, *self._ends.warnings]
+        if self.tokenizer is not None and self.tokenizer.vocab_size > info.vocab_size:
+            warnings.append(
+                f"The tokenizer has {self.tokenizer.vocab_size} tokens, the model {info.vocab_size} ids: a prompt with "
+                f"a token from {info.vocab_size} on is refused."
+            )
+        for warning in warnings:
+            logger.warning("%s", warning)
+        return msgspec.structs.replace(
+            info,
+            eos_token_ids=[token.id for token in self._ends.always],
+            end_tokens=self._ends.all,
+            warnings=[*info.warnings, *without_tokenizer(texts.no_tokenizer), *warnings],
+            no_tokenizer=texts.no_tokenizer,
+        )
+
+    def _end_ids(self, request: GenerateRequest) -> frozenset[int]:
+        """Ids that end a completion of ``request`` unless it ignores them."""
+        if request.messages is None:
+            return self._ends.ids
+        source = self.templates.choose(request.chat_template, with_tools=bool(request.tools))
+        turn_end = self._ends.of_template(source)
+        return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
@@ -191,7 +230,8 @@ class Service:
         prompt = make_prompt(request, self.tokenizer, self.templates, self.info)
         check_fits(len(prompt.ids), params, self.info)
         check_scores(len(prompt.ids), count, params)
-        engine_params = self._engine_params(params)
+        end_ids = self._end_ids(request)
+        engine_params = self._engine_params(params, end_ids)
         now = self._clock()
         request_id = request.request_id or f"{self._random.getrandbits(64):016x}"
         # A client's word need not be unique, an engine's id must be.
@@ -212,22 +252,27 @@ class Service:
         ]
         given_back = prompt if prompt.text is not None else None
         choices = [
-            ChoiceState(one, params, self.tokenizer, self._eos_ids, given_back, self._clock) for one in engine_requests
+            ChoiceState(one, params, self.tokenizer, end_ids, given_back, self._clock) for one in engine_requests
         ]
         return RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop:
-            need_tokenizer(self.tokenizer)
+            need_tokenizer(self.tokenizer, self.info)
         for stop in params.stop:
             check_text(stop, "stop")
         checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
         checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
-    def _engine_params(self, params: SamplingParams) -> SamplingParams:
-        """What the engine needs of them: a seed, and logprobs where the best is to be found."""
+    def _engine_params(self, params: SamplingParams, end_ids: frozenset[int]) -> SamplingParams:
+        """What the engine needs of them: a seed, the end tokens it does not know, and logprobs to find the best."""
         seed = params.seed
         if seed is None:
             seed = 0 if params.greedy else self._random.getrandbits(63)
         logprobs = 0 if params.logprobs is None and (params.best_of or 1) > 1 else params.logprobs
-        return msgspec.structs.replace(params, seed=seed, logprobs=logprobs, stop=(), n=1, best_of=None)
+        ends = params.stop_token_ids
+        if not params.ignore_eos:
+            ends += tuple(sorted(end_ids - self._engine_ends - set(ends)))
+        return msgspec.structs.replace(
+            params, seed=seed, logprobs=logprobs, stop=(), stop_token_ids=ends, n=1, best_of=None
+        )

@@ -32,10 +32,12 @@ class Prompt:
     ignored: tuple[str, ...] = ()
 
 
-def need_tokenizer(tokenizer: Tokenizer | None) -> Tokenizer:
+def need_tokenizer(tokenizer: Tokenizer | None, info: EngineInfo) -> Tokenizer:
+    """``tokenizer``. Raises ``NoTokenizer`` with the reason where there is none."""
     if tokenizer is None:
+        reason = f" {info.no_tokenizer}" if info.no_tokenizer else ""
         raise NoTokenizer(
-            "This model has no tokenizer; send the prompt as token ids and read token ids.", param="prompt"
+            f"This model has no tokenizer; send the prompt as token ids and read token ids.{reason}", param="prompt"
         )
     return tokenizer
 
@@ -108,13 +110,13 @@ def make_prompt(
     ``TemplateError``, ``NoTokenizer``. A text that can't fit is refused by its length before any work is done on it.
     """
     if request.messages is not None:
-        need_tokenizer(tokenizer)
+        need_tokenizer(tokenizer, info)
     text = prompt_text(request, templates)
     ignored = left_out(request, templates)
     wants_pieces = request.echo or request.return_prompt_tokens or request.params.prompt_logprobs is not None
     pieces: list[TokenPiece] | None = None
     if text is not None:
-        tokenizer = need_tokenizer(tokenizer)
+        tokenizer = need_tokenizer(tokenizer, info)
         _check_length(text, request, tokenizer, info)
         special = request.add_special_tokens
         special = request.messages is None if special is None else special

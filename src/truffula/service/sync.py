@@ -11,9 +11,8 @@ from truffula.engine.client import EngineClient
 from truffula.errors import ShuttingDown, TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.core import RequestState, Service, ServiceLimits
-from truffula.service.files import tokenizer_of
+from truffula.service.files import LoadedTexts, texts_of
 from truffula.service.fold import collect, failure
-from truffula.text.tokenizer import Tokenizer
 from truffula.types import Completion, GenerateRequest, TextDelta, TokenEvent
 
 logger = logging.getLogger(__name__)
@@ -62,13 +61,13 @@ class SyncService:
         *,
         policy: AdapterPolicy | None = None,
         limits: ServiceLimits | None = None,
-        tokenizer: Tokenizer | None = None,
+        texts: LoadedTexts | None = None,
         templates: Mapping[str, str] | None = None,
     ) -> None:
         self.client = client
         self.core = Service(
             client.info,
-            tokenizer=tokenizer if tokenizer is not None else tokenizer_of(client.info),
+            texts=texts if texts is not None else texts_of(client.info),
             policy=policy,
             limits=limits,
             templates=templates,

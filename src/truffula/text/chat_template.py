@@ -65,6 +65,15 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self._sources)
 
+    @property
+    def default(self) -> str | None:
+        """The source that a request without tools and without a template of its own is rendered with."""
+        return self._sources.get("default")
+
+    def owns(self, source: str) -> bool:
+        """Whether ``source`` is one of the model's."""
+        return source in self._sources.values()
+
     def choose(self, override: str | None, *, with_tools: bool) -> str:
         """The source to render: ``override`` (a source, or the name of one of the model's), else the model's for this
         use.

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Library
 
 from truffula.errors import CheckpointError, InvalidRequest
 from truffula.text.detokenizer import REPLACEMENT, ByteDetokenizer, Detokenizer, WindowDetokenizer
 from truffula.text.pieces import BYTE_TOKEN, byte_rule, is_utf8
-
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from truffula.text.side_files import ADDED, CONFIG, MAP, add_tokens, special_tokens
+from truffula.types import EndToken
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,26 @@ class Tokenizer:
     """Text to ids and back. Safe to use from several threads.
 
     ``special_tokens`` maps ``bos_token``, ``eos_token``, … to their text (what chat templates read). ``special_ids``
-    are the ids that ``skip_special_tokens`` leaves out. ``chat_templates`` maps a name (``default``, ``tool_use``, …)
-    to a Jinja source.
+    are the ids that ``skip_special_tokens`` leaves out, ``added_ids`` those matched in the text before it is cut.
+    ``chat_templates`` maps a name (``default``, ``tool_use``, …) to a Jinja source. ``end_tokens`` are those at which
+    the model's files, beside its configuration, end a completion. ``warnings`` are for the operator.
     """
 
-    def __init__(self, library: Library, config: Mapping[str, Any], special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        library: Library,
+        config: Mapping[str, Any],
+        special_tokens: Mapping[str, str],
+        end_tokens: Sequence[EndToken] = (),
+        warnings: Sequence[str] = (),
+    ) -> None:
         self._library = library
         self.special_tokens = dict(special_tokens)
-        self.special_ids = frozenset(
-            token_id for token_id, token in library.get_added_tokens_decoder().items() if token.special
-        )
+        self.end_tokens = tuple(end_tokens)
+        self.warnings = tuple(warnings)
+        added = library.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_ids = frozenset(added)
         self.bos_id = self._named("bos_token")
         self.eos_id = self._named("eos_token")
         self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
@@ -156,13 +165,13 @@ class Tokenizer:
         return text.encode() if own is not None and is_utf8(own) and REPLACEMENT not in text else own
 
 
-def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
+def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = ()) -> Tokenizer | None:
     """The tokenizer of a model's files (name → content), or None where there is no tokenizer.json.
 
     Args:
-        files: ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``chat_template.jinja`` or
-        the older
-            ``chat_template.json``, as far as they exist.
+        files: ``tokenizer.json``, ``tokenizer_config.json``, ``special_tokens_map.json``, ``added_tokens.json``,
+            ``chat_template.jinja`` or the older ``chat_template.json``, as far as they exist.
+        end_tokens: Known otherwise to end a completion; the files' ``eos_token`` is added.
 
     Raises ``CheckpointError`` naming the file that can't be read. What surrounds a text (BOS, EOS) is tokenizer.json's
     word alone: ``add_bos_token`` of tokenizer_config.json is read only where there is no tokenizer.json, in
@@ -177,14 +186,20 @@ def load_tokenizer(files: Mapping[str, bytes]) -> Tokenizer | None:
         raise CheckpointError(f"tokenizer.json can't be read: {error}", param="tokenizer.json") from error
     library.no_padding()
     library.no_truncation()
-    config = _object(files, "tokenizer_config.json")
-    special = _special_tokens(config, _object(files, "special_tokens_map.json"))
-    _add_missing(library, config, special)
+    config = _object(files, CONFIG)
+    special = special_tokens(config, _object(files, MAP))
+    warnings = add_tokens(library, config, _object(files, ADDED), special)
     if "chat_template.jinja" in files:
         config["chat_template"] = _text(files, "chat_template.jinja")
     elif "chat_template.json" in files:
         config.setdefault("chat_template", _object(files, "chat_template.json").get("chat_template"))
-    return Tokenizer(library, config, special)
+    named = {name: token.content for name, token in special.named.items()}
+    ends = list(end_tokens)
+    if "eos_token" in named:
+        eos = library.token_to_id(named["eos_token"])
+        if eos is not None and eos not in {token.id for token in ends}:
+            ends.append(EndToken(eos, f"{special.sources['eos_token']} eos_token", named["eos_token"]))
+    return Tokenizer(library, config, named, ends, warnings)
 
 
 def _text(files: Mapping[str, bytes], name: str) -> str:
@@ -205,38 +220,6 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} holds a {type(value).__name__}, not an object.", param=name)
     return value
-
-
-def _content(token: Any) -> str | None:
-    """A special token is written as text, or as an object with ``content``."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) and token else None
-
-
-def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
-    """Named special tokens; tokenizer_config.json wins. Names of its own (``image_token``, …) are kept: templates read
-    them.
-    """
-    found: dict[str, str] = {}
-    for source in (special_map, config):
-        for name, value in source.items():
-            content = _content(value) if name in NAMED_TOKENS or name.endswith("_token") else None
-            if content is not None:
-                found[name] = content
-    return found
-
-
-def _add_missing(library: Library, config: Mapping[str, Any], special: Mapping[str, str]) -> None:
-    """Tokens that only the other files name, and the named ones marked special, as transformers does on loading."""
-    known = {token.content: token for token in library.get_added_tokens_decoder().values()}
-    declared = config.get("added_tokens_decoder") or {}
-    for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
-        if isinstance(entry, dict) and entry.get("content") and entry["content"] not in known:
-            flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
-            library.add_tokens([AddedToken(entry["content"], special=bool(entry.get("special", False)), **flags)])
-    named = [special[name] for name in NAMED_TOKENS if name in special]
-    library.add_special_tokens([token for token in named if token not in known or not known[token].special])
 
 
 def _templates(config: Mapping[str, Any]) -> dict[str, str]:

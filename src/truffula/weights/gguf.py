@@ -19,7 +19,7 @@ from truffula.weights.gguf_parts import Part, open_parts, tensors_of
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
 from truffula.weights.gguf_rope import ROPE_FREQS
 from truffula.weights.gguf_sampling import sampling_defaults
-from truffula.weights.gguf_tokenizer import generation_config, tokenizer_files
+from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
 from truffula.weights.mapped import MappedFile
 from truffula.weights.naming import naming_file
 
@@ -100,9 +100,7 @@ class GgufCheckpoint:
         part.file.release(item.offset, item.nbytes)
 
     def tokenizer_files(self) -> dict[str, bytes]:
-        files, warnings = tokenizer_files(self._header.metadata)
-        self.warnings = tuple(dict.fromkeys((*self.warnings, *warnings)))
-        return files
+        return read_tokenizer(self._header.metadata).files
 
     def close(self) -> None:
         for part in self._parts:

@@ -17,17 +17,9 @@ import numpy as np
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_header import GgufHeader
 
-# Known, and of no effect on what a model computes. A pattern that ends in "." covers all keys under it.
-_INERT = re.compile(
-    r"general\.(?!sampling\.)|split\.|quantize\.|tokenizer\.chat_templates$"
-    r"|tokenizer\.ggml\.(token_type_count|add_sep_token|remove_extra_whitespaces"
-    r"|(fim_\w+|prefix|suffix|middle|seperator|cls|mask)_token_id)$"
-)
-# Read by gguf_tokenizer, and only when a text is to be served: a test holds this list against what that module reads.
-READ_BY_TOKENIZER = re.compile(
-    r"tokenizer\.chat_template(\..+)?$|tokenizer\.ggml\.(model|pre|tokens|token_type|scores|merges"
-    r"|(bos|eos|eot|eom|unknown|padding)_token_id|add_(bos_token|eos_token|space_prefix))$"
-)
+# Known, and of no effect on what a model computes. A pattern that ends in "." covers all keys under it. The keys of the
+# tokenizer are reported where it is read: ``gguf_vocabulary.unread_keys``.
+_INERT = re.compile(r"general\.(?!sampling\.)|split\.|quantize\.|tokenizer\.")
 # Under the architecture's prefix: of no effect.
 _INERT_HERE = frozenset({"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"})
 # Under the architecture's prefix: of no effect at this value; at any other they change the result.
@@ -113,7 +105,7 @@ def account(header: GgufHeader) -> list[str]:
     prefix = f"{metadata['general.architecture']}."
     for name in metadata.unread():
         key = name.removeprefix(prefix) if name.startswith(prefix) else ""
-        if _INERT.match(name) or READ_BY_TOKENIZER.match(name) or key in _INERT_HERE:
+        if _INERT.match(name) or key in _INERT_HERE:
             continue
         value = metadata.peek(name)
         if key in _NEUTRAL and value == _NEUTRAL[key]:

@@ -8,13 +8,23 @@ Sources: llama.cpp's tokenizers (which text a file is meant to be read as) and t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+from truffula.types import EndToken
+from truffula.weights.gguf_vocabulary import (
+    NORMAL,
+    PREFIX,
+    TEMPLATE,
+    UnreadableVocabulary,
+    Vocabulary,
+    named_ends,
+    unread_keys,
+)
+
 _SPACE = "\u2581"
-_TEMPLATE = "tokenizer.chat_template"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -43,115 +53,68 @@ _LLAMA3_LIKE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "kormo"})
 
 
-def tokenizer_files(metadata: Mapping[str, Any]) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """tokenizer.json and tokenizer_config.json by name, and warnings.
+@dataclass(frozen=True)
+class GgufTexts:
+    """``files``: tokenizer.json and tokenizer_config.json by name, or none; ``refused`` says then why.
 
-    A vocabulary of a kind that is not read gives no tokenizer.json and a warning naming it: token ids can still be
-    served.
+    ``end_tokens`` are those that the file names, and those known by their text.
     """
-    warnings: list[str] = []
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not _is_text(tokens):
-        return {}, ("the GGUF file holds no usable vocabulary; only token ids can be served.",)
-    vocabulary = _Vocabulary(metadata, tokens)
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "default")
-    if kind == "gpt2" and pre in _SPLITS:
-        if pre == "default":
-            warnings.append("the GGUF file does not say how its tokenizer cuts text; llama.cpp's default was taken.")
-        made = _byte_level(vocabulary, pre)
-    elif kind == "llama" and vocabulary.mergeable():
-        made = _sentencepiece(vocabulary)
-    else:
-        what = f"tokenizer.ggml.model {kind!r}" + (f" with tokenizer.ggml.pre {pre!r}" if kind == "gpt2" else "")
-        return {}, (f"{what} is not read; only token ids can be served.",)
-    files = {
-        "tokenizer.json": msgspec.json.encode(made),
-        "tokenizer_config.json": msgspec.json.encode(_tokenizer_config(vocabulary, made)),
-    }
-    return files, tuple(warnings)
+
+    files: dict[str, bytes]
+    end_tokens: tuple[EndToken, ...] = ()
+    warnings: tuple[str, ...] = ()
+    refused: str = ""
+
+
+def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTexts:
+    """The tokenizer of a file. One that can't be rebuilt exactly is refused; token ids can then still be served."""
+    warnings = [
+        f"the GGUF metadata key {key} ({str(metadata[key])[:40]}) is not read." for key in unread_keys(metadata)
+    ]
+    ends: tuple[EndToken, ...] = ()
+    try:
+        vocabulary = Vocabulary(metadata)
+        ends = vocabulary.ends
+        made = _tokenizer(vocabulary)
+        config = _tokenizer_config(vocabulary, made)
+    except UnreadableVocabulary as error:
+        refused = f"The tokenizer of the GGUF file is not read: {error}."
+        return GgufTexts({}, ends, tuple(warnings), refused)
+    files = {"tokenizer.json": msgspec.json.encode(made), "tokenizer_config.json": msgspec.json.encode(config)}
+    return GgufTexts(files, ends, (*warnings, *vocabulary.warnings))
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """End-of-sequence ids: a file may name one that ends the text, one that ends a turn and one that ends a message."""
-    found = [metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
-    ids = list(dict.fromkeys(value for value in found if isinstance(value, int)))
+    """Ids that the file names as the end of the text, of a turn or of a message."""
+    ids = list(named_ends(metadata))
     return {"eos_token_id": ids} if ids else {}
 
 
-def _is_text(tokens: Any) -> TypeGuard[list[str]]:
-    if not isinstance(tokens, list) or set(map(type, tokens)) != {str}:
-        return False
-    try:
-        "".join(tokens).encode()
-    except UnicodeEncodeError:  # bytes that were no UTF-8 come as lone surrogates
-        return False
-    return True
+def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
+    if vocabulary.kind == "llama":
+        return _sentencepiece(vocabulary)
+    if vocabulary.kind != "gpt2":
+        raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; gpt2 and llama are read")
+    pre = vocabulary.metadata.get(f"{PREFIX}pre", "default")
+    if not isinstance(pre, str) or pre not in _SPLITS:
+        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; {', '.join(sorted(_SPLITS))} are read")
+    if pre == "default":
+        vocabulary.warnings.append(
+            f"{PREFIX}pre does not say how the tokenizer cuts text; llama.cpp's default was taken."
+        )
+    return _byte_level(vocabulary, pre)
 
 
-class _Vocabulary:
-    """The lists of the file under names. ``types`` are llama.cpp's: 1 normal, 3 control, 4 user-defined, 6 byte."""
-
-    def __init__(self, metadata: Mapping[str, Any], tokens: list[str]) -> None:
-        self.metadata = metadata
-        self.tokens = tokens
-        types = metadata.get("tokenizer.ggml.token_type")
-        self.types: list[int] = types if isinstance(types, list) and len(types) == len(tokens) else []
-        merges = metadata.get("tokenizer.ggml.merges")
-        # a merge is two tokens with one space between; the first may itself begin with one
-        self.merges = self._usable(merges) if isinstance(merges, list) else None
-
-    def _usable(self, merges: list[Any]) -> list[tuple[str, str]]:
-        """One whose parts or result the vocabulary lacks can never apply, and the library refuses it."""
-        known, found = set(self.tokens), []
-        for merge in map(str, merges):  # as many as tokens, while a server starts
-            left, _, right = merge.partition(" ")
-            if not left:
-                left, right = _halves(merge)
-            if left in known and right in known and left + right in known:
-                found.append((left, right))
-        return found
-
-    def token(self, name: str) -> tuple[int, str] | None:
-        """Id and text of the ``bos``, ``eos``, ``unknown`` or ``padding`` token."""
-        index = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return (index, self.tokens[index]) if isinstance(index, int) and 0 <= index < len(self.tokens) else None
-
-    def mergeable(self) -> bool:
-        scores = self.metadata.get("tokenizer.ggml.scores")
-        scored = isinstance(scores, list) and len(scores) == len(self.tokens)
-        return bool(self.types) and (scored or bool(self.merges))
-
-    def added(self, spelled: list[str]) -> list[dict[str, Any]]:
-        """Tokens matched in the text before it is cut: control tokens, which are special, and those the author
-        defined.
-        """
-        return [
-            {
-                "id": index,
-                "content": spelled[index],
-                "single_word": False,
-                "lstrip": False,
-                "rstrip": False,
-                "normalized": False,
-                "special": kind != _USER_DEFINED,
-            }
-            for index, kind in enumerate(self.types)
-            if kind != _NORMAL and kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) and spelled[index]
-        ]
-
-
-def _halves(merge: str) -> tuple[str, str]:
-    at = merge.find(" ", 1)
-    return (merge[:at], merge[at + 1 :]) if at > 0 else (merge, "")
-
-
-def _byte_level(vocabulary: _Vocabulary, pre: str) -> dict[str, Any]:
+def _byte_level(vocabulary: Vocabulary, pre: str) -> dict[str, Any]:
+    merges = vocabulary.merges()
+    if merges is None:
+        raise UnreadableVocabulary(f"{PREFIX}merges is missing")
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in _SPLITS[pre]
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    model = _bpe(vocabulary.tokens, vocabulary.merges or [], ignore_merges=pre in _LLAMA3_LIKE)
+    model = _bpe(vocabulary.tokens, merges, ignore_merges=pre in _LLAMA3_LIKE)
     return _assemble(
         vocabulary,
         vocabulary.added(vocabulary.tokens),
@@ -159,19 +122,25 @@ def _byte_level(vocabulary: _Vocabulary, pre: str) -> dict[str, Any]:
         normalizer={"type": "NFC"} if pre in _NFC else None,
         pre_tokenizer={"type": "Sequence", "pretokenizers": [*cuts, byte_level]},
         decoder=byte_level,
-        add_bos=bool(vocabulary.metadata.get("tokenizer.ggml.add_bos_token", pre in _LLAMA3_LIKE)),
+        add_bos=vocabulary.flag("add_bos_token", pre in _LLAMA3_LIKE),
     )
 
 
-def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
+def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     gemma = str(vocabulary.metadata.get("general.architecture", "")).startswith("gemma")
     # A run of spaces is a token of its own; the file spells it with spaces, the normalised text with the mark.
     tokens = [_SPACE * len(t) if len(t) > 1 and not t.strip(" ") else t for t in vocabulary.tokens]
     same = [token if token == spelled else "" for token, spelled in zip(vocabulary.tokens, tokens, strict=True)]
-    # Gemma's scores don't follow the order of its merges; the order of its vocabulary does.
-    scores = None if gemma else vocabulary.metadata.get("tokenizer.ggml.scores")
-    merges = vocabulary.merges or recover_merges(tokens, scores)
-    prefix = bool(vocabulary.metadata.get("tokenizer.ggml.add_space_prefix", not gemma))
+    merges, foreign = vocabulary.merges_and_foreign()
+    scores = vocabulary.scores()
+    if not merges or foreign:  # llama.cpp reads the scores alone
+        if not scores:
+            raise UnreadableVocabulary(f"{PREFIX}scores is missing, by which {PREFIX}model llama joins tokens")
+        # Gemma's scores don't follow the order of its merges; the order of its vocabulary does.
+        merges = recover_merges(tokens, None if gemma else scores)
+        if not gemma and not _are_ranked(tokens, scores, merges):
+            raise UnreadableVocabulary(f"{PREFIX}scores are all equal, and {PREFIX}model llama joins tokens by them")
+    prefix = vocabulary.flag("add_space_prefix", not gemma)
     unknown = vocabulary.token("unknown")
     model = _bpe(tokens, merges, unk_token=unknown[1] if unknown else None, fuse_unk=True, byte_fallback=True)
     steps: list[dict[str, Any]] = [
@@ -191,8 +160,15 @@ def _sentencepiece(vocabulary: _Vocabulary) -> dict[str, Any]:
         normalizer=normalizer,
         pre_tokenizer=None,
         decoder={"type": "Sequence", "decoders": steps},
-        add_bos=bool(vocabulary.metadata.get("tokenizer.ggml.add_bos_token", True)),
+        add_bos=vocabulary.flag("add_bos_token", True),
     )
+
+
+def _are_ranked(tokens: list[str], scores: list[float], merges: list[tuple[str, str]]) -> bool:
+    """Whether the scores say which merge comes first. Some converters write a placeholder for all."""
+    place = {token: index for index, token in enumerate(tokens)}
+    made = {left + right for left, right in merges}
+    return len(made) < 2 or len({scores[place[token]] for token in made}) > 1
 
 
 def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[str, str]]:
@@ -236,10 +212,10 @@ def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> di
 
 
 def _assemble(
-    vocabulary: _Vocabulary, added: list[dict[str, Any]], model: dict[str, Any], *, add_bos: bool, **parts: Any
+    vocabulary: Vocabulary, added: list[dict[str, Any]], model: dict[str, Any], *, add_bos: bool, **parts: Any
 ) -> dict[str, Any]:
-    before = vocabulary.token("bos") if add_bos else None
-    after = vocabulary.token("eos") if vocabulary.metadata.get("tokenizer.ggml.add_eos_token") else None
+    before = vocabulary.needed("bos") if add_bos else None
+    after = vocabulary.needed("eos") if vocabulary.flag("add_eos_token", False) else None
     return {
         "version": "1.0",
         "truncation": None,
@@ -272,27 +248,26 @@ def _frame(before: tuple[int, str] | None, after: tuple[int, str] | None) -> dic
     }
 
 
-def _tokenizer_config(vocabulary: _Vocabulary, made: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_config(vocabulary: Vocabulary, made: dict[str, Any]) -> dict[str, Any]:
     frame = made["post_processor"] or {"single": []}
     framed = [item["SpecialToken"]["id"] for item in frame["single"] if "SpecialToken" in item]
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, ggml in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = vocabulary.token(ggml)
-        if token is not None:
+        # One that is text is not special; some files give a comma as the token that begins a text.
+        if token is not None and (vocabulary.types[token[0]] != NORMAL or token[1] in framed):
             config[f"{name}_token"] = token[1]
     config["add_bos_token"] = bool(framed) and framed[0] == config.get("bos_token")
     config["add_eos_token"] = (
-        bool(framed)
-        and framed[-1] == config.get("eos_token")
-        and bool(vocabulary.metadata.get("tokenizer.ggml.add_eos_token"))
+        bool(framed) and framed[-1] == config.get("eos_token") and vocabulary.flag("add_eos_token", False)
     )
-    template = vocabulary.metadata.get(_TEMPLATE)
+    template = vocabulary.metadata.get(TEMPLATE)
     if isinstance(template, str):
         config["chat_template"] = template
     named = {
-        key.removeprefix(f"{_TEMPLATE}."): value
+        key.removeprefix(f"{TEMPLATE}."): value
         for key in vocabulary.metadata
-        if key.startswith(f"{_TEMPLATE}.") and isinstance(value := vocabulary.metadata[key], str)
+        if key.startswith(f"{TEMPLATE}.") and isinstance(value := vocabulary.metadata[key], str)
     }
     if named:
         every = {"default": template, **named} if isinstance(template, str) else named

@@ -22,6 +22,25 @@ MAX_JSON_BYTES = 64 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 
 
+# Tokenizers of other forms, by their usual file names.
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "*.tiktoken")
+
+
+def no_tokenizer(folder: Path) -> str:
+    """Why ``folder`` has no tokenizer that is read, and what to do; "" where it has one."""
+    if (folder / "tokenizer.json").is_file():
+        return ""
+    others = [file.name for pattern in _OTHER_TOKENIZERS for file in sorted(folder.glob(pattern))]
+    if not others:
+        return "The model's folder has no tokenizer.json. Copy it from where the weights come from."
+    beside = f"{' and '.join(others[:3])} {'is' if len(others) == 1 else 'are'} not read"
+    return (
+        f"The model's folder has no tokenizer.json; {beside}. Make it once, with transformers, sentencepiece and "
+        'protobuf installed, where DIR is the folder: python -c "from transformers import AutoTokenizer; '
+        "AutoTokenizer.from_pretrained('DIR').save_pretrained('DIR')\""
+    )
+
+
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """Contents by name of ``TOKENIZER_FILES``, as far as they exist."""
     return {

@@ -1,5 +1,5 @@
-"""A model's text files for who serves text and holds no weights: the same bytes that ``open_checkpoint`` gives, without
-opening a tensor. Imports no array: the process that speaks HTTP has no use for one.
+"""A model's text files for the process that serves text and holds no weights: the same bytes that ``open_checkpoint``
+gives, without opening a tensor. Imports no array: the process that speaks HTTP has no use for one.
 """
 
 from __future__ import annotations
@@ -10,31 +10,55 @@ from pathlib import Path
 from typing import Any
 
 from truffula.errors import CheckpointError
+from truffula.types import EndToken
 from truffula.weights import gguf_tokenizer, text_files
-from truffula.weights.gguf_header import read_header
+from truffula.weights.gguf_header import GgufHeader, read_header
 from truffula.weights.gguf_sampling import sampling_defaults
 from truffula.weights.naming import naming_file
 
 
 @dataclass(frozen=True)
 class ModelTexts:
-    """``tokenizer``: contents by file name (tokenizer.json, …); ``generation_config``: that file, ``{}`` for none."""
+    """``tokenizer``: contents by file name (tokenizer.json, …); ``generation_config``: that file, ``{}`` for none.
+
+    ``end_tokens``: what a GGUF file's vocabulary says of them. ``no_tokenizer``: why there is no tokenizer.json, and
+    what to do; "" where there is one.
+    """
 
     tokenizer: dict[str, bytes]
     generation_config: dict[str, Any]
+    end_tokens: tuple[EndToken, ...] = ()
+    warnings: tuple[str, ...] = ()
+    no_tokenizer: str = ""
 
 
 def read_texts(path: Path) -> ModelTexts:
     """Of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` for what can't be read."""
     if path.is_dir():
-        return ModelTexts(text_files.tokenizer_files(path), text_files.generation_config(path))
+        return ModelTexts(
+            text_files.tokenizer_files(path),
+            text_files.generation_config(path),
+            no_tokenizer=text_files.no_tokenizer(path),
+        )
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # goes with the last view of it
     except (OSError, ValueError) as error:  # ValueError: an empty file is not mapped
         raise CheckpointError(f"{path} cannot be read: {error}.", param=str(path)) from error
-    metadata = read_header(path, memoryview(mapped)).metadata
+    header = read_header(path, memoryview(mapped))
     with naming_file(path):
-        files, _ = gguf_tokenizer.tokenizer_files(metadata)
-        generation = {**sampling_defaults(metadata), **gguf_tokenizer.generation_config(metadata)}
-        return ModelTexts(files, generation)
+        found = gguf_tokenizer.read_tokenizer(header.metadata)
+        generation = {**sampling_defaults(header.metadata), **gguf_tokenizer.generation_config(header.metadata)}
+    warnings = (*found.warnings, *_shorter(header))
+    return ModelTexts(found.files, generation, found.end_tokens, warnings, found.refused)
+
+
+def _shorter(header: GgufHeader) -> list[str]:
+    """A warning where the vocabulary has fewer tokens than the model has rows. (The service warns of more.)"""
+    table, tokens = header.tensors.get("token_embd.weight"), header.metadata.get("tokenizer.ggml.tokens")
+    if table is None or not isinstance(tokens, list) or len(tokens) >= table.shape[0]:
+        return []
+    return [
+        f"tokenizer.ggml.tokens lists {len(tokens)} tokens, token_embd.weight has {table.shape[0]} rows; ids without a "
+        "token have no text."
+    ]

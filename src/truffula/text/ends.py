@@ -1,0 +1,103 @@
+"""Which tokens end a completion, and where each is named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from truffula.errors import InvalidRequest, TemplateError
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.tokenizer import Tokenizer
+from truffula.types import EndToken
+
+IN_CHATS = "the chat template; in chat requests"
+# An assistant's message, to find what a template writes after it. No template contains it.
+_ANSWER = "TRUFFULA ANSWERS HERE"
+_MARK = re.compile(r"<[^\s<>]{1,60}>")
+
+
+class EndTokens:
+    """The end tokens of one model: ``always`` those of every request, and those of its chat templates.
+
+    Args:
+        named: What the tokenizer's files say.
+        configured: What config.json and generation_config.json say.
+        vocab_size: Ids that the model can generate.
+
+    ``warnings`` are for the operator: tokens that can't end a completion, a default template whose turn end is no
+    token, a model without end tokens.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[EndToken],
+        configured: Iterable[EndToken],
+        *,
+        tokenizer: Tokenizer | None,
+        templates: ChatTemplates,
+        vocab_size: int,
+    ) -> None:
+        self._tokenizer, self._templates, self._vocab_size = tokenizer, templates, vocab_size
+        self._of_templates: dict[str, EndToken | None] = {}
+        self.warnings: list[str] = []
+        found: dict[int, EndToken] = {}
+        for token in (*named, *configured):
+            if token.id >= vocab_size:
+                self.warnings.append(
+                    f"{token.source} names {token.text!r}, token {token.id}, beyond the model's {vocab_size} ids: it "
+                    "can't end a completion."
+                )
+            elif token.id not in found:
+                text = tokenizer.text_of(token.id) if tokenizer is not None else token.text
+                found[token.id] = EndToken(token.id, token.source, text)
+        self.always = list(found.values())
+        self.ids = frozenset(found)
+        default = self.of_template(templates.default)
+        self.all = [*self.always, *([default] if default is not None and default.id not in self.ids else [])]
+        if not self.all:
+            self.warnings.append(
+                "No file of the model names an end token: completions end by length or by a stop string."
+            )
+
+    def of_template(self, source: str | None) -> EndToken | None:
+        """The token that the model's own template ``source`` writes after every answer; None for another template.
+
+        The token must be the same where the conversation ends and where it continues: one that only begins the next
+        turn does not count.
+        """
+        if self._tokenizer is None or source is None or not self._templates.owns(source):
+            return None
+        if source not in self._of_templates:
+            self._of_templates[source] = self._find(source, self._tokenizer)
+        return self._of_templates[source]
+
+    def _find(self, source: str, tokenizer: Tokenizer) -> EndToken | None:
+        after = [self._after_answer(source, continued) for continued in (False, True)]
+        first, again = (tokenizer.encode(text, add_special_tokens=False)[:1] for text in after)
+        if first and first == again and first[0] in tokenizer.added_ids and first[0] < self._vocab_size:
+            return EndToken(first[0], IN_CHATS, tokenizer.text_of(first[0]))
+        mark, other = (match[0] if (match := _MARK.match(text)) else "" for text in after)
+        if mark and mark == other:
+            self.warnings.append(
+                f"The chat template ends an answer with {mark!r}, which is not one token of this model, so it does "
+                "not end a completion. Give it as a stop string, or use the tokenizer that the model was trained with."
+            )
+        return None
+
+    def _after_answer(self, source: str, continued: bool) -> str:
+        """What the template writes after an answer, stripped; "" where it refuses the conversation."""
+        question = {"role": "user", "content": "Hello"}
+        messages = [question, {"role": "assistant", "content": _ANSWER}, *([question] if continued else [])]
+        try:
+            text = self._templates.render(messages, add_generation_prompt=False, template=source)
+        except (TemplateError, InvalidRequest):
+            return ""
+        return text.rpartition(_ANSWER)[2].strip() if _ANSWER in text else ""
+
+
+def describe(tokens: Sequence[EndToken]) -> str:
+    """``<|im_end|> (2, tokenizer_config.json eos_token), …``, for logs and reports."""
+    return ", ".join(
+        f"{token.text} ({token.id}, {token.source})" if token.text else f"{token.id} ({token.source})"
+        for token in tokens
+    )

@@ -1,0 +1,294 @@
+"""The vocabulary of a GGUF file: its lists checked against each other, the type of each token, the end tokens.
+
+Read as llama.cpp's vocabulary loader reads it (``llama-vocab.cpp``). What that loader refuses is refused here too, and
+so is what the ``tokenizers`` library can't express; each error names the metadata key.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, TypeGuard
+
+from truffula.types import EndToken
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+BY_TEXT = "known by its text"
+PREFIX = "tokenizer.ggml."
+# Tokens that end a completion by their text, whether or not the file names them.
+_ENDS_BY_TEXT = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
+)  # fmt: skip
+# Marks of fill-in-the-middle prompts: the id under the key, else the token of one of these texts. The last three end a
+# completion: what follows them is padding or another file.
+_FIM: Mapping[str, tuple[str, ...]] = {
+    "fim_pre": (
+        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
+        "<|prefix|>",
+    ),
+    "fim_suf": (
+        "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>",
+        "<|suffix|>",
+    ),
+    "fim_mid": (
+        "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>",
+        "<|middle|>",
+    ),
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}  # fmt: skip
+_FIM_ENDS = ("fim_pad", "fim_rep", "fim_sep")
+# Always part of the text that is shown: they structure the answer.
+_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
+# What llama.cpp's converter types as control tokens by their looks; files made before it did have them as NORMAL.
+_LOOKS_LIKE_CONTROL = re.compile(r"<\|[\w▁:./ -]+\|>|<｜[\w▁:./ -]+｜>|<start_of_turn>")
+# Of files that name none. (llama.cpp's default for gpt2, 11, is a comma in most vocabularies; it is not taken.)
+_DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unknown": 0}}
+_IDS = (
+    "bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask", "cls",
+    *_FIM, "prefix", "suffix", "middle",
+)  # fmt: skip
+_READ = frozenset(
+    [f"{PREFIX}{name}_token_id" for name in _IDS]
+    + [f"{PREFIX}{name}" for name in ("model", "pre", "tokens", "token_type", "scores", "merges")]
+    + [f"{PREFIX}{name}" for name in ("add_bos_token", "add_eos_token", "add_space_prefix")]
+    # llama.cpp reads these, for tokenizers of other kinds; they change nothing in those that are read here
+    + [f"{PREFIX}{name}" for name in ("add_sep_token", "token_type_count", "remove_extra_whitespaces")]
+    + [f"{PREFIX}{name}" for name in ("precompiled_charsmap", "normalizer.lowercase", "normalizer.strip_accents")]
+    # the same vocabulary in another form, or a list of names
+    + ["tokenizer.huggingface.json", "tokenizer.rwkv.world", "tokenizer.chat_templates"]
+)
+TEMPLATE = "tokenizer.chat_template"
+
+
+class UnreadableVocabulary(Exception):
+    """The file's tokenizer can't be rebuilt exactly; the message names the metadata key."""
+
+
+def unread_keys(metadata: Mapping[str, Any]) -> list[str]:
+    """Keys under ``tokenizer.`` that nothing here reads."""
+    known = (TEMPLATE, f"{TEMPLATE}.")
+    return [
+        key
+        for key in metadata
+        if key.startswith("tokenizer.") and key not in _READ and key != known[0] and not key.startswith(known[1])
+    ]
+
+
+def named_ends(metadata: Mapping[str, Any]) -> dict[int, str]:
+    """The ids of the keys that name end tokens (of the text, of a turn, of a message), each with its key."""
+    found: dict[int, str] = {}
+    for name in ("eos", "eot", "eom"):
+        value = metadata.get(key := f"{PREFIX}{name}_token_id")
+        if _is_id(value):
+            found.setdefault(value, key)
+    return found
+
+
+def _is_id(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class Vocabulary:
+    """The lists of a file under names; ``types`` has one of the file format's numbers per token.
+
+    Raises ``UnreadableVocabulary``.
+    """
+
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+        self.kind = metadata.get(f"{PREFIX}model")
+        self.tokens = _tokens(metadata.get(f"{PREFIX}tokens"))
+        self.warnings: list[str] = []
+        self._ids = {token: index for index, token in enumerate(self.tokens)}
+        if len(self._ids) != len(self.tokens):
+            twice = next(token for index, token in enumerate(self.tokens) if self._ids[token] != index)
+            raise UnreadableVocabulary(f"{PREFIX}tokens lists {twice!r} twice")
+        self.types = self._types()
+        not_ends = {self._ids[text] for text in _not_ends(self._ids)}
+        self.ends = tuple(token for token in self._ends() if token.id not in not_ends)
+        self._override_types(not_ends)
+        self._check_ids()
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.metadata.get(f"{PREFIX}{name}", default)
+        if not isinstance(value, bool):
+            raise UnreadableVocabulary(f"{PREFIX}{name} is {value!r}, not true or false")
+        return value
+
+    def token(self, name: str) -> tuple[int, str] | None:
+        """Id and text of the ``bos``, ``eos``, ``unknown``, … token: of the key, else of the kind's default."""
+        for index in (
+            self.metadata.get(f"{PREFIX}{name}_token_id"),
+            _DEFAULT_IDS.get(str(self.kind), {}).get(name),
+        ):
+            if _is_id(index) and 0 <= index < len(self.tokens):
+                return index, self.tokens[index]
+        return None
+
+    def needed(self, name: str) -> tuple[int, str]:
+        """The token that ``add_<name>_token`` asks for."""
+        found = self.token(name)
+        if found is None:
+            raise UnreadableVocabulary(f"{PREFIX}add_{name}_token is true, but no {PREFIX}{name}_token_id names one")
+        return found
+
+    def scores(self) -> list[float]:
+        """One per token; an empty list where the file has none."""
+        return self._list("scores", (int, float))
+
+    def merges(self) -> list[tuple[str, str]] | None:
+        """Pairs of tokens in their order; None where the file has none.
+
+        A merge of what the vocabulary lacks is left out with a warning: it could only make a token that does not exist.
+        """
+        found, foreign = self.merges_and_foreign()
+        if found is None:
+            return None
+        count = len(found) + len(foreign)
+        if not foreign:
+            return found
+        what = (
+            f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join what {PREFIX}tokens"
+        )
+        if len(foreign) * 2 > count > 1:
+            raise UnreadableVocabulary(f"{what} does not hold: they belong to another vocabulary")
+        self.warnings.append(f"{what} does not hold; they were left out.")
+        return found
+
+    def merges_and_foreign(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
+        """The merges of known tokens (None where the file has no list), and those of others.
+
+        A pair is written with one space between; the first may itself begin with one.
+        """
+        written = self.metadata.get(f"{PREFIX}merges")
+        if written is None:
+            return None, []
+        if not isinstance(written, list) or not set(map(type, written)) <= {str}:
+            raise UnreadableVocabulary(f"{PREFIX}merges is not a list of texts")
+        if len(set(written)) < len(written):
+            written = list(dict.fromkeys(written))  # of one written twice the first counts
+        known, found, foreign = self._ids, [], []
+        for merge in written:  # as many as tokens, while a server starts
+            at = merge.find(" ", 1)
+            left, right = (merge[:at], merge[at + 1 :]) if at > 0 else ("", merge)
+            if left in known and right in known and left + right in known:
+                found.append((left, right))
+            else:
+                foreign.append(merge)
+        return found, foreign
+
+    def added(self, spelled: list[str]) -> list[dict[str, Any]]:
+        """Tokens matched in the text before it is cut: control tokens, which are special, and user-defined ones.
+
+        ``spelled`` are the tokens as the text has them, "" for those that it can't have.
+        """
+        name = str(self.metadata.get("general.name", "")).lower()
+        strips = "phi-3" in name or "phi3" in name  # these models were trained without the space after a mark
+        return [
+            {
+                "id": index,
+                "content": spelled[index],
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": strips and kind == CONTROL and spelled[index] not in ("<s>", "<|endoftext|>"),
+                "normalized": False,
+                "special": kind != USER_DEFINED,
+            }
+            for index, kind in enumerate(self.types)
+            if kind != NORMAL and kind in (UNKNOWN, CONTROL, USER_DEFINED) and spelled[index]
+        ]
+
+    def _list(self, name: str, kinds: tuple[type, ...]) -> list[Any]:
+        """A list with one item per token, or an empty one; a longer one is cut, as llama.cpp reads it."""
+        found = self.metadata.get(f"{PREFIX}{name}")
+        if found is None:
+            return []
+        if not isinstance(found, list) or not set(map(type, found)) <= set(kinds):
+            raise UnreadableVocabulary(f"{PREFIX}{name} is not a list of numbers")
+        if len(found) < len(self.tokens):
+            raise UnreadableVocabulary(f"{PREFIX}{name} has {len(found)} entries for {len(self.tokens)} tokens")
+        if float in kinds and any(map(math.isnan, found)):
+            raise UnreadableVocabulary(f"{PREFIX}{name} holds a NaN")
+        return found[: len(self.tokens)]
+
+    def _types(self) -> list[int]:
+        types = self._list("token_type", (int,))
+        if not types:
+            self.warnings.append(
+                f"{PREFIX}token_type is missing: only tokens that look like control tokens were taken as such."
+            )
+        return types or [NORMAL] * len(self.tokens)
+
+    def _marks(self, names: Iterable[str]) -> dict[int, str]:
+        """Ids of fill-in-the-middle marks, each with where it comes from."""
+        found: dict[int, str] = {}
+        for name in names:
+            written = self.token(name)
+            if written is not None:
+                found.setdefault(written[0], f"{PREFIX}{name}_token_id")
+            elif text := next((text for text in _FIM[name] if text in self._ids), ""):
+                found.setdefault(self._ids[text], BY_TEXT)
+        return found
+
+    def _ends(self) -> list[EndToken]:
+        """Tokens that end a completion: those that the file names, then those known by their text."""
+        found = {index: key for index, key in named_ends(self.metadata).items() if 0 <= index < len(self.tokens)}
+        default = self.token("eos")
+        if default is not None and self.types[default[0]] != NORMAL:
+            found.setdefault(default[0], f"the default eos_token_id of {PREFIX}model {self.kind}")
+        for text in _ENDS_BY_TEXT:
+            if text in self._ids:
+                found.setdefault(self._ids[text], BY_TEXT)
+        for index, source in self._marks(_FIM_ENDS).items():
+            found.setdefault(index, source)
+        return [EndToken(index, source, self.tokens[index]) for index, source in found.items()]
+
+    def _override_types(self, not_ends: set[int]) -> None:
+        """Marks are tokens of their own in the prompt, whatever the file types them as."""
+        control = {token.id for token in self.ends} | self._marks(_FIM).keys()
+        looks = _LOOKS_LIKE_CONTROL.fullmatch
+        angled = [i for i, token in enumerate(self.tokens) if token[0] == "<"]
+        control |= {i for i in angled if self.types[i] == NORMAL and looks(self.tokens[i])}
+        shown = {self._ids[text] for text in _SHOWN if text in self._ids} | not_ends
+        wrong = [index for index in sorted(control - shown) if self.types[index] == NORMAL]
+        if wrong:
+            names = ", ".join(f"{self.tokens[index]!r} ({index})" for index in wrong[:5])
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            self.warnings.append(f"{PREFIX}token_type has {names}{more} as normal tokens; they are control tokens.")
+        for index in control:
+            self.types[index] = CONTROL
+        for index in shown:
+            self.types[index] = USER_DEFINED
+
+    def _check_ids(self) -> None:
+        for name in _IDS:
+            value = self.metadata.get(key := f"{PREFIX}{name}_token_id")
+            if value is not None and not (_is_id(value) and 0 <= value < len(self.tokens)):
+                self.warnings.append(f"{key} is {value!r}, not one of the {len(self.tokens)} tokens; it was not used.")
+
+
+def _not_ends(texts: Container[str]) -> list[str]:
+    """Texts of ``_ENDS_BY_TEXT`` that end no completion beside certain others: they end a part of an answer (harmony,
+    solar), or are no mark at all (gemma 4).
+    """
+    harmony = "<|return|>" in texts and "<|call|>" in texts
+    solar = "<|flush|>" in texts and ("<|call|>" in texts or "<|calls|>" in texts)
+    gemma = "<|tool_response>" in texts
+    return [text for text, found in (("<|end|>", harmony or solar), ("</s>", gemma)) if found and text in texts]
+
+
+def _tokens(listed: Any) -> list[str]:
+    if not isinstance(listed, list) or set(map(type, listed)) != {str}:
+        raise UnreadableVocabulary(f"{PREFIX}tokens is not a vocabulary, a list of texts")
+    try:
+        "".join(listed).encode()
+    except UnicodeEncodeError:  # bytes that were no UTF-8 come as lone surrogates
+        raise UnreadableVocabulary(f"{PREFIX}tokens is a vocabulary with a text that is not UTF-8") from None
+    if "" not in listed:
+        return listed
+    return [token or f"[EMPTY_{index}]" for index, token in enumerate(listed)]
