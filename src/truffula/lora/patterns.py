@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -318,6 +318,7 @@ class PatternTable:
                 self.conflicts.append((module, winner, loser))
         return chosen
 
-    def unused(self) -> list[str]:
-        """Patterns that have hit no module so far."""
-        return [row.source for row, _ in self._rows if row.source not in self._used]
+    def unused(self, others: Collection[str] = ()) -> list[str]:
+        """Patterns that have hit no module so far, nor one of ``others``."""
+        left = [row for row, _ in self._rows if row.source not in self._used]
+        return [row.source for row in left if not any(row.match(module) for module in others)]
