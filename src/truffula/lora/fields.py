@@ -180,6 +180,11 @@ FIELDS: Mapping[str, Field] = {
 }
 
 _SVD = "PEFT's convert_to_lora / save_as_lora gives an approximate LoRA adapter"
+_UPDATES = (
+    "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "LILY",
+    "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "UNILORA", "VBLORA", "WAVEFT",
+)  # fmt: skip
 _UPDATE = f"not an addition of low rank ({_SVD})"
 _METHODS: Mapping[str, str] = {
     "ADALORA": f"its ranks were pruned in training; {_LATER}",
@@ -198,39 +203,7 @@ _METHODS: Mapping[str, str] = {
     "ADAPTION_PROMPT": "changes attention itself",
     "XLORA": "mixes adapters per token",
     "POLY": "mixes adapters per task",
-} | dict.fromkeys(
-    (
-        "ADAMSS",
-        "BEFT",
-        "BOFT",
-        "C3A",
-        "DEFT",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GLORA",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "LILY",
-        "MISS",
-        "OFT",
-        "OSF",
-        "PEANUT",
-        "PSOFT",
-        "PVERA",
-        "RANDLORA",
-        "ROAD",
-        "SHADOW",
-        "SHIRA",
-        "SUPERTUNING",
-        "TINYLORA",
-        "UNILORA",
-        "VBLORA",
-        "WAVEFT",
-    ),  # fmt: skip
-    _UPDATE,
-)
+} | dict.fromkeys(_UPDATES, _UPDATE)
 """The methods of PEFT other than LORA, and what stands against serving each."""
 
 

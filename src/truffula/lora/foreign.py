@@ -53,8 +53,8 @@ def refuse_wrapped(keys: Sequence[str]) -> None:
     path += f".replace('{_PEFT_TWICE}', 'base_model.model.')" if twice else ""
     command = _rewrite(f"{{{path}: v for k, v in s.load_file('{TENSORS}').items()}}")
     raise AdapterError(
-        f"{len(carrying)} of {len(keys)} tensor names contain {' and '.join(added)}, such as {min(carrying)[:200]}: "
-        f"the adapter was written from inside {' and '.join(wrappers)}. The tensors are usable; PEFT does not find them "
+        f"{len(carrying)} of {len(keys)} tensor names contain {' and '.join(added)}, such as "
+        f"{min(carrying)[:200]}: the adapter was written from inside {' and '.join(wrappers)}. The tensors are usable; PEFT does not find them "
         f"under these names either. Save the adapter again ({'; '.join(ways)}), or rename them, in the adapter's "
         f"folder: {command}",
         param=min(carrying),

@@ -1,4 +1,4 @@
-"""Regular expressions from strangers, matched in bounded time.
+"""Regular expressions from untrusted files, matched in bounded time.
 
 An adapter's configuration holds patterns (``target_modules`` as a string, the keys of ``rank_pattern``) that PEFT runs
 through Python's backtracking engine; a short hostile one hangs it for ever. Here a pattern is parsed by Python's own
@@ -132,12 +132,13 @@ def _at(name: str) -> Callable[[str, int], bool]:
 
 
 class Pattern:
-    """One compiled pattern. ``source`` must be a string of Python's syntax.
+    """One compiled pattern: ``source``, a string of Python's syntax, between ``before`` and ``after``.
 
-    Raises ``AdapterError`` with ``param`` set to ``field`` when it is not, is too long, or needs backtracking.
+    Raises ``AdapterError`` with ``param`` set to ``field`` when it is no valid pattern (saying where), is too long, or
+    needs backtracking.
     """
 
-    def __init__(self, source: str, field: str, steps: Steps) -> None:
+    def __init__(self, source: str, field: str, steps: Steps, before: str = "", after: str = "") -> None:
         self.source = source
         self.field = field
         self._steps = steps
@@ -147,12 +148,16 @@ class Pattern:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # sets that may read otherwise in a later Python
-                parsed = _PARSER.parse(source)
+                parsed = _PARSER.parse(before + source + after)
             if parsed.state.flags & ~re.UNICODE.value:
                 raise self._refused("inline flags are not supported")
             self._start = self._sequence(list(parsed), _ACCEPT)
-        except (re.error, OverflowError) as error:
-            raise self._refused(f"not a valid regular expression ({error})") from error
+        except re.error as error:
+            at = min(max((error.pos or 0) - len(before), 0), len(source))
+            where = f"at character {at + 1}, {source[at : at + 20]!r}" if at < len(source) else "at its end"
+            raise self._refused(f"not a valid regular expression: {error.msg} {where}") from error
+        except OverflowError as error:
+            raise self._refused(f"not a valid regular expression: {error}") from error
         except RecursionError as error:
             raise self._refused("nested too deeply") from error
 
@@ -278,7 +283,7 @@ class Suffix:
     def __init__(self, source: str, field: str, steps: Steps) -> None:
         self.source = source
         self._literal = _LITERAL.match(source) is not None
-        self._pattern = None if self._literal else Pattern(rf"(.*\.)?({source})$", field, steps)
+        self._pattern = None if self._literal else Pattern(source, field, steps, r"(.*\.)?(", ")$")
 
     def match(self, module: str) -> bool:
         if self._pattern is not None:

@@ -155,8 +155,8 @@ def _read_tensors(files: AdapterFolder, pairs: Sequence[Pair]) -> tuple[dict[str
             if bad is not None:
                 count, first = bad
                 raise AdapterError(
-                    f"{info.name} holds {count} values that are NaN or infinite, the first at {list(first)}: the training "
-                    "diverged, or the save was damaged. Take an earlier checkpoint.",
+                    f"{info.name} holds {count} values that are NaN or infinite, the first at {list(first)}: "
+                    "training diverged, or the file is damaged. Take an earlier checkpoint.",
                     param=info.name,
                     count=count,
                 )
