@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -53,8 +54,8 @@ def refuse_wrapped(keys: Sequence[str]) -> None:
     path += f".replace('{_PEFT_TWICE}', 'base_model.model.')" if twice else ""
     command = _rewrite(f"{{{path}: v for k, v in s.load_file('{TENSORS}').items()}}")
     raise AdapterError(
-        f"{len(carrying)} of {len(keys)} tensor names contain {' and '.join(added)}, such as "
-        f"{min(carrying)[:200]}: the adapter was written from inside {' and '.join(wrappers)}. The tensors are usable; PEFT does not find them "
+        f"{len(carrying)} of {len(keys)} tensor names contain {' and '.join(added)}: the adapter was written from "
+        f"inside {' and '.join(wrappers)} ({min(carrying)[:200]}). The tensors are usable, but PEFT does not find them "
         f"under these names either. Save the adapter again ({'; '.join(ways)}), or rename them, in the adapter's "
         f"folder: {command}",
         param=min(carrying),
@@ -68,12 +69,12 @@ def describe_folder(folder: Path) -> tuple[str, str] | None:
     Looks at names, and at those of its subfolders. Raises ``OSError`` when it can't be listed.
     """
     names = {path.name for path in folder.iterdir()}
-    if names.issuperset(_PAIR_FILES):
-        return None
-    inside = [
-        path.name for path in folder.iterdir() if path.is_dir() and all((path / f).is_file() for f in _PAIR_FILES)
-    ]
-    return describe_names(names, inside)
+    return None if names.issuperset(_PAIR_FILES) else describe_names(names, subfolders_with_adapters(folder))
+
+
+def subfolders_with_adapters(folder: Path) -> list[str]:
+    """Names of the direct subfolders that hold both files of an adapter. Raises ``OSError``."""
+    return [p.name for p in folder.iterdir() if p.is_dir() and all((p / file).is_file() for file in _PAIR_FILES)]
 
 
 def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) -> tuple[str, str] | None:
@@ -105,10 +106,11 @@ def _seems(names: Collection[str], inside: list[str]) -> str | None:
             f"load it with PEFT and save_pretrained, or in its folder: {command}"
         )
     if inside:
-        also = f" (also adapters: {', '.join(inside[1:6])})" if len(inside) > 1 else ""
+        what = "a trainer's output folder" if inside[0].startswith("checkpoint") else "a folder of adapters"
+        more = f" ({', '.join(inside[1:6])} too)" if len(inside) > 1 else ""
         return (
-            f"There is no adapter in this folder itself, but in its subfolder {inside[0]}{also}: this looks like a "
-            f"trainer's output folder. Give the subfolder: FOLDER/{inside[0]}."
+            f"The folder itself is not an adapter, its subfolder {inside[0]} is{more}: it looks like {what}. Give the "
+            f"subfolder, FOLDER/{inside[0]}, or FOLDER as --adapter-dir."
         )
     if pickles := sorted(name for name in names if name.endswith((".pt", ".pth", ".ckpt")) and "adapter" in name):
         return (
@@ -170,6 +172,16 @@ def describe_file(path: Path) -> str:
             f"{CONFIG} and {TENSORS} (save_pretrained writes safetensors)."
         )
     return f"{path} is a file; an adapter is a folder with {CONFIG} and {TENSORS}."
+
+
+def close_path(path: Path) -> str:
+    """`` Did you mean …?`` with a folder beside ``path`` of a similar name; empty when there is none."""
+    try:
+        beside = [near.name for near in path.parent.iterdir() if near.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, beside, 1)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
 def _latest_first(names: Iterable[str]) -> list[str]:

@@ -147,8 +147,8 @@ def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
     halves = [*plan.a.values(), *plan.b.values()]
     if empty := [key for key in halves if 0 in infos[key].shape]:
         raise AdapterError(
-            f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. "
-            "DeepSpeed ZeRO-3 leaves such placeholders when the weights are not gathered before saving. Save again with "
+            f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
+            "placeholders when the weights are not gathered before saving. Save again with "
             "stage3_gather_16bit_weights_on_model_save=true, or run zero_to_fp32.py on the checkpoint.",
             param=min(empty),
             count=len(empty),

@@ -145,6 +145,8 @@ def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: s
     names = policy.names()
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
+    for text in policy.warnings():
+        log.warning("%s", text)
     if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
         log.warning("listening beyond this machine without --api-key: anyone who reaches the port may use the model")
     log.info("ready at %s (prefix cache %s)", url, "on" if engine.prefix_cache else "off")
