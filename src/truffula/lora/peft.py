@@ -128,7 +128,7 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     ranks = [infos[key].shape[0] for key in plan.a.values() if infos[key].shape]
     nbytes = sum(infos[key].nbytes for key in (*plan.a.values(), *plan.b.values()))
     row = FieldRow(
-        "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; no base given"
+        "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
     warnings = (*left_out_warnings(plan), *warnings_beside(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
@@ -138,7 +138,8 @@ def _check_size(pairs: Sequence[Pair], max_bytes: int | None) -> None:
     needed = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
     if max_bytes is not None and needed > max_bytes:
         raise InsufficientMemory(
-            f"The adapter takes {needed} bytes; adapters may use {max_bytes}. Give the server more memory.",
+            f"The adapter takes {needed} bytes and adapters may use {max_bytes}. "
+            "Give the server more memory (--memory, --adapter-memory).",
             requested_bytes=needed,
             limit_bytes=max_bytes,
         )
@@ -167,7 +168,10 @@ def _read_tensors(files: AdapterFolder, pairs: Sequence[Pair]) -> tuple[dict[str
         scales = all(pair.scale == 0 for pair in pairs)
         why = "its scale is zero (lora_alpha)" if scales else "its tensors are zero, as before training"
         key = pairs[0].b.name
-        raise AdapterError(f"The adapter changes nothing: {why} ({key}).", param="lora_alpha" if scales else key)
+        raise AdapterError(
+            f"The adapter changes nothing: {why} ({key}). Its answers would be the base's.",
+            param="lora_alpha" if scales else key,
+        )
     return tensors, zero
 
 
