@@ -20,7 +20,7 @@ from truffula.errors import AdapterError
 from truffula.kernels.backend import Backend
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.peft import PeftAdapter, inspect_adapter
-from truffula.lora.roots import TEXT_ROOTS
+from truffula.lora.roots import TEXT_ROOTS, other_part
 from truffula.testing.adapters import PREFIX, tiny_config, tiny_tensors, write_adapter
 from truffula.testing.tiny import tiny_config as tiny_model_config
 from truffula.testing.tiny import write_tiny_checkpoint
@@ -146,6 +146,37 @@ def test_a_configuration_means_what_peft_reads_on_its_class(tmp_path: Path, aske
     idle = [warning for warning in adapter.warnings if "matches no module" in warning or "names no module" in warning]
     # PEFT expands all-linear to leaf names, also those that exclude_modules takes out everywhere.
     assert not idle or asked == "all-linear but the other parts"
+
+
+# ---- transformers' own classes
+
+
+@pytest.mark.parametrize(
+    ("name", "root"),
+    [
+        ("LlavaForConditionalGeneration", NEW),
+        ("Qwen2VLForConditionalGeneration", NEW),
+        ("Mistral3ForConditionalGeneration", NEW),
+        ("SmolVLMForConditionalGeneration", "model.text_model."),
+        ("VoxtralForConditionalGeneration", NEW),
+        ("VideoLlavaForConditionalGeneration", NEW),
+        ("Llama4ForConditionalGeneration", OLD),
+        ("Qwen2_5OmniForConditionalGeneration", "thinker.model.language_model."),
+    ],
+)
+def test_every_linear_layer_of_a_multimodal_class_is_text_or_left_out(name: str, root: str) -> None:
+    import torch
+    import transformers
+
+    multimodal = getattr(transformers, name)
+    with torch.device("meta"):
+        model = multimodal(multimodal.config_class())
+    layers = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    text = [path for path in layers if path.startswith(f"{root}layers.")]
+    others = [path for path in layers if path not in text and path != TEXT_ROOTS[root]]
+    assert text and others
+    assert [path for path in text if other_part(path) is not None] == []
+    assert [path for path in others if other_part(f"{path}.") is None] == []
 
 
 # ---- a whole model: transformers' Gemma 3, adapted by PEFT

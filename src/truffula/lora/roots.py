@@ -15,7 +15,8 @@ TEXT_ROOTS: Mapping[str, str] = {
     "model.language_model.": "lm_head",  # Gemma3-, Llava-, Qwen2VLForConditionalGeneration from transformers 4.52 on
     "language_model.model.": "language_model.lm_head",  # the same classes before
     "model.text_model.": "lm_head",  # Idefics 2 and 3, SmolVLM
-    "thinker.model.": "thinker.lm_head",  # Qwen2.5-Omni
+    "thinker.model.language_model.": "thinker.lm_head",  # Qwen2.5-Omni
+    "thinker.model.": "thinker.lm_head",  # the same before
     "language_model.": "lm_head",  # a multimodal class without its head (Gemma3Model, AutoModel)
     "": "lm_head",  # a text class without its head (LlamaModel, AutoModel)
 }
@@ -23,8 +24,8 @@ TEXT_ROOTS: Mapping[str, str] = {
 
 _OTHER_PART = re.compile(
     r"(?:thinker\.)?(?:model\.)?"
-    r"(?P<part>vision_tower|vision_model|vision_encoder|visual|vision_embed_tokens|image_newline|embed_vision"
-    r"|multi_modal_projector|mm_projector|connector|audio_tower|embed_audio|talker|token2wav)\."
+    r"(?P<part>(?:vision|image|video|audio)_(?:tower|model|encoder|projection)|visual|vision_embed_tokens"
+    r"|embed_vision|embed_audio|multi_modal_projector|mm_projector|connector|talker|token2wav)\."
 )
 
 
