@@ -131,6 +131,16 @@ def _at(name: str) -> Callable[[str, int], bool]:
     return lambda text, index: not _boundary(text, index)  # AT_NON_BOUNDARY
 
 
+def _where(source: str, shift: int, error: re.error) -> str:
+    """What is wrong and where in ``source``, of which the parser saw ``shift`` more characters in front."""
+    try:
+        _PARSER.parse(source)
+    except re.error as own:
+        error, shift = own, 0  # by itself it says best where
+    at = min(max((error.pos or 0) - shift, 0), len(source))
+    return f"{error.msg} at character {at + 1}, {source[at : at + 20]!r}" if source[at:] else f"{error.msg} at its end"
+
+
 class Pattern:
     """One compiled pattern: ``source``, a string of Python's syntax, between ``before`` and ``after``.
 
@@ -153,9 +163,7 @@ class Pattern:
                 raise self._refused("inline flags are not supported")
             self._start = self._sequence(list(parsed), _ACCEPT)
         except re.error as error:
-            at = min(max((error.pos or 0) - len(before), 0), len(source))
-            where = f"at character {at + 1}, {source[at : at + 20]!r}" if at < len(source) else "at its end"
-            raise self._refused(f"not a valid regular expression: {error.msg} {where}") from error
+            raise self._refused(f"not a valid regular expression: {_where(source, len(before), error)}") from error
         except OverflowError as error:
             raise self._refused(f"not a valid regular expression: {error}") from error
         except RecursionError as error:
