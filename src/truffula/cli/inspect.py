@@ -96,7 +96,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     for kind, sizes in sorted(kinds.items()):
         stored_table.add_row(kind, str(len(sizes)), nbytes(sum(sizes)))
     console.print(stored_table)
-    config_table = table("key", "value", "fate", title="\nconfig.json")
+    config_table = table("key", "value", "what happens", title="\nconfig.json")
     for fate in fates:
         config_table.add_row(fate.key, fate.value, fate.fate)
     console.print(config_table)

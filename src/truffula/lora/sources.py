@@ -258,13 +258,14 @@ def _place(name: str, source: Path | str) -> AdapterRef:
     if folder.is_dir():
         return AdapterRef(name=name, kind="local", locator=str(folder.resolve()))
     text = str(source)
+    who = "" if text == name else f"Adapter {name!r}: "
     if folder.is_file():
-        raise ConfigError(f"Adapter {name!r}: {describe_file(folder)}", param="adapters")
+        raise ConfigError(f"{who}{describe_file(folder)}", param="adapters")
     if isinstance(source, str) and _HUB_ID.match(text) and "/" in text and not text.startswith("."):
         repo, _, revision = text.partition("@")
         return AdapterRef(name=name, kind="hub", locator=repo, revision=revision or None)
     raise ConfigError(
-        f"Adapter {name!r}: {text!r} is neither an existing folder nor a Hub id such as org/name.{close_path(folder)}",
+        f"{who}{text!r} is neither an existing folder nor a Hub id such as org/name.{close_path(folder)}",
         param="adapters",
     )
 
