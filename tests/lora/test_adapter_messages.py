@@ -125,8 +125,12 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     ("an MLX folder", mlx, ["MLX", "adapters.safetensors", "lora_A = lora_a.T", "scale * rank", "docs/adapters.md"]),
     ("MLX by another name", mlx_by_another_name, ["MLX", "lora_parameters", "docs/adapters.md"]),
     ("torchtune", files("adapter_model.pt"), ["adapter_model.pt", "pickle", "torchtune", "FullModelHFCheckpointer"]),
-    ("a trainer's output", trainer_output, ["subfolder checkpoint-20", "checkpoint-10", "trainer's output folder"]),
-    ("a folder of adapters", several, ["subfolder haiku", "pirate too", "--adapter-dir"]),
+    (
+        "a trainer's output",
+        trainer_output,
+        ["checkpoint-20, checkpoint-10, checkpoint-9", "trainer's output folder", "FOLDER/checkpoint-20"],
+    ),
+    ("a folder of adapters", several, ["haiku, pirate", "a folder of adapters", "FOLDER/haiku", "--adapter-dir"]),
     (
         "a merged model",
         files("config.json", "model.safetensors", without=(TENSORS_FILE, CONFIG_FILE)),

@@ -311,7 +311,7 @@ def test_names_of_two_classes_in_one_file_are_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_prefix_is_not_called_another_base(tmp_path: Path) -> None:
     write_adapter(tmp_path, CONFIG, tensors("somewhere.else."))
-    with pytest.raises(AdapterError, match=r"begin with somewhere\.else\., .*rename") as caught:
+    with pytest.raises(AdapterError, match=r"begin with 'somewhere\.else\.', .*rename") as caught:
         judge(tmp_path)
     assert "another base" not in caught.value.message
 

@@ -252,7 +252,7 @@ def test_a_folder_without_adapters_is_told(tmp_path: Path) -> None:
 def test_a_folder_of_folders_of_adapters_is_told_which_to_give(tmp_path: Path) -> None:
     adapter(tmp_path / "adapters" / "pirate")
     first, second = AdapterPolicy(adapter_dir=tmp_path).warnings()
-    assert "adapters is not served" in first and "subfolder pirate" in first and "--adapter-dir" in first
+    assert "adapters cannot be served" in first and "subfolders are: pirate" in first and "--adapter-dir" in first
     assert "no subfolder is an adapter" in second
 
 
@@ -278,7 +278,7 @@ def test_each_subfolder_that_was_meant_as_an_adapter_is_named_once(tmp_path: Pat
     }
     assert len(warnings) == len(words)
     for name, word in words.items():
-        (warning,) = (text for text in warnings if f"--adapter-dir: {name} is not served: " in text)
+        (warning,) = (text for text in warnings if f"--adapter-dir: {name} cannot be served: " in text)
         assert word in warning
 
 
@@ -296,7 +296,7 @@ def test_a_subfolder_that_cannot_be_read_does_not_hide_the_others(
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
     (warning,) = AdapterPolicy(adapter_dir=tmp_path).warnings()
-    assert "closed is not served: it cannot be read: Permission denied" in warning
+    assert "closed cannot be served: it cannot be read: Permission denied" in warning
 
 
 def test_named_adapters_that_are_not_ready_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

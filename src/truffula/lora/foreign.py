@@ -15,6 +15,10 @@ MLX = (
     "lora_alpha = scale * rank. docs/adapters.md has a script that converts an MLX folder."
 )
 _PAIR_FILES = (CONFIG, TENSORS)
+_GGUF = (
+    "LoRA adapters in GGUF are not served: give the PEFT folder that it was converted from, with "
+    f"{CONFIG} and {TENSORS}."
+)
 
 # A component of a tensor's name → what adds it, and how the adapter is saved without it.
 _WRAPPERS = {
@@ -41,11 +45,12 @@ def _rewrite(tensors: str, module: str = "glob") -> str:
 
 def refuse_wrapped(keys: Sequence[str]) -> None:
     """Raises ``AdapterError`` when tensor names hold what a training wrapper adds, with the command that removes it."""
-    found = {word for key in keys for word in key.split(".") if word in _WRAPPERS}
+    words = {key: _WRAPPERS.keys() & key.partition(".lora_")[0].split(".") for key in keys}
+    found = set().union(*words.values())
     twice = [key for key in keys if _PEFT_TWICE in key]
     if not found and not twice:
         return
-    carrying = [key for key in keys if found.intersection(key.split("."))] or twice
+    carrying = [key for key in keys if words[key]] or twice
     added = [f"'{word}.'" for word in sorted(found)] + [f"'{_PEFT_TWICE}'"] * bool(twice)
     wrappers = [f"a wrapper of {_WRAPPERS[word][0]}" for word in sorted(found)]
     wrappers += ["a PEFT model that was wrapped by PEFT twice"] * bool(twice)
@@ -82,7 +87,7 @@ def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) 
     if set(names).issuperset(_PAIR_FILES):
         return None
     at_fault = TENSORS if CONFIG in names else CONFIG
-    return _seems(names, _latest_first(adapters_inside)) or _lacks(names), at_fault
+    return _seems(names, latest_first(adapters_inside)) or _lacks(names), at_fault
 
 
 def looks_like_adapter(names: Collection[str]) -> bool:
@@ -107,10 +112,9 @@ def _seems(names: Collection[str], inside: list[str]) -> str | None:
         )
     if inside:
         what = "a trainer's output folder" if inside[0].startswith("checkpoint") else "a folder of adapters"
-        more = f" ({', '.join(inside[1:6])} too)" if len(inside) > 1 else ""
         return (
-            f"The folder itself is not an adapter, its subfolder {inside[0]} is{more}: it looks like {what}. Give the "
-            f"subfolder, FOLDER/{inside[0]}, or FOLDER as --adapter-dir."
+            f"The folder itself is not an adapter, but these subfolders are: {', '.join(inside[:6])}. It looks like "
+            f"{what}. Give one of them, such as FOLDER/{inside[0]}, or FOLDER as --adapter-dir."
         )
     if pickles := sorted(name for name in names if name.endswith((".pt", ".pth", ".ckpt")) and "adapter" in name):
         return (
@@ -150,12 +154,6 @@ def _lacks(names: Collection[str]) -> str:
     )
 
 
-_GGUF = (
-    "LoRA adapters in GGUF are not served: give the PEFT folder that it was converted from, with "
-    f"{CONFIG} and {TENSORS}."
-)
-
-
 def describe_file(path: Path) -> str:
     """Why a file is not an adapter, and what to give instead."""
     name = path.name
@@ -184,7 +182,7 @@ def close_path(path: Path) -> str:
     return f" Did you mean {path.parent / close[0]}?" if close else ""
 
 
-def _latest_first(names: Iterable[str]) -> list[str]:
+def latest_first(names: Iterable[str]) -> list[str]:
     """checkpoint-20 before checkpoint-10; names without a number first, in their order."""
     numbered = [(int(found[0]) if (found := _NUMBER.search(name)) else 1 << 62, name) for name in names]
     return [name for _, name in sorted(numbered, key=lambda item: (-item[0], item[1]))]

@@ -10,7 +10,7 @@ from typing import Any
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, TruffulaError
 from truffula.lora.beside import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
-from truffula.lora.foreign import describe_names
+from truffula.lora.foreign import describe_names, latest_first
 from truffula.lora.place import CONFIG, TENSORS
 from truffula.weights.hub import HubFailure, explain
 
@@ -82,11 +82,10 @@ def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]
     lacking = describe_names({name for name in sizes if "/" not in name})
     if lacking is not None:
         text, at_fault = lacking
-        inside = sorted(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{TENSORS}"))
-        if inside:
+        if inside := latest_first(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{TENSORS}")):
             text = (
-                f"Its folder {inside[-1]} holds one, and folders of a repository are not served: download it with "
-                f"hf download {repo} --include '{inside[-1]}/*' --local-dir DIR and give DIR/{inside[-1]}."
+                f"Its folder {inside[0]} holds one, and folders of a repository are not served: download it with "
+                f"hf download {repo} --include '{inside[0]}/*' --local-dir DIR and give DIR/{inside[0]}."
             )
         raise AdapterError(f"{repo} is not a PEFT adapter. {text}", param=at_fault)
     for name, most in ((CONFIG, min(MAX_CONFIG_BYTES, max_file_bytes)), (TENSORS, max_file_bytes)):

@@ -201,15 +201,13 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
     layers = 1 + max((site.layer for site in sites.linear if site.layer is not None), default=0)
     highest = max((int(index[1]) for module in unknown if (index := _LAYER.search(module))), default=0)
     if prefixes and len(unknown) < len(plan.a):
-        why = (
-            f"Its names have several prefixes ({listed({*prefixes, sites.root})}), as if two adapters were in one "
-            "file; save each by itself."
-        )
+        seen = listed(map(repr, {*prefixes, sites.root}))
+        why = f"Its names have several prefixes ({seen}), as if two adapters were in one file; save each by itself."
     elif prefixes:
         known = ", ".join(repr(root) for root in TEXT_ROOTS if root)
         why = (
-            f"They begin with {listed(prefixes)}, which is none of the prefixes known for the text model of a class "
-            f"({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
+            f"They begin with {listed(map(repr, prefixes))}, which is none of the prefixes known for the text model of "
+            f"a class ({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
         )
     elif highest >= layers:
         why = f"The adapter has a layer {highest}, the base has {layers} layers: it was made for another base. {origin}"

@@ -173,7 +173,7 @@ class AdapterPolicy:
             return
         folders = sorted(path for path in self._dir.iterdir() if path.is_dir() and _is_folder_name(path.name))
         whys = {path: self._why_not_served(path) for path in folders}
-        yield from (f"--adapter-dir: {path.name} is not served: {why}" for path, why in whys.items() if why)
+        yield from (f"--adapter-dir: {path.name} cannot be served: {why}" for path, why in whys.items() if why)
         if not self._listed():
             yield f"--adapter-dir {self._dir}: no subfolder is an adapter (a folder with {CONFIG} and {TENSORS})"
 
