@@ -76,7 +76,7 @@ class Adapters:
         except ConfigError as error:
             known = ", ".join(self.names()) or "none"
             raise AdapterNotFound(
-                f"There is no adapter {name!r}: the names given are {known}, and it is neither a folder nor a Hub id.",
+                f"There is no adapter {name!r} (names given: {known}). {error.message}",
                 param="adapters",
                 adapter=name,
             ) from error

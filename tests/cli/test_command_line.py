@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from live_server import write_model
 
 from truffula.config import OPTIONS
 from truffula.kernels.cpu import available, instruction_sets
-from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.adapters import write_adapter, write_tiny_adapter
 
 COMMANDS = [
     "serve",
@@ -170,6 +172,36 @@ def test_inspect_an_adapter_against_its_base_and_a_wrong_one(model: Path, adapte
     refused = here("inspect", str(adapter), "--base", str(other))
     assert refused.returncode == 1
     assert "adapter_invalid" in refused.stderr and "lora_" in refused.stderr
+
+
+def test_inspect_an_adapter_says_what_happens_with_each_field(model: Path, adapter: Path) -> None:
+    shown = here("inspect", str(adapter), "--base", str(model)).stdout
+    assert "what happens" in shown and "served" in shown and "checked" in shown
+    assert re.search(rf"rank 3, \d+ modules, [\d.]+ kB; compared with {re.escape(str(model))}", shown)
+    assert "No effect when serving:" in shown and "inference_mode" in shown
+
+
+def test_inspect_a_refused_adapter_leaves_out_what_it_does_not_know(model: Path, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", {"peft_type": "LORA", "r": 4}, {})
+    done = here("inspect", str(tmp_path / "a"), "--base", str(model))
+    assert done.returncode == 1
+    assert "lora_alpha: missing" in done.stderr and "nothing" not in done.stdout + done.stderr
+    assert "rank 0" not in done.stdout and "0 modules" not in done.stdout and "No effect" not in done.stdout
+
+
+@pytest.mark.parametrize("names", [("adapter_config.json",), ("adapter_model.bin",), ("adapters.safetensors",)])
+def test_inspect_says_what_an_incomplete_adapter_lacks(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    done = here("inspect", str(tmp_path))
+    assert done.returncode == 1
+    assert "adapter_invalid" in done.stderr and names[0] in done.stderr and "config.json, so" not in done.stderr
+
+
+def test_inspect_a_trainers_output_says_which_folder_to_give(adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter, tmp_path / "checkpoint-7")
+    done = here("inspect", str(tmp_path))
+    assert done.returncode == 1 and "checkpoint-7" in done.stderr
 
 
 def test_generate_side_by_side_from_standard_input(model: Path, adapter: Path) -> None:

@@ -108,3 +108,23 @@ def test_a_file_too_large_is_not_fetched(hub: Hub, tmp_path: Path, name: str, nb
     hub.commits[OLD][name] = b" " * nbytes
     assert download(hub, tmp_path).startswith(f"adapter_invalid {name} ")
     assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ([CONFIG, "adapter_model.bin"], ["pickle", "save_pretrained"]),
+        ([CONFIG, "adapters.safetensors"], ["MLX"]),
+        (["config.json", "model.safetensors"], ["full model"]),
+        (["README.md", f"checkpoint-5/{CONFIG}", f"checkpoint-5/{TENSORS}"], ["checkpoint-5", "hf download org/x"]),
+    ],
+    ids=["a pickle", "MLX", "a model", "a subfolder"],
+)
+def test_a_repository_without_an_adapter_says_what_it_holds(
+    hub: Hub, tmp_path: Path, listed: list[str], words: list[str]
+) -> None:
+    hub.commits[OLD] = dict.fromkeys(listed, b"x")
+    said = download(hub, tmp_path)
+    assert said.startswith("adapter_invalid ") and "org/x is not a PEFT adapter" in said
+    assert [word for word in words if word not in said] == []
+    assert hub.asked == []

@@ -14,26 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from kernel_backends import BEST, on_the_best
-from lora_bases import BASE
+from served_base import Served
 
 from truffula.kernels.backend import Backend
-from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Program
-from truffula.lora.image import map_image, write_image
-from truffula.lora.peft import judge_adapter
-from truffula.model.load import plan_model, puller
 from truffula.testing.adapters import PREFIX, tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
-from truffula.testing.oracle import Oracle
-from truffula.testing.programs import Part, fill_step
 from truffula.testing.tiny import tiny_config as tiny_model_config
 from truffula.testing.tiny import write_tiny_checkpoint
-from truffula.weights.open import open_checkpoint
-from truffula.weights.tying import Tie
 
 Float32 = npt.NDArray[np.float32]
 TOLERANCE = 1e-4
-BLOCK = 4
-PROMPT_TOKENS = 11
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 # (name, what is asked of write_tiny_adapter)
@@ -86,46 +75,9 @@ BASES = {
 }
 
 
-class Served:
-    """One base with any number of adapters in slots; runs whole prompts in one step."""
-
-    def __init__(self, folder: Path, model_type: str, backend: Backend) -> None:
-        self.folder = folder
-        self.path = write_tiny_checkpoint(folder / "model", tiny_model_config(model_type, **BASES[model_type]), seed=5)
-        checkpoint = open_checkpoint(self.path)
-        plan = plan_model(checkpoint)
-        pull = puller(checkpoint, plan)
-        self.program: Program = plan.program
-        self.tied = plan.tying.tie is not Tie.SEPARATE
-        rows, blocks = 48 * PROMPT_TOKENS, -(-PROMPT_TOKENS // BLOCK)
-        capacity = Capacity(rows, 48, rows, 48, num_blocks=1 + 48 * blocks, block_size=BLOCK, max_blocks_per_seq=blocks)
-        self.executable = backend.load(plan.program, "float32", pull, capacity)
-        pull.finish()
-        self._blocks = blocks
-
-    def add(self, adapter: Path) -> int:
-        judged = judge_adapter(adapter, self.program.sites, base=BASE)
-        image = self.folder / "image"
-        write_image(judged, image)
-        mapped = map_image(image)
-        image.unlink()
-        return self.executable.adapter(mapped)
-
-    def run(self, rows: list[tuple[int | None, list[int]]]) -> list[Float32]:
-        """Logits of every token of each prompt; rows are (slot, prompt) sorted as a step wants them."""
-        parts = [
-            Part(tuple(ids), 0, tuple(range(1 + n * self._blocks, 1 + (n + 1) * self._blocks)), slot, "all")
-            for n, (slot, ids) in enumerate(rows)
-        ]
-        fill_step(self.executable.inputs, parts, BLOCK)
-        self.executable.run()
-        return np.split(self.executable.logits(), np.cumsum([len(ids) for _, ids in rows])[:-1])
-
-    def prompt(self, seed: int) -> list[int]:
-        return np.random.default_rng(seed).integers(3, self.program.vocab_size, PROMPT_TOKENS).tolist()
-
-    def peft(self, adapter: Path | None, ids: list[int]) -> Float32:
-        return Oracle(self.path, tied=self.tied, adapter=adapter).logits(ids)
+def served_base(folder: Path, model_type: str, backend: Backend) -> Served:
+    config = tiny_model_config(model_type, **BASES[model_type])
+    return Served(write_tiny_checkpoint(folder / "model", config, seed=5), backend)
 
 
 @dataclass(frozen=True)
@@ -152,11 +104,11 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
 @pytest.fixture(scope="module", params=BEST.values(), ids=BEST.keys())
 def outcomes(asked: Asked, request: pytest.FixtureRequest) -> dict[str, Outcome]:
     """Every case on one base: by itself, in one batch of all with base rows between, and as peft computes it."""
-    served = Served(asked.folder, "llama", request.param)
+    served = served_base(asked.folder, "llama", request.param)
     slots: dict[str, int] = {}
     for number, (name, fields) in enumerate(CASES.items()):
-        write_tiny_adapter(served.folder / name, served.program.sites, seed=number, **fields)
-        slots[name] = served.add(served.folder / name)
+        write_tiny_adapter(asked.folder / name, served.program.sites, seed=number, **fields)
+        slots[name] = served.add(asked.folder / name)
     order = sorted(CASES, key=lambda name: slots[name])
     prompts = {name: served.prompt(number) for number, name in enumerate(CASES)}
     mixed = served.run([(slots[n], prompts[n]) for n in order] + [(None, prompts[n]) for n in order[:10]])
@@ -165,9 +117,9 @@ def outcomes(asked: Asked, request: pytest.FixtureRequest) -> dict[str, Outcome]
         (alone,) = served.run([(slots[name], prompts[name])])
         (base,) = served.run([(None, prompts[name])])
         if name not in asked.answers:
-            asked.answers[name] = served.peft(served.folder / name, prompts[name])
+            asked.answers[name] = served.peft(asked.folder / name, prompts[name])
         made[name] = Outcome(alone, mixed[place], asked.answers[name], base)
-        shutil.rmtree(served.folder / name)
+        shutil.rmtree(asked.folder / name)
     # Base rows don't know what runs beside them: the same plan without adapters gives the same bits.
     without = served.run([(None, prompts[n]) for n in order] + [(None, prompts[n]) for n in order[:10]])
     for with_adapters, plain in zip(mixed[len(order) :], without[len(order) :], strict=True):
@@ -186,7 +138,7 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
 @on_the_best
 @pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
-    served = Served(tmp_path, model_type, backend)
+    served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
     for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "down_proj"]})):
@@ -202,7 +154,7 @@ def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend
 @on_the_best
 def test_a_fused_module_is_its_parts_with_one_a(tmp_path: Path, backend: Backend) -> None:
     """An adapter on ``qkv_proj`` and ``gate_up_proj`` equals peft's adapter on the parts, each with the same A."""
-    served = Served(tmp_path, "llama", backend)
+    served = served_base(tmp_path, "llama", backend)
     config = tiny_config(rank=4, alpha=8, targets=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
     split = tiny_tensors(served.program.sites, config, seed=1)
     fused = {}
@@ -232,7 +184,8 @@ def test_an_adapter_that_peft_itself_wrote_is_served(tmp_path: Path, backend: Ba
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    served = Served(tmp_path, "llama", backend)
+    served = served_base(tmp_path, "llama", backend)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(served.path, dtype=torch.float32)
     config = LoraConfig(
         r=6,

@@ -206,7 +206,7 @@ def test_what_nobody_holds_or_wants_is_forgotten_once_evicted(tmp_path: Path) ->
         r.clock.now += 100
         assert r.pool.evict_oldest() > 0
         assert r.pool.states() == []
-        with pytest.raises(AdapterLoadError, match="not loaded any more"):
+        with pytest.raises(AdapterLoadError, match="no longer loaded"):
             r.pool.acquire(generation)
         r.check()
 

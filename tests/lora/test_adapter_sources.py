@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -215,3 +217,114 @@ def test_folders_named_like_the_base_are_left_out_and_said_once(
 
 def test_a_library_reserves_nothing() -> None:
     assert AdapterPolicy({"tgi": "org/name"}).names() == ["tgi"]
+
+
+# ---- what the operator is told at the start
+
+
+def write_file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def test_sound_places_give_no_warning(tmp_path: Path) -> None:
+    adapter(tmp_path / "dir" / "a")
+    (tmp_path / "dir" / "notes").mkdir()
+    write_file(tmp_path / "dir" / "README.md")
+    policy = AdapterPolicy({"b": adapter(tmp_path / "b"), "far": "org/name"}, adapter_dir=tmp_path / "dir")
+    assert policy.warnings() == []
+    assert AdapterPolicy().warnings() == []
+
+
+def test_an_adapter_given_as_the_adapter_folder_is_told(tmp_path: Path) -> None:
+    folder = adapter(tmp_path / "pirate")
+    (warning,) = AdapterPolicy(adapter_dir=folder).warnings()
+    assert "is an adapter itself" in warning and f"--adapter pirate={folder}" in warning
+
+
+def test_a_folder_without_adapters_is_told(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (warning,) = AdapterPolicy(adapter_dir=tmp_path).warnings()
+    assert "no subfolder is an adapter" in warning and "adapter_config.json" in warning
+
+
+def test_a_folder_of_folders_of_adapters_is_told_which_to_give(tmp_path: Path) -> None:
+    adapter(tmp_path / "adapters" / "pirate")
+    first, second = AdapterPolicy(adapter_dir=tmp_path).warnings()
+    assert "adapters cannot be served" in first and "subfolders are: pirate" in first and "--adapter-dir" in first
+    assert "no subfolder is an adapter" in second
+
+
+def test_each_subfolder_that_was_meant_as_an_adapter_is_named_once(tmp_path: Path) -> None:
+    root, outside = tmp_path / "served", adapter(tmp_path / "outside")
+    adapter(root / "good")
+    adapter(root / "no-tensors").joinpath("adapter_model.safetensors").unlink()
+    adapter(root / "no-config").joinpath("adapter_config.json").unlink()
+    write_file(root / "pickle" / "adapter_model.bin")
+    write_file(root / "mlx" / "adapters.safetensors")
+    adapter(root / "run" / "checkpoint-5")
+    (root / "linked").symlink_to(outside)
+    adapter(root / ".hidden").joinpath("adapter_config.json").unlink()
+    (root / "notes").mkdir()
+    warnings = AdapterPolicy(adapter_dir=root).warnings()
+    words = {
+        "no-tensors": "no adapter_model.safetensors",
+        "no-config": "no adapter_config.json",
+        "pickle": "adapter_model.bin",
+        "mlx": "MLX",
+        "run": "checkpoint-5",
+        "linked": "links that lead out of",
+    }
+    assert len(warnings) == len(words)
+    for name, word in words.items():
+        (warning,) = (text for text in warnings if f"--adapter-dir: {name} cannot be served: " in text)
+        assert word in warning
+
+
+def test_a_subfolder_that_cannot_be_read_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(tmp_path / "good")
+    (tmp_path / "closed").mkdir()
+    listing = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return listing(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    (warning,) = AdapterPolicy(adapter_dir=tmp_path).warnings()
+    assert "closed cannot be served: it cannot be read: Permission denied" in warning
+
+
+def test_named_adapters_that_are_not_ready_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter(tmp_path / "adapters" / "pirate")
+    adapter(tmp_path / "out" / "checkpoint-10")
+    policy = AdapterPolicy({"trained": "out", "typo": "adapters/pirat", "far": "org/name"})
+    trained, typo = policy.warnings()
+    assert "'trained'" in trained and "checkpoint-10" in trained
+    assert "'typo'" in typo and "no folder adapters/pirat here" in typo and "Did you mean adapters/pirate?" in typo
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("x.gguf", "GGUF"), ("x.zip", "Unpack"), ("adapter_model.safetensors", "Give its folder")]
+)
+def test_a_file_given_as_an_adapter_is_recognised(tmp_path: Path, name: str, word: str) -> None:
+    for source in (write_file(tmp_path / name), str(tmp_path / name)):
+        with pytest.raises(ConfigError, match=word) as caught:
+            AdapterPolicy({"x": source})
+        assert name in caught.value.message and "Hub id" not in caught.value.message
+
+
+def test_a_mistyped_folder_is_suggested(tmp_path: Path) -> None:
+    adapter(tmp_path / "pirate")
+    with pytest.raises(ConfigError, match=r"Did you mean .*/pirate"):
+        AdapterPolicy({"x": tmp_path / "pirat"})
+
+
+def test_a_file_is_no_adapter_folder(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a file, not a folder"):
+        AdapterPolicy(adapter_dir=write_file(tmp_path / "x"))

@@ -192,6 +192,11 @@ def test_the_start_log_says_why_a_dtype_was_chosen(model_folder, caplog):
         until(lambda: "compute in float32 (asked for)" in caplog.text)
 
 
+def test_the_start_log_warns_of_a_folder_that_holds_no_adapters(model_folder, adapter_folders, caplog):
+    with serving(model_folder, adapter_dir=adapter_folders["pirate"]):
+        until(lambda: "is an adapter itself" in caplog.text)
+
+
 def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folders, capfd):
     with serving(
         model_folder,

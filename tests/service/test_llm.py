@@ -255,6 +255,12 @@ def test_adapters_are_loaded_named_and_forgotten(llm: LLM, folders: dict[str, Pa
         llm.adapters.load("four")
 
 
+def test_a_file_in_an_adapters_place_is_recognised(llm: LLM, tmp_path: Path) -> None:
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    with pytest.raises(AdapterNotFound, match="GGUF are not served"):
+        llm.generate("a", adapters=str(tmp_path / "lora.gguf"))
+
+
 def test_options_are_checked_before_anything_is_loaded(folders: dict[str, Path]) -> None:
     for options in ({"max_lenght": 5}, {"transport": "pigeon"}, {"adapters": {"x": "/nowhere"}}, {"dtype": "int3"}):
         with pytest.raises(ConfigError):

@@ -15,6 +15,7 @@ from truffula.errors import CheckpointError, ConfigError, from_info
 
 if TYPE_CHECKING:
     from truffula.kernels.cpu.rounding import Lost, Rounding
+    from truffula.lora.peft import AdapterReport
     from truffula.model.load import ModelPlan
     from truffula.types import EndToken
     from truffula.weights.checkpoint import Checkpoint
@@ -43,17 +44,24 @@ def run_inspect(source: str, base: str | None, quantize: str | None, *, as_json:
 
 def _resolve(source: str) -> Source:
     folder = Path(source).expanduser()
-    if (folder / "adapter_config.json").is_file():
-        return Source(folder, True)
     if folder.exists():
-        return Source(folder, False)
+        return Source(folder, _is_adapter(folder))
     from truffula.cli.options import resolve
     from truffula.weights.sources import resolve_source
 
     config = resolve({}, model=source).engine
     with progress() as report:
         path = resolve_source(source, cache_dir=config.cache_dir, offline=config.offline, progress=report)
-    return Source(path, (path / "adapter_config.json").is_file())
+    return Source(path, _is_adapter(path))
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether ``path`` was meant as an adapter, complete or not."""
+    from truffula.lora.foreign import looks_like_adapter, subfolders_with_adapters
+
+    if not path.is_dir() or (path / "config.json").is_file():
+        return (path / "adapter_config.json").is_file()
+    return looks_like_adapter({file.name for file in path.iterdir()}) or bool(subfolders_with_adapters(path))
 
 
 def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
@@ -94,7 +102,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     for kind, sizes in sorted(kinds.items()):
         stored_table.add_row(kind, str(len(sizes)), nbytes(sum(sizes)))
     console.print(stored_table)
-    config_table = table("key", "value", "fate", title="\nconfig.json")
+    config_table = table("key", "value", "what happens", title="\nconfig.json")
     for fate in fates:
         config_table.add_row(fate.key, fate.value, fate.fate)
     console.print(config_table)
@@ -207,22 +215,30 @@ def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
         facts = {"rank": report.rank, "bytes": report.nbytes, "modules": report.modules}
         out().print_json(json.dumps({**facts, "fields": rows, "warnings": report.warnings, "error": error}))
     else:
-        shown = table("field", "value", "verdict", "why", title=str(path))
-        colours = {"serve": "green", "refuse": "red"}
-        order = ("refuse", "serve", "check")
-        for row in sorted((r for r in report.rows if r.verdict in order), key=lambda r: order.index(r.verdict)):
-            colour = colours.get(row.verdict, "dim")
-            shown.add_row(row.field, escape(row.value), f"[{colour}]{row.verdict}[/]", escape(row.note))
-        out().print(shown)
-        without_effect = ", ".join(row.field for row in report.rows if row.verdict == "ignore")
-        out().print(f"\n[dim]asks for nothing, or without effect when serving:[/] {without_effect}")
-        against = f"for {base}" if base else "without looking at a base (give --base MODEL)"
-        out().print(f"\nrank {report.rank}, {report.modules} modules, {nbytes(report.nbytes)}; judged {against}")
-        out().print("[dim]Names, shapes and types were judged; the numbers themselves are checked on loading.[/]")
-        for text in report.warnings:
-            warn(text)
+        _show_adapter(report, path, base)
     if report.error is not None:
         raise from_info(report.error)
+
+
+def _show_adapter(report: AdapterReport, path: Path, base: str | None) -> None:
+    """What happens with each field; then, of an adapter that is not refused, its size and what was compared."""
+    shown = table("field", "value", "what happens", "why", title=str(path))
+    words = {"refuse": "[red]refused[/]", "serve": "[green]served[/]", "check": "[dim]checked[/]"}
+    order = list(words)
+    for row in sorted((r for r in report.rows if r.verdict in words), key=lambda r: order.index(r.verdict)):
+        shown.add_row(row.field, escape(row.value), words[row.verdict], escape(row.note))
+    out().print(shown)
+    if ignored := [row.field for row in report.rows if row.verdict == "ignore"]:
+        out().print(f"\n[dim]No effect when serving:[/] {escape(', '.join(ignored))}")
+    if report.error is None:
+        against = f"compared with {base}" if base else "not compared with a base (give --base MODEL)"
+        modules = f"{report.modules} module{'s' * (report.modules != 1)}"
+        out().print(f"\nrank {report.rank}, {modules}, {nbytes(report.nbytes)}; {escape(against)}")
+        out().print(
+            "[dim]Checked here: names, shapes and dtypes. The values are checked when the adapter is loaded.[/]"
+        )
+    for text in report.warnings:
+        warn(text)
 
 
 def _base_sites(base: str) -> Any:

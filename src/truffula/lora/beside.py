@@ -1,7 +1,7 @@
-"""What an adapter says beside its two files: the base it was trained on, a tokenizer and a chat template of its own.
+"""What an adapter says beside its tensors: the base it was trained on, a tokenizer and a chat template of its own.
 
-None of it is served: the base's tokenizer and template are used. That is right for most adapters, whose copies are the
-base's, so it is said rather than refused. Added tokens that the base has no row for are refused: it can't know them.
+Neither tokenizer nor template is used: the base's are. That is right for most adapters, which have copies of them, so
+it is a warning and no error. Added tokens that the base has no row for are an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 READ = (ADDED, TOKENIZER_CONFIG, *TEMPLATES)
 """The small ones: worth fetching to tell what an adapter expects."""
 MAX_BYTES = 4 << 20
+_QUANTISED = re.compile(r"(?i)(^|[-_./])(bnb|[2-8]-?bit|gptq|awq|nf4|fp4|int[48]|hqq|aqlm|i?q\d(_\w+)?)([-_./]|$)")
 _MADE_OF = re.compile(
     r"[-_.](hf|gguf|awq|gptq|fp8|int[48]|[48]bit|bnb|unsloth|base|instruct|chat|it|q\d\w*|i?q\d_\w+|f16|bf16)\b"
 )
@@ -42,8 +43,13 @@ def _other_base(named: Any, model: str | None) -> Iterator[str]:
     one, other = plain_name(named), plain_name(model)
     if one and other and one not in other and other not in one:
         yield (
-            f"base_model_name_or_path is {named[:200]!r}, and {model!r} is served: if these are different models, "
-            "the adapter's answers mean nothing."
+            f"base_model_name_or_path is {named[:200]!r}, but {model!r} is served: if these are different models, "
+            "the adapter's answers are meaningless."
+        )
+    if _QUANTISED.search(named) and not _QUANTISED.search(model):
+        yield (
+            f"base_model_name_or_path is {named[:200]!r}, a quantised model: the adapter was trained on rounded "
+            f"weights, and on {model!r} its answers may differ slightly from those in training."
         )
 
 
@@ -66,9 +72,9 @@ def _other_texts(folder: Path, sites: Sequence[Site] | None) -> Iterator[str]:
         templates.append(f"chat_template in {TOKENIZER_CONFIG}")
     _check_added(folder, settings, sites)
     if tokenizers:
-        yield f"It brings a tokenizer ({', '.join(tokenizers)}), which is not used: prompts are read as the base's are."
+        yield f"Its own tokenizer ({', '.join(tokenizers)}) is not used: prompts are tokenized with the base's."
     if templates:
-        yield f"It brings a chat template ({', '.join(templates)}), which is not used: chats are put in the base's."
+        yield f"Its own chat template ({', '.join(templates)}) is not used: chats are rendered with the base's."
 
 
 def _check_added(folder: Path, settings: Mapping[str, Any], sites: Sequence[Site] | None) -> None:
@@ -83,8 +89,8 @@ def _check_added(folder: Path, settings: Mapping[str, Any], sites: Sequence[Site
         highest = max(ids, default=0)
         if highest >= min(tables):
             raise AdapterError(
-                f"{name} adds token {highest}; the base has {min(tables)} tokens. The adapter was trained with a "
-                "larger vocabulary, which is not served.",
+                f"{name} adds token {highest}, but the base has {min(tables)} tokens. The adapter was trained with a "
+                "larger vocabulary, which is not served; train it without added tokens.",
                 param=name,
                 found=highest,
                 limit=min(tables),
@@ -96,7 +102,7 @@ def _table(site: Site) -> bool:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object that need not be there; what can't be read as one says nothing."""
+    """The JSON object in a file that may be missing; empty when it can't be read as one."""
     try:
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             return {}

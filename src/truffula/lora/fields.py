@@ -7,6 +7,7 @@ is refused unless its value is null, false, 0 or empty: then it can't have chang
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from truffula.errors import AdapterError
+from truffula.lora.foreign import MLX
+from truffula.lora.roots import other_part
 
 Verdict = Literal["serve", "check", "ignore", "refuse"]
 MAX_CONFIG_BYTES = 4 << 20
@@ -47,6 +50,11 @@ class Field:
 def is_empty(value: Any) -> bool:
     """null, false, 0 or empty: a value that asks for nothing."""
     return value is None or value is False or value in (0, "", [], {})
+
+
+def _only_other_parts(value: Any) -> bool:
+    """For ``modules_to_save``: image and audio parts, which text does not pass through."""
+    return isinstance(value, list) and all(isinstance(v, str) and other_part(f"{v}.") is not None for v in value)
 
 
 def _absent(value: Any) -> bool:
@@ -101,7 +109,11 @@ def _layers(value: Any) -> str | None:
     return None if good else "must be an integer or a list of integers"
 
 
+MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
+RETRAIN_WITHOUT_TABLES = "Train again without lm_head and embed_tokens; the linear layers of the decoder are served."
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# Starts that change the base; PEFT turns the first ones into plain LoRA when saving.
+_CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 TASKS = ("CAUSAL_LM",)
 
 _TRAINING = "only matters while training"
@@ -126,7 +138,7 @@ FIELDS: Mapping[str, Field] = {
     "auto_mapping": Field("ignore", "about PEFT's own classes"),
     "base_model_name_or_path": Field("ignore", "paths differ between machines; shapes decide"),
     "revision": Field("ignore", "of the base; shapes decide"),
-    "peft_version": Field("ignore", "who wrote the file"),
+    "peft_version": Field("ignore", "the version that wrote the file"),
     "inference_mode": Field("ignore", _TRAINING),
     "lora_dropout": Field("ignore", _TRAINING),
     "fan_in_fan_out": Field("ignore", "the base layer's own layout decides; the file's does not change with it"),
@@ -142,49 +154,71 @@ FIELDS: Mapping[str, Field] = {
     "megatron_config": Field("refuse", "a parallel layer layout; export the adapter for the plain model"),
     "bias": Field(
         "refuse",
-        f"trained biases: {_LATER}; train with bias='none'",
+        f"trained biases: {_LATER}; train with bias='none', or {MERGE}",
         lambda value: None if value in ("none", "all", "lora_only") else "must be none, all or lora_only",
         lambda value: value == "none",
     ),
-    "lora_bias": Field("refuse", f"biases on B: {_LATER}; train with lora_bias=false", _flag),
-    "modules_to_save": Field("refuse", f"whole replaced modules: {_LATER}; train them as LoRA targets", _names),
-    "use_dora": Field("refuse", f"DoRA: {_LATER}; train with use_dora=false", _flag),
-    "trainable_token_indices": Field("refuse", f"replaced token rows: {_LATER}"),
+    "lora_bias": Field("refuse", f"biases on B: {_LATER}; train with lora_bias=false, or {MERGE}", _flag),
+    "modules_to_save": Field(
+        "refuse",
+        f"whole replaced modules: {_LATER}; train without it and name linear layers in target_modules instead",
+        _names,
+        lambda value: is_empty(value) or _only_other_parts(value),
+    ),
+    "use_dora": Field("refuse", f"DoRA: {_LATER}; train with use_dora=false, or {MERGE}", _flag),
+    "trainable_token_indices": Field("refuse", f"replaced token rows: {_LATER}; train without them"),
     "target_parameters": Field("refuse", f"LoRA on parameters (experts): {_LATER}; name modules in target_modules"),
-    "ensure_weight_tying": Field("refuse", f"tied adapters of embedding and head: {_LATER}", _flag),
-    "layer_replication": Field("refuse", "changes the depth of the model and the layout of its KV cache"),
-    "alora_invocation_tokens": Field("refuse", f"activated LoRA: {_LATER}", harmless=_absent),
-    "use_qalora": Field("refuse", "QALoRA: A is grouped for a quantised base", _flag),
-    "kasa_config": Field("refuse", "KaSA changes the base weights by their singular values", harmless=_absent),
-    "use_bdlora": Field("refuse", "block-diagonal A or B", harmless=_absent),
-    "arrow_config": Field("refuse", "Arrow mixes many adapters per token", harmless=_absent),
+    "ensure_weight_tying": Field("refuse", f"tied adapters of embedding and head: {_LATER}; train without it", _flag),
+    "layer_replication": Field("refuse", f"changes the depth of the model and the layout of its KV cache; {MERGE}"),
+    "alora_invocation_tokens": Field("refuse", f"activated LoRA: {_LATER}; train plain LoRA", harmless=_absent),
+    "use_qalora": Field("refuse", "QALoRA: A is grouped for a quantised base; train with use_qalora=false", _flag),
+    "kasa_config": Field(
+        "refuse", f"KaSA changes the base weights by their singular values; {MERGE}", harmless=_absent
+    ),
+    "use_bdlora": Field("refuse", f"block-diagonal A or B: {_LATER}; {MERGE}", harmless=_absent),
+    "arrow_config": Field("refuse", "Arrow mixes many adapters per token; serve one of them", harmless=_absent),
 }
 
 _SVD = "PEFT's convert_to_lora / save_as_lora gives an approximate LoRA adapter"
-_KINDS = {
-    "ADALORA": "its ranks were pruned in training; not served yet",
-    "VERA": "shared frozen projections; not served yet",
-    "IA3": "scales activations; not served yet",
-    "LOHA": f"a Hadamard product; not served yet ({_SVD})",
-    "LOKR": f"a Kronecker product; not served yet ({_SVD})",
-    "TRAINABLE_TOKENS": "replaced token rows; not served yet",
-    "LN_TUNING": "replaced norm weights; not served yet",
-    "PROMPT_TUNING": "virtual tokens; not served yet",
-    "P_TUNING": "virtual tokens; not served yet",
-    "PREFIX_TUNING": "a prefix of keys and values; not served yet",
+_UPDATES = (
+    "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "LILY",
+    "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA",
+    "UNILORA", "VBLORA", "WAVEFT",
+)  # fmt: skip
+_UPDATE = f"not an addition of low rank ({_SVD})"
+_METHODS: Mapping[str, str] = {
+    "ADALORA": f"its ranks were pruned in training; {_LATER}",
+    "VERA": f"shared frozen projections; {_LATER}",
+    "IA3": f"scales activations; {_LATER}",
+    "LOHA": f"a Hadamard product; {_LATER} ({_SVD})",
+    "LOKR": f"a Kronecker product; {_LATER} ({_SVD})",
+    "TRAINABLE_TOKENS": f"replaced token rows; {_LATER}",
+    "LN_TUNING": f"replaced norm weights; {_LATER}",
+    "PROMPT_TUNING": f"virtual tokens; {_LATER}",
+    "P_TUNING": f"virtual tokens; {_LATER}",
+    "PREFIX_TUNING": f"a prefix of keys and values; {_LATER}",
     "MULTITASK_PROMPT_TUNING": "needs a task id for each request",
     "CPT": "needs label masks",
     "CARTRIDGE": "a long stored cache",
     "ADAPTION_PROMPT": "changes attention itself",
     "XLORA": "mixes adapters per token",
     "POLY": "mixes adapters per task",
-}
+} | dict.fromkeys(_UPDATES, _UPDATE)
+"""The methods of PEFT other than LORA, and what stands against serving each."""
 
 
 def refuse_method(name: str) -> AdapterError:
     """The refusal of a ``peft_type`` other than LORA, in words."""
-    why = _KINDS.get(name, f"it is not an addition of low rank ({_SVD})")
-    return AdapterError(f"peft_type {name}: {why}. truffula serves LORA.", param="peft_type", peft_type=name)
+    if name in _METHODS:
+        what = f"peft_type {name}: {_METHODS[name]}. truffula serves LORA; train with LoraConfig, or {MERGE}."
+    else:
+        close = difflib.get_close_matches(name.upper(), ("LORA", *_METHODS), 1, 0.6)
+        meant = f" Did you mean {close[0]}?" if close else ""
+        what = (
+            f"peft_type {name} is none of PEFT's methods.{meant} truffula serves LORA; recognised, and refused, are "
+            f"{', '.join(sorted(_METHODS))}."
+        )
+    return AdapterError(what, param="peft_type", peft_type=name)
 
 
 def parse_config(raw: bytes) -> dict[str, Any]:
@@ -220,13 +254,20 @@ def _short(value: Any) -> str:
 def _judge_init(value: Any) -> FieldRow:
     if value is None or any(value is plain or (isinstance(plain, str) and value == plain) for plain in PLAIN_INITS):
         return FieldRow("init_lora_weights", _short(value), "check", "the base is as it was")
-    if isinstance(value, str) and (value.startswith(("pissa", "lora_ga")) or value in ("olora", "corda", "loftq")):
+    if isinstance(value, str) and value.startswith(_CONVERTIBLE_INITS):
         note = (
-            "training changed the base weights, which are not in the adapter; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA adapter"
+            "this start changed the base weights, and the change is not in the adapter; save it with "
+            "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), which writes a plain LoRA "
+            "adapter (INITIAL: the adapter saved before the first training step)"
         )
-        return FieldRow("init_lora_weights", _short(value), "refuse", note)
-    return FieldRow("init_lora_weights", _short(value), "refuse", f"not one of {', '.join(map(str, PLAIN_INITS))}")
+    elif value == "loftq":
+        note = (
+            "LoftQ replaced the base weights by quantised ones, which are not in the adapter; merge it into the model "
+            "that it was trained on (PEFT's merge_and_unload) and serve the result as a model"
+        )
+    else:
+        note = f"not one of {', '.join(map(str, PLAIN_INITS))}"
+    return FieldRow("init_lora_weights", _short(value), "refuse", note)
 
 
 def _judge_task(value: Any) -> FieldRow:
@@ -250,7 +291,7 @@ def _judge_field(name: str, value: Any) -> FieldRow:
     if complaint is not None:
         return FieldRow(name, _short(value), "refuse", complaint)
     if field.verdict == "refuse" and field.harmless(value):
-        return FieldRow(name, _short(value), "ignore", "not used")
+        return FieldRow(name, _short(value), "ignore", "without effect on text")
     return FieldRow(name, _short(value), field.verdict, field.note)
 
 
@@ -258,11 +299,13 @@ def judge_fields(config: Mapping[str, Any]) -> list[FieldRow]:
     """A row per field that the file has, refusals included; never raises."""
     rows = []
     kind = config.get("peft_type")
-    if kind != "LORA":
-        note = "missing" if kind is None else refuse_method(str(kind)).message
-        rows.append(FieldRow("peft_type", _short(kind), "refuse", note))
+    if kind is None:
+        rows.append(FieldRow("peft_type", "", "refuse", "missing; PEFT writes LORA here"))
+    elif kind != "LORA":
+        rows.append(FieldRow("peft_type", _short(kind), "refuse", refuse_method(str(kind)[:60]).message.rstrip(".")))
     rows += [_judge_field(name, value) for name, value in config.items() if name != "peft_type" or kind == "LORA"]
-    rows += [FieldRow(name, "", "refuse", "missing") for name in ("r", "lora_alpha") if name not in config]
+    missing = "missing; without it the scale is not known. PEFT writes it"
+    rows += [FieldRow(name, "", "refuse", missing) for name in ("r", "lora_alpha") if name not in config]
     return rows + _contradictions(config)
 
 
@@ -296,12 +339,18 @@ class LoraSettings:
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
     """What a configuration asks for; ``AdapterError`` naming fields that can't be honoured (``param``: the first)."""
+    if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
+        raise AdapterError(
+            f"adapter_config.json is MLX's (lora_parameters, fine_tune_type); PEFT's format is served. {MLX}",
+            param="peft_type",
+        )
     refused = [row for row in judge_fields(config) if row.verdict == "refuse"]
     if refused and refused[0].field == "peft_type" and config.get("peft_type") is not None:
         raise refuse_method(str(config["peft_type"])[:60])
     if refused:
-        lines = "; ".join(f"{row.field} = {row.value or 'nothing'}: {row.note}" for row in refused[:10])
-        raise AdapterError(f"The adapter's configuration cannot be served: {lines}.", param=refused[0].field)
+        lines = "; ".join(f"{row.field} = {row.value}: {row.note}" if row.value else f"{row.field}: {row.note}"
+                          for row in refused[:10])  # fmt: skip
+        raise AdapterError(f"adapter_config.json cannot be served: {lines}.", param=refused[0].field)
 
     def names(field: str) -> Any:
         value = config.get(field)

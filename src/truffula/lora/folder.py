@@ -8,31 +8,26 @@ from pathlib import Path
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, CheckpointError
 from truffula.lora.fields import MAX_CONFIG_BYTES
-from truffula.lora.place import CONFIG, PICKLE, TENSORS
+from truffula.lora.foreign import describe_folder
+from truffula.lora.place import CONFIG, TENSORS
 from truffula.weights.safetensors import SafetensorsFile
 
 _CHUNK = 1 << 20
-_TO_SAFETENSORS = (
-    'python -c "import torch, safetensors.torch as s; '
-    f"s.save_file({{k: v.contiguous() for k, v in torch.load('{PICKLE}', weights_only=True).items()}}, '{TENSORS}')\""
-)
 
 
 class AdapterFolder:
     """Both files of one adapter, found and opened: ``config_bytes`` raw, ``tensors`` with its header checked.
 
     Raises ``AdapterNotFound`` when there is no such folder, ``AdapterError`` when it is no adapter (saying what it
-    seems to be), ``AdapterLoadError`` when the system does not let us read. Messages name files, never our paths.
+    seems to be), ``AdapterLoadError`` when it can't be read. Messages name files, never this machine's paths.
     """
 
     def __init__(self, folder: Path, max_file_bytes: int | None = None) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise AdapterNotFound("There is no adapter at this place (no such folder).", param="adapter")
-        if not (folder / CONFIG).exists():
-            raise AdapterError(self._without_config(), param=CONFIG)
-        if not (folder / TENSORS).exists():
-            raise AdapterError(self._without_tensors(), param=TENSORS)
+            raise AdapterNotFound("There is no adapter: its folder does not exist.", param="adapter")
+        if (lacking := self._describe()) is not None:
+            raise AdapterError(lacking[0], param=lacking[1])
         for name in (CONFIG, TENSORS):
             found = (folder / name).stat()
             if not stat.S_ISREG(found.st_mode):  # a pipe or a device would block, or never end
@@ -63,28 +58,15 @@ class AdapterFolder:
     def close(self) -> None:
         self.tensors.close()
 
+    def _describe(self) -> tuple[str, str] | None:
+        try:
+            return describe_folder(self.folder)
+        except OSError as error:
+            raise AdapterLoadError(f"The adapter's folder cannot be read: {error.strerror or error}.") from error
+
     def _read_config(self) -> bytes:
         try:
             with (self.folder / CONFIG).open("rb") as file:
                 return file.read(MAX_CONFIG_BYTES + 1)
         except OSError as error:
             raise AdapterLoadError(f"{CONFIG} cannot be read: {error.strerror or error}.", param=CONFIG) from error
-
-    def _without_config(self) -> str:
-        names = {path.name for path in self.folder.iterdir()}
-        if "config.json" in names:
-            return (
-                f"There is no {CONFIG}, but a config.json: this is a full model, not an adapter. Serve it as a model."
-            )
-        return f"There is no {CONFIG} in the adapter's folder; PEFT's save_pretrained writes it."
-
-    def _without_tensors(self) -> str:
-        names = {path.name for path in self.folder.iterdir()}
-        if PICKLE in names:
-            return (
-                f"There is only {PICKLE}, a pickle, which can run code when it is read. Convert it where you trust it: "
-                f"load it with PEFT and save_pretrained, or in its folder: {_TO_SAFETENSORS}"
-            )
-        if any(name.startswith("model") and name.endswith(".safetensors") for name in names):
-            return f"There is no {TENSORS}, but a model's weights: this looks like a full (merged) model."
-        return f"There is no {TENSORS} in the adapter's folder."

@@ -10,7 +10,8 @@ from typing import Any
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, TruffulaError
 from truffula.lora.beside import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
-from truffula.lora.place import CONFIG, PICKLE, TENSORS
+from truffula.lora.foreign import describe_names, latest_first
+from truffula.lora.place import CONFIG, TENSORS
 from truffula.weights.hub import HubFailure, explain
 
 
@@ -78,11 +79,15 @@ def _note_branch(snapshot: Path, revision: str) -> None:
 def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]:
     """Raises ``AdapterError`` unless both files are there and small enough; the other files to fetch with them."""
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
-    if CONFIG not in sizes:
-        raise AdapterError(f"{repo} has no {CONFIG}: it is no PEFT adapter.", param=CONFIG)
-    if TENSORS not in sizes:
-        only = f"only {PICKLE}, a pickle; ask its author for safetensors" if PICKLE in sizes else "no adapter weights"
-        raise AdapterError(f"{repo} has no {TENSORS} ({only}).", param=TENSORS)
+    lacking = describe_names({name for name in sizes if "/" not in name})
+    if lacking is not None:
+        text, at_fault = lacking
+        if inside := latest_first(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{TENSORS}")):
+            text = (
+                f"Its folder {inside[0]} holds one, and folders of a repository are not served: download it with "
+                f"hf download {repo} --include '{inside[0]}/*' --local-dir DIR and give DIR/{inside[0]}."
+            )
+        raise AdapterError(f"{repo} is not a PEFT adapter. {text}", param=at_fault)
     for name, most in ((CONFIG, min(MAX_CONFIG_BYTES, max_file_bytes)), (TENSORS, max_file_bytes)):
         if (sizes[name] or 0) > most:
             raise AdapterError(f"{repo}: {name} has {sizes[name]} bytes; at most {most} are read.", param=name)

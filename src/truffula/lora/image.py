@@ -132,7 +132,7 @@ def write_image(adapter: LaidOut, path: Path) -> int:
 
 
 def _damaged(what: str) -> AdapterLoadError:
-    return AdapterLoadError(f"The laid-out adapter file is damaged: {what}. Load the adapter again.")
+    return AdapterLoadError(f"The prepared adapter file is damaged: {what}. Load the adapter again.")
 
 
 def _header(view: memoryview) -> tuple[_Header, int]:

@@ -100,12 +100,14 @@ def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda
         if fingerprint(folder) != before:
             # The source was judged and copied from its mapping: written to in between, the copy is not what was judged.
             path.unlink()
-            raise AdapterLoadError("The adapter's files changed while they were read; ask again.", param="adapter")
+            raise AdapterLoadError(
+                "The adapter's files changed while they were read; send the request again.", param="adapter"
+            )
     except TruffulaError as error:
         return _failed(order, error.info(), started)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        what = f"The adapter cannot be laid out in the spool: {reason}."
+        what = f"The adapter cannot be written to shared memory or the temporary folder: {reason}."
         return _failed(order, AdapterLoadError(what).info(), started)
     except MemoryError:
         raise
@@ -134,7 +136,7 @@ def _place(order: Order, setup: Setup, nbytes: int) -> Path:
         if found.f_bavail * found.f_frsize >= nbytes + _SPARE_ROOM:
             return Path(spool) / name
     raise AdapterLoadError(
-        f"There is no room to lay out the adapter: {nbytes} bytes are needed in shared memory or the temporary folder.",
+        f"There is no room for the adapter: it needs {nbytes} bytes in shared memory or the temporary folder.",
         requested_bytes=nbytes,
     )
 
@@ -155,7 +157,10 @@ def _folder(ref: AdapterRef, setup: Setup) -> Path:
 def out_of_memory(order: Order, setup: Setup) -> LoadResult:
     """What is said of a load that ended with ``MemoryError``."""
     limit = setup.limits.memory_bytes
-    what = f"Reading the adapter needs more than the {limit} bytes a load may take beside its files."
+    what = (
+        f"Loading the adapter takes more than the {limit} bytes of memory that a loading worker may use beside the "
+        "adapter's files (--adapter-worker-memory)."
+    )
     return _failed(order, AdapterLoadError(what, limit_bytes=limit).info(), time.monotonic())
 
 

@@ -3,16 +3,21 @@
     base_model.model. + module path + .lora_A.weight | .lora_B.weight
 
 The prefix may be missing; an adapter's name may stand inside (``.lora_A.default.weight``) when it is the same in every
-key. All other endings mean something that is not served yet, or another format: they are refused by what they are.
+key. Tensors of a multimodal model's image and audio parts are left out. All other endings mean something that is not
+served yet, or another format: they are refused by what they are.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from truffula.errors import AdapterError
+from truffula.lora.fields import MERGE, RETRAIN_WITHOUT_TABLES
+from truffula.lora.foreign import MLX, refuse_wrapped
+from truffula.lora.roots import other_part
 
 PREFIX = "base_model.model."
 MAX_KEYS = 200_000
@@ -21,46 +26,71 @@ SHOWN = 10
 
 _HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<name>[^.]+))?\.weight\Z")
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
+_TABLE = r"(^|\.)(embed_tokens|lm_head|wte|embed_in)"
 
-# Ending → the field of adapter_config.json that writes it, and what it is.
+# Ending → the field of adapter_config.json that writes it, what it is, and the way out.
 _UNSERVED = (
-    (r"\.lora_embedding_[AB](\..+)?$", "target_modules", "LoRA on an embedding table"),
-    (r"\.lora_magnitude_vector(\..+)?$", "use_dora", "DoRA's magnitudes"),
-    (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias", "a bias on B"),
-    (r"\.lora_diag(\..+)?$", "kasa_config", "KaSA's diagonal"),
+    (r"\.lora_embedding_[AB](\..+)?$", "target_modules", "LoRA on an embedding table", RETRAIN_WITHOUT_TABLES),
     (
-        r"\.base_layer\.weight$",
-        "save_embedding_layers",
-        "a copy of a base table; save with save_embedding_layers=False",
+        r"\.lora_magnitude_vector(\..+)?$",
+        "use_dora",
+        "DoRA's magnitude vectors",
+        f"Train with use_dora=false, or {MERGE}.",
     ),
-    (r"\.(base_layer\.)?bias$", "bias", "a trained bias"),
-    (r"\.token_adapter\.trainable_tokens_delta$", "trainable_token_indices", "replaced token rows"),
-    (r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$", "target_parameters", "LoRA on fused experts"),
-    (r"\.modules_to_save\.", "modules_to_save", "a whole replaced module"),
+    (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias", "a bias on B", f"Train with lora_bias=false, or {MERGE}."),
+    (r"\.lora_diag(\..+)?$", "kasa_config", "KaSA's diagonal", f"Train plain LoRA, or {MERGE}."),
+    (
+        _TABLE + r"\.base_layer\.weight$",
+        "save_embedding_layers",
+        "a copy of a base table",
+        "Save the adapter with save_embedding_layers=False.",
+    ),
+    (r"\.(base_layer\.)?bias$", "bias", "a trained bias", f"Train with bias='none', or {MERGE}."),
+    (
+        r"\.token_adapter\.trainable_tokens_delta$",
+        "trainable_token_indices",
+        "a set of replaced token rows",
+        "Train without trainable_token_indices.",
+    ),
+    (
+        r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$",
+        "target_parameters",
+        "LoRA on fused experts",
+        "Name modules in target_modules instead.",
+    ),
+    (
+        r"\.modules_to_save\.",
+        "modules_to_save",
+        "a whole replaced module",
+        "Train without modules_to_save; name linear layers in target_modules instead.",
+    ),
 )
 _FOREIGN = (
-    (r"(^|\.)lora_(unet|te\d?|transformer)_", "a kohya or diffusers adapter (of an image model)"),
-    (r"\.lora_(down|up)\.weight$|\.alpha$", "a kohya-style adapter (lora_down, lora_up, alpha)"),
-    (r"\.lora_[ab](\.weight)?$", "an adapter of another trainer (lora_a, lora_b), such as MLX"),
-    (r"\.lora\.(down|up)\.weight$|\.processor\.", "a diffusers adapter (of an image model)"),
-    (r"\.lora_E$|\.lora_[AB]$", "AdaLoRA"),
-    (r"vera_(lambda|A|B)", "VeRA"),
-    (r"\.hada_w\d", "LoHa"),
-    (r"\.lokr_w\d", "LoKr"),
-    (r"\.ia3_l", "IA3"),
-    (r"\.(oft|boft)_", "OFT or BOFT"),
-    (r"^prompt_embeddings", "prompt or prefix tuning"),
+    (r"(^|\.)lora_(unet|te\d?|transformer)_", "a kohya or diffusers adapter (of an image model)", ""),
+    (r"\.lora_(down|up)\.weight$|\.alpha$", "a kohya-style adapter (lora_down, lora_up, alpha)", ""),
+    (r"\.lora_[ab](\.weight)?$", "an adapter of another trainer (lora_a, lora_b), such as MLX or torchtune", f" {MLX}"),
+    (r"\.lora\.(down|up)\.weight$|\.processor\.", "a diffusers adapter (of an image model)", ""),
+    (r"\.lora_E$|\.lora_[AB]$", "AdaLoRA", ""),
+    (r"vera_(lambda|A|B)", "VeRA", ""),
+    (r"\.hada_w\d", "LoHa", ""),
+    (r"\.lokr_w\d", "LoKr", ""),
+    (r"\.ia3_l", "IA3", ""),
+    (r"\.(oft|boft)_", "OFT or BOFT", ""),
+    (r"^prompt_embeddings", "prompt or prefix tuning", ""),
 )
+_BASE_COPY = re.compile(r"(?P<module>[^.]+)\.base_layer\.weight$")
 _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
 
 
 @dataclass
 class KeyPlan:
-    """Every key accounted for: ``a`` and ``b`` by module path, ``unused`` those without effect when generating."""
+    """Every key accounted for: ``a`` and ``b`` by module path, ``unused`` those without effect when generating,
+    ``left_out`` those of image and audio parts, which text does not pass through."""
 
     a: dict[str, str] = field(default_factory=dict)
     b: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -70,19 +100,38 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(name if len(name) <= 160 else name[:157] + "..." for name in every[:SHOWN]) + more
 
 
+def module_of(key: str) -> str:
+    """The module path of any adapter key."""
+    return re.split(r"\.(?:lora_|base_layer\.|weight$|bias$)", key.removeprefix(PREFIX), maxsplit=1)[0]
+
+
+def left_out_words(plan: KeyPlan) -> str:
+    """The parts that ``left_out`` keys belong to, with their numbers of modules: ``54 modules of vision_tower``."""
+    modules = {module_of(key) for key in plan.left_out}
+    parts = Counter(other_part(f"{module}.") for module in modules)
+    return ", ".join(f"{count} module{'s' * (count != 1)} of {part}" for part, count in sorted(parts.items(), key=str))
+
+
 def plan_keys(keys: Sequence[str]) -> KeyPlan:
     """Sort an adapter's keys; ``AdapterError`` (``param``: an offender) when one is anything but half of a pair."""
     if not keys:
-        raise AdapterError("adapter_model.safetensors holds no tensors.", param="adapter_model.safetensors")
+        raise AdapterError(
+            "adapter_model.safetensors holds no tensors: the adapter was saved without its weights. Save it again.",
+            param="adapter_model.safetensors",
+        )
     if len(keys) > MAX_KEYS:
         raise AdapterError(f"adapter_model.safetensors holds {len(keys)} tensors; at most {MAX_KEYS} are read.")
+    if long := next((key for key in keys if len(key) > MAX_KEY_CHARS), None):
+        raise AdapterError(f"A tensor's name has {len(long)} characters: {long[:80]}...", param=long[:80])
+    refuse_wrapped(keys)
     plan = KeyPlan()
     strange: list[str] = []
     infixes: dict[str | None, str] = {}
     for key in keys:
-        if len(key) > MAX_KEY_CHARS:
-            raise AdapterError(f"A tensor's name has {len(key)} characters: {key[:80]}...", param=key[:80])
         path = key.removeprefix(PREFIX)
+        if other_part(path) is not None:
+            plan.left_out.append(key)
+            continue
         found = _HALF.match(path)
         if found is None or re.search(r"(^|\.)experts(\.base_layer)?\Z", found["module"]):
             (plan.unused if _TRAINING.match(path) else strange).append(key)
@@ -95,6 +144,11 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
         half[found["module"]] = key
     if strange:
         raise _strange(strange, len(keys))
+    _check_pairs(plan, infixes)
+    return plan
+
+
+def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
     if len(infixes) > 1:
         raise AdapterError(
             f"Keys of several adapters are in one file ({listed(infixes.values())}); save each by itself.",
@@ -102,41 +156,79 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
         )
     alone = [plan.a[m] for m in plan.a.keys() - plan.b.keys()] + [plan.b[m] for m in plan.b.keys() - plan.a.keys()]
     if alone:
-        raise AdapterError(f"Half of a pair: {listed(alone)} lacks its lora_A or lora_B.", param=min(alone))
-    return plan
+        raise AdapterError(
+            f"Half of a pair: {listed(alone)} lacks its lora_A or lora_B. The file is incomplete; save it again.",
+            param=min(alone),
+        )
+    if not plan.a and plan.left_out:
+        raise AdapterError(
+            f"The adapter adapts only {left_out_words(plan)}. Text does not pass through these, and this server takes "
+            "text only, so the adapter would change nothing. Train with the language model's layers in target_modules.",
+            param=min(plan.left_out),
+        )
 
 
 def _strange(keys: list[str], count: int) -> AdapterError:
     """Say what keys that are not halves of pairs would be."""
-    for ending, name, what in _UNSERVED:
-        hits = [key for key in keys if re.search(ending, key)]
-        if hits:
-            return AdapterError(f"{what} ({name}) is not served yet: {listed(hits)}.", param=name, key=hits[0])
-    for ending, what in _FOREIGN:
+    for ending, name, what, way in _UNSERVED:
         hits = [key for key in keys if re.search(ending, key)]
         if hits:
             return AdapterError(
-                f"This looks like {what}, not a PEFT LoRA adapter: {listed(hits)}.", param=min(hits), recognised=what
+                f"The file holds {what} ({name}), which is not served yet: {listed(hits)}. {way}",
+                param=name,
+                key=hits[0],
             )
+    if copies := [key for key in keys if _BASE_COPY.search(key)]:
+        return _base_copies(copies)
+    for ending, what, way in _FOREIGN:
+        hits = [key for key in keys if re.search(ending, key)]
+        if hits:
+            return AdapterError(
+                f"This looks like {what}, not a PEFT LoRA adapter: {listed(hits)}.{way}",
+                param=min(hits),
+                recognised=what,
+            )
+    return _whole_weights(keys, count)
+
+
+def _base_copies(copies: list[str]) -> AdapterError:
+    leaves = sorted({found["module"] for key in copies if (found := _BASE_COPY.search(key))})
+    return AdapterError(
+        f"The file holds the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, beside the "
+        f"adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the PEFT model's "
+        "save_pretrained, which leaves them out.",
+        param=min(copies),
+        recognised="unmerged model",
+    )
+
+
+def _whole_weights(keys: list[str], count: int) -> AdapterError:
+    """Keys that end like a model's own weights."""
     tables = [key for key in keys if key.endswith(_TABLES)]
     if len(keys) == count and tables:
         return AdapterError(
-            f"This looks like a full (merged) model in an adapter's folder: {listed(keys)}. Serve it as a model.",
+            f"This looks like a full (merged) model in an adapter's folder: {listed(keys)}. Serve it as a model: "
+            "rename the file to model.safetensors, put the model's config.json and tokenizer beside it, and run "
+            "truffula serve FOLDER.",
             param=min(keys),
             recognised="full model",
         )
     if tables:
         return AdapterError(
-            f"A copy of a base table (save_embedding_layers) is not served yet: {listed(tables)}. "
-            "Save the adapter with save_embedding_layers=False.",
+            f"The file holds a copy of a base table (save_embedding_layers), which is not served yet: "
+            f"{listed(tables)}. Save the adapter with save_embedding_layers=False.",
             param="save_embedding_layers",
             key=tables[0],
         )
     weights = [key for key in keys if key.endswith((".weight", ".bias"))]
     if weights and len(keys) < count:
         return AdapterError(
-            f"Whole replaced modules (modules_to_save) are not served yet: {listed(weights)}.",
+            f"The file holds whole replaced modules (modules_to_save), which are not served yet: {listed(weights)}. "
+            "Train without modules_to_save; name linear layers in target_modules instead.",
             param="modules_to_save",
             key=weights[0],
         )
-    return AdapterError(f"Tensors that no LoRA adapter has: {listed(keys)}.", param=min(keys))
+    return AdapterError(
+        f"The file holds tensors that no PEFT LoRA adapter has: {listed(keys)}. Save it with PEFT's save_pretrained.",
+        param=min(keys),
+    )

@@ -1,4 +1,4 @@
-"""Regular expressions from strangers, matched in bounded time.
+"""Regular expressions from untrusted files, matched in bounded time.
 
 An adapter's configuration holds patterns (``target_modules`` as a string, the keys of ``rank_pattern``) that PEFT runs
 through Python's backtracking engine; a short hostile one hangs it for ever. Here a pattern is parsed by Python's own
@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,13 +131,24 @@ def _at(name: str) -> Callable[[str, int], bool]:
     return lambda text, index: not _boundary(text, index)  # AT_NON_BOUNDARY
 
 
-class Pattern:
-    """One compiled pattern. ``source`` must be a string of Python's syntax.
+def _where(source: str, shift: int, error: re.error) -> str:
+    """What is wrong and where in ``source``, of which the parser saw ``shift`` more characters in front."""
+    try:
+        _PARSER.parse(source)
+    except re.error as own:
+        error, shift = own, 0  # by itself it says best where
+    at = min(max((error.pos or 0) - shift, 0), len(source))
+    return f"{error.msg} at character {at + 1}, {source[at : at + 20]!r}" if source[at:] else f"{error.msg} at its end"
 
-    Raises ``AdapterError`` with ``param`` set to ``field`` when it is not, is too long, or needs backtracking.
+
+class Pattern:
+    """One compiled pattern: ``source``, a string of Python's syntax, between ``before`` and ``after``.
+
+    Raises ``AdapterError`` with ``param`` set to ``field`` when it is no valid pattern (saying where), is too long, or
+    needs backtracking.
     """
 
-    def __init__(self, source: str, field: str, steps: Steps) -> None:
+    def __init__(self, source: str, field: str, steps: Steps, before: str = "", after: str = "") -> None:
         self.source = source
         self.field = field
         self._steps = steps
@@ -147,12 +158,14 @@ class Pattern:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # sets that may read otherwise in a later Python
-                parsed = _PARSER.parse(source)
+                parsed = _PARSER.parse(before + source + after)
             if parsed.state.flags & ~re.UNICODE.value:
                 raise self._refused("inline flags are not supported")
             self._start = self._sequence(list(parsed), _ACCEPT)
-        except (re.error, OverflowError) as error:
-            raise self._refused(f"not a valid regular expression ({error})") from error
+        except re.error as error:
+            raise self._refused(f"not a valid regular expression: {_where(source, len(before), error)}") from error
+        except OverflowError as error:
+            raise self._refused(f"not a valid regular expression: {error}") from error
         except RecursionError as error:
             raise self._refused("nested too deeply") from error
 
@@ -278,7 +291,7 @@ class Suffix:
     def __init__(self, source: str, field: str, steps: Steps) -> None:
         self.source = source
         self._literal = _LITERAL.match(source) is not None
-        self._pattern = None if self._literal else Pattern(rf"(.*\.)?({source})$", field, steps)
+        self._pattern = None if self._literal else Pattern(source, field, steps, r"(.*\.)?(", ")$")
 
     def match(self, module: str) -> bool:
         if self._pattern is not None:
@@ -318,6 +331,7 @@ class PatternTable:
                 self.conflicts.append((module, winner, loser))
         return chosen
 
-    def unused(self) -> list[str]:
-        """Patterns that have hit no module so far."""
-        return [row.source for row, _ in self._rows if row.source not in self._used]
+    def unused(self, others: Collection[str] = ()) -> list[str]:
+        """Patterns that have hit no module so far, nor one of ``others``."""
+        left = [row for row, _ in self._rows if row.source not in self._used]
+        return [row.source for row in left if not any(row.match(module) for module in others)]

@@ -110,7 +110,7 @@ class AdapterPool:
         entry = self._entries.get(generation)
         if entry is None:
             raise AdapterLoadError(
-                f"Adapter generation {generation[:12]} is not loaded any more; ask for the adapter again.",
+                f"Adapter generation {generation[:12]} is no longer loaded; send the request again.",
                 generation=generation,
             )
         if entry.slot is None and not self._make_resident(generation, entry):
@@ -352,17 +352,20 @@ class AdapterPool:
                 return result.generation
             image = map_image(Path(result.image_path))
         except OSError as error:
-            raise AdapterLoadError(f"The laid-out adapter cannot be mapped: {error}.") from error
+            raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
         finally:
             discard(result.image_path)
         if image.generation != result.generation:
-            raise AdapterLoadError("The laid-out adapter is not the one that was loaded.")
+            raise AdapterLoadError(
+                "The prepared adapter file is not of the adapter that was loaded; send the request again."
+            )
         self._entries.add(image, now)
         return image.generation
 
     def _too_large(self, nbytes: int) -> InsufficientMemory:
         return InsufficientMemory(
-            f"The adapter takes {nbytes} bytes; adapters may use {self._budget.limit}. Give the server more memory.",
+            f"The adapter takes {nbytes} bytes and adapters may use {self._budget.limit}. "
+            "Give the server more memory (--memory, --adapter-memory).",
             requested_bytes=nbytes,
             limit_bytes=self._budget.limit,
         )

@@ -93,8 +93,8 @@ class LoadQueue:
         self.done_by_name[ref.name if known else OTHER_NAMES] += 1
         where = f"{ref.locator}@{result.commit}" if result.commit else ref.locator
         logger.info(
-            "adapter %r (%s): generation %s, rank %d, %d bytes, read in %.2f s",
-            ref.name, where, result.generation[:12], result.rank, result.nbytes, result.seconds,
+            "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
+            ref.name, where, result.seconds, result.rank, result.nbytes, result.generation[:12],
         )  # fmt: skip
         for warning in result.warnings:
             logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
@@ -113,7 +113,7 @@ class LoadQueue:
 
     def fail(self, key: Key, name: str, error: ErrorInfo, now: float) -> None:
         self.failed += 1
-        logger.warning("adapter %r (%s): %s: %s", name, key[0][1], error.code, error.message)
+        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, key[0][1], error.code, error.message)
         self._failures[key] = _Failure(name, error, now + self._failure_ttl_s)
 
     def refusal(self, key: Key, now: float) -> ErrorInfo | None:

@@ -58,7 +58,7 @@ class Residency(Mapping[str, Generation]):
             raise
         except (MemoryError, RuntimeError, ValueError) as error:  # a backend's own words for out of memory
             self._budget.release(OWNER, entry.nbytes)
-            raise AdapterLoadError(f"The backend refused it: {error}.") from error
+            raise AdapterLoadError(f"The backend cannot take the adapter: {error}.") from error
         self._spare.discard(generation)
         self.touch(generation, entry.used_at)
         return True

@@ -1,12 +1,13 @@
-"""Which adapters may be asked for, and where they lie: the operator's policy. Clients only ever say names.
+"""Which adapters may be asked for, and where their files are: the operator's policy. Clients only send names.
 
-Three ways lead to an adapter, tried in this order:
+A name leads to an adapter in three ways, tried in this order:
 
 1. names the operator gave (``name=path-or-hub-id``);
 2. the adapter folder: each of its subfolders by name, looked up when it is asked for;
 3. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
 
-Whatever does not lead anywhere is ``AdapterNotFound`` in the same words, so that nobody can learn the server's paths.
+A name that leads nowhere is ``AdapterNotFound`` in the same words for every reason, so that no client learns the
+server's paths.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ import logging
 import os
 import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.lora.foreign import (
+    close_path,
+    describe_file,
+    describe_folder,
+    looks_like_adapter,
+    subfolders_with_adapters,
+)
 from truffula.lora.place import CONFIG, TENSORS, fingerprint
 from truffula.types import AdapterRef
 
@@ -103,7 +111,8 @@ class AdapterPolicy:
             if self._is_reserved(name):
                 raise ConfigError(f"{name!r} can't be an adapter's name: it means the base model.", param="adapters")
         if adapter_dir is not None and not adapter_dir.is_dir():
-            raise ConfigError(f"The adapter folder {adapter_dir} does not exist.", param="adapter_dir")
+            why = "is a file, not a folder of adapters" if adapter_dir.exists() else "does not exist"
+            raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
         self._named = {name: _place(name, source) for name, source in (adapters or {}).items()}
         self._dir = adapter_dir.resolve() if adapter_dir is not None else None
         self._allow_local = tuple(path.resolve() for path in allow_local)
@@ -145,9 +154,51 @@ class AdapterPolicy:
         """Adapters that can be listed: the named ones and the folder's, sorted. First-use ones have no list."""
         return sorted({*self._named, *self._listed()})
 
+    def warnings(self) -> list[str]:
+        """What an operator should know at the start: places that hold no adapter, and what they hold instead.
+
+        Looks at names of files only, of each named folder and of each subfolder of the adapter folder.
+        """
+        found: list[str] = []
+        for name, ref in self._named.items():
+            if (text := _named_warning(ref)) is not None:
+                found.append(f"adapter {name!r}: {text}")
+        try:
+            return [*found, *self._dir_warnings()]
+        except OSError as error:
+            return [*found, f"--adapter-dir {self._dir} cannot be read: {error.strerror or error}"]
+
+    def _dir_warnings(self) -> Iterator[str]:
+        if self._dir is None:
+            return
+        if describe_folder(self._dir) is None:
+            yield (
+                f"--adapter-dir {self._dir} is an adapter itself, not a folder of adapters: serve it with "
+                f"--adapter {self._dir.name}={self._dir}"
+            )
+            return
+        folders = sorted(path for path in self._dir.iterdir() if path.is_dir() and _is_folder_name(path.name))
+        whys = {path: self._why_not_served(path) for path in folders}
+        yield from (f"--adapter-dir: {path.name} cannot be served: {why}" for path, why in whys.items() if why)
+        if not self._listed():
+            yield f"--adapter-dir {self._dir}: no subfolder is an adapter (a folder with {CONFIG} and {TENSORS})"
+
+    def _why_not_served(self, folder: Path) -> str | None:
+        """Of a subfolder that was meant as an adapter, or holds some; None for every other."""
+        try:
+            lacking = describe_folder(folder)
+            if lacking is None:
+                outside = f"its files are links that lead out of {self._dir}"
+                return outside if self._in_dir(folder.name) is None else None
+            inside = subfolders_with_adapters(folder)
+            meant = looks_like_adapter({path.name for path in folder.iterdir()})
+        except OSError as error:
+            return f"it cannot be read: {error.strerror or error}"
+        return lacking[0] if meant or inside else None
+
     def _listed(self) -> frozenset[str]:
-        """The folder's adapters. Looked at again when the folder itself has changed, and after ``LISTING_S``, as what
-        makes a subfolder an adapter lies in the subfolder.
+        """The folder's adapters. Listed again when the folder itself has changed, and after ``LISTING_S``, since a file
+        that is added to a subfolder does not change the folder.
         """
         if self._dir is None:
             return frozenset()
@@ -160,10 +211,10 @@ class AdapterPolicy:
             with os.scandir(self._dir) as entries:
                 there = {entry.name for entry in entries if self._in_dir(entry.name) is not None}
         except OSError:
-            return frozenset()  # the folder was taken away; the named ones are still served
+            return frozenset()  # the folder was removed; the named adapters are still served
         left_out = {name for name in there if self._is_reserved(name)}
         for name in sorted(left_out - self._left_out):
-            log.warning("the adapter folder's %r is left out: that name means the base model", name)
+            log.warning("--adapter-dir: %r is not served: that name means the base model", name)
         self._left_out |= left_out
         self._listing = _Listing(changed, at, frozenset(there - left_out))
         return self._listing.names
@@ -211,17 +262,39 @@ class AdapterPolicy:
 def _place(name: str, source: Path | str) -> AdapterRef:
     """Where an operator's ``name=source`` points."""
     if not _printable(name):
-        raise ConfigError(f"{name[:80]!r} can't be an adapter's name.", param="adapters")
+        raise ConfigError(
+            f"{name[:80]!r} can't be an adapter's name: it takes 1 to {MAX_NAME_CHARS} printable characters.",
+            param="adapters",
+        )
     folder = Path(source).expanduser()
     if folder.is_dir():
         return AdapterRef(name=name, kind="local", locator=str(folder.resolve()))
     text = str(source)
+    who = "" if text == name else f"Adapter {name!r}: "
+    if folder.is_file():
+        raise ConfigError(f"{who}{describe_file(folder)}", param="adapters")
     if isinstance(source, str) and _HUB_ID.match(text) and "/" in text and not text.startswith("."):
         repo, _, revision = text.partition("@")
         return AdapterRef(name=name, kind="hub", locator=repo, revision=revision or None)
     raise ConfigError(
-        f"Adapter {name!r}: {text!r} is neither an existing folder nor a Hub id such as org/name.", param="adapters"
+        f"{who}{text!r} is neither an existing folder nor a Hub id such as org/name.{close_path(folder)}",
+        param="adapters",
     )
+
+
+def _named_warning(ref: AdapterRef) -> str | None:
+    """What is wrong with an operator's adapter, as far as names of files tell."""
+    if ref.kind == "hub":
+        # A Hub id looks like a relative path: a mistyped folder would only show when the Hub does not know it.
+        folder = Path(ref.locator)
+        if not folder.parent.is_dir():
+            return None
+        return f"there is no folder {folder} here, so it is fetched from the Hub when it is used.{close_path(folder)}"
+    try:
+        lacking = describe_folder(Path(ref.locator))
+    except OSError as error:
+        return f"{ref.locator} cannot be read: {error.strerror or error}"
+    return None if lacking is None else f"{ref.locator}: {lacking[0]}"
 
 
 def _with_fingerprint(ref: AdapterRef) -> AdapterRef:

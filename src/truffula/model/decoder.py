@@ -157,10 +157,10 @@ class _Builder:
         return self._weight(f"{key}.bias") if f"{key}.bias" in self.rows else None
 
     def _site(self, row: WeightRow, module: str, lo: int, hi: int) -> SiteSlice:
-        count, roots = hi - lo, (self.spec.names.body, *self.spec.names.aliases)
-        modules = [ModuleSlice(root + module, 0, count, count) for root in roots]
+        count, root = hi - lo, self.spec.names.body
+        modules = [ModuleSlice(root + module, 0, count, count)]
         if row.fused is not None:
-            modules += [ModuleSlice(root + row.fused, lo, hi, row.rows) for root in roots]
+            modules.append(ModuleSlice(root + row.fused, lo, hi, row.rows))
         site = Site(len(self.sites), "linear", row.layer, row.width, count, tuple(modules))
         self.sites.append(site)
         return SiteSlice(site.id, lo, hi)
@@ -169,12 +169,10 @@ class _Builder:
         """Tables are sites of their own, on each side, even when they are one tensor (tying belongs to the base)."""
         vocab, hidden, names = self.spec.vocab_size, self.spec.hidden, self.spec.names
         if key == "embed":
-            modules = tuple(ModuleSlice(r + names.embed, 0, hidden, hidden) for r in (names.body, *names.aliases))
-            site = Site(len(self.sites), "embed", None, vocab, hidden, modules)
+            module = ModuleSlice(names.body + names.embed, 0, hidden, hidden)
+            site = Site(len(self.sites), "embed", None, vocab, hidden, (module,))
         else:
-            heads = dict.fromkeys((names.head, *(head for _, head in names.prefixes if names.aliases)))
-            modules = tuple(ModuleSlice(head, 0, vocab, vocab) for head in heads)
-            site = Site(len(self.sites), "head", None, hidden, vocab, modules)
+            site = Site(len(self.sites), "head", None, hidden, vocab, (ModuleSlice(names.head, 0, vocab, vocab),))
         self.sites.append(site)
         return site.id
 

@@ -158,9 +158,10 @@ class WeightRow:
 class ModuleNames:
     """Where the body's modules lie. ``layer`` holds ``{i}``; names inside a layer are relative to it.
 
-    ``body`` is the body's path in transformers (what probes and PEFT say, with the dot), ``aliases`` other bodies that
-    adapters trained on sibling classes say. ``prefixes`` are what checkpoints put before the body's names, most usual
-    first, each with the head's module in such files. ``skip`` are prefixes of parts that a text server leaves out.
+    ``body`` is the body's path in transformers (what probes and PEFT say, with the dot; ``lora/roots.py`` has those of
+    other classes that adapters are trained on). ``prefixes`` are what checkpoints put before the body's names, most
+    usual first, each with the head's module in such files. ``skip`` are prefixes of parts that a text server leaves
+    out.
     """
 
     embed: str = "embed_tokens"
@@ -177,7 +178,6 @@ class ModuleNames:
     down: str = "mlp.down_proj"
     head: str = "lm_head"
     body: str = "model."
-    aliases: tuple[str, ...] = ()
     prefixes: tuple[tuple[str, str], ...] = (
         ("model.", "lm_head"),
         ("", "lm_head"),

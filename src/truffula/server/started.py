@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,8 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         )
         app = create_app(service, config, policy, metrics, defaults=sampling_defaults(generation))
         undo.pop_all()
-    return Started(service, app, lambda: announce(resolved, service.info, policy, url))
+    warnings = policy.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
+    return Started(service, app, lambda: announce(resolved, service.info, policy, url, warnings))
 
 
 def read_template(path: Path) -> str:
@@ -126,7 +127,9 @@ def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: str) -> None:
+def announce(
+    resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: str, warnings: Sequence[str] = ()
+) -> None:
     """The facts an operator looks for in the first lines of a log."""
     engine: EngineConfig = resolved.engine
     log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
@@ -146,6 +149,8 @@ def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: s
     names = policy.names()
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
+    for text in warnings:
+        log.warning("%s", text)
     if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
         log.warning("listening beyond this machine without --api-key: anyone who reaches the port may use the model")
     log.info("ready at %s (prefix cache %s)", url, "on" if engine.prefix_cache else "off")

@@ -74,7 +74,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     """
     read = read_config(config)
     spec = read.spec
-    prefix, head = spec.names.prefixes[2 if spec.names.aliases else 0]
+    prefix, head = spec.names.prefixes[0 if spec.names.body == "model." else 2]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:

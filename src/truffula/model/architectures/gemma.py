@@ -7,10 +7,9 @@ from truffula.model.config_view import ConfigView
 from truffula.model.rope import read_rope, read_rope_by_layer_type
 from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, ModuleNames, RopeSpec
 
-# The multimodal class keeps the same body under language_model; PEFT adapters of every transformers version are met.
+# The multimodal class keeps the same body under language_model.
 MULTIMODAL_NAMES = ModuleNames(
     body="model.language_model.",
-    aliases=("language_model.model.", "model."),
     skip=(
         "vision_tower.",
         "multi_modal_projector.",

@@ -1,0 +1,188 @@
+"""What files that are not a PEFT adapter ready to be served seem to be, and what to do with them. Reads names only."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+from truffula.errors import AdapterError
+from truffula.lora.place import CONFIG, PICKLE, TENSORS
+
+MLX = (
+    "In MLX's format A and B are transposed and the scale is stored as such: lora_A = lora_a.T, lora_B = lora_b.T, "
+    "lora_alpha = scale * rank. docs/adapters.md has a script that converts an MLX folder."
+)
+_PAIR_FILES = (CONFIG, TENSORS)
+_GGUF = (
+    "LoRA adapters in GGUF are not served: give the PEFT folder that it was converted from, with "
+    f"{CONFIG} and {TENSORS}."
+)
+
+# A component of a tensor's name → what adds it, and how the adapter is saved without it.
+_WRAPPERS = {
+    "_orig_mod": ("torch.compile", "model._orig_mod.save_pretrained(FOLDER)"),
+    "module": ("DistributedDataParallel, DataParallel or DeepSpeed", "model.module.save_pretrained(FOLDER)"),
+    "_fsdp_wrapped_module": ("FSDP", "with a FULL_STATE_DICT, from accelerator.get_state_dict"),
+    "_checkpoint_wrapped_module": ("activation checkpointing (checkpoint_wrapper)", "with the unwrapped model"),
+    "_forward_module": ("Lightning Fabric", "fabric_model.module.save_pretrained(FOLDER)"),
+}
+_PEFT_TWICE = "base_model.model.base_model.model."
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors\Z")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar", ".gz")
+_NUMBER = re.compile(r"\d+")
+
+
+def _rewrite(tensors: str, module: str = "glob") -> str:
+    """A shell command that writes the dict ``tensors`` as the adapter's file: a Python expression, which may use ``s``
+    (safetensors.torch) and ``module``. A file that it reads is never written to.
+    """
+    write = f"import {module}, safetensors.torch as s; s.save_file({tensors}, 'new.safetensors', {{'format': 'pt'}})"
+    return f'python -c "{write}" && mv new.safetensors {TENSORS}'
+
+
+def refuse_wrapped(keys: Sequence[str]) -> None:
+    """Raises ``AdapterError`` when tensor names hold what a training wrapper adds, with the command that removes it."""
+    words = {key: _WRAPPERS.keys() & key.partition(".lora_")[0].split(".") for key in keys}
+    found = set().union(*words.values())
+    twice = [key for key in keys if _PEFT_TWICE in key]
+    if not found and not twice:
+        return
+    carrying = [key for key in keys if words[key]] or twice
+    added = [f"'{word}.'" for word in sorted(found)] + [f"'{_PEFT_TWICE}'"] * bool(twice)
+    wrappers = [f"a wrapper of {_WRAPPERS[word][0]}" for word in sorted(found)]
+    wrappers += ["a PEFT model that was wrapped by PEFT twice"] * bool(twice)
+    ways = [_WRAPPERS[word][1] for word in sorted(found)] + ["get_peft_model once, on the plain model"] * bool(twice)
+    path = f"'.'.join(p for p in k.split('.') if p not in {sorted(found)})" if found else "k"
+    path += f".replace('{_PEFT_TWICE}', 'base_model.model.')" if twice else ""
+    command = _rewrite(f"{{{path}: v for k, v in s.load_file('{TENSORS}').items()}}")
+    raise AdapterError(
+        f"{len(carrying)} of {len(keys)} tensor names contain {' and '.join(added)}: the adapter was written from "
+        f"inside {' and '.join(wrappers)} ({min(carrying)[:200]}). The tensors are usable, but PEFT does not find them "
+        f"under these names either. Save the adapter again ({'; '.join(ways)}), or rename them, in the adapter's "
+        f"folder: {command}",
+        param=min(carrying),
+        recognised="wrapper",
+    )
+
+
+def describe_folder(folder: Path) -> tuple[str, str] | None:
+    """Why ``folder`` is not a complete PEFT adapter, and the file at fault; None when both files are there.
+
+    Looks at names, and at those of its subfolders. Raises ``OSError`` when it can't be listed.
+    """
+    names = {path.name for path in folder.iterdir()}
+    return None if names.issuperset(_PAIR_FILES) else describe_names(names, subfolders_with_adapters(folder))
+
+
+def subfolders_with_adapters(folder: Path) -> list[str]:
+    """Names of the direct subfolders that hold both files of an adapter. Raises ``OSError``."""
+    return [p.name for p in folder.iterdir() if p.is_dir() and all((p / file).is_file() for file in _PAIR_FILES)]
+
+
+def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) -> tuple[str, str] | None:
+    """As ``describe_folder``, for a listing. ``adapters_inside`` are the subfolders that are adapters themselves."""
+    if set(names).issuperset(_PAIR_FILES):
+        return None
+    at_fault = TENSORS if CONFIG in names else CONFIG
+    return _seems(names, latest_first(adapters_inside)) or _lacks(names), at_fault
+
+
+def looks_like_adapter(names: Collection[str]) -> bool:
+    """Whether a folder with these names was meant as an adapter, complete or not."""
+    return any(name == CONFIG or name.startswith(("adapter_model", "adapters.safetensors")) for name in names)
+
+
+def _seems(names: Collection[str], inside: list[str]) -> str | None:
+    """What a folder that lacks one of the two files seems to be."""
+    if "adapters.safetensors" in names:
+        return f"This is an MLX adapter (adapters.safetensors); PEFT's format is served. {MLX}"
+    if shards := sorted(name for name in names if _SHARD.match(name)):
+        files = f"{len(shards)} shards of it ({shards[0]}, …)" if len(shards) > 1 else f"a shard of it ({shards[0]})"
+        command = _rewrite("{k: v for f in glob.glob('adapter_model-*-of-*') for k, v in s.load_file(f).items()}")
+        return f"There is no {TENSORS}, but {files}. Shards are not read. Join them, in the adapter's folder: {command}"
+    if PICKLE in names:
+        expression = f"{{k: v.contiguous() for k, v in torch.load('{PICKLE}', weights_only=True).items()}}"
+        command = _rewrite(expression, "torch")
+        return (
+            f"There is only {PICKLE}, a pickle, which can run code when it is read. Convert it where you trust it: "
+            f"load it with PEFT and save_pretrained, or in its folder: {command}"
+        )
+    if inside:
+        what = "a trainer's output folder" if inside[0].startswith("checkpoint") else "a folder of adapters"
+        return (
+            f"The folder itself is not an adapter, but these subfolders are: {', '.join(inside[:6])}. It looks like "
+            f"{what}. Give one of them, such as FOLDER/{inside[0]}, or FOLDER as --adapter-dir."
+        )
+    if pickles := sorted(name for name in names if name.endswith((".pt", ".pth", ".ckpt")) and "adapter" in name):
+        return (
+            f"There is no {TENSORS}, but {pickles[0]}, a pickle as torchtune writes it, which can run code when it is "
+            "read. Save the adapter in PEFT's format: torchtune's FullModelHFCheckpointer with safe_serialization=True "
+            f"writes {TENSORS} and {CONFIG}."
+        )
+    if gguf := sorted(name for name in names if name.endswith(".gguf")):
+        return f"There is no {TENSORS}, but {gguf[0]}. {_GGUF}"
+    weights = [n for n in names if n.startswith(("model", "pytorch_model")) and n.endswith((".safetensors", ".bin"))]
+    if "config.json" in names or weights:
+        what = "config.json" if "config.json" in names else weights[0]
+        missing = CONFIG if CONFIG not in names else TENSORS
+        return (
+            f"There is no {missing}, but a {what}: this looks like a full model (an adapter merged into its base?), "
+            "not an adapter. Serve it as a model: truffula serve FOLDER."
+        )
+    return None
+
+
+def _lacks(names: Collection[str]) -> str:
+    if not names:
+        return f"The folder is empty: an adapter is a folder with {CONFIG} and {TENSORS}."
+    if TENSORS in names:
+        return (
+            f"There is {TENSORS} but no {CONFIG}, which says the adapter's rank and scale. Copy it from where the "
+            "adapter was trained; PEFT's save_pretrained writes both."
+        )
+    if CONFIG in names:
+        return (
+            f"There is {CONFIG} but no {TENSORS} beside it: the adapter's weights are missing. PEFT's save_pretrained "
+            "writes both."
+        )
+    return (
+        f"There is no {CONFIG} in the folder: an adapter is a folder with {CONFIG} and {TENSORS}, as PEFT's "
+        "save_pretrained writes them."
+    )
+
+
+def describe_file(path: Path) -> str:
+    """Why a file is not an adapter, and what to give instead."""
+    name = path.name
+    folder = "the folder that holds it" if str(path.parent) in ("", ".") else str(path.parent)
+    if name.endswith(".gguf"):
+        return f"{path} is a GGUF file. {_GGUF}"
+    if name.endswith(_ARCHIVES):
+        return f"{path} is an archive. Unpack it and give the folder with {CONFIG} and {TENSORS}."
+    if name in _PAIR_FILES:
+        return f"{path} is a file of an adapter. Give its folder: {folder}."
+    if name.endswith(_PICKLES):
+        return (
+            f"{path} is a pickle, which can run code when it is read; it is never read. Give a PEFT folder with "
+            f"{CONFIG} and {TENSORS} (save_pretrained writes safetensors)."
+        )
+    return f"{path} is a file; an adapter is a folder with {CONFIG} and {TENSORS}."
+
+
+def close_path(path: Path) -> str:
+    """`` Did you mean …?`` with a folder beside ``path`` of a similar name; empty when there is none."""
+    try:
+        beside = [near.name for near in path.parent.iterdir() if near.is_dir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, beside, 1)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def latest_first(names: Iterable[str]) -> list[str]:
+    """checkpoint-20 before checkpoint-10; names without a number first, in their order."""
+    numbered = [(int(found[0]) if (found := _NUMBER.search(name)) else 1 << 62, name) for name in names]
+    return [name for _, name in sorted(numbered, key=lambda item: (-item[0], item[1]))]

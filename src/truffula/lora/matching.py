@@ -1,0 +1,315 @@
+"""Matching an adapter's tensors and configuration with a base's sites, from metadata alone.
+
+The tensors lead: each must be half of a pair on a module of the base, in the shape that the module takes. The
+configuration gives ranks and scales, and must name exactly those modules.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from truffula.errors import AdapterError
+from truffula.kernels.program import ModuleSlice, Site
+from truffula.lora.beside import warnings_beside
+from truffula.lora.fields import RETRAIN_WITHOUT_TABLES, LoraSettings, read_settings
+from truffula.lora.image import DTYPES
+from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
+from truffula.lora.patterns import PatternTable, Steps
+from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
+from truffula.lora.targets import Targets
+from truffula.weights.checkpoint import TensorInfo
+
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What messages say about the base besides its sites."""
+
+    model: str = "the base model"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A and B of one module, and the sites that B's rows belong to."""
+
+    module: str
+    a: TensorInfo
+    b: TensorInfo
+    scale: float
+    parts: tuple[tuple[Site, ModuleSlice], ...]
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+@dataclass
+class Judged:
+    """What metadata alone decide. ``root`` is the path of the text model in the adapter's names."""
+
+    settings: LoraSettings
+    root: str
+    pairs: list[Pair] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def rank(self) -> int:
+        return max(pair.rank for pair in self.pairs)
+
+
+class Sites:
+    """The base's sites, by the module paths of the class that the adapter with these ``modules`` was saved from."""
+
+    def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
+        self.all = sites
+        self.linear = [site for site in sites if site.kind == "linear"]
+        own = body_of(site.module for site in self.linear)
+        self.tails = frozenset(m.name.removeprefix(own) for site in self.linear for m in site.modules)
+        self.root = root_used(modules, self.tails, own)
+        self.by_name: dict[str, list[tuple[Site, ModuleSlice]]] = {}
+        for site in self.linear:
+            for module in site.modules:
+                self.by_name.setdefault(self.root + module.name.removeprefix(own), []).append((site, module))
+        for parts in self.by_name.values():
+            parts.sort(key=lambda part: part[1].lo)
+        self.names = frozenset(self.by_name)
+        embeds = {module.name for site in sites if site.kind == "embed" for module in site.modules}
+        self.tables = {self.root + name.removeprefix(own) for name in embeds}
+        self.tables |= {TEXT_ROOTS[self.root]} if any(site.kind == "head" for site in sites) else set()
+        self.fused_leaves = {_leaf(m.name) for site in self.linear for m in site.modules if not _is_own(site, m)}
+        self._own_root = own
+
+    def own_name(self, module: ModuleSlice) -> str:
+        """A module of a site by the adapter's names."""
+        return self.root + module.name.removeprefix(self._own_root)
+
+
+def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+                   all_sites: Sequence[Site], base: BaseFacts) -> Judged:  # fmt: skip
+    """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
+
+    Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
+    """
+    settings = read_settings(config)
+    plan = plan_keys(list(infos))
+    check_values(infos, plan)
+    sites = Sites(all_sites, plan.a)
+    judged = Judged(settings, sites.root)
+    steps = Steps()
+    ranks = PatternTable(settings.rank_pattern, "rank_pattern", steps)
+    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern", steps)
+    origin = _origin(config)
+    _check_modules(plan, sites, base, origin)
+    for module, key in plan.a.items():
+        rank = ranks.value(module, settings.r)
+        alpha = alphas.value(module, settings.lora_alpha)
+        scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
+        pair = Pair(module, infos[key], infos[plan.b[module]], scale, tuple(sites.by_name[module]))
+        _check_shapes(pair, rank, base, origin)
+        judged.pairs.append(pair)
+    _check_sites_once(judged.pairs)
+    _cross_check(judged, Targets(settings, sites.names, steps), sites, plan)
+    judged.warnings += left_out_warnings(plan)
+    for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
+        for module, winner, loser in table.conflicts[:10]:
+            judged.warnings.append(
+                f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
+                "counts. PEFT sorts patterns when it saves, so training may have used the other."
+            )
+        if unused := table.unused(_left_out(plan)):
+            judged.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
+    if plan.unused:
+        judged.warnings.append(f"Buffers that only training used: {listed(plan.unused)}.")
+    judged.warnings += warnings_beside(folder, config, sites=sites.all, model=base.model)
+    return judged
+
+
+def left_out_warnings(plan: KeyPlan) -> list[str]:
+    """The modules of ``plan`` that are not served, named by part and counted."""
+    if not plan.left_out:
+        return []
+    return [
+        f"Left out, because text does not pass through them: {left_out_words(plan)}. "
+        f"The {len(plan.a)} modules of the text model are served."
+    ]
+
+
+def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
+    """Every half of a pair must have values, of a dtype that is served. Raises ``AdapterError`` naming the tensor."""
+    halves = [*plan.a.values(), *plan.b.values()]
+    if empty := [key for key in halves if 0 in infos[key].shape]:
+        raise AdapterError(
+            f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
+            "placeholders when the weights are not gathered before saving. Save again with "
+            "stage3_gather_16bit_weights_on_model_save=true, or run zero_to_fp32.py on the checkpoint.",
+            param=min(empty),
+            count=len(empty),
+        )
+    for key in halves:
+        if infos[key].dtype not in DTYPES:
+            raise AdapterError(
+                f"{key} is {infos[key].dtype}; adapters are served from F32, F16 or BF16. Save it in one of these.",
+                param=key,
+                dtype=infos[key].dtype,
+            )
+
+
+def _left_out(plan: KeyPlan) -> set[str]:
+    return {module_of(key) for key in plan.left_out}
+
+
+def _origin(config: Mapping[str, Any]) -> str:
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip():
+        return "base_model_name_or_path does not say which base it was trained on."
+    return f"It was trained on {named[:200]!r} (base_model_name_or_path)."
+
+
+def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> None:
+    """Every module of the file must be a linear layer of the base."""
+    heads = set(TEXT_ROOTS.values())
+    tables = [module for module in plan.a if module in sites.tables or module in heads]
+    if tables:
+        raise _no_tables(tables, plan.a[tables[0]])
+    unknown = [module for module in plan.a if module not in sites.by_name]
+    if unknown:
+        raise _unknown(unknown, plan, sites, base, origin)
+    for module in plan.a:
+        parts = sites.by_name[module]
+        edges = [0, *(part.hi for _, part in parts)]
+        if any(part.lo != edge or part.of != parts[0][1].of for (_, part), edge in zip(parts, edges, strict=False)) or (
+            edges[-1] != parts[0][1].of
+        ):
+            raise AdapterError(f"{module} is not adaptable as a whole in {base.model}.", param=plan.a[module])
+
+
+def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> AdapterError:
+    """Why these modules are not in the base: another prefix, more layers, or another architecture."""
+    keys = [plan.a[module] for module in unknown]
+    some = "is" if len(unknown) == 1 else "are"
+    every = "None of its modules is" if len(unknown) == len(plan.a) else f"{len(unknown)} of {len(plan.a)} {some} not"
+    what = f"{every} in {base.model}: {listed(keys)}."
+    prefixes = {found[0] for module in unknown if (found := tail_of(module, sites.tails))}
+    layers = 1 + max((site.layer for site in sites.linear if site.layer is not None), default=0)
+    highest = max((int(index[1]) for module in unknown if (index := _LAYER.search(module))), default=0)
+    if prefixes and len(unknown) < len(plan.a):
+        seen = listed(map(repr, {*prefixes, sites.root}))
+        why = f"Its names have several prefixes ({seen}), as if two adapters were in one file; save each by itself."
+    elif prefixes:
+        known = ", ".join(repr(root) for root in TEXT_ROOTS if root)
+        why = (
+            f"They begin with {listed(map(repr, prefixes))}, which is none of the prefixes known for the text model of "
+            f"a class ({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
+        )
+    elif highest >= layers:
+        why = f"The adapter has a layer {highest}, the base has {layers} layers: it was made for another base. {origin}"
+    elif len(unknown) == len(plan.a):
+        example = min(sites.names, default="none")
+        why = f"The base has modules such as {example}: the adapter was made for another base. {origin}"
+    else:
+        why = f"The base has no such layers. {origin}"
+    return AdapterError(f"{what} {why}", param=min(keys))
+
+
+def _no_tables(tables: list[str], key: str) -> AdapterError:
+    return AdapterError(
+        f"LoRA on the output head or the embedding ({listed(tables)} in target_modules) is not served yet. "
+        f"{RETRAIN_WITHOUT_TABLES}",
+        param="target_modules",
+        key=key,
+    )
+
+
+def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
+    site, part = pair.parts[0]
+    found_rank = pair.a.shape[0] if pair.a.shape else 0
+    if len(pair.a.shape) == len(pair.b.shape) == 2 and found_rank != rank and pair.b.shape[1] == found_rank:
+        raise AdapterError(
+            f"{pair.a.name} has rank {found_rank}, but adapter_config.json says {rank} (r, rank_pattern). The scale "
+            "depends on the rank, so it is not known which is right; correct the configuration or save the adapter "
+            "again.",
+            param=pair.a.name,
+            found=found_rank,
+            expected=rank,
+        )
+    for info, expected in ((pair.a, (rank, site.in_features)), (pair.b, (part.of, rank))):
+        if info.shape != expected:
+            raise AdapterError(
+                f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} takes {list(expected)}: "
+                f"the adapter was made for another base. {origin}",
+                param=info.name,
+                found=list(info.shape),
+                expected=list(expected),
+            )
+
+
+def _check_sites_once(pairs: Sequence[Pair]) -> None:
+    """A site addressed by two names (its own and a fused one) would be ambiguous."""
+    owner: dict[int, Pair] = {}
+    for pair in pairs:
+        for site, _ in pair.parts:
+            other = owner.setdefault(site.id, pair)
+            if other is not pair:
+                raise AdapterError(
+                    f"{pair.a.name} and {other.a.name} both adapt {site.module}; keep one.", param=pair.a.name
+                )
+
+
+def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
+    """Configuration and file must name the same modules, both ways."""
+    covered = {site.id for pair in judged.pairs for site, _ in pair.parts}
+    if judged.settings.target_modules is None:
+        judged.warnings.append("target_modules is null; the tensors alone say which modules are adapted.")
+        return
+    if tables := [table for table in sites.tables if targets.targeted(table)]:
+        raise _no_tables(tables, "target_modules")
+    stray = [pair.a.name for pair in judged.pairs if not targets.targeted(pair.module)]
+    if stray:
+        raise AdapterError(
+            f"Tensors for modules that the configuration does not target (target_modules, exclude_modules, "
+            f"layers_to_transform): {listed(stray)}. One of the two files is of another adapter, or was edited.",
+            param="target_modules",
+            key=stray[0],
+        )
+    fused = sites.fused_leaves & {_leaf(pair.module) for pair in judged.pairs}
+    if isinstance(judged.settings.target_modules, tuple):
+        fused |= sites.fused_leaves & {_leaf(entry) for entry in judged.settings.target_modules}
+    missing = [
+        sites.own_name(site.modules[0])
+        for site in sites.linear
+        if site.id not in covered and any(targets.targeted(name) for name in _names_in_use(site, fused, sites))
+    ]
+    if missing:
+        raise AdapterError(
+            f"Modules that target_modules names have no tensors in the file: {listed(missing)}. "
+            "The file is incomplete, or of another adapter.",
+            param="target_modules",
+            modules=sorted(missing)[:10],
+        )
+    if unused := targets.unused_entries(sites.names | _left_out(plan)):
+        judged.warnings.append(f"target_modules: names no module of the base: {listed(unused)}.")
+
+
+def _leaf(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _is_own(site: Site, module: ModuleSlice) -> bool:
+    """Whether this name means the whole site, rather than a fused module that holds it."""
+    return module.lo == 0 and module.hi == module.of == site.out_features
+
+
+def _names_in_use(site: Site, fused: set[str], sites: Sites) -> list[str]:
+    """The names that PEFT can know this site by. A base has either a fused module or its parts, never both, and only
+    the adapter tells which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
+    """
+    whole = [m for m in site.modules if not _is_own(site, m) and _leaf(m.name) in fused]
+    return [sites.own_name(m) for m in whole or [m for m in site.modules if _is_own(site, m)]]
