@@ -33,7 +33,7 @@ async def startup(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """What runs here, in the words of LoRAX and TGI. Never a secret."""
     state = state_of(request)
-    engine, config = state.service.info, state.config
+    engine, config, restarts = state.service.info, state.config, state.service.restarts()
     return json_reply(
         {
             "model_id": state.model_id,
@@ -61,6 +61,8 @@ async def info(request: Request) -> Response:
             "docker_label": None,
             "request_logger_url": None,
             "backend": engine.backend,
+            "engine_restarts": restarts.count,
+            "engine_restart_reason": restarts.last_reason or None,
         }
     )
 

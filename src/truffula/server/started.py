@@ -101,6 +101,7 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         service = AsyncService(client, policy=policy, limits=limits, tokenizer=tokenizer, templates=templates)
         metrics = Metrics(
             service.known_stats,
+            restarts=service.restarts,
             max_adapters=config.metrics_adapters,
             lorax_names=config.lorax_metrics,
             named=config.adapters,
