@@ -248,7 +248,7 @@ class EngineConfig:
     quantize: str = _row(
         "none", "text", "format that a checkpoint's float matrices are rounded to at load", choices=("none", "q8_0")
     )
-    exact: bool = _row(False, "switch", "compute on the values of quantised files, not in whole numbers")
+    exact: bool = _row(False, "switch", "compute on the values of quantised files, not in int8")
     threads: int | None = _row(None, "integer", "compute threads (default: the CPUs we may use)", low=1, high=1024)
     max_model_len: int | None = _row(None, "integer", "longest prompt + completion (default: the model's)", low=1)
     memory_bytes: int | None = _row(

@@ -28,7 +28,9 @@ def kill_engine(server: int) -> int:
     return engine
 
 
-def test_each_death_is_logged_with_its_reason_and_counted_until_the_server_ends(long_model_folder: Path, tmp_path: Path):
+def test_each_death_is_logged_with_its_reason_and_counted_until_the_server_ends(
+    long_model_folder: Path, tmp_path: Path
+):
     port, log = free_port(), tmp_path / "log"
     command = [
         sys.executable, "-m", "truffula", "serve", str(long_model_folder), "--port", str(port), "--memory", "256MiB",

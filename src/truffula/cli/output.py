@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from truffula.config import format_size
 from truffula.errors import TruffulaError
 
 if TYPE_CHECKING:
@@ -44,13 +45,8 @@ def warn(text: str) -> None:
     err().print(f"[yellow]warning[/] {escape(text)}")
 
 
-def nbytes(count: float) -> str:
-    """``269.1 MB``; decimal units, as disks and model cards use."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+nbytes = format_size
+"""``92.1 MiB``: the one form of sizes that commands print."""
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -92,7 +88,6 @@ def _bars(console: Console) -> Bars:
         ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
-        TransferSpeedColumn,
     )
     from rich.progress import Progress as Bars
     from rich.text import Text
@@ -105,7 +100,13 @@ def _bars(console: Console) -> Bars:
         def render(self, task: Task) -> RenderableType:
             return Text() if task.total is None else self._column.render(task)
 
-    sized = (OfKnownSize(column) for column in (BarColumn(), DownloadColumn(), TransferSpeedColumn()))
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> RenderableType:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{nbytes(int(speed))}/s", style="progress.data.speed")
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), Speed())
+    sized = (OfKnownSize(column) for column in columns)
     return Bars(TextColumn("{task.description}"), *sized, TimeElapsedColumn(), console=console, transient=True)
 
 

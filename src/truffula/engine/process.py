@@ -7,9 +7,9 @@
 One life of the engine ends when its socket closes, or when the supervisor kills it because it stayed unhealthy (silent,
 or stuck in a step) for ``hang_timeout_s``; an unhealthy engine is given no new requests. Then every open request ends
 with ``engine_died``, the reason is logged as an error, and the next life begins after a pause that doubles, at most
-``max_restarts`` times in ``restart_window_s``; until it is ready, requests are refused immediately. A later life decides
-nothing anew: it gets what the first one found out (files, dtype, lengths, memory). When the model's files have changed
-there is no next life.
+``max_restarts`` times in ``restart_window_s``; until it is ready, requests are refused immediately. A later life
+decides nothing anew: it gets what the first one found out (files, dtype, lengths, memory). When the model's files have
+changed there is no next life.
 """
 
 from __future__ import annotations

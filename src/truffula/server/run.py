@@ -2,8 +2,8 @@
 
 The port answers 503 while the model loads. The first SIGTERM or SIGINT stops accepting and
 lets running requests end within ``drain_timeout_s``; the second ends the process at once. With a ``drain_delay_s``, the
-port stays open for that long first and answers 503, so that load balancers and clients turn to another server. An engine
-that may not be restarted ends the server with its error, so that the process's supervisor sees it.
+port stays open for that long first and answers 503, so that load balancers and clients turn to another server. An
+engine that may not be restarted ends the server with its error, so that the process's supervisor sees it.
 """
 
 from __future__ import annotations

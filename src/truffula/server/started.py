@@ -135,6 +135,8 @@ def announce(resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: s
     log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
     why = info.details["dtype_reason"]
     log.info("backend %s on %s, compute in %s (%s)", info.backend, info.device, info.dtype, why)
+    if info.details["int8_note"]:
+        log.info("%s", info.details["int8_note"])
     log.info(
         "room for %d KV tokens (%d blocks of %d), requests up to %d tokens, %d at a time",
         info.num_blocks * info.block_size,
