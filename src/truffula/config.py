@@ -292,6 +292,12 @@ class EngineConfig:
             )
 
 
+def state_folder() -> Path:
+    """Where truffula keeps what is neither configuration nor cache, such as the history of ``chat``."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if state.startswith("/") else Path.home() / ".local" / "state") / "truffula"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches ``host``; a name other than localhost may be anybody's."""
     try:

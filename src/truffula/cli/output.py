@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
     from rich.progress import Task, TaskID
 
     from truffula.types import Progress
+
+
+# A model may write escape sequences, which would drive the terminal; line feeds and tabs are text.
+CONTROL = MappingProxyType(
+    {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+    | {chr(code): "\ufffd" for code in range(0x7F, 0xA0)}
+)
 
 
 def out() -> Console:
@@ -37,6 +46,24 @@ def fail(error: TruffulaError) -> None:
     from rich.markup import escape
 
     err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
+
+
+def note(text: str) -> None:
+    """A line beside the answers: on stderr, so that what is piped holds answers alone."""
+    from rich.markup import escape
+
+    err().print(f"[dim]{escape(text)}[/]", emoji=False)
+
+
+def write(text: str) -> None:
+    """A piece of an answer to stdout, exactly; on a terminal, control characters of the model's are made visible."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """``text`` with a sign for each control character other than line feed and tab."""
+    return "".join(CONTROL.get(ch, ch) for ch in text)
 
 
 def warn(text: str) -> None:

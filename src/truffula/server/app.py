@@ -32,6 +32,7 @@ _ROUTES: tuple[Row, ...] = (
     Row("POST", "/v1/completions", openai_completions.completions, "openai", CompletionBody),
     Row("GET", "/v1/models", openai_models.list_models, "openai"),
     Row("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
+    Row("GET", "/v1/adapters", admin.list_adapters, "admin"),
     Row("POST", "/", lorax.compatible, "native", GenerateBody),
     Row("POST", "/generate", lorax.generate, "native", GenerateBody),
     Row("POST", "/generate_stream", lorax.generate_stream, "native", GenerateBody),
@@ -91,7 +92,10 @@ def create_app(
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     app.add_middleware(
-        PublicCors, origins=config.cors_origins, closed=[row.path for row in _ADMIN_ROUTES], keyed=bool(config.api_keys)
+        PublicCors,
+        origins=config.cors_origins,
+        closed=["/v1/adapters", *(row.path for row in _ADMIN_ROUTES)],
+        keyed=bool(config.api_keys),
     )
     app.add_middleware(RequestScope, metrics=metrics)
     return app
