@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import pty
@@ -9,7 +10,6 @@ import re
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 PATIENCE_S = 60.0
@@ -24,23 +24,40 @@ class Terminal:
         self.process = process
         self.raw = ""
         self._read = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def type(self, keys: str) -> None:
         os.write(self._descriptor, keys.encode())
 
     def wait_for(self, text: str) -> str:
         """What was shown, without escape sequences, since the last call up to ``text``."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            shown = ESCAPES.sub("", self.raw)
-            at = shown.find(text, self._read)
-            if at >= 0:
-                seen, self._read = shown[self._read : at], at + len(text)
-                return seen
-            left = deadline - time.monotonic()
-            ready, _, _ = select.select([self._descriptor], [], [], max(0.0, left))
-            assert ready, f"{text!r} was not shown; since the last wait: {shown[self._read :]!r}"
-            self.raw += os.read(self._descriptor, 65536).decode(errors="replace")
+        while (at := self._unread().find(text)) < 0:
+            self._read_more(repr(text))
+        seen = self._unread()[:at]
+        self._read += at + len(text)
+        return seen
+
+    def wait_for_any(self, count: int) -> str:
+        """The next ``count`` characters that are shown."""
+        while len(self._unread()) < count:
+            self._read_more(f"{count} characters")
+        self._read += count
+        return ESCAPES.sub("", self.raw)[self._read - count : self._read]
+
+    def wait_for_end(self) -> int:
+        """The exit status, once all that was shown is read: a process can't end before."""
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while True:
+                self._read_more("the end was")
+        return self.process.wait(PATIENCE_S)
+
+    def _unread(self) -> str:
+        return ESCAPES.sub("", self.raw)[self._read :]
+
+    def _read_more(self, wanted: str) -> None:
+        ready, _, _ = select.select([self._descriptor], [], [], PATIENCE_S)
+        assert ready, f"{wanted} not shown; since the last wait: {self._unread()!r}"
+        self.raw += self._decoder.decode(os.read(self._descriptor, 65536))
 
     def line(self, text: str, prompt: str = "base> ") -> str:
         """Type a line and wait for the next prompt; what was shown between."""

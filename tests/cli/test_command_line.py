@@ -184,19 +184,6 @@ def test_generate_refuses_a_broken_adapter(model: Path, adapter: Path, tmp_path:
     assert "LOHA" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_chat_answers_and_switches(model: Path, adapter: Path) -> None:
-    lines = "Hello\n/adapter leaf\nHello\n/adapter oak\n/quit\n"
-    done = here("chat", str(model), "-a", f"leaf={adapter}", "--max-tokens", "4", stdin=lines)
-    assert done.returncode == 0, done.stderr
-    assert "There is no adapter 'oak'" in done.stdout
-
-
-def test_adapters_without_a_server_says_so() -> None:
-    done = here("adapters", "list", "--url", "http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert "--url" in done.stderr
-
-
 def test_bench_step_on_a_toy_shape() -> None:
     done = here("bench", "step", "--tiny", "--rows", "1,3", "--steps", "2", "--prefill", "20", "--json")
     assert done.returncode == 0, done.stderr
