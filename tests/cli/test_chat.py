@@ -130,8 +130,8 @@ def test_the_first_error_ends_a_chat_from_a_pipe(chat: Run) -> None:
 
 
 def test_a_message_may_begin_with_a_slash_and_have_several_lines(chat: Run, said: Callable[..., str]) -> None:
-    text = '//etc\n/clear\n"""one\n\n  two\n"""\n/clear\nthree\\\nfour\n'
-    answers = [said(line) for line in ("/etc", "one\n\n  two", "three\nfour")]
+    text = '//etc\n/clear\n"""/etc"""\n/clear\n"""one\n\n  two\n"""\n/clear\nthree\\\nfour\n'
+    answers = [said(line) for line in ("/etc", "/etc", "one\n\n  two", "three\nfour")]
     assert chat(text).stdout == "".join(f"{answer}\n" for answer in answers)
 
 

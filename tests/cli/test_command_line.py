@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 from pathlib import Path
@@ -12,6 +13,7 @@ from live_server import write_model
 
 from truffula.config import OPTIONS
 from truffula.kernels.cpu import available, instruction_sets
+from truffula.kernels.installation import installation
 from truffula.testing.adapters import write_tiny_adapter
 
 COMMANDS = [
@@ -222,6 +224,20 @@ def test_bench_kernel_on_toy_shapes() -> None:
     for wrong, said in (("--shape=9", "960x576"), ("--shape=8x31", "multiple of 32"), ("--format=Q9", "Q5_0")):
         refused = here("bench", "kernel", "--tiny", wrong)
         assert refused.returncode != 0 and said in refused.stderr
+
+
+@pytest.mark.parametrize(("missing", "adapter"), [("torch", False), ("transformers", False), ("peft", True)])
+def test_verify_says_what_to_install_before_it_fetches(
+    missing: str, adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else found(name, *rest)
+    )
+    done = here("verify", "org/no-such-model", *(("--adapter", "leaf") if adapter else ()), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "(missing_dependency)" in done.stderr
+    assert f"{missing} is not installed" in done.stderr and "CPU build" in done.stderr
+    assert installation().pip_install("torch,hf", beside="peft") in done.stderr
 
 
 @pytest.mark.slow

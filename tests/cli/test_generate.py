@@ -85,6 +85,21 @@ def test_json_holds_every_answer(generate: Run, answer: Callable[..., str]) -> N
     assert texts == {"base": (answer("Hello"), "length"), "leaf": (answer("Hello", "leaf"), "length")}
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("x=a/leaf", "x=b/leaf"), "both a/leaf and b/leaf 'x'"),
+        (("a/leaf", "b/leaf/"), "'leaf'"),
+        (("base=a/leaf",), "means the model without an adapter"),
+        (("some/base",), "NAME=some/base"),
+        (("=a/leaf",), "NAME=FOLDER"),
+    ],
+)
+def test_names_that_would_confuse_two_adapters_are_refused(words: tuple[str, ...], said: str, model: Path) -> None:
+    done = here("generate", str(model), "Hello", *(part for word in words for part in ("-a", word)))
+    assert done.returncode == 1 and said in done.stderr and done.stdout == ""
+
+
 def test_a_pipe_holds_only_the_answer(model: Path, answer: Callable[..., str]) -> None:
     done = truffula("generate", str(model), "-n", "6", "--dtype", "float32", stdin="Hello")
     assert done.stdout == f"{answer('Hello')}\n" and "load" in done.stderr

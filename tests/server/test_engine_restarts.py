@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,10 @@ def test_each_death_is_logged_with_its_reason_and_counted_until_the_server_ends(
     ):
         try:
             until(lambda: healthy(client))
+            until(lambda: "ready at" in log.read_text())
+            start = log.read_text()
+            assert f"Listening on 127.0.0.1:{port}; loading {long_model_folder}" in start
+            assert re.search(r"KiB weights, (tied|separate)\n", start), "tying in one word"
             assert "truffula_engine_restarts_total 0.0" in client.get("/metrics").text
             assert ok(client.get("/info"))["engine_restart_reason"] is None
 

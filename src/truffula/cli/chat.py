@@ -77,7 +77,8 @@ def _message(editor: LineEditor, prompt: str) -> str:
             while not line.rstrip().endswith(FENCE):
                 lines.append(line := editor.read(more))
             lines[-1] = line.rstrip().removesuffix(FENCE)
-            return "\n".join(lines).strip("\n")
+            text = "\n".join(lines).strip("\n")
+            return f"/{text}" if text.startswith("/") else text  # what is between the quotes is never a command
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(editor.read(more))

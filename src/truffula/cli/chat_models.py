@@ -46,13 +46,23 @@ class ChatModel(Protocol):
 
 
 def split_adapter(word: str) -> tuple[str, str | None]:
-    """``name=source``, a source alone (named after its last part), or ``base``: (name, source or None)."""
+    """``name=source``, a source alone (named after its last part), or ``base``: (name, source or None).
+
+    Raises ``ConfigError`` for half of a pair, and for an adapter that would be called ``base``.
+    """
     name, equals, source = word.partition("=")
     if word == BASE:
         return BASE, None
     if equals and (not name or not source):
         raise ConfigError(f"--adapter is {word!r}; it must be NAME=FOLDER, a folder, or 'base'.", param="adapter")
-    return (name, source) if equals else (word.rstrip("/").rsplit("/", 1)[-1], word)
+    if not equals:
+        name, source = word.rstrip("/").rsplit("/", 1)[-1], word
+    if name == BASE:
+        raise ConfigError(
+            f"{word!r} would be called 'base', which means the model without an adapter; write NAME={source}.",
+            param="adapter",
+        )
+    return name, source
 
 
 class LocalModel:

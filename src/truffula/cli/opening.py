@@ -39,6 +39,12 @@ def chat_model(
             raise ConfigError("--api-key is for a running server; give its --url too.", param="api_key")
         chosen = [split_adapter(word) for word in adapters]
         named = {name: source for name, source in chosen if source is not None}
+        for name, source in chosen:
+            if source is not None and named[name] != source:
+                raise ConfigError(
+                    f"--adapter calls both {source} and {named[name]} {name!r}; write NAME=FOLDER for one of them.",
+                    param="adapter",
+                )
         transport: Transport = "thread" if interactive else "inline"
         opened = LocalModel(resolve(options, model=model).engine, named, transport)
         names = [None if source is None else name for name, source in chosen]
