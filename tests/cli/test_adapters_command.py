@@ -171,7 +171,9 @@ def other_server(status: int, body: bytes) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("status", "body", "code", "words"),
     [
-        (200, b"<html>hello</html>", "config_invalid", "is it a truffula server?"),
+        (200, b"<html>hello</html>", "config_invalid", "is not a truffula server's"),
+        (200, b'["a", "b"]', "config_invalid", "is not a truffula server's"),
+        (200, b'{"data": ["a"]}', "config_invalid", "is not a truffula server's"),
         (404, b'{"detail":"Not Found"}', "http_404", "Not Found"),
         (502, b"bad gateway", "http_502", "answered 502: bad gateway"),
         (422, b'{"error":"Input validation error: no","error_type":"validation"}', "validation", "no"),
@@ -184,10 +186,10 @@ def test_other_servers_are_told_apart(status: int, body: bytes, code: str, words
 
 
 def test_a_list_without_details_is_still_a_list() -> None:
-    rows = [{"id": "base-model", "root": "org/base"}, {"id": "leaf", "parent": "base-model"}]
+    rows = [{"id": "base-model", "root": "org/base"}, {"id": "[red]leaf", "parent": "base-model"}]
     with other_server(200, json.dumps({"data": rows}).encode()) as url:
         done = here("adapters", "list", "--url", url)
-    assert done.returncode == 0 and "base-model" in done.stdout and "leaf" in done.stdout
+    assert done.returncode == 0 and "org/base" in done.stdout and "[red]leaf" in done.stdout
 
 
 def test_the_route_lists_each_name_once(plain: Live) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich.markup import escape
+
 from truffula.cli.chat_models import administer, load_on
 from truffula.cli.output import note, out, table
 from truffula.cli.server_client import ServerClient
@@ -16,20 +18,20 @@ ROUTE = "/v1/adapters"
 
 def list_adapters(server: ServerClient, *, as_json: bool) -> None:
     """A row for the base and one per adapter."""
-    models = server.call("GET", "/v1/models")["data"]
+    models = server.models()
     try:
         details = {row["id"]: row for row in server.call("GET", ROUTE)["data"]}
     except TruffulaError as error:
-        if not error.code.startswith(("not_found", "http_404")):
+        if error.code not in ("not_found", "http_404"):
             raise
-        details = {}  # another program's server, or an older truffula
+        details = {}  # another program's server
     rows = [{**model, **details.get(model["id"], {})} for model in models]
     if as_json:
         out().print_json(json.dumps(rows))
         return
     shown = table("name", "status", ">rank", ">size", "source", "base")
     for row in rows:
-        shown.add_row(row["id"], *_cells(row), row.get("parent") or "")
+        shown.add_row(*map(escape, (row["id"], *_cells(row), row.get("parent") or "")))
     out().print(shown)
     if details and not any(row.get("source") for row in details.values()):
         note("Sources are shown by servers that run with --adapter-admin.")
@@ -52,8 +54,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
 
 
 def load_adapter(server: ServerClient, name: str, path: str) -> None:
-    out().print(load_on(server, name, path))
+    out().print(load_on(server, name, path), markup=False)
 
 
 def unload_adapter(server: ServerClient, name: str) -> None:
-    out().print(administer(server, "/v1/unload_lora_adapter", {"lora_name": name}))
+    out().print(administer(server, "/v1/unload_lora_adapter", {"lora_name": name}), markup=False)

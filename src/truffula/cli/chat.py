@@ -32,6 +32,7 @@ def run_chat(model: ChatModel, adapter: str, system: str | None, params: Samplin
         )
     chat = Chat(model, adapter, system, params)
     editor = LineEditor(state_folder() / HISTORY, chat.complete, note)
+    chat.interactive = editor.interactive
     if editor.interactive:
         note(f"{model.name}, adapters: {', '.join(model.adapters()) or 'none'}. /help lists the commands, /bye ends.")
     for text in _messages(editor, chat):
@@ -106,6 +107,7 @@ class Chat:
 
     def __init__(self, model: ChatModel, adapter: str, system: str | None, params: SamplingParams) -> None:
         self.adapter = adapter
+        self.interactive = True  # Ctrl-C ends the answer, and not the chat
         self._model = model
         self._system = system
         self._params = params
@@ -274,6 +276,8 @@ class Chat:
                 said += delta.text
                 cut_off = cut_off or delta.finish_reason == "length"
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             stopped = True
         finally:
             if said and not said.endswith("\n"):

@@ -106,18 +106,13 @@ class ServerModel:
 
     def __init__(self, server: ServerClient) -> None:
         self._server = server
-        rows = self._models()
-        base = next((row for row in rows if not row.get("parent")), None)
+        base = next((row for row in server.models() if not row.get("parent")), None)
         if base is None:
             raise ConfigError(f"The server at {server.url} lists no model.", param="url")
         self.name = str(base["id"])
 
-    def _models(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = self._server.call("GET", "/v1/models")["data"]
-        return found
-
     def adapters(self) -> list[str]:
-        return [str(row["id"]) for row in self._models() if row.get("parent")]
+        return [str(row["id"]) for row in self._server.models() if row.get("parent")]
 
     def load(self, name: str, source: str) -> None:
         load_on(self._server, name, source)
@@ -129,14 +124,14 @@ class ServerModel:
             for delta in self._one(prompt, adapters[0], params):
                 yield 0, delta
             return
-        arrived: queue.SimpleQueue[tuple[int, TextDelta | TruffulaError | None]] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[tuple[int, TextDelta | Exception | None]] = queue.SimpleQueue()
 
         def follow(position: int, adapter: str | None) -> None:
             try:
                 for delta in self._one(prompt, adapter, params):
                     arrived.put((position, delta))
                 arrived.put((position, None))
-            except TruffulaError as error:
+            except Exception as error:  # noqa: BLE001  raised below, in the thread that waits
                 arrived.put((position, error))
 
         for position, adapter in enumerate(adapters):
@@ -144,7 +139,7 @@ class ServerModel:
         running = len(adapters)
         while running:
             position, found = arrived.get()
-            if isinstance(found, TruffulaError):
+            if isinstance(found, Exception):
                 raise found
             if found is None:
                 running -= 1

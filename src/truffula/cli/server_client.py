@@ -50,7 +50,7 @@ class ServerClient:
         keys = _serve_option("api_keys") if api_key is None else (api_key,)
         self.url = url
         self._has_key = bool(keys)
-        headers = {"authorization": f"Bearer {keys[0]}"} if keys else {}
+        headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
         with self._named_errors():
             self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S))
 
@@ -72,9 +72,18 @@ class ServerClient:
         try:
             return answer.json()
         except ValueError as error:
-            raise ConfigError(
-                f"{self.url}{path} answered with something other than JSON: is it a truffula server?", param="url"
-            ) from error
+            raise self._stranger(path) from error
+
+    def models(self) -> list[dict[str, Any]]:
+        """What ``/v1/models`` lists: the base, and the adapters, which have a ``parent``."""
+        found = self.call("GET", "/v1/models")
+        rows = found.get("data") if isinstance(found, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+            raise self._stranger("/v1/models")
+        return rows
+
+    def _stranger(self, path: str) -> ConfigError:
+        return ConfigError(f"The answer of {self.url}{path} is not a truffula server's: check --url.", param="url")
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The frames of a streamed answer, as they come. Closing the iterator ends it on the server."""
@@ -85,7 +94,10 @@ class ServerClient:
             for data in _event_data(answer.iter_bytes()):
                 if data == "[DONE]":
                     return
-                frame = json.loads(data)
+                try:
+                    frame = json.loads(data)
+                except ValueError as error:
+                    raise self._stranger(path) from error
                 if "error" in frame:
                     raise _as_error(frame, answer.status_code, data)
                 yield frame
