@@ -256,7 +256,7 @@ class EngineConfig:
     quantize: str = _row(
         "none", "text", "format that a checkpoint's float matrices are rounded to at load", choices=("none", "q8_0")
     )
-    exact: bool = _row(False, "switch", "compute on the values of quantised files, not in whole numbers")
+    exact: bool = _row(False, "switch", "compute on the values of quantised files, not in int8")
     threads: int | None = _row(None, "integer", "compute threads (default: the CPUs we may use)", low=1, high=1024)
     max_model_len: int | None = _row(None, "integer", "longest prompt + completion (default: the model's)", low=1)
     memory_bytes: int | None = _row(
@@ -298,6 +298,12 @@ class EngineConfig:
                 f"exact and quantize={self.quantize} contradict each other: a rounded checkpoint is not exact.",
                 param="quantize",
             )
+
+
+def state_folder() -> Path:
+    """Where truffula keeps what is neither configuration nor cache, such as the history of ``chat``."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if state.startswith("/") else Path.home() / ".local" / "state") / "truffula"
 
 
 def is_loopback(host: str) -> bool:

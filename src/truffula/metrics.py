@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from truffula.types import EngineStats
+from truffula.types import EngineRestarts, EngineStats
 
 BASE_LABEL = "__base_model__"
 OTHER_LABEL = "__other__"
@@ -94,7 +94,7 @@ class Observer:
 
 
 class Metrics:
-    """All series of one server. ``engine`` gives the newest stats, or None while there are none."""
+    """All series of one server. ``engine`` returns the newest stats, or None while there are none."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -102,6 +102,7 @@ class Metrics:
         self,
         engine: Callable[[], EngineStats | None] | None = None,
         *,
+        restarts: Callable[[], EngineRestarts] = EngineRestarts,
         max_adapters: int = 100,
         lorax_names: bool = False,
         named: Iterable[str] = (),
@@ -126,7 +127,7 @@ class Metrics:
         self._total = _histogram("truffula_request_seconds", "Arrival to last byte", _SECONDS, own, by)
         self._loading = _histogram("truffula_adapter_wait_seconds", "Waits for an adapter's load", _SECONDS, own, by)
         self._lorax = _LoraxSeries(own) if lorax_names else None
-        own.register(_EngineCollector(engine or (lambda: None), lorax_names, self.label))
+        own.register(_EngineCollector(engine or (lambda: None), restarts, lorax_names, self.label))
 
     def label(self, adapter: str | None, *, answered: bool) -> str:
         """The label of an adapter's name: itself if it has one, or gets it now: it ``answered`` and there is room."""
@@ -202,10 +203,17 @@ class _WithoutBirthdays(Collector):
 
 
 class _EngineCollector(Collector):
-    """Gauges read when somebody scrapes, from the engine's last heartbeat: nothing is counted twice."""
+    """Series read at each scrape from the engine's last heartbeat, so that nothing is counted twice."""
 
-    def __init__(self, stats: Callable[[], EngineStats | None], lorax_names: bool, label: Callable[..., str]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats | None],
+        restarts: Callable[[], EngineRestarts],
+        lorax_names: bool,
+        label: Callable[..., str],
+    ) -> None:
         self._stats = stats
+        self._restarts = restarts
         self._lorax_names = lorax_names
         self._label = label
 
@@ -215,6 +223,9 @@ class _EngineCollector(Collector):
             "truffula_engine_up",
             "1 when the engine is up",
             0 if stats is None else 1,
+        )
+        yield CounterMetricFamily(
+            "truffula_engine_restarts_total", "Starts of an engine after one that died", self._restarts().count
         )
         if stats is None:
             return

@@ -396,6 +396,13 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     no_tokenizer: str = ""
 
 
+class EngineRestarts(msgspec.Struct, frozen=True, kw_only=True):
+    """How often the engine's process was started again after it ended, and why it ended last (empty: never)."""
+
+    count: int = 0
+    last_reason: str = ""
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A heartbeat: where the engine stood at ``monotonic`` (its own clock reading, shared by the machine)."""
 

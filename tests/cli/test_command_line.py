@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from live_server import write_model
 
 from truffula.config import OPTIONS
 from truffula.kernels.cpu import available, instruction_sets
+from truffula.kernels.installation import installation
 from truffula.testing.adapters import write_adapter, write_tiny_adapter
 
 COMMANDS = [
@@ -177,7 +179,7 @@ def test_inspect_an_adapter_against_its_base_and_a_wrong_one(model: Path, adapte
 def test_inspect_an_adapter_says_what_happens_with_each_field(model: Path, adapter: Path) -> None:
     shown = here("inspect", str(adapter), "--base", str(model)).stdout
     assert "what happens" in shown and "served" in shown and "checked" in shown
-    assert re.search(rf"rank 3, \d+ modules, [\d.]+ kB; compared with {re.escape(str(model))}", shown)
+    assert re.search(rf"rank 3, \d+ modules, [\d.]+ (KiB|B); compared with {re.escape(str(model))}", shown)
     assert "No effect when serving:" in shown and "inference_mode" in shown
 
 
@@ -233,19 +235,6 @@ def test_generate_refuses_a_broken_adapter(model: Path, adapter: Path, tmp_path:
     assert "LOHA" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_chat_answers_and_switches(model: Path, adapter: Path) -> None:
-    lines = "Hello\n/adapter leaf\nHello\n/adapter oak\n/quit\n"
-    done = here("chat", str(model), "-a", f"leaf={adapter}", "--max-tokens", "4", stdin=lines)
-    assert done.returncode == 0, done.stderr
-    assert "There is no adapter 'oak'" in done.stdout
-
-
-def test_adapters_without_a_server_says_so() -> None:
-    done = here("adapters", "list", "--url", "http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert "--url" in done.stderr
-
-
 def test_bench_step_on_a_toy_shape() -> None:
     done = here("bench", "step", "--tiny", "--rows", "1,3", "--steps", "2", "--prefill", "20", "--json")
     assert done.returncode == 0, done.stderr
@@ -284,6 +273,20 @@ def test_bench_kernel_on_toy_shapes() -> None:
     for wrong, said in (("--shape=9", "960x576"), ("--shape=8x31", "multiple of 32"), ("--format=Q9", "Q5_0")):
         refused = here("bench", "kernel", "--tiny", wrong)
         assert refused.returncode != 0 and said in refused.stderr
+
+
+@pytest.mark.parametrize(("missing", "adapter"), [("torch", False), ("transformers", False), ("peft", True)])
+def test_verify_says_what_to_install_before_it_fetches(
+    missing: str, adapter: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else found(name, *rest)
+    )
+    done = here("verify", "org/no-such-model", *(("--adapter", "leaf") if adapter else ()), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "(missing_dependency)" in done.stderr
+    assert f"{missing} is not installed" in done.stderr and "CPU build" in done.stderr
+    assert installation().pip_install("torch,hf", beside="peft") in done.stderr
 
 
 @pytest.mark.slow

@@ -26,13 +26,14 @@ def test_dtypes_and_reasons_are_those_of_a_start() -> None:
     for kind in STORED:
         choice, row = choose_dtype(backend, "auto", kind), rows[f"dtype, {kind} files"]
         assert (row["value"], without_figures(row["advice"])) == (choice.dtype, without_figures(choice.reason))
-    assert all(kind in rows["blocks of quantised files"]["value"] for kind in backend.block_kinds)
+    int8 = rows["products with quantised files"]["value"]
+    assert all(kind in int8 for kind in backend.block_kinds) and int8.startswith("int8") == bool(backend.block_kinds)
 
 
 def test_a_dtype_and_precision_that_are_set_are_told() -> None:
     rows = doctor(TRUFFULA_DTYPE="float32", TRUFFULA_EXACT="1")
     assert {rows[f"dtype, {kind} files"]["value"] for kind in STORED} == {"float32"}
-    assert "whole numbers" not in rows["blocks of quantised files"]["value"]
+    assert rows["products with quantised files"]["value"] == "on the values, none in int8"
 
 
 def test_settings_a_server_would_refuse_are_said_with_its_words() -> None:
@@ -53,5 +54,5 @@ def test_what_would_be_faster_is_said_of_this_cpu() -> None:
     assert "not compiled" in faster_instructions(["AVX-512", "AVX2 + FMA"], ["avx2", "portable"])
     assert "no AVX" not in faster_instructions(["AVX-512"], ["avx512", "avx2", "portable"])
     assert "AVX2" in faster_instructions([], ["portable"])
-    assert "tiles" in faster_instructions(["AMX bf16", "AVX-512"], ["avx512vnni", "avx512", "avx2", "portable"])
-    assert "tiles" not in faster_instructions(["AMX bf16", "AVX-512"], ["amx", "avx512", "avx2", "portable"])
+    assert "AMX" in faster_instructions(["AMX bf16", "AVX-512"], ["avx512vnni", "avx512", "avx2", "portable"])
+    assert "AMX" not in faster_instructions(["AMX bf16", "AVX-512"], ["amx", "avx512", "avx2", "portable"])

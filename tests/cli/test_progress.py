@@ -15,32 +15,32 @@ from truffula.cli.output import progress
 STAGES = """
 from truffula.cli.output import progress
 with progress() as report:
-    report("wait for another process", 10_000_000, 90_000_000)
-    report("download tiny", 0, 92_900_000)
-    report("download tiny", 50_000_000, 92_900_000)
-    report("download tiny", 92_900_000, 92_900_000)
+    report("wait for another process", 10 * 2**20, 90 * 2**20)
+    report("download tiny", 0, 97_517_568)
+    report("download tiny", 50_000_000, 97_517_568)
+    report("download tiny", 97_517_568, 97_517_568)
     report("plan", 0, None)
-    report("load", 1_000_000, 2_000_000)
+    report("load", 2**20, 2**21)
 """
 
 
 def test_lines_say_the_size_first_and_the_time_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     with progress() as report:
-        report("download tiny", 0, 92_900_000)
-        report("download tiny", 50_000_000, 92_900_000)
-        report("download tiny", 92_900_000, 92_900_000)
-        report("download tiny", 92_900_000, 92_900_000)
+        report("download tiny", 0, 97_517_568)
+        report("download tiny", 50_000_000, 97_517_568)
+        report("download tiny", 97_517_568, 97_517_568)
+        report("download tiny", 97_517_568, 97_517_568)
         report("plan", 0, None)
-        report("load", 1_000_000, 1_000_000)
+        report("load", 2**20, 2**20)
     shown = capsys.readouterr()
     assert shown.out == ""
     told = re.sub(r"in \d+\.\d s", "in N s", shown.err).splitlines()
     assert told == [
-        "download tiny (92.9 MB) ...",
-        "download tiny: 92.9 MB in N s",
+        "download tiny (93 MiB) ...",
+        "download tiny: 93 MiB in N s",
         "plan ...",
-        "load (1.0 MB) ...",
-        "load: 1.0 MB in N s",
+        "load (1 MiB) ...",
+        "load: 1 MiB in N s",
     ]
 
 
@@ -65,8 +65,8 @@ def test_bars_of_a_terminal() -> None:
     """What was done is complete, what was left is gone, and what has no size has no bar."""
     shown = on_a_terminal(STAGES).splitlines()
     last = {line.split("  ")[0].split(" ━")[0].strip(): line for line in shown if line.strip()}
-    assert "92.9/92.9 MB" in last["download tiny"]
+    assert "93.0/93.0 MiB" in last["download tiny"]
     picture = shown[-6:]
     assert not any("wait for another process" in line for line in picture)
-    assert any("1.0/2.0 MB" in line for line in picture)
+    assert any("1.0/2.0 MiB" in line for line in picture)
     assert not any("━" in line or "?" in line for line in shown if line.strip().startswith("plan"))

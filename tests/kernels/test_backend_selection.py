@@ -14,6 +14,7 @@ import pytest
 
 from truffula.errors import ConfigError
 from truffula.kernels.cpu import CpuBackend, available, instruction_sets
+from truffula.kernels.installation import installation
 from truffula.kernels.select import fallback_warning, select_backend
 
 NATIVE = "truffula.kernels.cpu._native"
@@ -71,7 +72,7 @@ def test_without_the_native_module_auto_takes_torch_and_says_why() -> None:
     found = without(NATIVE)
     assert found["name"] == "reference"
     assert "several times slower" in found["warning"] and "C++20 compiler" in found["warning"]
-    assert "pip install --force-reinstall" in found["warning"]
+    assert installation().compile_again() in found["warning"]
 
 
 def test_torch_asked_for_by_name_is_no_reason_to_warn() -> None:
@@ -82,8 +83,8 @@ def test_torch_asked_for_by_name_is_no_reason_to_warn() -> None:
 def test_with_neither_the_error_names_both_ways_out(asked: str) -> None:
     error = without(f"{NATIVE},torch", asked)
     assert (error["code"], error["param"]) == ("missing_dependency", "backend")
-    assert "C++20 compiler" in error["message"] and "--force-reinstall" in error["message"]
-    assert "pip install 'truffula[torch]'" in error["message"]
+    assert "C++20 compiler" in error["message"] and installation().compile_again() in error["message"]
+    assert installation().pip_install("torch") in error["message"] and "CPU build" in error["message"]
 
 
 def test_a_native_module_that_does_not_load_is_not_called_missing() -> None:

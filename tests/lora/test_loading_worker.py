@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -147,7 +148,10 @@ def test_a_refusal_comes_back_as_it_was_raised(make: Make, tmp_path: Path) -> No
     assert error is not None and (error.code, error.param) == (AdapterError.code, "use_dora")
 
 
-def test_a_worker_killed_in_mid_load_takes_that_load_and_no_other(make: Make, tmp_path: Path) -> None:
+def test_a_worker_killed_in_mid_load_takes_that_load_and_no_other(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("truffula"), "propagate", True)  # whatever a server set up in this process
     loader = make(max_workers=1)
     pid = stop(loader)
     first, *others = [loader.start(adapter(tmp_path / name, seed)) for seed, name in enumerate("abc")]
@@ -157,6 +161,9 @@ def test_a_worker_killed_in_mid_load_takes_that_load_and_no_other(make: Make, tm
     assert error is not None and error.code == AdapterLoadError.code and "SIGKILL" in error.message
     assert all(results[ticket].error is None for ticket in others)
     assert loader.pids() != [pid]
+    logged = next(r for r in caplog.records if r.name == "truffula.engine.loader")
+    said = logged.getMessage()
+    assert logged.levelname == "ERROR" and f"loading worker {pid} died" in said and "SIGKILL" in said and "'a'" in said
 
 
 def test_a_load_that_takes_too_long_is_ended_and_the_rest_go_on(make: Make, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from truffula.errors import ConfigError
 from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.program import WeightDecl
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.testing.served import BFLOAT16, WHOLE_NUMBERS, Parts, ServingReport, verify_serving
+from truffula.testing.served import BFLOAT16, INT8, Parts, ServingReport, verify_serving
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
 PROMPTS = [[5, 17, 3, 99, 41, 8, 8, 60]]
@@ -56,7 +56,7 @@ def test_whole_numbers_are_named_and_have_their_own_limit(model: Path) -> None:
     report = verify(model, backend="cpu", dtype="float32", quantize="q8_0")
     assert report.values.ok  # on the values: rounding is no mistake of the program
     assert report.served is not None
-    assert (report.served.formats, report.served.limit) == (("q8_0",), WHOLE_NUMBERS)
+    assert (report.served.formats, report.served.limit) == (("q8_0",), INT8)
     assert report.served.ok and report.served.divergence.kl_mean > 0
 
 

@@ -3,7 +3,7 @@
 from prometheus_client.parser import text_string_to_metric_families
 
 from truffula.metrics import BASE_LABEL, OTHER_LABEL, Metrics, RequestRecord
-from truffula.types import EngineStats
+from truffula.types import EngineRestarts, EngineStats
 
 
 def samples(metrics):
@@ -69,6 +69,12 @@ def test_the_engines_numbers_are_read_when_scraped():
     assert found["truffula_sequences_running", ()] == 3
     assert found["truffula_prefix_hit_tokens_total", ()] == 7
     assert samples(Metrics(lambda: None))["truffula_engine_up", ()] == 0
+
+
+def test_restarts_are_counted_while_there_is_no_engine():
+    restarts = EngineRestarts(count=2, last_reason="out of memory")
+    assert samples(Metrics(lambda: None, restarts=lambda: restarts))["truffula_engine_restarts_total", ()] == 2
+    assert samples(Metrics())["truffula_engine_restarts_total", ()] == 0
 
 
 def test_lorax_names_by_switch_and_json():

@@ -136,7 +136,7 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
         server.should_exit = True
         thread.join(60)
     assert isinstance(server.gate.failure, EngineDied)
-    assert "given up" in server.gate.failure.message
+    assert "not restarted" in server.gate.failure.message
     assert "SIGKILL" in server.gate.failure.message
 
 

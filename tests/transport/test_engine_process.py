@@ -48,17 +48,17 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
 
 
-def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refused_at_once(start: Start):
+def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refused(start: Start):
     client = start("process", max_restarts=0)
     client.submit([ask("open", [5, 6], max_tokens=4000, ignore_eos=True)])
     os.kill(client.pid, signal.SIGKILL)
     assert follow(client, ["open"])["open"].code == "engine_died"
-    eventually(lambda: "given up" in run(client, [ask("late", [3])])["late"].message, "the supervisor gives up")
+    eventually(lambda: "not restarted" in run(client, [ask("late", [3])])["late"].message, "the engine is lost")
     with pytest.raises(EngineDied, match="SIGKILL"):
         client.adapters(AdapterCommand(action="list"))
     assert not client.alive() and client.pid is None
     lost = client.lost()
-    assert lost is not None and "given up" in lost.message
+    assert lost is not None and "not restarted" in lost.message
 
 
 @pytest.mark.slow

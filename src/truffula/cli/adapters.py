@@ -1,54 +1,61 @@
-"""``truffula adapters``: a client of a running server."""
+"""``truffula adapters``: lists, loads and unloads the adapters of a running server."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from truffula.cli.output import out, table
-from truffula.errors import ConfigError, TruffulaError
+from rich.markup import escape
+
+from truffula.cli.chat_models import administer, load_on
+from truffula.cli.output import note, out, table
+from truffula.cli.server_client import ServerClient
+from truffula.config import format_size
+from truffula.errors import TruffulaError
+
+ROUTE = "/v1/adapters"
 
 
-def _call(method: str, url: str, path: str, api_key: str | None, body: dict[str, Any] | None = None) -> Any:
-    import httpx
-
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+def list_adapters(server: ServerClient, *, as_json: bool) -> None:
+    """A row for the base and one per adapter."""
+    models = server.models()
     try:
-        answer = httpx.request(method, url.rstrip("/") + path, headers=headers, json=body, timeout=300)
-    except httpx.HTTPError as error:
-        raise ConfigError(
-            f"No truffula server answers at {url} ({error}). Start one, or name it with --url.", param="url"
-        ) from error
-    if answer.status_code >= 400:
-        raise TruffulaError(f"The server answered {answer.status_code}: {_reason(answer)}", status=answer.status_code)
-    return answer.json()
-
-
-def _reason(answer: Any) -> str:
-    try:
-        error = answer.json()["error"]
-    except (ValueError, KeyError, TypeError):
-        return str(answer.text[:300])
-    return str(error["message"] if isinstance(error, dict) else error)
-
-
-def list_adapters(url: str, api_key: str | None, *, as_json: bool) -> None:
-    models = _call("GET", url, "/v1/models", api_key)["data"]
+        details = {row["id"]: row for row in server.call("GET", ROUTE)["data"]}
+    except TruffulaError as error:
+        if error.code not in ("not_found", "http_404"):
+            raise
+        details = {}  # another program's server
+    rows = [{**model, **details.get(model["id"], {})} for model in models]
     if as_json:
-        out().print_json(json.dumps(models))
+        out().print_json(json.dumps(rows))
         return
-    shown = table("name", "kind", "root")
-    for model in models:
-        shown.add_row(model["id"], "adapter" if model.get("parent") else "base", str(model.get("root") or ""))
+    shown = table("name", "status", ">rank", ">size", "source", "base")
+    for row in rows:
+        shown.add_row(*map(escape, (row["id"], *_cells(row), row.get("parent") or "")))
     out().print(shown)
+    if details and not any(row.get("source") for row in details.values()):
+        note("Sources are shown by servers that run with --adapter-admin.")
+    for row in rows:
+        if row.get("error"):
+            note(f"{row['id']}: {row['error']}")
 
 
-def load_adapter(url: str, api_key: str | None, name: str, path: Path) -> None:
-    out().print(
-        _call("POST", url, "/v1/load_lora_adapter", api_key, {"lora_name": name, "lora_path": str(path.resolve())})
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Status, rank, size and source; the base has only a source."""
+    if not row.get("parent"):
+        return "base", "", "", str(row.get("root") or "")
+    size = row.get("size_bytes")
+    return (
+        str(row.get("status") or "-"),
+        str(row.get("rank") or "-"),
+        format_size(size) if size else "-",
+        str(row.get("source") or "-"),
     )
 
 
-def unload_adapter(url: str, api_key: str | None, name: str) -> None:
-    out().print(_call("POST", url, "/v1/unload_lora_adapter", api_key, {"lora_name": name}))
+def load_adapter(server: ServerClient, name: str, path: str) -> None:
+    out().print(load_on(server, name, path), markup=False)
+
+
+def unload_adapter(server: ServerClient, name: str) -> None:
+    out().print(administer(server, "/v1/unload_lora_adapter", {"lora_name": name}), markup=False)

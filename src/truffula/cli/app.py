@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from truffula.cli.opening import chat_model
 from truffula.cli.options import resolve, with_options
 
 app = typer.Typer(
@@ -41,7 +42,25 @@ AdapterArg = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of a table.")]
 # What decides which numbers are served.
 SERVED = ("revision", "device", "dtype", "backend", "cpu_isa", "quantize", "exact", "threads", "offline", "cache_dir")
-Url = Annotated[str, typer.Option("--url", help="Address of a running truffula server.")]
+OptionalModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a .gguf file, an alias (smollm2) or a Hugging Face id; left out with --url.",
+        show_default=False,
+    ),
+]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Address of a running server. [dim]\\[http://127.0.0.1:8000][/]")
+]
+Port = Annotated[int | None, typer.Option("--port", help="Port of a server on this machine, in place of --url.")]
+ServerUrl = Annotated[
+    str | None, typer.Option("--url", help="Ask this running server instead of loading a model.", show_default=False)
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", help="Key that the server asks for. [dim]\\[the first of TRUFFULA_API_KEYS][/]"),
+]
 
 
 def _version(value: bool) -> None:
@@ -76,7 +95,7 @@ def serve(model: Model, *, options: dict[str, Any]) -> None:
 @app.command()
 @with_options("engine")
 def generate(
-    model: Model,
+    model: OptionalModel = None,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; left out or '-', it is read from standard input.")
     ] = None,
@@ -88,32 +107,48 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the prompt as it is, without the model's chat template.")
     ] = False,
+    url: ServerUrl = None,
+    api_key: ApiKey = None,
+    as_json: AsJson = False,
     *,
     options: dict[str, Any],
 ) -> None:
     """Answer one prompt; with several --adapter, answers stream side by side from one batch."""
-    from truffula.cli.generate import run_generate
+    from truffula.cli.generate import read_prompt, run_generate
     from truffula.types import SamplingParams
 
+    if url is not None and prompt is None:
+        model, prompt = None, model  # the server has chosen the model: what stands first is the prompt
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    run_generate(resolve(options, model=model).engine, prompt, adapter or ["base"], params, raw=raw)
+    text = read_prompt(prompt)
+    with chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
+        run_generate(answering, text, names, params, raw=raw, as_json=as_json)
 
 
 @app.command()
 @with_options("engine")
 def chat(
-    model: Model,
+    model: OptionalModel = None,
     adapter: AdapterArg = None,
     system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n")] = 512,
     temperature: Annotated[float, typer.Option("--temperature", "-t")] = 0.7,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same tokens.")] = None,
+    url: ServerUrl = None,
+    api_key: ApiKey = None,
     *,
     options: dict[str, Any],
 ) -> None:
-    """Talk with MODEL in the terminal; /adapter NAME switches in the middle of a conversation."""
-    from truffula.cli.chat import run_chat
+    """Talk with MODEL in the terminal, or with a running server's (--url).
 
-    run_chat(resolve(options, model=model).engine, adapter or [], system, max_tokens, temperature)
+    /help lists the commands: /adapter NAME switches in the middle of a conversation, /load FOLDER adds an adapter.
+    """
+    from truffula.cli.chat import run_chat
+    from truffula.types import SamplingParams
+
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    with chat_model(model, options, url, api_key, adapter or ["base"], interactive=True) as (answering, names):
+        run_chat(answering, names[0] or "base", system, params)
 
 
 @app.command()
@@ -361,24 +396,41 @@ def bench_kernel(
 
 
 @adapters_app.command("list")
-def adapters_list(url: Url = "http://127.0.0.1:8000", api_key: str | None = None, as_json: AsJson = False) -> None:
-    """The base and the adapters a server offers."""
+def adapters_list(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
+    """The base and the adapters that a server offers: status, rank, size, source and base."""
     from truffula.cli.adapters import list_adapters
+    from truffula.cli.server_client import ServerClient, server_address
 
-    list_adapters(url, api_key, as_json=as_json)
+    with ServerClient(server_address(url, port), api_key) as server:
+        list_adapters(server, as_json=as_json)
 
 
 @adapters_app.command("load")
-def adapters_load(name: str, path: Path, url: Url = "http://127.0.0.1:8000", api_key: str | None = None) -> None:
-    """Load PATH (on the server's disk) as NAME; the server must run with --adapter-admin."""
+def adapters_load(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What requests will call the adapter.")],
+    path: Annotated[str, typer.Argument(metavar="FOLDER", help="Its folder on the server's disk.")],
+    url: Url = None,
+    port: Port = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Load the adapter in FOLDER as NAME; the server must run with --adapter-admin."""
     from truffula.cli.adapters import load_adapter
+    from truffula.cli.server_client import ServerClient, server_address
 
-    load_adapter(url, api_key, name, path)
+    with ServerClient(server_address(url, port), api_key) as server:
+        load_adapter(server, name, path)
 
 
 @adapters_app.command("unload")
-def adapters_unload(name: str, url: Url = "http://127.0.0.1:8000", api_key: str | None = None) -> None:
-    """Forget NAME; requests that run with it end undisturbed."""
+def adapters_unload(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An adapter that 'adapters list' names.")],
+    url: Url = None,
+    port: Port = None,
+    api_key: ApiKey = None,
+) -> None:
+    """Free NAME's memory and forget the name; running requests end with it undisturbed."""
     from truffula.cli.adapters import unload_adapter
+    from truffula.cli.server_client import ServerClient, server_address
 
-    unload_adapter(url, api_key, name)
+    with ServerClient(server_address(url, port), api_key) as server:
+        unload_adapter(server, name)

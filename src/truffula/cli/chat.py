@@ -1,91 +1,323 @@
-"""``truffula chat``: a conversation in the terminal."""
+"""``truffula chat``: a conversation in the terminal, or line by line from a pipe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
-from rich.markup import escape
+from msgspec.structs import replace
 
-from truffula.cli.generate import BASE, open_llm, split_adapter
-from truffula.cli.output import out
-from truffula.config import EngineConfig
-from truffula.errors import TruffulaError, from_info
-from truffula.types import SamplingParams
+from truffula.cli.chat_models import BASE, ChatModel, split_adapter
+from truffula.cli.line_editor import LineEditor
+from truffula.cli.output import fail, note, write
+from truffula.config import state_folder
+from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TemplateError, TruffulaError
+from truffula.types import SamplingParams, TextDelta
 
-HELP = "/adapter NAME switches (base for none) · /reset forgets the conversation · /help · /quit"
-
-
-def run_chat(config: EngineConfig, words: list[str], system: str | None, max_tokens: int, temperature: float) -> None:
-    chosen = [split_adapter(word) for word in words]
-    named = {name: source for name, source in chosen if source is not None}
-    with open_llm(config, named) as llm:
-        talk = _Talk(llm, named, chosen[0][0] if chosen else BASE, system)
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-        out().print(f"[dim]{config.model}, adapters: {', '.join(named) or 'none'}. {HELP}[/]")
-        for line in _lines(talk):
-            if line.startswith("/"):
-                if not talk.command(line):
-                    return
-            else:
-                talk.answer(line, params)
+FENCE = '"""'
+TOO_LONG = ("prompt_too_long", "context_length_exceeded")
+HISTORY = "chat_history.jsonl"
+SETTINGS = MappingProxyType({"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "seed": int})
 
 
-def _lines(talk: _Talk) -> Iterator[str]:
-    """What the user types, until the end of input."""
+def run_chat(model: ChatModel, adapter: str, system: str | None, params: SamplingParams) -> None:
+    """Talk until the end of input. From a pipe, the first error ends the chat and is raised."""
+    if not model.has_chat_template:
+        raise TemplateError(
+            f"{model.name} has no chat template, so it can't chat; 'truffula generate --raw' completes text with it."
+        )
+    chat = Chat(model, adapter, system, params)
+    editor = LineEditor(state_folder() / HISTORY, chat.complete, note)
+    chat.interactive = editor.interactive
+    if editor.interactive:
+        note(f"{model.name}, adapters: {', '.join(model.adapters()) or 'none'}. /help lists the commands, /bye ends.")
+    for text in _messages(editor, chat):
+        try:
+            if not chat.take(text):
+                return
+        except TruffulaError as error:
+            if not editor.interactive:
+                raise
+            fail(error)
+
+
+def _messages(editor: LineEditor, chat: Chat) -> Iterator[str]:
+    """What the user types, until the end of input or a second Ctrl-C in a row."""
+    interrupted = False
     while True:
         try:
-            line = out().input(f"\n[bold]{escape(talk.adapter)}>[/] ").strip()
-        except (EOFError, KeyboardInterrupt):
-            out().print()
+            text = _message(editor, f"{chat.adapter}> ")
+        except EOFError:
+            if editor.interactive:
+                note("")
             return
-        if line:
-            yield line
-
-
-class _Talk:
-    """The conversation so far and who answers."""
-
-    def __init__(self, llm: object, named: dict[str, str], adapter: str, system: str | None) -> None:
-        self.adapter = adapter
-        self._llm = llm
-        self._named = named
-        self._system = [{"role": "system", "content": system}] if system else []
-        self._messages = list(self._system)
-
-    def command(self, line: str) -> bool:
-        """Obey a line that begins with '/'; False ends the chat."""
-        word, _, rest = line.partition(" ")
-        rest = rest.strip()
-        if word in ("/quit", "/exit"):
-            return False
-        if word == "/reset":
-            self._messages = list(self._system)
-        elif word == "/adapter" and rest in (BASE, *self._named):
-            self.adapter = rest
-        elif word == "/adapter":
-            out().print(f"There is no adapter {escape(rest)!r}; there are {', '.join((BASE, *self._named))}.")
-        else:
-            out().print(HELP)
-        return True
-
-    def answer(self, line: str, params: SamplingParams) -> None:
-        """One turn; an error of this turn is printed and the turn forgotten."""
-        from truffula.llm import LLM
-
-        assert isinstance(self._llm, LLM)
-        messages = [*self._messages, {"role": "user", "content": line}]
-        adapter = None if self.adapter == BASE else self.adapter
-        text = ""
-        try:
-            for delta in self._llm.stream(messages, params, adapter=adapter):
-                if delta.error is not None:
-                    raise from_info(delta.error)
-                text += delta.text
-                out().print(escape(delta.text), end="")
         except KeyboardInterrupt:
-            out().print(" [dim](stopped)[/]")
-        except TruffulaError as error:
-            out().print(f"[red]{escape(error.message)}[/]")
+            note("")
+            if interrupted:
+                return
+            interrupted = True
+            note("Ctrl-C again, Ctrl-D or /bye ends the chat.")
+            continue
+        interrupted = False
+        if text.strip():
+            yield text
+
+
+def _message(editor: LineEditor, prompt: str) -> str:
+    """One line; several when it ends with a backslash, or begins with three quotes, up to three quotes."""
+    line = editor.read(prompt).strip()
+    lines = [line]
+    more = " " * (len(prompt) - 4) + "... "
+    try:
+        if line.startswith(FENCE):
+            lines[0] = line = line.removeprefix(FENCE)
+            while not line.rstrip().endswith(FENCE):
+                lines.append(line := editor.read(more))
+            lines[-1] = line.rstrip().removesuffix(FENCE)
+            text = "\n".join(lines).strip("\n")
+            return f"/{text}" if text.startswith("/") else text  # what is between the quotes is never a command
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1].removesuffix("\\")
+            lines.append(editor.read(more))
+    except EOFError:
+        pass  # the end of a pipe ends the message too
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line that begins with a slash. ``run`` gets what follows the name."""
+
+    usage: str
+    help: str
+    run: Callable[[str], None]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.usage.partition(" ")[0]
+
+
+class Chat:
+    """The conversation so far, which adapter answers and how tokens are chosen."""
+
+    def __init__(self, model: ChatModel, adapter: str, system: str | None, params: SamplingParams) -> None:
+        self.adapter = adapter
+        self.interactive = True  # Ctrl-C ends the answer, and not the chat
+        self._model = model
+        self._system = system
+        self._params = params
+        self._turns: list[dict[str, str]] = []
+        self._asked: str | None = None
+        self._most = params.max_tokens  # of the last answer
+        self._ended = False
+        self._commands = (
+            Command("/help", "list the commands", self._help, ("/?",)),
+            Command("/adapter NAME", "answer with this adapter; 'base' for none", self._switch),
+            Command("/adapters", "list the adapters", self._list),
+            Command("/load [NAME=]FOLDER", "load an adapter and answer with it", self._load),
+            Command("/system [TEXT]", "show or set the system message; 'clear' removes it", self._set_system),
+            Command("/set [NAME VALUE]", f"show or set {', '.join(SETTINGS)}", self._set),
+            Command("/clear", "forget the conversation", self._clear, ("/reset",)),
+            Command("/retry", "answer the last message again", self._retry),
+            Command("/save FILE", "write the conversation: messages in a .json file, text in others", self._save),
+            Command("/bye", "end the chat, as Ctrl-D does", self._end, ("/exit", "/quit", "/q")),
+        )
+
+    def take(self, text: str) -> bool:
+        """Obey a command, or answer a message; False ends the chat. Raises ``TruffulaError``: nothing has changed."""
+        if text.startswith("//"):
+            self._answer(text[1:])
+        elif text.startswith("/"):
+            word, _, rest = text.partition(" ")
+            self._command(word).run(rest.strip())
+        else:
+            self._answer(text)
+        return not self._ended
+
+    def complete(self, line: str, word: str) -> list[str]:
+        """Words that ``word``, the last of ``line``, may become."""
+        command = line.partition(" ")[0]
+        if not line.startswith("/"):
+            return []
+        if " " not in line:
+            names = [f"{one.name} " if " " in one.usage else one.name for one in self._commands]
+        elif command == "/adapter":
+            names = [BASE, *self._model.adapters()]
+        elif command == "/set":
+            names = list(SETTINGS)
+        elif command in ("/load", "/save"):
+            names = _paths(word)
+        else:
+            names = []
+        return sorted(name for name in names if name.startswith(word))
+
+    def _command(self, word: str) -> Command:
+        by_name = {name: command for command in self._commands for name in (command.name, *command.aliases)}
+        if word not in by_name:
+            near = difflib.get_close_matches(word, by_name, n=1)
+            meant = f" Did you mean {near[0]}?" if near else ""
+            raise InvalidRequest(
+                f"There is no command {word}.{meant} /help lists them; begin with // to send a message with a slash."
+            )
+        return by_name[word]
+
+    def _help(self, rest: str) -> None:
+        width = max(len(command.usage) for command in self._commands)
+        for command in self._commands:
+            also = f" (also {', '.join(command.aliases)})" if command.aliases else ""
+            note(f"{command.usage:{width}}  {command.help}{also}")
+        note(f"Several lines: begin with {FENCE} and end with {FENCE}, or end a line with \\. Ctrl-C stops an answer.")
+
+    def _switch(self, rest: str) -> None:
+        names = [BASE, *self._model.adapters()]
+        if not rest:
+            note(f"{self.adapter} answers; there are {', '.join(names)}.")
             return
-        out().print()
-        self._messages = [*messages, {"role": "assistant", "content": text}]
+        if rest not in names:
+            near = difflib.get_close_matches(rest, names, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else ""
+            raise AdapterNotFound(
+                f"There is no adapter {rest!r}.{meant} There are {', '.join(names)}; /load [NAME=]FOLDER adds one.",
+                param="adapter",
+            )
+        self.adapter = rest
+
+    def _list(self, rest: str) -> None:
+        for name in (BASE, *self._model.adapters()):
+            note(f"{'*' if name == self.adapter else ' '} {name}")
+
+    def _load(self, rest: str) -> None:
+        name, source = split_adapter(rest)
+        if not rest or source is None:
+            raise InvalidRequest("/load takes the folder of an adapter: /load [NAME=]FOLDER.")
+        self._model.load(name, source)
+        self.adapter = name
+        note(f"{name} is loaded and answers now.")
+
+    def _set_system(self, rest: str) -> None:
+        if rest:
+            self._system = None if rest == "clear" else rest
+        note(f"system: {self._system}" if self._system else "There is no system message.")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        if name:
+            self._params = self._changed(name, value.strip())
+        note(", ".join(f"{name} {_shown(getattr(self._params, name))}" for name in SETTINGS))
+
+    def _changed(self, name: str, value: str) -> SamplingParams:
+        kind = SETTINGS.get(name)
+        if kind is None:
+            near = difflib.get_close_matches(name, SETTINGS, n=1)
+            raise InvalidRequest(
+                f"There is no setting {name!r}.{f' Did you mean {near[0]}?' if near else ''} There are "
+                f"{', '.join(SETTINGS)}."
+            )
+        try:
+            parsed = None if value == "none" and name in ("max_tokens", "seed") else kind(value)
+        except ValueError:
+            expected = "a whole number" if kind is int else "a number"
+            raise InvalidRequest(f"{name} is {value!r}; it must be {expected}.", param=name) from None
+        return replace(self._params, **{name: parsed})
+
+    def _clear(self, rest: str) -> None:
+        self._turns, self._asked = [], None
+        note("The conversation is forgotten.")
+
+    def _retry(self, rest: str) -> None:
+        if self._asked is None:
+            raise InvalidRequest("There is no message to answer again.")
+        kept = self._turns
+        if kept and kept[-2]["content"] == self._asked:
+            self._turns = kept[:-2]
+        try:
+            self._answer(self._asked)
+        except TruffulaError:
+            self._turns = kept
+            raise
+
+    def _save(self, rest: str) -> None:
+        if not rest:
+            raise InvalidRequest("/save takes the name of a file.")
+        path = Path(rest).expanduser()
+        messages = self._with_system(self._turns)
+        if path.suffix == ".json":
+            text = json.dumps({"messages": messages}, ensure_ascii=False, indent=2) + "\n"
+        else:
+            text = "\n".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise ConfigError(f"{path} exists; /save writes new files only.", param="file") from None
+        except OSError as error:
+            raise ConfigError(f"{path} can't be written: {error.strerror}.", param="file") from error
+        note(f"{len(messages)} messages are in {path}.")
+
+    def _end(self, rest: str) -> None:
+        self._ended = True
+
+    def _with_system(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [*([{"role": "system", "content": self._system}] if self._system else []), *turns]
+
+    def _answer(self, text: str) -> None:
+        """One turn. What Ctrl-C leaves of an answer is kept; a turn that fails is forgotten."""
+        self._asked = text
+        turns = [*self._turns, {"role": "user", "content": text}]
+        said, stopped, cut_off = "", False, False
+        try:
+            for delta in self._deltas(turns):
+                write(delta.text)
+                said += delta.text
+                cut_off = cut_off or delta.finish_reason == "length"
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            stopped = True
+        finally:
+            if said and not said.endswith("\n"):
+                write("\n")
+        if stopped:
+            note("(stopped)")
+        elif cut_off:
+            most = self._most
+            note(f"(cut off at {'the end of the context' if most is None else f'max_tokens {most}, see /set'})")
+        if said or not stopped:
+            self._turns = [*turns, {"role": "assistant", "content": said}]
+
+    def _deltas(self, turns: list[dict[str, str]]) -> Iterator[TextDelta]:
+        """The answer's pieces, of at most ``max_tokens``, or of what the context has left where that is less."""
+        for params in (self._params, replace(self._params, max_tokens=None)):
+            self._most = params.max_tokens
+            try:
+                adapter = None if self.adapter == BASE else self.adapter
+                for _, delta in self._model.stream(self._with_system(turns), [adapter], params):
+                    yield delta
+                return
+            except TruffulaError as error:
+                if error.code not in TOO_LONG:
+                    raise
+                full = error
+        raise InvalidRequest(
+            f"The conversation no longer fits into the model's context. {full.message} /clear begins a new one, and "
+            "/save FILE keeps this one first."
+        ) from full
+
+
+def _paths(word: str) -> list[str]:
+    """Files and folders whose path begins with ``word``; folders end with a slash."""
+    start, slash, name = word.rpartition("/")
+    folder = Path(start + slash or ".").expanduser()
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.name.startswith(name))
+    return [f"{start}{slash}{path.name}{'/' * path.is_dir()}" for path in found]
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else f"{value:g}"

@@ -1,4 +1,4 @@
-"""``truffula doctor``: what this machine offers, what is missing and the way to it."""
+"""``truffula doctor``: what this machine offers, what is missing and how to get it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from truffula.errors import TruffulaError
 if TYPE_CHECKING:
     from truffula.engine.memory import CpuLimits
 
-# What a CPU must say of itself for what speeds up products, fastest first.
+# Instruction sets that speed up matrix products, with the flags in /proc/cpuinfo that announce them; fastest first.
 ISA_FLAGS = (
     ("AMX bf16", ("amx_bf16",)),
     ("AVX512-BF16", ("avx512_bf16",)),
@@ -29,12 +29,12 @@ ISA_FLAGS = (
 )
 
 STORED = ("float32", "float16", "bfloat16", "quantised")
-"""How a checkpoint may be stored, as far as the choice of a dtype cares."""
+"""The kinds of stored dtypes that lead to different compute dtypes."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ``state`` ok, note or missing; ``advice`` is the way out."""
+    """One line: ``state`` is ok, note or missing; ``advice`` says what to do."""
 
     what: str
     value: str
@@ -55,7 +55,7 @@ def run_doctor(*, as_json: bool) -> None:
 
 
 def cpu_name() -> tuple[str, list[str]]:
-    """Model name and the instruction sets above that it has; empty where the system doesn't say."""
+    """The CPU's model name and those of ``ISA_FLAGS`` that it has; none where the system doesn't say."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -87,10 +87,10 @@ def _machine() -> list[Finding]:
 
 
 def cpu_limit(limits: CpuLimits) -> Finding:
-    """What bounds the compute threads. A quota that is no whole number is a note: its last thread is throttled, and
-    all wait for it."""
+    """What bounds the compute threads. A fractional quota is a note: the last thread is throttled, and all wait for
+    it."""
     quota = "no quota" if limits.quota is None else f"a control group's quota of {limits.quota:g} CPUs"
-    value = f"{limits.affinity} of {limits.machine} CPUs in our affinity mask, {quota}"
+    value = f"{limits.affinity} of {limits.machine} CPUs in the affinity mask, {quota}"
     if limits.quota is not None and limits.quota < limits.affinity and limits.quota != int(limits.quota):
         least = max(1, int(limits.quota))
         return Finding("cpu limit", value, "note", f"give whole CPUs, or try --threads {least}: threads are throttled")
@@ -98,11 +98,12 @@ def cpu_limit(limits: CpuLimits) -> Finding:
 
 
 def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
-    """What would make products faster than ``tables`` (ours that run here, best first) on a CPU with ``sets``."""
+    """What would make products faster than with ``tables`` (compiled in and usable here, best first) on a CPU with
+    ``sets``."""
     if tables[0] == "portable":
         return "no AVX2 here or none compiled: products take several times as long as with it"
     if "AMX bf16" in sets and "amx" not in tables:
-        return "this CPU multiplies tiles (AMX); they take Linux 5.16, and truffula installed with gcc 11 or clang 12"
+        return "this CPU has AMX; using it takes Linux 5.16 or newer, and truffula compiled with gcc 11 or clang 12"
     if any(table.startswith("avx512") for table in tables):
         return "--cpu-isa forces one"
     if "AVX-512" in sets:
@@ -111,14 +112,15 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
 
 
 def _native() -> list[Finding]:
-    """The native module, the instruction sets and threads it would use, and the compiler it takes to have it."""
+    """The native module, the instruction sets and threads it would use, and the compiler that builds it."""
     from truffula.config import load_settings
     from truffula.engine.memory import usable_cpus
     from truffula.kernels.cpu import CpuBackend, instruction_sets, why_this_set, why_unavailable
+    from truffula.kernels.installation import installation
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if why := why_unavailable():
-        advice = "" if compiler else "install one, such as g++, then truffula again"
+        advice = "" if compiler else f"install one, such as g++, then: {installation().compile_again()}"
         return [
             Finding("native kernels", "no", "missing", why),
             Finding("C++ compiler", compiler or "none", "ok" if compiler else "missing", advice),
@@ -127,7 +129,7 @@ def _native() -> list[Finding]:
     sets = instruction_sets()
     asked = settings["cpu_isa"]
     used = CpuBackend(1).probe().isa if asked == "auto" else asked  # a table that fails its check is passed over
-    state, advice = ("ok", "") if used in sets else ("missing", "not to be had here; the cpu backend will refuse it")
+    state, advice = ("ok", "") if used in sets else ("missing", "not available here: the cpu backend refuses it")
     threads = settings["threads"] or usable_cpus()
     return [
         Finding("native kernels", "yes"),
@@ -140,11 +142,13 @@ def _native() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     from truffula.kernels.cpu import available
+    from truffula.kernels.installation import installation
 
+    here = installation()
     wanted = (
-        ("torch", "the reference backend", "pip install 'truffula[torch]'"),
-        ("transformers", "truffula verify", "pip install 'truffula[hf]'"),
-        ("peft", "truffula verify --adapter", "pip install peft"),
+        ("torch", "the reference backend", here.pip_install("torch")),
+        ("transformers", "truffula verify", here.pip_install("torch,hf")),
+        ("peft", "truffula verify --adapter", here.pip_install("torch,hf", beside="peft")),
     )
     findings = []
     for package, purpose, advice in wanted:
@@ -178,7 +182,7 @@ def _backends() -> list[Finding]:
 
 
 def _dtypes() -> list[Finding]:
-    """What ``serve`` would compute in, by how a checkpoint is stored, and why: asked of the same function."""
+    """What ``serve`` would compute in, by how a checkpoint is stored, and why; from the function that decides it."""
     from truffula.config import load_settings
     from truffula.kernels.select import Precision, choose_dtype, select_backend
 
@@ -192,9 +196,10 @@ def _dtypes() -> list[Finding]:
     except TruffulaError as error:
         return [Finding("dtype", "none", "missing", error.message)]
     findings = [Finding(f"dtype, {kind} files", at.dtype, "ok", at.reason) for kind, at in choices.items()]
-    whole = sorted(backend.block_kinds)
-    value = f"in whole numbers: {', '.join(whole)}" if whole else "computed with as the values they stand for"
-    return [*findings, Finding("blocks of quantised files", value, "ok", "docs/quantization.md" if whole else "")]
+    int8 = sorted(backend.block_kinds)
+    value = f"int8 for {', '.join(int8)}" if int8 else "on the values, none in int8"
+    advice = "fastest; --exact computes on the file's values (docs/quantization.md)" if int8 else ""
+    return [*findings, Finding("products with quantised files", value, "ok", advice)]
 
 
 def _settings() -> list[Finding]:

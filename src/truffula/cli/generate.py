@@ -1,60 +1,44 @@
-"""``truffula generate``."""
+"""``truffula generate``: answers to one prompt, and nothing else on stdout."""
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import TYPE_CHECKING
 
-from truffula.cli.output import err, progress
-from truffula.cli.side_by_side import show
-from truffula.config import EngineConfig
+from truffula.cli.chat_models import ChatModel
+from truffula.cli.line_editor import read_text
+from truffula.cli.output import note, out
+from truffula.cli.side_by_side import Answer, show
 from truffula.errors import ConfigError
 from truffula.types import SamplingParams
 
-if TYPE_CHECKING:
-    from truffula.llm import LLM
-
-BASE = "base"
-
-
-def split_adapter(word: str) -> tuple[str, str | None]:
-    """``name=source``, a source alone (named after itself), or ``base``: (name, source or None)."""
-    name, equals, source = word.partition("=")
-    if word == BASE:
-        return BASE, None
-    if equals and (not name or not source):
-        raise ConfigError(f"--adapter is {word!r}; it must be name=folder, a folder, or 'base'.", param="adapter")
-    return (name, source) if equals else (word.rstrip("/").rsplit("/", 1)[-1], word)
-
-
-def open_llm(config: EngineConfig, adapters: dict[str, str]) -> LLM:
-    """``LLM`` of a resolved configuration, with a progress bar while it loads."""
-    from dataclasses import fields
-
-    from truffula.llm import LLM
-
-    options = {f.name: getattr(config, f.name) for f in fields(config)}
-    with progress() as report:
-        return LLM(options.pop("model"), adapters=adapters, progress=report, **options)
-
 
 def read_prompt(prompt: str | None) -> str:
+    """``prompt``, or standard input where it is left out or ``-``. Raises ``ConfigError`` for none."""
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty():
-        err().print("[dim]Type the prompt, then Ctrl-D:[/]")
-    text = sys.stdin.read().strip()
+        note("Type the prompt, then Ctrl-D:")
+    text = read_text(sys.stdin.read).strip()
     if not text:
         raise ConfigError("The prompt is empty: give it as an argument or on standard input.", param="prompt")
     return text
 
 
 def run_generate(
-    config: EngineConfig, prompt: str | None, words: list[str], params: SamplingParams, *, raw: bool
+    model: ChatModel, text: str, adapters: list[str | None], params: SamplingParams, *, raw: bool, as_json: bool
 ) -> None:
-    chosen = [split_adapter(word) for word in words]
-    text = read_prompt(prompt)
-    with open_llm(config, {name: source for name, source in chosen if source is not None}) as llm:
-        asked = text if raw or not llm.has_chat_template else [{"role": "user", "content": text}]
-        names = [None if source is None else name for name, source in chosen]
-        show([name for name, _ in chosen], llm.stream_each([asked] * len(chosen), params, adapters=names))
+    """Answer ``text`` with each of ``adapters`` (None: the base) and print the answers as they grow, or as JSON."""
+    if not raw and not model.has_chat_template:
+        note(f"{model.name} has no chat template: the prompt is completed as it is, as with --raw.")
+        raw = True
+    deltas = model.stream(text if raw else [{"role": "user", "content": text}], adapters, params)
+    titles = [name or "base" for name in adapters]
+    if not as_json:
+        show(titles, deltas)
+        return
+    answers = [Answer(title) for title in titles]
+    for position, delta in deltas:
+        answers[position].add(delta)
+    rows = [{"adapter": a.title, "text": a.text, "finish_reason": a.finish_reason} for a in answers]
+    out().print_json(json.dumps({"model": model.name, "answers": rows}))

@@ -1,10 +1,12 @@
-"""``truffula inspect``: what would be loaded and how, from metadata alone; and what rounding would lose, when asked."""
+"""``truffula inspect``: what would be loaded and how, from metadata alone; with
+``--quantize``, what rounding would lose."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's or an adapter's files, brought here when they were not."""
+    """A model's or an adapter's files, downloaded where they were not on this machine."""
 
     path: Path
     is_adapter: bool
@@ -92,9 +94,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     console = out()
     shown = table("", "", title=str(path))
     for name, value in facts.items():
-        shown.add_row(
-            name.removesuffix("_bytes").replace("_", " "), nbytes(value) if name.endswith("_bytes") else str(value)
-        )
+        label = LABELS.get(name, name.removesuffix("_bytes").replace("_", " "))
+        shown.add_row(label, escape(nbytes(value) if name.endswith("_bytes") else str(value)))
     for index, end in enumerate(ends):
         shown.add_row("" if index else "ends at", escape(describe([end])))
     console.print(shown)
@@ -102,12 +103,14 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     for kind, sizes in sorted(kinds.items()):
         stored_table.add_row(kind, str(len(sizes)), nbytes(sum(sizes)))
     console.print(stored_table)
-    config_table = table("key", "value", "what happens", title="\nconfig.json")
+    source = "metadata" if checkpoint.format == "gguf" else "config.json"
+    config_table = table("key", "value", "what happens", title=f"\n{source}")
     for fate in fates:
-        config_table.add_row(fate.key, fate.value, fate.fate)
+        config_table.add_row(escape(fate.key), escape(fate.value), escape(fate.fate))
     console.print(config_table)
     if plan.unused:
-        console.print(f"\nnot used, by a named rule: {', '.join(plan.unused[:10])}{' ...' * (len(plan.unused) > 10)}")
+        more = f" and {len(plan.unused) - 10} more" if len(plan.unused) > 10 else ""
+        console.print(f"\ntensors that serving does not use: {escape(', '.join(plan.unused[:10]))}{more}")
     if rounding is not None:
         _show_rounding(rounding)
     for text in warnings:
@@ -178,6 +181,29 @@ def _show_rounding(rounding: Rounding) -> None:
         console.print(f"{rounding.kept} matrices stay as they are")
 
 
+# What the screen calls facts whose name in --json, without "_bytes" and underscores, does not say enough.
+LABELS = MappingProxyType(
+    {
+        "format": "file format",
+        "stored_dtype": "stored as",
+        "tying": "embedding and head",
+        "tying_reason": "  because",
+        "saved_by_tying_bytes": "  saved by tying",
+        "kv_per_token_bytes": "KV cache per token",
+        "eos_ids": "end token ids",
+        "rank_16_adapter_bytes": "adapter of rank 16",
+    }
+)
+
+
+def int8_products(plan: ModelPlan) -> str:
+    """Which weights the cpu backend multiplies with activations rounded to int8, unless it is told otherwise."""
+    from truffula.kernels.cpu.formats import BLOCK_KINDS
+
+    formats = sorted(set(plan.stored_types.values()) & BLOCK_KINDS.keys())
+    return f"products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
+
+
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
     """The head of the report; numbers of bytes end in ``_bytes``."""
     spec, program = plan.spec, plan.program
@@ -193,6 +219,7 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "longest_sequence": plan.max_model_len,
         "stored_dtype": plan.stored_dtype,
         "weights_bytes": plan.stored_bytes,
+        "int8": int8_products(plan),
         "tying": plan.tying.tie.name.lower(),
         "tying_reason": plan.tying.reason,
         "saved_by_tying_bytes": plan.saved_bytes,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from truffula.config import format_size
 from truffula.errors import TruffulaError
 
 if TYPE_CHECKING:
@@ -18,6 +21,13 @@ if TYPE_CHECKING:
     from rich.progress import Task, TaskID
 
     from truffula.types import Progress
+
+
+# A model may write escape sequences, which would drive the terminal; line feeds and tabs are text.
+CONTROL = MappingProxyType(
+    {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+    | {chr(code): "\ufffd" for code in range(0x7F, 0xA0)}
+)
 
 
 def out() -> Console:
@@ -38,19 +48,32 @@ def fail(error: TruffulaError) -> None:
     err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
 
 
+def note(text: str) -> None:
+    """A line beside the answers: on stderr, so that what is piped holds answers alone."""
+    from rich.markup import escape
+
+    err().print(f"[dim]{escape(text)}[/]", emoji=False)
+
+
+def write(text: str) -> None:
+    """A piece of an answer to stdout, exactly; on a terminal, control characters of the model's are made visible."""
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """``text`` with a sign for each control character other than line feed and tab."""
+    return "".join(CONTROL.get(ch, ch) for ch in text)
+
+
 def warn(text: str) -> None:
     from rich.markup import escape
 
     err().print(f"[yellow]warning[/] {escape(text)}")
 
 
-def nbytes(count: float) -> str:
-    """``269.1 MB``; decimal units, as disks and model cards use."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+nbytes = format_size
+"""``92.1 MiB``: the one form of sizes that commands print."""
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -92,7 +115,6 @@ def _bars(console: Console) -> Bars:
         ProgressColumn,
         TextColumn,
         TimeElapsedColumn,
-        TransferSpeedColumn,
     )
     from rich.progress import Progress as Bars
     from rich.text import Text
@@ -105,7 +127,13 @@ def _bars(console: Console) -> Bars:
         def render(self, task: Task) -> RenderableType:
             return Text() if task.total is None else self._column.render(task)
 
-    sized = (OfKnownSize(column) for column in (BarColumn(), DownloadColumn(), TransferSpeedColumn()))
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> RenderableType:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{nbytes(int(speed))}/s", style="progress.data.speed")
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), Speed())
+    sized = (OfKnownSize(column) for column in columns)
     return Bars(TextColumn("{task.description}"), *sized, TimeElapsedColumn(), console=console, transient=True)
 
 

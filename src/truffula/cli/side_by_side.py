@@ -1,16 +1,15 @@
-"""Several answers from one batch, streamed side by side in a terminal, one after the other where there is none."""
+"""Several answers from one batch: side by side in a terminal, one after the other in a pipe; a single one as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
-from truffula.cli.output import out
+from truffula.cli.output import out, visible, write
 from truffula.errors import from_info
 from truffula.types import TextDelta
 
@@ -19,50 +18,56 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 @dataclass
 class Answer:
-    """One column: whose it is, and the text so far."""
+    """The text of one answer so far, under its title. ``finish_reason`` is None while it grows."""
 
     title: str
     text: str = ""
     tokens: int = 0
-    done: bool = field(default=False)
+    finish_reason: str | None = None
 
     def add(self, delta: TextDelta) -> None:
+        """Append a piece. Raises the ``TruffulaError`` that it carries."""
         if delta.error is not None:
             raise from_info(delta.error)
         self.text += delta.text
         self.tokens += len(delta.tokens)
-        self.done = self.done or delta.finish_reason is not None
+        self.finish_reason = delta.finish_reason or self.finish_reason
 
 
-def show(
-    titles: Sequence[str],
-    deltas: Iterable[tuple[int, TextDelta]],
-    *,
-    per_row: int = 3,
-    console: Console | None = None,
-) -> list[Answer]:
-    """Print the answers while they come; returns them. ``deltas`` yields (position of the title, delta)."""
-    console = console or out()
+def show(titles: Sequence[str], deltas: Iterable[tuple[int, TextDelta]], *, per_row: int = 3) -> list[Answer]:
+    """Print the answers while they grow; returns them. ``deltas`` yields (position of the title, delta).
+
+    A single answer is printed exactly and without its title; it ends with a line feed in any case.
+    """
     answers = [Answer(title) for title in titles]
-    if not console.is_terminal:
+    if len(answers) == 1:
+        _stream(answers[0], deltas)
+    elif out().is_terminal:
+        _columns_while(answers, deltas, min(per_row, len(answers)))
+    else:
         for column, delta in deltas:
             answers[column].add(delta)
-        for answer in answers:
-            console.print(f"\n--- {escape(answer.title)}\n{escape(answer.text.strip())}")
-        return answers
-    if len(answers) == 1:
+        write("\n".join(f"--- {answer.title}\n{answer.text.strip()}\n" for answer in answers))
+    return answers
+
+
+def _stream(answer: Answer, deltas: Iterable[tuple[int, TextDelta]]) -> None:
+    try:
         for _, delta in deltas:
-            answers[0].add(delta)
-            console.print(escape(delta.text), end="")
-        console.print()
-        return answers
+            answer.add(delta)
+            write(delta.text)
+    finally:
+        if not answer.text.endswith("\n") and (answer.text or answer.finish_reason):
+            write("\n")
+
+
+def _columns_while(answers: Sequence[Answer], deltas: Iterable[tuple[int, TextDelta]], per_row: int) -> None:
     from rich.live import Live
 
-    with Live(console=console, refresh_per_second=12) as live:
+    with Live(console=out(), refresh_per_second=12) as live:
         for column, delta in deltas:
             answers[column].add(delta)
-            live.update(_columns(answers, min(per_row, len(answers))))
-    return answers
+            live.update(_columns(answers, per_row))
 
 
 def _columns(answers: Sequence[Answer], per_row: int) -> Table:
@@ -71,8 +76,8 @@ def _columns(answers: Sequence[Answer], per_row: int) -> Table:
         grid.add_column(ratio=1)
     panels = [
         Panel(
-            escape(answer.text.strip()) + ("" if answer.done else " ▌"),
-            title=escape(answer.title),
+            Text(visible(answer.text.strip()) + ("" if answer.finish_reason else " ▌")),
+            title=Text(answer.title),
             border_style=COLOURS[position % len(COLOURS)],
         )
         for position, answer in enumerate(answers)

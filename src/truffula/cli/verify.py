@@ -1,7 +1,8 @@
-"""``truffula verify``: our logits and tokens against transformers' (and peft's)."""
+"""``truffula verify``: compares truffula's logits and tokens with those of transformers (and peft)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -17,33 +18,36 @@ if TYPE_CHECKING:
 
 
 class VerifyFailed(TruffulaError):
-    """The model as we serve it differs from the reference."""
+    """The model as it is served differs from the reference."""
 
     code = "verify_failed"
 
 
 def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_json: bool) -> None:
     from truffula.engine.memory import usable_cpus
+    from truffula.kernels.installation import CPU_TORCH, installation
     from truffula.weights.sources import resolve_source
 
+    packages = ("torch", "transformers", "peft") if adapter else ("torch", "transformers")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"verify compares with transformers and peft, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed. Install them: "
+            f"{installation().pip_install('torch,hf', beside='peft')} ({CPU_TORCH}).",
+            param=missing[0],
+        )
     prepare_compute()
     with progress() as report:
         path = resolve_source(
             config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
         )
-    try:
-        from truffula.testing.served import verify_serving
+    from truffula.testing.served import verify_serving
 
-        result = verify_serving(
-            path, config, threads=config.threads or usable_cpus(), adapter=Path(adapter) if adapter else None,
-            new_tokens=tokens,
-        )  # fmt: skip
-    except ModuleNotFoundError as error:
-        raise MissingDependency(
-            f"verify compares with transformers and peft, and {error.name} is not installed: "
-            "pip install 'truffula[torch,hf]' peft",
-            param=error.name,
-        ) from error
+    result = verify_serving(
+        path, config, threads=config.threads or usable_cpus(), adapter=Path(adapter) if adapter else None,
+        new_tokens=tokens,
+    )  # fmt: skip
     if as_json:
         served = None if result.served is None else {**asdict(result.served), "ok": result.served.ok}
         out().print_json(json.dumps({**asdict(result.values), "served": served, "ok": result.ok}))
@@ -70,7 +74,7 @@ def _show(result: ServingReport) -> None:
     equal = "all equal" if values.tokens_equal else "[red]different[/]"
     shown.add_row("  greedy tokens", f"{values.tokens_compared} compared, {equal}, {values.near_ties} near-ties")
     if served is None:
-        shown.add_row("as served", "just so")
+        shown.add_row("as served", "in the same arithmetic")
     else:
         at, limit = served.divergence, served.limit
         shown.add_row("as served", f"{served.arithmetic}, against transformers in float32")
@@ -103,7 +107,7 @@ def _reason(row: OpRow | None) -> str:
     where = "outside the layers" if row.layer is None else f"of layer {row.layer}"
     return (
         f"First divergence: op {row.index} {row.op} ({row.kind}) {where}, the {row.side}put of {row.module}: "
-        f"relative error {row.error:.1e}. What comes before it agrees."
+        f"relative error {row.error:.1e}. All ops before it agree."
     )
 
 
@@ -111,7 +115,7 @@ def _lost(served: ServedReport) -> str:
     other = "--exact" if served.formats else "--dtype float32"
     return (
         f"In float32 every op agrees, but as served ({served.arithmetic}, {served.backend}) predictions are too far "
-        f"from transformers': KL {served.divergence.kl_mean:.1e} on average (limit {served.limit.kl_mean:.0e}), a "
-        f"greedy token {served.worst_below:.2f} nats below the likeliest (limit {served.limit.below}). This model does "
-        f"not bear the rounding, or a kernel is wrong: serve it with {other}, and please report it."
+        f"from those of transformers: KL {served.divergence.kl_mean:.1e} on average (limit {served.limit.kl_mean:.0e}),"
+        f" a greedy token {served.worst_below:.2f} nats below the likeliest (limit {served.limit.below}). Either this "
+        f"model needs more precision or a kernel is wrong: serve it with {other}, and please report it."
     )

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from truffula.engine.loader import LoadingWorker
 from truffula.engine.memory import AdapterShare, MemoryFit, fit, offered, usable_cpus
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
+from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
 from truffula.lora.job import LoadLimits
@@ -234,7 +235,7 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
         max_running=limits.max_running,
         eos_token_ids=list(limits.eos_token_ids),
         end_tokens=list(plan.end_tokens),
-        tying=plan.tying.reason,
+        tying=plan.tying.tie.value,
         weight_bytes=settings.planned.weight_bytes,
         budget_bytes=memory.pool_bytes,
         warnings=list(settings.warnings),
@@ -245,6 +246,8 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
             "isa": settings.isa,
             "threads": settings.threads,
             "dtype_reason": settings.dtype.reason,
+            "int8_note": int8_note(config, settings.planned.weight_formats),
+            "tying_reason": plan.tying.reason,
             "quantize": config.quantize,
             "exact": config.exact,
             "weight_formats": dict(settings.planned.weight_formats),
@@ -259,15 +262,24 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
     )
 
 
+def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:
+    """One line for the start: which products are computed in int8 and how to have others; empty where none are."""
+    formats = ", ".join(sorted(name.upper() for name in weight_formats if name.upper() in BLOCK_KINDS))
+    if not formats:
+        return ""
+    if config.quantize != "none":
+        return f"int8: weights are rounded to {formats}, activations to int8 (--quantize {config.quantize})"
+    return f"int8: activations are rounded to int8 for the file's {formats} weights; --exact computes on its values"
+
+
 def _log(info: EngineInfo) -> None:
     logger.info(
-        "%s (%s) on %s/%s in %s: %d positions, %d KV blocks of %d, %s for KV and adapters; tying: %s",
-        info.model, info.model_type, info.backend, info.device, info.dtype, info.max_model_len, info.num_blocks,
-        info.block_size, format_size(info.budget_bytes), info.tying,
+        "%s loaded in %.1f s, %s for KV and adapters", info.model, info.details["start_s"],
+        format_size(info.budget_bytes),
     )  # fmt: skip
     for warning in info.warnings:
         logger.warning("%s", warning)
 
 
 def _silent(stage: str, done: int, total: int | None) -> None:
-    """No one watches the start."""
+    """Used where the caller wants no progress."""

@@ -21,7 +21,16 @@ from truffula.engine.journal import Journal
 from truffula.engine.wire import crosses
 from truffula.errors import AdapterLoadError, InvalidRequest, TruffulaError
 from truffula.logs import LogSettings
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, Progress, TokenEvent
+from truffula.types import (
+    AdapterCommand,
+    AdapterState,
+    EngineInfo,
+    EngineRequest,
+    EngineRestarts,
+    EngineStats,
+    Progress,
+    TokenEvent,
+)
 
 Transport = Literal["inline", "thread", "process"]
 
@@ -62,6 +71,9 @@ class EngineClient(Protocol):
 
     def alive(self) -> bool:
         """Whether the engine takes requests: started, heartbeat fresh, no step stuck."""
+
+    def restarts(self) -> EngineRestarts:
+        """How often a dead engine was started again, and why it ended last. Never waits."""
 
     def lost(self) -> TruffulaError | None:
         """Why no engine will answer ever again, though nobody closed it; None while one may."""

@@ -67,9 +67,11 @@ class Journal:
         info = error.info()
         self.deliver([TokenEvent(request_id=r, finish_reason="error", error=info) for r in request_ids])
 
-    def fail_all(self, error: TruffulaError) -> None:
-        """End every open request with ``error``."""
-        self.fail(sorted(self.outstanding), error)
+    def fail_all(self, error: TruffulaError) -> int:
+        """End every open request with ``error``; returns how many there were."""
+        outstanding = sorted(self.outstanding)
+        self.fail(outstanding, error)
+        return len(outstanding)
 
     def take(self, timeout: float | None) -> list[TokenEvent]:
         """All events there are, waiting up to ``timeout`` seconds (None: until some come) for the first.

@@ -112,7 +112,7 @@ def manner(status: int) -> str:
         return f"with status {status}"
     name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
     hints = {
-        -signal.SIGKILL: " (the system kills so when memory runs out)",
-        -signal.SIGBUS: " (a file that is mapped, such as the model's, was cut short)",
+        -signal.SIGKILL: " (kill -9, or the kernel when memory runs out: see dmesg)",
+        -signal.SIGBUS: " (a mapped file, such as the model's, was truncated)",
     }
     return f"by {name}{hints.get(status, '')}"

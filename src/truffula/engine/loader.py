@@ -273,13 +273,14 @@ class LoadingWorker:
             self._results.append(result)
 
     def _lose(self, worker: _Worker, reason: str) -> None:
-        """This worker is done for; so is its load, and nothing else."""
+        """Remove a worker that died, hangs or breaks the protocol. Its load fails; the others are not touched."""
         order, stderr = worker.order, worker.take_stderr()
-        if stderr:
-            logger.error("a loading worker ended (%s); it said:\n%s", reason, stderr)
         worker.kill()
         self._workers.remove(worker)
         self._dying.append(worker.process)
+        at = "it was idle" if order is None else f"loading adapter {order.ref.name!r} failed with it"
+        said = f"; its last output:\n{stderr}" if stderr else ""
+        logger.error("loading worker %d died: %s; %s%s", worker.process.pid, reason, at, said)
         if order is None:
             return
         self._spool.discard(order.ticket)

@@ -18,7 +18,16 @@ from truffula.engine.client import EngineClient, Tickets, refuse_uncrossable
 from truffula.engine.journal import Journal
 from truffula.engine.loop import FILES_LOOK_S, EngineLoop, Turn, close_engine, engine_fault
 from truffula.errors import ShuttingDown, TruffulaError
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, Progress, TokenEvent
+from truffula.types import (
+    AdapterCommand,
+    AdapterState,
+    EngineInfo,
+    EngineRequest,
+    EngineRestarts,
+    EngineStats,
+    Progress,
+    TokenEvent,
+)
 
 
 class LocalOpening:
@@ -135,6 +144,9 @@ class InlineClient:
     def alive(self) -> bool:
         return self._end is None
 
+    def restarts(self) -> EngineRestarts:
+        return EngineRestarts()  # an engine in its client's process ends with it
+
     def lost(self) -> TruffulaError | None:
         return None if isinstance(self._end, ShuttingDown) else self._end
 
@@ -214,6 +226,9 @@ class ThreadClient:
         since = self._step_since
         stuck = since is not None and time.monotonic() - since > self._config.step_timeout_s
         return self._end is None and not stuck
+
+    def restarts(self) -> EngineRestarts:
+        return EngineRestarts()  # an engine in its client's process ends with it
 
     def lost(self) -> TruffulaError | None:
         return None if isinstance(self._end, ShuttingDown) else self._end

@@ -4,16 +4,18 @@
     supervising thread    spawn ► Start ► Starting ► Ready ► Events, Stats, AdapterReply ──► Journal, Tickets
     one consumer          events() ◄── Journal
 
-One life of the engine ends with the socket, or by the supervisor's hand when it stays unhealthy (silent, or stuck in a
-step) for ``hang_timeout_s``; an unhealthy engine is given no new requests. Then every open request ends with
-``engine_died`` and the next life begins after a pause that doubles, at most ``max_restarts`` times in
-``restart_window_s``; until it is ready, requests are refused at once. A later life decides nothing anew: it gets what
-the first one found out (files, dtype, lengths, memory). When the model's files have changed there is no next life.
+One life of the engine ends when its socket closes, or when the supervisor kills it because it stayed unhealthy (silent,
+or stuck in a step) for ``hang_timeout_s``; an unhealthy engine is given no new requests. Then every open request ends
+with ``engine_died``, the reason is logged as an error, and the next life begins after a pause that doubles, at most
+``max_restarts`` times in ``restart_window_s``; until it is ready, requests are refused immediately. A later life
+decides nothing anew: it gets what the first one found out (files, dtype, lengths, memory). When the model's files have
+changed there is no next life.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import sys
@@ -25,6 +27,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.client import Tickets, refuse_uncrossable
@@ -32,9 +36,19 @@ from truffula.engine.journal import Journal
 from truffula.engine.life import Life, manner
 from truffula.errors import CheckpointChanged, EngineDied, ShuttingDown, TruffulaError, WireError, from_info
 from truffula.logs import LogSettings
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, Progress, TokenEvent
+from truffula.types import (
+    AdapterCommand,
+    AdapterState,
+    EngineInfo,
+    EngineRequest,
+    EngineRestarts,
+    EngineStats,
+    Progress,
+    TokenEvent,
+)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+logger = logging.getLogger(__name__)
 
 
 class ProcessOpening:
@@ -55,7 +69,7 @@ class ProcessOpening:
 
 
 class ProcessClient:
-    """An ``EngineClient`` whose engine can die without anybody waiting for ever. ``wait`` comes first.
+    """An ``EngineClient`` whose engine may die: no caller waits forever. Call ``wait`` first.
 
     ``located`` is the path of the model's files, None when the first life ended before it knew.
     """
@@ -72,6 +86,7 @@ class ProcessClient:
         self._life: Life | None = None  # the engine that takes requests
         self._refusal: TruffulaError = EngineDied("The engine is starting.")  # what requests get while there is none
         self._lost: TruffulaError | None = None
+        self._restarts = EngineRestarts()
         self._closing = False
         self._pinned: dict[str, AdapterCommand] = {}
         self._wake_in, self._wake_out = os.pipe()
@@ -137,6 +152,9 @@ class ProcessClient:
         life = self._life
         return life is not None and life.healthy(time.monotonic())
 
+    def restarts(self) -> EngineRestarts:
+        return self._restarts
+
     def lost(self) -> TruffulaError | None:
         return self._lost
 
@@ -182,34 +200,42 @@ class ProcessClient:
     def _supervise(self) -> None:
         try:
             self._live_on()
-        except BaseException as error:  # noqa: BLE001  nobody may wait for ever for a thread that has died
+        except BaseException as error:  # noqa: BLE001  callers must not wait forever for a thread that has died
             traceback.print_exception(error, file=sys.stderr)
             self._give_up(EngineDied(f"The supervisor failed: {type(error).__name__}: {error}."))
             if not self._started.done():
                 self._started.set_exception(error)
 
     def _live_on(self) -> None:
-        """Lives, one after another, until close or until restarting is given up."""
+        """Run one life after another until close, or until the engine may not be restarted."""
         deaths: deque[float] = deque()
+        window = self._config.restart_window_s
         while True:
-            error = self._live()
-            if not self._started.done():
-                self._started.set_exception(error)
+            pid, error = self._live()
+            if self._closing or not self._started.done():
+                self._refuse(error)
+                if not self._started.done():
+                    self._started.set_exception(error)
                 return
-            if isinstance(error, CheckpointChanged):
-                self._give_up(error)
-                return
+            self._restarts = replace(self._restarts, last_reason=error.message)
             now = time.monotonic()
             deaths.append(now)
-            while now - deaths[0] > self._config.restart_window_s:
+            while now - deaths[0] > window:
                 deaths.popleft()
-            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (len(deaths) - 1))
-            if not self._closing and len(deaths) > self._config.max_restarts:
-                self._give_up(
-                    EngineDied(f"The engine died {len(deaths)} times and is given up. Last: {error}", **error.data)
-                )
+            count, most = len(deaths), self._config.max_restarts
+            if isinstance(error, CheckpointChanged):
+                _log_death(pid, error, self._give_up(error), "not restarted, because it would not serve the same model")
                 return
-            if self._closing or self._paused(pause):
+            if count > most:
+                died = f"it died {count} time{'s' * (count != 1)} within {window:g} s, and --max-restarts is {most}"
+                final = EngineDied(f"The engine is not restarted: {died}. Last: {error}", **error.data)
+                _log_death(pid, error, self._give_up(final), f"not restarted: {died}")
+                return
+            pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (count - 1))
+            failed = self._refuse(EngineDied(f"The engine died and is being restarted: {error}", **error.data))
+            self._restarts = replace(self._restarts, count=self._restarts.count + 1)
+            _log_death(pid, error, failed, f"restart {count} of {most} within {window:g} s begins in {pause:g} s")
+            if self._paused(pause):
                 return
 
     def _paused(self, seconds: float) -> bool:
@@ -230,27 +256,28 @@ class ProcessClient:
             while os.read(self._wake_in, 4096):
                 pass
 
-    def _give_up(self, error: TruffulaError) -> None:
-        self._refuse(error)
+    def _give_up(self, error: TruffulaError) -> int:
+        failed = self._refuse(error)
         if not self._closing:
             self._lost = error
+        return failed
 
-    def _refuse(self, error: TruffulaError) -> None:
-        """No engine takes requests from now: end what is open."""
+    def _refuse(self, error: TruffulaError) -> int:
+        """Take no requests from now on and end those that are open; returns how many that were."""
         with self._lock:
             self._life = None
             if not self._closing:
                 self._refusal = error
             refusal = self._refusal
         self._tickets.fail_all(refusal)
-        self._journal.fail_all(refusal)
+        return self._journal.fail_all(refusal)
 
-    def _live(self) -> TruffulaError:
-        """One engine from its birth to its end; returns why it ended."""
+    def _live(self) -> tuple[int | None, TruffulaError]:
+        """Run one engine from its start to its end; returns its process id and why it ended."""
         try:
             life = Life(self._config)
         except OSError as error:
-            return EngineDied(f"The engine's process can't be started: {error}.")
+            return None, EngineDied(f"The engine's process can't be started: {error}.")
         reason: TruffulaError | None = None
         try:
             reason = self._follow(life)
@@ -264,9 +291,7 @@ class ProcessClient:
         status = life.end()
         if reason is None:
             reason = EngineDied(f"The engine's process ended {manner(status)}.", status=status)
-        if not isinstance(reason, CheckpointChanged):  # that one has no next life
-            self._refuse(EngineDied(f"The engine died and is being restarted: {reason}", **reason.data))
-        return reason
+        return life.pid, reason
 
     def _follow(self, life: Life) -> TruffulaError | None:
         """Take in what the engine says until it ends, or until close. Returns the reason, when it told one."""
@@ -323,7 +348,16 @@ class ProcessClient:
             self._life = life
             pinned = list(self._pinned.values())
         for command in pinned:
-            # Nobody waits for these; one that fails now shows in the list of adapters.
+            # No caller waits for these; one that fails now shows in the list of adapters.
             life.channel.post(wire.Adapter(0, command))
         if not self._started.done():
             self._started.set_result(info)
+        else:
+            logger.warning("engine process %d is ready and takes requests again", life.pid)
+
+
+def _log_death(pid: int | None, reason: TruffulaError, failed: int, then: str) -> None:
+    logger.error(
+        "engine process %s died: %s %d open request%s failed; %s",
+        "-" if pid is None else pid, reason.message, failed, "s" * (failed != 1), then,
+    )  # fmt: skip

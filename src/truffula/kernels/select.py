@@ -11,12 +11,13 @@ from truffula.config import prepare_compute
 from truffula.errors import ConfigError, MissingDependency
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu import CpuBackend, why_unavailable
+from truffula.kernels.installation import CPU_TORCH, installation
 
 
 @dataclass(frozen=True)
 class Precision:
     """What is asked of a backend beside the dtype. ``quantize``: the format (``q8_0``) that float matrices are rounded
-    to at load, or ``none``. ``exact``: compute on the values of quantised files, not in whole numbers."""
+    to at load, or ``none``. ``exact``: compute on the values of quantised files, not in int8."""
 
     quantize: str = "none"
     exact: bool = False
@@ -34,7 +35,9 @@ def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backe
         )
     if not _torch_is_there():
         raise MissingDependency(
-            "the reference backend needs torch, which is not installed: pip install 'truffula[torch]'.", param="backend"
+            f"the reference backend needs torch, which is not installed: {installation().pip_install('torch')} "
+            f"({CPU_TORCH}).",
+            param="backend",
         )
     if cpu_isa != "auto":
         raise ConfigError(
@@ -52,7 +55,7 @@ def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if why := why_unavailable():
         raise MissingDependency(
             f"the cpu backend is not available: {why}. Or compute with torch, which is several times slower: "
-            "pip install 'truffula[torch]'.",
+            f"{installation().pip_install('torch')} ({CPU_TORCH}).",
             param="backend",
         )
     return CpuBackend(threads=threads, isa=cpu_isa, quantize=precision.quantize, exact=precision.exact)

@@ -1,8 +1,11 @@
-"""vLLM's adapter administration, served only where the operator switched it on: a path is a path of this machine."""
+"""vLLM's adapter administration, served only with ``--adapter-admin``, since a path is a path of this machine; and the
+list of adapters with what the engine knows of each, which tells where they lie only then.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 from starlette.requests import Request
@@ -12,8 +15,8 @@ from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.sources import AdapterPolicy, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
-from truffula.server.state import state_of
-from truffula.types import AdapterCommand, AdapterRef
+from truffula.server.state import ServerState, state_of
+from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 
 class LoadBody(Body):
@@ -24,6 +27,34 @@ class LoadBody(Body):
 
 class UnloadBody(Body):
     lora_name: str = Field(min_length=1)
+
+
+STATUSES = ("resident", "ready", "loading", "failed", "retired")
+"""Of several generations of one adapter, the first of these is what a client meets."""
+
+
+async def list_adapters(request: Request) -> Response:
+    """Every adapter that can be named now: status, rank and size as the engine has them. ``source`` and the error of a
+    failed load name paths, so they are only given where clients may load by path."""
+    state = state_of(request)
+    known: dict[str, AdapterState] = {}
+    for found in await state.service.adapters(AdapterCommand(action="list")):
+        before = known.get(found.name)
+        if before is None or STATUSES.index(found.status) < STATUSES.index(before.status):
+            known[found.name] = found
+    rows = [await _row(state, name, known.get(name)) for name in await state.adapter_names()]
+    return json_reply({"object": "list", "data": rows})
+
+
+async def _row(state: ServerState, name: str, found: AdapterState | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": name, "status": "not loaded", "rank": None, "size_bytes": None}
+    if found is not None:
+        row |= {"status": found.status, "rank": found.rank or None, "size_bytes": found.nbytes or None}
+    if state.config.adapter_admin:
+        ref = await state.adapter(name)
+        row["source"] = None if ref is None else ref.locator
+        row["error"] = None if found is None or found.error is None else found.error.message
+    return row
 
 
 async def load_adapter(request: Request) -> Response:
@@ -60,7 +91,9 @@ def _is_folder(path: str) -> bool:
 
 
 async def unload_adapter(request: Request) -> Response:
-    """Unloads an adapter. Running requests keep it; new ones find it only if an option of the server names it."""
+    """Unloads an adapter. Running requests keep it; new ones no longer find it, unless the server's own options offer
+    it: then the reply says so.
+    """
     state = state_of(request)
     name = (await read_body(request, UnloadBody)).lora_name
     if name not in await state.adapter_names():
@@ -68,4 +101,9 @@ async def unload_adapter(request: Request) -> Response:
     ref = await state.adapter(name)
     state.loaded.pop(name, None)
     await state.service.adapters(AdapterCommand(action="unload", ref=ref))
+    if name in await state.adapter_names():
+        return json_reply(
+            f"Success: LoRA adapter '{name}' is freed. The server's --adapter or --adapter-dir still offers it: the "
+            "next request for it loads it again."
+        )
     return json_reply(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -50,6 +50,7 @@ _ROUTES: tuple[Row, ...] = (
     Row("POST", "/detokenize", tokens.detokenize, "native", DetokenizeBody, {"tokens": [1, 2, 3]}),
     Row("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody, {"messages": _TALK}),
     Row("GET", "/", pages.root, "probes"),
+    Row("GET", "/v1/adapters", admin.list_adapters, "admin"),
     Row("GET", "/health", probes.health, "probes"),
     Row("GET", "/ping", probes.health, "probes"),
     Row("GET", "/v1/health", probes.openai_health, "probes"),
@@ -105,7 +106,10 @@ def create_app(
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     app.add_middleware(
-        PublicCors, origins=config.cors_origins, closed=[row.path for row in _ADMIN_ROUTES], keyed=bool(config.api_keys)
+        PublicCors,
+        origins=config.cors_origins,
+        closed=["/v1/adapters", *(row.path for row in _ADMIN_ROUTES)],
+        keyed=bool(config.api_keys),
     )
     app.add_middleware(RequestScope, metrics=metrics)
     return app

@@ -1,7 +1,7 @@
-"""``launch``: the first moments of ``truffula serve``. The port is taken, then the engine's process begins to load, and
-only then is imported what speaks HTTP: both take about as long, and neither needs the other.
+"""``launch``: the first steps of ``truffula serve``. It binds the port, starts the engine's process, which loads the
+model, and only then imports the HTTP stack: both take about as long, and neither needs the other.
 
-What is imported here is what a start waits for with nothing else going on, so it is little.
+The start waits for the imports of this file with nothing running beside them, so they are few.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from truffula.logs import LogSettings, setup_logs
 from truffula.lora.sources import AdapterPolicy
 
 QUEUED = 2048
-"""Connections the system keeps until they are accepted."""
+"""Connections that the kernel queues until they are accepted."""
 log = logging.getLogger(__name__)
 
 
@@ -38,8 +38,9 @@ def launch(resolved: Resolved) -> None:
 def _launch(resolved: Resolved) -> None:
     listening = bind(resolved.server)
     try:
-        adapter_policy(resolved)  # a mistake in the options need not wait for gigabytes
-        log.info("port %d is ours, loading %s", listening.getsockname()[1], resolved.engine.model)
+        adapter_policy(resolved)  # report a mistake in the options before loading gigabytes
+        host = f"[{resolved.server.host}]" if ":" in resolved.server.host else resolved.server.host
+        log.info("Listening on %s:%d; loading %s", host, listening.getsockname()[1], resolved.engine.model)
         raise_file_limit()  # before there is an engine: it inherits the limit, and maps a file per adapter in memory
         opening = begin_engine(resolved)
         from truffula.server.run import run_server
@@ -50,7 +51,7 @@ def _launch(resolved: Resolved) -> None:
 
 
 def raise_file_limit() -> None:
-    """Take as many open files as the system lets this process have."""
+    """Raise the limit of open files to the most that the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -66,7 +67,8 @@ def begin_engine(resolved: Resolved) -> Opening:
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket. Raises ``ConfigError`` naming the port when it is taken or the address is not ours."""
+    """A listening socket. Raises ``ConfigError`` naming the port when it is in use, or the address when it is not of
+    this machine."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     # With the protocol named, asyncio switches Nagle's algorithm off for each connection; without, an answer's head and
     # body wait 40 ms for each other.
@@ -109,7 +111,7 @@ def adapter_policy(resolved: Resolved) -> AdapterPolicy:
 
 
 class _Progress:
-    """Loading, in the log: a line for each stage and each tenth of its bytes."""
+    """Logs the loading: a line for each stage and each tenth of its bytes."""
 
     def __init__(self) -> None:
         self._stage = ""

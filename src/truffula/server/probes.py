@@ -50,7 +50,7 @@ async def startup(request: Request) -> Response:
 async def info(request: Request) -> Response:
     """The model, its limits and the server's version, in the fields of LoRAX and TGI."""
     state = state_of(request)
-    engine, config = state.service.info, state.config
+    engine, config, restarts = state.service.info, state.config, state.service.restarts()
     return json_reply(
         {
             "model_id": state.model_id,
@@ -79,6 +79,8 @@ async def info(request: Request) -> Response:
             "request_logger_url": None,
             "backend": engine.backend,
             "end_tokens": [{"id": token.id, "text": token.text, "source": token.source} for token in engine.end_tokens],
+            "engine_restarts": restarts.count,
+            "engine_restart_reason": restarts.last_reason or None,
         }
     )
 

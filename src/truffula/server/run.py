@@ -2,8 +2,8 @@
 
 The port answers 503 while the model loads. The first SIGTERM or SIGINT stops accepting and
 lets running requests end within ``drain_timeout_s``; the second ends the process at once. With a ``drain_delay_s``, the
-port stays open for that long first and answers 503, so that who sends us requests can look elsewhere. An engine that is
-given up ends the server with its error, so that whoever supervises the process learns of it.
+port stays open for that long first and answers 503, so that load balancers and clients turn to another server. An
+engine that may not be restarted ends the server with its error, so that the process's supervisor sees it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from truffula.server.started import Started, start
 from truffula.service import AsyncService
 
 LOOK_S = 1.0
-"""How often is looked whether the engine is given up."""
+"""Seconds between looks at whether the engine is lost for good."""
 log = logging.getLogger(__name__)
 
 
@@ -90,11 +90,11 @@ class Gate:
             self._on_failure()
 
     async def _watch(self, service: AsyncService, ended: asyncio.Event) -> None:
-        """Until the end is told, or until the engine is given up, which tells the server to end."""
+        """Wait until the server is told to end; end it when the engine is lost for good."""
         while not ended.is_set():
             lost = service.lost()
             if lost is not None:
-                log.error("%s", lost.message)
+                log.error("the server ends with status 1: %s", lost.message)
                 self.failure = lost
                 self._on_failure()
                 return

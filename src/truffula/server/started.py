@@ -99,6 +99,7 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates)
         metrics = Metrics(
             service.known_stats,
+            restarts=service.restarts,
             max_adapters=config.metrics_adapters,
             lorax_names=config.lorax_metrics,
             named=config.adapters,
@@ -135,6 +136,8 @@ def announce(
     log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
     why = info.details["dtype_reason"]
     log.info("backend %s on %s, compute in %s (%s)", info.backend, info.device, info.dtype, why)
+    if info.details["int8_note"]:
+        log.info("%s", info.details["int8_note"])
     log.info(
         "room for %d KV tokens (%d blocks of %d), requests up to %d tokens, %d at a time",
         info.num_blocks * info.block_size,

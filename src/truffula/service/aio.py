@@ -30,6 +30,7 @@ from truffula.types import (
     AdapterState,
     Completion,
     EngineInfo,
+    EngineRestarts,
     EngineStats,
     GenerateRequest,
     TextDelta,
@@ -220,6 +221,10 @@ class AsyncService:
     def healthy(self) -> bool:
         """Started, not draining, and the engine's heartbeat fresh."""
         return self._loop is not None and not self._draining and self._broken is None and self._client.alive()
+
+    def restarts(self) -> EngineRestarts:
+        """How often a dead engine was started again, and why it ended last."""
+        return self._client.restarts()
 
     def lost(self) -> TruffulaError | None:
         """Why no request will be answered ever again, though nobody closed the service; None while one may."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import MissingDependency, UnsupportedModel
+from truffula.kernels.installation import installation
 from truffula.kernels.program import Probe
 from truffula.weights.gguf_parts import open_parts
 
@@ -39,7 +40,7 @@ class Oracle:
             from transformers.utils import logging
         except ImportError as error:
             raise MissingDependency(
-                f"{error.name} is not installed: pip install 'truffula[torch,hf]'.", param=error.name
+                f"{error.name} is not installed: {installation().pip_install('torch,hf')}.", param=error.name
             ) from error
         logging.disable_progress_bar()  # whoever compares has a progress of its own to show
         self._seen: dict[str, Float32] = {}

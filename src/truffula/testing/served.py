@@ -1,4 +1,4 @@
-"""Hold a model in the arithmetic it is served in (bfloat16, whole numbers) against transformers in float32.
+"""Hold a model in the arithmetic it is served in (bfloat16, int8) against transformers in float32.
 
 What is rounded cannot agree to 1e-4. It is judged by its predictions: how far the distributions are apart, and how far
 below transformers' choice each greedy token is. That weights, program and adapter are right is ``parity.py``'s, in
@@ -33,7 +33,7 @@ ChangeWeight = Callable[[WeightDecl, Parts], Parts]
 class Limit:
     """``kl_mean``: of KL(transformers float32 || as served) per position, nats. ``below``: nats that a greedy token may
     be below transformers' likeliest. Several times what correct arithmetic was measured to lose (docs/quantization.md:
-    1e-3 in bfloat16, 5e-3 in whole numbers); mistakes are whole nats.
+    1e-3 in bfloat16, 5e-3 in int8); mistakes are whole nats.
     """
 
     kl_mean: float
@@ -41,12 +41,12 @@ class Limit:
 
 
 BFLOAT16 = Limit(kl_mean=0.01, below=0.5)
-WHOLE_NUMBERS = Limit(kl_mean=0.05, below=1.0)
+INT8 = Limit(kl_mean=0.05, below=1.0)
 
 
 @dataclass(frozen=True)
 class ServedReport:
-    """``formats`` are those of matrices in whole numbers, empty on values; ``worst_below`` is of the
+    """``formats`` are those of matrices in int8, empty on values; ``worst_below`` is of the
     ``tokens_compared`` greedy tokens, which continue the prompts as served."""
 
     backend: str
@@ -60,7 +60,7 @@ class ServedReport:
     @property
     def arithmetic(self) -> str:
         """In words."""
-        held = f"matrices in whole numbers ({', '.join(self.formats)})" if self.formats else "on the values"
+        held = f"int8 ({', '.join(self.formats)} weights)" if self.formats else "on the values"
         return f"{self.dtype}, {held}"
 
     @property
@@ -115,7 +115,7 @@ def verify_serving(
     try:
         plan = plan_model(checkpoint)
         dtype = choose_dtype(backend, config.dtype, plan.stored_dtype).dtype
-        formats = _whole_number_formats(backend, dtype, plan)
+        formats = _int8_formats(backend, dtype, plan)
     finally:
         checkpoint.close()
     oracle = Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter)
@@ -126,8 +126,8 @@ def verify_serving(
     return ServingReport(values, _served(path, backend, dtype, formats, change_weight, **given))
 
 
-def _whole_number_formats(backend: Backend, dtype: str, plan: ModelPlan) -> tuple[str, ...]:
-    """The formats in which ``backend`` would hold matrices as whole numbers; mostly none."""
+def _int8_formats(backend: Backend, dtype: str, plan: ModelPlan) -> tuple[str, ...]:
+    """The formats of matrices that ``backend`` would multiply in int8; mostly none."""
     memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_bytes, plan.stored_types)
     return tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))
 
@@ -167,5 +167,5 @@ def _served(
             executable.close()
     finally:
         checkpoint.close()
-    limit = WHOLE_NUMBERS if formats else BFLOAT16
+    limit = INT8 if formats else BFLOAT16
     return ServedReport(describe(backend), dtype, formats, limit, found.result(), tokens, max(below))

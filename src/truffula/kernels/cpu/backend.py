@@ -16,6 +16,7 @@ from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, P
 from truffula.kernels.cpu.lowering import Lowering
 from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
+from truffula.kernels.installation import installation
 from truffula.kernels.program import Attention, Linear, Program
 from truffula.kernels.validate import validate
 
@@ -31,7 +32,7 @@ class CpuBackend:
 
     A table that fails its self-check (``sound_table``) is passed over with a warning; one that was named is refused.
     ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are computed with as the
-    values they stand for, else as whole numbers.
+    values they stand for, else in int8.
     """
 
     name = "cpu"
@@ -198,14 +199,13 @@ def _library() -> Any:
     except ImportError as error:
         absent = isinstance(error, ModuleNotFoundError) and error.name == name
         reason = (
-            "truffula was installed without its native CPU kernels, because no C++20 compiler (such as g++) was there "
-            "or it failed"
+            "truffula was installed without its native CPU kernels, because no C++20 compiler (such as g++) was found "
+            "or compiling failed"
             if absent
             else f"truffula's native CPU kernels can't be loaded ({error})"
         )
         raise MissingDependency(
-            f"{reason}; with a compiler, install truffula again (pip install --force-reinstall --no-deps "
-            "--no-cache-dir; -v shows what the compiler says).",
+            f"{reason}; with a compiler, compile them by: {installation().compile_again()}.",
             param="backend",
         ) from error
 

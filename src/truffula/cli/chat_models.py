@@ -1,0 +1,189 @@
+"""What ``chat`` and ``generate`` talk with: a model in this process, or one behind a running server."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from truffula.cli.output import note, progress
+from truffula.cli.server_client import ServerClient
+from truffula.config import EngineConfig
+from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
+from truffula.types import SamplingParams, TextDelta
+
+if TYPE_CHECKING:
+    from truffula.engine.client import Transport
+
+BASE = "base"
+Message = Mapping[str, str]
+Prompt = str | Sequence[Message]
+
+
+class ChatModel(Protocol):
+    """A base model and its adapters. ``name`` is the base's; an adapter of None means the base."""
+
+    name: str
+    has_chat_template: bool
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters that can be used now."""
+
+    def load(self, name: str, source: str) -> None:
+        """Make the adapter at ``source`` usable as ``name``. Raises ``TruffulaError``."""
+
+    def stream(
+        self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
+    ) -> Iterator[tuple[int, TextDelta]]:
+        """One answer per adapter, as they grow: (position of the adapter, the next piece). An error is raised.
+
+        A text is completed as it is; messages are answered. Closing the iterator ends the answers.
+        """
+
+    def close(self) -> None: ...
+
+
+def split_adapter(word: str) -> tuple[str, str | None]:
+    """``name=source``, a source alone (named after its last part), or ``base``: (name, source or None).
+
+    Raises ``ConfigError`` for half of a pair, and for an adapter that would be called ``base``.
+    """
+    name, equals, source = word.partition("=")
+    if word == BASE:
+        return BASE, None
+    if equals and (not name or not source):
+        raise ConfigError(f"--adapter is {word!r}; it must be NAME=FOLDER, a folder, or 'base'.", param="adapter")
+    if not equals:
+        name, source = word.rstrip("/").rsplit("/", 1)[-1], word
+    if name == BASE:
+        raise ConfigError(
+            f"{word!r} would be called 'base', which means the model without an adapter; write NAME={source}.",
+            param="adapter",
+        )
+    return name, source
+
+
+class LocalModel:
+    """``LLM``, with a progress bar while it loads."""
+
+    def __init__(self, config: EngineConfig, adapters: Mapping[str, str], transport: Transport = "inline") -> None:
+        from dataclasses import fields
+
+        from truffula.llm import LLM
+
+        options = {f.name: getattr(config, f.name) for f in fields(config)}
+        with progress() as report:
+            self._llm = LLM(options.pop("model"), adapters=adapters, transport=transport, progress=report, **options)
+        self.name = config.model
+        self.has_chat_template = self._llm.has_chat_template
+        if text := self._llm.info.details["int8_note"]:
+            note(text)
+
+    def adapters(self) -> list[str]:
+        return self._llm.adapters.names()
+
+    def load(self, name: str, source: str) -> None:
+        self._llm.adapters.load(name, source)
+
+    def stream(
+        self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
+    ) -> Iterator[tuple[int, TextDelta]]:
+        for position, delta in self._llm.stream_each([prompt] * len(adapters), params, adapters=list(adapters)):
+            if delta.error is not None:
+                raise from_info(delta.error)
+            yield position, delta
+
+    def close(self) -> None:
+        self._llm.close()
+
+
+class ServerModel:
+    """The base of a running server and the adapters that it lists."""
+
+    has_chat_template = True  # a server whose model has none says so when it is asked
+
+    def __init__(self, server: ServerClient) -> None:
+        self._server = server
+        base = next((row for row in server.models() if not row.get("parent")), None)
+        if base is None:
+            raise ConfigError(f"The server at {server.url} lists no model.", param="url")
+        self.name = str(base["id"])
+
+    def adapters(self) -> list[str]:
+        return [str(row["id"]) for row in self._server.models() if row.get("parent")]
+
+    def load(self, name: str, source: str) -> None:
+        load_on(self._server, name, source)
+
+    def stream(
+        self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
+    ) -> Iterator[tuple[int, TextDelta]]:
+        if len(adapters) == 1:
+            for delta in self._one(prompt, adapters[0], params):
+                yield 0, delta
+            return
+        arrived: queue.SimpleQueue[tuple[int, TextDelta | Exception | None]] = queue.SimpleQueue()
+
+        def follow(position: int, adapter: str | None) -> None:
+            try:
+                for delta in self._one(prompt, adapter, params):
+                    arrived.put((position, delta))
+                arrived.put((position, None))
+            except Exception as error:  # noqa: BLE001  raised below, in the thread that waits
+                arrived.put((position, error))
+
+        for position, adapter in enumerate(adapters):
+            threading.Thread(target=follow, args=(position, adapter), daemon=True).start()
+        running = len(adapters)
+        while running:
+            position, found = arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
+                running -= 1
+            else:
+                yield position, found
+
+    def _one(self, prompt: Prompt, adapter: str | None, params: SamplingParams) -> Iterator[TextDelta]:
+        body: dict[str, Any] = {
+            "model": self.name if adapter is None else adapter,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+        }
+        body |= {name: value for name in ("max_tokens", "seed") if (value := getattr(params, name)) is not None}
+        if params.top_k:
+            body["top_k"] = params.top_k
+        if isinstance(prompt, str):
+            path, body["prompt"] = "/v1/completions", prompt
+        else:
+            path, body["messages"] = "/v1/chat/completions", [dict(message) for message in prompt]
+        for frame in self._server.stream(path, body):
+            for choice in frame.get("choices", ()):
+                text = choice.get("text") if isinstance(prompt, str) else choice.get("delta", {}).get("content")
+                yield TextDelta(text=text or "", finish_reason=choice.get("finish_reason"))
+
+    def close(self) -> None:
+        self._server.close()
+
+
+def load_on(server: ServerClient, name: str, source: str) -> Any:
+    """Load an adapter on a server; a path is one of the server's disk, resolved where it is here too."""
+    path = Path(source).expanduser()
+    place = str(path.resolve()) if path.exists() else source
+    return administer(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
+
+
+def administer(server: ServerClient, path: str, body: dict[str, Any]) -> Any:
+    """Call a route that loads or unloads. Raises the server's error; one without these routes is told apart."""
+    try:
+        return server.call("POST", path, body)
+    except TruffulaError as error:
+        if error.code != "not_found":
+            raise
+        message = (
+            f"The server at {server.url} runs without --adapter-admin; start it with that option to load and unload "
+            "adapters while it runs."
+        )
+        raise from_info(ErrorInfo(code=error.code, message=message)) from error

@@ -1,0 +1,145 @@
+"""Reads what a user types: with line editing, history and completion on a terminal, line by line from a pipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from truffula.errors import ConfigError
+
+MOST_ENTRIES = 1000
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+
+
+def read_text(read: Callable[[], str]) -> str:
+    """What ``read`` takes from standard input. Raises ``ConfigError`` for bytes that are not UTF-8."""
+    try:
+        text = read()
+        text.encode()  # in some locales Python passes such bytes on as lone surrogates
+    except UnicodeError as error:
+        raise ConfigError(f"Standard input is not UTF-8 text: {error}.", param="prompt") from error
+    return text
+
+
+class LineEditor:
+    """``read`` returns one line at a time.
+
+    Args:
+        history: A file of earlier lines, one JSON string each, which only its owner can read; None keeps none.
+        complete: What may follow: (the line up to the cursor, the word at the cursor) → whole words.
+
+    Where Python has no ``readline`` lines are read without editing. A history that can't be read or written is said
+    once by ``problem`` and does without.
+    """
+
+    def __init__(
+        self,
+        history: Path | None,
+        complete: Callable[[str, str], list[str]],
+        problem: Callable[[str], None],
+    ) -> None:
+        self.interactive = sys.stdin.isatty()
+        self._edits = self.interactive and sys.stdout.isatty()
+        self._history = history
+        self._problem = problem
+        self._complete = complete
+        self._found: list[str] = []
+        self._readline = _readline() if self._edits else None
+        if self._readline is not None:
+            self._set_up(self._readline)
+
+    def read(self, prompt: str) -> str:
+        """The next line, without its end. Raises ``EOFError``, ``KeyboardInterrupt``, and ``ConfigError`` for bytes
+        that are not text."""
+        if self._edits:
+            line = read_text(lambda: input(self._shown(prompt)))
+            self._remember(line)
+            return line
+        if self.interactive:
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+        line = read_text(sys.stdin.readline)
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+    def _shown(self, prompt: str) -> str:
+        """The prompt in bold; GNU readline must be told which characters take no room, or it misplaces the cursor."""
+        if self._readline is None or _is_libedit(self._readline):
+            return prompt
+        return f"\x01{BOLD}\x02{prompt}\x01{PLAIN}\x02"
+
+    def _set_up(self, readline: ModuleType) -> None:
+        readline.set_auto_history(False)
+        readline.set_completer_delims(" ")
+        readline.set_completer(self._completed)
+        if _is_libedit(readline):
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            readline.parse_and_bind("tab: complete")
+            readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one message
+        for line in self._earlier():
+            readline.add_history(line)
+
+    def _completed(self, word: str, state: int) -> str | None:
+        assert self._readline is not None
+        if state == 0:
+            self._found = self._complete(self._readline.get_line_buffer()[: self._readline.get_endidx()], word)
+        return self._found[state] if state < len(self._found) else None
+
+    def _earlier(self) -> list[str]:
+        """The last lines of the history file; it is shortened when it holds twice as many."""
+        if self._history is None or not self._history.exists():
+            return []
+        try:
+            written = self._history.read_text(encoding="utf-8").splitlines()
+            entries = [entry for line in written if isinstance(entry := json.loads(line), str)]
+            if len(written) > 2 * MOST_ENTRIES:
+                self._write(entries[-MOST_ENTRIES:], os.O_TRUNC)
+            return entries[-MOST_ENTRIES:]
+        except (OSError, ValueError) as error:
+            self._without_history(error)
+            return []
+
+    def _remember(self, line: str) -> None:
+        readline = self._readline
+        if readline is None or not line.strip():
+            return
+        count = readline.get_current_history_length()
+        if count and readline.get_history_item(count) == line:
+            return
+        readline.add_history(line)
+        if self._history is None:
+            return
+        try:
+            self._history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._write([line], os.O_APPEND)
+        except OSError as error:
+            self._without_history(error)
+
+    def _write(self, lines: list[str], mode: int) -> None:
+        assert self._history is not None
+        handle = os.open(self._history, os.O_WRONLY | os.O_CREAT | mode, 0o600)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.writelines(f"{json.dumps(line)}\n" for line in lines)
+
+    def _without_history(self, error: Exception) -> None:
+        self._problem(f"The history {self._history} can't be used: {error}")
+        self._history = None
+
+
+def _readline() -> ModuleType | None:
+    with contextlib.suppress(ImportError):  # Python was built without it
+        import readline
+
+        return readline
+    return None
+
+
+def _is_libedit(readline: ModuleType) -> bool:
+    return "libedit" in (readline.__doc__ or "")

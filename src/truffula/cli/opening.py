@@ -1,0 +1,69 @@
+"""Opens what ``chat`` and ``generate`` talk with, from their options: MODEL here, or the server at ``--url``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from truffula.cli.options import resolve
+from truffula.config import OPTIONS
+from truffula.errors import ConfigError
+
+if TYPE_CHECKING:
+    from truffula.cli.chat_models import ChatModel
+    from truffula.engine.client import Transport
+
+
+@contextlib.contextmanager
+def chat_model(
+    model: str | None,
+    options: dict[str, Any],
+    url: str | None,
+    api_key: str | None,
+    adapters: Sequence[str],
+    *,
+    interactive: bool = False,
+) -> Iterator[tuple[ChatModel, list[str | None]]]:
+    """The model, and ``adapters`` (the words of ``--adapter``) by name, None for the base; closed at the end.
+
+    ``interactive``: Ctrl-C must leave the model usable, so it steps in a thread that no signal interrupts.
+
+    Raises ``ConfigError`` where options contradict each other, and what opening the model raises.
+    """
+    from truffula.cli.chat_models import BASE, LocalModel, ServerModel, split_adapter
+
+    opened: ChatModel
+    if url is None:
+        if api_key is not None:
+            raise ConfigError("--api-key is for a running server; give its --url too.", param="api_key")
+        chosen = [split_adapter(word) for word in adapters]
+        named = {name: source for name, source in chosen if source is not None}
+        for name, source in chosen:
+            if source is not None and named[name] != source:
+                raise ConfigError(
+                    f"--adapter calls both {source} and {named[name]} {name!r}; write NAME=FOLDER for one of them.",
+                    param="adapter",
+                )
+        transport: Transport = "thread" if interactive else "inline"
+        opened = LocalModel(resolve(options, model=model).engine, named, transport)
+        names = [None if source is None else name for name, source in chosen]
+    else:
+        from truffula.cli.server_client import ServerClient, server_address
+
+        if model is not None:
+            raise ConfigError(f"--url's server has chosen its model; leave out {model!r}.", param="model")
+        if options:
+            flags = ", ".join(OPTIONS[name].flag for name in options)
+            raise ConfigError(f"{flags} would have no effect on a server that runs already (--url).", param="url")
+        for word in adapters:
+            if "=" in word:
+                raise ConfigError(
+                    f"--adapter is {word!r}; with --url it is a name that 'truffula adapters list' shows "
+                    "('truffula adapters load' adds one).",
+                    param="adapter",
+                )
+        opened = ServerModel(ServerClient(server_address(url, None), api_key))
+        names = [None if word == BASE else word for word in adapters]
+    with contextlib.closing(opened):
+        yield opened, names

@@ -1,0 +1,165 @@
+"""A client of a running server, for ``adapters``, and for ``chat`` and ``generate`` with ``--url``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
+
+if TYPE_CHECKING:
+    import httpx
+
+CONNECT_S, ANSWER_S = 10.0, 600.0
+
+
+def server_address(url: str | None, port: int | None) -> str:
+    """The base URL that ``--url`` or ``--port`` names; else this machine at the port that ``serve`` would take.
+
+    A missing ``http://`` is added, and OpenAI's ``/v1`` at the end is dropped. Raises ``ConfigError`` when both are
+    given.
+    """
+    if url is not None and port is not None:
+        raise ConfigError(f"--url is {url!r} and --port is {port}; give one of them.", param="url")
+    if url is None:
+        return f"http://127.0.0.1:{_serve_option('port') if port is None else port}"
+    url = url if "://" in url else f"http://{url}"
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def _serve_option(name: str) -> Any:
+    """The value that ``serve`` would take for an option that the command line does not give."""
+    from truffula.config import load_settings
+
+    return next(setting.value for setting in load_settings({}) if setting.option.name == name)
+
+
+class ServerClient:
+    """Sends JSON to the server at ``url``. A context manager.
+
+    ``api_key`` None takes the first of ``TRUFFULA_API_KEYS``. Every call raises ``TruffulaError``: the server's own
+    code and message where it refuses, ``ConfigError`` where no server answers.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        import httpx
+
+        keys = _serve_option("api_keys") if api_key is None else (api_key,)
+        self.url = url
+        self._has_key = bool(keys)
+        headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
+        with self._named_errors():
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The JSON that ``path`` answers with."""
+        with self._named_errors():
+            answer = self._http.request(method, path, json=body)
+        if answer.status_code >= 400:
+            raise self._refusal(answer)
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise self._stranger(path) from error
+
+    def models(self) -> list[dict[str, Any]]:
+        """What ``/v1/models`` lists: the base, and the adapters, which have a ``parent``."""
+        found = self.call("GET", "/v1/models")
+        rows = found.get("data") if isinstance(found, dict) else None
+        if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
+            raise self._stranger("/v1/models")
+        return rows
+
+    def _stranger(self, path: str) -> ConfigError:
+        return ConfigError(f"The answer of {self.url}{path} is not a truffula server's: check --url.", param="url")
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The frames of a streamed answer, as they come. Closing the iterator ends it on the server."""
+        with self._named_errors(), self._http.stream("POST", path, json={**body, "stream": True}) as answer:
+            if answer.status_code >= 400:
+                answer.read()
+                raise self._refusal(answer)
+            for data in _event_data(answer.iter_bytes()):
+                if data == "[DONE]":
+                    return
+                try:
+                    frame = json.loads(data)
+                except ValueError as error:
+                    raise self._stranger(path) from error
+                if "error" in frame:
+                    raise _as_error(frame, answer.status_code, data)
+                yield frame
+        raise TruffulaError(f"The server at {self.url} ended its answer early.")
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        import httpx
+
+        try:
+            yield
+        except httpx.ConnectError as error:
+            raise ConfigError(
+                f"No server answers at {self.url} ({error}). Start one with 'truffula serve MODEL', or name another "
+                "with --url.",
+                param="url",
+            ) from error
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"--url is {self.url!r}, which is not a URL: {error}.", param="url") from error
+        except httpx.HTTPError as error:
+            raise ConfigError(
+                f"The server at {self.url} did not answer ({type(error).__name__}: {error}).", param="url"
+            ) from error
+
+    def _refusal(self, answer: httpx.Response) -> TruffulaError:
+        """The server's error, with the way out that this side knows."""
+        try:
+            body = answer.json()
+        except ValueError:
+            body = None
+        error = _as_error(body, answer.status_code, answer.text)
+        if answer.status_code == 401:
+            what = "refuses this API key" if self._has_key else "needs an API key"
+            message = f"The server at {self.url} {what}: give one with --api-key, or set TRUFFULA_API_KEYS."
+            return from_info(ErrorInfo(code=error.code, message=message, param="api_key"))
+        return error
+
+
+def _event_data(chunks: Iterator[bytes]) -> Iterator[str]:
+    """The data of server-sent events. Lines end with a line feed only: text may hold other separators unescaped."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line.removeprefix(b"data:").decode().strip()
+
+
+def _as_error(body: Any, status: int, text: str) -> TruffulaError:
+    """The error in a server's answer, in OpenAI's form, in LoRAX's and TGI's, or in FastAPI's."""
+    found = body.get("error", body) if isinstance(body, dict) else None
+    if isinstance(found, dict) and ("message" in found or "detail" in found):
+        message, code = found.get("message", found.get("detail")), found.get("code")
+        param = found.get("param")
+    elif isinstance(found, str) and isinstance(body, dict):
+        message, code, param = found, body.get("error_type"), None
+    else:
+        message, code, param = f"The server answered {status}: {text[:300]}", None, None
+    return from_info(
+        ErrorInfo(
+            code=code if isinstance(code, str) else f"http_{status}",
+            message=str(message),
+            param=param if isinstance(param, str) else None,
+        )
+    )

@@ -1,0 +1,57 @@
+"""How this truffula was installed, so that advice to install something is a command that works here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+CPU_TORCH = (
+    "without a GPU, install torch's CPU build first, from PyTorch's CPU package index: its default build for Linux "
+    "brings gigabytes of CUDA libraries"
+)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """``folder`` is the source tree it was installed from, None for a package index; ``editable`` as pip says."""
+
+    folder: Path | None = None
+    editable: bool = False
+
+    def pip_install(self, extras: str = "", *, options: str = "", beside: str = "") -> str:
+        """A whole pip command for this interpreter that installs truffula with ``extras`` (``torch,hf``)."""
+        target = f"{self.folder or 'truffula'}{f'[{extras}]' if extras else ''}"
+        words = [shlex.quote(sys.executable), "-m pip install", options, "-e" if self.editable else "",
+                 shlex.quote(target), beside]  # fmt: skip
+        return " ".join(word for word in words if word)
+
+    def compile_again(self) -> str:
+        """A whole command that compiles the native kernels, after a compiler was installed."""
+        folder = self.folder
+        if folder is not None and self.editable and _set_up_by_make(folder):
+            return f"make -C {shlex.quote(str(folder))} native"
+        return self.pip_install(options="--force-reinstall --no-deps --no-cache-dir")
+
+
+def _set_up_by_make(folder: Path) -> bool:
+    """Whether this interpreter's environment is the one that the Makefile in ``folder`` makes."""
+    return (folder / "Makefile").is_file() and Path(sys.prefix).resolve() == (folder / ".venv").resolve()
+
+
+def installation() -> Installation:
+    """As pip recorded it (PEP 610)."""
+    try:
+        recorded = importlib.metadata.distribution("truffula").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return Installation()
+    found = json.loads(recorded) if recorded else {}
+    parts = urlsplit(found.get("url", ""))
+    folder = Path(unquote(parts.path))
+    if parts.scheme != "file" or not (folder / "pyproject.toml").is_file():
+        return Installation()
+    return Installation(folder, bool(found.get("dir_info", {}).get("editable")))
