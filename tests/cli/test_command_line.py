@@ -13,26 +13,9 @@ import pytest
 from command import here, truffula
 from live_server import write_model
 
-from truffula.config import OPTIONS
 from truffula.kernels.cpu import available, instruction_sets
 from truffula.kernels.installation import installation
 from truffula.testing.adapters import write_adapter, write_tiny_adapter
-
-COMMANDS = [
-    "serve",
-    "generate",
-    "chat",
-    "inspect",
-    "verify",
-    "config",
-    "doctor",
-    "bench serve",
-    "bench compare",
-    "bench join",
-    "bench step",
-    "bench kernel",
-    "adapters list",
-]
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +26,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def adapter(model: Path) -> Path:
     return write_tiny_adapter(model.parent / "leaf", model, rank=3)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_teaches(command: str) -> None:
-    done = here(*command.split(), "--help", COLUMNS="200")
-    assert done.returncode == 0
-    assert "Usage" in done.stdout
-
-
-def test_every_option_has_its_flag_in_serve() -> None:
-    shown = here("serve", "--help", COLUMNS="400").stdout
-    for option in OPTIONS.values():
-        if option.name != "model":
-            assert option.flag in shown, option.flag
 
 
 def test_an_unknown_flag_is_named() -> None:

@@ -9,8 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truffula.config import OPTIONS, EngineConfig, ServerConfig, load_config, load_settings, options_of, parse_size
+from truffula.config import (
+    OPTIONS,
+    EngineConfig,
+    ServerConfig,
+    load_config,
+    load_settings,
+    options_of,
+    parse_size,
+    require_paths,
+)
 from truffula.errors import ConfigError
+from truffula.kernels.select import backend_names
 
 
 def origins(cli: dict, env: dict) -> dict:
@@ -38,6 +48,12 @@ def test_every_option_has_one_name_one_variable_and_help():
     assert len({r.name for r in rows}) == len({r.env for r in rows}) == len({r.flag for r in rows}) == len(rows)
     for row in rows:
         assert row.help and re.fullmatch(r"TRUFFULA_[A-Z_]+", row.env) and re.fullmatch(r"--[a-z-]+", row.flag)
+
+
+def test_an_unknown_variable_is_called_unknown():
+    with pytest.raises(ConfigError) as caught:
+        load_config({"model": "m"}, {"TRUFFULA_PROT": "1"})
+    assert str(caught.value) == "Unknown environment variable TRUFFULA_PROT. Did you mean TRUFFULA_PORT?"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +124,72 @@ def test_none_switches_a_limit_off_where_there_may_be_none():
 def test_adapters_come_as_pairs_or_as_a_mapping():
     for given_as in (["a=x/y", "b=z"], {"a": "x/y", "b": "z"}, "a=x/y,b=z"):
         assert dict(load_config({"model": "m", "adapters": given_as}, {}).server.adapters) == {"a": "x/y", "b": "z"}
+
+
+def test_a_folder_alone_is_an_adapter_named_after_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "pirate").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for source in (str(tmp_path / "pirate"), f"{tmp_path}/pirate/", "pirate", "./pirate", "org/pirate"):
+        assert dict(load_config({"model": "m", "adapters": [source]}, {}).server.adapters) == {"pirate": source}
+    monkeypatch.chdir(tmp_path / "pirate")
+    assert dict(load_config({"model": "m", "adapters": ["."]}, {}).server.adapters) == {"pirate": "."}
+    with pytest.raises(ConfigError, match="NAME=FOLDER"):
+        load_config({"model": "m", "adapters": ["a/pirate", "b/pirate"]}, {})
+
+
+def test_lists_are_separated_by_commas_wherever_they_come_from():
+    for cli, env in (
+        ({"allow_hub": ["a/*,b/*"]}, {}),
+        ({"allow_hub": ["a/*", "b/*"]}, {}),
+        ({}, {"TRUFFULA_ALLOW_HUB": "a/*, b/*"}),
+    ):
+        assert load_config({"model": "m", **cli}, env).server.allow_hub == ("a/*", "b/*")
+    found = load_config({"model": "m", "allow_local": ["/a,/b", Path("/c,d")]}, {}).server.allow_local
+    assert found == (Path("/a"), Path("/b"), Path("/c,d")), "a path that is one already is not split"
+    assert load_config({"model": "m", "cors_origins": [""]}, {}).server.cors_origins == ()
+
+
+@pytest.mark.parametrize("empty", ["", " ", "a,,b", "a,"])
+def test_an_empty_key_never_leaves_a_server_open(empty: str):
+    for cli, env, where in (
+        ({"api_keys": [empty]}, {}, "--api-key"),
+        ({"api_keys": ["a", empty]}, {}, "--api-key"),
+        ({}, {"TRUFFULA_API_KEYS": empty}, "TRUFFULA_API_KEYS"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"^{where} is empty. Give a key, or leave it out to serve without keys.$"
+        ):
+            load_config({"model": "m", **cli}, env)
+
+
+def test_the_choices_of_the_backend_are_those_that_can_be_selected():
+    assert OPTIONS["backend"].choices == backend_names()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("device", "cuda", "it must be cpu. GPUs are not supported yet."),
+        ("device", "auto", "it must be cpu."),
+        ("backend", "gpu", "one of auto, cpu, reference"),
+        ("dtype", "float16", "one of auto, float32, bfloat16"),
+    ],
+)
+def test_choices_are_checked_with_the_options(name: str, value: str, said: str):
+    for cli, env in (({name: value}, {}), ({}, {f"TRUFFULA_{name.upper()}": value})):
+        with pytest.raises(ConfigError) as caught:
+            load_config({"model": "m", **cli}, env)
+        assert repr(value) in str(caught.value) and said in str(caught.value)
+
+
+def test_paths_that_must_exist_are_checked_as_what_they_must_be(tmp_path: Path):
+    (tmp_path / "file").touch()
+    right = {"chat_template": tmp_path / "file", "adapter_dir": tmp_path, "allow_local": [tmp_path]}
+    require_paths(load_settings(right, {}))
+    wrong = {"chat_template": tmp_path, "adapter_dir": tmp_path / "file", "allow_local": [tmp_path, tmp_path / "none"]}
+    for name, value in wrong.items():
+        with pytest.raises(ConfigError, match=f"{OPTIONS[name].flag} is '{tmp_path}.* that exists"):
+            require_paths(load_settings({name: value}, {}))
 
 
 @pytest.mark.parametrize("wrong", [{"max_running": 0}, {"memory_bytes": "4GiB"}, {"dtype": "int3"}, {"offline": "yes"}])

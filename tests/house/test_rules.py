@@ -30,7 +30,7 @@ LAYERS = [
     "weights",
     "kernels",
 ]
-BOTTOM = {"types", "config", "errors", "logs", "metrics", "__init__"}
+BOTTOM = {"types", "config", "config_file", "option", "errors", "logs", "metrics", "__init__"}
 NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100

@@ -3,20 +3,38 @@ when it runs."""
 
 from __future__ import annotations
 
+USAGE_STATUS, INTERRUPTED_STATUS, BROKEN_PIPE_STATUS = 2, 130, 141
+
 
 def main() -> None:
-    """Run ``truffula``; an expected error ends it with one paragraph and status 1."""
+    """Run ``truffula``; an expected error ends it with one paragraph on stderr.
+
+    The exit status is 1 for an error, 2 for a wrong command line, 130 after Ctrl-C at any time.
+    """
     import sys
 
+    try:
+        status = _run()
+    except KeyboardInterrupt:
+        status = INTERRUPTED_STATUS
+    except BrokenPipeError:
+        status = BROKEN_PIPE_STATUS
+    sys.exit(status)
+
+
+def _run() -> int:
     from truffula.cli.app import app
+    from truffula.cli.help import ClickException, usage_message
     from truffula.errors import TruffulaError
 
     try:
-        app()
-    except TruffulaError as error:
-        from truffula.cli.output import fail  # its console takes a while to import, and a server has no use for it
+        returned = app(prog_name="truffula", standalone_mode=False)
+    except (ClickException, TruffulaError) as error:
+        from truffula.cli import output  # its console takes a while to import, and a server has no use for it
 
-        fail(error)
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(141)
+        if isinstance(error, TruffulaError):
+            output.fail(error)
+            return 1
+        output.fail_usage(usage_message(error))
+        return USAGE_STATUS
+    return returned if isinstance(returned, int) else 0

@@ -205,5 +205,5 @@ def _dtypes() -> list[Finding]:
 def _settings() -> list[Finding]:
     from truffula.config import load_settings
 
-    given = [s for s in load_settings({}) if s.origin == "environment"]
+    given = [s for s in load_settings({}) if s.origin in ("environment", "file")]
     return [Finding(f"set by {s.source}", f"{s.option.name} = {s.shown}", "note") for s in given]

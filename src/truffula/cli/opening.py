@@ -54,7 +54,7 @@ def chat_model(
         if model is not None:
             raise ConfigError(f"--url's server has chosen its model; leave out {model!r}.", param="model")
         if options:
-            flags = ", ".join(OPTIONS[name].flag for name in options)
+            flags = ", ".join(OPTIONS[name].flag if name in OPTIONS else f"--{name}" for name in options)
             raise ConfigError(f"{flags} would have no effect on a server that runs already (--url).", param="url")
         for word in adapters:
             if "=" in word:

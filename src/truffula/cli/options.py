@@ -6,56 +6,94 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from truffula.config import OPTIONS, Option, Resolved, load_config
+from truffula.cli.help import GLUE
+from truffula.config import CONFIG_VARIABLE, OPTIONS, Resolved, load_config, require_paths
+from truffula.option import Option
 
 Command = Callable[..., None]
-LOADING = ("model", "generation_defaults")
+TOPICS = (
+    "Common", "Model", "Adapters", "Batching", "Access", "Request limits", "Timeouts", "Logs and metrics", "Advanced",
+)  # fmt: skip
+"""The sections of the help, in order."""
+FIRST = ("host", "port", "adapters", "adapter_dir", "api_keys")
+"""What most users look for, at the head of the first section."""
+MODEL_HELP = "A folder, a .gguf file, an alias that `truffula list` shows, or a Hugging Face id."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+ModelOrVariable = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} [env:{GLUE}{OPTIONS['model'].env}]", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Read options from a TOML, YAML or JSON file; flags and variables win over it. "
+        f"[env:{GLUE}{CONFIG_VARIABLE}]",
+        rich_help_panel="Common",
+        show_default=False,
+    ),
+]
+
+
+def explain(option: Option) -> str:
+    """The help of one option: a sentence, its default and its variable."""
+    text = option.help[:1].upper() + option.help[1:]
+    if option.repeatable:
+        text += "; repeat for several"
+    default = option.unset or ("" if option.secret or option.required else option.show(option.default))
+    if default not in ("", "-"):
+        text += f" [default: {default}]" if option.unset else f" [default:{GLUE}{default}]"
+    several = ", separated by commas" if option.repeatable else ""
+    return f"{text} [env:{GLUE}{option.env}{several}]"
 
 
 def _annotation(option: Option) -> Any:
-    shown = "" if option.required else option.show(option.default)
-    help_text = (
-        f"{option.help} [dim]\\[{shown}; {option.env}][/]"
-        if shown not in ("", "-")
-        else f"{option.help} [dim]\\[{option.env}][/]"
-    )
-    panel = "Engine" if option.group == "engine" else "Server"
-    metavar = "|".join(option.choices) if option.choices else option.kind.upper()
+    settings: dict[str, Any] = {"help": explain(option), "rich_help_panel": option.topic, "show_default": False}
+    names = [name for name in (option.short, option.flag) if name]
     if option.kind == "switch":
         pair = f"{option.flag}/--no-{option.flag.removeprefix('--')}"
-        return Annotated[bool | None, typer.Option(pair, help=help_text, rich_help_panel=panel, show_default=False)]
-    kind = list[str] | None if option.kind in ("list", "paths", "mapping") else str | None
-    return Annotated[
-        kind, typer.Option(option.flag, help=help_text, metavar=metavar, rich_help_panel=panel, show_default=False)
-    ]
+        return Annotated[bool | None, typer.Option(pair, **settings)]
+    kind = list[str] | None if option.repeatable else str | None
+    return Annotated[kind, typer.Option(*names, metavar=option.placeholder, **settings)]
+
+
+def place(option: Option) -> tuple[int, int]:
+    """Where an option stands in the help: its topic, then the most used first."""
+    first = FIRST.index(option.name) if option.name in FIRST else len(FIRST)
+    return TOPICS.index(option.topic), first
 
 
 def with_options(
     *groups: str, leave_out: tuple[str, ...] = (), only: tuple[str, ...] = ()
 ) -> Callable[[Command], Command]:
-    """Give a command the options of ``groups``; it receives them as one dict, its keyword ``options``.
+    """Give a command ``--config`` and the options of ``groups``; it receives them as one dict, its keyword ``options``.
 
     What a command takes itself (its model argument, say) is left out by name; ``only``, where given, names those that
     it takes.
     """
     rows = [o for o in OPTIONS.values() if o.group in groups and o.name not in ("model", *leave_out)]
-    rows = [o for o in rows if not only or o.name in only]
+    rows = sorted((o for o in rows if not only or o.name in only), key=place)
+    annotations = {o.name: _annotation(o) for o in rows} | {"config": ConfigFile}
+    ordered = sorted(annotations, key=lambda name: place(OPTIONS[name]) if name in OPTIONS else (0, len(FIRST)))
 
     def decorate(command: Command) -> Command:
         own = inspect.signature(command, eval_str=True)
         kept = [p for p in own.parameters.values() if p.name != "options"]
         made = [
-            inspect.Parameter(o.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_annotation(o))
-            for o in rows
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotations[name])
+            for name in ordered
         ]
 
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
-            options = {o.name: kwargs.pop(o.name) for o in rows}
+            options = {name: kwargs.pop(name) for name in ordered}
             command(
                 *args, **kwargs, options={name: value for name, value in options.items() if value not in (None, [])}
             )
@@ -69,10 +107,7 @@ def with_options(
 
 
 def resolve(options: dict[str, Any], **more: Any) -> Resolved:
-    """``load_config`` of what the command line gave; lists of name=source become one mapping."""
-    given = {**options, **{name: value for name, value in more.items() if value is not None}}
-    for name, value in given.items():
-        option = OPTIONS.get(name)
-        if option is not None and option.kind == "mapping" and isinstance(value, list):
-            given[name] = ",".join(value)
-    return load_config(given)
+    """``load_config`` of what the command line gave, with the engine's paths checked; ``serve`` checks the server's."""
+    resolved = load_config({**options, **{name: value for name, value in more.items() if value is not None}})
+    require_paths(setting for setting in resolved.settings if setting.option.group == "engine")
+    return resolved

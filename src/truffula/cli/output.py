@@ -48,6 +48,13 @@ def fail(error: TruffulaError) -> None:
     err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
 
 
+def fail_usage(text: str) -> None:
+    """One paragraph for a command line that cannot be parsed."""
+    from rich.markup import escape
+
+    err().print(f"[bold red]error[/] [dim](usage)[/] {escape(text)}")
+
+
 def note(text: str) -> None:
     """A line beside the answers: on stderr, so that what is piped holds answers alone."""
     from rich.markup import escape
@@ -83,6 +90,17 @@ def table(*columns: str, title: str | None = None) -> Table:
         right = column.startswith(">")
         made.add_column(column.lstrip(">"), justify="right" if right else "left", header_style="dim", overflow="fold")
     return made
+
+
+def print_table(console: Console, shown: Table) -> None:
+    """``shown`` on the console; in a pipe without the spaces that fill the last column."""
+    if console.is_terminal:
+        console.print(shown)
+        return
+    with console.capture() as captured:
+        console.print(shown)
+    for line in captured.get().splitlines():
+        console.print(line.rstrip(), markup=False)
 
 
 @contextlib.contextmanager

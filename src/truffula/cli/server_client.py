@@ -65,24 +65,33 @@ class ServerClient:
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """The JSON that ``path`` answers with."""
+        answer = self._answer(method, path, body)
+        try:
+            return answer.json()
+        except ValueError as error:
+            raise self.stranger(path) from error
+
+    def text(self, path: str) -> str:
+        """The text that ``path`` answers with."""
+        return self._answer("GET", path, None).text
+
+    def _answer(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         with self._named_errors():
             answer = self._http.request(method, path, json=body)
         if answer.status_code >= 400:
             raise self._refusal(answer)
-        try:
-            return answer.json()
-        except ValueError as error:
-            raise self._stranger(path) from error
+        return answer
 
     def models(self) -> list[dict[str, Any]]:
         """What ``/v1/models`` lists: the base, and the adapters, which have a ``parent``."""
         found = self.call("GET", "/v1/models")
         rows = found.get("data") if isinstance(found, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-            raise self._stranger("/v1/models")
+            raise self.stranger("/v1/models")
         return rows
 
-    def _stranger(self, path: str) -> ConfigError:
+    def stranger(self, path: str) -> ConfigError:
+        """The error for an answer that another program gave."""
         return ConfigError(f"The answer of {self.url}{path} is not a truffula server's: check --url.", param="url")
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -97,7 +106,7 @@ class ServerClient:
                 try:
                     frame = json.loads(data)
                 except ValueError as error:
-                    raise self._stranger(path) from error
+                    raise self.stranger(path) from error
                 if "error" in frame:
                     raise _as_error(frame, answer.status_code, data)
                 yield frame

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from truffula.cli.output import out, table
+from rich.text import Text
+
+from truffula.cli.options import TOPICS, place
+from truffula.cli.output import out, print_table, table
 from truffula.config import load_settings
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def run_config(*, as_json: bool) -> None:
-    settings = load_settings({})
+def run_config(config_file: Path | None, *, as_json: bool) -> None:
+    """Print every option with its value and its origin, under the sections of the help."""
+    settings = sorted(load_settings({"config": config_file}), key=lambda setting: place(setting.option))
     if as_json:
         rows = [{"name": s.option.name, "value": s.shown, "origin": s.origin, "source": s.source} for s in settings]
-        out().print_json(json.dumps(rows, default=_plain))
+        out().print_json(json.dumps(rows))
         return
     console = out()
-    for group in ("engine", "server"):
-        shown = table("option", "variable", "value", "from", "help", title=f"{group} options")
-        for setting in (s for s in settings if s.option.group == group):
-            origin = setting.source or setting.origin
-            value = f"[bold]{setting.shown}[/]" if setting.origin != "default" else setting.shown
-            shown.add_row(setting.option.flag, setting.option.env, value, origin, setting.option.help)
-        console.print(shown)
+    for topic in TOPICS:
+        shown = table("variable", "value", "from", title=topic)
+        shown.columns[0].no_wrap = True
+        for setting in (s for s in settings if s.option.topic == topic):
+            text = setting.option.unset if setting.value is None and setting.option.unset else setting.shown
+            value = Text(text, style="bold" if setting.origin != "default" else "")
+            shown.add_row(setting.option.env, value, Text(setting.source or setting.origin))
+        print_table(console, shown)
         console.print()
-    console.print("[dim]Set an option by its flag or its variable; flags win.[/]")
+    console.print("[dim]A flag wins over a variable, a variable over the file, and the file over the default.[/]")

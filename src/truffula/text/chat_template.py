@@ -194,6 +194,10 @@ class ChatTemplates:
                 self._reads[source] = reads
         return tuple(name for name in variables if name not in reads)
 
+    def compile(self, source: str) -> None:
+        """Raise ``TemplateError`` where ``source`` is not valid Jinja."""
+        self._template(source)
+
     def _template(self, source: str) -> jinja2.Template:
         found = self._compiled.get(source)
         if found is None:

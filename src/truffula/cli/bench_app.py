@@ -1,0 +1,208 @@
+"""``truffula bench``: the commands and their help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from truffula.cli.help import App
+from truffula.cli.options import AsJson, Model, resolve, with_options
+
+app = App(
+    help="Measure throughput and latency of a server, alone and beside other servers, and the cost of loading adapters."
+)
+CpuIsa = Annotated[
+    str, typer.Option("--cpu-isa", envvar="TRUFFULA_CPU_ISA", help="An instruction set that doctor lists.")
+]
+
+
+@app.command("serve")
+@with_options("engine")
+def bench_serve(
+    model: Model,
+    clients: Annotated[
+        int | None,
+        typer.Option("--clients", "-c", metavar="N", help="Clients, each with one request at a time. [default: 8]"),
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            "--requests", metavar="N", help="Requests per client [default: 1]; with --rate, in all [default: 32]."
+        ),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option("--rate", metavar="NUMBER", help="Open loop: requests a second, as a Poisson process sends them."),
+    ] = None,
+    adapters: Annotated[
+        str,
+        typer.Option(
+            "--adapters", help="none, shared (one for all), distinct (one each) or zipf (few are asked most)."
+        ),
+    ] = "distinct",
+    adapter_count: Annotated[
+        int | None,
+        typer.Option(
+            "--adapter-count", metavar="N", help="Adapters that zipf draws from, or that --rate goes through."
+        ),
+    ] = None,
+    zipf_exponent: Annotated[
+        float | None,
+        typer.Option("--zipf-exponent", metavar="NUMBER", help="s of zipf's 1 / rank**s; 0 draws evenly. [default: 1]"),
+    ] = None,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Random ids per prompt.")] = 105,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate, greedily.")] = 64,
+    repeats: Annotated[int, typer.Option("--repeats", help="Runs after a warm-up; the median is printed.")] = 3,
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same prompts, adapters and arrival times.")] = 0,
+    ttft_limit: Annotated[
+        float | None,
+        typer.Option("--ttft-limit", metavar="MS", help="Goodput: most ms to the first token. [default: 2000]"),
+    ] = None,
+    itl_limit: Annotated[
+        float | None,
+        typer.Option("--itl-limit", metavar="MS", help="Goodput: most ms between tokens, on average. [default: 200]"),
+    ] = None,
+    against_llm: Annotated[
+        bool, typer.Option("--against-llm", help="Also through LLM.generate in a process of its own, in turn.")
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="Measure this running server instead of starting one.")
+    ] = None,
+    as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Measure a server under load: output tokens per second, time to first token, inter-token time, prefix-hit rate.
+
+    A closed loop by default: each client sends its next request when the last has ended. With --rate an open loop:
+    requests come when they come, so waiting shows; goodput counts those that kept both limits.
+    """
+    from truffula.bench.measured import Limits
+    from truffula.cli.bench_serve import ServeBench, run_bench_serve
+
+    given = {"ttft_ms": ttft_limit, "itl_ms": itl_limit}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    limits = Limits(**wanted) if wanted else None
+    bench = ServeBench(
+        clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url, rate, adapter_count,
+        zipf_exponent, limits, seed,
+    )  # fmt: skip
+    run_bench_serve(resolve(options, model=model).engine, bench, as_json=as_json)
+
+
+@app.command("compare")
+def bench_compare(
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(help="Scenarios or single rows (--list shows them); left out, all of them.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; in each, every server runs once, in turn.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every run there.")] = None,
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write rows for benchmarks/README.md there.")
+    ] = None,
+    scenario_file: Annotated[
+        Path | None, typer.Option("--scenario-file", metavar="FILE", help="A TOML file with your own rows instead.")
+    ] = None,
+    bench_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--bench-dir",
+            metavar="FOLDER",
+            help="BENCH_DIR of benchmarks/peers: models, adapters, peers. [default: bench in the temporary folder]",
+        ),
+    ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option("--peers", metavar="FOLDER", help="Folder of the peers' scripts. [default: the checkout's]"),
+    ] = None,
+    list_only: Annotated[bool, typer.Option("--list", help="Print the scenarios and the servers in each.")] = False,
+) -> None:
+    """Compare truffula with other servers, in turn and on the same prompts: medians, spreads and ratios.
+
+    One server runs at a time, started fresh and warmed up; rounds alternate. Peers are installed once by
+    benchmarks/peers (llamacpp.sh setup, vllm.sh setup, ...); one that is not is named with the command, and the status
+    is 1.
+    """
+    from truffula.cli.bench_compare import Asked, list_scenarios, run_bench_compare
+
+    if list_only:
+        list_scenarios(scenario_file)
+        return
+    asked = Asked(tuple(scenarios or ()), scenario_file, repeats, peers, bench_dir, json_file, markdown_file)
+    run_bench_compare(asked)
+
+
+@app.command("join")
+@with_options("engine")
+def bench_join(
+    model: Model,
+    running: Annotated[int, typer.Option("--running", help="Base streams that run while adapters join.")] = 4,
+    joins: Annotated[int, typer.Option("--joins", help="New adapters that join, one after the other.")] = 6,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 64,
+    as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Measure how loading adapters delays running streams: the largest against the median inter-token time."""
+    from truffula.cli.bench_join import run_bench_join
+
+    run_bench_join(resolve(options, model=model).engine, running, joins, rank, as_json=as_json)
+
+
+@app.command("step")
+def bench_step(
+    rows: Annotated[str, typer.Option("--rows", help="Decode rows, separated by commas.")] = "1,8,32",
+    adapters: Annotated[
+        str, typer.Option("--adapters", help="none, shared (one for all), a number (fewer rows: left out), distinct.")
+    ] = "none,shared,8,distinct",
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
+    context: Annotated[int, typer.Option("--context", help="Tokens in the context of each row.")] = 105,
+    prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end; 0 for none.")] = 512,
+    steps: Annotated[int, typer.Option("--steps", help="Steps per line; the median is printed.")] = 20,
+    adapter_dtype: Annotated[
+        str, typer.Option("--adapter-dtype", help="What the adapters hold: bfloat16, float16 or float32.")
+    ] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
+    quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: the base rounded to it.")] = "none",
+    backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
+    cpu_isa: CpuIsa = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Compute threads.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Use a tiny shape, to see that it runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure one step on SmolLM2-135M's shape, operation by operation, without server and sampling."""
+    from truffula.cli.bench_step import StepBench, run_bench_step
+
+    try:
+        numbers = tuple(int(word) for word in rows.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{rows!r} is not a list of whole numbers.", param_hint="--rows") from None
+    mixes = tuple(word.strip() for word in adapters.split(","))
+    bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny, adapter_dtype)
+    run_bench_step(
+        bench, backend=backend, cpu_isa=cpu_isa, dtype=dtype, threads=threads, quantize=quantize, as_json=as_json
+    )
+
+
+@app.command("kernel")
+def bench_kernel(
+    rows: Annotated[str, typer.Option("--rows", help="Rows, by commas.")] = "1,2,4,8,16,32,128,512",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="NxK", help="Outputs x inputs, several times; else SmolLM2's."),
+    ] = None,
+    formats: Annotated[str, typer.Option("--format", help="Of float32, bfloat16, Q8_0, Q4_0, Q4_1, Q5_0.")] = "",
+    kernels: Annotated[str, typer.Option("--kernel", help="Of linear, lora, attention, norm, head, sampler.")] = "",
+    cpu_isa: CpuIsa = "auto",
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Compute threads.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Use tiny shapes, to see that it runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure each native kernel against the limits of memory and instructions, found in the same run."""
+    from truffula.cli.bench_kernel import bench_of, run_bench_kernel
+
+    bench = bench_of(rows, shape or [], formats, kernels, tiny=tiny)
+    run_bench_kernel(bench, isa=cpu_isa, threads=threads, as_json=as_json)

@@ -1,0 +1,230 @@
+"""How commands parse and explain themselves: help in plain lines that fit the terminal, flags of other servers answered
+with ours."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import shutil
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from truffula.cli.foreign_flags import FOREIGN_COMMANDS, foreign_flag
+
+# Newer versions of typer contain click, older ones depend on it: the base of typer's class is the one in use.
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+ClickException: type[Exception] = UsageError.__bases__[0]
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+NARROWEST, WIDEST = 40, 100
+"""Columns that help is wrapped to, whatever the terminal has."""
+COLUMN = 28
+"""Where the explanations begin."""
+GLUE = "\u00a0"
+"""A space at which help text is not broken."""
+PLACEHOLDERS = {str: "TEXT", int: "N", float: "NUMBER"}
+"""What stands for a value whose option has no metavar, by the type of its default."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class App(typer.Typer):
+    """A typer application whose commands and groups are those of this file."""
+
+    def __init__(self, **settings: Any) -> None:
+        settings = {"cls": Group, "context_settings": HELP_NAMES, "rich_markup_mode": None, **settings}
+        super().__init__(pretty_exceptions_enable=False, **settings)
+
+    def command(self, *args: Any, **settings: Any) -> Callable[[Function], Function]:
+        """As typer's, with ``Command`` as the class."""
+        return super().command(*args, **{"cls": Command, **settings})
+
+
+class Command(TyperCommand):
+    """One command. A flag that is another server's is refused with the name of ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options: list[Any] = [param for param in self.params if _is_option(param)]
+        own = {name: not option.is_flag for option in options for name in _names(option)}
+        own |= dict.fromkeys(HELP_NAMES["help_option_names"], False)
+        found = foreign_flag(args, own)
+        if found is not None and not ctx.resilient_parsing:
+            raise UsageError(found.message, ctx)
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write("\n".join(_command_help(self, ctx)) + "\n")
+
+
+class Group(TyperGroup):
+    """Commands of one name. Without a command it prints its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            typer.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        word = args[0]
+        if word not in self.commands and not word.startswith("-") and not ctx.resilient_parsing:
+            if ctx.parent is None and word in FOREIGN_COMMANDS:
+                raise UsageError(FOREIGN_COMMANDS[word], ctx)
+            near = difflib.get_close_matches(word, self.commands, n=1)
+            raise UsageError(f"Unknown command {word}." + "".join(f" Did you mean {name}?" for name in near), ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write("\n".join(_group_help(self, ctx)) + "\n")
+
+
+def usage_message(error: Any) -> str:
+    """A usage error in one paragraph, with the command whose help to read."""
+    context = getattr(error, "ctx", None)
+    unknown = getattr(error, "option_name", None) if hasattr(error, "possibilities") else None
+    if unknown is not None and context is not None:
+        own = {
+            name.lstrip("-"): name for param in context.command.params if _is_option(param) for name in _names(param)
+        }
+        near = difflib.get_close_matches(unknown.lstrip("-"), own, n=1)
+        text = f"Unknown option {unknown}." + "".join(f" Did you mean {own[word]}?" for word in near)
+    else:
+        text = " ".join(error.format_message().split())
+    text = text if text.endswith((".", "?")) else f"{text}."
+    return text if context is None else f"{text} See `{context.command_path} --help`."
+
+
+def _command_help(command: Command, ctx: Any) -> Iterator[str]:
+    width = _width(ctx)
+    arguments = [param for param in command.params if not _is_option(param)]
+    usage = [f"[{_placeholder(a)}]" if not a.required else _placeholder(a) for a in arguments]
+    yield from _wrapped(f"Usage: {ctx.command_path} [OPTIONS] {' '.join(usage)}".rstrip(), width)
+    for paragraph in (command.help or "").split("\n\n"):
+        yield ""
+        yield from _wrapped(paragraph, width)
+    if arguments:
+        yield from _section("Arguments", ((_placeholder(a), _explained(a)) for a in arguments), width)
+    for title, options in _by_panel(command, ctx).items():
+        yield from _section(title, ((_spelled(o), _explained(o)) for o in options), width)
+    if command.epilog:
+        yield ""
+        yield from _wrapped(command.epilog, width)
+
+
+def _group_help(group: Group, ctx: Any) -> Iterator[str]:
+    width = _width(ctx)
+    yield f"Usage: {ctx.command_path} COMMAND [OPTIONS]"
+    for paragraph in (group.help or "").split("\n\n"):
+        yield ""
+        yield from _wrapped(paragraph, width)
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for name, command in group.commands.items():
+        if not command.hidden:
+            panels.setdefault(_panel(command, "Commands"), []).append((name, _first_sentence(command)))
+    for title, rows in panels.items():
+        yield from _section(title, rows, width, column=14)
+    for title, options in _by_panel(group, ctx).items():
+        yield from _section(title, ((_spelled(o), _explained(o)) for o in options), width)
+    yield ""
+    yield f"`{ctx.command_path} COMMAND --help` explains a command."
+
+
+def _first_sentence(command: Any) -> str:
+    text = " ".join((command.help or "").split("\n\n")[0].split())
+    return text.split(". ")[0].rstrip(".")
+
+
+def _by_panel(command: Any, ctx: Any) -> dict[str, list[Any]]:
+    """The visible options by the title of their section: the command's own first, help last among them."""
+    panels: dict[str, list[Any]] = {"Options": []}
+    for option in command.get_params(ctx):
+        if _is_option(option) and not option.hidden:
+            panels.setdefault(_panel(option, "Options"), []).append(option)
+    if len(panels["Options"]) == 1:  # --help alone: it goes last
+        panels["Options"] = panels.pop("Options")
+    return {title: options for title, options in panels.items() if options}
+
+
+def _panel(shown: Any, otherwise: str) -> str:
+    """The section that a command or an option was given; typer has a placeholder where it was given none."""
+    panel = getattr(shown, "rich_help_panel", None)
+    return panel if isinstance(panel, str) else otherwise
+
+
+def _section(title: str, rows: Iterable[tuple[str, str]], width: int, column: int = COLUMN) -> Iterator[str]:
+    """A heading, then each row's left part with its explanation beside it, or below where the left part is long."""
+    yield ""
+    yield f"{title}:"
+    for left, text in rows:
+        lines = list(_wrapped(text, width - column)) or [""]
+        if len(left) + 4 > column:
+            yield f"  {left}"
+        else:
+            yield f"  {left:<{column - 2}}{lines.pop(0)}".rstrip()
+        yield from (" " * column + line for line in lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = textwrap.wrap(_joined(text), width, break_on_hyphens=False, break_long_words=False)
+    return [line.replace(GLUE, " ") for line in lines]
+
+
+def _joined(text: str) -> str:
+    """``text`` on one line; ``GLUE`` stays."""
+    return re.sub(r"[ \n]+", " ", text).strip()
+
+
+def _width(ctx: Any) -> int:
+    columns = ctx.terminal_width or shutil.get_terminal_size().columns
+    return max(NARROWEST, min(columns, WIDEST) - 1)
+
+
+def _is_option(param: Any) -> bool:
+    return bool(param.param_type_name == "option")
+
+
+def _names(option: Any) -> list[str]:
+    return [*option.opts, *option.secondary_opts]
+
+
+def _placeholder(param: Any) -> str:
+    if param.metavar:
+        return str(param.metavar)
+    if not _is_option(param):
+        return str(param.name).upper()
+    return PLACEHOLDERS.get(type(param.default), "VALUE")
+
+
+def _spelled(option: Any) -> str:
+    """``-a, --adapter NAME=FOLDER``, short names first."""
+    names = ", ".join(sorted(_names(option), key=lambda name: (name.startswith("--"), name.startswith("--no-"))))
+    return names if option.is_flag else f"{names} {_placeholder(option)}"
+
+
+def _explained(param: Any) -> str:
+    """What a parameter is for, with its default where it has one."""
+    text = _joined(param.help or "")
+    default = param.default
+    if param.show_default is not False and isinstance(default, str | int | float) and not isinstance(default, bool):
+        text = f"{text} [default:{GLUE}{default}]".lstrip()
+    return text
+
+
+def help_of(ctx: Any, words: list[str]) -> str:
+    """The help of the command that ``words`` lead to, from the root of ``ctx``; none is the root's.
+
+    Raises ``UsageError`` for a command that does not exist.
+    """
+    context = ctx.find_root()
+    for word in words:
+        group = context.command
+        if not isinstance(group, Group):
+            raise UsageError(f"{context.command_path} has no commands.", context)
+        name, command, _ = group.resolve_command(context, [word])
+        context = type(context)(command, info_name=name, parent=context)
+    return str(context.get_help())

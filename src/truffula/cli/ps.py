@@ -1,0 +1,57 @@
+"""``truffula ps``: what a running server serves."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from truffula.cli.output import nbytes, out
+
+if TYPE_CHECKING:
+    from truffula.cli.server_client import ServerClient
+
+
+def run_ps(server: ServerClient, *, as_json: bool) -> None:
+    """Print the model, the adapters and the load of ``server``. Raises what its calls raise."""
+    found = _state(server)
+    if as_json:
+        out().print_json(json.dumps(found))
+        return
+    console = out()
+    names = ", ".join(found["adapters"]) or "none"
+    lines = {
+        "server": f"{server.url}, truffula {found['version']}",
+        "model": f"{found['model']} ({found['dtype']}, {found['device']})",
+        "adapters": f"{names}; {found['adapters_resident']} in memory, {nbytes(found['adapter_bytes'])}",
+        "requests": f"{found['running']} running, {found['waiting']} waiting",
+        "KV cache": f"{found['kv_blocks_used']} of {found['kv_blocks']} blocks in use",
+    }
+    for name, text in lines.items():
+        console.print(f"{name:<10}{text}", markup=False)
+
+
+def _state(server: ServerClient) -> dict[str, Any]:
+    """The server's state, of its three routes for it."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    info, models, metrics = server.call("GET", "/info"), server.models(), server.text("/metrics")
+    counts = {
+        "running": "truffula_sequences_running",
+        "waiting": "truffula_sequences_waiting",
+        "adapters_resident": "truffula_adapters_resident",
+        "adapter_bytes": "truffula_adapter_bytes",
+        "kv_blocks": "truffula_kv_blocks",
+        "kv_blocks_used": "truffula_kv_blocks_used",
+    }
+    try:
+        values = {s.name: s.value for family in text_string_to_metric_families(metrics) for s in family.samples}
+        return {
+            "model": info["model_id"],
+            "version": info["version"],
+            "dtype": info["model_dtype"],
+            "device": info["model_device_type"],
+            "adapters": [model["id"] for model in models if model.get("parent")],
+            **{name: int(values[series]) for name, series in counts.items()},
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise server.stranger("/info") from error

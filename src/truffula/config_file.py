@@ -1,0 +1,117 @@
+"""Reading a configuration file: TOML, YAML or JSON, one table of options by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from truffula.errors import ConfigError, MissingDependency
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of a file and where it stands there, as an error names it: ``serve.toml, line 3``."""
+
+    value: Any
+    where: str
+
+
+def read_config_file(path: Path) -> Mapping[str, Entry]:
+    """The options of ``path`` by the names that the file uses. Its ending decides: .toml, .yaml, .yml or .json.
+
+    Raises:
+        ConfigError: The file cannot be read, is malformed, names an option twice, or is not a table.
+        MissingDependency: A YAML file, and PyYAML is not installed.
+    """
+    path = path.expanduser()
+    reader = {".toml": _read_toml, ".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}.get(
+        path.suffix.lower()
+    )
+    if reader is None:
+        raise ConfigError(
+            f"{path} is not a configuration file: its name must end in .toml, .yaml or .json.", param="config"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"The configuration file {path} cannot be read: {reason}.", param="config") from error
+    table = reader(path, text)
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise ConfigError(f"{path} must hold one table of options by name, such as port = 8000.", param="config")
+    return {key: Entry(value, _where(path, text, key)) for key, value in table.items()}
+
+
+def _where(path: Path, text: str, key: str) -> str:
+    """The file, and the line on which ``key`` is written, where it can be found."""
+    # A key alone, in quotes, or as the header of a TOML table.
+    written = re.compile(rf"""^\s*[\[{{,]*\s*["']?{re.escape(key)}["']?\s*[=:\]]""")
+    lines = (number for number, line in enumerate(text.splitlines(), 1) if written.match(line))
+    number = next(lines, None)
+    return str(path) if number is None else f"{path}, line {number}"
+
+
+def _malformed(path: Path, reason: object) -> ConfigError:
+    return ConfigError(f"The configuration file {path} is malformed: {reason}.", param="config")
+
+
+def _twice(path: Path, key: object) -> ConfigError:
+    return ConfigError(f"{path} names {key} twice.", param="config")
+
+
+def _read_toml(path: Path, text: str) -> Any:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise _malformed(path, error) from error
+
+
+def _read_json(path: Path, text: str) -> Any:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in table:
+                raise _twice(path, key)
+            table[key] = value
+        return table
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except ValueError as error:
+        raise _malformed(path, error) from error
+
+
+def _read_yaml(path: Path, text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingDependency(
+            f"Reading {path} needs PyYAML: pip install pyyaml, or write the file as TOML.", param="config"
+        ) from error
+    try:
+        # The loader keeps the last of two equal keys without a word, so the keys are compared before.
+        _refuse_equal_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise _malformed(path, " ".join(str(error).split())) from error
+    return {} if loaded is None else loaded
+
+
+def _refuse_equal_keys(path: Path, node: Any) -> None:
+    """Raise where a mapping of the YAML document has a key twice."""
+    if node is None or not isinstance(node.value, list):
+        return
+    seen: set[str] = set()
+    for item in node.value:
+        key, inner = item if isinstance(item, tuple) else (None, item)
+        if key is not None:
+            if key.value in seen:
+                raise _twice(path, key.value)
+            seen.add(str(key.value))
+        _refuse_equal_keys(path, inner)

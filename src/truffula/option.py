@@ -1,0 +1,279 @@
+"""One option: its names, what its values must be, and how they are read and shown. ``config.py`` holds the table."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from truffula.errors import ConfigError
+
+Kind = Literal["text", "path", "integer", "seconds", "size", "switch", "list", "paths", "mapping"]
+PREFIX = "TRUFFULA_"
+UNITS = MappingProxyType(
+    {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+)
+EXPECTED = MappingProxyType(
+    {
+        "text": "text",
+        "path": "a path",
+        "integer": "a whole number",
+        "seconds": "a number of seconds",
+        "size": "bytes, such as 512MiB, 4GiB or 2000000000",
+        "switch": "one of 1, 0, true, false, yes, no, on, off",
+        "list": "text, several separated by commas",
+        "paths": "a path, several separated by commas",
+        "mapping": "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas",
+    }
+)
+PLACES = MappingProxyType(
+    {
+        "file": "a file that exists",
+        "folder": "a folder that exists",
+        "new folder": "a folder, or a path where one can be created",
+    }
+)
+METAVARS = MappingProxyType(
+    {
+        "text": "TEXT",
+        "path": "PATH",
+        "integer": "N",
+        "seconds": "SECONDS",
+        "size": "SIZE",
+        "switch": "",
+        "list": "TEXT",
+        "paths": "FOLDER",
+        "mapping": "NAME=FOLDER",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table.
+
+    ``group`` is the config class that holds it (engine or server), ``topic`` its section of the help. ``help`` is a
+    phrase without a full stop; ``metavar`` stands for the value where the kind's own word says too little. ``unset``
+    says what a missing value means. ``must_be`` is what has to be at a path, one of ``PLACES``. ``note`` follows the
+    error for a wrong value. ``foreign`` are other tools' variables that are read when ours is not set.
+    """
+
+    field: str
+    group: str
+    kind: Kind
+    default: Any
+    help: str
+    topic: str = "Advanced"
+    metavar: str = ""
+    short: str = ""
+    unset: str = ""
+    must_be: Literal["", "file", "folder", "new folder"] = ""
+    note: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    choices: tuple[str, ...] = ()
+    nullable: bool = False
+    secret: bool = False
+    singular: str = ""
+    foreign: tuple[str, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default is MISSING
+
+    @property
+    def name(self) -> str:
+        """The field without its unit."""
+        return re.sub(r"_(bytes|s)$", "", self.field)
+
+    @property
+    def env(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def flag(self) -> str:
+        return "--" + (self.singular or self.name).replace("_", "-")
+
+    @property
+    def placeholder(self) -> str:
+        """What stands for the value in help, ``SIZE`` or ``text|json``; empty for a switch."""
+        return self.metavar or "|".join(self.choices) or METAVARS[self.kind]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the flag may be given several times; a variable has several values separated by commas."""
+        return self.kind in ("list", "paths", "mapping")
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, in words."""
+        words = str(EXPECTED[self.kind])
+        if self.must_be:
+            words = PLACES[self.must_be]
+        if self.choices:
+            words = self.choices[0] if len(self.choices) == 1 else "one of " + ", ".join(self.choices)
+        if self.low > -math.inf:
+            words += f", at least {self.low:.12g}"
+        if self.high < math.inf:
+            words += f" and at most {self.high:.12g}"
+        return words
+
+    def parse(self, raw: Any, where: str) -> Any:
+        """``raw`` (text, or a value already typed) as this option's value. ``where`` names its origin in the error."""
+        if self.secret and _has_empty(raw):
+            raise ConfigError(f"{where} is empty. Give a key, or leave it out to serve without keys.", param=self.name)
+        try:
+            value = None if self.nullable and raw in (None, "none") else _PARSERS[self.kind](raw)
+        except (ValueError, TypeError, OverflowError):
+            raise self.refusal(raw, where) from None
+        if value is not None and self.kind in ("integer", "seconds", "size") and not self.low <= value <= self.high:
+            raise self.refusal(raw, where)
+        if self.choices and value is not None and value not in self.choices:
+            raise self.refusal(raw, where)
+        return value
+
+    def refusal(self, raw: Any, where: str) -> ConfigError:
+        """The error for a wrong value; ``where`` is its variable, flag, field or place in a file."""
+        joined = ",".join(map(str, raw)) if isinstance(raw, list | tuple) else raw
+        shown = "(hidden)" if self.secret else repr(joined)
+        note = f" {self.note}" if self.note else ""
+        text = f"{where} is {shown}; it must be {self.expected}.{note}"
+        return ConfigError(text, param=self.name, expected=self.expected)
+
+    def require_paths(self, value: Any, where: str) -> None:
+        """Raise ``ConfigError`` where a path of this option's ``value`` is not the file or folder that it must be."""
+        if not self.must_be:
+            return
+        for path in value if isinstance(value, tuple) else () if value is None else (value,):
+            right = path.is_file() if self.must_be == "file" else path.is_dir()
+            if not right and not (self.must_be == "new folder" and not path.exists()):
+                raise self.refusal(str(path), where)
+
+    def show(self, value: Any) -> str:
+        """The value as ``config --show`` prints it; secrets are only counted."""
+        if self.secret:
+            return f"({len(value)} set)" if value else "(none)"
+        if value is None or value == () or value == {}:
+            return "-"
+        if self.kind == "switch":
+            return "on" if value else "off"
+        if self.kind == "size":
+            return format_size(value)
+        if isinstance(value, Mapping):
+            return ", ".join(f"{k}={v}" for k, v in value.items())
+        if isinstance(value, float):
+            return f"{value:.12g}"
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from ``4GiB``, ``1.5 GB``, ``512MiB`` or a plain number; ``ValueError`` otherwise."""
+    if isinstance(text, bool) or not isinstance(text, str | int):
+        raise ValueError(text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].upper() not in UNITS:
+        raise ValueError(text)
+    unit = UNITS[match[2].upper()]
+    return int(match[1]) * unit if match[1].isdigit() else int(float(match[1]) * unit)
+
+
+def format_size(nbytes: int) -> str:
+    """Bytes for people: ``1.25 GiB``; exact below 1 KiB."""
+    for unit, step in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(nbytes) >= step:
+            return f"{nbytes / step:.2f}".rstrip("0").rstrip(".") + f" {unit}"
+    return f"{nbytes} B"
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError(raw)
+    return raw
+
+
+def _path(raw: Any) -> Path:
+    return raw if isinstance(raw, Path) else Path(_text(raw)).expanduser()
+
+
+def _integer(raw: Any) -> int:
+    if isinstance(raw, bool) or not isinstance(raw, str | int):
+        raise ValueError(raw)
+    return int(raw)
+
+
+def _seconds(raw: Any) -> float:
+    value = float(raw)
+    if isinstance(raw, bool) or not math.isfinite(value):
+        raise ValueError(raw)
+    return value
+
+
+def _switch(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    word = str(raw).strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return True
+    if word in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(raw)
+
+
+def _has_empty(raw: Any) -> bool:
+    """Whether ``raw`` is empty text or has an empty entry, as an unset shell variable leaves it; ``()`` has none."""
+    items = [raw] if isinstance(raw, str) else raw if isinstance(raw, list | tuple) else []
+    return any(not part.strip() for item in items if isinstance(item, str) for part in item.split(","))
+
+
+def _list(raw: Any) -> tuple[str, ...]:
+    """The items of text separated by commas, or of a list of such texts."""
+    if isinstance(raw, Mapping):
+        raise ValueError(raw)
+    items: Iterable[Any] = [raw] if isinstance(raw, str) else raw
+    return tuple(part.strip() for item in items if item != "" for part in _text(item).split(",") if part.strip())
+
+
+def _paths(raw: Any) -> tuple[Path, ...]:
+    items: Iterable[Any] = [raw] if isinstance(raw, str | Path) else raw
+    return tuple(_path(part) for item in items for part in ([item] if isinstance(item, Path) else _list(item)))
+
+
+def _named_source(item: str) -> tuple[str, str]:
+    """(name, source) of ``NAME=SOURCE``, or of a folder or Hub id alone, which is named by its last part."""
+    name, equals, source = item.partition("=")
+    if equals:
+        return _text(name).strip(), _text(source).strip()
+    folder = Path(item).expanduser()
+    if "/" not in item and not folder.is_dir():
+        raise ValueError(item)
+    return _text(folder.resolve().name), item
+
+
+def _mapping(raw: Any) -> Mapping[str, str]:
+    if isinstance(raw, Mapping):
+        pairs = [(_text(name), str(_text(str(source)))) for name, source in raw.items()]
+    else:
+        pairs = [_named_source(item) for item in _list(raw)]
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError(raw)
+    return MappingProxyType(dict(pairs))
+
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "text": _text,
+        "path": _path,
+        "integer": _integer,
+        "seconds": _seconds,
+        "size": parse_size,
+        "switch": _switch,
+        "list": _list,
+        "paths": _paths,
+        "mapping": _mapping,
+    }
+)

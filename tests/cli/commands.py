@@ -1,0 +1,24 @@
+"""Every command of the program, from the program itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import typer.main
+
+from truffula.cli.app import app
+
+
+def every_command(group: Any = None, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """(words after ``truffula``, the command) of the root, the groups and all commands in them."""
+    group = typer.main.get_command(app) if group is None else group
+    yield path, group
+    for name, command in getattr(group, "commands", {}).items():
+        yield from every_command(command, (*path, name))
+
+
+def flags_of(*path: str) -> set[str]:
+    """The flags of one command, as its parser knows them."""
+    command = dict(every_command())[path]
+    return {name for param in command.params for name in (*param.opts, *param.secondary_opts) if name.startswith("-")}
