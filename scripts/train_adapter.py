@@ -192,8 +192,8 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], args: ar
         example = Example(row.line, whole.ids[: args.max_length], whole.labels[: args.max_length])
         if all(label == IGNORED for label in example.labels[1:]):
             fail(
-                f"{args.data}, line {row.line}: the first {args.max_length} of its {len(whole.ids)} tokens hold nothing "
-                "to learn; raise --max-length or remove the row."
+                f"{args.data}, line {row.line}: the first {args.max_length} of its {len(whole.ids)} tokens hold "
+                "nothing to learn; raise --max-length or remove the row."
             )
         if len(whole.ids) > args.max_length:
             cut.append(row.line)
@@ -419,7 +419,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--max-length", type=int, default=1024, metavar="N", help="tokens of a row; longer ones are cut (1024)")
     add(
-        "--eval", type=float, default=0.0, metavar="X", help="fraction of the rows held out for evaluation (default: 0)"
+        "--eval", type=float, default=0.0, metavar="X", help="fraction of the rows held out to measure the loss (0)"
     )
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the base (default: the faster)")
     add("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the file (default: bfloat16)")
