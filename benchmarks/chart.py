@@ -2,7 +2,7 @@
 
     python benchmarks/chart.py
 
-The figures are those of a table in benchmarks/README.md; a test compares them, and the file with what this script draws.
+The figures are those of a table in benchmarks/README.md. A test compares them, and compares the chart with the file.
 """
 
 from __future__ import annotations

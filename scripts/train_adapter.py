@@ -418,9 +418,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="peak learning rate (default: 1e-3, right for small models; try 2e-4 from about 3B parameters on)",
     )
     add("--max-length", type=int, default=1024, metavar="N", help="tokens of a row; longer ones are cut (1024)")
-    add(
-        "--eval", type=float, default=0.0, metavar="X", help="fraction of the rows held out to measure the loss (0)"
-    )
+    add("--eval", type=float, default=0.0, metavar="X", help="fraction of the rows held out to measure the loss (0)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the base (default: the faster)")
     add("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the file (default: bfloat16)")
     add("--base-name", metavar="NAME", help="base_model_name_or_path of the adapter (default: --base)")
