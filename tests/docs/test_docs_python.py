@@ -56,10 +56,28 @@ def test_every_fence_is_run_or_output() -> None:
                 assert language in known, f"{page.name}: ```{language}"
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_links_lead_somewhere() -> None:
     for page in pages():
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), (
-                    f"{page.relative_to(ROOT)} links to {target}, which is not there"
-                )
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+            if "://" in target:
+                continue
+            aim = page.parent / target if target else page
+            where = f"{page.relative_to(ROOT)} links to {target}#{anchor}"
+            assert aim.exists(), f"{where}: there is no such file"
+            assert not anchor or anchor in anchors(aim), f"{where}: there is no such heading"
+
+
+def test_prose_has_lines_that_can_be_read_unrendered() -> None:
+    """Tables, code and images are exempt: they cannot be wrapped."""
+    for page in [*pages(), ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"]:
+        fenced = False
+        for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+            fenced ^= line.startswith("```")
+            free = fenced or line.startswith(("|", "![", "```"))
+            assert free or len(line) <= 120, f"{page.relative_to(ROOT)}:{number} has {len(line)} columns"
