@@ -98,17 +98,14 @@ def ask_the_server(url: str) -> None:
 
 
 def what_next() -> None:
-    adapter = "examples/adapters/pirate"
-    rows = (
-        (f"serve {MODEL} --adapter-dir examples/adapters", "serve these, and any you put beside them"),
-        (f"generate {MODEL} 'Tell me about dogs' -a base -a {adapter}", "base and adapter side by side"),
-        (f"chat {MODEL} -a {adapter}", "talk to an adapter"),
-        (f"inspect {adapter} --base {MODEL}", "what happens with each field of its configuration"),
-        (f"verify {MODEL} --adapter {adapter}", "compare with transformers and PEFT (make test installs them)"),
+    out().print(
+        "[bold]Try next[/]\n"
+        f"  .venv/bin/truffula serve {MODEL} --adapter-dir examples/adapters      serve these; drop yours beside them\n"
+        f"  .venv/bin/truffula generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate\n"
+        f"  .venv/bin/truffula chat {MODEL} -a examples/adapters/pirate\n"
+        "  .venv/bin/truffula inspect examples/adapters/pirate --base smollm2       every field's fate\n"
+        "  .venv/bin/truffula verify smollm2 --adapter examples/adapters/pirate     against transformers and peft"
     )
-    out().print("[bold]Try next[/] (train your own adapter: docs/training.md)")
-    for command, what in rows:
-        out().print(f"  .venv/bin/truffula {command}\n      [dim]{what}[/]", soft_wrap=True)
 
 
 def main() -> None:
