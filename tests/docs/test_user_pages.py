@@ -35,7 +35,7 @@ PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", *DEPLOY.iterdir()])
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_variables_exist(page: Path) -> None:
-    known = {option.env for option in OPTIONS.values()} | {"TRUFFULA_MODEL"}
+    known = {option.env for option in OPTIONS.values()} | {"TRUFFULA_CONFIG", "TRUFFULA_MODEL"}
     named = set(re.findall(r"\bTRUFFULA_[A-Z_]+[A-Z]\b", page.read_text(encoding="utf-8")))
     assert named <= known
 
