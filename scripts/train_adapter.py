@@ -370,7 +370,7 @@ def what_next(args: argparse.Namespace, rows: Sequence[Row]) -> str:
     name, base = args.out.resolve().name, shlex.quote(args.base)
     out = shlex.quote(str(args.out))
     fields = rows[0].fields
-    chat = "text" not in fields and not args.raw
+    chat = "messages" in fields or ("prompt" in fields and not args.raw)
     if "messages" in fields:
         question = next((m["content"] for m in fields["messages"] if m["role"] == "user"), "Hello")
     else:

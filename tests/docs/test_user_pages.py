@@ -44,7 +44,18 @@ def test_variables_exist(page: Path) -> None:
 def test_options_exist(name: str) -> None:
     """Options in backticks are options of ours; a few belong to pip, docker and truffula's other commands."""
     foreign = {"--force-reinstall", "--no-deps", "--no-cache-dir", "--shm-size"}
-    commands = {"--raw", "--base", "--show", "--context", "--against-llm", "--tiny", "--rows", "--steps", "--prefill"}
+    commands = {
+        "--config",
+        "--raw",
+        "--base",
+        "--show",
+        "--context",
+        "--against-llm",
+        "--tiny",
+        "--rows",
+        "--steps",
+        "--prefill",
+    }
     text = (DOCS / name).read_text(encoding="utf-8")
     named = {flag for code in re.findall(r"`([^`\n]+)`", text) for flag in re.findall(r"(?<!\S)--[a-z][a-z-]+", code)}
     known = {option.flag for option in OPTIONS.values()} | {

@@ -202,6 +202,32 @@ def test_one_row_and_one_step_are_enough(
     assert (sorted(config["target_modules"]), config["r"], config["lora_alpha"]) == (["q_proj", "v_proj"], 8, 16)
 
 
+@pytest.mark.parametrize(
+    ("row", "more", "path", "body"),
+    [
+        (PAIR, [], "chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        (PAIR, ["--raw"], "completions", {"prompt": "Hello"}),
+        (say("Hi", "Ahoy!"), ["--raw"], "chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ({"text": "one two three four five six"}, [], "completions", {"prompt": "one two three four five"}),
+    ],
+)
+def test_the_question_is_asked_as_it_was_learned(
+    script: ModuleType,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    row: dict[str, Any],
+    more: list[str],
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    run(script, base, write_rows(tmp_path / "rows.jsonl", row), "--epochs", "1", "--targets", "q_proj", *more)
+    _, curl, generate = (shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  "))
+    assert curl[2].endswith(f"/v1/{path}")
+    assert body.items() <= json.loads(curl[curl.index("-d") + 1]).items()
+    assert ("--raw" in generate) == (path == "completions")
+
+
 def test_what_is_trained_is_served(
     script: ModuleType, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
