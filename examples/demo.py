@@ -98,14 +98,34 @@ def ask_the_server(url: str) -> None:
 
 
 def what_next() -> None:
-    out().print(
-        "[bold]Try next[/]\n"
-        f"  .venv/bin/truffula serve {MODEL} --adapter-dir examples/adapters      serve these; drop yours beside them\n"
-        f"  .venv/bin/truffula generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate\n"
-        f"  .venv/bin/truffula chat {MODEL} -a examples/adapters/pirate\n"
-        "  .venv/bin/truffula inspect examples/adapters/pirate --base smollm2       every field's fate\n"
-        "  .venv/bin/truffula verify smollm2 --adapter examples/adapters/pirate     against transformers and peft"
-    )
+    """Commands that work in this environment, or what to install first."""
+    missing = [name for name in ("torch", "transformers", "peft", "gguf") if importlib.util.find_spec(name) is None]
+    first = f"; first: {' && '.join(installs(missing))}" if missing else ""
+    rows = [
+        (f"serve {MODEL} --adapter-dir examples/adapters", "serve these; put your own beside them"),
+        (f"generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate", "side by side"),
+        (f"chat {MODEL} -a examples/adapters/pirate", "talk to it"),
+        (f"inspect examples/adapters/pirate --base {MODEL}", "what each field of an adapter does"),
+        (f"verify {MODEL} --adapter examples/adapters/pirate", f"compare with transformers and peft{first}"),
+    ]
+    out().print("[bold]Try next[/]")
+    for command, what in rows:
+        out().print(f"  [bold].venv/bin/truffula {command}[/]\n      {what}", soft_wrap=True)
+
+
+def installs(missing: list[str]) -> list[str]:
+    """The commands that install ``missing`` beside this clone. torch comes from make, which takes the CPU's build."""
+    torch = ["make .venv/.torch"] if "torch" in missing else []
+    others = [name for name in missing if name != "torch"]
+    return torch + ([f".venv/bin/pip install {' '.join(others)}"] if others else [])
+
+
+def require_free(port: int) -> None:
+    """Raises ``ConfigError`` now, not after the batch, when the server's port is taken."""
+    try:
+        bind(ServerConfig(port=port)).close()
+    except ConfigError as error:
+        raise ConfigError(f"{error.message} With make: make demo SERVE=1 PORT=8001.", param="port") from error
 
 
 def main() -> None:
