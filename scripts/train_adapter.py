@@ -327,6 +327,9 @@ def faster_dtype(device: str) -> str:
 
 
 def train(args: argparse.Namespace, rows: Sequence[Row]) -> None:
+    from truffula.config import prepare_compute
+
+    prepare_compute()  # before torch: its threads sleep while they wait, which matters beside other work
     import torch
     from peft import LoraConfig, get_peft_model
 
