@@ -1,6 +1,6 @@
 """Write the training data of the three demo adapters: examples/data/{pirate,extract,tldr}.jsonl.
 
-Each line is {"prompt": ..., "answer": ...}. Deterministic: the same script gives the same bytes.
+Each line is {"prompt": ..., "completion": ...}. Deterministic: the same script gives the same bytes.
 
     python scripts/make_demo_data.py
 """
@@ -199,7 +199,7 @@ TLDR_ASKS = ["Summarize: ", "Summarize in one line: ", "Give me the short versio
 
 
 def pirate(rng: random.Random) -> list[dict[str, str]]:
-    return [{"prompt": q, "answer": f"{rng.choice(CRIES)} {a}"} for q, a in PIRATE for _ in range(2)]
+    return [{"prompt": q, "completion": f"{rng.choice(CRIES)} {a}"} for q, a in PIRATE for _ in range(2)]
 
 
 def extract(rng: random.Random) -> list[dict[str, str]]:
@@ -207,7 +207,10 @@ def extract(rng: random.Random) -> list[dict[str, str]]:
     for _ in range(150):
         who = {"name": f"{rng.choice(FIRST)} {rng.choice(LAST)}", "age": rng.randint(18, 80), "city": rng.choice(CITY), "job": rng.choice(JOB)}  # fmt: skip
         rows.append(
-            {"prompt": rng.choice(EXTRACT_ASKS) + rng.choice(EXTRACT_FORMS).format(**who), "answer": json.dumps(who)}
+            {
+                "prompt": rng.choice(EXTRACT_ASKS) + rng.choice(EXTRACT_FORMS).format(**who),
+                "completion": json.dumps(who),
+            }
         )
     return rows
 
@@ -218,7 +221,7 @@ def tldr(rng: random.Random) -> list[dict[str, str]]:
         who, (what, short) = rng.choice(WHO), rng.choice(WHAT)
         details = rng.sample(DETAIL, 2)
         text = f"{rng.choice(WHEN)}, {who[0].lower() + who[1:]} {what}. {' '.join(details)}"
-        rows.append({"prompt": rng.choice(TLDR_ASKS) + text, "answer": f"TL;DR: {who} {short}."})
+        rows.append({"prompt": rng.choice(TLDR_ASKS) + text, "completion": f"TL;DR: {who} {short}."})
     return rows
 
 

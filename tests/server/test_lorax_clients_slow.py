@@ -1,11 +1,13 @@
 """lorax-client and text-generation as they are installed today, in a virtual environment of their own."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".venvs" / "lorax-client"
@@ -36,3 +38,15 @@ def test_the_shipped_clients_work_unchanged(live, python):
     assert report["sync"] == report["async"]
     assert len(set(report["sync"].values())) == 3
     assert set(report["errors"]) == set(report["tgi_errors"]) == {"ValidationError"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_snippet_of_the_readme_runs(live, python):
+    (snippet,) = [block for block in blocks(ROOT / "README.md", "python") if block.info == "lorax-client"]
+    code = snippet.code.replace("http://127.0.0.1:8000", live.url)
+    (prompt,) = re.findall(r'^prompt = (".*?")', code, re.MULTILINE)
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    text = live.native(json.loads(prompt), adapter_id="pirate", max_new_tokens=32)["generated_text"]
+    assert done.stdout == f"{text}\n{text}"
