@@ -70,8 +70,7 @@ def test_several_lines_are_one_message(model: Path, tmp_path: Path) -> None:
         screen.line("\x1b[200~five\nsix\x1b[201~")  # as a terminal sends what is pasted
         screen.type('"""never sent\r')
         screen.wait_for("... ")
-        screen.type(CTRL_C)
-        screen.wait_for("base> ")
+        screen.interrupt("base> ")
         screen.line(f"/save {tmp_path}/talk.json")
     assert asked(tmp_path / "talk.json") == ["one\ntwo", "three\nfour", "five\nsix"]
 
@@ -90,10 +89,8 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(model: Path, adapter: Path, 
         screen.line(f"/adapter le{TAB}", "leaf> ")
         screen.line("Hello", "leaf> ")
         screen.line(f"/save {tmp_path}/talk.json", "leaf> ")
-        screen.type(CTRL_C)
-        screen.wait_for("Ctrl-C again")
-        screen.type(CTRL_C)
-        assert screen.wait_for_end() == 0
+        screen.interrupt("Ctrl-C again")
+        assert screen.interrupt_until_the_end() == 0
     roles = [message["role"] for message in messages(tmp_path / "talk.json")]
     assert roles == ["user", "assistant", "user", "assistant"]
     assert all(message["content"] for message in messages(tmp_path / "talk.json"))

@@ -47,20 +47,22 @@ def run_chat(model: ChatModel, adapter: str, system: str | None, params: Samplin
 
 def _messages(editor: LineEditor, chat: Chat) -> Iterator[str]:
     """What the user types, until the end of input or a second Ctrl-C in a row."""
-    interrupted = False
+    interrupted, hint = False, ""
     while True:
         try:
+            if hint:
+                note(hint)
+                hint = ""
             text = _message(editor, f"{chat.adapter}> ")
         except EOFError:
             if editor.interactive:
                 note("")
             return
         except KeyboardInterrupt:
-            note("")
             if interrupted:
+                note("")
                 return
-            interrupted = True
-            note("Ctrl-C again, Ctrl-D or /bye ends the chat.")
+            interrupted, hint = True, "\nCtrl-C again, Ctrl-D or /bye ends the chat."
             continue
         interrupted = False
         if text.strip():
