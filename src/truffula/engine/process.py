@@ -336,7 +336,7 @@ class ProcessClient:
             case wire.Ready(info):
                 self._ready(life, info)
             case _:
-                raise WireError(f"A {type(frame).__name__} frame has no place here.")
+                raise WireError(f"A {type(frame).__name__} frame is not expected here.")
 
     def _locate(self, path: Path | None) -> None:
         if not self.located.done():

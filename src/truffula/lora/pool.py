@@ -431,7 +431,7 @@ class AdapterPool:
         for generation, entry in self._entries.items():
             assert entry.leases == leased[generation] and entry.holds >= 0, "leases do not add up"
             assert not entry.leases or entry.slot is not None, "a leased adapter without a slot"
-            assert entry.keys or entry.leases or entry.holds, "a generation nobody can reach"
+            assert entry.keys or entry.leases or entry.holds, "an unreachable generation"
             assert all(self._current.get(key) == generation for key in entry.keys), "a key that leads elsewhere"
         assert set(self._current) == {k for e in self._entries.values() for k in e.keys}, "a key without its entry"
         self._queue.check()

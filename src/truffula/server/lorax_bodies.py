@@ -59,7 +59,7 @@ class Parameters(Body):
     @classmethod
     def _no_empty_stop(cls, value: list[str] | None) -> list[str] | None:
         if value is not None and "" in value:
-            raise ValueError("an empty string would match at once")
+            raise ValueError("an empty string would match immediately")
         return value
 
     def unknown(self) -> list[str]:

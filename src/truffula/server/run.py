@@ -140,7 +140,7 @@ class DrainingServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signalled:
-            log.warning("second signal: leaving at once")
+            log.warning("second signal: exiting immediately")
             os._exit(128 + sig)
         self._signalled = self.should_exit = True  # before the line below: whoever reads it may send the second signal
         log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
