@@ -155,7 +155,7 @@ def test_select_backend():
 
 def test_a_missing_torch_names_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"truffula\[torch\]"):
+    with pytest.raises(MissingDependency, match=r"\[torch\]"):
         select_backend("reference", "cpu")
 
 
