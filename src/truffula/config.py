@@ -10,7 +10,6 @@ Precedence: option over environment over configuration file over default. What a
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import logging
 import os
@@ -22,7 +21,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from truffula.config_file import Entry, read_config_file
-from truffula.errors import ConfigError
+from truffula.errors import ConfigError, did_you_mean, nearest
 from truffula.option import PREFIX, Kind, Option
 from truffula.option import format_size as format_size
 from truffula.option import parse_size as parse_size
@@ -419,12 +418,6 @@ def _foreign(name: str, value: str) -> Any:
     return Path(value).expanduser() / "hub" if name == "HF_HOME" else value
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean X?`` for the most similar of the ``known`` words, or nothing."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]}?" if found else ""
-
-
 def _setting(
     option: Option, given: Mapping[str, Any], env: Mapping[str, str], written: Mapping[str, Entry]
 ) -> Setting | None:
@@ -455,7 +448,7 @@ def _given(cli: Mapping[str, Any]) -> dict[str, Any]:
     names = _names()
     for key in cli:
         if key not in names:
-            raise ConfigError(f"There is no option {key!r}.{nearest(key, names)}", param=key)
+            raise ConfigError(f"There is no option {key!r}.{did_you_mean(nearest(key, names))}", param=key)
     return {names[key]: value for key, value in cli.items() if value is not None}
 
 
@@ -466,7 +459,9 @@ def _written(path: Path) -> dict[str, Entry]:
         word = key.replace("-", "_")
         if word not in names:
             spelled = [name.replace("_", "-") for name in names] if "-" in key else names
-            raise ConfigError(f"{entry.where}: there is no option {key!r}.{nearest(key, spelled)}", param=key)
+            raise ConfigError(
+                f"{entry.where}: there is no option {key!r}.{did_you_mean(nearest(key, spelled))}", param=key
+            )
         if names[word] in found:
             raise ConfigError(f"{entry.where}: {key} is given twice, by two of its names.", param=key)
         found[names[word]] = entry
@@ -504,7 +499,7 @@ def load_settings(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) 
     known = {CONFIG_VARIABLE, *(option.env for option in OPTIONS.values())}
     for name in env:
         if name.startswith(PREFIX) and name not in known:
-            raise ConfigError(f"Unknown environment variable {name}.{nearest(name, known)}", param=name)
+            raise ConfigError(f"Unknown environment variable {name}.{did_you_mean(nearest(name, known))}", param=name)
     given = dict(cli)
     file = given.pop("config", None) or env.get(CONFIG_VARIABLE)
     written = _written(Path(file)) if file else {}

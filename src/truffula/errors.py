@@ -32,6 +32,7 @@ the numbers that matter. No layer below ``server/`` knows an HTTP status: the ta
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import msgspec
@@ -176,3 +177,16 @@ def from_info(info: ErrorInfo) -> TruffulaError:
         error.code = info.code  # type: ignore[misc]  # a newer peer's code must survive the trip
         return error
     return cls(info.message, param=info.param, **info.data)
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The most similar of the ``known`` words; None where none is. ``cutoff``: the least similarity, 0 to 1."""
+    import difflib  # needed for errors only
+
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def did_you_mean(meant: object | None) -> str:
+    """`` Did you mean X?``, to follow the sentence that says what is unknown; "" for None."""
+    return "" if meant is None else f" Did you mean {meant}?"

@@ -121,7 +121,7 @@ def test_settings_are_shown_changed_and_checked(chat: Run) -> None:
 
 def test_the_first_error_ends_a_chat_from_a_pipe(chat: Run) -> None:
     for line, words in (
-        ("/adapter lef", "There is no adapter 'lef'. Did you mean 'leaf'?"),
+        ("/adapter lef", "There is no adapter 'lef'. Did you mean leaf?"),
         ("/sytem x", "There is no command /sytem. Did you mean /system?"),
         ("/etc/passwd", "begin with //"),
     ):

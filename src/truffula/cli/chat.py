@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +14,15 @@ from truffula.cli.chat_models import BASE, ChatModel, split_adapter
 from truffula.cli.line_editor import LineEditor
 from truffula.cli.output import fail, note, write
 from truffula.config import state_folder
-from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TemplateError, TruffulaError
+from truffula.errors import (
+    AdapterNotFound,
+    ConfigError,
+    InvalidRequest,
+    TemplateError,
+    TruffulaError,
+    did_you_mean,
+    nearest,
+)
 from truffula.types import SamplingParams, TextDelta
 
 FENCE = '"""'
@@ -161,8 +168,7 @@ class Chat:
     def _command(self, word: str) -> Command:
         by_name = {name: command for command in self._commands for name in (command.name, *command.aliases)}
         if word not in by_name:
-            near = difflib.get_close_matches(word, by_name, n=1)
-            meant = f" Did you mean {near[0]}?" if near else ""
+            meant = did_you_mean(nearest(word, by_name))
             raise InvalidRequest(
                 f"There is no command {word}.{meant} /help lists them; begin with // to send a message with a slash."
             )
@@ -181,8 +187,7 @@ class Chat:
             note(f"{self.adapter} answers; there are {', '.join(names)}.")
             return
         if rest not in names:
-            near = difflib.get_close_matches(rest, names, n=1)
-            meant = f" Did you mean {near[0]!r}?" if near else ""
+            meant = did_you_mean(nearest(rest, names))
             raise AdapterNotFound(
                 f"There is no adapter {rest!r}.{meant} There are {', '.join(names)}; /load [NAME=]FOLDER adds one.",
                 param="adapter",
@@ -215,11 +220,8 @@ class Chat:
     def _changed(self, name: str, value: str) -> SamplingParams:
         kind = SETTINGS.get(name)
         if kind is None:
-            near = difflib.get_close_matches(name, SETTINGS, n=1)
-            raise InvalidRequest(
-                f"There is no setting {name!r}.{f' Did you mean {near[0]}?' if near else ''} There are "
-                f"{', '.join(SETTINGS)}."
-            )
+            meant = did_you_mean(nearest(name, SETTINGS))
+            raise InvalidRequest(f"There is no setting {name!r}.{meant} There are {', '.join(SETTINGS)}.")
         try:
             parsed = None if value == "none" and name in ("max_tokens", "seed") else kind(value)
         except ValueError:

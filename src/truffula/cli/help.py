@@ -3,7 +3,6 @@ with ours."""
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 import textwrap
@@ -14,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from truffula.cli.foreign_flags import FOREIGN_COMMANDS, foreign_flag
+from truffula.errors import did_you_mean, nearest
 
 # Newer versions of typer contain click, older ones depend on it: the base of typer's class is the one in use.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -75,8 +75,7 @@ class Group(TyperGroup):
         if word not in self.commands and not word.startswith("-") and not ctx.resilient_parsing:
             if ctx.parent is None and word in FOREIGN_COMMANDS:
                 raise UsageError(FOREIGN_COMMANDS[word], ctx)
-            near = difflib.get_close_matches(word, self.commands, n=1)
-            raise UsageError(f"Unknown command {word}." + "".join(f" Did you mean {name}?" for name in near), ctx)
+            raise UsageError(f"Unknown command {word}.{did_you_mean(nearest(word, self.commands))}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -91,8 +90,8 @@ def usage_message(error: Any) -> str:
         own = {
             name.lstrip("-"): name for param in context.command.params if _is_option(param) for name in _names(param)
         }
-        near = difflib.get_close_matches(unknown.lstrip("-"), own, n=1)
-        text = f"Unknown option {unknown}." + "".join(f" Did you mean {own[word]}?" for word in near)
+        near = nearest(unknown.lstrip("-"), own)
+        text = f"Unknown option {unknown}.{did_you_mean(near and own[near])}"
     else:
         text = " ".join(error.format_message().split())
     text = text if text.endswith((".", "?")) else f"{text}."

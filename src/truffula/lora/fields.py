@@ -7,14 +7,13 @@ is refused unless its value is null, false, 0 or empty: then it can't have chang
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from truffula.errors import AdapterError
+from truffula.errors import AdapterError, did_you_mean, nearest
 from truffula.lora.foreign import MLX
 from truffula.lora.roots import other_part
 
@@ -212,8 +211,7 @@ def refuse_method(name: str) -> AdapterError:
     if name in _METHODS:
         what = f"peft_type {name}: {_METHODS[name]}. truffula serves LORA; train with LoraConfig, or {MERGE}."
     else:
-        close = difflib.get_close_matches(name.upper(), ("LORA", *_METHODS), 1, 0.6)
-        meant = f" Did you mean {close[0]}?" if close else ""
+        meant = did_you_mean(nearest(name.upper(), ("LORA", *_METHODS)))
         what = (
             f"peft_type {name} is none of PEFT's methods.{meant} truffula serves LORA; recognised, and refused, are "
             f"{', '.join(sorted(_METHODS))}."

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from truffula.errors import AdapterError
+from truffula.errors import AdapterError, did_you_mean, nearest
 from truffula.lora.place import CONFIG, PICKLE, TENSORS
 
 MLX = (
@@ -178,8 +177,8 @@ def close_path(path: Path) -> str:
         beside = [near.name for near in path.parent.iterdir() if near.is_dir()]
     except OSError:
         return ""
-    close = difflib.get_close_matches(path.name, beside, 1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
+    near = nearest(path.name, beside)
+    return did_you_mean(near and path.parent / near)
 
 
 def latest_first(names: Iterable[str]) -> list[str]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
-from truffula.errors import TruffulaError
+from truffula.errors import TruffulaError, nearest
 from truffula.server.errors import NoClassification, NoEmbeddings, UnknownPath
 
 _CHAT = "use POST /v1/chat/completions"
@@ -92,5 +91,4 @@ def _nearest(path: str, served: Collection[str]) -> str | None:
     for guess in (plain, f"/v1{bare}", bare):
         if guess in served:
             return guess
-    found = difflib.get_close_matches(plain, [one for one in served if len(one) > 1], n=1, cutoff=0.75)
-    return found[0] if found else None
+    return nearest(plain, (one for one in served if len(one) > 1), cutoff=0.75)

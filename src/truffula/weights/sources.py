@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
-from truffula.errors import MissingDependency, ModelNotFound
+from truffula.errors import MissingDependency, ModelNotFound, did_you_mean, nearest
 from truffula.types import Progress
 from truffula.weights.hub import download_model, is_hub_name
 from truffula.weights.packages import ALIASES, fetch_package, own_cache
@@ -59,10 +58,9 @@ def _not_here(source: str) -> str:
     """That there is no such path, what may have been meant, and the aliases."""
     path = Path(source).expanduser()
     where = "" if path.is_absolute() else " here"
-    likely = difflib.get_close_matches(source.lower(), ALIASES, n=1) or [
-        str(path.parent / name) for name in difflib.get_close_matches(path.name, _models_in(path.parent), n=1)
-    ]
-    meant = f" Did you mean {likely[0]}?" if likely else ""
+    alias = nearest(source.lower(), ALIASES)
+    beside = None if alias else nearest(path.name, _models_in(path.parent))
+    meant = did_you_mean(alias or (beside and path.parent / beside))
     return f"There is no file or folder {source!r}{where}.{meant} Aliases: {', '.join(ALIASES)}."
 
 
