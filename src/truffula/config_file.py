@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import ConfigError, MissingDependency
+from truffula.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ def read_config_file(path: Path) -> Mapping[str, Entry]:
 
     Raises:
         ConfigError: The file cannot be read, is malformed, names an option twice, or is not a table.
-        MissingDependency: A YAML file, and PyYAML is not installed.
     """
     path = path.expanduser()
     reader = {".toml": _read_toml, ".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}.get(
@@ -88,12 +87,8 @@ def _read_json(path: Path, text: str) -> Any:
 
 
 def _read_yaml(path: Path, text: str) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise MissingDependency(
-            f"Reading {path} needs PyYAML: pip install pyyaml, or write the file as TOML.", param="config"
-        ) from error
+    import yaml
+
     try:
         # The loader keeps the last of two equal keys without a word, so the keys are compared before.
         _refuse_equal_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))

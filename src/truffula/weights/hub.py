@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import MissingDependency, ModelNotFound, TruffulaError
+from truffula.errors import ModelNotFound, TruffulaError
 from truffula.types import Progress
+from truffula.weights.text_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,7 @@ HUB_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TOKENIZER_FILES,
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)/(?P<file>.+\.gguf)")
@@ -176,17 +172,11 @@ def download_model(
 ) -> Path:
     """The folder or ``.gguf`` file of a repository of the Hub, downloaded or from the library's cache.
 
-    Raises:
-        MissingDependency: The library is not installed.
-        ModelNotFound: Whatever went wrong; its message is a clause that continues "from the Hub: ".
+    Raises ``ModelNotFound`` whatever went wrong; its message is a clause that continues "from the Hub: ".
     """
-    try:
-        import huggingface_hub
-        from huggingface_hub import constants
-    except ImportError as error:
-        raise MissingDependency(
-            "huggingface_hub is not installed: `pip install huggingface_hub`", param="model"
-        ) from error
+    import huggingface_hub
+    from huggingface_hub import constants
+
     common: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": offline}
     if progress is not None:
         common["tqdm_class"] = byte_progress(progress)

