@@ -508,6 +508,11 @@ def load_settings(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) 
     return tuple(setting for setting in found if setting is not None)
 
 
+def load_setting(name: str, given: Any = None) -> Setting:
+    """One option by its short name, for a command that takes no others: ``given``, or as ``load_settings`` finds it."""
+    return next(setting for setting in load_settings({name: given}) if setting.option.name == name)
+
+
 def _no_model(env: Mapping[str, str]) -> ConfigError:
     text = f"No model was given. Name one, as in `truffula serve smollm2`, or set {PREFIX}MODEL."
     for name, server in _MODEL_VARIABLES.items():

@@ -53,7 +53,7 @@ def test_models_of_the_hubs_cache(tmp_path: Path) -> None:
     cached(tmp_path, "org/sharded", {"config.json": b"{}", **shards})
     gguf = cached(tmp_path, "org/quants", {"q4.gguf": b"GGUF", "sub/q8.gguf": b"GGUF8"})
     cached(tmp_path, "org/cut", {"config.json": b"{}", "model-00001-of-00002.safetensors": b"12"})
-    cached(tmp_path, "org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"12"})
+    leaf = cached(tmp_path, "org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"12"})
     cached(tmp_path, "org/branch", {"config.json": b"{}", "model.safetensors": b"123"}, ref="old")
     cached(tmp_path, "org/data", {"config.json": b"{}", "model.safetensors": b"123"}, kind="datasets")
     found = [model for model in cached_models(tmp_path) if model.kind == "hub"]
@@ -63,5 +63,6 @@ def test_models_of_the_hubs_cache(tmp_path: Path) -> None:
         CachedModel("org/quants/sub/q8.gguf", "hub", gguf / "sub" / "q8.gguf", 5, "GGUF file"),
         CachedModel("org/sharded", "hub", tmp_path / "models--org--sharded" / "snapshots" / COMMIT, 6, "model folder"),
     ]
+    assert cached_models(tmp_path)[-1] == CachedModel("org/adapter", "adapter", leaf, 4, "--adapter NAME=org/adapter")
     for model in found:  # each name is one that the commands take
         assert resolve_source(model.name, cache_dir=tmp_path, offline=True) == model.path

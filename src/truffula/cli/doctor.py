@@ -162,10 +162,10 @@ def _packages() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    from truffula.config import load_settings
+    from truffula.config import load_setting
     from truffula.kernels.select import backend_names, fallback_warning, select_backend
 
-    isa = next(s.value for s in load_settings({}) if s.option.name == "cpu_isa")
+    isa = load_setting("cpu_isa").value
     findings = []
     for name in backend_names():
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,13 @@ from typing import Any
 from rich.markup import escape
 
 from truffula.cli.output import nbytes, out, print_table, progress, table
-from truffula.config import load_settings, require_paths
+from truffula.config import load_setting, require_paths
 from truffula.weights.cache import cached_models
 
 
 def _setting(name: str, given: Any = None) -> Any:
     """The value of one option: ``given``, or what environment and configuration file say."""
-    setting = next(s for s in load_settings({name: given}) if s.option.name == name)
+    setting = load_setting(name, given)
     require_paths([setting])
     return setting.value
 
@@ -25,7 +24,7 @@ def _setting(name: str, given: Any = None) -> Any:
 def run_list(cache_dir: Path | None, *, as_json: bool) -> None:
     """Print the aliases, then the models and the adapters in the Hub's cache."""
     folder = _setting("cache_dir", cache_dir)
-    rows = [*map(asdict, cached_models(folder)), *_cached_adapters(folder)]
+    rows = list(map(asdict, cached_models(folder)))
     if as_json:
         out().print_json(json.dumps(rows, default=str))
         return
@@ -45,25 +44,3 @@ def run_pull(model: str, revision: str | None, cache_dir: Path | None) -> None:
     with progress() as report:
         path = resolve_source(model, cache_dir=folder, offline=offline, revision=revision, progress=report)
     out().print(str(path), markup=False)
-
-
-def _cached_adapters(cache_dir: Path | None) -> Iterator[dict[str, Any]]:
-    """The adapters in the Hub's cache, of the commit that ``main`` names, with the fields of a ``CachedModel``."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        found = scan_cache_dir(cache_dir)
-    except CacheNotFound:
-        return
-    for repo in sorted(found.repos, key=lambda repo: str(repo.repo_id)):
-        for revision in repo.revisions:
-            names = {file.file_name for file in revision.files}
-            if "main" in revision.refs and {"adapter_config.json", "adapter_model.safetensors"} <= names:
-                yield {
-                    "name": repo.repo_id,
-                    "kind": "adapter",
-                    "path": revision.snapshot_path,
-                    "nbytes": revision.size_on_disk,
-                    "description": f"--adapter NAME={repo.repo_id}",
-                }

@@ -54,4 +54,4 @@ def _state(server: ServerClient) -> dict[str, Any]:
             **{name: int(values[series]) for name, series in counts.items()},
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise server.stranger("/info") from error
+        raise server.not_truffula("/info") from error

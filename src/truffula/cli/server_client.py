@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from truffula.config import load_setting
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
 
 if TYPE_CHECKING:
@@ -25,16 +26,9 @@ def server_address(url: str | None, port: int | None) -> str:
     if url is not None and port is not None:
         raise ConfigError(f"--url is {url!r} and --port is {port}; give one of them.", param="url")
     if url is None:
-        return f"http://127.0.0.1:{_serve_option('port') if port is None else port}"
+        return f"http://127.0.0.1:{load_setting('port', port).value}"
     url = url if "://" in url else f"http://{url}"
     return url.rstrip("/").removesuffix("/v1")
-
-
-def _serve_option(name: str) -> Any:
-    """The value that ``serve`` would take for an option that the command line does not give."""
-    from truffula.config import load_settings
-
-    return next(setting.value for setting in load_settings({}) if setting.option.name == name)
 
 
 class ServerClient:
@@ -47,7 +41,7 @@ class ServerClient:
     def __init__(self, url: str, api_key: str | None = None) -> None:
         import httpx
 
-        keys = _serve_option("api_keys") if api_key is None else (api_key,)
+        keys = load_setting("api_keys").value if api_key is None else (api_key,)
         self.url = url
         self._has_key = bool(keys)
         headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
@@ -69,7 +63,7 @@ class ServerClient:
         try:
             return answer.json()
         except ValueError as error:
-            raise self.stranger(path) from error
+            raise self.not_truffula(path) from error
 
     def text(self, path: str) -> str:
         """The text that ``path`` answers with."""
@@ -87,10 +81,10 @@ class ServerClient:
         found = self.call("GET", "/v1/models")
         rows = found.get("data") if isinstance(found, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
-            raise self.stranger("/v1/models")
+            raise self.not_truffula("/v1/models")
         return rows
 
-    def stranger(self, path: str) -> ConfigError:
+    def not_truffula(self, path: str) -> ConfigError:
         """The error for an answer that another program gave."""
         return ConfigError(f"The answer of {self.url}{path} is not a truffula server's: check --url.", param="url")
 
@@ -106,7 +100,7 @@ class ServerClient:
                 try:
                     frame = json.loads(data)
                 except ValueError as error:
-                    raise self.stranger(path) from error
+                    raise self.not_truffula(path) from error
                 if "error" in frame:
                     raise _as_error(frame, answer.status_code, data)
                 yield frame

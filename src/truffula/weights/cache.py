@@ -1,4 +1,4 @@
-"""The models that can be served without naming a path: the aliases, and what the Hub's cache holds."""
+"""What can be used without naming a path: the aliases, and the models and adapters in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -15,42 +15,40 @@ _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A model by the ``name`` that every command takes.
+    """A model or an adapter by the ``name`` that every command takes.
 
     ``path`` is its folder or ``.gguf`` file; None for an alias that was not fetched yet. ``nbytes`` is the size on
     disk, fetched or not.
     """
 
     name: str
-    kind: Literal["alias", "hub"]
+    kind: Literal["alias", "hub", "adapter"]
     path: Path | None
     nbytes: int
     description: str
 
 
 def cached_models(cache_dir: Path | None) -> list[CachedModel]:
-    """Every alias, then the models in the Hub's cache by name. Asks no network.
+    """Every alias, then the models in the Hub's cache by name, then its adapters. Asks no network.
 
     Args:
         cache_dir: As for ``resolve_source``: None is the Hub library's own cache and ``~/.cache/truffula``.
 
     Of a repository in the Hub's cache, the commit that ``main`` names is listed, as a folder (config.json and
-    safetensors) or one entry for each ``.gguf`` file. Adapters, data sets and incomplete downloads are not listed.
+    safetensors), an adapter, or one entry for each ``.gguf`` file. Data sets and incomplete downloads are not listed.
     """
     own = own_cache(cache_dir)
     aliases = [
         CachedModel(name, "alias", cached_package(model, own), model.nbytes, model.description)
         for name, model in ALIASES.items()
     ]
-    return [*aliases, *sorted(_hub_models(cache_dir), key=lambda model: model.name)]
+    return [*aliases, *sorted(_hub_models(cache_dir), key=lambda model: (model.kind == "adapter", model.name))]
 
 
 def _hub_models(cache_dir: Path | None) -> Iterator[CachedModel]:
-    try:
-        from huggingface_hub import scan_cache_dir
-        from huggingface_hub.errors import CacheNotFound
-    except ImportError:  # an extra: without it nothing from the Hub can be served
-        return
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
     try:
         found = scan_cache_dir(cache_dir)
     except CacheNotFound:
@@ -63,7 +61,7 @@ def _hub_models(cache_dir: Path | None) -> Iterator[CachedModel]:
 
 
 def _models_of(repo_id: str, revision: Any) -> Iterator[CachedModel]:
-    """What a cached commit holds: a model folder, GGUF files, or neither."""
+    """What a cached commit holds: a model folder, an adapter, GGUF files, or nothing of these."""
     sizes = {str(file.file_path.relative_to(revision.snapshot_path)): file.size_on_disk for file in revision.files}
     for name in sizes:
         if name.endswith(".gguf"):
@@ -72,3 +70,6 @@ def _models_of(repo_id: str, revision: Any) -> Iterator[CachedModel]:
     complete = "model.safetensors" in sizes or (bool(shards) and len(shards) == int(shards[0][1]))
     if "config.json" in sizes and complete:
         yield CachedModel(repo_id, "hub", revision.snapshot_path, revision.size_on_disk, "model folder")
+    if {"adapter_config.json", "adapter_model.safetensors"} <= sizes.keys():
+        usage = f"--adapter NAME={repo_id}"
+        yield CachedModel(repo_id, "adapter", revision.snapshot_path, revision.size_on_disk, usage)
