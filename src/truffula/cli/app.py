@@ -84,9 +84,9 @@ def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
     resolved = resolve(options, model=model)
     require_paths(resolved.settings)
     if resolved.server.chat_template is not None:
-        from truffula.cli.template_file import check_template
+        from truffula.text.chat_template import read_template
 
-        check_template(resolved.server.chat_template)
+        read_template(resolved.server.chat_template)  # report a mistake in it before anything is loaded
     launch(resolved)
 
 

@@ -20,10 +20,11 @@ from truffula.metrics import Metrics
 from truffula.server.app import create_app
 from truffula.server.launch import adapter_policy, begin_engine
 from truffula.service import AsyncService, ServiceLimits
-from truffula.service.files import LoadedTexts, load_texts, without_tokenizer
+from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
+from truffula.text.chat_template import read_template
 from truffula.text.ends import describe
 from truffula.types import EngineInfo, FileStamp, SamplingParams
-from truffula.weights.watch import require_loaded, same_texts, stamp, text_stamped
+from truffula.weights.watch import same_texts, stamp, text_stamped
 
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
 log = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ class _Read:
     path: Path
     stamps: tuple[FileStamp, ...]
 
-    def is_of(self, path: Path, info: EngineInfo) -> bool:
-        """Whether it was read of the files that the engine has loaded from ``path``."""
-        return self.path == path and same_texts(path, info.files, self.stamps)
+    def is_of(self, info: EngineInfo) -> bool:
+        """Whether these are the texts of the files that the engine has loaded."""
+        return str(self.path) == info.details.get("path") and same_texts(self.path, info.files, self.stamps)
 
 
 def _read(path: Path) -> _Read:
@@ -86,11 +87,7 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
     client = opening.client()
     with ExitStack() as undo:
         undo.callback(client.close)
-        path = client.info.details.get("path")
-        if path is not None and (read is None or not read.is_of(Path(path), client.info)):
-            read = _read(Path(path))
-            require_loaded(read.path, client.info.files, read.stamps)
-        texts = LoadedTexts() if read is None else read.texts
+        texts = read.texts if read is not None and read.is_of(client.info) else texts_of(client.info)
         generation = texts.generation_config if config.generation_defaults else {}
         limits = ServiceLimits(
             max_choices=max(config.max_n, config.max_best_of),
@@ -108,14 +105,6 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         undo.pop_all()
     warnings = policy.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
     return Started(service, app, lambda: announce(resolved, service.info, policy, url, warnings))
-
-
-def read_template(path: Path) -> str:
-    """The operator's own chat template. Raises ``ConfigError`` when it cannot be read as text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The chat template {path} cannot be read: {error}.", param="chat_template") from error
 
 
 def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from jinja2 import meta
 
-from truffula.errors import InvalidRequest, TemplateError
+from truffula.errors import ConfigError, InvalidRequest, TemplateError
 from truffula.text.growth import LimitExceeded, Meter
 from truffula.text.sandbox import MeteredEnvironment
 from truffula.text.template_probe import Kind, Place, Words
@@ -194,10 +195,6 @@ class ChatTemplates:
                 self._reads[source] = reads
         return tuple(name for name in variables if name not in reads)
 
-    def compile(self, source: str) -> None:
-        """Raise ``TemplateError`` where ``source`` is not valid Jinja."""
-        self._template(source)
-
     def _template(self, source: str) -> jinja2.Template:
         found = self._compiled.get(source)
         if found is None:
@@ -238,6 +235,18 @@ class ChatTemplates:
             # A template is foreign code: whatever it raises is a fault of this request's messages or of the template.
             raise TemplateError(f"The chat template failed: {error}", param="messages") from error
         return "".join(parts)
+
+
+def read_template(path: Path) -> str:
+    """The operator's own template. Raises ``ConfigError`` where the file is no text or no valid Jinja."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        ChatTemplates({}, {})._template(source)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The chat template {path} cannot be read: {error}.", param="chat_template") from error
+    except TemplateError as error:
+        raise ConfigError(f"{path}: {error.message}", param="chat_template") from error
+    return source
 
 
 def conversation(messages: Any, *, knows_developer: bool) -> list[dict[str, Any]]:
