@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,19 @@ def test_loading_failures_are_listed_for_the_operator(admin: Live, folders: dict
     assert admin.client.post("/v1/completions", json=body, headers=headers).status_code == 400
     found = rows(admin, "--api-key", KEY)["broken"]
     assert found["status"] == "failed" and "LOHA" in found["error"]
+
+
+def test_an_adapter_that_is_gone_does_not_end_the_list(admin: Live, folders: dict[str, Path]) -> None:
+    """Names are listed for a second; one whose file was removed meanwhile has no source."""
+    leaving = folders["in-dir"].parent / "leaving"
+    shutil.copytree(folders["in-dir"], leaving)
+    assert rows(admin, "--api-key", KEY)["leaving"]["source"] == str(leaving)
+    headers = {"authorization": f"Bearer {KEY}"}
+    listed = {row["id"] for row in ok(admin.client.get("/v1/adapters", headers=headers))["data"]}
+    (leaving / "adapter_config.json").unlink()
+    left = {row["id"]: row for row in ok(admin.client.get("/v1/adapters", headers=headers))["data"]}
+    assert listed - {"leaving"} == left.keys() - {"leaving"}
+    assert left.get("leaving", {"source": None})["source"] is None
 
 
 def test_load_and_unload(admin: Live, folders: dict[str, Path]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ def describe_folder(folder: Path) -> tuple[str, str] | None:
 
     Looks at names, and at those of its subfolders. Raises ``OSError`` when it can't be listed.
     """
-    names = set(os.listdir(folder))
+    names = {path.name for path in folder.iterdir()}
     return None if names.issuperset(_PAIR_FILES) else describe_names(names, subfolders_with_adapters(folder))
 
 

@@ -205,7 +205,9 @@ class AdapterPolicy:
             if lacking is None:
                 inside = folder.name in listed or self._in_dir(folder.name) is not None
                 return None if inside else f"its files are links that lead out of {self._dir}"
-            meant = looks_like_adapter(os.listdir(folder)) or bool(subfolders_with_adapters(folder))
+            meant = looks_like_adapter({path.name for path in folder.iterdir()}) or bool(
+                subfolders_with_adapters(folder)
+            )
         except OSError as error:
             return f"it cannot be read: {error.strerror or error}"
         return lacking[0] if meant else None

@@ -4,6 +4,7 @@ list of adapters with what the engine knows of each, which tells where they lie 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.sources import AdapterPolicy, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
-from truffula.server.state import ServerState, state_of
+from truffula.server.state import state_of
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 
@@ -42,17 +43,17 @@ async def list_adapters(request: Request) -> Response:
         before = known.get(found.name)
         if before is None or STATUSES.index(found.status) < STATUSES.index(before.status):
             known[found.name] = found
-    rows = [await _row(state, name, known.get(name)) for name in await state.adapter_names()]
-    return json_reply({"object": "list", "data": rows})
+    names = await state.adapter_names()
+    sources = await state.adapter_sources(names) if state.config.adapter_admin else None
+    return json_reply({"object": "list", "data": [_row(name, known.get(name), sources) for name in names]})
 
 
-async def _row(state: ServerState, name: str, found: AdapterState | None) -> dict[str, Any]:
+def _row(name: str, found: AdapterState | None, sources: Mapping[str, str] | None) -> dict[str, Any]:
     row: dict[str, Any] = {"id": name, "status": "not loaded", "rank": None, "size_bytes": None}
     if found is not None:
         row |= {"status": found.status, "rank": found.rank or None, "size_bytes": found.nbytes or None}
-    if state.config.adapter_admin:
-        ref = await state.adapter(name)
-        row["source"] = None if ref is None else ref.locator
+    if sources is not None:
+        row["source"] = sources.get(name)
         row["error"] = None if found is None or found.error is None else found.error.message
     return row
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,11 +69,26 @@ class ServerState:
         if not name or name == self.model_id:
             return None
         try:
-            if name in self.loaded and source in (None, "local"):
-                return await self.service.in_thread(self.loaded[name].resolve, name)
-            return await self.service.in_thread(self.service.resolve_adapter, name, source)
+            return await self.service.in_thread(self._resolve, name, source)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
+
+    def _resolve(self, name: str, source: str | None = None) -> AdapterRef | None:
+        loaded = self.loaded.get(name) if source in (None, "local") else None
+        return self.service.resolve_adapter(name, source) if loaded is None else loaded.resolve(name)
+
+    async def adapter_sources(self, names: Iterable[str]) -> dict[str, str]:
+        """Name → folder or Hub id of the adapters that are still there."""
+
+        def look() -> dict[str, str]:
+            found = {}
+            for name in names:
+                with contextlib.suppress(AdapterNotFound):  # removed since it was listed
+                    if (ref := self._resolve(name)) is not None:
+                        found[name] = ref.locator
+            return found
+
+        return await self.service.in_thread(look)
 
     def _not_found(self, name: str, error: AdapterNotFound) -> AdapterNotFound:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
