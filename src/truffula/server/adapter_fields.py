@@ -20,54 +20,55 @@ EMPTY: tuple[Any, ...] = ("", False, [], {}, [""])
 
 @dataclass(frozen=True, slots=True)
 class AdapterField:
-    """``servers`` use the field. ``names_one``: a string in it is an adapter's name, and is honoured as one.
+    """``names_one``: a string in the field is an adapter's name, and is honoured as one.
 
     ``neutral`` are values without effect beside an adapter that is named elsewhere.
     """
 
-    servers: str
     names_one: bool = True
     neutral: tuple[Any, ...] = ()
 
 
-_WEIGHT = (1, [1])
-_NEAR = AdapterField("no known server; near the names above")
-_SCALE = AdapterField("no known server; near llama.cpp's scale", names_one=False, neutral=_WEIGHT)
+_NAME = AdapterField()
+_OTHER = AdapterField(names_one=False)
+_SCALE = AdapterField(names_one=False, neutral=(1, [1]))
 ADAPTER_FIELDS: Mapping[str, AdapterField] = MappingProxyType(
     {
-        "adapter_id": AdapterField("LoRAX, TGI"),
-        "adapter_name": AdapterField("a request of predibase/lorax#777"),
-        "adapter_path": AdapterField("mlx-omni-server"),
-        "adapter": AdapterField("DJL Serving, mlx_lm"),
-        "adapters": AdapterField("mlx_lm.server, mistral.rs, DJL Serving"),
-        "lora": AdapterField("llama.cpp, which takes a list of ids and scales"),
-        "lora_path": AdapterField("SGLang"),
-        "lora_name": AdapterField("vLLM's administration, Triton's vLLM backend"),
-        "lora_modules": AdapterField("vLLM's start option"),
-        "active_adapter": AdapterField("peft"),
-        "active_adapters": AdapterField("peft"),
-        "adapter_names": AdapterField("peft's generate"),
-        "adapter_ids": _NEAR,
-        "adapter_model": _NEAR,
-        "lora_adapter": _NEAR,
-        "lora_adapters": _NEAR,
-        "lora_id": _NEAR,
-        "lora_ids": _NEAR,
-        "lora_model": _NEAR,
-        "lora_model_id": _NEAR,
-        "lora_names": _NEAR,
-        "lora_paths": _NEAR,
-        "loras": _NEAR,
-        "peft": _NEAR,
-        "peft_model": _NEAR,
-        "peft_model_id": _NEAR,
-        "lora_request": AdapterField("vLLM's LLM.generate", names_one=False),
-        "lora_int_id": AdapterField("vLLM's LoRARequest", names_one=False),
-        "lora_local_path": AdapterField("vLLM's LoRARequest", names_one=False),
-        "lora_task_id": AdapterField("TensorRT-LLM", names_one=False),
-        "lora_config": AdapterField("TensorRT-LLM", names_one=False),
-        "merged_adapters": AdapterField("LoRAX", names_one=False),
-        "lora_weights": AdapterField("TensorRT-LLM", names_one=False, neutral=_WEIGHT),
+        "adapter_id": _NAME,  # LoRAX, TGI
+        "adapter_name": _NAME,  # a request of predibase/lorax#777
+        "adapter_path": _NAME,  # mlx-omni-server
+        "adapter": _NAME,  # DJL Serving, mlx_lm
+        "adapters": _NAME,  # mlx_lm.server, mistral.rs, DJL Serving
+        "lora": _NAME,  # llama.cpp, which takes a list of ids and scales
+        "lora_path": _NAME,  # SGLang
+        "lora_name": _NAME,  # vLLM's administration, Triton's vLLM backend
+        "lora_modules": _NAME,  # vLLM's start option
+        "active_adapter": _NAME,  # peft
+        "active_adapters": _NAME,  # peft
+        "adapter_names": _NAME,  # peft's generate
+        # No known server has these; they are near the names above.
+        "adapter_ids": _NAME,
+        "adapter_model": _NAME,
+        "lora_adapter": _NAME,
+        "lora_adapters": _NAME,
+        "lora_id": _NAME,
+        "lora_ids": _NAME,
+        "lora_model": _NAME,
+        "lora_model_id": _NAME,
+        "lora_names": _NAME,
+        "lora_paths": _NAME,
+        "loras": _NAME,
+        "peft": _NAME,
+        "peft_model": _NAME,
+        "peft_model_id": _NAME,
+        "lora_request": _OTHER,  # vLLM's LLM.generate
+        "lora_int_id": _OTHER,  # vLLM's LoRARequest
+        "lora_local_path": _OTHER,  # vLLM's LoRARequest
+        "lora_task_id": _OTHER,  # TensorRT-LLM
+        "lora_config": _OTHER,  # TensorRT-LLM
+        "merged_adapters": _OTHER,  # LoRAX
+        "lora_weights": _SCALE,  # TensorRT-LLM
+        # No known server has these; they are near llama.cpp's scale.
         "lora_weight": _SCALE,
         "lora_scale": _SCALE,
         "lora_scales": _SCALE,
@@ -100,7 +101,7 @@ def adapter_named(place: str, name: str, value: Any, use: str) -> str | None:
     Raises ``InvalidRequest`` for ids, weights and several adapters, and for a field that is not of the table: ``place``
     is where the field stands, ``use`` the field that names an adapter on this route.
     """
-    row = _BY_SQUEEZED.get(squeezed(name), AdapterField("", names_one=False))
+    row = _BY_SQUEEZED.get(squeezed(name), _OTHER)
     if is_neutral(value, EMPTY + row.neutral):
         return None
     one = value[0] if isinstance(value, list) and len(value) == 1 else value
