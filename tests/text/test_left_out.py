@@ -112,6 +112,29 @@ def test_only_the_messages_that_are_left_out_are_named() -> None:
     assert left_out(template, [{"role": "user", "content": "Hi"}, {"role": "tool", "content": " "}]) == []
 
 
+USERS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template", [USERS, f"Be kind. {USERS}", PLAIN, f"Be kind. {PLAIN}", "{{ messages | tojson }}"]
+)
+@pytest.mark.parametrize("system", ["Be kind.", " Be kind.\n", "Hi", 'a "quoted" word'])
+@pytest.mark.parametrize("user", ["Hi", "Hi. Be kind."])
+def test_the_prompt_at_hand_gives_the_same_answer(template: str, system: str, user: str) -> None:
+    """Where the template has the system message's words itself, or the user says them, they prove nothing."""
+    talk = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+    prompt = ChatTemplates({"default": template}, {}).render(talk)
+    expected = [("system message", "messages[0].content")] if USERS in template else []
+    assert left_out(template, talk, prompt=prompt) == left_out(template, talk) == expected
+
+
+def test_a_system_message_that_is_in_the_prompt_is_not_asked_about() -> None:
+    template = "{% if 'kind' in messages[0].content %}{{ messages[0].content }}{% endif %}"
+    prompt = ChatTemplates({"default": template}, {}).render(TALK[:1])
+    assert left_out(template, TALK[:1]) == [("system message", "messages[0].content")], "no word is kind"
+    assert left_out(template, TALK[:1], prompt=prompt) == []
+
+
 def test_a_role_of_another_name_counts_too() -> None:
     users = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     talk = [{"role": "developer", "content": "x"}, {"role": "function", "name": "f", "content": "5"}]

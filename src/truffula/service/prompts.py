@@ -75,8 +75,8 @@ _FIELDS: Mapping[Kind, str] = {
 }
 
 
-def left_out(request: GenerateRequest, templates: ChatTemplates) -> tuple[str, ...]:
-    """Names of what the request holds and the chat template does not use.
+def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) -> tuple[str, ...]:
+    """Names of what the request holds and the chat template does not use; ``prompt`` is what it made.
 
     Raises ``InvalidRequest`` for the result of a tool that would be missing from the prompt: the message is all there
     is of it, and the model would answer as if no tool had been called.
@@ -89,6 +89,7 @@ def left_out(request: GenerateRequest, templates: ChatTemplates) -> tuple[str, .
         documents=request.documents,
         template=request.chat_template,
         variables=request.template_kwargs,
+        prompt=prompt,
     )
     for place in found.places:
         if place.kind == "tool message":
@@ -112,7 +113,7 @@ def make_prompt(
     if request.messages is not None:
         need_tokenizer(tokenizer, info)
     text = prompt_text(request, templates)
-    ignored = left_out(request, templates)
+    ignored = left_out(request, templates, text or "")
     wants_pieces = request.echo or request.return_prompt_tokens or request.params.prompt_logprobs is not None
     pieces: list[TokenPiece] | None = None
     if text is not None:

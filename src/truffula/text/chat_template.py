@@ -14,7 +14,7 @@ from jinja2 import meta
 from truffula.errors import ConfigError, InvalidRequest, TemplateError
 from truffula.text.growth import LimitExceeded, Meter
 from truffula.text.sandbox import MeteredEnvironment
-from truffula.text.template_probe import Kind, Place, Words
+from truffula.text.template_probe import Kind, Place, Words, is_written_once_more
 
 MAX_SOURCE = 400_000
 MAX_DEPTH = 64
@@ -134,12 +134,14 @@ class ChatTemplates:
         documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        prompt: str = "",
     ) -> LeftOut:
         """What the template does not write into the prompt of these messages, and which variables it never mentions.
 
         Costs a second rendering where there is something that it might leave out, and one more for each kind that it
-        seems to. A template that refuses the words which are put in place of the texts reads them, so nothing counts as
-        left out.
+        seems to. ``prompt``, what was rendered of these messages, saves them for the usual conversation: one system
+        message, which is in the prompt as it is. A template that refuses the words which are put in place of the texts
+        reads them, so nothing counts as left out.
         """
         source = self.choose(template, with_tools=bool(tools))
         unread = self._unread(source, variables) if variables else ()
@@ -148,6 +150,10 @@ class ChatTemplates:
             words = Words(only)
             context = self._context(source, messages, tools, documents, variables, add_generation_prompt=True)
             words.put(context["messages"], context["tools"], context["documents"])
+            if [place.kind for place in words.places] == ["system message"]:
+                others = (message["content"] for message in context["messages"])
+                if is_written_once_more(words.places[0].text, prompt, (source, *others)):
+                    return []
             try:
                 return words.missing_from(self._run(source, context)) if words.places else []
             except TemplateError:

@@ -7,7 +7,7 @@ that text belongs to a place the template leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ Kind = Literal["tool message", "tool calls", "documents", "tools", "name", "syst
 
 @dataclass(frozen=True)
 class Place:
-    """Something of a conversation that must not get lost, with the word that stands for it."""
+    """A part of a conversation that must be in the prompt: its ``text``, and the word put in place of it."""
 
     word: str
     kind: Kind
     param: str
+    text: str
 
 
 class Words:
@@ -39,7 +40,7 @@ class Words:
         if self._only not in (None, kind):
             return text
         word = f"trufflprobe{len(self.places)}x"
-        self.places.append(Place(word, kind, param))
+        self.places.append(Place(word, kind, param, text))
         return word
 
     def put(
@@ -77,6 +78,12 @@ class Words:
         """The places whose word is not in ``text``, in whatever case it was written."""
         folded = text.casefold()
         return [place for place in self.places if place.word not in folded]
+
+
+def is_written_once_more(text: str, prompt: str, others: Iterable[str]) -> bool:
+    """Whether ``prompt`` holds ``text`` more often than all ``others`` that may be in it: one was put there for it."""
+    wanted = text.strip()
+    return prompt.count(wanted) > sum(other.count(wanted) for other in others)
 
 
 def has_text(value: Any) -> bool:
