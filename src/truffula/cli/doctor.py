@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from truffula.cli.output import nbytes, out, table
+from truffula.cli.output import out, table
+from truffula.config import format_size
 from truffula.errors import TruffulaError
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def _machine() -> list[Finding]:
         cpu_limit(cpu_limits()),
         Finding(
             "free memory",
-            nbytes(memory),
+            format_size(memory),
             "ok" if memory > 2e9 else "note",
             "" if memory > 2e9 else "choose a small model",
         ),

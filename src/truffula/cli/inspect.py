@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from truffula.cli.output import nbytes, out, progress, table, warn
-from truffula.config import OPTIONS
+from truffula.cli.output import out, progress, table, warn
+from truffula.config import OPTIONS, format_size
 from truffula.errors import CheckpointError, ConfigError, from_info
 
 if TYPE_CHECKING:
@@ -95,13 +95,13 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     shown = table("", "", title=str(path))
     for name, value in facts.items():
         label = LABELS.get(name, name.removesuffix("_bytes").replace("_", " "))
-        shown.add_row(label, escape(nbytes(value) if name.endswith("_bytes") else str(value)))
+        shown.add_row(label, escape(format_size(value) if name.endswith("_bytes") else str(value)))
     for index, end in enumerate(ends):
         shown.add_row("" if index else "ends at", escape(describe([end])))
     console.print(shown)
     stored_table = table("stored as", ">tensors", ">bytes", title="\nweights")
     for kind, sizes in sorted(kinds.items()):
-        stored_table.add_row(kind, str(len(sizes)), nbytes(sum(sizes)))
+        stored_table.add_row(kind, str(len(sizes)), format_size(sum(sizes)))
     console.print(stored_table)
     source = "metadata" if checkpoint.format == "gguf" else "config.json"
     config_table = table("key", "value", "what happens", title=f"\n{source}")
@@ -260,7 +260,7 @@ def _show_adapter(report: AdapterReport, path: Path, base: str | None) -> None:
     if report.error is None:
         against = f"compared with {base}" if base else "not compared with a base (give --base MODEL)"
         modules = f"{report.modules} module{'s' * (report.modules != 1)}"
-        out().print(f"\nrank {report.rank}, {modules}, {nbytes(report.nbytes)}; {escape(against)}")
+        out().print(f"\nrank {report.rank}, {modules}, {format_size(report.nbytes)}; {escape(against)}")
         out().print(
             "[dim]Checked here: names, shapes and dtypes. The values are checked when the adapter is loaded.[/]"
         )

@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.markup import escape
 
-from truffula.cli.output import nbytes, out, print_table, progress, table
-from truffula.config import load_setting, require_paths
+from truffula.cli.output import out, print_table, progress, table
+from truffula.config import format_size, load_setting, require_paths
 from truffula.weights.cache import cached_models
 
 
@@ -31,7 +31,13 @@ def run_list(cache_dir: Path | None, *, as_json: bool) -> None:
     shown = table("name", "kind", ">size", "cached", "description")
     shown.columns[0].no_wrap = True
     for row in rows:
-        cells = (row["name"], row["kind"], nbytes(row["nbytes"]), "yes" if row["path"] else "no", row["description"])
+        cells = (
+            row["name"],
+            row["kind"],
+            format_size(row["nbytes"]),
+            "yes" if row["path"] else "no",
+            row["description"],
+        )
         shown.add_row(*map(escape, cells))
     print_table(out(), shown)
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from truffula.config import format_size
@@ -43,22 +44,16 @@ def err() -> Console:
 
 def fail(error: TruffulaError) -> None:
     """One paragraph: what happened and the way out, with the stable code."""
-    from rich.markup import escape
-
     err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
 
 
 def fail_usage(text: str) -> None:
     """One paragraph for a command line that cannot be parsed."""
-    from rich.markup import escape
-
     err().print(f"[bold red]error[/] [dim](usage)[/] {escape(text)}")
 
 
 def note(text: str) -> None:
     """A line beside the answers: on stderr, so that what is piped holds answers alone."""
-    from rich.markup import escape
-
     err().print(f"[dim]{escape(text)}[/]", emoji=False)
 
 
@@ -74,13 +69,7 @@ def visible(text: str) -> str:
 
 
 def warn(text: str) -> None:
-    from rich.markup import escape
-
     err().print(f"[yellow]warning[/] {escape(text)}")
-
-
-nbytes = format_size
-"""``92.1 MiB``: the one form of sizes that commands print."""
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -148,7 +137,7 @@ def _bars(console: Console) -> Bars:
     class Speed(ProgressColumn):
         def render(self, task: Task) -> RenderableType:
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{nbytes(int(speed))}/s", style="progress.data.speed")
+            return Text("" if speed is None else f"{format_size(int(speed))}/s", style="progress.data.speed")
 
     columns = (BarColumn(), DownloadColumn(binary_units=True), Speed())
     sized = (OfKnownSize(column) for column in columns)
@@ -161,9 +150,9 @@ def _plain_progress(console: Console) -> Progress:
     def report(what: str, done: int, total: int | None) -> None:
         if what not in begun:
             begun[what] = time.monotonic()
-            console.print(f"{what} ({nbytes(total)}) ..." if total else f"{what} ...")
+            console.print(f"{what} ({format_size(total)}) ..." if total else f"{what} ...")
         if total and done >= total and begun[what] > 0:
-            console.print(f"{what}: {nbytes(done)} in {time.monotonic() - begun[what]:.1f} s")
+            console.print(f"{what}: {format_size(done)} in {time.monotonic() - begun[what]:.1f} s")
             begun[what] = -1.0
 
     return report

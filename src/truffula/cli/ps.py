@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from truffula.cli.output import nbytes, out
+from truffula.cli.output import out
+from truffula.config import format_size
 
 if TYPE_CHECKING:
     from truffula.cli.server_client import ServerClient
@@ -22,7 +23,7 @@ def run_ps(server: ServerClient, *, as_json: bool) -> None:
     lines = {
         "server": f"{server.url}, truffula {found['version']}",
         "model": f"{found['model']} ({found['dtype']}, {found['device']})",
-        "adapters": f"{names}; {found['adapters_resident']} in memory, {nbytes(found['adapter_bytes'])}",
+        "adapters": f"{names}; {found['adapters_resident']} in memory, {format_size(found['adapter_bytes'])}",
         "requests": f"{found['running']} running, {found['waiting']} waiting",
         "KV cache": f"{found['kv_blocks_used']} of {found['kv_blocks']} blocks in use",
     }
