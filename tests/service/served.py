@@ -8,8 +8,10 @@ from typing import Any
 
 from tiny_tokenizers import byte_level_json
 
+from truffula.service.files import LoadedTexts
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
+from truffula.text.tokenizer import Tokenizer
 from truffula.types import EngineInfo
 
 VOCAB = 430
@@ -42,6 +44,10 @@ def write_adapter(folder: Path, model: Path, seed: int) -> Path:
     return write_tiny_adapter(
         folder, model, rank=2 + seed, alpha=16, targets=["q_proj", "v_proj", "down_proj"], seed=seed
     )
+
+
+def texts_with(tokenizer: Tokenizer) -> LoadedTexts:
+    return LoadedTexts(tokenizer, end_tokens=tokenizer.end_tokens)
 
 
 def tiny_info(**changes: object) -> EngineInfo:

@@ -9,13 +9,14 @@ from functools import partial
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import tiny_info
+from served import texts_with, tiny_info
 from tiny_tokenizers import byte_level, byte_level_json, metaspace, sentence_piece, word_piece
 from tokenizers import Tokenizer as Library
 
 from examples import examples
 from truffula.errors import EngineDied
 from truffula.service import Service, collect
+from truffula.service.files import LoadedTexts
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import Completion, GenerateRequest, RequestTimes, SamplingParams, TextDelta, TokenEvent
 
@@ -23,7 +24,7 @@ EOS = 1
 
 
 def service(tokenizer: Tokenizer | None = None, **info: object) -> Service:
-    return Service(tiny_info(**info), tokenizer=byte_level() if tokenizer is None else tokenizer)
+    return Service(tiny_info(**info), texts=texts_with(byte_level() if tokenizer is None else tokenizer))
 
 
 def play(
@@ -313,7 +314,7 @@ def test_tokens_of_a_stop_string_are_counted_but_not_shown() -> None:
 
 
 def test_without_a_tokenizer_ids_come_back_without_text() -> None:
-    core = Service(tiny_info(), tokenizer=None)
+    core = Service(tiny_info(), texts=LoadedTexts())
     state = core.open(GenerateRequest(prompt=[5, 6], params=SamplingParams(logprobs=0), return_prompt_tokens=True))
     request_id = state.engine_requests[0].request_id
     deltas = state.push(TokenEvent(request_id=request_id, token_ids=[7], logprobs=[-1.0], top_logprobs=[[]]))

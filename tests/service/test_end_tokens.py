@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chained import ids_of, write_chained_model
-from served import OPTIONS, tiny_info, write_model
+from served import OPTIONS, texts_with, tiny_info, write_model
 from tiny_tokenizers import byte_level, byte_level_json
 
 from truffula import LLM, SamplingParams
@@ -28,7 +28,7 @@ def named(config: bytes) -> Tokenizer:
 
 
 def test_the_engine_gets_the_end_tokens_that_it_does_not_know() -> None:
-    core = Service(tiny_info(), tokenizer=named(b'{"eos_token": "<|role|>"}'), templates={"default": TEMPLATE})
+    core = Service(tiny_info(), texts=texts_with(named(b'{"eos_token": "<|role|>"}')), templates={"default": TEMPLATE})
     for params, ends in (
         (SamplingParams(), (ROLE,)),
         (SamplingParams(stop_token_ids=(9,)), (9, ROLE)),
@@ -41,7 +41,7 @@ def test_the_engine_gets_the_end_tokens_that_it_does_not_know() -> None:
 
 
 def test_an_end_of_the_tokenizer_is_the_models_end() -> None:
-    core = Service(tiny_info(), tokenizer=named(b'{"eos_token": "<|role|>"}'))
+    core = Service(tiny_info(), texts=texts_with(named(b'{"eos_token": "<|role|>"}')))
     state = core.open(GenerateRequest(prompt=[5], params=SamplingParams(n=2)))
     for request in state.engine_requests:
         event = TokenEvent(request_id=request.request_id, token_ids=[ROLE], finish_reason="stop", stop_reason=ROLE)
@@ -50,7 +50,9 @@ def test_an_end_of_the_tokenizer_is_the_models_end() -> None:
 
 
 def test_the_turn_end_of_the_template_counts_in_chats_alone() -> None:
-    core = Service(tiny_info(), tokenizer=byte_level(), templates={"default": TEMPLATE, "tool_use": "{{ messages }}"})
+    core = Service(
+        tiny_info(), texts=texts_with(byte_level()), templates={"default": TEMPLATE, "tool_use": "{{ messages }}"}
+    )
 
     def ends(**request: object) -> tuple[int, ...]:
         return core.open(GenerateRequest(**request)).engine_requests[0].params.stop_token_ids  # type: ignore[arg-type]
@@ -64,7 +66,7 @@ def test_the_turn_end_of_the_template_counts_in_chats_alone() -> None:
 
 
 def test_the_info_names_every_end_token() -> None:
-    core = Service(tiny_info(), tokenizer=named(b'{"eos_token": "<|begin|>"}'), templates={"default": TEMPLATE})
+    core = Service(tiny_info(), texts=texts_with(named(b'{"eos_token": "<|begin|>"}')), templates={"default": TEMPLATE})
     assert core.info.end_tokens == [
         EndToken(BEGIN, "tokenizer_config.json eos_token", "<|begin|>"),
         EndToken(END, "config.json eos_token_id", "<|end|>"),
@@ -74,7 +76,7 @@ def test_the_info_names_every_end_token() -> None:
 
 
 def test_a_model_that_never_ends_is_warned_of() -> None:
-    core = Service(tiny_info(eos_token_ids=[]), tokenizer=named(b"{}"))
+    core = Service(tiny_info(eos_token_ids=[]), texts=texts_with(named(b"{}")))
     assert core.info.end_tokens == []
     assert any("No file of the model names an end token" in text for text in core.info.warnings)
 

@@ -8,18 +8,19 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import TEMPLATE, VOCAB, tiny_info
+from served import TEMPLATE, VOCAB, texts_with, tiny_info
 from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, word_piece
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, TemplateError, TruffulaError
 from truffula.lora.sources import AdapterPolicy
 from truffula.service import Service, ServiceLimits, collect
+from truffula.service.files import LoadedTexts
 from truffula.service.prompts import MAX_PROMPT_SCORES
 from truffula.types import GenerateRequest, SamplingParams, TokenEvent
 
 
 def service(tokenizer: Any = None, **info: Any) -> Service:
-    return Service(tiny_info(**info), tokenizer=byte_level() if tokenizer is None else tokenizer)
+    return Service(tiny_info(**info), texts=texts_with(byte_level() if tokenizer is None else tokenizer))
 
 
 def ids_of(core: Service, **request: Any) -> list[int]:
@@ -51,7 +52,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("request_fields", "error", "param"), REFUSED)
 def test_refusals_name_the_field(request_fields: dict[str, Any], error: type[TruffulaError], param: str) -> None:
-    core = Service(tiny_info(), tokenizer=byte_level(), templates={"default": TEMPLATE})
+    core = Service(tiny_info(), texts=texts_with(byte_level()), templates={"default": TEMPLATE})
     with pytest.raises(error) as caught:
         core.open(GenerateRequest(**request_fields))
     assert caught.value.param == param
@@ -95,7 +96,9 @@ def test_an_empty_text_begins_a_document_where_there_is_a_token_for_that() -> No
 
 def test_special_tokens_are_added_to_text_and_not_to_a_chat() -> None:
     core = Service(
-        tiny_info(vocab_size=400), tokenizer=sentence_piece(), templates={"default": "<s>the {{ messages[0].content }}"}
+        tiny_info(vocab_size=400),
+        texts=texts_with(sentence_piece()),
+        templates={"default": "<s>the {{ messages[0].content }}"},
     )
     the = sentence_piece().encode("the or", add_special_tokens=False)
     chat = [{"role": "user", "content": "or"}]
@@ -106,7 +109,7 @@ def test_special_tokens_are_added_to_text_and_not_to_a_chat() -> None:
 
 
 def test_a_model_without_tokenizer_serves_ids_and_says_so_for_text() -> None:
-    core = Service(tiny_info(), tokenizer=None)
+    core = Service(tiny_info(), texts=LoadedTexts())
     assert ids_of(core, prompt=[5, 6]) == [5, 6]
     for fields in (
         {"prompt": "a"},
@@ -139,7 +142,7 @@ def test_request_ids_of_clients_may_repeat_and_those_of_the_engine_never_do() ->
 
 
 def test_times_count_from_acceptance() -> None:
-    core = Service(tiny_info(), tokenizer=None, clock=lambda: 100.0)
+    core = Service(tiny_info(), texts=LoadedTexts(), clock=lambda: 100.0)
     (one,) = core.open(GenerateRequest(prompt=[5], queue_timeout_s=3, deadline_s=7)).engine_requests
     assert (one.arrival, one.queue_deadline, one.deadline) == (100.0, 103.0, 107.0)
     (two,) = core.open(GenerateRequest(prompt=[5])).engine_requests
@@ -148,7 +151,7 @@ def test_times_count_from_acceptance() -> None:
 
 def test_words_for_the_base_and_for_adapters(tmp_path) -> None:
     policy = AdapterPolicy({"pirate": "org/pirate"})
-    core = Service(tiny_info(), tokenizer=None, policy=policy, limits=ServiceLimits(base_names=("tiny", "tgi")))
+    core = Service(tiny_info(), texts=LoadedTexts(), policy=policy, limits=ServiceLimits(base_names=("tiny", "tgi")))
     assert [core.resolve_adapter(word) for word in (None, "", "tiny", "tgi")] == [None] * 4
     found = core.resolve_adapter("pirate")
     assert found is not None

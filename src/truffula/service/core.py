@@ -18,7 +18,7 @@ from truffula.service.files import LoadedTexts, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens
-from truffula.text.tokenizer import Tokenizer, check_text
+from truffula.text.tokenizer import check_text
 from truffula.types import (
     AdapterRef,
     ChoiceTotals,
@@ -141,8 +141,7 @@ class Service:
 
     Args:
         info: Of the started engine. ``self.info`` adds what the text files say, as ``EngineInfo`` describes.
-        tokenizer: None for a model without one: ids still serve, text raises ``NoTokenizer``.
-        texts: The tokenizer with what else its files say, in place of ``tokenizer``.
+        texts: What the model's text files say. Without a tokenizer ids still serve, text raises ``NoTokenizer``.
         policy: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
     """
@@ -151,15 +150,12 @@ class Service:
         self,
         info: EngineInfo,
         *,
-        tokenizer: Tokenizer | None = None,
-        texts: LoadedTexts | None = None,
+        texts: LoadedTexts,
         policy: AdapterPolicy | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if texts is None:
-            texts = LoadedTexts(tokenizer, end_tokens=tokenizer.end_tokens if tokenizer is not None else ())
         self.tokenizer = tokenizer = texts.tokenizer
         self.policy = policy or AdapterPolicy()
         self.limits = limits or ServiceLimits()
