@@ -29,7 +29,8 @@ from truffula.option import parse_size as parse_size
 log = logging.getLogger(__name__)
 
 Origin = Literal["default", "environment", "file", "option"]
-# What Kubernetes sets in every container for each Service; those of one called truffula (or truffula-x) look like ours.
+# Variables that Kubernetes sets in every container for each Service; those of a Service called truffula look like
+# options.
 _SERVICE_NAME = re.compile(r".*_SERVICE_(HOST|PORT(_.+)?)|.*_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*", re.IGNORECASE)
 CONFIG_VARIABLE = PREFIX + "CONFIG"

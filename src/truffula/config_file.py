@@ -90,7 +90,7 @@ def _read_yaml(path: Path, text: str) -> Any:
     import yaml
 
     try:
-        # The loader keeps the last of two equal keys without a word, so the keys are compared before.
+        # The loader silently keeps the last of two equal keys, so the keys are compared before.
         _refuse_equal_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:

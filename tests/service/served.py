@@ -12,7 +12,7 @@ from truffula.service.files import LoadedTexts
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 from truffula.text.tokenizer import Tokenizer
-from truffula.types import EngineInfo
+from truffula.types import EndToken, EngineInfo
 
 VOCAB = 430
 TEMPLATE = (
@@ -56,6 +56,6 @@ def tiny_info(**changes: object) -> EngineInfo:
         "model": "tiny", "model_type": "llama", "backend": "reference", "device": "cpu", "dtype": "float32",
         "vocab_size": VOCAB, "max_model_len": 64, "block_size": 16, "num_blocks": 64, "step_tokens": 64,
         "max_running": 8,
-        "eos_token_ids": [1],
+        "eos_token_ids": [1], "end_tokens": [EndToken(1, "config.json eos_token_id")],
     }  # fmt: skip
     return EngineInfo(**(given | changes))

@@ -76,7 +76,7 @@ def test_the_info_names_every_end_token() -> None:
 
 
 def test_a_model_that_never_ends_is_warned_of() -> None:
-    core = Service(tiny_info(eos_token_ids=[]), texts=texts_with(named(b"{}")))
+    core = Service(tiny_info(eos_token_ids=[], end_tokens=[]), texts=texts_with(named(b"{}")))
     assert core.info.end_tokens == []
     assert any("No file of the model names an end token" in text for text in core.info.warnings)
 

@@ -1,5 +1,5 @@
-"""How commands parse and explain themselves: help in plain lines that fit the terminal, flags of other servers answered
-with ours."""
+"""How commands parse and explain themselves: help in plain lines that fit the terminal, flags of other servers are
+errors that name truffula's."""
 
 from __future__ import annotations
 

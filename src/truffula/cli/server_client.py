@@ -85,11 +85,11 @@ class ServerClient:
         return rows
 
     def not_truffula(self, path: str) -> ConfigError:
-        """The error for an answer that another program gave."""
+        """The error for an answer that no truffula server gives."""
         return ConfigError(f"The answer of {self.url}{path} is not a truffula server's: check --url.", param="url")
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The frames of a streamed answer, as they come. Closing the iterator ends it on the server."""
+        """The frames of a streamed answer, as they arrive. Closing the iterator ends it on the server."""
         with self._named_errors(), self._http.stream("POST", path, json={**body, "stream": True}) as answer:
             if answer.status_code >= 400:
                 answer.read()
@@ -126,7 +126,7 @@ class ServerClient:
             ) from error
 
     def _refusal(self, answer: httpx.Response) -> TruffulaError:
-        """The server's error, with the way out that this side knows."""
+        """The server's error; one about API keys names the options that give a key."""
         try:
             body = answer.json()
         except ValueError:

@@ -136,7 +136,7 @@ def _where(source: str, shift: int, error: re.error) -> str:
     try:
         _PARSER.parse(source)
     except re.error as own:
-        error, shift = own, 0  # by itself it says best where
+        error, shift = own, 0  # its position is within ``source``
     at = min(max((error.pos or 0) - shift, 0), len(source))
     return f"{error.msg} at character {at + 1}, {source[at : at + 20]!r}" if source[at:] else f"{error.msg} at its end"
 

@@ -31,7 +31,7 @@ class UnloadBody(Body):
 
 
 STATUSES = ("resident", "ready", "loading", "failed", "retired")
-"""Of several generations of one adapter, the first of these is what a client meets."""
+"""Of several generations of one adapter, the first of these is shown."""
 
 
 async def list_adapters(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Refuses fields that belong to another route or another server, with the word that this route has for them.
+"""Refuses fields that belong to another route or another server, and names the field that this route has instead.
 
 Such a field would change the answer there, so it is never ignored here. A field is also refused where it stands in the
 wrong object (``max_new_tokens`` beside ``inputs``, ``extra_body.top_k`` on ``/v1/``).

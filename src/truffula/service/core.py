@@ -22,7 +22,6 @@ from truffula.text.tokenizer import check_text
 from truffula.types import (
     AdapterRef,
     ChoiceTotals,
-    EndToken,
     EngineInfo,
     EngineRequest,
     GenerateRequest,
@@ -170,9 +169,8 @@ class Service:
             max_chars=self.limits.template_chars,
         )
         self._engine_ends = frozenset(info.eos_token_ids)
-        configured = info.end_tokens or [EndToken(token, "config.json eos_token_id") for token in info.eos_token_ids]
         self._ends = EndTokens(
-            texts.end_tokens, configured, tokenizer=tokenizer, templates=self.templates, vocab_size=info.vocab_size
+            texts.end_tokens, info.end_tokens, tokenizer=tokenizer, templates=self.templates, vocab_size=info.vocab_size
         )
         self.info = self._described(info, texts)
 

@@ -78,8 +78,8 @@ _FIELDS: Mapping[Kind, str] = {
 def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) -> tuple[str, ...]:
     """Names of what the request holds and the chat template does not use; ``prompt`` is what it made.
 
-    Raises ``InvalidRequest`` for the result of a tool that would be missing from the prompt: the message is all there
-    is of it, and the model would answer as if no tool had been called.
+    Raises ``InvalidRequest`` for the result of a tool that would be missing from the prompt: nothing else
+    in the prompt holds it, and the model would answer as if no tool had been called.
     """
     if request.messages is None:
         return ()

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub, and what went wrong when the Hub's library fails, in plain words."""
+"""Downloads models from the Hugging Face Hub, and explains errors of the Hub's library."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def _of_status(chain: list[BaseException], hub: str) -> HubFailure | None:
 
 def _of_network(chain: list[BaseException], hub: str) -> HubFailure | None:
     http = _http_error()
-    for error in reversed(chain):  # the innermost knows the system's words
+    for error in reversed(chain):  # the innermost has the system's message
         name = type(error).__name__
         if isinstance(error, TimeoutError) or (isinstance(error, http) and "Timeout" in name):
             return HubFailure("network", f"{hub} does not answer in time")
@@ -214,7 +214,7 @@ def _file_in(folder: Path, name: str, offline: bool) -> Path:
 
 @contextlib.contextmanager
 def _retries_in_one_line(progress: Progress | None) -> Iterator[None]:
-    """Tell that the Hub is asked again as progress, once, in place of the library's lines for each attempt."""
+    """Report retries as progress, once, in place of the library's log line for each attempt."""
     told = False
 
     def keep(record: logging.LogRecord) -> bool:
@@ -244,7 +244,7 @@ def byte_progress(progress: Progress) -> type:
     class ByteProgress(tqdm):  # type: ignore[misc]  # the library has no types here
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             name = kwargs.pop("name", "")
-            # Of its bars one counts bytes on the wire and one bytes in place; files are counted by a third.
+            # The library has three bars: bytes transferred, bytes written and files. The second is reported.
             self._tells = kwargs.get("unit") == "B" and not str(name).endswith(".transfer")
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 

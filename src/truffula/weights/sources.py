@@ -28,7 +28,7 @@ def resolve_source(
         cache_dir: Where downloads are kept; None is the Hub library's own place and ``~/.cache/truffula``.
         offline: Never use the network: what is not in the cache is not found.
         revision: Branch, tag or commit on the Hub.
-        progress: Told of bytes as they arrive, perhaps from another thread.
+        progress: Called with the bytes so far, possibly from another thread.
 
     Raises:
         ModelNotFound: There is no such path, and it could not be downloaded; says why and suggests what was meant.
@@ -54,7 +54,7 @@ def resolve_source(
 
 
 def _not_here(source: str) -> str:
-    """That there is no such path, what may have been meant, and the aliases."""
+    """Says that there is no such path, what may have been meant, and the aliases."""
     path = Path(source).expanduser()
     where = "" if path.is_absolute() else " here"
     alias = nearest(source.lower(), ALIASES)
