@@ -134,7 +134,8 @@ class ChoiceState:
         full = ""
         if self._stops is not None and not ended:
             full = text if self._full is None else self._full.push(token_id)
-        pending = any(one is not None and one.pending for one in (self._detokenizer, self._full))
+        pending = self._detokenizer is not None and self._detokenizer.pending
+        pending = pending or (self._full is not None and self._full.pending)
         self._unfinished = self._unfinished + 1 if pending else 0
         special, raw = token_id in self._special, self._raw(token_id, text)
         self._held.append(TokenPiece(token_id, text, logprob, special, not hidden, list(top), raw))
