@@ -24,7 +24,8 @@ PAGES = sorted(
 )
 WORDS = re.compile(
     r"\b(nobody|somebody|whoever|who comes|what there is|whose turn|twins?|guests?|heart|behind the door"
-    r"|is ours|not ours|are ours|goes on|go on|could not be had|to be had|can't be had|(match|leaving|noticed|ends|closes) at once|every field's fate"
+    r"|is ours|not ours|are ours|goes on|go on|could not be had|to be had|can't be had"
+    r"|(match|leaving|noticed|ends|closes) at once|every field's fate"
     r"|in whole numbers|standstill|hold .{1,40} against|held against|given back|let go"
     r"|has no place|is wanted|are wanted|stands? for|says? nothing)\b",
     re.IGNORECASE,
@@ -56,8 +57,12 @@ def test_messages_are_in_plain_words(path: Path) -> None:
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_pages_are_in_plain_words(path: Path) -> None:
-    found = [f"{path.name}:{number}: {match[0]!r} in {line[:120]!r}"
-             for number, line in enumerate(path.read_text().splitlines(), 1) if (match := WORDS.search(line))]  # fmt: skip
+    lines = enumerate(path.read_text().splitlines(), 1)
+    found = [
+        f"{path.name}:{number}: {match[0]!r} in {line[:120]!r}"
+        for number, line in lines
+        if (match := WORDS.search(line))
+    ]
     assert not found, "\n".join(found)
 
 
