@@ -184,7 +184,7 @@ FOREIGN_COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "run is Ollama's; in truffula: `truffula chat MODEL`, or `truffula generate MODEL PROMPT`.",
         "show": "show is Ollama's; in truffula: `truffula inspect MODEL`.",
         "create": "create is Ollama's; truffula needs no Modelfile: `truffula serve MODEL --adapter NAME=FOLDER`.",
-        "rm": "rm is Ollama's; truffula has no such command. Delete the file: `truffula list` prints its path.",
+        "rm": "rm is Ollama's; truffula has no such command. Delete the file: `truffula list --json` prints its path.",
         "stop": "stop is Ollama's; truffula has no such command. End a server with Ctrl-C or SIGTERM, or unload "
         "an adapter with `truffula adapters unload NAME`.",
         "cp": "cp is Ollama's; truffula has no such command. Name a model with --served-model-name.",
