@@ -85,7 +85,7 @@ def test_what_other_servers_have_by_the_same_name_is_ours_too(flag: str) -> None
     [
         (["-n", "3", "--lora", "x"], "--lora"), (["-n=3", "--lora", "x"], "--lora"), (["--raw", "--lora"], "--lora"),
         (["--system", "--lora"], None), (["--system=--lora"], None), (["--", "--lora"], None), (["-n", "-c"], None),
-        (["--lora_modules=a"], "--lora-modules"), (["-n", "3"], None), 
+        (["--lora_modules=a"], "--lora-modules"), (["-n", "3"], None),
         (["-n3", "-c4096"], "-c"), (["-p8080"], "-p"), (["-"], None), ([], None),
     ],
 )  # fmt: skip
