@@ -1,4 +1,7 @@
-"""A Hub on this machine that misbehaves as the repository asked for is named: ``org/status-500``, ``org/cut``."""
+"""A Hub on this machine that misbehaves as the repository asked for is named: ``org/status-500``, ``org/cut``.
+
+``org/split`` has a GGUF model in three parts, ``org/part`` lacks the last of them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c" * 40
 FILES = ("config.json", "model.safetensors", "model.gguf", "adapter_config.json", "adapter_model.safetensors")
+PARTS = tuple(f"q4/m-{number:05d}-of-00003.gguf" for number in (1, 2, 3))
 NOTHING = "http://127.0.0.1:9"
 """An address where nothing listens."""
 
@@ -40,6 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         path = self.path.partition("?")[0].removeprefix("/api/models")
         repo, listed = path.split("/")[2], self.path.startswith("/api/models")
+        names = (*FILES, *PARTS) if repo == "split" else (*FILES, *PARTS[:2]) if repo == "part" else FILES
         match repo.split("-"):
             case ["status", code]:
                 self._send(b"secret words of the server", int(code))
@@ -52,10 +57,10 @@ class _Handler(BaseHTTPRequestHandler):
             case ["list"]:
                 self._send(b"[]")
             case _ if listed and "/tree/" in path:
-                files = [{"type": "file", "path": name, "size": 100, "oid": "0" * 40} for name in FILES]
+                files = [{"type": "file", "path": name, "size": 100, "oid": "0" * 40} for name in names]
                 self._send(json.dumps(files).encode())
             case _ if listed:
-                rows = [{"rfilename": name, "size": 100} for name in FILES]
+                rows = [{"rfilename": name, "size": 100} for name in names]
                 self._send(json.dumps({"id": f"org/{repo}", "sha": COMMIT, "siblings": rows}).encode())
             case ["cut"]:
                 self._send(b"x" * 100, cut=50)

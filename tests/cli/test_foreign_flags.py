@@ -43,6 +43,9 @@ OWN = {"--system": True, "-n": True, "--raw": False}
         ("generate base hello -np 4", "--max-running N"),
         ("generate base -p hello", "truffula generate MODEL PROMPT"),
         ("chat -m base", "the first argument"),
+        ("--model-id base", "truffula serve MODEL"),
+        ("-m base", "truffula serve MODEL"),
+        ("serve base -c4096", "--max-model-len N"),
         ("chat base --temp 0.5", "--temperature VALUE"),
     ],
 )  # fmt: skip
@@ -82,7 +85,8 @@ def test_what_other_servers_have_by_the_same_name_is_ours_too(flag: str) -> None
     [
         (["-n", "3", "--lora", "x"], "--lora"), (["-n=3", "--lora", "x"], "--lora"), (["--raw", "--lora"], "--lora"),
         (["--system", "--lora"], None), (["--system=--lora"], None), (["--", "--lora"], None), (["-n", "-c"], None),
-        (["--lora_modules=a"], "--lora-modules"), (["-n", "3"], None), (["-"], None), ([], None),
+        (["--lora_modules=a"], "--lora-modules"), (["-n", "3"], None),
+        (["-n3", "-c4096"], "-c"), (["-p8080"], "-p"), (["-"], None), ([], None),
     ],
 )  # fmt: skip
 def test_values_and_own_flags_are_not_taken_for_foreign_ones(words: list[str], found: str | None) -> None:

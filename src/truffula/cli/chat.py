@@ -202,6 +202,11 @@ class Chat:
         name, source = split_adapter(rest)
         if not rest or source is None:
             raise InvalidRequest("/load takes the folder of an adapter: /load [NAME=]FOLDER.")
+        if name in self._model.adapters():
+            raise InvalidRequest(
+                f"There is an adapter {name!r} already: /adapter {name} answers with it. "
+                "/load NAME=FOLDER loads this one under another name."
+            )
         self._model.load(name, source)
         self.adapter = name
         note(f"{name} is loaded and answers now.")

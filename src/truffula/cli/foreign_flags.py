@@ -6,6 +6,7 @@ llama.cpp's server and the help of its ``llama-cli``, SGLang's list of server ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -184,7 +185,7 @@ FOREIGN_COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "run is Ollama's; in truffula: `truffula chat MODEL`, or `truffula generate MODEL PROMPT`.",
         "show": "show is Ollama's; in truffula: `truffula inspect MODEL`.",
         "create": "create is Ollama's; truffula needs no Modelfile: `truffula serve MODEL --adapter NAME=FOLDER`.",
-        "rm": "rm is Ollama's; truffula has no such command. Delete the file: `truffula list` prints its path.",
+        "rm": "rm is Ollama's; truffula has no such command. Delete the file: `truffula list --json` prints its path.",
         "stop": "stop is Ollama's; truffula has no such command. End a server with Ctrl-C or SIGTERM, or unload "
         "an adapter with `truffula adapters unload NAME`.",
         "cp": "cp is Ollama's; truffula has no such command. Name a model with --served-model-name.",
@@ -217,7 +218,11 @@ def foreign_flag(words: Iterable[str], own: Mapping[str, bool]) -> ForeignFlag |
         if name in own:
             skip = own[name] and not equals
             continue
-        found = FOREIGN.get(name) or (FOREIGN.get(name.replace("_", "-")) if name.startswith("--") else None)
+        if name.startswith("--"):
+            found = FOREIGN.get(name.replace("_", "-"))
+        else:  # -c4096: a short flag with its value, unless that is a short flag of the command
+            short = re.fullmatch(r"(-[a-z])\d+", name)
+            found = FOREIGN.get(name) or (FOREIGN.get(short[1]) if short and short[1] not in own else None)
         if found is not None:
             return found
     return None

@@ -68,6 +68,11 @@ class Group(TyperGroup):
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             ctx.exit()
+        own = {name for param in self.params if _is_option(param) for name in _names(param)}
+        if args and args[0] not in own and not ctx.resilient_parsing:  # a launcher that has no commands: --model-id
+            found = foreign_flag(args[:1], dict.fromkeys(HELP_NAMES["help_option_names"], False))
+            if found is not None:
+                raise UsageError(found.message, ctx)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy.typing as npt
 from truffula.errors import MissingDependency, UnsupportedModel
 from truffula.kernels.installation import installation
 from truffula.kernels.program import Probe
+from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_parts import open_parts
 
 Float32 = npt.NDArray[np.float32]
@@ -30,7 +33,10 @@ class Oracle:
 
     Raises:
         MissingDependency: transformers, torch or (with an adapter) peft is not installed.
-        UnsupportedModel: a GGUF model in parts.
+        UnsupportedModel: a GGUF model in parts, or of an architecture that transformers takes for another.
+
+    Attributes:
+        notes: What a reader of the comparison must know, a sentence each.
     """
 
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
@@ -55,6 +61,7 @@ class Oracle:
                 )
             source |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**source)
+        self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
         model = AutoModelForCausalLM.from_pretrained(
             **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
@@ -124,6 +131,41 @@ class Oracle:
                 handle.remove()
         found |= {probe: self._seen[key] for probe, key in attention.items()}
         return logits.float().numpy(), found
+
+
+def _complete(config: Any, path: Path) -> tuple[str, ...]:
+    """Set in transformers' ``config`` what its GGUF loader does not read, such as rotary scaling; says which.
+
+    Its loader knows a few keys of each architecture and takes defaults for all others.
+    """
+    with contextlib.closing(GgufCheckpoint(path)) as checkpoint:
+        read = checkpoint.config
+    if config.model_type != read["model_type"]:
+        raise UnsupportedModel(
+            f"{path} is a {read['model_type']} model by its metadata, and transformers loads it as "
+            f"{config.model_type}; the two cannot be compared.",
+            param=str(path),
+        )
+    theirs = {"head_dim": config.hidden_size // config.num_attention_heads, **config.to_dict()}
+    missing = [
+        key for key, value in read.items()
+        if key != "architectures" and not _equal(theirs.get(key), value)
+    ]  # fmt: skip
+    for key in missing:
+        setattr(config, key, read[key])
+    if not missing:
+        return ()
+    return (
+        f"transformers' GGUF loader does not read {', '.join(missing)} of this file: there it computes with the values "
+        "that truffula reads.",
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two values of a configuration are equal, floats to within float32."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return bool(one == other)
 
 
 def _with_adapter(model: Any, adapter: Path) -> Any:

@@ -157,7 +157,7 @@ def verify_model(
             tokens_equal=comparison.tokens_equal,
             tokens_compared=comparison.tokens_compared,
             near_ties=comparison.near_ties,
-            warnings=plan.warnings,
+            warnings=(*plan.warnings, *oracle.notes),
         )
     finally:
         checkpoint.close()

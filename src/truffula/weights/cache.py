@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truffula.weights.packages import ALIASES, cached_package, own_cache
+from truffula.weights.part_names import PartName
 
 _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 
@@ -35,7 +36,7 @@ def cached_models(cache_dir: Path | None) -> list[CachedModel]:
         cache_dir: As for ``resolve_source``: None is the Hub library's own cache and ``~/.cache/truffula``.
 
     Of a repository in the Hub's cache, the commit that ``main`` names is listed, as a folder (config.json and
-    safetensors), an adapter, or one entry for each ``.gguf`` file. Data sets and incomplete downloads are not listed.
+    safetensors), an adapter, or one entry for each GGUF model. Data sets and incomplete downloads are not listed.
     """
     own = own_cache(cache_dir)
     aliases = [
@@ -65,7 +66,14 @@ def _models_of(repo_id: str, revision: Any) -> Iterator[CachedModel]:
     sizes = {str(file.file_path.relative_to(revision.snapshot_path)): file.size_on_disk for file in revision.files}
     for name in sizes:
         if name.endswith(".gguf"):
-            yield CachedModel(f"{repo_id}/{name}", "hub", revision.snapshot_path / name, sizes[name], "GGUF file")
+            part = PartName.of(name)
+            names = part.names() if part else [name]
+            if name == names[0] and sizes.keys() >= set(names):
+                nbytes, what = (
+                    sum(sizes[other] for other in names),
+                    f"GGUF, {len(names)} files" if part else "GGUF file",
+                )
+                yield CachedModel(f"{repo_id}/{name}", "hub", revision.snapshot_path / name, nbytes, what)
     shards = [shard for name in sizes if (shard := _SHARD.fullmatch(name))]
     complete = "model.safetensors" in sizes or (bool(shards) and len(shards) == int(shards[0][1]))
     if "config.json" in sizes and complete:

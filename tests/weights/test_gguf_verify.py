@@ -1,0 +1,63 @@
+"""verify compares a GGUF model with transformers also where transformers' loader drops what the metadata says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf_models import FAMILIES, write_tiny_gguf
+
+from truffula.errors import UnsupportedModel
+from truffula.testing.files import write_gguf
+from truffula.testing.parity import VerifyReport, verify_model
+
+PROMPT = [[7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]]  # longer than the sliding windows
+LINEAR = {"rope__scaling__factor": 4.0}
+YARN = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 128}
+
+
+def verify(path: Path) -> VerifyReport:
+    return verify_model(path, prompts=PROMPT, new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "named"),
+    [
+        *((name, {}, None) for name in FAMILIES),
+        *((name, LINEAR, "rope_parameters") for name in FAMILIES),
+        *((name, YARN, "rope_parameters") for name in ("llama", "qwen2", "qwen3")),
+        ("gemma3", {"attention__sliding_window_pattern": 3}, "layer_types"),
+        ("gemma3", {"rope__freq_base_swa": 777.0}, "rope_parameters"),
+        ("gemma2", {"final_logit_softcapping": 5.0}, "final_logit_softcapping"),
+    ],
+)
+def test_what_transformers_drops_of_the_metadata_is_compared_too(
+    tmp_path: Path, architecture: str, keys: dict[str, Any], named: str | None
+) -> None:
+    report = verify(write_tiny_gguf(tmp_path / "m.gguf", architecture, **keys).path)
+    assert report.ok, report.first_divergence
+    told = [text for text in report.warnings if "transformers' GGUF loader does not read" in text]
+    if named:
+        assert len(told) == 1 and named in told[0]
+    elif architecture == "llama":  # of the others it takes defaults that tiny models do not have
+        assert not told
+
+
+def test_a_table_of_rope_factors_is_compared_too(tmp_path: Path) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama", rope__freq_base=500000.0, width=64)
+    turns = 500000.0 ** (-np.arange(32) / 32) / (2 * np.pi)
+    smooth = np.clip((8192 * turns - 1) / 3, 0, 1)
+    stored = {**tiny.stored, "rope_freqs.weight": (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)}
+    report = verify(write_gguf(tmp_path / "m.gguf", tiny.metadata, stored))
+    assert report.ok, report.first_divergence
+    assert "rope_parameters" in report.warnings[-1]
+
+
+def test_an_architecture_that_transformers_takes_for_another_is_refused(tmp_path: Path) -> None:
+    """llama.cpp's converter writes Mistral with its sliding window as llama; transformers drops the window."""
+    with pytest.raises(
+        UnsupportedModel, match="is a mistral model by its metadata, and transformers loads it as llama"
+    ):
+        verify(write_tiny_gguf(tmp_path / "m.gguf", "llama", attention__sliding_window=64).path)
