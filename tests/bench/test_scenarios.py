@@ -28,7 +28,7 @@ REFUSED = [
     ("[[row]]\n" + ROW + 'contestant = [{ peer = "vllm", model = "m", url = "http://x" }]', "url is for openai"),
     ("[[row]]\n" + ROW + 'contestant = [{ peer = "vllm" }]', "needs a model"),
     ("[[row]]\n" + ROW + 'contestant = [{ peer = "vllm", model = "m", options = { dtype = "x" } }]', "options are"),
-    ("[[row]]\n" + ROW + 'contestant = [{ peer = "hf-peft", model = "m", flags = ["-x"] }]', "takes no flags"),
+    ("[[row]]\n" + ROW + 'contestant = [{ peer = "hf-peft", model = "m", flags = ["-x"] }]', "does not accept flags"),
     ("[[row]]\n" + ROW + 'contestant = [{ peer = "llama-bench", model = "m" }]', "can't be measured of llama-bench"),
     ("[[row]]\n" + ROW + PEER.replace("}]", '}, { peer = "truffula", model = "n" }]'), "the same name"),
     (("[[row]]\n" + ROW + PEER) * 2, "Two rows"),
