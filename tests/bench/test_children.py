@@ -45,7 +45,7 @@ def test_another_program_that_fails_is_no_fault_of_an_option() -> None:
 
 
 def test_the_error_is_the_last_thing_said_whatever_its_length() -> None:
-    said = "2026-01-01 info starting: plan\nerror (checkpoint_changed) a.gguf changed\nwhile it was read.\n"
+    said = "2026-01-01 info reading the model files\nerror (checkpoint_changed) a.gguf changed\nwhile it was read.\n"
     error = child_error("it failed", said)
     assert isinstance(error, CheckpointChanged) and error.message == "it failed: a.gguf changed\nwhile it was read."
     assert child_error("it failed", "an error (checkpoint_changed) in a sentence").code == "process_failed"

@@ -18,7 +18,7 @@ REFUSED = [
     ("[[row]]\n" + ROW + 'contestant = "vllm"\n', "must be a list of tables"),
     ('[[row]]\nname = "r"\nwhat = "w"\n' + PEER, "has no measure"),
     ("[[row]]\n" + ROW, "no \\[\\[row.contestant"),
-    ("[[row]]\n" + ROW + "client = 3\n" + PEER, "no field 'client'"),
+    ("[[row]]\n" + ROW + "client = 3\n" + PEER, "unknown field 'client'"),
     ("[[row]]\n" + ROW + 'clients = "3"\n' + PEER, "clients is '3'"),
     ("[[row]]\n" + ROW + "clients = true\n" + PEER, "clients is True"),
     ("[[row]]\n" + ROW + "clients = 0\n" + PEER, "clients is 0"),

@@ -174,7 +174,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
         ["Incomplete pair", "save it again"],
     ),
     ("NaN", lambda f: write_adapter(f, CONFIG, PLAIN | {min(PLAIN): PLAIN[min(PLAIN)] * np.nan}), ["NaN", "earlier"]),
-    ("no tensors in the file", lambda f: write_adapter(f, CONFIG, {}), ["holds no tensors", "Save it again"]),
+    ("no tensors in the file", lambda f: write_adapter(f, CONFIG, {}), ["contains no tensors", "Save it again"]),
     # what the configuration says
     (
         "modules_to_save",
@@ -193,7 +193,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
         ["LORAA", "Did you mean LORA?", "truffula serves LORA", "LOHA"],
     ),
     ("lower case", configured(peft_type="lora"), ["Did you mean LORA?"]),
-    ("another method", configured(peft_type="OFT"), ["OFT", "low rank", "LoraConfig", "merge_and_unload"]),
+    ("another method", configured(peft_type="OFT"), ["OFT", "low-rank", "LoraConfig", "merge_and_unload"]),
     ("no method", configured(peft_type=...), ["peft_type: missing", "LORA"]),
     ("no alpha", configured(lora_alpha=...), ["lora_alpha: missing", "scale"]),
     ("no rank", configured(r=...), ["r: missing", "scale"]),
