@@ -79,8 +79,9 @@ def bench_serve(
 ) -> None:
     """Measure a server under load: output tokens per second, time to first token, inter-token time, prefix-hit rate.
 
-    A closed loop by default: each client sends its next request when the last has ended. With --rate an open loop:
-    requests come when they come, so waiting shows; goodput counts those that kept both limits.
+    A closed loop by default: each client sends its next request when the last has ended. With --rate, an open loop:
+    requests are sent at their times whether or not earlier ones have ended, so the time they wait is measured;
+    goodput counts the requests within both limits.
     """
     from truffula.bench.measured import Limits
     from truffula.cli.bench_serve import ServeBench, run_bench_serve

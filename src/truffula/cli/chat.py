@@ -136,7 +136,7 @@ class Chat:
             Command(
                 "/save FILE", "save the conversation: as messages to a .json file, as text to any other", self._save
             ),
-            Command("/bye", "exit (or press Ctrl-D)", self._end, ("/exit", "/quit", "/q")),
+            Command("/bye", "exit, like Ctrl-D", self._end, ("/exit", "/quit", "/q")),
         )
 
     def take(self, text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from truffula.types import EndToken
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-BY_TEXT = "known by its text"
+BY_TEXT = "recognised by its text"
 PREFIX = "tokenizer.ggml."
 # Tokens that end a completion by their text, whether or not the file names them.
 _ENDS_BY_TEXT = (
