@@ -485,9 +485,7 @@ def _written(path: Path) -> dict[str, Entry]:
         word = key.replace("-", "_")
         if word not in names:
             spelled = [name.replace("_", "-") for name in names] if "-" in key else names
-            raise ConfigError(
-                f"{entry.where}: unknown option {key!r}.{did_you_mean(nearest(key, spelled))}", param=key
-            )
+            raise ConfigError(f"{entry.where}: unknown option {key!r}.{did_you_mean(nearest(key, spelled))}", param=key)
         if names[word] in found:
             raise ConfigError(f"{entry.where}: {key} is set twice, under two of its names.", param=key)
         found[names[word]] = entry
