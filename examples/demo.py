@@ -1,7 +1,7 @@
-"""The demo: a base and three adapters answer side by side from one batch; then a server answers a curl each way.
+"""The demo: a base and three adapters answer side by side from one batch; then a server answers one request per API.
 
-make demo                        # ends by itself
-make demo SERVE=1                # the server stays until Ctrl-C
+make demo                        # exits when done
+make demo SERVE=1                # keeps the server running until Ctrl-C
 make demo SERVE=1 PORT=8001      # on another port
 """
 
@@ -102,9 +102,9 @@ def what_next() -> None:
     missing = [name for name in ("torch", "transformers", "peft", "gguf") if importlib.util.find_spec(name) is None]
     first = f"; first: {' && '.join(installs(missing))}" if missing else ""
     rows = [
-        (f"serve {MODEL} --adapter-dir examples/adapters", "serve these; put your own beside them"),
+        (f"serve {MODEL} --adapter-dir examples/adapters", "serve these, and your own beside them"),
         (f"generate {MODEL} 'Tell me about dogs' -a base -a examples/adapters/pirate", "side by side"),
-        (f"chat {MODEL} -a examples/adapters/pirate", "talk to it"),
+        (f"chat {MODEL} -a examples/adapters/pirate", "chat with it"),
         (f"inspect examples/adapters/pirate --base {MODEL}", "what each field of an adapter does"),
         (f"verify {MODEL} --adapter examples/adapters/pirate", f"compare with transformers and peft{first}"),
     ]
@@ -131,7 +131,7 @@ def require_free(port: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--port", type=int, default=8000, help="of the server that is left running")
+    parser.add_argument("--port", type=int, default=8000, help="port of the server that is left running")
     args = parser.parse_args()
     if args.serve:
         require_free(args.port)

@@ -66,16 +66,21 @@ class EngineConfig:
     dtype: str = _row(
         "auto",
         "text",
-        "compute dtype; auto takes the faster of float32 and bfloat16",
+        "compute dtype; auto picks the faster of float32 and bfloat16",
         topic="Common",
         choices=("auto", "float32", "bfloat16"),
         note="Checkpoints in float16 are served too: in one of these dtypes.",
     )
     memory_bytes: int | None = _row(
-        None, "size", "memory for weights, KV cache and adapters", topic="Common", unset="85% of what is free", low=1
+        None, "size", "memory for weights, KV cache and adapters", topic="Common", unset="85% of free memory", low=1
     )
     max_model_len: int | None = _row(
-        None, "integer", "longest prompt and answer together, in tokens", topic="Common", unset="the model's", low=1
+        None,
+        "integer",
+        "maximum length of prompt and answer together, in tokens",
+        topic="Common",
+        unset="the model's",
+        low=1,
     )
     threads: int | None = _row(
         None,
@@ -93,12 +98,12 @@ class EngineConfig:
         "round the float weights to this format at load",
         topic="Model",
         choices=("none", "q8_0"),
-        note="GGUF files that are quantized already need no option; GPTQ, AWQ and bitsandbytes are not supported.",
+        note="GGUF files that are already quantised need no option; GPTQ, AWQ and bitsandbytes are not supported.",
     )
     exact: bool = _row(
         False,
         "switch",
-        "compute quantized weights in floating point instead of int8: slower and more exact",
+        "compute quantised weights in floating point instead of int8: slower, more accurate",
         topic="Model",
     )
     offline: bool = _row(
@@ -110,7 +115,7 @@ class EngineConfig:
         "folder for downloads",
         topic="Model",
         metavar="FOLDER",
-        unset="that of the Hub library and ~/.cache/truffula",
+        unset="the Hub library's cache and ~/.cache/truffula",
         must_be="new folder",
         foreign=("HF_HUB_CACHE", "HF_HOME"),
     )
@@ -127,36 +132,38 @@ class EngineConfig:
     cpu_isa: str = _row(
         "auto",
         "text",
-        "instruction set of the cpu backend, one that `truffula doctor` lists; auto takes the best",
+        "instruction set of the cpu backend, one that `truffula doctor` lists; auto picks the best",
         topic="Model",
         metavar="NAME",
     )
     adapter_memory_bytes: int | None = _row(
         None,
         "size",
-        "most memory for adapters, a part of --memory",
+        "maximum memory for adapters, as part of --memory",
         topic="Adapters",
-        unset="no limit of their own",
+        unset="no limit within --memory",
         low=1,
     )
     adapter_load_timeout_s: float = _row(
-        120.0, "seconds", "longest time to load a local adapter", topic="Adapters", low=0.001
+        120.0, "seconds", "maximum time to load a local adapter", topic="Adapters", low=0.001
     )
     adapter_download_timeout_s: float = _row(
-        1800.0, "seconds", "longest time to download and load an adapter from the Hub", topic="Adapters", low=0.001
+        1800.0, "seconds", "maximum time to download and load an adapter from the Hub", topic="Adapters", low=0.001
     )
     adapter_failure_ttl_s: float = _row(
-        10.0, "seconds", "time before an adapter that failed to load is tried again", topic="Adapters", low=0
+        10.0, "seconds", "time before the loading of a failed adapter is tried again", topic="Adapters", low=0
     )
-    max_adapter_file_bytes: int = _row(8 * 2**30, "size", "largest adapter file that is read", topic="Adapters", low=1)
+    max_adapter_file_bytes: int = _row(8 * 2**30, "size", "maximum size of an adapter file", topic="Adapters", low=1)
     step_tokens: int = _row(
-        512, "integer", "most tokens computed in one step, over all sequences", topic="Batching", low=1, high=2**20
+        512, "integer", "maximum number of tokens per step, over all sequences", topic="Batching", low=1, high=2**20
     )
-    max_running: int = _row(64, "integer", "most sequences in the batch", topic="Batching", low=1, high=2**16)
+    max_running: int = _row(
+        64, "integer", "maximum number of sequences in the batch", topic="Batching", low=1, high=2**16
+    )
     max_waiting: int = _row(
         1024,
         "integer",
-        "most sequences that wait for the batch; more are refused as overloaded",
+        "maximum number of sequences in the queue; further requests are refused (overloaded)",
         topic="Batching",
         low=0,
     )
@@ -165,28 +172,38 @@ class EngineConfig:
     )
     block_size: int = _row(16, "integer", "tokens per block of the KV cache", topic="Batching", low=1, high=1024)
     look_ahead: int = _row(
-        32, "integer", "waiting sequences whose adapters are loaded ahead", topic="Advanced", low=1, high=4096
+        32, "integer", "number of waiting sequences whose adapters are loaded ahead", topic="Advanced", low=1, high=4096
     )
     adapter_worker_memory_bytes: int = _row(
-        2**30, "size", "memory of the adapter loading process, beside the files it reads", topic="Advanced", low=2**20
+        2**30,
+        "size",
+        "memory limit of a loading worker, on top of the adapter files it reads",
+        topic="Advanced",
+        low=2**20,
     )
     start_timeout_s: float = _row(
-        1800.0, "seconds", "longest start of the engine without progress", topic="Advanced", low=0.001
+        1800.0, "seconds", "maximum time without progress while the engine starts", topic="Advanced", low=0.001
     )
     heartbeat_timeout_s: float = _row(
-        10.0, "seconds", "time without a heartbeat after which the engine is unhealthy", topic="Advanced", low=1.0
+        10.0,
+        "seconds",
+        "time without a heartbeat after which the engine counts as unhealthy",
+        topic="Advanced",
+        low=1.0,
     )
     step_timeout_s: float = _row(
-        120.0, "seconds", "length of one step after which the engine is unhealthy", topic="Advanced", low=1.0
+        120.0, "seconds", "duration of a step after which the engine counts as unhealthy", topic="Advanced", low=1.0
     )
     hang_timeout_s: float = _row(
         30.0,
         "seconds",
-        "time that an unhealthy engine has to recover before it is restarted",
+        "time after which an unhealthy engine is restarted",
         topic="Advanced",
         low=0.001,
     )
-    max_restarts: int = _row(5, "integer", "most engine restarts within --restart-window", topic="Advanced", low=0)
+    max_restarts: int = _row(
+        5, "integer", "maximum number of engine restarts within --restart-window", topic="Advanced", low=0
+    )
     restart_window_s: float = _row(
         300.0, "seconds", "period over which engine restarts are counted", topic="Advanced", low=0.001
     )
@@ -220,12 +237,12 @@ class ServerConfig:
 
     host: str = _row("127.0.0.1", "text", "address to listen on", topic="Common", metavar="ADDRESS")
     port: int = _row(
-        8000, "integer", "port to listen on; 0 takes a free one", topic="Common", metavar="PORT", low=0, high=65535
+        8000, "integer", "port to listen on; 0 picks a free port", topic="Common", metavar="PORT", low=0, high=65535
     )
     adapters: Mapping[str, str] = _row(
         MappingProxyType({}),
         "mapping",
-        "serve the adapter in FOLDER (PEFT format, or a Hub id) as NAME; FOLDER alone is named after itself",
+        "serve the adapter in FOLDER (PEFT format, or a Hub id) as NAME; without NAME=, the folder's name is used",
         topic="Common",
         singular="adapter",
         short="-a",
@@ -233,13 +250,13 @@ class ServerConfig:
     adapter_dir: Path | None = _row(
         None,
         "path",
-        "serve each subfolder as an adapter, also those added later",
+        "serve each subfolder as an adapter, including those added later",
         topic="Common",
         metavar="FOLDER",
         must_be="folder",
     )
     api_keys: tuple[str, ...] = _row(
-        (), "list", "require this key of requests", topic="Common", metavar="KEY", secret=True, singular="api_key"
+        (), "list", "API key that requests must send", topic="Common", metavar="KEY", secret=True, singular="api_key"
     )
     served_model_name: str | None = _row(
         None, "text", "name of the base model in the API", topic="Common", metavar="NAME", unset="as given"
@@ -247,7 +264,7 @@ class ServerConfig:
     chat_template: Path | None = _row(
         None,
         "path",
-        "Jinja file to use in place of the model's chat template",
+        "Jinja file that replaces the model's chat template",
         topic="Model",
         metavar="FILE",
         must_be="file",
@@ -256,7 +273,7 @@ class ServerConfig:
     generation_defaults: bool = _row(
         False, "switch", "use the sampling defaults of the model's generation_config.json", topic="Model"
     )
-    adapter_admin: bool = _row(False, "switch", "serve the routes that load and unload adapters", topic="Adapters")
+    adapter_admin: bool = _row(False, "switch", "enable the routes that load and unload adapters", topic="Adapters")
     allow_hub: tuple[str, ...] = _row(
         (), "list", "Hub ids that clients may name as adapters, such as my-org/*", topic="Adapters", metavar="PATTERN"
     )
@@ -266,7 +283,7 @@ class ServerConfig:
     adapter_source: str = _row(
         "hub",
         "text",
-        "where to look for an adapter when the request does not say",
+        "where to look for an adapter if the request does not specify a source",
         topic="Adapters",
         choices=("hub", "local"),
     )
@@ -281,48 +298,56 @@ class ServerConfig:
     )
     salt_by_api_key: bool = _row(True, "switch", "keep the prefix caches of different API keys apart", topic="Access")
     max_open_requests: int = _row(
-        2048, "integer", "most open requests; more are refused as overloaded", topic="Request limits", low=1
+        2048,
+        "integer",
+        "maximum number of open requests; further ones are refused (overloaded)",
+        topic="Request limits",
+        low=1,
     )
-    max_body_bytes: int = _row(2 * 2**20, "size", "largest request body", topic="Request limits", low=1024)
+    max_body_bytes: int = _row(2 * 2**20, "size", "maximum size of a request body", topic="Request limits", low=1024)
     max_n: int = _row(
         16,
         "integer",
-        "most choices in one request (n); bounds best_of on /v1/",
+        "maximum number of choices per request (n); also limits best_of on /v1/",
         topic="Request limits",
         low=1,
         high=1024,
     )
-    max_best_of: int = _row(2, "integer", "largest best_of of LoRAX's routes", topic="Request limits", low=1, high=1024)
-    max_prompts: int = _row(128, "integer", "most prompts in one completions request", topic="Request limits", low=1)
-    max_stop_sequences: int = _row(10, "integer", "most stop strings in one request", topic="Request limits", low=0)
+    max_best_of: int = _row(2, "integer", "maximum best_of on LoRAX's routes", topic="Request limits", low=1, high=1024)
+    max_prompts: int = _row(
+        128, "integer", "maximum number of prompts per completions request", topic="Request limits", low=1
+    )
+    max_stop_sequences: int = _row(
+        10, "integer", "maximum number of stop strings per request", topic="Request limits", low=0
+    )
     max_logprobs: int = _row(
-        20, "integer", "most alternatives per token in logprobs", topic="Request limits", low=0, high=1024
+        20, "integer", "maximum number of alternatives per token in logprobs", topic="Request limits", low=0, high=1024
     )
     request_timeout_s: float | None = _row(
-        600.0, "seconds", "longest request; none: no limit", topic="Timeouts", low=0.001, nullable=True
+        600.0, "seconds", "maximum duration of a request; none: no limit", topic="Timeouts", low=0.001, nullable=True
     )
     queue_timeout_s: float | None = _row(
         60.0,
         "seconds",
-        "longest wait for the batch, beside the loading of the adapter; none: no limit",
+        "maximum time in the queue, not counting the loading of the adapter; none: no limit",
         topic="Timeouts",
         low=0.001,
         nullable=True,
     )
     body_timeout_s: float = _row(
-        60.0, "seconds", "longest time to receive the headers of a request, and its body", topic="Timeouts", low=0.001
+        60.0, "seconds", "maximum time to receive the headers of a request, and its body", topic="Timeouts", low=0.001
     )
     send_timeout_s: float = _row(
         60.0, "seconds", "close a stream whose client reads nothing for this long", topic="Timeouts", low=0.001
     )
     keep_alive_s: float = _row(
-        15.0, "seconds", "send a comment on a stream that was silent for this long", topic="Timeouts", low=0.1
+        15.0, "seconds", "send a comment on a stream that has been silent for this long", topic="Timeouts", low=0.1
     )
     drain_timeout_s: float = _row(
-        30.0, "seconds", "time that running requests have to finish after SIGTERM", topic="Timeouts", low=0
+        30.0, "seconds", "time for running requests to finish after SIGTERM", topic="Timeouts", low=0
     )
     drain_delay_s: float = _row(
-        0.0, "seconds", "time that the port answers 503 after SIGTERM, before draining", topic="Timeouts", low=0
+        0.0, "seconds", "time to answer 503 on the open port after SIGTERM before draining", topic="Timeouts", low=0
     )
     log_level: str = _row(
         "info", "text", "log level", topic="Logs and metrics", choices=("debug", "info", "warning", "error")
@@ -331,7 +356,7 @@ class ServerConfig:
     metrics_adapters: int = _row(
         100,
         "integer",
-        "adapters with metrics of their own; the others share one label",
+        "number of adapters with separate metrics; the others share one label",
         topic="Logs and metrics",
         low=0,
     )
@@ -449,7 +474,7 @@ def _given(cli: Mapping[str, Any]) -> dict[str, Any]:
     names = _names()
     for key in cli:
         if key not in names:
-            raise ConfigError(f"There is no option {key!r}.{did_you_mean(nearest(key, names))}", param=key)
+            raise ConfigError(f"Unknown option {key!r}.{did_you_mean(nearest(key, names))}", param=key)
     return {names[key]: value for key, value in cli.items() if value is not None}
 
 
@@ -460,11 +485,9 @@ def _written(path: Path) -> dict[str, Entry]:
         word = key.replace("-", "_")
         if word not in names:
             spelled = [name.replace("_", "-") for name in names] if "-" in key else names
-            raise ConfigError(
-                f"{entry.where}: there is no option {key!r}.{did_you_mean(nearest(key, spelled))}", param=key
-            )
+            raise ConfigError(f"{entry.where}: unknown option {key!r}.{did_you_mean(nearest(key, spelled))}", param=key)
         if names[word] in found:
-            raise ConfigError(f"{entry.where}: {key} is given twice, by two of its names.", param=key)
+            raise ConfigError(f"{entry.where}: {key} is set twice, under two of its names.", param=key)
         found[names[word]] = entry
     return found
 
@@ -480,7 +503,7 @@ def _without_services(env: Mapping[str, str]) -> Mapping[str, str]:
     if not services:
         return env
     log.warning(
-        "ignoring %s: Kubernetes sets these for a Service; enableServiceLinks: false in the pod avoids them",
+        "ignoring %s: Kubernetes sets these for a Service; set enableServiceLinks: false in the pod to avoid them",
         ", ".join(sorted(services)),
     )
     return {name: value for name, value in env.items() if name not in services}
@@ -515,10 +538,10 @@ def load_setting(name: str, given: Any = None) -> Setting:
 
 
 def _no_model(env: Mapping[str, str]) -> ConfigError:
-    text = f"No model was given. Name one, as in `truffula serve smollm2`, or set {PREFIX}MODEL."
+    text = f"No model given. Name one, as in `truffula serve smollm2`, or set {PREFIX}MODEL."
     for name, server in _MODEL_VARIABLES.items():
         if env.get(name):
-            text += f" {name} is set, a variable of {server}; truffula reads {PREFIX}MODEL."
+            text += f" {name} is set, but it is a variable of {server}; truffula reads {PREFIX}MODEL."
     return ConfigError(text, param="model")
 
 

@@ -41,7 +41,7 @@ def read_config_file(path: Path) -> Mapping[str, Entry]:
         raise ConfigError(f"The configuration file {path} cannot be read: {reason}.", param="config") from error
     table = reader(path, text)
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
-        raise ConfigError(f"{path} must hold one table of options by name, such as port = 8000.", param="config")
+        raise ConfigError(f"{path} must contain one table of options, such as port = 8000.", param="config")
     return {key: Entry(value, _where(path, text, key)) for key, value in table.items()}
 
 

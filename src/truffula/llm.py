@@ -76,7 +76,7 @@ class Adapters:
         except ConfigError as error:
             known = ", ".join(self.names()) or "none"
             raise AdapterNotFound(
-                f"There is no adapter {name!r} (names given: {known}). {error.message}",
+                f"There is no adapter {name!r} (configured: {known}). {error.message}",
                 param="adapters",
                 adapter=name,
             ) from error
@@ -116,11 +116,13 @@ class LLM:
         **options: Any,
     ) -> None:
         if transport not in TRANSPORTS:
-            raise ConfigError(f"transport is {transport!r}; it is one of {', '.join(TRANSPORTS)}.", param="transport")
+            raise ConfigError(
+                f"transport is {transport!r}; it must be one of {', '.join(TRANSPORTS)}.", param="transport"
+            )
         known = {field.name for field in fields(EngineConfig)} - {"model", "device", "dtype"}
         for name in options:
             if name not in known:
-                raise ConfigError(f"LLM has no option {name!r}; there are {', '.join(sorted(known))}.", param=name)
+                raise ConfigError(f"LLM has no option {name!r}; available: {', '.join(sorted(known))}.", param=name)
         config = EngineConfig(model=str(model), device=device, dtype=dtype, **options)
         named = {
             name: _policy(name, source) for name, source in (adapters or {}).items()
@@ -259,7 +261,7 @@ class LLM:
         progress: Callable[[int, int], None] | None,
     ) -> list[Any]:
         if errors not in ("raise", "return"):
-            raise InvalidRequest(f"errors is {errors!r}; it is raise or return.", param="errors")
+            raise InvalidRequest(f"errors is {errors!r}; it must be 'raise' or 'return'.", param="errors")
         requests = self._requests(given, params, adapters)
         found = self._service.run(requests, progress=progress, return_errors=errors == "return")
         return [
@@ -321,7 +323,9 @@ def _ids(prompt: Any, at: int) -> list[int]:
     try:
         return [operator.index(token_id) for token_id in prompt]
     except TypeError as error:
-        raise InvalidRequest(f"prompts[{at}] holds what is not a token id: {error}", param="prompts") from error
+        raise InvalidRequest(
+            f"prompts[{at}] contains an item that is not a token id: {error}", param="prompts"
+        ) from error
 
 
 def _policy(name: str, source: str | Path) -> AdapterPolicy:

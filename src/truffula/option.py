@@ -22,7 +22,7 @@ EXPECTED = MappingProxyType(
     {
         "text": "text",
         "path": "a path",
-        "integer": "a whole number",
+        "integer": "an integer",
         "seconds": "a number of seconds",
         "size": "bytes, such as 512MiB, 4GiB or 2000000000",
         "switch": "one of 1, 0, true, false, yes, no, on, off",
@@ -126,7 +126,7 @@ class Option:
     def parse(self, raw: Any, where: str) -> Any:
         """``raw`` (text, or a value already typed) as this option's value. ``where`` names its origin in the error."""
         if self.secret and _has_empty(raw):
-            raise ConfigError(f"{where} is empty. Give a key, or leave it out to serve without keys.", param=self.name)
+            raise ConfigError(f"{where} is empty. Set a key, or leave it out to serve without keys.", param=self.name)
         try:
             value = None if self.nullable and raw in (None, "none") else _PARSERS[self.kind](raw)
         except (ValueError, TypeError, OverflowError):

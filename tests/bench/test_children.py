@@ -16,7 +16,7 @@ from truffula.errors import CheckpointChanged, ConfigError, ModelNotFound, Proce
 
 def test_a_server_of_ours_that_fails_keeps_its_code(tmp_path: Path) -> None:
     with (
-        pytest.raises(ModelNotFound, match="truffula ended while it started: There is no file or folder") as caught,
+        pytest.raises(ModelNotFound, match="truffula exited during its start: There is no file or folder") as caught,
         OwnServer(EngineConfig(model=str(tmp_path / "none")), []) as server,
     ):
         server.wait()
@@ -34,10 +34,10 @@ def test_a_taken_port_is_the_options_fault() -> None:
 
 def test_another_program_that_fails_is_no_fault_of_an_option() -> None:
     argv = [sys.executable, "-c", "import sys; sys.exit('no such model')"]
-    failed = pytest.raises(ProcessFailed, match="peer ended while it started:\nno such model")
+    failed = pytest.raises(ProcessFailed, match="peer exited during its start:\nno such model")
     with failed, Server("peer", argv, "http://127.0.0.1:9") as server:
         server.wait()
-    silent = pytest.raises(ProcessFailed, match="peer ended before it answered and said nothing")
+    silent = pytest.raises(ProcessFailed, match="peer exited before it answered without output")
     with silent, LineChild("peer", [sys.executable, "-c", ""]) as child:
         child.read()
     with pytest.raises(ProcessFailed, match="peer did not start"), Server("peer", ["/no/such/program"], "http://x"):
@@ -45,7 +45,7 @@ def test_another_program_that_fails_is_no_fault_of_an_option() -> None:
 
 
 def test_the_error_is_the_last_thing_said_whatever_its_length() -> None:
-    said = "2026-01-01 info starting: plan\nerror (checkpoint_changed) a.gguf changed\nwhile it was read.\n"
+    said = "2026-01-01 info reading the model files\nerror (checkpoint_changed) a.gguf changed\nwhile it was read.\n"
     error = child_error("it failed", said)
     assert isinstance(error, CheckpointChanged) and error.message == "it failed: a.gguf changed\nwhile it was read."
     assert child_error("it failed", "an error (checkpoint_changed) in a sentence").code == "process_failed"

@@ -118,7 +118,7 @@ def test_refusals_keep_the_servers_code_and_words(admin: Live, folders: dict[str
     at = ("--url", admin.url, "--api-key", KEY)
     pirate = str(folders["pirate"])
     for args, code, words in (
-        (("load", "x", "/nope"), "model_not_found", "'/nope' holds no adapter"),
+        (("load", "x", "/nope"), "model_not_found", "'/nope' does not contain an adapter"),
         (("load", "tiny/llama", pirate), "invalid_request", "means the base model"),
         (("load", "named", pirate), "invalid_request", "already loaded"),
         (("unload", "nope"), "model_not_found", "'nope'"),
@@ -132,14 +132,14 @@ def test_a_server_without_the_routes_says_which_option_it_lacks(plain: Live, fol
     for args in (("load", "x", str(folders["pirate"])), ("unload", "named")):
         done = here("adapters", *args, "--url", plain.url)
         assert done.returncode == 1 and "runs without --adapter-admin" in done.stderr
-        assert "There is nothing at" not in done.stderr
+        assert "There is no route" not in done.stderr
 
 
 def test_a_key_is_asked_for_and_taken_from_the_environment(admin: Live) -> None:
     missing = here("adapters", "list", "--url", admin.url)
     assert missing.returncode == 1 and "(invalid_api_key)" in missing.stderr and "--api-key" in missing.stderr
-    assert "needs an API key" in missing.stderr
-    assert "refuses this API key" in here("adapters", "list", "--url", admin.url, "--api-key", "wrong").stderr
+    assert "requires an API key" in missing.stderr
+    assert "rejects this API key" in here("adapters", "list", "--url", admin.url, "--api-key", "wrong").stderr
     done = here("adapters", "list", "--url", admin.url, TRUFFULA_API_KEYS=f"{KEY},other")
     assert done.returncode == 0 and "named" in done.stdout
 

@@ -112,7 +112,7 @@ def test_settings_are_shown_changed_and_checked(chat: Run) -> None:
     assert "seed 5" in done.stderr and "top_p 0.5" in done.stderr
     for line, words in (
         ("/set temprature 1", "Did you mean temperature?"),
-        ("/set seed many", "whole number"),
+        ("/set seed many", "an integer"),
         ("/set top_p 3", "top_p"),
     ):
         refused = chat(f"{line}\nHello\n")
@@ -122,7 +122,7 @@ def test_settings_are_shown_changed_and_checked(chat: Run) -> None:
 def test_the_first_error_ends_a_chat_from_a_pipe(chat: Run) -> None:
     for line, words in (
         ("/adapter lef", "There is no adapter 'lef'. Did you mean leaf?"),
-        ("/sytem x", "There is no command /sytem. Did you mean /system?"),
+        ("/sytem x", "Unknown command /sytem. Did you mean /system?"),
         ("/etc/passwd", "begin with //"),
     ):
         done = chat(f"{line}\nHello\n")

@@ -100,5 +100,5 @@ def test_a_history_that_cannot_be_written_is_said_and_the_chat_goes_on(model: Pa
     (tmp_path / "truffula").write_text("a file where the folder would be")
     with terminal("chat", str(model), "--max-tokens", "3", XDG_STATE_HOME=str(tmp_path)) as screen:
         screen.wait_for("base> ")
-        assert "can't be used" in screen.line("Hello")
-        assert "can't be used" not in screen.line("Hello")
+        assert "cannot be used" in screen.line("Hello")
+        assert "cannot be used" not in screen.line("Hello")

@@ -33,11 +33,11 @@ main()
         (["--allow-local", "/no/folder"], "--allow-local is '/no/folder'; it must be a folder that exists."),
         (["--adapter", "a=/no/folder"], "'/no/folder' is neither an existing folder nor a Hub id"),
         (["--adapter", "pirate"], "--adapter is 'pirate'; it must be NAME=FOLDER"),
-        (["--api-key", ""], "--api-key is empty. Give a key, or leave it out"),
-        (["--api-key", "one", "--api-key", " "], "--api-key is empty. Give a key, or leave it out"),
+        (["--api-key", ""], "--api-key is empty. Set a key, or leave it out"),
+        (["--api-key", "one", "--api-key", " "], "--api-key is empty. Set a key, or leave it out"),
         (["--device", "cuda"], "--device is 'cuda'; it must be cpu."),
         (["--backend", "gpu"], "--backend is 'gpu'; it must be one of auto, cpu, reference."),
-        (["--port", "70000"], "--port is '70000'; it must be a whole number"),
+        (["--port", "70000"], "--port is '70000'; it must be an integer"),
     ],
 )
 def test_a_wrong_option_is_refused_in_one_style_before_the_model_is_looked_for(flags: list[str], said: str) -> None:
@@ -61,7 +61,7 @@ def test_a_path_of_the_environment_is_named_by_its_variable() -> None:
     [
         (b"{% for m in messages %}{{ m", "is not valid Jinja, line 1"),
         (b"\xff\xfe", "cannot be read"),
-        (b"{{ 1 }}" + b" " * 400_001, "400000 are allowed"),
+        (b"{{ 1 }}" + b" " * 400_001, "the limit is 400000"),
     ],
 )
 def test_a_broken_chat_template_is_refused_before_the_model_is_looked_for(
@@ -103,6 +103,6 @@ def test_without_a_model_the_variables_of_other_servers_are_named() -> None:
     assert "or set TRUFFULA_MODEL." in here("serve").stderr
     for name, owner in (("MODEL_ID", "LoRAX and TGI"), ("LLAMA_ARG_MODEL", "llama.cpp")):
         assert (
-            f"{name} is set, a variable of {owner}; truffula reads TRUFFULA_MODEL."
+            f"{name} is set, but it is a variable of {owner}; truffula reads TRUFFULA_MODEL."
             in here("serve", **{name: "x"}).stderr
         )

@@ -17,14 +17,14 @@ OWN = {"--system": True, "-n": True, "--raw": False}
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        ("serve --lora-modules a=b", "is vLLM's; in truffula: --adapter NAME=FOLDER (repeat it for several)."),
+        ("serve --lora-modules a=b", "an option of vLLM; in truffula: --adapter NAME=FOLDER (repeat it for several)."),
         ("serve --lora-modules=a=b", "--adapter NAME=FOLDER"),
         ("serve base --enable-lora", "adapters can always be served: leave it out"),
         ("serve base --max-lora-rank 64", "adapters of any rank: leave it out"),
         ("serve base --max_loras 4", "--adapter-memory SIZE"),
         ("serve --model base", "truffula serve MODEL"),
         ("serve -m base", "truffula serve MODEL"),
-        ("serve --model-id base", "is LoRAX and TGI's; in truffula: the first argument"),
+        ("serve --model-id base", "is an option of LoRAX and TGI; in truffula: the first argument"),
         ("serve base --max-input-length 9", "--max-model-len N"),
         ("serve base --max-concurrent-requests 9", "--max-open-requests N"),
         ("serve base --adapter-cycle-time-s 2", "requests for all adapters run in one batch"),

@@ -78,7 +78,7 @@ def test_ps_shows_model_adapters_and_load(server: Live) -> None:
 
 def test_ps_says_what_keeps_it_from_an_answer(server: Live) -> None:
     for words, said in (
-        (["--url", server.url], "needs an API key: give one with --api-key"),
+        (["--url", server.url], "requires an API key: pass a valid one with --api-key"),
         (["--port", "9"], "No server answers at http://127.0.0.1:9"),
         (["--url", "http://[bad"], "No server answers at http://[bad"),
         (["--url", server.url, "--port", "9"], "give one of them"),

@@ -156,9 +156,7 @@ def test_an_empty_key_never_leaves_a_server_open(empty: str):
         ({"api_keys": ["a", empty]}, {}, "--api-key"),
         ({}, {"TRUFFULA_API_KEYS": empty}, "TRUFFULA_API_KEYS"),
     ):
-        with pytest.raises(
-            ConfigError, match=f"^{where} is empty. Give a key, or leave it out to serve without keys.$"
-        ):
+        with pytest.raises(ConfigError, match=f"^{where} is empty. Set a key, or leave it out to serve without keys.$"):
             load_config({"model": "m", **cli}, env)
 
 

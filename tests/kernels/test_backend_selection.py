@@ -89,7 +89,7 @@ def test_with_neither_the_error_names_both_ways_out(asked: str) -> None:
 
 def test_a_native_module_that_does_not_load_is_not_called_missing() -> None:
     found = without(f"{NATIVE}!")
-    assert "can't be loaded (libstdc++.so.6: version not found)" in found["warning"]
+    assert "cannot be loaded (libstdc++.so.6: version not found)" in found["warning"]
 
 
 def test_an_instruction_set_is_never_silently_ignored() -> None:

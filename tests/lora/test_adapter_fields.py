@@ -194,7 +194,7 @@ def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) 
         (b'{"peft_type": "LORA", "r": 4, "lora_alpha": -Infinity}', "Infinity"),
         (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e400}', "too large"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b"[1, 2]", "not an object"),
+        (b"[1, 2]", "not a JSON object"),
         (b"{", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),

@@ -171,17 +171,21 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     (
         "half a pair",
         lambda f: write_adapter(f, CONFIG, dict(list(PLAIN.items())[1:])),
-        ["Half of a pair", "save it again"],
+        ["Incomplete pair", "save it again"],
     ),
     ("NaN", lambda f: write_adapter(f, CONFIG, PLAIN | {min(PLAIN): PLAIN[min(PLAIN)] * np.nan}), ["NaN", "earlier"]),
-    ("no tensors in the file", lambda f: write_adapter(f, CONFIG, {}), ["holds no tensors", "Save it again"]),
+    ("no tensors in the file", lambda f: write_adapter(f, CONFIG, {}), ["contains no tensors", "Save it again"]),
     # what the configuration says
     (
         "modules_to_save",
         configured(modules_to_save=["lm_head"]),
         ["modules_to_save", '["lm_head"]', "train without it"],
     ),
-    ("trainable tokens", configured(trainable_token_indices=[5]), ["trainable_token_indices", "token rows", "without"]),
+    (
+        "trainable tokens",
+        configured(trainable_token_indices=[5]),
+        ["trainable_token_indices", "token embeddings", "without"],
+    ),
     ("DoRA", configured(use_dora=True), ["use_dora", "use_dora=false", "merge_and_unload", "serve that as a model"]),
     (
         "a misspelt method",
@@ -189,7 +193,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
         ["LORAA", "Did you mean LORA?", "truffula serves LORA", "LOHA"],
     ),
     ("lower case", configured(peft_type="lora"), ["Did you mean LORA?"]),
-    ("another method", configured(peft_type="OFT"), ["OFT", "low rank", "LoraConfig", "merge_and_unload"]),
+    ("another method", configured(peft_type="OFT"), ["OFT", "low-rank", "LoraConfig", "merge_and_unload"]),
     ("no method", configured(peft_type=...), ["peft_type: missing", "LORA"]),
     ("no alpha", configured(lora_alpha=...), ["lora_alpha: missing", "scale"]),
     ("no rank", configured(r=...), ["r: missing", "scale"]),
@@ -279,7 +283,7 @@ def test_more_layers_are_another_base(tmp_path: Path) -> None:
     write_adapter(tmp_path, CONFIG, tiny_tensors(llama_sites(4), CONFIG))
     message = refusal(tmp_path).message
     assert "4 of 8 are not in tiny-base" in message
-    assert "has a layer 3, the base has 2 layers" in message and "another base" in message
+    assert "has a layer 3, the base only 2 layers" in message and "another base" in message
 
 
 def test_another_architecture_is_another_base(tmp_path: Path) -> None:
@@ -287,7 +291,7 @@ def test_another_architecture_is_another_base(tmp_path: Path) -> None:
     write_adapter(tmp_path, CONFIG | {"base_model_name_or_path": ""}, dict.fromkeys(keys, ONES))
     message = refusal(tmp_path).message
     assert "another base" in message and "model.layers.0.mlp.down_proj" in message
-    assert "does not say which base" in message
+    assert "does not name the base" in message
 
 
 def test_one_odd_module_is_not_another_base(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_failed_load_tells_all_its_waiters_and_expires(tmp_path: Path) -> None
         r.want(ref)
         r.poll()
         errors = {r.want(ref).error.message for _ in range(5)}  # type: ignore[union-attr]
-        assert len(errors) == 1 and "no adapter" in errors.pop()
+        assert len(errors) == 1 and "does not exist" in errors.pop()
         assert [s.status for s in r.pool.states()] == ["failed"]
         r.write("a")
         assert r.want(ref).status == "failed"

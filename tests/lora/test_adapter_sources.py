@@ -274,7 +274,7 @@ def test_each_subfolder_that_was_meant_as_an_adapter_is_named_once(tmp_path: Pat
         "pickle": "adapter_model.bin",
         "mlx": "MLX",
         "run": "checkpoint-5",
-        "linked": "links that lead out of",
+        "linked": "links to places outside of",
     }
     assert len(warnings) == len(words)
     for name, word in words.items():

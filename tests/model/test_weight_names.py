@@ -59,7 +59,7 @@ def test_two_bodies_are_one_too_many(tmp_path: Path) -> None:
 
 
 def test_a_mixed_prefix_leaves_both_a_gap_and_a_leftover(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*Unexplained instead: norm\.weight"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*Unknown tensors instead: norm\.weight"):
         plan(renamed(tmp_path, lambda name: "norm.weight" if name == "model.norm.weight" else name))
 
 
@@ -119,7 +119,7 @@ def test_recomputed_buffers_are_left_out_knowingly(tmp_path: Path, name: str) ->
 
 def test_half_a_fused_weight_is_none(tmp_path: Path) -> None:
     fused = {LAYER + "mlp.gate_up_proj.weight": np.zeros((112, 32), np.float32)}
-    with pytest.raises(CheckpointError, match=r"up_proj.*Unexplained instead: .*gate_up_proj"):
+    with pytest.raises(CheckpointError, match=r"up_proj.*Unknown tensors instead: .*gate_up_proj"):
         plan(write_tiny_checkpoint(tmp_path, drop=[LAYER + "mlp.up_proj.weight"], extra=fused))
 
 

@@ -76,6 +76,6 @@ def test_each_death_is_logged_with_its_reason_and_counted_until_the_server_ends(
             last = errors()[1]
             assert f"engine process {second} died" in last and "0 open requests failed" in last
             assert "not restarted" in last and "2 times within 300 s" in last and "--max-restarts is 1" in last
-            assert any("the server ends with status 1" in line for line in errors())
+            assert any("exiting with status 1" in line for line in errors())
         finally:
             server.kill()

@@ -17,7 +17,7 @@ from truffula.server.errors import MalformedBody
     ids=repr,
 )
 def test_a_key_written_twice_is_refused_by_name(raw, key):
-    with pytest.raises(MalformedBody, match="written twice") as caught:
+    with pytest.raises(MalformedBody, match="appears twice") as caught:
         decode_object(raw)
     assert caught.value.param == key
     assert repr(key) in caught.value.message

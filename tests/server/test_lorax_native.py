@@ -302,12 +302,12 @@ def test_unknown_keys_are_listed_at_both_levels(live):
 @pytest.mark.parametrize(
     ("parameters", "words"),
     [
-        ({"truncate": 160}, "truncate is 160; this server allows 159"),
+        ({"truncate": 160}, "truncate is 160; this server allows at most 159"),
         ({"truncate": 10**9}, "truncate"),
         ({"typical_p": 1}, "typical_p"),
         ({"typical_p": 1.0}, "typical_p"),
         ({"typical_p": 0}, "typical_p"),
-        ({"best_of": 3, "do_sample": True}, "best_of is 3; this server allows 2"),
+        ({"best_of": 3, "do_sample": True}, "best_of is 3; this server allows at most 2"),
     ],
     ids=str,
 )

@@ -338,7 +338,7 @@ def test_best_of_is_bounded_like_n_and_not_by_loraxs_limit(live):
     found = live.completion(prompt="Hello", best_of=5, n=2, max_tokens=2, temperature=1, seed=1)
     assert len(found["choices"]) == 2
     body = {"prompt": "Hello", "best_of": 17, "max_tokens": 1}
-    assert_canonical_error(live.post("/v1/completions", body), 400, "best_of is 17; this server allows 16")
+    assert_canonical_error(live.post("/v1/completions", body), 400, "best_of is 17; this server allows at most 16")
 
 
 def test_truncate_prompt_tokens_is_bounded_by_the_model(live):

@@ -79,4 +79,4 @@ def test_info_and_the_start_log_name_the_end_tokens(speaker: Live, caplog: pytes
     assert speaker.server.gate.started is not None
     with caplog.at_level(logging.INFO):
         speaker.server.gate.started.announce()
-    assert "ends at: <|end|> (1, tokenizer_config.json eos_token)" in caplog.text
+    assert "end tokens: <|end|> (1, tokenizer_config.json eos_token)" in caplog.text

@@ -52,8 +52,8 @@ def test_clients_are_told_the_same_whatever_the_reason(closed, name):
     ("name", "source", "reason"),
     [
         ("someone/thing", None, "--allow-hub 'someone/thing' or --allow-hub 'someone/*'"),
-        ("gpt-4o-mini", None, "neither given by --adapter nor a folder of --adapter-dir, and it is no Hub id"),
-        ("no/where", "local", "no adapter lies there below a folder clients may name"),
+        ("gpt-4o-mini", None, "neither set with --adapter nor a subfolder of --adapter-dir, and it is not a Hub id"),
+        ("no/where", "local", "it is not a path to an adapter below a folder that clients may name"),
         ("tab\tname", None, "printable characters"),
         ("tiny/llama:tiny", None, "reserved for the base model"),
     ],

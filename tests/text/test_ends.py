@@ -101,7 +101,7 @@ def test_a_turn_end_that_is_not_one_token_is_reported() -> None:
     found = ends_of(tokenizer(special=["<|im_start|>"]), CHATML, [EndToken(1, "config.json")])
     assert [token.id for token in found.all] == [1]
     (warning,) = found.warnings
-    assert "'<|im_end|>'" in warning and "not one token" in warning
+    assert "'<|im_end|>'" in warning and "not a single token" in warning
 
 
 def test_an_end_beyond_the_models_ids_is_reported_and_ends_nothing() -> None:

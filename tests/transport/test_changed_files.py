@@ -131,12 +131,12 @@ def build_while(model: Path, change: Callable[[], object]) -> tuple[EngineInfo, 
 
     def tell(stage: str, done: int, total: int | None) -> None:
         stages.append(stage)
-        if stages.count("load") == 1 and stage == "load":
+        if stages.count("loading weights") == 1 and stage == "loading weights":
             change()
 
     client = InlineClient(tiny_engine(model), tell)
     try:
-        assert "load" in stages
+        assert "loading weights" in stages
         return client.info, run(client, [ask("a", [3, 4, 5])])["a"].token_ids
     finally:
         client.close()

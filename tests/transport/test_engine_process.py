@@ -112,7 +112,7 @@ def test_an_engine_that_hangs_takes_no_requests_is_killed_and_followed_by_anothe
         assert (late.finish, late.code) == ("error", "engine_died")
         answer = follow(client, ["open"])["open"]
         assert (answer.finish, answer.code) == ("error", "engine_died")
-        assert "silent" in answer.message
+        assert "unresponsive" in answer.message
         eventually(lambda: client.pid not in (None, first), "the next engine")
         assert not running(first)
     served = lambda: run(client, [ask("after", [3])])["after"].finish in ("length", "stop")

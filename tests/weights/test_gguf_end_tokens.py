@@ -38,7 +38,7 @@ def ends(found: GgufTexts) -> dict[str, str]:
 def test_turn_marks_are_single_tokens_and_end_the_answer_whatever_their_type(kind: int, keys: dict[str, int]) -> None:
     marks = {"<|endoftext|>": CONTROL, "<|im_start|>": kind, "<|im_end|>": kind}
     found = read_tokenizer(metadata(marks, eos_token_id=0, **keys))
-    source = "tokenizer.ggml.eot_token_id" if keys else "known by its text"
+    source = "tokenizer.ggml.eot_token_id" if keys else "recognised by its text"
     assert ends(found) == {"<|endoftext|>": "tokenizer.ggml.eos_token_id", "<|im_end|>": source}
     tokenizer = load_tokenizer(found.files, found.end_tokens)
     assert tokenizer is not None
@@ -101,7 +101,7 @@ def test_a_key_names_a_fill_in_mark_before_its_text() -> None:
 
 def test_ids_that_are_no_tokens_are_not_used() -> None:
     found = read_tokenizer(metadata({"<|im_end|>": CONTROL}, eos_token_id=10**6, eot_token_id=-1, bos_token_id="a"))
-    assert ends(found) == {"<|im_end|>": "known by its text"}
+    assert ends(found) == {"<|im_end|>": "recognised by its text"}
     for name in ("eos", "eot", "bos"):
         assert any(f"tokenizer.ggml.{name}_token_id is" in text for text in found.warnings)
     # The engine, which does not read the vocabulary, looks at their range itself.

@@ -324,7 +324,8 @@ def test_default_sampling_parameters_are_those_of_generation_config(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("adapter", "PEFT"), ("imatrix", "statistics"), ("mmproj", "image encoder"), (7, "no language")]
+    ("kind", "words"),
+    [("adapter", "PEFT"), ("imatrix", "statistics"), ("mmproj", "image encoder"), (7, "not a language")],
 )
 def test_a_file_that_is_no_model_is_refused_by_what_it_is(tmp_path: Path, kind: Any, words: str) -> None:
     with pytest.raises(UnsupportedModel, match=words) as caught:

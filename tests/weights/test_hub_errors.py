@@ -58,15 +58,15 @@ CASES = {
     "org/gated": ("hf auth login", "adapter_load_failed"),
     "org/status-401": ("denies access (HTTP 401)", "adapter_load_failed"),
     "org/status-403": ("denies access (HTTP 403)", "adapter_load_failed"),
-    "org/status-404": ("has nothing of this name", "adapter_not_found"),
+    "org/status-404": ("has no repository or file of this name", "adapter_not_found"),
     "org/status-429": ("limits requests (HTTP 429)", "adapter_load_failed"),
     "org/status-500": ("answers HTTP 500", "adapter_load_failed"),
     "org/status-503": ("answers HTTP 503", "adapter_load_failed"),
-    "org/garbage": ("does not answer as a Hub does", "adapter_load_failed"),
+    "org/garbage": ("does not respond like a Hub", "adapter_load_failed"),
     "org/cut": ("was lost", "adapter_load_failed"),
     "org/cut/model.gguf": ("was lost", None),
     "org/status-500/model.gguf": ("answers HTTP 500", None),
-    "org/list": ("the Hub's library failed (", "escaped"),
+    "org/list": ("huggingface_hub failed (", "escaped"),
 }
 
 
@@ -97,7 +97,7 @@ def test_a_model(told: tuple[Told, str], name: str) -> None:
     assert code == "model_not_found" and CASES[name][0] in message, message
     assert message.startswith(f"There is no file or folder {name!r} here.")
     assert not any(word in message for word in ("Got:", "could not be had", "secret", "..", "\n")), message
-    assert stages.count("the Hub does not answer: retry") <= 1
+    assert stages.count("the Hub does not respond: retrying") <= 1
 
 
 @pytest.mark.parametrize("name", [name for name, (_, code) in CASES.items() if code])
@@ -126,7 +126,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
         assert code == {"model": "model_not_found", "adapter": "adapter_load_failed"}[kind]
         assert "cannot be reached (Connection refused); check the network." in message
         assert (NOTHING in message) == (kind == "model"), "a client is not told where the operator fetches"
-        assert stages in ([], ["the Hub does not answer: retry"])
+        assert stages in ([], ["the Hub does not respond: retrying"])
     assert stderr == ""
 
 
@@ -151,8 +151,8 @@ def of_client(name: str) -> Exception:
 @pytest.mark.parametrize(
     ("chain", "kind", "text"),
     [
-        ([of_client("ReadTimeout")], "network", "does not answer in time"),
-        ([TimeoutError(), of_client("ConnectTimeout")], "network", "does not answer in time"),
+        ([of_client("ReadTimeout")], "network", "does not respond in time"),
+        ([TimeoutError(), of_client("ConnectTimeout")], "network", "does not respond in time"),
         ([socket.gaierror(-2, "Name or service not known"), of_client("ConnectError")], "network", "(Name or service"),
         (
             [OSError(errno.ENETUNREACH, "Network is unreachable"), of_client("ConnectError")],

@@ -82,7 +82,7 @@ def test_two_processes_download_once_and_get_one_file(tmp_path: Path, index: Slo
     with fetching(tmp_path / "cache") as first:
         index.halfway.wait()
         with fetching(tmp_path / "cache") as second:
-            waiting = told(second, "wait for another process to download smollm2")
+            waiting = told(second, "waiting for another process to download smollm2")
             index.gate.set()
             assert told(first, "inode") == told(second, "inode")
             assert waiting.split()[-1].isdigit()  # bytes that have come so far

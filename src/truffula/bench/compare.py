@@ -111,7 +111,9 @@ def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
     if row.measure == "throughput":
         return Round(statistics.median(run["output_tok_s"] for run in runs), runs)
     if any("p50" not in run["ttft_ms"] for run in runs):
-        raise ConfigError(f"{row.name!r}: {contestant.title} does not say when its first token came.", param="measure")
+        raise ConfigError(
+            f"{row.name!r}: {contestant.title} does not report the time of its first token.", param="measure"
+        )
     return Round(statistics.median(run["ttft_ms"]["p50"] for run in runs), runs)
 
 
@@ -119,10 +121,10 @@ def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> Mea
     """A run in which every request was answered in full, from nobody's cache."""
     measured = running.run(row.load(names, seed))
     if measured.failures:
-        raise ConfigError(f"{len(measured.failures)} requests failed; the first said: {measured.failures[0]}")
+        raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
     expected = row.clients * row.requests * row.max_tokens
     if measured.output_tokens != expected:
-        raise ConfigError(f"{row.name!r}: {measured.output_tokens} tokens were answered, {expected} were asked for.")
+        raise ConfigError(f"{row.name!r}: {measured.output_tokens} tokens were generated, {expected} were requested.")
     if any(stream.cached_tokens for stream in measured.streams):
         raise ConfigError(f"{row.name!r}: part of a prompt was answered from a prefix cache.")
     return measured
@@ -173,9 +175,9 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
         body = json.dumps(dialect.body(prompt, row.max_tokens, None))
         while not _first_token(server.url, dialect, body):
             if server.ended:
-                raise child_error(f"{contestant.title} ended while it started", server.said())
+                raise child_error(f"{contestant.title} exited during its start", server.said())
             if time.monotonic() - begun > START_TIMEOUT_S:
-                raise ProcessFailed(f"{contestant.title} gave no token within {START_TIMEOUT_S:g} seconds.")
+                raise ProcessFailed(f"{contestant.title} generated no token within {START_TIMEOUT_S:g} seconds.")
             time.sleep(ASK_AGAIN_S)
         seconds = time.monotonic() - begun
     return Round(round(1000 * seconds, 1), ({"start_s": round(seconds, 4)},))

@@ -249,7 +249,7 @@ def written_blocks(metrics: str) -> int:
     """How many KV blocks sequences or the prefix cache hold, from the text of our ``/metrics``."""
     counted = dict(re.findall(r"^truffula_kv_blocks_(used|cached) ([0-9.e+]+)$", metrics, re.MULTILINE))
     if len(counted) != 2:
-        raise ConfigError("truffula's /metrics do not say how many KV blocks are used and cached.")
+        raise ConfigError("truffula's /metrics lack the numbers of used and cached KV blocks.")
     return sum(int(float(count)) for count in counted.values())
 
 

@@ -46,7 +46,7 @@ def child_error(what: str, said: str) -> TruffulaError:
     own = _OWN_ERROR.search(said)
     if own is not None:
         return from_info(ErrorInfo(code=own["code"], message=f"{what}: {own['message'].strip()}"))
-    return ProcessFailed(f"{what}:\n{said.strip()[-SAID:]}" if said.strip() else f"{what} and said nothing.")
+    return ProcessFailed(f"{what}:\n{said.strip()[-SAID:]}" if said.strip() else f"{what} without output.")
 
 
 class Child:
@@ -114,7 +114,7 @@ class Server(Child):
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.ended:
-                raise child_error(f"{self.name} ended while it started", self.said())
+                raise child_error(f"{self.name} exited during its start", self.said())
             if self._healthy():
                 return self.url
             time.sleep(0.05)
@@ -146,7 +146,7 @@ class LineChild(Child):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         self._process.wait()
-        raise child_error(f"{self.name} ended before it answered", self.said())
+        raise child_error(f"{self.name} exited before it answered", self.said())
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         pipe = self._pipe(self._process.stdin)

@@ -116,7 +116,7 @@ def chosen(rows: tuple[Row, ...], names: Iterable[str]) -> tuple[Row, ...]:
     known = {word for row in rows for word in (row.name, row.scenario) if word}
     for name in wanted:
         if name not in known:
-            raise ConfigError(f"There is no scenario {name!r}; there are {', '.join(sorted(known))}.", param="scenario")
+            raise ConfigError(f"Unknown scenario {name!r}; available: {', '.join(sorted(known))}.", param="scenario")
     return tuple(row for row in rows if not wanted or {row.name, row.scenario} & set(wanted))
 
 
@@ -159,7 +159,7 @@ def _contestant(given: Mapping[str, Any], where: str) -> Contestant:
     if made.options and made.peer != "truffula":
         raise ConfigError(f"{where}: options are truffula's; give {made.peer} flags.", param="options")
     if made.flags and made.peer not in ("llama-server", "llama-bench", "vllm"):
-        raise ConfigError(f"{where}: {made.peer} takes no flags.", param="flags")
+        raise ConfigError(f"{where}: {made.peer} does not accept flags.", param="flags")
     return made
 
 
@@ -175,7 +175,7 @@ def _check_fields(
         if name == extra:
             continue
         if name not in known:
-            raise ConfigError(f"{where}: there is no field {name!r}; there are {', '.join(known)}.", param=name)
+            raise ConfigError(f"{where}: unknown field {name!r}; available: {', '.join(known)}.", param=name)
         wanted = {"str": str, "int": int, "Mapping[str, Any]": dict, "tuple[str, ...]": list}[str(known[name].type)]
         if not isinstance(value, wanted) or isinstance(value, bool):
             raise ConfigError(f"{where}: {name} is {value!r}; it must be a {wanted.__name__}.", param=name)

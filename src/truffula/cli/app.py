@@ -194,7 +194,7 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would be loaded, and how: sizes, memory, tied weights, and what each field of the configuration does.
+    """Show what would be loaded: sizes, memory, tied weights, and how each field of the configuration is handled.
 
     Reads no weights, except with --quantize.
     """
@@ -215,7 +215,7 @@ def verify(
     *,
     options: dict[str, Any],
 ) -> None:
-    """Compare MODEL with transformers, and an adapter with peft: are the numbers that would be served right?
+    """Check that MODEL computes what transformers does, and an adapter what peft does.
 
     First in float32, operation by operation, which names the first one that differs; then in the dtype that is served.
     """
@@ -226,7 +226,7 @@ def verify(
 
 @app.command(rich_help_panel=SERVER)
 def ps(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
-    """Show a running server's model, its adapters and the requests that it runs."""
+    """Show the model, the adapters and the requests of a running server."""
     from truffula.cli.ps import run_ps
     from truffula.cli.server_client import ServerClient, server_address
 
@@ -239,7 +239,7 @@ app.add_typer(adapters_app, name="adapters", rich_help_panel=SERVER)
 
 @app.command(rich_help_panel=TOOLS)
 def doctor(as_json: AsJson = False) -> None:
-    """Show what this machine offers, what is missing, and what would make truffula faster."""
+    """Show what this machine supports, what is missing, and what would make truffula faster."""
     from truffula.cli.doctor import run_doctor
 
     run_doctor(as_json=as_json)
@@ -252,7 +252,7 @@ def config(
     config_file: ConfigFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the options in force: defaults, configuration file and environment."""
+    """Show each option's value from defaults, configuration file and environment."""
     if not show:
         typer.echo(context.get_help())
         return
@@ -275,7 +275,7 @@ def print_help(
     context: typer.Context,
     command: Annotated[list[str] | None, typer.Argument(metavar="COMMAND", help="A command, such as serve.")] = None,
 ) -> None:
-    """Explain a command, or list the commands."""
+    """Show the help of a command, or list the commands."""
     from truffula.cli.help import help_of
 
     typer.echo(help_of(context, command or []))
@@ -314,7 +314,7 @@ def adapters_unload(
     port: Port = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Unload the adapter NAME and forget the name; requests that use it finish normally."""
+    """Unload the adapter NAME and remove the name; requests that use it finish normally."""
     from truffula.cli.adapters import unload_adapter
     from truffula.cli.server_client import ServerClient, server_address
 

@@ -34,23 +34,25 @@ def bench_serve(
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option("--rate", metavar="NUMBER", help="Open loop: requests a second, as a Poisson process sends them."),
+        typer.Option("--rate", metavar="NUMBER", help="Open loop: requests per second, with Poisson arrivals."),
     ] = None,
     adapters: Annotated[
         str,
         typer.Option(
-            "--adapters", help="none, shared (one for all), distinct (one each) or zipf (few are asked most)."
+            "--adapters", help="none, shared (one for all), distinct (one each) or zipf (a few get most requests)."
         ),
     ] = "distinct",
     adapter_count: Annotated[
         int | None,
-        typer.Option(
-            "--adapter-count", metavar="N", help="Adapters that zipf draws from, or that --rate goes through."
-        ),
+        typer.Option("--adapter-count", metavar="N", help="Number of adapters for zipf or --rate."),
     ] = None,
     zipf_exponent: Annotated[
         float | None,
-        typer.Option("--zipf-exponent", metavar="NUMBER", help="s of zipf's 1 / rank**s; 0 draws evenly. [default: 1]"),
+        typer.Option(
+            "--zipf-exponent",
+            metavar="NUMBER",
+            help="s of zipf's 1 / rank**s; 0 makes all equally likely. [default: 1]",
+        ),
     ] = None,
     rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 16,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Random ids per prompt.")] = 105,
@@ -59,14 +61,14 @@ def bench_serve(
     seed: Annotated[int, typer.Option("--seed", help="Same seed, same prompts, adapters and arrival times.")] = 0,
     ttft_limit: Annotated[
         float | None,
-        typer.Option("--ttft-limit", metavar="MS", help="Goodput: most ms to the first token. [default: 2000]"),
+        typer.Option("--ttft-limit", metavar="MS", help="Goodput: maximum ms to the first token. [default: 2000]"),
     ] = None,
     itl_limit: Annotated[
         float | None,
-        typer.Option("--itl-limit", metavar="MS", help="Goodput: most ms between tokens, on average. [default: 200]"),
+        typer.Option("--itl-limit", metavar="MS", help="Goodput: maximum average ms between tokens. [default: 200]"),
     ] = None,
     against_llm: Annotated[
-        bool, typer.Option("--against-llm", help="Also through LLM.generate in a process of its own, in turn.")
+        bool, typer.Option("--against-llm", help="Also measure LLM.generate, in a separate process.")
     ] = False,
     url: Annotated[
         str | None, typer.Option("--url", metavar="URL", help="Measure this running server instead of starting one.")
@@ -77,8 +79,9 @@ def bench_serve(
 ) -> None:
     """Measure a server under load: output tokens per second, time to first token, inter-token time, prefix-hit rate.
 
-    A closed loop by default: each client sends its next request when the last has ended. With --rate an open loop:
-    requests come when they come, so waiting shows; goodput counts those that kept both limits.
+    A closed loop by default: each client sends its next request when the last has ended. With --rate, an open loop:
+    requests are sent at their times whether or not earlier ones have ended, so the time they wait is measured;
+    goodput counts the requests within both limits.
     """
     from truffula.bench.measured import Limits
     from truffula.cli.bench_serve import ServeBench, run_bench_serve
@@ -96,15 +99,18 @@ def bench_serve(
 @app.command("compare")
 def bench_compare(
     scenarios: Annotated[
-        list[str] | None, typer.Argument(help="Scenarios or single rows (--list shows them); left out, all of them.")
+        list[str] | None, typer.Argument(help="Scenarios or single rows (--list shows them). [default: all]")
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="Rounds; in each, every server runs once, in turn.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write every run there.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every run to this file.")
+    ] = None,
     markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write rows for benchmarks/README.md there.")
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write the rows of benchmarks/README.md to this file."),
     ] = None,
     scenario_file: Annotated[
-        Path | None, typer.Option("--scenario-file", metavar="FILE", help="A TOML file with your own rows instead.")
+        Path | None, typer.Option("--scenario-file", metavar="FILE", help="TOML file with your own rows.")
     ] = None,
     bench_dir: Annotated[
         Path | None,
@@ -163,10 +169,10 @@ def bench_step(
     prefill: Annotated[int, typer.Option("--prefill", help="Tokens of the prompt chunk at the end; 0 for none.")] = 512,
     steps: Annotated[int, typer.Option("--steps", help="Steps per line; the median is printed.")] = 20,
     adapter_dtype: Annotated[
-        str, typer.Option("--adapter-dtype", help="What the adapters hold: bfloat16, float16 or float32.")
+        str, typer.Option("--adapter-dtype", help="Dtype of the adapters: bfloat16, float16 or float32.")
     ] = "bfloat16",
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
-    quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: the base rounded to it.")] = "none",
+    quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: rounds the base.")] = "none",
     backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
     cpu_isa: CpuIsa = "auto",
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Compute threads.")] = None,
@@ -179,7 +185,7 @@ def bench_step(
     try:
         numbers = tuple(int(word) for word in rows.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{rows!r} is not a list of whole numbers.", param_hint="--rows") from None
+        raise typer.BadParameter(f"{rows!r} is not a list of integers.", param_hint="--rows") from None
     mixes = tuple(word.strip() for word in adapters.split(","))
     bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny, adapter_dtype)
     run_bench_step(

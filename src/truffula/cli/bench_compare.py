@@ -39,7 +39,7 @@ def run_bench_compare(asked: Asked) -> None:
         raise ConfigError(f"--repeats is {asked.repeats}; it must be 1 or more.", param="repeats")
     for file in (asked.json_file, asked.markdown_file):  # known now, not after an hour
         if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file} can't be written: {file.parent} is no folder.", param="json")
+            raise ConfigError(f"{file} can't be written: {file.parent} is not a folder.", param="json")
     end_children_on_sigterm()
     rows = chosen(read_scenarios(asked.scenario_file or BUILT_IN), asked.scenarios)
     files = asked.bench_dir or Path(tempfile.gettempdir()) / "bench"
@@ -58,7 +58,7 @@ def run_bench_compare(asked: Asked) -> None:
     out().print(f"[dim]{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, commit {machine['commit']}[/]")
     absent = sum(len(result.absent) for result in results)
     if absent:
-        raise ConfigError(f"{absent} contestants were not measured; why, and what helps, stands above.", param="peers")
+        raise ConfigError(f"{absent} contestants were not measured; the reasons are listed above.", param="peers")
 
 
 def list_scenarios(scenario_file: Path | None) -> None:

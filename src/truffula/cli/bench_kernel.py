@@ -61,9 +61,9 @@ class KernelBench:
         for what, given, known in (("format", self.formats, FORMATS), ("kernel", self.kernels, KERNELS)):
             for word in given:
                 if word not in known:
-                    raise ConfigError(f"{what} is {word!r}; it must be of {', '.join(known)}.", param=what)
+                    raise ConfigError(f"{what} is {word!r}; it must be one of {', '.join(known)}.", param=what)
         if not self.rows or min(self.rows) < 1 or max(self.rows) > 1 << 14:
-            raise ConfigError("rows must be whole numbers from 1 to 16384.", param="rows")
+            raise ConfigError("rows must be integers from 1 to 16384.", param="rows")
         for outputs, inputs in self.shapes:
             if min(outputs, inputs) < 1 or inputs % 32 or outputs * inputs > 1 << 30:
                 raise ConfigError(
@@ -90,12 +90,14 @@ def bench_of(rows: str, shapes: Sequence[str], formats: str, kernels: str, *, ti
         if rows and not tiny:
             given["rows"] = tuple(int(word) for word in rows.split(","))
     except ValueError:
-        raise ConfigError(f"rows is {rows!r}; expected whole numbers separated by commas.", param="rows") from None
+        raise ConfigError(f"rows is {rows!r}; expected integers separated by commas.", param="rows") from None
     try:
         if shapes:
             given["shapes"] = tuple((int(n), int(k)) for n, k in (word.lower().split("x") for word in shapes))
     except ValueError:
-        raise ConfigError(f"shape is {', '.join(shapes)!r}; it is OUTPUTSxINPUTS, as 960x576.", param="shape") from None
+        raise ConfigError(
+            f"shape is {', '.join(shapes)!r}; it must be OUTPUTSxINPUTS, such as 960x576.", param="shape"
+        ) from None
     if formats:
         given["formats"] = tuple(formats.split(","))
     if kernels:

@@ -69,14 +69,14 @@ class ServeBench:
         if opened and self.clients is not None:
             raise _apart("clients", "--rate", "an open loop has no clients; --requests says how many requests it sends")
         if opened and self.against_llm:
-            raise _apart("against_llm", "--rate", "LLM.generate takes its prompts at once")
+            raise _apart("against_llm", "--rate", "LLM.generate receives all prompts at the same time")
         if not opened and self.limits is not None:
             raise _apart("ttft_limit", "a closed loop", "goodput is for --rate; leave the limits out")
         if self.zipf_exponent is not None and self.adapters != "zipf":
             raise _apart("zipf_exponent", f"--adapters {self.adapters}", "it is for --adapters zipf")
         counted = self.adapters == "zipf" or (self.adapters == "distinct" and opened)
         if self.adapter_count is not None and not counted:
-            why = "distinct gives each client its own" if self.adapters == "distinct" else "it fixes the number itself"
+            why = "distinct gives each client its own" if self.adapters == "distinct" else "it fixes the number"
             raise _apart("adapter_count", f"--adapters {self.adapters}", why)
         if self.adapter_count is None and counted:
             raise ConfigError(f"--adapters {self.adapters} needs --adapter-count here.", param="adapter_count")
@@ -111,7 +111,7 @@ def _wrong(name: str, value: object, right: str) -> ConfigError:
 
 
 def _apart(name: str, other: str, why: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} does not go with {other}: {why}.", param=name)
+    return ConfigError(f"--{name.replace('_', '-')} cannot be combined with {other}: {why}.", param=name)
 
 
 def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -> None:
@@ -153,7 +153,7 @@ def _http_runs(url: str, bench: ServeBench, names: list[str], vocab_size: int) -
         else:
             measured = asyncio.run(open_loop(target, load, arrivals(bench.rate, load.clients, load.seed)))
         if measured.failures:
-            raise ConfigError(f"{len(measured.failures)} requests failed; the first said: {measured.failures[0]}")
+            raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
         opened = bench.rate is not None
         said = measured.open_summary(bench.rate or 0.0, bench.limits or Limits()) if opened else measured.summary()
         runs.append({**said, "adapters": _shares(load)})

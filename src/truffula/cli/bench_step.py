@@ -59,12 +59,16 @@ class StepBench:
         for mix in self.mixes:
             if mix not in MIXES and not (mix.isdecimal() and int(mix) > 0):
                 known = ", ".join(MIXES)
-                raise ConfigError(f"adapters is {mix!r}; it must be of {known} or a number above 0.", param="adapters")
+                raise ConfigError(
+                    f"adapters is {mix!r}; it must be one of {known}, or a number above 0.", param="adapters"
+                )
         if self.adapter_dtype not in ADAPTER_DTYPES:
             known = ", ".join(ADAPTER_DTYPES)
-            raise ConfigError(f"adapter_dtype is {self.adapter_dtype!r}; it must be of {known}.", param="adapter_dtype")
+            raise ConfigError(
+                f"adapter_dtype is {self.adapter_dtype!r}; it must be one of {known}.", param="adapter_dtype"
+            )
         if not self.rows or min(self.rows) < 1:
-            raise ConfigError("rows must be whole numbers above 0.", param="rows")
+            raise ConfigError("rows must be integers above 0.", param="rows")
         if all(mix.isdecimal() and int(mix) > max(self.rows) for mix in self.mixes):
             raise ConfigError(
                 f"adapters is {', '.join(self.mixes)}, more than the most rows ({max(self.rows)}) can share.",

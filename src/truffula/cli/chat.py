@@ -35,13 +35,13 @@ def run_chat(model: ChatModel, adapter: str, system: str | None, params: Samplin
     """Talk until the end of input. From a pipe, the first error ends the chat and is raised."""
     if not model.has_chat_template:
         raise TemplateError(
-            f"{model.name} has no chat template, so it can't chat; 'truffula generate --raw' completes text with it."
+            f"{model.name} has no chat template, so it cannot chat; 'truffula generate --raw' completes text."
         )
     chat = Chat(model, adapter, system, params)
     editor = LineEditor(state_folder() / HISTORY, chat.complete, note)
     chat.interactive = editor.interactive
     if editor.interactive:
-        note(f"{model.name}, adapters: {', '.join(model.adapters()) or 'none'}. /help lists the commands, /bye ends.")
+        note(f"{model.name}, adapters: {', '.join(model.adapters()) or 'none'}. /help lists the commands, /bye exits.")
     for text in _messages(editor, chat):
         try:
             if not chat.take(text):
@@ -126,15 +126,17 @@ class Chat:
         self._ended = False
         self._commands = (
             Command("/help", "list the commands", self._help, ("/?",)),
-            Command("/adapter NAME", "answer with this adapter; 'base' for none", self._switch),
+            Command("/adapter NAME", "use this adapter, or 'base' for the base model", self._switch),
             Command("/adapters", "list the adapters", self._list),
-            Command("/load [NAME=]FOLDER", "load an adapter and answer with it", self._load),
+            Command("/load [NAME=]FOLDER", "load an adapter and use it", self._load),
             Command("/system [TEXT]", "show or set the system message; 'clear' removes it", self._set_system),
             Command("/set [NAME VALUE]", f"show or set {', '.join(SETTINGS)}", self._set),
-            Command("/clear", "forget the conversation", self._clear, ("/reset",)),
-            Command("/retry", "answer the last message again", self._retry),
-            Command("/save FILE", "write the conversation: messages in a .json file, text in others", self._save),
-            Command("/bye", "end the chat, as Ctrl-D does", self._end, ("/exit", "/quit", "/q")),
+            Command("/clear", "clear the conversation", self._clear, ("/reset",)),
+            Command("/retry", "generate a new answer to the last message", self._retry),
+            Command(
+                "/save FILE", "save the conversation: as messages to a .json file, as text to any other", self._save
+            ),
+            Command("/bye", "exit, like Ctrl-D", self._end, ("/exit", "/quit", "/q")),
         )
 
     def take(self, text: str) -> bool:
@@ -170,7 +172,7 @@ class Chat:
         if word not in by_name:
             meant = did_you_mean(nearest(word, by_name))
             raise InvalidRequest(
-                f"There is no command {word}.{meant} /help lists them; begin with // to send a message with a slash."
+                f"Unknown command {word}.{meant} /help lists them; begin with // to send a message with a slash."
             )
         return by_name[word]
 
@@ -179,17 +181,20 @@ class Chat:
         for command in self._commands:
             also = f" (also {', '.join(command.aliases)})" if command.aliases else ""
             note(f"{command.usage:{width}}  {command.help}{also}")
-        note(f"Several lines: begin with {FENCE} and end with {FENCE}, or end a line with \\. Ctrl-C stops an answer.")
+        note(
+            f"For several lines, begin with {FENCE} and end with {FENCE}, or end a line with \\. Ctrl-C stops an "
+            "answer."
+        )
 
     def _switch(self, rest: str) -> None:
         names = [BASE, *self._model.adapters()]
         if not rest:
-            note(f"{self.adapter} answers; there are {', '.join(names)}.")
+            note(f"{self.adapter} is selected; available: {', '.join(names)}.")
             return
         if rest not in names:
             meant = did_you_mean(nearest(rest, names))
             raise AdapterNotFound(
-                f"There is no adapter {rest!r}.{meant} There are {', '.join(names)}; /load [NAME=]FOLDER adds one.",
+                f"There is no adapter {rest!r}.{meant} Available: {', '.join(names)}; /load [NAME=]FOLDER adds one.",
                 param="adapter",
             )
         self.adapter = rest
@@ -201,15 +206,15 @@ class Chat:
     def _load(self, rest: str) -> None:
         name, source = split_adapter(rest)
         if not rest or source is None:
-            raise InvalidRequest("/load takes the folder of an adapter: /load [NAME=]FOLDER.")
+            raise InvalidRequest("/load needs the folder of an adapter: /load [NAME=]FOLDER.")
         if name in self._model.adapters():
             raise InvalidRequest(
-                f"There is an adapter {name!r} already: /adapter {name} answers with it. "
-                "/load NAME=FOLDER loads this one under another name."
+                f"An adapter named {name!r} exists already: select it with /adapter {name}, or load this one under "
+                "another name with /load NAME=FOLDER."
             )
         self._model.load(name, source)
         self.adapter = name
-        note(f"{name} is loaded and answers now.")
+        note(f"{name} is loaded and selected.")
 
     def _set_system(self, rest: str) -> None:
         if rest:
@@ -226,21 +231,21 @@ class Chat:
         kind = SETTINGS.get(name)
         if kind is None:
             meant = did_you_mean(nearest(name, SETTINGS))
-            raise InvalidRequest(f"There is no setting {name!r}.{meant} There are {', '.join(SETTINGS)}.")
+            raise InvalidRequest(f"Unknown setting {name!r}.{meant} Available: {', '.join(SETTINGS)}.")
         try:
             parsed = None if value == "none" and name in ("max_tokens", "seed") else kind(value)
         except ValueError:
-            expected = "a whole number" if kind is int else "a number"
+            expected = "an integer" if kind is int else "a number"
             raise InvalidRequest(f"{name} is {value!r}; it must be {expected}.", param=name) from None
         return replace(self._params, **{name: parsed})
 
     def _clear(self, rest: str) -> None:
         self._turns, self._asked = [], None
-        note("The conversation is forgotten.")
+        note("The conversation is cleared.")
 
     def _retry(self, rest: str) -> None:
         if self._asked is None:
-            raise InvalidRequest("There is no message to answer again.")
+            raise InvalidRequest("There is no message to retry.")
         kept = self._turns
         if kept and kept[-2]["content"] == self._asked:
             self._turns = kept[:-2]
@@ -252,7 +257,7 @@ class Chat:
 
     def _save(self, rest: str) -> None:
         if not rest:
-            raise InvalidRequest("/save takes the name of a file.")
+            raise InvalidRequest("/save needs a file name: /save FILE.")
         path = Path(rest).expanduser()
         messages = self._with_system(self._turns)
         if path.suffix == ".json":
@@ -263,10 +268,10 @@ class Chat:
             with path.open("x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
-            raise ConfigError(f"{path} exists; /save writes new files only.", param="file") from None
+            raise ConfigError(f"{path} already exists; /save does not overwrite files.", param="file") from None
         except OSError as error:
             raise ConfigError(f"{path} can't be written: {error.strerror}.", param="file") from error
-        note(f"{len(messages)} messages are in {path}.")
+        note(f"{len(messages)} messages written to {path}.")
 
     def _end(self, rest: str) -> None:
         self._ended = True
@@ -313,8 +318,8 @@ class Chat:
                     raise
                 full = error
         raise InvalidRequest(
-            f"The conversation no longer fits into the model's context. {full.message} /clear begins a new one, and "
-            "/save FILE keeps this one first."
+            f"The conversation no longer fits into the model's context. {full.message} /clear starts a new one; "
+            "/save FILE saves this one."
         ) from full
 
 

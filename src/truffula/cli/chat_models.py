@@ -59,7 +59,7 @@ def split_adapter(word: str) -> tuple[str, str | None]:
         name, source = word.rstrip("/").rsplit("/", 1)[-1], word
     if name == BASE:
         raise ConfigError(
-            f"{word!r} would be called 'base', which means the model without an adapter; write NAME={source}.",
+            f"{word!r} would be named 'base', which means the model without an adapter; write NAME={source}.",
             param="adapter",
         )
     return name, source

@@ -94,7 +94,9 @@ def cpu_limit(limits: CpuLimits) -> Finding:
     value = f"{limits.affinity} of {limits.machine} CPUs in the affinity mask, {quota}"
     if limits.quota is not None and limits.quota < limits.affinity and limits.quota != int(limits.quota):
         least = max(1, int(limits.quota))
-        return Finding("cpu limit", value, "note", f"give whole CPUs, or try --threads {least}: threads are throttled")
+        return Finding(
+            "cpu limit", value, "note", f"the quota throttles threads: assign whole CPUs, or try --threads {least}"
+        )
     return Finding("cpu limit", value)
 
 
@@ -102,14 +104,14 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
     """What would make products faster than with ``tables`` (compiled in and usable here, best first) on a CPU with
     ``sets``."""
     if tables[0] == "portable":
-        return "no AVX2 here or none compiled: products take several times as long as with it"
+        return "AVX2 is missing or was not compiled in: matrix products take several times as long without it"
     if "AMX bf16" in sets and "amx" not in tables:
-        return "this CPU has AMX; using it takes Linux 5.16 or newer, and truffula compiled with gcc 11 or clang 12"
+        return "this CPU has AMX, which needs Linux 5.16 or newer and truffula compiled with gcc 11, clang 12 or newer"
     if any(table.startswith("avx512") for table in tables):
-        return "--cpu-isa forces one"
+        return "--cpu-isa forces one of them"
     if "AVX-512" in sets:
         return "this CPU has AVX-512, but it was not compiled in: install truffula again with a newer compiler"
-    return "this CPU has no AVX-512, with which steps of many rows and prompts are faster; --cpu-isa forces one"
+    return "this CPU has no AVX-512, which makes prompts and large batches faster; --cpu-isa forces a set"
 
 
 def _native() -> list[Finding]:
@@ -130,7 +132,9 @@ def _native() -> list[Finding]:
     sets = instruction_sets()
     asked = settings["cpu_isa"]
     used = CpuBackend(1).probe().isa if asked == "auto" else asked  # a table that fails its check is passed over
-    state, advice = ("ok", "") if used in sets else ("missing", "not available here: the cpu backend refuses it")
+    state, advice = (
+        ("ok", "") if used in sets else ("missing", "not usable on this machine; the cpu backend rejects it")
+    )
     threads = settings["threads"] or usable_cpus()
     return [
         Finding("native kernels", "yes"),

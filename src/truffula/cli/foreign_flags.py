@@ -27,18 +27,18 @@ class ForeignFlag:
 
     @property
     def message(self) -> str:
-        """``--lora-modules is vLLM's; in truffula: --adapter NAME=FOLDER (repeat it for several).``"""
+        """``--lora-modules is an option of vLLM; in truffula: --adapter NAME=FOLDER (repeat it for several).``"""
         *others, last = self.servers
         owners = f"{', '.join(others)} and {last}" if others else last
         if not self.ours:
-            return f"{self.flag} is {owners}'s; {self.note}"
-        return f"{self.flag} is {owners}'s; in truffula: {self.ours}.{' ' if self.note else ''}{self.note}"
+            return f"{self.flag} is an option of {owners}; {self.note}"
+        return f"{self.flag} is an option of {owners}; in truffula: {self.ours}.{' ' if self.note else ''}{self.note}"
 
 
 _LORAX = ("LoRAX", "TGI")
 _MODEL = "the first argument, as in `truffula serve MODEL`, or TRUFFULA_MODEL"
 _ADAPTER = "--adapter NAME=FOLDER (repeat it for several)"
-_CPU_ONLY = "truffula computes on the CPU, GPUs are not supported yet: leave it out."
+_CPU_ONLY = "truffula runs on the CPU; GPUs are not supported yet: leave it out."
 _ANY_RANK = "truffula serves adapters of any rank: leave it out."
 _LEAVE_OUT = "truffula does not need it: leave it out."
 
@@ -51,7 +51,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("--hf-repo, -hf, -hfr", ("llama.cpp",), "the first argument, as in `truffula serve ORG/NAME/FILE.gguf`", ""),
     ("--hf-file, -hff", ("llama.cpp",), "the first argument, as in `truffula serve ORG/NAME/FILE.gguf`", ""),
     ("--hf-token, -hft", ("llama.cpp", "vLLM"), "the variable HF_TOKEN, or `hf auth login`", ""),
-    ("--source", ("LoRAX",), "", "a path, an alias and a Hub id are told apart by themselves: leave it out."),
+    ("--source", ("LoRAX",), "", "truffula detects whether MODEL is a path, an alias or a Hub id: leave it out."),
     ("--tokenizer, --tokenizer-mode", ("vLLM",), "", "the tokenizer is read from the model's own files."),
     ("--tokenizer-path", ("SGLang",), "", "the tokenizer is read from the model's own files."),
     ("--load-format", ("vLLM", "SGLang"), "", "the format, safetensors or GGUF, is detected: leave it out."),
@@ -69,7 +69,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("--lora-modules", ("vLLM",), _ADAPTER, ""),
     ("--lora-paths", ("SGLang",), _ADAPTER, ""),
     ("--lora", ("llama.cpp",), _ADAPTER, "FOLDER is in PEFT's format; adapters in GGUF files are not served."),
-    ("--lora-scaled", ("llama.cpp",), _ADAPTER, "The scale is the adapter's own: lora_alpha of adapter_config.json."),
+    ("--lora-scaled", ("llama.cpp",), _ADAPTER, "The scale is set by lora_alpha in adapter_config.json."),
     ("--lora-init-without-apply", ("llama.cpp",), _ADAPTER, "Each request names its adapter, or none."),
     ("--enable-lora", ("vLLM", "SGLang"), "", "adapters can always be served: leave it out."),
     ("--max-lora-rank", ("vLLM", "SGLang"), "", _ANY_RANK),
@@ -103,7 +103,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("--max-running-requests", ("SGLang",), "--max-running N", ""),
     (
         "--max-concurrent-requests", _LORAX, "--max-open-requests N",
-        "--max-running limits those that compute at a time, --max-waiting those that wait.",
+        "--max-running limits those in the batch, --max-waiting those in the queue.",
     ),
     ("--max-queued-requests", ("SGLang",), "--max-waiting N", ""),
     ("--max-top-n-tokens", ("TGI",), "--max-logprobs N", ""),
@@ -133,7 +133,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("--compile", ("LoRAX",), "", _CPU_ONLY),
     ("--cuda-graphs", ("TGI",), "", _CPU_ONLY),
     ("--disable-custom-kernels", _LORAX, "", _CPU_ONLY),
-    ("--enforce-eager", ("vLLM",), "", "truffula captures no graphs: leave it out."),
+    ("--enforce-eager", ("vLLM",), "", "truffula does not use CUDA graphs: leave it out."),
     ("--flash-attn, -fa", ("llama.cpp",), "", "there is one attention kernel and it is always used: leave it out."),
     ("-t, --threads-batch, -tb", ("llama.cpp",), "--threads N", ""),
     ("--threads-http", ("llama.cpp",), "", _LEAVE_OUT),
@@ -182,18 +182,21 @@ FOREIGN: Mapping[str, ForeignFlag] = MappingProxyType(
 
 FOREIGN_COMMANDS: Mapping[str, str] = MappingProxyType(
     {
-        "run": "run is Ollama's; in truffula: `truffula chat MODEL`, or `truffula generate MODEL PROMPT`.",
-        "show": "show is Ollama's; in truffula: `truffula inspect MODEL`.",
-        "create": "create is Ollama's; truffula needs no Modelfile: `truffula serve MODEL --adapter NAME=FOLDER`.",
-        "rm": "rm is Ollama's; truffula has no such command. Delete the file: `truffula list --json` prints its path.",
-        "stop": "stop is Ollama's; truffula has no such command. End a server with Ctrl-C or SIGTERM, or unload "
-        "an adapter with `truffula adapters unload NAME`.",
-        "cp": "cp is Ollama's; truffula has no such command. Name a model with --served-model-name.",
-        "push": "push is Ollama's; truffula has no such command. Upload a folder with `hf upload`.",
-        "complete": "complete is vLLM's; in truffula: `truffula generate MODEL PROMPT`.",
-        "collect-env": "collect-env is vLLM's; in truffula: `truffula doctor`.",
-        "run-batch": "run-batch is vLLM's; truffula has no such command. In Python: LLM(...).generate(prompts).",
-        "download-weights": "download-weights is LoRAX's and TGI's; in truffula: `truffula pull MODEL`.",
+        "run": "run is a command of Ollama; in truffula: `truffula chat MODEL`, or `truffula generate MODEL PROMPT`.",
+        "show": "show is a command of Ollama; in truffula: `truffula inspect MODEL`.",
+        "create": "create is a command of Ollama; "
+        "truffula needs no Modelfile: `truffula serve MODEL --adapter NAME=FOLDER`.",
+        "rm": "rm is a command of Ollama; "
+        "truffula has no such command. Delete the file: `truffula list --json` prints its path.",
+        "stop": "stop is a command of Ollama; truffula has no such command. End a server with Ctrl-C or SIGTERM, "
+        "or unload an adapter with `truffula adapters unload NAME`.",
+        "cp": "cp is a command of Ollama; truffula has no such command. Name a model with --served-model-name.",
+        "push": "push is a command of Ollama; truffula has no such command. Upload a folder with `hf upload`.",
+        "complete": "complete is a command of vLLM; in truffula: `truffula generate MODEL PROMPT`.",
+        "collect-env": "collect-env is a command of vLLM; in truffula: `truffula doctor`.",
+        "run-batch": "run-batch is a command of vLLM; "
+        "truffula has no such command. In Python: LLM(...).generate(prompts).",
+        "download-weights": "download-weights is a command of LoRAX and TGI; in truffula: `truffula pull MODEL`.",
         "download": "In truffula: `truffula pull MODEL`.",
     }
 )

@@ -21,7 +21,7 @@ def read_prompt(prompt: str | None) -> str:
         note("Type the prompt, then Ctrl-D:")
     text = read_text(sys.stdin.read).strip()
     if not text:
-        raise ConfigError("The prompt is empty: give it as an argument or on standard input.", param="prompt")
+        raise ConfigError("The prompt is empty: pass it as an argument or on standard input.", param="prompt")
     return text
 
 

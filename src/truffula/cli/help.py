@@ -135,7 +135,7 @@ def _group_help(group: Group, ctx: Any) -> Iterator[str]:
     for title, options in _by_panel(group, ctx).items():
         yield from _section(title, ((_spelled(o), _explained(o)) for o in options), width)
     yield ""
-    yield f"`{ctx.command_path} COMMAND --help` explains a command."
+    yield f"`{ctx.command_path} COMMAND --help` shows the options of a command."
 
 
 def _first_sentence(command: Any) -> str:

@@ -97,7 +97,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         label = LABELS.get(name, name.removesuffix("_bytes").replace("_", " "))
         shown.add_row(label, escape(format_size(value) if name.endswith("_bytes") else str(value)))
     for index, end in enumerate(ends):
-        shown.add_row("" if index else "ends at", escape(describe([end])))
+        shown.add_row("" if index else "end tokens", escape(describe([end])))
     console.print(shown)
     stored_table = table("stored as", ">tensors", ">bytes", title="\nweights")
     for kind, sizes in sorted(kinds.items()):
@@ -110,7 +110,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     console.print(config_table)
     if plan.unused:
         more = f" and {len(plan.unused) - 10} more" if len(plan.unused) > 10 else ""
-        console.print(f"\ntensors that serving does not use: {escape(', '.join(plan.unused[:10]))}{more}")
+        console.print(f"\ntensors not used when serving: {escape(', '.join(plan.unused[:10]))}{more}")
     if rounding is not None:
         _show_rounding(rounding)
     for text in warnings:
@@ -171,14 +171,14 @@ def _as_json(rounding: Rounding) -> dict[str, Any]:
 def _show_rounding(rounding: Rounding) -> None:
     console = out()
     if not rounding.kinds:
-        console.print(f"\n--quantize q8_0 would round nothing: all {rounding.kept} matrices stay as they are")
+        console.print(f"\n--quantize q8_0 would round nothing: all {rounding.kept} matrices are not rounded")
         return
     shown = table("site", ">tensors", ">relative RMS error", ">worst", "tensor", title="\n--quantize q8_0 would lose")
     for name, at in _rows(rounding):
         shown.add_row(name, str(at.tensors), f"{at.error:.3%}", f"{at.worst_error:.3%}", at.worst)
     console.print(shown)
     if rounding.kept:
-        console.print(f"{rounding.kept} matrices stay as they are")
+        console.print(f"{rounding.kept} matrices are not rounded")
 
 
 # What the screen calls facts whose name in --json, without "_bytes" and underscores, does not say enough.
@@ -201,7 +201,7 @@ def int8_products(plan: ModelPlan) -> str:
     from truffula.kernels.cpu.formats import BLOCK_KINDS
 
     formats = sorted(set(plan.stored_types.values()) & BLOCK_KINDS.keys())
-    return f"products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
+    return f"matrix products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
 
 
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:

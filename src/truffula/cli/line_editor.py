@@ -129,7 +129,7 @@ class LineEditor:
             file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
     def _without_history(self, error: Exception) -> None:
-        self._problem(f"The history {self._history} can't be used: {error}")
+        self._problem(f"The history {self._history} cannot be used: {error}")
         self._history = None
 
 

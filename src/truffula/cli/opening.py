@@ -36,13 +36,13 @@ def chat_model(
     opened: ChatModel
     if url is None:
         if api_key is not None:
-            raise ConfigError("--api-key is for a running server; give its --url too.", param="api_key")
+            raise ConfigError("--api-key is for a running server; add its --url.", param="api_key")
         chosen = [split_adapter(word) for word in adapters]
         named = {name: source for name, source in chosen if source is not None}
         for name, source in chosen:
             if source is not None and named[name] != source:
                 raise ConfigError(
-                    f"--adapter calls both {source} and {named[name]} {name!r}; write NAME=FOLDER for one of them.",
+                    f"--adapter names both {source} and {named[name]} {name!r}; write NAME=FOLDER for one of them.",
                     param="adapter",
                 )
         transport: Transport = "thread" if interactive else "inline"
@@ -52,7 +52,7 @@ def chat_model(
         from truffula.cli.server_client import ServerClient, server_address
 
         if model is not None:
-            raise ConfigError(f"--url's server has chosen its model; leave out {model!r}.", param="model")
+            raise ConfigError(f"--url names a server that has its own model; leave out {model!r}.", param="model")
         if options:
             flags = ", ".join(OPTIONS[name].flag if name in OPTIONS else f"--{name}" for name in options)
             raise ConfigError(f"{flags} would have no effect on a server that runs already (--url).", param="url")

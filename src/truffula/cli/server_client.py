@@ -122,7 +122,7 @@ class ServerClient:
             raise ConfigError(f"--url is {self.url!r}, which is not a URL: {error}.", param="url") from error
         except httpx.HTTPError as error:
             raise ConfigError(
-                f"The server at {self.url} did not answer ({type(error).__name__}: {error}).", param="url"
+                f"The server at {self.url} did not respond ({type(error).__name__}: {error}).", param="url"
             ) from error
 
     def _refusal(self, answer: httpx.Response) -> TruffulaError:
@@ -133,8 +133,8 @@ class ServerClient:
             body = None
         error = _as_error(body, answer.status_code, answer.text)
         if answer.status_code == 401:
-            what = "refuses this API key" if self._has_key else "needs an API key"
-            message = f"The server at {self.url} {what}: give one with --api-key, or set TRUFFULA_API_KEYS."
+            what = "rejects this API key" if self._has_key else "requires an API key"
+            message = f"The server at {self.url} {what}: pass a valid one with --api-key, or set TRUFFULA_API_KEYS."
             return from_info(ErrorInfo(code=error.code, message=message, param="api_key"))
         return error
 

@@ -85,7 +85,7 @@ def _show(result: ServingReport) -> None:
         shown.add_row("  top-1 equal", f"{at.same_top1:.1%}")
         shown.add_row(
             "  greedy tokens",
-            f"{served.tokens_compared} compared, at most {served.worst_below:.2f} nats below transformers' likeliest "
+            f"{served.tokens_compared} compared, at most {served.worst_below:.2f} nats below transformers' most likely "
             f"(limit {limit.below})",
         )
     out().print(shown)
@@ -116,6 +116,6 @@ def _lost(served: ServedReport) -> str:
     return (
         f"In float32 every op agrees, but as served ({served.arithmetic}, {served.backend}) predictions are too far "
         f"from those of transformers: KL {served.divergence.kl_mean:.1e} on average (limit {served.limit.kl_mean:.0e}),"
-        f" a greedy token {served.worst_below:.2f} nats below the likeliest (limit {served.limit.below}). Either this "
-        f"model needs more precision or a kernel is wrong: serve it with {other}, and please report it."
+        f" a greedy token {served.worst_below:.2f} nats below the most likely (limit {served.limit.below}). Either "
+        f"this model needs more precision or a kernel is wrong: serve it with {other}, and please report it."
     )

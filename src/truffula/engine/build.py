@@ -121,7 +121,7 @@ def build_engine(
     tell = progress or _silent
     began = time.monotonic()
     path = Path(first.details["path"]) if first is not None else _resolve(config, tell)
-    tell("plan", 0, None)
+    tell("reading the model files", 0, None)
     with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays until it goes
         files = stamps_of(checkpoint)
         if first is not None:
@@ -135,7 +135,10 @@ def build_engine(
         )  # fmt: skip
         settings = find_settings(config, path, plan, backend)
         pull = puller(
-            checkpoint, plan, progress=lambda _, done, total: tell("load", done, total), block_kinds=backend.block_kinds
+            checkpoint,
+            plan,
+            progress=lambda _, done, total: tell("loading weights", done, total),
+            block_kinds=backend.block_kinds,
         )
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
         try:
@@ -274,7 +277,7 @@ def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:
 
 def _log(info: EngineInfo) -> None:
     logger.info(
-        "%s loaded in %.1f s, %s for KV and adapters", info.model, info.details["start_s"],
+        "%s loaded in %.1f s, %s for KV cache and adapters", info.model, info.details["start_s"],
         format_size(info.budget_bytes),
     )  # fmt: skip
     for warning in info.warnings:

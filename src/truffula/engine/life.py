@@ -75,7 +75,7 @@ class Life:
             # Counted from here, not from its last word: when both of us were frozen, it may speak yet.
             self._unhealthy_since = now
         elif now - self._unhealthy_since >= self._config.hang_timeout_s:
-            what = "was silent" if self._silent(now) else "was stuck in a step"
+            what = "was unresponsive" if self._silent(now) else "was stuck in a step"
             since = self._heard_at if self._silent(now) or self.step_since is None else self.step_since
             return f"The engine {what} for {now - since:.0f} s and was killed."
         return None

@@ -44,7 +44,7 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError
     except (ValueError, OverflowError):
-        raise InvalidRequest(f"{name} holds something that is not a token id.", param=name) from None
+        raise InvalidRequest(f"{name} contains something that is not a token id.", param=name) from None
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
@@ -77,7 +77,8 @@ def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks:
     room = limits.max_model_len - prompt
     if room < (0 if params.max_tokens == 0 else 1):
         raise PromptTooLong(
-            f"The prompt has {prompt} tokens; the model takes {limits.max_model_len}, prompt and completion together.",
+            f"The prompt has {prompt} tokens; the model's limit is {limits.max_model_len}, prompt and completion "
+            "together.",
             param="prompt", prompt_tokens=prompt, max_model_len=limits.max_model_len,
         )  # fmt: skip
     fits = capacity_blocks * limits.block_size  # positions with KV; the last token of all needs none
@@ -89,7 +90,7 @@ def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks:
         needed = -(-(total - 1) // limits.block_size)
         raise InsufficientMemory(
             f"{prompt} prompt tokens and up to {total - prompt} more need {needed} KV blocks of {limits.block_size} "
-            f"tokens; there are {capacity_blocks}. Ask for fewer tokens, or raise --memory.",
+            f"tokens; only {capacity_blocks} exist. Ask for fewer tokens, or raise --memory.",
             param="max_tokens", tokens=total, needed_blocks=needed, blocks=capacity_blocks,
             block_size=limits.block_size,
         )  # fmt: skip

@@ -103,7 +103,7 @@ class _Worker:
         """Why it ended, in words."""
         code = self.process.returncode
         if code is None:
-            return "it stopped answering"
+            return "it stopped responding"
         if code == -signal.SIGXCPU:
             return f"reading the adapter took more than {limits.cpu_s:g} s of computing"
         if code < 0:

@@ -73,8 +73,8 @@ def fit(
     warnings: tuple[str, ...] = ()
     if longest < wanted:
         warnings = (
-            f"max_model_len is {longest} and not the model's {wanted}: {format_size(offer.nbytes)} ({offer.reason}) "
-            f"hold no more KV beside {format_size(fixed)} of weights and working memory.",
+            f"max_model_len is {longest} instead of {wanted}: {format_size(offer.nbytes)} ({offer.reason}) "
+            f"have no room for more KV cache beside {format_size(fixed)} of weights and working memory.",
         )
     blocks = min(room, max_running * math.ceil(longest / block_size))
     return MemoryFit(offer.nbytes, offer.reason, fixed, pool, blocks + 1, longest, warnings)
@@ -84,15 +84,15 @@ def _too_little(
     plan: MemoryPlan, offer: Offer, fixed: int, least: int, holds: int, block_size: int
 ) -> InsufficientMemory:
     kv = math.ceil(least / block_size) * plan.kv_block_bytes
-    ways = ["give more with --memory" if offer.reason.startswith("--memory") else "free memory or raise the limit"]
+    ways = ["raise --memory" if offer.reason.startswith("--memory") else "free memory or raise the limit"]
     if holds >= 1:
         ways.append(f"--max-model-len {holds} (the longest that fits)")
     else:
         ways.append("a smaller model, or lower --step-tokens and --max-running")
     message = (
-        f"Not enough memory: {format_size(fixed + kv)} are needed and {format_size(offer.nbytes)} may be used "
+        f"Not enough memory: {format_size(fixed + kv)} are needed, but only {format_size(offer.nbytes)} may be used "
         f"({offer.reason}). Weights {format_size(plan.weight_bytes)}, working memory {format_size(plan.arena_bytes)}, "
-        f"logits {format_size(plan.logits_bytes)}, KV of one sequence of {least} tokens {format_size(kv)}. "
+        f"logits {format_size(plan.logits_bytes)}, KV cache of one sequence of {least} tokens {format_size(kv)}. "
         f"Ways out: {'; '.join(ways)}."
     )
     return InsufficientMemory(

@@ -178,7 +178,7 @@ class ProcessClient:
                 return self._refusal
             # Ends are told even to an engine that hangs: should it go on, nobody wants them any more.
             if not isinstance(frame, wire.Abort) and not self._life.healthy(time.monotonic()):
-                return EngineDied("The engine does not answer; unless it does soon, it is killed and restarted.")
+                return EngineDied("The engine does not respond; it is killed and restarted unless it responds soon.")
             try:
                 if self._life.channel.post(frame):
                     self._wake_now()
@@ -277,7 +277,7 @@ class ProcessClient:
         try:
             life = Life(self._config)
         except OSError as error:
-            return None, EngineDied(f"The engine's process can't be started: {error}.")
+            return None, EngineDied(f"The engine process cannot be started: {error}.")
         reason: TruffulaError | None = None
         try:
             reason = self._follow(life)
@@ -290,7 +290,7 @@ class ProcessClient:
             life.stop()
         status = life.end()
         if reason is None:
-            reason = EngineDied(f"The engine's process ended {manner(status)}.", status=status)
+            reason = EngineDied(f"The engine process ended {manner(status)}.", status=status)
         return life.pid, reason
 
     def _follow(self, life: Life) -> TruffulaError | None:
@@ -353,7 +353,7 @@ class ProcessClient:
         if not self._started.done():
             self._started.set_result(info)
         else:
-            logger.warning("engine process %d is ready and takes requests again", life.pid)
+            logger.warning("engine process %d is ready and accepts requests again", life.pid)
 
 
 def _log_death(pid: int | None, reason: TruffulaError, failed: int, then: str) -> None:

@@ -52,7 +52,8 @@ class Roster:
             max_total = check_request(request, self._limits, self._blocks.capacity())
             if len(self.waiting) >= self._limits.max_waiting:
                 raise Overloaded(
-                    f"{len(self.waiting)} requests wait; the limit is {self._limits.max_waiting}. Try again later.",
+                    f"{len(self.waiting)} requests are waiting; the limit is {self._limits.max_waiting}. Try again "
+                    "later.",
                     waiting=len(self.waiting), limit=self._limits.max_waiting,
                 )  # fmt: skip
         except TruffulaError as error:
@@ -199,7 +200,7 @@ class Roster:
             waited = now - sequence.arrival
             if sequence.admitted_at is None:
                 loading = sequence.loading_since is not None
-                why = "while its adapter was loading" if loading else "for a free place in the batch"
+                why = "while its adapter was loading" if loading else "for a free slot in the batch"
                 self.fail(
                     sequence, QueueTimeout(f"Waited {waited:.3f} s {why}.", waited_s=waited, loading=loading), now
                 )

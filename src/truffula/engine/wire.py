@@ -233,7 +233,7 @@ class FrameReader(Generic[F]):
         try:
             frame = decode(body)
             if self._greeted and isinstance(frame, Hello):
-                raise WireError("The peer says Hello a second time.")
+                raise WireError("The peer sent Hello a second time.")
             return frame
         except WireError:
             raise

@@ -44,4 +44,4 @@ def _check(program: Program, tensors: SiteTensors) -> None:
     fits = len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (site.in_features, site.out_features)
     if not fits:
         want = f"[r, {site.in_features}] and [{site.out_features}, r]"
-        raise KernelError(f"site {site.module}: A {list(a)}, B {list(b)}; {want} needed.", param=site.module)
+        raise KernelError(f"site {site.module}: A {list(a)}, B {list(b)}; expected {want}.", param=site.module)

@@ -30,7 +30,7 @@ def _torch_is_there() -> bool:
 def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if precision.quantize != "none":
         raise ConfigError(
-            f"quantize is {precision.quantize!r}, which the reference backend does not serve; the cpu backend does.",
+            f"quantize is {precision.quantize!r}, which the reference backend does not support; the cpu backend does.",
             param="quantize",
         )
     if not _torch_is_there():
@@ -42,7 +42,7 @@ def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backe
     if cpu_isa != "auto":
         raise ConfigError(
             f"cpu_isa is {cpu_isa!r}, but the backend is reference, and torch chooses its instructions itself; leave "
-            "cpu_isa at auto or take the cpu backend.",
+            "cpu_isa at auto or use the cpu backend.",
             param="cpu_isa",
         )
     prepare_compute()
@@ -143,7 +143,7 @@ def choose_dtype(backend: Backend, requested: str, stored: str) -> DtypeChoice:
     if wanted != "auto":
         if wanted not in served:
             raise ConfigError(
-                f"dtype is {requested!r}, which the {backend.name} backend does not compute in; use one of "
+                f"dtype is {requested!r}, which the {backend.name} backend does not support; use one of "
                 f"{', '.join(('auto', *served))} (float16 weights are converted).",
                 param="dtype",
             )
@@ -151,7 +151,7 @@ def choose_dtype(backend: Backend, requested: str, stored: str) -> DtypeChoice:
     if stored == "float32":
         return DtypeChoice("float32", "the checkpoint is float32")
     if "bfloat16" not in served:
-        return DtypeChoice("float32", f"the {backend.name} backend computes in nothing else")
+        return DtypeChoice("float32", f"the {backend.name} backend supports no other dtype")
     dtype, reason = backend.faster_dtype()
     if stored == "float16" and dtype == "bfloat16":
         reason += "; float16 weights are rounded to it (--dtype float32 keeps them)"

@@ -187,7 +187,7 @@ def _pointwise(op: Pointwise, check: _Check) -> None:
     if op.y is not None:
         check.read("y", op.y, rows, op.x.width)
     if (op.activation is not None) != (op.kind == "act"):
-        check.fail("activation", f"does not go with kind {op.kind!r}.")
+        check.fail("activation", f"must be set exactly for kind 'act'; the kind is {op.kind!r}.")
     if len(op.params) != (1 if op.kind in ("scale", "clip", "softcap") else 0):
         check.fail("params", f"kind {op.kind!r} got {len(op.params)} of them.")
     check.write("out", op.out, rows, op.x.width)

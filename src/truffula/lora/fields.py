@@ -115,41 +115,41 @@ PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 TASKS = ("CAUSAL_LM",)
 
-_TRAINING = "only matters while training"
+_TRAINING = "affects only training"
 _LATER = "not served yet"
 
 FIELDS: Mapping[str, Field] = {
     "peft_type": Field("check", "must be LORA"),
-    "task_type": Field("check", "CAUSAL_LM or null: a generator has no head for another task"),
-    "r": Field("serve", "rank of modules that rank_pattern does not name", _rank),
+    "task_type": Field("check", "must be CAUSAL_LM or null: other tasks need another head"),
+    "r": Field("serve", "rank of modules without an entry in rank_pattern", _rank),
     "lora_alpha": Field("serve", "scale is lora_alpha / r", _alpha),
     "use_rslora": Field("serve", "scale is lora_alpha / sqrt(r)", _flag),
-    "rank_pattern": Field("serve", "first matching pattern in file order", _pattern(_rank)),
-    "alpha_pattern": Field("serve", "first matching pattern in file order", _pattern(_alpha)),
-    "target_modules": Field("check", "the tensors must be exactly those it names", _names),
-    "exclude_modules": Field("check", "wins over target_modules", _names),
+    "rank_pattern": Field("serve", "the first matching pattern in the file's order applies", _pattern(_rank)),
+    "alpha_pattern": Field("serve", "the first matching pattern in the file's order applies", _pattern(_alpha)),
+    "target_modules": Field("check", "must name exactly the modules that have tensors", _names),
+    "exclude_modules": Field("check", "takes precedence over target_modules", _names),
     "layers_to_transform": Field("check", "limits target_modules to these layers", _layers),
-    "layers_pattern": Field("check", "names the list of layers", _names),
+    "layers_pattern": Field("check", "name of the list of layers", _names),
     "init_lora_weights": Field(
         "check",
-        "starts that leave the base as it is: true, false, gaussian, eva, orthogonal, mica",
+        "an initialisation that leaves the base weights unchanged: true, false, gaussian, eva, orthogonal, mica",
     ),
-    "auto_mapping": Field("ignore", "about PEFT's own classes"),
-    "base_model_name_or_path": Field("ignore", "paths differ between machines; shapes decide"),
-    "revision": Field("ignore", "of the base; shapes decide"),
+    "auto_mapping": Field("ignore", "concerns only PEFT's classes"),
+    "base_model_name_or_path": Field("ignore", "paths differ between machines; tensor shapes are checked instead"),
+    "revision": Field("ignore", "revision of the base; tensor shapes are checked instead"),
     "peft_version": Field("ignore", "the version that wrote the file"),
     "inference_mode": Field("ignore", _TRAINING),
     "lora_dropout": Field("ignore", _TRAINING),
-    "fan_in_fan_out": Field("ignore", "the base layer's own layout decides; the file's does not change with it"),
-    "loftq_config": Field("ignore", "used with init_lora_weights only, which decides"),
-    "eva_config": Field("ignore", "used with init_lora_weights only, which decides"),
-    "corda_config": Field("ignore", "used with init_lora_weights only, which decides"),
-    "lora_ga_config": Field("ignore", "used with init_lora_weights only, which decides"),
-    "runtime_config": Field("ignore", "about PEFT's own memory use"),
-    "velora_config": Field("ignore", "compresses activations while training; the answers are plain LoRA's"),
-    "monteclora_config": Field("ignore", "samples while training; the answers are plain LoRA's"),
-    "megatron_core": Field("ignore", "names a package"),
-    "qalora_group_size": Field("ignore", "used with use_qalora only, which is refused"),
+    "fan_in_fan_out": Field("ignore", "describes the base's weights; the adapter's tensors do not depend on it"),
+    "loftq_config": Field("ignore", "parameters of init_lora_weights, which is checked"),
+    "eva_config": Field("ignore", "parameters of init_lora_weights, which is checked"),
+    "corda_config": Field("ignore", "parameters of init_lora_weights, which is checked"),
+    "lora_ga_config": Field("ignore", "parameters of init_lora_weights, which is checked"),
+    "runtime_config": Field("ignore", "affects only PEFT's memory use"),
+    "velora_config": Field("ignore", "affects only training: compressed activations"),
+    "monteclora_config": Field("ignore", "affects only training: sampling"),
+    "megatron_core": Field("ignore", "name of a Python package"),
+    "qalora_group_size": Field("ignore", "a parameter of use_qalora, which is refused"),
     "megatron_config": Field("refuse", "a parallel layer layout; export the adapter for the plain model"),
     "bias": Field(
         "refuse",
@@ -160,12 +160,12 @@ FIELDS: Mapping[str, Field] = {
     "lora_bias": Field("refuse", f"biases on B: {_LATER}; train with lora_bias=false, or {MERGE}", _flag),
     "modules_to_save": Field(
         "refuse",
-        f"whole replaced modules: {_LATER}; train without it and name linear layers in target_modules instead",
+        f"fully trained modules: {_LATER}; train without it and name linear layers in target_modules instead",
         _names,
         lambda value: is_empty(value) or _only_other_parts(value),
     ),
     "use_dora": Field("refuse", f"DoRA: {_LATER}; train with use_dora=false, or {MERGE}", _flag),
-    "trainable_token_indices": Field("refuse", f"replaced token rows: {_LATER}; train without them"),
+    "trainable_token_indices": Field("refuse", f"trained token embeddings: {_LATER}; train without them"),
     "target_parameters": Field("refuse", f"LoRA on parameters (experts): {_LATER}; name modules in target_modules"),
     "ensure_weight_tying": Field("refuse", f"tied adapters of embedding and head: {_LATER}; train without it", _flag),
     "layer_replication": Field("refuse", f"changes the depth of the model and the layout of its KV cache; {MERGE}"),
@@ -184,15 +184,15 @@ _UPDATES = (
     "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA",
     "UNILORA", "VBLORA", "WAVEFT",
 )  # fmt: skip
-_UPDATE = f"not an addition of low rank ({_SVD})"
+_UPDATE = f"not a low-rank update ({_SVD})"
 _METHODS: Mapping[str, str] = {
     "ADALORA": f"its ranks were pruned in training; {_LATER}",
     "VERA": f"shared frozen projections; {_LATER}",
     "IA3": f"scales activations; {_LATER}",
     "LOHA": f"a Hadamard product; {_LATER} ({_SVD})",
     "LOKR": f"a Kronecker product; {_LATER} ({_SVD})",
-    "TRAINABLE_TOKENS": f"replaced token rows; {_LATER}",
-    "LN_TUNING": f"replaced norm weights; {_LATER}",
+    "TRAINABLE_TOKENS": f"trained token embeddings; {_LATER}",
+    "LN_TUNING": f"trained norm weights; {_LATER}",
     "PROMPT_TUNING": f"virtual tokens; {_LATER}",
     "P_TUNING": f"virtual tokens; {_LATER}",
     "PREFIX_TUNING": f"a prefix of keys and values; {_LATER}",
@@ -213,7 +213,7 @@ def refuse_method(name: str) -> AdapterError:
     else:
         meant = did_you_mean(nearest(name.upper(), ("LORA", *_METHODS)))
         what = (
-            f"peft_type {name} is none of PEFT's methods.{meant} truffula serves LORA; recognised, and refused, are "
+            f"peft_type {name} is not a PEFT method.{meant} truffula serves LORA; recognised but not served: "
             f"{', '.join(sorted(_METHODS))}."
         )
     return AdapterError(what, param="peft_type", peft_type=name)
@@ -223,11 +223,11 @@ def parse_config(raw: bytes) -> dict[str, Any]:
     """``adapter_config.json`` as a dict; ``AdapterError`` when it is too large, no object, or holds NaN or Infinity."""
     if len(raw) > MAX_CONFIG_BYTES:
         raise AdapterError(
-            f"adapter_config.json has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are read.", param="config"
+            f"adapter_config.json has {len(raw)} bytes; the limit is {MAX_CONFIG_BYTES}.", param="config"
         )
 
     def constant(word: str) -> Any:
-        raise ValueError(f"{word} is not a number that JSON has")
+        raise ValueError(f"{word} is not valid in JSON")
 
     def number(text: str) -> float:
         value = float(text)
@@ -240,7 +240,7 @@ def parse_config(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"adapter_config.json is not valid JSON: {error}.", param="config") from error
     if not isinstance(config, dict):
-        raise AdapterError("adapter_config.json is not an object.", param="config")
+        raise AdapterError("adapter_config.json is not a JSON object.", param="config")
     return config
 
 
@@ -251,10 +251,10 @@ def _short(value: Any) -> str:
 
 def _judge_init(value: Any) -> FieldRow:
     if value is None or any(value is plain or (isinstance(plain, str) and value == plain) for plain in PLAIN_INITS):
-        return FieldRow("init_lora_weights", _short(value), "check", "the base is as it was")
+        return FieldRow("init_lora_weights", _short(value), "check", "the base weights are unchanged")
     if isinstance(value, str) and value.startswith(_CONVERTIBLE_INITS):
         note = (
-            "this start changed the base weights, and the change is not in the adapter; save it with "
+            "this initialisation changed the base weights, and the change is not in the adapter; save it with "
             "save_pretrained(FOLDER, path_initial_model_for_weight_conversion=INITIAL), which writes a plain LoRA "
             "adapter (INITIAL: the adapter saved before the first training step)"
         )
@@ -271,7 +271,7 @@ def _judge_init(value: Any) -> FieldRow:
 def _judge_task(value: Any) -> FieldRow:
     if value is None or value in TASKS:
         return FieldRow("task_type", _short(value), "check", FIELDS["task_type"].note)
-    return FieldRow("task_type", _short(value), "refuse", "made for another task than generating text (CAUSAL_LM)")
+    return FieldRow("task_type", _short(value), "refuse", "trained for another task than text generation (CAUSAL_LM)")
 
 
 def _judge_field(name: str, value: Any) -> FieldRow:
@@ -282,14 +282,14 @@ def _judge_field(name: str, value: Any) -> FieldRow:
     field = FIELDS.get(name)
     if field is None:
         if is_empty(value):
-            return FieldRow(name, _short(value), "ignore", "unknown, and asks for nothing")
+            return FieldRow(name, _short(value), "ignore", "unknown, and empty")
         note = "unknown to truffula: it may change the answers; remove it only if you know that it does not"
         return FieldRow(name, _short(value), "refuse", note)
     complaint = field.accepts(value)
     if complaint is not None:
         return FieldRow(name, _short(value), "refuse", complaint)
     if field.verdict == "refuse" and field.harmless(value):
-        return FieldRow(name, _short(value), "ignore", "without effect on text")
+        return FieldRow(name, _short(value), "ignore", "has no effect on the text")
     return FieldRow(name, _short(value), field.verdict, field.note)
 
 
@@ -302,7 +302,7 @@ def judge_fields(config: Mapping[str, Any]) -> list[FieldRow]:
     elif kind != "LORA":
         rows.append(FieldRow("peft_type", _short(kind), "refuse", refuse_method(str(kind)[:60]).message.rstrip(".")))
     rows += [_judge_field(name, value) for name, value in config.items() if name != "peft_type" or kind == "LORA"]
-    missing = "missing; without it the scale is not known. PEFT writes it"
+    missing = "missing, so the scale is unknown; PEFT writes this field"
     rows += [FieldRow(name, "", "refuse", missing) for name in ("r", "lora_alpha") if name not in config]
     return rows + _contradictions(config)
 

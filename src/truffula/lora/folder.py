@@ -25,7 +25,7 @@ class AdapterFolder:
     def __init__(self, folder: Path, max_file_bytes: int | None = None) -> None:
         self.folder = folder
         if not folder.is_dir():
-            raise AdapterNotFound("There is no adapter: its folder does not exist.", param="adapter")
+            raise AdapterNotFound("The adapter's folder does not exist.", param="adapter")
         if (lacking := self._describe()) is not None:
             raise AdapterError(lacking[0], param=lacking[1])
         for name in (CONFIG, TENSORS):
@@ -33,7 +33,9 @@ class AdapterFolder:
             if not stat.S_ISREG(found.st_mode):  # a pipe or a device would block, or never end
                 raise AdapterError(f"{name} is not a regular file.", param=name)
             if max_file_bytes is not None and found.st_size > max_file_bytes:
-                raise AdapterError(f"{name} has {found.st_size} bytes; at most {max_file_bytes} are read.", param=name)
+                raise AdapterError(
+                    f"{name} has {found.st_size} bytes; the limit is {max_file_bytes} (--max-adapter-file).", param=name
+                )
         self.config_bytes = self._read_config()
         try:
             self.tensors = SafetensorsFile(folder / TENSORS)

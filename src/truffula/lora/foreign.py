@@ -139,7 +139,7 @@ def _lacks(names: Collection[str]) -> str:
         return f"The folder is empty: an adapter is a folder with {CONFIG} and {TENSORS}."
     if TENSORS in names:
         return (
-            f"There is {TENSORS} but no {CONFIG}, which says the adapter's rank and scale. Copy it from where the "
+            f"There is {TENSORS} but no {CONFIG}, which defines the adapter's rank and scale. Copy it from where the "
             "adapter was trained; PEFT's save_pretrained writes both."
         )
     if CONFIG in names:

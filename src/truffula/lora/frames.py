@@ -32,7 +32,7 @@ class Frames(Generic[F]):
         while len(self._buffer) >= 4:
             length = int.from_bytes(self._buffer[:4], "little")
             if length > MAX_FRAME_BYTES:
-                raise WireError(f"A frame of {length} bytes; at most {MAX_FRAME_BYTES} are read.")
+                raise WireError(f"A frame has {length} bytes; the limit is {MAX_FRAME_BYTES}.")
             if len(self._buffer) < 4 + length:
                 break
             try:

@@ -59,7 +59,7 @@ def _refusal(repo: str, revision: str | None, failure: HubFailure) -> TruffulaEr
     if failure.kind in ("repository", "revision"):
         return AdapterNotFound(text, param="adapter")
     if failure.kind == "file":
-        return AdapterError(f"{repo} has no {CONFIG} or no {TENSORS}: it is not a PEFT adapter.", param=CONFIG)
+        return AdapterError(f"{repo} lacks {CONFIG} or {TENSORS}: it is not a PEFT adapter.", param=CONFIG)
     return AdapterLoadError(text, param="adapter")
 
 
@@ -84,11 +84,13 @@ def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]
         text, at_fault = lacking
         if inside := latest_first(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{TENSORS}")):
             text = (
-                f"Its folder {inside[0]} holds one, and folders of a repository are not served: download it with "
-                f"hf download {repo} --include '{inside[0]}/*' --local-dir DIR and give DIR/{inside[0]}."
+                f"Its folder {inside[0]} is an adapter, but subfolders of a repository are not served: download it "
+                f"with hf download {repo} --include '{inside[0]}/*' --local-dir DIR and give DIR/{inside[0]}."
             )
         raise AdapterError(f"{repo} is not a PEFT adapter. {text}", param=at_fault)
     for name, most in ((CONFIG, min(MAX_CONFIG_BYTES, max_file_bytes)), (TENSORS, max_file_bytes)):
         if (sizes[name] or 0) > most:
-            raise AdapterError(f"{repo}: {name} has {sizes[name]} bytes; at most {most} are read.", param=name)
+            raise AdapterError(
+                f"{repo}: {name} has {sizes[name]} bytes; the limit is {most} (--max-adapter-file).", param=name
+            )
     return tuple(name for name in READ if name in sizes and (sizes[name] or 0) <= MAX_BYTES)

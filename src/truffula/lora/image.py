@@ -74,7 +74,7 @@ def dtype_name(array: Array) -> str:
     for name, dtype in DTYPES.items():
         if array.dtype == dtype:
             return name
-    raise AdapterLoadError(f"An adapter image holds float32, float16 or bfloat16, not {array.dtype}.")
+    raise AdapterLoadError(f"An adapter image contains float32, float16 or bfloat16, not {array.dtype}.")
 
 
 def _plan(sites: Sequence[SiteTensors]) -> tuple[list[Array], list[_Tensor], list[_Site], int]:
@@ -137,7 +137,7 @@ def _damaged(what: str) -> AdapterLoadError:
 
 def _header(view: memoryview) -> tuple[_Header, int]:
     if len(view) < len(MAGIC) + 8 or view[: len(MAGIC)] != MAGIC:
-        raise _damaged("it does not begin as one")
+        raise _damaged("it has no valid header")
     length = int.from_bytes(view[len(MAGIC) : len(MAGIC) + 8], "little")
     if length > min(MAX_HEADER_BYTES, len(view) - len(MAGIC) - 8):
         raise _damaged(f"a header of {length} bytes in a file of {len(view)}")

@@ -136,7 +136,7 @@ def _place(order: Order, setup: Setup, nbytes: int) -> Path:
         if found.f_bavail * found.f_frsize >= nbytes + _SPARE_ROOM:
             return Path(spool) / name
     raise AdapterLoadError(
-        f"There is no room for the adapter: it needs {nbytes} bytes in shared memory or the temporary folder.",
+        f"There is not enough space for the adapter: it needs {nbytes} bytes in shared memory or the temporary folder.",
         requested_bytes=nbytes,
     )
 

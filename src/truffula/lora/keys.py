@@ -49,7 +49,7 @@ _UNSERVED = (
     (
         r"\.token_adapter\.trainable_tokens_delta$",
         "trainable_token_indices",
-        "a set of replaced token rows",
+        "a set of trained token embeddings",
         "Train without trainable_token_indices.",
     ),
     (
@@ -61,7 +61,7 @@ _UNSERVED = (
     (
         r"\.modules_to_save\.",
         "modules_to_save",
-        "a whole replaced module",
+        "a fully trained module",
         "Train without modules_to_save; name linear layers in target_modules instead.",
     ),
 )
@@ -116,11 +116,11 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
     """Sort an adapter's keys; ``AdapterError`` (``param``: an offender) when one is anything but half of a pair."""
     if not keys:
         raise AdapterError(
-            "adapter_model.safetensors holds no tensors: the adapter was saved without its weights. Save it again.",
+            "adapter_model.safetensors contains no tensors: the adapter was saved without its weights. Save it again.",
             param="adapter_model.safetensors",
         )
     if len(keys) > MAX_KEYS:
-        raise AdapterError(f"adapter_model.safetensors holds {len(keys)} tensors; at most {MAX_KEYS} are read.")
+        raise AdapterError(f"adapter_model.safetensors contains {len(keys)} tensors; the limit is {MAX_KEYS}.")
     if long := next((key for key in keys if len(key) > MAX_KEY_CHARS), None):
         raise AdapterError(f"A tensor's name has {len(long)} characters: {long[:80]}...", param=long[:80])
     refuse_wrapped(keys)
@@ -151,13 +151,14 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
 def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
     if len(infixes) > 1:
         raise AdapterError(
-            f"Keys of several adapters are in one file ({listed(infixes.values())}); save each by itself.",
+            f"Keys of several adapters are in one file ({listed(infixes.values())}); save each in its own file.",
             param=next(iter(infixes.values())),
         )
     alone = [plan.a[m] for m in plan.a.keys() - plan.b.keys()] + [plan.b[m] for m in plan.b.keys() - plan.a.keys()]
     if alone:
         raise AdapterError(
-            f"Half of a pair: {listed(alone)} lacks its lora_A or lora_B. The file is incomplete; save it again.",
+            f"Incomplete pair: {listed(alone)} has no matching lora_A or lora_B. The file is incomplete; save it "
+            "again.",
             param=min(alone),
         )
     if not plan.a and plan.left_out:
@@ -174,7 +175,7 @@ def _strange(keys: list[str], count: int) -> AdapterError:
         hits = [key for key in keys if re.search(ending, key)]
         if hits:
             return AdapterError(
-                f"The file holds {what} ({name}), which is not served yet: {listed(hits)}. {way}",
+                f"The file contains {what} ({name}), which is not served yet: {listed(hits)}. {way}",
                 param=name,
                 key=hits[0],
             )
@@ -194,9 +195,9 @@ def _strange(keys: list[str], count: int) -> AdapterError:
 def _base_copies(copies: list[str]) -> AdapterError:
     leaves = sorted({found["module"] for key in copies if (found := _BASE_COPY.search(key))})
     return AdapterError(
-        f"The file holds the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, beside the "
-        f"adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the PEFT model's "
-        "save_pretrained, which leaves them out.",
+        f"The file contains the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, beside "
+        f"the adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the PEFT "
+        "model's save_pretrained, which leaves them out.",
         param=min(copies),
         recognised="unmerged model",
     )
@@ -215,7 +216,7 @@ def _whole_weights(keys: list[str], count: int) -> AdapterError:
         )
     if tables:
         return AdapterError(
-            f"The file holds a copy of a base table (save_embedding_layers), which is not served yet: "
+            f"The file contains a copy of a base table (save_embedding_layers), which is not served yet: "
             f"{listed(tables)}. Save the adapter with save_embedding_layers=False.",
             param="save_embedding_layers",
             key=tables[0],
@@ -223,12 +224,13 @@ def _whole_weights(keys: list[str], count: int) -> AdapterError:
     weights = [key for key in keys if key.endswith((".weight", ".bias"))]
     if weights and len(keys) < count:
         return AdapterError(
-            f"The file holds whole replaced modules (modules_to_save), which are not served yet: {listed(weights)}. "
+            f"The file contains fully trained modules (modules_to_save), which are not served yet: {listed(weights)}. "
             "Train without modules_to_save; name linear layers in target_modules instead.",
             param="modules_to_save",
             key=weights[0],
         )
     return AdapterError(
-        f"The file holds tensors that no PEFT LoRA adapter has: {listed(keys)}. Save it with PEFT's save_pretrained.",
+        f"The file contains tensors that no PEFT LoRA adapter has: {listed(keys)}. Save it with PEFT's "
+        "save_pretrained.",
         param=min(keys),
     )

@@ -127,7 +127,7 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
         if unused := table.unused(_left_out(plan)):
             judged.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
-        judged.warnings.append(f"Buffers that only training used: {listed(plan.unused)}.")
+        judged.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
     judged.warnings += warnings_beside(folder, config, sites=sites.all, model=base.model)
     return judged
 
@@ -156,7 +156,7 @@ def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
     for key in halves:
         if infos[key].dtype not in DTYPES:
             raise AdapterError(
-                f"{key} is {infos[key].dtype}; adapters are served from F32, F16 or BF16. Save it in one of these.",
+                f"{key} is {infos[key].dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
                 param=key,
                 dtype=infos[key].dtype,
             )
@@ -169,7 +169,7 @@ def _left_out(plan: KeyPlan) -> set[str]:
 def _origin(config: Mapping[str, Any]) -> str:
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip():
-        return "base_model_name_or_path does not say which base it was trained on."
+        return "base_model_name_or_path does not name the base that it was trained on."
     return f"It was trained on {named[:200]!r} (base_model_name_or_path)."
 
 
@@ -188,7 +188,7 @@ def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) ->
         if any(part.lo != edge or part.of != parts[0][1].of for (_, part), edge in zip(parts, edges, strict=False)) or (
             edges[-1] != parts[0][1].of
         ):
-            raise AdapterError(f"{module} is not adaptable as a whole in {base.model}.", param=plan.a[module])
+            raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
 
 
 def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> AdapterError:
@@ -202,7 +202,9 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
     highest = max((int(index[1]) for module in unknown if (index := _LAYER.search(module))), default=0)
     if prefixes and len(unknown) < len(plan.a):
         seen = listed(map(repr, {*prefixes, sites.root}))
-        why = f"Its names have several prefixes ({seen}), as if two adapters were in one file; save each by itself."
+        why = (
+            f"Its names have several prefixes ({seen}), as if two adapters were in one file; save each in its own file."
+        )
     elif prefixes:
         known = ", ".join(repr(root) for root in TEXT_ROOTS if root)
         why = (
@@ -210,7 +212,9 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
             f"a class ({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
         )
     elif highest >= layers:
-        why = f"The adapter has a layer {highest}, the base has {layers} layers: it was made for another base. {origin}"
+        why = (
+            f"The adapter has a layer {highest}, the base only {layers} layers: it was made for another base. {origin}"
+        )
     elif len(unknown) == len(plan.a):
         example = min(sites.names, default="none")
         why = f"The base has modules such as {example}: the adapter was made for another base. {origin}"
@@ -243,7 +247,7 @@ def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
     for info, expected in ((pair.a, (rank, site.in_features)), (pair.b, (part.of, rank))):
         if info.shape != expected:
             raise AdapterError(
-                f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} takes {list(expected)}: "
+                f"{info.name} has shape {list(info.shape)}, but {pair.module} of {base.model} needs {list(expected)}: "
                 f"the adapter was made for another base. {origin}",
                 param=info.name,
                 found=list(info.shape),
@@ -267,7 +271,7 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
     """Configuration and file must name the same modules, both ways."""
     covered = {site.id for pair in judged.pairs for site, _ in pair.parts}
     if judged.settings.target_modules is None:
-        judged.warnings.append("target_modules is null; the tensors alone say which modules are adapted.")
+        judged.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
         return
     if tables := [table for table in sites.tables if targets.targeted(table)]:
         raise _no_tables(tables, "target_modules")
@@ -295,7 +299,7 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
             modules=sorted(missing)[:10],
         )
     if unused := targets.unused_entries(sites.names | _left_out(plan)):
-        judged.warnings.append(f"target_modules: names no module of the base: {listed(unused)}.")
+        judged.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
 
 
 def _leaf(module: str) -> str:

@@ -40,7 +40,7 @@ class Steps:
     def take(self, count: int, field: str) -> None:
         self.left -= count
         if self.left < 0:
-            raise AdapterError(f"{field}: its patterns take too long to match ({MAX_STEPS} steps).", param=field)
+            raise AdapterError(f"{field}: its patterns take too long to match (limit: {MAX_STEPS} steps).", param=field)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Pattern:
         self._steps = steps
         self._states: list[State] = [None]
         if len(source) > MAX_PATTERN_CHARS:
-            raise self._refused(f"{len(source)} characters; at most {MAX_PATTERN_CHARS} are matched")
+            raise self._refused(f"{len(source)} characters; the limit is {MAX_PATTERN_CHARS}")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # sets that may read otherwise in a later Python

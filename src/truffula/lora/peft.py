@@ -169,7 +169,7 @@ def _read_tensors(files: AdapterFolder, pairs: Sequence[Pair]) -> tuple[dict[str
         why = "its scale is zero (lora_alpha)" if scales else "its tensors are zero, as before training"
         key = pairs[0].b.name
         raise AdapterError(
-            f"The adapter changes nothing: {why} ({key}). Its answers would be the base's.",
+            f"The adapter changes nothing: {why} ({key}). Its answers would be those of the base.",
             param="lora_alpha" if scales else key,
         )
     return tensors, zero

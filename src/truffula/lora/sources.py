@@ -37,7 +37,7 @@ SOURCES = ("local", "hub")
 # What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
 BASE_WORDS = ("", "tgi", "dummy")
 MAX_NAME_CHARS = 512
-_UNKNOWN = "it is neither given by --adapter nor a folder of --adapter-dir"
+_UNKNOWN = "it is neither set with --adapter nor a subfolder of --adapter-dir"
 LISTING_S = 1.0
 """How long a listing of the adapter folder is good."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?(@[\w./-]{1,128})?\Z", re.ASCII)
@@ -115,13 +115,13 @@ class AdapterPolicy:
         base_names: Collection[str] | None = None,
     ) -> None:
         if default_source not in SOURCES:
-            raise ConfigError(f"adapter source {default_source!r} is not one of {', '.join(SOURCES)}.")
+            raise ConfigError(f"adapter source {default_source!r} must be one of {', '.join(SOURCES)}.")
         self._base_names = base_names
         self._left_out: set[str] = set()
         self._listing: _Listing | None = None
         for name in adapters or ():
             if self._is_reserved(name):
-                raise ConfigError(f"{name!r} can't be an adapter's name: it means the base model.", param="adapters")
+                raise ConfigError(f"{name!r} is not a valid adapter name: it means the base model.", param="adapters")
         if adapter_dir is not None and not adapter_dir.is_dir():
             why = "is a file, not a folder of adapters" if adapter_dir.exists() else "does not exist"
             raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
@@ -204,7 +204,7 @@ class AdapterPolicy:
             lacking = describe_folder(folder)
             if lacking is None:
                 inside = folder.name in listed or self._in_dir(folder.name) is not None
-                return None if inside else f"its files are links that lead out of {self._dir}"
+                return None if inside else f"its files are links to places outside of {self._dir}"
             meant = looks_like_adapter({path.name for path in folder.iterdir()}) or bool(
                 subfolders_with_adapters(folder)
             )
@@ -262,8 +262,10 @@ class AdapterPolicy:
                     return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder)))
             except (OSError, RuntimeError, ValueError):
                 continue
-        where = ", ".join(map(str, self._allow_local)) or "none is allowed: --allow-local FOLDER"
-        raise _not_found(name, f"{_UNKNOWN}, and no adapter lies there below a folder clients may name ({where})")
+        where = ", ".join(map(str, self._allow_local)) or "none is allowed; --allow-local FOLDER allows one"
+        raise _not_found(
+            name, f"{_UNKNOWN}, and it is not a path to an adapter below a folder that clients may name ({where})"
+        )
 
     def _on_hub(self, name: str) -> AdapterRef:
         if _HUB_ID.match(name) and ".." not in name:
@@ -275,14 +277,14 @@ class AdapterPolicy:
                 raise _not_found(
                     name, f"{_UNKNOWN}; if it is a Hub id, --allow-hub {repo!r} or --allow-hub '{owner}/*' allows it"
                 )
-        raise _not_found(name, f"{_UNKNOWN}, and it is no Hub id")
+        raise _not_found(name, f"{_UNKNOWN}, and it is not a Hub id")
 
 
 def _place(name: str, source: Path | str) -> AdapterRef:
     """Where an operator's ``name=source`` points."""
     if not _printable(name):
         raise ConfigError(
-            f"{name[:80]!r} can't be an adapter's name: it takes 1 to {MAX_NAME_CHARS} printable characters.",
+            f"{name[:80]!r} is not a valid adapter name: names have 1 to {MAX_NAME_CHARS} printable characters.",
             param="adapters",
         )
     folder = Path(source).expanduser()

@@ -41,7 +41,7 @@ def serve(fd: int, spools: list[Path]) -> int:
         while True:
             order = inbox.get()
             if not isinstance(order, Order):
-                raise WireError("A second setup.")
+                raise WireError("The setup frame was sent twice.")
             _limit_cpu(setup.limits)
             _limit_memory(allowed)
             # The adapter's file is mapped privately, hence counted as data: it comes on top once its size is known.

@@ -240,7 +240,7 @@ class ConfigView:
                     unknown.append(key)
             elif key not in self.defaults.fields:
                 if value is not None:
-                    raise self.refuse(key, "transformers gives it a meaning that is not supported here.", value)
+                    raise self.refuse(key, "it has an effect in transformers that is not supported here.", value)
             elif value != self.defaults.fields[key]:
                 why = f"only {_shown(self.defaults.fields[key])} is supported for {self.model_type}."
                 raise self.refuse(key, why, value)

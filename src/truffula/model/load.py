@@ -111,7 +111,7 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
     )
     if names.has_head and head is None and decision.tie is not Tie.TIED:
         raise CheckpointError(
-            f"{names.head} is missing; the head is stored in another form, perhaps quantised.", param=names.head
+            f"{names.head} is missing; the head is stored in another form, possibly quantised.", param=names.head
         )
     return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
 
@@ -125,7 +125,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
             _check_tensor(checkpoint, part.name, (height, *row.shape[1:]), "")
     tables = [op.table if isinstance(op, Embed) else op.weight for op in program.ops if isinstance(op, Embed | Logits)]
     for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
-        more = f" vocab_size is {spec.vocab_size}: rows the config does not count have no meaning we could know."
+        more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."
         _check_tensor(checkpoint, name, (spec.vocab_size, spec.hidden), more)
 
 
@@ -199,7 +199,8 @@ def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToke
     extra = [item for item in configured if item not in generation]
     if generation and extra:
         warnings.append(
-            f"config.json ends a completion at {extra}, which generation_config.json does not list; both count."
+            f"config.json names the end token {extra}, which generation_config.json does not list; both end a "
+            "completion."
         )
     found = dict.fromkeys(generation, "GGUF metadata" if gguf else f"generation_config.json {key}")
     found |= dict.fromkeys(extra, where)

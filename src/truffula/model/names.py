@@ -175,7 +175,7 @@ def _missing(spec: ModelSpec, missing: list[str], unexplained: list[str], stored
     if any(".lora_A." in name or ".base_layer." in name for name in stored):
         text += " These look like an unmerged PEFT save: merge the adapter, or serve base and adapter separately."
     elif unexplained:
-        text += f" Unexplained instead: {_some(unexplained)}."
+        text += f" Unknown tensors instead: {_some(unexplained)}."
     return CheckpointError(text, tensors=missing[:_SHOW], count=len(missing))
 
 

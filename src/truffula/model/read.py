@@ -56,7 +56,7 @@ def _model_type(config: Mapping[str, Any]) -> str:
         return model_type
     remote = ""
     if config.get("auto_map"):
-        remote = " It asks for Python code from its repository (auto_map), which is never run."
+        remote = " It needs Python code from its repository (auto_map), which is never run."
     raise UnsupportedModel(
         f"config.json: model_type is {model_type!r}; supported are {', '.join(ARCHITECTURES)}.{remote}",
         param="model_type",
@@ -80,7 +80,8 @@ def _check_file(config: Mapping[str, Any]) -> list[str]:
     warnings = []
     if config.get("auto_map"):
         warnings.append(
-            "config.json: auto_map names Python code in the repository; it is not run: the built-in architecture is."
+            "config.json: auto_map names Python code in the repository; it is not run; the built-in architecture is "
+            "used."
         )
     for name in config.get("architectures") or ():
         if isinstance(name, str) and name.endswith(_OTHER_HEADS):

@@ -64,7 +64,9 @@ async def load_adapter(request: Request) -> Response:
     body = await read_body(request, LoadBody)
     name = body.lora_name
     if reserved(name, state.base_names):
-        raise InvalidRequest(f"{name[:80]!r} means the base model; name the adapter otherwise.", param="lora_name")
+        raise InvalidRequest(
+            f"{name[:80]!r} means the base model; choose another name for the adapter.", param="lora_name"
+        )
     if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
     policy, ref = await state.service.in_thread(_find, name, body.lora_path)
@@ -76,7 +78,7 @@ async def load_adapter(request: Request) -> Response:
 def _find(name: str, path: str) -> tuple[AdapterPolicy, AdapterRef | None]:
     """The adapter at ``path`` by its new name; asks the file system."""
     if not _is_folder(path):
-        raise AdapterNotFound(f"{path[:200]!r} holds no adapter.", param="lora_path")
+        raise AdapterNotFound(f"{path[:200]!r} does not contain an adapter.", param="lora_path")
     try:
         policy = AdapterPolicy({name: path})
     except ConfigError as error:
@@ -104,7 +106,7 @@ async def unload_adapter(request: Request) -> Response:
     await state.service.adapters(AdapterCommand(action="unload", ref=ref))
     if name in await state.adapter_names():
         return json_reply(
-            f"Success: LoRA adapter '{name}' is freed. The server's --adapter or --adapter-dir still offers it: the "
+            f"Success: LoRA adapter '{name}' is unloaded. The server's --adapter or --adapter-dir still offers it: the "
             "next request for it loads it again."
         )
     return json_reply(f"Success: LoRA adapter '{name}' removed successfully.")

@@ -68,7 +68,7 @@ class KeyCheck:
             scope.setdefault("state", {})["tenant"] = tenant_of(given)
             await self.app(scope, receive, send)
             return
-        what = "The API key is wrong" if given else "An API key is needed"
+        what = "The API key is invalid" if given else "An API key is required"
         error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>'.")
         await send_reply(send, *render(error, side_of(scope["path"])))
 

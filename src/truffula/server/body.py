@@ -57,15 +57,16 @@ B = TypeVar("B", bound=Body)
 def decode_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in ``raw``. Raises ``MalformedBody`` for anything JSON (RFC 8259) or a float64 cannot hold."""
     if not raw:
-        raise MalformedBody("The body is empty; a JSON object is needed.")
+        raise MalformedBody("The body is empty; expected a JSON object.")
     try:
         value = msgspec.json.decode(raw)
     except msgspec.ValidationError as error:
-        raise MalformedBody(f"The body holds a number that is not finite: {error}.") from error
+        raise MalformedBody(f"The body contains a number that is not finite: {error}.") from error
     except msgspec.DecodeError as error:
         if _HALF_PAIR.search(_PAIR.sub(b"", raw)):  # the decoder calls that "truncated"
             raise MalformedBody(
-                "The body holds half a surrogate pair (\\ud800 to \\udfff without its other half), no character."
+                "The body contains a lone surrogate (\\ud800 to \\udfff without its other half), which is not a "
+                "character."
             ) from error
         raise MalformedBody(f"The body is not valid JSON: {error}.") from error
     except UnicodeDecodeError as error:
@@ -85,7 +86,7 @@ def _refuse_duplicates(raw: bytes) -> None:
         if len(dict(pairs)) == len(pairs):
             return
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise MalformedBody(f"The key {twice[:80]!r} is written twice in one object; write it once.", param=twice[:80])
+        raise MalformedBody(f"The key {twice[:80]!r} appears twice in one object; send it once.", param=twice[:80])
 
     try:
         json.loads(raw, object_pairs_hook=unique)
@@ -147,7 +148,7 @@ def note_ignored(request: Request, names: Sequence[str]) -> None:
     new = [name for name in shown if name not in seen]
     if new and len(seen) < 1000:
         seen.update(new)
-        log.warning("ignored request keys %s on %s (said once per key)", ", ".join(new), request.url.path)
+        log.warning("ignored request keys %s on %s (logged once per key)", ", ".join(new), request.url.path)
 
 
 def safe_header(text: str, limit: int = 256) -> str:

@@ -34,7 +34,7 @@ def most_connections(config: ServerConfig) -> int:
         return wanted
     most = max(8, soft - ACCEPT_BURST - OWN_FILES)
     log.warning(
-        "only %d files may be open, so %d connections at once and not %d (--max-open-requests %d and %d more): "
+        "the limit of %d open files allows %d connections instead of %d (--max-open-requests %d plus %d): "
         "raise the limit (ulimit -n) or lower the option",
         soft, most, wanted, config.max_open_requests, SPARE_CONNECTIONS,
     )  # fmt: skip

@@ -221,7 +221,7 @@ def render(error: TruffulaError, side: Side) -> tuple[int, dict[str, str], bytes
 def as_error(info: ErrorInfo | None) -> TruffulaError:
     """The exception of a final error event; an event without one is a fault of ours."""
     if info is None:
-        return TruffulaError("The engine ended the request without saying why.")
+        return TruffulaError("The engine ended the request without a reason.")
     return from_info(info)
 
 
@@ -235,7 +235,7 @@ def from_validation(error: ValidationError, *, inside: str = "") -> InvalidReque
             words.append(text)
     param = where.removeprefix(f"{inside}.") if inside else where
     more = len({_place(item["loc"]) for item in found}) - 1
-    also = f" ({more} more field{'s' if more > 1 else ''} at fault.)" if more else ""
+    also = f" ({more} more invalid field{'s' if more > 1 else ''}.)" if more else ""
     return InvalidRequest(f"{param}: {' or '.join(words[:4])}, got {_shown(found[0]['input'])}.{also}", param=param)
 
 

@@ -122,7 +122,7 @@ class _Progress:
         if stage == self._stage and tenth <= self._tenth:
             return
         if stage != self._stage:
-            log.info("starting: %s%s", stage, f" ({format_size(total)})" if total else "")
+            log.info("%s%s", stage, f" ({format_size(total)})" if total else "")
         elif total:
-            log.info("starting: %s, %d %% of %s", stage, 10 * tenth, format_size(total))
+            log.info("%s: %d %% of %s", stage, 10 * tenth, format_size(total))
         self._stage, self._tenth = stage, tenth

@@ -106,12 +106,10 @@ class Parameters(Body):
         )
         for name, value, limit in rows:
             if value > limit:
-                raise InvalidRequest(f"{name} is {value}; this server allows {limit}.", param=name, limit=limit)
+                raise InvalidRequest(f"{name} is {value}; this server allows at most {limit}.", param=name, limit=limit)
         if best_of > 1:
             if not self.samples:
-                raise InvalidRequest(
-                    "best_of above 1 needs sampling: set do_sample, or a temperature.", param="best_of"
-                )
+                raise InvalidRequest("best_of above 1 needs sampling: set do_sample or temperature.", param="best_of")
             if self.seed is not None:
                 raise InvalidRequest("seed cannot be given with best_of above 1.", param="seed")
             if stream:

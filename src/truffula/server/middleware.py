@@ -74,10 +74,10 @@ class RequestScope:
         except ClientGone:
             record.error_code = "client_gone"
         except Exception:
-            log.exception("request %s failed by a fault of the server", record.request_id)
+            log.exception("request %s failed with an internal error", record.request_id)
             record.error_code = "internal_error"
             if not record.status:
-                error = TruffulaError(f"The server made a mistake (request {record.request_id}); its log says more.")
+                error = TruffulaError(f"Internal server error (request {record.request_id}); see the server's log.")
                 await send_reply(with_id, *render(error, side_of(record.path)))
         finally:
             self._ended(record, scope, time.monotonic() - started)
@@ -146,7 +146,9 @@ class OpenLimit:
             await self.app(scope, receive, send)
             return
         if self._open >= self._limit:
-            error = Overloaded(f"{self._open} requests are open, as many as this server takes.", retry_after_s=1)
+            error = Overloaded(
+                f"{self._open} requests are open, which is this server's limit (--max-open-requests).", retry_after_s=1
+            )
             scope["state"]["record"].error_code = error.code
             await send_reply(send, *render(error, side_of(scope["path"])))
             return

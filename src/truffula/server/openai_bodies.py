@@ -36,7 +36,8 @@ def biases(given: Mapping[str, float] | None, vocab_size: int) -> dict[int, floa
         if not 0 <= token < vocab_size:
             shown = key[:20]
             raise InvalidRequest(
-                f"logit_bias has the key {shown!r}, which is no token id of 0..{vocab_size - 1}.", param="logit_bias"
+                f"logit_bias has the key {shown!r}, which is not a token id from 0 to {vocab_size - 1}.",
+                param="logit_bias",
             )
         found[token] = value
     return found
@@ -202,7 +203,7 @@ class CompletionBody(OpenAIBody):
                 param="prompt_logprobs",
             )
         if self.max_tokens == 0 and not self.echo:
-            raise InvalidRequest("max_tokens is 0, which only echo: true gives a meaning.", param="max_tokens")
+            raise InvalidRequest("max_tokens is 0, which is allowed only with echo: true.", param="max_tokens")
 
 
 class ChatMessage(Body):
@@ -220,7 +221,7 @@ class ChatMessage(Body):
         for part in value if isinstance(value, list) else ():
             kind = part.get("type", "text")
             if kind not in ("text", "input_text", "output_text", "refusal"):
-                raise ValueError(f"this model takes text only, not parts of type {str(kind)[:40]!r}")
+                raise ValueError(f"this model accepts text only, not parts of type {str(kind)[:40]!r}")
             if not isinstance(part.get("refusal" if kind == "refusal" else "text"), str):
                 raise ValueError(f"a part of type {kind!r} needs a string in {kind.removeprefix('input_')!r}")
         return value

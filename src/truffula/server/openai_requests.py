@@ -23,7 +23,8 @@ async def completion_requests(request: Request, body: CompletionBody, state: Ser
     prompts = body.prompts()
     if len(prompts) > state.config.max_prompts:
         raise InvalidRequest(
-            f"prompt holds {len(prompts)} prompts; this server takes {state.config.max_prompts}.", param="prompt"
+            f"prompt holds {len(prompts)} prompts; this server allows at most {state.config.max_prompts}.",
+            param="prompt",
         )
     params = body.sampling(
         max_tokens=16 if body.max_tokens is None else body.max_tokens,
@@ -109,8 +110,8 @@ def check_limits(body: OpenAIBody, logprobs: int | None, name: str, state: Serve
     )
     for field, value, limit in rows:
         if value is not None and value > limit:
-            raise InvalidRequest(f"{field} is {value}; this server allows {limit}.", param=field, limit=limit)
+            raise InvalidRequest(f"{field} is {value}; this server allows at most {limit}.", param=field, limit=limit)
     if stops > config.max_stop_sequences:
         raise InvalidRequest(
-            f"stop holds {stops} strings; this server allows {config.max_stop_sequences}.", param="stop"
+            f"stop holds {stops} strings; this server allows at most {config.max_stop_sequences}.", param="stop"
         )

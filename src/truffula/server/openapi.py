@@ -58,7 +58,7 @@ def document_of(rows: Sequence[Row], *, keyed: bool) -> dict[str, Any]:
 
 _ABOUT = (
     "One language model with LoRA adapters, under the APIs of OpenAI (/v1/), LoRAX and TGI. "
-    "Null means absent in every field. A field that another server knows is refused with the word to use here."
+    "In every field, null means absent. A field of another server is refused with the name to use here."
 )
 
 

@@ -94,7 +94,7 @@ class Gate:
         while not ended.is_set():
             lost = service.lost()
             if lost is not None:
-                log.error("the server ends with status 1: %s", lost.message)
+                log.error("exiting with status 1: %s", lost.message)
                 self.failure = lost
                 self._on_failure()
                 return
@@ -143,7 +143,7 @@ class DrainingServer(uvicorn.Server):
             log.warning("second signal: exiting immediately")
             os._exit(128 + sig)
         self._signalled = self.should_exit = True  # before the line below: whoever reads it may send the second signal
-        log.info("%s: draining, at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
+        log.info("received %s: draining for at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

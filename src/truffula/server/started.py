@@ -128,14 +128,14 @@ def announce(
     if info.details["int8_note"]:
         log.info("%s", info.details["int8_note"])
     log.info(
-        "room for %d KV tokens (%d blocks of %d), requests up to %d tokens, %d at a time",
+        "KV cache for %d tokens (%d blocks of %d); at most %d tokens per sequence, %d sequences per batch",
         info.num_blocks * info.block_size,
         info.num_blocks,
         info.block_size,
         info.max_model_len,
         info.max_running,
     )
-    log.info("ends at: %s", describe(info.end_tokens) or "nothing but stop strings and length")
+    log.info("end tokens: %s", describe(info.end_tokens) or "none, answers end at stop strings or max_tokens only")
     for warning in without_tokenizer(info.no_tokenizer):
         log.warning("%s", warning)
     names = policy.names()
@@ -144,5 +144,7 @@ def announce(
     for text in warnings:
         log.warning("%s", text)
     if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
-        log.warning("listening beyond this machine without --api-key: anyone who reaches the port may use the model")
+        log.warning(
+            "listening on more than this machine without --api-key: everyone who can reach the port can use the server"
+        )
     log.info("ready at %s (prefix cache %s)", url, "on" if engine.prefix_cache else "off")

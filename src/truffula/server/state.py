@@ -99,7 +99,7 @@ class ServerState:
             self.seen_not_found.add(shown)
             last = len(self.seen_not_found) == MAX_LOGGED_NAMES
             log.warning(
-                "no model or adapter %r: %s (said once per name%s)",
+                "no model or adapter %r: %s (logged once per name%s)",
                 shown, error.data.get("reason", error.message), "; further names are not logged" if last else "",
             )  # fmt: skip
         told = f"There is no model or adapter {shown!r}; GET /v1/models lists them."

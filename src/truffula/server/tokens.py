@@ -58,7 +58,8 @@ async def detokenize(request: Request) -> Response:
     for i, token in enumerate(body.tokens):
         if not 0 <= token < state.service.info.vocab_size:
             raise InvalidRequest(
-                f"tokens[{i}] is {token}, no token id of 0..{state.service.info.vocab_size - 1}.", param="tokens"
+                f"tokens[{i}] is {token}, which is not a token id from 0 to {state.service.info.vocab_size - 1}.",
+                param="tokens",
             )
     text = await state.service.detokenize(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
     return json_reply({"prompt": text})
@@ -93,6 +94,6 @@ def _messages(values: list[dict[str, object]]) -> list[dict[str, Any]]:
 
 def _vocabulary_piece(state: ServerState, token: int) -> str | None:
     if state.service.tokenizer is None:
-        raise NoTokenizer("This model has no tokenizer; send and read token ids.")
+        raise NoTokenizer("This model has no tokenizer; send token ids and read token ids.")
     piece: str | None = state.service.tokenizer.id_to_token(token)
     return piece

@@ -79,7 +79,7 @@ def refusal(path: str, served: Collection[str]) -> TruffulaError:
         return UnknownPath(f"{what} is not served here ({path[:200]}); {advice}.")
     near = _nearest(path, served)
     hint = f"did you mean {near}?" if near else "GET /docs lists the routes."
-    return UnknownPath(f"There is nothing at {path[:200]}; {hint}")
+    return UnknownPath(f"There is no route {path[:200]}; {hint}")
 
 
 def _nearest(path: str, served: Collection[str]) -> str | None:

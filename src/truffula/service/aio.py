@@ -171,7 +171,7 @@ class AsyncService:
         check_text(text, "inputs")
         if len(text) > MAX_TRUNCATED_CHARS:
             raise PromptTooLong(
-                f"The text has {len(text)} characters; at most {MAX_TRUNCATED_CHARS} are tokenised in one request.",
+                f"The text has {len(text)} characters; the limit is {MAX_TRUNCATED_CHARS} per request.",
                 param="inputs",
                 prompt_chars=len(text),
                 max_chars=MAX_TRUNCATED_CHARS,
@@ -276,7 +276,7 @@ class AsyncService:
 
     def _refuse_if_ending(self) -> None:
         if self._draining:
-            raise ShuttingDown("The server is shutting down and takes no new requests.")
+            raise ShuttingDown("The server is shutting down and accepts no new requests.")
         if self._broken is not None:
             raise EngineDied(self._broken.message)
         if self._loop is None:

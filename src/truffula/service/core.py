@@ -219,7 +219,7 @@ class Service:
         count = max(params.n, params.best_of or 1)
         if count > self.limits.max_choices:
             name = "best_of" if (params.best_of or 1) > params.n else "n"
-            raise InvalidRequest(f"{name} is {count}; at most {self.limits.max_choices} are possible.", param=name)
+            raise InvalidRequest(f"{name} is {count}; the limit is {self.limits.max_choices}.", param=name)
         self._check_params(params)
         prompt = make_prompt(request, self.tokenizer, self.templates, self.info)
         check_fits(len(prompt.ids), params, self.info)

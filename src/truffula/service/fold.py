@@ -44,5 +44,5 @@ def failure(delta: TextDelta) -> TruffulaError | None:
     if delta.finish_reason != "error":
         return None
     if delta.error is None:
-        return GenerationError("The engine ended the request without saying why.")
+        return GenerationError("The engine ended the request without a reason.")
     return from_info(delta.error)

@@ -95,7 +95,7 @@ def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) ->
         if place.kind == "tool message":
             raise InvalidRequest(
                 f"{place.param} is the result of a tool, and the model's chat template leaves messages of its role out "
-                "of the prompt. Write the result into a user message, or use a chat template that knows tools.",
+                "of the prompt. Write the result into a user message, or use a chat template that supports tools.",
                 param=place.param,
             )
     fields = dict.fromkeys(_FIELDS[place.kind] for place in found.places)
@@ -225,7 +225,7 @@ def _check_length(text: str, request: GenerateRequest, tokenizer: Tokenizer, inf
     if len(text) > bound:
         raise PromptTooLong(
             f"The prompt has {len(text)} characters; no text of more than {bound} fits the {info.max_model_len} tokens "
-            "that the model takes, prompt and completion together.",
+            "of the model's limit, prompt and completion together.",
             param="prompt",
             prompt_chars=len(text),
             max_chars=bound,
@@ -251,7 +251,8 @@ def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
         return
     asks = "" if params.max_tokens is None else f" and max_tokens is {asked}"
     raise PromptTooLong(
-        f"The prompt has {prompt} tokens{asks}; the model takes {info.max_model_len}, prompt and completion together.",
+        f"The prompt has {prompt} tokens{asks}; the model's limit is {info.max_model_len}, prompt and completion "
+        "together.",
         param="prompt" if prompt >= info.max_model_len else "max_tokens",
         prompt_tokens=prompt,
         max_tokens=params.max_tokens,

@@ -175,7 +175,7 @@ class ChatTemplates:
         for name in variables or {}:
             if name in RESERVED:
                 raise InvalidRequest(
-                    f"template_kwargs may not set {name}: it has a field of its own.", param="template_kwargs"
+                    f"template_kwargs may not set {name}: use the field of that name.", param="template_kwargs"
                 )
         chat = conversation(messages, knows_developer="developer" in source)
         context: dict[str, Any] = plain(
@@ -205,7 +205,7 @@ class ChatTemplates:
         found = self._compiled.get(source)
         if found is None:
             if len(source) > MAX_SOURCE:
-                raise TemplateError(f"The chat template has {len(source)} characters; {MAX_SOURCE} are allowed.")
+                raise TemplateError(f"The chat template has {len(source)} characters; the limit is {MAX_SOURCE}.")
             try:
                 found = self._environment.from_string(source)
             except jinja2.TemplateSyntaxError as error:
@@ -213,7 +213,7 @@ class ChatTemplates:
                     f"The chat template is not valid Jinja, line {error.lineno}: {error.message}"
                 ) from error
             except (RecursionError, MemoryError, SyntaxError, ValueError, jinja2.TemplateError) as error:
-                raise TemplateError(f"The chat template can't be compiled: {error}") from error
+                raise TemplateError(f"The chat template cannot be compiled: {error}") from error
             if source in self._sources.values():
                 self._compiled[source] = found
         return found
@@ -234,9 +234,7 @@ class ChatTemplates:
         except LimitExceeded as error:
             raise TemplateError(f"The chat template was stopped: {error}.", param="messages") from error
         except RecursionError as error:
-            raise TemplateError(
-                "The chat template was stopped: it calls itself too deeply.", param="messages"
-            ) from error
+            raise TemplateError("The chat template was stopped: it recurses too deeply.", param="messages") from error
         except Exception as error:
             # A template is foreign code: whatever it raises is a fault of this request's messages or of the template.
             raise TemplateError(f"The chat template failed: {error}", param="messages") from error
@@ -343,7 +341,7 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
         return {str(key): plain(item, where, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, where, depth + 1) for item in value]
-    raise InvalidRequest(f"{where} holds a {type(value).__name__}; only JSON's types are possible.", param=where)
+    raise InvalidRequest(f"{where} contains a {type(value).__name__}; only JSON types are allowed.", param=where)
 
 
 def _cut_at_mark(text: str) -> str:

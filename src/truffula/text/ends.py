@@ -45,7 +45,7 @@ class EndTokens:
             if token.id >= vocab_size:
                 self.warnings.append(
                     f"{token.source} names {token.text!r}, token {token.id}, beyond the model's {vocab_size} ids: it "
-                    "can't end a completion."
+                    "cannot end a completion."
                 )
             elif token.id not in found:
                 text = tokenizer.text_of(token.id) if tokenizer is not None else token.text
@@ -79,8 +79,9 @@ class EndTokens:
         mark, other = (match[0] if (match := _MARK.match(text)) else "" for text in after)
         if mark and mark == other:
             self.warnings.append(
-                f"The chat template ends an answer with {mark!r}, which is not one token of this model, so it does "
-                "not end a completion. Give it as a stop string, or use the tokenizer that the model was trained with."
+                f"The chat template ends an answer with {mark!r}, which is not a single token of this model, so it "
+                "does not end a completion. Give it as a stop string, or use the tokenizer that the model was "
+                "trained with."
             )
         return None
 

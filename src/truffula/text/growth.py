@@ -44,7 +44,7 @@ class Meter:
     def grow(self, chars: int) -> None:
         """A value of this weight is about to exist."""
         if chars > self.max_chars:
-            raise LimitExceeded(f"a value would grow to {chars} characters; {self.max_chars} are allowed")
+            raise LimitExceeded(f"a value would grow to {chars} characters; the limit is {self.max_chars}")
         self.made += chars
         if self.made > 16 * self.max_chars:
             raise LimitExceeded(f"its values together hold more than {16 * self.max_chars} characters")
@@ -83,13 +83,13 @@ def bits(value: Any) -> int:
 
 def check_bits(left: Any, right: Any, bits: int) -> None:
     if isinstance(left, int) and isinstance(right, int) and bits > MAX_INT_BITS:
-        raise LimitExceeded(f"a number would have {bits} bits; {MAX_INT_BITS} are allowed")
+        raise LimitExceeded(f"a number would have {bits} bits; the limit is {MAX_INT_BITS}")
 
 
 def check_numbers(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, int | float) and abs(value) > MAX_NUMBER and value == value:
-            raise LimitExceeded(f"it calls something with {value}; {MAX_NUMBER} is the limit")
+            raise LimitExceeded(f"it passes {value} to a function; the limit is {MAX_NUMBER}")
 
 
 def sized(args: tuple[Any, ...], at: int) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ def sized(args: tuple[Any, ...], at: int) -> tuple[Any, ...]:
 def check_percent(meter: Meter, template: str, values: Any) -> None:
     """``template % values``: no widths out of proportion, no multiplication of large values."""
     if re.search(r"%[^%a-zA-Z]*(\*|\d{5})", template):
-        raise LimitExceeded("a format asks for too great a width")
+        raise LimitExceeded("a format string has too large a width")
     meter.grow(len(template) + template.count("%") * meter.weigh(values))
 
 
@@ -118,7 +118,7 @@ def check_method(meter: Meter, name: str, text: str, given: Sequence[Any]) -> No
         _check_join(meter, text, given[0])
     elif name in ("format", "format_map"):
         if any(spec and ("{" in spec or re.search(r"\d{5}", spec)) for spec in _specs(text)):
-            raise LimitExceeded("a format asks for too great a width")
+            raise LimitExceeded("a format string has too large a width")
         meter.grow(len(text) + text.count("{") * meter.weigh(list(given)))
     elif name == "expandtabs":
         width = given[0] if given and isinstance(given[0], int) else 8

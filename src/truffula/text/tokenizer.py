@@ -183,7 +183,7 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
     try:
         library = Library.from_buffer(source)
     except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"tokenizer.json can't be read: {error}", param="tokenizer.json") from error
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}", param="tokenizer.json") from error
     library.no_padding()
     library.no_truncation()
     config = _object(files, CONFIG)

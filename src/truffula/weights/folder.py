@@ -88,7 +88,7 @@ def _open_weights(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFil
         return dict.fromkeys(file.tensors, file)
     shards = _full_set(folder)
     if shards:
-        warnings.append(f"{folder} has no {INDEX}; its {len(shards)} shards form a full set and were taken together.")
+        warnings.append(f"{folder} has no {INDEX}; its {len(shards)} shards are complete and are read together.")
         return _join(shards)
     raise _nothing_to_read(folder)
 

@@ -74,7 +74,7 @@ class Facts:
             raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise CheckpointError(
-                f"the GGUF metadata key {name} is {value!r}; a positive integer is needed.", param=name
+                f"the GGUF metadata key {name} is {value!r}; it must be a positive integer.", param=name
             )
         return value
 
@@ -84,7 +84,7 @@ class Facts:
         if value is None:
             raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise CheckpointError(f"the GGUF metadata key {name} is {value!r}; a finite number is needed.", param=name)
+            raise CheckpointError(f"the GGUF metadata key {name} is {value!r}; it must be a finite number.", param=name)
         return float(str(np.float32(value)))
 
     def at_least(self, key: str, least: float, default: float | None = None) -> float:

@@ -125,7 +125,9 @@ def read_header(path: Path, data: memoryview) -> GgufHeader:
     version = cursor.number("I", "its version")
     if version not in VERSIONS:
         kind = "big-endian" if version in {v << 24 for v in VERSIONS} else f"version {version}"
-        raise _refuse(path, f"{kind} GGUF is not read; versions 2 and 3 in little endian are.")
+        raise _refuse(
+            path, f"{kind} GGUF is not supported; supported are versions 2 and 3 in little-endian byte order."
+        )
     tensor_count, pair_count = cursor.number("Q", "its tensor count"), cursor.number("Q", "its metadata count")
     metadata: dict[str, Any] = {}
     cursor.room(pair_count, 13, "metadata pairs")
@@ -155,7 +157,7 @@ class _Cursor:
 
     def room(self, count: int, each: int, what: str) -> None:
         if count * each > len(self.data) - self.position:
-            raise _refuse(self.path, f"truncated, or absurd: {count} {what} do not fit behind byte {self.position}.")
+            raise _refuse(self.path, f"truncated or damaged: {count} {what} do not fit after byte {self.position}.")
 
     def number(self, letter: str, what: str) -> Any:
         kind = struct.Struct(f"<{letter}")
@@ -214,7 +216,7 @@ class _Cursor:
             position += 8 + unpack(data, position)[0]
             done += 1
         if done != count or position > end:
-            raise _refuse(self.path, f"truncated, or absurd: the strings of {key!r} run past its end.", key)
+            raise _refuse(self.path, f"truncated or damaged: the strings of {key!r} run past its end.", key)
         found = _Strings(data, self.position, position, count)
         self.position = position
         return found
@@ -224,7 +226,7 @@ def _listed(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string("a tensor's name")
     count = cursor.number("I", f"the dimensions of {name!r}")
     if count > 8:
-        raise _refuse(cursor.path, f"tensor {name!r} has {count} dimensions; at most 8 are read.", name)
+        raise _refuse(cursor.path, f"tensor {name!r} has {count} dimensions; the limit is 8.", name)
     sizes = [cursor.number("Q", f"the shape of {name!r}") for _ in range(count)]
     kind = cursor.number("I", f"the type of {name!r}")
     return name, tuple(reversed(sizes)), kind, cursor.number("Q", f"the offset of {name!r}")
@@ -241,19 +243,25 @@ def _check_tensors(
             what = OTHER_TYPES.get(kind, f"type {kind}")
             known = ", ".join(format.name for format in SIZES.values())
             raise UnsupportedModel(
-                f"{path}: tensor {name!r} is quantised as {what}, which is not read; {known} are.",
+                f"{path}: tensor {name!r} is quantised as {what}, which is not supported; supported are {known}.",
                 param=name,
                 type=what,
             )
         format = SIZES[kind]
         if not shape or shape[-1] % format.size:
-            raise _refuse(path, f"tensor {name!r}: rows of shape {shape} are no whole {format.name} blocks.", name)
+            raise _refuse(
+                path,
+                f"tensor {name!r}: rows of shape {shape} are not a multiple of the {format.name} block size.",
+                name,
+            )
         nbytes = math.prod(shape) // format.size * format.nbytes
         if start + offset + nbytes > size:
             end = start + offset + nbytes
             raise _refuse(path, f"truncated: tensor {name!r} ends at byte {end}, the file at {size}.", name)
         if not fits_an_array(shape, 8):
-            raise _refuse(path, f"tensor {name!r}: shape {shape} is empty, and beyond what an array can be.", name)
+            raise _refuse(
+                path, f"tensor {name!r}: shape {shape} has no elements, and dimensions too large for an array.", name
+            )
         found[name] = GgufTensor(name, shape, kind, start + offset, nbytes)
     end, before = start, ""
     for tensor in sorted(found.values(), key=lambda item: (item.offset, item.nbytes)):

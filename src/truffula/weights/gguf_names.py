@@ -66,7 +66,7 @@ def family_of(header: GgufHeader) -> Family:
     """The row of the table for ``general.architecture``. Raises ``UnsupportedModel`` naming it."""
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
-        what = _OTHER_KINDS.get(kind, "no language model") if isinstance(kind, str) else "no language model"
+        what = _OTHER_KINDS.get(kind, "not a language model") if isinstance(kind, str) else "not a language model"
         raise UnsupportedModel(f"general.type is {kind!r}: this file is {what}.", param="general.type")
     architecture = header.metadata.get("general.architecture")
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None

@@ -77,7 +77,7 @@ def _number(part: Part, key: str, default: int) -> int:
     value: Any = part.header.metadata.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise CheckpointError(
-            f"{part.path}: the GGUF metadata key {key} is {value!r}; an integer of at least 0 is needed.", param=key
+            f"{part.path}: the GGUF metadata key {key} is {value!r}; it must be an integer of at least 0.", param=key
         )
     return value
 
@@ -95,8 +95,8 @@ def _other_parts(first: Part, count: int) -> list[Path]:
         )
     if named is None:
         raise CheckpointError(
-            f"{path} is part 1 of {count} of a split GGUF model, and its name does not say where the others are: "
-            f"rename the parts to NAME-00001-of-{count:05d}.gguf and so on.",
+            f"{path} is part 1 of {count} of a split GGUF model, and the names of the others do not follow from its "
+            f"name: rename the parts to NAME-00001-of-{count:05d}.gguf and so on.",
             param=str(path),
         )
     paths = [path.with_name(name) for name in named.names()[1:]]
@@ -123,7 +123,7 @@ def _check_set(parts: list[Part], count: int) -> None:
         for key, found, value in differing:
             if found != value:
                 raise CheckpointError(
-                    f"{part.path} does not belong to {first.path.name}: {key} is {found!r}, {value!r} is expected.",
+                    f"{part.path} does not belong to {first.path.name}: {key} is {found!r}; expected {value!r}.",
                     param=key,
                 )
     held = sum(len(part.header.tensors) for part in parts)

@@ -113,5 +113,5 @@ def fit_llama3(factors: Any, theta: float) -> dict[str, Any]:
                 "original_max_position_embeddings": int(original),
             }
     raise UnsupportedModel(
-        f"{ROPE_FREQS} is no llama3 scaling; other tables of factors are not read.", param=ROPE_FREQS
+        f"{ROPE_FREQS} is not a llama3 scaling; other tables of factors are not supported.", param=ROPE_FREQS
     )

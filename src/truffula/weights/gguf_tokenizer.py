@@ -94,13 +94,14 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
     if vocabulary.kind == "llama":
         return _sentencepiece(vocabulary)
     if vocabulary.kind != "gpt2":
-        raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; gpt2 and llama are read")
+        raise UnreadableVocabulary(f"{PREFIX}model is {vocabulary.kind!r}; supported are gpt2 and llama")
     pre = vocabulary.metadata.get(f"{PREFIX}pre", "default")
     if not isinstance(pre, str) or pre not in _SPLITS:
-        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; {', '.join(sorted(_SPLITS))} are read")
+        raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted(_SPLITS))}")
     if pre == "default":
         vocabulary.warnings.append(
-            f"{PREFIX}pre does not say how the tokenizer cuts text; llama.cpp's default was taken."
+            f"{PREFIX}pre does not name the rule by which text is split before tokenisation; llama.cpp's default is "
+            "used."
         )
     return _byte_level(vocabulary, pre)
 
@@ -135,11 +136,15 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     scores = vocabulary.scores()
     if not merges or foreign:  # llama.cpp reads the scores alone
         if not scores:
-            raise UnreadableVocabulary(f"{PREFIX}scores is missing, by which {PREFIX}model llama joins tokens")
+            raise UnreadableVocabulary(
+                f"{PREFIX}scores is missing; a tokenizer of {PREFIX}model llama needs it to merge tokens"
+            )
         # Gemma's scores don't follow the order of its merges; the order of its vocabulary does.
         merges = recover_merges(tokens, None if gemma else scores)
         if not gemma and not _are_ranked(tokens, scores, merges):
-            raise UnreadableVocabulary(f"{PREFIX}scores are all equal, and {PREFIX}model llama joins tokens by them")
+            raise UnreadableVocabulary(
+                f"{PREFIX}scores are all equal; a tokenizer of {PREFIX}model llama needs them to merge tokens"
+            )
     prefix = vocabulary.flag("add_space_prefix", not gemma)
     unknown = vocabulary.token("unknown")
     model = _bpe(tokens, merges, unk_token=unknown[1] if unknown else None, fuse_unk=True, byte_fallback=True)

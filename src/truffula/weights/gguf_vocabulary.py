@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from truffula.types import EndToken
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-BY_TEXT = "known by its text"
+BY_TEXT = "recognised by its text"
 PREFIX = "tokenizer.ggml."
 # Tokens that end a completion by their text, whether or not the file names them.
 _ENDS_BY_TEXT = (
@@ -153,11 +153,12 @@ class Vocabulary:
         if not foreign:
             return found
         what = (
-            f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join what {PREFIX}tokens"
+            f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join tokens that "
+            f"{PREFIX}tokens"
         )
         if len(foreign) * 2 > count > 1:
-            raise UnreadableVocabulary(f"{what} does not hold: they belong to another vocabulary")
-        self.warnings.append(f"{what} does not hold; they were left out.")
+            raise UnreadableVocabulary(f"{what} does not contain: they belong to another vocabulary")
+        self.warnings.append(f"{what} does not contain; they are left out.")
         return found
 
     def merges_and_foreign(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
@@ -220,7 +221,7 @@ class Vocabulary:
         types = self._list("token_type", (int,))
         if not types:
             self.warnings.append(
-                f"{PREFIX}token_type is missing: only tokens that look like control tokens were taken as such."
+                f"{PREFIX}token_type is missing: only tokens that look like control tokens are treated as such."
             )
         return types or [NORMAL] * len(self.tokens)
 
@@ -269,7 +270,7 @@ class Vocabulary:
         for name in _IDS:
             value = self.metadata.get(key := f"{PREFIX}{name}_token_id")
             if value is not None and not (_is_id(value) and 0 <= value < len(self.tokens)):
-                self.warnings.append(f"{key} is {value!r}, not one of the {len(self.tokens)} tokens; it was not used.")
+                self.warnings.append(f"{key} is {value!r}, not one of the {len(self.tokens)} tokens; it is not used.")
 
 
 def _not_ends(texts: Container[str]) -> list[str]:

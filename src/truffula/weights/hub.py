@@ -74,7 +74,7 @@ def explain(error: BaseException, *, offline: bool, hub: str = "the Hub") -> Hub
         return known
     if offline:
         return HubFailure("offline", _NOT_CACHED)
-    unexpected = HubFailure("unexpected", f"the Hub's library failed ({type(error).__name__})")
+    unexpected = HubFailure("unexpected", f"huggingface_hub failed ({type(error).__name__})")
     return _of_status(chain, hub) or _of_network(chain, hub) or _of_answer(chain, hub) or unexpected
 
 
@@ -91,7 +91,7 @@ def _of_library(chain: list[BaseException]) -> HubFailure | None:
     names = {cls.__name__ for error in chain for cls in type(error).__mro__}
     if "GatedRepoError" in names:
         return HubFailure(
-            "access", "its author asks for an agreement: accept it on the model's page and log in with `hf auth login`"
+            "access", "its author requires an agreement: accept it on the model's page and log in with `hf auth login`"
         )
     if "RepositoryNotFoundError" in names:
         return HubFailure(
@@ -116,7 +116,7 @@ def _of_status(chain: list[BaseException], hub: str) -> HubFailure | None:
             "access", f"{hub} denies access (HTTP {status}): log in with `hf auth login`, or set HF_TOKEN"
         )
     if status == 404:
-        return HubFailure("repository", f"{hub} has nothing of this name (HTTP 404)")
+        return HubFailure("repository", f"{hub} has no repository or file of this name (HTTP 404)")
     if status == 429:
         return HubFailure(
             "network", f"{hub} limits requests (HTTP 429): wait a few minutes, or log in with `hf auth login`"
@@ -129,7 +129,7 @@ def _of_network(chain: list[BaseException], hub: str) -> HubFailure | None:
     for error in reversed(chain):  # the innermost has the system's message
         name = type(error).__name__
         if isinstance(error, TimeoutError) or (isinstance(error, http) and "Timeout" in name):
-            return HubFailure("network", f"{hub} does not answer in time")
+            return HubFailure("network", f"{hub} does not respond in time")
         if _is_unreachable(error):
             why = error.strerror if isinstance(error, OSError) else None
             return HubFailure("network", f"{hub} cannot be reached ({why or name}); check the network")
@@ -153,7 +153,7 @@ def _is_unreachable(error: BaseException) -> bool:
 def _of_answer(chain: list[BaseException], hub: str) -> HubFailure | None:
     for error in chain:
         if isinstance(error, json.JSONDecodeError) or type(error).__name__ in ("JSONDecodeError", "FileMetadataError"):
-            return HubFailure("answer", f"{hub} does not answer as a Hub does (is HF_ENDPOINT or a proxy set?)")
+            return HubFailure("answer", f"{hub} does not respond like a Hub (is HF_ENDPOINT or a proxy set?)")
     if type(chain[0]).__name__ == "LocalEntryNotFoundError":
         return HubFailure("network", f"{hub} cannot be reached; check the network")
     return None
@@ -200,7 +200,7 @@ def download_model(
         return next(iter([_file_in(folder, file, offline) for file in files]))
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
-            "the repository has no config.json, so it is not a model folder. Of a GGUF repository name the file: "
+            "the repository has no config.json, so it is not a model folder. For a GGUF repository, name the file: "
             f"{source}/FILE.gguf. To use an adapter, serve its base and give the adapter with --adapter",
             param="model",
         )
@@ -238,7 +238,7 @@ def _retries_in_one_line(progress: Progress | None) -> Iterator[None]:
         if not record.name.startswith("huggingface_hub") or not _RETRIES.search(record.getMessage()):
             return True
         if not told and progress is not None:
-            progress("the Hub does not answer: retry", 0, None)
+            progress("the Hub does not respond: retrying", 0, None)
         told = True
         return False
 

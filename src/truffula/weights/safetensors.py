@@ -162,9 +162,9 @@ def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> T
             path, f"{dtype} of shape {shape} takes {nbytes} bytes, its range holds {offsets[1] - offsets[0]}.", name
         )
     if len(shape) > 32:
-        raise _refuse(path, f"{len(shape)} dimensions; at most 32 are read.", name)
+        raise _refuse(path, f"{len(shape)} dimensions; the limit is 32.", name)
     if not fits_an_array(shape, DTYPES[dtype].itemsize):
-        raise _refuse(path, f"shape {shape} is empty, and beyond what an array can be.", name)
+        raise _refuse(path, f"shape {shape} has no elements, and dimensions too large for an array.", name)
     return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
 
 

@@ -141,7 +141,7 @@ def _decide_untied(has_embed: bool, has_head: bool, embed_name: str, head_name: 
     missing, there = (head_name, embed_name) if has_embed else (embed_name, head_name)
     raise TyingError(
         f"{missing} is not in the files, and config.json says {FLAG}: false, so {there} must not be used in its place. "
-        f"If the model is tied, set {FLAG}: true; else the checkpoint is incomplete.",
+        f"If the model is tied, set {FLAG}: true; otherwise the checkpoint is incomplete.",
         param=missing,
         flag=FLAG,
     )

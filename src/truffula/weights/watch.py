@@ -65,7 +65,7 @@ def require_same_model(first: Sequence[FileStamp], now: Sequence[FileStamp]) -> 
     """Raises ``CheckpointChanged`` naming the first file that is not the one that the server was started with."""
     if path := _first_difference(first, now):
         raise CheckpointChanged(
-            f"The engine ended and is not started again: {path} is not the file that it had loaded (it was replaced, "
+            f"The engine ended and is not restarted: {path} is not the file that it had loaded (it was replaced, "
             "removed or written to since), so answers would come from another model. Restart the server to serve the "
             "file that is there now.",
             param=path,

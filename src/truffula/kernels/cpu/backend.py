@@ -44,7 +44,7 @@ class CpuBackend:
         if isa not in ("auto", *sets):
             raise ConfigError(f"cpu_isa is {isa!r}; this machine has {', '.join(('auto', *sets))}.", param="cpu_isa")
         if quantize not in ("none", "q8_0"):
-            raise ConfigError(f"quantize is {quantize!r}; none or q8_0 is served.", param="quantize")
+            raise ConfigError(f"quantize is {quantize!r}; it must be none or q8_0.", param="quantize")
         self._quantize, self._exact = quantize, exact
         self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
@@ -99,7 +99,7 @@ class CpuBackend:
         return bool(self.block_kinds) or self._quantize != "none" or self.probe().isa in ("avx512bf16", "amx")
 
     def faster_dtype(self) -> tuple[str, str]:
-        return "bfloat16", "a step reads half the bytes of float32's"
+        return "bfloat16", "a step reads half as many bytes as in float32"
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
@@ -111,7 +111,7 @@ class CpuBackend:
         """
         validate(program)
         if dtype not in DTYPES:
-            raise KernelError(f"dtype {dtype!r} is not served; {' or '.join(DTYPES)} is.", param="dtype")
+            raise KernelError(f"dtype {dtype!r} is not supported; use {' or '.join(DTYPES)}.", param="dtype")
         inputs = StepInputs.allocate(capacity, len(program.kv_groups))
         arena = plan_arena(program, capacity, reuse=not debug)
         with as_kernel_errors():
@@ -150,7 +150,7 @@ def sound_table(sets: Sequence[str], isa: str, fault_of: Callable[[str], str]) -
                 logger.warning("computing with %s: %s", name, "; ".join(faults))
             return name
         faults.append(f"the instruction set {name} computes {fault} wrongly on this machine")
-    raise ConfigError(f"{'; '.join(faults)}. Leave cpu_isa at auto, or take another backend.", param="cpu_isa")
+    raise ConfigError(f"{'; '.join(faults)}. Leave cpu_isa at auto, or choose another backend.", param="cpu_isa")
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -202,10 +202,10 @@ def _library() -> Any:
             "truffula was installed without its native CPU kernels, because no C++20 compiler (such as g++) was found "
             "or compiling failed"
             if absent
-            else f"truffula's native CPU kernels can't be loaded ({error})"
+            else f"truffula's native CPU kernels cannot be loaded ({error})"
         )
         raise MissingDependency(
-            f"{reason}; with a compiler, compile them by: {installation().compile_again()}.",
+            f"{reason}; with a compiler, compile them with: {installation().compile_again()}.",
             param="backend",
         ) from error
 

@@ -139,7 +139,7 @@ def q8_0_loss(values: Array, name: str) -> tuple[float, float]:
         by = np.where(scale > 0, np.float32(1) / scale, np.float32(0)).astype(np.float32)
         stored = scale.astype(np.float16).astype(np.float32)
     if not np.isfinite(stored).all():
-        raise KernelError(f"{name} has a block whose Q8_0 scale is beyond float16; --quantize q8_0 refuses it.")
+        raise KernelError(f"{name} has a block whose Q8_0 scale is beyond float16, so --quantize q8_0 cannot be used.")
     scaled = blocks * np.where(np.isfinite(by), by, np.float32(0))  # so small that nothing is stored of it
     whole = np.trunc(scaled)
     whole += np.where(np.abs(scaled - whole) >= 0.5, np.copysign(np.float32(1), scaled), np.float32(0))

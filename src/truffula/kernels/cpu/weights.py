@@ -133,7 +133,9 @@ def _load_one(
         raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
     for part in parts:
         if not isinstance(part, QuantisedArray) and part.dtype not in STORED:
-            raise KernelError(f"{decl.name} is {part.dtype.name}; float32, float16 or bfloat16 wanted.", param="dtype")
+            raise KernelError(
+                f"{decl.name} is {part.dtype.name}; expected float32, float16 or bfloat16.", param="dtype"
+            )
     if role.kind == "vector":
         values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
         if wanted.dtype == "bfloat16" and not role.exact:

@@ -62,8 +62,8 @@ class ReferenceBackend:
         seconds = self.time_products(("float32", "bfloat16"))
         ratio = seconds["float32"] / seconds["bfloat16"]
         if ratio >= 1.0:
-            return "bfloat16", f"its products are {ratio:.1f} times as fast as float32's here"
-        return "float32", f"its products are {1 / ratio:.1f} times as fast as bfloat16's here"
+            return "bfloat16", f"its matrix products are {ratio:.1f} times as fast as float32's on this machine"
+        return "float32", f"its matrix products are {1 / ratio:.1f} times as fast as bfloat16's on this machine"
 
     def time_products(self, dtypes: Sequence[str]) -> dict[str, float]:
         """The best of a few rounds of a decode step's and a prefill chunk's product, per dtype."""
@@ -106,5 +106,5 @@ def _seconds(x: torch.Tensor, weights: list[torch.Tensor], repeats: int) -> floa
 
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise KernelError(f"dtype {name!r} is not served; {' or '.join(DTYPES)} is.", param="dtype")
+        raise KernelError(f"dtype {name!r} is not supported; use {' or '.join(DTYPES)}.", param="dtype")
     return DTYPES[name]
