@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from truffula.weights.packages import ALIASES, cached_package, own_cache
+
+logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 
@@ -52,6 +55,9 @@ def _hub_models(cache_dir: Path | None) -> Iterator[CachedModel]:
     try:
         found = scan_cache_dir(cache_dir)
     except CacheNotFound:
+        return
+    except PermissionError as error:
+        logger.warning("The Hub's cache in %s cannot be read: %s", cache_dir or error.filename, error.strerror)
         return
     for repo in found.repos:
         if repo.repo_type == "model":
