@@ -74,7 +74,8 @@ def test_a_cache_that_this_user_cannot_read(tmp_path: Path) -> None:
     code = """
 import os, sys
 from pathlib import Path
-import huggingface_hub.hf_api  # all of it, while the interpreter's own folders can be read
+import huggingface_hub.errors  # this and the next while the interpreter can still read its own folders
+from huggingface_hub import scan_cache_dir
 from truffula.errors import TruffulaError
 from truffula.weights.cache import cached_models
 from truffula.weights.sources import resolve_source
