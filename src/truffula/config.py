@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from truffula.config_file import Entry, read_config_file
 from truffula.errors import ConfigError, did_you_mean, nearest
-from truffula.option import PREFIX, Kind, Option
+from truffula.option import PREFIX, Kind, Option, expanded, home_folder
 from truffula.option import format_size as format_size
 from truffula.option import parse_size as parse_size
 
@@ -220,7 +220,7 @@ class EngineConfig:
 def state_folder() -> Path:
     """Where truffula keeps what is neither configuration nor cache, such as the history of ``chat``."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(state) if state.startswith("/") else Path.home() / ".local" / "state") / "truffula"
+    return (Path(state) if state.startswith("/") else home_folder("XDG_STATE_HOME") / ".local" / "state") / "truffula"
 
 
 def is_loopback(host: str) -> bool:
@@ -441,7 +441,7 @@ def _foreign(name: str, value: str) -> Any:
     """The value of another tool's variable as that tool reads it."""
     if name == "HF_HUB_OFFLINE":
         return value.upper() in ("1", "ON", "YES", "TRUE")
-    return Path(value).expanduser() / "hub" if name == "HF_HOME" else value
+    return expanded(value) / "hub" if name == "HF_HOME" else value
 
 
 def _setting(

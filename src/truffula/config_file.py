@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from truffula.errors import ConfigError
+from truffula.option import expanded
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def read_config_file(path: Path) -> Mapping[str, Entry]:
     Raises:
         ConfigError: The file cannot be read, is malformed, names an option twice, or is not a table.
     """
-    path = path.expanduser()
+    path = expanded(path)
     reader = {".toml": _read_toml, ".json": _read_json, ".yaml": _read_yaml, ".yml": _read_yaml}.get(
         path.suffix.lower()
     )

@@ -190,6 +190,27 @@ def format_size(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def expanded(text: str | Path) -> Path:
+    """``text`` as a path, with a leading ``~`` or ``~user`` replaced by that home folder; left as it is where there is
+    no such user, so that the error is that of a path that does not exist.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def home_folder(instead: str) -> Path:
+    """The user's home folder. Raises ``ConfigError`` where there is none, with what to give ``instead``."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"This user has no home folder: HOME is not set, and the system does not list the user. Set HOME or "
+            f"{instead}."
+        ) from error
+
+
 def _text(raw: Any) -> str:
     if not isinstance(raw, str) or not raw.strip():
         raise ValueError(raw)
@@ -197,7 +218,7 @@ def _text(raw: Any) -> str:
 
 
 def _path(raw: Any) -> Path:
-    return raw if isinstance(raw, Path) else Path(_text(raw)).expanduser()
+    return raw if isinstance(raw, Path) else expanded(_text(raw))
 
 
 def _integer(raw: Any) -> int:
@@ -248,7 +269,7 @@ def _named_source(item: str) -> tuple[str, str]:
     name, equals, source = item.partition("=")
     if equals:
         return _text(name).strip(), _text(source).strip()
-    folder = Path(item).expanduser()
+    folder = expanded(item)
     if "/" not in item and not folder.is_dir():
         raise ValueError(item)
     return _text(folder.resolve().name), item

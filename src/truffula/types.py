@@ -83,7 +83,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
         _number("min_p", self.min_p, 0.0, 1.0)
         _number("typical_p", self.typical_p, 0.0, 1.0, low_open=True)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 1e6, low_open=True)
+        _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         for token, bias in self.logit_bias.items():

@@ -224,6 +224,7 @@ def test_a_stream_without_details(live):
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": True}, "temperature"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"frequency_penalty": 2.1}, "frequency_penalty"),
         ({"top_k": 0}, "top_k"),
         ({"top_k": -1}, "top_k"),

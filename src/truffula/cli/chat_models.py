@@ -5,13 +5,13 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
+from truffula.option import expanded
 from truffula.types import SamplingParams, TextDelta
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class ServerModel:
 
 def load_on(server: ServerClient, name: str, source: str) -> Any:
     """Load an adapter on a server; a path is one of the server's disk, resolved where it is here too."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     place = str(path.resolve()) if path.exists() else source
     return administer(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
 

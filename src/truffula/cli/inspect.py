@@ -14,6 +14,7 @@ from rich.markup import escape
 from truffula.cli.output import out, progress, table, warn
 from truffula.config import OPTIONS, format_size
 from truffula.errors import CheckpointError, ConfigError, from_info
+from truffula.option import expanded
 
 if TYPE_CHECKING:
     from truffula.kernels.cpu.rounding import Lost, Rounding
@@ -45,7 +46,7 @@ def run_inspect(source: str, base: str | None, quantize: str | None, *, as_json:
 
 
 def _resolve(source: str) -> Source:
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.exists():
         return Source(folder, _is_adapter(folder))
     from truffula.cli.options import resolve

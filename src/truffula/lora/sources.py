@@ -31,6 +31,7 @@ from truffula.lora.foreign import (
     subfolders_with_adapters,
 )
 from truffula.lora.place import CONFIG, TENSORS, fingerprint
+from truffula.option import expanded
 from truffula.types import AdapterRef
 
 SOURCES = ("local", "hub")
@@ -287,7 +288,7 @@ def _place(name: str, source: Path | str) -> AdapterRef:
             f"{name[:80]!r} is not a valid adapter name: names have 1 to {MAX_NAME_CHARS} printable characters.",
             param="adapters",
         )
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if folder.is_dir():
         return AdapterRef(name=name, kind="local", locator=str(folder.resolve()))
     text = str(source)

@@ -17,6 +17,7 @@ from truffula.errors import ConfigError, InvalidRequest, TruffulaError
 from truffula.kernels.freed import settle
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics
+from truffula.option import expanded
 from truffula.server.app import create_app
 from truffula.server.launch import adapter_policy, begin_engine
 from truffula.service import AsyncService, ServiceLimits
@@ -75,7 +76,7 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
     opening = begin_engine(resolved) if opening is None else opening
     with ExitStack() as undo:
         undo.callback(opening.close)
-        read = _read_ahead(Path(resolved.engine.model).expanduser())
+        read = _read_ahead(expanded(resolved.engine.model))
         if read is None:
             found = opening.files()
             read = None if found is None else _read(found)

