@@ -59,9 +59,7 @@ def side_by_side() -> None:
         chats = [[{"role": "user", "content": question}] for question, _ in pairs]
         params = SamplingParams(temperature=0, max_tokens=40)
         begun = time.monotonic()
-        titles = [
-            f"{name} (adapter)" if name else f"base, asked for {question.split()[0]} ..." for question, name in pairs
-        ]
+        titles = [f"{name} (adapter)" if name else f"base: {question[:24].strip()}..." for question, name in pairs]
         answers = show(titles, llm.stream_each(chats, params, adapters=[name for _, name in pairs]), per_row=2)
         tokens = sum(answer.tokens for answer in answers)
         console.print(
@@ -144,6 +142,8 @@ def main() -> None:
         url = server.wait()
         ask_the_server(url)
         what_next()
+        if not args.serve:
+            out().print("\nThe server of this demo ends now; `make demo SERVE=1` leaves it running, on port 8000.")
         if args.serve:
             out().print(f"\nServing at {url}; Ctrl-C ends.")
             try:

@@ -538,7 +538,7 @@ def load_setting(name: str, given: Any = None) -> Setting:
 
 
 def _no_model(env: Mapping[str, str]) -> ConfigError:
-    text = f"No model given. Name one, as in `truffula serve smollm2`, or set {PREFIX}MODEL."
+    text = f"No model given: pass MODEL, such as smollm2, or set {PREFIX}MODEL."
     for name, server in _MODEL_VARIABLES.items():
         if env.get(name):
             text += f" {name} is set, but it is a variable of {server}; truffula reads {PREFIX}MODEL."

@@ -258,6 +258,12 @@ def test_verify_says_what_to_install_before_it_fetches(
     assert installation().pip_install("torch,hf", beside="peft") in done.stderr
 
 
+def test_verify_looks_at_the_adapter_before_it_computes(tmp_path: Path) -> None:
+    done = here("verify", "org/no-such-model", "--adapter", str(tmp_path / "nope"), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "(adapter_not_found)" in done.stderr
+    assert "nope" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_verify_and_bench_on_a_tiny_model(model: Path, adapter: Path) -> None:
     checked = json.loads(truffula("verify", str(model), "--adapter", str(adapter), "--json").stdout)

@@ -8,7 +8,7 @@ import pytest
 from command import here
 from commands import every_command, flags_of
 
-from truffula.cli.foreign_flags import FOREIGN, FOREIGN_COMMANDS, foreign_flag
+from truffula.cli.foreign_flags import FOREIGN, FOREIGN_COMMANDS, foreign_flags
 
 SERVERS = {"LoRAX", "TGI", "vLLM", "llama.cpp", "SGLang"}
 OWN = {"--system": True, "-n": True, "--raw": False}
@@ -22,9 +22,9 @@ OWN = {"--system": True, "-n": True, "--raw": False}
         ("serve base --enable-lora", "adapters can always be served: leave it out"),
         ("serve base --max-lora-rank 64", "adapters of any rank: leave it out"),
         ("serve base --max_loras 4", "--adapter-memory SIZE"),
-        ("serve --model base", "truffula serve MODEL"),
-        ("serve -m base", "truffula serve MODEL"),
-        ("serve --model-id base", "is an option of LoRAX and TGI; in truffula: the first argument"),
+        ("serve --model base", "MODEL, the first argument"),
+        ("serve -m base", "MODEL, the first argument"),
+        ("serve --model-id base", "is an option of LoRAX and TGI; in truffula: MODEL, the first argument"),
         ("serve base --max-input-length 9", "--max-model-len N"),
         ("serve base --max-concurrent-requests 9", "--max-open-requests N"),
         ("serve base --adapter-cycle-time-s 2", "requests for all adapters run in one batch"),
@@ -37,14 +37,14 @@ OWN = {"--system": True, "-n": True, "--raw": False}
         ("serve base --lora x.gguf", "adapters in GGUF files are not served"),
         ("serve base -fa", "leave it out"),
         ("serve -hf org/name", "ORG/NAME/FILE.gguf"),
-        ("serve --model-path base", "truffula serve MODEL"),
+        ("serve --model-path base", "MODEL, the first argument"),
         ("serve base --lora-paths a=b", "--adapter NAME=FOLDER"),
         ("serve base --mem-fraction-static 0.8", "--memory SIZE"),
         ("generate base hello -np 4", "--max-running N"),
         ("generate base -p hello", "truffula generate MODEL PROMPT"),
-        ("chat -m base", "the first argument"),
-        ("--model-id base", "truffula serve MODEL"),
-        ("-m base", "truffula serve MODEL"),
+        ("chat -m base", "MODEL, the first argument"),
+        ("--model-id base", "MODEL, the first argument"),
+        ("-m base", "MODEL, the first argument"),
         ("serve base -c4096", "--max-model-len N"),
         ("chat base --temp 0.5", "--temperature VALUE"),
     ],
@@ -90,8 +90,17 @@ def test_what_other_servers_have_by_the_same_name_is_ours_too(flag: str) -> None
     ],
 )  # fmt: skip
 def test_values_and_own_flags_are_not_taken_for_foreign_ones(words: list[str], found: str | None) -> None:
-    row = foreign_flag(words, OWN)
-    assert (row and row.flag) == found
+    assert [row.flag for row in foreign_flags(words, OWN)] == ([found] if found else [])
+
+
+@pytest.mark.parametrize("start", ["serve ", ""])
+def test_all_foreign_flags_of_a_line_are_answered_together(start: str) -> None:
+    words = f"{start}--model-id base --enable-lora --gpu-memory-utilization .9 --lora-modules a=b --enable-lora"
+    done = here(*words.split())
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    for flag in ("--model-id", "--enable-lora", "--gpu-memory-utilization", "--lora-modules"):
+        assert done.stderr.count(f"{flag} is ") == 1
+    assert f"See `truffula {start.strip()}".rstrip() in done.stderr
 
 
 def test_a_command_uses_its_own_flag_of_the_same_name() -> None:

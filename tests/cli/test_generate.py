@@ -148,3 +148,15 @@ def test_a_server_that_hangs_up_in_the_middle_is_an_error(live: Live) -> None:
 
     cut = [b'data: {"a": "\xe2', b"\x80\xa8", b'"}\r\nda', b"ta: [DONE]\n", b": comment\n\n", b"data: half"]
     assert list(_event_data(iter(cut))) == ['{"a": "\u2028"}', "[DONE]"]
+
+
+def test_the_only_argument_is_the_prompt_where_the_variable_names_the_model(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = here("generate", str(model), "What is tea?", "--max-tokens", "4").stdout
+    monkeypatch.setenv("TRUFFULA_MODEL", str(model))
+    assert here("generate", "What is tea?", "--max-tokens", "4").stdout == wanted != ""
+    monkeypatch.setenv("TRUFFULA_MODEL", "/no/such/model")
+    assert here("generate", str(model), "What is tea?", "--max-tokens", "4").stdout == wanted
+    done = here("generate", str(model), "--max-tokens", "4")  # one word, and no terminal: the model, as before
+    assert done.returncode == 1 and "The prompt is empty: pass it after MODEL" in done.stderr

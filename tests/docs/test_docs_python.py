@@ -38,6 +38,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             url = stack.enter_context(serving(model, adapters={"pirate": str(adapter)})).url
         for block in found:
             code = "\n" * block.line + block.code.replace(SERVER, url)
+            code = code.replace('"smollm2"', repr(str(model))).replace('"examples/adapters/pirate"', repr(str(adapter)))
             exec(compile(code, str(page), "exec"), namespace)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from lora_bases import llama_sites
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.sources import AdapterPolicy
-from truffula.testing.adapters import write_tiny_adapter
+from truffula.testing.adapters import tiny_config, write_tiny_adapter
 
 
 def adapter(folder: Path, **fields: object) -> Path:
@@ -328,3 +329,22 @@ def test_a_mistyped_folder_is_suggested(tmp_path: Path) -> None:
 def test_a_file_is_no_adapter_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a file, not a folder"):
         AdapterPolicy(adapter_dir=write_file(tmp_path / "x"))
+
+
+def test_an_adapter_that_its_config_rules_out_is_told_at_the_start(tmp_path: Path) -> None:
+    def with_config(folder: Path, text: str) -> Path:
+        adapter(folder).joinpath("adapter_config.json").write_text(text)
+        return folder
+
+    refused = tiny_config(rank=2, alpha=4, targets=["q_proj"], use_dora=True)
+    dora = with_config(tmp_path / "dir" / "dora", json.dumps(refused))
+        tmp_path / "dir" / "dora", json.dumps(tiny_config(rank=2, alpha=4, targets=["q_proj"], use_dora=True))
+    )
+    with_config(tmp_path / "dir" / "broken", "{")
+    adapter(tmp_path / "dir" / "good")
+    named, *found = AdapterPolicy({"d": dora}, adapter_dir=tmp_path / "dir").warnings()
+    assert f"'d': {dora} cannot be served: " in named and "use_dora" in named
+    assert sorted(text.partition(" cannot be served")[0] for text in found) == [
+        "--adapter-dir: broken", "--adapter-dir: dora",
+    ]  # fmt: skip
+    assert any("not valid JSON" in text for text in found)

@@ -29,7 +29,7 @@ def list_adapters(server: ServerClient, *, as_json: bool) -> None:
     if as_json:
         out().print_json(json.dumps(rows))
         return
-    shown = table("name", "status", ">rank", ">size", "source", "base")
+    shown = table("name", "status", ">rank", ">memory", "source", "base")
     for row in rows:
         shown.add_row(*map(escape, (row["id"], *_cells(row), row.get("parent") or "")))
     out().print(shown)

@@ -117,11 +117,11 @@ def generate(
     options: dict[str, Any],
 ) -> None:
     """Answer one prompt; with several --adapter, the answers stream side by side from one batch."""
-    from truffula.cli.generate import read_prompt, run_generate
+    from truffula.cli.generate import is_prompt, read_prompt, run_generate
     from truffula.types import SamplingParams
 
-    if url is not None and prompt is None:
-        model, prompt = None, model  # the server has chosen the model: what stands first is the prompt
+    if prompt is None and (url is not None or is_prompt(model)):
+        model, prompt = None, model  # the model is chosen elsewhere: the only argument is the prompt
     if url is None:
         resolve(options, model=model)  # a mistake in the options is said before the prompt is read
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)

@@ -36,7 +36,7 @@ class ForeignFlag:
 
 
 _LORAX = ("LoRAX", "TGI")
-_MODEL = "the first argument, as in `truffula serve MODEL`, or TRUFFULA_MODEL"
+_MODEL = "MODEL, the first argument, or TRUFFULA_MODEL"
 _ADAPTER = "--adapter NAME=FOLDER (repeat it for several)"
 _CPU_ONLY = "truffula runs on the CPU; GPUs are not supported yet: leave it out."
 _ANY_RANK = "truffula serves adapters of any rank: leave it out."
@@ -48,8 +48,8 @@ _ROWS: tuple[tuple[str, tuple[str, ...], str, str], ...] = (
     ("--model-id", _LORAX, _MODEL, ""),
     ("--model, -m", ("vLLM", "llama.cpp"), _MODEL, ""),
     ("--model-path", ("SGLang",), _MODEL, ""),
-    ("--hf-repo, -hf, -hfr", ("llama.cpp",), "the first argument, as in `truffula serve ORG/NAME/FILE.gguf`", ""),
-    ("--hf-file, -hff", ("llama.cpp",), "the first argument, as in `truffula serve ORG/NAME/FILE.gguf`", ""),
+    ("--hf-repo, -hf, -hfr", ("llama.cpp",), "ORG/NAME/FILE.gguf as MODEL, the first argument", ""),
+    ("--hf-file, -hff", ("llama.cpp",), "ORG/NAME/FILE.gguf as MODEL, the first argument", ""),
     ("--hf-token, -hft", ("llama.cpp", "vLLM"), "the variable HF_TOKEN, or `hf auth login`", ""),
     ("--source", ("LoRAX",), "", "truffula detects whether MODEL is a path, an alias or a Hub id: leave it out."),
     ("--tokenizer, --tokenizer-mode", ("vLLM",), "", "the tokenizer is read from the model's own files."),
@@ -203,20 +203,21 @@ FOREIGN_COMMANDS: Mapping[str, str] = MappingProxyType(
 """By command: the whole answer."""
 
 
-def foreign_flag(words: Iterable[str], own: Mapping[str, bool]) -> ForeignFlag | None:
-    """The first of a command line's ``words`` that is another server's flag and none of the command's own.
+def foreign_flags(words: Iterable[str], own: Mapping[str, bool]) -> list[ForeignFlag]:
+    """Those of a command line's ``words`` that are another server's flags and none of the command's own.
 
     Args:
         words: The arguments after the command's name.
         own: The command's own flags; the value is whether it takes the next word as its value.
     """
+    flags: list[ForeignFlag] = []
     skip = False
     for word in words:
         if skip:
             skip = False
             continue
         if word == "--":
-            return None
+            break
         name, equals, _ = word.partition("=")
         if name in own:
             skip = own[name] and not equals
@@ -226,6 +227,6 @@ def foreign_flag(words: Iterable[str], own: Mapping[str, bool]) -> ForeignFlag |
         else:  # -c4096: a short flag with its value, unless that is a short flag of the command
             short = re.fullmatch(r"(-[a-z])\d+", name)
             found = FOREIGN.get(name) or (FOREIGN.get(short[1]) if short and short[1] not in own else None)
-        if found is not None:
-            return found
-    return None
+        if found is not None and found not in flags:
+            flags.append(found)
+    return flags

@@ -9,8 +9,17 @@ from truffula.cli.chat_models import ChatModel
 from truffula.cli.line_editor import read_text
 from truffula.cli.output import note, out
 from truffula.cli.side_by_side import Answer, show
+from truffula.config import load_settings
 from truffula.errors import ConfigError
 from truffula.types import SamplingParams
+
+
+def is_prompt(only: str | None) -> bool:
+    """Whether the only argument is the prompt: TRUFFULA_MODEL or the configuration file names the model, and the
+    argument is of several words, or standard input is a terminal, so that no prompt comes from there.
+    """
+    named = any(setting.option.name == "model" for setting in load_settings({}))
+    return named and only is not None and (len(only.split()) > 1 or sys.stdin.isatty())
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -21,7 +30,7 @@ def read_prompt(prompt: str | None) -> str:
         note("Type the prompt, then Ctrl-D:")
     text = read_text(sys.stdin.read).strip()
     if not text:
-        raise ConfigError("The prompt is empty: pass it as an argument or on standard input.", param="prompt")
+        raise ConfigError("The prompt is empty: pass it after MODEL, or on standard input.", param="prompt")
     return text
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from truffula.cli.foreign_flags import FOREIGN_COMMANDS, foreign_flag
+from truffula.cli.foreign_flags import FOREIGN_COMMANDS, foreign_flags
 from truffula.errors import did_you_mean, nearest
 
 # Newer versions of typer contain click, older ones depend on it: the base of typer's class is the one in use.
@@ -52,9 +52,9 @@ class Command(TyperCommand):
         options: list[Any] = [param for param in self.params if _is_option(param)]
         own = {name: not option.is_flag for option in options for name in _names(option)}
         own |= dict.fromkeys(HELP_NAMES["help_option_names"], False)
-        found = foreign_flag(args, own)
-        if found is not None and not ctx.resilient_parsing:
-            raise UsageError(found.message, ctx)
+        found = foreign_flags(args, own)
+        if found and not ctx.resilient_parsing:
+            raise UsageError(" ".join(flag.message for flag in found), ctx)
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -70,9 +70,9 @@ class Group(TyperGroup):
             ctx.exit()
         own = {name for param in self.params if _is_option(param) for name in _names(param)}
         if args and args[0] not in own and not ctx.resilient_parsing:  # a launcher that has no commands: --model-id
-            found = foreign_flag(args[:1], dict.fromkeys(HELP_NAMES["help_option_names"], False))
-            if found is not None:
-                raise UsageError(found.message, ctx)
+            common = dict.fromkeys(HELP_NAMES["help_option_names"], False)
+            if foreign_flags(args[:1], common):
+                raise UsageError(" ".join(flag.message for flag in foreign_flags(args, common)), ctx)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:

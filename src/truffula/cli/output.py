@@ -38,8 +38,9 @@ def out() -> Console:
 
 
 def err() -> Console:
-    """Where progress and errors go."""
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    """Where progress and errors go. A terminal breaks long lines between words; elsewhere a message is one line."""
+    console = Console(stderr=True, highlight=False)
+    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def fail(error: TruffulaError) -> None:

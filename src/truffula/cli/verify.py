@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from truffula.cli.output import out, progress, table, warn
 from truffula.config import EngineConfig, prepare_compute
-from truffula.errors import MissingDependency, TruffulaError
+from truffula.errors import AdapterNotFound, MissingDependency, TruffulaError
+from truffula.lora.foreign import describe_folder
 
 if TYPE_CHECKING:
     from truffula.testing.parity import OpRow
@@ -37,6 +38,8 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
             f"{installation().pip_install('torch,hf', beside='peft')} ({CPU_TORCH}).",
             param=missing[0],
         )
+    if adapter is not None:
+        require_adapter(Path(adapter))
     prepare_compute()
     with progress() as report:
         path = resolve_source(
@@ -59,6 +62,14 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
         raise VerifyFailed(_lost(result.served), model=result.values.model)
     if not as_json:
         _conclude(result)
+
+
+def require_adapter(folder: Path) -> None:
+    """Raise ``AdapterNotFound`` where ``folder`` holds no adapter, before the base is compared for a minute."""
+    if not folder.is_dir():
+        raise AdapterNotFound(f"--adapter is {str(folder)!r}; there is no such folder.", param="adapter")
+    if (lacking := describe_folder(folder)) is not None:
+        raise AdapterNotFound(f"--adapter is {str(folder)!r}: {lacking[0]}", param="adapter")
 
 
 def _show(result: ServingReport) -> None:

@@ -22,7 +22,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
+from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
 from truffula.lora.foreign import (
     close_path,
     describe_file,
@@ -168,9 +169,10 @@ class AdapterPolicy:
         return sorted({*self._named, *self._listed()})
 
     def warnings(self) -> list[str]:
-        """What an operator should know at the start: places that hold no adapter, and what they hold instead.
+        """What an operator should know at the start: places that hold no adapter, and adapters that cannot be served.
 
-        Looks at names of files only, of each named folder and of each subfolder of the adapter folder.
+        Reads the names of files and ``adapter_config.json``, of each named folder and of each subfolder of the adapter
+        folder; no tensors.
         """
         found: list[str] = []
         for name, ref in self._named.items():
@@ -205,7 +207,7 @@ class AdapterPolicy:
             lacking = describe_folder(folder)
             if lacking is None:
                 inside = folder.name in listed or self._in_dir(folder.name) is not None
-                return None if inside else f"its files are links to places outside of {self._dir}"
+                return _refused_config(folder) if inside else f"its files are links to places outside of {self._dir}"
             meant = looks_like_adapter({path.name for path in folder.iterdir()}) or bool(
                 subfolders_with_adapters(folder)
             )
@@ -314,9 +316,22 @@ def _named_warning(ref: AdapterRef) -> str | None:
         return f"there is no folder {folder} here, so it is fetched from the Hub when it is used.{close_path(folder)}"
     try:
         lacking = describe_folder(Path(ref.locator))
+        refused = _refused_config(Path(ref.locator)) if lacking is None else None
     except OSError as error:
         return f"{ref.locator} cannot be read: {error.strerror or error}"
+    if refused is not None:
+        return f"{ref.locator} cannot be served: {refused}"
     return None if lacking is None else f"{ref.locator}: {lacking[0]}"
+
+
+def _refused_config(folder: Path) -> str | None:
+    """Why the adapter in ``folder`` will be refused, as far as its ``adapter_config.json`` tells."""
+    try:
+        with (folder / CONFIG).open("rb") as file:
+            read_settings(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
+    except AdapterError as error:
+        return error.message
+    return None
 
 
 def _with_fingerprint(ref: AdapterRef) -> AdapterRef:

@@ -48,6 +48,7 @@ ALIASES: tuple[Aliases, ...] = (
         "max_tokens max_completion_tokens max_new_tokens n_predict num_predict max_length max_output_tokens "
         "max_gen_len max_gen_toks max_tokens_to_sample max_tokens_to_generate tokens_to_generate"
     ),
+    _aliases("model model_id model_name"),
     _aliases("min_tokens min_new_tokens min_length", (0,)),
     _aliases("messages message chat_history", ([],), "send a conversation to /v1/chat/completions"),
     _aliases("prompt inputs input text prompts contents query input_text input_ids prompt_token_ids messages"),
