@@ -338,8 +338,6 @@ def test_an_adapter_that_its_config_rules_out_is_told_at_the_start(tmp_path: Pat
 
     refused = tiny_config(rank=2, alpha=4, targets=["q_proj"], use_dora=True)
     dora = with_config(tmp_path / "dir" / "dora", json.dumps(refused))
-        tmp_path / "dir" / "dora", json.dumps(tiny_config(rank=2, alpha=4, targets=["q_proj"], use_dora=True))
-    )
     with_config(tmp_path / "dir" / "broken", "{")
     adapter(tmp_path / "dir" / "good")
     named, *found = AdapterPolicy({"d": dora}, adapter_dir=tmp_path / "dir").warnings()
