@@ -53,8 +53,10 @@ native:          ## compile the native kernels (again): after a compiler was ins
 demo: $(VENV)/.run   ## base and three adapters in one batch on a real model, then the server (SERVE=1: it stays, PORT=8000)
 	@$(BIN)/python examples/demo.py $(if $(SERVE),--serve) $(if $(PORT),--port $(PORT))
 
-test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores)
-	@$(TESTING) $(BIN)/python -m pytest $(ARGS)
+# Two workers, each with whole files: most tests wait for a process that they started.
+JOBS ?= 2
+test: $(VENV)/.dev   ## the test suite (< 5 minutes on two cores; JOBS=2)
+	@$(TESTING) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev   ## real clients in their own environments, kills, floods, the real model
 	@$(TESTING) $(BIN)/python -m pytest -m slow --timeout=1200 $(ARGS)
