@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -59,7 +60,10 @@ def side_by_side() -> None:
         chats = [[{"role": "user", "content": question}] for question, _ in pairs]
         params = SamplingParams(temperature=0, max_tokens=40)
         begun = time.monotonic()
-        titles = [f"{name} (adapter)" if name else f"base: {question[:24].strip()}..." for question, name in pairs]
+        titles = [
+            f"{name} (adapter)" if name else f"base: {textwrap.shorten(question, 30, placeholder=' ...')}"
+            for question, name in pairs
+        ]
         answers = show(titles, llm.stream_each(chats, params, adapters=[name for _, name in pairs]), per_row=2)
         tokens = sum(answer.tokens for answer in answers)
         console.print(
