@@ -152,8 +152,8 @@ def test_where_the_server_is(plain: Live) -> None:
     assert "named" in here("adapters", "list", TRUFFULA_PORT=port).stdout
     both = here("adapters", "list", "--url", plain.url, "--port", port)
     assert both.returncode == 1 and "give one of them" in both.stderr
-    nobody = here("adapters", "list", "--port", "9")
-    assert nobody.returncode == 1 and "http://127.0.0.1:9" in nobody.stderr and "truffula serve" in nobody.stderr
+    refused = here("adapters", "list", "--port", "9")
+    assert refused.returncode == 1 and "http://127.0.0.1:9" in refused.stderr and "truffula serve" in refused.stderr
     assert "not a URL" in here("adapters", "list", "--url", "http://localhost:http").stderr
 
 

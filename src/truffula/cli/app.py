@@ -95,7 +95,10 @@ def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
 def generate(
     model: ModelOrVariable = None,
     prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; without it, or with '-', it is read from standard input.")
+        str | None,
+        typer.Argument(
+            help="The prompt, also alone where TRUFFULA_MODEL is set; without it, or with '-', read from stdin."
+        ),
     ] = None,
     adapter: AdapterArg = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.")] = 128,
