@@ -146,20 +146,20 @@ def test_what_is_not_finite_ends_with_the_window(isa):
 
 
 ALIASES = [
-    ("add_embed", {"table": 2, "out": (0, 0, 16), "add": (0, 0, 16)}),
-    ("add_embed", {"table": 2, "out": (0, 0, 16), "add": (6, 0, 16)}),
-    ("add_norm", {"x": (1, 0, 16), "out": (1, 8, 16), "plus": None}),
-    ("add_norm", {"x": (0, 0, 16), "out": (1, 8, 16), "plus": (1, 0, 16)}),
-    ("add_linear", {"x": (1, 0, 16), "out": (1, 0, 16), "residual": None}),
-    ("add_linear", {"x": (1, 0, 16), "out": (1, 15, 16), "residual": None}),
-    ("add_linear", {"x": (0, 0, 16), "out": (6, 0, 16), "residual": None}),
-    ("add_linear", {"x": (0, 0, 16), "out": (1, 8, 16), "residual": (1, 0, 16)}),
-    ("add_pointwise", {"x": (0, 0, 16), "y": (1, 0, 16), "out": (0, 1, 16)}),
-    ("add_pointwise", {"x": (0, 0, 16), "y": (1, 0, 16), "out": (1, 1, 16)}),
-    ("add_rope", {"rows": (0, 24, 8)}),
-    ("add_attention", {"q": (2, 0, 16)}),
-    ("add_attention", {"out": (1, 0, 10)}),
-    ("add_take_rows", {"x": (0, 0, 16), "out": (7, 0, 16)}),
+    ("Embed", {"table": 2, "out": (0, 0, 16), "add": (0, 0, 16)}),
+    ("Embed", {"table": 2, "out": (0, 0, 16), "add": (6, 0, 16)}),
+    ("Norm", {"x": (1, 0, 16), "out": (1, 8, 16), "plus": None}),
+    ("Norm", {"x": (0, 0, 16), "out": (1, 8, 16), "plus": (1, 0, 16)}),
+    ("Linear", {"x": (1, 0, 16), "out": (1, 0, 16), "residual": None}),
+    ("Linear", {"x": (1, 0, 16), "out": (1, 15, 16), "residual": None}),
+    ("Linear", {"x": (0, 0, 16), "out": (6, 0, 16), "residual": None}),
+    ("Linear", {"x": (0, 0, 16), "out": (1, 8, 16), "residual": (1, 0, 16)}),
+    ("Pointwise", {"x": (0, 0, 16), "y": (1, 0, 16), "out": (0, 1, 16)}),
+    ("Pointwise", {"x": (0, 0, 16), "y": (1, 0, 16), "out": (1, 1, 16)}),
+    ("Rope", {"rows": (0, 24, 8)}),
+    ("Attention", {"q": (2, 0, 16)}),
+    ("Attention", {"out": (1, 0, 10)}),
+    ("TakeRows", {"x": (0, 0, 16), "out": (7, 0, 16)}),
 ]
 
 
@@ -172,9 +172,9 @@ def test_an_op_that_would_read_what_it_writes_is_refused(call, changed):
     native.add_buffer(offset=24 * 16, stride=32, logit_rows=False, rounded=False)
     native.add_buffer(offset=24 * 16, stride=32, logit_rows=True, rounded=False)
     good = next(arguments for name, arguments in GOOD if name == call)
-    getattr(native, call)(**good)
+    native.add(call, **good)
     with pytest.raises(ValueError, match=r"where .* written"):
-        getattr(native, call)(**{**good, **changed})
+        native.add(call, **{**good, **changed})
 
 
 def test_an_op_may_work_in_place():
@@ -182,9 +182,9 @@ def test_an_op_may_work_in_place():
 
     native, _ = prepared("auto", False)
     good = dict(GOOD)  # the last of each name
-    native.add_pointwise(**{**good["add_pointwise"], "x": (0, 0, 16), "out": (0, 0, 16)})
-    native.add_norm(**{**good["add_norm"], "x": (4, 0, 15), "out": (4, 0, 15), "plus": (4, 0, 15)})
-    native.add_linear(**{**good["add_linear"], "x": (4, 16, 16), "out": (5, 16, 16), "residual": (5, 16, 16)})
+    native.add("Pointwise", **{**good["Pointwise"], "x": (0, 0, 16), "out": (0, 0, 16)})
+    native.add("Norm", **{**good["Norm"], "x": (4, 0, 15), "out": (4, 0, 15), "plus": (4, 0, 15)})
+    native.add("Linear", **{**good["Linear"], "x": (4, 16, 16), "out": (5, 16, 16), "residual": (5, 16, 16)})
 
 
 def test_one_call_at_a_time():
@@ -225,10 +225,10 @@ def test_a_step_of_more_pieces_than_a_team_counts():
     table = np.arange(5 * heads, dtype=np.float32).reshape(5, heads)
     native.fill(native.add_matrix(5, heads, format=0, panels=False, half=0), table, 0)
     everything = (0, 0, heads)
-    native.add_embed(table=0, out=everything, add=None, position=False, offset=0, scale=1.0, scaled=False)
-    native.add_attention(
-        q=everything, k=everything, v=everything, out=(1, 0, heads), group=0, key_plane=0, value_plane=1, heads=heads,
-        kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
+    native.add("Embed", table=0, out=everything, add=None, source="token", offset=0, scale=1.0)
+    native.add(
+        "Attention", q=everything, k=everything, v=everything, out=(1, 0, heads), group=0, key_plane=0, value_plane=1,
+        heads=heads, kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
     )  # fmt: skip
     inputs = StepInputs.allocate(capacity, 1)
     native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2)

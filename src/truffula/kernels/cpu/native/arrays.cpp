@@ -6,9 +6,12 @@ namespace truffula {
 
 Ref ref_of(const nb::object& columns) {
   if (columns.is_none()) return {};
-  const auto t = nb::cast<nb::tuple>(columns);
-  if (t.size() != 3) throw std::invalid_argument("columns are (buffer, start, width)");
-  return {nb::cast<int32_t>(t[0]), nb::cast<int32_t>(t[1]), nb::cast<int32_t>(t[2])};
+  nb::tuple t;
+  Ref ref;
+  if (!nb::try_cast(columns, t) || t.size() != 3 || !nb::try_cast(t[0], ref.buffer) || !nb::try_cast(t[1], ref.start) ||
+      !nb::try_cast(t[2], ref.width))
+    throw std::invalid_argument("columns are (buffer, start, width), each below 2^31");
+  return ref;
 }
 
 Source source_of(const Any& array) {

@@ -55,24 +55,13 @@ void pack_parts(Team& team, const std::vector<PackPart>& parts) {
       &chunks);
 }
 
-// Visits every Ref of an op with its name.
+// Calls f(ref, name, optional) for every Ref of an op.
 template <class F>
 void for_refs(const Op& op, F f) {
-  std::visit(
-      [&](const auto& o) {
-        using T = std::decay_t<decltype(o)>;
-        if constexpr (std::is_same_v<T, EmbedOp>) f(o.out, "out", false), f(o.add, "add", true);
-        else if constexpr (std::is_same_v<T, NormOp>) f(o.x, "x", false), f(o.out, "out", false), f(o.plus, "plus", true);
-        else if constexpr (std::is_same_v<T, LinearOp>)
-          f(o.x, "x", false), f(o.out, "out", false), f(o.residual, "residual", true);
-        else if constexpr (std::is_same_v<T, PointwiseOp>) f(o.x, "x", false), f(o.y, "y", true), f(o.out, "out", false);
-        else if constexpr (std::is_same_v<T, RopeRowsOp>) f(o.out, "out", false);
-        else if constexpr (std::is_same_v<T, RopeOp>) f(o.x, "x", false), f(o.rows, "rows", false);
-        else if constexpr (std::is_same_v<T, AttentionOp>)
-          f(o.q, "q", false), f(o.k, "k", false), f(o.v, "v", false), f(o.out, "out", false);
-        else f(o.x, "x", false), f(o.out, "out", false);
-      },
-      op);
+  const auto visit = [&]<class T, class... Note>(const char* name, const T& value, Note&&...) {
+    if constexpr (std::is_same_v<T, Ref>) f(value, name, sizeof...(Note) == 1);
+  };
+  std::visit([&](const auto& o) { o.fields(o, visit); }, op);
 }
 
 const Ref& out_of(const Op& op) {
@@ -248,7 +237,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   for (const Op& op : ops_)
     if (const auto* embed = std::get_if<EmbedOp>(&op)) {
       const auto rows = static_cast<int32_t>(weight(embed->table).outputs);
-      if (embed->source == EmbedSource::kToken) token_rows_ = std::min(token_rows_, rows);
+      if (embed->source == kFromToken) token_rows_ = std::min(token_rows_, rows);
       else position_rows_ = std::min(position_rows_, rows - embed->offset);
     }
   sealed_ = true;

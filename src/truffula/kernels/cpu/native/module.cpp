@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 #include <utility>
@@ -22,8 +23,6 @@ using namespace nb::literals;
 
 namespace truffula {
 namespace {
-
-int32_t or_nothing(const nb::object& id) { return id.is_none() ? kNothing : nb::cast<int32_t>(id); }
 
 // What Python holds: the executable, and the arrays it reads (kept alive here).
 struct Native {
@@ -176,11 +175,78 @@ nb::tuple sample_rows(const In<float>& logits, const nb::object& samples, int32_
   });
 }
 
-void add_attention(Native& self, const nb::object& q, const nb::object& k, const nb::object& v, const nb::object& out,
-                   int32_t group, int32_t key_plane, int32_t value_plane, int32_t heads, int32_t kv_heads, int32_t dim_k,
-                   int32_t dim_v, float scale, int32_t window, float softcap, const nb::object& sinks) {
-  self.enter()->add(AttentionOp{ref_of(q), ref_of(k), ref_of(v), ref_of(out), group, key_plane, value_plane, heads,
-                                  kv_heads, dim_k, dim_v, window, scale, softcap, or_nothing(sinks)});
+// Fills an op's fields from keyword arguments of the same names; None leaves a field's own value.
+struct FieldReader {
+  nb::kwargs given;
+  const char* kind;
+
+  [[noreturn]] void fail(const char* name, const char* why) const {
+    throw std::invalid_argument(std::string(kind) + ": " + name + " " + why);
+  }
+  // The argument, which is then no longer among those left over.
+  nb::object take(const char* name) {
+    if (!given.contains(name)) fail(name, "is missing");
+    nb::object value = given[name];
+    nb::del(given[name]);
+    return value;
+  }
+  template <class T, class... Optional>
+  void operator()(const char* name, T& field, Optional...) {
+    const nb::object value = take(name);
+    if (value.is_none()) return;
+    if constexpr (std::is_same_v<T, Ref>) field = ref_of(value);
+    else if (!nb::try_cast(value, field)) fail(name, "is a value that its C++ type does not hold");
+  }
+  template <size_t N>
+  void operator()(const char* name, int32_t& field, const char* const (&words)[N]) {
+    const nb::object value = take(name);
+    if (value.is_none()) return;
+    const auto word = nb::cast<std::string>(value);
+    const auto found = std::find(words, words + N, word);
+    if (found == words + N) fail(name, ("is " + word + ", which this backend does not have").c_str());
+    field = static_cast<int32_t>(found - words);
+  }
+};
+
+// Calls f(a default op) for each kind of op.
+template <class F, size_t... I>
+void for_kinds(F&& f, std::index_sequence<I...>) {
+  (f(std::variant_alternative_t<I, Op>{}), ...);
+}
+
+void add_op(Native& self, const std::string& kind, const nb::kwargs& fields) {
+  bool known = false;
+  for_kinds(
+      [&](auto op) {
+        if (kind != op.kName) return;
+        known = true;
+        FieldReader reader{fields, op.kName};
+        op.fields(op, reader);
+        for (const auto& [name, value] : reader.given) reader.fail(nb::cast<std::string>(name).c_str(), "is unknown");
+        self.enter()->add(op);
+      },
+      std::make_index_sequence<std::variant_size_v<Op>>());
+  if (!known) throw std::invalid_argument("there is no op " + kind);
+}
+
+// {op: {field: words of it, or None}}.
+nb::dict op_fields() {
+  nb::dict ops;
+  for_kinds(
+      [&](auto op) {
+        nb::dict fields;
+        op.fields(op, [&]<class T, class... Note>(const char* name, const T&, Note&&... note) {
+          fields[name] = nb::none();
+          if constexpr ((std::is_array_v<std::remove_reference_t<Note>> || ...)) {
+            nb::list words;
+            for (const char* word : (note, ...)) words.append(word);
+            fields[name] = words;
+          }
+        });
+        ops[op.kName] = fields;
+      },
+      std::make_index_sequence<std::variant_size_v<Op>>());
+  return ops;
 }
 
 std::vector<std::string> table_names() {
@@ -234,53 +300,7 @@ void bind_load(nb::class_<Native>& c) {
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
       .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a)
-      .def("add_embed",
-           [](Native& self, int32_t table, const nb::object& out, const nb::object& add, bool position, int32_t offset,
-              float scale, bool scaled) {
-             self.enter()->add(EmbedOp{table, ref_of(out), ref_of(add),
-                                         position ? EmbedSource::kPosition : EmbedSource::kToken, offset, scale, scaled});
-           },
-           "table"_a, "out"_a, "add"_a.none(), "position"_a, "offset"_a, "scale"_a, "scaled"_a)
-      .def("add_norm",
-           [](Native& self, const nb::object& x, const nb::object& out, const nb::object& plus, const nb::object& weight,
-              const nb::object& bias, int32_t groups, bool layer_norm, bool cast_first, float eps) {
-             self.enter()->add(NormOp{ref_of(x), ref_of(out), ref_of(plus), or_nothing(weight), or_nothing(bias), groups,
-                                        layer_norm, cast_first, eps});
-           },
-           "x"_a, "out"_a, "plus"_a.none(), "weight"_a.none(), "bias"_a.none(), "groups"_a, "layer_norm"_a, "cast_first"_a,
-           "eps"_a)
-      .def("add_linear",
-           [](Native& self, const nb::object& x, const nb::object& out, const nb::object& residual, int32_t weight,
-              const std::vector<float>& bias, float clip, float scale, float softcap, int32_t activation, bool glu) {
-             self.enter()->add(LinearOp{ref_of(x), ref_of(out), ref_of(residual), weight, bias, clip, scale, softcap,
-                                          activation, glu});
-           },
-           "x"_a, "out"_a, "residual"_a.none(), "weight"_a, "bias"_a, "clip"_a, "scale"_a, "softcap"_a, "activation"_a,
-           "glu"_a)
-      .def("add_pointwise",
-           [](Native& self, const nb::object& x, const nb::object& y, const nb::object& out, int32_t kind,
-              int32_t activation, float param) {
-             self.enter()->add(PointwiseOp{ref_of(x), ref_of(y), ref_of(out), kind, activation, param});
-           },
-           "x"_a, "y"_a.none(), "out"_a, "kind"_a, "activation"_a, "param"_a)
-      .def("add_rope_rows",
-           [](Native& self, const std::vector<float>& inv_freq, float factor, const nb::object& out) {
-             self.enter()->add(RopeRowsOp{inv_freq, factor, ref_of(out)});
-           },
-           "inv_freq"_a, "factor"_a, "out"_a)
-      .def("add_rope",
-           [](Native& self, const nb::object& x, const nb::object& rows, int32_t heads, int32_t head_dim, int32_t start,
-              int32_t dims, bool interleaved) {
-             self.enter()->add(RopeOp{ref_of(x), ref_of(rows), heads, head_dim, start, dims, interleaved});
-           },
-           "x"_a, "rows"_a, "heads"_a, "head_dim"_a, "start"_a, "dims"_a, "interleaved"_a)
-      .def("add_attention", add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "group"_a, "key_plane"_a, "value_plane"_a,
-           "heads"_a, "kv_heads"_a, "dim_k"_a, "dim_v"_a, "scale"_a, "window"_a, "softcap"_a, "sinks"_a.none())
-      .def("add_take_rows",
-           [](Native& self, const nb::object& x, const nb::object& out) {
-             self.enter()->add(TakeRowsOp{ref_of(x), ref_of(out)});
-           },
-           "x"_a, "out"_a);
+      .def("add", add_op, "op"_a, "fields"_a);
 }
 
 void bind_step(nb::class_<Native>& c) {
@@ -308,6 +328,7 @@ void bind_step(nb::class_<Native>& c) {
 
 NB_MODULE(_native, m) {
   m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
+  m.def("op_fields", op_fields, "Names of the fields of each op that `add` takes, with the words of those that are words.");
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
   m.def("table_fault", [](const std::string& isa) { return fault_of(*find_table(isa)); }, "isa"_a,
         "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");

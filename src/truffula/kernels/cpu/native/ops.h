@@ -54,22 +54,43 @@ struct Weight {
   }
 };
 
-enum class EmbedSource : int32_t { kToken = 0, kPosition = 1 };
+// An op as plain data. `fields` names each member once, as kernels/program.py does: from these names come the binding
+// (module.cpp), and a test compares them with the Python classes. Where a field is one of several words, `fields` gives
+// the words in the order of their numbers.
+struct Optional {};
+constexpr Optional kOptional;  // of a Ref that may be absent
+
+enum : int32_t { kFromToken = 0, kFromPosition = 1, kLayerNorm = 1, kCastFirst = 1, kInterleaved = 1 };
+constexpr const char* kSources[] = {"token", "position"};
+constexpr const char* kNormKinds[] = {"rms", "layer"};
+constexpr const char* kCasts[] = {"last", "first"};
+constexpr const char* kLayouts[] = {"half", "interleaved"};
+constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2"};
+constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul"};
 
 struct EmbedOp {
-  int32_t table = 0;
+  int32_t table = 0, source = 0, offset = 0;
   Ref out, add;
-  EmbedSource source = EmbedSource::kToken;
-  int32_t offset = 0;
   float scale = 1.0f;
-  bool scaled = false;
+
+  static constexpr const char* kName = "Embed";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("table", o.table), f("out", o.out), f("source", o.source, kSources), f("offset", o.offset), f("scale", o.scale), f("add", o.add, kOptional);
+  }
 };
 
 struct NormOp {
   Ref x, out, plus;
-  int32_t weight = kNothing, bias = kNothing, groups = 1;
-  bool layer_norm = false, cast_first = false;
+  int32_t kind = 0, weight = kNothing, bias = kNothing, cast = 0, groups = 1;
   float eps = 0.0f;
+
+  static constexpr const char* kName = "Norm";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("out", o.out), f("kind", o.kind, kNormKinds), f("eps", o.eps), f("weight", o.weight), f("bias", o.bias);
+    f("cast", o.cast, kCasts), f("groups", o.groups), f("plus", o.plus, kOptional);
+  }
 };
 
 struct LinearOp {
@@ -79,24 +100,51 @@ struct LinearOp {
   float clip = -1.0f, scale = 1.0f, softcap = 0.0f;
   int32_t activation = kNone;
   bool glu = false;
+
+  static constexpr const char* kName = "Linear";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("weight", o.weight), f("out", o.out), f("bias", o.bias), f("clip", o.clip);
+    f("activation", o.activation, kActivations), f("glu", o.glu), f("scale", o.scale), f("residual", o.residual, kOptional);
+    f("softcap", o.softcap);
+  }
 };
 
 struct PointwiseOp {
   Ref x, y, out;
   int32_t kind = 0, activation = kNone;
   float param = 0.0f;
+
+  static constexpr const char* kName = "Pointwise";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("kind", o.kind, kPointwiseKinds), f("x", o.x), f("out", o.out), f("y", o.y, kOptional), f("activation", o.activation, kActivations);
+    f("param", o.param);
+  }
 };
 
 struct RopeRowsOp {
   std::vector<float> inv_freq;
   float factor = 1.0f;
   Ref out;
+
+  static constexpr const char* kName = "RopeRows";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("inv_freq", o.inv_freq), f("factor", o.factor), f("out", o.out);
+  }
 };
 
 struct RopeOp {
   Ref x, rows;
-  int32_t heads = 0, head_dim = 0, start = 0, dims = 0;
-  bool interleaved = false;
+  int32_t heads = 0, head_dim = 0, start = 0, dims = 0, layout = 0;
+
+  static constexpr const char* kName = "Rope";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("rows", o.rows), f("heads", o.heads), f("head_dim", o.head_dim), f("start", o.start), f("dims", o.dims);
+    f("layout", o.layout, kLayouts);
+  }
 };
 
 struct AttentionOp {
@@ -104,10 +152,24 @@ struct AttentionOp {
   int32_t group = 0, key_plane = 0, value_plane = 0, heads = 0, kv_heads = 0, dim_k = 0, dim_v = 0, window = 0;
   float scale = 1.0f, softcap = 0.0f;
   int32_t sinks = kNothing;
+
+  static constexpr const char* kName = "Attention";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("key_plane", o.key_plane);
+    f("value_plane", o.value_plane), f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v);
+    f("scale", o.scale), f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
+  }
 };
 
 struct TakeRowsOp {
   Ref x, out;
+
+  static constexpr const char* kName = "TakeRows";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("out", o.out);
+  }
 };
 
 using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, TakeRowsOp>;

@@ -205,8 +205,9 @@ void Executable::work(int32_t phase, int32_t chunk, int thread) {
 
 void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Local&) {
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
-  const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scaled, rounded(op.out)};
-  if (op.source == EmbedSource::kToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
+  const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scale != 1.0f,
+                       rounded(op.out)};
+  if (op.source == kFromToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     const int32_t row = in_.position[t] + op.offset;
     EmbedCall one = call;
@@ -219,7 +220,7 @@ void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Lo
 void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Local&) {
   const auto vector = [&](int32_t id) { return id == kNothing ? nullptr : weight(id).memory.floats(); };
   const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
-                      op.groups,     op.layer_norm, op.cast_first, rounded(op.out),   op.eps};
+                      op.groups,     op.kind == kLayerNorm, op.cast == kCastFirst, rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
@@ -341,7 +342,7 @@ void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk,
 }
 
 void Executable::run_op(const RopeOp& op, const Stage& stage, int32_t chunk, Local&) {
-  const RopeCall call{rows(op.x), rows(op.rows), op.heads, op.head_dim, op.start, op.dims, op.interleaved,
+  const RopeCall call{rows(op.x), rows(op.rows), op.heads, op.head_dim, op.start, op.dims, op.layout == kInterleaved,
                       rounded(op.x)};
   const auto mine = span_of(rows_of(op.x), chunk, chunks_of(stage));
   kernels_->rope(&call, mine.lo, mine.hi);

@@ -1,0 +1,97 @@
+"""An op is declared once, in kernels/program.py: the native list (native/ops.h) has the same fields and words."""
+
+from __future__ import annotations
+
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from cpu_steps import CAPACITY
+from kernel_backends import needs_native
+
+from truffula.errors import KernelError
+from truffula.kernels.cpu.backend import available
+from truffula.kernels.cpu.lowering import Lowering
+from truffula.kernels.program import (
+    Attention,
+    Embed,
+    Epilogue,
+    Linear,
+    Logits,
+    Norm,
+    Op,
+    Pointwise,
+    Ref,
+    Rope,
+    RopeRows,
+    TakeRows,
+)
+from truffula.testing.programs import llama_program
+
+if available():
+    from truffula.kernels.cpu import _native
+
+pytestmark = needs_native
+ROWS = Ref(0, 0, 16)
+ONE_OF_EACH: list[Op] = [
+    Embed(name="embed", table=0, out=ROWS),
+    Norm(name="norm", x=ROWS, out=ROWS, kind="rms", eps=1.0),
+    Linear(name="linear", x=ROWS, weight=0, out=ROWS),
+    Logits(name="logits", x=ROWS, weight=0, out=ROWS),
+    Pointwise(name="pointwise", kind="scale", x=ROWS, out=ROWS, params=(2.0,)),
+    RopeRows(name="rope rows", table=0, out=ROWS),
+    Rope(name="rope", x=ROWS, rows=ROWS, heads=1, head_dim=16, start=0, dims=16),
+    Attention(name="attention", q=ROWS, k=ROWS, v=ROWS, out=ROWS, group=0, planes=(0, 1), heads=1, kv_heads=1,
+              dim_k=16, dim_v=16, scale=1.0),
+    TakeRows(name="take rows", x=ROWS, out=ROWS),
+]  # fmt: skip
+REFUSED = {("Embed", "source"): {"extra"}}
+"""Words that the native backend does not have yet."""
+
+
+def lowering() -> Lowering:
+    program = llama_program()
+    return Lowering(None, program, "float32", [None] * len(program.weights))
+
+
+def test_every_op_is_in_this_test():
+    assert {type(op) for op in ONE_OF_EACH} == set(Op.__subclasses__())
+
+
+@pytest.mark.parametrize("op", ONE_OF_EACH, ids=lambda op: op.name)
+def test_fields_have_the_same_names(op):
+    kind, fields = lowering().lower(op)
+    assert set(fields) == set(_native.op_fields()[kind])
+
+
+def words_of(hint: Any) -> set[str]:
+    """Strings of a ``Literal``, also inside ``| None``."""
+    return {arg for arg in get_args(hint) if isinstance(arg, str)}.union(*map(words_of, get_args(hint)))
+
+
+def test_words_are_the_same():
+    classes = {kind.__name__: kind for kind in Op.__subclasses__()}
+    compared = 0
+    for name, fields in _native.op_fields().items():
+        declared = {**get_type_hints(classes[name]), **(get_type_hints(Epilogue) if name == "Linear" else {})}
+        for field, words in fields.items():
+            if words is not None:
+                wanted = words_of(declared[field]) - REFUSED.get((name, field), set())
+                assert set(words) - {"none"} == wanted, (name, field)
+                compared += 1
+    assert compared == 7
+
+
+@pytest.mark.parametrize(
+    ("op", "message"),
+    [
+        (Embed(name="image rows", table=0, out=ROWS, source="extra"), "op 'image rows': .*source is extra"),
+        (Rope(name="rope", x=ROWS, rows=ROWS, heads=1, head_dim=2**40, start=0, dims=16), "op 'rope': .*head_dim is"),
+        (Norm(name="norm", x=Ref(2**40, 0, 16), out=ROWS, kind="rms", eps=1.0), "op 'norm'"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_value_that_is_not_served_is_named(op, message):
+    native = _native.Executable("auto", 1, CAPACITY, 0, 1, False)
+    program = llama_program()
+    with pytest.raises(KernelError, match=message):
+        Lowering(native, program, "float32", [None] * len(program.weights)).add(op)
