@@ -13,6 +13,7 @@ from truffula.kernels.program import (
     Embed,
     Logits,
     ModuleSlice,
+    Output,
     Program,
     Ref,
     Site,
@@ -54,7 +55,7 @@ def test_tied_logits(backend, dtype, biased, scale, softcap):
                 softcap=softcap, site=0,
             ),
         ),
-        logits=Ref(2, 0, V), max_positions=8,
+        result=Ref(2, 0, V), output=Output("logits", V), max_positions=8,
     )  # fmt: skip
     executable = backend.load(program, dtype, pull_from({"table": [table], "bias": [bias]}), CAPACITY)
     a, b = as_dtype(rng.standard_normal((2, D)), "float32"), as_dtype(rng.standard_normal((V, 2)), "float32")

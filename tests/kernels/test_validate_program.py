@@ -15,6 +15,7 @@ from truffula.kernels.program import (
     Logits,
     Norm,
     Op,
+    Output,
     Pointwise,
     Program,
     Ref,
@@ -119,9 +120,12 @@ def test_broken_pointwise_and_unknown_ops(op, field):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"ops": PROGRAM.ops[:-1]}, "logits"),
-        ({"ops": ()}, "logits"),
-        ({"vocab_size": 60}, "logits"),
+        ({"ops": PROGRAM.ops[:-1]}, "result"),
+        ({"ops": ()}, "result"),
+        ({"vocab_size": 60}, "output"),
+        ({"output": Output("logits", 60)}, "output"),
+        ({"output": Output("vector", PROGRAM.vocab_size)}, "output"),
+        ({"ops": PROGRAM.ops[:-1], "result": ref("final"), "output": Output("vector", 32)}, "result"),
         ({"weights": (replace(PROGRAM.weights[0], parts=()), *PROGRAM.weights[1:])}, "parts"),
         ({"weights": (replace(PROGRAM.weights[0], shape=()), *PROGRAM.weights[1:])}, "shape"),
         ({"weights": (replace(PROGRAM.weights[0], uses=frozenset({"mul"})), *PROGRAM.weights[1:])}, "uses"),
@@ -132,6 +136,21 @@ def test_broken_tables(changes, field):
     with pytest.raises(KernelError) as caught:
         validate(replace(PROGRAM, **changes))
     assert caught.value.param == field
+
+
+def vector_program() -> Program:
+    """PROGRAM without its head: what each row that wants a result gets is its last norm."""
+    result = ref("final")
+    buffers = tuple(replace(b, dtype="float32") if b.id == result.buffer else b for b in PROGRAM.buffers)
+    output = Output("vector", result.width)
+    return replace(PROGRAM, buffers=buffers, ops=PROGRAM.ops[:-1], result=result, output=output)
+
+
+def test_a_program_may_end_with_vectors():
+    validate(vector_program())
+    with pytest.raises(KernelError) as caught:
+        validate(replace(vector_program(), output=Output("vector", 31)))
+    assert caught.value.param == "output"
 
 
 def test_load_validates_and_checks_what_is_pulled():

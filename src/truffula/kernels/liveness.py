@@ -16,7 +16,7 @@ def refs(op: Op) -> list[Ref]:
 def dead_after(program: Program) -> list[tuple[int, ...]]:
     """Per op, the buffers nobody touches behind it; the logits stay."""
     last = {ref.buffer: index for index, op in enumerate(program.ops) for ref in refs(op)}
-    last.pop(program.logits.buffer, None)
+    last.pop(program.result.buffer, None)
     return [tuple(b for b, at in last.items() if at == index) for index in range(len(program.ops))]
 
 

@@ -11,7 +11,7 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from truffula.errors import KernelError
@@ -311,24 +311,51 @@ class Logits(Op):
 
 
 @dataclass(frozen=True)
-class Program:
-    """Everything a backend must know of a model. Ids are positions in their tuples. ``logits`` is the last op's
-    buffer."""
+class Output:
+    """What a step gives for each row that wants a result, float32: ``logits`` ``[R, V]``, which are sampled or scored,
+    or a ``vector`` ``[R, width]`` (an embedding, class scores), which is returned as it is."""
+
+    kind: Literal["logits", "vector"]
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInterface:
+    """What the engine, the adapters and the memory plan must know of a model, whatever computes it.
+
+    ``max_positions`` is the model's longest sequence in tokens. Ids are positions in their tuples. A model that is not
+    written in ops (one that transformers computes) has this alone.
+    """
 
     name: str
     vocab_size: int
-    buffers: tuple[Buffer, ...]
-    weights: tuple[WeightDecl, ...]
-    sites: tuple[Site, ...]
-    rope_tables: tuple[RopeTable, ...]
-    kv_groups: tuple[KvGroup, ...]
-    ops: tuple[Op, ...]
-    logits: Ref
     max_positions: int
-    notes: tuple[str, ...] = field(default=())
+    sites: tuple[Site, ...]
+    kv_groups: tuple[KvGroup, ...]
+    output: Output
 
     def __post_init__(self) -> None:
-        for kind in ("buffers", "weights", "sites", "rope_tables", "kv_groups"):
-            for position, item in enumerate(getattr(self, kind)):
-                if item.id != position:
-                    raise KernelError(f"{kind}[{position}] has id {item.id}; ids are positions.")
+        _require_ids_in_order(self, "sites", "kv_groups")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program(ModelInterface):
+    """A model as ops: all that a backend must know to compute it. The last op writes ``result``, a buffer of R rows."""
+
+    buffers: tuple[Buffer, ...]
+    weights: tuple[WeightDecl, ...]
+    rope_tables: tuple[RopeTable, ...]
+    ops: tuple[Op, ...]
+    result: Ref
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_ids_in_order(self, "buffers", "weights", "rope_tables")
+
+
+def _require_ids_in_order(owner: ModelInterface, *names: str) -> None:
+    for name in names:
+        for position, item in enumerate(getattr(owner, name)):
+            if item.id != position:
+                raise KernelError(f"{name}[{position}] has id {item.id}; ids are positions.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from truffula.errors import KernelError
+from truffula.kernels.liveness import written_by
 from truffula.kernels.program import (
     Attention,
     Embed,
@@ -38,12 +39,24 @@ def validate(program: Program) -> None:
         if checker is None:
             raise KernelError(f"op {index} ({op.name!r}): {type(op).__name__} is unknown to validate().", param="ops")
         checker(op, _Check(program, index, op, written))
-    if not program.ops or not isinstance(program.ops[-1], Logits) or program.ops[-1].out != program.logits:
-        raise KernelError("the last op must be Logits and write program.logits.", param="logits")
-    if program.logits.width != program.vocab_size:
+    _check_result(program)
+
+
+def _check_result(program: Program) -> None:
+    last = program.ops[-1] if program.ops else None
+    if last is None or written_by(last) != program.result:
+        raise KernelError("the last op must write program.result.", param="result")
+    if isinstance(last, Logits) != (program.output.kind == "logits"):
+        raise KernelError(f"output is {program.output.kind}, but the last op is {type(last).__name__}.", param="output")
+    width = program.vocab_size if program.output.kind == "logits" else program.result.width
+    if not program.output.width == program.result.width == width:
         raise KernelError(
-            f"logits are {program.logits.width} wide, vocab_size is {program.vocab_size}.", param="logits"
+            f"the result is {program.result.width} wide and output says {program.output.width}; {width} are needed.",
+            param="output",
         )
+    buffer = program.buffers[program.result.buffer]
+    if (buffer.rows, buffer.dtype) != ("R", "float32"):
+        raise KernelError(f"the result {buffer.name!r} is not float32 with R rows.", param="result")
 
 
 def _check_tables(program: Program) -> None:

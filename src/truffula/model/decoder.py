@@ -28,6 +28,7 @@ from truffula.kernels.program import (
     ModuleSlice,
     Norm,
     Op,
+    Output,
     Pointwise,
     Probe,
     Program,
@@ -113,7 +114,8 @@ class _Builder:
             rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
             kv_groups=(KvGroup(0, "full", planes),),
             ops=tuple(self.ops),
-            logits=logits,
+            result=logits,
+            output=Output("logits", spec.vocab_size),
             max_positions=spec.max_positions,
             notes=(self.tie.reason,),
         )

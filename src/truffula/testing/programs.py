@@ -25,6 +25,7 @@ from truffula.kernels.program import (
     ModuleSlice,
     Norm,
     Op,
+    Output,
     Program,
     Ref,
     Rope,
@@ -153,7 +154,7 @@ def llama_program(shape: Shape = TINY) -> Program:
     return Program(
         name="llama-like", vocab_size=s.vocab, buffers=tuple(b.buffers), weights=tuple(b.weights), sites=tuple(b.sites),
         rope_tables=(RopeTable(0, inv_freq),), kv_groups=(KvGroup(0, "full", tuple(planes)),), ops=tuple(b.ops),
-        logits=logits, max_positions=s.max_positions,
+        result=logits, output=Output("logits", s.vocab), max_positions=s.max_positions,
     )  # fmt: skip
 
 

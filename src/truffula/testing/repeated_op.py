@@ -19,6 +19,7 @@ from truffula.kernels.program import (
     ModuleSlice,
     Norm,
     Op,
+    Output,
     Program,
     Ref,
     Site,
@@ -125,7 +126,7 @@ def _program(
     logits = Logits(name="logits", x=Ref(2, 0, taken), weight=0 if vocab else small, out=Ref(3, 0, vocab or 2))
     program = Program(
         name="repeated", vocab_size=vocab or 2, buffers=buffers, weights=tuple(weights), sites=tuple(sites),
-        rope_tables=(), kv_groups=groups, logits=logits.out, max_positions=1 << 20,
+        rope_tables=(), kv_groups=groups, result=logits.out, output=Output("logits", vocab or 2), max_positions=1 << 20,
         ops=(
             Embed(name="embed", table=table, out=Ref(0, 0, inputs)), *ops,
             TakeRows(name="take", x=Ref(0, 0, taken), out=Ref(2, 0, taken)), logits,

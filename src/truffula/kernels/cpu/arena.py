@@ -56,7 +56,7 @@ def _spans(program: Program) -> list[tuple[int, int]]:
         for ref in refs(op):
             lo, hi = spans[ref.buffer]
             spans[ref.buffer] = (min(lo, index), max(hi, index))
-    spans[program.logits.buffer] = (spans[program.logits.buffer][0], len(program.ops))
+    spans[program.result.buffer] = (spans[program.result.buffer][0], len(program.ops))
     return spans
 
 

@@ -116,7 +116,7 @@ class CpuBackend:
         arena = plan_arena(program, capacity, reuse=not debug)
         with as_kernel_errors():
             native = self._native(program, dtype, pull, capacity, arena, debug)
-            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.logits.buffer)
+            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer)
         return CpuExecutable(native, program, inputs, SampleInputs.allocate(capacity), arena, debug=debug)
 
     def _native(

@@ -93,7 +93,7 @@ class ReferenceExecutable:
                 self._taps[index] = self._buffers.get(written_by(self._program.ops[index])).float().numpy().copy()
             if dead:
                 self._buffers.drop(dead)
-        self._logits = self._buffers.get(self._program.logits).numpy()
+        self._logits = self._buffers.get(self._program.result).numpy()
 
     def sample(self) -> SampledRows:
         return sample(self._logits, self.samples)
