@@ -19,9 +19,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from truffula.engine.memory import usable_cpus
 from truffula.kernels.backend import Array, Executable, PullWeight, QuantisedArray
 from truffula.kernels.cpu import CpuBackend
+from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program, WeightDecl
 from truffula.testing.programs import SMOLLM2, Part, Shape, as_dtype, fill_step, llama_program

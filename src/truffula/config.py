@@ -127,7 +127,12 @@ class EngineConfig:
         choices=("auto", "cpu", "reference"),
     )
     device: str = _row(
-        "cpu", "text", "device to compute on", topic="Model", choices=("cpu",), note="GPUs are not supported yet."
+        "cpu",
+        "text",
+        "device to compute on: cpu, or one of torch's, such as cuda or cuda:1",
+        topic="Model",
+        metavar="DEVICE",
+        note="The native kernels run on cpu; another device is computed on with torch, op by op: exact and slow.",
     )
     cpu_isa: str = _row(
         "auto",

@@ -8,7 +8,7 @@ import re
 from command import here
 
 from truffula.cli.doctor import STORED, cpu_limit, faster_instructions
-from truffula.engine.memory import CpuLimits
+from truffula.kernels.host import CpuLimits
 from truffula.kernels.select import choose_dtype, select_backend
 
 

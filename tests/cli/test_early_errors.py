@@ -37,7 +37,6 @@ main()
         (["--api-key", "one", "--api-key", " "], "--api-key is empty. Set a key, or leave it out"),
         (["--adapter-dir", "~nosuchuser/x"], "--adapter-dir is '~nosuchuser/x'; it must be a folder that exists."),
         (["--config", "~nosuchuser/x.toml"], "~nosuchuser/x.toml"),
-        (["--device", "cuda"], "--device is 'cuda'; it must be cpu."),
         (["--backend", "gpu"], "--backend is 'gpu'; it must be one of auto, cpu, reference."),
         (["--port", "70000"], "--port is '70000'; it must be an integer"),
     ],

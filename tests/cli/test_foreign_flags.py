@@ -30,8 +30,8 @@ OWN = {"--system": True, "-n": True, "--raw": False}
         ("serve base --adapter-cycle-time-s 2", "requests for all adapters run in one batch"),
         ("serve base --hostname 0.0.0.0", "--host ADDRESS"),
         ("serve base -p 80", "--port PORT"),
-        ("serve base --num-shard 2", "GPUs are not supported yet"),
-        ("serve base -ngl 99", "GPUs are not supported yet"),
+        ("serve base --num-shard 2", "no GPU kernels yet"),
+        ("serve base -ngl 99", "no GPU kernels yet"),
         ("serve base -c 2048", "--max-model-len N"),
         ("serve base -t 8", "--threads N"),
         ("serve base --lora x.gguf", "adapters in GGUF files are not served"),
@@ -122,7 +122,6 @@ def test_values_of_other_servers_are_refused_with_what_there_is_instead() -> Non
     for words, answer in (
         ("--quantize bitsandbytes", "GPTQ, AWQ and bitsandbytes are not supported"),
         ("--dtype half", "auto, float32, bfloat16"),
-        ("--device cuda", "it must be cpu. GPUs are not supported yet."),
         ("--backend vulkan", "auto, cpu, reference"),
         ("--chat-template chatml", "write the template to a file"),
     ):

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.memory import AdapterShare, Offer, available, fit, offered, usable_cpus
+from truffula.engine.memory import AdapterShare, memory_limit, plan_memory
 from truffula.errors import InsufficientMemory
-from truffula.kernels.backend import MemoryPlan
+from truffula.kernels.backend import MemoryLimit, MemoryPlan
+from truffula.kernels.host import free_memory, usable_cpus
+from truffula.kernels.select import select_backend
 
 GIB = 2**30
 PLAN = MemoryPlan(weight_bytes=2 * GIB, arena_bytes=2**26, logits_bytes=2**24, kv_block_bytes=2**20)
@@ -26,8 +28,13 @@ KNOBS = {"block_size": 16, "max_running": 8}
 )  # fmt: skip
 def test_what_fits_keeps_every_bound_or_is_refused(limit: int, model_len: int, asked, running: int, block_size: int):
     try:
-        got = fit(
-            PLAN, Offer(limit, "x"), model_len=model_len, asked_len=asked, block_size=block_size, max_running=running
+        got = plan_memory(
+            PLAN,
+            MemoryLimit(limit, "x"),
+            model_len=model_len,
+            asked_len=asked,
+            block_size=block_size,
+            max_running=running,
         )
     except InsufficientMemory as error:
         assert error.data["needed_bytes"] > limit
@@ -42,17 +49,18 @@ def test_what_fits_keeps_every_bound_or_is_refused(limit: int, model_len: int, a
 
 def test_the_refusal_names_every_number_and_a_way_out():
     with pytest.raises(InsufficientMemory) as caught:
-        fit(PLAN, Offer(2 * GIB + 2**27, "--memory"), model_len=8192, asked_len=4096, **KNOBS)
+        plan_memory(PLAN, MemoryLimit(2 * GIB + 2**27, "--memory"), model_len=8192, asked_len=4096, **KNOBS)
     text = str(caught.value)
     for words in ("2 GiB", "64 MiB", "16 MiB", "4096 tokens", "256 MiB", "--memory", "--max-model-len"):
         assert words in text
     longest = caught.value.data["longest_that_fits"]
-    assert fit(PLAN, Offer(2 * GIB + 2**27, "--memory"), model_len=8192, asked_len=longest, **KNOBS).warnings == ()
+    limit = MemoryLimit(2 * GIB + 2**27, "--memory")
+    assert plan_memory(PLAN, limit, model_len=8192, asked_len=longest, **KNOBS).warnings == ()
 
 
 def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(InsufficientMemory, match="Weights 2 GiB"):
-        fit(PLAN, Offer(GIB, "--memory"), model_len=8192, asked_len=None, **KNOBS)
+        plan_memory(PLAN, MemoryLimit(GIB, "--memory"), model_len=8192, asked_len=None, **KNOBS)
 
 
 def machine(root: Path, *, free_kib: int, groups: str = "0::/\n") -> Path:
@@ -70,7 +78,7 @@ def put(folder: Path, **files: str) -> None:
 
 
 def test_without_a_group_the_machine_counts(tmp_path: Path):
-    assert available(machine(tmp_path, free_kib=1000)).nbytes == 1000 * 1024
+    assert free_memory(machine(tmp_path, free_kib=1000)).nbytes == 1000 * 1024
 
 
 def test_a_group_of_version_2_counts_where_it_is_tighter_its_parents_too(tmp_path: Path):
@@ -80,22 +88,26 @@ def test_a_group_of_version_2_counts_where_it_is_tighter_its_parents_too(tmp_pat
         root / "sys/fs/cgroup/outer", memory__max=str(4 * GIB), memory__current=str(3 * GIB),
         memory__stat=f"anon 7\ninactive_file {GIB}\nactive_file {GIB // 2}\n",
     )  # fmt: skip
-    assert available(root).nbytes == 4 * GIB - (3 * GIB - GIB - GIB // 2)
+    assert free_memory(root).nbytes == 4 * GIB - (3 * GIB - GIB - GIB // 2)
 
 
 def test_a_group_of_version_1_counts_and_its_no_limit_does_not(tmp_path: Path):
     root = machine(tmp_path, free_kib=8 * 2**20, groups="5:memory:/a\n4:cpu,cpuacct:/a\n")
     mount = root / "sys/fs/cgroup/memory"
     put(mount, memory__limit_in_bytes="9223372036854771712", memory__usage_in_bytes="1")
-    assert available(root).nbytes == 8 * GIB
+    assert free_memory(root).nbytes == 8 * GIB
     put(mount / "a", memory__limit_in_bytes=str(GIB), memory__usage_in_bytes=str(GIB // 4), memory__stat="x 1\n")
-    assert available(root).nbytes == GIB - GIB // 4
+    assert free_memory(root).nbytes == GIB - GIB // 4
 
 
-def test_the_operators_number_is_taken_as_it_is(tmp_path: Path):
-    root = machine(tmp_path, free_kib=1000)
-    assert offered(12345, root).nbytes == 12345
-    assert 0 < offered(None, root).nbytes < 1000 * 1024
+def test_the_operators_number_is_taken_as_it_is():
+    assert memory_limit(12345, select_backend()).nbytes == 12345
+
+
+def test_without_a_number_the_limit_is_a_share_of_what_is_free():
+    limit = memory_limit(None, select_backend())
+    assert 0 < limit.nbytes < free_memory().nbytes * 1.5
+    assert "free on this machine" in limit.reason or "control group" in limit.reason
 
 
 def test_quotas_bound_the_threads(tmp_path: Path):
@@ -132,4 +144,4 @@ def test_a_share_for_adapters_evicts_their_oldest_and_leaves_the_rest_alone():
 
 
 def test_this_machine_offers_something():
-    assert available().nbytes > 0 and usable_cpus() >= 1
+    assert free_memory().nbytes > 0 and usable_cpus() >= 1

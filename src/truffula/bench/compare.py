@@ -35,8 +35,8 @@ from truffula.bench.peers import (
 )
 from truffula.bench.processes import child_error
 from truffula.bench.scenarios import Contestant, Row
-from truffula.engine.memory import usable_cpus
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError
+from truffula.kernels.host import usable_cpus
 
 READ_BYTES = 1 << 28
 START_TIMEOUT_S = 300.0

@@ -27,7 +27,7 @@ def measure(config: EngineConfig, what: str, tokens: int, repeats: int) -> dict[
     """Tokens a second of each of ``repeats`` runs behind one that warms up, and how many bytes the weights take."""
     from contextlib import closing
 
-    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.host import usable_cpus
     from truffula.kernels.inputs import Capacity
     from truffula.kernels.select import Precision, choose_dtype, select_backend
     from truffula.model.load import plan_model, puller

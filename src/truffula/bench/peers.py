@@ -228,7 +228,7 @@ def held(contestant: Contestant, place: Place, server: Server) -> tuple[int, int
     if contestant.peer == "llama-server":
         return parse_llama_log(server.said())
     from truffula.engine.build import find_settings
-    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.host import usable_cpus
     from truffula.kernels.select import Precision, select_backend
     from truffula.model.load import plan_model
     from truffula.weights.open import open_checkpoint

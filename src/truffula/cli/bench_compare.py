@@ -75,7 +75,7 @@ def _checkout() -> Path:
 
 def _machine() -> dict[str, Any]:
     from truffula.cli.doctor import cpu_name
-    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.host import usable_cpus
 
     name, sets = cpu_name()
     return {"cpu": name, "isa": sets[0] if sets else "unknown", "cores": usable_cpus(), "commit": commit()}

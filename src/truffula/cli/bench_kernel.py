@@ -19,12 +19,12 @@ import numpy as np
 from truffula.bench.machine import read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import out, table
-from truffula.engine.memory import usable_cpus
 from truffula.errors import ConfigError, MissingDependency
 from truffula.kernels.backend import Executable
 from truffula.kernels.cpu import CpuBackend, why_unavailable
 from truffula.kernels.cpu import backend as native
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, panel_bytes, panels_of
+from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.testing.programs import Part, fill_step, random_adapter
 from truffula.testing.repeated_op import (

@@ -206,7 +206,7 @@ def _median(runs: list[dict[str, Any]]) -> float:
 
 def _machine() -> str:
     from truffula.cli.doctor import cpu_name
-    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.host import usable_cpus
 
     name, sets = cpu_name()
     return f"{name}, {usable_cpus()} cores, {sets[0] if sets else 'unknown instruction set'}"

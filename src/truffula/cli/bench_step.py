@@ -16,9 +16,9 @@ from truffula.bench.machine import read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import out, table
 from truffula.config import prepare_compute
-from truffula.engine.memory import usable_cpus
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable
+from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
 from truffula.kernels.select import Precision, choose_dtype, select_backend

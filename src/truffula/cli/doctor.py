@@ -18,7 +18,7 @@ from truffula.config import format_size
 from truffula.errors import TruffulaError
 
 if TYPE_CHECKING:
-    from truffula.engine.memory import CpuLimits
+    from truffula.kernels.host import CpuLimits
 
 # Instruction sets that speed up matrix products, with the flags in /proc/cpuinfo that announce them; fastest first.
 ISA_FLAGS = (
@@ -68,11 +68,11 @@ def cpu_name() -> tuple[str, list[str]]:
 
 
 def _machine() -> list[Finding]:
-    from truffula.engine.memory import available, cpu_limits
+    from truffula.kernels.host import cpu_limits, free_memory
 
     name, sets = cpu_name()
     cores = cpu_limits().usable
-    memory = available().nbytes
+    memory = free_memory().nbytes
     return [
         Finding("python", platform.python_version()),
         Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
@@ -117,8 +117,8 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
 def _native() -> list[Finding]:
     """The native module, the instruction sets and threads it would use, and the compiler that builds it."""
     from truffula.config import load_settings
-    from truffula.engine.memory import usable_cpus
     from truffula.kernels.cpu import CpuBackend, instruction_sets, why_this_set, why_unavailable
+    from truffula.kernels.host import usable_cpus
     from truffula.kernels.installation import installation
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

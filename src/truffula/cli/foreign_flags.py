@@ -38,7 +38,7 @@ class ForeignFlag:
 _LORAX = ("LoRAX", "TGI")
 _MODEL = "MODEL, the first argument, or TRUFFULA_MODEL"
 _ADAPTER = "--adapter NAME=FOLDER (repeat it for several)"
-_CPU_ONLY = "truffula runs on the CPU; GPUs are not supported yet: leave it out."
+_CPU_ONLY = "truffula has no GPU kernels yet: leave it out."
 _ANY_RANK = "truffula serves adapters of any rank: leave it out."
 _LEAVE_OUT = "truffula does not need it: leave it out."
 

@@ -25,7 +25,7 @@ class VerifyFailed(TruffulaError):
 
 
 def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_json: bool) -> None:
-    from truffula.engine.memory import usable_cpus
+    from truffula.kernels.host import usable_cpus
     from truffula.kernels.installation import CPU_TORCH, installation
     from truffula.weights.sources import resolve_source
 

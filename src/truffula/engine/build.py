@@ -18,10 +18,11 @@ from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
 from truffula.engine.loader import LoadingWorker
-from truffula.engine.memory import AdapterShare, MemoryFit, fit, offered, usable_cpus
+from truffula.engine.memory import AdapterShare, MemoryDivision, memory_limit, plan_memory
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
 from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
 from truffula.lora.job import LoadLimits
@@ -50,7 +51,7 @@ class EngineSettings:
     dtype: DtypeChoice
     threads: int
     planned: MemoryPlan
-    memory: MemoryFit
+    memory: MemoryDivision
     capacity: Capacity
     limits: EngineLimits
     warnings: tuple[str, ...]
@@ -72,10 +73,14 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     model_len = config.max_model_len or plan.max_model_len
     first = _capacity(config, plan, model_len, num_blocks=1)
     memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_bytes, plan.stored_types)
-    memory = fit(
-        memory_plan, offered(config.memory_bytes), model_len=plan.max_model_len, asked_len=config.max_model_len,
-        block_size=config.block_size, max_running=config.max_running,
-    )  # fmt: skip
+    memory = plan_memory(
+        memory_plan,
+        memory_limit(config.memory_bytes, backend),
+        model_len=plan.max_model_len,
+        asked_len=config.max_model_len,
+        block_size=config.block_size,
+        max_running=config.max_running,
+    )
     capacity = _capacity(config, plan, memory.max_model_len, memory.num_blocks)
     limits = EngineLimits(
         max_model_len=memory.max_model_len,

@@ -30,6 +30,14 @@ class BackendProbe:
 
 
 @dataclass(frozen=True)
+class MemoryLimit:
+    """Bytes that may be used, and what sets the limit, in words."""
+
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes by part, known before anything is read. KV is ``kv_block_bytes`` per block."""
 
@@ -151,6 +159,9 @@ class Backend(Protocol):
     """Quantised types it takes as they are stored; empty when it computes on their values."""
 
     def probe(self) -> BackendProbe: ...
+
+    def free_memory(self) -> MemoryLimit:
+        """Memory of its device that is free now: weights, KV and adapters are planned into a share of it."""
 
     def plan(
         self,

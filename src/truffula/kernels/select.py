@@ -27,7 +27,7 @@ def _torch_is_there() -> bool:
     return importlib.util.find_spec("torch") is not None
 
 
-def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
+def _reference(device: str, threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if precision.quantize != "none":
         raise ConfigError(
             f"quantize is {precision.quantize!r}, which the reference backend does not support; the cpu backend does.",
@@ -48,10 +48,16 @@ def _reference(threads: int | None, cpu_isa: str, precision: Precision) -> Backe
     prepare_compute()
     from truffula.kernels.reference import ReferenceBackend
 
-    return ReferenceBackend(threads=threads)
+    return ReferenceBackend(threads=threads, device=device)
 
 
-def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
+def _cpu(device: str, threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
+    if device != "cpu":
+        raise ConfigError(
+            f"device is {device!r}, but the cpu backend computes on the CPU; the reference backend (torch) runs on "
+            "other devices: --backend reference.",
+            param="device",
+        )
     if why := why_unavailable():
         raise MissingDependency(
             f"the cpu backend is not available: {why}. Or compute with torch, which is several times slower: "
@@ -63,16 +69,20 @@ def _cpu(threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
 
 @dataclass(frozen=True)
 class _Choice:
-    """A backend of ``--backend``: whether ``auto`` may take it; its maker's arguments are threads, ISA, precision."""
+    """A backend of ``--backend``. ``create`` takes device, threads, instruction set and precision.
+
+    ``auto`` takes the first that is available and may run on the device; ``cpu_only`` says that it runs on no other.
+    """
 
     available: Callable[[], bool]
-    create: Callable[[int | None, str, Precision], Backend]
+    create: Callable[[str, int | None, str, Precision], Backend]
+    cpu_only: bool
 
 
 BACKENDS: Mapping[str, _Choice] = MappingProxyType(
     {
-        "cpu": _Choice(lambda: not why_unavailable(), _cpu),
-        "reference": _Choice(_torch_is_there, _reference),
+        "cpu": _Choice(lambda: not why_unavailable(), _cpu, cpu_only=True),
+        "reference": _Choice(_torch_is_there, _reference, cpu_only=False),
     }
 )
 """By name, best first. A backend's own library is imported when it is asked for. The names are the command line's
@@ -92,7 +102,8 @@ def select_backend(
     cpu_isa: str = "auto",
     precision: Precision = Precision(),
 ) -> Backend:
-    """The backend called ``name``; ``auto`` takes the first that is installed.
+    """The backend called ``name``, on ``device`` (``auto`` is the CPU); ``auto`` takes the first installed that runs
+    there.
 
     ``threads`` is how many the backend may compute with (None leaves its own default), ``cpu_isa`` the instruction set
     that the cpu backend must use.
@@ -104,18 +115,20 @@ def select_backend(
     """
     if name not in backend_names():
         raise ConfigError(f"backend is {name!r}; it must be one of {', '.join(backend_names())}.", param="backend")
+    device = "cpu" if device == "auto" else device
     chosen = name
-    if name == "auto":  # where there is none, the best one's error says what would help
-        chosen = next((known for known, choice in BACKENDS.items() if choice.available()), next(iter(BACKENDS)))
-    if device not in ("cpu", "auto"):
-        raise ConfigError(f"device is {device!r}; the {chosen} backend runs on cpu.", param="device")
-    return BACKENDS[chosen].create(threads, cpu_isa, precision)
+    if name == "auto":  # where none is available, the best one's error says what would help
+        fitting = {known: choice for known, choice in BACKENDS.items() if device == "cpu" or not choice.cpu_only}
+        chosen = next((known for known, choice in fitting.items() if choice.available()), next(iter(fitting)))
+    return BACKENDS[chosen].create(device, threads, cpu_isa, precision)
 
 
 def fallback_warning(asked: str, chosen: Backend) -> str:
     """Said once at start when ``auto`` had to take a slower backend than there could be; empty otherwise."""
     if asked != "auto" or chosen.name == "cpu":
         return ""
+    if (device := chosen.probe().device) != "cpu":
+        return f"computing with torch on {device}, op by op: there are no kernels for it yet."
     return f"computing with the {chosen.name} backend, which is several times slower: {why_unavailable()}."
 
 

@@ -9,12 +9,13 @@ from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
-from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight
+from truffula.kernels.backend import BackendProbe, MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, Wanted, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
 from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
+from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.installation import installation
 from truffula.kernels.program import Attention, Linear, Program
@@ -52,6 +53,9 @@ class CpuBackend:
 
     def probe(self) -> BackendProbe:
         return BackendProbe(name=self.name, available=True, device="cpu", isa=self._isa, dtypes=DTYPES)
+
+    def free_memory(self) -> MemoryLimit:
+        return free_memory()
 
     def _wanted(self, dtype: str) -> Wanted:
         return Wanted(dtype, self._quantize, blocks=not self._exact)

@@ -34,8 +34,10 @@ class Batch:
     keys: int
 
 
-def plan(inputs: StepInputs, group: int, window: int | None, block_size: int, zero_slot: int) -> list[Batch]:
-    """Group the step's sequences for one KV group and window.
+def plan(
+    inputs: StepInputs, group: int, window: int | None, block_size: int, zero_slot: int, device: torch.device
+) -> list[Batch]:
+    """Group the step's sequences for one KV group and window; the batches' tensors lie on ``device``.
 
     Similar length means the same power of two, so that a short context is never padded to a long one's size.
     Keys before the window of a sequence's first row are not gathered at all.
@@ -52,7 +54,7 @@ def plan(inputs: StepInputs, group: int, window: int | None, block_size: int, ze
             size = int(ends[index] - first[index] - 1).bit_length()
             classes.setdefault((int(queries[index]), size), []).append(index)
     return [
-        _batch(inputs.block_tables[group], starts, ends, first, members, q, window, block_size, zero_slot)
+        _batch(inputs.block_tables[group], starts, ends, first, members, q, window, block_size, zero_slot, device)
         for (q, _), members in classes.items()
     ]
 
@@ -67,6 +69,7 @@ def _batch(
     window: int | None,
     block_size: int,
     zero_slot: int,
+    device: torch.device,
 ) -> Batch:
     chosen = np.asarray(members)
     end, start = ends[chosen, None], starts[chosen, None]
@@ -83,9 +86,9 @@ def _batch(
     rows = (start + np.arange(queries)).reshape(-1)
     adjacent = bool((np.diff(rows) == 1).all())
     return Batch(
-        rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows),
-        slots=torch.from_numpy(slots.reshape(-1)),
-        hidden=torch.from_numpy(hidden[:, None]),
+        rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows).to(device),
+        slots=torch.from_numpy(slots.reshape(-1)).to(device),
+        hidden=torch.from_numpy(hidden[:, None]).to(device),
         sequences=len(members),
         queries=queries,
         keys=keys,
@@ -99,7 +102,7 @@ def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
 
 def attend(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
     """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``."""
-    out = torch.empty(q.shape[0], op.heads * op.dim_v, dtype=q.dtype)
+    out = q.new_empty(q.shape[0], op.heads * op.dim_v)
     weigh = _fused if op.softcap is None and sinks is None else partial(_spelled_out, sinks=sinks)
     for batch in batches:
         n, length = batch.sequences, batch.keys

@@ -8,8 +8,9 @@ from types import MappingProxyType
 
 import torch
 
-from truffula.errors import KernelError
-from truffula.kernels.backend import BackendProbe, MemoryPlan, PullWeight, weight_elements
+from truffula.errors import ConfigError, KernelError
+from truffula.kernels.backend import BackendProbe, MemoryLimit, MemoryPlan, PullWeight, weight_elements
+from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.liveness import peak_bytes
 from truffula.kernels.program import Linear, Program
@@ -19,20 +20,42 @@ from truffula.kernels.validate import validate
 
 
 class ReferenceBackend:
-    """Plain torch on the CPU, op by op: the specification that other backends are tested against.
+    """Plain torch, op by op, on any device of torch: the specification that other backends are tested against.
 
-    ``threads`` sets torch's own thread count for the process, at load; None leaves it.
+    ``threads`` sets torch's own thread count for the process, at load; None leaves it. On another device than the CPU
+    it is slow: every op is a launch of its own, and each step's inputs are copied there.
+
+    Raises:
+        ConfigError: torch has no such device here.
     """
 
     name = "reference"
     block_kinds: frozenset[str] = frozenset()
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
         self._threads = threads
+        self._device = usable_device(device)
 
     def probe(self) -> BackendProbe:
-        isa = torch.backends.cpu.get_cpu_capability()
-        return BackendProbe(name=self.name, available=True, device="cpu", isa=isa, dtypes=tuple(DTYPES))
+        isa = torch.backends.cpu.get_cpu_capability() if self._device.type == "cpu" else ""
+        return BackendProbe(name=self.name, available=True, device=str(self._device), isa=isa, dtypes=tuple(DTYPES))
+
+    def free_memory(self) -> MemoryLimit:
+        """Free memory of the device: of the host for the CPU, else as torch reports it.
+
+        Raises:
+            ConfigError: torch does not report it for this device.
+        """
+        if self._device.type == "cpu":
+            return free_memory()
+        report = getattr(torch.get_device_module(self._device), "mem_get_info", None)
+        if report is None:
+            raise ConfigError(
+                f"torch does not say how much memory is free on {str(self._device)!r}: set the limit with --memory.",
+                param="memory",
+            )
+        free, _ = report(self._device)
+        return MemoryLimit(int(free), f"free on {self._device}")
 
     def plan(
         self,
@@ -73,8 +96,8 @@ class ReferenceBackend:
         with torch.inference_mode():
             for rows, repeats in ((8, 16), (64, 2)):
                 for name in dtypes:
-                    x = torch.ones(rows, 1024, dtype=_dtype(name))
-                    weights = [torch.ones(1024, 1024, dtype=x.dtype) for _ in range(4)]
+                    x = torch.ones(rows, 1024, dtype=_dtype(name), device=self._device)
+                    weights = [torch.ones(1024, 1024, dtype=x.dtype, device=self._device) for _ in range(4)]
                     rounds = [_seconds(x, weights, repeats // 2) for _ in range(3)]
                     seconds[name] += min(rounds)
         return seconds
@@ -92,16 +115,38 @@ class ReferenceBackend:
         if self._threads is not None:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            weights = load_weights(program, served, pull)
-            return ReferenceExecutable(program, served, weights, capacity, debug=debug)
+            weights = load_weights(program, served, pull, self._device)
+            return ReferenceExecutable(program, served, weights, capacity, self._device, debug=debug)
 
 
 def _seconds(x: torch.Tensor, weights: list[torch.Tensor], repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         for weight in weights:
-            torch.nn.functional.linear(x, weight)
+            y = torch.nn.functional.linear(x, weight)
+    y[0, 0].item()  # waits for a device that computes beside this thread
     return time.perf_counter() - start
+
+
+def usable_device(name: str) -> torch.device:
+    """The device that torch calls ``name``.
+
+    Raises:
+        ConfigError: torch does not know the name, or can't compute there.
+    """
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"device is {name!r}, which torch {torch.__version__} cannot use here: {why}. Use cpu, or install a build "
+            "of torch for that device.",
+            param="device",
+        ) from error
+    if device.type == "meta":
+        raise ConfigError("device is 'meta', which holds no numbers; use cpu, cuda or another device.", param="device")
+    return device
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -37,7 +37,7 @@ class Buffers:
             return
         whole = self._values[ref.buffer]
         if whole is None or whole.shape[0] != value.shape[0]:
-            whole = torch.zeros(value.shape[0], self._declared[ref.buffer].width, dtype=dtype)
+            whole = torch.zeros(value.shape[0], self._declared[ref.buffer].width, dtype=dtype, device=value.device)
             self._values[ref.buffer] = whole
         whole[:, ref.start : ref.start + ref.width] = value
 

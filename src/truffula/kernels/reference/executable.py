@@ -63,7 +63,14 @@ class ReferenceExecutable:
     """
 
     def __init__(
-        self, program: Program, dtype: torch.dtype, weights: list[Weight], capacity: Capacity, *, debug: bool = False
+        self,
+        program: Program,
+        dtype: torch.dtype,
+        weights: list[Weight],
+        capacity: Capacity,
+        device: torch.device,
+        *,
+        debug: bool = False,
     ) -> None:
         self.inputs = StepInputs.allocate(capacity, len(program.kv_groups))
         self.samples = SampleInputs.allocate(capacity)
@@ -72,7 +79,8 @@ class ReferenceExecutable:
         self._weights = weights
         self._capacity = capacity
         self._buffers = Buffers(program, dtype)
-        self._planes = _planes(program, dtype, capacity)
+        self._device = device
+        self._planes = _planes(program, dtype, capacity, device)
         self._adapters: dict[int, tuple[AdapterImage, dict[int, OpAdapter]]] = {}
         self._free_slots: list[int] = []
         self._logits: Array = np.zeros((0, program.vocab_size), np.float32)
@@ -90,10 +98,10 @@ class ReferenceExecutable:
         for index, (call, dead) in enumerate(zip(self._bound, self._dead, strict=True)):
             call(step)
             if self._taps is not None:
-                self._taps[index] = self._buffers.get(written_by(self._program.ops[index])).float().numpy().copy()
+                self._taps[index] = self._buffers.get(written_by(self._program.ops[index])).float().cpu().numpy().copy()
             if dead:
                 self._buffers.drop(dead)
-        self._logits = self._buffers.get(self._program.result).numpy()
+        self._logits = self._buffers.get(self._program.result).cpu().numpy()
 
     def sample(self) -> SampledRows:
         return sample(self._logits, self.samples)
@@ -111,11 +119,11 @@ class ReferenceExecutable:
     # --- adapters and KV ----------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        return converted_bytes(image)
+        return converted_bytes(image, self._device)
 
     @torch.inference_mode()
     def adapter(self, image: AdapterImage) -> int:
-        laid_out = lay_out(self._program, image)
+        laid_out = lay_out(self._program, image, self._device)
         slot = self._free_slots.pop() if self._free_slots else len(self._adapters)
         self._adapters[slot] = (image, laid_out)
         return slot
@@ -154,14 +162,17 @@ class ReferenceExecutable:
         i = self.inputs
         return _Step(
             inputs=i,
-            token_ids=_long(i.token_ids[: i.T]),
-            position=_long(i.position[: i.T]),
-            rope_pos=_long(i.rope_pos[0, : i.T]),
-            slots=[_long(slots[: i.T]) for slots in i.slot_mapping],
-            logit_rows=_long(i.logit_rows[: i.R]),
+            token_ids=self._long(i.token_ids[: i.T]),
+            position=self._long(i.position[: i.T]),
+            rope_pos=self._long(i.rope_pos[0, : i.T]),
+            slots=[self._long(slots[: i.T]) for slots in i.slot_mapping],
+            logit_rows=self._long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
             segments_r=self._segments(i.seg_r),
         )
+
+    def _long(self, array: Array) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self._device)
 
     def _segments(self, spans: Array) -> list[Segment]:
         made = []
@@ -228,7 +239,7 @@ class ReferenceExecutable:
         key = (op.group, op.window)
         if key not in step.plans:
             c = self._capacity
-            step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size)
+            step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size, self._device)
         q = self._buffers.get(op.q)
         self._buffers.put(op.out, attention.attend(op, q, k, v, step.plans[key], self._vector(op.sinks)))
 
@@ -262,15 +273,11 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
 }
 
 
-def _long(array: Array) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _planes(program: Program, dtype: torch.dtype, capacity: Capacity) -> dict[int, Tensor]:
+def _planes(program: Program, dtype: torch.dtype, capacity: Capacity, device: torch.device) -> dict[int, Tensor]:
     made = {}
     for group in program.kv_groups:
         for plane in group.planes:
-            tensor = torch.empty(capacity.num_blocks + 1, capacity.block_size, plane.width, dtype=dtype)
+            tensor = torch.empty(capacity.num_blocks + 1, capacity.block_size, plane.width, dtype=dtype, device=device)
             tensor[-1].zero_()
             made[plane.id] = tensor
     return made

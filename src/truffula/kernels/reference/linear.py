@@ -74,22 +74,22 @@ def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> N
             rows[:, e.lo : e.hi].addmm_(shrunk[:, e.h_lo : e.h_hi], e.b.t(), alpha=e.scale * segment.weight)
 
 
-def converted_bytes(image: AdapterImage) -> int:
-    """Bytes of the float32 copies that ``lay_out`` makes of arrays not stored so; a shared A counts once."""
+def converted_bytes(image: AdapterImage, device: torch.device) -> int:
+    """Bytes of the float32 copies that ``lay_out`` makes on ``device``; a shared A counts once."""
     arrays = {array.ctypes.data: array for site in image.sites for array in (site.a, site.b)}
-    return sum(4 * array.size for array in arrays.values() if array.dtype != np.float32)
+    return sum(4 * array.size for array in arrays.values() if device.type != "cpu" or array.dtype != np.float32)
 
 
-def lay_out(program: Program, image: AdapterImage) -> dict[int, OpAdapter]:
-    """An adapter's tensors by op index, in float32: views where they are stored so, else converted once.
+def lay_out(program: Program, image: AdapterImage, device: torch.device) -> dict[int, OpAdapter]:
+    """An adapter's tensors on ``device`` by op index, in float32: on the CPU views where they are stored so.
 
     Raises:
         KernelError: see ``by_op``.
     """
-    return {index: _op_adapter(present) for index, present in by_op(program, image).items()}
+    return {index: _op_adapter(present, device) for index, present in by_op(program, image).items()}
 
 
-def _op_adapter(present: Sequence[AtSlice]) -> OpAdapter:
+def _op_adapter(present: Sequence[AtSlice], device: torch.device) -> OpAdapter:
     expands, shrinks = [], []
     at: dict[int, int] = {}  # address of an A -> its first column: fused modules share one A
     columns = 0
@@ -100,6 +100,6 @@ def _op_adapter(present: Sequence[AtSlice]) -> OpAdapter:
             at[address] = columns
             shrinks.append(tensors.a)
             columns += rank
-        b = view(tensors.b).float()
+        b = view(tensors.b).to(device).float()
         expands.append(Expand(at[address], at[address] + rank, item.lo, item.hi, b, tensors.scale))
-    return OpAdapter(stacked(shrinks).t(), tuple(expands))
+    return OpAdapter(stacked(shrinks).to(device).t(), tuple(expands))

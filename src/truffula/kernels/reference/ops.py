@@ -34,7 +34,7 @@ def embed(table: Tensor, ids: Tensor, scale: float | None, add: Tensor | None) -
         return rows
     out = rows.float()
     if scale is not None:
-        out = out * torch.tensor(scale, dtype=table.dtype).float()
+        out = out * torch.tensor(scale, dtype=table.dtype).item()
     return (out if add is None else out + add).to(table.dtype)
 
 
@@ -81,7 +81,7 @@ def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) ->
 
 def rope_rows(table: RopeTable, positions: Tensor) -> Tensor:
     """float32 ``[T, 2·pairs]``: [cos | sin] of position · inv_freq, times the table's factor."""
-    angles = positions.float()[:, None] * torch.tensor(table.inv_freq, dtype=torch.float32)
+    angles = positions.float()[:, None] * torch.tensor(table.inv_freq, dtype=torch.float32).to(positions.device)
     return torch.cat([angles.cos(), angles.sin()], 1) * table.factor
 
 

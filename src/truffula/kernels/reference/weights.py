@@ -85,14 +85,15 @@ class Weight:
         return tensor
 
 
-def load_weights(program: Program, dtype: torch.dtype, pull: PullWeight) -> list[Weight]:
-    """Pull every weight of ``program`` in order. See ``_load_one`` for what is copied."""
+def load_weights(program: Program, dtype: torch.dtype, pull: PullWeight, device: torch.device) -> list[Weight]:
+    """Pull every weight of ``program`` to ``device``, in order. See ``_load_one`` for what is copied."""
     exact = {op.weight for op in program.ops if isinstance(op, Linear) and op.compute == "float32"}
-    return [_load_one(decl, torch.float32 if decl.id in exact else dtype, pull) for decl in program.weights]
+    return [_load_one(decl, torch.float32 if decl.id in exact else dtype, pull, device) for decl in program.weights]
 
 
-def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight) -> Weight:
-    """Views when every part is stored in the served dtype; else one new tensor, filled part by part.
+def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: torch.device) -> Weight:
+    """Views when the device is the CPU and every part is stored in the served dtype; else one new tensor, filled part
+    by part.
 
     Vectors end as float32 (they are small, and every op computes in float32), rounded to the served dtype on the way.
     Cost: mapped parts cost no memory of their own; converted ones give their source pages back as they go.
@@ -104,10 +105,10 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight) -> Weight:
         shapes = [list(array.shape) for array in arrays]
         raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
     sources = [view(array) for array in arrays]
-    keep = all(source.dtype == target for source in sources) and len(decl.shape) > 1
+    keep = device.type == "cpu" and all(source.dtype == target for source in sources) and len(decl.shape) > 1
     if keep and (len(sources) == 1 or "rows" not in decl.uses):
         return Weight(decl.name, tuple(sources))
-    made = torch.empty(decl.shape, dtype=target)
+    made = torch.empty(decl.shape, dtype=target, device=device)
     row = 0
     for array, source in zip(arrays, sources, strict=True):
         made[row : row + source.shape[0]].copy_(source)
