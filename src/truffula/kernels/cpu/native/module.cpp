@@ -10,10 +10,10 @@
 #include <utility>
 
 #include "arrays.h"
+#include "calls.h"
 #include "choose.h"
 #include "dispatch.h"
 #include "executable.h"
-#include "guests.h"
 #include "rates.h"
 #include "self_check.h"
 #include "tables.h"
@@ -35,32 +35,32 @@ struct Native {
 
   static int32_t field(const nb::object& capacity, const char* name) { return nb::cast<int32_t>(capacity.attr(name)); }
 
-  // Everything on the executable goes through this: what enters while another thread is in it gets a RuntimeError.
-  class Entered {
+  // Every access to the executable goes through this: a call while another thread is in one gets a RuntimeError.
+  class CallGuard {
    public:
-    explicit Entered(Native& native) : native_(native) {
-      int64_t nobody = 0;
+    explicit CallGuard(Native& native) : native_(native) {
+      int64_t holder = 0;
       const int64_t here = process_id();
-      // A forked child may find a thread inside that is not in it: whatever it did there is over.
-      if (!native_.inside.compare_exchange_strong(nobody, here) &&
-          (nobody == here || !native_.inside.compare_exchange_strong(nobody, here)))
+      // A forked child may find a thread in a call that the child does not have: that call is over for it.
+      if (!native_.process_in_call.compare_exchange_strong(holder, here) &&
+          (holder == here || !native_.process_in_call.compare_exchange_strong(holder, here)))
         throw std::runtime_error("another thread is in this executable; it takes one call at a time");
     }
-    ~Entered() { native_.inside.store(0); }
-    Entered(const Entered&) = delete;
-    Entered& operator=(const Entered&) = delete;
+    ~CallGuard() { native_.process_in_call.store(0); }
+    CallGuard(const CallGuard&) = delete;
+    CallGuard& operator=(const CallGuard&) = delete;
     Executable* operator->() const { return &native_.executable; }
 
    private:
-    const Guest guest_;
+    const InFlightCall call_;
     Native& native_;
   };
-  Entered enter() { return Entered(*this); }
+  CallGuard enter() { return CallGuard(*this); }
 
   Capacity cap;
   int32_t num_groups;
   Executable executable;
-  std::atomic<int64_t> inside{0};  // the process of the thread that is in it
+  std::atomic<int64_t> process_in_call{0};  // the process of the thread that is in a call; 0: none
   nb::object inputs;
   Held held;
 };
@@ -128,7 +128,7 @@ Out<float> tap(Native& self, int32_t op) {
 }
 
 // (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL:
-// the caller is a Guest.
+// the caller counts as a call in flight.
 template <class F>
 nb::tuple sampled(const SampleArgs& args, size_t rows, int32_t width, const F& fill) {
   if (width < 0) throw std::invalid_argument("width is below 0");
@@ -168,7 +168,7 @@ nb::tuple sample_rows(const In<float>& logits, const nb::object& samples, int32_
     throw std::invalid_argument("samples: an id outside the vocabulary");
   SampleScratch scratch;
   scratch.loops = find_table(isa)->sampling;
-  const Guest guest;
+  const InFlightCall call;
   return sampled(args, rows, width, [&](const SampleOut& out) {
     for (size_t r = 0; r < rows; ++r)
       sample_row(logits.data() + static_cast<int64_t>(r) * vocab, vocab, static_cast<int64_t>(r), args, out, scratch);
@@ -268,7 +268,7 @@ nb::tuple choice_of_pairs(std::pair<double, double> pairs, std::pair<double, dou
 double measured_peak(const std::string& isa, int32_t kind, int threads) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   const Kernels* table = find_table(isa);
-  const Guest guest;
+  const InFlightCall call;
   const nb::gil_scoped_release release;
   return peak_rate(*table, kind, threads);
 }
@@ -277,7 +277,7 @@ double measured_read(const std::string& isa, int threads, int64_t nbytes) {
   if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
   if (nbytes < 256 || nbytes > int64_t{1} << 34) throw std::invalid_argument("nbytes: not between 256 and 2^34");
   const Kernels* table = find_table(isa);
-  const Guest guest;
+  const InFlightCall call;
   const nb::gil_scoped_release release;
   return read_rate(*table, threads, nbytes);
 }
@@ -346,7 +346,7 @@ NB_MODULE(_native, m) {
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
   bind_load(executable);
   bind_step(executable);
-  see_guests_out_at_exit();
+  wait_for_calls_at_exit();
 }
 
 }  // namespace truffula
