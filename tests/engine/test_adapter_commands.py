@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 from rig import HandLoader, Rig, request
 
-from truffula.engine.loop import LOAD_POLL_S, ROOM_PATIENCE_S, AdapterAnswer, EngineLoop
-from truffula.types import AdapterCommand, AdapterRef
+from truffula.engine.journal import Reply
+from truffula.engine.loop import LOAD_POLL_S, ROOM_PATIENCE_S, EngineLoop, outcome
+from truffula.errors import TruffulaError
+from truffula.types import AdapterCommand, AdapterRef, AdapterState
+
+
+@dataclass(frozen=True)
+class Answer:
+    ticket: int
+    states: list[AdapterState]
+    error: TruffulaError | None
 
 
 class Loop:
@@ -15,17 +26,23 @@ class Loop:
     def __init__(self, **options: object) -> None:
         self.rig = Rig(**options)  # type: ignore[arg-type]
         self.loop = EngineLoop(self.rig.engine, self.rig.clock)
+        self._open: list[tuple[int, Reply]] = []
 
-    def turns(self, count: int) -> list[AdapterAnswer]:
-        answers: list[AdapterAnswer] = []
+    def command(self, ticket: int, command: AdapterCommand) -> None:
+        self._open.append((ticket, self.loop.command(command)))
+
+    def turns(self, count: int) -> list[Answer]:
+        """The answers to the commands that have ended after so many turns."""
         for _ in range(count):
             self.rig.clock.now += 0.01
-            answers += self.loop.turn().answers
+            self.loop.turn()
         self.rig.engine.check()
-        return answers
+        done = [pending for pending in self._open if pending[1].done()]
+        self._open = [pending for pending in self._open if pending not in done]
+        return [Answer(ticket, *outcome(reply)) for ticket, reply in done]
 
-    def load(self, ref: AdapterRef) -> AdapterAnswer:
-        self.loop.command(1, AdapterCommand(action="load", ref=ref))
+    def load(self, ref: AdapterRef) -> Answer:
+        self.command(1, AdapterCommand(action="load", ref=ref))
         (answer,) = self.turns(5)
         return answer
 
@@ -57,9 +74,9 @@ def test_an_explicit_load_of_a_broken_one_reads_it_again() -> None:
 
 def test_a_load_whose_adapter_is_unloaded_meanwhile_says_so() -> None:
     loop = Loop(loader=HandLoader(automatic=False))
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.command(1, AdapterCommand(action="load", ref=ref()))
     assert loop.turns(2) == []
-    loop.loop.command(2, AdapterCommand(action="unload", ref=ref()))
+    loop.command(2, AdapterCommand(action="unload", ref=ref()))
     answers = {answer.ticket: answer for answer in loop.turns(2)}
     assert answers[2].error is None
     assert answers[1].error is not None and answers[1].error.code == "adapter_not_found"
@@ -80,7 +97,7 @@ def crowded() -> Loop:
 
 def test_a_load_waits_until_there_is_room() -> None:
     loop = crowded()
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.command(1, AdapterCommand(action="load", ref=ref()))
     assert loop.turns(5) == []
     loop.loop.abort(["r"])
     (answer,) = loop.turns(3)
@@ -90,13 +107,13 @@ def test_a_load_waits_until_there_is_room() -> None:
 def test_a_load_that_waits_for_room_is_kept_from_other_loads() -> None:
     """Several steps go by between two looks at a load command: what it read is not dropped for others meanwhile."""
     loop = crowded()
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.command(1, AdapterCommand(action="load", ref=ref()))
     loop.turns(3)
     other = AdapterRef(name="other", locator="other", fingerprint="1")
     loop.rig.add(request("s", [1, 2], adapter=other, max_tokens=1))
     for _ in range(30):
         loop.rig.clock.now += LOAD_POLL_S / 7
-        assert loop.loop.turn().answers == []
+        loop.loop.turn()
     assert loop.rig.loader.started == ["busy", "a"]
     loop.loop.abort(["r"])
     (answer,) = loop.turns(5)
@@ -119,7 +136,7 @@ def test_an_adapter_whose_request_left_holds_up_nobodys_load() -> None:
 
 def test_a_load_without_room_is_an_error_in_the_end() -> None:
     loop = crowded()
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.command(1, AdapterCommand(action="load", ref=ref()))
     assert loop.turns(5) == []
     loop.rig.clock.now += ROOM_PATIENCE_S
     (answer,) = loop.turns(1)
@@ -129,7 +146,7 @@ def test_a_load_without_room_is_an_error_in_the_end() -> None:
 def test_a_load_without_room_for_it_in_an_idle_engine_is_an_error_at_once() -> None:
     loop = Loop(loader=HandLoader(nbytes=16 << 10), budget_bytes=ROOM)
     pinned = AdapterCommand(action="load", ref=AdapterRef(name="pinned", locator="p", fingerprint="1"), pinned=True)
-    loop.loop.command(1, pinned)
+    loop.command(1, pinned)
     assert [answer.error for answer in loop.turns(3)] == [None]
     answer = loop.load(ref())
     assert answer.error is not None and answer.error.code == "insufficient_memory"
@@ -139,7 +156,7 @@ def test_loads_asked_for_under_one_ticket_are_all_answered() -> None:
     """As after an engine's death, when nobody waits for its pinned adapters: none may stay claimed for ever."""
     loop = Loop()
     for place in ("a", "b"):
-        loop.loop.command(0, AdapterCommand(action="load", ref=ref(place), pinned=True))
+        loop.command(0, AdapterCommand(action="load", ref=ref(place), pinned=True))
     answers = loop.turns(5)
     assert [answer.ticket for answer in answers] == [0, 0]
     assert all(answer.error is None for answer in answers)

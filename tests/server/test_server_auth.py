@@ -84,11 +84,19 @@ def test_nothing_is_read_for_a_stranger(guarded):
 
 
 def test_a_full_queue(guarded):
-    """More sequences than may wait: refused at once, with when to come back."""
-    body = {"prompt": "Hello", "n": 4, "max_tokens": 4, "temperature": 0}
-    response = guarded.client.post("/v1/completions", json=body, headers=with_key(KEY))
-    error = assert_canonical_error(response, 429)
-    assert error["code"] == "overloaded"
+    """One sequence runs and one waits; a third is refused immediately, with when to come back."""
+    body = {"prompt": "Hello", "n": 2, "max_tokens": 150, "ignore_eos": True, "stream": True}
+    with guarded.client.stream("POST", "/v1/completions", json=body, headers=with_key(KEY)) as response:
+        next(response.iter_bytes())
+        refused = guarded.client.post("/v1/completions", json={"prompt": "Hello"}, headers=with_key(KEY))
+        assert assert_canonical_error(refused, 429)["code"] == "overloaded"
+
+
+def test_more_choices_than_places_are_served_one_after_another(guarded):
+    body = {"prompt": "Hello", "n": 6, "max_tokens": 4, "temperature": 0}
+    choices = ok(guarded.client.post("/v1/completions", json=body, headers=with_key(KEY)))["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert len({choice["text"] for choice in choices}) == 1
 
 
 def test_adapters_by_an_administrator(guarded, adapter_folders):

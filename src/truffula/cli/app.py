@@ -155,7 +155,7 @@ def chat(
     from truffula.types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with chat_model(model, options, url, api_key, adapter or ["base"], interactive=True) as (answering, names):
+    with chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
         run_chat(answering, names[0] or "base", system, params)
 
 

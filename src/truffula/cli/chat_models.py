@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
@@ -13,9 +13,6 @@ from truffula.config import EngineConfig
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
 from truffula.option import expanded
 from truffula.types import SamplingParams, TextDelta
-
-if TYPE_CHECKING:
-    from truffula.engine.client import Transport
 
 BASE = "base"
 Message = Mapping[str, str]
@@ -68,17 +65,17 @@ def split_adapter(word: str) -> tuple[str, str | None]:
 class LocalModel:
     """``LLM``, with a progress bar while it loads."""
 
-    def __init__(self, config: EngineConfig, adapters: Mapping[str, str], transport: Transport = "inline") -> None:
+    def __init__(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
         from dataclasses import fields
 
         from truffula.llm import LLM
 
         options = {f.name: getattr(config, f.name) for f in fields(config)}
         with progress() as report:
-            self._llm = LLM(options.pop("model"), adapters=adapters, transport=transport, progress=report, **options)
+            self._llm = LLM(options.pop("model"), adapters=adapters, progress=report, **options)
         self.name = config.model
         self.has_chat_template = self._llm.has_chat_template
-        if text := self._llm.info.details["int8_note"]:
+        if text := self._llm.info.int8_note:
             note(text)
 
     def adapters(self) -> list[str]:
