@@ -1,7 +1,10 @@
 """API keys: exact, in every place but the probes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from live_server import MODEL, assert_canonical_error, ok, serving
+from live_server import MODEL, assert_canonical_error, ok, serving, until
 
 from truffula.config import ServerConfig
 from truffula.errors import ConfigError
@@ -85,11 +88,19 @@ def test_nothing_is_read_for_a_stranger(guarded):
 
 def test_a_full_queue(guarded):
     """One sequence runs and one waits; a third is refused immediately, with when to come back."""
-    body = {"prompt": "Hello", "n": 2, "max_tokens": 150, "ignore_eos": True, "stream": True}
-    with guarded.client.stream("POST", "/v1/completions", json=body, headers=with_key(KEY)) as response:
-        next(response.iter_bytes())
-        refused = guarded.client.post("/v1/completions", json={"prompt": "Hello"}, headers=with_key(KEY))
-        assert assert_canonical_error(refused, 429)["code"] == "overloaded"
+    body = {"prompt": "Hello", "max_tokens": 1}
+    ask = lambda: guarded.client.post("/v1/completions", json=body, headers=with_key(KEY))
+    held = threading.Event()
+    guarded.service._client._post(lambda: held.wait(60))  # the engine stands between two steps
+    with ThreadPoolExecutor(2) as pool:
+        accepted = [pool.submit(ask) for _ in range(2)]
+        try:
+            until(lambda: guarded.service.active == 2)
+            assert assert_canonical_error(ask(), 429)["code"] == "overloaded"
+        finally:
+            held.set()
+        for answer in accepted:
+            ok(answer.result(60))
 
 
 def test_more_choices_than_places_are_served_one_after_another(guarded):
