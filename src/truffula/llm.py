@@ -268,11 +268,12 @@ class LLM:
         requests = self._requests(given, params, adapters)
         with contextlib.closing(ProgressBar()) as bar:
             report = bar if progress is True else _when_done(progress) if callable(progress) else None
-            found = self._service.run(requests, progress=report, return_errors=errors == "return")
-        return [
-            answer if isinstance(answer, TruffulaError) else request_output(request, answer)
-            for request, answer in zip(requests, found, strict=True)
-        ]
+            found = self._service.completions(requests, progress=report, return_errors=errors == "return")
+            outputs = {
+                index: answer if isinstance(answer, TruffulaError) else request_output(requests[index], answer)
+                for index, answer in found
+            }
+        return [outputs[index] for index in range(len(requests))]
 
     def _requests(
         self,

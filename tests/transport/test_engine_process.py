@@ -49,6 +49,45 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
 
 
+LOST_DEVICE = """
+import pathlib
+import truffula.engine.engine as module
+from truffula.errors import TruffulaError
+
+class DeviceGone(TruffulaError):
+    code = "device_lost"
+
+step, flag = module.Engine.step, pathlib.Path({flag!r})
+
+def step_or_fail(self):
+    if self._steps >= 3 and flag.exists():
+        flag.unlink()
+        raise DeviceGone("The device does not respond.")
+    return step(self)
+
+module.Engine.step = step_or_fail
+"""
+
+
+def test_a_lost_device_ends_the_process_its_streams_and_no_more(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first engine process loses its device in its third step, as a driver would report it."""
+    flag = tmp_path / "lose it"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(LOST_DEVICE.format(flag=str(flag)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    client = start("process")
+    first = client.pid
+    client.submit([ask(name, [5, 6], max_tokens=4000, ignore_eos=True) for name in "ab"])
+    ends = follow(client, ["a", "b"])
+    assert {(answer.finish, answer.code) for answer in ends.values()} == {("error", "engine_died")}
+    assert "The device does not respond." in ends["a"].message
+    eventually(lambda: client.pid not in (None, first), "the next engine")
+    assert run(client, [ask("after", [3, 4, 5])])["after"].finish == "length"
+    assert "The device does not respond." in client.restarts().last_reason
+
+
 def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refused(start: Start):
     client = start("process", max_restarts=0)
     client.submit([ask("open", [5, 6], max_tokens=4000, ignore_eos=True)])

@@ -87,7 +87,13 @@ class LocalModel:
     def stream(
         self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
     ) -> Iterator[tuple[int, TextDelta]]:
-        for position, delta in self._llm.stream_each([prompt] * len(adapters), params, adapters=list(adapters)):
+        return self.stream_each([prompt] * len(adapters), adapters, params)
+
+    def stream_each(
+        self, prompts: Sequence[Prompt], adapters: Sequence[str | None], params: SamplingParams
+    ) -> Iterator[tuple[int, TextDelta]]:
+        """One answer per prompt, by the adapter at the same position, in one batch; as ``stream`` otherwise."""
+        for position, delta in self._llm.stream_each(prompts, params, adapters=list(adapters)):
             if delta.error is not None:
                 raise from_info(delta.error)
             yield position, delta

@@ -158,6 +158,8 @@ def engine_error(error: BaseException) -> TruffulaError:
     """What ended an engine, as the error of its open requests. An unexpected one prints its traceback to stderr."""
     if isinstance(error, CheckpointChanged):
         return error
+    if isinstance(error, TruffulaError):  # one that the engine raises on purpose: its device is lost
+        return EngineDied(f"The engine failed: {error.message}", cause=error.code)
     traceback.print_exception(error, file=sys.stderr)
     return EngineDied(f"The engine failed: {type(error).__name__}: {error}.", cause=type(error).__name__)
 

@@ -36,13 +36,13 @@ class Submissions:
         self._running = 0
 
     @property
-    def full(self) -> bool:
-        """Whether the engine holds as many sequences as it may."""
-        return self._running >= self._places
+    def free(self) -> int:
+        """How many further sequences the engine may hold."""
+        return self._places - self._running
 
     def require_place(self) -> None:
         """Raises ``Overloaded`` when the engine holds as many sequences as it may."""
-        if self.full:
+        if self.free <= 0:
             raise Overloaded(
                 f"{self._running} sequences are running or waiting; the limit is {self._places} (--max-running and "
                 "--max-waiting). Try again later.",
@@ -96,7 +96,7 @@ class Submissions:
 
     def _submit(self, call: _Call) -> None:
         requests = []
-        while call.waiting and len(call.running) < self.share and not self.full:
+        while call.waiting and len(call.running) < self.share and self.free > 0:
             one = call.waiting.popleft()
             if one.request_id in self._calls:  # else it was aborted while it waited
                 requests.append(one)

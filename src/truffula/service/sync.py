@@ -18,6 +18,7 @@ from truffula.types import (
     AdapterCommand,
     AdapterState,
     Completion,
+    EngineRequest,
     GenerateRequest,
     TextDelta,
     TokenEvent,
@@ -26,6 +27,7 @@ from truffula.types import (
 logger = logging.getLogger(__name__)
 
 Found = tuple[int, list[TextDelta] | TruffulaError]
+Answer = Completion | TruffulaError
 
 
 class _Call:
@@ -61,26 +63,31 @@ class SyncService(ServiceBase):
         self._reader: _Call | None = None  # the call whose thread reads the engine's events
         self._closed = False
 
-    def run(
+    def run(self, requests: Sequence[GenerateRequest], *, return_errors: bool = False) -> list[Answer]:
+        """The answers to all requests, in their order. Args: as of ``completions``."""
+        answers = dict(self.completions(requests, return_errors=return_errors))
+        return [answers[index] for index in range(len(requests))]
+
+    def completions(
         self,
         requests: Sequence[GenerateRequest],
         *,
         progress: Callable[[int, int, int], None] | None = None,
         return_errors: bool = False,
-    ) -> list[Completion | TruffulaError]:
-        """The answers to all requests, in their order.
+    ) -> Iterator[tuple[int, Answer]]:
+        """``(index of the request, its answer)``, each as soon as it is complete.
 
         Args:
             progress: Called with (requests ended, requests, tokens generated) whenever deltas arrive.
-            return_errors: Put a request's error in its place. Otherwise the first error ends all and is raised.
+            return_errors: Give a request's error as its answer. Otherwise the first error ends all and is raised.
         """
-        answers: dict[int, Completion | TruffulaError] = {}
         parts: dict[int, list[TextDelta]] = {}
         left = [request.params.n for request in requests]
-        tokens = 0
+        ended = tokens = 0
         for index, found in self.stream(requests, return_errors=return_errors):
+            answer: Answer | None = None
             if isinstance(found, TruffulaError):
-                answers[index] = found
+                answer = found
             else:
                 parts.setdefault(index, []).extend(found)
                 tokens += sum(len(delta.tokens) for delta in found)
@@ -88,10 +95,12 @@ class SyncService(ServiceBase):
                 if not left[index]:
                     deltas = parts.pop(index)
                     errors = [error for error in map(failure, deltas) if error is not None]
-                    answers[index] = errors[0] if errors else collect(deltas)
+                    answer = errors[0] if errors else collect(deltas)
+            ended += answer is not None
             if progress is not None:
-                progress(len(answers), len(requests), tokens)
-        return [answers[index] for index in range(len(requests))]
+                progress(ended, len(requests), tokens)
+            if answer is not None:
+                yield index, answer
 
     def stream(self, requests: Sequence[GenerateRequest], *, return_errors: bool = False) -> Iterator[Found]:
         """``(index of the request, deltas)`` as they come. Closing the iterator aborts what still runs.
@@ -139,23 +148,31 @@ class SyncService(ServiceBase):
         call.next = len(call.opened)
 
     def _fill(self, call: _Call) -> Iterator[Found]:
-        """Submit further requests of ``call`` while the engine has places for it; yields those that are refused."""
-        while call.unsubmitted and len(call.states) < self._submissions.share:
-            if not call.opened:
-                index, call.next = call.next, call.next + 1
-                try:
-                    call.opened.append((index, self._core.open(call.requests[index])))
-                except TruffulaError as error:
-                    yield index, error
-                    continue
-                self._log_ignored(call, call.opened[0][1])
-            with uninterrupted(), self._changed:
-                if self._submissions.full:
-                    return
+        """Submit further requests of ``call`` while the engine has places for them; yields those that are refused."""
+        with self._changed:
+            room = self._room(call)
+        while call.next < len(call.requests) and sum(len(s.engine_requests) for _, s in call.opened) < room:
+            index, call.next = call.next, call.next + 1
+            try:
+                state = self._core.open(call.requests[index])
+            except TruffulaError as error:
+                yield index, error
+                continue
+            self._log_ignored(call, state)
+            call.opened.append((index, state))
+        with uninterrupted(), self._changed:
+            submitted: list[EngineRequest] = []
+            while call.opened and len(submitted) < self._room(call):
                 index, state = call.opened.popleft()
+                submitted += state.engine_requests
                 call.states.update((one.request_id, (index, state)) for one in state.engine_requests)
                 self._calls.update((one.request_id, call) for one in state.engine_requests)
-                self._submissions.add(state.engine_requests)
+            if submitted:
+                self._submissions.add(submitted)
+
+    def _room(self, call: _Call) -> int:
+        """How many further sequences of ``call`` the engine has places for."""
+        return min(self._submissions.share - len(call.states), self._submissions.free)
 
     def _log_ignored(self, call: _Call, state: RequestState) -> None:
         new = set(state.ignored) - call.ignored
@@ -182,7 +199,7 @@ class SyncService(ServiceBase):
                     self._changed.notify_all()
 
     def _ready(self, call: _Call) -> bool:
-        fillable = call.unsubmitted and len(call.states) < self._submissions.share and not self._submissions.full
+        fillable = call.unsubmitted and self._room(call) > 0
         return bool(call.inbox) or fillable or (not call.states and not call.unsubmitted)
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
