@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
 from rig import Clock, HandLoader, Rig, alone, capacity_of, limits, request
 
 from truffula.engine.runner import ModelRunner
 from truffula.errors import ConfigError, KernelError
 from truffula.kernels.backend import AdapterImage
-from truffula.kernels.inputs import SampledRows
-from truffula.testing.executable import HashModel
+from truffula.testing.executable import Faults, HashModel
 from truffula.types import AdapterCommand, AdapterRef
 
 PROMPT = list(range(1, 12))
 
 
 class Faulty(HashModel):
-    """The hash model with faults at will: ``raise_on`` counts runs from 1; rows of token ``poison`` are not finite."""
+    """The hash model with faults at will."""
 
-    def __init__(self, lim, *, raise_on: int = 0, error: Exception | None = None, poison: int | None = None) -> None:
+    def __init__(self, lim, **faults) -> None:
         super().__init__(capacity_of(lim), lim.vocab_size)
-        self.runs = 0
-        self.raise_on = raise_on
-        self.error = error or KernelError("scripted")
-        self.poison = poison
+        self.faults = Faults(**faults)
         self.refuses_adapters = False
-
-    def run(self) -> None:
-        self.runs += 1
-        super().run()
-        if self.runs == self.raise_on:
-            # Half of the work is done when it breaks: blocks of this step hold what nobody must read.
-            self._kv[:, self.inputs.slot_mapping[0, : self.inputs.T]] = np.uint64(0xDEAD)
-            raise self.error
-
-    def sample(self) -> SampledRows:
-        rows = super().sample()
-        if self.poison is None:
-            return rows
-        seen = self.inputs.token_ids[self.inputs.logit_rows[: self.inputs.R]] == self.poison
-        return replace(rows, finite=rows.finite & ~seen)
 
     def adapter(self, image: AdapterImage) -> int:
         if self.refuses_adapters:
@@ -54,13 +32,13 @@ class Faulty(HashModel):
 @pytest.mark.parametrize("when", [1, 2, 5])
 def test_a_step_that_raises_ends_its_requests_and_nobody_else(when, error):
     lim = limits()
-    model = Faulty(lim, raise_on=when, error=error)
+    model = Faulty(lim, raise_on_step=when, error=error)
     rig = Rig(lim, executable=model)
     rig.engine.command(AdapterCommand(action="load", ref=AdapterRef(name="red", locator="red")))
     rig.step()
     for i in range(3):
         rig.add(request(f"in{i}", [i + 20, *PROMPT], max_tokens=8, ignore_eos=True, adapter="red" if i else None))
-    while model.runs < when:
+    while model.steps < when:
         rig.step()
     for i in range(3):
         assert (rig.answers[f"in{i}"].code, rig.answers[f"in{i}"].finish_reason) == ("generation_failed", "error")
@@ -74,7 +52,7 @@ def test_a_step_that_raises_ends_its_requests_and_nobody_else(when, error):
 
 def test_those_outside_a_failed_step_go_on():
     lim = limits(max_running=2)
-    model = Faulty(lim, raise_on=2)
+    model = Faulty(lim, raise_on_step=2)
     rig = Rig(lim, executable=model)
     crowd = [request(f"r{i}", [i + 20, *PROMPT], max_tokens=6, ignore_eos=True) for i in range(5)]
     rig.run(crowd)
@@ -85,7 +63,7 @@ def test_those_outside_a_failed_step_go_on():
 
 def test_a_row_that_is_not_finite_ends_that_request_alone():
     lim = limits()
-    rig = Rig(lim, executable=Faulty(lim, poison=50))
+    rig = Rig(lim, executable=Faulty(lim, nan_on_token=50))
     good = [request(f"good{i}", [i, i, i], max_tokens=9, ignore_eos=True, logit_bias={50: -100.0}) for i in range(3)]
     rig.run([*good, request("bad", [1, 2, 3, 4, 5, 50], max_tokens=9)])
     assert rig.answers["bad"].code == "generation_failed"
@@ -96,7 +74,7 @@ def test_a_row_that_is_not_finite_ends_that_request_alone():
 
 def test_blocks_of_a_poisoned_request_are_not_found_again():
     lim = limits(step_tokens=8)
-    rig = Rig(lim, executable=Faulty(lim, poison=50))
+    rig = Rig(lim, executable=Faulty(lim, nan_on_token=50))
     rig.run([request("bad", [*range(1, 20), 50], max_tokens=9)])
     again = rig.run([request("again", [*range(1, 20), 51], max_tokens=2)])["again"]
     assert again.final.cached_tokens == 0
@@ -104,7 +82,7 @@ def test_blocks_of_a_poisoned_request_are_not_found_again():
 
 def test_a_prompt_score_that_is_not_finite_ends_that_request():
     lim = limits()
-    rig = Rig(lim, executable=Faulty(lim, poison=50))
+    rig = Rig(lim, executable=Faulty(lim, nan_on_token=50))
     answer = rig.run([request("r", [1, 50, 3, 4], max_tokens=2, prompt_logprobs=1)])["r"]
     assert answer.code == "generation_failed"
     assert answer.prompt_logprobs is None

@@ -38,6 +38,7 @@ class Roster:
         self.waiting = WaitingQueues()
         self.running: dict[int, Sequence] = {}
         self.events: list[TokenEvent] = []
+        self._free_slots = list(range(limits.max_running - 1, -1, -1))
         self.preemptions = 0
         self.prompt_tokens = 0
         self.prefix_hit_tokens = 0
@@ -115,6 +116,8 @@ class Roster:
         self.running[sequence.serial] = sequence
         sequence.set_blocks([entry.block for entry in hits] + blocks)
         sequence.lease = lease
+        sequence.seq_slot = self._free_slots.pop()
+        sequence.restart = True
         sequence.num_registered = len(hits)
         if self._limits.prefix_cache:
             sequence.parent = hits[-1].serial if hits else sequence.open_chain().root
@@ -223,6 +226,9 @@ class Roster:
         sequence.set_blocks([])
         sequence.num_computed = sequence.num_registered = 0
         sequence.parent = None
+        if sequence.seq_slot is not None:
+            self._free_slots.append(sequence.seq_slot)
+            sequence.seq_slot = None
         if sequence.lease is not None:
             self._adapters.release(sequence.lease)
             sequence.lease = None
@@ -245,6 +251,8 @@ class Roster:
                 "computed tokens without blocks"
             )
             assert len(set(sequence.blocks)) == len(sequence.blocks)
+        slots = [sequence.seq_slot for sequence in self.running.values()]
+        assert len(set(slots)) == len(slots) and None not in slots, "running sequences share a slot"
         self.waiting.check()
         self._blocks.check([sequence.blocks for sequence in self.running.values()])
         leases = sum(sequence.lease is not None for sequence in self.running.values())

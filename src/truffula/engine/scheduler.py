@@ -53,6 +53,7 @@ class Scheduler:
         self.roster = Roster(limits, blocks, adapters)
         self._look_ahead = LookAhead(self.roster, adapters, limits.look_ahead, self._max_running)
         self._admission = Admission(self.roster, limits, blocks, adapters, capacity.segments)
+        self._steps = 0
         self.generated_tokens = 0
 
     # What the engine asks
@@ -81,7 +82,8 @@ class Scheduler:
         self._share_rest(grants, now)
         granted = [(roster.running[serial], count) for serial, count in grants.count_of.items()]
         granted.sort(key=lambda item: _row_order(item[0]))
-        return StepPlan(tuple(sequence.chunk(count) for sequence, count in granted))
+        self._steps += 1
+        return StepPlan(self._steps, [sequence.chunk(count) for sequence, count in granted])
 
     def update(self, plan: StepPlan, results: Iterable[ChunkResult], now: float) -> None:
         """Book what a step computed: progress, scores, tokens, ends."""
@@ -94,7 +96,7 @@ class Scheduler:
                 continue
             sequence.num_computed += chunk.count
             sequence.scores.extend(result.scores)
-            if result.token is None:
+            if not result.tokens:
                 self.roster.index_blocks(sequence, now)
                 if sequence.behind == 0 and not sequence.samples:
                     self.roster.finish(sequence, "length", now)
@@ -102,7 +104,7 @@ class Scheduler:
             self.generated_tokens += 1
             if sequence.first_token_at is None:
                 sequence.first_token_at = now
-            ends = sequence.append(result.token)
+            ends = sequence.append(result.tokens[0])
             self.roster.index_blocks(sequence, now)
             event = sequence.token_event(result, ends, now)
             if ends is None:

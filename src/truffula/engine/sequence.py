@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from truffula.engine.plan import Chunk, ChunkResult, TopList
+from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
 from truffula.engine.prefix import PrefixChain, namespace
-from truffula.engine.sampling import NO_IDS, SequenceSampling
+from truffula.engine.sampling import sampling_of
 from truffula.errors import ErrorInfo
-from truffula.kernels.inputs import Int32
+from truffula.kernels.inputs import NO_IDS, Int32
 from truffula.lora.leases import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
@@ -45,7 +45,9 @@ class Sequence:
 
         self.num_computed = 0
         self.blocks: list[int] = []
-        self._table = np.zeros(4, np.int32)
+        self.block_tables: tuple[Int32, ...] = ()
+        self.seq_slot: int | None = None
+        self.restart = True
         self.num_registered = 0
         self.parent: int | bytes | None = None  # where the next block to index hangs; None: no more are indexed
         self.chain: PrefixChain | None = None
@@ -53,7 +55,7 @@ class Sequence:
         self.lease: AdapterLease | None = None
 
         self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
-        self.sampling = SequenceSampling(request, self._stop_ids, vocab)
+        self.sampling = sampling_of(request, self._stop_ids, vocab)
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
         # A resumed request showed its prompt's scores before its first token, so they are not made again.
@@ -114,7 +116,6 @@ class Sequence:
         stops = self._is_stop(token, self.num_completion)
         self._ids[self.num_tokens] = token
         self.num_tokens += 1
-        self.sampling.add(token)
         if stops:
             return "stop", token
         return ("length", None) if self.num_tokens >= self.max_total else None
@@ -150,16 +151,13 @@ class Sequence:
         self.add_blocks(blocks)
 
     def add_blocks(self, blocks: list[int]) -> None:
-        old, new = len(self.blocks), len(self.blocks) + len(blocks)
         self.blocks += blocks
-        if new > len(self._table):
-            self._table = np.concatenate([self._table, np.zeros(max(new, len(self._table)), np.int32)])
-        self._table[old:new] = blocks
+        self.block_tables = (np.array(self.blocks, np.int32),)
 
     def swap_block(self, index: int, block: int) -> None:
         """Use ``block``, which holds the same content, from now on."""
         self.blocks[index] = block
-        self._table[index] = block
+        self.block_tables = (np.array(self.blocks, np.int32),)
 
     def open_chain(self) -> PrefixChain:
         """The keys of its full blocks, up to date. The generation must be known."""
@@ -178,36 +176,37 @@ class Sequence:
 
     def chunk(self, count: int) -> Chunk:
         """The next ``count`` tokens as data for the runner."""
+        assert self.seq_slot is not None
         start, stop = self.num_computed, self.num_computed + count
-        targets, first = NO_IDS, start
+        targets, restart = NO_IDS, None
         if self.scoring and self.first_unscored < self.num_prompt - 1:
-            first = max(start, self.first_unscored)
-            targets = self._ids[first + 1 : min(stop, self.num_prompt - 1) + 1]
+            targets = self._ids[max(start, self.first_unscored) + 1 : min(stop, self.num_prompt - 1) + 1]
+        if self.restart:
+            self.restart = False
+            completion_ids = self._ids[self.num_prompt : self.num_tokens]
+            restart = SequenceState(self._ids[: self.num_prompt], completion_ids, self.sampling)
         return Chunk(
             serial=self.serial,
+            seq_slot=self.seq_slot,
+            restart=restart,
             start=start,
             token_ids=self._ids[start:stop],
-            block_table=self._table[: len(self.blocks)],
-            slot=None if self.lease is None else self.lease.slot,
-            score_start=first,
+            block_tables=self.block_tables,
+            adapter_slot=None if self.lease is None else self.lease.slot,
             targets=targets,
-            samples=self.samples and stop == self.num_tokens,
-            draw=self.num_completion,
-            completion_ids=self._ids[self.num_prompt : self.num_tokens],
-            sampling=self.sampling,
+            draws=(self.num_completion,) if self.samples and stop == self.num_tokens else (),
         )
 
     # Events
 
     def token_event(self, result: ChunkResult, ends: tuple[FinishReason, int | None] | None, now: float) -> TokenEvent:
         """What ``result`` gives the client. Called once the token is appended."""
-        assert result.token is not None
         finish, stop = ends or (None, None)
         return TokenEvent(
             request_id=self.request.request_id,
-            token_ids=[result.token],
-            logprobs=[result.logprob] if self._wants_logprobs else [],
-            top_logprobs=[result.top or []] if self._wants_logprobs else [],
+            token_ids=result.tokens,
+            logprobs=result.logprobs if self._wants_logprobs else [],
+            top_logprobs=result.tops if self._wants_logprobs else [],
             prompt_logprobs=self._take_scores(),
             finish_reason=finish,
             stop_reason=stop,

@@ -9,38 +9,25 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "sampler_loops.h"
+#include "sampling_state.h"
 
 namespace truffula {
 
-// What is asked of the rows: the arrays of inputs.py's SampleInputs, by the same names. Per row, but for the CSR ones
-// (`seen_*`, `bias_*`), where row r owns [start[r], start[r + 1]). Ids must be valid: see `sample_ids_valid`.
+// What is asked of the rows: the arrays of inputs.py's SampleInputs, by the same names.
 struct SampleArgs {
-  const float* temperature;        // 0: the most likely id
-  const std::int32_t* top_k;       // 0: all
-  const float* top_p;              // 1: all
-  const float* min_p;              // 0: all
-  const float* typical_p;          // 1: all
-  const float* repetition;         // 1: none
-  const float* frequency;          // 0: none
-  const float* presence;           // 0: none
-  const std::int32_t* n_logprobs;  // -1: none, not even that of the id
-  const std::uint64_t* seed;
-  const std::uint32_t* choice;
-  const std::uint32_t* draw;
-  const std::int32_t* target;      // -1: sample; else this id is scored
-  const std::uint8_t* warped;      // logprobs of the distribution sampled from, instead of the model's
-  const std::int32_t* seen_start;
-  const std::int32_t* seen_ids;
-  const std::int32_t* seen_counts;
-  const std::int32_t* bias_start;
-  const std::int32_t* bias_ids;
-  const float* bias_values;
+  const std::int32_t* row_slot;
+  const std::int32_t* target;    // -1: draw; else this id is scored by the model's own distribution
+  const std::uint32_t* draw;     // completion tokens before this one
+  const std::int32_t* mask_row;  // -1: every id is allowed
+  const std::uint32_t* mask;     // [masks, words of 32 ids]
+  std::int64_t masks;
 };
 
-// What comes back: SampledRows of inputs.py. `width` is the largest `n_logprobs` of the step (0 where none is above).
+// What comes back: StepOutput of inputs.py. `width` is the largest `n_logprobs` of the step (0 where none is above).
 struct SampleOut {
   std::int32_t* ids;      // [R]
   float* logprob;         // [R]
@@ -72,16 +59,39 @@ struct SampleScratch {
   void reserve(std::int64_t vocab);
 };
 
-// Whether the CSR starts ascend from 0 and every id and target of `rows` rows is below `vocab`: ask once a step, since
-// `sample_row` trusts them.
-bool sample_ids_valid(std::int64_t rows, std::int64_t vocab, const SampleArgs& args) noexcept;
+// The sequences by slot, and the draws of their tokens.
+class Sampler {
+ public:
+  Sampler(std::int64_t vocab, std::int32_t slots);
+  Sampler(const Sampler&) = delete;
+  Sampler& operator=(const Sampler&) = delete;
 
-// Choose (or score) the id of `row`, whose `vocab` (> 0) logits these are, and write its part of `out`.
-//
-// Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0; so do those that penalties
-// or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN. Distinct rows with distinct scratch
-// may run at once.
-void sample_row(const float* logits, std::int64_t vocab, std::int64_t row, const SampleArgs& args,
-                const SampleOut& out, SampleScratch& scratch);
+  void set_sequence(std::int32_t slot, std::unique_ptr<SequenceState> state);
+
+  // Before the rows of a step: throws std::invalid_argument unless all of `args` names what is there; then brings the
+  // sequences to where these draws begin.
+  void begin(std::int64_t rows, const SampleArgs& args);
+  // The most logprobs that a row wants besides that of its id.
+  std::int32_t width(std::int64_t rows, const SampleArgs& args) const;
+
+  // Choose (or score) the id of `row`, whose logits [vocab] these are, write its part of `out` and count what was drawn.
+  // Rows with scratch of their own may run at once.
+  //
+  // Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0, not counted; so do those
+  // that penalties or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN.
+  void sample_row(const float* logits, std::int64_t row, const SampleArgs& args, const SampleOut& out,
+                  SampleScratch& scratch);
+
+  std::int64_t vocab() const { return vocab_; }
+
+ private:
+  SequenceState& sequence_of(std::int32_t slot) const { return *sequences_[static_cast<std::size_t>(slot)]; }
+  void check_row(std::int64_t row, const SampleArgs& args);
+
+  std::int64_t vocab_;
+  std::vector<std::unique_ptr<SequenceState>> sequences_;
+  std::vector<std::int64_t> drawn_in_;  // per slot, the last step that drew for it
+  std::int64_t step_ = 0;
+};
 
 }  // namespace truffula
