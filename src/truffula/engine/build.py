@@ -93,7 +93,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         prefix_cache=config.prefix_cache,
         vocab_size=plan.program.vocab_size,
         eos_token_ids=plan.eos_token_ids,
-        look_ahead=config.look_ahead,
+        prefetch_adapters=config.prefetch_adapters,
         kv_block_bytes=memory_plan.kv_block_bytes,
     )
     probe = backend.probe()
