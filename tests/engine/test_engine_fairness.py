@@ -34,7 +34,8 @@ def watch(rig: Rig) -> dict[int, list[int]]:
     st.integers(4, 40), st.integers(1, 8),
 )  # fmt: skip
 def test_an_admitted_request_among_a_adapters_gets_tokens_within_a_plus_1_steps(crowd, step_tokens, max_running):
-    rig = Rig(limits(step_tokens=step_tokens, max_running=max_running, num_blocks=400))
+    # No place is taken from a running request (``patience``): only the shares of the budget are looked at.
+    rig = Rig(limits(step_tokens=step_tokens, max_running=max_running, num_blocks=400, patience=10**6))
     served = watch(rig)
     for i, (adapter, prompt, new) in enumerate(crowd):
         rig.add(request(f"r{i}", [i] * prompt, adapter=adapter, max_tokens=new, ignore_eos=True))
