@@ -167,7 +167,7 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float = 0.0
 
 
-class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a
     ``finish_reason``.
 

@@ -108,7 +108,10 @@ class Engine:
     def _retry(self, plan: StepPlan, error: Exception) -> None:
         if isinstance(error, DeviceLost):
             raise error
-        logger.warning("a step of %d sequences failed; it runs again in parts", len(plan.chunks), exc_info=error)
+        if len(plan.chunks) == 1:
+            logger.error("step %d failed with one sequence, which ends", plan.step, exc_info=error)
+        else:
+            logger.warning("step %d failed with %d sequences; running it in halves", plan.step, len(plan.chunks))
         reason = GenerationError(f"The step that computed it failed: {type(error).__name__}: {error}")
         self._scheduler.retry(plan, reason, self._clock())
 

@@ -78,15 +78,16 @@ class WaitingQueues:
         if not self._queues[sequence.key]:
             del self._queues[sequence.key]
 
-    def loading(self, sequence: Sequence, now: float) -> None:
-        """The adapter of ``sequence`` is loading, since ``now`` if that is news."""
+    def mark_loading(self, sequence: Sequence, now: float) -> None:
+        """The adapter of ``sequence`` is loading, since ``now`` unless it was before."""
         if sequence.loading_since is None:
             sequence.loading_since = now
             self.num_loading += 1
 
-    def bound(self, sequence: Sequence, now: float) -> None:
-        """``sequence``, which waits, has just been given its generation."""
+    def bind(self, sequence: Sequence, generation: str, now: float) -> None:
+        """Give ``sequence`` the generation of its adapter, which is loaded."""
         self._count_bound(sequence)
+        sequence.generation = generation
         if sequence.loading_since is not None:
             sequence.load_s += now - sequence.loading_since
             sequence.loading_since = None

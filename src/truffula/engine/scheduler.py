@@ -1,7 +1,7 @@
 """Scheduler: plans steps and records their results. There are no phases: a sequence gets
 ``min(budget, tokens it has - tokens computed)``, whether they are a prompt, a drawn token, or computed again.
 
-    waiting ──_admit──► running ──_finish──► gone (one final event)
+    waiting ───admit──► running ──_finish──► gone (one final event)
        ▲                   │
        └─────_preempt──────┘      blocks, slot and lease are released; tokens, scores and generation stay
 
@@ -61,6 +61,10 @@ _age = attrgetter("serial")
 _row_order = attrgetter("row_order")
 
 
+class _ResultsNeeded(Exception):
+    """No step can be planned before the unfinished ones have finished: they may use what is to be released."""
+
+
 class StepBudget:
     """What is left of a step, and the number of tokens that each sequence was granted."""
 
@@ -71,22 +75,23 @@ class StepBudget:
         self.preempted = False
         self.refusals = 0
 
-    def reserved_rows(self, sequence: Sequence, count: int) -> int:
-        """Rows of logits for a grant of ``count`` tokens: at least one, so that its last token can draw."""
-        return max(1, sequence.rows(count)) if count else 0
-
     def grant(self, sequence: Sequence, count: int) -> int:
         """Raise a grant to ``count`` tokens; returns how many tokens that added."""
         have = self.counts.get(sequence, 0)
         self.tokens -= count - have
-        self.rows -= self.reserved_rows(sequence, count) - self.reserved_rows(sequence, have)
+        self.rows -= _rows(sequence, count) - _rows(sequence, have)
         self.counts[sequence] = count
         return count - have
 
     def revoke(self, sequence: Sequence) -> None:
         have = self.counts.pop(sequence, 0)
         self.tokens += have
-        self.rows += self.reserved_rows(sequence, have)
+        self.rows += _rows(sequence, have)
+
+
+def _rows(sequence: Sequence, count: int) -> int:
+    """Rows of logits to reserve for a grant: each sequence may need one for a draw."""
+    return max(1, sequence.rows(count)) if count else 0
 
 
 class Scheduler:
@@ -135,8 +140,7 @@ class Scheduler:
             )  # fmt: skip
             return
         self._last_serial += 1
-        sequence = Sequence(self._last_serial, request, max_total, self._limits)
-        sequence.arrival = sequence.arrival or now
+        sequence = Sequence(self._last_serial, request, max_total, self._limits, now)
         ended = sequence.ended_before_start()
         if ended is not None:
             self._events.append(sequence.final_event(ended[0], now, stop=ended[1]))
@@ -183,14 +187,17 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step; empty when nothing can run, or when that depends on the results of unfinished steps."""
         self._expire(now)
+        self._prefetch_adapters(now)
         if self._retries:
             return self._start(self._next_retry())
-        self._prefetch_adapters(now)
         budget = StepBudget(self._max_tokens, self._max_rows)
-        if self._prevent_starvation(now) and self._grant_running(budget, now):
+        try:
+            self._prevent_starvation(now)
+            self._grant_running(budget, now)
             self._grant_prompts(budget, now)
-            return self._start(budget.counts)
-        return self._start({})
+        except _ResultsNeeded:
+            return self._start({})
+        return self._start(budget.counts)
 
     def _start(self, counts: dict[Sequence, int]) -> StepPlan:
         step = self._last_step + 1
@@ -320,13 +327,12 @@ class Scheduler:
             if want.status == "loading":
                 loading += 1
                 for sequence in unbound:
-                    waiting.loading(sequence, now)
+                    waiting.mark_loading(sequence, now)
             elif want.generation is not None:
                 for sequence in unbound:
                     # From now on the name means these bytes for this request, whatever it leads to later.
-                    sequence.generation = want.generation
                     self._adapters.hold(want.generation)
-                    waiting.bound(sequence, now)
+                    waiting.bind(sequence, want.generation, now)
             else:
                 info = want.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
                 for sequence in waiting.first(key, len(waiting)):
@@ -335,57 +341,57 @@ class Scheduler:
 
     # 3. Starvation
 
-    def _prevent_starvation(self, now: float) -> bool:
-        """Give a place to an adapter that runs nothing and was refused ``patience`` times; whatever was refused four
-        times as often is admitted before all others. Returns False when unfinished steps have to finish first.
+    def _prevent_starvation(self, now: float) -> None:
+        """Give a place to an adapter that runs nothing and was refused ``patience`` times; what was refused four times
+        as often is admitted before all others.
         """
         self._reserved_for = None
         patience = self._limits.patience
         late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience]
         if not late:
-            return True
+            return
         running = self._running.count_by_key()
         starved = min((head for head in late if not running[head.key]), key=_age, default=None)
         victim = None if starved is None else self._running.newest_of_largest(at_least=2)
+        oldest = min(late, key=_age)
         if victim is not None:
             if self._running.num_unfinished:
-                return False
+                raise _ResultsNeeded
             self._preempt(victim, now)
             self._reserved_for = starved
-            return True
-        oldest = min(late, key=_age)
-        if oldest.refused_steps >= 4 * patience:
+        elif oldest.refused_steps >= 4 * patience:
             self._reserved_for = oldest
-        return True
 
     # 4. One token for each running sequence
 
-    def _grant_running(self, budget: StepBudget, now: float) -> bool:
-        """Returns False when a block is missing and unfinished steps have to finish before a preemption."""
+    def _grant_running(self, budget: StepBudget, now: float) -> None:
         for sequence in self._running:
             if sequence.seq_slot is None or sequence.num_computed >= sequence.num_wanted:
                 continue
-            while sequence.num_computed >= sequence.tables.capacity:
-                blocks = self._blocks.allocate(1)
-                if blocks is not None:
-                    sequence.tables.append(blocks)
-                    continue
-                if self._running.num_unfinished:
-                    return False
-                victim = self._running.newest_of_largest()
-                if victim is None:
-                    self._fail(sequence, self._too_large(sequence), now)
-                    break
-                budget.revoke(victim)
-                budget.preempted = True
-                self._preempt(victim, now)
-                if victim is sequence:
-                    break
-            else:
-                budget.counts[sequence] = 1
-                budget.tokens -= 1
-                budget.rows -= 1
-        return True
+            if sequence.num_computed >= sequence.tables.capacity and not self._add_block(sequence, budget, now):
+                continue
+            budget.counts[sequence] = 1  # as ``grant`` does: one token needs one row at most
+            budget.tokens -= 1
+            budget.rows -= 1
+
+    def _add_block(self, sequence: Sequence, budget: StepBudget, now: float) -> bool:
+        """Get a block for its next token, by preemption if none is left; False when it is preempted itself or ends."""
+        while True:
+            blocks = self._blocks.allocate(1)
+            if blocks is not None:
+                sequence.tables.append(blocks)
+                return True
+            if self._running.num_unfinished:
+                raise _ResultsNeeded
+            victim = self._running.newest_of_largest()
+            if victim is None:
+                self._fail(sequence, self._too_large(sequence), now)
+                return False
+            budget.revoke(victim)
+            budget.preempted = True
+            self._preempt(victim, now)
+            if victim is sequence:
+                return False
 
     def _too_large(self, sequence: Sequence) -> InsufficientMemory:
         return InsufficientMemory(
@@ -445,7 +451,7 @@ class Scheduler:
         """Raise its grant by up to ``allowance`` tokens; returns by how many."""
         have = budget.counts.get(sequence, 0)
         count = have + min(allowance, sequence.num_uncomputed - have)
-        count = sequence.fit_rows(count, budget.rows + budget.reserved_rows(sequence, have))
+        count = sequence.fit_rows(count, budget.rows + _rows(sequence, have))
         if count <= have:
             return 0
         missing = self._blocks.blocks_for(sequence.num_computed + count) - len(sequence.tables.blocks)
@@ -501,6 +507,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         """Release what it holds; it waits again, before all younger sequences of its adapter."""
+        assert not self._running.num_unfinished, "an unfinished step may use what a preempted sequence holds"
         self._running.remove(sequence, now)
         self._waiting.push(sequence)
         self._counts["preemptions"] += 1
@@ -525,14 +532,14 @@ class Scheduler:
             self._running.remove(sequence, now)
         if sequence.generation is not None:
             self._adapters.let_go(sequence.generation)
-        del self._by_id[sequence.request.request_id]
+        del self._by_id[sequence.request_id]
 
     def check(self) -> None:
         """Raise AssertionError when a sequence is lost, or a block, slot or lease has no owner or two."""
         waiting, running = list(self._waiting), list(self._running)
         assert len(running) <= self._max_running
         assert not set(waiting) & set(running), "a sequence waits and runs"
-        assert {s.request.request_id: s for s in [*waiting, *running]} == self._by_id, "a sequence is lost"
+        assert {s.request_id: s for s in [*waiting, *running]} == self._by_id, "a sequence is lost"
         for sequence in waiting:
             assert not sequence.tables.blocks and sequence.lease is None and sequence.seq_slot is None
             assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial

@@ -69,7 +69,7 @@ class Sequence:
     ``last_step`` is the newest step that was planned with it.
     """
 
-    def __init__(self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits) -> None:
+    def __init__(self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits, now: float) -> None:
         params = request.params
         self.serial = serial
         self.request = request
@@ -109,7 +109,7 @@ class Sequence:
         self.scores: list[tuple[float, TopList]] = []
         self._scores_sent = False
 
-        self.arrival = request.arrival
+        self.arrival = request.arrival or now
         self.cached_tokens = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
@@ -215,7 +215,7 @@ class Sequence:
             self._ids[place] = token
             self.num_known = place + 1
             count += 1
-            if self._is_stop(token, place - self.num_prompt):
+            if token in self._stop_ids and self._is_stop(token, place - self.num_prompt):
                 finish, stop = "stop", token
                 break
             if place + 1 >= self.max_total:
