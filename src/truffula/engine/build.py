@@ -149,6 +149,7 @@ def build_engine(
         try:
             pull.finish()
             require_unchanged_load(files, stamps_of(checkpoint))
+            executable.prepare()
             engine = _assemble(config, settings, plan, executable, checkpoint)
         except BaseException:
             executable.close()

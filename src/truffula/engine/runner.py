@@ -56,7 +56,7 @@ class ModelRunner:
         count = np.array([len(chunk.token_ids) for chunk in chunks], np.int32)
         start = np.array([chunk.start for chunk in chunks], np.int32)
         seq_slot = np.array([chunk.seq_slot for chunk in chunks], np.int32)
-        rows = np.array([chunk.rows for chunk in chunks], np.int32)
+        rows = np.array([len(chunk.targets) + len(chunk.draws) for chunk in chunks], np.int32)
         stop, rows_stop = np.cumsum(count, dtype=np.int32), np.cumsum(rows, dtype=np.int32)
         T, R = int(stop[-1]), int(rows_stop[-1])
         i.q_start[1 : N + 1] = stop
@@ -130,16 +130,19 @@ def _fill_segments(i: StepInputs, chunks: Sequence[Chunk], stop: Int32, rows_sto
 
 
 def _split(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
-    ids, logprobs = output.ids.tolist(), output.logprob.tolist()
-    finite = None if output.finite.all() else output.finite.tolist()
-    tops = _top_lists(output)
+    ids, logprobs, tops = output.ids.tolist(), output.logprob.tolist(), _top_lists(output)
+    finite = output.finite.tolist()
+    all_finite = all(finite)
     results: list[ChunkResult] = []
     row = 0
     for chunk in chunks:
         first, scored = row, row + len(chunk.targets)
         row = scored + len(chunk.draws)
-        if finite is not None and not all(finite[first:row]):
+        if not all_finite and not all(finite[first:row]):
             results.append(ChunkResult(finite=False))
+            continue
+        if output.vectors is not None:
+            results.append(ChunkResult(vector=output.vectors[row - 1] if row > first else None))
             continue
         scores = list(zip(logprobs[first:scored], tops[first:scored], strict=True)) if scored > first else []
         results.append(ChunkResult(True, ids[scored:row], logprobs[scored:row], tops[scored:row], scores))
@@ -147,7 +150,7 @@ def _split(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
 
 
 def _top_lists(output: StepOutput) -> list[TopList]:
-    """The best ids of each row, of which some rows have fewer than others."""
+    """The best ids of each row with their logprobs; empty lists where none were wanted."""
     if not output.top_ids.shape[1]:
         return [[] for _ in output.ids]
     pairs = zip(output.top_ids.tolist(), output.top_logprobs.tolist(), strict=True)

@@ -140,7 +140,8 @@ class Scheduler:
             )  # fmt: skip
             return
         self._last_serial += 1
-        sequence = Sequence(self._last_serial, request, max_total, self._limits, now)
+        sequence = Sequence(self._last_serial, request, max_total, self._limits)
+        sequence.arrival = sequence.arrival or now
         ended = sequence.ended_before_start()
         if ended is not None:
             self._events.append(sequence.final_event(ended[0], now, stop=ended[1]))

@@ -143,8 +143,9 @@ class SampleInputs:
 class StepOutput:
     """Per row: the id (drawn, or the scored target), its logprob, and whether the row's logits were finite.
 
-    ``logprob`` is 0 where none is wanted. ``top_ids``, ``top_logprobs`` ``[R, kmax]`` best first, ties to the lower id,
-    -1 / -inf beyond a row's k.
+    A row that is not finite has id 0. ``logprob`` is 0 where none is wanted. ``top_ids``, ``top_logprobs``
+    ``[R, kmax]`` best first, ties to the lower id, -1 / -inf beyond a row's k. A model whose output is a vector gives
+    ``vectors`` ``[R, width]`` and draws nothing: ids are -1.
     """
 
     ids: Int32
@@ -152,3 +153,4 @@ class StepOutput:
     finite: Bool
     top_ids: Int32
     top_logprobs: Float32
+    vectors: Float32 | None = None

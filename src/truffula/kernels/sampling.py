@@ -43,8 +43,7 @@ class Sampler:
     def sample(self, logits: npt.NDArray[Any], samples: SampleInputs) -> StepOutput:
         """Draw (or score) one id per row of ``logits`` float32 ``[R, V]``.
 
-        A row whose raw logits hold NaN or +Inf (or nothing above -Inf) comes back with ``finite`` False and id 0, and
-        is not counted.
+        A row whose raw logits hold NaN or +Inf (or nothing above -Inf) comes back with ``finite`` False and id 0.
 
         Raises:
             KernelError: ``samples`` names what is not there. Nothing is counted then.
@@ -78,7 +77,7 @@ class Sampler:
                     top_ids[r, : len(best)] = best
                     top_logprobs[r, : len(best)] = reported[best]
         for r, row in enumerate(rows):
-            if row.target < 0 and finite[r]:
+            if row.target < 0:
                 row.sequence.count(int(ids[r]))
         return StepOutput(ids, logprob, finite, top_ids, top_logprobs)
 

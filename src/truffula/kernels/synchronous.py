@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.inputs import RELAY, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import RELAY, Float32, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.program import Output
 
 
 class FinishedStep:
@@ -28,14 +29,16 @@ class FinishedStep:
 class SynchronousExecutable(ABC):
     """``submit`` of an executable that runs and samples in one go. ``depth`` is 1.
 
-    A subclass gives ``run``, ``sample`` and ``_start_sampling``; the last token of each sequence is kept here.
+    A subclass gives ``run``, ``logits``, ``sample`` and ``_start_sampling``; the last token of each sequence is kept
+    here. ``output`` is the program's.
     """
 
     depth = 1
 
-    def __init__(self, inputs: StepInputs, samples: SampleInputs) -> None:
+    def __init__(self, inputs: StepInputs, samples: SampleInputs, output: Output) -> None:
         self.inputs = inputs
         self.samples = samples
+        self._output = output
         self._last_drawn = np.full(len(inputs.seq_slot), RELAY, np.int32)
 
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
@@ -45,11 +48,12 @@ class SynchronousExecutable(ABC):
         try:
             self._insert_relayed()
             self.run()
-            output = self.sample()
+            output = self.sample() if self._output.kind == "logits" else _of_vectors(self.logits())
         except Exception as error:  # noqa: BLE001  (``result`` raises it)
             return FinishedStep(error)
-        drawn = self.samples.target[: len(output.ids)] < 0
-        self._last_drawn[self.samples.row_slot[: len(output.ids)][drawn]] = output.ids[drawn]
+        if output.vectors is None:
+            drawn = self.samples.target[: len(output.ids)] < 0
+            self._last_drawn[self.samples.row_slot[: len(output.ids)][drawn]] = output.ids[drawn]
         return FinishedStep(output)
 
     def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
@@ -66,6 +70,10 @@ class SynchronousExecutable(ABC):
     @abstractmethod
     def run(self) -> None:
         """One forward pass over ``inputs``."""
+
+    @abstractmethod
+    def logits(self) -> Float32:
+        """A copy of the last pass's result ``[R, width]``."""
 
     @abstractmethod
     def sample(self) -> StepOutput:
@@ -86,3 +94,10 @@ class SynchronousExecutable(ABC):
         if (tokens == RELAY).any():
             raise KernelError("token_ids: a row relays a token of a sequence that has drawn none.", param="token_ids")
         i.token_ids[rows] = tokens
+
+
+def _of_vectors(vectors: Float32) -> StepOutput:
+    rows = len(vectors)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1), np.bool_)
+    no_tops = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
+    return StepOutput(np.full(rows, -1, np.int32), np.zeros(rows, np.float32), finite, *no_tops, vectors)

@@ -59,7 +59,7 @@ def sample_rows(logits: npt.NDArray[np.float32], s: SampleInputs, sequences: dic
             best = np.lexsort((np.arange(len(shown)), -shown))[:k]
             top_ids[r, :k], top_logprobs[r, :k] = best, shown[best]
     for r, sequence in enumerate(of_row):
-        if s.target[r] < 0:  # of a row that is not finite too: a step that was submitted behind it may relay it
+        if s.target[r] < 0:
             if s.draw[r] > len(sequence.completion):
                 raise KernelError(f"row {r} draws number {s.draw[r]} of {len(sequence.completion)} tokens.")
             sequence.completion[int(s.draw[r]) :] = [int(ids[r])]

@@ -121,7 +121,7 @@ class CpuBackend:
         with as_kernel_errors():
             native = self._native(program, dtype, pull, capacity, arena, debug)
             native.seal(
-                inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.vocab_size
+                inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
             )
         return CpuExecutable(
             native, program, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug

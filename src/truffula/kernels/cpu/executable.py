@@ -30,7 +30,7 @@ class CpuExecutable(SynchronousExecutable):
     def __init__(
         self, native: Any, program: Program, inputs: StepInputs, samples: SampleInputs, arena: ArenaPlan, *, debug: bool
     ) -> None:
-        super().__init__(inputs, samples)
+        super().__init__(inputs, samples, program.output)
         self._native = native
         self._program = program
         self._arena = arena
@@ -52,7 +52,7 @@ class CpuExecutable(SynchronousExecutable):
             self._native.set_sequence(slot, prompt_ids, completion_ids, sampling)
 
     def logits(self) -> Array:
-        made: Array = self._native.logits(self._program.vocab_size)
+        made: Array = self._native.logits(self._program.output.width)
         return made
 
     def tap(self, op: int) -> Array:

@@ -74,7 +74,9 @@ class ReferenceExecutable(SynchronousExecutable):
         debug: bool = False,
     ) -> None:
         super().__init__(
-            StepInputs.allocate(capacity, len(program.kv_groups)), SampleInputs.allocate(capacity, program.vocab_size)
+            StepInputs.allocate(capacity, len(program.kv_groups)),
+            SampleInputs.allocate(capacity, program.vocab_size),
+            program.output,
         )
         self._sampler = Sampler(capacity.max_seqs, program.vocab_size)
         self._program = program
@@ -86,7 +88,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._planes = _planes(program, dtype, capacity, device)
         self._adapters: dict[int, tuple[AdapterImage, dict[int, OpAdapter]]] = {}
         self._free_slots: list[int] = []
-        self._logits: Array = np.zeros((0, program.vocab_size), np.float32)
+        self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
         self._dead = [()] * len(program.ops) if debug else dead_after(program)
         self._bound = [self._bind(index, op) for index, op in enumerate(program.ops)]
@@ -153,7 +155,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._weights = []
         self._bound = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
-        self._logits = np.zeros((0, self._program.vocab_size), np.float32)
+        self._logits = np.zeros((0, self._program.output.width), np.float32)
 
     # --- what each op reads and writes --------------------------------------------------------------------------------
 

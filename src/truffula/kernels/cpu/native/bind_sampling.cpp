@@ -50,7 +50,7 @@ struct LoneSampler {
     sampler.begin(rows, args);
     const InFlightCall call;
     return sampled(rows, sampler.width(rows, args), [&](const SampleOut& out) {
-      for (int64_t r = 0; r < rows; ++r) sampler.sample_row(logits.data() + r * sampler.vocab(), r, args, out, scratch);
+      for (int64_t r = 0; r < rows; ++r) sampler.sample(logits.data() + r * sampler.vocab(), r, args, out, scratch);
     });
   }
 
@@ -68,7 +68,7 @@ SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows, int6
   args.mask_row = step_array<int32_t>(held, samples, "mask_row", rows);
   const nb::object masks = samples.attr("mask");
   args.masks = static_cast<int64_t>(nb::len(masks));
-  args.mask = step_array<uint32_t>(held, samples, "mask", args.masks * ((vocab + 31) / 32));
+  args.mask = step_array<uint32_t>(held, samples, "mask", args.masks * mask_words(vocab));
   return args;
 }
 

@@ -4,7 +4,7 @@
 #include <memory>
 
 #include "arrays.h"
-#include "sampler.h"
+#include "sampler_slots.h"
 
 namespace truffula {
 

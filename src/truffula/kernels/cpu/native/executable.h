@@ -12,7 +12,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "ops.h"
-#include "sampler.h"
+#include "sampler_slots.h"
 #include "team.h"
 
 namespace truffula {

@@ -12,8 +12,6 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <stdexcept>
-#include <utility>
 
 #include "philox.h"
 #include "sampler_items.h"
@@ -382,12 +380,6 @@ bool answer(const float* logits, int64_t vocab, const Row& row) {
   return true;
 }
 
-void require(bool holds, const char* why) {
-  if (!holds) throw std::invalid_argument(why);
-}
-
-int64_t words_of(int64_t vocab) { return (vocab + 31) / 32; }
-
 }  // namespace
 
 void SampleScratch::reserve(int64_t vocab) {
@@ -401,61 +393,17 @@ void SampleScratch::reserve(int64_t vocab) {
   order.reserve(size);
 }
 
-Sampler::Sampler(int64_t vocab, int32_t slots)
-    : vocab_(vocab), sequences_(static_cast<size_t>(slots)), drawn_in_(static_cast<size_t>(slots)) {}
-
-void Sampler::set_sequence(int32_t slot, std::unique_ptr<SequenceState> state) {
-  require(slot >= 0 && static_cast<size_t>(slot) < sequences_.size(), "slot: no such sequence slot");
-  sequences_[static_cast<size_t>(slot)] = std::move(state);
-}
-
-void Sampler::check_row(int64_t row, const SampleArgs& args) {
-  const int32_t slot = args.row_slot[row], mask_row = args.mask_row[row];
-  require(slot >= 0 && static_cast<size_t>(slot) < sequences_.size() && sequences_[static_cast<size_t>(slot)],
-          "row_slot: a slot that holds no sequence");
-  require(args.target[row] < vocab_, "target: outside the vocabulary");
-  if (args.target[row] >= 0) return;
-  require(drawn_in_[static_cast<size_t>(slot)] != step_, "row_slot: two rows draw for one slot");
-  drawn_in_[static_cast<size_t>(slot)] = step_;
-  require(sequence_of(slot).has(args.draw[row]), "draw: beyond the tokens of the sequence");
-  if (mask_row < 0) return;
-  require(mask_row < args.masks, "mask_row: no such mask");
-  const uint32_t* mask = args.mask + mask_row * words_of(vocab_);
-  const uint32_t last = vocab_ % 32 ? (1u << (vocab_ % 32)) - 1 : ~0u;
-  const int64_t full = words_of(vocab_) - 1;
-  require((mask[full] & last) != 0 || std::any_of(mask, mask + full, [](uint32_t word) { return word != 0; }),
-          "mask: a row that allows no id");
-}
-
-void Sampler::begin(int64_t rows, const SampleArgs& args) {
-  ++step_;
-  for (int64_t r = 0; r < rows; ++r) check_row(r, args);
-  for (int64_t r = 0; r < rows; ++r)
-    if (args.target[r] < 0) sequence_of(args.row_slot[r]).rewind(args.draw[r]);
-}
-
-int32_t Sampler::width(int64_t rows, const SampleArgs& args) const {
-  int32_t most = 0;
-  for (int64_t r = 0; r < rows; ++r) {
-    const SequenceSampling& p = sequence_of(args.row_slot[r]).sampling;
-    most = std::max(most, args.target[r] >= 0 ? p.n_prompt_logprobs : p.n_logprobs);
-  }
-  return most;
-}
-
-void Sampler::sample_row(const float* logits, int64_t index, const SampleArgs& args, const SampleOut& out,
-                         SampleScratch& scratch) {
-  scratch.reserve(vocab_);
+void sample_row(const float* logits, int64_t vocab, int64_t index, const SequenceState& sequence, const SampleArgs& args,
+                const SampleOut& out, SampleScratch& scratch) {
+  scratch.reserve(vocab);
   out.ids[index] = 0;
   out.logprob[index] = 0.0f;
   std::fill_n(out.top_ids + index * out.width, out.width, -1);
   std::fill_n(out.top_logprobs + index * out.width, out.width, -std::numeric_limits<float>::infinity());
-  SequenceState& sequence = sequence_of(args.row_slot[index]);
-  const bool drawn = args.target[index] < 0;
-  const uint32_t* mask = drawn && args.mask_row[index] >= 0 ? args.mask + args.mask_row[index] * words_of(vocab_) : nullptr;
+  const int32_t mask_row = args.target[index] < 0 ? args.mask_row[index] : -1;
+  const uint32_t* mask = mask_row < 0 ? nullptr : args.mask + mask_row * mask_words(vocab);
   const SampleLoops& loops = scratch.loops ? *scratch.loops : kSampleLoops;
-  out.finite[index] = answer(logits, vocab_, {sequence.sampling, sequence, args, out, scratch, loops, index, mask});
-  if (drawn && out.finite[index]) sequence.count(out.ids[index]);
+  out.finite[index] = answer(logits, vocab, {sequence.sampling, sequence, args, out, scratch, loops, index, mask});
 }
 
 }  // namespace truffula

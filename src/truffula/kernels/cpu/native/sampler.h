@@ -9,11 +9,10 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "sampler_loops.h"
-#include "sampling_state.h"
+#include "sequence_state.h"
 
 namespace truffula {
 
@@ -59,39 +58,16 @@ struct SampleScratch {
   void reserve(std::int64_t vocab);
 };
 
-// The sequences by slot, and the draws of their tokens.
-class Sampler {
- public:
-  Sampler(std::int64_t vocab, std::int32_t slots);
-  Sampler(const Sampler&) = delete;
-  Sampler& operator=(const Sampler&) = delete;
+// The words of a mask over `vocab` ids.
+constexpr std::int64_t mask_words(std::int64_t vocab) { return (vocab + 31) / 32; }
 
-  void set_sequence(std::int32_t slot, std::unique_ptr<SequenceState> state);
-
-  // Before the rows of a step: throws std::invalid_argument unless all of `args` names what is there; then brings the
-  // sequences to where these draws begin.
-  void begin(std::int64_t rows, const SampleArgs& args);
-  // The most logprobs that a row wants besides that of its id.
-  std::int32_t width(std::int64_t rows, const SampleArgs& args) const;
-
-  // Choose (or score) the id of `row`, whose logits [vocab] these are, write its part of `out` and count what was drawn.
-  // Rows with scratch of their own may run at once.
-  //
-  // Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0, not counted; so do those
-  // that penalties or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN.
-  void sample_row(const float* logits, std::int64_t row, const SampleArgs& args, const SampleOut& out,
-                  SampleScratch& scratch);
-
-  std::int64_t vocab() const { return vocab_; }
-
- private:
-  SequenceState& sequence_of(std::int32_t slot) const { return *sequences_[static_cast<std::size_t>(slot)]; }
-  void check_row(std::int64_t row, const SampleArgs& args);
-
-  std::int64_t vocab_;
-  std::vector<std::unique_ptr<SequenceState>> sequences_;
-  std::vector<std::int64_t> drawn_in_;  // per slot, the last step that drew for it
-  std::int64_t step_ = 0;
-};
+// Choose (or score) the id of `row`, which is of `sequence` and whose `vocab` (> 0) logits these are, and write its part
+// of `out`. `args` must name what is there (see Sampler::begin).
+//
+// Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0; so do those that penalties
+// or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN. Distinct rows with distinct scratch
+// may run at once.
+void sample_row(const float* logits, std::int64_t vocab, std::int64_t row, const SequenceState& sequence,
+                const SampleArgs& args, const SampleOut& out, SampleScratch& scratch);
 
 }  // namespace truffula

@@ -83,7 +83,7 @@ void Executable::sample(const SampleArgs& args, const SampleOut& out) {
     const auto mine = span_of(count, chunk, chunks_for(count));
     SampleScratch& scratch = j.self->locals_[static_cast<size_t>(thread)].sample;
     for (int32_t row = mine.lo; row < mine.hi; ++row)
-      j.self->sampler_->sample_row(j.self->logits_row(row), row, *j.args, *j.out, scratch);
+      j.self->sampler_->sample(j.self->logits_row(row), row, *j.args, *j.out, scratch);
   }, &job);
 }
 

@@ -1,4 +1,4 @@
-#include "sampling_state.h"
+#include "sequence_state.h"
 
 #include <algorithm>
 #include <stdexcept>
