@@ -69,7 +69,7 @@ class Sequence:
     ``last_step`` is the newest step that was planned with it.
     """
 
-    def __init__(self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits, now: float) -> None:
+    def __init__(self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits) -> None:
         params = request.params
         self.serial = serial
         self.request = request
@@ -109,7 +109,7 @@ class Sequence:
         self.scores: list[tuple[float, TopList]] = []
         self._scores_sent = False
 
-        self.arrival = request.arrival or now
+        self.arrival = request.arrival
         self.cached_tokens = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
