@@ -210,7 +210,7 @@ class Rig:
         raise AssertionError(f"no end after {most} steps: {self.engine.stats()}")
 
     def run(self, requests: Iterable[EngineRequest]) -> dict[str, Answer]:
-        """All of them at once, to their ends; then nothing may be left."""
+        """Run all of them to their ends; then nothing may be left."""
         for request in requests:
             self.add(request)
         self.drain()

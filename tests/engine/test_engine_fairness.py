@@ -1,4 +1,4 @@
-"""Who is served when: no stream stalls, no adapter starves, and everybody ends."""
+"""The order of service: no stream stalls, no adapter starves, and every request ends."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_flood_of_prompts_for_one_adapter_delays_another_by_a_few_steps():
     entered = rig.steps
     while rig.answers["lonely"].final is None:
         rig.step()
-    # At the latest after patience ran out and a place was taken for it; the flood goes on for hundreds of steps.
+    # At the latest after patience ran out and a place was taken for it; the flood lasts for hundreds of steps.
     assert rig.steps - entered <= rig.limits.patience + 4
     rig.drain()
     assert rig.steps > 200
@@ -139,7 +139,7 @@ def test_a_big_request_is_not_passed_by_small_ones_for_ever():
     st.lists(st.tuples(st.sampled_from(["a", "a", "a", "b", None]), st.integers(5, 10)), max_size=10),
     st.integers(1, 20), st.booleans(),
 )  # fmt: skip
-def test_with_hardly_any_memory_everybody_still_ends(num_blocks, crowd, step_tokens, prefix_cache):
+def test_with_hardly_any_memory_every_request_still_ends(num_blocks, crowd, step_tokens, prefix_cache):
     # Each needs up to eight blocks; there are as few as eight.
     lim = limits(num_blocks=num_blocks, step_tokens=step_tokens, patience=2, prefix_cache=prefix_cache)
     rig = Rig(lim)
@@ -201,7 +201,7 @@ def test_adapters_that_want_more_than_there_is_get_equal_shares():
     for _ in range(100):
         rig.step()
         gained = [sequence.num_computed - begin[sequence.serial] for sequence in rig.running()]
-        # A quantum is half a step: nobody is ever ahead by more than one, one kept from before, and one turn's order.
+        # A quantum is half a step: no prompt is ever ahead by more than one, one kept from before, and one turn's order.
         assert max(gained) - min(gained) <= 3 * 20
 
 

@@ -56,7 +56,7 @@ def assert_as_alone(rig: Rig, crowd: list[EngineRequest]) -> None:
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("where", ["result", "submit"])
-def test_of_sixteen_the_one_that_fails_alone_ends_and_the_others_do_not_notice(where, depth):
+def test_of_sixteen_the_one_that_fails_alone_ends_and_the_others_are_unchanged(where, depth):
     lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
     fault = {"refused_token": 50} if where == "submit" else {"raise_on_token": 50}
     rig = Rig(lim, executable=Faulty(lim, depth=depth, **fault))
@@ -69,7 +69,7 @@ def test_of_sixteen_the_one_that_fails_alone_ends_and_the_others_do_not_notice(w
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_a_failure_in_the_middle_of_streams_is_found_and_the_others_go_on(depth):
+def test_a_failure_in_the_middle_of_streams_ends_one_of_them(depth):
     bad = request("bad", [3, 4, 5], max_tokens=20, ignore_eos=True)
     expected = alone(bad).token_ids
     poison = next(token for place, token in enumerate(expected) if place > 4 and token not in expected[:place])
@@ -85,7 +85,7 @@ def test_a_failure_in_the_middle_of_streams_is_found_and_the_others_go_on(depth)
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("error", [KernelError("scripted"), MemoryError(), RuntimeError("scripted")])
 @pytest.mark.parametrize("when", [1, 2, 5])
-def test_a_failure_that_does_not_come_back_ends_nothing(when, error, depth):
+def test_a_failure_that_does_not_recur_ends_nothing(when, error, depth):
     lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
     rig = Rig(lim, executable=Faulty(lim, depth=depth, raise_on_step=when, error=error))
     crowd = crowd_of(9)

@@ -182,7 +182,7 @@ def test_choices_of_one_prompt_compute_it_once():
     rig.add(request("other", [3, 4, 5], max_tokens=4))
     rig.step()
     rig.step()
-    assert rig.answers["other"].steps, "who has another prompt need not wait for theirs"
+    assert rig.answers["other"].steps, "a request with another prompt need not wait for theirs"
     rig.drain()
     rig.assert_clean()
     assert [rig.answers[f"c{i}"].final.cached_tokens for i in range(6)] == [0] + [64] * 5

@@ -17,7 +17,7 @@ class EngineLimits:
     budget.
 
     ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: an adapter
-    that runs nothing and was refused for want of room in so many steps takes a place from the one that runs most.
+    that runs nothing and was refused for lack of room in so many steps takes a place from the one that runs most.
     """
 
     max_model_len: int

@@ -27,7 +27,7 @@ class _Holding:
 
 
 class RunningBatch:
-    """Part of the scheduler, which decides; this takes and releases slots, leases and blocks.
+    """Part of the scheduler: the scheduler decides, the batch takes and releases slots, leases and blocks.
 
     What an unfinished step may read or write is not released: the holdings of a sequence that ends or is preempted stay
     until the last step that was planned with it is finished.
@@ -50,7 +50,7 @@ class RunningBatch:
         return len(self._by_age)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """By age, the oldest first; sequences may be removed meanwhile, which are then still named."""
+        """The sequences that run now, the oldest first; some may be removed during the iteration."""
         return iter(tuple(self._by_age))
 
     def at(self, seq_slot: int) -> Sequence | None:
@@ -68,10 +68,10 @@ class RunningBatch:
 
         It is never the oldest of all: either its adapter runs a newer one as well, or all run one and others are newer.
         """
-        running = self.count_by_key()
-        candidates = [sequence for sequence in self._by_age if running[sequence.key] >= at_least]
         if len(self._by_age) < 2:
             return None
+        running = self.count_by_key()
+        candidates = [sequence for sequence in self._by_age if running[sequence.key] >= at_least]
         return max(candidates, key=lambda sequence: (running[sequence.key], sequence.serial), default=None)
 
     # Admission

@@ -49,7 +49,7 @@ from truffula.lora.pool import AdapterPool
 from truffula.types import EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 MAX_REFUSALS = 8
-"""Admissions refused in a step before it tries no more: bounds the cost of a full engine."""
+"""Admissions that may be refused in a step before no more are tried: bounds the cost of a full engine."""
 MAX_OVERTAKING = 16
 """How many sequences of a queue are looked at for one that need not wait for a running prompt."""
 PREFETCH_WINDOW = 4
