@@ -201,7 +201,7 @@ def test_adapters_that_want_more_than_there_is_get_equal_shares():
     for _ in range(100):
         rig.step()
         gained = [sequence.num_computed - begin[sequence.serial] for sequence in rig.running()]
-        # A quantum is half a step: no prompt is ever ahead by more than one, one kept from before and the order of a turn.
+        # A quantum is half a step: no prompt is ahead by more than one, one kept from before and the order of a turn.
         assert max(gained) - min(gained) <= 3 * 20
 
 
