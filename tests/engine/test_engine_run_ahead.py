@@ -139,15 +139,32 @@ def test_closing_with_unfinished_steps_releases_all(depth):
     assert rig.engine.idle()
 
 
+def scheduler_of(rig: Rig) -> Scheduler:
+    """A scheduler whose steps the test computes by hand."""
+    lim = rig.limits
+    return Scheduler(lim, BlockPool(lim.num_blocks, lim.block_size), rig.adapters, StepCapacity(32, 32, 8, 8))
+
+
 def test_the_vector_of_a_step_comes_with_the_final_event():
-    rig = Rig()
-    lim = limits()
-    scheduler = Scheduler(lim, BlockPool(lim.num_blocks, lim.block_size), rig.adapters, StepCapacity(32, 32, 8, 8))
+    scheduler = scheduler_of(Rig())
     scheduler.add(request("r", PROMPT, max_tokens=0, prompt_logprobs=0), 0.0)
     plan = scheduler.plan(0.0)
     scheduler.commit(plan, [ChunkResult(vector=np.asarray([0.5, -2.0], np.float32))], 0.0)
     (event,) = scheduler.take_events()
     assert (event.vector, event.finish_reason) == ([0.5, -2.0], "length")
+
+
+@pytest.mark.parametrize(("stop", "most", "reason"), [([8], 9, "stop"), ([], 2, "length")])
+def test_of_several_tokens_of_one_step_those_behind_an_end_are_dropped(stop, most, reason):
+    scheduler = scheduler_of(Rig())
+    scheduler.add(request("r", PROMPT, max_tokens=most, logprobs=1, stop_token_ids=stop, ignore_eos=True), 0.0)
+    tops = [[(token, -0.5)] for token in (7, 8, 9)]
+    result = ChunkResult(tokens=[7, 8, 9], logprobs=[-1.0, -2.0, -3.0], tops=tops)
+    scheduler.commit(scheduler.plan(0.0), [result], 0.0)
+    (event,) = scheduler.take_events()
+    assert (event.token_ids, event.logprobs, event.top_logprobs) == ([7, 8], [-1.0, -2.0], tops[:2])
+    assert (event.finish_reason, event.stop_reason) == (reason, 8 if stop else None)
+    scheduler.check()
 
 
 def instructions(call: Any) -> int:
