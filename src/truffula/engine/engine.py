@@ -111,7 +111,9 @@ class Engine:
         if len(plan.chunks) == 1:
             logger.error("step %d failed with one sequence, which ends", plan.step, exc_info=error)
         else:
-            logger.warning("step %d failed with %d sequences; running it in halves", plan.step, len(plan.chunks))
+            logger.warning(
+                "step %d of %d sequences failed (%s); running it in halves", plan.step, len(plan.chunks), error
+            )
         reason = GenerationError(f"The step that computed it failed: {type(error).__name__}: {error}")
         self._scheduler.retry(plan, reason, self._clock())
 
