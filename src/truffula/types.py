@@ -183,13 +183,14 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float = 0.0
 
 
-class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a
     ``finish_reason``.
 
     ``logprobs`` and ``top_logprobs`` run beside ``token_ids`` when asked for, else are empty; a top list holds
     ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
     comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
+    ``vector`` comes with the final event of a model whose output is a vector per sequence.
     On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error``
     says why.
     """
@@ -199,6 +200,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[float] = []
     top_logprobs: list[list[tuple[int, float]]] = []
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] | None = None
+    vector: list[float] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: ErrorInfo | None = None

@@ -13,6 +13,7 @@ import numpy as np
 
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine, EngineLimits
+from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.kernels.backend import Executable, SiteTensors
 from truffula.kernels.inputs import Capacity
@@ -24,6 +25,8 @@ from truffula.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
 
 VOCAB = 97
 EOS = 96
+DEPTHS = [1, 2]
+"""Steps that may be unfinished: what holds with one holds with two."""
 
 
 class Clock:
@@ -141,13 +144,15 @@ class Rig:
 
     def __init__(
         self, lim: EngineLimits | None = None, *, executable: Executable | None = None, budget_bytes: int = 1 << 30,
-        loader: HandLoader | None = None, seed: int = 0,
+        loader: HandLoader | None = None, seed: int = 0, depth: int = 1,
     ) -> None:  # fmt: skip
         self.limits = lim or limits()
         self.clock = Clock()
         self.loader = loader or HandLoader()
         self.budget = MemoryBudget(budget_bytes)
-        self.executable = executable or HashModel(capacity_of(self.limits), self.limits.vocab_size, seed=seed)
+        self.executable = executable or HashModel(
+            capacity_of(self.limits), self.limits.vocab_size, seed=seed, depth=depth
+        )
         self.adapters = AdapterPool(self.executable, self.loader, self.budget, self.clock, failure_ttl_s=10.0)
         self.engine = Engine(self.executable, self.limits, self.adapters, self.budget, clock=self.clock)
         self.answers: dict[str, Answer] = {}
@@ -157,11 +162,30 @@ class Rig:
         self.answers.setdefault(request.request_id, Answer())
         self.engine.add(request)
 
+    def running(self) -> list[Sequence]:
+        return list(self.engine._scheduler._running)
+
+    def waiting(self) -> list[Sequence]:
+        return list(self.engine._scheduler._waiting)
+
+    def check_unfinished(self) -> None:
+        """Each block that an unfinished step uses is held by the sequence it was planned for, or kept for that step."""
+        running = self.engine._scheduler._running
+        for plan, _ in self.engine._submitted:
+            kept = [held for step, holdings in running._unfinished.items() if step >= plan.step for held in holdings]
+            blocks = {block for held in kept for block in held.blocks}
+            for chunk in plan.chunks:
+                sequence = running.at(chunk.seq_slot)
+                assert sequence is not None or chunk.seq_slot in {held.seq_slot for held in kept}
+                own = set() if sequence is None else set(sequence.tables.blocks)
+                assert set(chunk.block_tables[0].tolist()) <= own | blocks, "a block in use was released"
+
     def step(self) -> list[TokenEvent]:
         self.steps += 1
         self.clock.now += 0.001
         events = self.engine.step()
         self.engine.check()
+        self.check_unfinished()
         for event in events:
             answer = self.answers[event.request_id]
             assert answer.final is None, f"an event after the final one of {event.request_id}"
@@ -186,7 +210,7 @@ class Rig:
         raise AssertionError(f"no end after {most} steps: {self.engine.stats()}")
 
     def run(self, requests: Iterable[EngineRequest]) -> dict[str, Answer]:
-        """All of them at once, to their ends; then nothing may be left."""
+        """Run all of them to their ends; then nothing may be left."""
         for request in requests:
             self.add(request)
         self.drain()

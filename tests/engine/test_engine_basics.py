@@ -299,7 +299,7 @@ def test_adapter_commands_do_not_wait():
     assert rig.engine.command(AdapterCommand(action="unload", ref=red)) == []
 
 
-def test_closing_ends_everybody():
+def test_closing_ends_every_request():
     rig = Rig()
     rig.add(request("runs", PROMPT, max_tokens=50, ignore_eos=True))
     rig.step()

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import numpy as np
 import pytest
-from rig import Clock, HandLoader, Rig, alone, capacity_of, limits, request
+from rig import DEPTHS, Clock, HandLoader, Rig, alone, capacity_of, limits, request
 
 from truffula.engine.runner import ModelRunner
-from truffula.errors import ConfigError, KernelError
+from truffula.errors import ConfigError, DeviceLost, KernelError
 from truffula.kernels.backend import AdapterImage
-from truffula.kernels.inputs import SampledRows
-from truffula.testing.executable import HashModel
-from truffula.types import AdapterCommand, AdapterRef
+from truffula.testing.executable import Faults, HashModel, HashStep
+from truffula.types import AdapterCommand, AdapterRef, EngineRequest
 
 PROMPT = list(range(1, 12))
 
 
 class Faulty(HashModel):
-    """The hash model with faults at will: ``raise_on`` counts runs from 1; rows of token ``poison`` are not finite."""
+    """The hash model with faults at will. ``refused_token``: ``submit`` raises for a step with that id."""
 
-    def __init__(self, lim, *, raise_on: int = 0, error: Exception | None = None, poison: int | None = None) -> None:
-        super().__init__(capacity_of(lim), lim.vocab_size)
-        self.runs = 0
-        self.raise_on = raise_on
-        self.error = error or KernelError("scripted")
-        self.poison = poison
+    def __init__(self, lim, *, depth: int = 1, refused_token: int | None = None, **faults) -> None:
+        super().__init__(capacity_of(lim), lim.vocab_size, depth=depth)
+        self.faults = Faults(**faults)
+        self.refused_token = refused_token
         self.refuses_adapters = False
 
-    def run(self) -> None:
-        self.runs += 1
-        super().run()
-        if self.runs == self.raise_on:
-            # Half of the work is done when it breaks: blocks of this step hold what nobody must read.
-            self._kv[:, self.inputs.slot_mapping[0, : self.inputs.T]] = np.uint64(0xDEAD)
-            raise self.error
-
-    def sample(self) -> SampledRows:
-        rows = super().sample()
-        if self.poison is None:
-            return rows
-        seen = self.inputs.token_ids[self.inputs.logit_rows[: self.inputs.R]] == self.poison
-        return replace(rows, finite=rows.finite & ~seen)
+    def submit(self) -> HashStep:
+        if self.refused_token in self.inputs.token_ids[: self.inputs.T]:
+            raise ValueError("scripted")
+        return super().submit()
 
     def adapter(self, image: AdapterImage) -> int:
         if self.refuses_adapters:
@@ -50,42 +34,122 @@ class Faulty(HashModel):
         return super().adapter(image)
 
 
-@pytest.mark.parametrize("error", [KernelError("scripted"), MemoryError(), RuntimeError("device lost")])
+def crowd_of(count: int, *, banned: int = 50) -> list[EngineRequest]:
+    """Requests of every kind that never draw the id ``banned``."""
+    return [
+        request(
+            f"r{i}", [i + 20, *PROMPT], max_tokens=6 + i % 5, adapter=[None, "red", "green"][i % 3], seed=i,
+            temperature=[0.0, 1.0][i % 2], frequency_penalty=[0.0, 1.5][i % 4 // 2], logprobs=2,
+            repetition_penalty=[1.0, 1.3][i % 2], prompt_logprobs=None if i % 5 else 1, logit_bias={banned: -100.0},
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def assert_as_alone(rig: Rig, crowd: list[EngineRequest]) -> None:
+    for req in crowd:
+        got, expected = rig.answers[req.request_id], alone(req)
+        assert (got.token_ids, got.finish_reason) == (expected.token_ids, expected.finish_reason)
+        assert (got.logprobs, got.top_logprobs) == (expected.logprobs, expected.top_logprobs)
+        assert got.prompt_logprobs == expected.prompt_logprobs
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("where", ["result", "submit"])
+def test_of_sixteen_the_one_that_fails_alone_ends_and_the_others_are_unchanged(where, depth):
+    lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
+    fault = {"refused_token": 50} if where == "submit" else {"raise_on_token": 50}
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, **fault))
+    crowd = crowd_of(15)
+    bad = request("bad", [3, 4, 50, 5], max_tokens=9, adapter="red")
+    rig.run([*crowd[:7], bad, *crowd[7:]])
+    assert (rig.answers["bad"].code, rig.answers["bad"].token_ids) == ("generation_failed", [])
+    assert "scripted" in rig.answers["bad"].final.error.message
+    assert_as_alone(rig, crowd)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_failure_in_the_middle_of_streams_ends_one_of_them(depth):
+    bad = request("bad", [3, 4, 5], max_tokens=20, ignore_eos=True)
+    expected = alone(bad).token_ids
+    poison = next(token for place, token in enumerate(expected) if place > 4 and token not in expected[:place])
+    lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, raise_on_token=poison))
+    crowd = [req for req in crowd_of(15, banned=poison) if poison not in req.prompt_ids]
+    rig.run([*crowd, bad])
+    assert rig.answers["bad"].code == "generation_failed"
+    assert rig.answers["bad"].token_ids == expected[: expected.index(poison) + 1]
+    assert_as_alone(rig, crowd)
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("error", [KernelError("scripted"), MemoryError(), RuntimeError("scripted")])
 @pytest.mark.parametrize("when", [1, 2, 5])
-def test_a_step_that_raises_ends_its_requests_and_nobody_else(when, error):
-    lim = limits()
-    model = Faulty(lim, raise_on=when, error=error)
-    rig = Rig(lim, executable=model)
-    rig.engine.command(AdapterCommand(action="load", ref=AdapterRef(name="red", locator="red")))
+def test_a_failure_that_does_not_recur_ends_nothing(when, error, depth):
+    lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, raise_on_step=when, error=error))
+    crowd = crowd_of(9)
+    for adapter in ("red", "green"):
+        rig.engine.command(AdapterCommand(action="load", ref=AdapterRef(name=adapter, locator=adapter)))
     rig.step()
-    for i in range(3):
-        rig.add(request(f"in{i}", [i + 20, *PROMPT], max_tokens=8, ignore_eos=True, adapter="red" if i else None))
-    while model.runs < when:
-        rig.step()
-    for i in range(3):
-        assert (rig.answers[f"in{i}"].code, rig.answers[f"in{i}"].finish_reason) == ("generation_failed", "error")
-        assert type(error).__name__ in rig.answers[f"in{i}"].final.error.message
-    rig.assert_clean()
-    after = [request(f"after{i}", [i + 20, *PROMPT], max_tokens=8, ignore_eos=True) for i in range(3)]
-    rig.run(after)
-    for req in after:
-        assert rig.answers[req.request_id].token_ids == alone(req).token_ids
-
-
-def test_those_outside_a_failed_step_go_on():
-    lim = limits(max_running=2)
-    model = Faulty(lim, raise_on=2)
-    rig = Rig(lim, executable=model)
-    crowd = [request(f"r{i}", [i + 20, *PROMPT], max_tokens=6, ignore_eos=True) for i in range(5)]
     rig.run(crowd)
-    assert [rig.answers[f"r{i}"].code for i in range(5)] == ["generation_failed"] * 2 + [None] * 3
-    for req in crowd[2:]:
-        assert rig.answers[req.request_id].token_ids == alone(req).token_ids
+    assert_as_alone(rig, crowd)
 
 
-def test_a_row_that_is_not_finite_ends_that_request_alone():
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_sequence_whose_step_fails_alone_ends_with_the_error(depth):
     lim = limits()
-    rig = Rig(lim, executable=Faulty(lim, poison=50))
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, raise_on_step=3, error=MemoryError("no room")))
+    rig.run([request("r", PROMPT, max_tokens=9, ignore_eos=True)])
+    assert (rig.answers["r"].code, len(rig.answers["r"].token_ids)) == ("generation_failed", 2)
+    assert "MemoryError: no room" in rig.answers["r"].final.error.message
+    again = request("again", PROMPT, max_tokens=9, ignore_eos=True)
+    rig.run([again])
+    assert_as_alone(rig, [again])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_when_all_fail_all_end(depth):
+    lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, raise_on_token=50))
+    rig.run([request(f"r{i}", [i, 50, 3], max_tokens=4, adapter="red" if i % 2 else None) for i in range(11)])
+    assert {answer.code for answer in rig.answers.values()} == {"generation_failed"}
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_what_is_aborted_while_a_failed_step_runs_again_in_parts_ends_by_the_abort(depth):
+    lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
+    model = Faulty(lim, depth=depth, raise_on_token=50)
+    rig = Rig(lim, executable=model)
+    crowd = crowd_of(15)
+    for req in [*crowd, request("bad", [50, 3], max_tokens=4)]:
+        rig.add(req)
+    while not model.steps:
+        rig.step()
+    for name in ("bad", "r2", "r3"):
+        rig.engine.abort(name)
+    rig.drain()
+    rig.assert_clean()
+    assert [rig.answers[name].finish_reason for name in ("bad", "r2", "r3")] == ["abort"] * 3
+    assert_as_alone(rig, [req for req in crowd if req.request_id not in ("r2", "r3")])
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_lost_device_is_not_handled_here(depth):
+    lim = limits()
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, lost_on_step=3))
+    rig.add(request("r", PROMPT, max_tokens=9, ignore_eos=True))
+    with pytest.raises(DeviceLost):
+        rig.drain()
+    assert rig.answers["r"].final is None
+    events = rig.engine.close()
+    assert [event.error.code for event in events] == ["shutting_down"]
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_row_that_is_not_finite_ends_that_request_alone(depth):
+    lim = limits()
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, nan_on_token=50))
     good = [request(f"good{i}", [i, i, i], max_tokens=9, ignore_eos=True, logit_bias={50: -100.0}) for i in range(3)]
     rig.run([*good, request("bad", [1, 2, 3, 4, 5, 50], max_tokens=9)])
     assert rig.answers["bad"].code == "generation_failed"
@@ -94,9 +158,10 @@ def test_a_row_that_is_not_finite_ends_that_request_alone():
         assert rig.answers[req.request_id].token_ids == alone(req).token_ids
 
 
-def test_blocks_of_a_poisoned_request_are_not_found_again():
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_blocks_of_a_poisoned_request_are_not_found_again(depth):
     lim = limits(step_tokens=8)
-    rig = Rig(lim, executable=Faulty(lim, poison=50))
+    rig = Rig(lim, executable=Faulty(lim, depth=depth, nan_on_token=50))
     rig.run([request("bad", [*range(1, 20), 50], max_tokens=9)])
     again = rig.run([request("again", [*range(1, 20), 51], max_tokens=2)])["again"]
     assert again.final.cached_tokens == 0
@@ -104,7 +169,7 @@ def test_blocks_of_a_poisoned_request_are_not_found_again():
 
 def test_a_prompt_score_that_is_not_finite_ends_that_request():
     lim = limits()
-    rig = Rig(lim, executable=Faulty(lim, poison=50))
+    rig = Rig(lim, executable=Faulty(lim, nan_on_token=50))
     answer = rig.run([request("r", [1, 50, 3, 4], max_tokens=2, prompt_logprobs=1)])["r"]
     assert answer.code == "generation_failed"
     assert answer.prompt_logprobs is None

@@ -22,13 +22,14 @@ class EngineMachine(RuleBasedStateMachine):
         room=st.integers(600, 3000),
         max_waiting=st.integers(3, 12),
         block_bytes=st.sampled_from([0, 20]),
+        depth=st.sampled_from([1, 2, 3]),
     )
-    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes):
+    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes, depth):
         lim = limits(
             step_tokens=step_tokens, step_logit_rows=8, num_blocks=num_blocks, max_running=max_running,
             max_waiting=max_waiting, kv_block_bytes=block_bytes, patience=3,
         )  # fmt: skip
-        self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room)
+        self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room, depth=depth)
         self.requests = {}
         self.fingerprints = dict.fromkeys(PLACES, 0)
         self.aborted: set[str] = set()
@@ -74,6 +75,10 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, count):
         for _ in range(count):
             self.rig.step()
+
+    @rule(ahead=st.integers(1, 3))
+    def a_step_fails(self, ahead):
+        self.rig.executable.faults.raise_on_step = self.rig.executable.steps + ahead
 
     @rule(places=st.sets(st.sampled_from(PLACES)))
     def loads_end(self, places):

@@ -231,7 +231,7 @@ def test_a_step_of_more_pieces_than_a_team_counts():
         heads=heads, kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
     )  # fmt: skip
     inputs = StepInputs.allocate(capacity, 1)
-    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2)
+    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2, vocab=1)
     inputs.T = inputs.N = tokens
     inputs.token_ids[:] = np.arange(tokens) % 5
     inputs.slot_mapping[0] = np.arange(tokens)
@@ -296,9 +296,13 @@ EXIT_ALONE = """
 import sys, threading
 sys.path.insert(0, {here!r})
 import numpy as np
-from sampler_rows import fill
 from truffula.kernels.cpu import _native
-samples, logits = fill([dict(n_logprobs=0)] * 64), np.zeros((64, 4096), np.float32)
+from truffula.kernels.inputs import NO_IDS, Capacity, SampleInputs, SequenceSampling
+sampler, samples = _native.Sampler('portable', 64, 4096), SampleInputs.allocate(Capacity(64, 64, 64, 1, 1, 1, 1), 4096)
+for slot in range(64):
+    samples.row_slot[slot] = slot
+    sampler.set_sequence(slot, NO_IDS, NO_IDS, SequenceSampling(n_logprobs=0))
+logits = np.zeros((64, 4096), np.float32)
 begun = threading.Event()
 def calls():
     while True:
@@ -312,7 +316,7 @@ begun.wait()
 @pytest.mark.parametrize(
     "call",
     [
-        "_native.sample_rows(logits, samples, 1, 'portable')",
+        "sampler.sample(logits, samples)",
         "_native.peak_rate('portable', 0, 1)",
         "_native.read_rate('portable', 1, 1 << 16)",
     ],

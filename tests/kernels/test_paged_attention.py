@@ -216,28 +216,6 @@ def test_what_an_earlier_owner_left_in_a_block_never_shows(backend, dtype, windo
 
 
 @on_every_backend
-def test_kv_copy_moves_whole_blocks(backend):
-    """A sequence goes on from copies of its blocks as from the blocks themselves."""
-    executable = load(backend, Shape())
-    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
-    executable.kv_copy(0, [1, 2, 3, 4, 5], [15, 12, 13, 14, 11])
-    fill_step(executable.inputs, [Part(IDS[19:], 19, (15, 12, 13, 14, 11, 9), logits="all")], S)
-    executable.run()
-    np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
-
-
-@on_every_backend
-def test_kv_copy_reads_all_before_it_writes(backend):
-    """Two blocks may be exchanged."""
-    executable = load(backend, Shape())
-    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
-    executable.kv_copy(0, [1, 2, 3, 4, 5], [2, 3, 4, 5, 1])
-    fill_step(executable.inputs, [Part(IDS[19:], 19, (2, 3, 4, 5, 1, 9), logits="all")], S)
-    executable.run()
-    np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
-
-
-@on_every_backend
 def test_many_lengths_in_one_step_equal_each_alone(backend):
     executable = load(backend, Shape(window=6))
     tables = [(1,), (2, 3), (4, 5, 6, 7, 8), (9, 10, 11), (12, 13)]

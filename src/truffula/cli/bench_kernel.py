@@ -20,12 +20,12 @@ from truffula.bench.machine import read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import out, table
 from truffula.errors import ConfigError, MissingDependency
-from truffula.kernels.backend import Executable
 from truffula.kernels.cpu import CpuBackend, why_unavailable
 from truffula.kernels.cpu import backend as native
+from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, panel_bytes, panels_of
 from truffula.kernels.host import usable_cpus
-from truffula.kernels.inputs import Capacity
+from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
 from truffula.testing.programs import Part, fill_step, random_adapter
 from truffula.testing.repeated_op import (
     IDS,
@@ -316,9 +316,10 @@ class _Bencher:
         all_rows = [rows for rows in self.bench.rows if rows <= 128] or [1]
         executable = self._load(made, "bfloat16", max(all_rows))
         for name, temperature, top_k, top_p in (("argmax", 0.0, 0, 1.0), ("top-k 50, top-p 0.9", 0.8, 50, 0.9)):
-            samples = executable.samples
-            samples.temperature[:], samples.top_k[:], samples.top_p[:] = temperature, top_k, top_p
-            samples.warped[:] = temperature > 0
+            sampling = SequenceSampling(temperature=temperature, top_k=top_k, top_p=top_p, warped=temperature > 0)
+            for slot in range(max(all_rows)):
+                executable.set_sequence(slot, NO_IDS, NO_IDS, sampling)
+            executable.samples.row_slot[: max(all_rows)] = range(max(all_rows))
             for rows in all_rows:
                 fill_step(executable.inputs, [_part(i) for i in range(rows)], BLOCK)
                 executable.run()
@@ -336,7 +337,7 @@ class _Bencher:
 
     def _load(
         self, made: Repeated, stored: str, tokens: int, *, seqs: int = 0, blocks: int = 1, segments: int = 1
-    ) -> Executable:
+    ) -> CpuExecutable:
         seqs = seqs or tokens
         capacity = Capacity(
             max_tokens=tokens, max_seqs=seqs, max_logit_rows=seqs, max_segments=segments, num_blocks=1 + blocks,
@@ -344,7 +345,7 @@ class _Bencher:
         )  # fmt: skip
         return self.backend.load(made.program, "float32" if stored == "float32" else "bfloat16", made.pull, capacity)
 
-    def _time(self, executable: Executable, made: Repeated, parts: list[Part]) -> float:
+    def _time(self, executable: CpuExecutable, made: Repeated, parts: list[Part]) -> float:
         """Microseconds of one op: the least of some runs, each of all its copies."""
         fill_step(executable.inputs, parts, BLOCK)
         return self._least(executable.run) / made.count

@@ -93,7 +93,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         prefix_cache=config.prefix_cache,
         vocab_size=plan.program.vocab_size,
         eos_token_ids=plan.eos_token_ids,
-        look_ahead=config.look_ahead,
+        prefetch_adapters=config.prefetch_adapters,
         kv_block_bytes=memory_plan.kv_block_bytes,
     )
     probe = backend.probe()
@@ -149,6 +149,7 @@ def build_engine(
         try:
             pull.finish()
             require_unchanged_load(files, stamps_of(checkpoint))
+            executable.prepare()
             engine = _assemble(config, settings, plan, executable, checkpoint)
         except BaseException:
             executable.close()

@@ -1,4 +1,4 @@
-"""What an engine allows, and the judgement of a request against it before it is queued."""
+"""The limits of an engine, and the check of a request against them before it is queued."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ class EngineLimits:
     """Fixed at start. ``num_blocks`` counts the scratch block too; ``kv_block_bytes`` 0 leaves KV out of the byte
     budget.
 
-    ``look_ahead``: how many adapters that are not loaded yet may be loading for waiting requests. ``patience``: after
-    how many steps of being passed over for want of room an adapter that runs nothing may take it from the one that runs
-    most.
+    ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: an adapter
+    that runs nothing and was refused for lack of room in so many steps takes a place from the one that runs most.
     """
 
     max_model_len: int
@@ -31,9 +30,19 @@ class EngineLimits:
     prefix_cache: bool
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    look_ahead: int = 64
+    prefetch_adapters: int = 64
     kv_block_bytes: int = 0
     patience: int = 16
+
+
+@dataclass(frozen=True)
+class StepCapacity:
+    """What one step of the executable can hold: T tokens, R logit rows, N sequences, G adapters."""
+
+    tokens: int
+    rows: int
+    sequences: int
+    segments: int
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -57,10 +66,9 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
 
 
 def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks: int) -> int:
-    """Judge ``request``; returns at how many tokens, prompt and completion together, it ends at the latest.
+    """Returns the number of tokens, prompt and completion, at which ``request`` ends at the latest.
 
-    ``max_tokens`` None fills what there is room for; a larger one than the model has positions ends there with
-    ``length``.
+    ``max_tokens`` None uses all the room; a larger one than the model has positions ends there with ``length``.
 
     Raises:
         InvalidRequest: No prompt, or an id outside the vocabulary.

@@ -144,6 +144,7 @@ TABLE: Mapping[str, Row] = MappingProxyType(
         "checkpoint_tying": _FAULT,
         "missing_dependency": _FAULT,
         "kernel_error": _FAULT,
+        "device_lost": _FAULT,
         "wire_error": _FAULT,
     }
 )

@@ -4,20 +4,33 @@ tables.
 Another legitimate backend, small enough to run a thousand steps a second: plane 1 of the KV memory holds a hash of
 (token, position, adapter), plane 2 a hash of all of plane 1 up to there, and the logits are a hash of all of plane 2. A
 wrong block table, a stale or foreign block, a wrong position or adapter give other tokens. Memory begins as garbage.
-Each ``run`` also holds the step against the words of ``kernels/inputs.py`` and refuses one that breaks them.
+Each step is also held against the rules of ``kernels/inputs.py`` and ``kernels/backend.py``; one that breaks them
+raises ``Misuse``, which no engine may handle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from truffula.errors import KernelError
+from truffula.errors import DeviceLost, KernelError
 from truffula.kernels.backend import AdapterImage, Array
-from truffula.kernels.inputs import Capacity, SampledRows, SampleInputs, StepInputs
-from truffula.testing.sampler import sample_rows
+from truffula.kernels.inputs import (
+    RELAY,
+    Capacity,
+    Int32,
+    SampleInputs,
+    SequenceSampling,
+    StepInputs,
+    StepOutput,
+)
+from truffula.testing.sampler import PlainSequence, sample_rows
 
 U64 = npt.NDArray[np.uint64]
 _M1, _M2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
@@ -31,14 +44,73 @@ def mix(values: Array) -> U64:
     return z ^ (z >> np.uint64(31))
 
 
-class HashModel:
-    """See the module. ``spread`` is the standard deviation of its logits; adapters act by their image's generation."""
+@dataclass
+class Faults:
+    """What goes wrong, on demand. Steps are counted from 1 in the order in which they are computed."""
 
-    def __init__(self, capacity: Capacity, vocab_size: int, *, seed: int = 0, spread: float = 3.0) -> None:
+    raise_on_step: int = 0
+    raise_on_token: int | None = None
+    """A step that computes this token id raises."""
+    error: Exception = field(default_factory=lambda: KernelError("scripted"))
+    nan_on_token: int | None = None
+    """Logits of rows of this token id are NaN."""
+    lost_on_step: int = 0
+    """From this step on, every result raises ``DeviceLost``."""
+
+
+class HashStep:
+    """A ``PendingStep`` of the hash model: computed, with those before it, when its result is asked for."""
+
+    def __init__(self, finish: Callable[[HashStep], None]) -> None:
+        self.outcome: StepOutput | Exception | None = None
+        self._finish = finish
+
+    def done(self) -> bool:
+        return self.outcome is not None
+
+    def result(self) -> StepOutput:
+        if self.outcome is None:
+            self._finish(self)
+        assert self.outcome is not None
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@dataclass
+class _Submitted:
+    """An unfinished step: its number of inputs, a copy of what they held, and the adapters that it may name."""
+
+    step: HashStep
+    place: int
+    inputs: StepInputs
+    samples: SampleInputs
+    adapters: dict[int, np.uint64]
+
+
+class HashModel:
+    """See the module. ``spread`` is the standard deviation of its logits; adapters act by their image's generation.
+
+    Steps are computed as late as ``depth`` allows: at ``result``, with 1 too. What is called between two steps (a
+    sequence set, an adapter dropped) takes effect between them.
+    """
+
+    def __init__(
+        self, capacity: Capacity, vocab_size: int, *, seed: int = 0, spread: float = 3.0, depth: int = 1
+    ) -> None:
         self.capacity = capacity
         self.vocab_size = vocab_size
-        self.inputs = StepInputs.allocate(capacity, 1)
-        self.samples = SampleInputs.allocate(capacity)
+        self.depth = depth
+        self.faults = Faults()
+        self.steps = 0
+        """Steps computed so far."""
+        self._inputs = [StepInputs.allocate(capacity, 1) for _ in range(depth)]
+        self._samples = [SampleInputs.allocate(capacity, vocab_size) for _ in range(depth)]
+        self._place = 0
+        self._queue: deque[_Submitted | Callable[[], None]] = deque()
+        self._sequences: dict[int, PlainSequence] = {}
+        self._set_slots: set[int] = set()
+        self._last_drawn: dict[int, int] = {}
         self._spread = spread
         garbage = np.random.default_rng(seed)
         self._kv = garbage.integers(0, 2**63, (2, capacity.num_blocks * capacity.block_size)).astype(np.uint64)
@@ -48,12 +120,90 @@ class HashModel:
         self._logits = np.zeros((0, vocab_size), np.float32)
         self.closed = False
 
+    @property
+    def inputs(self) -> StepInputs:
+        return self._inputs[self._place]
+
+    @property
+    def samples(self) -> SampleInputs:
+        return self._samples[self._place]
+
+    @property
+    def unfinished(self) -> int:
+        """Steps submitted and not computed."""
+        return sum(isinstance(item, _Submitted) for item in self._queue)
+
+    def prepare(self) -> None:
+        """Nothing to do."""
+
+    # Steps
+
+    def submit(self) -> HashStep:
+        _need(not self.closed, "the executable is closed")
+        _need(self.unfinished < self.depth, f"more than {self.depth} steps are unfinished")
+        _Rules(self, self.inputs, self._adapters).check(self.samples, self._set_slots)
+        step = HashStep(self._finish)
+        copies = copy.deepcopy(self.inputs), copy.deepcopy(self.samples)
+        self._queue.append(_Submitted(step, self._place, *copies, dict(self._adapters)))
+        self._place = (self._place + 1) % self.depth
+        return step
+
+    def _finish(self, step: HashStep) -> None:
+        """Compute the queue up to ``step``."""
+        while step.outcome is None:
+            item = self._queue.popleft()
+            if not isinstance(item, _Submitted):
+                item()
+                continue
+            for now, then in ((self._inputs, item.inputs), (self._samples, item.samples)):
+                _need(_equal(now[item.place], then), "inputs of an unfinished step were written to")
+            try:
+                item.step.outcome = self._compute(item.inputs, item.samples, item.adapters)
+            except (KernelError, DeviceLost, MemoryError, RuntimeError) as error:
+                item.step.outcome = error
+                for later in self._queue:
+                    if isinstance(later, _Submitted):
+                        later.step.outcome = error if isinstance(error, DeviceLost) else KernelError(f"after: {error}")
+                calls = [later for later in self._queue if not isinstance(later, _Submitted)]
+                self._queue.clear()
+                self._queue.extend(calls)
+
+    def _compute(self, i: StepInputs, s: SampleInputs, adapters: dict[int, np.uint64]) -> StepOutput:
+        self.steps += 1
+        if self.faults.lost_on_step and self.steps >= self.faults.lost_on_step:
+            raise DeviceLost("scripted")
+        self._relay(i)
+        ids = i.token_ids[: i.T]
+        _need(bool((ids >= 0).all() and (ids < self.vocab_size).all()), "a token id is outside the vocabulary")
+        self._forward(i, adapters)
+        if self.steps == self.faults.raise_on_step or self.faults.raise_on_token in ids:
+            # Half of the work is done when it fails: blocks of this step hold what must not be read.
+            self._kv[:, i.slot_mapping[0, : i.T]] = np.uint64(0xDEAD)
+            raise self.faults.error
+        if self.faults.nan_on_token is not None:
+            self._logits[ids[i.logit_rows[: i.R]] == self.faults.nan_on_token] = np.nan
+        output = sample_rows(self._logits, s, self._sequences)
+        for r in np.flatnonzero(s.target[: i.R] < 0).tolist():
+            self._last_drawn[int(s.row_slot[r])] = int(output.ids[r])
+        return output
+
+    def _relay(self, i: StepInputs) -> None:
+        for n in range(i.N):
+            rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
+            ids = i.token_ids[rows]
+            if (ids == RELAY).any():
+                _need(int(i.seq_slot[n]) in self._last_drawn, f"sequence {n} relays a token and has drawn none")
+                ids[ids == RELAY] = self._last_drawn[int(i.seq_slot[n])]
+
     def run(self) -> None:
-        i = self.inputs
-        self._check()
+        _need(not self.unfinished, "run() beside an unfinished step")
+        _Rules(self, self.inputs, self._adapters).check_inputs()
+        self._forward(self.inputs, self._adapters)
+
+    def _forward(self, i: StepInputs, adapters: dict[int, np.uint64]) -> None:
         adapter = np.zeros(i.T, np.uint64)
         for lo, hi, slot in i.seg[: i.G].tolist():
-            adapter[lo:hi] = self._adapters[slot]
+            adapter[lo:hi] = adapters[slot]
         slots = i.slot_mapping[0, : i.T]
         ids, position = i.token_ids[: i.T].astype(np.uint64), i.position[: i.T].astype(np.uint64)
         with np.errstate(over="ignore"):
@@ -63,7 +213,7 @@ class HashModel:
                 rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
                 length = int(i.kv_len[n])
                 start = length - (rows.stop - rows.start)
-                keys = self._slots_of(n, length)
+                keys = self.slots_of(i, n, length)
                 first = np.cumsum(mix(self._kv[0, keys] + np.arange(length, dtype=np.uint64)))
                 self._kv[1, slots[rows]] = mix(first[start:] ^ mix(adapter[rows]))
                 state[rows] = np.cumsum(mix(self._kv[1, keys] + np.arange(length, dtype=np.uint64)))[start:]
@@ -71,14 +221,26 @@ class HashModel:
             uniform = (mix(hashed) >> np.uint64(11)).astype(np.float64) / 2.0**53
         self._logits = ((uniform - 0.5) * (self._spread * 12**0.5)).astype(np.float32)
 
-    def sample(self) -> SampledRows:
-        return sample_rows(self._logits, self.samples)
-
     def logits(self) -> Array:
         return self._logits.copy()
 
     def tap(self, op: int) -> Array:
         raise KernelError("The hash model has no ops.")
+
+    # Sequences and adapters
+
+    def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        _need(0 <= slot < self.capacity.max_seqs, f"no sequence slot {slot}")
+        sequence = PlainSequence(prompt_ids, completion_ids, sampling)
+
+        def set_it() -> None:
+            self._sequences[slot] = sequence
+            self._last_drawn.pop(slot, None)
+            if sequence.completion:
+                self._last_drawn[slot] = sequence.completion[-1]
+
+        self._set_slots.add(slot)
+        self._queue.append(set_it)
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         return 0
@@ -89,30 +251,55 @@ class HashModel:
         self._adapters[slot] = np.uint64(int.from_bytes(image.generation.encode()[:8].ljust(8, b"\1"), "little") | 1)
         return slot
 
+    def adapter_ready(self, slot: int) -> bool:
+        return slot in self._adapters
+
     def drop_adapter(self, slot: int) -> None:
         del self._adapters[slot]
-
-    def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
-        planes = self._kv.reshape(2, self.capacity.num_blocks, self.capacity.block_size)
-        planes[:, list(dst)] = planes[:, list(src)]
 
     def close(self) -> None:
         self.closed = True
 
-    def _slots_of(self, n: int, length: int) -> npt.NDArray[np.int64]:
+    def slots_of(self, i: StepInputs, n: int, length: int) -> npt.NDArray[np.int64]:
+        """The KV slots of sequence n's first ``length`` positions."""
         size = self.capacity.block_size
         positions = np.arange(length)
-        blocks = self.inputs.block_tables[0, n, positions // size].astype(np.int64)
+        blocks = i.block_tables[0, n, positions // size].astype(np.int64)
         return np.asarray(blocks * size + positions % size)
 
-    def _check(self) -> None:
-        """The words of ``StepInputs``, as refusals."""
-        i, c = self.inputs, self.capacity
-        _need(not self.closed, "the executable is closed")
+
+class Misuse(BaseException):
+    """The host broke a rule of the executable. Not an ``Exception``: an engine that survives any failure of a step must
+    not survive this."""
+
+
+class _Rules:
+    """The rules of one step's inputs."""
+
+    def __init__(self, model: HashModel, inputs: StepInputs, adapters: dict[int, np.uint64]) -> None:
+        self._model = model
+        self._inputs = inputs
+        self._adapters = adapters
+
+    def check(self, s: SampleInputs, set_slots: set[int]) -> None:
+        self.check_inputs()
+        i = self._inputs
+        slots = i.seq_slot[: i.N].tolist()
+        _need(len(set(slots)) == i.N, "two sequences have one slot")
+        _need(set(slots) <= set_slots, "a slot is used before set_sequence")
+        of_row = np.repeat(i.seq_slot[: i.N], np.diff(i.q_start[: i.N + 1]))[i.logit_rows[: i.R]]
+        _need(bool((s.row_slot[: i.R] == of_row).all()), "row_slot is not the slot of the row's sequence")
+        drawing = of_row[s.target[: i.R] < 0].tolist()
+        _need(len(set(drawing)) == len(drawing), "two rows draw for one slot")
+        _need(bool((s.target[: i.R] < self._model.vocab_size).all()), "a target is outside the vocabulary")
+
+    def check_inputs(self) -> None:
+        i, c = self._inputs, self._model.capacity
+        _need(not self._model.closed, "the executable is closed")
         _need(0 < i.T <= c.max_tokens and 0 < i.N <= c.max_seqs, f"T = {i.T}, N = {i.N}")
         _need(0 <= i.R <= c.max_logit_rows and 0 <= i.G <= c.max_segments, f"R = {i.R}, G = {i.G}")
         ids = i.token_ids[: i.T]
-        _need(bool((ids >= 0).all() and (ids < self.vocab_size).all()), "a token id is outside the vocabulary")
+        _need(bool((ids >= RELAY).all() and (ids < self._model.vocab_size).all()), "an id outside the vocabulary")
         _need(i.q_start[0] == 0 and i.q_start[i.N] == i.T, "q_start does not cover the rows")
         _need(bool((np.diff(i.q_start[: i.N + 1]) > 0).all()), "a sequence without rows")
         _need(bool((np.diff(i.logit_rows[: i.R]) > 0).all()), "logit_rows do not ascend")
@@ -123,7 +310,7 @@ class HashModel:
             rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
             length, count = int(i.kv_len[n]), rows.stop - rows.start
             _need(i.position[rows].tolist() == list(range(length - count, length)), f"positions of sequence {n}")
-            keys = self._slots_of(n, length)
+            keys = self._model.slots_of(i, n, length)
             _need(bool((keys >= c.block_size).all()), f"sequence {n} reads the scratch block")
             _need(i.slot_mapping[0, rows].tolist() == keys[length - count :].tolist(), f"slots of sequence {n}")
             written += keys[length - count :].tolist()
@@ -133,7 +320,7 @@ class HashModel:
         self._check_segments()
 
     def _check_segments(self) -> None:
-        i = self.inputs
+        i = self._inputs
         end = end_r = 0
         last = -1
         for g in range(i.G):
@@ -148,6 +335,10 @@ class HashModel:
         _need(bool((i.logit_rows[end_r : i.R] >= end).all()), "a logit row of an adapter is in no segment")
 
 
+def _equal(one: Any, other: Any) -> bool:
+    return all(np.array_equal(getattr(one, f.name), getattr(other, f.name)) for f in fields(one))
+
+
 def _need(fact: bool, what: str) -> None:
     if not fact:
-        raise KernelError(f"The step is malformed: {what}.")
+        raise Misuse(f"The step is malformed: {what}.")

@@ -235,6 +235,7 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
         i.block_tables[:, n] = -1
         i.block_tables[:, n, : len(blocks)] = blocks
         i.q_start[n], i.q_start[n + 1], i.kv_len[n] = lo, lo + count, part.start + count
+        i.seq_slot[n] = n
         wanted = np.arange(lo if part.logits == "all" else lo + count - 1, lo + count)
         i.logit_rows[lo_r : lo_r + len(wanted)] = wanted
         i.T, i.R = lo + count, lo_r + len(wanted)

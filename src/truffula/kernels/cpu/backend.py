@@ -120,8 +120,12 @@ class CpuBackend:
         arena = plan_arena(program, capacity, reuse=not debug)
         with as_kernel_errors():
             native = self._native(program, dtype, pull, capacity, arena, debug)
-            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer)
-        return CpuExecutable(native, program, inputs, SampleInputs.allocate(capacity), arena, debug=debug)
+            native.seal(
+                inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
+            )
+        return CpuExecutable(
+            native, program, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug
+        )
 
     def _native(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool

@@ -206,7 +206,7 @@ void Executable::add(Op op) {
   ops_.push_back(std::move(op));
 }
 
-void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer) {
+void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
   require(!sealed_, "the program is sealed");
   require(arena_floats >= 0 && arena_floats <= int64_t{1} << 44, "arena: too large");
   for (const Buffer& buffer : buffers_) {
@@ -215,7 +215,9 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   }
   require(logits_buffer >= 0 && static_cast<size_t>(logits_buffer) < buffers_.size(), "no such buffer of logits");
   require(buffers_[static_cast<size_t>(logits_buffer)].logit_rows, "logits: their buffer has a row per token");
+  require(vocab >= 1 && vocab <= buffers_[static_cast<size_t>(logits_buffer)].stride, "vocab: logits are not that wide");
   logits_ = logits_buffer;
+  sampler_.emplace(vocab, capacity_.max_seqs);
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
   int64_t quantised = 0;
@@ -365,24 +367,6 @@ void Executable::drop_adapter(int32_t slot) {
   // An adapter of great rank pays for its share of it, and takes that along. What the memory plan counts stays.
   const auto planned = static_cast<size_t>(kPlannedRank) * std::max(capacity_.max_tokens, capacity_.max_logit_rows);
   if (h_.size() > planned) std::vector<float>().swap(h_);
-}
-
-void Executable::kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to) {
-  require(from.size() == to.size(), "kv_copy: as many sources as destinations");
-  require(group >= 0 && group < groups_, "kv_copy: no such group");
-  for (size_t i = 0; i < from.size(); ++i)
-    require(std::min(from[i], to[i]) >= 0 && std::max(from[i], to[i]) < capacity_.num_blocks, "kv_copy: no such block");
-  // All is read before anything is written: blocks may change places.
-  std::vector<uint8_t> held;
-  for (const Plane& plane : planes_) {
-    if (plane.block_bytes == 0 || plane.group != group) continue;
-    const auto bytes = static_cast<size_t>(plane.block_bytes);
-    held.resize(from.size() * bytes);
-    for (size_t i = 0; i < from.size(); ++i)
-      std::memcpy(held.data() + i * bytes, plane.memory.data() + from[i] * plane.block_bytes, bytes);
-    for (size_t i = 0; i < to.size(); ++i)
-      std::memcpy(plane.memory.data() + to[i] * plane.block_bytes, held.data() + i * bytes, bytes);
-  }
 }
 
 // Taps
