@@ -21,7 +21,7 @@ from truffula.lora.image import write_image
 from truffula.lora.loading import LoadResult
 from truffula.lora.pool import AdapterPool
 from truffula.testing.executable import HashModel
-from truffula.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
+from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
 
 VOCAB = 97
 EOS = 96
@@ -233,7 +233,7 @@ def request(
 ) -> EngineRequest:  # fmt: skip
     ref = AdapterRef(name=adapter, locator=adapter) if isinstance(adapter, str) else adapter
     return EngineRequest(
-        request_id=name, prompt_ids=prompt, params=SamplingParams(**{"temperature": 0.0, **params}), choice=choice,
+        request_id=name, prompt_ids=prompt, params=EngineParams(**{"temperature": 0.0, **params}), choice=choice,
         adapter=ref, resume_ids=resume_ids or [], salt=salt, queue_deadline=queue_deadline, deadline=deadline,
         arrival=arrival,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rig import EOS, VOCAB, HandLoader, Rig, alone, limits, request
 
-from truffula.types import AdapterCommand, AdapterRef, SamplingParams
+from truffula.types import AdapterCommand, AdapterRef, EngineParams
 
 PROMPT = [1, 2, 3, 4, 5]
 
@@ -320,12 +320,11 @@ def test_a_missing_seed_is_the_same_on_every_run_and_differs_by_choice():
     assert tokens(0) != tokens(1)
 
 
-def test_params_are_those_of_the_types_module():
-    # Every field that changes tokens is carried to the sampler, or is the service's affair and named as such here.
-    service = {"stop", "include_stop", "skip_special_tokens", "n", "best_of"}
+def test_every_parameter_of_the_engine_is_used():
+    """Every field of the engine's parameters ends a sequence or is carried to the sampler."""
     ends = {"max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"}
     rows = {
         "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
         "presence_penalty", "logit_bias", "seed", "logprobs", "prompt_logprobs", "logprobs_of",
     }  # fmt: skip
-    assert set(SamplingParams.__struct_fields__) == service | ends | rows
+    assert set(EngineParams.__struct_fields__) == ends | rows

@@ -52,17 +52,14 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
 LOST_DEVICE = """
 import pathlib
 import truffula.engine.engine as module
-from truffula.errors import TruffulaError
-
-class DeviceGone(TruffulaError):
-    code = "device_lost"
+from truffula.errors import DeviceLost
 
 step, flag = module.Engine.step, pathlib.Path({flag!r})
 
 def step_or_fail(self):
     if self._steps >= 3 and flag.exists():
         flag.unlink()
-        raise DeviceGone("The device does not respond.")
+        raise DeviceLost("The device does not respond.")
     return step(self)
 
 module.Engine.step = step_or_fail
