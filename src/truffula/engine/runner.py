@@ -133,6 +133,7 @@ def _split(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
     finite = output.finite.tolist()
     all_finite = all(finite)
     results: list[ChunkResult] = []
+    scores: list[tuple[float, TopList]] = []
     row = 0
     for chunk in chunks:
         first, scored = row, row + len(chunk.targets)
@@ -143,7 +144,8 @@ def _split(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
         if output.vectors is not None:
             results.append(ChunkResult(vector=output.vectors[row - 1] if row > first else None))
             continue
-        scores = list(zip(logprobs[first:scored], tops[first:scored], strict=True)) if scored > first else []
+        if scored > first or scores:
+            scores = list(zip(logprobs[first:scored], tops[first:scored], strict=True))
         results.append(ChunkResult(True, ids[scored:row], logprobs[scored:row], tops[scored:row], scores))
     return results
 
@@ -151,6 +153,7 @@ def _split(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
 def _top_lists(output: StepOutput) -> list[TopList]:
     """The best ids of each row with their logprobs; empty lists where none were wanted."""
     if not output.top_ids.shape[1]:
-        return [[] for _ in output.ids]
+        none: TopList = []
+        return [none] * len(output.ids)
     pairs = zip(output.top_ids.tolist(), output.top_logprobs.tolist(), strict=True)
     return [[(i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0] for ids, logprobs in pairs]
