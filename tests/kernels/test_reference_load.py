@@ -66,7 +66,7 @@ def test_float32_vectors_stay_exact_in_a_bfloat16_program():
     exact = replace(norm, dtype="float32")
     program = replace(program, weights=tuple(exact if w.id == norm.id else w for w in program.weights))
     stored = random_weights(program)
-    loaded = load_weights(program, torch.bfloat16, pull_from(stored))
+    loaded = load_weights(program, torch.bfloat16, pull_from(stored), torch.device("cpu"))
     assert np.array_equal(loaded[norm.id].whole.numpy(), stored[norm.name][0])
 
 

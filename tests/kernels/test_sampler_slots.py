@@ -133,11 +133,8 @@ def test_what_is_not_there_is_refused_and_nothing_counted(sampler, wrong):
 @pytest.mark.parametrize("where", ["prompt", "completion", "bias", "banned"])
 def test_an_id_outside_the_vocabulary_is_refused(sampler, where):
     wrong, made = np.array([1, V], np.int32), sampler(SLOTS, V)
-    sampling = SequenceSampling(
-        frequency=1.0, bias_ids=wrong if where == "bias" else NO_IDS,
-        bias_values=np.zeros(2 if where == "bias" else 0, np.float32), banned_ids=wrong if where == "banned" else NO_IDS,
-    )  # fmt: skip
+    ids = {name: wrong if name == where else NO_IDS for name in ("prompt", "completion", "bias", "banned")}
+    values = np.zeros(len(ids["bias"]), np.float32)
+    sampling = SequenceSampling(frequency=1.0, bias_ids=ids["bias"], bias_values=values, banned_ids=ids["banned"])
     with pytest.raises((KernelError, ValueError), match="outside the vocabulary"):
-        made.set_sequence(
-            0, wrong if where == "prompt" else NO_IDS, wrong if where == "completion" else NO_IDS, sampling
-        )
+        made.set_sequence(0, ids["prompt"], ids["completion"], sampling)

@@ -46,7 +46,7 @@ class Sampler:
         A row whose raw logits hold NaN or +Inf (or nothing above -Inf) comes back with ``finite`` False and id 0.
 
         Raises:
-            KernelError: ``samples`` names what is not there. Nothing is counted then.
+            KernelError: ``samples`` name a slot, id, draw or mask that does not exist. Nothing is counted then.
         """
         count = len(logits)
         rows = self._rows(samples, count)

@@ -240,16 +240,6 @@ int32_t draw_of_all(const View<T>& view, const Row& row, double goal) {
   return static_cast<int32_t>(first * kBlock + last);
 }
 
-int32_t draw_of_items(const Items& items, double uniform) {
-  double total = 0.0, below = 0.0;
-  for (const SampleItem& item : items) total += item.weight;
-  for (const SampleItem& item : items) {
-    below += item.weight;
-    if (below > uniform * total) return item.id;
-  }
-  return items.back().id;
-}
-
 // The logprob of an id is its score in `view` - shift - log_sum. Written for `id`, and for the best in `scratch.order`.
 template <class T>
 void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t id, bool kept, const Row& row) {

@@ -62,7 +62,7 @@ struct SampleScratch {
 constexpr std::int64_t mask_words(std::int64_t vocab) { return (vocab + 31) / 32; }
 
 // Choose (or score) the id of `row`, which is of `sequence` and whose `vocab` (> 0) logits these are, and write its part
-// of `out`. `args` must name what is there (see Sampler::begin).
+// of `out`. Slots, ids and masks in `args` must exist (Sampler::begin checks them).
 //
 // Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0; so do those that penalties
 // or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN. Distinct rows with distinct scratch

@@ -18,8 +18,8 @@ class Sampler {
 
   void set_sequence(std::int32_t slot, std::unique_ptr<SequenceState> state);
 
-  // Before the rows of a step: throws std::invalid_argument unless all of `args` names what is there; then brings the
-  // sequences to where these draws begin. A step that fails after it may be begun again.
+  // Call it before the rows of a step. Throws std::invalid_argument when `args` name a slot, id, draw or mask that does
+  // not exist; then rewinds the sequences to these draws. A step that fails after it may be begun again.
   void begin(std::int64_t rows, const SampleArgs& args);
   // The most logprobs that a row wants besides that of its id.
   std::int32_t width(std::int64_t rows, const SampleArgs& args) const;
