@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from truffula.config import EngineConfig
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -37,9 +37,9 @@ __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 class Adapters:
     """``llm.adapters``: load ahead of use, unload, list. Adapters also load by themselves when first used."""
 
-    def __init__(self, service: SyncService, named: Mapping[str, str | Path]) -> None:
+    def __init__(self, service: SyncService, directory: AdapterDirectory) -> None:
         self._service = service
-        self._named: dict[str, AdapterPolicy] = {name: _policy(name, source) for name, source in named.items()}
+        self._directory = directory
 
     def load(self, name: str, source: str | Path | None = None) -> AdapterState:
         """Make ``name`` usable now and keep it under that name. ``source``: a folder or a Hub id, unless ``name`` is
@@ -48,21 +48,21 @@ class Adapters:
         Raises ``AdapterNotFound``, ``AdapterError`` (broken, unsupported, of another base), ``AdapterLoadError``,
         ``InsufficientMemory``.
         """
-        ref = _policy(name, source).resolve(name) if source is not None else self.resolve(name)
+        ref = self.resolve(name) if source is None else self._directory.locate(name, source)
         states = self._service.adapters(AdapterCommand(action="load", ref=ref))
-        if source is not None:
-            self._named[name] = _policy(name, source)
+        if source is not None and ref is not None:
+            self._directory.add(ref)
         return next((state for state in states if state.name == name), states[0])
 
     def unload(self, name: str) -> None:
         """Free its memory once running requests have ended, and forget the name. Raises ``AdapterNotFound``."""
         ref = self.resolve(name)
         self._service.adapters(AdapterCommand(action="unload", ref=ref))
-        self._named.pop(name, None)
+        self._directory.remove(name)
 
     def names(self) -> list[str]:
         """Names given so far, loaded or not, sorted."""
-        return sorted(self._named)
+        return self._directory.names()
 
     def resolve(self, adapter: Adapter) -> AdapterRef | None:
         """A name given before, else a folder or a Hub id: what the caller of a library names, it may use.
@@ -71,17 +71,16 @@ class Adapters:
         """
         if adapter is None or isinstance(adapter, AdapterRef):
             return adapter
-        name = str(adapter)
+        name, names = str(adapter), self.names()
         try:
-            policy = self._named.get(name) or _policy(name, adapter)
+            return self._directory.resolve(name) if name in names else self._directory.locate(name, adapter)
         except ConfigError as error:
-            known = ", ".join(self.names()) or "none"
+            known = ", ".join(names) or "none"
             raise AdapterNotFound(
                 f"There is no adapter {name!r} (configured: {known}). {error.message}",
                 param="adapters",
                 adapter=name,
             ) from error
-        return policy.resolve(name)
 
     def list(self) -> list[AdapterState]:
         """Those that the engine knows: loading, ready, resident, failed or retired."""
@@ -125,9 +124,9 @@ class LLM:
             if name not in known:
                 raise ConfigError(f"LLM has no option {name!r}; available: {', '.join(sorted(known))}.", param=name)
         config = EngineConfig(model=str(model), device=device, dtype=dtype, **options)
-        named = {
-            name: _policy(name, source) for name, source in (adapters or {}).items()
-        }  # wrong names before the load
+        directory = AdapterDirectory()
+        for name, source in (adapters or {}).items():
+            directory.add(directory.locate(name, source))  # a mistake shows before the model is loaded
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}
@@ -135,8 +134,7 @@ class LLM:
         except BaseException:
             client.close()
             raise
-        self.adapters = Adapters(self._service, adapters or {})
-        assert set(self.adapters.names()) == set(named)
+        self.adapters = Adapters(self._service, directory)
 
     @property
     def info(self) -> EngineInfo:
@@ -345,7 +343,3 @@ def _ids(prompt: Any, at: int) -> list[int]:
         raise InvalidRequest(
             f"prompts[{at}] contains an item that is not a token id: {error}", param="prompts"
         ) from error
-
-
-def _policy(name: str, source: str | Path) -> AdapterPolicy:
-    return AdapterPolicy({name: source})

@@ -142,7 +142,8 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     ``name`` is the client's word, used in logs and metrics. ``kind`` and ``locator`` say where it lies (an absolute
     folder for ``local``, a repository id for ``hub``). ``fingerprint`` tells two states of one place apart without
     reading it (sizes and mtimes, or a revision): a changed one makes the pool read again. Identity in the engine is
-    the content hash found on loading (the generation), never the name.
+    the content hash found on loading (the generation), never the name. ``root``: a folder above ``locator`` that no
+    link may lead out of when the files are opened; "" when the operator named the adapter's own folder.
     """
 
     name: str
@@ -150,6 +151,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     locator: str
     revision: str | None = None
     fingerprint: str = ""
+    root: str = ""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -357,7 +359,7 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     generation: str | None = None
-    status: Literal["loading", "ready", "resident", "failed", "retired"] = "ready"
+    status: Literal["loading", "ready", "uploading", "resident", "failed", "retired"] = "ready"
     nbytes: int = 0
     rank: int = 0
     commit: str = ""  # of the Hub, as of its last load

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from rig import EOS, VOCAB, HandLoader, Rig, alone, limits, request
 
+from truffula.errors import AdapterNotFound
 from truffula.types import AdapterCommand, AdapterRef, EngineParams
 
 PROMPT = [1, 2, 3, 4, 5]
@@ -291,12 +292,15 @@ def test_a_preempted_request_keeps_its_generation_through_a_reload():
 def test_adapter_commands_do_not_wait():
     rig = Rig(loader=HandLoader(automatic=False))
     red = AdapterRef(name="red", locator="red")
-    assert [s.status for s in rig.engine.command(AdapterCommand(action="load", ref=red, pinned=True))] == ["loading"]
+    loaded = rig.engine.command(AdapterCommand(action="load", ref=red, pinned=True))
+    assert not loaded.done()
+    assert [s.status for s in rig.engine.command(AdapterCommand(action="list")).result()] == ["loading"]
     rig.loader.finish()
     rig.step()
-    (state,) = rig.engine.command(AdapterCommand(action="list"))
-    assert (state.status, state.pinned) == ("resident", True)
-    assert rig.engine.command(AdapterCommand(action="unload", ref=red)) == []
+    (state,) = rig.engine.command(AdapterCommand(action="list")).result()
+    assert loaded.result() == [state] and (state.status, state.pinned) == ("resident", True)
+    assert rig.engine.command(AdapterCommand(action="unload", ref=red)).result() == []
+    assert isinstance(rig.engine.command(AdapterCommand(action="unload", ref=red)).exception(), AdapterNotFound)
 
 
 def test_closing_ends_every_request():

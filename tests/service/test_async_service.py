@@ -27,7 +27,7 @@ from truffula.errors import (
     ShuttingDown,
     TruffulaError,
 )
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service import AsyncService, ServiceLimits, collect
 from truffula.service.sync import SyncService
 from truffula.types import AdapterCommand, GenerateRequest, SamplingParams, TokenEvent
@@ -62,7 +62,7 @@ def run(
 
     async def main() -> None:
         client = wrap(connect(EngineConfig(model=str(folders["model"]), **(OPTIONS | options)), transport))
-        policy = AdapterPolicy({"one": folders["one"], "broken": folders["model"]})
+        policy = AdapterDirectory({"one": folders["one"], "broken": folders["model"]})
         service = AsyncService(client, policy=policy, limits=ServiceLimits(base_names=("tiny",)))
         await service.start()
         try:

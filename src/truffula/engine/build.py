@@ -17,7 +17,6 @@ from truffula.config import EngineConfig, format_size
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
-from truffula.engine.loader import LoadingWorker
 from truffula.engine.memory import AdapterShare, MemoryDivision, memory_limit, plan_memory
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
@@ -25,8 +24,9 @@ from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
-from truffula.lora.job import LoadLimits
+from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
+from truffula.lora.worker import LoadLimits
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint

@@ -16,7 +16,7 @@ from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
 from truffula.engine.interrupts import uninterrupted
 from truffula.engine.journal import Journal, PendingCommands
-from truffula.engine.loop import FILES_LOOK_S, EngineLoop, close_engine, engine_error, outcome
+from truffula.engine.loop import FILES_LOOK_S, LOAD_POLL_S, EngineLoop, close_engine, engine_error, outcome
 from truffula.errors import ShuttingDown, TruffulaError
 from truffula.types import (
     AdapterCommand,
@@ -150,6 +150,8 @@ class InlineClient:
                 now = time.monotonic()
                 if not self._turning:
                     rest = 0.0 if self._inbox else self._loop.rest()
+                    if self._loop.is_loading():  # a condition cannot wait for the loading workers' sockets
+                        rest = min(LOAD_POLL_S, FILES_LOOK_S if rest is None else rest)
                     due = min(due, now + (FILES_LOOK_S if rest is None else rest))
                     if due <= now:
                         return True

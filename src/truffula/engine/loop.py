@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
+import select
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 from truffula.engine.engine import Engine
 from truffula.engine.journal import Reply
-from truffula.errors import (
-    AdapterLoadError,
-    AdapterNotFound,
-    CheckpointChanged,
-    EngineDied,
-    InsufficientMemory,
-    TruffulaError,
-    from_info,
-)
-from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.errors import CheckpointChanged, EngineDied, TruffulaError
+from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
 
-LOAD_POLL_S = 0.005
-"""How often an engine without other work checks for finished adapter loads."""
 FILES_LOOK_S = 1.0
-"""How often an engine checks the files that weights are mapped from, and an idle one its loading workers."""
-ROOM_PATIENCE_S = 60.0
-"""How long a load command waits for memory that running requests hold, once the adapter is read."""
-
-
-@dataclass
-class _Load:
-    """A load command that is not answered yet; ``read_at``: when its adapter lacked nothing but memory."""
-
-    reply: Reply
-    ref: AdapterRef
-    read_at: float | None = None
+"""How often the files that weights are mapped from are checked, and the pool polled, while the engine is idle too."""
+LOAD_POLL_S = 0.005
+"""How often an engine that cannot wait for the loading workers' sockets checks for finished loads."""
+DEADLINE_LOOK_S = 0.1
+"""How often the deadlines of requests are checked while they all wait for adapters."""
 
 
 class EngineLoop:
@@ -45,8 +27,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine = engine
         self._clock = clock
-        self._loads: list[_Load] = []
-        self._looked_at = self._looked_at_files = 0.0
+        self._looked_at_files = 0.0
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         for request in requests:
@@ -58,19 +39,7 @@ class EngineLoop:
 
     def command(self, command: AdapterCommand) -> Reply:
         """Begin an adapter command. The reply gets its result or its ``TruffulaError`` here or in a later ``turn``."""
-        reply: Reply = Future()
-        try:
-            states = self._engine.command(command)
-        except TruffulaError as error:
-            reply.set_exception(error)
-            return reply
-        if command.action == "load" and command.ref is not None:
-            self._loads.append(_Load(reply, command.ref))
-            self._engine.claim(command.ref)
-            self._check_loads()
-        else:
-            reply.set_result(states)
-        return reply
+        return self._engine.command(command)
 
     def turn(self) -> list[TokenEvent]:
         """Make one step at most; returns the events since the last one.
@@ -79,70 +48,38 @@ class EngineLoop:
         """
         if self._clock() - self._looked_at_files >= FILES_LOOK_S:
             self._engine.check_files()
-            if self._engine.idle() and not self._loads:
-                self._engine.tend()  # what steps do otherwise
             self._looked_at_files = self._clock()
-        # Before the step: however long the last one took, a load is checked before its adapter can be evicted as idle.
-        if self._loads and self._clock() - self._looked_at >= LOAD_POLL_S:
-            self._check_loads()
-        return [] if self._engine.idle() and not self._loads else self._engine.step()
+        return self._engine.step()
 
     def rest(self) -> float | None:
-        """Seconds until the next turn has something to do: 0 with work, None when only a new call can bring some."""
-        if self._engine.has_work():
-            return 0.0
-        return None if self._engine.idle() and not self._loads else LOAD_POLL_S
+        """Seconds until the next turn has something to do without an event on the engine's ``poll_fds``: 0 with work,
+        None when only a call or an event can bring some.
+        """
+        timeout = self._engine.poll_timeout()
+        if self._engine.idle():
+            return timeout
+        return DEADLINE_LOOK_S if timeout is None else min(timeout, DEADLINE_LOOK_S)
+
+    def is_loading(self) -> bool:
+        """Whether a loading worker is at work."""
+        return bool(self._engine.poll_fds())
+
+    def wait(self, timeout: float | None, fd: int | None = None) -> None:
+        """Wait until ``fd`` can be read, the engine has something to do, or ``timeout`` seconds have passed."""
+        if timeout == 0:
+            return
+        waiter = select.poll()
+        if fd is not None:
+            waiter.register(fd, select.POLLIN)
+        for other, events in self._engine.poll_fds().items():
+            waiter.register(other, events)
+        waiter.poll(None if timeout is None else timeout * 1000)
 
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
     def close(self) -> None:
         self._engine.close()
-
-    def _check_loads(self) -> None:
-        self._looked_at = self._clock()
-        for load in list(self._loads):
-            states: list[AdapterState] = []
-            failed: TruffulaError | None = None
-            try:
-                state = self._engine.settle(load.ref)
-                if state is not None and state.status == "ready":
-                    self._wait_for_memory(load, state)
-                    continue
-                states = loaded_states(load.ref, state)
-                if not states:
-                    continue
-            except TruffulaError as error:
-                failed = error
-            self._loads.remove(load)
-            self._engine.disclaim(load.ref)
-            if failed is not None:
-                load.reply.set_exception(failed)
-            else:
-                load.reply.set_result(states)
-
-    def _wait_for_memory(self, load: _Load, state: AdapterState) -> None:
-        """Raises ``InsufficientMemory`` when no request can release any more, or after ``ROOM_PATIENCE_S``."""
-        load.read_at = self._looked_at if load.read_at is None else load.read_at
-        waited = self._looked_at - load.read_at
-        if self._engine.idle() or waited >= ROOM_PATIENCE_S:
-            raise InsufficientMemory(
-                f"Adapter {load.ref.name!r} takes {state.nbytes} bytes, and running or pinned adapters leave no room "
-                f"(waited {waited:.0f} s). Unload other adapters, try again later, or raise --memory.",
-                requested_bytes=state.nbytes,
-            )
-
-
-def loaded_states(ref: AdapterRef, state: AdapterState | None) -> list[AdapterState]:
-    """``state`` of a load of ``ref`` that has succeeded; empty while it is loading. Raises why it failed."""
-    if state is None:
-        raise AdapterNotFound(f"Adapter {ref.name!r} was unloaded while it was loading.", param="adapter")
-    if state.status == "loading":
-        return []
-    if state.status == "failed":
-        unknown = AdapterLoadError(f"Adapter {ref.name!r} failed to load.")
-        raise unknown if state.error is None else from_info(state.error)
-    return [state]
 
 
 def outcome(reply: Reply) -> tuple[list[AdapterState], TruffulaError | None]:

@@ -126,7 +126,9 @@ class Worker:
 
     def _wait_for_start(self) -> list[wire.ToEngine]:
         while True:
-            self._poll(None)
+            waiter = select.poll()
+            waiter.register(self._channel, select.POLLIN)
+            waiter.poll()
             frames = self._channel.receive()
             if frames is None or frames:
                 return frames or []
@@ -158,7 +160,7 @@ class Worker:
             if rest is None and busy:
                 self._heartbeat.stats(loop.stats(), send=True)  # an idle engine's numbers are exact
             busy = rest is not None
-            self._poll(FILES_LOOK_S if rest is None else rest)
+            loop.wait(FILES_LOOK_S if rest is None else min(rest, FILES_LOOK_S), self._channel.fileno())
             frames = self._channel.receive()
             if frames is None or not self._handle_all(loop, frames):
                 return
@@ -221,14 +223,6 @@ class Worker:
             self._replies.remove((ticket, reply))
             states, error = outcome(reply)
             self._channel.send(wire.AdapterReply(ticket, states, None if error is None else error.info()))
-
-    def _poll(self, timeout: float | None) -> None:
-        """Wait until something can be received, or ``timeout`` seconds."""
-        if timeout == 0:
-            return
-        waiter = select.poll()
-        waiter.register(self._channel, select.POLLIN)
-        waiter.poll(None if timeout is None else timeout * 1000)
 
     def _die(self, error: TruffulaError, status: int) -> int:
         """Send the error to the parent, if it is still there."""

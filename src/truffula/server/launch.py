@@ -16,7 +16,7 @@ from truffula.engine.client import EngineHandle, Transport, start_engine
 from truffula.errors import ConfigError
 from truffula.kernels.trim import defer_gc
 from truffula.logs import LogSettings, setup_logs
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,11 @@ def log_settings(config: ServerConfig) -> LogSettings:
     return LogSettings(format=config.log_format, level=config.log_level)
 
 
-def adapter_policy(resolved: Resolved) -> AdapterPolicy:
+def adapter_policy(resolved: Resolved) -> AdapterDirectory:
     """What clients may name, from the options."""
     config = resolved.server
     names = (resolved.engine.model, config.served_model_name)
-    return AdapterPolicy(
+    return AdapterDirectory(
         adapters=config.adapters,
         adapter_dir=config.adapter_dir,
         allow_local=config.allow_local,

@@ -30,7 +30,7 @@ from truffula.config import Resolved, format_size
 from truffula.engine.client import EngineHandle
 from truffula.errors import ConfigError, InvalidRequest
 from truffula.kernels.trim import trim_memory
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server.app import create_app
 from truffula.server.connections import (
@@ -65,7 +65,7 @@ class App:
     announce: Callable[[], None]
 
 
-def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: AdapterPolicy) -> App:
+def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: AdapterDirectory) -> App:
     """The application over the engine that is starting. The tokenizer is loaded while the engine loads the weights.
 
     Raises:
@@ -114,7 +114,7 @@ def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def announce(
-    resolved: Resolved, info: EngineInfo, policy: AdapterPolicy, url: str, warnings: Sequence[str] = ()
+    resolved: Resolved, info: EngineInfo, policy: AdapterDirectory, url: str, warnings: Sequence[str] = ()
 ) -> None:
     """The facts an operator looks for in the first lines of a log."""
     log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
@@ -266,7 +266,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(
-    resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterPolicy
+    resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterDirectory
 ) -> DrainingServer:
     """The server of ``resolved`` on the port of ``listening``: it waits for the engine of ``handle`` when it runs."""
     config = resolved.server
@@ -296,7 +296,7 @@ def make_server(
     return server
 
 
-def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterPolicy) -> None:
+def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterDirectory) -> None:
     """Serve ``listening``, which is closed then, until a signal; returns after a clean drain.
 
     Raises:

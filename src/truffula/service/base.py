@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypedDict, Unpack
 
 from truffula.engine.client import EngineClient
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service.core import Service, ServiceLimits
 from truffula.service.files import LoadedTexts
 from truffula.service.submissions import Submissions
@@ -17,7 +17,7 @@ from truffula.types import EngineInfo, EngineStats
 class ServiceOptions(TypedDict, total=False):
     """Keyword arguments of every service."""
 
-    policy: AdapterPolicy | None
+    policy: AdapterDirectory | None
     """Which adapters clients may name."""
     limits: ServiceLimits | None
     """The operator's bounds."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
@@ -152,7 +152,7 @@ class Service:
         info: EngineInfo,
         *,
         texts: LoadedTexts | None = None,
-        policy: AdapterPolicy | None = None,
+        policy: AdapterDirectory | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -160,7 +160,7 @@ class Service:
         texts = texts_of(info, texts)
         self.tokenizer = tokenizer = texts.tokenizer
         self.generation_config = texts.generation_config
-        self.policy = policy or AdapterPolicy()
+        self.policy = policy or AdapterDirectory()
         self.limits = limits or ServiceLimits()
         self._clock = clock
         self._numbers = itertools.count()
