@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from truffula.bench.processes import free_port
+from truffula.bench.server import free_port
 from truffula.testing.tiny import write_tiny_checkpoint
 
 POLL_S = 0.005

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernel_backends import on_every_backend
+from llama_program import llama_program
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
@@ -16,7 +17,7 @@ from truffula.kernels.mapped import release
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
-from truffula.testing.programs import Part, as_dtype, fill_step, llama_program, pull_from, random_weights
+from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_weights
 
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=16, max_segments=8, num_blocks=40, block_size=4, max_blocks_per_seq=16

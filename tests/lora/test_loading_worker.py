@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inline_loader import InlineLoader
 from lora_bases import judge, llama_sites
 from pool_rig import Clock, cached
 
@@ -26,7 +27,6 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
-from truffula.testing.loading import InlineLoader
 from truffula.types import AdapterRef
 
 PATIENCE_S = 120.0  # for a busy machine; nothing here takes a hundredth of it

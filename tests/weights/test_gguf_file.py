@@ -23,11 +23,11 @@ from gguf_models import (
     metadata_of,
     write_tiny_gguf,
 )
+from gguf_writer import GgufBlocks, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
-from truffula.testing.files import GgufBlocks, write_gguf
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_names import FAMILIES as KNOWN
 from truffula.weights.gguf_quants import FORMATS, dequantize

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 from gguf_models import HEADS, KV_HEADS, interleave, write_tiny_gguf
+from gguf_writer import GgufBlocks, write_gguf
 
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
@@ -21,7 +22,6 @@ from truffula.kernels.program import Linear
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.model.load import plan_model, puller
-from truffula.testing.files import GgufBlocks, write_gguf
 from truffula.testing.programs import Part, fill_step
 from truffula.weights.gguf_quants import FORMATS
 from truffula.weights.open import open_checkpoint

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -22,16 +21,14 @@ from truffula.kernels.program import Attention, Linear, Program
 from truffula.kernels.validate import validate
 
 DTYPES = ("bfloat16", "float32")
-logger = logging.getLogger(__name__)
 _X_ROWS = 16  # kXRows of kernels.h: rows as products read them have memory to a multiple of it
 _SAMPLER_BYTES = 58
 """Per id of the vocabulary and thread, at most (sampler.h)."""
 
 
 class CpuBackend:
-    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has that works.
+    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``, the first of them.
 
-    A table that fails its self-check (``sound_table``) is passed over with a warning; one that was named is refused.
     ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are computed with as the
     values they stand for, else in int8.
     """
@@ -49,7 +46,7 @@ class CpuBackend:
         self._quantize, self._exact = quantize, exact
         self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
-        self._isa = sound_table(sets, isa, _library().table_fault)
+        self._isa = sets[0] if isa == "auto" else isa
 
     def probe(self) -> BackendProbe:
         return BackendProbe(name=self.name, available=True, device="cpu", isa=self._isa, dtypes=DTYPES)
@@ -141,49 +138,13 @@ class CpuBackend:
         return native
 
 
-def sound_table(sets: Sequence[str], isa: str, fault_of: Callable[[str], str]) -> str:
-    """The table to compute with: the first of ``sets`` (best first) without a fault, or ``isa`` where it is not auto.
-
-    ``fault_of`` says what a table works out otherwise than the portable one (by more than 1e-4 of an op's largest
-    number; native/self_check.h), and is empty for one that works.
-
-    Raises:
-        ConfigError: ``isa`` names a table that has a fault; or all have one.
-    """
-    faults: list[str] = []
-    for name in sets if isa == "auto" else (isa,):
-        fault = fault_of(name)
-        if not fault:
-            if faults:
-                logger.warning("computing with %s: %s", name, "; ".join(faults))
-            return name
-        faults.append(f"the instruction set {name} computes {fault} wrongly on this machine")
-    raise ConfigError(f"{'; '.join(faults)}. Leave cpu_isa at auto, or choose another backend.", param="cpu_isa")
-
-
 def instruction_sets() -> tuple[str, ...]:
-    """What this machine can run of what was compiled, best first.
+    """The compiled instruction sets that this machine can run, the fastest of its kind of processor first.
 
     Raises:
         MissingDependency: The native module was not built, or can't be loaded.
     """
     return tuple(_library().table_names())
-
-
-def why_this_set() -> str:
-    """Why the first of ``instruction_sets`` is: tiles, or what was found where two were tried at start; else empty."""
-    return str(_library().table_reason())
-
-
-def peak_rate(isa: str, kind: int, threads: int) -> float:
-    """Operations a second that an instruction set does at most, measured: kind 0 float32, 1 bfloat16 pairs, 2 whole
-    numbers of 8 bits, 3 of 16. 0.0 where its products use no such instructions."""
-    return float(_library().peak_rate(isa, kind, threads))
-
-
-def read_rate(isa: str, threads: int, nbytes: int) -> float:
-    """Bytes a second that so many threads read together, going through ``nbytes`` again and again."""
-    return float(_library().read_rate(isa, threads, nbytes))
 
 
 def available() -> bool:

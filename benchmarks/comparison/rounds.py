@@ -1,4 +1,4 @@
-"""``bench compare``: contestants in turn, round after round; one runs at a time, each started fresh.
+"""Contestants in turn, round after round; one runs at a time, each started fresh.
 
 On few cores two servers disturb each other even while one idles, so a contestant has the machine alone: it starts, is
 warmed up by the row's load (adapters loaded, pages touched, code compiled), answers the measured runs and ends. Rounds
@@ -17,11 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from truffula.bench.dialects import Dialect
-from truffula.bench.machine import read_rate
-from truffula.bench.measured import Measured, Stream
-from truffula.bench.memory import resident
-from truffula.bench.peers import (
+from comparison.memory import resident
+from comparison.peers import (
     HttpSession,
     Place,
     Session,
@@ -33,8 +30,13 @@ from truffula.bench.peers import (
     session,
     version,
 )
-from truffula.bench.processes import child_error
-from truffula.bench.scenarios import Contestant, Row
+from comparison.processes import descendants
+from comparison.scenarios import Contestant, Row
+from truffula.bench.client import Dialect
+from truffula.bench.measured import Measured, Stream
+from truffula.bench.server import child_error
+from truffula.bench.step import read_rate
+from truffula.kernels.host import usable_cpus
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError
 from truffula.kernels.host import usable_cpus
 
@@ -151,7 +153,7 @@ def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
     with session(contestant, row, place) as running:
         assert isinstance(running, HttpSession) and running.server is not None  # memory is measured of servers we start
         _checked(running, row, names, number)
-        seen = resident(running.server.pids(), place.path(contestant.model))
+        seen = resident(descendants(running.server.pid), place.path(contestant.model))
         weights, kv = held(contestant, place, running.server)
     beside = seen.pss - seen.model_file - weights - kv
     if beside <= 0:
