@@ -446,3 +446,17 @@ def test_a_file_below_an_allowed_folder_that_is_a_link_out_of_it_is_refused(make
     loader.start(found)
     error = one(loader).error
     assert error is not None and (error.code, error.param) == (AdapterError.code, "adapter_model.safetensors")
+
+
+def test_a_hostile_pattern_ends_its_load_with_an_error_and_the_worker_lives(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    pid = begun(loader)
+    config = tiny_config(rank=4, alpha=8, targets=["q_proj"])
+    tensors = tiny_tensors(llama_sites(), config)
+    loader.start(ref(write_adapter(tmp_path / "hostile", {**config, "target_modules": r"(.|\w|.)*!"}, tensors)))
+    hostile = one(loader)
+    assert hostile.error is not None and "seconds to match" in hostile.error.message
+    loader.start(adapter(tmp_path / "good"))
+    good = one(loader)
+    assert good.error is None and good.image_path is not None and loader.pids() == [pid]
+    Path(good.image_path).unlink()

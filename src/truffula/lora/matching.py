@@ -21,7 +21,7 @@ from truffula.lora.fields import RETRAIN_WITHOUT_TABLES, LoraSettings, read_sett
 from truffula.lora.image import DTYPES
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Steps
+from truffula.lora.patterns import PatternTable, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
 from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
@@ -92,6 +92,7 @@ class Sites:
         return self.root + module.name.removeprefix(self._own_root)
 
 
+@matching_limit()
 def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
                    all_sites: Sequence[Site], base: BaseFacts) -> Judged:  # fmt: skip
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
@@ -103,9 +104,8 @@ def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
     judged = Judged(settings, sites.root)
-    steps = Steps()
-    ranks = PatternTable(settings.rank_pattern, "rank_pattern", steps)
-    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern", steps)
+    ranks = PatternTable(settings.rank_pattern, "rank_pattern")
+    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
     origin = _origin(config)
     _check_modules(plan, sites, base, origin)
     for module, key in plan.a.items():
@@ -116,7 +116,7 @@ def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
         _check_shapes(pair, rank, base, origin)
         judged.pairs.append(pair)
     _check_sites_once(judged.pairs)
-    _cross_check(judged, Targets(settings, sites.names, steps), sites, plan)
+    _cross_check(judged, Targets(settings, sites.names), sites, plan)
     judged.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
