@@ -13,7 +13,7 @@ from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, Wanted, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
-from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
+from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.installation import installation
@@ -123,6 +123,22 @@ class CpuBackend:
         return CpuExecutable(
             native, program, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug
         )
+
+    def rounding(self, program: Program, pull: PullWeight) -> Rounding:
+        """What ``quantize`` loses of ``program``'s weights; holds one of them at a time.
+
+        Raises:
+            KernelError: A weight cannot be rounded; ``load`` would refuse it too.
+        """
+        capacity = Capacity(
+            max_tokens=1, max_seqs=1, max_logit_rows=1, max_segments=1, num_blocks=2, block_size=1, max_blocks_per_seq=1
+        )
+        found = Rounding()
+        with as_kernel_errors():
+            for decl, role in zip(program.weights, roles(program), strict=True):
+                native = _library().Executable(self._isa, self._threads, capacity, F32, 1, False)
+                load_one(native, decl, role, self._wanted("float32"), pull, found)
+        return found
 
     def _native(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool
