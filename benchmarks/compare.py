@@ -28,8 +28,8 @@ from comparison.scenarios import BUILT_IN, Row, chosen, read_scenarios
 from truffula.bench.server import end_children_on_sigterm
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import err, fail, out, table, warn
-from truffula.kernels.host import usable_cpus
 from truffula.errors import ConfigError, TruffulaError
+from truffula.kernels.host import usable_cpus
 from truffula.testing.tiny import write_tiny_checkpoint
 
 PEERS = Path(__file__).resolve().parent / "peers"

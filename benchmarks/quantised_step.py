@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 
 from truffula.bench.step import SMOLLM2
-from truffula.kernels.host import usable_cpus
 from truffula.kernels.backend import Array, Executable, PullWeight, QuantisedArray
 from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.host import usable_cpus

@@ -36,7 +36,6 @@ from truffula.bench.client import Dialect
 from truffula.bench.measured import Measured, Stream
 from truffula.bench.server import child_error
 from truffula.bench.step import read_rate
-from truffula.kernels.host import usable_cpus
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError
 from truffula.kernels.host import usable_cpus
 

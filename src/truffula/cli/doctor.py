@@ -117,8 +117,8 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
 def _native() -> list[Finding]:
     """The native module, the instruction sets and threads it would use, and the compiler that builds it."""
     from truffula.config import load_settings
-    from truffula.kernels.host import usable_cpus
     from truffula.kernels.cpu import instruction_sets, why_unavailable
+    from truffula.kernels.host import usable_cpus
     from truffula.kernels.installation import installation
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -138,8 +138,8 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
 
 def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
     """What ``--quantize q8_0`` would lose, by the name of a layer's linear (``q``, ``down``) and in all."""
-    from truffula.engine.memory import usable_cpus
     from truffula.kernels.cpu import CpuBackend
+    from truffula.kernels.host import usable_cpus
     from truffula.model.load import puller
 
     backend = CpuBackend(usable_cpus(), quantize="q8_0")
