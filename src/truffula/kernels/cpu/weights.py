@@ -155,8 +155,10 @@ def load_one(
     fmt = matrix_format(kinds, wanted, decl, exact=role.exact, panels=panels)
     weight = native.add_matrix(*decl.shape, format=fmt, panels=panels, half=role.half)
     lossless = keeps_blocks(fmt, kinds, wanted, decl, exact=role.exact, panels=panels)
+    # A pull that does not read a checkpoint may give the parts together.
+    names = [part.name for part in decl.parts] if len(parts) == len(decl.parts) else [decl.name for _ in parts]
     first = 0
-    for part, source in zip(parts, decl.parts, strict=True):
+    for part, name in zip(parts, names, strict=True):
         squares = lost = 0.0
         for lo, hi in chunks(part):
             try:
@@ -166,7 +168,7 @@ def load_one(
             squares, lost = squares + more[0], lost + more[1]
         first += part.shape[0]
         if squares:
-            rounding.sums[source.name] = squares, lost
+            rounding.sums[name] = squares, lost
     return None
 
 
