@@ -78,7 +78,7 @@ def measure(program: Program, threads: int, isa: str, grid: list[int], context: 
             for decl in program.weights
             for part in decl.parts
         }
-        size = backend.plan(program, "bfloat16", capacity, 0, kinds).weight_bytes
+        size = backend.plan(program, "bfloat16", capacity, kinds).weight_bytes
         runs.append(Run(variant, backend.load(program, "bfloat16", pull(variant), capacity), size))
     return runs
 

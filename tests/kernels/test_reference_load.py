@@ -116,7 +116,7 @@ def test_the_plan_counts_what_is_declared():
     matrices = sum(int(np.prod(w.shape)) for w in program.weights if len(w.shape) == 2)
     vectors = sum(w.shape[0] for w in program.weights if len(w.shape) == 1)
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        plan = backend.plan(program, dtype, CAPACITY, stored_bytes=0)
+        plan = backend.plan(program, dtype, CAPACITY)
         assert plan.weight_bytes == matrices * width + vectors * 4
         assert plan.kv_block_bytes == 2 * 2 * 16 * 4 * width  # two layers, K and V, 2 heads of 8, 4 tokens a block
         assert plan.logits_bytes >= 16 * 61 * 4

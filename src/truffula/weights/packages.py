@@ -135,8 +135,6 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
         return kept
     home = package_folder(model, cache)
     if offline:
-        if older := _older_file(model, home):
-            return older
         raise ModelNotFound(
             f"{alias} ({model.description}) is not in {home}, and offline mode forbids downloads. Run once without "
             "offline mode.",
@@ -149,8 +147,6 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
                 return kept
             if locked:
                 _remove_scratch(home)
-            if older := _older_file(model, home):
-                return _keep(older, home / model.file, model.nbytes)
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
                 wheels = _pip_download(model, alias, Path(scratch), progress)
                 file = unpack_model(model, wheels, Path(scratch), progress)
@@ -193,16 +189,6 @@ def _remove_scratch(home: Path) -> None:
             shutil.rmtree(left)
         except OSError as error:  # it may be another user's; this fetch does not need it removed
             logger.warning("%s of an interrupted download cannot be removed: %s", left, error)
-
-
-def _older_file(model: PackagedModel, home: Path) -> Path | None:
-    """The same file where earlier versions of truffula kept it: in a folder named by the package alone."""
-    for file in (home.parent / model.packages[0].partition("==")[0]).glob("*.gguf"):
-        if file.stat().st_size == model.nbytes:
-            with file.open("rb") as found:
-                if hashlib.file_digest(found, "sha256").hexdigest() == model.sha256:
-                    return file
-    return None
 
 
 def _keep(file: Path, target: Path, nbytes: int) -> Path:

@@ -62,11 +62,9 @@ class CpuBackend:
         program: Program,
         dtype: str,
         capacity: Capacity,
-        stored_bytes: int,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
         """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
-        del stored_bytes
         formats = planned_formats(program, self._wanted(dtype), stored_types)
         by_format: dict[str, int] = {}
         for decl, role in zip(program.weights, roles(program), strict=True):
