@@ -129,7 +129,7 @@ def test_scaling_without_a_type_changes_the_answer(tmp_path: Path, architecture:
 def test_a_table_of_factors_beside_a_scaling_that_asks_for_nothing(tmp_path: Path, kind: dict[str, Any]) -> None:
     table = llama3_factors(THETA, WIDTH, 8.0, 1, 4, 8192)
     checkpoint = checkpoint_of(tmp_path, "llama", {**kind, "rope.scaling.factor": 1.0}, **{"rope_freqs.weight": table})
-    assert checkpoint.config["rope_parameters"]["rope_type"] == "llama3"
+    assert checkpoint.config["rope_parameters"]["rope_type"] == "factors"
 
 
 @pytest.mark.parametrize("keys", [{"rope.scaling.factor": 4.0}, {"rope.scaling.type": "yarn"}])

@@ -63,9 +63,12 @@ class Oracle:
         config = AutoConfig.from_pretrained(**source)
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
+        factors = _take_factors(config)
         model = AutoModelForCausalLM.from_pretrained(
             **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
         )
+        if factors:
+            model.model.rotary_emb.inv_freq /= torch.tensor(factors)
         if adapter is not None:
             model = _with_adapter(model, adapter)
         self._model = model.eval()
@@ -159,6 +162,15 @@ def _complete(config: Any, path: Path) -> tuple[str, ...]:
         f"transformers' GGUF loader does not read {', '.join(missing)} of this file: there it computes with the values "
         "that truffula reads.",
     )
+
+
+def _take_factors(config: Any) -> list[float]:
+    """The table of factors that rotary frequencies are divided by, which transformers does not know; empty if none."""
+    given = getattr(config, "rope_parameters", None) or {}
+    if given.get("rope_type") != "factors":
+        return []
+    config.rope_parameters = {"rope_type": "default", "rope_theta": given["rope_theta"]}
+    return list(given["factors"])
 
 
 def _equal(one: Any, other: Any) -> bool:
