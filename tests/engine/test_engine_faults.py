@@ -8,7 +8,7 @@ from rig import DEPTHS, Clock, HandLoader, Rig, alone, capacity_of, limits, requ
 from truffula.engine.runner import ModelRunner
 from truffula.errors import ConfigError, DeviceLost, KernelError
 from truffula.kernels.backend import AdapterImage
-from truffula.testing.executable import Faults, HashModel, HashStep
+from hash_model import Faults, HashModel, HashStep
 from truffula.types import AdapterCommand, AdapterRef, EngineRequest
 
 PROMPT = list(range(1, 12))

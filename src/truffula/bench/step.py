@@ -94,9 +94,14 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     per_row = -(-(bench.context + bench.steps) // BLOCK)
     blocks = max(most * per_row, -(-bench.prefill // BLOCK))
     capacity = Capacity(
-        max_tokens=max(bench.prefill, bench.context, most), max_seqs=most, max_logit_rows=most, max_segments=most,
-        num_blocks=1 + blocks, block_size=BLOCK, max_blocks_per_seq=max(per_row, -(-bench.prefill // BLOCK)),
-    )  # fmt: skip
+        max_tokens=max(bench.prefill, bench.context, most),
+        max_seqs=most,
+        max_logit_rows=most,
+        max_segments=most,
+        num_blocks=1 + blocks,
+        block_size=BLOCK,
+        max_blocks_per_seq=max(per_row, -(-bench.prefill // BLOCK)),
+    )
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
     weights = backend.plan(program, dtype, capacity).weight_bytes
     slots = [

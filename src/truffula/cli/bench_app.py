@@ -81,9 +81,20 @@ def bench_serve(
     wanted = {name: value for name, value in given.items() if value is not None}
     limits = Limits(**wanted) if wanted else None
     bench = ServeBench(
-        clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, url, rate, adapter_count,
-        zipf_exponent, limits, seed,
-    )  # fmt: skip
+        clients,
+        requests,
+        adapters,
+        rank,
+        prompt_tokens,
+        max_tokens,
+        repeats,
+        url,
+        rate,
+        adapter_count,
+        zipf_exponent,
+        limits,
+        seed,
+    )
     run_bench_serve(resolve(options, model=model).engine, bench, as_json=as_json)
 
 

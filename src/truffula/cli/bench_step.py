@@ -34,11 +34,16 @@ def run_bench_step(
     rate = read_rate(threads or usable_cpus(), 1 << 22 if tiny else 1 << 28)
     lines = measure(chosen, program, served, bench, rate)
     report = {
-        "cpu": cpu_name()[0], "backend": chosen.name, "isa": chosen.probe().isa, "dtype": served,
-        "quantize": quantize, "adapter_dtype": bench.adapter_dtype,
-        "threads": threads or usable_cpus(), "read_gb_per_s": round(rate / 1e9, 1),
+        "cpu": cpu_name()[0],
+        "backend": chosen.name,
+        "isa": chosen.probe().isa,
+        "dtype": served,
+        "quantize": quantize,
+        "adapter_dtype": bench.adapter_dtype,
+        "threads": threads or usable_cpus(),
+        "read_gb_per_s": round(rate / 1e9, 1),
         "lines": [asdict(line) for line in lines],
-    }  # fmt: skip
+    }
     if as_json:
         out().print_json(json.dumps(report))
         return
@@ -55,7 +60,14 @@ def run_bench_step(
         tax = "" if line.tax is None else f"{line.tax:.2f}"
         share = "" if line.roofline is None else f"{line.roofline:.2f}"
         shown.add_row(
-            line.what, str(line.rows), line.adapters, f"{line.ms:.1f}", f"{line.best_ms:.1f}",
-            f"{line.tokens_per_s:.0f}", tax, share, by_op,
-        )  # fmt: skip
+            line.what,
+            str(line.rows),
+            line.adapters,
+            f"{line.ms:.1f}",
+            f"{line.best_ms:.1f}",
+            f"{line.tokens_per_s:.0f}",
+            tax,
+            share,
+            by_op,
+        )
     out().print(shown)

@@ -205,9 +205,7 @@ def _dtypes() -> list[Finding]:
     given = {s.option.name: s.value for s in load_settings({})}
     try:
         precision = Precision(given["quantize"], given["exact"])
-        backend = select_backend(
-            given["backend"], given["device"], cpu_isa=given["cpu_isa"], precision=precision
-        )  # fmt: skip
+        backend = select_backend(given["backend"], given["device"], cpu_isa=given["cpu_isa"], precision=precision)
         choices = {kind: choose_dtype(backend, given["dtype"], kind) for kind in STORED}
     except TruffulaError as error:
         return [Finding("dtype", "none", "missing", error.message)]

@@ -157,8 +157,15 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     partial = values.get("partial_rotary_factor")
     if partial is None:
         partial = view.raw("partial_rotary_factor")
-    return RopeParameters(kind, theta, 1.0 if partial is None else number("partial_rotary_factor", partial),
-                          numbers, truncate, label, factors)  # fmt: skip
+    return RopeParameters(
+        kind,
+        theta,
+        1.0 if partial is None else number("partial_rotary_factor", partial),
+        numbers,
+        truncate,
+        label,
+        factors,
+    )
 
 
 def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:

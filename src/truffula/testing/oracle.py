@@ -81,9 +81,15 @@ class Oracle:
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
         def attend(
-            module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None,
-            softcap: float | None = None, **_: Any,
-        ) -> tuple[Any, None]:  # fmt: skip
+            module: Any,
+            query: Any,
+            key: Any,
+            value: Any,
+            mask: Any,
+            scaling: float | None = None,
+            softcap: float | None = None,
+            **_: Any,
+        ) -> tuple[Any, None]:
             turned = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(turned, 1)
             groups = query.shape[1] // key.shape[1]
@@ -150,10 +156,7 @@ def _complete(config: Any, path: Path) -> tuple[str, ...]:
             param=str(path),
         )
     theirs = {"head_dim": config.hidden_size // config.num_attention_heads, **config.to_dict()}
-    missing = [
-        key for key, value in read.items()
-        if key != "architectures" and not _equal(theirs.get(key), value)
-    ]  # fmt: skip
+    missing = [key for key, value in read.items() if key != "architectures" and not _equal(theirs.get(key), value)]
     for key in missing:
         setattr(config, key, read[key])
     if not missing:

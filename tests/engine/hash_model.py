@@ -30,7 +30,7 @@ from truffula.kernels.inputs import (
     StepInputs,
     StepOutput,
 )
-from truffula.testing.sampler import PlainSequence, sample_rows
+from plain_sampler import PlainSequence, sample_rows
 
 U64 = npt.NDArray[np.uint64]
 _M1, _M2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)
