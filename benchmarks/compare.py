@@ -106,7 +106,7 @@ def run(asked: argparse.Namespace) -> None:
         result = compare(row, place, asked.repeats, lambda text: err().print(f"[dim]{escape(text)}[/]"))
         results.append(result)
         _print(result)
-        # Written after each row: whoever stops an evening's measurement keeps what it had.
+        # Written after each row: an interrupted comparison keeps the rows that are complete.
         if asked.json is not None:
             asked.json.write_text(json.dumps(report(results, machine, asked.repeats), indent=1) + "\n")
         if asked.markdown is not None:

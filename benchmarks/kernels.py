@@ -313,7 +313,7 @@ class _Bencher:
             made = repeated_attention(heads, kv_heads, dim, min(30, self._copies(nbytes)))
             executable = self._load(made, "bfloat16", max(rows, context), seqs=rows, blocks=rows * per_row)
             where = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(rows)]
-            for blocks in where:  # memory that nobody wrote would not be read as memory
+            for blocks in where:  # unwritten pages would be read from the zero page, not from memory
                 fill_step(executable.inputs, [_part(0, count=context, blocks=blocks)], BLOCK)
                 executable.run()
             us = self._time(executable, made, [_part(i, start=context, blocks=w) for i, w in enumerate(where)])

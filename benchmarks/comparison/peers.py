@@ -1,4 +1,4 @@
-"""Who can take part in a comparison, and what starting one gives: a session that takes loads.
+"""The peers of a comparison: whether one is installed, and starting it as a session that takes loads.
 
 Other projects' software lives outside, below one folder, and is set up and started by the scripts of
 ``benchmarks/peers``. A script tells the command that starts its server or child, so what a person starts by hand and
@@ -99,7 +99,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class HttpSession:
-    """A server, ours or another's. Without ``server`` somebody else runs it."""
+    """A server, ours or another's. Without ``server`` it was already running."""
 
     target: Target
     server: Server | None = None
@@ -253,7 +253,7 @@ def held(contestant: Contestant, place: Place, server: Server) -> tuple[int, int
     when it is first written: what counts is the blocks that hold something now.
     """
     if contestant.peer == "llama-server":
-        return parse_llama_log(server.said())
+        return parse_llama_log(server.output())
     from truffula.engine.build import find_settings
     from truffula.kernels.host import usable_cpus
     from truffula.kernels.select import Precision, select_backend

@@ -26,7 +26,7 @@ class LineChild(Child):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
         self._process.wait()
-        raise child_error(f"{self.name} exited before it answered", self.said())
+        raise child_error(f"{self.name} exited before it answered", self.output())
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         pipe = self._pipe(self._process.stdin)

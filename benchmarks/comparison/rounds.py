@@ -119,7 +119,7 @@ def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
 
 
 def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> Measured:
-    """A run in which every request was answered in full, from nobody's cache."""
+    """A run in which every request was answered in full, without hits in a prefix cache."""
     measured = running.run(row.load(names, seed))
     if measured.failures:
         raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
@@ -176,7 +176,7 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
         body = json.dumps(dialect.body(prompt, row.max_tokens, None))
         while not _first_token(server.url, dialect, body):
             if server.ended:
-                raise child_error(f"{contestant.title} exited during its start", server.said())
+                raise child_error(f"{contestant.title} exited during its start", server.output())
             if time.monotonic() - begun > START_TIMEOUT_S:
                 raise ProcessFailed(f"{contestant.title} generated no token within {START_TIMEOUT_S:g} seconds.")
             time.sleep(ASK_AGAIN_S)
@@ -185,7 +185,7 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
 
 
 def _first_token(url: str, dialect: Dialect, body: str) -> bool:
-    """Whether a token arrived; False while nobody listens or the model is loading."""
+    """Whether a token arrived; False while no server listens or the model is loading."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
         connection.request("POST", dialect.path, body, {"Content-Type": "application/json"})

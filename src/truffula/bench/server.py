@@ -23,8 +23,8 @@ from truffula.errors import ErrorInfo, ProcessFailed, TruffulaError, from_info
 if TYPE_CHECKING:
     from truffula.model.load import ModelPlan
 
-SAID = 2000
-"""Characters of a child's last words in an error."""
+OUTPUT_CHARS = 2000
+"""Characters at the end of a child's output that an error shows."""
 _OWN_ERROR = re.compile(r"^error \((?P<code>\w+)\) (?P<message>.+)\Z", re.MULTILINE | re.DOTALL)
 
 
@@ -36,23 +36,23 @@ def free_port() -> int:
 
 
 def end_children_on_sigterm() -> None:
-    """Let SIGTERM leave through the context managers, as Ctrl-C does.
+    """Make SIGTERM leave through the context managers, as Ctrl-C does, so that children in sessions of their own end.
 
-    Children have sessions of their own and would stay. For a command's main thread, once.
+    Call it once, in the main thread.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
-def child_error(what: str, said: str) -> TruffulaError:
-    """``what`` a child did wrong, with what it ``said``. A truffula command's own error keeps its code."""
-    own = _OWN_ERROR.search(said)
+def child_error(what: str, output: str) -> TruffulaError:
+    """An error that says ``what`` failed, with the child's ``output``; a truffula command's error keeps its code."""
+    own = _OWN_ERROR.search(output)
     if own is not None:
         return from_info(ErrorInfo(code=own["code"], message=f"{what}: {own['message'].strip()}"))
-    return ProcessFailed(f"{what}:\n{said.strip()[-SAID:]}" if said.strip() else f"{what} without output.")
+    return ProcessFailed(f"{what}:\n{output.strip()[-OUTPUT_CHARS:]}" if output.strip() else f"{what} without output.")
 
 
 class Child:
-    """``argv`` in a session of its own: starts on entering, ends with all that it started on leaving."""
+    """A process that runs ``argv`` in a session of its own: starts on entering; on leaving, its whole session ends."""
 
     def __init__(self, name: str, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> None:
         self.name = name
@@ -83,7 +83,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # nobody else of its session is left
+        with contextlib.suppress(ProcessLookupError):  # its whole session has ended
             os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
 
@@ -91,8 +91,8 @@ class Child:
     def ended(self) -> bool:
         return self._process.poll() is not None
 
-    def said(self) -> str:
-        """All that it wrote to its log."""
+    def output(self) -> str:
+        """Everything the child has written to standard error, and to standard output unless that is a pipe."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
@@ -109,21 +109,24 @@ class Server(Child):
         self.url, self._health = url, health
 
     def wait(self, timeout_s: float = 600) -> str:
-        """The address, once it is healthy.
+        """The address, once the server is healthy.
 
-        Raises ``ProcessFailed`` with what the server said when it ended instead; of a truffula server its own error.
+        Raises:
+            ProcessFailed: The server ended or took too long; with its output. A truffula server's own error is raised.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.ended:
-                raise child_error(f"{self.name} exited during its start", self.said())
+                raise child_error(f"{self.name} exited during its start", self.output())
             if self._healthy():
                 return self.url
             time.sleep(0.05)
-        raise ProcessFailed(f"{self.name} was not healthy within {timeout_s:g} seconds:\n{self.said()[-SAID:]}")
+        raise ProcessFailed(
+            f"{self.name} was not healthy within {timeout_s:g} seconds:\n{self.output()[-OUTPUT_CHARS:]}"
+        )
 
     def _healthy(self) -> bool:
-        """Asked often while a server starts on the same cores, so by what costs least."""
+        """Whether ``health`` answers 200. Called often while the server starts on the same cores: no HTTP library."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
         try:
             connection.request("GET", self._health)
@@ -135,7 +138,7 @@ class Server(Child):
 
 
 def engine_flags(config: EngineConfig) -> list[str]:
-    """The command line that gives ``config`` again: only what differs from the defaults."""
+    """The command-line options of ``config`` that differ from the defaults."""
     flags = []
     for option in options_of(EngineConfig):
         value = getattr(config, option.field)
@@ -149,7 +152,7 @@ def engine_flags(config: EngineConfig) -> list[str]:
 
 
 class OwnServer(Server):
-    """``truffula serve`` as a child: starts on entering, stops on leaving. ``url`` answers once ``wait`` returns."""
+    """``truffula serve`` as a child. ``url`` answers once ``wait`` returns."""
 
     def __init__(self, config: EngineConfig, flags: list[str], port: int | None = None) -> None:
         port = port or free_port()

@@ -1,7 +1,7 @@
 """Read a config.json key by key, and account for every key of it.
 
 Three rules. A value that is absent is transformers' class default, from a generated table. A value of the wrong kind is
-refused with its key. When all is read, a key that transformers' class knows and nobody here looked at is refused unless
+refused with its key. When all is read, a key that transformers' class knows and no reader here read is refused unless
 it holds the class default or is on the inert list; a key that class does not know is a warning.
 """
 
@@ -262,7 +262,7 @@ class ConfigView:
         self._warnings.append(f"{self.where}: {text}")
 
     def finish(self) -> tuple[str, ...]:
-        """Account for what nobody read. Returns warnings; raises ``UnsupportedModel`` naming a key that matters."""
+        """Warnings about the keys that nothing read; raises ``UnsupportedModel`` naming one that matters."""
         unknown = []
         for key, value in self.values.items():
             if key in self._read or key in INERT | READ_ELSEWHERE or key in self.defaults.generation:

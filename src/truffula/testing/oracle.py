@@ -48,7 +48,7 @@ class Oracle:
             raise MissingDependency(
                 f"{error.name} is not installed: {installation().pip_install('torch,hf')}.", param=error.name
             ) from error
-        logging.disable_progress_bar()  # whoever compares has a progress of its own to show
+        logging.disable_progress_bar()  # the command that compares shows its own progress
         self._seen: dict[str, Float32] = {}
         self._register()
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
