@@ -76,7 +76,8 @@ def engine_of(rows: int, context: int, params: dict[str, Any]) -> Engine:
     )  # fmt: skip
     limits = EngineLimits(
         max_model_len=8192, step_tokens=tokens, step_logit_rows=rows + 16, max_running=rows, max_waiting=rows,
-        block_size=BLOCK, num_blocks=blocks, prefix_cache=True, vocab_size=VOCAB, eos_token_ids=(2,), kv_block_bytes=1,
+        block_size=BLOCK, num_blocks=blocks, prefix_cache=True, vocab_size=VOCAB, eos_token_ids=(2,),
+        kv_block_bytes=(1,),
     )  # fmt: skip
     model, budget = NullModel(capacity), MemoryBudget(1 << 40)
     pool = AdapterPool(model, InlineLoader([], model="none"), budget, time.monotonic)  # type: ignore[arg-type]

@@ -268,15 +268,14 @@ def held(contestant: Contestant, place: Place, server: Server) -> tuple[int, int
     with contextlib.closing(open_checkpoint(Path(config.model))) as checkpoint:
         settings = find_settings(config, Path(config.model), plan_model(checkpoint), backend)
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
-        blocks = written_blocks(answer.read().decode())
-    return settings.planned.weight_bytes, blocks * settings.planned.kv_block_bytes
+        return settings.planned.weight_bytes, written_bytes(answer.read().decode())
 
 
-def written_blocks(metrics: str) -> int:
-    """How many KV blocks sequences or the prefix cache hold, from the text of our ``/metrics``."""
-    counted = dict(re.findall(r"^truffula_kv_blocks_(used|cached) ([0-9.e+]+)$", metrics, re.MULTILINE))
+def written_bytes(metrics: str) -> int:
+    """Bytes of the KV blocks that sequences or the prefix cache hold, from the text of our ``/metrics``."""
+    counted = dict(re.findall(r"^truffula_kv_(used|cached)_bytes ([0-9.e+]+)$", metrics, re.MULTILINE))
     if len(counted) != 2:
-        raise ConfigError("truffula's /metrics lack the numbers of used and cached KV blocks.")
+        raise ConfigError("truffula's /metrics lack the bytes of used and cached KV blocks.")
     return sum(int(float(count)) for count in counted.values())
 
 

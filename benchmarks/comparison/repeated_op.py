@@ -81,7 +81,7 @@ def repeated_attention(heads: int, kv_heads: int, dim: int, count: int) -> Repea
         )
         for i in range(count)
     ]  # fmt: skip
-    return _program(width, heads * dim, ops, [], [], groups=(KvGroup(0, "full", planes),))
+    return _program(width, heads * dim, ops, [], [], groups=(KvGroup(0, planes),))
 
 
 def head(vocab: int, inputs: int, stored: str) -> Repeated:

@@ -407,6 +407,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     block_size: int
     num_blocks: int
+    kv_tokens: int
     step_tokens: int
     max_running: int
     max_waiting: int = 1024
@@ -457,6 +458,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_blocks: int = 0
     used_blocks: int = 0
     num_blocks: int = 0
+    kv_used_bytes: int = 0
+    kv_cached_bytes: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0

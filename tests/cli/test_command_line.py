@@ -16,6 +16,7 @@ from live_server import write_model
 from truffula.kernels.cpu import available, instruction_sets
 from truffula.kernels.installation import installation
 from truffula.testing.adapters import write_adapter, write_tiny_adapter
+from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,14 @@ def test_inspect_a_model_tells_tying_and_every_key(model: Path) -> None:
     assert {row["key"] for row in found["config"]} == set(written)
     assert found["tying"] in ("tied", "separate") and found["tying_reason"]
     assert found["weights_bytes"] == sum(kind["bytes"] for kind in found["stored"].values())
+
+
+def test_inspect_tells_what_kv_costs_per_token_and_per_sequence(tmp_path: Path, model: Path) -> None:
+    """A layer's K and V in bfloat16: 2 x 2 heads x 12 numbers. One layer of seven keeps all tokens, six keep 7."""
+    folder = write_tiny_checkpoint(tmp_path / "gemma", tiny_config("gemma3_text"))
+    found = json.loads(here("inspect", str(folder), "--json").stdout)
+    assert (found["kv_per_token_bytes"], found["kv_windows_bytes"]) == (96, 6 * 7 * 96)
+    assert "kv_windows_bytes" not in json.loads(here("inspect", str(model), "--json").stdout)
 
 
 def test_inspect_names_end_tokens_and_what_is_wrong_with_the_tokenizer(tmp_path: Path) -> None:

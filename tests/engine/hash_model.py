@@ -1,9 +1,10 @@
 """``HashModel``: a complete ``Executable`` in numpy whose tokens depend on every token it sees, through the block
 tables.
 
-Another legitimate backend, small enough to run a thousand steps a second: plane 1 of the KV memory holds a hash of
-(token, position, adapter), plane 2 a hash of all of plane 1 up to there, and the logits are a hash of all of plane 2. A
-wrong block table, a stale or foreign block, a wrong position or adapter give other tokens. Memory begins as garbage.
+Another legitimate backend, small enough to run a thousand steps a second. Plane 0 of each KV group holds a hash of
+(token, position, adapter); what a row sees of plane 0 of all groups, each in its window, is hashed to plane 1, and what
+it sees of plane 1 to its logits. A wrong block table, a stale or foreign block, a wrong position or adapter give other
+tokens. Memory begins as garbage.
 Each step is also held against the rules of ``kernels/inputs.py`` and ``kernels/backend.py``; one that breaks them
 raises ``Misuse``, which no engine may handle.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -89,22 +90,31 @@ class _Submitted:
 
 
 class HashModel:
-    """See the module. ``spread`` is the standard deviation of its logits; adapters act by their image's generation.
+    """See the module. ``windows`` has an entry per KV group, None for full attention. ``spread`` is the standard
+    deviation of its logits; adapters act by their image's generation.
 
     Steps are computed as late as ``depth`` allows: at ``result``, with 1 too. What is called between two steps (a
     sequence set, an adapter dropped) takes effect between them.
     """
 
     def __init__(
-        self, capacity: Capacity, vocab_size: int, *, seed: int = 0, spread: float = 3.0, depth: int = 1
+        self,
+        capacity: Capacity,
+        vocab_size: int,
+        *,
+        windows: Sequence[int | None] = (None,),
+        seed: int = 0,
+        spread: float = 3.0,
+        depth: int = 1,
     ) -> None:
         self.capacity = capacity
         self.vocab_size = vocab_size
+        self.windows = windows
         self.depth = depth
         self.faults = Faults()
         self.steps = 0
         """Steps computed so far."""
-        self._inputs = [StepInputs.allocate(capacity, 1) for _ in range(depth)]
+        self._inputs = [StepInputs.allocate(capacity, len(windows)) for _ in range(depth)]
         self._samples = [SampleInputs.allocate(capacity, vocab_size) for _ in range(depth)]
         self._place = 0
         self._queue: deque[_Submitted | Callable[[], None]] = deque()
@@ -113,7 +123,8 @@ class HashModel:
         self._last_drawn: dict[int, int] = {}
         self._spread = spread
         garbage = np.random.default_rng(seed)
-        self._kv = garbage.integers(0, 2**63, (2, capacity.num_blocks * capacity.block_size)).astype(np.uint64)
+        slots = capacity.num_blocks * capacity.block_size
+        self._kv = garbage.integers(0, 2**63, (len(windows), 2, slots)).astype(np.uint64)
         self._vocab = mix(np.arange(vocab_size) + (seed << 32))
         self._adapters: dict[int, np.uint64] = {}
         self._next_slot = 0
@@ -178,7 +189,8 @@ class HashModel:
         self._forward(i, adapters)
         if self.steps == self.faults.raise_on_step or self.faults.raise_on_token in ids:
             # Half of the work is done when it fails: blocks of this step hold what must not be read.
-            self._kv[:, i.slot_mapping[0, : i.T]] = np.uint64(0xDEAD)
+            for kv, slots in zip(self._kv, i.slot_mapping, strict=True):
+                kv[:, slots[: i.T]] = np.uint64(0xDEAD)
             raise self.faults.error
         if self.faults.nan_on_token is not None:
             self._logits[ids[i.logit_rows[: i.R]] == self.faults.nan_on_token] = np.nan
@@ -204,19 +216,18 @@ class HashModel:
         adapter = np.zeros(i.T, np.uint64)
         for lo, hi, slot in i.seg[: i.G].tolist():
             adapter[lo:hi] = adapters[slot]
-        slots = i.slot_mapping[0, : i.T]
         ids, position = i.token_ids[: i.T].astype(np.uint64), i.position[: i.T].astype(np.uint64)
         with np.errstate(over="ignore"):
-            self._kv[0, slots] = mix(mix(ids + (position << np.uint64(32))) ^ mix(adapter))
-            state = np.zeros(i.T, np.uint64)
-            for n in range(i.N):
-                rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
-                length = int(i.kv_len[n])
-                start = length - (rows.stop - rows.start)
-                keys = self.slots_of(i, n, length)
-                first = np.cumsum(mix(self._kv[0, keys] + np.arange(length, dtype=np.uint64)))
-                self._kv[1, slots[rows]] = mix(first[start:] ^ mix(adapter[rows]))
-                state[rows] = np.cumsum(mix(self._kv[1, keys] + np.arange(length, dtype=np.uint64)))[start:]
+            state = ids + (position << np.uint64(32))
+            for plane in (0, 1):
+                value = mix(mix(state) ^ mix(adapter))
+                for group, kv in enumerate(self._kv):
+                    kv[plane, i.slot_mapping[group, : i.T]] = value
+                state = np.zeros(i.T, np.uint64)
+                for n in range(i.N):
+                    rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
+                    for group in range(len(self.windows)):
+                        state[rows] = mix(state[rows]) + self._seen(i, plane, group, n)
             hashed = mix(state[i.logit_rows[: i.R]])[:, None] ^ self._vocab[None, :]
             uniform = (mix(hashed) >> np.uint64(11)).astype(np.float64) / 2.0**53
         self._logits = ((uniform - 0.5) * (self._spread * 12**0.5)).astype(np.float32)
@@ -260,12 +271,26 @@ class HashModel:
     def close(self) -> None:
         self.closed = True
 
-    def slots_of(self, i: StepInputs, n: int, length: int) -> npt.NDArray[np.int64]:
-        """The KV slots of sequence n's first ``length`` positions."""
-        size = self.capacity.block_size
-        positions = np.arange(length)
-        blocks = i.block_tables[0, n, positions // size].astype(np.int64)
-        return np.asarray(blocks * size + positions % size)
+    def _seen(self, i: StepInputs, plane: int, group: int, n: int) -> U64:
+        """For each row of sequence n a hash of the keys of a plane that it sees."""
+        slots, first = self.slots_of(i, group, n)
+        end, count = first + len(slots), int(i.q_start[n + 1] - i.q_start[n])
+        sums = np.cumsum(mix(self._kv[group, plane, slots] + np.arange(first, end, dtype=np.uint64)))
+        window = self.windows[group]
+        if window is None:
+            return np.asarray(sums[-count:])
+        # From the keys up to each row those that are behind its window.
+        hidden = np.maximum(np.arange(end - count, end) - window + 1, 0) - first
+        return np.asarray(sums[-count:] - np.where(hidden > 0, sums[hidden - 1], np.uint64(0)))
+
+    def slots_of(self, i: StepInputs, group: int, n: int) -> tuple[npt.NDArray[np.int64], int]:
+        """The KV slots that some row of sequence n sees in a group, and the position of the first of them."""
+        size, length, window = self.capacity.block_size, int(i.kv_len[n]), self.windows[group]
+        start = length - int(i.q_start[n + 1] - i.q_start[n])
+        first = 0 if window is None else max(0, start - window + 1)
+        positions = np.arange(first, length)
+        blocks = i.block_tables[group, n, positions // size].astype(np.int64)
+        return np.asarray(blocks * size + positions % size), first
 
 
 class Misuse(BaseException):
@@ -304,20 +329,28 @@ class _Rules:
         _need(bool((np.diff(i.q_start[: i.N + 1]) > 0).all()), "a sequence without rows")
         _need(bool((np.diff(i.logit_rows[: i.R]) > 0).all()), "logit_rows do not ascend")
         _need(bool((i.rope_pos[:, : i.T] == i.position[: i.T]).all()), "rope positions differ from positions")
+        for n in range(i.N):
+            rows, length = slice(int(i.q_start[n]), int(i.q_start[n + 1])), int(i.kv_len[n])
+            wanted = list(range(length - (rows.stop - rows.start), length))
+            _need(i.position[rows].tolist() == wanted, f"positions of sequence {n}")
+        for group in range(len(self._model.windows)):
+            self._check_slots(group)
+        self._check_segments()
+
+    def _check_slots(self, group: int) -> None:
+        i = self._inputs
         written: list[int] = []
         read: set[int] = set()
         for n in range(i.N):
-            rows = slice(int(i.q_start[n]), int(i.q_start[n + 1]))
-            length, count = int(i.kv_len[n]), rows.stop - rows.start
-            _need(i.position[rows].tolist() == list(range(length - count, length)), f"positions of sequence {n}")
-            keys = self._model.slots_of(i, n, length)
-            _need(bool((keys >= c.block_size).all()), f"sequence {n} reads the scratch block")
-            _need(i.slot_mapping[0, rows].tolist() == keys[length - count :].tolist(), f"slots of sequence {n}")
-            written += keys[length - count :].tolist()
-            read |= set(keys[: length - count].tolist())
+            lo, hi = int(i.q_start[n]), int(i.q_start[n + 1])
+            keys, _ = self._model.slots_of(i, group, n)
+            _need(bool((keys >= self._model.capacity.block_size).all()), f"sequence {n} reads a scratch or freed block")
+            before, own = keys[: lo - hi].tolist(), keys[lo - hi :].tolist()
+            _need(i.slot_mapping[group, lo:hi].tolist() == own, f"slots of sequence {n}")
+            written += own
+            read |= set(before)
         _need(len(set(written)) == len(written), "two rows write one slot")
         _need(not read & set(written), "a row writes where another sequence reads")
-        self._check_segments()
 
     def _check_segments(self) -> None:
         i = self._inputs

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from hash_model import HashModel
 
+from truffula.engine.blocks import BlockRef, BlockTable
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine, EngineLimits
 from truffula.engine.sequence import Sequence
@@ -169,7 +170,7 @@ class Rig:
         self.loader = loader or HandLoader()
         self.budget = MemoryBudget(budget_bytes)
         self.executable = executable or HashModel(
-            capacity_of(self.limits), self.limits.vocab_size, seed=seed, depth=depth
+            capacity_of(self.limits), self.limits.vocab_size, windows=self.limits.kv_windows, seed=seed, depth=depth
         )
         self.adapters = AdapterPool(self.executable, self.loader, self.budget, self.clock, failure_ttl_s=10.0)
         self.engine = Engine(self.executable, self.limits, self.adapters, self.budget, clock=self.clock)
@@ -191,12 +192,16 @@ class Rig:
         running = self.engine._scheduler._running
         for plan, _ in self.engine._submitted:
             kept = [held for step, holdings in running._unfinished.items() if step >= plan.step for held in holdings]
+            layout = self.engine._blocks.layout
             blocks = {block for held in kept for block in held.blocks}
+            blocks |= {block for held in kept if held.table is not None for block in refs(held.table)}
             for chunk in plan.chunks:
                 sequence = running.at(chunk.seq_slot)
                 assert sequence is not None or chunk.seq_slot in {held.seq_slot for held in kept}
-                own = set() if sequence is None else set(sequence.tables.blocks)
-                assert set(chunk.block_tables[0].tolist()) <= own | blocks, "a block in use was released"
+                own = set() if sequence is None else refs(sequence.table)
+                for group, table in enumerate(chunk.block_tables):
+                    read = table[layout.first_block(group, chunk.start) :].tolist()
+                    assert {(group, block) for block in read} <= own | blocks, "a block in use was released"
 
     def step(self) -> list[TokenEvent]:
         self.steps += 1
@@ -239,9 +244,14 @@ class Rig:
         """No block in use, no lease, no sequence."""
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
-        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - 1
+        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - len(self.limits.kv_windows)
         assert all(state.leases == 0 for state in self.adapters.states())
         self.engine.check()
+
+
+def refs(table: BlockTable) -> set[BlockRef]:
+    """The blocks that a table references, with their groups."""
+    return {(group, block) for group in range(len(table.ids)) for block in table.held(group)}
 
 
 def request(

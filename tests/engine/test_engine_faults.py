@@ -72,7 +72,9 @@ def test_of_sixteen_the_one_that_fails_alone_ends_and_the_others_are_unchanged(w
 def test_a_failure_in_the_middle_of_streams_ends_one_of_them(depth):
     bad = request("bad", [3, 4, 5], max_tokens=20, ignore_eos=True)
     expected = alone(bad).token_ids
-    poison = next(token for place, token in enumerate(expected) if place > 4 and token not in expected[:place])
+    poison = next(
+        token for place, token in enumerate(expected) if place > 4 and token not in [*bad.prompt_ids, *expected[:place]]
+    )
     lim = limits(max_running=16, step_tokens=64, step_logit_rows=64, num_blocks=400)
     rig = Rig(lim, executable=Faulty(lim, depth=depth, raise_on_token=poison))
     crowd = [req for req in crowd_of(15, banned=poison) if poison not in req.prompt_ids]
@@ -230,7 +232,7 @@ def test_an_adapter_that_can_never_fit_is_refused_with_the_numbers():
 
 
 def test_adapters_that_do_not_fit_together_take_turns():
-    rig = Rig(limits(kv_block_bytes=10), loader=HandLoader(nbytes=600), budget_bytes=1200)
+    rig = Rig(limits(kv_block_bytes=(10,)), loader=HandLoader(nbytes=600), budget_bytes=1200)
     crowd = [request(f"r{i}", PROMPT, adapter=f"a{i % 4}", max_tokens=5, ignore_eos=True) for i in range(8)]
     rig.run(crowd)
     for req in crowd:
@@ -239,7 +241,7 @@ def test_adapters_that_do_not_fit_together_take_turns():
 
 
 def test_cached_blocks_make_way_for_an_adapter_and_idle_adapters_for_blocks():
-    rig = Rig(limits(kv_block_bytes=100), loader=HandLoader(nbytes=800), budget_bytes=2000)
+    rig = Rig(limits(kv_block_bytes=(100,)), loader=HandLoader(nbytes=800), budget_bytes=2000)
     rig.run([request("one", [1] * 60, max_tokens=2)])
     assert rig.engine.stats().cached_blocks == 15
     rig.run([request("two", PROMPT, adapter="red", max_tokens=2)])
@@ -252,7 +254,7 @@ def test_cached_blocks_make_way_for_an_adapter_and_idle_adapters_for_blocks():
 
 
 def test_a_pinned_adapter_that_leaves_too_little_is_named_not_waited_for():
-    rig = Rig(limits(kv_block_bytes=100), loader=HandLoader(nbytes=1500), budget_bytes=2000)
+    rig = Rig(limits(kv_block_bytes=(100,)), loader=HandLoader(nbytes=1500), budget_bytes=2000)
     ref = AdapterRef(name="big", locator="big")
     rig.engine.command(AdapterCommand(action="load", ref=ref, pinned=True))
     rig.step()
@@ -275,7 +277,7 @@ def test_clock_is_the_engines_only_clock():
 
 def test_a_lease_without_room_for_the_blocks_is_given_back():
     # The adapter fits beside the running request, and its first blocks would, but not both.
-    rig = Rig(limits(kv_block_bytes=100), loader=HandLoader(nbytes=900), budget_bytes=2000)
+    rig = Rig(limits(kv_block_bytes=(100,)), loader=HandLoader(nbytes=900), budget_bytes=2000)
     rig.add(request("running", [1] * 16, max_tokens=4, ignore_eos=True))
     rig.step()
     rig.add(request("waits", [2] * 30, adapter="red", max_tokens=2, ignore_eos=True))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rig import DEPTHS, HandLoader, Rig, alone, limits, request
+from rig import DEPTHS, HandLoader, Rig, alone, limits, refs, request
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.limits import StepCapacity
@@ -59,7 +59,7 @@ def test_what_an_unfinished_step_uses_is_released_with_its_result(end):
     while not rig.answers["r"].token_ids:
         rig.step()
     (sequence,) = rig.running()
-    blocks, slot = set(sequence.tables.blocks), sequence.seq_slot
+    blocks, slot = refs(sequence.table), sequence.seq_slot
     if end == "abort":
         rig.engine.abort("r")
     elif end == "deadline":
@@ -92,7 +92,7 @@ def test_a_block_that_is_replaced_by_an_equal_one_is_kept_for_the_step_that_read
         rig.add(request(name, [1, 2], max_tokens=30, ignore_eos=True))
     while rig.answers["one"].final is None:
         rig.step()  # check_unfinished looks at every block of the steps in progress
-        tables = [set(sequence.tables.blocks) for sequence in rig.running()]
+        tables = [refs(sequence.table) for sequence in rig.running()]
         shared = len(tables[0] & tables[1]) if len(tables) == 2 else 0
         assert shared == (rig.running()[0].num_committed // 4 if tables else 0), "equal blocks are not shared"
     rig.drain()
@@ -118,10 +118,11 @@ def test_a_preemption_waits_for_the_results_of_unfinished_steps():
         assert rig.answers[req.request_id].token_ids == alone(req).token_ids
 
 
+@pytest.mark.parametrize("windows", [(None,), (None, 6), (9,)])
 @pytest.mark.parametrize("depth", DEPTHS)
-def test_choices_of_one_prompt_compute_it_once_at_any_depth(depth):
+def test_choices_of_one_prompt_compute_it_once_at_any_depth(depth, windows):
     prompt = list(range(1, 66))
-    rig = Rig(limits(step_tokens=16), depth=depth)
+    rig = Rig(limits(step_tokens=16, kv_windows=windows), depth=depth)
     rig.run([request(f"c{i}", prompt, choice=i, temperature=1.0, seed=9, max_tokens=4) for i in range(6)])
     assert sorted(rig.answers[f"c{i}"].final.cached_tokens for i in range(6)) == [0] + [64] * 5
 
@@ -142,7 +143,7 @@ def test_closing_with_unfinished_steps_releases_all(depth):
 def scheduler_of(rig: Rig) -> Scheduler:
     """A scheduler whose steps the test computes by hand."""
     lim = rig.limits
-    return Scheduler(lim, BlockPool(lim.num_blocks, lim.block_size), rig.adapters, StepCapacity(32, 32, 8, 8))
+    return Scheduler(lim, BlockPool(lim.num_blocks, lim.kv_layout(1)), rig.adapters, StepCapacity(32, 32, 8, 8))
 
 
 def test_the_vector_of_a_step_comes_with_the_final_event():

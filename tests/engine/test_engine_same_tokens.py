@@ -59,6 +59,7 @@ def engines(draw):
         # From barely enough for one request (so that preemption is the rule) to plenty.
         num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
         prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
+        kv_windows=draw(st.sampled_from([(None,), (None,), (None, 7), (3,), (20, 5)])),
     )  # fmt: skip
 
 
@@ -94,13 +95,13 @@ def hold_company(crowd, lim, data) -> None:
     rig.drain()
     rig.assert_clean()
     for req in crowd:
-        assert_same(rig.answers[req.request_id], alone(req))
+        assert_same(rig.answers[req.request_id], alone(req, kv_windows=lim.kv_windows))
 
 
 @settings(max_examples=40, deadline=None)
 @given(requests(), engines(), st.data())
 def test_resumed_behind_any_of_its_tokens(req, lim, data):
-    whole = alone(req)
+    whole = alone(req, kv_windows=lim.kv_windows)
     shown = data.draw(st.integers(1, max(1, len(whole.token_ids) - 1)), label="shown")
     if shown >= len(whole.token_ids):
         return

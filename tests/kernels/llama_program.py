@@ -35,7 +35,7 @@ from truffula.kernels.program import (
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a tiny llama."""
+    """Sizes of a tiny llama. ``window`` is that of every layer, or a tuple that is repeated over the layers."""
 
     hidden: int = 32
     layers: int = 2
@@ -44,9 +44,14 @@ class Shape:
     head_dim: int = 8
     feed_forward: int = 48
     vocab: int = 61
-    window: int | None = None
+    window: int | tuple[int | None, ...] | None = None
     softcap: float | None = None
     max_positions: int = 8192
+
+    def windows(self) -> list[int | None]:
+        """The window of each layer."""
+        pattern = self.window if isinstance(self.window, tuple) else (self.window,)
+        return [pattern[layer % len(pattern)] for layer in range(self.layers)]
 
 
 class _Builder:
@@ -90,15 +95,18 @@ def llama_program(shape: Shape | None = None) -> Program:
     last, logits = b.buffer("last", s.hidden, "R"), b.buffer("logits", s.vocab, "R", "float32")
     table = b.weight("embed", (s.vocab, s.hidden), "rows matmul")
     b.ops += [RopeRows(name="rope", table=0, out=rows), Embed(name="embed", table=table, out=x)]
-    planes = []
-    for layer in range(s.layers):
+    windows = s.windows()
+    groups: dict[int | None, list[KvPlane]] = {
+        window: [] for window in sorted(set(windows), key=lambda w: (w is not None, w or 0))
+    }
+    for layer, window in enumerate(windows):
         at = f"layers.{layer}"
         norm1, norm2 = (b.weight(f"{at}.norm{i}", (s.hidden,), "vector") for i in (1, 2))
         w_qkv = b.weight(f"{at}.qkv", (q_width + 2 * kv_width, s.hidden), "matmul", (q_width, kv_width, kv_width))
         w_o = b.weight(f"{at}.o", (s.hidden, q_width), "matmul")
         w_gate_up = b.weight(f"{at}.gate_up", (2 * s.feed_forward, s.hidden), "matmul", (s.feed_forward,) * 2)
         w_down = b.weight(f"{at}.down", (s.hidden, s.feed_forward), "matmul")
-        planes += [KvPlane(2 * layer, layer, kv_width), KvPlane(2 * layer + 1, layer, kv_width)]
+        groups[window] += [KvPlane(2 * layer, layer, kv_width), KvPlane(2 * layer + 1, layer, kv_width)]
         b.ops += [
             Norm(name=f"{at}.norm1", layer=layer, x=x, out=normed, kind="rms", eps=1e-5, weight=norm1),
             Linear(
@@ -111,9 +119,9 @@ def llama_program(shape: Shape | None = None) -> Program:
             ),
             Attention(
                 name=f"{at}.attention", layer=layer, q=q, k=k, v=v, out=mixed,
-                group=0, planes=(2 * layer, 2 * layer + 1),
+                group=list(groups).index(window), planes=(2 * layer, 2 * layer + 1),
                 heads=s.heads, kv_heads=s.kv_heads, dim_k=s.head_dim, dim_v=s.head_dim, scale=s.head_dim**-0.5,
-                window=s.window, softcap=s.softcap,
+                window=window, softcap=s.softcap,
             ),
             Linear(
                 name=f"{at}.o", layer=layer, x=mixed, weight=w_o, out=x,
@@ -140,6 +148,7 @@ def llama_program(shape: Shape | None = None) -> Program:
     inv_freq = tuple(10000.0 ** (-2 * i / s.head_dim) for i in range(s.head_dim // 2))
     return Program(
         name="llama-like", vocab_size=s.vocab, buffers=tuple(b.buffers), weights=tuple(b.weights), sites=tuple(b.sites),
-        rope_tables=(RopeTable(0, inv_freq),), kv_groups=(KvGroup(0, "full", tuple(planes)),), ops=tuple(b.ops),
+        rope_tables=(RopeTable(0, inv_freq),), ops=tuple(b.ops),
+        kv_groups=tuple(KvGroup(i, tuple(planes), window) for i, (window, planes) in enumerate(groups.items())),
         result=logits, output=Output("logits", s.vocab), max_positions=s.max_positions,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ from llama_program import llama_program
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.mapped import release
+from truffula.kernels.program import RecurrentState
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
@@ -58,8 +60,6 @@ def test_any_stored_dtype_serves_in_any_compute_dtype(backend, stored, dtype):
 
 
 def test_float32_vectors_stay_exact_in_a_bfloat16_program():
-    from dataclasses import replace
-
     import torch
 
     program = llama_program()
@@ -118,10 +118,21 @@ def test_the_plan_counts_what_is_declared():
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
         plan = backend.plan(program, dtype, CAPACITY)
         assert plan.weight_bytes == matrices * width + vectors * 4
-        assert plan.kv_block_bytes == 2 * 2 * 16 * 4 * width  # two layers, K and V, 2 heads of 8, 4 tokens a block
+        assert plan.kv_block_bytes == (2 * 2 * 16 * 4 * width,)  # two layers, K and V, 2 heads of 8, 4 tokens a block
         assert plan.logits_bytes >= 16 * 61 * 4
         assert plan.arena_bytes >= 64 * (32 + 64) * width
-        assert plan.total(10) - plan.total(0) == 10 * plan.kv_block_bytes
+        assert plan.fixed_bytes == plan.weight_bytes + plan.arena_bytes + plan.logits_bytes + plan.kv_block_bytes[0]
+
+
+@on_every_backend
+def test_the_plan_counts_the_state_of_every_sequence_slot(backend):
+    program = llama_program()
+    states = RecurrentState(0, 0, 100), RecurrentState(1, 1, 10, "model")
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        without = backend.plan(program, dtype, CAPACITY)
+        plan = backend.plan(replace(program, states=states), dtype, CAPACITY)
+        assert plan.state_bytes == 8 * (400 + 10 * width)
+        assert plan.fixed_bytes - without.fixed_bytes == plan.state_bytes
 
 
 @on_every_backend

@@ -19,6 +19,7 @@ from truffula.kernels.program import (
     Output,
     Pointwise,
     Program,
+    RecurrentState,
     Ref,
     Rope,
     SiteSlice,
@@ -130,6 +131,10 @@ def test_broken_pointwise_and_unknown_ops(op, field):
         ({"weights": (replace(PROGRAM.weights[0], parts=()), *PROGRAM.weights[1:])}, "parts"),
         ({"weights": (replace(PROGRAM.weights[0], shape=()), *PROGRAM.weights[1:])}, "shape"),
         ({"weights": (replace(PROGRAM.weights[0], uses=frozenset({"mul"})), *PROGRAM.weights[1:])}, "uses"),
+        ({"states": (RecurrentState(0, 0, 8),)}, "states"),
+        ({"kv_groups": (replace(PROGRAM.kv_groups[0], window=0),)}, "kv_groups"),
+        ({"kv_groups": (replace(PROGRAM.kv_groups[0], planes=()),)}, "kv_groups"),
+        ({"kv_groups": (replace(PROGRAM.kv_groups[0], window=9),)}, "window"),
         ({"kv_groups": (replace(PROGRAM.kv_groups[0], planes=PROGRAM.kv_groups[0].planes[:1] * 2),)}, "planes"),
     ],
 )

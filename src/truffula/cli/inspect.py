@@ -185,6 +185,7 @@ LABELS = MappingProxyType(
         "tying_reason": "  because",
         "saved_by_tying_bytes": "  saved by tying",
         "kv_per_token_bytes": "KV cache per token",
+        "kv_windows_bytes": "  and per sequence, in layers with a window",
         "eos_ids": "end token ids",
         "rank_16_adapter_bytes": "adapter of rank 16",
     }
@@ -202,7 +203,9 @@ def int8_products(plan: ModelPlan) -> str:
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
     """The head of the report; numbers of bytes end in ``_bytes``."""
     spec, program = plan.spec, plan.program
-    planes = [plane.width for group in program.kv_groups for plane in group.planes]
+    # Bytes per token in bfloat16; layers with a window keep that many tokens.
+    per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in program.kv_groups}
+    windows = {window: nbytes for window, nbytes in per_token.items() if window is not None}
     sites = sum(1 for site in program.sites if site.kind == "linear")
     return {
         "architecture": spec.model_type,
@@ -218,7 +221,8 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "tying": plan.tying.tie.name.lower(),
         "tying_reason": plan.tying.reason,
         "saved_by_tying_bytes": plan.saved_bytes,
-        "kv_per_token_bytes": 2 * sum(planes),
+        "kv_per_token_bytes": per_token.get(None, 0),
+        **({"kv_windows_bytes": sum(window * nbytes for window, nbytes in windows.items())} if windows else {}),
         "adapter_sites": sites,
         "rank_16_adapter_bytes": 2
         * 16

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from truffula.config import EngineConfig, format_size
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
+from truffula.engine.kv_layout import KvLayout
 from truffula.engine.limits import EngineLimits
 from truffula.engine.memory import AdapterShare, MemoryDivision, memory_limit, plan_memory
 from truffula.errors import ConfigError
@@ -73,12 +74,16 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     model_len = config.max_model_len or plan.max_model_len
     first = _capacity(config, plan, model_len, num_blocks=1)
     memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_types)
+    layout = KvLayout(
+        config.block_size, config.step_tokens, tuple(group.window for group in plan.program.kv_groups),
+        memory_plan.kv_block_bytes,
+    )  # fmt: skip
     memory = plan_memory(
         memory_plan,
         memory_limit(config.memory_bytes, backend),
+        layout,
         model_len=plan.max_model_len,
         asked_len=config.max_model_len,
-        block_size=config.block_size,
         max_running=config.max_running,
     )
     capacity = _capacity(config, plan, memory.max_model_len, memory.num_blocks)
@@ -94,7 +99,8 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         vocab_size=plan.program.vocab_size,
         eos_token_ids=plan.eos_token_ids,
         prefetch_adapters=config.prefetch_adapters,
-        kv_block_bytes=memory_plan.kv_block_bytes,
+        kv_windows=layout.windows,
+        kv_block_bytes=layout.block_bytes,
     )
     probe = backend.probe()
     threads = config.threads or usable_cpus()
@@ -240,6 +246,7 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
         max_model_len=limits.max_model_len,
         block_size=limits.block_size,
         num_blocks=limits.num_blocks,
+        kv_tokens=memory.kv_tokens,
         step_tokens=limits.step_tokens,
         max_running=limits.max_running,
         max_waiting=config.max_waiting,

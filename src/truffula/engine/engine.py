@@ -15,7 +15,7 @@ from truffula.engine.limits import EngineLimits, StepCapacity
 from truffula.engine.plan import StepPlan
 from truffula.engine.runner import ModelRunner, SubmittedStep
 from truffula.engine.scheduler import Scheduler
-from truffula.errors import DeviceLost, GenerationError, ShuttingDown
+from truffula.errors import ConfigError, DeviceLost, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
@@ -50,10 +50,14 @@ class Engine:
         self._budget = budget
         self._watch = watch
         self._clock = clock
+        groups = len(executable.inputs.block_tables)
+        if groups != len(limits.kv_windows):
+            raise ConfigError(
+                f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
+            )
         self._blocks = BlockPool(
-            limits.num_blocks, limits.block_size, budget=budget, block_bytes=limits.kv_block_bytes,
-            prefix_cache=limits.prefix_cache,
-        )  # fmt: skip
+            limits.num_blocks, limits.kv_layout(executable.depth), budget=budget, prefix_cache=limits.prefix_cache
+        )
         self._runner = ModelRunner(executable, limits.block_size, limits.max_model_len)
         runner = self._runner
         capacity = StepCapacity(runner.max_tokens, runner.max_rows, runner.max_seqs, runner.max_segments)
@@ -163,7 +167,9 @@ class Engine:
             free_blocks=blocks.num_free(),
             cached_blocks=blocks.num_cached(),
             used_blocks=blocks.num_used(),
-            num_blocks=blocks.num_blocks,
+            num_blocks=blocks.num_blocks * blocks.layout.num_groups,
+            kv_used_bytes=blocks.used_bytes(),
+            kv_cached_bytes=blocks.cached_bytes(),
             adapter_loads=adapters.loads,
             adapter_loads_by_name=dict(adapters.loads_by_name),
             adapter_load_failures=adapters.failures,

@@ -88,13 +88,12 @@ class ModelRunner:
         if written is None:
             written = [None] * self.max_seqs
             self._tables.append((inputs, written))
-        groups = len(inputs.block_tables)
         for n, chunk in enumerate(chunks):
             tables = chunk.block_tables
             if tables is written[n]:
                 continue
             written[n] = tables
-            for group, table in enumerate(tables if len(tables) == groups else tables * groups):
+            for group, table in enumerate(tables):
                 inputs.block_tables[group, n, : len(table)] = table
 
 

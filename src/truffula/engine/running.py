@@ -6,11 +6,11 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
+from operator import add, attrgetter
 
-from truffula.engine.blocks import BlockPool
+from truffula.engine.blocks import BlockPool, BlockRef, BlockTable
 from truffula.engine.limits import EngineLimits
-from truffula.engine.sequence import AdapterKey, BlockTables, Sequence
+from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.lora.pool import AdapterLease, AdapterPool
 
 _age = attrgetter("serial")
@@ -20,7 +20,8 @@ _age = attrgetter("serial")
 class _Holding:
     """What is to be released."""
 
-    blocks: list[int]
+    table: BlockTable | None = None
+    blocks: tuple[BlockRef, ...] = ()
     seq_slot: int | None = None
     lease: AdapterLease | None = None
 
@@ -78,20 +79,17 @@ class RunningBatch:
     def computes_prefix_of(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
         prompts = [
-            other
-            for other in self._by_age
-            if other.key == sequence.key and other.num_known - other.num_committed > 1 and other.parent is not None
+            other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
         ]
         if not prompts:
             return False
-        limit, chain, size = sequence.max_prefix_blocks(), sequence.prefix_chain(), self._block_size
-        found = len(self._blocks.match(chain, limit))
-        if found >= min(limit, len(chain)):
+        limit, keys = sequence.max_prefix_blocks(), sequence.block_keys()
+        found = self._blocks.match(keys, limit)
+        if len(found) >= min(limit, len(keys)):
             return False
-        missing = chain.block(found)
         return any(
-            other.num_indexed <= found < min(other.num_wanted, other.num_known) // size
-            and other.prefix_chain().block(found) == missing
+            len(found) < min(other.num_wanted, other.num_known) // self._block_size
+            and self._blocks.continues(other.table, other.block_keys(), found, keys[len(found)])
             for other in prompts
         )
 
@@ -103,41 +101,42 @@ class RunningBatch:
         """
         blocks = self._blocks
         limit = sequence.max_prefix_blocks() if prefix and self._prefix_cache else 0
-        hits = blocks.match(sequence.prefix_chain(), limit) if limit else []
-        held = [entry.block for entry in hits]
-        blocks.take(held)
-        sequence.begin(len(hits) * self._block_size)
+        if limit:
+            blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
+        sequence.begin(sequence.table.capacity)
         count = sequence.fit_rows(min(allowance, sequence.num_uncomputed), rows)
         lease: AdapterLease | None = None
-        fresh: list[int] | None = None
+        admitted = False
         try:
-            if count and self._has_room(blocks.blocks_for(sequence.num_wanted) - len(hits)):
+            if count and self._has_room(sequence):
                 lease = self._acquire(sequence.generation)
                 if lease is not None or sequence.key is None:
-                    fresh = blocks.allocate(blocks.blocks_for(sequence.num_computed + count) - len(hits))
+                    admitted = blocks.extend(sequence.table, sequence.num_computed + count)
         finally:
-            if fresh is None:
+            if not admitted:
                 sequence.begin(0)
-                self._release(_Holding(held, None, lease), now)
-        if fresh is None:
+                self._release(_Holding(sequence.table, lease=lease), now)
+                sequence.table = blocks.new_table()
+        if not admitted:
             return 0
         insort(self._by_age, sequence, key=_age)
         sequence.seq_slot = self._free_slots.pop()
         self._slots[sequence.seq_slot] = sequence
-        sequence.tables.append(held + fresh)
         sequence.lease = lease
         sequence.row_order = (lease is None, lease.slot if lease else 0, sequence.serial)
-        if self._prefix_cache:
-            sequence.parent = hits[-1].serial if hits else sequence.prefix_chain().root
         return count
 
-    def _has_room(self, missing: int) -> bool:
+    def _has_room(self, sequence: Sequence) -> bool:
         """Whether all its tokens fit beside those that the running sequences have and get next, so that none is
         preempted for tokens that were known. Alone, it may always try.
         """
-        running = self._by_age
-        promised = sum(max(0, self._blocks.blocks_for(s.num_tokens + 1) - len(s.tables.blocks)) for s in running)
-        return not running or self._blocks.could_have(missing + promised, lambda: self._adapters.leased_bytes)
+        if not self._by_age:
+            return True
+        needed = self._blocks.growth(sequence.table, sequence.num_wanted)
+        for other in self._by_age:
+            if other.num_tokens + 1 > other.table.capacity:
+                needed = list(map(add, needed, self._blocks.growth(other.table, other.num_tokens + 1)))
+        return self._blocks.could_have(needed, lambda: self._adapters.leased_bytes)
 
     def _acquire(self, generation: str | None) -> AdapterLease | None:
         if generation is None:
@@ -156,8 +155,8 @@ class RunningBatch:
         assert sequence.seq_slot is not None
         del self._by_age[bisect_left(self._by_age, sequence.serial, key=_age)]
         self._slots[sequence.seq_slot] = None
-        holding = _Holding(sequence.tables.blocks, sequence.seq_slot, sequence.lease)
-        sequence.tables = BlockTables(self._block_size)
+        holding = _Holding(sequence.table, (), sequence.seq_slot, sequence.lease)
+        sequence.table = self._blocks.new_table()
         sequence.seq_slot = sequence.lease = None
         sequence.begin(0)
         if sequence.last_step in self._unfinished:
@@ -181,30 +180,23 @@ class RunningBatch:
             self._release(holding, now)
 
     def _release(self, holding: _Holding, now: float) -> None:
-        self._blocks.release(holding.blocks, now)
+        if holding.table is not None:
+            self._blocks.release(holding.table, now)
+        self._blocks.release_blocks(holding.blocks, now)
         if holding.seq_slot is not None:
             self._free_slots.append(holding.seq_slot)
         if holding.lease is not None:
             self._adapters.release(holding.lease)
 
-    def index_blocks(self, sequence: Sequence, now: float) -> None:
-        """Offer its full and committed blocks to the prefix index."""
-        chain = sequence.prefix_chain()
-        for index in range(sequence.num_indexed, sequence.num_committed // self._block_size):
-            own = sequence.tables.blocks[index]
-            assert sequence.parent is not None
-            if sequence.last_step in self._unfinished:
-                # That step reads the block: if one of equal content replaces it, its last reference is this one.
-                self._blocks.take([own])
-                self._unfinished[sequence.last_step].append(_Holding([own]))
-            entry = self._blocks.register(chain, index, sequence.parent, own, now)
-            if entry is None:
-                sequence.parent = None
-                return
-            if entry.block != own:
-                sequence.tables.replace(index, entry.block)
-            sequence.parent = entry.serial
-            sequence.num_indexed = index + 1
+    def commit_blocks(self, sequence: Sequence, now: float) -> None:
+        """Index its full and committed blocks, then free those behind a window."""
+        blocks, table, committed = self._blocks, sequence.table, sequence.num_committed
+        replaced = blocks.register(table, sequence.block_keys(), committed) if self._prefix_cache else []
+        if replaced and sequence.last_step in self._unfinished:
+            self._unfinished[sequence.last_step].append(_Holding(blocks=tuple(replaced)))
+        else:
+            blocks.release_blocks(replaced, now)
+        blocks.free_behind(table, committed, now)
 
     def check(self) -> None:
         """Raise AssertionError when a block, slot or lease has no owner or two, or a sequence's numbers disagree."""
@@ -215,11 +207,11 @@ class RunningBatch:
             assert (sequence.lease is None) == (sequence.key is None), "a lease is missing"
             assert sequence.lease is None or sequence.lease.generation == sequence.generation
             assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
-            assert sequence.num_computed <= sequence.tables.capacity, "computed tokens without blocks"
-            assert len(set(sequence.tables.blocks)) == len(sequence.tables.blocks)
+            assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
             assert sequence.num_tokens - sequence.num_known <= len(self._unfinished)
         later = [holding for holdings in self._unfinished.values() for holding in holdings]
-        self._blocks.check([*(sequence.tables.blocks for sequence in running), *(held.blocks for held in later)])
+        tables = [*(sequence.table for sequence in running), *(held.table for held in later if held.table is not None)]
+        self._blocks.check(tables, [block for held in later for block in held.blocks])
         holders: list[Sequence | _Holding] = [*running, *later]
         leases = sum(holder.lease is not None for holder in holders)
         assert sum({s.generation: s.leases for s in self._adapters.states()}.values()) == leases, "leases differ"

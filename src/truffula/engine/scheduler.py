@@ -125,7 +125,7 @@ class Scheduler:
         try:
             if request.request_id in self._by_id:
                 raise InvalidRequest(f"A request with id {request.request_id!r} is running.", param="request_id")
-            max_total = check_request(request, self._limits, self._blocks.capacity())
+            max_total = check_request(request, self._limits, self._blocks.longest(self._limits.max_model_len))
             if len(self._waiting) >= self._limits.max_waiting:
                 raise Overloaded(
                     f"{len(self._waiting)} requests are waiting; the limit is {self._limits.max_waiting}. Try again "
@@ -141,7 +141,7 @@ class Scheduler:
             )  # fmt: skip
             return
         self._last_serial += 1
-        sequence = Sequence(self._last_serial, request, max_total, self._limits)
+        sequence = Sequence(self._last_serial, request, max_total, self._limits, self._blocks.new_table())
         sequence.arrival = sequence.arrival or now
         ended = sequence.ended_before_start()
         if ended is not None:
@@ -215,19 +215,19 @@ class Scheduler:
         Sequences that have ended since it was planned are skipped.
         """
         self._running.end_step(plan.step, now)
-        at, size, generated = self._running.at, self._limits.block_size, 0
+        at, generated = self._running.at, 0
         for chunk, result in zip(plan.chunks, results, strict=True):
             sequence = at(chunk.seq_slot)
             if sequence is None:
                 continue
             if not result.finite:
                 # Its KV may be wrong: no other sequence may find these blocks.
-                self._blocks.forget(sequence.tables.blocks)
+                self._blocks.forget(sequence.table)
                 self._fail(sequence, non_finite(sequence.request.adapter), now)
                 continue
             event = sequence.commit(chunk, result, now)
-            if sequence.parent is not None and (sequence.num_indexed + 1) * size <= sequence.num_committed:
-                self._running.index_blocks(sequence, now)
+            if sequence.num_committed >= sequence.table.due:
+                self._running.commit_blocks(sequence, now)
             if event is None:
                 continue
             generated += len(event.token_ids)
@@ -370,7 +370,7 @@ class Scheduler:
         for sequence in self._running:
             if sequence.seq_slot is None or sequence.num_computed >= sequence.num_wanted:
                 continue
-            if sequence.num_computed >= sequence.tables.capacity and not self._add_block(sequence, budget, now):
+            if sequence.num_computed >= sequence.table.capacity and not self._add_block(sequence, budget, now):
                 continue
             budget.counts[sequence] = 1  # as ``grant`` does: one token needs one row at most
             budget.tokens -= 1
@@ -379,9 +379,7 @@ class Scheduler:
     def _add_block(self, sequence: Sequence, budget: StepBudget, now: float) -> bool:
         """Get a block for its next token, by preemption if none is left; False when it is preempted itself or ends."""
         while True:
-            blocks = self._blocks.allocate(1)
-            if blocks is not None:
-                sequence.tables.append(blocks)
+            if self._blocks.extend(sequence.table, sequence.num_computed + 1):
                 return True
             if self._running.num_unfinished:
                 raise _ResultsNeeded
@@ -396,11 +394,12 @@ class Scheduler:
                 return False
 
     def _too_large(self, sequence: Sequence) -> InsufficientMemory:
+        blocks_left = self._blocks.num_free() + self._blocks.num_cached()
         return InsufficientMemory(
             f"{sequence.num_tokens} tokens and its adapter do not fit in memory though nothing else runs: "
-            f"{self._blocks.num_used()} KV blocks are in use, {self._blocks.available()} are left. "
+            f"{self._blocks.num_used()} KV blocks are in use, {blocks_left} are left. "
             "Raise --memory, or pin fewer adapters.",
-            tokens=sequence.num_tokens, blocks_used=self._blocks.num_used(), blocks_left=self._blocks.available(),
+            tokens=sequence.num_tokens, blocks_used=self._blocks.num_used(), blocks_left=blocks_left,
         )  # fmt: skip
 
     # 5. Prompts
@@ -456,10 +455,8 @@ class Scheduler:
         count = sequence.fit_rows(count, budget.rows + _rows(sequence, have))
         if count <= have:
             return 0
-        missing = self._blocks.blocks_for(sequence.num_computed + count) - len(sequence.tables.blocks)
-        if missing > 0:
-            sequence.tables.append(self._blocks.allocate(missing) or [])
-            count = min(count, sequence.tables.capacity - sequence.num_computed)
+        if not self._blocks.extend(sequence.table, sequence.num_computed + count):
+            count = min(count, sequence.table.capacity - sequence.num_computed)
         return budget.grant(sequence, count) if count > have else 0
 
     def _may_admit(self, budget: StepBudget) -> bool:
@@ -544,7 +541,7 @@ class Scheduler:
         assert not set(waiting) & set(running), "a sequence waits and runs"
         assert {s.request_id: s for s in [*waiting, *running]} == self._by_id, "a sequence is lost"
         for sequence in waiting:
-            assert not sequence.tables.blocks and sequence.lease is None and sequence.seq_slot is None
+            assert not sequence.table.length and sequence.lease is None and sequence.seq_slot is None
             assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial
         self._waiting.check()
         self._running.check()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from truffula.engine.blocks import BlockTable
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
-from truffula.engine.prefix import PrefixChain, namespace
+from truffula.engine.prefix import BlockKeys
 from truffula.engine.sampling import sampling_of
 from truffula.errors import ErrorInfo
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32
@@ -24,44 +25,12 @@ def adapter_key(ref: AdapterRef | None) -> AdapterKey:
     return None if ref is None else (ref.kind, ref.locator, ref.revision, ref.fingerprint)
 
 
-class BlockTables:
-    """The KV blocks of one sequence in order of position: one table, which all KV groups share.
-
-    ``capacity`` is the number of positions that have a block. ``views`` is what a chunk carries: the same tuple until
-    a table changes.
-    """
-
-    def __init__(self, block_size: int) -> None:
-        self.blocks: list[int] = []
-        self.capacity = 0
-        self._block_size = block_size
-        self._array = np.zeros(4, np.int32)
-        self.views: tuple[Int32, ...] = (self._array[:0],)
-
-    def append(self, blocks: list[int]) -> None:
-        self.blocks += blocks
-        if len(self.blocks) > len(self._array):
-            self._array = np.zeros(2 * len(self.blocks), np.int32)
-            self._array[: len(self.blocks)] = self.blocks
-        else:
-            self._array[len(self.blocks) - len(blocks) : len(self.blocks)] = blocks
-        self.capacity = len(self.blocks) * self._block_size
-        self.views = (self._array[: len(self.blocks)],)
-
-    def replace(self, index: int, block: int) -> None:
-        """Use ``block``, which holds the same content, from now on."""
-        self.blocks[index] = block
-        self._array = self._array.copy()  # a chunk may have a view of it
-        self._array[index] = block
-        self.views = (self._array[: len(self.blocks)],)
-
-
 class Sequence:
     """One stream of tokens: its request, its tokens, how many of them are computed, and its blocks.
 
     Tokens are only appended. The first ``num_known`` of ``num_tokens`` are known; the others are *pending*: unfinished
     steps draw them, and ``RELAY`` is in their place until ``commit``. The K and V of ``num_computed`` tokens are in
-    ``tables`` once all planned steps have finished; those of ``num_committed`` are now. Both fall to 0 on preemption. A
+    ``table`` once all planned steps have finished; those of ``num_committed`` are now. Both fall to 0 on preemption. A
     sequence has work while ``num_computed < num_wanted``.
 
     ``serial`` is its age: smaller is older. It ends with ``length`` at ``max_total`` tokens, prompt and completion.
@@ -69,7 +38,9 @@ class Sequence:
     ``last_step`` is the newest step that was planned with it.
     """
 
-    def __init__(self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits) -> None:
+    def __init__(
+        self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits, table: BlockTable
+    ) -> None:
         params = request.params
         self.serial = serial
         self.request = request
@@ -91,9 +62,7 @@ class Sequence:
 
         self.num_computed = 0
         self.num_committed = 0
-        self.num_indexed = 0  # blocks of it that are in the prefix index
-        self.parent: int | bytes | None = None  # the index entry before the next block; None: no more are indexed
-        self.tables = BlockTables(limits.block_size)
+        self.table = table
         self.generation: str | None = None
         self.lease: AdapterLease | None = None  # resident: while it runs
         self.loaded_lease: AdapterLease | None = None  # until it ends
@@ -101,7 +70,7 @@ class Sequence:
         self.last_step = 0
         self.row_order = (True, 0, serial)
         self._restart = True
-        self._chain: PrefixChain | None = None
+        self._block_keys: BlockKeys | None = None
 
         self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         self._min_tokens = params.min_tokens
@@ -162,7 +131,7 @@ class Sequence:
             restart=self._state() if self._restart else None,
             start=start,
             token_ids=self._ids[start:stop],
-            block_tables=self.tables.views,
+            block_tables=self.table.views,
             adapter_slot=None if self.lease is None else self.lease.slot,
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
             draws=(stop - self.num_prompt,) if self.samples and stop == self.num_tokens else (),
@@ -246,8 +215,6 @@ class Sequence:
     def begin(self, num_computed: int) -> None:
         """Begin with ``num_computed`` tokens that are prefix hits; 0 after a preemption."""
         self.num_computed = self.num_committed = num_computed
-        self.num_indexed = num_computed // self._block_size
-        self.parent = None
         self._restart = True
 
     # Rows of logits
@@ -273,13 +240,13 @@ class Sequence:
 
     # Prefix cache
 
-    def prefix_chain(self) -> PrefixChain:
+    def block_keys(self) -> BlockKeys:
         """The keys of its full blocks of known tokens, up to date. The generation must be known."""
-        if self._chain is None:
-            self._chain = PrefixChain(namespace(self.generation, self.request.salt), self._block_size)
-        if len(self._chain) < self.num_known // self._block_size:
-            self._chain.extend(self._ids[: self.num_known])
-        return self._chain
+        if self._block_keys is None:
+            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size)
+        if len(self._block_keys) < self.num_known // self._block_size:
+            self._block_keys.extend(self._ids[: self.num_known])
+        return self._block_keys
 
     def max_prefix_blocks(self) -> int:
         """Blocks it may take from the prefix cache: it computes at least one token, and all rows yet to be scored."""

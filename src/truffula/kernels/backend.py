@@ -39,17 +39,24 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, known before anything is read. KV is ``kv_block_bytes`` per block."""
+    """Bytes by part, known before anything is read. A block of KV group g costs ``kv_block_bytes[g]``.
+
+    ``state_bytes`` is what recurrent layers keep of all sequence slots.
+    """
 
     weight_bytes: int
     arena_bytes: int
     logits_bytes: int
-    kv_block_bytes: int
+    kv_block_bytes: tuple[int, ...]
+    state_bytes: int = 0
     weight_formats: Mapping[str, int] = field(default_factory=dict)
     """Bytes of matrices by the format they are held in, where a backend has several."""
 
-    def total(self, num_blocks: int) -> int:
-        return self.weight_bytes + self.arena_bytes + self.logits_bytes + num_blocks * self.kv_block_bytes
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the pool that KV blocks and adapters share: the scratch block of each KV group is in it."""
+        parts = self.weight_bytes, self.arena_bytes, self.logits_bytes, self.state_bytes
+        return sum(parts) + sum(self.kv_block_bytes)
 
 
 @dataclass(frozen=True)

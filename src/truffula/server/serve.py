@@ -123,9 +123,8 @@ def announce(
     if info.int8_note:
         log.info("%s", info.int8_note)
     log.info(
-        "KV cache for %d tokens (%d blocks of %d); at most %d tokens per sequence, %d sequences per batch",
-        info.num_blocks * info.block_size,
-        info.num_blocks,
+        "KV cache for %d tokens (blocks of %d); at most %d tokens per sequence, %d sequences per batch",
+        info.kv_tokens,
         info.block_size,
         info.max_model_len,
         info.max_running,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,12 @@ class Part:
     logits: str = "last"
 
 
-def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
-    """Write a step. ``parts`` must already be sorted as ``StepInputs`` wants them: by slot, base last."""
+def fill_step(inputs: StepInputs, parts: list[Part], block_size: int, windows: Sequence[int | None] = (None,)) -> None:
+    """Write a step. ``parts`` must already be sorted as ``StepInputs`` wants them: by slot, base last.
+
+    All KV groups use the same block ids. ``windows``, where given, is that of each group: table entries behind it
+    are -1.
+    """
     i = inputs
     i.T = i.R = i.G = 0
     i.N = len(parts)
@@ -118,6 +122,9 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
         i.slot_mapping[:, lo : lo + count] = blocks[position // block_size] * block_size + position % block_size
         i.block_tables[:, n] = -1
         i.block_tables[:, n, : len(blocks)] = blocks
+        for group, window in enumerate(windows):
+            if window is not None:
+                i.block_tables[group, n, : max(0, part.start - window + 1) // block_size] = -1
         i.q_start[n], i.q_start[n + 1], i.kv_len[n] = lo, lo + count, part.start + count
         i.seq_slot[n] = n
         wanted = np.arange(lo if part.logits == "all" else lo + count - 1, lo + count)

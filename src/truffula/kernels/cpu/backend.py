@@ -77,9 +77,15 @@ class CpuBackend:
             weight_formats=by_format,
             arena_bytes=max(0, 4 * arena.floats - logits) + self._scratch_bytes(program, capacity),
             logits_bytes=2 * logits,
-            kv_block_bytes=sum(
-                _kv_block_bytes(op, dtype, capacity.block_size) for op in program.ops if isinstance(op, Attention)
+            kv_block_bytes=tuple(
+                sum(
+                    _kv_block_bytes(op, dtype, capacity.block_size)
+                    for op in program.ops
+                    if isinstance(op, Attention) and op.group == group.id
+                )
+                for group in program.kv_groups
             ),
+            state_bytes=capacity.max_seqs * program.state_bytes(2 if dtype == "bfloat16" else 4),
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:

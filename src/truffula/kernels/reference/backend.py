@@ -76,7 +76,10 @@ class ReferenceBackend:
             weight_bytes=weights,
             arena_bytes=buffers + 2 * 4 * capacity.max_tokens * widest,  # the float32 product and its epilogue
             logits_bytes=capacity.max_logit_rows * program.vocab_size * (4 + width),
-            kv_block_bytes=sum(p.width for g in program.kv_groups for p in g.planes) * capacity.block_size * width,
+            kv_block_bytes=tuple(
+                sum(plane.width for plane in group.planes) * capacity.block_size * width for group in program.kv_groups
+            ),
+            state_bytes=capacity.max_seqs * program.state_bytes(width),
         )
 
     def faster_dtype(self) -> tuple[str, str]:

@@ -82,6 +82,7 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       capacity_(capacity),
       kv_format_(kv_format),
       groups_(groups),
+      reach_(static_cast<size_t>(std::clamp(groups, 0, 64))),
       debug_(debug),
       locals_(static_cast<size_t>(threads)) {
   check_capacity(capacity);
@@ -194,6 +195,8 @@ void Executable::add(Op op) {
       plane.group = attention->group;
       plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));
     }
+    int32_t& reach = reach_[static_cast<size_t>(attention->group)];
+    reach = std::max(reach, attention->window > 0 ? attention->window - 1 : INT32_MAX);
     const int32_t share = attention->heads / attention->kv_heads;
     if (std::none_of(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; }))
       shares_.push_back({share, {}});
@@ -270,7 +273,9 @@ void Executable::check_inputs(const StepCounts& c) const {
     require(blocks <= cap.max_blocks_per_seq, "kv_len: beyond the block table");
     for (int32_t g = 0; g < groups_; ++g) {
       const int32_t* table = in_.block_tables + (static_cast<int64_t>(g) * cap.max_seqs + n) * cap.max_blocks_per_seq;
-      for (int64_t b = 0; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
+      // Blocks behind the group's window may have been freed.
+      const int32_t first = std::max(0, in_.kv_len[n] - count - reach_[static_cast<size_t>(g)]) / cap.block_size;
+      for (int64_t b = first; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
     }
   }
   for (int32_t g = 0; g < c.G; ++g) {

@@ -167,6 +167,7 @@ class Executable {
   Team team_;
   const Capacity capacity_;
   const int32_t kv_format_, groups_;
+  std::vector<int32_t> reach_;  // per KV group, how far before its own position a query of one of its ops reads keys
   const bool debug_;
   bool sealed_ = false;
   std::vector<Buffer> buffers_;
