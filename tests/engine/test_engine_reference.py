@@ -118,7 +118,11 @@ def real(request, tmp_path_factory):
         for name, rank, targets in [("thin", 1, ["q_proj", "down_proj"]), ("wide", 7, "all-linear")]
     }
     setup = Setup(
-        sites=list(plan.program.sites), model=str(folder), spools=[tempfile.mkdtemp(dir=root)], limits=LoadLimits()
+        sites=list(plan.program.sites),
+        layout=executable.layout,
+        model=str(folder),
+        spools=[tempfile.mkdtemp(dir=root)],
+        limits=LoadLimits(),
     )
     yield Real(executable, 61, setup, adapters, exact=name != "reference")
     executable.close()

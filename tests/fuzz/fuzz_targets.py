@@ -16,6 +16,7 @@ from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
 
 from truffula.errors import CheckpointError, TruffulaError
+from truffula.kernels.adapters import LowRank
 from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
@@ -140,9 +141,10 @@ def adapter(folder: Path) -> None:
         judged = judge_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
     except TruffulaError as error:
         return _named(error, file=False)
-    for tensors in judged.sites:
-        assert first_non_finite(tensors.a) is None and first_non_finite(tensors.b) is None
-        assert tensors.a.shape[0] == tensors.b.shape[1] and np.isfinite(tensors.scale)
+    for part in (part for tensors in judged.sites for part in tensors.parts):
+        assert isinstance(part, LowRank)
+        assert first_non_finite(part.a) is None and first_non_finite(part.b) is None
+        assert part.a.shape[0] == part.b.shape[1] and np.isfinite(part.scale)
     write_image(judged, folder / "image")
 
 

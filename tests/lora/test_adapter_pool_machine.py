@@ -8,6 +8,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from lora_bases import pairs
 from pool_rig import Rig
 
 from truffula.errors import TruffulaError
@@ -81,7 +82,7 @@ class PoolMachine(RuleBasedStateMachine):
         if lease is not None:
             self.leased[lease.id] = lease
             image = self.rig.table.images[lease.slot]
-            held = b"".join(site.a.tobytes() + site.b.tobytes() for site in image.sites)
+            held = b"".join(site.a.tobytes() + site.b.tobytes() for site in pairs(image.sites()))
             assert self.contents.setdefault(generation, held) == held
         return lease
 

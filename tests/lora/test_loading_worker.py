@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_bases import judge, llama_sites
+from lora_bases import judge, llama_sites, pairs
 from pool_rig import Clock, cached
 
 from fake_hub import NOTHING, environment, misbehaving_hub
@@ -112,7 +112,7 @@ def test_an_adapter_is_judged_and_laid_out_in_another_process(make: Make, tmp_pa
     expected = judge(tmp_path / "a")
     assert result.generation == image.generation == expected.generation
     assert (result.rank, result.nbytes) == (4, image.nbytes)
-    for mine, other in zip(image.sites, expected.sites, strict=True):
+    for mine, other in zip(pairs(image.sites()), pairs(expected.sites), strict=True):
         assert (mine.site, mine.scale) == (other.site, other.scale)
         assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b)
     (pid,) = loader.pids()

@@ -26,6 +26,7 @@ from truffula.testing.programs import (
     SMOLLM2,
     TINY,
     Part,
+    attach,
     fill_step,
     llama_program,
     pull_from,
@@ -144,7 +145,7 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
     weights = backend.plan(program, dtype, capacity, 0).weight_bytes
     slots = [
-        executable.adapter(random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
+        attach(executable, random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
         for i in range(0 if {*bench.mixes} == {"none"} else most)
     ]
     lines = []

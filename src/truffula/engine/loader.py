@@ -18,15 +18,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from truffula.errors import AdapterLoadError, ErrorInfo, WireError
+from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora import frames
 from truffula.lora.job import WORKER_VERSION, FromWorker, LoadLimits, Order, Outcome, Ready, Setup
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import Spool
+from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
 logger = logging.getLogger(__name__)
@@ -141,6 +143,8 @@ class LoadingWorker:
 
     Args:
         sites: The program's; sent to each worker once.
+        layout: How the executable reads adapters, likewise.
+        tables: Where the base's tables lie, by kind of site.
         model: The base's name, for messages.
         limits: Of one load.
         max_workers: Processes at most.
@@ -158,6 +162,8 @@ class LoadingWorker:
         sites: Sequence[Site],
         *,
         model: str,
+        layout: AdapterLayout = STORED,
+        tables: Mapping[str, BaseTable] | None = None,
         limits: LoadLimits | None = None,
         max_workers: int = 3,
         nice: int = 10,
@@ -173,6 +179,8 @@ class LoadingWorker:
         self._spool = spool or Spool()
         self._setup = Setup(
             sites=list(sites),
+            layout=layout,
+            tables=dict(tables or {}),
             model=model,
             spools=[str(folder) for folder in self._spool.folders],
             limits=self._limits,

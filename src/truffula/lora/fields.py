@@ -109,7 +109,6 @@ def _layers(value: Any) -> str | None:
 
 
 MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
-RETRAIN_WITHOUT_TABLES = "Train again without lm_head and embed_tokens; the linear layers of the decoder are served."
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Starts that change the base; PEFT turns the first ones into plain LoRA when saving.
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")

@@ -13,15 +13,17 @@ from pathlib import Path
 import msgspec
 
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
+from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.hub import download
-from truffula.lora.image import write_image
+from truffula.lora.image import ImageWriter
 from truffula.lora.loading import LoadResult
-from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.peft import BaseFacts, check_size, judge_adapter
 from truffula.lora.place import files_nbytes, fingerprint
+from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
-WORKER_VERSION = 1
+WORKER_VERSION = 2
 _SPARE_ROOM = 1 << 20
 
 
@@ -49,6 +51,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="se
     model: str
     spools: list[str]
     limits: LoadLimits
+    layout: AdapterLayout = STORED
+    tables: dict[str, BaseTable] = {}
     offline: bool = False
     cache_dir: str | None = None
 
@@ -91,12 +95,14 @@ def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda
         adapter = judge_adapter(
             folder,
             setup.sites,
-            base=BaseFacts(model=setup.model),
+            base=BaseFacts(model=setup.model, tables=setup.tables),
             max_bytes=setup.limits.image_bytes,
             max_file_bytes=setup.limits.file_bytes,
         )
-        path = _place(order, setup, adapter.nbytes)
-        nbytes = write_image(adapter, path)
+        image = ImageWriter(adapter, setup.layout)
+        check_size(image.nbytes, setup.limits.image_bytes)
+        path = _place(order, setup, image.nbytes)
+        image.write(path)
         if fingerprint(folder) != before:
             # The source was judged and copied from its mapping: written to in between, the copy is not what was judged.
             path.unlink()
@@ -120,7 +126,7 @@ def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda
         ticket=order.ticket,
         image_path=str(path),
         generation=adapter.generation,
-        nbytes=nbytes,
+        nbytes=image.nbytes,
         rank=adapter.rank,
         commit=folder.name if order.ref.kind == "hub" else "",  # the cache names its snapshots so
         warnings=adapter.warnings,

@@ -18,11 +18,11 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.beside import warnings_beside
-from truffula.lora.fields import RETRAIN_WITHOUT_TABLES, LoraSettings, read_settings
-from truffula.lora.image import DTYPES
+from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
 from truffula.lora.patterns import PatternTable, Steps
 from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
+from truffula.lora.tables import FLOATS, BaseTable
 from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
 
@@ -31,9 +31,10 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What messages say about the base besides its sites."""
+    """The base besides its sites: its name in messages, and where its tables lie (by kind of site)."""
 
     model: str = "the base model"
+    tables: Mapping[str, BaseTable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Judged:
     settings: LoraSettings
     root: str
     pairs: list[Pair] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)  # kind of a base table -> the key of its copy
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -70,26 +72,26 @@ class Sites:
 
     def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
         self.all = sites
-        self.linear = [site for site in sites if site.kind == "linear"]
-        own = body_of(site.module for site in self.linear)
-        self.tails = frozenset(m.name.removeprefix(own) for site in self.linear for m in site.modules)
-        self.root = root_used(modules, self.tails, own)
+        linear = [site for site in sites if site.kind == "linear"]
+        self._own_root = body_of(site.module for site in linear)
+        self.tails = frozenset(
+            m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules
+        )
+        self.root = root_used(modules, self.tails, self._own_root)
         self.by_name: dict[str, list[tuple[Site, ModuleSlice]]] = {}
-        for site in self.linear:
+        for site in sites:
             for module in site.modules:
-                self.by_name.setdefault(self.root + module.name.removeprefix(own), []).append((site, module))
+                self.by_name.setdefault(self.name_of(site, module), []).append((site, module))
         for parts in self.by_name.values():
             parts.sort(key=lambda part: part[1].lo)
         self.names = frozenset(self.by_name)
-        embeds = {module.name for site in sites if site.kind == "embed" for module in site.modules}
-        self.tables = {self.root + name.removeprefix(own) for name in embeds}
-        self.tables |= {TEXT_ROOTS[self.root]} if any(site.kind == "head" for site in sites) else set()
-        self.fused_leaves = {_leaf(m.name) for site in self.linear for m in site.modules if not _is_own(site, m)}
-        self._own_root = own
+        self.linear_names = frozenset(self.name_of(site, module) for site in linear for module in site.modules)
+        self.layers = 1 + max((site.layer for site in linear if site.layer is not None), default=0)
+        self.fused_leaves = {_leaf(m.name) for site in linear for m in site.modules if not _is_own(site, m)}
 
-    def own_name(self, module: ModuleSlice) -> str:
+    def name_of(self, site: Site, module: ModuleSlice) -> str:
         """A module of a site by the adapter's names."""
-        return self.root + module.name.removeprefix(self._own_root)
+        return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
 
 def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
@@ -116,7 +118,8 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
         _check_shapes(pair, rank, base, origin)
         judged.pairs.append(pair)
     _check_sites_once(judged.pairs)
-    _cross_check(judged, Targets(settings, sites.names, steps), sites, plan)
+    _cross_check(judged, Targets(settings, sites.linear_names, steps), sites, plan)
+    judged.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
     judged.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
@@ -143,8 +146,8 @@ def left_out_warnings(plan: KeyPlan) -> list[str]:
 
 
 def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
-    """Every half of a pair must have values, of a dtype that is served. Raises ``AdapterError`` naming the tensor."""
-    halves = [*plan.a.values(), *plan.b.values()]
+    """Every tensor that is read must have values, of a dtype that is served. Raises ``AdapterError`` naming it."""
+    halves = [*plan.a.values(), *plan.b.values(), *plan.copies.values()]
     if empty := [key for key in halves if 0 in infos[key].shape]:
         raise AdapterError(
             f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
@@ -154,7 +157,7 @@ def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
             count=len(empty),
         )
     for key in halves:
-        if infos[key].dtype not in DTYPES:
+        if infos[key].dtype not in FLOATS:
             raise AdapterError(
                 f"{key} is {infos[key].dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
                 param=key,
@@ -174,16 +177,18 @@ def _origin(config: Mapping[str, Any]) -> str:
 
 
 def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> None:
-    """Every module of the file must be a linear layer of the base."""
-    heads = set(TEXT_ROOTS.values())
-    tables = [module for module in plan.a if module in sites.tables or module in heads]
-    if tables:
-        raise _no_tables(tables, plan.a[tables[0]])
+    """Every module of the file must be a linear layer or a table of the base."""
     unknown = [module for module in plan.a if module not in sites.by_name]
     if unknown:
         raise _unknown(unknown, plan, sites, base, origin)
     for module in plan.a:
         parts = sites.by_name[module]
+        if (parts[0][0].kind == "embed") != (module in plan.embeddings):
+            raise AdapterError(
+                f"{plan.a[module]}: LoRA on an embedding is saved as lora_embedding_A and lora_embedding_B, on a "
+                "linear layer as lora_A.weight and lora_B.weight. The adapter was made for another base.",
+                param=plan.a[module],
+            )
         edges = [0, *(part.hi for _, part in parts)]
         if any(part.lo != edge or part.of != parts[0][1].of for (_, part), edge in zip(parts, edges, strict=False)) or (
             edges[-1] != parts[0][1].of
@@ -198,7 +203,6 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
     every = "None of its modules is" if len(unknown) == len(plan.a) else f"{len(unknown)} of {len(plan.a)} {some} not"
     what = f"{every} in {base.model}: {listed(keys)}."
     prefixes = {found[0] for module in unknown if (found := tail_of(module, sites.tails))}
-    layers = 1 + max((site.layer for site in sites.linear if site.layer is not None), default=0)
     highest = max((int(index[1]) for module in unknown if (index := _LAYER.search(module))), default=0)
     if prefixes and len(unknown) < len(plan.a):
         seen = listed(map(repr, {*prefixes, sites.root}))
@@ -211,25 +215,15 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
             f"They begin with {listed(map(repr, prefixes))}, which is none of the prefixes known for the text model of "
             f"a class ({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
         )
-    elif highest >= layers:
-        why = (
-            f"The adapter has a layer {highest}, the base only {layers} layers: it was made for another base. {origin}"
-        )
+    elif highest >= sites.layers:
+        depth = f"The adapter has a layer {highest}, the base only {sites.layers} layers"
+        why = f"{depth}: it was made for another base. {origin}"
     elif len(unknown) == len(plan.a):
-        example = min(sites.names, default="none")
+        example = min(sites.linear_names, default="none")
         why = f"The base has modules such as {example}: the adapter was made for another base. {origin}"
     else:
         why = f"The base has no such layers. {origin}"
     return AdapterError(f"{what} {why}", param=min(keys))
-
-
-def _no_tables(tables: list[str], key: str) -> AdapterError:
-    return AdapterError(
-        f"LoRA on the output head or the embedding ({listed(tables)} in target_modules) is not served yet. "
-        f"{RETRAIN_WITHOUT_TABLES}",
-        param="target_modules",
-        key=key,
-    )
 
 
 def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
@@ -273,8 +267,6 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
     if judged.settings.target_modules is None:
         judged.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
         return
-    if tables := [table for table in sites.tables if targets.targeted(table)]:
-        raise _no_tables(tables, "target_modules")
     stray = [pair.a.name for pair in judged.pairs if not targets.targeted(pair.module)]
     if stray:
         raise AdapterError(
@@ -287,8 +279,8 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
     if isinstance(judged.settings.target_modules, tuple):
         fused |= sites.fused_leaves & {_leaf(entry) for entry in judged.settings.target_modules}
     missing = [
-        sites.own_name(site.modules[0])
-        for site in sites.linear
+        sites.name_of(site, site.modules[0])
+        for site in sites.all
         if site.id not in covered and any(targets.targeted(name) for name in _names_in_use(site, fused, sites))
     ]
     if missing:
@@ -316,4 +308,4 @@ def _names_in_use(site: Site, fused: set[str], sites: Sites) -> list[str]:
     the adapter tells which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
     """
     whole = [m for m in site.modules if not _is_own(site, m) and _leaf(m.name) in fused]
-    return [sites.own_name(m) for m in whole or [m for m in site.modules if _is_own(site, m)]]
+    return [sites.name_of(site, m) for m in whole or [m for m in site.modules if _is_own(site, m)]]

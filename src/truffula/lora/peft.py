@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from truffula.errors import AdapterError, CheckpointError, ErrorInfo, InsufficientMemory, TruffulaError
-from truffula.kernels.backend import Array, SiteTensors
+from truffula.kernels.adapters import SiteTensors, low_rank
+from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
 from truffula.lora.beside import warnings_beside
 from truffula.lora.fields import FieldRow, judge_fields, parse_config, read_settings
 from truffula.lora.folder import AdapterFolder
-from truffula.lora.image import image_nbytes
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Judged, Pair, check_values, judge_metadata, left_out_warnings
 from truffula.lora.place import TENSORS
+from truffula.lora.tables import check_copies
 from truffula.weights.finite import first_non_finite
 
 _ZERO_CHUNK = 1 << 20
@@ -32,7 +33,7 @@ _ZERO_CHUNK = 1 << 20
 class PeftAdapter:
     """An adapter that may be served. ``sites`` hold views of the mapped file: lay them out before closing anything.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules, ``nbytes`` of its tensors laid out;
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules, ``nbytes`` of its tensors as stored;
     ``report`` a row per field and one for the tensors, ``warnings`` are for the operator.
     """
 
@@ -74,7 +75,9 @@ def judge_adapter(
     try:
         config = parse_config(files.config_bytes)
         judged = judge_metadata(files.folder, files.tensors.tensors, config, sites, base)
-        _check_size(judged.pairs, max_bytes)
+        check_size(stored_bytes(judged.pairs), max_bytes)
+        copies = {kind: (key, files.tensors.read(key)) for kind, key in judged.copies.items()}
+        check_copies(copies, base.tables)
         tensors, zero = _read_tensors(files, judged.pairs)
         warnings = list(judged.warnings)
         if zero:
@@ -84,7 +87,7 @@ def judge_adapter(
         return PeftAdapter(
             generation=generation,
             rank=judged.rank,
-            nbytes=image_nbytes(laid),
+            nbytes=stored_bytes(judged.pairs),
             sites=laid,
             report=(*judge_fields(config), _tensor_row(judged)),
             warnings=tuple(warnings),
@@ -112,7 +115,7 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
             judged = judge_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
-        nbytes = sum(pair.a.nbytes + pair.b.nbytes for pair in judged.pairs)
+        nbytes = stored_bytes(judged.pairs)
         report = (*rows, _tensor_row(judged))
         return AdapterReport(report, tuple(judged.warnings), None, judged.rank, nbytes, len(judged.pairs))
     finally:
@@ -134,8 +137,13 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 
-def _check_size(pairs: Sequence[Pair], max_bytes: int | None) -> None:
-    needed = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+def stored_bytes(pairs: Sequence[Pair]) -> int:
+    """Bytes of the file's tensors that are served."""
+    return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+
+
+def check_size(needed: int, max_bytes: int | None) -> None:
+    """``InsufficientMemory`` when an adapter takes more bytes than it may."""
     if max_bytes is not None and needed > max_bytes:
         raise InsufficientMemory(
             f"The adapter takes {needed} bytes and adapters may use {max_bytes}. "
@@ -185,7 +193,7 @@ def _lay_out(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteT
     def of_pair(pair: Pair) -> Iterator[SiteTensors]:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
         for site, part in pair.parts:
-            yield SiteTensors(site.id, a, b[part.lo : part.hi], pair.scale)
+            yield low_rank(site.id, a, b[part.lo : part.hi], pair.scale)
 
     return tuple(sorted((s for pair in pairs for s in of_pair(pair)), key=lambda s: s.site))
 
@@ -197,7 +205,9 @@ def _numbers(values: Iterable[float]) -> str:
 
 def _tensor_row(judged: Judged) -> FieldRow:
     pairs = judged.pairs
-    nbytes = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+    nbytes = stored_bytes(pairs)
     dtypes = ", ".join(sorted({info.dtype for pair in pairs for info in (pair.a, pair.b)}))
     note = f"ranks {_numbers([p.rank for p in pairs])}; scales {_numbers([p.scale for p in pairs])}; {dtypes}"
+    if judged.copies:
+        note += f"; copies of base tables ({listed(judged.copies.values())}) are compared with the base at loading"
     return FieldRow("tensors", f"{len(pairs)} pairs, {nbytes} bytes", "serve", note)

@@ -74,9 +74,9 @@ class Residency(Mapping[str, Generation]):
             self._budget.release(OWNER, entry.nbytes)
 
     def remove(self, generation: str) -> None:
-        """Unmap a generation that has left."""
+        """Forget a generation that has left: its image is unmapped with the last reference."""
         self._spare.discard(generation)
-        self._entries.pop(generation).image.close()
+        del self._entries[generation]
 
     def touch(self, generation: str, now: float) -> None:
         """A use: moves the generation to the young end of the idle list, or out of it. Stamps never run backwards."""

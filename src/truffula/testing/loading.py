@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.job import LoadLimits, Order, Setup, load, out_of_memory
 from truffula.lora.loading import LoadResult
@@ -24,6 +25,7 @@ class InlineLoader:
         sites: Sequence[Site],
         *,
         model: str,
+        layout: AdapterLayout = STORED,
         limits: LoadLimits | None = None,
         offline: bool = False,
         cache_dir: Path | None = None,
@@ -32,6 +34,7 @@ class InlineLoader:
         self._spool = spool or Spool()
         self._setup = Setup(
             sites=list(sites),
+            layout=layout,
             model=model,
             spools=[str(folder) for folder in self._spool.folders],
             limits=limits or LoadLimits(),

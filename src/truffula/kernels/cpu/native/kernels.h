@@ -56,12 +56,14 @@ struct Rows {
 };
 
 // What one adapter adds to rows lo .. hi: h [hi - lo, rank] (scaled) times B. Panel i of `b` adds to panel
-// first + i * step of the product.
+// first + i * step of the product. Neither number below falls along a list of them, so rows find theirs by bisection:
+// `reach` is the highest hi up to this one, `rest` the lowest lo from this one on.
 struct Delta {
   const float* h;
   int64_t h_stride;
   Packed b;
   int32_t lo, hi, first, step;
+  int32_t reach, rest;
 };
 
 // out = softcap(residual + scale * activation(clip(x W^T + deltas + bias))), see program.Epilogue for the order.
@@ -94,12 +96,11 @@ struct QuantiseCall {
   int32_t format, inputs;
 };
 
-// h[rows, 16 x a.panels] = weight * column_scale * (x A^T).
+// h[rows, 16 x a.panels] = scale * (x A^T).
 struct ShrinkCall {
   Rows x, h;
   Packed a;
-  const float* column_scale;
-  float weight;
+  float scale;
   int32_t rows;
 };
 
@@ -156,11 +157,14 @@ struct Table {
   int32_t format, width;
 };
 
+// out = scale * (table row + deltas) + add
 struct EmbedCall {
   Table table;
   Rows out, add;   // add.data may be null
   float scale;
   int32_t scaled, round_out;
+  const Delta* deltas;
+  int32_t num_deltas;
 };
 
 // What a table computes at most: floats; two bfloat16 at once; whole numbers of 8 bits, of 16.

@@ -99,8 +99,7 @@ std::vector<float> shrunk(const Kernels& table) {
   Numbers numbers;
   const Matrix a = matrix_of(kBF16, numbers);
   std::vector<float> x = numbers.many(kRows * kInputs), h(kRows * kOutputs);
-  const std::vector<float> scales = numbers.many(kOutputs);
-  const ShrinkCall call{rows_of(x, kInputs), rows_of(h, kOutputs), a.packed, scales.data(), 0.75f, kRows};
+  const ShrinkCall call{rows_of(x, kInputs), rows_of(h, kOutputs), a.packed, 0.75f, kRows};
   table.shrink(&call, 0, a.packed.panels);
   return h;
 }
@@ -167,7 +166,7 @@ std::vector<float> embedded(const Kernels& table) {
   const Matrix w = matrix_of(kQ8_0, numbers);
   std::vector<float> out(kRows * kInputs);
   const EmbedCall call{{w.packed.data, w.packed.panel_bytes, kQ8_0, kInputs}, rows_of(out, kInputs), {nullptr, 0},
-                       3.0f, 1, 0};
+                       3.0f, 1, 0, nullptr, 0};
   const int32_t ids[kRows] = {0, 1, 15, 16, 31, 32, 47};
   table.embed(&call, ids, 0, kRows);
   return out;
