@@ -154,7 +154,8 @@ class Executable(Protocol):
         """Bytes that steps with ``image`` take beside it, where the memory plan does not count them."""
 
     def adapter(self, image: AdapterImage) -> int:
-        """Begin to make an adapter usable; returns its slot. The image is kept until ``drop_adapter`` and read where it lies.
+        """Begin to make an adapter usable; returns its slot. The image is kept, and read where it lies, until
+        ``drop_adapter``.
 
         Raises ``KernelError`` for an image of another layout, or one that does not hold together.
         """

@@ -217,7 +217,7 @@ const std::vector<Delta>& Executable::deltas_of(size_t index, Local& local) cons
       local.deltas.push_back({h_.data() + active.h + expand.h_start, active.op->h_width, expand.b, active.lo, active.hi,
                               expand.first, expand.step, 0, 0});
   }
-  set_bounds(local.deltas);
+  set_bounds(local.deltas.data(), static_cast<int32_t>(local.deltas.size()));
   return local.deltas;
 }
 

@@ -238,8 +238,6 @@ void Executable::check_inputs(const StepCounts& c) const {
     require(in_.logit_rows[r] >= 0 && in_.logit_rows[r] < c.T, "logit_rows: outside the step");
 }
 
-// Keys and values
-
 // Taps
 
 void Executable::keep_tap(size_t index) {

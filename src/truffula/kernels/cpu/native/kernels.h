@@ -66,6 +66,13 @@ struct Delta {
   int32_t reach, rest;
 };
 
+// Sets `reach` and `rest` of a whole list.
+static inline void set_bounds(Delta* deltas, int32_t count) {
+  int32_t reach = 0, rest = INT32_MAX;
+  for (int32_t i = 0; i < count; ++i) deltas[i].reach = reach = deltas[i].hi > reach ? deltas[i].hi : reach;
+  for (int32_t i = count - 1; i >= 0; --i) deltas[i].rest = rest = deltas[i].lo < rest ? deltas[i].lo : rest;
+}
+
 // out = softcap(residual + scale * activation(clip(x W^T + deltas + bias))), see program.Epilogue for the order.
 // With `glu` the panels alternate gate, up, gate, up. `residual.data` and `bias` may be null.
 struct LinearCall {

@@ -1,7 +1,6 @@
 // The program as this backend runs it: plain data, made once at load.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <variant>
 #include <vector>
@@ -240,12 +239,5 @@ struct PartRow {
 };
 constexpr int64_t kPartColumns = 15;
 static_assert(sizeof(PartRow) == kPartColumns * sizeof(int64_t));
-
-// What a step's deltas share with their neighbours in the list (see Delta).
-inline void set_bounds(std::vector<Delta>& deltas) {
-  int32_t reach = 0, rest = INT32_MAX;
-  for (Delta& delta : deltas) delta.reach = reach = std::max(reach, delta.hi);
-  for (auto delta = deltas.rbegin(); delta != deltas.rend(); ++delta) delta->rest = rest = std::min(rest, delta->lo);
-}
 
 }  // namespace truffula
