@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import DeviceLost, KernelError
+from truffula.kernels.adapters import STORED
 from truffula.kernels.backend import AdapterImage, Array
 from truffula.kernels.inputs import (
     RELAY,
@@ -100,6 +101,7 @@ class HashModel:
     ) -> None:
         self.capacity = capacity
         self.vocab_size = vocab_size
+        self.layout = STORED
         self.depth = depth
         self.faults = Faults()
         self.steps = 0
