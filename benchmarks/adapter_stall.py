@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from truffula import LLM, SamplingParams
@@ -66,7 +67,7 @@ def gaps_while_loading(llm: LLM, folders: list[tuple[str, Path]]) -> tuple[list[
             break
     loads.begin.set()
     thread.join()
-    gaps = list(zip(times, times[1:], strict=False))
+    gaps = list(pairwise(times))
     idle = [late - early for early, late in gaps if late < began][4:]
     during = [late - early for early, late in gaps if late >= began]
     return idle, during, [end - start for start, end in loads.spans]

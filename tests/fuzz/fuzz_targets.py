@@ -20,7 +20,7 @@ from truffula.kernels.adapters import LowRank
 from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
-from truffula.lora.peft import BaseFacts, inspect_adapter, judge_adapter
+from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.model.load import plan_model, puller
 from truffula.testing.adapters import tiny_config as adapter_config
 from truffula.testing.adapters import tiny_tensors as adapter_tensors
@@ -138,7 +138,7 @@ def adapter(folder: Path) -> None:
         except TruffulaError as error:
             _named(error, file=False)
     try:
-        judged = judge_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
+        judged = validate_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
     except TruffulaError as error:
         return _named(error, file=False)
     for part in (part for tensors in judged.sites for part in tensors.parts):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from truffula.kernels.adapters import Array, LowRank, SiteTensors
 from truffula.kernels.program import ModuleSlice, Site
-from truffula.lora.peft import BaseFacts, PeftAdapter, judge_adapter
+from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
 
 BASE = BaseFacts(model="tiny-base")
 D, KV, F = 12, 8, 20  # hidden, width of k and v, feed-forward
@@ -72,4 +72,4 @@ def pairs(sites: Iterable[SiteTensors]) -> list[Pair]:
 
 
 def judge(folder: Path, sites: tuple[Site, ...] | None = None) -> PeftAdapter:
-    return judge_adapter(folder, sites if sites is not None else llama_sites(), base=BASE)
+    return validate_adapter(folder, sites if sites is not None else llama_sites(), base=BASE)

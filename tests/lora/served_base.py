@@ -11,7 +11,7 @@ from truffula.kernels.backend import Backend
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
 from truffula.lora.image import map_image, write_image
-from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import base_tables
 from truffula.model.load import plan_model, puller
 from truffula.testing.oracle import Oracle
@@ -42,7 +42,7 @@ class Served:
         self._blocks = blocks
 
     def add(self, adapter: Path) -> int:
-        judged = judge_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
+        judged = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
         image = self.path.parent / "image"
         write_image(judged, image, self.executable.layout)
         mapped = map_image(image)

@@ -15,7 +15,7 @@ from pages import ROOT, blocks
 
 from truffula.errors import AdapterError
 from truffula.lora.foreign import describe_file
-from truffula.lora.peft import BaseFacts, inspect_adapter, judge_adapter
+from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.testing.adapters import PREFIX, tiny_config, tiny_tensors, write_adapter
 from truffula.testing.files import write_safetensors
 
@@ -323,7 +323,7 @@ def test_a_quantised_base_is_mentioned(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path, CONFIG | {"base_model_name_or_path": name}, PLAIN)
     (warning,) = judge(tmp_path).warnings
     assert name in warning and "quantised" in warning and "differ slightly" in warning
-    assert judge_adapter(tmp_path, llama_sites(), base=BaseFacts("tiny-base-q4_k_m.gguf")).warnings == ()
+    assert validate_adapter(tmp_path, llama_sites(), base=BaseFacts("tiny-base-q4_k_m.gguf")).warnings == ()
 
 
 def test_a_report_of_a_refused_adapter_has_its_fields_and_no_size(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from truffula.kernels.program import Site
 from truffula.lora.hub import download
 from truffula.lora.image import ImageWriter
 from truffula.lora.loading import LoadResult
-from truffula.lora.peft import BaseFacts, check_size, judge_adapter
+from truffula.lora.peft import BaseFacts, check_size, validate_adapter
 from truffula.lora.place import files_nbytes, fingerprint
 from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
@@ -92,7 +92,7 @@ def load(order: Order, setup: Setup, *, on_files: Callable[[int], None] = lambda
         folder = _folder(order.ref, setup)
         before = fingerprint(folder)
         on_files(files_nbytes(folder))
-        adapter = judge_adapter(
+        adapter = validate_adapter(
             folder,
             setup.sites,
             base=BaseFacts(model=setup.model, tables=setup.tables),

@@ -1,10 +1,10 @@
-"""The names of an adapter's tensors: which half of which module each is, and what the others would have meant.
+"""Parses the names of an adapter's tensors: half A or B of a module, or something that is refused by what it is.
 
     base_model.model. + module path + .lora_A.weight | .lora_B.weight | .lora_embedding_A | .lora_embedding_B
 
 The prefix may be missing; an adapter's name may stand inside (``.lora_A.default.weight``) when it is the same in every
-key. Tensors of a multimodal model's image and audio parts are left out. All other endings mean something that is not
-served yet, or another format: they are refused by what they are.
+key. Tensors of a multimodal model's image and audio parts are left out. Other endings belong to features that are not
+served yet, or to other formats.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def left_out_words(plan: KeyPlan) -> str:
 
 
 def plan_keys(keys: Sequence[str]) -> KeyPlan:
-    """Sort an adapter's keys; ``AdapterError`` (``param``: an offender) when one is anything but half of a pair."""
+    """An adapter's keys by their meaning; ``AdapterError`` (``param``: a key) for one that is not served."""
     if not keys:
         raise AdapterError(
             "adapter_model.safetensors contains no tensors: the adapter was saved without its weights. Save it again.",
@@ -124,7 +124,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
         raise AdapterError(f"A tensor's name has {len(long)} characters: {long[:80]}...", param=long[:80])
     refuse_wrapped(keys)
     plan = KeyPlan()
-    strange: list[str] = []
+    unexpected: list[str] = []
     infixes: dict[str | None, str] = {}
     for key in keys:
         path = key.removeprefix(PREFIX)
@@ -136,7 +136,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
             if (copy := _TABLE_COPY.match(path)) is not None:
                 plan.copies[copy["module"]] = key
             else:
-                (plan.unused if _TRAINING.match(path) else strange).append(key)
+                (plan.unused if _TRAINING.match(path) else unexpected).append(key)
             continue
         infixes.setdefault(found["name"] or found["table_name"], key)
         half = plan.a if "A" in (found["half"], found["table_half"]) else plan.b
@@ -146,8 +146,8 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
             other = half[found["module"]]
             raise AdapterError(f"{key} and {other} are the same half of one module.", param=key)
         half[found["module"]] = key
-    if strange:
-        raise _strange(strange, len(keys))
+    if unexpected:
+        raise _unexpected(unexpected, len(keys))
     _check_pairs(plan, infixes)
     if alone := plan.copies.keys() - plan.a.keys():
         key = plan.copies[min(alone)]
@@ -181,8 +181,8 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
         )
 
 
-def _strange(keys: list[str], count: int) -> AdapterError:
-    """Say what keys that are not halves of pairs would be."""
+def _unexpected(keys: list[str], count: int) -> AdapterError:
+    """The error for keys that are not halves of pairs: it says what they are."""
     for ending, name, what, way in _UNSERVED:
         hits = [key for key in keys if re.search(ending, key)]
         if hits:

@@ -53,8 +53,9 @@ class Pair:
 
 
 @dataclass
-class Judged:
-    """What metadata alone decide. ``root`` is the path of the text model in the adapter's names."""
+class ParsedAdapter:
+    """An adapter's pairs, matched with the base from metadata alone. ``root`` is the path of the text model in its
+    names."""
 
     settings: LoraSettings
     root: str
@@ -94,8 +95,8 @@ class Sites:
         return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
 
-def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
-                   all_sites: Sequence[Site], base: BaseFacts) -> Judged:  # fmt: skip
+def parse_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+                   all_sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:  # fmt: skip
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
 
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
@@ -104,7 +105,7 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
     plan = plan_keys(list(infos))
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
-    judged = Judged(settings, sites.root)
+    parsed = ParsedAdapter(settings, sites.root)
     steps = Steps()
     ranks = PatternTable(settings.rank_pattern, "rank_pattern", steps)
     alphas = PatternTable(settings.alpha_pattern, "alpha_pattern", steps)
@@ -116,23 +117,23 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
         pair = Pair(module, infos[key], infos[plan.b[module]], scale, tuple(sites.by_name[module]))
         _check_shapes(pair, rank, base, origin)
-        judged.pairs.append(pair)
-    _check_sites_once(judged.pairs)
-    _cross_check(judged, Targets(settings, sites.linear_names, steps), sites, plan)
-    judged.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
-    judged.warnings += left_out_warnings(plan)
+        parsed.pairs.append(pair)
+    _check_sites_once(parsed.pairs)
+    _cross_check(parsed, Targets(settings, sites.linear_names, steps), sites, plan)
+    parsed.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
+    parsed.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
-            judged.warnings.append(
+            parsed.warnings.append(
                 f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
                 "counts. PEFT sorts patterns when it saves, so training may have used the other."
             )
         if unused := table.unused(_left_out(plan)):
-            judged.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
+            parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
-        judged.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
-    judged.warnings += warnings_beside(folder, config, sites=sites.all, model=base.model)
-    return judged
+        parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
+    parsed.warnings += warnings_beside(folder, config, sites=sites.all, model=base.model)
+    return parsed
 
 
 def left_out_warnings(plan: KeyPlan) -> list[str]:
@@ -250,7 +251,7 @@ def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
 
 
 def _check_sites_once(pairs: Sequence[Pair]) -> None:
-    """A site addressed by two names (its own and a fused one) would be ambiguous."""
+    """Each site is adapted by one pair: its own name and a fused one would be ambiguous."""
     owner: dict[int, Pair] = {}
     for pair in pairs:
         for site, _ in pair.parts:
@@ -261,13 +262,13 @@ def _check_sites_once(pairs: Sequence[Pair]) -> None:
                 )
 
 
-def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
-    """Configuration and file must name the same modules, both ways."""
-    covered = {site.id for pair in judged.pairs for site, _ in pair.parts}
-    if judged.settings.target_modules is None:
-        judged.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
+def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
+    """Every module of the file is targeted by the configuration, and every targeted module is in the file."""
+    covered = {site.id for pair in parsed.pairs for site, _ in pair.parts}
+    if parsed.settings.target_modules is None:
+        parsed.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
         return
-    stray = [pair.a.name for pair in judged.pairs if not targets.targeted(pair.module)]
+    stray = [pair.a.name for pair in parsed.pairs if not targets.targeted(pair.module)]
     if stray:
         raise AdapterError(
             f"Tensors for modules that the configuration does not target (target_modules, exclude_modules, "
@@ -275,9 +276,9 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
             param="target_modules",
             key=stray[0],
         )
-    fused = sites.fused_leaves & {_leaf(pair.module) for pair in judged.pairs}
-    if isinstance(judged.settings.target_modules, tuple):
-        fused |= sites.fused_leaves & {_leaf(entry) for entry in judged.settings.target_modules}
+    fused = sites.fused_leaves & {_leaf(pair.module) for pair in parsed.pairs}
+    if isinstance(parsed.settings.target_modules, tuple):
+        fused |= sites.fused_leaves & {_leaf(entry) for entry in parsed.settings.target_modules}
     missing = [
         sites.name_of(site, site.modules[0])
         for site in sites.all
@@ -291,7 +292,7 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
             modules=sorted(missing)[:10],
         )
     if unused := targets.unused_entries(sites.names | _left_out(plan)):
-        judged.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
+        parsed.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
 
 
 def _leaf(module: str) -> str:

@@ -19,7 +19,7 @@ from truffula.kernels.backend import Array, Backend, Executable, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
-from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import BaseTable, base_tables
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.testing.drive import Driver, capacity_for
@@ -39,7 +39,7 @@ DEFAULT_PROMPTS = (
 # Of a value, against its own size plus the root mean square of its row (a few columns are a thousand times the rest and
 # round as coarsely). Over SmolLM2's thirty layers harmless float32 differences reach 3e-5.
 TOLERANCE = 3e-4
-# Two logits this close are a tie that rounding may break either way: such a step is counted, not judged.
+# Two logits this close are a tie that rounding may break either way: such a step is counted, not adapter.
 NEAR_TIE = 1e-4
 
 
@@ -194,9 +194,10 @@ def attach_folder(
     tables: Mapping[str, BaseTable],
     change: Perturbation = Perturbation(),
 ) -> int:
-    """The slot of the PEFT adapter in ``folder``, judged as a server does."""
-    judged = judge_adapter(folder, program.sites, base=BaseFacts(program.name, tables))
-    return executable.adapter(make_image(executable.layout, change.adapter(judged.sites), generation=judged.generation))
+    """The slot of the PEFT adapter in ``folder``, adapter as a server does."""
+    adapter = validate_adapter(folder, program.sites, base=BaseFacts(program.name, tables))
+    sites = change.adapter(adapter.sites)
+    return executable.adapter(make_image(executable.layout, sites, generation=adapter.generation))
 
 
 def prompts_as_ids(

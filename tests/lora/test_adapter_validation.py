@@ -16,7 +16,7 @@ import pytest
 from lora_bases import BASE, D, F, fused_sites, judge, llama_sites, pairs
 
 from truffula.errors import AdapterError, AdapterNotFound, InsufficientMemory
-from truffula.lora.peft import inspect_adapter, judge_adapter
+from truffula.lora.peft import inspect_adapter, validate_adapter
 from truffula.testing.adapters import Array, tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 from truffula.testing.files import write_raw_safetensors, write_safetensors
 
@@ -467,10 +467,10 @@ def test_a_place_without_anything(tmp_path: Path) -> None:
 def test_the_limits_are_checked_before_tensors_are_read(tmp_path: Path) -> None:
     write(tmp_path, poke(Q0A, np.nan))  # would be found on reading
     with pytest.raises(InsufficientMemory) as caught:
-        judge_adapter(tmp_path, llama_sites(), base=BASE, max_bytes=100)
+        validate_adapter(tmp_path, llama_sites(), base=BASE, max_bytes=100)
     assert caught.value.data["limit_bytes"] == 100 and caught.value.data["requested_bytes"] > 100
     with pytest.raises(AdapterError, match="the limit is 1000"):
-        judge_adapter(tmp_path, llama_sites(), base=BASE, max_file_bytes=1000)
+        validate_adapter(tmp_path, llama_sites(), base=BASE, max_file_bytes=1000)
 
 
 def test_inspect_reads_no_tensor_data(tmp_path: Path) -> None:
