@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from kernel_backends import on_the_best
 from lora_bases import judge, llama_sites, pairs
 from pool_rig import Clock, cached
 
@@ -21,12 +22,15 @@ from fake_hub import NOTHING, environment, misbehaving_hub
 from processes import running
 from truffula.engine.loader import IDLE_WORKER_S, LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
+from truffula.kernels.adapters import AdapterLayout, Place, make_image
+from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
 from truffula.lora.job import LoadLimits, Order, Setup, load
 from truffula.lora.loading import LoadResult
 from truffula.lora.spool import LOCK, PREFIX, Spool, remove_abandoned
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 from truffula.testing.loading import InlineLoader
+from truffula.testing.programs import llama_program
 from truffula.types import AdapterRef
 
 PATIENCE_S = 120.0  # for a busy machine; nothing here takes a hundredth of it
@@ -103,7 +107,7 @@ def stop(loader: LoadingWorker) -> int:
     return pid
 
 
-def test_an_adapter_is_judged_and_laid_out_in_another_process(make: Make, tmp_path: Path) -> None:
+def test_an_adapter_is_validated_and_written_in_another_process(make: Make, tmp_path: Path) -> None:
     loader = make()
     ticket = loader.start(adapter(tmp_path / "a"))
     result = one(loader)
@@ -117,6 +121,25 @@ def test_an_adapter_is_judged_and_laid_out_in_another_process(make: Make, tmp_pa
         assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b)
     (pid,) = loader.pids()
     assert pid != os.getpid() and os.getpriority(os.PRIO_PROCESS, pid) >= 10
+    Path(result.image_path).unlink()
+
+
+@on_the_best
+def test_the_worker_packs_for_the_engines_kernels(make: Make, tmp_path: Path, backend: Backend) -> None:
+    """Table and data are, byte for byte, those that a packer in this process makes."""
+    places = tuple(
+        Place(site.module, site.id, site.in_features, site.out_features, gathers=site.kind == "embed")
+        for site in llama_sites()
+    )
+    layout = AdapterLayout(backend.adapter_layout(llama_program()).storage, places)
+    loader = make(layout=layout)
+    loader.start(adapter(tmp_path / "a"))
+    result = one(loader)
+    assert result.error is None and result.image_path is not None
+    image = map_image(Path(result.image_path))
+    own = make_image(layout, judge(tmp_path / "a").sites, generation=image.generation)
+    assert image.layout == layout.name
+    assert np.array_equal(image.table, own.table) and np.array_equal(image.data, own.data)
     Path(result.image_path).unlink()
 
 
