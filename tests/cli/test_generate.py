@@ -187,7 +187,7 @@ def test_a_file_of_prompts_gives_one_object_per_answer_in_order(
         (("Hello", "--prompts", "{here}"), "leave one out"),
         (("--prompts", "{here}/nothing"), "cannot be read"),
         (("--prompts", "{here}/empty"), "holds no prompt"),
-        (("--prompts", "{here}", "--url", "http://127.0.0.1:1"), "does not go with --url"),
+        (("--prompts", "{here}", "--url", "http://127.0.0.1:1"), "leave one out"),
     ],
 )
 def test_a_file_of_prompts_that_cannot_be_used(model: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:

@@ -43,7 +43,9 @@ def read_prompts(path: Path, prompt: str | None, url: str | None) -> list[str]:
     if prompt is not None:
         raise ConfigError(f"Both a prompt ({prompt[:40]!r}) and --prompts are given; leave one out.", param="prompts")
     if url is not None:
-        raise ConfigError("--prompts computes here; it does not go with --url.", param="prompts")
+        raise ConfigError(
+            "--prompts answers with a model that is loaded here, --url with a server's; leave one out.", param="prompts"
+        )
     try:
         text = read_text(sys.stdin.read if str(path) == "-" else lambda: path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -162,7 +162,8 @@ class SyncService(ServiceBase):
             call.opened.append((index, state))
         with uninterrupted(), self._changed:
             submitted: list[EngineRequest] = []
-            while call.opened and len(submitted) < self._room(call):
+            room = self._room(call)
+            while call.opened and len(submitted) < room:
                 index, state = call.opened.popleft()
                 submitted += state.engine_requests
                 call.states.update((one.request_id, (index, state)) for one in state.engine_requests)
