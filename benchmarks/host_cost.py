@@ -29,7 +29,7 @@ from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs, StepOutp
 from truffula.kernels.synchronous import FinishedStep
 from truffula.lora.pool import AdapterPool
 from truffula.testing.loading import InlineLoader
-from truffula.types import EngineRequest, SamplingParams
+from truffula.types import EngineParams, EngineRequest
 
 VOCAB = 128_256
 BLOCK = 16
@@ -82,7 +82,7 @@ def engine_of(rows: int, context: int, params: dict[str, Any]) -> Engine:
         engine.add(
             EngineRequest(
                 request_id=f"r{i}", prompt_ids=random.integers(3, VOCAB, context).tolist(),
-                params=SamplingParams(max_tokens=500, ignore_eos=True, seed=i, **params), arrival=time.monotonic(),
+                params=EngineParams(max_tokens=500, ignore_eos=True, seed=i, **params), arrival=time.monotonic(),
             )
         )  # fmt: skip
     drawing: set[str] = set()

@@ -366,9 +366,7 @@ class ServerConfig:
         low=0,
     )
     lorax_metrics: bool = _row(False, "switch", "also export metrics under LoRAX's names", topic="Logs and metrics")
-    transport: str = _row(
-        "process", "text", "where the engine runs", topic="Advanced", choices=("process", "thread", "inline")
-    )
+    transport: str = _row("process", "text", "where the engine runs", topic="Advanced", choices=("process", "inline"))
 
     def __post_init__(self) -> None:
         _check(self)

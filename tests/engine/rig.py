@@ -19,10 +19,10 @@ from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
-from truffula.lora.loading import LoadResult
 from truffula.lora.pool import AdapterPool
+from truffula.lora.worker import LoadResponse
 from truffula.testing.executable import HashModel
-from truffula.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
+from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
 
 VOCAB = 97
 EOS = 96
@@ -66,16 +66,24 @@ class HandLoader:
         self.nbytes = nbytes
         self.started: list[str] = []
         self._next = 0
+        self._paused = False
+        self._queued: dict[int, AdapterRef] = {}
         self._open: dict[int, AdapterRef] = {}
-        self._done: list[LoadResult] = []
+        self._done: list[LoadResponse] = []
         self._folder = Path(tempfile.mkdtemp(prefix="truffula-rig-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def start(self, ref: AdapterRef) -> int:
         self._next += 1
-        self._open[self._next] = ref
-        self.started.append(ref.locator)
+        self._queued[self._next] = ref
+        self._begin()
         return self._next
+
+    def _begin(self) -> None:
+        while self._queued and not self._paused:
+            ticket = next(iter(self._queued))
+            self._open[ticket] = self._queued.pop(ticket)
+            self.started.append(self._open[ticket].locator)
 
     def finish(self, locators: Iterable[str] | None = None) -> None:
         for ticket, ref in list(self._open.items()):
@@ -83,25 +91,35 @@ class HandLoader:
                 del self._open[ticket]
                 self._done.append(self._result(ticket, ref))
 
-    def poll(self) -> list[LoadResult]:
+    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        self._paused = paused
+        self._begin()
         if self.automatic:
             self.finish()
         done, self._done = self._done, []
         return done
 
+    def poll_fds(self) -> dict[int, int]:
+        return {}
+
+    def poll_timeout(self) -> float | None:
+        return 0.001 if self._open or self._queued else None
+
     def cancel(self, ticket: int) -> None:
+        self._queued.pop(ticket, None)
         self._open.pop(ticket, None)
 
     def close(self) -> None:
+        self._queued.clear()
         self._open.clear()
 
-    def _result(self, ticket: int, ref: AdapterRef) -> LoadResult:
+    def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
-            return LoadResult(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
+            return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         laid = Laid(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
         path = self._folder / str(ticket)
         size = write_image(laid, path)
-        return LoadResult(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
+        return LoadResponse(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
 
 
 def limits(**changes) -> EngineLimits:
@@ -234,7 +252,7 @@ def request(
 ) -> EngineRequest:  # fmt: skip
     ref = AdapterRef(name=adapter, locator=adapter) if isinstance(adapter, str) else adapter
     return EngineRequest(
-        request_id=name, prompt_ids=prompt, params=SamplingParams(**{"temperature": 0.0, **params}), choice=choice,
+        request_id=name, prompt_ids=prompt, params=EngineParams(**{"temperature": 0.0, **params}), choice=choice,
         adapter=ref, resume_ids=resume_ids or [], salt=salt, queue_deadline=queue_deadline, deadline=deadline,
         arrival=arrival,
     )  # fmt: skip

@@ -175,6 +175,43 @@ def test_a_prompt_score_that_is_not_finite_ends_that_request():
     assert answer.prompt_logprobs is None
 
 
+def test_a_row_that_is_not_finite_with_an_adapter_is_that_adapters_error():
+    lim = limits()
+    rig = Rig(lim, executable=Faulty(lim, nan_on_token=50))
+    rig.run([request("bad", [1, 2, 50], adapter="red"), request("base", [1, 2, 50])])
+    assert (rig.answers["bad"].code, rig.answers["base"].code) == ("adapter_invalid", "generation_failed")
+    assert "'red'" in rig.answers["bad"].final.error.message
+
+
+class SlowUploads(HashModel):
+    """The hash model whose uploads end after ``polls`` looks; a step that names one before fails."""
+
+    polls = 4
+
+    def __init__(self, lim, depth: int) -> None:
+        super().__init__(capacity_of(lim), lim.vocab_size, depth=depth)
+        self.looks: dict[int, int] = {}
+
+    def adapter_ready(self, slot: int) -> bool:
+        self.looks[slot] = self.looks.get(slot, 0) + 1
+        return self.looks[slot] > self.polls
+
+    def submit(self) -> HashStep:
+        assert all(self.looks[slot] > self.polls for slot in self.inputs.seg[: self.inputs.G, 2].tolist())
+        return super().submit()
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("crowd", [1, 4])
+def test_an_upload_is_waited_for_and_is_no_lack_of_memory(crowd, depth):
+    lim = limits()
+    rig = Rig(lim, executable=SlowUploads(lim, depth))
+    requests = [request(f"r{i}", PROMPT, adapter=f"red{i}", max_tokens=3, ignore_eos=True) for i in range(crowd)]
+    rig.run(requests)
+    for req in requests:
+        assert rig.answers[req.request_id].token_ids == alone(req).token_ids
+
+
 def test_an_adapter_that_the_backend_refuses_fails_its_own_requests():
     lim = limits()
     model = Faulty(lim)

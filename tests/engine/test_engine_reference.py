@@ -18,8 +18,7 @@ from kernel_backends import SINGLE
 from rig import Answer, HandLoader, Rig, limits, request
 
 from truffula.kernels.inputs import Capacity
-from truffula.lora.job import LoadLimits, Order, Setup, load
-from truffula.lora.loading import LoadResult
+from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
 from truffula.model.load import plan_model, puller
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
@@ -35,12 +34,13 @@ CAPACITY = Capacity(
 class FolderLoader(HandLoader):
     """Loads real adapters, at once and in this process, by the loading worker's own code."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, folder: Path) -> None:
         super().__init__()
         self._setup = setup
+        self._staging = folder
 
-    def _result(self, ticket: int, ref: AdapterRef) -> LoadResult:
-        return load(Order(ticket=ticket, ref=ref), self._setup)
+    def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
+        return load(LoadRequest(ticket=ticket, ref=ref), self._setup, [self._staging])
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Real:
     executable: object
     vocab_size: int
     setup: Setup
+    staging: Path
     adapters: dict[str, str]
     exact: bool
     answers: dict[bytes, Answer] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class Real:
     def rig(self, **changes) -> Rig:
         usual = {"vocab_size": self.vocab_size, "num_blocks": 80, "eos_token_ids": (self.vocab_size - 1,)}
         lim = limits(**{**usual, **changes})
-        return Rig(lim, executable=self.executable, loader=FolderLoader(self.setup))
+        return Rig(lim, executable=self.executable, loader=FolderLoader(self.setup, self.staging))
 
     def run(self, crowd: list[EngineRequest], **changes) -> tuple[Rig, dict[str, Answer]]:
         rig = self.rig(**changes)
@@ -117,14 +118,9 @@ def real(request, tmp_path_factory):
         name: str(write_tiny_adapter(root / name, folder, rank=rank, alpha=4 * rank, targets=targets, seed=rank))
         for name, rank, targets in [("thin", 1, ["q_proj", "down_proj"]), ("wide", 7, "all-linear")]
     }
-    setup = Setup(
-        sites=list(plan.program.sites),
-        layout=executable.layout,
-        model=str(folder),
-        spools=[tempfile.mkdtemp(dir=root)],
-        limits=LoadLimits(),
-    )
-    yield Real(executable, 61, setup, adapters, exact=name != "reference")
+    setup = Setup(sites=list(plan.program.sites), layout=executable.layout, model=str(folder), limits=LoadLimits())
+    staging = Path(tempfile.mkdtemp(dir=root))
+    yield Real(executable, 61, setup, staging, adapters, exact=name != "reference")
     executable.close()
 
 

@@ -30,7 +30,7 @@ LAYERS = [
     "weights",
     "kernels",
 ]
-BOTTOM = {"types", "config", "config_file", "option", "errors", "logs", "metrics", "__init__"}
+BOTTOM = {"types", "config", "config_file", "option", "errors", "frames", "logs", "metrics", "__init__"}
 NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
@@ -224,7 +224,7 @@ def test_nothing_names_this_workplace() -> None:
         "truffula.lora.worker",
         "truffula.engine.worker",
         "truffula.server.launch",
-        "truffula.server.run",
+        "truffula.server.serve",
     ],
 )
 def test_importing_is_light(module: str) -> None:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
@@ -14,10 +15,10 @@ from truffula.engine.limits import EngineLimits, StepCapacity
 from truffula.engine.plan import StepPlan
 from truffula.engine.runner import ModelRunner, SubmittedStep
 from truffula.engine.scheduler import Scheduler
-from truffula.errors import AdapterNotFound, DeviceLost, GenerationError, ShuttingDown
+from truffula.errors import DeviceLost, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
-from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
 from truffula.weights.watch import FileWatch
 
 __all__ = ["Engine", "EngineLimits"]
@@ -80,7 +81,7 @@ class Engine:
         Raises:
             DeviceLost: The executable can compute nothing any more.
         """
-        self._adapters.poll(self._clock())
+        self._adapters.poll(self._clock(), idle=self._scheduler.is_idle())
         plan = self._scheduler.plan(self._clock())
         if plan.chunks:
             self._submit(plan)
@@ -130,15 +131,10 @@ class Engine:
         if self._watch is not None:
             self._watch.check()
 
-    def tend(self) -> None:
-        """What an idle engine does now and then: take in loaded adapters, end idle workers."""
-        self._adapters.poll(self._clock())
-
     def has_work(self) -> bool:
         """Whether ``step`` would do something now.
 
-        False while every request waits for an adapter: then call ``step`` every few milliseconds, or when the loader
-        has news; loads and deadlines are noticed there.
+        False while every request waits for an adapter: ``poll_fds`` and ``poll_timeout`` tell when to call it then.
         """
         return self._scheduler.has_work()
 
@@ -146,38 +142,17 @@ class Engine:
         """Whether no request is left and every event was taken."""
         return self._scheduler.is_idle()
 
-    def command(self, command: AdapterCommand) -> list[AdapterState]:
-        """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
+    def command(self, command: AdapterCommand) -> Future[list[AdapterState]]:
+        """Begin an adapter command. The future is done here, or in a later ``step`` for a load: see the pool."""
+        return self._adapters.command(command, self._clock())
 
-        After ``load`` call ``claim``, then ``settle`` until the state is resident or failed, then ``disclaim``. Raises
-        ``AdapterNotFound`` when there is nothing to unload.
-        """
-        ref = command.ref
-        if command.action == "load" and ref is not None:
-            if command.pinned:
-                self._adapters.pin(ref)
-            self._adapters.retry(ref)
-            self._adapters.want(ref, self._clock())
-        elif command.action == "unload" and ref is not None and not self._adapters.unload(ref.name):
-            raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
-        states = self._adapters.states()
-        return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
+    def poll_fds(self) -> dict[int, int]:
+        """File descriptors and events (``select.poll``) after which ``step`` has something to do."""
+        return self._adapters.poll_fds()
 
-    def claim(self, ref: AdapterRef) -> None:
-        """Keep what is loaded of a place, though it has no memory yet, until ``disclaim``."""
-        self._adapters.claim(ref)
-
-    def disclaim(self, ref: AdapterRef) -> None:
-        """End one ``claim``."""
-        self._adapters.disclaim(ref)
-
-    def settle(self, ref: AdapterRef) -> AdapterState | None:
-        """Give a loaded adapter its memory as soon as that is free. Where it stands; None when nothing is known of it.
-
-        Raises ``InsufficientMemory`` when it never fits, and what the executable says against it.
-        """
-        self._adapters.settle(ref)
-        return self._adapters.state(ref)
+    def poll_timeout(self) -> float | None:
+        """Seconds until ``step`` has something to do without a call or an event on ``poll_fds``; None: never."""
+        return 0.0 if self.has_work() else self._adapters.poll_timeout()
 
     def stats(self) -> EngineStats:
         """Where the engine stands. Costs the same however many requests wait."""

@@ -11,8 +11,7 @@ from operator import attrgetter
 from truffula.engine.blocks import BlockPool
 from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import AdapterKey, BlockTables, Sequence
-from truffula.lora.leases import AdapterLease
-from truffula.lora.pool import AdapterPool
+from truffula.lora.pool import AdapterLease, AdapterPool
 
 _age = attrgetter("serial")
 
@@ -147,6 +146,10 @@ class RunningBatch:
         if generation not in running and len(running) >= self._max_adapters:
             return None
         return self._adapters.acquire(generation)
+
+    def waits_for_upload(self, sequence: Sequence) -> bool:
+        """Whether ``admit`` gave nothing because its adapter is being taken in: not for want of memory."""
+        return sequence.generation is not None and self._adapters.is_pending(sequence.generation)
 
     def remove(self, sequence: Sequence, now: float) -> None:
         """End its running. It holds nothing from here on."""

@@ -35,6 +35,7 @@ from truffula.engine.queues import DeficitRoundRobin, WaitingQueues
 from truffula.engine.running import RunningBatch
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import (
+    AdapterError,
     AdapterLoadError,
     DeadlineExceeded,
     ErrorInfo,
@@ -46,7 +47,7 @@ from truffula.errors import (
     TruffulaError,
 )
 from truffula.lora.pool import AdapterPool
-from truffula.types import EngineRequest, FinishReason, RequestTimes, TokenEvent
+from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 MAX_REFUSALS = 8
 """Admissions that may be refused in a step before no more are tried: bounds the cost of a full engine."""
@@ -222,7 +223,7 @@ class Scheduler:
             if not result.finite:
                 # Its KV may be wrong: no other sequence may find these blocks.
                 self._blocks.forget(sequence.tables.blocks)
-                self._fail(sequence, GenerationError("The model computed a NaN or infinite logit."), now)
+                self._fail(sequence, non_finite(sequence.request.adapter), now)
                 continue
             event = sequence.commit(chunk, result, now)
             if sequence.parent is not None and (sequence.num_indexed + 1) * size <= sequence.num_committed:
@@ -321,21 +322,21 @@ class Scheduler:
             ref = unbound[0].request.adapter
             assert ref is not None
             enough = loading >= most or waiting.num_ready() >= most
-            if enough and unbound[0].loading_since is None and not self._adapters.here(ref):
+            if enough and unbound[0].loading_since is None and not self._adapters.is_loaded(ref):
                 waiting.postpone(key)
                 continue
-            want = self._adapters.want(ref, now)
-            if want.status == "loading":
+            found = self._adapters.lookup(ref, now)
+            if found.status == "loading":
                 loading += 1
                 for sequence in unbound:
                     waiting.mark_loading(sequence, now)
-            elif want.generation is not None:
+            elif found.generation is not None:
                 for sequence in unbound:
                     # From now on the name means these bytes for this request, whatever it leads to later.
-                    self._adapters.hold(want.generation)
-                    waiting.bind(sequence, want.generation, now)
+                    sequence.loaded_lease = self._adapters.retain(found.generation)
+                    waiting.bind(sequence, found.generation, now)
             else:
-                info = want.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
+                info = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
                 for sequence in waiting.first(key, len(waiting)):
                     if not sequence.ready:
                         self._finish(sequence, "error", now, error=info)
@@ -483,7 +484,8 @@ class Scheduler:
         running = self._running
         try:
             count = running.admit(sequence, allowance, budget.rows, now)
-            if not count and not len(running) and not running.num_unfinished:
+            alone = not len(running) and not running.num_unfinished
+            if not count and alone and not running.waits_for_upload(sequence):
                 # The cached blocks it would use may take the room of its adapter or of its other blocks.
                 count = running.admit(sequence, allowance, budget.rows, now, prefix=False)
                 if not count:
@@ -531,8 +533,8 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence, now)
-        if sequence.generation is not None:
-            self._adapters.let_go(sequence.generation)
+        if sequence.loaded_lease is not None:
+            self._adapters.release(sequence.loaded_lease)
         del self._by_id[sequence.request_id]
 
     def check(self) -> None:
@@ -546,3 +548,14 @@ class Scheduler:
             assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial
         self._waiting.check()
         self._running.check()
+
+
+def non_finite(adapter: AdapterRef | None) -> TruffulaError:
+    """The error of a sequence whose logits are not finite. Those of the base are: an adapter, if any, is the cause."""
+    if adapter is None:
+        return GenerationError("The model computed a NaN or infinite logit.")
+    return AdapterError(
+        f"With adapter {adapter.name!r} the model computed a NaN or infinite logit: the adapter's values are too large "
+        "for this base.",
+        param="adapter",
+    )

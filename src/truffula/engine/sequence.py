@@ -10,7 +10,7 @@ from truffula.engine.prefix import PrefixChain, namespace
 from truffula.engine.sampling import sampling_of
 from truffula.errors import ErrorInfo
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32
-from truffula.lora.leases import AdapterLease
+from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 AdapterKey = tuple[str, str, str | None, str] | None
@@ -95,7 +95,8 @@ class Sequence:
         self.parent: int | bytes | None = None  # the index entry before the next block; None: no more are indexed
         self.tables = BlockTables(limits.block_size)
         self.generation: str | None = None
-        self.lease: AdapterLease | None = None
+        self.lease: AdapterLease | None = None  # resident: while it runs
+        self.loaded_lease: AdapterLease | None = None  # until it ends
         self.seq_slot: int | None = None
         self.last_step = 0
         self.row_order = (True, 0, serial)

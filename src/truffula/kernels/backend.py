@@ -161,7 +161,7 @@ class Executable(Protocol):
         """
 
     def adapter_ready(self, slot: int) -> bool:
-        """Whether a step may name the slot."""
+        """Whether the upload that ``adapter`` began has ended, so that a step may use the slot. Never blocks."""
 
     def drop_adapter(self, slot: int) -> None:
         """Release a slot: no later step may name it; unfinished ones may."""

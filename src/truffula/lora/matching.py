@@ -10,16 +10,16 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
-from truffula.lora.beside import warnings_beside
+from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
+from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, Steps
 from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
 from truffula.lora.tables import FLOATS, BaseTable
@@ -95,7 +95,7 @@ class Sites:
         return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
 
-def parse_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
                    all_sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:  # fmt: skip
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
 
@@ -132,7 +132,7 @@ def parse_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
             parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
         parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
-    parsed.warnings += warnings_beside(folder, config, sites=sites.all, model=base.model)
+    parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return parsed
 
 

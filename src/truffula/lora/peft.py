@@ -16,13 +16,13 @@ from truffula.errors import AdapterError, CheckpointError, ErrorInfo, Insufficie
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
-from truffula.lora.beside import warnings_beside
+from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
 from truffula.lora.folder import AdapterFolder
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
-from truffula.lora.place import TENSORS
+from truffula.lora.paths import TENSORS, OpenFolder
 from truffula.lora.tables import check_copies
 from truffula.weights.finite import first_non_finite
 
@@ -58,7 +58,7 @@ class AdapterReport:
 
 
 def validate_adapter(
-    folder: Path,
+    folder: Path | OpenFolder,
     sites: Sequence[Site],
     *,
     base: BaseFacts,
@@ -69,12 +69,12 @@ def validate_adapter(
 
     Raises ``AdapterError`` (``param``: the field or key), ``AdapterNotFound``, ``AdapterLoadError`` when the files
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
-    of the file: the caller that copies them compares ``folder.fingerprint`` before and after.
+    of the file: a caller that copies them compares the folder's fingerprint before and after.
     """
     files = AdapterFolder(folder, max_file_bytes)
     try:
         config = parse_config(files.config_bytes)
-        parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base)
+        parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base)
         check_size(stored_bytes(parsed.pairs), max_bytes)
         copies = {kind: (key, files.tensors.read(key)) for kind, key in parsed.copies.items()}
         check_copies(copies, base.tables)
@@ -111,7 +111,7 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
         try:
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
+            parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
         nbytes = stored_bytes(parsed.pairs)
@@ -132,7 +132,7 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
-    warnings = (*left_out_warnings(plan), *warnings_beside(files.folder, config, sites=None, model=None))
+    warnings = (*left_out_warnings(plan), *extra_file_warnings(files.opened, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 

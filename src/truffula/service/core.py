@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import msgspec
 
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service.choices import ChoiceState, merged, rank
-from truffula.service.files import LoadedTexts, without_tokenizer
+from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens
@@ -23,6 +23,7 @@ from truffula.types import (
     AdapterRef,
     ChoiceTotals,
     EngineInfo,
+    EngineParams,
     EngineRequest,
     GenerateRequest,
     SamplingParams,
@@ -140,7 +141,8 @@ class Service:
 
     Args:
         info: Of the started engine. ``self.info`` adds what the text files say, as ``EngineInfo`` describes.
-        texts: What the model's text files say. Without a tokenizer ids still serve, text raises ``NoTokenizer``.
+        texts: The model's text files, where they were read already. Without a tokenizer ids still serve, text raises
+            ``NoTokenizer``.
         policy: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
     """
@@ -149,14 +151,16 @@ class Service:
         self,
         info: EngineInfo,
         *,
-        texts: LoadedTexts,
-        policy: AdapterPolicy | None = None,
+        texts: LoadedTexts | None = None,
+        policy: AdapterDirectory | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        texts = texts_of(info, texts)
         self.tokenizer = tokenizer = texts.tokenizer
-        self.policy = policy or AdapterPolicy()
+        self.generation_config = texts.generation_config
+        self.policy = policy or AdapterDirectory()
         self.limits = limits or ServiceLimits()
         self._clock = clock
         self._numbers = itertools.count()
@@ -258,8 +262,8 @@ class Service:
         checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
         checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
-    def _engine_params(self, params: SamplingParams, end_ids: frozenset[int]) -> SamplingParams:
-        """What the engine needs of them: a seed, the end tokens it does not know, and logprobs to find the best."""
+    def _engine_params(self, params: SamplingParams, end_ids: frozenset[int]) -> EngineParams:
+        """The engine's part: a seed, the end tokens that it does not know, and logprobs to find the best choice."""
         seed = params.seed
         if seed is None:
             seed = 0 if params.greedy else self._random.getrandbits(63)
@@ -267,6 +271,4 @@ class Service:
         ends = params.stop_token_ids
         if not params.ignore_eos:
             ends += tuple(sorted(end_ids - self._engine_ends - set(ends)))
-        return msgspec.structs.replace(
-            params, seed=seed, logprobs=logprobs, stop=(), stop_token_ids=ends, n=1, best_of=None
-        )
+        return params.for_engine(seed=seed, logprobs=logprobs, stop_token_ids=ends)

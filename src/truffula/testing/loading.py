@@ -1,4 +1,4 @@
-"""Loading adapters in line, for tests of what stands behind the loader."""
+"""Loading adapters in the caller's thread, for tests of what uses a loader."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from pathlib import Path
 
 from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
-from truffula.lora.job import LoadLimits, Order, Setup, load, out_of_memory
-from truffula.lora.loading import LoadResult
-from truffula.lora.spool import Spool
+from truffula.lora.staging import Staging
+from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load, out_of_memory
 from truffula.types import AdapterRef
 
 
 class InlineLoader:
     """The loading worker's interface without a process: each ``poll`` carries out one load, in the caller's thread.
 
-    No limit but sizes holds here.
+    Of the limits only the sizes are enforced.
     """
 
     def __init__(
@@ -29,38 +28,43 @@ class InlineLoader:
         limits: LoadLimits | None = None,
         offline: bool = False,
         cache_dir: Path | None = None,
-        spool: Spool | None = None,
+        staging_roots: Sequence[Path] | None = None,
     ) -> None:
-        self._spool = spool or Spool()
+        self.staging = Staging(staging_roots)
         self._setup = Setup(
             sites=list(sites),
             layout=layout,
             model=model,
-            spools=[str(folder) for folder in self._spool.folders],
             limits=limits or LoadLimits(),
             offline=offline,
             cache_dir=str(cache_dir) if cache_dir is not None else None,
         )
-        self._queue: deque[Order] = deque()
+        self._queue: deque[LoadRequest] = deque()
         self._next_ticket = 0
 
     def start(self, ref: AdapterRef) -> int:
         self._next_ticket += 1
-        self._queue.append(Order(ticket=self._next_ticket, ref=ref))
+        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
         return self._next_ticket
 
-    def poll(self) -> list[LoadResult]:
-        if not self._queue:
+    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        if not self._queue or paused:
             return []
-        order = self._queue.popleft()
+        request = self._queue.popleft()
         try:
-            return [load(order, self._setup)]
+            return [load(request, self._setup, self.staging.folders)]
         except MemoryError:
-            return [out_of_memory(order, self._setup)]
+            return [out_of_memory(request, self._setup)]
+
+    def poll_fds(self) -> dict[int, int]:
+        return {}
+
+    def poll_timeout(self) -> float | None:
+        return 0.0 if self._queue else None
 
     def cancel(self, ticket: int) -> None:
-        self._queue = deque(order for order in self._queue if order.ticket != ticket)
+        self._queue = deque(request for request in self._queue if request.ticket != ticket)
 
     def close(self) -> None:
         self._queue.clear()
-        self._spool.close()
+        self.staging.close()

@@ -47,12 +47,12 @@ class SafetensorsFile:
     ``file`` the bytes.
 
     Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one,
-    the tensor.
+    the tensor. ``descriptor`` as of ``MappedFile``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
-        self.file = MappedFile(path)
+        self.file = MappedFile(path, descriptor)
         try:
             header, start = _read_header(path, self.file)
         except OSError as error:

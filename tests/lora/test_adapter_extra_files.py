@@ -9,7 +9,7 @@ import pytest
 from lora_bases import judge, llama_sites
 
 from truffula.errors import AdapterError
-from truffula.lora.beside import plain_name
+from truffula.lora.extra_files import plain_name
 from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.testing.adapters import write_tiny_adapter
 

@@ -1,7 +1,7 @@
-"""What an adapter says beside its tensors: the base it was trained on, a tokenizer and a chat template of its own.
+"""What an adapter's folder has besides its tensors: the name of its base, a tokenizer and a chat template of its own.
 
-Neither tokenizer nor template is used: the base's are. That is right for most adapters, which have copies of them, so
-it is a warning and no error. Added tokens that the base has no row for are an error.
+Tokenizer and template are not used; those of the base are. That is right for most adapters, which have copies of them,
+so it is a warning and not an error. Added tokens that the base has no row for are an error.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import Site
+from truffula.lora.paths import OpenFolder
 
 ADDED, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", TOKENIZER_CONFIG, ADDED)
@@ -27,8 +28,8 @@ _MADE_OF = re.compile(
 )
 
 
-def warnings_beside(
-    folder: Path, config: Mapping[str, Any], *, sites: Sequence[Site] | None, model: str | None
+def extra_file_warnings(
+    folder: OpenFolder, config: Mapping[str, Any], *, sites: Sequence[Site] | None, model: str | None
 ) -> list[str]:
     """What an operator should know. ``sites`` and ``model`` of the base, as far as there is one.
 
@@ -64,10 +65,11 @@ def plain_name(model: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name)
 
 
-def _other_texts(folder: Path, sites: Sequence[Site] | None) -> Iterator[str]:
-    tokenizers = [name for name in TOKENIZERS if (folder / name).is_file()]
-    settings = _object(folder / TOKENIZER_CONFIG)
-    templates = [name for name in TEMPLATES if (folder / name).is_file()]
+def _other_texts(folder: OpenFolder, sites: Sequence[Site] | None) -> Iterator[str]:
+    names = folder.names()
+    tokenizers = [name for name in TOKENIZERS if name in names]
+    settings = _object(folder, TOKENIZER_CONFIG)
+    templates = [name for name in TEMPLATES if name in names]
     if settings.get("chat_template"):
         templates.append(f"chat_template in {TOKENIZER_CONFIG}")
     _check_added(folder, settings, sites)
@@ -77,14 +79,14 @@ def _other_texts(folder: Path, sites: Sequence[Site] | None) -> Iterator[str]:
         yield f"Its own chat template ({', '.join(templates)}) is not used: chats are rendered with the base's."
 
 
-def _check_added(folder: Path, settings: Mapping[str, Any], sites: Sequence[Site] | None) -> None:
+def _check_added(folder: OpenFolder, settings: Mapping[str, Any], sites: Sequence[Site] | None) -> None:
     """Every id of an added token must have a row in the base's tables."""
     tables = [site.in_features if site.kind == "embed" else site.out_features for site in sites or () if _table(site)]
     if not tables:
         return
     decoder = settings.get("added_tokens_decoder")
     decoded = [int(key) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
-    listed = [value for value in _object(folder / ADDED).values() if isinstance(value, int)]
+    listed = [value for value in _object(folder, ADDED).values() if isinstance(value, int)]
     for name, ids in ((TOKENIZER_CONFIG, decoded), (ADDED, listed)):
         highest = max(ids, default=0)
         if highest >= min(tables):
@@ -101,12 +103,10 @@ def _table(site: Site) -> bool:
     return site.kind in ("embed", "head")
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(folder: OpenFolder, name: str) -> dict[str, Any]:
     """The JSON object in a file that may be missing; empty when it can't be read as one."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_BYTES:
-            return {}
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(folder.read(name, MAX_BYTES) or b"{}")
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
