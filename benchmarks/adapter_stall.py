@@ -85,7 +85,7 @@ def main() -> None:
         if given.smoke:
             given.model, given.ranks, given.count = str(write_tiny_checkpoint(Path(scratch) / "model")), [4], 3
         with LLM(given.model, transport="process") as llm:
-            checkpoint = open_checkpoint(Path(llm.info.details["path"]))
+            checkpoint = open_checkpoint(Path(llm.info.path))
             plan = plan_model(checkpoint)
             checkpoint.close()
             print("rank  adapters  load ms (median)  idle gap ms (median, longest)  while loading (median, longest)")
