@@ -91,8 +91,9 @@ def main() -> None:
             print("rank  adapters  load ms (median)  idle gap ms (median, longest)  while loading (median, longest)")
             for rank in given.ranks:
                 names = [f"r{rank}-{number}" for number in range(given.count)]
-                made = random_adapters(plan, Path(scratch) / str(rank), names, rank)
-                idle, during, loads = gaps_while_loading(llm, list(made.items()))
+                folder = Path(scratch) / str(rank)
+                random_adapters(plan, folder, names, rank)
+                idle, during, loads = gaps_while_loading(llm, [(name, folder / name) for name in names])
                 gaps = (statistics.median(idle), max(idle), statistics.median(during), max(during))
                 row = [1e3 * seconds for seconds in gaps]
                 print(

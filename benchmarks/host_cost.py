@@ -15,8 +15,10 @@ import argparse
 import cProfile
 import pstats
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,8 +30,10 @@ from truffula.engine.limits import EngineLimits
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs, StepOutput
 from truffula.kernels.synchronous import FinishedStep
 from truffula.lora.pool import AdapterPool
-from truffula.testing.loading import InlineLoader
 from truffula.types import EngineParams, EngineRequest
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "lora"))
+from inline_loader import InlineLoader
 
 VOCAB = 128_256
 BLOCK = 16

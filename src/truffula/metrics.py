@@ -201,7 +201,7 @@ class Metrics:
 
 
 class _WithoutBirthdays(Collector):
-    """A registry without the library's ``_created`` samples, which double the series and which nobody asked for."""
+    """A registry without the library's ``_created`` samples, which double the number of series."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

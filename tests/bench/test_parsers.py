@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from truffula.bench.memory import parse_smaps, resident
-from truffula.bench.peers import parse_llama_bench, parse_llama_log, written_blocks
+from comparison.memory import parse_smaps, resident
+from comparison.peers import parse_llama_bench, parse_llama_log, written_blocks
 from truffula.errors import ConfigError
 from truffula.metrics import Metrics
 from truffula.types import EngineStats

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from hash_model import HashModel
 
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine, EngineLimits
@@ -21,7 +22,6 @@ from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import LoadResponse
-from truffula.testing.executable import HashModel
 from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
 
 VOCAB = 97

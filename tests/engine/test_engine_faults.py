@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hash_model import Faults, HashModel, HashStep
 from rig import DEPTHS, Clock, HandLoader, Rig, alone, capacity_of, limits, request
 
 from truffula.engine.runner import ModelRunner
 from truffula.errors import ConfigError, DeviceLost, KernelError
 from truffula.kernels.backend import AdapterImage
-from truffula.testing.executable import Faults, HashModel, HashStep
 from truffula.types import AdapterCommand, AdapterRef, EngineRequest
 
 PROMPT = list(range(1, 12))

@@ -12,22 +12,14 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llama_program import Shape, llama_program
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import ALIGN
 from truffula.kernels.cpu import _native
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity, SampleInputs, SequenceSampling, StepInputs
-from truffula.testing.programs import (
-    Part,
-    Shape,
-    attach,
-    fill_step,
-    llama_program,
-    pull_from,
-    random_adapter,
-    random_weights,
-)
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
 S = 4

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import on_every_backend
+from llama_program import llama_program
 from one_op import OneOp, close, exact
 
 from truffula.errors import KernelError
@@ -22,7 +23,6 @@ from truffula.testing.programs import (
     as_dtype,
     attach,
     fill_step,
-    llama_program,
     pull_from,
     random_adapter,
     random_weights,

@@ -9,21 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, on_every_backend
+from llama_program import Shape, llama_program
 from one_op import OneOp, close, exact
 
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Attention, KvGroup, KvPlane
 from truffula.kernels.reference import attention
-from truffula.testing.programs import (
-    Part,
-    Shape,
-    attach,
-    fill_step,
-    llama_program,
-    pull_from,
-    random_adapter,
-    random_weights,
-)
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 S = 4
 

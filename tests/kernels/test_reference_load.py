@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from kernel_backends import on_every_backend
+from llama_program import llama_program
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
@@ -16,7 +17,7 @@ from truffula.kernels.mapped import release
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
-from truffula.testing.programs import Part, as_dtype, fill_step, llama_program, pull_from, random_weights
+from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_weights
 
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=16, max_segments=8, num_blocks=40, block_size=4, max_blocks_per_seq=16
@@ -115,7 +116,7 @@ def test_the_plan_counts_what_is_declared():
     matrices = sum(int(np.prod(w.shape)) for w in program.weights if len(w.shape) == 2)
     vectors = sum(w.shape[0] for w in program.weights if len(w.shape) == 1)
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        plan = backend.plan(program, dtype, CAPACITY, stored_bytes=0)
+        plan = backend.plan(program, dtype, CAPACITY)
         assert plan.weight_bytes == matrices * width + vectors * 4
         assert plan.kv_block_bytes == 2 * 2 * 16 * 4 * width  # two layers, K and V, 2 heads of 8, 4 tokens a block
         assert plan.logits_bytes >= 16 * 61 * 4

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import SAMPLERS, on_every_sampler
+from plain_sampler import PlainSequence, sample_rows
 from sampler_rows import V, as_sent, params, sampling_of
 
 from examples import examples
 from truffula.errors import KernelError
 from truffula.kernels.inputs import NO_IDS, Capacity, SampleInputs, SequenceSampling
-from truffula.testing.sampler import PlainSequence, sample_rows
 
 SLOTS = 3
 tokens = st.lists(st.integers(0, V - 1), max_size=12).map(lambda some: np.array(some, np.int32))

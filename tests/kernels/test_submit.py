@@ -6,14 +6,15 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hash_model import Faults, HashModel, Misuse
 from kernel_backends import BEST
+from llama_program import Shape, llama_program
 from test_validate_program import vector_program
 
 from truffula.errors import DeviceLost, KernelError
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import NO_IDS, RELAY, Capacity, SequenceSampling
-from truffula.testing.executable import Faults, HashModel, Misuse
-from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
 
 S, V = 4, Shape().vocab
 CAPACITY = Capacity(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from llama_program import llama_program
 
 from truffula.errors import KernelError
 from truffula.kernels.program import (
@@ -25,7 +26,7 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.validate import validate
-from truffula.testing.programs import llama_program, pull_from, random_weights
+from truffula.testing.programs import pull_from, random_weights
 
 PROGRAM = llama_program()
 

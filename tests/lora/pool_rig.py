@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from inline_loader import InlineLoader
 from lora_bases import llama_sites
 
 from truffula.engine.budget import MemoryBudget
@@ -15,7 +16,6 @@ from truffula.errors import KernelError, TruffulaError
 from truffula.kernels.backend import AdapterImage
 from truffula.lora.pool import AdapterPool, AdapterStatus
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.testing.loading import InlineLoader
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import on_every_backend
+from llama_program import llama_program
 
 from truffula.errors import AdapterLoadError, KernelError
 from truffula.kernels.adapters import (
@@ -40,7 +41,7 @@ from truffula.kernels.backend import Backend, Executable
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
 from truffula.lora.image import MAGIC, ImageWriter, map_image, write_image
-from truffula.testing.programs import llama_program, pull_from, random_weights
+from truffula.testing.programs import pull_from, random_weights
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 RNG = np.random.default_rng(1)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inline_loader import InlineLoader
 from kernel_backends import on_the_best
+from llama_program import llama_program
 from lora_bases import judge, llama_sites, pairs
 from pool_rig import Clock, cached
 
@@ -29,8 +31,6 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
-from truffula.testing.loading import InlineLoader
-from truffula.testing.programs import llama_program
 from truffula.types import AdapterRef
 
 PATIENCE_S = 120.0  # for a busy machine; nothing here takes a hundredth of it
@@ -469,3 +469,17 @@ def test_a_file_below_an_allowed_folder_that_is_a_link_out_of_it_is_refused(make
     loader.start(found)
     error = one(loader).error
     assert error is not None and (error.code, error.param) == (AdapterError.code, "adapter_model.safetensors")
+
+
+def test_a_hostile_pattern_ends_its_load_with_an_error_and_the_worker_lives(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    pid = begun(loader)
+    config = tiny_config(rank=4, alpha=8, targets=["q_proj"])
+    tensors = tiny_tensors(llama_sites(), config)
+    loader.start(ref(write_adapter(tmp_path / "hostile", {**config, "target_modules": r"(.|\w|.)*!"}, tensors)))
+    hostile = one(loader)
+    assert hostile.error is not None and "seconds to match" in hostile.error.message
+    loader.start(adapter(tmp_path / "good"))
+    good = one(loader)
+    assert good.error is None and good.image_path is not None and loader.pids() == [pid]
+    Path(good.image_path).unlink()

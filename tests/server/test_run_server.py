@@ -15,8 +15,9 @@ import httpx
 import pytest
 from live_server import assert_canonical_error, health_of, made_server, ok, serving, until, write_model
 
+from comparison.processes import descendants
 from processes import frozen, watched
-from truffula.bench.processes import descendants, free_port
+from truffula.bench.server import free_port
 from truffula.config import ServerConfig, load_config
 from truffula.errors import ConfigError, EngineDied, TruffulaError
 from truffula.server.launch import bind, launch

@@ -73,7 +73,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     dtype = choose_dtype(backend, config.dtype, plan.stored_dtype)
     model_len = config.max_model_len or plan.max_model_len
     first = _capacity(config, plan, model_len, num_blocks=1)
-    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_bytes, plan.stored_types)
+    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_types)
     memory = plan_memory(
         memory_plan,
         memory_limit(config.memory_bytes, backend),

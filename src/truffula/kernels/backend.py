@@ -187,11 +187,9 @@ class Backend(Protocol):
         program: Program,
         dtype: str,
         capacity: Capacity,
-        stored_bytes: int,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
-        """Bytes needed. ``stored_bytes`` is what the checkpoint's tensors take on disk (they may be kept mapped),
-        ``stored_types`` how they are stored, by the names of the weights' parts."""
+        """Bytes needed. ``stored_types``: how the weights' parts are stored, by their names."""
 
     def faster_dtype(self) -> tuple[str, str]:
         """The dtype of ``probe().dtypes`` that it computes faster in here, and why, in words: how ``auto`` chooses."""

@@ -32,7 +32,6 @@ class Capacity:
     num_blocks: int  # P, scratch included
     block_size: int  # S
     max_blocks_per_seq: int  # M
-    max_adapters: int = 1 << 20
 
 
 @dataclass

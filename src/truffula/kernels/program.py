@@ -43,19 +43,13 @@ class Ref:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """One checkpoint tensor (or a row range of one) that fills rows of a weight.
+    """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``name`` is a name present in the checkpoint; rows ``lo .. hi`` of it are used (the whole when hi is -1).
-    ``permute`` is (heads, head_dim) when its rows must be brought from interleaved to half rotary order (GGUF llama
-    q/k).
     ``transform`` is applied in float32: ``plus_one`` for (1 + w) norms.
     """
 
     name: str
-    lo: int = 0
-    hi: int = -1
-    transform: Literal["none", "plus_one", "minus_one"] = "none"
-    permute: tuple[int, int] | None = None
+    transform: Literal["none", "plus_one"] = "none"
 
 
 @dataclass(frozen=True)

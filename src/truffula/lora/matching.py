@@ -20,7 +20,7 @@ from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, Steps
+from truffula.lora.patterns import PatternTable, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
 from truffula.lora.tables import FLOATS, BaseTable
 from truffula.lora.targets import Targets
@@ -95,6 +95,7 @@ class Sites:
         return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
 
+@matching_limit()
 def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
                    all_sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:  # fmt: skip
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
@@ -106,9 +107,8 @@ def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
     parsed = ParsedAdapter(settings, sites.root)
-    steps = Steps()
-    ranks = PatternTable(settings.rank_pattern, "rank_pattern", steps)
-    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern", steps)
+    ranks = PatternTable(settings.rank_pattern, "rank_pattern")
+    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
     origin = _origin(config)
     _check_modules(plan, sites, base, origin)
     for module, key in plan.a.items():
@@ -119,7 +119,7 @@ def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
         _check_shapes(pair, rank, base, origin)
         parsed.pairs.append(pair)
     _check_sites_once(parsed.pairs)
-    _cross_check(parsed, Targets(settings, sites.linear_names, steps), sites, plan)
+    _cross_check(parsed, Targets(settings, sites.linear_names), sites, plan)
     parsed.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
     parsed.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):

@@ -63,11 +63,10 @@ class ReferenceBackend:
         program: Program,
         dtype: str,
         capacity: Capacity,
-        stored_bytes: int,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
         """Weights count once, mapped or converted: what is converted gives its source pages back as it goes."""
-        del stored_bytes, stored_types
+        del stored_types
         width = _dtype(dtype).itemsize
         weights = sum(
             weight_elements(d) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights

@@ -1,6 +1,5 @@
 // The binding: what Python calls. Numpy arrays in, checked (arrays.h); no GIL while it computes.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -13,11 +12,8 @@
 #include "arrays.h"
 #include "bind_sampling.h"
 #include "calls.h"
-#include "choose.h"
 #include "dispatch.h"
 #include "executable.h"
-#include "rates.h"
-#include "self_check.h"
 #include "tables.h"
 
 namespace nb = nanobind;
@@ -239,35 +235,8 @@ nb::dict op_fields() {
 
 std::vector<std::string> table_names() {
   std::vector<std::string> names;
-  for (const Kernels* table : tables().usable) names.emplace_back(table->name);
+  for (const Kernels* table : tables()) names.emplace_back(table->name);
   return names;
-}
-
-// For tests: what the trial at start decides of such seconds, with 1 and with 8 rows, as (names best first, why).
-nb::tuple choice_of_pairs(std::pair<double, double> pairs, std::pair<double, double> floats, bool same_bits) {
-  Kernels with = kPortable, without = kPortable;
-  with.name = "pairs", without.name = "floats";
-  const PairTrial trial{{pairs.first, pairs.second}, {floats.first, floats.second}, same_bits};
-  std::vector<std::string> names;
-  for (const Kernels* table : trial.best_first(with, without)) names.emplace_back(table->name);
-  return nb::make_tuple(names, trial.why(with.name, without.name));
-}
-
-double measured_peak(const std::string& isa, int32_t kind, int threads) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
-  const Kernels* table = find_table(isa);
-  const InFlightCall call;
-  const nb::gil_scoped_release release;
-  return peak_rate(*table, kind, threads);
-}
-
-double measured_read(const std::string& isa, int threads, int64_t nbytes) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
-  if (nbytes < 256 || nbytes > int64_t{1} << 34) throw std::invalid_argument("nbytes: not between 256 and 2^34");
-  const Kernels* table = find_table(isa);
-  const InFlightCall call;
-  const nb::gil_scoped_release release;
-  return read_rate(*table, threads, nbytes);
 }
 
 void bind_load(nb::class_<Native>& c) {
@@ -318,17 +287,8 @@ NB_MODULE(_native, m) {
   m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
   m.def("op_fields", op_fields, "Names of the fields of each op that `add` takes, with the words of those that are words.");
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
-  m.def("table_fault", [](const std::string& isa) { return fault_of(*find_table(isa)); }, "isa"_a,
-        "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");
   m.def("pack_panels", pack_panels, "array"_a, "to"_a.noconvert(), "format"_a, "lane"_a,
         "A matrix in panels of 16 rows, as adapters are read: what the loading worker calls.");
-  m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where there was a choice; else empty.");
-  m.def("choice_of_pairs", choice_of_pairs, "pairs"_a, "floats"_a, "same_bits"_a,
-        "What that trial decides of seconds measured with 1 and 8 rows: (names, the best first; why).");
-  m.def("peak_rate", measured_peak, "isa"_a, "kind"_a, "threads"_a,
-        "Operations a second of floats (0), bfloat16 pairs (1), bytes (2), 16-bit numbers (3); 0 where there are none.");
-  m.def("read_rate", measured_read, "isa"_a, "threads"_a, "nbytes"_a,
-        "Bytes a second that the threads read together, again and again through so many.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);

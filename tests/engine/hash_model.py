@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from plain_sampler import PlainSequence, sample_rows
 
 from truffula.errors import DeviceLost, KernelError
 from truffula.kernels.adapters import STORED
@@ -31,7 +32,6 @@ from truffula.kernels.inputs import (
     StepInputs,
     StepOutput,
 )
-from truffula.testing.sampler import PlainSequence, sample_rows
 
 U64 = npt.NDArray[np.uint64]
 _M1, _M2, _GOLDEN = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15)

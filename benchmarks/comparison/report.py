@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from truffula.bench.compare import Result
+from comparison.rounds import Result
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def markdown(results: Sequence[Result], machine: dict[str, Any], repeats: int) -
             spread = f"{number(one.median)} ({number(one.low)}-{number(one.high)})"
             ratio = "" if one.ratio is None else f"{one.ratio:.2f} ({', '.join(f'{r:.2f}' for r in one.ratios)})"
             what = f"{row.what}, {row.unit}" if i == 0 else ""
-            command = f"`truffula bench compare {row.name}`" if i == 0 else ""
+            command = f"`python benchmarks/compare.py {row.name}`" if i == 0 else ""
             lines.append(f"| {what} | {one.contestant} | {spread} | {ratio} | {one.note} | {command} |")
         for title, why in result.absent.items():
             lines.append(f"| {row.what} | {title} | not measured | | {' '.join(why.split())[:120]} | |")

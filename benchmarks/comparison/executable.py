@@ -48,7 +48,7 @@ def measure(config: EngineConfig, what: str, tokens: int, repeats: int) -> dict[
             max_tokens=tokens, max_seqs=1, max_logit_rows=1, max_segments=1,
             num_blocks=1 + blocks, block_size=config.block_size, max_blocks_per_seq=blocks,
         )  # fmt: skip
-        memory = backend.plan(plan.program, dtype, capacity, plan.stored_bytes, plan.stored_types)
+        memory = backend.plan(plan.program, dtype, capacity, plan.stored_types)
         pull = puller(checkpoint, plan, block_kinds=backend.block_kinds)
         executable = backend.load(plan.program, dtype, pull, capacity)
         pull.finish()

@@ -1,44 +1,54 @@
-"""``truffula bench kernel``: how fast each native kernel is, beside what the machine allows.
+"""How fast each native kernel is, beside what the machine allows.
+
+    python benchmarks/kernels.py [--rows 1,8,32] [--shape 960x576] [--format Q4_0] [--kernel linear]
+    python benchmarks/kernels.py --smoke           # tiny shapes
 
 An op runs alone through an executable, as often as it takes weights (or cached keys) of more than the caches hold, each
 time other ones: so they come from memory, as in a step. Limits are measured in the same run: what the instruction table
 computes at most (loops over registers) and how fast memory, or for ops on rows that were just written the caches, can
 be read. A kernel's limit is the longer of the time its bytes and the time its arithmetic would take at those rates.
+Needs the C++ compiler that compiled the kernels.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from truffula.bench.machine import read_rate
+from comparison.repeated_op import IDS, Repeated, head, repeated_attention, repeated_linear, repeated_norm
+from truffula.bench.step import read_rate
 from truffula.cli.doctor import cpu_name
-from truffula.cli.output import out, table
-from truffula.errors import ConfigError, MissingDependency
+from truffula.cli.output import fail, out, table
+from truffula.errors import ConfigError, MissingDependency, TruffulaError
 from truffula.kernels.cpu import CpuBackend, why_unavailable
-from truffula.kernels.cpu import backend as native
 from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, panel_bytes, panels_of
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
 from truffula.testing.programs import Part, attach, fill_step, random_adapter
-from truffula.testing.repeated_op import (
-    IDS,
-    Repeated,
-    head,
-    repeated_attention,
-    repeated_linear,
-    repeated_norm,
-)
 
 FORMATS = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
 KERNELS = ("linear", "lora", "attention", "norm", "head", "sampler")
 BLOCK = 16
+ROOT = Path(__file__).resolve().parents[1]
+# the flags of CMakeLists.txt for each instruction set
+FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+FLAGS["avx512vnni"] = [*FLAGS["avx512"], "-mavx512vnni"]
+FLAGS["avx512bf16"] = [*FLAGS["avx512vnni"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 
 @dataclass(frozen=True)
@@ -165,9 +175,42 @@ class Limits:
         )  # fmt: skip
 
 
-def run_bench_kernel(bench: KernelBench, *, isa: str, threads: int | None, as_json: bool) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="rows, separated by commas")
+    parser.add_argument("--shape", action="append", default=[], metavar="NxK", help="outputs x inputs; repeatable")
+    parser.add_argument("--format", default="", help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--kernel", default="", help=f"of {', '.join(KERNELS)}")
+    parser.add_argument("--cpu-isa", default="auto", help="an instruction set that `truffula doctor` lists")
+    parser.add_argument("--threads", type=int, help="compute threads")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    asked = parser.parse_args()
+    try:
+        bench = bench_of(asked.rows, asked.shape, asked.format, asked.kernel, tiny=asked.smoke)
+        run(bench, isa=asked.cpu_isa, threads=asked.threads, as_json=asked.json)
+    except TruffulaError as error:
+        fail(error)
+        sys.exit(1)
+
+
+def _compiled_rates(isa: str) -> Any:
+    """native/rates.cpp, compiled for ``isa`` and loaded."""
+    sources = [str(ROOT / "benchmarks/native/rates.cpp"), "-I", str(ROOT / "src/truffula/kernels/cpu/native")]
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder, "rates.so"))
+        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([*command, *FLAGS[isa], *sources, "-o", library], check=True)
+        loaded = ctypes.CDLL(library)
+    loaded.truffula_peak_rate.restype = loaded.truffula_read_rate.restype = ctypes.c_double
+    loaded.truffula_peak_rate.argtypes = [ctypes.c_int32, ctypes.c_int32]
+    loaded.truffula_read_rate.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    return loaded
+
+
+def run(bench: KernelBench, *, isa: str, threads: int | None, as_json: bool) -> None:
     if why := why_unavailable():
-        raise MissingDependency(f"bench kernel measures the native kernels: {why}.", param="backend")
+        raise MissingDependency(f"this benchmark measures the native kernels: {why}.", param="backend")
     backend = CpuBackend(threads=threads or usable_cpus(), isa=isa)
     bencher = _Bencher(bench, backend, threads or usable_cpus())
     lines = bencher.lines()
@@ -206,13 +249,14 @@ class _Bencher:
     def __init__(self, bench: KernelBench, backend: CpuBackend, threads: int) -> None:
         self.bench, self.backend, self.threads = bench, backend, threads
         self.isa = backend.probe().isa
+        self.native = _compiled_rates(self.isa)
         self.limits = self._measured()
 
     def _measured(self) -> Limits:
-        peaks = [native.peak_rate(self.isa, kind, self.threads) for kind in range(4)]
+        peaks = [self.native.truffula_peak_rate(kind, self.threads) for kind in range(4)]
         size = max(self.bench.cold, 1 << 16)
         # The better of two ways to read: a limit must not be one program's weakness.
-        one, every = (max(native.read_rate(self.isa, n, size), read_rate(n, size)) for n in (1, self.threads))
+        one, every = (max(self.native.truffula_read_rate(n, size), read_rate(n, size)) for n in (1, self.threads))
         return Limits(peaks[0], peaks[1], peaks[2], peaks[3], one, every)
 
     def lines(self) -> list[Timed]:
@@ -269,7 +313,7 @@ class _Bencher:
             made = repeated_attention(heads, kv_heads, dim, min(30, self._copies(nbytes)))
             executable = self._load(made, "bfloat16", max(rows, context), seqs=rows, blocks=rows * per_row)
             where = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(rows)]
-            for blocks in where:  # memory that nobody wrote would not be read as memory
+            for blocks in where:  # unwritten pages would be read from the zero page, not from memory
                 fill_step(executable.inputs, [_part(0, count=context, blocks=blocks)], BLOCK)
                 executable.run()
             us = self._time(executable, made, [_part(i, start=context, blocks=w) for i, w in enumerate(where)])
@@ -365,7 +409,7 @@ class _Bencher:
     ) -> Raw:  # fmt: skip
         """``cached``: the bytes were just written, and are read from where so many find room."""
         size = min(max(nbytes, 1 << 14), 1 << 26)
-        rate = native.read_rate(self.isa, self.threads, size) if cached else None
+        rate = self.native.truffula_read_rate(self.threads, size) if cached else None
         return Raw(kernel, shape, stored, rows, us, nbytes, ops, rate)
 
 
@@ -379,3 +423,7 @@ def _part(
     first: int, *, count: int = 1, start: int = 0, blocks: tuple[int, ...] = (0,), slot: int | None = None
 ) -> Part:
     return Part(tuple(int(i) % IDS for i in np.arange(first, first + count)), start, blocks, slot)
+
+
+if __name__ == "__main__":
+    main()

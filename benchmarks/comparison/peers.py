@@ -1,4 +1,4 @@
-"""Who can take part in a comparison, and what starting one gives: a session that takes loads.
+"""The peers of a comparison: whether one is installed, and starting it as a session that takes loads.
 
 Other projects' software lives outside, below one folder, and is set up and started by the scripts of
 ``benchmarks/peers``. A script tells the command that starts its server or child, so what a person starts by hand and
@@ -7,7 +7,6 @@ what is measured are the same.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import re
@@ -16,20 +15,20 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from truffula.bench.client import Target, closed_loop
-from truffula.bench.dialects import Dialect, LlamaServer, OpenAI
+from comparison.processes import LineChild
+from comparison.scenarios import Contestant, Row
+from truffula.bench.client import Dialect, OpenAI, Target, closed_loop
 from truffula.bench.load import Load
 from truffula.bench.measured import Measured, Stream
-from truffula.bench.processes import LineChild, Server, child_error, free_port
-from truffula.bench.scenarios import Contestant, Row
-from truffula.bench.server import OwnServer, config_fields
+from truffula.bench.server import OwnServer, Server, child_error, free_port
 from truffula.config import EngineConfig, load_config
 from truffula.errors import ConfigError
 
+EXECUTABLE = Path(__file__).with_name("executable.py")
 SLOT_TOKENS = 512
 """KV that a peer whose slots divide it is given per client, at least."""
 # peer → the script that knows it
@@ -37,6 +36,37 @@ SCRIPTS = {
     "llama-server": "llamacpp.sh", "llama-bench": "llamacpp.sh", "vllm": "vllm.sh", "openvino": "openvino.sh",
     "hf-peft": "hf_peft.sh",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LlamaServer:
+    """llama-server's ``/completion``: ``adapters`` in the order of its ``--lora``, each request scales its own to 1."""
+
+    adapters: tuple[str, ...] = ()
+    path: str = "/completion"
+
+    def body(self, prompt: list[int], max_tokens: int, adapter: str | None) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "prompt": prompt,
+            "n_predict": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": True,
+        }
+        if adapter is not None:
+            body["lora"] = [{"id": self.adapters.index(adapter), "scale": 1.0}]
+        return body
+
+    def read(self, frame: dict[str, Any], now: float, stream: Stream) -> None:
+        if "error" in frame:
+            stream.failure = str(frame["error"])[:300]
+        if not frame.get("stop") or frame.get("content"):
+            stream.tokens.append(now)
+        if frame.get("stop"):
+            stream.output_tokens = frame["tokens_predicted"]
+            stream.prompt_tokens = frame["tokens_evaluated"]
+            stream.cached_tokens = max(0, frame.get("timings", {}).get("cache_n", 0))
 
 
 @dataclass(frozen=True)
@@ -69,13 +99,13 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class HttpSession:
-    """A server, ours or another's. Without ``server`` somebody else runs it."""
+    """A server, ours or another's. Without ``server`` it was already running."""
 
     target: Target
     server: Server | None = None
 
     def run(self, load: Load) -> Measured:
-        return asyncio.run(closed_loop(self.target, load))
+        return closed_loop(self.target, load)
 
 
 @dataclass(frozen=True)
@@ -104,10 +134,7 @@ def missing(contestant: Contestant, place: Place) -> str | None:
     script = SCRIPTS.get(contestant.peer)
     if script is not None:
         if not (place.scripts / script).is_file():
-            return (
-                f"{contestant.peer}: {place.scripts} has no {script}; run from a checkout or give --peers its "
-                "benchmarks/peers"
-            )
+            return f"{contestant.peer}: {place.scripts} has no {script}; give --peers the folder of the scripts"
         if place.ask(script, "check").returncode:
             return f"{contestant.peer} is not installed below {place.files}: {place.scripts / script} setup"
     if contestant.peer == "openai":
@@ -198,9 +225,9 @@ def offline(contestant: Contestant, row: Row, place: Place) -> dict[str, Any]:
     if contestant.peer == "llama-bench":
         words = [place.path(contestant.model), row.measure, tokens, row.runs, *contestant.flags]
         return parse_llama_bench(_output(contestant, place.command("llamacpp.sh", "bench-command", *words), ""))
-    config = config_fields(engine_config(contestant, place))
+    config = asdict(engine_config(contestant, place))
     job = {"config": config, "measure": row.measure, "tokens": tokens, "repeats": row.runs}
-    said = _output(contestant, [sys.executable, "-m", "truffula.bench.executable"], json.dumps(job))
+    said = _output(contestant, [sys.executable, str(EXECUTABLE)], json.dumps(job, default=str))
     answer: dict[str, Any] = json.loads(said.splitlines()[-1])
     return answer
 
@@ -226,7 +253,7 @@ def held(contestant: Contestant, place: Place, server: Server) -> tuple[int, int
     when it is first written: what counts is the blocks that hold something now.
     """
     if contestant.peer == "llama-server":
-        return parse_llama_log(server.said())
+        return parse_llama_log(server.output())
     from truffula.engine.build import find_settings
     from truffula.kernels.host import usable_cpus
     from truffula.kernels.select import Precision, select_backend

@@ -1,4 +1,4 @@
-"""``bench compare``: contestants in turn, round after round; one runs at a time, each started fresh.
+"""Contestants in turn, round after round; one runs at a time, each started fresh.
 
 On few cores two servers disturb each other even while one idles, so a contestant has the machine alone: it starts, is
 warmed up by the row's load (adapters loaded, pages touched, code compiled), answers the measured runs and ends. Rounds
@@ -17,11 +17,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from truffula.bench.dialects import Dialect
-from truffula.bench.machine import read_rate
-from truffula.bench.measured import Measured, Stream
-from truffula.bench.memory import resident
-from truffula.bench.peers import (
+from comparison.memory import resident
+from comparison.peers import (
     HttpSession,
     Place,
     Session,
@@ -33,8 +30,12 @@ from truffula.bench.peers import (
     session,
     version,
 )
-from truffula.bench.processes import child_error
-from truffula.bench.scenarios import Contestant, Row
+from comparison.processes import descendants
+from comparison.scenarios import Contestant, Row
+from truffula.bench.client import Dialect
+from truffula.bench.measured import Measured, Stream
+from truffula.bench.server import child_error
+from truffula.bench.step import read_rate
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError
 from truffula.kernels.host import usable_cpus
 
@@ -118,7 +119,7 @@ def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
 
 
 def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> Measured:
-    """A run in which every request was answered in full, from nobody's cache."""
+    """A run in which every request was answered in full, without hits in a prefix cache."""
     measured = running.run(row.load(names, seed))
     if measured.failures:
         raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
@@ -151,7 +152,7 @@ def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
     with session(contestant, row, place) as running:
         assert isinstance(running, HttpSession) and running.server is not None  # memory is measured of servers we start
         _checked(running, row, names, number)
-        seen = resident(running.server.pids(), place.path(contestant.model))
+        seen = resident(descendants(running.server.pid), place.path(contestant.model))
         weights, kv = held(contestant, place, running.server)
     beside = seen.pss - seen.model_file - weights - kv
     if beside <= 0:
@@ -175,7 +176,7 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
         body = json.dumps(dialect.body(prompt, row.max_tokens, None))
         while not _first_token(server.url, dialect, body):
             if server.ended:
-                raise child_error(f"{contestant.title} exited during its start", server.said())
+                raise child_error(f"{contestant.title} exited during its start", server.output())
             if time.monotonic() - begun > START_TIMEOUT_S:
                 raise ProcessFailed(f"{contestant.title} generated no token within {START_TIMEOUT_S:g} seconds.")
             time.sleep(ASK_AGAIN_S)
@@ -184,7 +185,7 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
 
 
 def _first_token(url: str, dialect: Dialect, body: str) -> bool:
-    """Whether a token arrived; False while nobody listens or the model is loading."""
+    """Whether a token arrived; False while no server listens or the model is loading."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:
         connection.request("POST", dialect.path, body, {"Content-Type": "application/json"})

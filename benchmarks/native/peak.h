@@ -1,4 +1,4 @@
-// The limits that products are held against: what the table's instructions do in a loop, and how fast it reads.
+// The limits of products: loops over the instructions they consist of, and a loop that reads memory.
 #pragma once
 
 #include "ints.h"
@@ -8,16 +8,8 @@
 namespace truffula {
 namespace {
 
-#if defined(TRUFFULA_TILES)
-constexpr int32_t kPairs = kPairsByTiles;
-constexpr int32_t kFineRows = 96;
-#elif defined(__AVX512BF16__)
-constexpr int32_t kPairs = kPairsInOrder;
-constexpr int32_t kFineRows = 16;
-#else
-constexpr int32_t kPairs = kNoPairs;
-constexpr int32_t kFineRows = 16;
-#endif
+// What the instructions of a table compute: floats; two bfloat16 at once; whole numbers of 8 bits, of 16.
+enum Peak : int32_t { kFloatPeak = 0, kPairPeak = 1, kBytePeak = 2, kWordPeak = 3 };
 
 #if defined(__AVX512F__)
 constexpr int kChains = 16;  // times a latency of four or eight: two products a cycle
@@ -133,6 +125,8 @@ static float int_peak(int64_t rounds, const uint8_t* operands) {
   return sum_of(all);
 }
 
+// Runs the instructions of a kind from registers. Returns the number of operations (a product and a sum are two), 0
+// where the instruction set has none of the kind.
 static int64_t peak(int32_t kind, int64_t rounds) {
   alignas(64) float zeros[(kChains + 1) * kLanes] = {};
   const float* operands = zeros;
@@ -164,6 +158,7 @@ static int64_t peak(int32_t kind, int64_t rounds) {
   return rounds * kChains * each;
 }
 
+// Reads `bytes`, a multiple of 256. The caller must use the result, or the compiler removes the loop.
 static uint32_t read_through(const uint8_t* data, int64_t bytes) {
   I kept[4] = {all32(0), all32(0), all32(0), all32(0)};
   for (int64_t at = 0; at < bytes; at += 256) {

@@ -1,14 +1,16 @@
-#include "rates.h"
-
+// What this machine can reach with one instruction set, measured: the limits for benchmarks/kernels.py, which compiles
+// this file for the instruction set it measures and loads it as a shared library.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
-#include "memory.h"
+#include "peak.h"
 
 namespace truffula {
 namespace {
@@ -56,26 +58,32 @@ double least(int threads, const std::function<void(int, int64_t)>& work, int64_t
 }
 
 }  // namespace
+}  // namespace truffula
 
-double peak_rate(const Kernels& table, int32_t kind, int threads) {
+using namespace truffula;
+
+// Operations a second of a kind of instructions (see Peak), all threads together; 0 where the set has none.
+extern "C" double truffula_peak_rate(int32_t kind, int32_t threads) {
   constexpr int64_t kRounds = 4096;
-  const int64_t each = table.peak(kind, kRounds);
+  const int64_t each = peak(kind, kRounds);
   if (each == 0) return 0.0;
   int64_t repeats = 0;
-  const double seconds = least(threads, [&](int, int64_t n) { while (n--) table.peak(kind, kRounds); }, repeats);
+  const double seconds = least(threads, [&](int, int64_t n) { while (n--) peak(kind, kRounds); }, repeats);
   return static_cast<double>(each) * static_cast<double>(repeats) * threads / seconds;
 }
 
-double read_rate(const Kernels& table, int threads, int64_t bytes) {
+// Bytes a second that the threads read together when they read their shares of `bytes` again and again.
+extern "C" double truffula_read_rate(int32_t threads, int64_t bytes) {
   const int64_t share = std::max<int64_t>(bytes / threads / 256, 1) * 256;
-  const Memory data(static_cast<size_t>(share * threads));
-  std::memset(data.data(), 1, static_cast<size_t>(share * threads));
+  const auto size = static_cast<size_t>(share * threads);
+  const std::unique_ptr<uint8_t, decltype(&std::free)> data(
+      static_cast<uint8_t*>(std::aligned_alloc(256, size)), &std::free);
+  if (!data) return 0.0;
+  std::memset(data.get(), 1, size);
   std::atomic<uint32_t> kept{0};
   int64_t repeats = 0;
   const double seconds = least(
-      threads,
-      [&](int thread, int64_t n) { while (n--) kept |= table.read(data.data() + thread * share, share); }, repeats);
-  return static_cast<double>(share * threads) * static_cast<double>(repeats) / seconds;
+      threads, [&](int thread, int64_t n) { while (n--) kept |= read_through(data.get() + thread * share, share); },
+      repeats);
+  return static_cast<double>(size) * static_cast<double>(repeats) / seconds;
 }
-
-}  // namespace truffula

@@ -1,4 +1,4 @@
-"""Rows of a comparison: what is measured and who takes part, read from TOML (built in: ``scenarios.toml``)."""
+"""Rows of a comparison: what is measured of which peers, read from TOML (built in: ``scenarios.toml``)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MEASURES: Mapping[str, tuple[str, bool]] = {
     "memory": ("MB beside weights and KV", False),
     "start": ("ms from start to first token", False),
 }
-# who takes part → what can be measured of it
+# peer → what can be measured of it
 PEERS: Mapping[str, tuple[str, ...]] = {
     "truffula": tuple(MEASURES),
     "openai": ("throughput", "ttft"),
@@ -36,7 +36,7 @@ BUILT_IN = Path(__file__).with_name("scenarios.toml")
 
 @dataclass(frozen=True)
 class Contestant:
-    """One who takes part. ``model`` is a path, below the folder of the peers' files when it is relative; of an
+    """One participant. ``model`` is a path, below the folder of the peers' files when it is relative; of an
     ``openai`` peer it is the model's name at ``url``. ``options`` are truffula's engine options; ``flags`` go to a
     peer's server as they are.
     """

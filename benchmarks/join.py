@@ -1,7 +1,12 @@
-"""``truffula bench join``: what running streams feel while new adapters are fetched, judged, mapped and used."""
+"""How loading adapters delays running streams: the largest against the median time between two tokens.
+
+python benchmarks/join.py smollm2 [--running 4] [--joins 6] [--rank 64]
+python benchmarks/join.py --smoke              # a tiny random model
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
 import json
@@ -12,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from truffula.bench.load import Load
-from truffula.bench.processes import end_children_on_sigterm
-from truffula.bench.server import OwnServer, planned, random_adapters
+from truffula.bench.server import OwnServer, end_children_on_sigterm, planned, random_adapters
 from truffula.cli.output import out, table
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
+from truffula.testing.tiny import write_tiny_checkpoint
 
 PROMPT_TOKENS = 16
 JOIN_TOKENS = 4
@@ -32,43 +39,51 @@ class Gaps:
     join_ttft: list[float] = field(default_factory=list)
 
 
-def run_bench_join(config: EngineConfig, running: int, joins: int, rank: int, *, as_json: bool) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--running", type=int, default=4, help="base streams that run while adapters join")
+    parser.add_argument("--joins", type=int, default=6, help="new adapters that join, one after the other")
+    parser.add_argument("--rank", type=int, default=64, help="rank of the random all-linear adapters")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="two joins on a tiny model")
+    asked = parser.parse_args()
     end_children_on_sigterm()
-    names = [f"join-{i:03d}" for i in range(joins)]
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
-        plan = planned(config)
-        random_adapters(plan, Path(folder), names, rank)
-        load = Load(running + 1, 1, PROMPT_TOKENS, 0, (), plan.program.vocab_size, 7)
-        length = min(4096, config.max_model_len or plan.max_model_len) - 2 * PROMPT_TOKENS
-        with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
-            url = server.wait()
-            try:
-                gaps = asyncio.run(_measure(url, running, names, load, length))
-            except ExceptionGroup as failed:  # of the streams; the first says it all
-                raise failed.exceptions[0] from None
-    report = _report(gaps, running, joins, rank)
-    if as_json:
+        model = asked.model
+        if asked.smoke:
+            model, asked.running, asked.joins, asked.rank = str(write_tiny_checkpoint(Path(folder, "tiny"))), 2, 2, 2
+        gaps = run(EngineConfig(model=model), Path(folder, "adapters"), asked.running, asked.joins, asked.rank)
+    report = _report(gaps, asked.running, asked.joins, asked.rank)
+    if asked.json:
         out().print_json(json.dumps(report))
         return
-    title = f"{running} base streams, {joins} adapters of rank {rank} join"
+    title = f"{asked.running} base streams, {asked.joins} adapters of rank {asked.rank} join"
     shown = table("", ">median ms", ">p99 ms", ">largest ms", ">largest / median", title=title)
     for name in ("quiet", "joining"):
         row = report[name]
-        shown.add_row(
-            name,
-            f"{row['median_ms']:.1f}",
-            f"{row['p99_ms']:.1f}",
-            f"{row['max_ms']:.1f}",
-            f"{row['max_over_median']:.2f}",
-        )
+        milliseconds = [f"{row[key]:.1f}" for key in ("median_ms", "p99_ms", "max_ms")]
+        shown.add_row(name, *milliseconds, f"{row['max_over_median']:.2f}")
     out().print(shown)
     out().print(f"first token of a joining adapter: {report['join_ttft_ms']:.0f} ms (median)")
 
 
+def run(config: EngineConfig, folder: Path, running: int, joins: int, rank: int) -> Gaps:
+    names = [f"join-{i:03d}" for i in range(joins)]
+    plan = planned(config)
+    random_adapters(plan, folder, names, rank)
+    load = Load(running + 1, 1, PROMPT_TOKENS, 0, (), plan.program.vocab_size, 7)
+    length = min(4096, plan.max_model_len) - 2 * PROMPT_TOKENS
+    with OwnServer(config, ["--adapter-dir", str(folder), "--log-level", "warning"]) as server:
+        url = server.wait()
+        try:
+            return asyncio.run(_measure(url, running, names, load, length))
+        except ExceptionGroup as failed:  # of the streams; the first one is enough
+            raise failed.exceptions[0] from None
+
+
 async def _measure(url: str, running: int, names: list[str], load: Load, length: int) -> Gaps:
     """Streams of ``length`` tokens run, one after another on each of ``running`` places, until all ``names`` joined."""
-    import httpx
-
     gaps, joined = Gaps(), asyncio.Event()
     quiet_done = asyncio.Event()
     async with httpx.AsyncClient(base_url=url, timeout=600) as client, asyncio.TaskGroup() as group:
@@ -127,3 +142,7 @@ def _report(gaps: Gaps, running: int, joins: int, rank: int) -> dict[str, Any]:
         }
     report["join_ttft_ms"] = round(1000 * statistics.median(gaps.join_ttft), 1)
     return report
+
+
+if __name__ == "__main__":
+    main()
