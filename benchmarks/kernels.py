@@ -37,7 +37,7 @@ from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, panel_bytes, panels_of
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
-from truffula.testing.programs import Part, fill_step, random_adapter
+from truffula.testing.programs import Part, attach, fill_step, random_adapter
 
 FORMATS = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
 KERNELS = ("linear", "lora", "attention", "norm", "head", "sampler")
@@ -292,8 +292,8 @@ class _Bencher:
             made = repeated_linear(outputs, inputs, stored, min(12, self._copies(weights)))
             counts = [rows for rows in self.bench.rows if rows <= 32] or [1]
             executable = self._load(made, stored, max(self.bench.rows), segments=max(counts))
-            image = random_adapter(made.program, rank=rank, dtype="bfloat16")
-            slots = [executable.adapter(image) for _ in range(max(counts))]
+            adapter = random_adapter(made.program, rank=rank, dtype="bfloat16")
+            slots = [attach(executable, adapter) for _ in range(max(counts))]
             one = panels_of(rank) * panel_bytes(BF16, inputs) + panels_of(outputs) * panel_bytes(BF16, rank)
             for name, all_rows in (("one adapter", self.bench.rows), ("adapter a row", counts)):
                 for rows in all_rows:

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from exactness import texts_as_ids, write_bfloat16
+from truffula.kernels.adapters import make_image
 from truffula.kernels.backend import Array, QuantisedArray
 from truffula.kernels.cpu import CpuBackend
-from truffula.lora.image import map_image, write_image
-from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import plan_model, puller
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.drive import Driver, capacity_for
@@ -91,10 +91,8 @@ def logits_of(row: Row, texts: Sequence[list[int]], adapter: Path | None, thread
     try:
         slot = None
         if adapter is not None:
-            judged = judge_adapter(adapter, plan.program.sites, base=BaseFacts(plan.program.name))
-            with tempfile.TemporaryDirectory() as scratch:
-                write_image(judged, Path(scratch) / "adapter")
-                slot = executable.adapter(map_image(Path(scratch) / "adapter"))
+            judged = validate_adapter(adapter, plan.program.sites, base=BaseFacts(plan.program.name))
+            slot = executable.adapter(make_image(executable.layout, judged.sites, generation=judged.generation))
         return [Driver(executable, capacity, slot).feed(ids) for ids in texts]
     finally:
         executable.close()

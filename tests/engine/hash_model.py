@@ -22,6 +22,7 @@ import numpy.typing as npt
 from plain_sampler import PlainSequence, sample_rows
 
 from truffula.errors import DeviceLost, KernelError
+from truffula.kernels.adapters import STORED
 from truffula.kernels.backend import AdapterImage, Array
 from truffula.kernels.inputs import (
     RELAY,
@@ -110,6 +111,7 @@ class HashModel:
         self.capacity = capacity
         self.vocab_size = vocab_size
         self.windows = windows
+        self.layout = STORED
         self.depth = depth
         self.faults = Faults()
         self.steps = 0

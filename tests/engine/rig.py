@@ -17,7 +17,8 @@ from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine, EngineLimits
 from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
-from truffula.kernels.backend import Executable, SiteTensors
+from truffula.kernels.adapters import SiteTensors, low_rank
+from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
 from truffula.lora.pool import AdapterPool
@@ -51,7 +52,7 @@ class Laid:
     @property
     def sites(self) -> list[SiteTensors]:
         ballast = np.zeros((1, max(1, self.nbytes // 4)), np.float32)
-        return [SiteTensors(0, ballast, np.zeros((1, 1), np.float32), 1.0)]
+        return [low_rank(0, ballast, np.zeros((1, 1), np.float32), 1.0)]
 
 
 class HandLoader:

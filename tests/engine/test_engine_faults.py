@@ -277,7 +277,7 @@ def test_clock_is_the_engines_only_clock():
 
 def test_a_lease_without_room_for_the_blocks_is_given_back():
     # The adapter fits beside the running request, and its first blocks would, but not both.
-    rig = Rig(limits(kv_block_bytes=(100,)), loader=HandLoader(nbytes=900), budget_bytes=2000)
+    rig = Rig(limits(kv_block_bytes=(100,)), loader=HandLoader(nbytes=700), budget_bytes=2000)
     rig.add(request("running", [1] * 16, max_tokens=4, ignore_eos=True))
     rig.step()
     rig.add(request("waits", [2] * 30, adapter="red", max_tokens=2, ignore_eos=True))

@@ -128,7 +128,7 @@ def real(request, tmp_path_factory):
         name: str(write_tiny_adapter(root / name, folder, rank=rank, alpha=4 * rank, targets=targets, seed=rank))
         for name, rank, targets in [("thin", 1, ["q_proj", "down_proj"]), ("wide", 7, "all-linear")]
     }
-    setup = Setup(sites=list(plan.program.sites), model=str(folder), limits=LoadLimits())
+    setup = Setup(sites=list(plan.program.sites), layout=executable.layout, model=str(folder), limits=LoadLimits())
     staging = Path(tempfile.mkdtemp(dir=root))
     windows = tuple(group.window for group in plan.program.kv_groups)
     tied = plan.tying.tie is not Tie.SEPARATE

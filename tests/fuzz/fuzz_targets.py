@@ -16,10 +16,11 @@ from fuzz_formats import Gguf, Obj, Safetensors, as_tree
 from fuzz_mutations import Case
 
 from truffula.errors import CheckpointError, TruffulaError
+from truffula.kernels.adapters import LowRank
 from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
-from truffula.lora.peft import BaseFacts, inspect_adapter, judge_adapter
+from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.model.load import plan_model, puller
 from truffula.testing.adapters import tiny_config as adapter_config
 from truffula.testing.adapters import tiny_tensors as adapter_tensors
@@ -137,12 +138,13 @@ def adapter(folder: Path) -> None:
         except TruffulaError as error:
             _named(error, file=False)
     try:
-        judged = judge_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
+        judged = validate_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
     except TruffulaError as error:
         return _named(error, file=False)
-    for tensors in judged.sites:
-        assert first_non_finite(tensors.a) is None and first_non_finite(tensors.b) is None
-        assert tensors.a.shape[0] == tensors.b.shape[1] and np.isfinite(tensors.scale)
+    for part in (part for tensors in judged.sites for part in tensors.parts):
+        assert isinstance(part, LowRank)
+        assert first_non_finite(part.a) is None and first_non_finite(part.b) is None
+        assert part.a.shape[0] == part.b.shape[1] and np.isfinite(part.scale)
     write_image(judged, folder / "image")
 
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from llama_program import Shape, llama_program
 
 from truffula.errors import KernelError
+from truffula.kernels.adapters import ALIGN
 from truffula.kernels.cpu import _native
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity, SampleInputs, SequenceSampling, StepInputs
-from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
 S = 4
@@ -43,7 +44,7 @@ def fuzz_steps(examples: int, isa: str) -> None:
     executable = CpuBackend(threads=2, isa=isa).load(
         program, "float32", pull_from(random_weights(program)), CAPACITY, debug=False
     )
-    slots = [executable.adapter(random_adapter(program, rank=rank, seed=rank)) for rank in (3, 17)]
+    slots = [attach(executable, random_adapter(program, rank=rank, seed=rank)) for rank in (3, 17)]
     parts = [Part((1, 2, 3, 4, 5), 0, (1, 2), slots[0]), Part((6,), 0, (3,), slots[1]), Part((7, 8), 0, (4,), None)]
     inputs = executable.inputs
     fill_step(inputs, parts, S)
@@ -125,6 +126,43 @@ def sample_inputs(draw: Any) -> SampleInputs:
 words = st.sampled_from(
     [None, "", "first", *sorted({w for f in _native.op_fields().values() for v in f.values() for w in v or ()})]
 )
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Zeros that begin on a line of 64 bytes."""
+    memory = np.zeros(nbytes + ALIGN, np.uint8)
+    start = -memory.ctypes.data % ALIGN
+    return memory[start : start + nbytes]
+
+
+# Rank 3 at a site of 16 inputs: A in one panel of 16 lines, B in one of 3, in float32 and in bfloat16.
+IMAGE = aligned(4096)
+images = st.sampled_from([IMAGE, IMAGE, IMAGE, IMAGE[64:], IMAGE[1:], IMAGE[:64], IMAGE[:0]])
+ONE = int(np.float64(1.0).view(np.int64))
+
+
+def part(site: int, fmt: int, *, outputs: int = 16, gathers: bool = False, panels: int = 1) -> list[int]:
+    """A good row of a table, for a site of 16 inputs: of a table's rows, or of a product."""
+    lines, size = (3, 4) if fmt == 0 else (2, 2)
+    a = 16 * 3 * size if gathers else 16 * 16 * size
+    return [site, 0, ONE, fmt, 0, a, 3, 16, 0, fmt, 1024, panels * 64 * lines, outputs, 3, 0]
+
+
+TABLES = [np.array([part(site, fmt, gathers=g)]) for site in range(3) for fmt in (0, 2) for g in (False, True)]
+TABLES += [np.array([part(1, 0), part(2, 2), part(2, 0)]), np.array([part(3, 0, outputs=8)])]
+TABLES += [np.array([part(4, fmt, panels=2)]) for fmt in (0, 2)]
+
+
+@st.composite
+def tables(draw: Any) -> np.ndarray:
+    """Mostly a good table with a number or two that are anything."""
+    made = draw(st.sampled_from(TABLES)).copy()
+    for _ in range(draw(st.integers(0, 2))):
+        number = draw(st.one_of(small, WIDTHS, NASTY, st.just(2**40), st.just(2**63 - 1), st.just(-(2**63))))
+        made.reshape(-1)[draw(st.integers(0, made.size - 1))] = number
+    return draw(st.sampled_from([made, made, made, made, made[:, :9], made[0], made[:0], made.astype(np.int32)]))
+
+
 CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "add_buffer": {"offset": numbers, "stride": numbers, "logit_rows": booleans, "rounded": booleans},
     "add_vector": {"values": st.sampled_from([np.ones(16, np.float32), np.ones(0, np.float32), np.ones((4, 4))])},
@@ -149,17 +187,14 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "run": {},
     "logits": {"vocab": numbers},
     "tap": {"op": ids},
-    "add_adapter": {},
-    "add_adapter_op": {"slot": ids, "op": ids, "a": st.lists(matrices, max_size=2),
-                       "scales": st.lists(floats, max_size=2), "b": st.lists(matrices, max_size=2),
-                       "expand_of": st.lists(ids, max_size=2), "first_output": st.lists(numbers, max_size=2)},
+    "add_site": {"site": ids, "op": ids, "first": numbers, "outputs": numbers},
+    "add_adapter": {"table": tables(), "data": st.one_of(images, images, images, matrices)},
     "drop_adapter": {"slot": ids},
     "set_sequence": {"slot": ids, "prompt_ids": tokens,
                      "completion_ids": tokens, "sampling": samplings},
     "sample": {"samples": sample_inputs()},
 }  # fmt: skip
 call = st.sampled_from(sorted(CALLS)).flatmap(lambda name: st.tuples(st.just(name), st.fixed_dictionaries(CALLS[name])))
-A, B = np.ones((3, 16), np.float32), np.ones((16, 3), np.uint16)
 # Calls that ``prepared`` executables take: fuzzing spoils a field or two of some.
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("Embed", {"table": 1, "out": (0, 0, 16), "add": None, "source": "token", "offset": 0, "scale": 1.0}),
@@ -190,12 +225,12 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                        "key_plane": 2, "value_plane": 3, "heads": 16, "kv_heads": 16, "dim_k": 1, "dim_v": 1,
                        "scale": 1.0, "window": 0, "softcap": 0.0, "sinks": 0}),
     ("TakeRows", {"x": (0, 0, 16), "out": (4, 0, 16)}),
+    *(("add_site", {"site": op % 3, "op": op, "first": 0, "outputs": 16}) for op in range(6)),
+    *(("add_site", {"site": 3, "op": op, "first": 5, "outputs": 8}) for op in range(6)),
+    *(("add_site", {"site": 4, "op": op, "first": 3, "outputs": 16}) for op in range(6)),
 ]  # fmt: skip
 GOOD_BEHIND: list[tuple[str, dict[str, Any]]] = [
-    *(("add_adapter_op", {"slot": 0, "op": op, "a": [A], "scales": [1.0], "b": [B], "expand_of": [0],
-                          "first_output": [0]}) for op in range(5)),
-    *(("add_adapter_op", {"slot": 0, "op": op, "a": [A, A], "scales": [1.0, 2.0], "b": [B[:9], B[:5]],
-                          "expand_of": [1, 0], "first_output": [1, 11]}) for op in range(5)),
+    *(("add_adapter", {"table": table, "data": IMAGE}) for table in TABLES),
     ("set_sequence", {"slot": 0, "prompt_ids": np.array([1, 2], np.int32), "completion_ids": np.array([2], np.int32),
                       "sampling": SequenceSampling(repetition=2.0, temperature=1.0)}),
     ("sample", {"samples": SampleInputs.allocate(CAPACITY, 32)}),
@@ -256,10 +291,9 @@ def fuzz_programs(examples: int, isa: str) -> None:
             attempt(native, inputs, name, arguments)
         attempt(native, inputs, "seal", {"arena_floats": (4 * 24 + 2 * 16) * 32, "logits_buffer": 5, "vocab": 32})
         attempt(native, inputs, "run", {})
-        if attempt(native, inputs, "add_adapter", {}):
-            inputs.G, inputs.seg[0], inputs.seg_r[0] = 1, (0, 5, 0), (0, 1)
         for name, arguments in behind:
-            attempt(native, inputs, name, arguments)
+            if attempt(native, inputs, name, arguments) and name == "add_adapter":
+                inputs.G, inputs.seg[0], inputs.seg_r[0] = 1, (0, 5, 0), (0, 1)
         attempt(native, inputs, "run", {})
         attempt(native, inputs, "logits", {"vocab": 8})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import ml_dtypes
 import numpy as np
 
-from truffula.kernels.backend import AdapterImage, Backend
+from truffula.kernels.backend import Backend
 from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.kernels.program import (
     Buffer,
@@ -25,7 +25,7 @@ from truffula.kernels.program import (
     WeightDecl,
     WeightPart,
 )
-from truffula.testing.programs import as_dtype, pull_from
+from truffula.testing.programs import AdapterTensors, as_dtype, attach, pull_from
 
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=16, num_blocks=40, block_size=4, max_blocks_per_seq=16
@@ -57,7 +57,7 @@ class OneOp:
     sites: list[Site] = field(default_factory=list)
     tables: list[RopeTable] = field(default_factory=list)
     groups: list[KvGroup] = field(default_factory=list)
-    adapters: list[AdapterImage] = field(default_factory=list)
+    adapters: list[AdapterTensors] = field(default_factory=list)
     capacity: Capacity = CAPACITY
 
     def buffer(self, width: int, rows: str = "T", dtype: str = "model") -> Ref:
@@ -97,8 +97,8 @@ class OneOp:
             output=Output("logits", 3), max_positions=1000,
         )  # fmt: skip
         executable = backend.load(program, self.dtype, pull_from(self.values), self.capacity, debug=True)
-        for image in self.adapters:
-            executable.adapter(image)
+        for adapter in self.adapters:
+            attach(executable, adapter)
         inputs = executable.inputs
         inputs.T, inputs.N, inputs.R = self.rows, 1, 1
         inputs.token_ids[: self.rows] = np.arange(self.rows)

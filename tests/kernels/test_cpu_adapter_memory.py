@@ -14,7 +14,7 @@ RANK, TOKENS = 8192, 1024  # a product of 32 MiB beside 2 MiB of adapter
 SCRIPT = """
 import sys
 import numpy as np, psutil
-from truffula.kernels.backend import AdapterImage, SiteTensors
+from truffula.kernels.adapters import low_rank, make_image
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity
 from truffula.testing.programs import Part, decoder_program, fill_step, pull_from, random_weights
@@ -27,7 +27,7 @@ capacity = Capacity(max_tokens=tokens, max_seqs=1, max_logit_rows=1, max_segment
 executable = CpuBackend(threads=1).load(program, "float32", pull_from(random_weights(program)), capacity)
 site = next(site for site in program.sites if site.kind == "linear")
 a, b = np.ones((rank, site.in_features), np.float32), np.ones((site.out_features, rank), np.float32)
-image = AdapterImage("g", (SiteTensors(site.id, a, b, 1e-6),), 1, rank)
+image = make_image(executable.layout, [low_rank(site.id, a, b, 1e-6)], generation="g")
 rss = psutil.Process().memory_info
 
 def step(slot):

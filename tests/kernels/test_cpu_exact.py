@@ -20,7 +20,7 @@ from llama_program import Shape, llama_program
 from truffula.kernels.backend import Executable
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity
-from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 pytestmark = needs_native
 SIZES = (1, 2, 5, 6, 7, 11, 12, 13, 47, 48, 49, 100, 512)
@@ -74,7 +74,7 @@ def load(isa: str, dtype: str, shape: Shape, threads: int = 2) -> Model:
     weights = pull_from(random_weights(program, dtype="bfloat16" if dtype == "bfloat16" else "float32"))
     executable = CpuBackend(threads=threads, isa=isa).load(program, dtype, weights, CAPACITY)
     images = [random_adapter(program, rank=rank, seed=rank, dtype=stored) for rank, stored in ADAPTERS]
-    model = Model(executable, [*(executable.adapter(image) for image in images), None])
+    model = Model(executable, [*(attach(executable, image) for image in images), None])
     model.forget(0)
     return model
 
@@ -237,9 +237,9 @@ def test_an_adapter_in_another_slot(case, model):
     ids, program = ids_of(2, 30), llama_program(case[2])
     wanted = model.whole(ids, model.slots[3])
     again, larger = (random_adapter(program, rank=rank, seed=rank, dtype="bfloat16") for rank in (40, 90))
-    slot = model.executable.adapter(larger)
+    slot = attach(model.executable, larger)
     model.whole(ids, slot)
     model.executable.drop_adapter(slot)
-    slot = model.executable.adapter(again)
+    slot = attach(model.executable, again)
     same(model.whole(ids, slot), wanted)
     model.executable.drop_adapter(slot)

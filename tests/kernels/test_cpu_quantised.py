@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from one_op import OneOp
 
 from truffula.errors import ConfigError, KernelError
-from truffula.kernels.backend import AdapterImage, QuantisedArray, SiteTensors
+from truffula.kernels.adapters import low_rank
+from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.cpu.backend import CpuBackend, available, instruction_sets
 from truffula.kernels.program import Embed, Epilogue, Linear, ModuleSlice, Site, SiteSlice
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
+from truffula.testing.programs import AdapterTensors
 from truffula.weights.gguf_quants import FORMATS, dequantize
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
@@ -150,7 +152,7 @@ def test_gate_and_up_with_an_adapter():
     weight = quantised(rng.standard_normal((60, 64)), "Q8_0")
     site = Site(0, "linear", 0, 64, 60, (ModuleSlice("l", 0, 60, 60),))
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((4, 64), (60, 4)))
-    image = AdapterImage("g", (SiteTensors(0, a, b, 0.5),), 1, 4)
+    image = AdapterTensors("g", 4, (low_rank(0, a, b, 0.5),))
 
     def fill(inputs):
         inputs.G = 1

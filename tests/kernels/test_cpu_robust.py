@@ -19,10 +19,10 @@ from kernel_backends import ISAS, needs_native, on_every_table
 from llama_program import Shape, llama_program
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import AdapterImage, SiteTensors
+from truffula.kernels.adapters import OFFSET, TENSORS, make_image
 from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity, StepInputs
-from truffula.testing.programs import Part, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, attach, pull_from, random_adapter, random_weights
 from truffula.testing.self_check import difference
 
 if available():
@@ -260,12 +260,13 @@ def test_arrays_of_a_step_may_not_be_replaced():
 def test_a_refused_adapter_leaves_its_slot_free():
     program, executable = llama_program(), load()
     good = random_adapter(program)
-    slot = executable.adapter(good)
+    slot = attach(executable, good)
     executable.drop_adapter(slot)
-    zeros = np.zeros((4, 32), np.float64)
-    with pytest.raises(KernelError):
-        executable.adapter(AdapterImage("g", (*good.sites[1:], SiteTensors(0, zeros, zeros.T, 1.0)), 1, 4))
-    assert executable.adapter(good) == slot
+    image = make_image(executable.layout, good.sites, generation="g")
+    image.table[-1, TENSORS + OFFSET] = image.data.size
+    with pytest.raises(KernelError, match="outside its image"):
+        executable.adapter(image)
+    assert attach(executable, good) == slot
 
 
 EXIT = """
@@ -333,7 +334,7 @@ def test_ten_thousand_loads_and_drops_leave_no_memory():
     images = [random_adapter(program, rank=rank, seed=rank) for rank in (1, 4, 40, 90, 300)]
     loads, sizes = [], []
     for number in range(5000):
-        slots = [executable.adapter(images[(number + more) % len(images)]) for more in range(2)]
+        slots = [attach(executable, images[(number + more) % len(images)]) for more in range(2)]
         run(executable, [Part((1, 2, 3), 0, (1,), slots[0]), Part((4, 5), 0, (2,), slots[1])])
         for slot in slots:
             executable.drop_adapter(slot)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +14,19 @@ from llama_program import llama_program
 from one_op import OneOp, close, exact
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import AdapterImage, SiteTensors
+from truffula.kernels.adapters import low_rank, make_image, pack
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Epilogue, Linear, ModuleSlice, Site, SiteSlice
-from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_adapter, random_weights
+from truffula.testing.programs import (
+    AdapterTensors,
+    Part,
+    as_dtype,
+    attach,
+    fill_step,
+    pull_from,
+    random_adapter,
+    random_weights,
+)
 
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=16, num_blocks=40, block_size=4, max_blocks_per_seq=8
@@ -25,7 +37,7 @@ def site(number: int, inputs: int, outputs: int) -> Site:
     return Site(number, "linear", 0, inputs, outputs, (ModuleSlice(f"layer.{number}", 0, outputs, outputs),))
 
 
-def image(sites, shared_a=False, dtype="float32", seed=0, ranks=None) -> AdapterImage:
+def adapter(sites, shared_a=False, dtype="float32", seed=0, ranks=None) -> AdapterTensors:
     rng = np.random.default_rng(seed)
     made = []
     a = None
@@ -34,8 +46,14 @@ def image(sites, shared_a=False, dtype="float32", seed=0, ranks=None) -> Adapter
         if a is None or not shared_a:
             a = as_dtype(rng.standard_normal((rank, s.in_features)), dtype)
         b = as_dtype(rng.standard_normal((s.out_features, a.shape[0])), dtype)
-        made.append(SiteTensors(s.id, a, b, float(rng.uniform(0.1, 2))))
-    return AdapterImage(f"g{seed}", tuple(made), 1, 3)
+        made.append(low_rank(s.id, a, b, float(rng.uniform(0.1, 2))))
+    return AdapterTensors(f"g{seed}", 3, tuple(made))
+
+
+def delta_of(tensors) -> np.ndarray:
+    """What a site's weight grows by, float64."""
+    (part,) = tensors.parts
+    return part.scale * (part.b.astype(np.float64) @ part.a.astype(np.float64))
 
 
 @st.composite
@@ -76,7 +94,7 @@ def test_any_mix_equals_folding_each_into_its_base(backend, mix, inputs, dtype, 
     edges = np.cumsum([0, *widths])
     for number, chosen in enumerate(adapters):
         sites = [case.sites[i] for i in sorted(chosen)]
-        case.adapters.append(image(sites, dtype=stored, seed=number, ranks=[chosen[s.id] for s in sites]))
+        case.adapters.append(adapter(sites, dtype=stored, seed=number, ranks=[chosen[s.id] for s in sites]))
     op = Linear(
         name="l", x=case.input(x), weight=case.weight(w, "matmul", list(edges[1:-1]) if split else None),
         slices=tuple(SiteSlice(i, int(edges[i]), int(edges[i + 1])) for i in range(len(widths))),
@@ -92,11 +110,10 @@ def test_any_mix_equals_folding_each_into_its_base(backend, mix, inputs, dtype, 
     wanted = np.zeros((rows, outputs))
     for t in range(rows):
         folded = w.copy()
-        for lo, hi, adapter, weight in segments:
+        for lo, hi, number, weight in segments:
             if lo <= t < hi:
-                for s in case.adapters[adapter].sites:
-                    span = slice(edges[s.site], edges[s.site + 1])
-                    folded[span] += weight * s.scale * (s.b.astype(np.float64) @ s.a.astype(np.float64))
+                for s in case.adapters[number].sites:
+                    folded[edges[s.site] : edges[s.site + 1]] += weight * delta_of(s)
         wanted[t] = folded @ x[t] + (r[t] if residual else 0)
     close(case.run(backend, op, fill), wanted, dtype, roundings=2)
 
@@ -107,7 +124,7 @@ def test_sites_may_share_one_a(backend):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((3, 5)), rng.standard_normal((7, 5))
     case = OneOp("float32", 3, sites=[site(0, 5, 4), site(1, 5, 3)])
-    case.adapters.append(image(case.sites, shared_a=True))
+    case.adapters.append(adapter(case.sites, shared_a=True))
     weight = case.weight(w, "matmul")
     op = Linear(
         name="l", x=case.input(x), weight=weight, out=case.buffer(7), slices=(SiteSlice(0, 0, 4), SiteSlice(1, 4, 7))
@@ -116,7 +133,7 @@ def test_sites_may_share_one_a(backend):
     def fill(step):
         step.G, step.seg[0] = 1, (0, 3, 0)
 
-    deltas = [s.scale * (s.b.astype(np.float64) @ s.a.astype(np.float64)) for s in case.adapters[0].sites]
+    deltas = [delta_of(s) for s in case.adapters[0].sites]
     close(case.run(backend, op, fill), x @ (w + np.concatenate(deltas)).T, "float32")
 
 
@@ -129,7 +146,7 @@ def load(backend, program, dtype="float32", stored="float32"):
 def test_base_rows_are_bit_equal_with_the_adapters_taken_away(backend, dtype):
     program = llama_program()
     executable = load(backend, program, dtype)
-    slots = [executable.adapter(random_adapter(program, rank=r, seed=r)) for r in (1, 7, 40)]
+    slots = [attach(executable, random_adapter(program, rank=r, seed=r)) for r in (1, 7, 40)]
     parts = [Part((1, 2, 3), 0, (1,), slots[0]), Part((4,), 0, (2,), slots[1]), Part((5, 6), 0, (3,), slots[2])]
     parts += [Part((7, 8, 9, 10, 11), 0, (4, 5)), Part((12,), 0, (6,))]
     results = []
@@ -147,7 +164,7 @@ def test_base_rows_are_bit_equal_with_the_adapters_taken_away(backend, dtype):
 def test_each_adapter_answers_as_if_alone(backend):
     program = llama_program()
     executable = load(backend, program)
-    slots = [executable.adapter(random_adapter(program, rank=3 + i, seed=i)) for i in range(4)]
+    slots = [attach(executable, random_adapter(program, rank=3 + i, seed=i)) for i in range(4)]
     parts = [Part((5, 9, 2 + i), 0, (1 + i,), slot) for i, slot in enumerate(slots)] + [Part((5, 9, 9), 0, (9,))]
     fill_step(executable.inputs, parts, 4)
     executable.run()
@@ -159,24 +176,26 @@ def test_each_adapter_answers_as_if_alone(backend):
 
 
 @on_every_backend
-def test_slots_are_reused_and_images_closed(backend):
+def test_slots_are_reused_and_images_let_their_memory_go(backend):
     program = llama_program()
     executable = load(backend, program)
-    closed = []
-    images = [random_adapter(program, seed=i) for i in range(3)]
-    images = [
-        AdapterImage(i.generation, i.sites, i.nbytes, i.rank, lambda g=i.generation: closed.append(g)) for i in images
-    ]
+    images = [make_image(executable.layout, random_adapter(program, seed=i).sites, generation=str(i)) for i in range(3)]
+    kept = [weakref.ref(image.data.base) for image in images]
     first, second = executable.adapter(images[0]), executable.adapter(images[1])
     assert first != second
+    third = images[2]
+    del images
     executable.drop_adapter(first)
-    assert closed == ["random-0"]
-    assert executable.adapter(images[2]) == first
+    gc.collect()
+    assert [ref() is None for ref in kept] == [True, False, False]
+    assert executable.adapter(third) == first
     with pytest.raises(KernelError, match="slot 7"):
         executable.drop_adapter(7)
     executable.close()
     executable.close()
-    assert sorted(closed) == ["random-0", "random-1", "random-2"]
+    del third
+    gc.collect()
+    assert [ref() for ref in kept] == [None] * 3
 
 
 @on_every_backend
@@ -203,9 +222,9 @@ def test_a_segment_without_its_adapter_is_refused(backend):
 def test_shapes_that_do_not_fit_name_the_site(backend, a, b):
     program = llama_program()
     executable = load(backend, program)
-    wrong = SiteTensors(0, np.zeros(a, np.float32), np.zeros(b, np.float32), 1.0)
+    wrong = low_rank(0, np.zeros(a, np.float32), np.zeros(b, np.float32), 1.0)
     with pytest.raises(KernelError, match=r"model\.layers\.0\.q_proj"):
-        executable.adapter(AdapterImage("g", (wrong,), 1, 4))
+        pack(executable.layout, [wrong])
 
 
 @on_every_backend
@@ -214,4 +233,4 @@ def test_sites_that_do_not_exist_or_that_no_op_serves_are_refused(backend):
     executable = load(backend, program)
     zeros = np.zeros((1, 32), np.float32)
     with pytest.raises(KernelError, match="names site 99"):
-        executable.adapter(AdapterImage("g", (SiteTensors(99, zeros, zeros.T, 1.0),), 1, 1))
+        pack(executable.layout, [low_rank(99, zeros, zeros.T, 1.0)])

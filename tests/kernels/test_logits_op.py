@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from kernel_backends import on_every_backend
 
-from truffula.kernels.backend import AdapterImage, SiteTensors
+from truffula.kernels.adapters import low_rank
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import (
     Buffer,
@@ -21,7 +21,7 @@ from truffula.kernels.program import (
     WeightDecl,
     WeightPart,
 )
-from truffula.testing.programs import Part, as_dtype, fill_step, pull_from
+from truffula.testing.programs import AdapterTensors, Part, as_dtype, attach, fill_step, pull_from
 
 CAPACITY = Capacity(
     max_tokens=16, max_seqs=4, max_logit_rows=16, max_segments=4, num_blocks=8, block_size=4, max_blocks_per_seq=4
@@ -59,7 +59,7 @@ def test_tied_logits(backend, dtype, biased, scale, softcap):
     )  # fmt: skip
     executable = backend.load(program, dtype, pull_from({"table": [table], "bias": [bias]}), CAPACITY)
     a, b = as_dtype(rng.standard_normal((2, D)), "float32"), as_dtype(rng.standard_normal((V, 2)), "float32")
-    slot = executable.adapter(AdapterImage("g", (SiteTensors(0, a, b, 0.25),), 1, 2))
+    slot = attach(executable, AdapterTensors("g", 2, (low_rank(0, a, b, 0.25),)))
     inputs = executable.inputs
     fill_step(inputs, [Part((3, 4, 5), 0, (1,), slot), Part((7,), 0, (2,)), Part((8, 9), 0, (3,), logits="all")], 4)
     executable.run()

@@ -17,7 +17,7 @@ from truffula.errors import KernelError
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Attention, KvGroup, KvPlane
 from truffula.kernels.reference import attention
-from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 S = 4
 
@@ -207,8 +207,8 @@ def test_what_an_earlier_owner_left_in_a_block_never_shows(backend, dtype, windo
     wanted = whole(executable, (1, 2, 3, 4, 5, 6))
     broken = random_adapter(llama_program(), rank=1)
     for site in broken.sites:
-        site.b[:] = np.nan
-    slot = executable.adapter(broken)
+        site.parts[0].b[:] = np.nan
+    slot = attach(executable, broken)
     fill_step(executable.inputs, [Part(IDS + IDS + IDS[:18], 0, tuple(range(16, 0, -1)), slot)], S)
     executable.run()
     assert np.isnan(executable.logits()).all()

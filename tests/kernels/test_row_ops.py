@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from kernel_backends import on_every_backend
 from one_op import OneOp, close, exact
 
+from truffula.kernels.adapters import low_rank
 from truffula.kernels.program import (
     Embed,
     Epilogue,
     Linear,
+    ModuleSlice,
     Norm,
     Pointwise,
     Ref,
     Rope,
     RopeRows,
     RopeTable,
+    Site,
 )
+from truffula.testing.programs import AdapterTensors, as_dtype
 
 quick = settings(max_examples=12, deadline=None, derandomize=True)
 dtypes = st.sampled_from(["float32", "bfloat16"])
@@ -65,6 +69,47 @@ def test_embed(backend, dtype, rows, width, scale, add, seed):
 
     wanted = table[np.arange(rows)[::-1] + 2] * (1 if scale is None else rounded(np.array(scale), dtype))
     close(case.run(backend, op, fill), wanted + extra if add else wanted, dtype)
+
+
+@on_every_backend
+@quick
+@given(
+    dtypes, st.integers(1, 60), st.sampled_from([1, 5, 16, 33, 40]), st.sampled_from([None, 4.898979]), st.booleans(),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(0, 2), st.sampled_from([1.0, -0.5])),
+             max_size=6),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_embed_with_adapters(backend, dtype, rows, width, scale, tied, segments, seed):
+    """``scale · (table row + Σ weight · s · (Bᵀ of A's column))``: segments overlap, leave rows out, and cover several
+    tiles; the table may be the head's panels too."""
+    table = draw(seed, rows + 3, width, dtype=dtype)
+    site = Site(0, "embed", None, rows + 3, width, (ModuleSlice("embed", 0, width, width),))
+    case = OneOp(dtype, rows, sites=[site])
+    ranks = (1, 7, 40)
+    pairs = [(draw(seed + r, r, rows + 3), draw(seed + r + 1, width, r) / r) for r in ranks]
+    for (a, b), stored in zip(pairs, ("float32", "bfloat16", "float16"), strict=True):
+        a[:], b[:] = exact(a, "bfloat16"), exact(b, "bfloat16")
+        tensors = low_rank(0, as_dtype(a, stored), as_dtype(b, stored), 0.5)
+        case.adapters.append(AdapterTensors(stored, len(a), (tensors,)))
+    weight = case.weight(table, "rows matmul" if tied else "rows")
+    if tied:
+        case.ops.append(Linear(name="head", x=case.input(table[:rows]), weight=weight, out=case.buffer(rows + 3)))
+    op = Embed(name="e", table=weight, out=case.buffer(width), scale=scale, site=0)
+    spans = [(min(lo, hi, rows), min(max(lo, hi), rows), number, by) for lo, hi, number, by in segments]
+
+    def fill(inputs):
+        inputs.token_ids[:rows] = np.arange(rows)[::-1]
+        inputs.G = len(spans)
+        for g, (lo, hi, number, by) in enumerate(spans):
+            inputs.seg[g], inputs.seg_r[g], inputs.seg_weight[g] = (lo, hi, number), (0, 0), by
+
+    ids = np.arange(rows)[::-1]
+    wanted = table[ids].copy()
+    for lo, hi, number, by in spans:
+        a, b = pairs[number]
+        wanted[lo:hi] += by * 0.5 * (b @ a[:, ids[lo:hi]]).T
+    wanted *= 1 if scale is None else rounded(np.array(scale), dtype)
+    close(case.run(backend, op, fill), wanted, dtype)
 
 
 @on_every_backend

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.staging import Staging
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load, out_of_memory
@@ -23,6 +24,7 @@ class InlineLoader:
         sites: Sequence[Site],
         *,
         model: str,
+        layout: AdapterLayout = STORED,
         limits: LoadLimits | None = None,
         offline: bool = False,
         cache_dir: Path | None = None,
@@ -31,6 +33,7 @@ class InlineLoader:
         self.staging = Staging(staging_roots)
         self._setup = Setup(
             sites=list(sites),
+            layout=layout,
             model=model,
             limits=limits or LoadLimits(),
             offline=offline,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
+from truffula.kernels.adapters import Array, LowRank, SiteTensors
 from truffula.kernels.program import ModuleSlice, Site
-from truffula.lora.peft import BaseFacts, PeftAdapter, judge_adapter
+from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
 
 BASE = BaseFacts(model="tiny-base")
 D, KV, F = 12, 8, 20  # hidden, width of k and v, feed-forward
@@ -48,5 +51,25 @@ def fused_sites() -> tuple[Site, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """The low-rank part of a site, the only one that it has."""
+
+    site: int
+    a: Array
+    b: Array
+    scale: float
+
+
+def pairs(sites: Iterable[SiteTensors]) -> list[Pair]:
+    """What an adapter of plain LoRA holds at each site."""
+    made = []
+    for tensors in sites:
+        (part,) = tensors.parts
+        assert isinstance(part, LowRank)
+        made.append(Pair(tensors.site, part.a, part.b, part.scale))
+    return made
+
+
 def judge(folder: Path, sites: tuple[Site, ...] | None = None) -> PeftAdapter:
-    return judge_adapter(folder, sites if sites is not None else llama_sites(), base=BASE)
+    return validate_adapter(folder, sites if sites is not None else llama_sites(), base=BASE)

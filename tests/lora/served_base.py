@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from lora_bases import BASE
 
 from truffula.kernels.backend import Backend
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
 from truffula.lora.image import map_image, write_image
-from truffula.lora.peft import judge_adapter
+from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.lora.tables import base_tables
 from truffula.model.load import plan_model, puller
 from truffula.testing.oracle import Oracle
 from truffula.testing.programs import Part, fill_step
@@ -31,6 +31,7 @@ class Served:
         self.path = path
         checkpoint = open_checkpoint(path)
         plan = plan_model(checkpoint)
+        self.tables = base_tables(plan.program, checkpoint)
         pull = puller(checkpoint, plan)
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE
@@ -41,9 +42,9 @@ class Served:
         self._blocks = blocks
 
     def add(self, adapter: Path) -> int:
-        judged = judge_adapter(adapter, self.program.sites, base=BASE)
+        judged = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
         image = self.path.parent / "image"
-        write_image(judged, image)
+        write_image(judged, image, self.executable.layout)
         mapped = map_image(image)
         image.unlink()
         return self.executable.adapter(mapped)

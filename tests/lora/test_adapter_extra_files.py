@@ -10,7 +10,7 @@ from lora_bases import judge, llama_sites
 
 from truffula.errors import AdapterError
 from truffula.lora.extra_files import plain_name
-from truffula.lora.peft import BaseFacts, inspect_adapter, judge_adapter
+from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.testing.adapters import write_tiny_adapter
 
 VOCAB = next(site.out_features for site in llama_sites() if site.kind == "head")
@@ -77,7 +77,7 @@ SNAPSHOT = f"/cache/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/{'0' 
 def test_a_plainly_different_base_is_told(tmp_path: Path, named: str | None, served: str, differ: bool) -> None:
     folder = written(tmp_path, {}, base_model_name_or_path=named)
     base = BaseFacts(served)
-    warnings = judge_adapter(folder, llama_sites(), base=base).warnings
+    warnings = validate_adapter(folder, llama_sites(), base=base).warnings
     assert warnings == inspect_adapter(folder, llama_sites(), base).warnings
     assert [str(named) in warning and served in warning for warning in warnings] == [True] * differ
 

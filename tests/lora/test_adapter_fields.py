@@ -11,7 +11,7 @@ import pytest
 from lora_bases import judge, llama_sites
 
 from truffula.errors import AdapterError
-from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, judge_fields, parse_config, refuse_method
+from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, field_rows, parse_config, refuse_method
 from truffula.lora.peft import inspect_adapter
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 
@@ -164,7 +164,7 @@ def test_every_field_has_its_row_in_this_table() -> None:
     always = {"peft_type", "inference_mode", "base_model_name_or_path"}  # in every configuration of these tests
     only_beside_another = {"corda_config", "lora_ga_config", "qalora_group_size"}
     assert set(FIELDS) - tried - always == only_beside_another
-    rows = judge_fields(PLAIN | {field: {"a": 1} for field in only_beside_another})
+    rows = field_rows(PLAIN | {field: {"a": 1} for field in only_beside_another})
     assert {row.verdict for row in rows if row.field in only_beside_another} == {"ignore"}
 
 

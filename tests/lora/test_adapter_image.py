@@ -1,7 +1,8 @@
-"""The laid-out file: bits unchanged, shared tensors once, damage noticed, memory given back."""
+"""The file of an adapter: every kind of part unchanged, shared tensors once, damage noticed, memory let go."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import resource
@@ -13,58 +14,160 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_backends import on_every_backend
+from llama_program import llama_program
 
-from truffula.errors import AdapterLoadError
-from truffula.kernels.backend import SiteTensors
-from truffula.lora.image import ALIGN, image_nbytes, map_image, write_image
+from truffula.errors import AdapterLoadError, KernelError
+from truffula.kernels.adapters import (
+    ALIGN,
+    KIND,
+    KINDS,
+    AdapterLayout,
+    Bias,
+    ColumnScale,
+    InputScale,
+    LowRank,
+    Part,
+    Replace,
+    Rows,
+    SiteTensors,
+    kind_of,
+    low_rank,
+    make_image,
+    pack,
+    tensors_of,
+)
+from truffula.kernels.backend import Backend, Executable
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import Program
+from truffula.lora.image import MAGIC, ImageWriter, map_image, write_image
+from truffula.testing.programs import pull_from, random_weights
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
+RNG = np.random.default_rng(1)
+ALL_KINDS: dict[str, Part] = {
+    "low_rank": LowRank(RNG.normal(size=(2, 32)).astype(np.float32), RNG.normal(size=(32, 2)).astype(np.float16), 0.5),
+    "low_rank with an expert axis": LowRank(np.ones((3, 2, 32), np.float32), np.ones((3, 32, 2), np.float32), -2.0),
+    "column_scale": ColumnScale(RNG.normal(size=32).astype(np.float32)),
+    "input_scale": InputScale(RNG.normal(size=32).astype(ml_dtypes.bfloat16)),
+    "bias": Bias(RNG.normal(size=32).astype(np.float32)),
+    "replace": Replace(RNG.normal(size=(32, 32)).astype(ml_dtypes.bfloat16)),
+    "rows": Rows(np.array([3, 7], np.int32), RNG.normal(size=(2, 32)).astype(np.float32)),
+}
 
 
-def laid_out(seed: int = 0, count: int = 5) -> SimpleNamespace:
+def loaded(backend: Backend, program: Program) -> Executable:
+    capacity = Capacity(
+        max_tokens=8, max_seqs=2, max_logit_rows=8, max_segments=2, num_blocks=8, block_size=4, max_blocks_per_seq=4
+    )
+    return backend.load(program, "float32", pull_from(random_weights(program)), capacity)
+
+
+def adapter_of(sites: list[SiteTensors]) -> SimpleNamespace:
+    return SimpleNamespace(generation="f" * 64, rank=4, sites=sites)
+
+
+def of_low_ranks(seed: int = 0, count: int = 5) -> SimpleNamespace:
     """Sites out of order, of mixed dtypes and ranks, two of which share an A."""
     rng = np.random.default_rng(seed)
     sites = []
     for n in rng.permutation(count):
         dtype, rank = DTYPES[n % 3], 1 + int(n) % 4
         a = rng.normal(size=(rank, 3 + n)).astype(dtype)
-        sites.append(SiteTensors(int(2 * n), a, rng.normal(size=(7 + n, rank)).astype(dtype), float(n) / 3))
-    twin = sites[0]
-    sites.append(SiteTensors(99, twin.a, np.asarray(twin.b[:2]), -1.5))
-    return SimpleNamespace(generation="f" * 64, rank=4, sites=sites)
+        sites.append(low_rank(int(2 * n), a, rng.normal(size=(7 + n, rank)).astype(dtype), float(n) / 3))
+    (twin,) = sites[0].parts
+    assert isinstance(twin, LowRank)
+    sites.append(low_rank(99, twin.a, np.asarray(twin.b[:2]), -1.5))
+    return adapter_of(sites)
 
 
 def written(path: Path, seed: int = 0) -> tuple[SimpleNamespace, bytes]:
-    made = laid_out(seed)
+    made = of_low_ranks(seed)
     write_image(made, path)
     return made, path.read_bytes()
 
 
+def assert_same(mine: Part, other: Part) -> None:
+    assert type(mine) is type(other)
+    for one, two in zip(tensors_of(mine), tensors_of(other), strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape and one.tobytes() == two.tobytes()
+        assert one.ctypes.data % ALIGN == 0
+    if isinstance(mine, LowRank) and isinstance(other, LowRank):
+        assert mine.scale == float(np.float32(other.scale))
+
+
 def test_what_is_mapped_is_what_was_written(tmp_path: Path) -> None:
-    made = laid_out()
+    made = of_low_ranks()
     nbytes = write_image(made, tmp_path / "image")
     image = map_image(tmp_path / "image")
     assert (image.generation, image.rank, image.nbytes) == (made.generation, 4, nbytes)
-    assert (tmp_path / "image").stat().st_size == nbytes
-    for mine, other in zip(image.sites, sorted(made.sites, key=lambda s: s.site), strict=True):
-        assert (mine.site, mine.scale) == (other.site, float(np.float32(other.scale)))
-        for one, two in ((mine.a, other.a), (mine.b, other.b)):
-            assert one.dtype == two.dtype and one.tobytes() == two.tobytes()
-            assert one.ctypes.data % ALIGN == 0 and one.flags.writeable
-    twins = [s for s in image.sites if s.a is image.sites[-1].a]
-    assert len(twins) == 2
+    assert (tmp_path / "image").stat().st_size == nbytes == ImageWriter(made).nbytes
+    for mine, other in zip(image.sites(), sorted(made.sites, key=lambda s: s.site), strict=True):
+        assert mine.site == other.site
+        assert_same(mine.parts[0], other.parts[0])
+
+
+@pytest.mark.parametrize("name", ALL_KINDS)
+def test_every_kind_of_part_has_its_place_in_a_file(tmp_path: Path, name: str) -> None:
+    beside = LowRank(np.ones((1, 5), np.float32), np.ones((4, 1), np.float32), 1.0)
+    write_image(adapter_of([SiteTensors(2, (ALL_KINDS[name], beside)), SiteTensors(0, (beside,))]), tmp_path / "image")
+    first, second = map_image(tmp_path / "image").sites()
+    assert (first.site, second.site) == (0, 2)
+    for mine, other in zip(second.parts, (ALL_KINDS[name], beside), strict=True):
+        assert_same(mine, other)
+
+
+def test_the_kinds_above_are_all() -> None:
+    assert {kind_of(part) for part in ALL_KINDS.values()} == set(KINDS)
+
+
+@on_every_backend
+@pytest.mark.parametrize("name", [name for name in ALL_KINDS if name != "low_rank"])
+def test_a_part_that_no_kernel_serves_is_refused_by_name_before_it_is_written(backend: Backend, name: str) -> None:
+    layout = backend.adapter_layout(llama_program())
+    with pytest.raises(KernelError, match=rf"model\.layers\.0\.q_proj: no kernel serves the adapter part '{name}'"):
+        pack(layout, [SiteTensors(0, (ALL_KINDS[name],))])
+
+
+@on_every_backend
+def test_an_executable_refuses_parts_that_it_does_not_serve(backend: Backend) -> None:
+    program = llama_program()
+    layout = backend.adapter_layout(program)
+    good = make_image(layout, [SiteTensors(0, (ALL_KINDS["low_rank"],))], generation="g")
+    executable = loaded(backend, program)
+    for number, kind in enumerate(KINDS):
+        if number:
+            good.table[0, KIND] = number
+            with pytest.raises(KernelError, match=f"no kernel serves the adapter part '{kind}'"):
+                executable.adapter(good)
+
+
+@on_every_backend
+def test_an_executable_refuses_an_image_packed_for_another(backend: Backend) -> None:
+    """Of another backend's kernels, or of the same one's for another program."""
+    executable = loaded(backend, llama_program())
+    own = backend.adapter_layout(llama_program())
+    other = AdapterLayout(own.storage, own.places[1:])
+    panels = "float32" if own.storage == "panels" else "panels"
+    for layout in (other, AdapterLayout(panels, own.places)):
+        image = make_image(own, [SiteTensors(0, (ALL_KINDS["low_rank"],))], generation="g")
+        with pytest.raises(KernelError, match="packed for"):
+            executable.adapter(dataclasses.replace(image, layout=layout.name))
+    executable.adapter(image)
 
 
 def test_a_shared_a_is_stored_once() -> None:
-    made = laid_out()
-    separate = [SiteTensors(s.site, s.a.copy(), s.b, s.scale) for s in made.sites]
-    assert image_nbytes(made.sites) < image_nbytes(separate)
+    made = of_low_ranks()
+    separate = [
+        low_rank(s.site, p.a.copy(), p.b, p.scale) for s in made.sites for p in s.parts if isinstance(p, LowRank)
+    ]
+    assert ImageWriter(made).nbytes < ImageWriter(adapter_of(separate)).nbytes
 
 
 def test_a_file_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        write_image(laid_out(), tmp_path / "image")
+        write_image(of_low_ranks(), tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == b"mine"
 
 
@@ -73,7 +176,7 @@ def test_no_room_leaves_no_half_file(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         with pytest.raises(OSError, match="too large"):
-            write_image(laid_out(), tmp_path / "image")
+            write_image(of_low_ranks(), tmp_path / "image")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -94,10 +197,8 @@ def test_memory_goes_with_the_last_array(tmp_path: Path) -> None:
         return str(tmp_path / "image") in Path("/proc/self/maps").read_text()
 
     image = map_image(tmp_path / "image")
-    kept = image.sites[0].a
+    kept = tensors_of(image.sites()[0].parts[0])[0]
     before = kept.tobytes()
-    image.close()
-    image.close()
     del image
     gc.collect()
     assert mapped() and kept.tobytes() == before
@@ -106,25 +207,45 @@ def test_memory_goes_with_the_last_array(tmp_path: Path) -> None:
     assert not mapped()
 
 
+def test_an_unknown_kind_of_part_is_refused_by_name(tmp_path: Path) -> None:
+    """As a later version would write it: the header of the same length, with another name."""
+    _, raw = written(tmp_path / "image")
+    assert raw.count(b"column_scale") == 1
+    (tmp_path / "later").write_bytes(raw.replace(b"column_scale", b"column_wheel"))
+    with pytest.raises(AdapterLoadError, match="column_wheel") as caught:
+        map_image(tmp_path / "later")
+    assert caught.value.param == "column_wheel"
+
+
+def test_the_first_format_is_refused(tmp_path: Path) -> None:
+    _, raw = written(tmp_path / "image")
+    (tmp_path / "older").write_bytes(raw.replace(MAGIC, b"TRFLORA1"))
+    with pytest.raises(AdapterLoadError, match="no valid header"):
+        map_image(tmp_path / "older")
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_a_damaged_file_is_noticed_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Cut anywhere, or a byte of the header changed: an error in words, or arrays that lie within the file."""
+    """Cut anywhere, or a byte of header or table changed: an error in words, or arrays that lie within the file."""
     path = tmp_path_factory.mktemp("damaged") / "image"
-    _, raw = written(path)
-    header_end = 16 + int.from_bytes(raw[8:16], "little")
+    made, raw = written(path)
+    table_end = ImageWriter(made)._start
     if data.draw(st.booleans()):
         path.write_bytes(raw[: data.draw(st.integers(0, len(raw) - 1))])
         with pytest.raises(AdapterLoadError, match="damaged"):
             map_image(path)
         return
-    position, value = data.draw(st.integers(0, header_end - 1)), data.draw(st.integers(0, 255))
+    position, value = data.draw(st.integers(0, table_end - 1)), data.draw(st.integers(0, 255))
     path.write_bytes(raw[:position] + bytes([value]) + raw[position + 1 :])
     try:
-        image = map_image(path)
+        parts = [part for site in map_image(path).sites() for part in site.parts]
     except AdapterLoadError as error:
-        assert "damaged" in error.message
+        assert "damaged" in error.message or "unknown kind" in error.message
         return
-    for site in image.sites:
-        assert np.isfinite(site.scale) and site.a.shape[0] == site.b.shape[1]
-        assert site.a.tobytes() is not None and site.b.tobytes() is not None
+    except KernelError as error:
+        assert error.param in ("table", "layout")
+        return
+    for part in parts:
+        assert all(array.tobytes() is not None for array in tensors_of(part))
+        assert not isinstance(part, LowRank) or np.isfinite(part.scale)

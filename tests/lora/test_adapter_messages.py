@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_bases import BASE, judge, llama_sites
+from lora_bases import BASE, judge, llama_sites, pairs
 from pages import ROOT, blocks
 
 from truffula.errors import AdapterError
 from truffula.lora.foreign import describe_file
-from truffula.lora.peft import BaseFacts, inspect_adapter, judge_adapter
+from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.testing.adapters import PREFIX, tiny_config, tiny_tensors, write_adapter
 from truffula.testing.files import write_safetensors
 
@@ -156,15 +156,11 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     ),
     ("MLX names", renamed(lambda k: k.replace(".lora_A.weight", ".lora_a")), ["lora_a", "MLX", "torchtune"]),
     (
-        "LoRA on lm_head",
-        lambda f: write_adapter(
-            f,
-            CONFIG | {"target_modules": ["q_proj", "v_proj", "lm_head"]},
-            PLAIN | {f"{PREFIX}lm_head.lora_A.weight": ONES, f"{PREFIX}lm_head.lora_B.weight": ONES},
-        ),
-        ["output head", "lm_head", "not served yet", "Train again without"],
+        "a copy of a table that has no pair",
+        beside("lm_head.base_layer.weight", ONES),
+        ["copy of a base table", "save_embedding_layers=False"],
     ),
-    ("LoRA on embed_tokens", beside("model.embed_tokens.lora_embedding_A", ONES), ["embedding", "Train again without"]),
+    ("half a pair of an embedding", beside("model.embed_tokens.lora_embedding_A", ONES), ["Incomplete pair"]),
     ("a saved head", beside("lm_head.weight", ONES), ["save_embedding_layers=False"]),
     ("a saved norm", beside("model.norm.weight", ONES), ["modules_to_save", "Train without"]),
     ("DoRA's tensors", beside("model.layers.0.self_attn.q_proj.lora_magnitude_vector", ONES[0]), ["DoRA", "merge"]),
@@ -250,7 +246,7 @@ def test_the_command_of_a_refusal_makes_the_adapter_that_was_meant(
     exec(compile(command[2], "command", "exec"), {})  # no process of its own: it would import torch each time
     Path(command[5]).replace(command[6])
     mended, plain = judge(tmp_path / "found"), judge(tmp_path / "plain")
-    for mine, theirs in zip(mended.sites, plain.sites, strict=True):
+    for mine, theirs in zip(pairs(mended.sites), pairs(plain.sites), strict=True):
         assert (mine.site, mine.scale) == (theirs.site, theirs.scale)
         assert np.array_equal(mine.a, theirs.a) and np.array_equal(mine.b, theirs.b)
 
@@ -263,7 +259,7 @@ def test_the_documented_script_converts_an_mlx_adapter(tmp_path: Path) -> None:
     namespace["convert_mlx"](str(tmp_path / "mlx"), str(tmp_path / "peft"))
     write_adapter(tmp_path / "plain", CONFIG, PLAIN)
     converted, plain = judge(tmp_path / "peft"), judge(tmp_path / "plain")
-    for mine, theirs in zip(converted.sites, plain.sites, strict=True):
+    for mine, theirs in zip(pairs(converted.sites), pairs(plain.sites), strict=True):
         assert (mine.site, mine.scale) == (theirs.site, theirs.scale)
         assert np.array_equal(mine.a, theirs.a) and np.array_equal(mine.b, theirs.b)
 
@@ -327,7 +323,7 @@ def test_a_quantised_base_is_mentioned(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path, CONFIG | {"base_model_name_or_path": name}, PLAIN)
     (warning,) = judge(tmp_path).warnings
     assert name in warning and "quantised" in warning and "differ slightly" in warning
-    assert judge_adapter(tmp_path, llama_sites(), base=BaseFacts("tiny-base-q4_k_m.gguf")).warnings == ()
+    assert validate_adapter(tmp_path, llama_sites(), base=BaseFacts("tiny-base-q4_k_m.gguf")).warnings == ()
 
 
 def test_a_report_of_a_refused_adapter_has_its_fields_and_no_size(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_bases import judge, llama_sites
+from lora_bases import judge, llama_sites, pairs
 from pool_rig import Rig, cached, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError, ShuttingDown
@@ -52,7 +52,9 @@ def test_a_lease_is_a_slot_with_the_adapters_own_tensors(tmp_path: Path) -> None
         generation = r.loaded(r.write("a", seed=7))
         lease = r.pool.acquire(generation)
         assert lease is not None and lease.generation == generation
-        for mine, other in zip(r.table.images[lease.slot].sites, judge(tmp_path / "a").sites, strict=True):
+        for mine, other in zip(
+            pairs(r.table.images[lease.slot].sites()), pairs(judge(tmp_path / "a").sites), strict=True
+        ):
             assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b) and mine.scale == other.scale
         r.pool.release(lease)
         r.check()

@@ -9,6 +9,7 @@ from pathlib import Path
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from lora_bases import pairs
 from pool_rig import Rig
 
 from truffula.errors import TruffulaError
@@ -90,7 +91,7 @@ class PoolMachine(RuleBasedStateMachine):
         if lease is not None:
             self.leased.add(lease)
             image = self.rig.table.images[lease.slot]
-            held = b"".join(site.a.tobytes() + site.b.tobytes() for site in image.sites)
+            held = b"".join(site.a.tobytes() + site.b.tobytes() for site in pairs(image.sites()))
             assert self.contents.setdefault(generation, held) == held
         return lease
 

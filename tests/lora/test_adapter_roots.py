@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf_models import write_tiny_gguf
 from kernel_backends import on_the_best
-from lora_bases import judge, llama_sites
+from lora_bases import judge, llama_sites, pairs
 from served_base import Served
 from wrapped_modules import VISION, linears, save_peft
 
@@ -61,8 +61,8 @@ def vision(root: str = NEW) -> dict[str, Any]:
 
 
 def assert_same(one: PeftAdapter, other: PeftAdapter) -> None:
-    assert [(s.site, s.scale) for s in one.sites] == [(s.site, s.scale) for s in other.sites]
-    for mine, theirs in zip(one.sites, other.sites, strict=True):
+    assert [(s.site, s.scale) for s in pairs(one.sites)] == [(s.site, s.scale) for s in pairs(other.sites)]
+    for mine, theirs in zip(pairs(one.sites), pairs(other.sites), strict=True):
         assert np.array_equal(mine.a, theirs.a) and np.array_equal(mine.b, theirs.b)
 
 
@@ -134,7 +134,7 @@ def test_a_configuration_means_what_peft_reads_on_its_class(tmp_path: Path, aske
     loaded = save_peft(tmp_path, modules, r=4, lora_alpha=8, **fields)
     adapter = judge(tmp_path, under(base))
     names = {site.id: root + site.module.removeprefix(TEXT) for site in llama_sites()}
-    assert {names[s.site]: (s.a.shape[0], pytest.approx(s.scale)) for s in adapter.sites} == {
+    assert {names[s.site]: (s.a.shape[0], pytest.approx(s.scale)) for s in pairs(adapter.sites)} == {
         name: value for name, value in loaded.items() if name not in PARTS[root]
     }
     beside = {name for name in loaded if name in PARTS[root]}
@@ -317,15 +317,30 @@ def test_an_unknown_prefix_is_not_called_another_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("root", [OLD, "thinker.model."])
-def test_the_output_head_of_a_multimodal_class_is_recognised(tmp_path: Path, root: str) -> None:
+def test_the_output_head_of_a_multimodal_class_is_the_bases(tmp_path: Path, root: str) -> None:
     head = {
         f"{PREFIX}{TEXT_ROOTS[root]}.lora_A.weight": np.ones((4, 12), np.float32),
         f"{PREFIX}{TEXT_ROOTS[root]}.lora_B.weight": np.ones((97, 4), np.float32),
     }
     write_adapter(tmp_path, CONFIG | {"target_modules": ["q_proj", "v_proj", "lm_head"]}, tensors(root) | head)
-    with pytest.raises(AdapterError, match="output head") as caught:
-        judge(tmp_path)
-    assert caught.value.param == "target_modules"
+    adapted = [llama_sites()[s.site].module for s in judge(tmp_path).sites]
+    assert adapted[-1] == "lm_head" and len(adapted) == 1 + len(tensors(root)) // 2
+
+
+def test_an_adapter_of_a_multimodal_classes_tables_alone_is_served(tmp_path: Path) -> None:
+    """No layer says which class it is of: the tables' own names do."""
+    table = {
+        f"{PREFIX}{OLD}embed_tokens.lora_embedding_A": np.ones((4, 97), np.float32),
+        f"{PREFIX}{OLD}embed_tokens.lora_embedding_B": np.ones((12, 4), np.float32),
+    }
+    head = {
+        f"{PREFIX}{TEXT_ROOTS[OLD]}.lora_A.weight": np.ones((4, 12), np.float32),
+        f"{PREFIX}{TEXT_ROOTS[OLD]}.lora_B.weight": np.ones((97, 4), np.float32),
+    }
+    for number, some in enumerate((table, head, table | head)):
+        targets = ["embed_tokens"] * (some is not head) + ["lm_head"] * (some is not table)
+        write_adapter(tmp_path / str(number), CONFIG | {"target_modules": targets}, some)
+        assert len(judge(tmp_path / str(number)).sites) == len(targets)
 
 
 def test_missing_tensors_are_named_as_the_adapter_names_them(tmp_path: Path) -> None:

@@ -15,12 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 from inline_loader import InlineLoader
-from lora_bases import judge, llama_sites
+from kernel_backends import on_the_best
+from llama_program import llama_program
+from lora_bases import judge, llama_sites, pairs
 from pool_rig import Clock, cached
 
 from fake_hub import NOTHING, environment, misbehaving_hub
 from processes import running
 from truffula.errors import AdapterError, AdapterLoadError
+from truffula.kernels.adapters import AdapterLayout, Place, make_image
+from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
 from truffula.lora.loading import IDLE_WORKER_S, LoadingWorker
 from truffula.lora.sources import AdapterDirectory
@@ -103,7 +107,7 @@ def stop(loader: LoadingWorker) -> int:
     return pid
 
 
-def test_an_adapter_is_judged_and_laid_out_in_another_process(make: Make, tmp_path: Path) -> None:
+def test_an_adapter_is_validated_and_written_in_another_process(make: Make, tmp_path: Path) -> None:
     loader = make()
     ticket = loader.start(adapter(tmp_path / "a"))
     result = one(loader)
@@ -112,11 +116,30 @@ def test_an_adapter_is_judged_and_laid_out_in_another_process(make: Make, tmp_pa
     expected = judge(tmp_path / "a")
     assert result.generation == image.generation == expected.generation
     assert (result.rank, result.nbytes) == (4, image.nbytes)
-    for mine, other in zip(image.sites, expected.sites, strict=True):
+    for mine, other in zip(pairs(image.sites()), pairs(expected.sites), strict=True):
         assert (mine.site, mine.scale) == (other.site, other.scale)
         assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b)
     (pid,) = loader.pids()
     assert pid != os.getpid() and os.getpriority(os.PRIO_PROCESS, pid) >= 10
+    Path(result.image_path).unlink()
+
+
+@on_the_best
+def test_the_worker_packs_for_the_engines_kernels(make: Make, tmp_path: Path, backend: Backend) -> None:
+    """Table and data are, byte for byte, those that a packer in this process makes."""
+    places = tuple(
+        Place(site.module, site.id, site.in_features, site.out_features, gathers=site.kind == "embed")
+        for site in llama_sites()
+    )
+    layout = AdapterLayout(backend.adapter_layout(llama_program()).storage, places)
+    loader = make(layout=layout)
+    loader.start(adapter(tmp_path / "a"))
+    result = one(loader)
+    assert result.error is None and result.image_path is not None
+    image = map_image(Path(result.image_path))
+    own = make_image(layout, judge(tmp_path / "a").sites, generation=image.generation)
+    assert image.layout == layout.name
+    assert np.array_equal(image.table, own.table) and np.array_equal(image.data, own.data)
     Path(result.image_path).unlink()
 
 

@@ -12,7 +12,8 @@ import pytest
 from kernel_backends import NATIVE
 
 from truffula.errors import InvalidRequest
-from truffula.kernels.backend import AdapterImage, Array
+from truffula.kernels.adapters import LowRank, SiteTensors, low_rank
+from truffula.kernels.backend import Array
 from truffula.kernels.program import Norm, Program, WeightDecl
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.parity import Perturbation, VerifyReport, verify_model
@@ -114,16 +115,16 @@ def test_a_changed_adapter_scale_is_found(model: Path, adapter: Path, layer: int
         sites.update({site.id: site.module for site in program.sites})
         return program
 
-    def change(image: AdapterImage) -> AdapterImage:
-        changed = tuple(
-            dataclasses.replace(item, scale=item.scale * 1.1)
-            if sites[item.site].startswith(wanted) and sites[item.site].endswith(module)
-            else item
-            for item in image.sites
-        )
-        return dataclasses.replace(image, sites=changed)
+    def change(tensors: Sequence[SiteTensors]) -> list[SiteTensors]:
+        made = []
+        for item in tensors:
+            (part,) = item.parts
+            assert isinstance(part, LowRank)
+            wrong = sites[item.site].startswith(wanted) and sites[item.site].endswith(module)
+            made.append(low_rank(item.site, part.a, part.b, part.scale * (1.1 if wrong else 1.0)))
+        return made
 
-    report = verify(model, adapter=adapter, perturb=Perturbation(program=note, image=change))
+    report = verify(model, adapter=adapter, perturb=Perturbation(program=note, adapter=change))
     assert report.first_divergence is not None
     assert report.first_divergence.op == f"layers.{layer}.{op}"
     assert report.first_divergence.layer == layer

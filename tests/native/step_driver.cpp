@@ -61,7 +61,7 @@ int32_t add_matrix(Executable& e, int64_t outputs, int64_t inputs, int32_t forma
   return id;
 }
 
-// Two threads' worth of everything: op 2 and 6 take adapters.
+// Two threads' worth of everything: the table and ops 3 and 6 take adapters.
 void add_program(Executable& e) {
   int64_t at = 0;
   const int64_t strides[] = {64, 64, 128, 16, 64, 64, kVocab};
@@ -135,14 +135,29 @@ struct Inputs {
   }
 };
 
-int32_t add_adapter(Executable& e, int64_t rank) {
-  const int64_t bytes = 64 * 4 * 64 * 64;
-  const int32_t slot = e.add_adapter(bytes);
-  const std::vector<float> a = random_floats(rank * 64, 5), b = random_floats(128 * rank, 6);
-  for (const auto& [op, outputs] : {std::pair<int32_t, int64_t>{3, 128}, {6, 64}})
-    e.add_adapter_op(slot, op, {{a.data(), Stored::kFloat32, 64}}, {rank}, {0.5f}, {0},
-                     {{b.data(), Stored::kFloat32, rank}}, {outputs}, {0});
-  return slot;
+// An adapter at the table and at ops 3 and 6, as kernels/cpu/pack.py makes it; `image` keeps its bytes.
+int32_t add_adapter(Executable& e, int64_t rank, Memory& image) {
+  const int64_t place = 64 * 4 * 64 * 8;  // bytes, for any tensor of these
+  image = Memory(static_cast<size_t>(6 * place));
+  std::vector<PartRow> rows;
+  int64_t at = 0;
+  const auto add = [&](int64_t outputs, int64_t inputs, bool table) {
+    const std::vector<float> values = random_floats(outputs * inputs, static_cast<uint32_t>(at) + 5);
+    const PanelOrder order{outputs, 0};
+    const int64_t bytes = table ? outputs * inputs * 4 : order.panels() * panel_bytes(kF32, inputs);
+    if (table) std::memcpy(image.data() + at, values.data(), static_cast<size_t>(bytes));
+    else pack_rows({values.data(), Stored::kFloat32, inputs}, 0, outputs, image.data() + at, kF32, 0, order);
+    const TensorColumns made{0, at, bytes, {outputs, inputs, 0}};
+    at += place;
+    return made;
+  };
+  for (const auto& [site, inputs, outputs] : {std::array<int64_t, 3>{0, kVocab, 64}, {1, 64, 128}, {2, 64, 64}}) {
+    const TensorColumns a = add(rank, inputs, site == 0);
+    rows.push_back({site, 0, 0.5, a, add(outputs, rank, false)});
+  }
+  std::vector<int64_t> table(rows.size() * kPartColumns);
+  std::memcpy(table.data(), rows.data(), rows.size() * sizeof(PartRow));
+  return e.add_adapter(table.data(), static_cast<int64_t>(rows.size()), image.data(), static_cast<int64_t>(image.size()));
 }
 
 // One sequence of each way to choose. Each step draws the same token of it again.
@@ -196,9 +211,13 @@ long drive(const char* table, int threads, int rounds, uint64_t& hash) {
   Executable e(table, threads, kCapacity, kBF16, 1, false);
   add_program(e);
   Inputs inputs;
+  e.add_site(0, 1, 0, 64);
+  e.add_site(1, 3, 0, 128);
+  e.add_site(2, 6, 0, 64);
   e.seal(inputs.arrays(), kArena, 6, kVocab);
-  const int32_t slot = add_adapter(e, 8);
-  add_adapter(e, 24);
+  Memory images[2];
+  const int32_t slot = add_adapter(e, 8, images[0]);
+  add_adapter(e, 24, images[1]);
   Sampling sampling(e);
   const std::array<int32_t, kSeqs> kinds[][2] = {
       {{1, 1, 1, 1}, {600, 700, 30, 520}}, {{20, 1, 4, 1}, {0, 700, 600, 530}}, {{1, 8, 1, 1}, {17, 0, 640, 700}}};

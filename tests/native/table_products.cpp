@@ -61,7 +61,7 @@ struct Adapter {
     const int32_t most = (panels - first + step - 1) / step, count = step == 2 ? most : 1 + numbers.below(most);
     h = RowArray::random(numbers, hi - lo, rank);
     b = matrix_of(numbers.below(2) ? kBF16 : kF32, {count * kLanes, 0}, rank, numbers);
-    delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step};
+    delta = {h.memory->floats(), h.apart, b.packed, lo, hi, first, step, 0, 0};
   }
 };
 
@@ -88,6 +88,7 @@ struct Product {
     const int32_t count = numbers.below(2) * numbers.below(4), panels = static_cast<int32_t>(order.panels());
     for (int32_t i = 0; i < count; ++i) adapters.emplace_back(numbers, rows, panels, glu);
     for (const Adapter& one : adapters) deltas.push_back(one.delta);
+    set_bounds(deltas.data(), static_cast<int32_t>(deltas.size()));
     call.activation = numbers.below(6);
     call.round_out = numbers.below(2);
     call.clip = numbers.below(3) ? -1.0f : 1.5f;
@@ -129,7 +130,6 @@ struct Shrink {
   int32_t rows, inputs, panels;
   RowArray x;
   Matrix a;
-  Array scales;
 };
 
 Case shrink_case(int32_t number) {
@@ -137,11 +137,10 @@ Case shrink_case(int32_t number) {
   constexpr int32_t kInputs[] = {1, 7, 8, 33, 64, 96, 131};
   const int32_t rows = 1 + number % 11, inputs = kInputs[number % 7], panels = 1 + number % 3;
   const auto made = std::make_shared<Shrink>(Shrink{rows, inputs, panels, RowArray::random(numbers, rows, inputs),
-      matrix_of(number % 2 ? kBF16 : kF32, {panels * kLanes - number % 5, 0}, inputs, numbers),
-      numbers.floats(panels * kLanes)});
+      matrix_of(number % 2 ? kBF16 : kF32, {panels * kLanes - number % 5, 0}, inputs, numbers)});
   return {numbers.wild, [made](const Kernels& table) {
     const RowArray h(made->rows, made->panels * kLanes);
-    const ShrinkCall call{made->x.rows(), h.rows(), made->a.packed, made->scales->floats(), 0.75f, made->rows};
+    const ShrinkCall call{made->x.rows(), h.rows(), made->a.packed, 0.75f, made->rows};
     table.shrink(&call, 0, made->panels / 2);
     table.shrink(&call, made->panels / 2, made->panels);
     return h.taken();
@@ -152,6 +151,8 @@ struct Lookup {
   Matrix w;
   RowArray add;
   int32_t rows, inputs;
+  std::vector<Adapter> adapters;
+  std::vector<Delta> deltas;
   EmbedCall call;
 };
 
@@ -159,9 +160,13 @@ Case embed_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(8000 + number), number % 3 == 2};
   const int32_t format = number % 6, rows = 1 + number % 9, inputs = kWidths[number % 4];
   const auto made = std::make_shared<Lookup>(Lookup{matrix_of(format, {50, 0}, inputs, numbers),
-      RowArray::random(numbers, rows, inputs), rows, inputs, {}});
+      RowArray::random(numbers, rows, inputs), rows, inputs, {}, {}, {}});
+  for (int32_t i = 0; i < number % 4; ++i)
+    made->adapters.emplace_back(numbers, rows, static_cast<int32_t>((inputs + kLanes - 1) / kLanes), false);
+  for (const Adapter& one : made->adapters) made->deltas.push_back(one.delta);
+  set_bounds(made->deltas.data(), static_cast<int32_t>(made->deltas.size()));
   made->call = {{made->w.packed.data, made->w.packed.panel_bytes, format, inputs}, {}, {}, 3.3f, numbers.below(2),
-                numbers.below(2)};
+                numbers.below(2), made->deltas.data(), static_cast<int32_t>(made->deltas.size())};
   if (numbers.below(2)) made->call.add = made->add.rows();
   return {numbers.wild, [made](const Kernels& table) {
     const RowArray out(made->rows, made->inputs);

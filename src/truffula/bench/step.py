@@ -16,7 +16,7 @@ from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 BLOCK = 16
 MIXES = ("none", "shared", "distinct")
@@ -105,7 +105,7 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
     weights = backend.plan(program, dtype, capacity).weight_bytes
     slots = [
-        executable.adapter(random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
+        attach(executable, random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
         for i in range(0 if {*bench.mixes} == {"none"} else most)
     ]
     lines = []

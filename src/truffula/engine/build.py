@@ -27,6 +27,7 @@ from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
+from truffula.lora.tables import base_tables
 from truffula.lora.worker import LoadLimits
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.types import EngineInfo, Progress
@@ -203,6 +204,8 @@ def _assemble(
         loader = LoadingWorker(
             plan.program.sites,
             model=config.model,
+            layout=executable.layout,
+            tables=base_tables(plan.program, checkpoint),
             limits=LoadLimits(
                 image_bytes=share.limit,
                 file_bytes=config.max_adapter_file_bytes,

@@ -1,47 +1,413 @@
-"""An adapter's tensors by the op that adds them: what every backend's layout begins with."""
+"""What an adapter does at a site, as parts, and ``AdapterImage``: all of its tensors as a backend's kernels read them.
+
+    SiteTensors (as trained) ── pack(layout) ──► PackedPart ── place, write ──► AdapterImage ──► Executable.adapter
+
+The loading worker packs; the engine maps the result and takes pointers. An image is one block of bytes and a table with
+a row per part, so that taking it in costs nothing per byte.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
 from truffula.errors import KernelError
-from truffula.kernels.backend import AdapterImage, SiteTensors
-from truffula.kernels.program import Linear, Logits, Program, Site, SiteSlice
+from truffula.kernels.program import Embed, Linear, Logits, Program, SiteSlice
 
-AtSlice = tuple[SiteSlice, SiteTensors]
-"""Columns of an op's product, and what an adapter adds to them."""
+Array = npt.NDArray[Any]
+ALIGN = 64
+DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "I32": np.dtype(np.int32),
+    }
+)
+"""By the names of safetensors. A table names a dtype by its position here."""
+_DTYPE_NAMES = tuple(DTYPES)
 
 
-def by_op(program: Program, image: AdapterImage) -> dict[int, list[AtSlice]]:
-    """Which slices of which ops ``image`` changes, in the order of the op's slices.
+# ---- parts: what an adapter does at one site, with the base's weight W [O, I] and input x (program.md, site contract)
 
-    Raises:
-        KernelError: A site that does not exist or that no op serves, or a shape that does not fit it.
+
+@dataclass(frozen=True)
+class LowRank:
+    """Adds ``scale · (x Aᵀ) Bᵀ``: ``a [r, I]``, ``b [O, r]``; of experts ``[E, r, I]``, ``[E, O, r]``.
+
+    On an embedding table x is a one-hot row: ``a [r, V]``, ``b [D, r]``.
     """
-    by_site: dict[int, SiteTensors] = {}
-    for tensors in image.sites:
-        _check(program, tensors)
-        by_site[tensors.site] = tensors
-    made: dict[int, list[AtSlice]] = {}
+
+    a: Array
+    b: Array
+    scale: float
+
+
+@dataclass(frozen=True)
+class ColumnScale:
+    """Multiplies the base product by ``factor [O]``: DoRA's magnitude over its norm, IA3."""
+
+    factor: Array
+
+
+@dataclass(frozen=True)
+class InputScale:
+    """Multiplies x by ``factor [I]`` before the base product: IA3 on a feed-forward module."""
+
+    factor: Array
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Adds ``values [O]``: a trained bias less the base's, or the bias of B."""
+
+    values: Array
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Takes the place of W: ``weight [O, I]``, a saved module."""
+
+    weight: Array
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Takes the place of some rows of a table: ``ids`` int32 ``[n]``, ``values [n, D]``, trained tokens."""
+
+    ids: Array
+    values: Array
+
+
+Part = LowRank | ColumnScale | InputScale | Bias | Replace | Rows
+KINDS: Mapping[str, type[Part]] = MappingProxyType(
+    {
+        "low_rank": LowRank,
+        "column_scale": ColumnScale,
+        "input_scale": InputScale,
+        "bias": Bias,
+        "replace": Replace,
+        "rows": Rows,
+    }
+)
+"""Every kind of part by its name in an image. A table names a kind by its position here."""
+LOW_RANK = "low_rank"
+
+
+@dataclass(frozen=True)
+class SiteTensors:
+    """One adapter at one site. Arrays in their stored dtype; several sites may hold the same A (a fused module)."""
+
+    site: int
+    parts: tuple[Part, ...]
+
+
+def low_rank(site: int, a: Array, b: Array, scale: float) -> SiteTensors:
+    """Plain LoRA at a site."""
+    return SiteTensors(site, (LowRank(a, b, scale),))
+
+
+def kind_of(part: Part) -> str:
+    """The name of a part's kind."""
+    return next(name for name, kind in KINDS.items() if type(part) is kind)
+
+
+def tensors_of(part: Part) -> tuple[Array, ...]:
+    """A part's arrays, in the order of its fields."""
+    return tuple(v for f in fields(part) if isinstance(v := getattr(part, f.name), np.ndarray))
+
+
+# ---- layouts: how a backend's kernels read them
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a site acts in a program: columns ``first ..`` of what op number ``op`` computes, before any glu.
+
+    ``half`` > 0: these columns are gates ``0 .. half``, then ups. ``gathers``: the op reads rows of a table.
+    """
+
+    module: str
+    op: int
+    inputs: int
+    outputs: int
+    first: int = 0
+    half: int = 0
+    gathers: bool = False
+
+
+Storage = Literal["stored", "float32", "panels"]
+
+
+@dataclass(frozen=True)
+class AdapterLayout:
+    """How a program's kernels read adapters: data that the engine sends to the loading worker.
+
+    ``places`` has one entry per site, None where no op serves it. ``stored``: tensors as they are, of every kind.
+    ``float32``: the same in float32, low-rank parts only. ``panels``: as ``kernels/cpu/pack.py`` says.
+    """
+
+    storage: Storage
+    places: tuple[Place | None, ...] = ()
+
+    @cached_property
+    def name(self) -> str:
+        """What an image is packed for: storage, its version, and a hash of the places."""
+        places = hashlib.sha256(repr(self.places).encode()).hexdigest()[:16]
+        return f"{self.storage}-{_VERSIONS[self.storage]}:{places}"
+
+
+_VERSIONS: Mapping[Storage, int] = MappingProxyType({"stored": 1, "float32": 1, "panels": 1})
+STORED = AdapterLayout("stored")
+
+
+def layout_of(program: Program, storage: Storage) -> AdapterLayout:
+    """The layout of ``program``'s sites."""
+    places: list[Place | None] = [None] * len(program.sites)
     for index, op in enumerate(program.ops):
+        half = 0
         if isinstance(op, Linear):
             slices: tuple[SiteSlice, ...] = op.slices
-        elif isinstance(op, Logits) and op.site is not None:
+            half = program.weights[op.weight].shape[0] // 2 if op.epilogue.glu else 0
+        elif isinstance(op, Embed | Logits) and op.site is not None:
             slices = (SiteSlice(op.site, 0, op.out.width),)
         else:
             continue
-        present = [(item, by_site.pop(item.site)) for item in slices if item.site in by_site]
-        if present:
-            made[index] = present
-    for site in by_site:
-        raise KernelError(f"no op serves site {program.sites[site].module!r}.", param=program.sites[site].module)
-    return made
+        for item in slices:
+            site = program.sites[item.site]
+            places[item.site] = Place(
+                site.module, index, site.in_features, site.out_features, item.lo, half, isinstance(op, Embed)
+            )
+    return AdapterLayout(storage, tuple(places))
 
 
-def _check(program: Program, tensors: SiteTensors) -> None:
-    if not 0 <= tensors.site < len(program.sites):
-        raise KernelError(f"the adapter names site {tensors.site}; the program has {len(program.sites)}.", param="site")
-    site: Site = program.sites[tensors.site]
-    a, b = tensors.a.shape, tensors.b.shape
-    fits = len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (site.in_features, site.out_features)
-    if not fits:
-        want = f"[r, {site.in_features}] and [{site.out_features}, r]"
-        raise KernelError(f"site {site.module}: A {list(a)}, B {list(b)}; expected {want}.", param=site.module)
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor as a layout stores it: ``write`` fills ``nbytes`` zeroed bytes. One object used twice is stored once.
+
+    ``shape`` is the tensor's own, whatever its bytes are: ``nbytes`` may be more, in another order.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    write: Callable[[npt.NDArray[np.uint8]], None]
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """A part whose tensors are ready to be written."""
+
+    site: int
+    kind: str
+    scale: float
+    tensors: tuple[PackedTensor, ...]
+
+
+def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart]:
+    """``sites`` as ``layout`` stores them, ascending by site; nothing is copied before ``PackedTensor.write``.
+
+    Raises:
+        KernelError: A site that does not exist or that no op serves, a kind of part that no kernel of the layout
+            serves (``param``: the kind), a shape that does not fit its site, or a dtype that is not stored.
+    """
+    ordered = sorted(sites, key=lambda s: s.site)
+    if layout.storage == "stored":
+        tensors = _Shared(convert=False)
+        return [PackedPart(s.site, *_stored(part, tensors)) for s in ordered for part in s.parts]
+    served = [(check_place(layout, s.site), part) for s in ordered for part in s.parts]
+    for place, part in served:
+        check_served(place, part)
+    if layout.storage == "float32":
+        tensors = _Shared(convert=True)
+        return [PackedPart(s.site, *_stored(part, tensors)) for s in ordered for part in s.parts]
+    packer = importlib.import_module("truffula.kernels.cpu.pack")
+    packed: list[PackedPart] = packer.pack_panels(layout, ordered)
+    return packed
+
+
+def check_place(layout: AdapterLayout, site: int) -> Place:
+    """Where ``site`` acts; ``KernelError`` when it does not exist or no op serves it."""
+    if not 0 <= site < len(layout.places):
+        raise KernelError(f"the adapter names site {site}; the program has {len(layout.places)}.", param="site")
+    place = layout.places[site]
+    if place is None:
+        raise KernelError(f"no op serves site {site}.", param="site")
+    return place
+
+
+def check_served(place: Place, part: Part) -> None:
+    """``KernelError`` (``param``: the kind or the module) unless kernels serve ``part`` and it fits its place."""
+    if not isinstance(part, LowRank) or part.a.ndim == 3:
+        what = "low_rank with an expert axis" if isinstance(part, LowRank) else kind_of(part)
+        raise KernelError(f"site {place.module}: no kernel serves the adapter part {what!r}.", param=what)
+    a, b = part.a.shape, part.b.shape
+    if not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (place.inputs, place.outputs)):
+        want = f"[r, {place.inputs}] and [{place.outputs}, r]"
+        raise KernelError(f"site {place.module}: A {list(a)}, B {list(b)}; expected {want}.", param=place.module)
+    for array in (part.a, part.b):
+        if dtype_name(array) == "I32":
+            raise KernelError(f"site {place.module}: an adapter's matrix is int32.", param="dtype")
+
+
+def dtype_name(array: Array) -> str:
+    """``F32``, ``F16``, ``BF16`` or ``I32``; ``KernelError`` for any other dtype."""
+    for name, dtype in DTYPES.items():
+        if array.dtype == dtype:
+            return name
+    raise KernelError(f"an adapter image holds {', '.join(DTYPES)}, not {array.dtype}.", param="dtype")
+
+
+class _Shared:
+    """Arrays as ``PackedTensor``: the same object for the same array. ``convert``: to float32."""
+
+    def __init__(self, *, convert: bool) -> None:
+        self._convert = convert
+        self._made: dict[int, PackedTensor] = {}
+
+    def of(self, array: Array) -> PackedTensor:
+        if id(array) not in self._made:
+            stored = dtype_name(array)
+            dtype = "F32" if self._convert and stored != "I32" else stored
+            nbytes = array.size * DTYPES[dtype].itemsize
+
+            def write(to: npt.NDArray[np.uint8], array: Array = array, dtype: str = dtype) -> None:
+                to.view(DTYPES[dtype]).reshape(array.shape)[...] = array
+
+            self._made[id(array)] = PackedTensor(dtype, array.shape, nbytes, write)
+        return self._made[id(array)]
+
+
+def _stored(part: Part, tensors: _Shared) -> tuple[str, float, tuple[PackedTensor, ...]]:
+    scale = part.scale if isinstance(part, LowRank) else 1.0
+    return kind_of(part), scale, tuple(tensors.of(array) for array in tensors_of(part))
+
+
+# ---- images: one block of bytes and a table
+
+SITE, KIND, SCALE, TENSORS = range(4)
+DTYPE, OFFSET, NBYTES, SHAPE = range(4)
+MAX_TENSORS, MAX_AXES = 2, 3
+TENSOR_COLUMNS = SHAPE + MAX_AXES
+COLUMNS = TENSORS + MAX_TENSORS * TENSOR_COLUMNS
+"""A row of a table, int64: site, kind, scale (the bits of a float64), then per tensor dtype, offset from the start of
+the data, bytes, and its axes (0: none). ``native/adapters.h`` reads the same columns."""
+
+
+@dataclass(frozen=True)
+class AdapterImage:
+    """An adapter as an executable reads it.
+
+    ``generation`` is the content hash, ``nbytes`` what the budget is charged, ``layout`` the name of the layout it was
+    packed for. ``table`` is int64 ``[parts, COLUMNS]`` over ``data``, uint8, which begins on a line of 64 bytes. Memory
+    returns with the last reference to ``data``.
+    """
+
+    generation: str
+    rank: int
+    nbytes: int
+    layout: str
+    table: npt.NDArray[np.int64]
+    data: npt.NDArray[np.uint8]
+
+    def sites(self) -> tuple[SiteTensors, ...]:
+        """Its parts as views of ``data``: of an image whose layout keeps tensors as they are (not ``panels``).
+
+        Raises:
+            KernelError: A row that does not hold together; its numbers are not believed.
+        """
+        if self.layout.startswith("panels"):
+            raise KernelError("an image in panels has no tensors to show.", param="layout")
+        made: dict[int, list[Part]] = {}
+        for row in self.table.tolist():
+            made.setdefault(row[SITE], []).append(self._part(row))
+        return tuple(SiteTensors(site, tuple(parts)) for site, parts in made.items())
+
+    def _part(self, row: list[int]) -> Part:
+        kind = tuple(KINDS.values())[row[KIND]]
+        arrays = [self._array(row[at : at + TENSOR_COLUMNS]) for at in range(TENSORS, COLUMNS, TENSOR_COLUMNS)]
+        found = [array for array in arrays if array is not None]
+        if kind is LowRank and len(found) == 2:
+            return LowRank(found[0], found[1], float(np.int64(row[SCALE]).view(np.float64)))
+        if kind is LowRank or len(found) != len(fields(kind)):
+            raise KernelError(f"site {row[SITE]}: a part has {len(found)} tensors.", param="table")
+        make: Callable[..., Part] = kind
+        return make(*found)
+
+    def _array(self, columns: list[int]) -> Array | None:
+        shape = tuple(n for n in columns[SHAPE:] if n)
+        if not shape:
+            return None
+        dtype = DTYPES[_DTYPE_NAMES[columns[DTYPE]]]
+        count, nbytes, offset = int(np.prod(shape, dtype=object)), columns[NBYTES], columns[OFFSET]
+        if count * dtype.itemsize != nbytes:
+            raise KernelError(f"a tensor of shape {list(shape)} in {nbytes} bytes.", param="table")
+        return self.data[offset : offset + nbytes].view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class PlacedParts:
+    """Packed parts with their places in an image: the table, and what to write where."""
+
+    table: npt.NDArray[np.int64]
+    data_bytes: int
+    tensors: tuple[tuple[int, PackedTensor], ...]
+
+    def write(self, data: npt.NDArray[np.uint8]) -> None:
+        """Fill ``data``, uint8 ``[data_bytes]`` of zeros."""
+        for offset, tensor in self.tensors:
+            tensor.write(data[offset : offset + tensor.nbytes])
+
+
+def place(parts: Sequence[PackedPart]) -> PlacedParts:
+    """Give every distinct tensor its offset, in the order of the parts."""
+    kinds = tuple(KINDS)
+    table = np.zeros((len(parts), COLUMNS), np.int64)
+    offsets: dict[int, int] = {}
+    tensors: list[tuple[int, PackedTensor]] = []
+    end = 0
+    for row, part in zip(table, parts, strict=True):
+        row[SITE], row[KIND] = part.site, kinds.index(part.kind)
+        row[SCALE] = np.float64(np.float32(part.scale)).view(np.int64)
+        for number, tensor in enumerate(part.tensors):
+            if id(tensor) not in offsets:
+                offsets[id(tensor)] = end
+                tensors.append((end, tensor))
+                end += -(-tensor.nbytes // ALIGN) * ALIGN
+            columns = row[TENSORS + number * TENSOR_COLUMNS :]
+            columns[:SHAPE] = _DTYPE_NAMES.index(tensor.dtype), offsets[id(tensor)], tensor.nbytes
+            columns[SHAPE : SHAPE + len(tensor.shape)] = tensor.shape
+    return PlacedParts(table, end, tuple(tensors))
+
+
+def make_image(layout: AdapterLayout, sites: Iterable[SiteTensors], *, generation: str) -> AdapterImage:
+    """An image in memory of its own; ``lora/image.py`` makes files. Raises ``KernelError``: see ``pack``."""
+    parts = pack(layout, sites)
+    placed = place(parts)
+    memory = np.zeros(placed.data_bytes + ALIGN, np.uint8)
+    start = -memory.ctypes.data % ALIGN
+    data = memory[start : start + placed.data_bytes]
+    placed.write(data)
+    rank = max((part.tensors[0].shape[0] for part in parts if part.kind == LOW_RANK), default=0)
+    return AdapterImage(generation, rank, placed.data_bytes, layout.name, placed.table, data)
+
+
+def require_served(image: AdapterImage, layout: AdapterLayout) -> None:
+    """``KernelError`` unless ``image`` was packed for ``layout``, of parts that its kernels serve."""
+    if image.layout != layout.name:
+        raise KernelError(
+            f"the adapter was packed for {image.layout!r}; this executable reads {layout.name!r}. Load it again.",
+            param="layout",
+        )
+    if (others := image.table[:, KIND]).any():
+        kind = tuple(KINDS)[int(others.max())]
+        raise KernelError(f"no kernel serves the adapter part {kind!r}.", param=kind)

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from truffula.kernels.adapters import AdapterImage as AdapterImage
+from truffula.kernels.adapters import AdapterLayout
 from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Program, WeightDecl
 
@@ -57,34 +59,6 @@ class MemoryPlan:
         """All but the pool that KV blocks and adapters share: the scratch block of each KV group is in it."""
         parts = self.weight_bytes, self.arena_bytes, self.logits_bytes, self.state_bytes
         return sum(parts) + sum(self.kv_block_bytes)
-
-
-@dataclass(frozen=True)
-class SiteTensors:
-    """One adapter at one site: A ``[r, I]``, B ``[O, r]`` in their stored dtype (float32, float16 or bfloat16), scale
-    apart.
-
-    Several sites may hold the same A array (a fused module): it is stored once.
-    """
-
-    site: int
-    a: Array
-    b: Array
-    scale: float
-
-
-@dataclass(frozen=True)
-class AdapterImage:
-    """An adapter laid out for an executable: arrays are views of one mapped file that ``close`` releases.
-
-    ``generation`` is the content hash, ``nbytes`` what the budget is charged.
-    """
-
-    generation: str
-    sites: tuple[SiteTensors, ...]
-    nbytes: int
-    rank: int
-    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -158,6 +132,9 @@ class Executable(Protocol):
     samples: SampleInputs
     """Like ``inputs``, for the rows of logits."""
 
+    layout: AdapterLayout
+    """What adapters must be packed for."""
+
     def prepare(self) -> None:
         """Do what makes later steps faster (warm up, capture graphs). Once, before the first ``submit``."""
 
@@ -181,11 +158,14 @@ class Executable(Protocol):
         """float32 copy of what op number ``op`` wrote in the last pass; only when loaded with ``debug=True``."""
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """Bytes that ``adapter(image)`` will hold beside the mapped image (copies in another dtype or layout)."""
+        """Bytes that steps with ``image`` take beside it, where the memory plan does not count them."""
 
     def adapter(self, image: AdapterImage) -> int:
-        """Begin to make an adapter usable; returns its slot. Raises ``KernelError`` on a shape that does not fit its
-        site."""
+        """Begin to make an adapter usable; returns its slot. The image is kept, and read where it lies, until
+        ``drop_adapter``.
+
+        Raises ``KernelError`` for an image of another layout, or one that does not hold together.
+        """
 
     def adapter_ready(self, slot: int) -> bool:
         """Whether the upload that ``adapter`` began has ended, so that a step may use the slot. Never blocks."""
@@ -220,6 +200,9 @@ class Backend(Protocol):
 
     def faster_dtype(self) -> tuple[str, str]:
         """The dtype of ``probe().dtypes`` that it computes faster in here, and why, in words: how ``auto`` chooses."""
+
+    def adapter_layout(self, program: Program) -> AdapterLayout:
+        """How its executables of ``program`` read adapters; the loading worker packs for it."""
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False

@@ -1,4 +1,4 @@
-"""A verdict for every field of an ``adapter_config.json``. One table for the reader, ``inspect`` and the docs.
+"""A verdict for every field of an ``adapter_config.json``: one table for validation, ``inspect`` and the docs.
 
 serve: honoured exactly · check: compared with the tensors · ignore: has no effect on answers · refuse: would change
 them and is not served yet, so an adapter that uses it is refused by the field's name. A field that is not in the table
@@ -25,7 +25,7 @@ MAX_ALPHA = 1e9
 
 @dataclass(frozen=True)
 class FieldRow:
-    """One row of ``inspect``: what a field says, what becomes of it, why, and the way out of a refusal."""
+    """One row of ``inspect``: a field, its value, its verdict, and the reason (of a refusal also what to do)."""
 
     field: str
     value: str
@@ -35,7 +35,7 @@ class FieldRow:
 
 @dataclass(frozen=True)
 class Field:
-    """How one field is treated. ``accepts`` returns the complaint about a value of the wrong kind, or None.
+    """How one field is treated. ``accepts`` returns why a value is of the wrong kind, or None.
 
     ``harmless`` says whether a value of a refused field asks for nothing.
     """
@@ -47,7 +47,7 @@ class Field:
 
 
 def is_empty(value: Any) -> bool:
-    """null, false, 0 or empty: a value that asks for nothing."""
+    """Whether a value is null, false, 0 or empty, and so asks for nothing."""
     return value is None or value is False or value in (0, "", [], {})
 
 
@@ -88,9 +88,9 @@ def _pattern(inner: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         if not isinstance(value, dict):
             return "must be an object of pattern: value"
         for pattern, item in value.items():
-            complaint = inner(item)
-            if complaint is not None:
-                return f"[{pattern!r}] is {item!r:.60}, it {complaint}"
+            reason = inner(item)
+            if reason is not None:
+                return f"[{pattern!r}] is {item!r:.60}, it {reason}"
         return None
 
     return accepts
@@ -109,7 +109,6 @@ def _layers(value: Any) -> str | None:
 
 
 MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
-RETRAIN_WITHOUT_TABLES = "Train again without lm_head and embed_tokens; the linear layers of the decoder are served."
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 # Starts that change the base; PEFT turns the first ones into plain LoRA when saving.
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
@@ -203,11 +202,11 @@ _METHODS: Mapping[str, str] = {
     "XLORA": "mixes adapters per token",
     "POLY": "mixes adapters per task",
 } | dict.fromkeys(_UPDATES, _UPDATE)
-"""The methods of PEFT other than LORA, and what stands against serving each."""
+"""PEFT's methods other than LORA, and why each is not served."""
 
 
 def refuse_method(name: str) -> AdapterError:
-    """The refusal of a ``peft_type`` other than LORA, in words."""
+    """The error for a ``peft_type`` other than LORA."""
     if name in _METHODS:
         what = f"peft_type {name}: {_METHODS[name]}. truffula serves LORA; train with LoraConfig, or {MERGE}."
     else:
@@ -249,7 +248,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _judge_init(value: Any) -> FieldRow:
+def _init_row(value: Any) -> FieldRow:
     if value is None or any(value is plain or (isinstance(plain, str) and value == plain) for plain in PLAIN_INITS):
         return FieldRow("init_lora_weights", _short(value), "check", "the base weights are unchanged")
     if isinstance(value, str) and value.startswith(_CONVERTIBLE_INITS):
@@ -268,32 +267,32 @@ def _judge_init(value: Any) -> FieldRow:
     return FieldRow("init_lora_weights", _short(value), "refuse", note)
 
 
-def _judge_task(value: Any) -> FieldRow:
+def _task_row(value: Any) -> FieldRow:
     if value is None or value in TASKS:
         return FieldRow("task_type", _short(value), "check", FIELDS["task_type"].note)
     return FieldRow("task_type", _short(value), "refuse", "trained for another task than text generation (CAUSAL_LM)")
 
 
-def _judge_field(name: str, value: Any) -> FieldRow:
+def _field_row(name: str, value: Any) -> FieldRow:
     if name == "init_lora_weights":
-        return _judge_init(value)
+        return _init_row(value)
     if name == "task_type":
-        return _judge_task(value)
+        return _task_row(value)
     field = FIELDS.get(name)
     if field is None:
         if is_empty(value):
             return FieldRow(name, _short(value), "ignore", "unknown, and empty")
         note = "unknown to truffula: it may change the answers; remove it only if you know that it does not"
         return FieldRow(name, _short(value), "refuse", note)
-    complaint = field.accepts(value)
-    if complaint is not None:
-        return FieldRow(name, _short(value), "refuse", complaint)
+    reason = field.accepts(value)
+    if reason is not None:
+        return FieldRow(name, _short(value), "refuse", reason)
     if field.verdict == "refuse" and field.harmless(value):
         return FieldRow(name, _short(value), "ignore", "has no effect on the text")
     return FieldRow(name, _short(value), field.verdict, field.note)
 
 
-def judge_fields(config: Mapping[str, Any]) -> list[FieldRow]:
+def field_rows(config: Mapping[str, Any]) -> list[FieldRow]:
     """A row per field that the file has, refusals included; never raises."""
     rows = []
     kind = config.get("peft_type")
@@ -301,14 +300,14 @@ def judge_fields(config: Mapping[str, Any]) -> list[FieldRow]:
         rows.append(FieldRow("peft_type", "", "refuse", "missing; PEFT writes LORA here"))
     elif kind != "LORA":
         rows.append(FieldRow("peft_type", _short(kind), "refuse", refuse_method(str(kind)[:60]).message.rstrip(".")))
-    rows += [_judge_field(name, value) for name, value in config.items() if name != "peft_type" or kind == "LORA"]
+    rows += [_field_row(name, value) for name, value in config.items() if name != "peft_type" or kind == "LORA"]
     missing = "missing, so the scale is unknown; PEFT writes this field"
     rows += [FieldRow(name, "", "refuse", missing) for name in ("r", "lora_alpha") if name not in config]
     return rows + _contradictions(config)
 
 
 def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
-    """Pairs of fields that PEFT refuses together."""
+    """Rows for pairs of fields that PEFT refuses together."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     rows = []
     if isinstance(config.get("target_modules"), str) and layers is not None:
@@ -322,7 +321,7 @@ def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """The fields that are served or checked, their kinds known to be right."""
+    """The fields that are served or checked, validated."""
 
     r: int
     lora_alpha: float
@@ -336,13 +335,14 @@ class LoraSettings:
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
-    """What a configuration asks for; ``AdapterError`` naming fields that can't be honoured (``param``: the first)."""
+    """The fields that decide how an adapter is served; ``AdapterError`` names those that are refused (``param``: the
+    first)."""
     if "peft_type" not in config and ("lora_parameters" in config or "fine_tune_type" in config):
         raise AdapterError(
             f"adapter_config.json is MLX's (lora_parameters, fine_tune_type); PEFT's format is served. {MLX}",
             param="peft_type",
         )
-    refused = [row for row in judge_fields(config) if row.verdict == "refuse"]
+    refused = [row for row in field_rows(config) if row.verdict == "refuse"]
     if refused and refused[0].field == "peft_type" and config.get("peft_type") is not None:
         raise refuse_method(str(config["peft_type"])[:60])
     if refused:

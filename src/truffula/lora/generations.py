@@ -192,7 +192,6 @@ class Generations:
         self.evict(entry)
         self._book(entry, None)
         del self._entries[entry.id]
-        entry.image.close()
 
     def touch(self, entry: Generation, now: float) -> None:
         """Record a use or a change of state: moves its bytes to the right account. Stamps never run backwards."""

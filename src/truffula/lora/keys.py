@@ -1,10 +1,10 @@
-"""The names of an adapter's tensors: which half of which module each is, and what the others would have meant.
+"""Parses the names of an adapter's tensors: half A or B of a module, or something that is refused by what it is.
 
-    base_model.model. + module path + .lora_A.weight | .lora_B.weight
+    base_model.model. + module path + .lora_A.weight | .lora_B.weight | .lora_embedding_A | .lora_embedding_B
 
 The prefix may be missing; an adapter's name may stand inside (``.lora_A.default.weight``) when it is the same in every
-key. Tensors of a multimodal model's image and audio parts are left out. All other endings mean something that is not
-served yet, or another format: they are refused by what they are.
+key. Tensors of a multimodal model's image and audio parts are left out. Other endings belong to features that are not
+served yet, or to other formats.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from truffula.errors import AdapterError
-from truffula.lora.fields import MERGE, RETRAIN_WITHOUT_TABLES
+from truffula.lora.fields import MERGE
 from truffula.lora.foreign import MLX, refuse_wrapped
 from truffula.lora.roots import other_part
 
@@ -24,13 +24,15 @@ MAX_KEYS = 200_000
 MAX_KEY_CHARS = 4096
 SHOWN = 10
 
-_HALF = re.compile(r"(?P<module>.+)\.lora_(?P<half>[AB])(?:\.(?P<name>[^.]+))?\.weight\Z")
+_HALF = re.compile(
+    r"(?P<module>.+)\.lora_(?:(?P<half>[AB])(?:\.(?P<name>[^.]+))?\.weight"
+    r"|embedding_(?P<table_half>[AB])(?:\.(?P<table_name>[^.]+))?)\Z"
+)
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
-_TABLE = r"(^|\.)(embed_tokens|lm_head|wte|embed_in)"
+_TABLE_COPY = re.compile(r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in))\.base_layer\.weight\Z")
 
 # Ending → the field of adapter_config.json that writes it, what it is, and the way out.
 _UNSERVED = (
-    (r"\.lora_embedding_[AB](\..+)?$", "target_modules", "LoRA on an embedding table", RETRAIN_WITHOUT_TABLES),
     (
         r"\.lora_magnitude_vector(\..+)?$",
         "use_dora",
@@ -39,12 +41,6 @@ _UNSERVED = (
     ),
     (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias", "a bias on B", f"Train with lora_bias=false, or {MERGE}."),
     (r"\.lora_diag(\..+)?$", "kasa_config", "KaSA's diagonal", f"Train plain LoRA, or {MERGE}."),
-    (
-        _TABLE + r"\.base_layer\.weight$",
-        "save_embedding_layers",
-        "a copy of a base table",
-        "Save the adapter with save_embedding_layers=False.",
-    ),
     (r"\.(base_layer\.)?bias$", "bias", "a trained bias", f"Train with bias='none', or {MERGE}."),
     (
         r"\.token_adapter\.trainable_tokens_delta$",
@@ -84,11 +80,14 @@ _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weig
 
 @dataclass
 class KeyPlan:
-    """Every key accounted for: ``a`` and ``b`` by module path, ``unused`` those without effect when generating,
-    ``left_out`` those of image and audio parts, which text does not pass through."""
+    """Every key accounted for: ``a`` and ``b`` by module path, ``embeddings`` the modules whose halves are of a table,
+    ``copies`` of base tables by module path, ``unused`` those without effect when generating, ``left_out`` those of
+    image and audio parts, which text does not pass through."""
 
     a: dict[str, str] = field(default_factory=dict)
     b: dict[str, str] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    copies: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
@@ -113,7 +112,7 @@ def left_out_words(plan: KeyPlan) -> str:
 
 
 def plan_keys(keys: Sequence[str]) -> KeyPlan:
-    """Sort an adapter's keys; ``AdapterError`` (``param``: an offender) when one is anything but half of a pair."""
+    """An adapter's keys by their meaning; ``AdapterError`` (``param``: a key) for one that is not served."""
     if not keys:
         raise AdapterError(
             "adapter_model.safetensors contains no tensors: the adapter was saved without its weights. Save it again.",
@@ -125,7 +124,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
         raise AdapterError(f"A tensor's name has {len(long)} characters: {long[:80]}...", param=long[:80])
     refuse_wrapped(keys)
     plan = KeyPlan()
-    strange: list[str] = []
+    unexpected: list[str] = []
     infixes: dict[str | None, str] = {}
     for key in keys:
         path = key.removeprefix(PREFIX)
@@ -134,17 +133,30 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
             continue
         found = _HALF.match(path)
         if found is None or re.search(r"(^|\.)experts(\.base_layer)?\Z", found["module"]):
-            (plan.unused if _TRAINING.match(path) else strange).append(key)
+            if (copy := _TABLE_COPY.match(path)) is not None:
+                plan.copies[copy["module"]] = key
+            else:
+                (plan.unused if _TRAINING.match(path) else unexpected).append(key)
             continue
-        infixes.setdefault(found["name"], key)
-        half = plan.a if found["half"] == "A" else plan.b
+        infixes.setdefault(found["name"] or found["table_name"], key)
+        half = plan.a if "A" in (found["half"], found["table_half"]) else plan.b
+        if found["table_half"]:
+            plan.embeddings.add(found["module"])
         if found["module"] in half:
             other = half[found["module"]]
             raise AdapterError(f"{key} and {other} are the same half of one module.", param=key)
         half[found["module"]] = key
-    if strange:
-        raise _strange(strange, len(keys))
+    if unexpected:
+        raise _unexpected(unexpected, len(keys))
     _check_pairs(plan, infixes)
+    if alone := plan.copies.keys() - plan.a.keys():
+        key = plan.copies[min(alone)]
+        raise AdapterError(
+            f"The file contains a copy of a base table (save_embedding_layers) that it has no LoRA for: {key}. Save "
+            "the adapter with save_embedding_layers=False.",
+            param="save_embedding_layers",
+            key=key,
+        )
     return plan
 
 
@@ -169,8 +181,8 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
         )
 
 
-def _strange(keys: list[str], count: int) -> AdapterError:
-    """Say what keys that are not halves of pairs would be."""
+def _unexpected(keys: list[str], count: int) -> AdapterError:
+    """The error for keys that are not halves of pairs: it says what they are."""
     for ending, name, what, way in _UNSERVED:
         hits = [key for key in keys if re.search(ending, key)]
         if hits:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +27,10 @@ import msgspec
 
 from truffula.errors import AdapterLoadError, WireError
 from truffula.frames import Channel, Disconnected
+from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.staging import Staging
+from truffula.lora.tables import BaseTable
 from truffula.lora.worker import VERSION, LoadLimits, LoadRequest, LoadResponse, Setup
 from truffula.types import AdapterRef
 
@@ -166,6 +168,8 @@ class LoadingWorker:
     Args:
         sites: The program's; sent to each worker once.
         model: The base's name, for messages.
+        layout: How the executable reads adapters; sent likewise.
+        tables: Where the base's tables lie, by kind of site.
         limits: Of one load.
         max_workers: Processes at most.
         nice: Added to the workers' niceness.
@@ -182,6 +186,8 @@ class LoadingWorker:
         sites: Sequence[Site],
         *,
         model: str,
+        layout: AdapterLayout = STORED,
+        tables: Mapping[str, BaseTable] | None = None,
         limits: LoadLimits | None = None,
         max_workers: int = 3,
         nice: int = 10,
@@ -199,6 +205,8 @@ class LoadingWorker:
         self._setup = Setup(
             sites=list(sites),
             model=model,
+            layout=layout,
+            tables=dict(tables or {}),
             limits=self._limits,
             offline=offline,
             cache_dir=str(cache_dir) if cache_dir is not None else None,

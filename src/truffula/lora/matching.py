@@ -17,12 +17,12 @@ import numpy as np
 from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.extra_files import extra_file_warnings
-from truffula.lora.fields import RETRAIN_WITHOUT_TABLES, LoraSettings, read_settings
-from truffula.lora.image import DTYPES
+from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
+from truffula.lora.tables import FLOATS, BaseTable
 from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
 
@@ -31,9 +31,10 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What messages say about the base besides its sites."""
+    """The base besides its sites: its name in messages, and where its tables lie (by kind of site)."""
 
     model: str = "the base model"
+    tables: Mapping[str, BaseTable] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,14 @@ class Pair:
 
 
 @dataclass
-class Judged:
-    """What metadata alone decide. ``root`` is the path of the text model in the adapter's names."""
+class ParsedAdapter:
+    """An adapter's pairs, matched with the base from metadata alone. ``root`` is the path of the text model in its
+    names."""
 
     settings: LoraSettings
     root: str
     pairs: list[Pair] = field(default_factory=list)
+    copies: dict[str, str] = field(default_factory=dict)  # kind of a base table -> the key of its copy
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -70,31 +73,31 @@ class Sites:
 
     def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
         self.all = sites
-        self.linear = [site for site in sites if site.kind == "linear"]
-        own = body_of(site.module for site in self.linear)
-        self.tails = frozenset(m.name.removeprefix(own) for site in self.linear for m in site.modules)
-        self.root = root_used(modules, self.tails, own)
+        linear = [site for site in sites if site.kind == "linear"]
+        self._own_root = body_of(site.module for site in linear)
+        self.tails = frozenset(
+            m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules
+        )
+        self.root = root_used(modules, self.tails, self._own_root)
         self.by_name: dict[str, list[tuple[Site, ModuleSlice]]] = {}
-        for site in self.linear:
+        for site in sites:
             for module in site.modules:
-                self.by_name.setdefault(self.root + module.name.removeprefix(own), []).append((site, module))
+                self.by_name.setdefault(self.name_of(site, module), []).append((site, module))
         for parts in self.by_name.values():
             parts.sort(key=lambda part: part[1].lo)
         self.names = frozenset(self.by_name)
-        embeds = {module.name for site in sites if site.kind == "embed" for module in site.modules}
-        self.tables = {self.root + name.removeprefix(own) for name in embeds}
-        self.tables |= {TEXT_ROOTS[self.root]} if any(site.kind == "head" for site in sites) else set()
-        self.fused_leaves = {_leaf(m.name) for site in self.linear for m in site.modules if not _is_own(site, m)}
-        self._own_root = own
+        self.linear_names = frozenset(self.name_of(site, module) for site in linear for module in site.modules)
+        self.layers = 1 + max((site.layer for site in linear if site.layer is not None), default=0)
+        self.fused_leaves = {_leaf(m.name) for site in linear for m in site.modules if not _is_own(site, m)}
 
-    def own_name(self, module: ModuleSlice) -> str:
+    def name_of(self, site: Site, module: ModuleSlice) -> str:
         """A module of a site by the adapter's names."""
-        return self.root + module.name.removeprefix(self._own_root)
+        return TEXT_ROOTS[self.root] if site.kind == "head" else self.root + module.name.removeprefix(self._own_root)
 
 
 @matching_limit()
-def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
-                   all_sites: Sequence[Site], base: BaseFacts) -> Judged:  # fmt: skip
+def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+                   all_sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:  # fmt: skip
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
 
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
@@ -103,7 +106,7 @@ def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
     plan = plan_keys(list(infos))
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
-    judged = Judged(settings, sites.root)
+    parsed = ParsedAdapter(settings, sites.root)
     ranks = PatternTable(settings.rank_pattern, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
     origin = _origin(config)
@@ -114,22 +117,23 @@ def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
         scale = float(np.float32(alpha / (math.sqrt(rank) if settings.use_rslora else rank)))
         pair = Pair(module, infos[key], infos[plan.b[module]], scale, tuple(sites.by_name[module]))
         _check_shapes(pair, rank, base, origin)
-        judged.pairs.append(pair)
-    _check_sites_once(judged.pairs)
-    _cross_check(judged, Targets(settings, sites.names), sites, plan)
-    judged.warnings += left_out_warnings(plan)
+        parsed.pairs.append(pair)
+    _check_sites_once(parsed.pairs)
+    _cross_check(parsed, Targets(settings, sites.linear_names), sites, plan)
+    parsed.copies = {sites.by_name[module][0][0].kind: key for module, key in plan.copies.items()}
+    parsed.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
-            judged.warnings.append(
+            parsed.warnings.append(
                 f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
                 "counts. PEFT sorts patterns when it saves, so training may have used the other."
             )
         if unused := table.unused(_left_out(plan)):
-            judged.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
+            parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
-        judged.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
-    judged.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
-    return judged
+        parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
+    parsed.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
+    return parsed
 
 
 def left_out_warnings(plan: KeyPlan) -> list[str]:
@@ -143,8 +147,8 @@ def left_out_warnings(plan: KeyPlan) -> list[str]:
 
 
 def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
-    """Every half of a pair must have values, of a dtype that is served. Raises ``AdapterError`` naming the tensor."""
-    halves = [*plan.a.values(), *plan.b.values()]
+    """Every tensor that is read must have values, of a dtype that is served. Raises ``AdapterError`` naming it."""
+    halves = [*plan.a.values(), *plan.b.values(), *plan.copies.values()]
     if empty := [key for key in halves if 0 in infos[key].shape]:
         raise AdapterError(
             f"{len(empty)} of {len(halves)} tensors hold no values: {listed(empty)}. DeepSpeed ZeRO-3 leaves such "
@@ -154,7 +158,7 @@ def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
             count=len(empty),
         )
     for key in halves:
-        if infos[key].dtype not in DTYPES:
+        if infos[key].dtype not in FLOATS:
             raise AdapterError(
                 f"{key} is {infos[key].dtype}; supported are F32, F16 and BF16. Save the adapter in one of these.",
                 param=key,
@@ -174,16 +178,18 @@ def _origin(config: Mapping[str, Any]) -> str:
 
 
 def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) -> None:
-    """Every module of the file must be a linear layer of the base."""
-    heads = set(TEXT_ROOTS.values())
-    tables = [module for module in plan.a if module in sites.tables or module in heads]
-    if tables:
-        raise _no_tables(tables, plan.a[tables[0]])
+    """Every module of the file must be a linear layer or a table of the base."""
     unknown = [module for module in plan.a if module not in sites.by_name]
     if unknown:
         raise _unknown(unknown, plan, sites, base, origin)
     for module in plan.a:
         parts = sites.by_name[module]
+        if (parts[0][0].kind == "embed") != (module in plan.embeddings):
+            raise AdapterError(
+                f"{plan.a[module]}: LoRA on an embedding is saved as lora_embedding_A and lora_embedding_B, on a "
+                "linear layer as lora_A.weight and lora_B.weight. The adapter was made for another base.",
+                param=plan.a[module],
+            )
         edges = [0, *(part.hi for _, part in parts)]
         if any(part.lo != edge or part.of != parts[0][1].of for (_, part), edge in zip(parts, edges, strict=False)) or (
             edges[-1] != parts[0][1].of
@@ -198,7 +204,6 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
     every = "None of its modules is" if len(unknown) == len(plan.a) else f"{len(unknown)} of {len(plan.a)} {some} not"
     what = f"{every} in {base.model}: {listed(keys)}."
     prefixes = {found[0] for module in unknown if (found := tail_of(module, sites.tails))}
-    layers = 1 + max((site.layer for site in sites.linear if site.layer is not None), default=0)
     highest = max((int(index[1]) for module in unknown if (index := _LAYER.search(module))), default=0)
     if prefixes and len(unknown) < len(plan.a):
         seen = listed(map(repr, {*prefixes, sites.root}))
@@ -211,25 +216,15 @@ def _unknown(unknown: list[str], plan: KeyPlan, sites: Sites, base: BaseFacts, o
             f"They begin with {listed(map(repr, prefixes))}, which is none of the prefixes known for the text model of "
             f"a class ({known}). If it is the same text model, rename the tensors to begin with {sites.root!r}."
         )
-    elif highest >= layers:
-        why = (
-            f"The adapter has a layer {highest}, the base only {layers} layers: it was made for another base. {origin}"
-        )
+    elif highest >= sites.layers:
+        depth = f"The adapter has a layer {highest}, the base only {sites.layers} layers"
+        why = f"{depth}: it was made for another base. {origin}"
     elif len(unknown) == len(plan.a):
-        example = min(sites.names, default="none")
+        example = min(sites.linear_names, default="none")
         why = f"The base has modules such as {example}: the adapter was made for another base. {origin}"
     else:
         why = f"The base has no such layers. {origin}"
     return AdapterError(f"{what} {why}", param=min(keys))
-
-
-def _no_tables(tables: list[str], key: str) -> AdapterError:
-    return AdapterError(
-        f"LoRA on the output head or the embedding ({listed(tables)} in target_modules) is not served yet. "
-        f"{RETRAIN_WITHOUT_TABLES}",
-        param="target_modules",
-        key=key,
-    )
 
 
 def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
@@ -256,7 +251,7 @@ def _check_shapes(pair: Pair, rank: int, base: BaseFacts, origin: str) -> None:
 
 
 def _check_sites_once(pairs: Sequence[Pair]) -> None:
-    """A site addressed by two names (its own and a fused one) would be ambiguous."""
+    """Each site is adapted by one pair: its own name and a fused one would be ambiguous."""
     owner: dict[int, Pair] = {}
     for pair in pairs:
         for site, _ in pair.parts:
@@ -267,15 +262,13 @@ def _check_sites_once(pairs: Sequence[Pair]) -> None:
                 )
 
 
-def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
-    """Configuration and file must name the same modules, both ways."""
-    covered = {site.id for pair in judged.pairs for site, _ in pair.parts}
-    if judged.settings.target_modules is None:
-        judged.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
+def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: KeyPlan) -> None:
+    """Every module of the file is targeted by the configuration, and every targeted module is in the file."""
+    covered = {site.id for pair in parsed.pairs for site, _ in pair.parts}
+    if parsed.settings.target_modules is None:
+        parsed.warnings.append("target_modules is null; the tensors alone determine which modules are adapted.")
         return
-    if tables := [table for table in sites.tables if targets.targeted(table)]:
-        raise _no_tables(tables, "target_modules")
-    stray = [pair.a.name for pair in judged.pairs if not targets.targeted(pair.module)]
+    stray = [pair.a.name for pair in parsed.pairs if not targets.targeted(pair.module)]
     if stray:
         raise AdapterError(
             f"Tensors for modules that the configuration does not target (target_modules, exclude_modules, "
@@ -283,12 +276,12 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
             param="target_modules",
             key=stray[0],
         )
-    fused = sites.fused_leaves & {_leaf(pair.module) for pair in judged.pairs}
-    if isinstance(judged.settings.target_modules, tuple):
-        fused |= sites.fused_leaves & {_leaf(entry) for entry in judged.settings.target_modules}
+    fused = sites.fused_leaves & {_leaf(pair.module) for pair in parsed.pairs}
+    if isinstance(parsed.settings.target_modules, tuple):
+        fused |= sites.fused_leaves & {_leaf(entry) for entry in parsed.settings.target_modules}
     missing = [
-        sites.own_name(site.modules[0])
-        for site in sites.linear
+        sites.name_of(site, site.modules[0])
+        for site in sites.all
         if site.id not in covered and any(targets.targeted(name) for name in _names_in_use(site, fused, sites))
     ]
     if missing:
@@ -299,7 +292,7 @@ def _cross_check(judged: Judged, targets: Targets, sites: Sites, plan: KeyPlan) 
             modules=sorted(missing)[:10],
         )
     if unused := targets.unused_entries(sites.names | _left_out(plan)):
-        judged.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
+        parsed.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
 
 
 def _leaf(module: str) -> str:
@@ -316,4 +309,4 @@ def _names_in_use(site: Site, fused: set[str], sites: Sites) -> list[str]:
     the adapter tells which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
     """
     whole = [m for m in site.modules if not _is_own(site, m) and _leaf(m.name) in fused]
-    return [sites.own_name(m) for m in whole or [m for m in site.modules if _is_own(site, m)]]
+    return [sites.name_of(site, m) for m in whole or [m for m in site.modules if _is_own(site, m)]]

@@ -1,8 +1,8 @@
-"""Reading and judging a PEFT LoRA adapter: it is served exactly, or refused with the field or tensor that is wrong.
+"""Reads and validates a PEFT LoRA adapter: it is served exactly, or refused with the field or tensor that is wrong.
 
 PEFT creates modules from the configuration and fills them from the file, silently where they disagree. Here the tensors
 lead: every key must be half of a pair on a module of this base, the configuration gives ranks and scales and must name
-exactly those modules, and every number must be finite. What passes is laid out per site, bits unchanged, scale apart.
+exactly those modules, and every number must be finite. A valid adapter is given per site, bits unchanged, scale apart.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from truffula.errors import AdapterError, CheckpointError, ErrorInfo, InsufficientMemory, TruffulaError
-from truffula.kernels.backend import Array, SiteTensors
+from truffula.kernels.adapters import SiteTensors, low_rank
+from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
 from truffula.lora.extra_files import extra_file_warnings
-from truffula.lora.fields import FieldRow, judge_fields, parse_config, read_settings
+from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
 from truffula.lora.folder import AdapterFolder
-from truffula.lora.image import image_nbytes
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
-from truffula.lora.matching import Judged, Pair, check_values, judge_metadata, left_out_warnings
+from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
 from truffula.lora.paths import TENSORS, OpenFolder
+from truffula.lora.tables import check_copies
 from truffula.weights.finite import first_non_finite
 
 _ZERO_CHUNK = 1 << 20
@@ -30,9 +31,9 @@ _ZERO_CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """An adapter that may be served. ``sites`` hold views of the mapped file: lay them out before closing anything.
+    """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules, ``nbytes`` of its tensors laid out;
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules, ``nbytes`` of its tensors as stored;
     ``report`` a row per field and one for the tensors, ``warnings`` are for the operator.
     """
 
@@ -56,7 +57,7 @@ class AdapterReport:
     modules: int = 0
 
 
-def judge_adapter(
+def validate_adapter(
     folder: Path | OpenFolder,
     sites: Sequence[Site],
     *,
@@ -73,20 +74,22 @@ def judge_adapter(
     files = AdapterFolder(folder, max_file_bytes)
     try:
         config = parse_config(files.config_bytes)
-        judged = judge_metadata(files.opened, files.tensors.tensors, config, sites, base)
-        _check_size(judged.pairs, max_bytes)
-        tensors, zero = _read_tensors(files, judged.pairs)
-        warnings = list(judged.warnings)
+        parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base)
+        check_size(stored_bytes(parsed.pairs), max_bytes)
+        copies = {kind: (key, files.tensors.read(key)) for kind, key in parsed.copies.items()}
+        check_copies(copies, base.tables)
+        tensors, zero = _read_tensors(files, parsed.pairs)
+        warnings = list(parsed.warnings)
         if zero:
-            warnings.append(f"{len(zero)} of {len(judged.pairs)} modules are zero and change nothing: {listed(zero)}.")
-        laid = _lay_out(judged.pairs, tensors)
+            warnings.append(f"{len(zero)} of {len(parsed.pairs)} modules are zero and change nothing: {listed(zero)}.")
+        laid = _lay_out(parsed.pairs, tensors)
         generation = files.generation()
         return PeftAdapter(
             generation=generation,
-            rank=judged.rank,
-            nbytes=image_nbytes(laid),
+            rank=parsed.rank,
+            nbytes=stored_bytes(parsed.pairs),
             sites=laid,
-            report=(*judge_fields(config), _tensor_row(judged)),
+            report=(*field_rows(config), _tensor_row(parsed)),
             warnings=tuple(warnings),
         )
     except CheckpointError as error:
@@ -96,31 +99,30 @@ def judge_adapter(
 
 
 def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: BaseFacts | None = None) -> AdapterReport:
-    """How each field is treated, without reading tensor data; milliseconds for any size. Without ``sites`` no base is
-    compared.
+    """How each field is treated, from metadata alone: milliseconds for any size. Without ``sites`` no base is compared.
 
-    Raises only when there is nothing to report on (no folder, no files, a configuration that is no JSON object); all
-    else is in the report.
+    Raises only when there is nothing to report on (no folder, no files, a configuration that is not a JSON object); any
+    other error is in the report.
     """
     files = AdapterFolder(folder)
     try:
         config = parse_config(files.config_bytes)
-        rows = judge_fields(config)
+        rows = field_rows(config)
         try:
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            judged = judge_metadata(files.opened, files.tensors.tensors, config, sites, base or BaseFacts())
+            parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
-        nbytes = sum(pair.a.nbytes + pair.b.nbytes for pair in judged.pairs)
-        report = (*rows, _tensor_row(judged))
-        return AdapterReport(report, tuple(judged.warnings), None, judged.rank, nbytes, len(judged.pairs))
+        nbytes = stored_bytes(parsed.pairs)
+        report = (*rows, _tensor_row(parsed))
+        return AdapterReport(report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs))
     finally:
         files.close()
 
 
 def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
-    """What can be said without a base."""
+    """The report without a base."""
     read_settings(config)
     infos = files.tensors.tensors
     plan = plan_keys(list(infos))
@@ -134,8 +136,13 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 
-def _check_size(pairs: Sequence[Pair], max_bytes: int | None) -> None:
-    needed = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+def stored_bytes(pairs: Sequence[Pair]) -> int:
+    """Bytes of the file's tensors that are served."""
+    return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+
+
+def check_size(needed: int, max_bytes: int | None) -> None:
+    """``InsufficientMemory`` when an adapter takes more bytes than it may."""
     if max_bytes is not None and needed > max_bytes:
         raise InsufficientMemory(
             f"The adapter takes {needed} bytes and adapters may use {max_bytes}. "
@@ -185,7 +192,7 @@ def _lay_out(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteT
     def of_pair(pair: Pair) -> Iterator[SiteTensors]:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
         for site, part in pair.parts:
-            yield SiteTensors(site.id, a, b[part.lo : part.hi], pair.scale)
+            yield low_rank(site.id, a, b[part.lo : part.hi], pair.scale)
 
     return tuple(sorted((s for pair in pairs for s in of_pair(pair)), key=lambda s: s.site))
 
@@ -195,9 +202,11 @@ def _numbers(values: Iterable[float]) -> str:
     return ", ".join(f"{value:g}" for value in every[:8]) + (", …" if len(every) > 8 else "")
 
 
-def _tensor_row(judged: Judged) -> FieldRow:
-    pairs = judged.pairs
-    nbytes = sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
+def _tensor_row(parsed: ParsedAdapter) -> FieldRow:
+    pairs = parsed.pairs
+    nbytes = stored_bytes(pairs)
     dtypes = ", ".join(sorted({info.dtype for pair in pairs for info in (pair.a, pair.b)}))
     note = f"ranks {_numbers([p.rank for p in pairs])}; scales {_numbers([p.scale for p in pairs])}; {dtypes}"
+    if parsed.copies:
+        note += f"; copies of base tables ({listed(parsed.copies.values())}) are compared with the base at loading"
     return FieldRow("tensors", f"{len(pairs)} pairs, {nbytes} bytes", "serve", note)

@@ -42,10 +42,12 @@ def body_of(modules: Iterable[str]) -> str:
 
 
 def root_used(modules: Collection[str], tails: Collection[str], own: str) -> str:
-    """The text root that most of an adapter's ``modules`` have before one of the base's ``tails``; ``own`` on a tie."""
+    """The text root that most of an adapter's ``modules`` have before one of the base's ``tails``, or whose head they
+    are; ``own`` on a tie."""
 
     def hits(root: str) -> int:
-        return sum(module.startswith(root) and module[len(root) :] in tails for module in modules)
+        head = TEXT_ROOTS.get(root) in modules
+        return head + sum(module.startswith(root) and module[len(root) :] in tails for module in modules)
 
     return max((own, *TEXT_ROOTS), key=hits)
 

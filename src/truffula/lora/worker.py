@@ -28,13 +28,15 @@ import msgspec
 
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError, WireError
 from truffula.frames import Channel, Disconnected, Frame
+from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.folder import open_folder
 from truffula.lora.hub import download
-from truffula.lora.image import write_image
+from truffula.lora.image import ImageWriter
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
-from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.peft import BaseFacts, check_size, validate_adapter
 from truffula.lora.staging import remove_abandoned, sweep
+from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
 VERSION = 2
@@ -63,6 +65,8 @@ class Setup(Frame, frozen=True, kw_only=True):
     sites: list[Site]
     model: str
     limits: LoadLimits
+    layout: AdapterLayout = STORED
+    tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
     offline: bool = False
     cache_dir: str | None = None
 
@@ -170,15 +174,17 @@ def load(
         with contextlib.closing(open_folder(folder, root)) as opened:
             before = opened.fingerprint()
             on_files(_files_nbytes(opened))
-            adapter = judge_adapter(
+            adapter = validate_adapter(
                 opened,
                 setup.sites,
-                base=BaseFacts(model=setup.model),
+                base=BaseFacts(model=setup.model, tables=setup.tables),
                 max_bytes=setup.limits.image_bytes,
                 max_file_bytes=setup.limits.file_bytes,
             )
-            path = _new_file(request, staging, adapter.nbytes)
-            nbytes = write_image(adapter, path)
+            image = ImageWriter(adapter, setup.layout)
+            check_size(image.nbytes, setup.limits.image_bytes)
+            path = _new_file(request, staging, image.nbytes)
+            image.write(path)
             if opened.fingerprint() != before:
                 # The image was copied from a mapping of the file: if that was written to, it is not what was validated.
                 path.unlink()
@@ -202,7 +208,7 @@ def load(
         ticket=request.ticket,
         image_path=str(path),
         generation=adapter.generation,
-        nbytes=nbytes,
+        nbytes=image.nbytes,
         rank=adapter.rank,
         commit=folder.name if request.ref.kind == "hub" else "",  # the cache names its snapshots so
         warnings=adapter.warnings,

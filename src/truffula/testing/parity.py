@@ -6,8 +6,7 @@ first op, in program order, whose error is above the tolerance: what comes befor
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import InvalidRequest
-from truffula.kernels.backend import AdapterImage, Array, Backend, Executable, as_array
+from truffula.kernels.adapters import SiteTensors, make_image
+from truffula.kernels.backend import Array, Backend, Executable, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
-from truffula.lora.image import map_image, write_image
-from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.peft import BaseFacts, validate_adapter
+from truffula.lora.tables import BaseTable, base_tables
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
@@ -39,7 +39,7 @@ DEFAULT_PROMPTS = (
 # Of a value, against its own size plus the root mean square of its row (a few columns are a thousand times the rest and
 # round as coarsely). Over SmolLM2's thirty layers harmless float32 differences reach 3e-5.
 TOLERANCE = 3e-4
-# Two logits this close are a tie that rounding may break either way: such a step is counted, not judged.
+# Two logits this close are a tie that rounding may break either way: such a step is counted, not adapter.
 NEAR_TIE = 1e-4
 
 
@@ -49,7 +49,7 @@ class Perturbation:
 
     program: Callable[[Program], Program] = lambda program: program
     weight: Callable[[WeightDecl, Sequence[Array]], Sequence[Array]] = lambda decl, parts: parts
-    image: Callable[[AdapterImage], AdapterImage] = lambda image: image
+    adapter: Callable[[Sequence[SiteTensors]], Sequence[SiteTensors]] = lambda sites: sites
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,8 @@ def verify_model(
         capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
         executable = _load(chosen, checkpoint, plan, program, dtype, capacity, change)
         try:
-            slot = None if adapter is None else attach(executable, adapter, program, change)
+            tables = base_tables(plan.program, checkpoint)
+            slot = None if adapter is None else attach_folder(executable, adapter, program, tables, change)
             oracle = oracle or Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
             comparison = _Comparison(program)
             for ids in sequences:
@@ -186,12 +187,17 @@ def _load(
     return executable
 
 
-def attach(executable: Executable, folder: Path, program: Program, change: Perturbation = Perturbation()) -> int:
-    """The slot of the PEFT adapter in ``folder``, judged as a server does."""
-    judged = judge_adapter(folder, program.sites, base=BaseFacts(program.name))
-    with tempfile.TemporaryDirectory() as scratch:
-        write_image(judged, Path(scratch) / "adapter")
-        return executable.adapter(change.image(map_image(Path(scratch) / "adapter")))
+def attach_folder(
+    executable: Executable,
+    folder: Path,
+    program: Program,
+    tables: Mapping[str, BaseTable],
+    change: Perturbation = Perturbation(),
+) -> int:
+    """The slot of the PEFT adapter in ``folder``, adapter as a server does."""
+    adapter = validate_adapter(folder, program.sites, base=BaseFacts(program.name, tables))
+    sites = change.adapter(adapter.sites)
+    return executable.adapter(make_image(executable.layout, sites, generation=adapter.generation))
 
 
 def prompts_as_ids(

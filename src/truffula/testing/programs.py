@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from truffula.kernels.backend import AdapterImage, PullWeight, QuantisedArray, SiteTensors
+from truffula.kernels.adapters import SiteTensors, low_rank, make_image
+from truffula.kernels.backend import Executable, PullWeight, QuantisedArray
 from truffula.kernels.inputs import StepInputs
 from truffula.kernels.program import Linear, Program, WeightDecl
 from truffula.model.decoder import build_program
@@ -73,9 +74,18 @@ def pull_from(weights: Mapping[str, list[Array]]) -> PullWeight:
     return lambda decl: weights[decl.name]
 
 
+@dataclass(frozen=True)
+class AdapterTensors:
+    """An adapter as trained: what ``lora.image`` writes and ``attach`` packs."""
+
+    generation: str
+    rank: int
+    sites: tuple[SiteTensors, ...]
+
+
 def random_adapter(
     program: Program, *, rank: int = 4, seed: int = 0, dtype: str = "float32", sites: tuple[int, ...] | None = None
-) -> AdapterImage:
+) -> AdapterTensors:
     """An adapter on ``sites`` (None: those of all linear layers) whose effect shows."""
     rng = np.random.default_rng(seed)
     tensors = []
@@ -84,9 +94,13 @@ def random_adapter(
             continue
         a = rng.standard_normal((rank, site.in_features), np.float32) * site.in_features**-0.5
         b = rng.standard_normal((site.out_features, rank), np.float32) * rank**-0.5
-        tensors.append(SiteTensors(site.id, as_dtype(a, dtype), as_dtype(b, dtype), float(rng.uniform(0.2, 0.5))))
-    nbytes = sum(t.a.nbytes + t.b.nbytes for t in tensors)
-    return AdapterImage(generation=f"random-{seed}", sites=tuple(tensors), nbytes=nbytes, rank=rank)
+        tensors.append(low_rank(site.id, as_dtype(a, dtype), as_dtype(b, dtype), float(rng.uniform(0.2, 0.5))))
+    return AdapterTensors(f"random-{seed}", rank, tuple(tensors))
+
+
+def attach(executable: Executable, adapter: AdapterTensors) -> int:
+    """The slot of ``adapter``, packed in this process for ``executable``."""
+    return executable.adapter(make_image(executable.layout, adapter.sites, generation=adapter.generation))
 
 
 @dataclass(frozen=True)

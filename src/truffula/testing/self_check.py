@@ -12,6 +12,7 @@ from truffula.kernels.program import WeightDecl
 from truffula.testing.programs import (
     Array,
     Part,
+    attach,
     decoder_program,
     fill_step,
     random_adapter,
@@ -59,7 +60,7 @@ def _logits(isa: str, dtype: str, kind: str) -> Array:
         max_blocks_per_seq=4,
     )
     executable = CpuBackend(1, isa).load(program, dtype, pull, capacity)
-    slot = executable.adapter(random_adapter(program, dtype="bfloat16"))
+    slot = attach(executable, random_adapter(program, dtype="bfloat16"))
     ids = tuple(range(3, PROMPT + 3))
     parts = [Part(ids, 0, (1, 2, 3), slot, "all"), Part((5, 6, 7), 0, (4,), None, "all")]
     fill_step(executable.inputs, parts, capacity.block_size)

@@ -17,10 +17,11 @@ from truffula.kernels.backend import Array, Backend, QuantisedArray
 from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.program import WeightDecl
 from truffula.kernels.select import Precision, choose_dtype, select_backend
+from truffula.lora.tables import base_tables
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
-from truffula.testing.parity import VerifyReport, attach, describe, prompts_as_ids, verify_model
+from truffula.testing.parity import VerifyReport, attach_folder, describe, prompts_as_ids, verify_model
 from truffula.testing.predictions import Divergence, Divergences, log_softmax
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie
@@ -154,7 +155,8 @@ def _served(
         pull = puller(checkpoint, plan, block_kinds=backend.block_kinds)
         executable = backend.load(plan.program, dtype, lambda decl: change_weight(decl, pull(decl)), capacity)
         try:
-            slot = None if adapter is None else attach(executable, adapter, plan.program)
+            tables = base_tables(plan.program, checkpoint)
+            slot = None if adapter is None else attach_folder(executable, adapter, plan.program, tables)
             for ids in sequences:
                 chosen = Driver(executable, capacity, slot).greedy(ids, new_tokens)[0] if new_tokens else []
                 whole = [*ids, *chosen[:-1]]

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
+from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import BackendProbe, MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
@@ -103,6 +104,9 @@ class CpuBackend:
     def _converts(self) -> bool:
         return bool(self.block_kinds) or self._quantize != "none" or self.probe().isa in ("avx512bf16", "amx")
 
+    def adapter_layout(self, program: Program) -> AdapterLayout:
+        return layout_of(program, "panels")
+
     def faster_dtype(self) -> tuple[str, str]:
         return "bfloat16", "a step reads half as many bytes as in float32"
 
@@ -121,11 +125,15 @@ class CpuBackend:
         arena = plan_arena(program, capacity, reuse=not debug)
         with as_kernel_errors():
             native = self._native(program, dtype, pull, capacity, arena, debug)
+            layout = self.adapter_layout(program)
+            for site, place in enumerate(layout.places):
+                if place is not None:
+                    native.add_site(site=site, op=place.op, first=place.first, outputs=place.outputs)
             native.seal(
                 inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
             )
         return CpuExecutable(
-            native, program, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug
+            native, program, layout, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug
         )
 
     def rounding(self, program: Program, pull: PullWeight) -> Rounding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,20 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
-from truffula.kernels.adapters import AtSlice, by_op
-from truffula.kernels.backend import AdapterImage
+from truffula.kernels.adapters import (
+    OFFSET,
+    SCALE,
+    SHAPE,
+    SITE,
+    TENSORS,
+    AdapterImage,
+    AdapterLayout,
+    require_served,
+)
 from truffula.kernels.cpu.arena import ArenaPlan
-from truffula.kernels.cpu.formats import BF16, F32, LANES, PLANNED_RANK, panel_bytes, panels_of
-from truffula.kernels.cpu.weights import BFLOAT16, STORED, as_bits
+from truffula.kernels.cpu.formats import LANES, PLANNED_RANK
 from truffula.kernels.inputs import Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
-from truffula.kernels.program import Linear, Program
+from truffula.kernels.program import Program
 from truffula.kernels.synchronous import SynchronousExecutable
 
 Array = npt.NDArray[Any]
@@ -28,14 +35,24 @@ class CpuExecutable(SynchronousExecutable):
     """One call of ``run`` is one call into C++, without the GIL. Made by ``CpuBackend.load``."""
 
     def __init__(
-        self, native: Any, program: Program, inputs: StepInputs, samples: SampleInputs, arena: ArenaPlan, *, debug: bool
+        self,
+        native: Any,
+        program: Program,
+        layout: AdapterLayout,
+        inputs: StepInputs,
+        samples: SampleInputs,
+        arena: ArenaPlan,
+        *,
+        debug: bool,
     ) -> None:
         super().__init__(inputs, samples, program.output)
+        self.layout = layout
         self._native = native
         self._program = program
         self._arena = arena
         self._debug = debug
-        self._images: dict[int, AdapterImage] = {}
+        self._slots: set[int] = set()
+        self._op_of_site = np.array([-1 if place is None else place.op for place in layout.places], np.int64)
 
     def run(self) -> None:
         with as_kernel_errors():
@@ -69,80 +86,32 @@ class CpuExecutable(SynchronousExecutable):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """The panels that ``adapter`` makes of it, and what a full step of it needs beyond the plan."""
-        found = by_op(self._program, image)
-        widest = max((sum(panels_of(a.shape[0]) for a in _shrinks(present)) for present in found.values()), default=0)
+        """What products with A of a full step need beyond the plan."""
+        table, ops = image.table, self._op_of_site[image.table[:, SITE]]
+        ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
+        shrinks = np.unique(np.stack([ops, offsets, table[:, SCALE], ranks]), axis=1)
+        widest = int(np.bincount(shrinks[0], -(-shrinks[3] // LANES)).max(initial=0)) * LANES
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
-        return self._bytes(found) + 4 * rows * max(0, LANES * widest - PLANNED_RANK)
-
-    def _bytes(self, found: Mapping[int, Sequence[AtSlice]]) -> int:
-        return sum(self._op_bytes(index, present) for index, present in found.items())
-
-    def _op_bytes(self, index: int, present: Sequence[AtSlice]) -> int:
-        arrays = _shrinks(present)
-        fmt = BF16 if all(a.dtype == BFLOAT16 for a in arrays) else F32
-        total = sum(panels_of(a.shape[0]) * panel_bytes(fmt, a.shape[1]) for a in arrays)
-        for item, tensors in present:
-            fmt = BF16 if tensors.b.dtype == BFLOAT16 else F32
-            # One panel more where the slice begins inside one, and again for a slice over gates and ups.
-            total += (panels_of(item.hi - item.lo) + 1 + self._gated(index)) * panel_bytes(fmt, tensors.b.shape[1])
-        return total
-
-    def _gated(self, index: int) -> bool:
-        op = self._program.ops[index]
-        return isinstance(op, Linear) and op.epilogue.glu
+        return 4 * rows * max(0, widest - PLANNED_RANK)
 
     def adapter(self, image: AdapterImage) -> int:
-        found = by_op(self._program, image)
-        for _, tensors in (item for present in found.values() for item in present):
-            for array in (tensors.a, tensors.b):
-                if array.dtype not in STORED:
-                    raise KernelError(f"the adapter holds {array.dtype.name}.", param="dtype")
+        require_served(image, self.layout)
         with as_kernel_errors():
-            slot: int = self._native.add_adapter(self._bytes(found))
-            try:
-                for index, present in found.items():
-                    self._add_op(slot, index, present)
-            except BaseException:
-                self._native.drop_adapter(slot)
-                raise
-        self._images[slot] = image
+            slot: int = self._native.add_adapter(image.table, image.data)
+        self._slots.add(slot)
         return slot
 
-    def _add_op(self, slot: int, index: int, present: Sequence[AtSlice]) -> None:
-        shared: dict[tuple[int, float], int] = {}  # fused modules share one A
-        shrinks: list[Array] = []
-        scales: list[float] = []
-        of: list[int] = []
-        for _, tensors in present:
-            key = (tensors.a.ctypes.data, tensors.scale)
-            if key not in shared:
-                shared[key] = len(shrinks)
-                shrinks.append(as_bits(tensors.a))
-                scales.append(tensors.scale)
-            of.append(shared[key])
-        self._native.add_adapter_op(
-            slot, index, a=shrinks, scales=scales, b=[as_bits(t.b) for _, t in present], expand_of=of,
-            first_output=[item.lo for item, _ in present],
-        )  # fmt: skip
-
     def drop_adapter(self, slot: int) -> None:
-        if slot not in self._images:
+        if slot not in self._slots:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
         self._native.drop_adapter(slot)
-        self._images.pop(slot).close()
+        self._slots.remove(slot)
 
     def close(self) -> None:
         if self._native is None:
             return
-        for slot in list(self._images):
-            self.drop_adapter(slot)
         self._native = None
-
-
-def _shrinks(present: Sequence[AtSlice]) -> list[Array]:
-    """The distinct A at an op: fused modules share one."""
-    return list({(t.a.ctypes.data, t.scale): t.a for _, t in present}.values())
+        self._slots.clear()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from truffula.errors import ConfigError, KernelError
+from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import BackendProbe, MemoryLimit, MemoryPlan, PullWeight, weight_elements
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity
@@ -82,6 +83,9 @@ class ReferenceBackend:
             state_bytes=capacity.max_seqs * program.state_bytes(width),
         )
 
+    def adapter_layout(self, program: Program) -> AdapterLayout:
+        return layout_of(program, "float32")
+
     def faster_dtype(self) -> tuple[str, str]:
         """A few products are timed in each, which costs about 50 ms."""
         seconds = self.time_products(("float32", "bfloat16"))
@@ -118,7 +122,8 @@ class ReferenceBackend:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             weights = load_weights(program, served, pull, self._device)
-            return ReferenceExecutable(program, served, weights, capacity, self._device, debug=debug)
+            layout = self.adapter_layout(program)
+            return ReferenceExecutable(program, layout, served, weights, capacity, self._device, debug=debug)
 
 
 def _seconds(x: torch.Tensor, weights: list[torch.Tensor], repeats: int) -> float:

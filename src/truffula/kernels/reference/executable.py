@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import AdapterImage
+from truffula.kernels.adapters import AdapterImage, AdapterLayout
 from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.liveness import dead_after, written_by
 from truffula.kernels.program import (
@@ -32,7 +32,7 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import attention, ops
 from truffula.kernels.reference.buffers import Buffers
-from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, converted_bytes, lay_out
+from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, copied_bytes, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
@@ -66,6 +66,7 @@ class ReferenceExecutable(SynchronousExecutable):
     def __init__(
         self,
         program: Program,
+        layout: AdapterLayout,
         dtype: torch.dtype,
         weights: list[Weight],
         capacity: Capacity,
@@ -79,6 +80,7 @@ class ReferenceExecutable(SynchronousExecutable):
             program.output,
         )
         self._sampler = Sampler(capacity.max_seqs, program.vocab_size)
+        self.layout = layout
         self._program = program
         self._dtype = dtype
         self._weights = weights
@@ -86,7 +88,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._buffers = Buffers(program, dtype)
         self._device = device
         self._planes = _planes(program, dtype, capacity, device)
-        self._adapters: dict[int, tuple[AdapterImage, dict[int, OpAdapter]]] = {}
+        self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._free_slots: list[int] = []
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
@@ -127,23 +129,19 @@ class ReferenceExecutable(SynchronousExecutable):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        return converted_bytes(image, self._device)
+        return copied_bytes(image, self._device)
 
     @torch.inference_mode()
     def adapter(self, image: AdapterImage) -> int:
-        laid_out = lay_out(self._program, image, self._device)
+        laid_out = lay_out(image, self.layout, self._device)
         slot = self._free_slots.pop() if self._free_slots else len(self._adapters)
-        self._adapters[slot] = (image, laid_out)
+        self._adapters[slot] = laid_out
         return slot
 
     def drop_adapter(self, slot: int) -> None:
-        found = self._adapters.pop(slot, None)
-        if found is None:
+        if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
         self._free_slots.append(slot)
-        image, laid_out = found
-        laid_out.clear()  # its views first: close() unmaps what they show
-        image.close()
 
     def close(self) -> None:
         if self._closed:
@@ -183,12 +181,12 @@ class ReferenceExecutable(SynchronousExecutable):
             if slot not in self._adapters:
                 raise KernelError(f"segment {g} names adapter slot {slot}, which is empty.", param="seg")
             if lo < hi:
-                made.append(Segment(lo, hi, self._adapters[slot][1], float(self.inputs.seg_weight[g])))
+                made.append(Segment(lo, hi, self._adapters[slot], float(self.inputs.seg_weight[g])))
         return made
 
     def _bind(self, index: int, op: Op) -> Callable[[_Step], None]:
         match op:
-            case Linear() | Logits():
+            case Embed() | Linear() | Logits():
                 return partial(_METHODS[type(op)], self, index, op)
             case _ if type(op) in _METHODS:
                 return partial(_METHODS[type(op)], self, op)
@@ -200,9 +198,15 @@ class ReferenceExecutable(SynchronousExecutable):
     def _get(self, ref: Ref | None) -> Tensor | None:
         return None if ref is None else self._buffers.get(ref)
 
-    def _embed(self, op: Embed, step: _Step) -> None:
+    def _embed(self, index: int, op: Embed, step: _Step) -> None:
         ids = step.token_ids if op.source == "token" else step.position + op.offset
-        self._buffers.put(op.out, ops.embed(self._weights[op.table].whole, ids, op.scale, self._get(op.add)))
+        table = self._weights[op.table].whole
+        rows = table.index_select(0, ids)
+        if any(index in segment.ops for segment in step.segments):
+            rows = rows.float()
+            add_deltas_(rows, ids, index, step.segments)
+        dtype = self._buffers.dtype(op.out)
+        self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype))
 
     def _norm(self, op: Norm, step: _Step) -> None:
         del step

@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truffula.kernels.adapters import AtSlice, by_op
-from truffula.kernels.backend import AdapterImage
-from truffula.kernels.program import Program
-from truffula.kernels.reference.weights import Weight, stacked, view
+from truffula.kernels.adapters import (
+    AdapterImage,
+    AdapterLayout,
+    LowRank,
+    check_place,
+    check_served,
+    require_served,
+)
+from truffula.kernels.reference.weights import Weight, view
 
 
 @dataclass(frozen=True)
 class Expand:
-    """One site's half of an adapter: columns ``h_lo .. h_hi`` of the shrunk rows go to output columns ``lo .. hi``."""
+    """One site's half of an adapter: shrunk rows number ``shrink`` go to output columns ``lo .. hi``."""
 
-    h_lo: int
-    h_hi: int
+    shrink: int
     lo: int
     hi: int
     b: Tensor  # [O, r] float32
@@ -30,9 +33,9 @@ class Expand:
 
 @dataclass(frozen=True)
 class OpAdapter:
-    """One adapter at one op: a single shrink for all its slices, then one expand per slice."""
+    """One adapter at one op: a shrink for each distinct A, then one expand per slice."""
 
-    a_t: Tensor  # [I, Σr] float32, a transposed view
+    shrinks: tuple[Tensor, ...]  # A^T [I, r] float32, transposed views
     expands: tuple[Expand, ...]
 
 
@@ -57,49 +60,50 @@ def base_product(x: Tensor, weight: Weight) -> Tensor:
 def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> None:
     """``y[t] += weight · scale · (x[t] Aᵀ) Bᵀ`` for the rows of each segment whose adapter has op number ``op``.
 
-    ``y`` and ``x`` are float32. Segments may overlap; they are added in order.
+    ``y`` and ``x`` are float32. ``x`` of an embedding is its token ids, int64: a row of Aᵀ is what a one-hot row gives.
+    Segments may overlap; they are added in order.
     """
     for segment in segments:
         found = segment.ops.get(op)
         if found is None:
             continue
-        shrunk = torch.mm(x[segment.lo : segment.hi], found.a_t)
-        if segment.hi - segment.lo == 1:  # a decoding sequence: the matrix-vector product takes 2/3 of addmm's time
-            row, h = y[segment.lo], shrunk[0]
-            for e in found.expands:
-                row[e.lo : e.hi].addmv_(e.b, h[e.h_lo : e.h_hi], alpha=e.scale * segment.weight)
-            continue
-        rows = y[segment.lo : segment.hi]
+        some, rows = x[segment.lo : segment.hi], y[segment.lo : segment.hi]
+        shrunk = [a_t[some] if x.ndim == 1 else torch.mm(some, a_t) for a_t in found.shrinks]
         for e in found.expands:
-            rows[:, e.lo : e.hi].addmm_(shrunk[:, e.h_lo : e.h_hi], e.b.t(), alpha=e.scale * segment.weight)
+            alpha = e.scale * segment.weight
+            if len(rows) == 1:  # a decoding sequence: the matrix-vector product takes 2/3 of addmm's time
+                rows[0, e.lo : e.hi].addmv_(e.b, shrunk[e.shrink][0], alpha=alpha)
+            else:
+                rows[:, e.lo : e.hi].addmm_(shrunk[e.shrink], e.b.t(), alpha=alpha)
 
 
-def converted_bytes(image: AdapterImage, device: torch.device) -> int:
-    """Bytes of the float32 copies that ``lay_out`` makes on ``device``; a shared A counts once."""
-    arrays = {array.ctypes.data: array for site in image.sites for array in (site.a, site.b)}
-    return sum(4 * array.size for array in arrays.values() if device.type != "cpu" or array.dtype != np.float32)
+def copied_bytes(image: AdapterImage, device: torch.device) -> int:
+    """Bytes of the copy that ``lay_out`` makes on ``device``; on the CPU it makes none."""
+    return 0 if device.type == "cpu" else image.data.size
 
 
-def lay_out(program: Program, image: AdapterImage, device: torch.device) -> dict[int, OpAdapter]:
-    """An adapter's tensors on ``device`` by op index, in float32: on the CPU views where they are stored so.
+def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) -> dict[int, OpAdapter]:
+    """An adapter's tensors on ``device`` by op index: on the CPU views of its image, which is in float32.
 
     Raises:
-        KernelError: see ``by_op``.
+        KernelError: See ``require_served``; and an image that does not hold together.
     """
-    return {index: _op_adapter(present, device) for index, present in by_op(program, image).items()}
-
-
-def _op_adapter(present: Sequence[AtSlice], device: torch.device) -> OpAdapter:
-    expands, shrinks = [], []
-    at: dict[int, int] = {}  # address of an A -> its first column: fused modules share one A
-    columns = 0
-    for item, tensors in present:
-        rank = tensors.a.shape[0]
-        address = tensors.a.ctypes.data
-        if address not in at:
-            at[address] = columns
-            shrinks.append(tensors.a)
-            columns += rank
-        b = view(tensors.b).to(device).float()
-        expands.append(Expand(at[address], at[address] + rank, item.lo, item.hi, b, tensors.scale))
-    return OpAdapter(stacked(shrinks).to(device).t(), tuple(expands))
+    require_served(image, layout)
+    shrinks: dict[int, list[Tensor]] = {}
+    expands: dict[int, list[Expand]] = {}
+    at: dict[tuple[int, int], int] = {}  # op and address of an A -> its place: fused modules share one
+    for tensors in image.sites():
+        place = check_place(layout, tensors.site)
+        for part in tensors.parts:
+            check_served(place, part)
+            assert isinstance(part, LowRank)
+            key = (place.op, part.a.ctypes.data)
+            of_op = shrinks.setdefault(place.op, [])
+            if key not in at:
+                at[key] = len(of_op)
+                of_op.append(view(part.a).to(device).t())
+            hi = place.first + place.outputs
+            expands.setdefault(place.op, []).append(
+                Expand(at[key], place.first, hi, view(part.b).to(device), part.scale)
+            )
+    return {op: OpAdapter(tuple(shrinks[op]), tuple(expands[op])) for op in shrinks}

@@ -27,15 +27,15 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return F.relu(x).square()
 
 
-def embed(table: Tensor, ids: Tensor, scale: float | None, add: Tensor | None) -> Tensor:
-    """``[T, D]``: rows of ``table [V, D]``, times ``scale`` rounded to the table's dtype, plus ``add``."""
-    rows = table.index_select(0, ids)
+def embed(rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``[T, D]``: ``rows`` of a table of dtype ``stored`` (with their adapters), times ``scale`` rounded to that dtype,
+    plus ``add``."""
     if scale is None and add is None:
-        return rows
+        return rows.to(dtype)
     out = rows.float()
     if scale is not None:
-        out = out * torch.tensor(scale, dtype=table.dtype).item()
-    return (out if add is None else out + add).to(table.dtype)
+        out = out * torch.tensor(scale, dtype=stored).item()
+    return (out if add is None else out + add).to(dtype)
 
 
 def norm(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +20,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED = ("float32", "float16", "bfloat16")
 
 
-class _Memory:
-    """Shows the memory of ``owners``, which lie one behind the other, as one writable array of ``shape``.
-
-    Writable because torch warns about read-only arrays; nothing here writes to them.
-    """
-
-    def __init__(self, owners: Sequence[Array], shape: tuple[int, ...]) -> None:
-        self.owners = owners
-        first = owners[0]
-        self.__array_interface__ = {
-            **first.__array_interface__, "data": (first.ctypes.data, False), "shape": shape, "strides": None,
-        }  # fmt: skip
-
-
 def view(array: Array) -> Tensor:
     """A tensor over ``array``'s memory, in its dtype, without a copy; keeps the array alive.
 
@@ -51,24 +36,16 @@ def view(array: Array) -> Tensor:
     return torch.from_numpy(_writable(array))
 
 
+class _Memory:
+    """Shows ``owner``'s memory as a writable array: torch warns about read-only ones; nothing here writes to them."""
+
+    def __init__(self, owner: Array) -> None:
+        self.owner = owner
+        self.__array_interface__ = {**owner.__array_interface__, "data": (owner.ctypes.data, False), "strides": None}
+
+
 def _writable(array: Array) -> Array:
-    return array if array.flags.writeable else np.asarray(_Memory([array], array.shape))
-
-
-def stacked(arrays: Sequence[Array]) -> Tensor:
-    """float32 ``[Σ rows, width]``: a view when the arrays are float32 and lie one behind the other, else a copy."""
-    if len(arrays) == 1:
-        return view(arrays[0]).float()
-    together = all(
-        array.dtype == np.float32
-        and array.flags.c_contiguous
-        and array.ctypes.data == arrays[0].ctypes.data + sum(before.nbytes for before in arrays[:index])
-        for index, array in enumerate(arrays)
-    )
-    if not together:
-        return torch.cat([view(array).float() for array in arrays])
-    shape = (sum(len(array) for array in arrays), arrays[0].shape[1])
-    return torch.from_numpy(np.asarray(_Memory(list(arrays), shape)))
+    return array if array.flags.writeable else np.asarray(_Memory(array))
 
 
 @dataclass(frozen=True)

@@ -18,43 +18,6 @@ void require(bool holds, const char* why) {
   if (!holds) refuse(why);
 }
 
-// The next `bytes` of an adapter's memory, on a line of their own.
-uint8_t* take(Adapter& adapter, int64_t bytes) {
-  require(adapter.used + bytes <= static_cast<int64_t>(adapter.memory.size()), "adapter: larger than it was said to be");
-  uint8_t* taken = adapter.memory.data() + adapter.used;
-  adapter.used += bytes;  // panels are whole lines
-  return taken;
-}
-
-// One matrix of an adapter to be packed: what pack_rows takes.
-struct PackPart {
-  const Source* source;
-  int64_t row_lo, row_hi;
-  uint8_t* to;
-  int32_t format;
-  int64_t first;
-  PanelOrder order;
-};
-
-// The team packs, in chunks of whole panels: streams wait for it between two steps.
-void pack_parts(Team& team, const std::vector<PackPart>& parts) {
-  std::vector<PackPart> chunks;
-  for (const PackPart& part : parts)
-    for (int64_t lo = part.row_lo; lo < part.row_hi;) {
-      const int64_t hi = std::min(part.row_hi, (part.first + lo) / kPackRows * kPackRows + kPackRows - part.first);
-      chunks.push_back(part);
-      chunks.back().row_lo = lo;
-      chunks.back().row_hi = hi;
-      lo = hi;
-    }
-  team.run_chunks(static_cast<int32_t>(chunks.size()),
-      [](void* context, int32_t, int32_t chunk, int) {
-        const PackPart& p = (*static_cast<const std::vector<PackPart>*>(context))[static_cast<size_t>(chunk)];
-        pack_rows(*p.source, p.row_lo, p.row_hi, p.to, p.format, p.first, p.order);
-      },
-      &chunks);
-}
-
 // Calls f(ref, name, optional) for every Ref of an op.
 template <class F>
 void for_refs(const Op& op, F f) {
@@ -62,15 +25,6 @@ void for_refs(const Op& op, F f) {
     if constexpr (std::is_same_v<T, Ref>) f(value, name, sizeof...(Note) == 1);
   };
   std::visit([&](const auto& o) { o.fields(o, visit); }, op);
-}
-
-const Ref& out_of(const Op& op) {
-  return std::visit(
-      [](const auto& o) -> const Ref& {
-        if constexpr (requires { o.out; }) return o.out;
-        else return o.x;
-      },
-      op);
 }
 
 }  // namespace
@@ -234,7 +188,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   actives_of_.resize(ops_.size());
   if (debug_) taps_.resize(ops_.size());
   for (size_t index = 0; index < ops_.size(); ++index) {
-    const int32_t count = std::holds_alternative<AttentionOp>(ops_[index]) ? 3 : std::holds_alternative<LinearOp>(ops_[index]) ? 2 : 1;
+    const int32_t count = std::holds_alternative<AttentionOp>(ops_[index]) ? 3 : takes_adapters(ops_[index]) ? 2 : 1;
     for (int32_t number = 0; number < count; ++number) stages_.push_back({static_cast<uint32_t>(index), number});
     if (debug_) stages_.push_back({static_cast<uint32_t>(index), kTapStage});
   }
@@ -287,91 +241,6 @@ void Executable::check_inputs(const StepCounts& c) const {
   }
   for (int32_t r = 0; r < c.R; ++r)
     require(in_.logit_rows[r] >= 0 && in_.logit_rows[r] < c.T, "logit_rows: outside the step");
-}
-
-// Adapters
-
-int32_t Executable::add_adapter(int64_t bytes) {
-  require(sealed_, "the program is not sealed");
-  require(bytes >= 0, "an adapter has a size");
-  auto made = std::make_unique<Adapter>();
-  made->memory = Memory(static_cast<size_t>(bytes));
-  made->op_of.assign(ops_.size(), kNothing);
-  if (free_slots_.empty()) {
-    adapters_.push_back(std::move(made));
-    return static_cast<int32_t>(adapters_.size()) - 1;
-  }
-  const int32_t slot = free_slots_.back();
-  free_slots_.pop_back();
-  adapters_[static_cast<size_t>(slot)] = std::move(made);
-  return slot;
-}
-
-void Executable::add_adapter_op(int32_t slot, int32_t index, const std::vector<Source>& a,
-                                const std::vector<int64_t>& ranks, const std::vector<float>& scales,
-                                const std::vector<int32_t>& expand_of, const std::vector<Source>& b,
-                                const std::vector<int64_t>& outputs, const std::vector<int64_t>& first_output) {
-  require(slot >= 0 && static_cast<size_t>(slot) < adapters_.size() && adapters_[static_cast<size_t>(slot)], "no such slot");
-  require(index >= 0 && static_cast<size_t>(index) < ops_.size(), "no such op");
-  const auto* op = std::get_if<LinearOp>(&ops_[static_cast<size_t>(index)]);
-  require(op != nullptr, "adapters act on products only");
-  const Weight& w = weight(op->weight);
-  Adapter& adapter = *adapters_[static_cast<size_t>(slot)];
-  require(adapter.op_of[static_cast<size_t>(index)] == kNothing, "adapter: this op has its matrices");
-  AdapterOp made;
-  int64_t panels = 0;
-  bool exact_in_bf16 = true;
-  std::vector<int64_t> at;
-  for (size_t i = 0; i < a.size(); ++i) {
-    require(a[i].inputs == w.inputs && ranks[i] > 0 && ranks[i] <= kMostWidth, "adapter: A has another width");
-    at.push_back(panels);
-    panels += (ranks[i] + kLanes - 1) / kLanes;
-    exact_in_bf16 &= a[i].type == Stored::kBfloat16;
-  }
-  const int32_t format = exact_in_bf16 ? kBF16 : kF32;
-  uint8_t* to = take(adapter, panels * panel_bytes(format, w.inputs));
-  made.column_scale.assign(static_cast<size_t>(panels * kLanes), 0.0f);
-  std::vector<PackPart> parts;
-  for (size_t i = 0; i < a.size(); ++i) {
-    parts.push_back({&a[i], 0, ranks[i], to + at[i] * panel_bytes(format, w.inputs), format, 0, {ranks[i], 0}});
-    std::fill_n(made.column_scale.begin() + at[i] * kLanes, ranks[i], scales[i]);
-  }
-  made.a = {to, panel_bytes(format, w.inputs), format, static_cast<int32_t>(panels), static_cast<int32_t>(w.inputs)};
-  for (size_t i = 0; i < b.size(); ++i) {
-    const auto from = static_cast<size_t>(expand_of[i]);
-    require(from < a.size() && b[i].inputs == ranks[from], "adapter: B has another rank");
-    require(first_output[i] >= 0 && outputs[i] <= w.outputs && first_output[i] <= w.outputs - outputs[i],
-            "adapter: B has too many rows");
-    const int32_t b_format = b[i].type == Stored::kBfloat16 ? kBF16 : kF32;
-    // A slice that covers gates and ups is two, whose panels alternate.
-    const int64_t end = first_output[i] + outputs[i], half = w.order.half;
-    const int64_t cut = half ? std::clamp(half, first_output[i], end) : end;
-    for (const auto& [lo, hi, base] : {std::array<int64_t, 3>{first_output[i], cut, 0}, std::array<int64_t, 3>{cut, end, half}}) {
-      if (lo >= hi) continue;
-      const int64_t shift = (lo - base) % kLanes;
-      const PanelOrder order{shift + hi - lo, 0};
-      uint8_t* packed = take(adapter, order.panels() * panel_bytes(b_format, ranks[from]));
-      const int64_t skip = lo - first_output[i];
-      parts.push_back({&b[i], skip, skip + hi - lo, packed, b_format, shift - skip, order});
-      const int64_t first = half ? 2 * ((lo - base) / kLanes) + (base ? 1 : 0) : lo / kLanes;
-      made.expands.push_back({{packed, panel_bytes(b_format, ranks[from]), b_format,
-                               static_cast<int32_t>(order.panels()), static_cast<int32_t>(ranks[from])},
-                              static_cast<int32_t>(at[from] * kLanes), static_cast<int32_t>(first), half ? 2 : 1});
-    }
-  }
-  pack_parts(team_, parts);
-  adapter.op_of[static_cast<size_t>(index)] = static_cast<int32_t>(adapter.ops.size());
-  adapter.ops.push_back(std::move(made));
-}
-
-void Executable::drop_adapter(int32_t slot) {
-  require(slot >= 0 && static_cast<size_t>(slot) < adapters_.size() && adapters_[static_cast<size_t>(slot)],
-          "adapter slot is not in use");
-  adapters_[static_cast<size_t>(slot)].reset();
-  free_slots_.push_back(slot);
-  // An adapter of great rank pays for its share of it, and takes that along. What the memory plan counts stays.
-  const auto planned = static_cast<size_t>(kPlannedRank) * std::max(capacity_.max_tokens, capacity_.max_logit_rows);
-  if (h_.size() > planned) std::vector<float>().swap(h_);
 }
 
 // Taps

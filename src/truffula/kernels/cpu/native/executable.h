@@ -68,11 +68,10 @@ class Executable {
   int32_t tap_width(int32_t op) const;
 
   // Adapters
-  int32_t add_adapter(int64_t bytes);  // all that its ops will hold
-  void add_adapter_op(int32_t slot, int32_t op, const std::vector<Source>& a, const std::vector<int64_t>& ranks,
-                      const std::vector<float>& scales, const std::vector<int32_t>& expand_of,
-                      const std::vector<Source>& b, const std::vector<int64_t>& outputs,
-                      const std::vector<int64_t>& first_output);
+  // A site of the program: once each, before any adapter.
+  void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs);
+  // An adapter in panels (kernels/cpu/pack.py), not copied: `data` stays in place until drop_adapter.
+  int32_t add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes);
   void drop_adapter(int32_t slot);
 
   // Per kind of op, seconds of work since the last call, of all threads together. The first call begins to measure.
@@ -157,8 +156,10 @@ class Executable {
   bool converts_x(const LinearOp& op) const;
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
+  void add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const;
   int32_t shrinks_of(size_t op) const;
-  void shrink(const LinearOp&, size_t op, int32_t number);
+  void shrink(size_t op, int32_t number);
+  void shrink_chunk(const Stage&, int32_t chunk);
   const std::vector<Delta>& deltas_of(size_t op, Local&) const;
   void attend(const AttentionOp&, bool merge, int64_t pair, Local&);
   AttentionCall call_of(const AttentionOp& op) const;
@@ -174,6 +175,7 @@ class Executable {
   std::vector<Weight> weights_;
   std::vector<Op> ops_;
   std::vector<Plane> planes_;
+  std::vector<AdapterPlace> places_;  // by site
   std::vector<std::unique_ptr<Adapter>> adapters_;
   std::vector<int32_t> free_slots_;
   Memory arena_;

@@ -56,13 +56,22 @@ struct Rows {
 };
 
 // What one adapter adds to rows lo .. hi: h [hi - lo, rank] (scaled) times B. Panel i of `b` adds to panel
-// first + i * step of the product.
+// first + i * step of the product. Neither number below falls along a list of them, so rows find theirs by bisection:
+// `reach` is the highest hi up to this one, `rest` the lowest lo from this one on.
 struct Delta {
   const float* h;
   int64_t h_stride;
   Packed b;
   int32_t lo, hi, first, step;
+  int32_t reach, rest;
 };
+
+// Sets `reach` and `rest` of a whole list.
+static inline void set_bounds(Delta* deltas, int32_t count) {
+  int32_t reach = 0, rest = INT32_MAX;
+  for (int32_t i = 0; i < count; ++i) deltas[i].reach = reach = deltas[i].hi > reach ? deltas[i].hi : reach;
+  for (int32_t i = count - 1; i >= 0; --i) deltas[i].rest = rest = deltas[i].lo < rest ? deltas[i].lo : rest;
+}
 
 // out = softcap(residual + scale * activation(clip(x W^T + deltas + bias))), see program.Epilogue for the order.
 // With `glu` the panels alternate gate, up, gate, up. `residual.data` and `bias` may be null.
@@ -94,12 +103,11 @@ struct QuantiseCall {
   int32_t format, inputs;
 };
 
-// h[rows, 16 x a.panels] = weight * column_scale * (x A^T).
+// h[rows, 16 x a.panels] = scale * (x A^T).
 struct ShrinkCall {
   Rows x, h;
   Packed a;
-  const float* column_scale;
-  float weight;
+  float scale;
   int32_t rows;
 };
 
@@ -156,11 +164,14 @@ struct Table {
   int32_t format, width;
 };
 
+// out = scale * (table row + deltas) + add
 struct EmbedCall {
   Table table;
   Rows out, add;   // add.data may be null
   float scale;
   int32_t scaled, round_out;
+  const Delta* deltas;
+  int32_t num_deltas;
 };
 
 // Whether products of bfloat16 matrices read rows of bfloat16 pairs, where x holds such numbers; and then, whether they

@@ -236,10 +236,29 @@ static void pair_product(int rows, int panels, const uint8_t* x, int64_t stride,
 }
 #endif
 
+struct DeltaSpan {
+  const Delta *begin, *end;
+};
+
+// Those of `count` deltas that may act on rows lo .. hi. Most act on rows that follow each other, so these are few.
+TF_INLINE DeltaSpan deltas_at(const Delta* deltas, int count, int lo, int hi) {
+  const Delta *begin = deltas, *end = deltas + count;
+  for (const Delta* above = end; begin < above;) {
+    const Delta* middle = begin + (above - begin) / 2;
+    if (middle->reach > lo) above = middle;
+    else begin = middle + 1;
+  }
+  for (const Delta* below = begin; below < end;) {
+    const Delta* middle = below + (end - below) / 2;
+    if (middle->rest < hi) below = middle + 1;
+    else end = middle;
+  }
+  return {begin, end};
+}
+
 // What adapters add to rows r .. r + rows of panels first .. first + panels, held in y.
-static void add_deltas(const LinearCall* c, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
-  for (int d = 0; d < c->num_deltas; ++d) {
-    const Delta* delta = c->deltas + d;
+static void add_deltas(DeltaSpan span, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
+  for (const Delta* delta = span.begin; delta < span.end; ++delta) {
     const int lo = delta->lo > r ? delta->lo : r;
     const int hi = delta->hi < r + rows ? delta->hi : r + rows;
     // Panels of the unit that it acts on: both in a row, or (gate and up) one of the two.
@@ -316,7 +335,7 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
     for (int r = 0; r < c->rows; r += kBlockRows) {
       const int rows = c->rows - r < kBlockRows ? c->rows - r : kBlockRows;
       multiply_rows(c, r, rows, panels, panel, y, y_stride);
-      if (c->num_deltas) add_deltas(c, r, rows, first, panels, y, y_stride);
+      if (c->num_deltas) add_deltas(deltas_at(c->deltas, c->num_deltas, r, r + rows), r, rows, first, panels, y, y_stride);
       for (int p = 0; p < panels; p += c->glu ? 2 : 1) {
         const int column = kLanes * (c->glu ? unit : first + p);
         const int count = c->out_width - column < kLanes ? c->out_width - column : kLanes;
@@ -334,7 +353,7 @@ template <int FORMAT>
 static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int32_t row_hi) {
   const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
   const int64_t quarter = c->a.inputs / 8 * 2;  // even: a pair is never cut
-  const V scale = load(c->column_scale + (int64_t)kLanes * panel) * set1(c->weight);
+  const V scale = set1(c->scale);
   for (int32_t r = row_lo; r < row_hi; ++r) {
     const float* x = c->x.data + r * c->x.stride;
     V part[4][1][1];
@@ -373,7 +392,7 @@ static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
   constexpr int MR = 4;
   const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
   const int64_t quarter = c->a.inputs / 8 * 2;
-  const V scale = load(c->column_scale + (int64_t)kLanes * panel) * set1(c->weight);
+  const V scale = set1(c->scale);
   int32_t r = 0;
   for (; r + MR <= c->rows; r += MR) {
     const float* x = c->x.data + r * c->x.stride;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <stdexcept>
 #include <utility>
 
@@ -60,6 +61,7 @@ struct Native {
   std::atomic<int64_t> process_in_call{0};  // the process of the thread that is in a call; 0: none
   nb::object inputs;
   Held held;
+  std::map<int32_t, nb::object> images;  // the data of adapters, by slot
 };
 
 void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
@@ -95,18 +97,36 @@ nb::tuple fill(Native& self, int32_t weight, const Any& array, int64_t first, co
   return nb::make_tuple(made.squares, made.lost);
 }
 
-void add_adapter_op(Native& self, int32_t slot, int32_t op, const std::vector<Any>& a, const std::vector<float>& scales,
-                    const std::vector<Any>& b, const std::vector<int32_t>& expand_of,
-                    const std::vector<int64_t>& first_output) {
-  if (scales.size() != a.size() || expand_of.size() != b.size() || first_output.size() != b.size())
-    throw std::invalid_argument("adapter: lists of unequal length");
-  std::vector<Source> as, bs;
-  std::vector<int64_t> ranks, outputs;
-  for (const Any& array : a) as.push_back(source_of(array)), ranks.push_back(static_cast<int64_t>(array.shape(0)));
-  for (const Any& array : b) bs.push_back(source_of(array)), outputs.push_back(static_cast<int64_t>(array.shape(0)));
-  const auto entered = self.enter();
+// An adapter's image: its table int64 [parts, kPartColumns] and its data, which is read where it lies until it is dropped.
+int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& data) {
+  if (table.ndim() != 2 || table.shape(1) != kPartColumns) throw std::invalid_argument("adapter: a table of other columns");
+  In<uint8_t> bytes;
+  if (!nb::try_cast(data, bytes, false)) throw std::invalid_argument("adapter: data is an array of uint8");
+  const int32_t slot = self.enter()->add_adapter(table.data(), static_cast<int64_t>(table.shape(0)), bytes.data(),
+                                                 static_cast<int64_t>(bytes.size()));
+  self.images[slot] = data;
+  return slot;
+}
+
+void drop_adapter(Native& self, int32_t slot) {
+  self.enter()->drop_adapter(slot);
+  self.images.erase(slot);
+}
+
+// A matrix [rows, inputs] in panels of `format`, the first row in lane `lane`, to uint8 [its bytes] of zeros.
+void pack_panels(const Any& array, const nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>& to,
+                 int32_t format, int64_t lane) {
+  const Source source = source_of(array);
+  const auto rows = static_cast<int64_t>(array.shape(0));
+  if (format != kF32 && format != kBF16) throw std::invalid_argument("panels are float32 or bfloat16");
+  if (lane < 0 || lane >= kLanes || rows > kMostWidth || source.inputs > kMostWidth)
+    throw std::invalid_argument("a lane outside its panel, or a matrix that is too large");
+  const PanelOrder order{lane + rows, 0};
+  if (static_cast<int64_t>(to.size()) != order.panels() * panel_bytes(format, source.inputs))
+    throw std::invalid_argument("panels of another size");
+  const InFlightCall call;
   const nb::gil_scoped_release release;
-  entered->add_adapter_op(slot, op, as, ranks, scales, expand_of, bs, outputs, first_output);
+  pack_rows(source, 0, rows, to.data(), format, lane, order);
 }
 
 Out<float> logits(Native& self, size_t vocab) {
@@ -237,7 +257,12 @@ void bind_load(nb::class_<Native>& c) {
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
       .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a)
-      .def("add", add_op, "op"_a, "fields"_a);
+      .def("add", add_op, "op"_a, "fields"_a)
+      .def("add_site",
+           [](Native& self, int32_t site, int32_t op, int64_t first, int64_t outputs) {
+             self.enter()->add_site(site, op, first, outputs);
+           },
+           "site"_a, "op"_a, "first"_a, "outputs"_a);
 }
 
 void bind_step(nb::class_<Native>& c) {
@@ -246,9 +271,8 @@ void bind_step(nb::class_<Native>& c) {
       .def("set_sequence", set_sequence, "slot"_a, "prompt_ids"_a.noconvert(), "completion_ids"_a.noconvert(), "sampling"_a)
       .def("sample", sample, "samples"_a)
       .def("tap", tap, "op"_a)
-      .def("add_adapter", [](Native& self, int64_t bytes) { return self.enter()->add_adapter(bytes); }, "bytes"_a)
-      .def("add_adapter_op", add_adapter_op, "slot"_a, "op"_a, "a"_a, "scales"_a, "b"_a, "expand_of"_a, "first_output"_a)
-      .def("drop_adapter", [](Native& self, int32_t slot) { self.enter()->drop_adapter(slot); }, "slot"_a)
+      .def("add_adapter", add_adapter, "table"_a.noconvert(), "data"_a)
+      .def("drop_adapter", drop_adapter, "slot"_a)
       .def("take_seconds",
            [](Native& self) {
              const auto seconds = self.enter()->take_seconds();
@@ -263,6 +287,8 @@ NB_MODULE(_native, m) {
   m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
   m.def("op_fields", op_fields, "Names of the fields of each op that `add` takes, with the words of those that are words.");
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
+  m.def("pack_panels", pack_panels, "array"_a, "to"_a.noconvert(), "format"_a, "lane"_a,
+        "A matrix in panels of 16 rows, as adapters are read: what the loading worker calls.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);

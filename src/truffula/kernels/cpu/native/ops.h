@@ -174,6 +174,21 @@ struct TakeRowsOp {
 
 using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, TakeRowsOp>;
 
+// What an op writes.
+inline const Ref& out_of(const Op& op) {
+  return std::visit(
+      [](const auto& o) -> const Ref& {
+        if constexpr (requires { o.out; }) return o.out;
+        else return o.x;
+      },
+      op);
+}
+
+// Whether adapters may act at an op: products, and tables that rows are gathered from.
+inline bool takes_adapters(const Op& op) {
+  return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op);
+}
+
 // A plane of cached numbers of one layer.
 struct Plane {
   Memory memory;
@@ -181,24 +196,48 @@ struct Plane {
   int32_t group = 0;
 };
 
-// What an adapter does at one product: h = x A^T (ranks padded to panels), then each expand adds to some panels.
+// Where an adapter's site acts: columns first .. first + outputs of what op number `op` computes.
+struct AdapterPlace {
+  int32_t op = kNothing;
+  int64_t first = 0, outputs = 0;
+};
+
+// What an adapter does at one op: each shrink makes some columns of h = scale * x A^T (a rank is padded to panels), then
+// each expand adds h B^T to some panels. At an embedding x A^T is a row of A, which lies as rows [V, rank].
+struct AdapterShrink {
+  Packed a;
+  float scale;
+  int32_t h_start, rank;
+};
+
 struct AdapterExpand {
   Packed b;
   int32_t h_start, first, step;
 };
 
 struct AdapterOp {
-  Packed a{};
-  std::vector<float> column_scale;
+  std::vector<AdapterShrink> shrinks;
   std::vector<AdapterExpand> expands;
+  int64_t h_width = 0;
 };
 
-// One piece of memory for all of it: an adapter comes while others wait for their tokens, and pages cost time.
+// Pointers into an image that the caller keeps mapped.
 struct Adapter {
-  Memory memory;
-  int64_t used = 0;
   std::vector<int32_t> op_of;  // per op of the program: an index into `ops`, or kNothing
   std::vector<AdapterOp> ops;
 };
+
+// One row of an image's table: a part and its tensors (the columns of kernels/adapters.py).
+struct TensorColumns {
+  int64_t dtype, offset, bytes, shape[3];
+};
+
+struct PartRow {
+  int64_t site, kind;
+  double scale;
+  TensorColumns a, b;
+};
+constexpr int64_t kPartColumns = 15;
+static_assert(sizeof(PartRow) == kPartColumns * sizeof(int64_t));
 
 }  // namespace truffula

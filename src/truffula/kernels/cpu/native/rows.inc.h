@@ -1,6 +1,7 @@
 // Ops that work on rows alone.
 #pragma once
 
+#include "linear.inc.h"
 #include "quant.inc.h"
 #include "vec.h"
 
@@ -101,6 +102,32 @@ static void rope(const RopeCall* c, int32_t row_lo, int32_t row_hi) {
   }
 }
 
+// What adapters add to rows of a table.
+static void add_embed_deltas(const EmbedCall* c, int32_t row_lo, int32_t row_hi) {
+  alignas(64) float y[kBlockRows * kUnitPanels * kLanes];
+  const int64_t y_stride = kUnitPanels * kLanes;
+  const int width = c->table.width, all = (width + kLanes - 1) / kLanes;
+  for (int r = row_lo; r < row_hi; r += kBlockRows) {
+    const int rows = row_hi - r < kBlockRows ? row_hi - r : kBlockRows;
+    const DeltaSpan span = deltas_at(c->deltas, c->num_deltas, r, r + rows);
+    if (span.begin == span.end) continue;
+    for (int first = 0; first < all; first += kUnitPanels) {
+      const int panels = all - first < kUnitPanels ? all - first : kUnitPanels;
+      for (int i = 0; i < rows; ++i)
+        for (int p = 0; p < panels; ++p) {
+          const int column = kLanes * (first + p);
+          store(y + i * y_stride + kLanes * p, load_n(c->out.data + (r + i) * c->out.stride + column, width - column));
+        }
+      add_deltas(span, r, rows, first, panels, y, y_stride);
+      for (int i = 0; i < rows; ++i)
+        for (int p = 0; p < panels; ++p) {
+          const int column = kLanes * (first + p);
+          store_n(c->out.data + (r + i) * c->out.stride + column, load(y + i * y_stride + kLanes * p), width - column);
+        }
+    }
+  }
+}
+
 static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_t row_hi) {
   const Table* table = &c->table;
   const int width = table->width;
@@ -124,8 +151,12 @@ static void embed(const EmbedCall* c, const int32_t* ids, int32_t row_lo, int32_
                                          : to_float(((const uint16_t*)panel)[i / 2 * 2 * kLanes + 2 * lane + i % 2]);
       }
     }
-    // A table that is kept in float32 may still feed rows of bfloat16.
-    if (!c->scaled && !c->add.data && !(c->round_out && table->format == kF32)) continue;
+  }
+  if (c->num_deltas) add_embed_deltas(c, row_lo, row_hi);
+  // A table that is kept in float32 may still feed rows of bfloat16.
+  if (!c->scaled && !c->add.data && !c->num_deltas && !(c->round_out && table->format == kF32)) return;
+  for (int32_t t = row_lo; t < row_hi; ++t) {
+    float* out = c->out.data + t * c->out.stride;
     for (int i = 0; i < width; i += kLanes) {
       const int n = width - i;
       V a = load_n(out + i, n);

@@ -28,7 +28,6 @@ int32_t chunks_for(int64_t things) { return static_cast<int32_t>(std::min<int64_
 
 // Products of fewer rows of floats wait for memory.
 constexpr int32_t kFineRows = 16;
-constexpr int32_t kShrinkRows = 64;
 // A sequence with so few rows in a step has its keys cut into partitions that any thread may work on.
 constexpr int32_t kSplitTokens = 4;
 constexpr int32_t kLeastRows = 4;  // worth a chunk
@@ -101,44 +100,6 @@ void Executable::prepare() {
     team_.set(static_cast<int32_t>(phase), chunks_of(stages_[phase]));
 }
 
-// Which adapters act at which op, and where their h goes: each op's from the beginning of h_.
-void Executable::plan_adapters() {
-  actives_.clear();
-  int64_t most = 0;
-  size_t most_expands = 0;
-  for (size_t index = 0; index < ops_.size(); ++index) {
-    const auto from = static_cast<int32_t>(actives_.size());
-    const auto* linear = std::get_if<LinearOp>(&ops_[index]);
-    const bool logits = linear && buffers_[static_cast<size_t>(linear->out.buffer)].logit_rows;
-    int64_t at = 0;
-    int32_t chunk = 0;
-    size_t expands = 0;
-    for (int32_t g = 0; linear && g < counts_.G; ++g) {
-      const int32_t* seg = in_.seg + 3 * g;
-      const int32_t lo = logits ? in_.seg_r[2 * g] : seg[0], hi = logits ? in_.seg_r[2 * g + 1] : seg[1];
-      const Adapter& adapter = *adapters_[static_cast<size_t>(seg[2])];
-      const int32_t found = adapter.op_of[index];
-      if (found == kNothing || lo >= hi) continue;
-      const AdapterOp& op = adapter.ops[static_cast<size_t>(found)];
-      actives_.push_back({&op, lo, hi, chunk, in_.seg_weight[g], at});
-      at += static_cast<int64_t>(hi - lo) * op.a.panels * kLanes;
-      chunk += (hi - lo + kShrinkRows - 1) / kShrinkRows;
-      expands += op.expands.size();
-    }
-    actives_of_[index] = {from, static_cast<int32_t>(actives_.size())};
-    most = std::max(most, at);
-    most_expands = std::max(most_expands, expands);
-  }
-  if (static_cast<int64_t>(h_.size()) < most) {
-    std::vector<float>().swap(h_);  // what was in it is over, and growing it would take up to twice as much
-    h_.resize(static_cast<size_t>(most));
-  }
-  for (Local& local : locals_) {
-    local.deltas.reserve(most_expands);
-    local.deltas_of = SIZE_MAX;
-  }
-}
-
 // Query rows in groups that share the keys they read. Few rows over long contexts are cut into partitions, so that all
 // threads have work; how a row is summed does not change by that.
 void Executable::plan_attention(Share& share) const {
@@ -178,10 +139,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
   const int32_t team = team_.size();
   const Op& op = ops_[stage.op];
   if (const auto* linear = std::get_if<LinearOp>(&op)) {
-    if (stage.number == 0) {
-      const int32_t quantising = quantise_chunks(*linear);
-      return quantising + chunks_for(shrinks_of(stage.op));
-    }
+    if (stage.number == 0) return quantise_chunks(*linear) + chunks_for(shrinks_of(stage.op));
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     // Cut finer where products compute, so that a slower core doesn't hold the other up; one long stretch of weights per
     // thread reads faster.
@@ -194,6 +152,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     if (stage.number == 2 && share.partial_rows == 0) return 0;
     return chunks_for(static_cast<int64_t>(share.items.size()) * attention->kv_heads);
   }
+  if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(shrinks_of(stage.op));
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
@@ -211,10 +170,19 @@ void Executable::work(int32_t phase, int32_t chunk, int thread) {
   local.seconds[ops_[stage.op].index()] += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
 }
 
-void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Local&) {
+// The adapters' part of an op's first stage: some of its stretches.
+void Executable::shrink_chunk(const Stage& stage, int32_t chunk) {
+  const int32_t shrinks = shrinks_of(stage.op);
+  const auto mine = span_of(shrinks, chunk, chunks_for(shrinks));
+  for (int32_t number = mine.lo; number < mine.hi; ++number) shrink(stage.op, number);
+}
+
+void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Local& local) {
+  if (stage.number == 0) return shrink_chunk(stage, chunk);
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
+  const std::vector<Delta>& deltas = deltas_of(stage.op, local);
   const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scale != 1.0f,
-                       rounded(op.out)};
+                       rounded(op.out), deltas.data(), static_cast<int32_t>(deltas.size())};
   if (op.source == kFromToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
   for (int32_t t = mine.lo; t < mine.hi; ++t) {
     const int32_t row = in_.position[t] + op.offset;
@@ -252,56 +220,10 @@ void Executable::quantise(const LinearOp& op, int32_t chunk) {
   kernels_->quantise(&call, mine.lo, mine.hi);
 }
 
-// Stretches of rows that some adapter acts on at an op.
-int32_t Executable::shrinks_of(size_t index) const {
-  const auto [from, to] = actives_of_[index];
-  if (from == to) return 0;
-  const Active& last = actives_[static_cast<size_t>(to) - 1];
-  return last.first + (last.hi - last.lo + kShrinkRows - 1) / kShrinkRows;
-}
-
-// h of one stretch of rows of one adapter.
-void Executable::shrink(const LinearOp& op, size_t index, int32_t number) {
-  const auto [from, to] = actives_of_[index];
-  const auto behind = std::upper_bound(actives_.begin() + from, actives_.begin() + to, number,
-                                       [](int32_t wanted, const Active& active) { return wanted < active.first; });
-  const Active& active = *(behind - 1);
-  const int32_t lo = active.lo + (number - active.first) * kShrinkRows;
-  const int64_t stride = static_cast<int64_t>(active.op->a.panels) * kLanes;
-  const Rows x = rows(op.x);
-  const ShrinkCall call{{x.data + lo * x.stride, x.stride},
-                        {h_.data() + active.h + (lo - active.lo) * stride, stride},
-                        active.op->a,
-                        active.op->column_scale.data(),
-                        active.weight,
-                        std::min(kShrinkRows, active.hi - lo)};
-  kernels_->shrink(&call, 0, active.op->a.panels);
-}
-
-// What the adapters at an op add, in the order of the segments. Put together once per thread, op and step.
-const std::vector<Delta>& Executable::deltas_of(size_t index, Local& local) const {
-  if (local.deltas_of == index) return local.deltas;
-  local.deltas_of = index;
-  local.deltas.clear();
-  const auto [from, to] = actives_of_[index];
-  for (int32_t i = from; i < to; ++i) {
-    const Active& active = actives_[static_cast<size_t>(i)];
-    const int64_t stride = static_cast<int64_t>(active.op->a.panels) * kLanes;
-    for (const AdapterExpand& expand : active.op->expands)
-      local.deltas.push_back({h_.data() + active.h + expand.h_start, stride, expand.b, active.lo, active.hi, expand.first,
-                              expand.step});
-  }
-  return local.deltas;
-}
-
 void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, Local& local) {
   if (stage.number == 0) {
     const int32_t quantising = quantise_chunks(op);
-    if (chunk < quantising) return quantise(op, chunk);
-    const int32_t shrinks = shrinks_of(stage.op);
-    const auto mine = span_of(shrinks, chunk - quantising, chunks_for(shrinks));
-    for (int32_t number = mine.lo; number < mine.hi; ++number) shrink(op, stage.op, number);
-    return;
+    return chunk < quantising ? quantise(op, chunk) : shrink_chunk(stage, chunk - quantising);
   }
   const std::vector<Delta>& deltas = deltas_of(stage.op, local);
   LinearCall call{};

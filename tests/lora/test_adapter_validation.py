@@ -13,10 +13,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from lora_bases import BASE, D, F, fused_sites, judge, llama_sites
+from lora_bases import BASE, D, F, fused_sites, judge, llama_sites, pairs
 
 from truffula.errors import AdapterError, AdapterNotFound, InsufficientMemory
-from truffula.lora.peft import inspect_adapter, judge_adapter
+from truffula.lora.peft import inspect_adapter, validate_adapter
 from truffula.testing.adapters import Array, tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
 from truffula.testing.files import write_raw_safetensors, write_safetensors
 
@@ -50,7 +50,7 @@ def test_a_sound_adapter_is_laid_out_per_site(tmp_path: Path) -> None:
     made = tensors()
     write(tmp_path)
     adapter = judge(tmp_path)
-    by_module = {llama_sites()[s.site].module: s for s in adapter.sites}
+    by_module = {llama_sites()[s.site].module: s for s in pairs(adapter.sites)}
     assert set(by_module) == {f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("q_proj", "v_proj")}
     for module, site in by_module.items():
         assert np.array_equal(site.a, made[f"base_model.model.{module}.lora_A.weight"])
@@ -73,7 +73,8 @@ def test_scales_and_ranks_follow_patterns_and_rslora(tmp_path: Path) -> None:
         alpha_pattern={"layers.0.self_attn.v_proj": 5},
     )
     adapter = judge(tmp_path)
-    found = {llama_sites()[s.site].module.removeprefix("model.layers."): (s.a.shape[0], s.scale) for s in adapter.sites}
+    name = lambda pair: llama_sites()[pair.site].module.removeprefix("model.layers.")
+    found = {name(pair): (pair.a.shape[0], pair.scale) for pair in pairs(adapter.sites)}
     f32 = lambda x: float(np.float32(x))
     assert found == {
         "0.self_attn.q_proj": (8, f32(16 / 8**0.5)),
@@ -103,7 +104,7 @@ def test_other_spellings_of_the_same_keys_are_the_same_adapter(tmp_path: Path, r
     write_adapter(tmp_path / "a", CONFIG, tensors())
     write_adapter(tmp_path / "b", CONFIG, {rename(key): value for key, value in tensors().items()})
     first, second = judge(tmp_path / "a"), judge(tmp_path / "b")
-    for x, y in zip(first.sites, second.sites, strict=True):
+    for x, y in zip(pairs(first.sites), pairs(second.sites), strict=True):
         assert x.site == y.site and np.array_equal(x.a, y.a) and np.array_equal(x.b, y.b)
     assert first.generation != second.generation
 
@@ -112,7 +113,7 @@ def test_other_spellings_of_the_same_keys_are_the_same_adapter(tmp_path: Path, r
 def test_stored_bits_survive(tmp_path: Path, dtype: str) -> None:
     write_tiny_adapter(tmp_path, llama_sites(), dtype=dtype)
     made = tiny_tensors(llama_sites(), CONFIG, dtype=dtype)
-    site = judge(tmp_path).sites[0]
+    site = pairs(judge(tmp_path).sites)[0]
     assert site.a.dtype == made[Q0A].dtype and site.a.tobytes() == made[Q0A].tobytes()
 
 
@@ -122,7 +123,7 @@ def test_a_fused_module_gives_each_site_its_rows_of_b_and_one_a(tmp_path: Path) 
     key = f"{ROOT}0.self_attn.qkv_proj"
     a, b = rng.normal(size=(4, D)).astype(np.float32), rng.normal(size=(32, 4)).astype(np.float32)
     write_adapter(tmp_path, config, {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b})
-    sites = judge(tmp_path, fused_sites()).sites
+    sites = pairs(judge(tmp_path, fused_sites()).sites)
     assert [s.site for s in sites] == [0, 1, 2]
     assert sites[0].a is sites[1].a is sites[2].a
     assert np.array_equal(np.concatenate([s.b for s in sites]), b)
@@ -262,6 +263,16 @@ CORRUPT: list[tuple[str, Callable[[Tensors], None], str]] = [
     ),
     ("a copied table", put("base_model.model.lm_head.weight", np.ones((97, D), np.float32)), "save_embedding_layers"),
     ("a base layer's copy", put("base_model.model.lm_head.base_layer.weight", ONES), "save_embedding_layers"),
+    (
+        "a pair on the head, half of it under an embedding's name",
+        lambda made: made.update(
+            {
+                "base_model.model.lm_head.lora_embedding_A": ONES,
+                "base_model.model.lm_head.lora_B.weight": np.ones((97, 4), np.float32),
+            }
+        ),
+        "lora_embedding_A",
+    ),
     ("a saved norm", put("base_model.model.model.norm.weight", np.ones(D, np.float32)), "modules_to_save"),
     ("a classifier", put("base_model.model.score.weight", np.ones((2, D), np.float32)), "modules_to_save"),
     (
@@ -286,14 +297,37 @@ def test_a_tensor_that_is_wrong_is_named(tmp_path: Path, change: Callable[[Tenso
     assert names in f"{error.message} {error.param}", error.message
 
 
-def test_lora_on_the_head_is_refused_by_name_for_now(tmp_path: Path) -> None:
-    def change(made: Tensors) -> None:
-        made["base_model.model.lm_head.lora_A.weight"] = ONES
-        made["base_model.model.lm_head.lora_B.weight"] = np.ones((97, 4), np.float32)
+TABLES: dict[str, Tensors] = {
+    "lm_head": {
+        "base_model.model.lm_head.lora_A.weight": ONES,
+        "base_model.model.lm_head.lora_B.weight": np.ones((97, 4), np.float32),
+    },
+    "embed_tokens": {
+        "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 97), np.float32),
+        "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((D, 4), np.float32),
+    },
+}
 
-    write(tmp_path, change, target_modules=["q_proj", "v_proj", "lm_head"])
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_is_a_site_like_others(tmp_path: Path, table: str) -> None:
+    """And a pair of it that the configuration does not target is refused like others."""
+    write(tmp_path, lambda made: made.update(TABLES[table]), target_modules=["q_proj", "v_proj", table])
+    (found,) = (s for s in pairs(judge(tmp_path).sites) if llama_sites()[s.site].module.endswith(table))
+    for mine, key in ((found.a, min(TABLES[table])), (found.b, max(TABLES[table]))):
+        assert np.array_equal(mine, TABLES[table][key])
+    write(tmp_path, lambda made: made.update(TABLES[table]))
+    assert refused(tmp_path).param == "target_modules"
+
+
+def test_a_tables_pair_under_the_names_of_a_linear_layer_is_refused(tmp_path: Path) -> None:
+    def swapped(made: Tensors) -> None:
+        made["base_model.model.model.embed_tokens.lora_A.weight"] = np.ones((4, 97), np.float32)
+        made["base_model.model.model.embed_tokens.lora_B.weight"] = np.ones((D, 4), np.float32)
+
+    write(tmp_path, swapped, target_modules=["q_proj", "v_proj", "embed_tokens"])
     error = refused(tmp_path)
-    assert "lm_head" in error.message and error.param == "target_modules"
+    assert "lora_embedding_A" in error.message and "embed_tokens" in str(error.param)
 
 
 @pytest.mark.parametrize("table", ["lm_head", "embed_tokens"])
@@ -433,10 +467,10 @@ def test_a_place_without_anything(tmp_path: Path) -> None:
 def test_the_limits_are_checked_before_tensors_are_read(tmp_path: Path) -> None:
     write(tmp_path, poke(Q0A, np.nan))  # would be found on reading
     with pytest.raises(InsufficientMemory) as caught:
-        judge_adapter(tmp_path, llama_sites(), base=BASE, max_bytes=100)
+        validate_adapter(tmp_path, llama_sites(), base=BASE, max_bytes=100)
     assert caught.value.data["limit_bytes"] == 100 and caught.value.data["requested_bytes"] > 100
     with pytest.raises(AdapterError, match="the limit is 1000"):
-        judge_adapter(tmp_path, llama_sites(), base=BASE, max_file_bytes=1000)
+        validate_adapter(tmp_path, llama_sites(), base=BASE, max_file_bytes=1000)
 
 
 def test_inspect_reads_no_tensor_data(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""The base's own tables, to compare with the copies that PEFT saves beside adapters of them.
+
+``save_pretrained`` writes ``<table>.base_layer.weight`` when an embedding or the head is targeted (its
+``save_embedding_layers="auto"``), and PEFT loads it back into the base. A copy that equals the served table changes
+nothing and is left out; another one would be a trained table, which is not served.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from truffula.errors import AdapterError
+from truffula.kernels.backend import Array
+from truffula.kernels.program import Embed, Logits, Program
+from truffula.types import FileStamp
+from truffula.weights.checkpoint import Checkpoint
+from truffula.weights.safetensors import DTYPES
+from truffula.weights.watch import stamp_of
+
+FLOATS = ("F32", "F16", "BF16")
+_CHUNK_BYTES = 8 << 20
+_WAY_OUT = "Save the adapter with save_embedding_layers=False, which leaves the copy out."
+
+
+@dataclass(frozen=True)
+class BaseTable:
+    """Where a table ``[V, D]`` lies in a file of the base, as it was when the base was loaded."""
+
+    file: FileStamp
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def check_copy(self, key: str, copy: Array) -> None:
+        """``AdapterError`` unless ``copy``, the adapter's tensor ``key``, is this table in the copy's dtype.
+
+        Costs one read of both.
+        """
+        if copy.shape != self.shape:
+            raise _refused(key, f"has shape {list(copy.shape)}; the base's table has {list(self.shape)}")
+        if self.dtype not in FLOATS:
+            raise _refused(key, f"cannot be compared with the base's table, which is stored as {self.dtype}")
+        dtype = DTYPES[self.dtype]
+        row_bytes = self.shape[1] * dtype.itemsize
+        rows = max(1, _CHUNK_BYTES // row_bytes)
+        try:
+            fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _refused(key, f"cannot be compared: the base's file cannot be read ({error.strerror})") from error
+        try:
+            if stamp_of(Path(self.file.path), os.fstat(fd)) != self.file:
+                raise _refused(key, "cannot be compared: the base's file was replaced since it was loaded")
+            for lo in range(0, self.shape[0], rows):
+                count = min(rows, self.shape[0] - lo)
+                stored = os.pread(fd, count * row_bytes, self.offset + lo * row_bytes)
+                own = np.frombuffer(stored, dtype).reshape(count, self.shape[1]).astype(copy.dtype)
+                if not np.array_equal(own, copy[lo : lo + count]):
+                    raise _refused(key, "differs from the base's table: a trained table, which is not served yet")
+        finally:
+            os.close(fd)
+
+
+def base_tables(program: Program, checkpoint: Checkpoint) -> dict[str, BaseTable]:
+    """The tables behind the sites of kind ``embed`` and ``head``; a tied base has one file behind both."""
+    stamps = {file.path: file.opened for file in checkpoint.files}
+    made = {}
+    for op in program.ops:
+        if isinstance(op, Logits) or (isinstance(op, Embed) and op.source == "token"):
+            weight = op.weight if isinstance(op, Logits) else op.table
+            info = checkpoint.tensors[program.weights[weight].parts[0].name]
+            kind = "head" if isinstance(op, Logits) else "embed"
+            made[kind] = BaseTable(stamps[info.file], info.dtype, info.shape, info.offset)
+    return made
+
+
+def check_copies(copies: Mapping[str, tuple[str, Array]], tables: Mapping[str, BaseTable]) -> None:
+    """``AdapterError`` unless each copy (kind → key, tensor) equals the base's table of that kind."""
+    for kind, (key, copy) in copies.items():
+        if kind not in tables:
+            raise _refused(key, "cannot be compared with the base's table here")
+        tables[kind].check_copy(key, copy)
+
+
+def _refused(key: str, why: str) -> AdapterError:
+    return AdapterError(
+        f"{key}, a copy of a base table (save_embedding_layers), {why}. {_WAY_OUT}",
+        param="save_embedding_layers",
+        key=key,
+    )
