@@ -310,6 +310,13 @@ class ServerConfig:
         low=1,
     )
     max_body_bytes: int = _row(2 * 2**20, "size", "maximum size of a request body", topic="Request limits", low=1024)
+    text_memory_bytes: int = _row(
+        2**30,
+        "size",
+        "memory that reading one large or untrusted text may take, beyond the tokenizer",
+        topic="Request limits",
+        low=2**26,
+    )
     max_n: int = _row(
         16,
         "integer",
@@ -435,6 +442,11 @@ def engine_environment() -> dict[str, str]:
     A user's own OPENBLAS_NUM_THREADS wins.
     """
     return {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+
+
+def text_worker_environment() -> dict[str, str]:
+    """The environment of a text worker: this one's, with the tokenizers library computing in one thread."""
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def installed_environment() -> dict[str, str]:

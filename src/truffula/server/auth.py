@@ -50,6 +50,12 @@ def prefix_salt(request: Request, given: str | None, by_key: bool) -> str:
     return f"{tenant}:{given or ''}" if by_key and tenant is not None else given or ""
 
 
+def client_of(request: Request) -> str:
+    """Who sends a request: the digest of its key, else its address. Clients take turns with what is scarce."""
+    tenant: str | None = getattr(request.state, "tenant", None)
+    return tenant or (request.client.host if request.client is not None else "")
+
+
 class KeyCheck:
     """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
 

@@ -22,8 +22,10 @@ from truffula.server.app import create_app
 from truffula.server.launch import adapter_policy, begin_engine
 from truffula.service import AsyncService, ServiceLimits
 from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
+from truffula.service.workers import TextWorkers
 from truffula.text.chat_template import read_template
 from truffula.text.ends import describe
+from truffula.text.worker import Setup
 from truffula.types import EngineInfo, FileStamp, SamplingParams
 from truffula.weights.watch import same_texts, stamp, text_stamped
 
@@ -94,7 +96,9 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
             max_choices=max(config.max_n, config.max_best_of),
             base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
         )
-        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates)
+        workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
+        undo.callback(workers.close)
+        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates, workers=workers)
         metrics = Metrics(
             service.known_stats,
             restarts=service.restarts,
@@ -106,6 +110,21 @@ def start(resolved: Resolved, url: str, opening: Opening | None = None) -> Start
         undo.pop_all()
     warnings = policy.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
     return Started(service, app, lambda: announce(resolved, service.info, policy, url, warnings))
+
+
+def text_workers(
+    info: EngineInfo, texts: LoadedTexts, templates: dict[str, str] | None, memory_bytes: int
+) -> TextWorkers:
+    """Text workers for the model that ``info`` describes; their processes start when they are needed."""
+    path = info.details.get("path")
+    setup = Setup(
+        info=info,
+        texts_path=None if path is None else str(path),
+        texts_digest=texts.digest,
+        templates=templates,
+        memory_bytes=memory_bytes,
+    )
+    return TextWorkers(setup)
 
 
 def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:

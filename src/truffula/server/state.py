@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from starlette.requests import Request
@@ -16,6 +17,7 @@ from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.sources import BASE_WORDS as BASE_WORDS  # routes know it from here
 from truffula.lora.sources import AdapterPolicy
 from truffula.metrics import Metrics, RequestRecord
+from truffula.server.limits import RequestLimits
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
 
@@ -23,7 +25,7 @@ MAX_LOGGED_NAMES = 1000
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass
 class ServerState:
     """Dependencies of the routes. ``succeeded`` turns true with the first answered generation (``/startup``).
 
@@ -41,6 +43,11 @@ class ServerState:
     loaded: dict[str, AdapterPolicy] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
     seen_not_found: set[str] = field(default_factory=set)
+
+    @cached_property
+    def limits(self) -> RequestLimits:
+        """What one request may ask for."""
+        return RequestLimits.of(self.config, self.service.info, self.defaults, self.base_words)
 
     @property
     def model_id(self) -> str:
@@ -69,7 +76,7 @@ class ServerState:
         if not name or name == self.model_id:
             return None
         try:
-            return await self.service.in_thread(self._resolve, name, source)
+            return await self.service.look_up(self._resolve, name, source)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
 
@@ -88,7 +95,7 @@ class ServerState:
                         found[name] = ref.locator
             return found
 
-        return await self.service.in_thread(look)
+        return await self.service.look_up(look)
 
     def _not_found(self, name: str, error: AdapterNotFound) -> AdapterNotFound:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
@@ -107,7 +114,7 @@ class ServerState:
 
     async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
-        found = await self.service.in_thread(self.service.adapter_names)
+        found = await self.service.look_up(self.service.adapter_names)
         return sorted({*found, *self.loaded} - {self.model_id})
 
     async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
@@ -118,7 +125,7 @@ class ServerState:
 
 
 def state_of(request: Request) -> ServerState:
-    """For ``Depends``, and for handlers that have only the request."""
+    """The server's state, for a handler."""
     state: ServerState = request.app.state.truffula
     return state
 

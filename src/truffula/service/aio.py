@@ -15,15 +15,19 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import msgspec
+
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, PromptTooLong, ShuttingDown, TruffulaError, from_info
+from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError, from_info
 from truffula.lora.sources import AdapterPolicy
 from truffula.service.core import RequestState, Service, ServiceLimits
 from truffula.service.files import LoadedTexts, texts_of
 from truffula.service.fold import collect, failure
-from truffula.service.prompts import MAX_TRUNCATED_CHARS, need_tokenizer
+from truffula.service.prompt_maker import PromptMaker
+from truffula.service.prompts import Prompt
 from truffula.service.streams import TextStream
-from truffula.text.tokenizer import Tokenizer, check_text
+from truffula.service.workers import TextWorkers
+from truffula.text.tokenizer import Tokenizer
 from truffula.types import (
     AdapterCommand,
     AdapterRef,
@@ -39,8 +43,6 @@ from truffula.types import (
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Shorter prompts are tokenised on the loop: a trip to a thread costs as much as their tokenisation.
-INLINE_CHARS = 4096
 WAIT_S = 1.0  # the longest that an engine in line steps before the dispatcher looks whether it should end
 
 
@@ -53,6 +55,7 @@ class AsyncService:
         limits: The operator's bounds.
         texts: Instead of those in the model's folder.
         templates: Name → Jinja source, instead of the model's.
+        workers: Text workers, which it then owns. None: this process does their work, without limits.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class AsyncService:
         limits: ServiceLimits | None = None,
         texts: LoadedTexts | None = None,
         templates: Mapping[str, str] | None = None,
+        workers: TextWorkers | None = None,
     ) -> None:
         self._client = client
         self._core = Service(
@@ -71,12 +75,14 @@ class AsyncService:
             policy=policy,
             limits=limits,
             templates=templates,
+            render=None if workers is None else workers.render_at_start,
         )
         self._streams: dict[str, tuple[TextStream, RequestState]] = {}
         self._active: set[RequestState] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="truffula-text")
+        self.texts = PromptMaker(self._core, workers)
+        self._lookup_threads = ThreadPoolExecutor(4, thread_name_prefix="truffula-lookup")
         self._commands = ThreadPoolExecutor(8, thread_name_prefix="truffula-adapters")
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -128,7 +134,8 @@ class AsyncService:
         tokenised in a thread.
         """
         self._refuse_if_ending()
-        state = await self._off_loop(_chars(request), self._core.open, request)
+        self._core.check(request)
+        state = self._core.begin(request, await self.texts.prompt(request))
         self._refuse_if_ending()
         stream = TextStream(state, self._abandon)
         for one in state.engine_requests:
@@ -165,46 +172,13 @@ class AsyncService:
                 gathered += deltas
         return collect(gathered)
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
-        """``(id, vocabulary piece, start, stop)`` per token; character offsets, 0, 0 for tokens the tokenizer added."""
-        tokenizer = self._need_tokenizer()
-        check_text(text, "inputs")
-        if len(text) > MAX_TRUNCATED_CHARS:
-            raise PromptTooLong(
-                f"The text has {len(text)} characters; the limit is {MAX_TRUNCATED_CHARS} per request.",
-                param="inputs",
-                prompt_chars=len(text),
-                max_chars=MAX_TRUNCATED_CHARS,
-            )
+    async def render(self, request: GenerateRequest) -> Prompt:
+        """A chat or prompt as the model would see it, however long; nothing is submitted."""
+        return await self.texts.prompt(msgspec.structs.replace(request, echo=True))
 
-        def rows() -> list[tuple[int, str, int, int]]:
-            encoded = tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens)
-            return [
-                (token_id, tokenizer.id_to_token(token_id) or "", *((0, 0) if added else offset))
-                for token_id, offset, added in zip(encoded.ids, encoded.offsets, encoded.added, strict=True)
-            ]
-
-        return await self.beside(len(text), rows)
-
-    async def beside(self, size: int, work: Callable[[], T]) -> T:
-        """The result of ``work``, done in the text thread when ``size`` (characters or tokens) says that it is long."""
-        return await self._off_loop(size, work)
-
-    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """The result of ``work``, done in the text thread: for what asks the file system."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-    async def render(self, request: GenerateRequest) -> tuple[str, list[int]]:
-        """A chat or prompt as the model would see it: ``(text, prompt ids)``, however long; nothing is submitted."""
-        self._need_tokenizer()
-        prompt = await self._off_loop(_chars(request), lambda: self._core.render(request))
-        return prompt.text or "", prompt.ids
-
-    async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        tokenizer = self._need_tokenizer()
-        return await self._off_loop(
-            len(token_ids), lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        )
+    async def look_up(self, work: Callable[..., T], *args: Any) -> T:
+        """The result of ``work``, which asks the file system, from a thread that does nothing else."""
+        return await asyncio.get_running_loop().run_in_executor(self._lookup_threads, work, *args)
 
     async def adapters(self, command: AdapterCommand, timeout: float = 300.0) -> list[AdapterState]:
         """Carry ``command`` out in the engine. A load returns when the adapter is usable, or raises why it is not."""
@@ -266,13 +240,9 @@ class AsyncService:
         self._client.listen(None)
         if self._thread is not None:
             await loop.run_in_executor(None, self._thread.join)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        await loop.run_in_executor(None, self.texts.close)
+        self._lookup_threads.shutdown(wait=False, cancel_futures=True)
         self._commands.shutdown(wait=False, cancel_futures=True)
-
-    # Behind the door
-
-    def _need_tokenizer(self) -> Tokenizer:
-        return need_tokenizer(self._core.tokenizer, self.info)
 
     def _refuse_if_ending(self) -> None:
         if self._draining:
@@ -281,9 +251,6 @@ class AsyncService:
             raise EngineDied(self._broken.message)
         if self._loop is None:
             raise RuntimeError("AsyncService.start() comes first")
-
-    async def _off_loop(self, chars: int, work: Callable[..., T], *args: Any) -> T:
-        return work(*args) if chars <= INLINE_CHARS else await self.in_thread(work, *args)
 
     def _wake(self) -> None:
         """In a thread of the engine's: events wait."""
@@ -397,22 +364,3 @@ class AsyncService:
                 if not waiter.done():
                     waiter.set_result(None)
             self._idle = []
-
-
-def _chars(request: GenerateRequest) -> int:
-    """How much text there is to work on, roughly; what can't be told at a glance counts as long."""
-    if request.messages is not None:
-        # What else a template is given may be of any size, and what a foreign one does with it, too.
-        if request.chat_template or request.tools or request.documents or request.template_kwargs:
-            return INLINE_CHARS + 1
-        return sum(_length(message) for message in request.messages) if isinstance(request.messages, list) else 0
-    return len(request.prompt or "")
-
-
-def _length(message: Any) -> int:
-    if not isinstance(message, Mapping):
-        return 64
-    values = [value for value in message.values() if value is not None]
-    if not all(isinstance(value, str) for value in values):  # parts, tool calls
-        return INLINE_CHARS + 1
-    return 64 + sum(map(len, values))

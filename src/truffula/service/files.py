@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ class LoadedTexts:
     """A model's text files, read.
 
     ``no_tokenizer`` says why ``tokenizer`` is None, ``warnings`` are for the operator, ``end_tokens`` those that the
-    tokenizer's files name.
+    tokenizer's files name. ``digest`` tells two states of these files apart.
     """
 
     tokenizer: Tokenizer | None = None
@@ -26,6 +27,7 @@ class LoadedTexts:
     warnings: tuple[str, ...] = ()
     end_tokens: tuple[EndToken, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
 
 
 def load_texts(path: Path) -> LoadedTexts:
@@ -35,7 +37,13 @@ def load_texts(path: Path) -> LoadedTexts:
     if tokenizer is None:
         return LoadedTexts(None, found.no_tokenizer, found.warnings, found.end_tokens, found.generation_config)
     warnings = (*found.warnings, *tokenizer.warnings)
-    return LoadedTexts(tokenizer, "", warnings, tokenizer.end_tokens, found.generation_config)
+    digest = digest_of(found.tokenizer)
+    return LoadedTexts(tokenizer, "", warnings, tokenizer.end_tokens, found.generation_config, digest)
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """A checksum of a tokenizer's files (name → content)."""
+    return " ".join(f"{name}:{len(files[name])}:{zlib.crc32(files[name]):08x}" for name in sorted(files))
 
 
 def without_tokenizer(reason: str) -> list[str]:
