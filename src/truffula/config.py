@@ -294,12 +294,22 @@ class ServerConfig:
     )
     protect_metrics: bool = _row(False, "switch", "require an API key for /metrics too", topic="Access")
     cors_origins: tuple[str, ...] = _row(
-        ("*",),
+        ("auto",),
         "list",
-        "origin whose web pages may call the server; '' allows none",
+        "origin whose web pages may call the server; '*' allows any, none allows none, auto allows any with API keys, "
+        "else those of this machine",
         topic="Access",
         metavar="ORIGIN",
         singular="cors_origin",
+    )
+    allowed_hosts: tuple[str, ...] = _row(
+        (),
+        "list",
+        "host name by which a server without API keys that listens on this machine only may be called; '*' allows any",
+        topic="Access",
+        metavar="NAME",
+        singular="allowed_host",
+        unset="addresses and localhost",
     )
     salt_by_api_key: bool = _row(True, "switch", "keep the prefix caches of different API keys apart", topic="Access")
     max_open_requests: int = _row(

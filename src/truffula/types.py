@@ -361,12 +361,15 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
-    """A file as it was when the model was loaded from it."""
+    """A file as it was when the model was loaded from it. ``sample`` is a digest of parts of its content, where they
+    were read (``weights/watch.py``).
+    """
 
     path: str
     size: int
     mtime_ns: int
     inode: int
+    sample: str = ""
 
 
 class EndToken(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
-from truffula.server.foreign_fields import Dialect, is_ignored
+from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ Objects = Annotated[list[dict[str, Any]], FirstError()]
 class Body(BaseModel):
     """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
 
-    ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on the native
-    side). ``dialect`` says which fields of other routes and servers a route refuses. With ``refuses_foreign`` those are
-    all of them in this object, so the values of those still in it ask for nothing.
+    ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on native
+    routes). ``route_fields`` says which fields of other routes and servers a route refuses. With ``refuses_foreign``
+    those are all of them in this object, so the values of those still in it ask for nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
     nested: ClassVar[str | None] = None
-    dialect: ClassVar[Dialect | None] = None
+    route_fields: ClassVar[RouteFields | None] = None
     refuses_foreign: ClassVar[bool] = False
 
     def unknown(self) -> list[str]:
@@ -136,8 +136,8 @@ def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
     much there is of it.
     """
     limits.check_lengths(value)
-    if model.dialect is not None:
-        model.dialect.check(value, limits.base_words)
+    if model.route_fields is not None:
+        model.route_fields.check(value, limits.base_words)
     try:
         return model.model_validate(value)
     except ValidationError as error:

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from truffula.errors import InvalidRequest
 from truffula.server.adapter_fields import adapters_named
 from truffula.server.body import Body, Ids, Objects, Strings
-from truffula.server.foreign_fields import Dialect
+from truffula.server.foreign_fields import RouteFields
 from truffula.server.limits import RequestLimits
 from truffula.server.openai_bodies import Biases, biases
 from truffula.types import MAX_SEED, GenerateRequest, SamplingParams
@@ -191,12 +191,12 @@ class GenerateBody(Body):
         return adapters_named(self, "", use) + adapters_named(self.params, "parameters.", use)
 
 
-NATIVE = Dialect(
+NATIVE = RouteFields(
     "this route",
     "parameters.adapter_id",
     {"": frozenset(GenerateBody.model_fields), "parameters.": frozenset(Parameters.model_fields)},
 )
-GenerateBody.dialect = NATIVE
+GenerateBody.route_fields = NATIVE
 
 
 class TokenizeBody(Body):
@@ -244,4 +244,4 @@ for _body, _where in (
     (DetokenizeBody, "/detokenize"),
     (ChatTokenizeBody, "/chat_tokenize"),
 ):
-    _body.dialect = Dialect(_where, "model", {"": frozenset(_body.model_fields)}, only=_TOKEN_FIELDS)
+    _body.route_fields = RouteFields(_where, "model", {"": frozenset(_body.model_fields)}, only=_TOKEN_FIELDS)

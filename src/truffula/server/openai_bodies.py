@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, field_validator
 from truffula.errors import InvalidRequest
 from truffula.server.adapter_fields import adapters_named
 from truffula.server.body import Body, FirstError, Ids, Objects, Strings
-from truffula.server.foreign_fields import Dialect
+from truffula.server.foreign_fields import RouteFields
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
@@ -281,5 +281,5 @@ class ChatBody(OpenAIBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-CompletionBody.dialect = Dialect("/v1/completions", "model", {"": frozenset(CompletionBody.model_fields)})
-ChatBody.dialect = Dialect("/v1/chat/completions", "model", {"": frozenset(ChatBody.model_fields)})
+CompletionBody.route_fields = RouteFields("/v1/completions", "model", {"": frozenset(CompletionBody.model_fields)})
+ChatBody.route_fields = RouteFields("/v1/chat/completions", "model", {"": frozenset(ChatBody.model_fields)})

@@ -24,6 +24,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from truffula.config import Resolved
 from truffula.engine.client import Opening
+from truffula.errors import internal_error
 from truffula.server.connections import (
     ACCEPT_BURST,
     AcceptErrors,
@@ -31,7 +32,7 @@ from truffula.server.connections import (
     GuardedProtocol,
     most_connections,
 )
-from truffula.server.errors import Unhealthy, render, side_of
+from truffula.server.errors import Unhealthy, dialect_of, render
 from truffula.server.launch import QUEUED
 from truffula.server.middleware import send_reply
 from truffula.server.started import Started, start
@@ -60,7 +61,7 @@ class Gate:
             await self._app(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
-            await send_reply(send, *render(error, side_of(scope["path"])))
+            await send_reply(send, *render(error, dialect_of(scope["path"])))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -119,8 +120,8 @@ class Gate:
             failure: Exception | None = None
             try:
                 found = self._load()
-            except Exception as error:  # noqa: BLE001  (handed to the loop, which raises it)
-                failure = error
+            except BaseException as error:  # noqa: BLE001  (handed to the loop, which raises it)
+                failure = error if isinstance(error, Exception) else internal_error(error)  # such as a Rust panic
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, nobody is left to tell
                 loop.call_soon_threadsafe(answer, found, failure)
 
@@ -173,19 +174,21 @@ def make_server(resolved: Resolved, listening: socket.socket, opening: Opening |
 
     connections = Connections(most_connections(config), config.body_timeout_s)
     gate = Gate(lambda: start(resolved, f"http://{host}:{port}", opening), stop)
-    server = DrainingServer(
-        uvicorn.Config(
-            gate,
-            http=partial(GuardedProtocol, connections),  # type: ignore[arg-type]
-            backlog=ACCEPT_BURST,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
-        )
+    settings = uvicorn.Config(
+        connections.watching(gate),
+        backlog=ACCEPT_BURST,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
     )
+    settings.load()
+    settings.http_protocol_class = partial(  # type: ignore[assignment]
+        GuardedProtocol, connections, settings.http_protocol_class
+    )
+    server = DrainingServer(settings)
     server.gate, server.connections = gate, connections
     server.drain_delay_s, server.drain_timeout_s = config.drain_delay_s, config.drain_timeout_s
     return server

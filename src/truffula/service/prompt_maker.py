@@ -38,7 +38,8 @@ INLINE_CHARS = 4096
 """Shorter prompts are tokenized on the event loop: a trip to a thread costs as much."""
 HEAVY_CHARS = 65_536
 """Longer texts and bodies go to a text worker."""
-HEAVY_SECONDS = 30.0
+HEAVY_SECONDS = 20.0
+"""Processor time of reading one large request."""
 
 
 class PromptMaker:

@@ -26,11 +26,11 @@ from truffula.text.worker import Setup
 from truffula.types import GenerateRequest
 
 MAX_WAITING, MAX_WAITING_PER_CLIENT = 64, 8
-HEAVY_NICENESS = 10
+HEAVY_NICENESS = 5
 HEAVY_IDLE_S = 60.0
 """A heavy worker ends after this time without a call: what large texts took returns to the system."""
 TEMPLATE_SECONDS = 2.0
-"""Limit of one rendering of a chat template."""
+"""Processor time of one rendering of a chat template."""
 log = logging.getLogger(__name__)
 
 
@@ -117,8 +117,8 @@ class _Lane:
         own = self._waiting.get(client, ())
         if len(own) >= MAX_WAITING_PER_CLIENT or sum(map(len, self._waiting.values())) >= MAX_WAITING:
             raise Overloaded(
-                f"{len(own)} requests with long texts of this client are waiting to be read, the limit is "
-                f"{MAX_WAITING_PER_CLIENT} ({MAX_WAITING} for all clients).",
+                f"{len(own)} requests of this client wait to be read, because they are long or because of the model's "
+                f"chat template; the limit is {MAX_WAITING_PER_CLIENT} ({MAX_WAITING} for all clients).",
                 retry_after_s=2,
             )
         turn: asyncio.Future[TextWorker] = asyncio.get_running_loop().create_future()

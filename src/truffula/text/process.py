@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +18,9 @@ from truffula.errors import ErrorInfo, TruffulaError, from_info
 from truffula.text.worker import END, FAILED, PART, READY, Call, Setup, receive, send
 
 START_TIMEOUT_S = 60.0
+WALL_SECONDS = 5.0
+"""Limit of a call's duration per second of its processor time: a busy machine gives it little."""
+GRACE_S = 1.0
 
 
 class WorkerStopped(TruffulaError):
@@ -45,28 +50,30 @@ class TextWorker:
         """What ``function`` (``module:name``) yields for ``argument``.
 
         Raises:
-            WorkerStopped: It took longer than ``seconds``, start of the process excluded, or more memory than allowed.
+            WorkerStopped: It took longer than ``seconds`` of processor time, or more memory than allowed.
             TruffulaError: What the function raised.
         """
         try:
             sock = self._started()
-            return self._exchange(sock, msgspec.msgpack.encode(Call(function, pickle.dumps(argument))), seconds)
+            call = msgspec.msgpack.encode(Call(function, pickle.dumps(argument), seconds))
+            return self._exchange(sock, call, WALL_SECONDS * seconds)
         except TimeoutError:
             self.close()
-            raise WorkerStopped(f"it took longer than {seconds:g} s") from None
-        except OSError:
-            self.close()
-            raise self._ended() from None
+            raise WorkerStopped(f"it took longer than {WALL_SECONDS * seconds:g} s") from None
+        except (OSError, EOFError):
+            raise self._ended(seconds) from None
 
-    def close(self) -> None:
-        """Kill the process, if there is one. Idempotent."""
+    def close(self) -> int | None:
+        """Kill the process, if there is one. Idempotent. Returns its exit status."""
         process, self._process = self._process, None
         sock, self._socket = self._socket, None
+        status = None
         if process is not None:
             process.kill()
-            process.wait()
+            status = process.wait()
         if sock is not None:
             sock.close()
+        return status
 
     def _exchange(self, sock: socket.socket, call: bytes, seconds: float) -> list[bytes]:
         deadline = time.monotonic() + seconds
@@ -77,8 +84,7 @@ class TextWorker:
             sock.settimeout(max(0.001, deadline - time.monotonic()))
             frame = receive(sock)
             if frame is None:
-                self.close()
-                raise self._ended()
+                raise EOFError
             kind, body = frame
             if kind == PART:
                 parts.append(body)
@@ -87,8 +93,17 @@ class TextWorker:
             elif kind == FAILED:
                 raise from_info(msgspec.msgpack.decode(body, type=ErrorInfo))
 
-    def _ended(self) -> WorkerStopped:
-        return WorkerStopped(f"it took more than {self._memory_bytes >> 20} MiB of memory, or its process was ended")
+    def _ended(self, seconds: float) -> WorkerStopped:
+        """Clean up after a process that has ended during a call, and say why."""
+        process = self._process
+        if process is None:
+            return WorkerStopped("the server is closing")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+        status = self.close()
+        if status == -signal.SIGXCPU:
+            return WorkerStopped(f"it took longer than {seconds:g} s of processor time")
+        return WorkerStopped(f"it took more than {self._memory_bytes >> 20} MiB of memory (exit status {status})")
 
     def _started(self) -> socket.socket:
         if self._socket is not None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import pickle
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,11 +58,13 @@ class Worker:
 
 class Call(msgspec.Struct, frozen=True):
     """``function`` is ``module:name`` of a function ``(Worker, argument) -> Iterator[bytes]``; ``argument`` is pickled:
-    a worker trusts the server, which trusts no worker and decodes what comes back.
+    a worker trusts the server, which trusts no worker and decodes what comes back. The system ends the process after
+    ``seconds`` of processor time (rounded up to a second).
     """
 
     function: str
     argument: bytes
+    seconds: float
 
 
 def send(sock: socket.socket, kind: bytes, body: bytes = b"") -> None:
@@ -98,6 +102,13 @@ def _limit_memory(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
 
 
+def _limit_time(seconds: float) -> None:
+    """Let this process use ``seconds`` more of processor time; then SIGXCPU ends it."""
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    wanted = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
 def serve(sock: socket.socket) -> None:
     """Answer calls until the socket closes."""
     first = receive(sock)
@@ -112,6 +123,7 @@ def serve(sock: socket.socket) -> None:
     while (frame := receive(sock)) is not None:
         call = msgspec.msgpack.decode(frame[1], type=Call)
         module, _, name = call.function.partition(":")
+        _limit_time(call.seconds)
         try:
             function: Callable[[Worker, Any], Iterator[bytes]] = getattr(importlib.import_module(module), name)
             for part in function(worker, pickle.loads(call.argument)):
