@@ -18,7 +18,7 @@ from truffula.errors import ErrorInfo, TruffulaError, from_info
 from truffula.text.worker import END, FAILED, PART, READY, Call, Setup, receive, send
 
 START_TIMEOUT_S = 60.0
-WALL_SECONDS = 5.0
+WALL_SECONDS = 10.0
 """Limit of a call's duration per second of its processor time: a busy machine gives it little."""
 GRACE_S = 1.0
 
