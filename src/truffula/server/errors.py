@@ -140,7 +140,7 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "generation_failed": ErrorRow(424, "generation", _RUN, 500, _OURS, "generation_failed"),
         "no_tokenizer": ErrorRow(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
         "unhealthy": ErrorRow(503, "healthcheck", "", 503, _OURS, "unhealthy"),
-        # What follows is ours to mend: these end a start, and reach a client only through a fault in the server.
+        # These end a start; a client sees one only when the server has a bug.
         "internal_error": _FAULT,
         "config_invalid": _FAULT,
         "process_failed": _FAULT,

@@ -95,7 +95,7 @@ class RequestScope:
 
 
 class AccessLine:
-    """One line a request; formatted only where somebody reads it. Never a prompt, an answer or a key."""
+    """The log line of a request, formatted when it is written. It never holds a prompt, an answer or a key."""
 
     __slots__ = ("record",)
 
@@ -159,7 +159,7 @@ class HttpRules:
 class OpenLimit:
     """Refuses a request with a body while ``limit`` others are open, those whose bodies still arrive included.
 
-    Probes and other GETs pass: they are answered at once, and an overloaded server is no dead one.
+    Probes and other GETs pass: they are answered immediately, and an overloaded server is alive.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -188,8 +188,8 @@ class OpenLimit:
 class BodyLimit:
     """Reads a body whole before the app sees it; stops at ``limit`` bytes with 413, after ``timeout_s`` with 408.
 
-    The rest of a refused body is thrown away for a while before the connection closes: closing at once would reset it,
-    and most clients would report that instead of reading the answer.
+    The rest of a refused body is read and dropped for a while before the connection closes: closing it now would reset
+    it, and most clients would report that instead of reading the answer.
     """
 
     linger_bytes = 64 * 2**20

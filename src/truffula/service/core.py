@@ -127,7 +127,7 @@ class RequestState:
         if self.open_ids:
             return []
         ended = [merged(self._waiting[engine_id], 0) for engine_id in self._choices]
-        # Nobody can be called the best while one of them failed.
+        # Failed choices come first: no other is known to be the best while one of them failed.
         ended.sort(key=lambda one: (one.finish_reason not in ("error", "abort"), rank(one)))
         return [msgspec.structs.replace(one, choice=i) for i, one in enumerate(ended[: self.request.params.n])]
 

@@ -141,14 +141,14 @@ class _Lane:
                 turn.set_result(worker)
                 return
         self._free.append(worker)
-        if self._idle_s is not None:
+        if self._idle_s is not None and worker.pid is not None:
             self._timers[worker] = asyncio.get_running_loop().call_later(self._idle_s, self._end_idle, worker)
 
     def _end_idle(self, worker: TextWorker) -> None:
         del self._timers[worker]
         self._free.remove(worker)
         closing = asyncio.get_running_loop().run_in_executor(None, worker.close)
-        closing.add_done_callback(lambda _: self._free.appendleft(worker))
+        closing.add_done_callback(lambda _: self.release(worker))
 
     def close(self) -> None:
         for timer in self._timers.values():

@@ -130,7 +130,7 @@ class ChatTemplates:
         """The prompt's text.
 
         ``variables`` are the template's further switches (``enable_thinking``, …). ``continue_final_message`` leaves
-        the last message open, so that the model goes on with it. Raises ``InvalidRequest`` for messages that aren't a
+        the last message open, so that the model continues it. Raises ``InvalidRequest`` for messages that aren't a
         conversation in text, ``TemplateError`` when the template refuses them, is wrong, or takes more than its limits.
         """
         source = self.choose(template, with_tools=bool(tools))
