@@ -5,7 +5,7 @@
     python benchmarks/python_share.py --smoke                    # a tiny random model
 
 A turn is what the engine's process does per step: schedule, fill the step's arrays, run and sample (native), update,
-count, and send all events as one frame. Shares are medians over turns, by the clock and by the CPU time of the engine's
+and send all events as one frame. Shares are medians over turns, by the clock and by the CPU time of the engine's
 thread, which a busy neighbour moves less. Native backend only.
 """
 
@@ -26,7 +26,7 @@ from truffula.engine import wire
 from truffula.engine.build import build_engine
 from truffula.engine.loop import EngineLoop, close_engine
 from truffula.testing.tiny import write_tiny_checkpoint
-from truffula.types import AdapterRef, EngineRequest, SamplingParams
+from truffula.types import AdapterRef, EngineParams, EngineRequest
 
 PROMPT = 105
 
@@ -58,7 +58,7 @@ class Native:
 
 def requests(rows: int, tokens: int, folders: list[Path]) -> list[EngineRequest]:
     refs = [AdapterRef(name=f"a{i}", locator=str(folder.resolve())) for i, folder in enumerate(folders)]
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, seed=0)
+    params = EngineParams(max_tokens=tokens, temperature=0.0, ignore_eos=True, seed=0)
     return [
         EngineRequest(
             request_id=str(i), prompt_ids=[10 + (7 * i + j) % 80 for j in range(PROMPT)], params=params,
@@ -77,24 +77,23 @@ def measure(model: str, rows: int, turns: int, folders: list[Path]) -> list[tupl
     native = executable._native = Native(executable._native)
     loop = EngineLoop(engine)
     ours, theirs = socket.socketpair()
-    channel = wire.Channel(ours, wire.engine_side())
+    channel = wire.engine_channel(ours)
     threading.Thread(target=_drain, args=(theirs,), daemon=True).start()
     found: list[tuple[float, ...]] = []
     try:
         loop.submit(requests(rows, PROMPT + 40 * turns, folders))
         while len(found) < turns:
             began = (time.perf_counter(), time.thread_time(), native.wall, native.cpu)
-            turn = loop.turn()
-            loop.stats()
-            if turn.events:
-                channel.send(wire.Events(turn.events))
+            events = loop.turn()
+            if events:
+                channel.send(wire.Events(events))
             ended = (time.perf_counter(), time.thread_time(), native.wall, native.cpu)
             wall, cpu, native_wall, native_cpu = (b - a for a, b in zip(began, ended, strict=True))
-            if any(event.finish_reason for event in turn.events):
-                sys.exit(f"a request ended: {turn.events[0].error or turn.events[0].finish_reason}")
-            if len(turn.events) == rows and rows == executable.inputs.T:
+            if any(event.finish_reason for event in events):
+                sys.exit(f"a request ended: {events[0].error or events[0].finish_reason}")
+            if len(events) == rows and rows == executable.inputs.T:
                 found.append((wall, wall - native_wall, cpu, cpu - native_cpu))
-            elif not turn.events:
+            elif not events:
                 time.sleep(0.002)  # adapters are loading
     finally:
         close_engine(loop)

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exactness import texts_as_ids, write_bfloat16
 from rich.console import Console
 from rich.table import Table
 
+from exactness import texts_as_ids, write_bfloat16
 from truffula.kernels.backend import Array, QuantisedArray
 from truffula.kernels.cpu import CpuBackend
 from truffula.lora.image import map_image, write_image

@@ -19,28 +19,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from truffula.bench.step import SMOLLM2
 from truffula.kernels.backend import Array, Executable, PullWeight, QuantisedArray
 from truffula.kernels.cpu import CpuBackend
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program, WeightDecl
-from truffula.testing.programs import SMOLLM2, Part, Shape, as_dtype, fill_step, llama_program
-from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.testing.programs import Part, as_dtype, decoder_program, fill_step, random_blocks
+from truffula.testing.tiny import tiny_config
 
 BLOCK = 16
 VARIANTS = ("bfloat16", "Q8_0", "Q5_0", "Q4_0", "Q4_1")
-_BY_NAME = {item.name: item for item in FORMATS.values()}
-
-
-def random_blocks(rng: np.random.Generator, kind: str, shape: tuple[int, int]) -> QuantisedArray:
-    """Blocks of any bits, whose scales make the values about as large as a layer's are."""
-    item = _BY_NAME[kind]
-    blocks = rng.integers(0, 256, (shape[0], shape[1] // item.size, item.nbytes), np.uint8)
-    scale = np.float16(0.05 * 2.0 ** -(7 if kind == "Q8_0" else 3))
-    blocks[..., :2] = np.array([scale]).view(np.uint8)
-    if item.scales == 2:
-        blocks[..., 2:4] = np.array([np.float16(-8 * scale)]).view(np.uint8)
-    return QuantisedArray(kind, blocks, shape, lambda some: dequantize(item, some.reshape(-1), (len(some), item.size)))
 
 
 def pull(variant: str) -> PullWeight:
@@ -52,7 +41,7 @@ def pull(variant: str) -> PullWeight:
         if variant == "bfloat16":
             return [as_dtype(rng.standard_normal(decl.shape, np.float32) * 0.03, variant)]
         kind = "Q8_0" if decl.shape[0] > 10000 else variant
-        return [random_blocks(rng, kind, (decl.shape[0], decl.shape[1]))]
+        return [random_blocks(kind, *decl.shape, seed=decl.id)]
 
     return weight
 
@@ -89,7 +78,7 @@ def measure(program: Program, threads: int, isa: str, grid: list[int], context: 
             for decl in program.weights
             for part in decl.parts
         }
-        size = backend.plan(program, "bfloat16", capacity, 0, kinds).weight_bytes
+        size = backend.plan(program, "bfloat16", capacity, kinds).weight_bytes
         runs.append(Run(variant, backend.load(program, "bfloat16", pull(variant), capacity), size))
     return runs
 
@@ -116,8 +105,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None, help="compute threads")
     parser.add_argument("--isa", default="auto", help="instruction set")
     options = parser.parse_args()
-    tiny = Shape(hidden=64, heads=4, kv_heads=2, head_dim=16, feed_forward=96, vocab=61)
-    program = llama_program(tiny if options.smoke else SMOLLM2)
+    tiny = tiny_config(hidden_size=64, intermediate_size=96)
+    program = decoder_program(tiny if options.smoke else SMOLLM2)
     grid, context, steps = ([1, 3], 8, 2) if options.smoke else ([1, 8, 32], 105, 40)
     threads = options.threads or usable_cpus()
     runs = measure(program, threads, options.isa, grid, context, steps)

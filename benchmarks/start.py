@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from truffula.bench.processes import free_port
+from truffula.bench.server import free_port
 from truffula.testing.tiny import write_tiny_checkpoint
 
 POLL_S = 0.005
@@ -53,7 +53,7 @@ def command_of(pid: int) -> str:
 
 
 def ask(port: int, path: str, body: dict[str, object] | None = None) -> int:
-    """The status of one request; 0 while nobody listens."""
+    """The status of one request; 0 while no server listens."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         try:
             connection.request("POST" if body else "GET", path, json.dumps(body) if body else None)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 # Helper modules beside the tests (pages.py, ...) import by name from any test folder.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 for folder in sorted({path.parent for path in Path(__file__).parent.rglob("*.py")}):
     sys.path.insert(0, str(folder))
 

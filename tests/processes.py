@@ -39,11 +39,11 @@ def watched(client: ProcessClient, **limits: float) -> Iterator[None]:
     A second of silence is enough to see that a frozen engine is noticed, and too little to ask of one that works on a
     busy machine: so such a limit holds for no more of a test than the freezing.
     """
-    life = client._life
-    assert life is not None
-    usual = life._config
-    life._config = dataclasses.replace(usual, **limits)
+    process = client._process
+    assert process is not None
+    usual = process._config
+    process._config = dataclasses.replace(usual, **limits)
     try:
         yield
     finally:
-        life._config = usual
+        process._config = usual

@@ -39,7 +39,7 @@ torch_into() {
     "$1/bin/pip" -q install "${TORCH%%+*}"
 }
 
-# lines ARG...: a command, one argument a line, for `truffula bench compare` to run.
+# lines ARG...: a command, one argument a line, for `benchmarks/compare.py` to run.
 lines() { printf '%s\n' "$@"; }
 
 # version_of VENV PACKAGE

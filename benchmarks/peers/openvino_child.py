@@ -30,7 +30,7 @@ def main() -> None:
         ids = np.array(question["prompts"], dtype=np.int64)
         inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
         done = pipe.generate(inputs, config)
-        # Of several prompts it says one mean, which is nobody's time.
+        # Of several prompts it says one mean, which is no single request's time.
         first = [done.perf_metrics.get_ttft().mean / 1000] if len(ids) == 1 else []
         return sum(len(tokens) for tokens in done.tokens), first
 

@@ -176,8 +176,8 @@ class EngineConfig:
         True, "switch", "reuse the KV cache of prompts that begin with the same tokens", topic="Batching"
     )
     block_size: int = _row(16, "integer", "tokens per block of the KV cache", topic="Batching", low=1, high=1024)
-    look_ahead: int = _row(
-        32, "integer", "number of waiting sequences whose adapters are loaded ahead", topic="Advanced", low=1, high=4096
+    prefetch_adapters: int = _row(
+        32, "integer", "number of adapters loading at a time for waiting requests", topic="Advanced", low=1, high=4096
     )
     adapter_worker_memory_bytes: int = _row(
         2**30,
@@ -383,9 +383,7 @@ class ServerConfig:
         low=0,
     )
     lorax_metrics: bool = _row(False, "switch", "also export metrics under LoRAX's names", topic="Logs and metrics")
-    transport: str = _row(
-        "process", "text", "where the engine runs", topic="Advanced", choices=("process", "thread", "inline")
-    )
+    transport: str = _row("process", "text", "where the engine runs", topic="Advanced", choices=("process", "inline"))
 
     def __post_init__(self) -> None:
         _check(self)

@@ -24,6 +24,7 @@
     ├── MissingDependency        an extra is not installed             missing_dependency
     ├── ProcessFailed            a program we started has failed       process_failed
     ├── KernelError              shapes or dtypes; our own mistake     kernel_error
+    ├── DeviceLost               the device computes nothing any more  device_lost
     └── WireError                peer of another version, bad frame    wire_error
 
 ``code`` is stable and is what programs compare; ``param`` names the offending field, ``data`` carries
@@ -156,6 +157,10 @@ class ProcessFailed(TruffulaError):
 
 class KernelError(TruffulaError):
     code = "kernel_error"
+
+
+class DeviceLost(TruffulaError):
+    code = "device_lost"
 
 
 class WireError(TruffulaError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -9,10 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from truffula.config import EngineConfig
-from truffula.engine.client import Transport, connect
+from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
+from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
 from truffula.types import (
     AdapterCommand,
@@ -28,7 +30,6 @@ from truffula.types import (
 Prompt = str | Sequence[int]
 Adapter = str | Path | AdapterRef | None
 Messages = Sequence[Mapping[str, Any]]
-TRANSPORTS = ("inline", "thread", "process")
 
 __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 
@@ -36,9 +37,9 @@ __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 class Adapters:
     """``llm.adapters``: load ahead of use, unload, list. Adapters also load by themselves when first used."""
 
-    def __init__(self, service: SyncService, named: Mapping[str, str | Path]) -> None:
+    def __init__(self, service: SyncService, directory: AdapterDirectory) -> None:
         self._service = service
-        self._named: dict[str, AdapterPolicy] = {name: _policy(name, source) for name, source in named.items()}
+        self._directory = directory
 
     def load(self, name: str, source: str | Path | None = None) -> AdapterState:
         """Make ``name`` usable now and keep it under that name. ``source``: a folder or a Hub id, unless ``name`` is
@@ -47,21 +48,21 @@ class Adapters:
         Raises ``AdapterNotFound``, ``AdapterError`` (broken, unsupported, of another base), ``AdapterLoadError``,
         ``InsufficientMemory``.
         """
-        ref = _policy(name, source).resolve(name) if source is not None else self.resolve(name)
-        states = self._service.client.adapters(AdapterCommand(action="load", ref=ref))
-        if source is not None:
-            self._named[name] = _policy(name, source)
+        ref = self.resolve(name) if source is None else self._directory.locate(name, source)
+        states = self._service.adapters(AdapterCommand(action="load", ref=ref))
+        if source is not None and ref is not None:
+            self._directory.add(ref)
         return next((state for state in states if state.name == name), states[0])
 
     def unload(self, name: str) -> None:
         """Free its memory once running requests have ended, and forget the name. Raises ``AdapterNotFound``."""
         ref = self.resolve(name)
-        self._service.client.adapters(AdapterCommand(action="unload", ref=ref))
-        self._named.pop(name, None)
+        self._service.adapters(AdapterCommand(action="unload", ref=ref))
+        self._directory.remove(name)
 
     def names(self) -> list[str]:
         """Names given so far, loaded or not, sorted."""
-        return sorted(self._named)
+        return self._directory.names()
 
     def resolve(self, adapter: Adapter) -> AdapterRef | None:
         """A name given before, else a folder or a Hub id: what the caller of a library names, it may use.
@@ -70,21 +71,20 @@ class Adapters:
         """
         if adapter is None or isinstance(adapter, AdapterRef):
             return adapter
-        name = str(adapter)
+        name, names = str(adapter), self.names()
         try:
-            policy = self._named.get(name) or _policy(name, adapter)
+            return self._directory.resolve(name) if name in names else self._directory.locate(name, adapter)
         except ConfigError as error:
-            known = ", ".join(self.names()) or "none"
+            known = ", ".join(names) or "none"
             raise AdapterNotFound(
                 f"There is no adapter {name!r} (configured: {known}). {error.message}",
                 param="adapters",
                 adapter=name,
             ) from error
-        return policy.resolve(name)
 
     def list(self) -> list[AdapterState]:
         """Those that the engine knows: loading, ready, resident, failed or retired."""
-        return self._service.client.adapters(AdapterCommand(action="list"))
+        return self._service.adapters(AdapterCommand(action="list"))
 
 
 class LLM:
@@ -94,8 +94,8 @@ class LLM:
         model: A folder, a ``.gguf`` file, an alias, or a Hub id.
         adapters: Name → folder or Hub id. They are read when first used.
         device, dtype: Where and in what it computes; ``auto`` takes the faster of float32 and bfloat16.
-        transport: Where the engine runs: in the thread of each call (``inline``), in a thread of its own, or in a
-        process of its own. chat_template: Jinja source to use in place of the model's. progress: Called with (stage,
+        transport: Where the engine runs: in the thread of each call (``inline``), or in a process of its own
+        (``process``). chat_template: Jinja source to use in place of the model's. progress: Called with (stage,
         done, total or None) while the model loads. options: Fields of ``truffula.config.EngineConfig``
         (``max_model_len``, ``memory_bytes``, ``max_running``, …).
 
@@ -124,9 +124,9 @@ class LLM:
             if name not in known:
                 raise ConfigError(f"LLM has no option {name!r}; available: {', '.join(sorted(known))}.", param=name)
         config = EngineConfig(model=str(model), device=device, dtype=dtype, **options)
-        named = {
-            name: _policy(name, source) for name, source in (adapters or {}).items()
-        }  # wrong names before the load
+        directory = AdapterDirectory()
+        for name, source in (adapters or {}).items():
+            directory.add(directory.locate(name, source))  # a mistake shows before the model is loaded
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}
@@ -134,21 +134,20 @@ class LLM:
         except BaseException:
             client.close()
             raise
-        self.adapters = Adapters(self._service, adapters or {})
-        assert set(self.adapters.names()) == set(named)
+        self.adapters = Adapters(self._service, directory)
 
     @property
     def info(self) -> EngineInfo:
         """What was loaded, and how."""
-        return self._service.core.info
+        return self._service.info
 
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can be used without giving a template."""
-        return bool(self._service.core.templates)
+        return self._service.has_chat_template
 
     def stats(self) -> EngineStats:
-        return self._service.client.stats()
+        return self._service.stats()
 
     def generate(
         self,
@@ -157,16 +156,18 @@ class LLM:
         *,
         adapters: Adapter | Sequence[Adapter] = None,
         errors: Literal["raise", "return"] = "raise",
-        progress: Callable[[int, int], None] | None = None,
+        progress: bool | Callable[[int, int], None] = True,
     ) -> list[Any]:
-        """Complete ``prompts``, all in one batch.
+        """Complete ``prompts``, in one batch; any number of them, as the engine gets them as it drains.
 
         Args:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
             adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
             errors: ``return`` puts a request's ``TruffulaError`` in its place; ``raise`` raises the first and aborts
-            the others. progress: Called with (prompts done, prompts).
+            the others; every prompt is checked before the first one is computed.
+            progress: Called with (prompts done, prompts). True: a bar on stderr, if that is a terminal and the batch
+            takes longer than a second. False: none.
 
         Returns: one ``RequestOutput`` per prompt, in order (a list for a single prompt, too).
         """
@@ -188,12 +189,12 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         errors: Literal["raise", "return"] = "raise",
-        progress: Callable[[int, int], None] | None = None,
+        progress: bool | Callable[[int, int], None] = True,
     ) -> list[Any]:
         """Answer one conversation or several: ``messages`` is one list of ``{"role", "content"}``, or a list of such
         lists.
 
-        ``continue_final_message`` goes on with the last message instead of answering it. The rest is as in
+        ``continue_final_message`` continues the last message instead of answering it. The rest is as in
         ``generate``.
         """
         several = bool(messages) and all(isinstance(item, list | tuple) for item in messages)
@@ -258,16 +259,19 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         adapters: Adapter | Sequence[Adapter],
         errors: str,
-        progress: Callable[[int, int], None] | None,
+        progress: bool | Callable[[int, int], None],
     ) -> list[Any]:
         if errors not in ("raise", "return"):
             raise InvalidRequest(f"errors is {errors!r}; it must be 'raise' or 'return'.", param="errors")
         requests = self._requests(given, params, adapters)
-        found = self._service.run(requests, progress=progress, return_errors=errors == "return")
-        return [
-            answer if isinstance(answer, TruffulaError) else request_output(request, answer)
-            for request, answer in zip(requests, found, strict=True)
-        ]
+        with contextlib.closing(ProgressBar()) as bar:
+            report = bar if progress is True else _when_done(progress) if callable(progress) else None
+            found = self._service.completions(requests, progress=report, return_errors=errors == "return")
+            outputs = {
+                index: answer if isinstance(answer, TruffulaError) else request_output(requests[index], answer)
+                for index, answer in found
+            }
+        return [outputs[index] for index in range(len(requests))]
 
     def _requests(
         self,
@@ -286,6 +290,19 @@ class LLM:
             ]
         except TypeError as error:
             raise InvalidRequest(f"The request is invalid: {error}") from error
+
+
+def _when_done(callback: Callable[[int, int], None]) -> Callable[[int, int, int], None]:
+    """Calls ``callback`` with (prompts done, prompts) whenever one more is done."""
+    reported = 0
+
+    def report(done: int, total: int, tokens: int) -> None:
+        nonlocal reported
+        if done > reported:
+            reported = done
+            callback(done, total)
+
+    return report
 
 
 def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
@@ -326,7 +343,3 @@ def _ids(prompt: Any, at: int) -> list[int]:
         raise InvalidRequest(
             f"prompts[{at}] contains an item that is not a token id: {error}", param="prompts"
         ) from error
-
-
-def _policy(name: str, source: str | Path) -> AdapterPolicy:
-    return AdapterPolicy({name: source})

@@ -42,6 +42,8 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
     ("truffula_kv_blocks_used", "KV cache blocks in use by sequences", "used_blocks"),
     ("truffula_kv_blocks_cached", "KV cache blocks kept for prefix cache hits", "cached_blocks"),
     ("truffula_kv_blocks_free", "Free KV cache blocks", "free_blocks"),
+    ("truffula_kv_used_bytes", "Bytes of the KV cache blocks in use by sequences", "kv_used_bytes"),
+    ("truffula_kv_cached_bytes", "Bytes of the KV cache blocks kept for prefix cache hits", "kv_cached_bytes"),
     ("truffula_budget_bytes", "Bytes that KV cache and adapters may use together", "budget_bytes"),
     ("truffula_budget_used_bytes", "Bytes that KV cache and adapters use", "budget_used_bytes"),
     ("truffula_adapters_resident", "Adapters in memory", "adapters_resident"),
@@ -201,7 +203,7 @@ class Metrics:
 
 
 class _WithoutBirthdays(Collector):
-    """A registry without the library's ``_created`` samples, which double the series and which nobody asked for."""
+    """A registry without the library's ``_created`` samples, which double the number of series."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry

@@ -15,7 +15,7 @@ from truffula.errors import ErrorInfo, InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Progress = Callable[[str, int, int | None], None]
-"""Of a start: called with (stage, done, total or None), bytes while downloading and loading."""
+"""Reports a start: called with (stage, done, total or None), in bytes while downloading and loading."""
 MAX_SEED = 2**64 - 1
 
 
@@ -49,14 +49,10 @@ def _check_bias(bias: Mapping[int, float]) -> None:
         _number("logit_bias", value, -100.0, 100.0)
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are chosen and when a completion ends. Invalid values raise ``InvalidRequest`` naming the field.
+class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How tokens are chosen and when a sequence ends: the parameters that an engine, which knows no text, needs.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``max_tokens`` None is up to the model's length.
-    ``logprobs`` k gives, per generated token, the k most likely ids and the chosen one; 0 only the chosen one.
-    ``logprobs_of`` says of which distribution: ``raw`` (the model's) or ``warped`` (after penalties, bias,
-    temperature and truncation, as LoRAX reports). ``seed`` None is drawn by the service when the request is made.
-    Order of work on the logits: repetition, frequency and presence, bias, temperature, top-k, top-p, min-p, typical-p.
+    The fields are documented with ``SamplingParams``.
     """
 
     max_tokens: int | None = 16
@@ -71,22 +67,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     presence_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     seed: int | None = None
-    stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    include_stop: bool = False
-    skip_special_tokens: bool = True
-    n: int = 1
-    best_of: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprobs_of: Literal["raw", "warped"] = "raw"
 
     def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):  # callers may give one string, or a list
-            given: object = getattr(self, name)
-            if isinstance(given, str | list):
-                msgspec.structs.force_setattr(self, name, (given,) if isinstance(given, str) else tuple(given))
+        given: object = self.stop_token_ids
+        if isinstance(given, list):  # callers may give a list
+            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(given))
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 0)
         _integer("min_tokens", self.min_tokens, 0)
@@ -101,24 +91,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         _check_bias(self.logit_bias)
         if self.seed is not None:
             _integer("seed", self.seed, 0, MAX_SEED)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise InvalidRequest(
-                    "stop holds an empty string, which would match immediately; leave it out.", param="stop"
-                )
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
-        _integer("n", self.n, 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, 1024)
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
-        if self.best_of is not None:
-            _integer("best_of", self.best_of, 1)
-            if self.best_of < self.n:
-                raise InvalidRequest(f"best_of is {self.best_of}, below n = {self.n}.", param="best_of", n=self.n)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequest(
                 f"min_tokens is {self.min_tokens}, above max_tokens = {self.max_tokens}.", param="min_tokens"
@@ -129,13 +106,54 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.temperature == 0.0
 
 
+class SamplingParams(EngineParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a completion is generated, and what of it is shown. Invalid values raise ``InvalidRequest`` naming the field.
+
+    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``max_tokens`` None is up to the model's length.
+    ``logprobs`` k gives, per generated token, the k most likely ids and the chosen one; 0 only the chosen one.
+    ``logprobs_of`` says of which distribution: ``raw`` (the model's) or ``warped`` (after penalties, bias,
+    temperature and truncation, as LoRAX reports). ``seed`` None is drawn by the service when the request is made.
+    Order of work on the logits: repetition, frequency and presence, bias, temperature, top-k, top-p, min-p, typical-p.
+    The service alone uses ``stop``, ``include_stop``, ``skip_special_tokens``, ``n`` and ``best_of``.
+    """
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    n: int = 1
+    best_of: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):  # callers may give one string, or a list
+            given: object = getattr(self, name)
+            if isinstance(given, str | list):
+                msgspec.structs.force_setattr(self, name, (given,) if isinstance(given, str) else tuple(given))
+        EngineParams.__post_init__(self)
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise InvalidRequest(
+                    "stop holds an empty string, which would match immediately; leave it out.", param="stop"
+                )
+        _integer("n", self.n, 1)
+        if self.best_of is not None:
+            _integer("best_of", self.best_of, 1)
+            if self.best_of < self.n:
+                raise InvalidRequest(f"best_of is {self.best_of}, below n = {self.n}.", param="best_of", n=self.n)
+
+    def for_engine(self, *, seed: int, logprobs: int | None, stop_token_ids: tuple[int, ...]) -> EngineParams:
+        """The engine's part of these parameters, with what the service has added to it."""
+        kept = {name: getattr(self, name) for name in EngineParams.__struct_fields__}
+        return EngineParams(**kept | {"seed": seed, "logprobs": logprobs, "stop_token_ids": stop_token_ids})
+
+
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     """Which adapter a request asked for, after the operator's policy allowed it.
 
     ``name`` is the client's word, used in logs and metrics. ``kind`` and ``locator`` say where it lies (an absolute
     folder for ``local``, a repository id for ``hub``). ``fingerprint`` tells two states of one place apart without
     reading it (sizes and mtimes, or a revision): a changed one makes the pool read again. Identity in the engine is
-    the content hash found on loading (the generation), never the name.
+    the content hash found on loading (the generation), never the name. ``root``: a folder above ``locator`` that no
+    link may lead out of when the files are opened; "" when the operator named the adapter's own folder.
     """
 
     name: str
@@ -143,20 +161,20 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     locator: str
     revision: str | None = None
     fingerprint: str = ""
+    root: str = ""
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate: ids only. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
 
-    ``params.seed`` is resolved; ``params.stop``, ``n`` and ``best_of`` are the service's affair and are ignored here.
-    ``resume_ids`` are completion tokens already shown to the client (after a crash or a move): generation goes on
-    behind them and they are not emitted again. Times are of ``time.monotonic()``, which all processes of a machine
-    share. ``salt`` separates tenants in the prefix cache.
+    ``params.seed`` is resolved. ``resume_ids`` are completion tokens already shown to the client (after a crash or a
+    move): generation continues behind them and they are not emitted again. Times are of ``time.monotonic()``, which all
+    processes of a machine share. ``salt`` separates tenants in the prefix cache.
     """
 
     request_id: str
     prompt_ids: list[int]
-    params: SamplingParams
+    params: EngineParams
     choice: int = 0
     adapter: AdapterRef | None = None
     resume_ids: list[int] = []
@@ -177,13 +195,14 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     total_s: float = 0.0
 
 
-class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a
     ``finish_reason``.
 
     ``logprobs`` and ``top_logprobs`` run beside ``token_ids`` when asked for, else are empty; a top list holds
     ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
     comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
+    ``vector`` comes with the final event of a model whose output is a vector per sequence.
     On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error``
     says why.
     """
@@ -193,6 +212,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: list[float] = []
     top_logprobs: list[list[tuple[int, float]]] = []
     prompt_logprobs: list[tuple[float, list[tuple[int, float]]] | None] | None = None
+    vector: list[float] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: ErrorInfo | None = None
@@ -351,7 +371,7 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     generation: str | None = None
-    status: Literal["loading", "ready", "resident", "failed", "retired"] = "ready"
+    status: Literal["loading", "ready", "uploading", "resident", "failed", "retired"] = "ready"
     nbytes: int = 0
     rank: int = 0
     commit: str = ""  # of the Hub, as of its last load
@@ -383,10 +403,14 @@ class EndToken(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started engine is: fixed until it ends.
+    """What a started engine is: fixed until it ends, and the same after a restart.
 
     The engine names the end tokens of the model's configuration. A service adds those of the tokenizer and of the chat
     template (``eos_token_ids`` are those of every request), and says in ``no_tokenizer`` why there is no tokenizer.
+    ``path`` is where the model's files are, ``files`` what they were when they were loaded ("" and empty: an engine
+    without files). ``revision`` is of the Hub. ``*_reason`` and ``int8_note`` explain a choice in one line for the
+    operator. Byte counts: ``weight_bytes`` as loaded, ``stored_bytes`` in the files, ``fixed_bytes`` of memory that
+    does not vary, ``memory_limit_bytes`` in all, ``budget_bytes`` for KV cache and adapters.
     """
 
     model: str
@@ -398,17 +422,36 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     block_size: int
     num_blocks: int
+    kv_tokens: int
     step_tokens: int
     max_running: int
+    max_waiting: int = 1024
     eos_token_ids: list[int]
     end_tokens: list[EndToken] = []
-    tying: str = ""
-    weight_bytes: int = 0
-    budget_bytes: int = 0
-    warnings: list[str] = []
-    details: dict[str, Any] = {}
-    files: list[FileStamp] = []
+    bos_token_id: int | None = None
     no_tokenizer: str = ""
+    path: str = ""
+    files: list[FileStamp] = []
+    revision: str | None = None
+    isa: str = ""
+    threads: int = 1
+    dtype_reason: str = ""
+    quantize: str = "none"
+    exact: bool = False
+    int8_note: str = ""
+    tying: str = ""
+    tying_reason: str = ""
+    weight_formats: dict[str, int] = {}
+    weight_bytes: int = 0
+    stored_bytes: int = 0
+    saved_by_tying_bytes: int = 0
+    fixed_bytes: int = 0
+    memory_limit_bytes: int = 0
+    memory_reason: str = ""
+    budget_bytes: int = 0
+    unused_tensors: int = 0
+    start_s: float = 0.0
+    warnings: list[str] = []
 
 
 class EngineRestarts(msgspec.Struct, frozen=True, kw_only=True):
@@ -430,6 +473,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cached_blocks: int = 0
     used_blocks: int = 0
     num_blocks: int = 0
+    kv_used_bytes: int = 0
+    kv_cached_bytes: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0

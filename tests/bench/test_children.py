@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from truffula.bench.processes import LineChild, Server, child_error
-from truffula.bench.server import OwnServer
+from comparison.processes import LineChild
+from truffula.bench.server import OwnServer, Server, child_error
 from truffula.config import EngineConfig
 from truffula.errors import CheckpointChanged, ConfigError, ModelNotFound, ProcessFailed
 

@@ -1,4 +1,4 @@
-"""``bench compare`` on tiny models: our server beside a second one that is known by its address only."""
+"""benchmarks/compare.py on tiny models: our server beside a second one that is known by its address only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from live_server import MODEL, Live, serving, write_adapters, write_model
 
-from truffula.bench.compare import Result, Round, compare
-from truffula.bench.peers import LineSession, Place
-from truffula.bench.processes import LineChild
-from truffula.bench.report import figures, markdown
-from truffula.bench.scenarios import Contestant, Row, read_scenarios
+from comparison.peers import LineSession, Place
+from comparison.processes import LineChild
+from comparison.report import figures, markdown
+from comparison.rounds import Result, Round, compare
+from comparison.scenarios import Contestant, Row, read_scenarios
 from truffula.errors import ProcessFailed
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
@@ -198,7 +198,7 @@ def test_the_command_writes_what_it_measured(place: Place, other: Live, tmp_path
     )
     assert [one.name for one in read_scenarios(file)] == ["mine"]
     argv = [
-        sys.executable, "-m", "truffula", "bench", "compare", "--scenario-file", str(file), "--repeats", "2",
+        sys.executable, str(PEERS.parent / "compare.py"), "--scenario-file", str(file), "--repeats", "2",
         "--json", str(tmp_path / "r.json"), "--markdown", str(tmp_path / "r.md"), "--bench-dir", str(tmp_path),
     ]  # fmt: skip
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)

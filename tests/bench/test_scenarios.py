@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from truffula.bench.scenarios import BUILT_IN, chosen, read_scenarios
+from comparison.scenarios import BUILT_IN, chosen, read_scenarios
 from truffula.errors import ConfigError
 
 ROW = 'name = "r"\nwhat = "w"\nmeasure = "throughput"\n'

@@ -12,7 +12,7 @@ from truffula.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {
     "clients": None, "requests": None, "adapters": "none", "rank": 16, "prompt_tokens": 9, "max_tokens": 4,
-    "repeats": 1, "against_llm": False, "url": None,
+    "repeats": 1, "url": None,
 }  # fmt: skip
 REFUSED = [
     ({"adapters": "some"}, "adapters"),
@@ -22,7 +22,6 @@ REFUSED = [
     ({"rate": 0.0}, "rate"),
     ({"rate": float("nan")}, "rate"),
     ({"rate": 2.0, "clients": 8}, "clients"),
-    ({"rate": 2.0, "against_llm": True}, "against_llm"),
     ({"limits": Limits()}, "ttft_limit"),
     ({"zipf_exponent": 1.0}, "zipf_exponent"),
     ({"adapters": "zipf", "adapter_count": 4, "zipf_exponent": -1.0}, "zipf_exponent"),

@@ -2,10 +2,11 @@
 
 import pytest
 
-from truffula.cli.bench_step import StepBench, measure, slots_of
+from truffula.bench.step import StepBench, measure, slots_of
 from truffula.errors import ConfigError
 from truffula.kernels.select import Precision, select_backend
-from truffula.testing.programs import TINY, llama_program
+from truffula.testing.programs import decoder_program
+from truffula.testing.tiny import tiny_config
 
 
 @pytest.mark.parametrize(("name", "value"), [("rank", 0), ("context", 0), ("prefill", -1), ("steps", 0)])
@@ -32,7 +33,7 @@ def test_a_mix_that_is_none_is_refused(mix: str) -> None:
 def test_so_many_adapters_are_shared_by_neighbouring_rows_and_fewer_rows_leave_it_out() -> None:
     backend = select_backend("auto", "cpu", threads=1, precision=Precision("none"))
     bench = StepBench((1, 4), ("2",), rank=2, prefill=0, steps=1)
-    lines = measure(backend, llama_program(TINY), "float32", bench, 1e9)
+    lines = measure(backend, decoder_program(tiny_config()), "float32", bench, 1e9)
     assert [(line.rows, line.adapters) for line in lines] == [(4, "2")]
     assert slots_of("2", [10, 11, 12, 13, 14], 5) == [10, 10, 10, 11, 11]
     assert slots_of("shared", [10, 11], 2) == [10, 10] and slots_of("distinct", [10, 11], 2) == [10, 11]
@@ -41,5 +42,7 @@ def test_so_many_adapters_are_shared_by_neighbouring_rows_and_fewer_rows_leave_i
 
 def test_no_prefill_leaves_its_line_out() -> None:
     backend = select_backend("auto", "cpu", threads=1, precision=Precision("none"))
-    lines = measure(backend, llama_program(TINY), "float32", StepBench((1,), ("none",), prefill=0, steps=1), 1e9)
+    lines = measure(
+        backend, decoder_program(tiny_config()), "float32", StepBench((1,), ("none",), prefill=0, steps=1), 1e9
+    )
     assert [line.what for line in lines] == ["decode"]

@@ -8,7 +8,7 @@ import pytest
 from command import here
 from commands import every_command, flags_of
 
-from truffula.cli.foreign_flags import FOREIGN, FOREIGN_COMMANDS, foreign_flags
+from truffula.cli.foreign_flags import foreign_flags, known_commands, known_flags
 
 SERVERS = {"LoRAX", "TGI", "vLLM", "llama.cpp", "SGLang"}
 OWN = {"--system": True, "-n": True, "--raw": False}
@@ -56,9 +56,9 @@ def test_a_foreign_flag_is_answered_with_ours(words: str, answer: str) -> None:
     assert done.stderr.count("\n") == 1, "one paragraph"
 
 
-@pytest.mark.parametrize("flag", FOREIGN)
+@pytest.mark.parametrize("flag", known_flags())
 def test_each_answer_names_owner_and_way_out_in_flags_that_exist(flag: str) -> None:
-    row = FOREIGN[flag]
+    row = known_flags()[flag]
     assert row.flag == flag and set(row.servers) <= SERVERS and row.servers
     assert row.ours or row.note, "an answer"
     assert row.message.startswith(f"{flag} is ") and row.message.endswith(".")
@@ -70,14 +70,14 @@ def test_each_answer_names_owner_and_way_out_in_flags_that_exist(flag: str) -> N
 
 
 def test_no_foreign_flag_hides_one_of_serve() -> None:
-    assert not set(FOREIGN) & flags_of("serve")
+    assert not set(known_flags()) & flags_of("serve")
 
 
 @pytest.mark.parametrize(
     "flag", ["--quantize", "--dtype", "--port", "--host", "--api-key", "--max-best-of", "--revision"]
 )
 def test_what_other_servers_have_by_the_same_name_is_ours_too(flag: str) -> None:
-    assert flag in flags_of("serve") and flag not in FOREIGN
+    assert flag in flags_of("serve") and flag not in known_flags()
 
 
 @pytest.mark.parametrize(
@@ -108,13 +108,13 @@ def test_a_command_uses_its_own_flag_of_the_same_name() -> None:
     assert done.returncode == 1 and "llama.cpp" not in done.stderr
 
 
-@pytest.mark.parametrize("word", FOREIGN_COMMANDS)
+@pytest.mark.parametrize("word", known_commands())
 def test_a_foreign_command_is_answered(word: str) -> None:
     assert (word,) not in dict(every_command())
     done = here(word, "smollm2", "--whatever")
     assert (done.returncode, done.stdout) == (2, "")
-    assert FOREIGN_COMMANDS[word] in done.stderr
-    for path in re.findall(r"`truffula ([a-z]+)", FOREIGN_COMMANDS[word]):
+    assert known_commands()[word] in done.stderr
+    for path in re.findall(r"`truffula ([a-z]+)", known_commands()[word]):
         assert (path,) in dict(every_command())
 
 

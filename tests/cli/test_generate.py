@@ -160,3 +160,37 @@ def test_the_only_argument_is_the_prompt_where_the_variable_names_the_model(
     assert here("generate", str(model), "What is tea?", "--max-tokens", "4").stdout == wanted
     done = here("generate", str(model), "--max-tokens", "4")  # one word, and no terminal: the model, as before
     assert done.returncode == 1 and "The prompt is empty: pass it after MODEL" in done.stderr
+
+
+def test_a_file_of_prompts_gives_one_object_per_answer_in_order(
+    model: Path, adapter: Path, answer: Callable[..., str], tmp_path: Path
+) -> None:
+    lines = ["Hello", "", *(f"Hello {n}" for n in range(30)), "naïve 🌲"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    words = ("--prompts", str(tmp_path / "prompts.txt"), "-a", "base", "-a", f"leaf={adapter}")
+    done = here("generate", str(model), *words, "-n", "6", "--dtype", "float32", "--max-waiting", "3")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    texts = [line for line in lines if line]
+    assert [(row["prompt"], row["adapter"]) for row in rows] == [(t, a) for t in texts for a in ("base", "leaf")]
+    for row in (*rows[:4], *rows[-2:]):
+        said = answer(row["prompt"], None if row["adapter"] == "base" else "leaf")
+        assert row["text"] == said
+    assert "[###" not in done.stderr, "no bar in a pipe"
+    piped = here("generate", str(model), "--prompts", "-", "-n", "6", "--dtype", "float32", stdin="Hello\n")
+    assert [json.loads(line)["text"] for line in piped.stdout.splitlines()] == [answer("Hello")]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("Hello", "--prompts", "{here}"), "leave one out"),
+        (("--prompts", "{here}/nothing"), "cannot be read"),
+        (("--prompts", "{here}/empty"), "holds no prompt"),
+        (("--prompts", "{here}", "--url", "http://127.0.0.1:1"), "leave one out"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used(model: Path, tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+    (tmp_path / "empty").write_text("\n \n")
+    done = here("generate", str(model), *(word.format(here=tmp_path) for word in words))
+    assert done.returncode == 1 and said in done.stderr and not done.stdout

@@ -70,7 +70,7 @@ def test_ps_shows_model_adapters_and_load(server: Live) -> None:
     found = json.loads(here("ps", "--port", port, "--api-key", "hush", "--json").stdout)
     assert (found["model"], found["version"], found["adapters"]) == (MODEL, __version__, ["leaf"])
     assert (found["running"], found["waiting"], found["adapters_resident"]) == (0, 0, 0)
-    assert found["kv_blocks"] > found["kv_blocks_used"] == 0
+    assert found["budget_bytes"] > found["kv_used_bytes"] == found["kv_cached_bytes"] == 0
     shown = here("ps", "--url", server.url, "--api-key", "hush").stdout
     assert f"model     {MODEL} (float32, cpu)\n" in shown and "0 running, 0 waiting\n" in shown
     assert "adapters  leaf; 0 in memory, 0 B\n" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truffula.engine.budget import MemoryBudget
+from truffula.engine.kv_layout import KvLayout
 from truffula.engine.memory import AdapterShare, memory_limit, plan_memory
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import MemoryLimit, MemoryPlan
@@ -17,50 +19,56 @@ from truffula.kernels.host import free_memory, usable_cpus
 from truffula.kernels.select import select_backend
 
 GIB = 2**30
-PLAN = MemoryPlan(weight_bytes=2 * GIB, arena_bytes=2**26, logits_bytes=2**24, kv_block_bytes=2**20)
-KNOBS = {"block_size": 16, "max_running": 8}
+PLAN = MemoryPlan(weight_bytes=2 * GIB, arena_bytes=2**26, logits_bytes=2**24, kv_block_bytes=(2**20,))
+LAYOUT = KvLayout(16, 512, (None,), PLAN.kv_block_bytes)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(0, 2**34), st.integers(1, 40_000), st.none() | st.integers(1, 40_000), st.integers(1, 64),
-    st.sampled_from([1, 4, 16]),
+    st.sampled_from([1, 4, 16]), st.sampled_from([(None,), (None, 100), (500, 20), (4096,)]),
 )  # fmt: skip
-def test_what_fits_keeps_every_bound_or_is_refused(limit: int, model_len: int, asked, running: int, block_size: int):
+def test_what_fits_keeps_every_bound_or_is_refused(
+    limit: int, model_len: int, asked, running: int, block_size, windows
+):
+    plan = replace(PLAN, kv_block_bytes=tuple(2 ** (20 - g) for g in range(len(windows))))
+    layout = KvLayout(block_size, 64, windows, plan.kv_block_bytes)
     try:
         got = plan_memory(
-            PLAN,
-            MemoryLimit(limit, "x"),
-            model_len=model_len,
-            asked_len=asked,
-            block_size=block_size,
-            max_running=running,
+            plan, MemoryLimit(limit, "x"), layout, model_len=model_len, asked_len=asked, max_running=running
         )
     except InsufficientMemory as error:
         assert error.data["needed_bytes"] > limit
         return
     usable = got.num_blocks - 1
-    assert PLAN.total(got.num_blocks) <= limit and got.fixed_bytes + got.pool_bytes == limit
-    assert usable * block_size >= got.max_model_len, "one sequence of the stated length fits"
+    assert got.fixed_bytes == plan.fixed_bytes and got.fixed_bytes + got.pool_bytes == limit
+    peaks = layout.peak_blocks(got.max_model_len)
+    assert layout.nbytes(peaks) <= got.pool_bytes and max(peaks) <= usable, "one sequence of the stated length fits"
     assert usable * block_size <= running * (got.max_model_len + block_size), "no more than can be used"
+    assert got.max_model_len <= got.kv_tokens <= running * got.max_model_len
+    if windows == (None,):
+        assert plan.kv_block_bytes[0] * usable <= got.pool_bytes
+        assert got.kv_tokens <= usable * block_size < got.kv_tokens + (running + 1) * block_size
     assert got.max_model_len == asked or (asked is None and got.max_model_len <= model_len)
     assert bool(got.warnings) == (got.max_model_len < (asked or model_len))
 
 
 def test_the_refusal_names_every_number_and_a_way_out():
     with pytest.raises(InsufficientMemory) as caught:
-        plan_memory(PLAN, MemoryLimit(2 * GIB + 2**27, "--memory"), model_len=8192, asked_len=4096, **KNOBS)
+        plan_memory(
+            PLAN, MemoryLimit(2 * GIB + 2**27, "--memory"), LAYOUT, model_len=8192, asked_len=4096, max_running=8
+        )
     text = str(caught.value)
     for words in ("2 GiB", "64 MiB", "16 MiB", "4096 tokens", "256 MiB", "--memory", "--max-model-len"):
         assert words in text
     longest = caught.value.data["longest_that_fits"]
     limit = MemoryLimit(2 * GIB + 2**27, "--memory")
-    assert plan_memory(PLAN, limit, model_len=8192, asked_len=longest, **KNOBS).warnings == ()
+    assert plan_memory(PLAN, limit, LAYOUT, model_len=8192, asked_len=longest, max_running=8).warnings == ()
 
 
 def test_weights_that_do_not_fit_are_refused():
     with pytest.raises(InsufficientMemory, match="Weights 2 GiB"):
-        plan_memory(PLAN, MemoryLimit(GIB, "--memory"), model_len=8192, asked_len=None, **KNOBS)
+        plan_memory(PLAN, MemoryLimit(GIB, "--memory"), LAYOUT, model_len=8192, asked_len=None, max_running=8)
 
 
 def machine(root: Path, *, free_kib: int, groups: str = "0::/\n") -> Path:

@@ -7,7 +7,7 @@ import re
 import pytest
 from pages import ROOT
 
-from truffula.cli.foreign_flags import FOREIGN, FOREIGN_COMMANDS
+from truffula.cli.foreign_flags import known_commands, known_flags
 
 PAGE = (ROOT / "docs" / "coming-from.md").read_text(encoding="utf-8")
 SECTIONS = {
@@ -35,7 +35,7 @@ def capitalised(text: str) -> str:
 def rows_of(servers: tuple[str, ...]) -> list[str]:
     """One row per answer: the flags that get it, then the answer. A flag of one of two servers says whose it is."""
     flags: dict[str, list[str]] = {}
-    for foreign in FOREIGN.values():
+    for foreign in known_flags().values():
         owners = [server for server in servers if server in foreign.servers]
         if owners:
             answer = (
@@ -49,7 +49,7 @@ def rows_of(servers: tuple[str, ...]) -> list[str]:
 
 
 def command_rows() -> list[str]:
-    return [f"| `{name}` | {as_code(answer)} |" for name, answer in FOREIGN_COMMANDS.items()]
+    return [f"| `{name}` | {as_code(answer)} |" for name, answer in known_commands().items()]
 
 
 def section(title: str) -> str:
@@ -59,7 +59,7 @@ def section(title: str) -> str:
 
 
 def test_every_server_has_a_section() -> None:
-    owners = {server for foreign in FOREIGN.values() for server in foreign.servers}
+    owners = {server for foreign in known_flags().values() for server in foreign.servers}
     assert owners == {server for servers in SECTIONS.values() for server in servers}
 
 

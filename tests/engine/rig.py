@@ -10,20 +10,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from hash_model import HashModel
 
+from truffula.engine.blocks import BlockRef, BlockTable
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine, EngineLimits
+from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.kernels.backend import Executable, SiteTensors
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
-from truffula.lora.loading import LoadResult
 from truffula.lora.pool import AdapterPool
-from truffula.testing.executable import HashModel
-from truffula.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
+from truffula.lora.worker import LoadResponse
+from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
 
 VOCAB = 97
 EOS = 96
+DEPTHS = [1, 2]
+"""Steps that may be unfinished: what holds with one holds with two."""
 
 
 class Clock:
@@ -62,16 +66,24 @@ class HandLoader:
         self.nbytes = nbytes
         self.started: list[str] = []
         self._next = 0
+        self._paused = False
+        self._queued: dict[int, AdapterRef] = {}
         self._open: dict[int, AdapterRef] = {}
-        self._done: list[LoadResult] = []
+        self._done: list[LoadResponse] = []
         self._folder = Path(tempfile.mkdtemp(prefix="truffula-rig-"))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def start(self, ref: AdapterRef) -> int:
         self._next += 1
-        self._open[self._next] = ref
-        self.started.append(ref.locator)
+        self._queued[self._next] = ref
+        self._begin()
         return self._next
+
+    def _begin(self) -> None:
+        while self._queued and not self._paused:
+            ticket = next(iter(self._queued))
+            self._open[ticket] = self._queued.pop(ticket)
+            self.started.append(self._open[ticket].locator)
 
     def finish(self, locators: Iterable[str] | None = None) -> None:
         for ticket, ref in list(self._open.items()):
@@ -79,25 +91,35 @@ class HandLoader:
                 del self._open[ticket]
                 self._done.append(self._result(ticket, ref))
 
-    def poll(self) -> list[LoadResult]:
+    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        self._paused = paused
+        self._begin()
         if self.automatic:
             self.finish()
         done, self._done = self._done, []
         return done
 
+    def poll_fds(self) -> dict[int, int]:
+        return {}
+
+    def poll_timeout(self) -> float | None:
+        return 0.001 if self._open or self._queued else None
+
     def cancel(self, ticket: int) -> None:
+        self._queued.pop(ticket, None)
         self._open.pop(ticket, None)
 
     def close(self) -> None:
+        self._queued.clear()
         self._open.clear()
 
-    def _result(self, ticket: int, ref: AdapterRef) -> LoadResult:
+    def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
-            return LoadResult(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
+            return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         laid = Laid(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
         path = self._folder / str(ticket)
         size = write_image(laid, path)
-        return LoadResult(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
+        return LoadResponse(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
 
 
 def limits(**changes) -> EngineLimits:
@@ -141,13 +163,15 @@ class Rig:
 
     def __init__(
         self, lim: EngineLimits | None = None, *, executable: Executable | None = None, budget_bytes: int = 1 << 30,
-        loader: HandLoader | None = None, seed: int = 0,
+        loader: HandLoader | None = None, seed: int = 0, depth: int = 1,
     ) -> None:  # fmt: skip
         self.limits = lim or limits()
         self.clock = Clock()
         self.loader = loader or HandLoader()
         self.budget = MemoryBudget(budget_bytes)
-        self.executable = executable or HashModel(capacity_of(self.limits), self.limits.vocab_size, seed=seed)
+        self.executable = executable or HashModel(
+            capacity_of(self.limits), self.limits.vocab_size, windows=self.limits.kv_windows, seed=seed, depth=depth
+        )
         self.adapters = AdapterPool(self.executable, self.loader, self.budget, self.clock, failure_ttl_s=10.0)
         self.engine = Engine(self.executable, self.limits, self.adapters, self.budget, clock=self.clock)
         self.answers: dict[str, Answer] = {}
@@ -157,11 +181,34 @@ class Rig:
         self.answers.setdefault(request.request_id, Answer())
         self.engine.add(request)
 
+    def running(self) -> list[Sequence]:
+        return list(self.engine._scheduler._running)
+
+    def waiting(self) -> list[Sequence]:
+        return list(self.engine._scheduler._waiting)
+
+    def check_unfinished(self) -> None:
+        """Each block that an unfinished step uses is held by the sequence it was planned for, or kept for that step."""
+        running = self.engine._scheduler._running
+        for plan, _ in self.engine._submitted:
+            kept = [held for step, holdings in running._unfinished.items() if step >= plan.step for held in holdings]
+            layout = self.engine._blocks.layout
+            blocks = {block for held in kept for block in held.blocks}
+            blocks |= {block for held in kept if held.table is not None for block in refs(held.table)}
+            for chunk in plan.chunks:
+                sequence = running.at(chunk.seq_slot)
+                assert sequence is not None or chunk.seq_slot in {held.seq_slot for held in kept}
+                own = set() if sequence is None else refs(sequence.table)
+                for group, table in enumerate(chunk.block_tables):
+                    read = table[layout.first_block(group, chunk.start) :].tolist()
+                    assert {(group, block) for block in read} <= own | blocks, "a block in use was released"
+
     def step(self) -> list[TokenEvent]:
         self.steps += 1
         self.clock.now += 0.001
         events = self.engine.step()
         self.engine.check()
+        self.check_unfinished()
         for event in events:
             answer = self.answers[event.request_id]
             assert answer.final is None, f"an event after the final one of {event.request_id}"
@@ -186,7 +233,7 @@ class Rig:
         raise AssertionError(f"no end after {most} steps: {self.engine.stats()}")
 
     def run(self, requests: Iterable[EngineRequest]) -> dict[str, Answer]:
-        """All of them at once, to their ends; then nothing may be left."""
+        """Run all of them to their ends; then nothing may be left."""
         for request in requests:
             self.add(request)
         self.drain()
@@ -197,9 +244,14 @@ class Rig:
         """No block in use, no lease, no sequence."""
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
-        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - 1
+        assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - len(self.limits.kv_windows)
         assert all(state.leases == 0 for state in self.adapters.states())
         self.engine.check()
+
+
+def refs(table: BlockTable) -> set[BlockRef]:
+    """The blocks that a table references, with their groups."""
+    return {(group, block) for group in range(len(table.ids)) for block in table.held(group)}
 
 
 def request(
@@ -209,7 +261,7 @@ def request(
 ) -> EngineRequest:  # fmt: skip
     ref = AdapterRef(name=adapter, locator=adapter) if isinstance(adapter, str) else adapter
     return EngineRequest(
-        request_id=name, prompt_ids=prompt, params=SamplingParams(**{"temperature": 0.0, **params}), choice=choice,
+        request_id=name, prompt_ids=prompt, params=EngineParams(**{"temperature": 0.0, **params}), choice=choice,
         adapter=ref, resume_ids=resume_ids or [], salt=salt, queue_deadline=queue_deadline, deadline=deadline,
         arrival=arrival,
     )  # fmt: skip

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from dataclasses import dataclass
+
 import pytest
 from rig import HandLoader, Rig, request
 
-from truffula.engine.loop import LOAD_POLL_S, ROOM_PATIENCE_S, AdapterAnswer, EngineLoop
-from truffula.types import AdapterCommand, AdapterRef
+from truffula.engine.loop import EngineLoop, outcome
+from truffula.errors import TruffulaError
+from truffula.lora.pool import ROOM_TIMEOUT_S
+from truffula.types import AdapterCommand, AdapterRef, AdapterState
+
+
+@dataclass(frozen=True)
+class Answer:
+    states: list[AdapterState]
+    error: TruffulaError | None
 
 
 class Loop:
@@ -15,17 +26,23 @@ class Loop:
     def __init__(self, **options: object) -> None:
         self.rig = Rig(**options)  # type: ignore[arg-type]
         self.loop = EngineLoop(self.rig.engine, self.rig.clock)
+        self._open: list[Future[list[AdapterState]]] = []
 
-    def turns(self, count: int) -> list[AdapterAnswer]:
-        answers: list[AdapterAnswer] = []
+    def begin(self, ref: AdapterRef, action: str = "load", pinned: bool = False) -> None:
+        self._open.append(self.loop.command(AdapterCommand(action=action, ref=ref, pinned=pinned)))  # type: ignore[arg-type]
+
+    def turns(self, count: int) -> list[Answer]:
+        """The answers of the commands that are done after some turns."""
         for _ in range(count):
             self.rig.clock.now += 0.01
-            answers += self.loop.turn().answers
+            self.loop.turn()
         self.rig.engine.check()
-        return answers
+        done = [command for command in self._open if command.done()]
+        self._open = [command for command in self._open if command not in done]
+        return [Answer(*outcome(command)) for command in done]
 
-    def load(self, ref: AdapterRef) -> AdapterAnswer:
-        self.loop.command(1, AdapterCommand(action="load", ref=ref))
+    def load(self, ref: AdapterRef) -> Answer:
+        self.begin(ref)
         (answer,) = self.turns(5)
         return answer
 
@@ -57,12 +74,12 @@ def test_an_explicit_load_of_a_broken_one_reads_it_again() -> None:
 
 def test_a_load_whose_adapter_is_unloaded_meanwhile_says_so() -> None:
     loop = Loop(loader=HandLoader(automatic=False))
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.begin(ref())
     assert loop.turns(2) == []
-    loop.loop.command(2, AdapterCommand(action="unload", ref=ref()))
-    answers = {answer.ticket: answer for answer in loop.turns(2)}
-    assert answers[2].error is None
-    assert answers[1].error is not None and answers[1].error.code == "adapter_not_found"
+    loop.begin(ref(), "unload")
+    load, unload = loop.turns(2)
+    assert unload.error is None
+    assert load.error is not None and load.error.code == "adapter_not_found"
 
 
 ROOM = 24 << 10  # for one of the adapters below and some blocks
@@ -80,7 +97,7 @@ def crowded() -> Loop:
 
 def test_a_load_waits_until_there_is_room() -> None:
     loop = crowded()
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.begin(ref())
     assert loop.turns(5) == []
     loop.loop.abort(["r"])
     (answer,) = loop.turns(3)
@@ -88,15 +105,13 @@ def test_a_load_waits_until_there_is_room() -> None:
 
 
 def test_a_load_that_waits_for_room_is_kept_from_other_loads() -> None:
-    """Several steps go by between two looks at a load command: what it read is not dropped for others meanwhile."""
+    """What it read is not dropped for others meanwhile."""
     loop = crowded()
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.begin(ref())
     loop.turns(3)
     other = AdapterRef(name="other", locator="other", fingerprint="1")
     loop.rig.add(request("s", [1, 2], adapter=other, max_tokens=1))
-    for _ in range(30):
-        loop.rig.clock.now += LOAD_POLL_S / 7
-        assert loop.loop.turn().answers == []
+    assert loop.turns(30) == []
     assert loop.rig.loader.started == ["busy", "a"]
     loop.loop.abort(["r"])
     (answer,) = loop.turns(5)
@@ -105,7 +120,7 @@ def test_a_load_that_waits_for_room_is_kept_from_other_loads() -> None:
     assert loop.rig.engine.idle() and loop.rig.adapters.check() is None
 
 
-def test_an_adapter_whose_request_left_holds_up_nobodys_load() -> None:
+def test_an_adapter_whose_request_left_delays_no_load() -> None:
     loop = crowded()
     for name in ("gone", "here"):
         place = AdapterRef(name=name, locator=name, fingerprint="1")
@@ -113,33 +128,57 @@ def test_an_adapter_whose_request_left_holds_up_nobodys_load() -> None:
         loop.turns(3)
     assert loop.rig.loader.started == ["busy", "gone"]
     loop.loop.abort(["gone"])
-    loop.turns(2)
+    loop.turns(4)
     assert loop.rig.loader.started == ["busy", "gone", "here"]
 
 
 def test_a_load_without_room_is_an_error_in_the_end() -> None:
     loop = crowded()
-    loop.loop.command(1, AdapterCommand(action="load", ref=ref()))
+    loop.begin(ref())
     assert loop.turns(5) == []
-    loop.rig.clock.now += ROOM_PATIENCE_S
+    loop.rig.clock.now += ROOM_TIMEOUT_S
     (answer,) = loop.turns(1)
     assert answer.error is not None and answer.error.code == "insufficient_memory"
 
 
 def test_a_load_without_room_for_it_in_an_idle_engine_is_an_error_at_once() -> None:
     loop = Loop(loader=HandLoader(nbytes=16 << 10), budget_bytes=ROOM)
-    pinned = AdapterCommand(action="load", ref=AdapterRef(name="pinned", locator="p", fingerprint="1"), pinned=True)
-    loop.loop.command(1, pinned)
+    loop.begin(AdapterRef(name="pinned", locator="p", fingerprint="1"), pinned=True)
     assert [answer.error for answer in loop.turns(3)] == [None]
     answer = loop.load(ref())
     assert answer.error is not None and answer.error.code == "insufficient_memory"
 
 
-def test_loads_asked_for_under_one_ticket_are_all_answered() -> None:
-    """As after an engine's death, when nobody waits for its pinned adapters: none may stay claimed for ever."""
+def test_loads_that_are_asked_for_together_are_all_answered() -> None:
+    """As after an engine's restart, which loads the pinned adapters again."""
     loop = Loop()
     for place in ("a", "b"):
-        loop.loop.command(0, AdapterCommand(action="load", ref=ref(place), pinned=True))
+        loop.begin(ref(place), pinned=True)
     answers = loop.turns(5)
-    assert [answer.ticket for answer in answers] == [0, 0]
-    assert all(answer.error is None for answer in answers)
+    assert len(answers) == 2 and all(answer.error is None for answer in answers)
+
+
+def test_one_adapter_at_most_is_taken_in_per_step() -> None:
+    """However many loads finish together: the streams of the others wait for it between two steps."""
+    loop = Loop(loader=HandLoader(automatic=False))
+    loop.rig.add(request("stream", [1, 2, 3], max_tokens=100, ignore_eos=True))
+    for name in "abcd":
+        place = AdapterRef(name=name, locator=name, fingerprint="1")
+        loop.rig.add(request(name, [1, 2, 3], adapter=place, max_tokens=1))
+    loop.turns(1)
+    loop.rig.loader.finish()
+    for step in range(1, 9):
+        loop.turns(1)
+        stats = loop.rig.engine.stats()
+        assert stats.adapter_loads <= step and stats.adapters_resident <= step
+    assert stats.adapter_loads == 4 and stats.generated_tokens >= 4 + 8
+
+
+def test_an_idle_engine_waits_for_calls_alone_and_a_loading_one_for_its_loader() -> None:
+    loop = Loop(loader=HandLoader(automatic=False))
+    assert loop.loop.rest() is None
+    loop.begin(ref())
+    assert loop.loop.rest() == loop.rig.loader.poll_timeout()
+    loop.rig.loader.finish()
+    (answer,) = loop.turns(3)
+    assert answer.error is None and loop.loop.rest() is None

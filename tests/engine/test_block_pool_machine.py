@@ -1,161 +1,235 @@
-"""BlockPool under any order of use: nothing lost, nothing owned twice, and a prefix hit never holds other tokens."""
+"""BlockPool under any order of use: nothing is lost or owned twice, and a prefix hit never holds other tokens."""
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from truffula.engine.blocks import OWNER, BlockPool
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.prefix import PrefixChain, namespace
+from truffula.engine.kv_layout import KvLayout
+from truffula.engine.prefix import BlockKeys
 from truffula.errors import ConfigError
 
 SIZE = 2
-BYTES = 10
+WINDOWS = st.sampled_from([(None,), (None, 1), (None, 4), (None, 3, 6), (2,), (5,), (3, 7)])
 
 
-def weak(data: bytes) -> bytes:
-    """A digest of four values: collisions are the rule."""
-    return bytes([hashlib.blake2b(data, digest_size=1).digest()[0] % 4])
+def layout_of(windows, chunk=3):
+    return KvLayout(SIZE, chunk, windows, tuple(10 + g for g in range(len(windows))))
 
 
 class Holder:
-    """What a sequence is to the pool: a chain of tokens and references on its blocks."""
+    """What a sequence is to the pool: tokens, of which some are computed, and a table."""
 
-    def __init__(self, root: bytes, tokens: list[int]) -> None:
-        self.root = root
-        self.tokens = tokens
-        self.chain = PrefixChain(root, SIZE, weak)
-        self.chain.extend(np.asarray(tokens, np.int32))
-        self.blocks: list[int] = []
-        self.parent: int | bytes | None = root
-        self.registered = 0
+    def __init__(self, pool, salt, tokens):
+        self.salt, self.tokens, self.computed = salt, tokens, 0
+        self.keys = BlockKeys(salt, None, SIZE)
+        self.keys.extend(np.asarray(tokens, np.int32))
+        self.table = pool.new_table()
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Content is modelled apart: what each block really holds, written by its owner before it is registered."""
+    """Content is modelled apart: what each block of each group really holds, as its owner wrote it."""
 
-    @initialize(num_blocks=st.integers(3, 12), limit=st.integers(2, 12))
-    def begin(self, num_blocks, limit):
-        self.budget = MemoryBudget(limit * BYTES)
-        self.pool = BlockPool(num_blocks, SIZE, budget=self.budget, block_bytes=BYTES)
+    @initialize(num_blocks=st.integers(3, 12), limit=st.integers(2, 20), windows=WINDOWS)
+    def begin(self, num_blocks, limit, windows):
+        self.layout = layout_of(windows)
+        self.budget = MemoryBudget(limit * sum(self.layout.block_bytes))
+        self.pool = BlockPool(num_blocks, self.layout, budget=self.budget)
         self.holders: list[Holder] = []
-        self.content: dict[int, tuple] = {}
+        self.content: dict[tuple[int, int], tuple] = {}
         self.now = 0.0
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=8), tenant=st.sampled_from(["", "x"]))
-    def come(self, tokens, tenant):
-        holder = Holder(namespace(None, tenant), tokens)
-        hits = self.pool.match(holder.chain, len(tokens) // SIZE)
-        for index, entry in enumerate(hits):
-            expected = (holder.root, *tokens[: (index + 1) * SIZE])
-            assert self.content[entry.block] == expected, "a hit on a block that holds something else"
-        self.pool.take([entry.block for entry in hits])
-        holder.blocks = [entry.block for entry in hits]
-        holder.registered = len(hits)
-        holder.parent = hits[-1].serial if hits else holder.root
-        before = self.pool.available(), self.pool.num_used()
-        fresh = self.pool.allocate(-(-len(tokens) // SIZE) - len(hits))
-        if fresh is None:
-            assert self.pool.num_used() == before[1]
-            self.pool.release(holder.blocks, self.now)
-            return
-        assert 0 not in fresh
-        for index, block in enumerate(fresh, start=len(hits)):
-            self.content[block] = (holder.root, *tokens[: (index + 1) * SIZE])
-        holder.blocks += fresh
+    def prefix(self, holder, index):
+        return (holder.salt, *holder.tokens[: (index + 1) * SIZE])
+
+    def require_window(self, holder):
+        """Every block that the next query reads is there and holds its tokens."""
+        for g in range(self.layout.num_groups):
+            first = self.layout.first_block(g, holder.computed)
+            assert holder.table.first[g] <= first
+            for index in range(first, holder.computed // SIZE):
+                assert self.content[g, int(holder.table.ids[g][index])] == self.prefix(holder, index)
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=12), tenant=st.sampled_from(["", "x"]))
+    def admit(self, tokens, tenant):
+        holder = Holder(self.pool, tenant, tokens)
+        path = self.pool.match(holder.keys, (len(tokens) - 1) // SIZE)
+        self.pool.attach(holder.table, path)
+        holder.computed = len(path) * SIZE
+        self.require_window(holder)
         self.holders.append(holder)
 
     @precondition(lambda self: self.holders)
-    @rule(data=st.data())
-    def register_next(self, data):
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def compute(self, data, count):
         holder = data.draw(st.sampled_from(self.holders))
-        index = holder.registered
-        if holder.parent is None or index >= len(holder.chain):
+        stop = min(len(holder.tokens), holder.computed + count)
+        before = self.pool.num_used(), holder.table.length
+        could = self.pool.could_have(self.pool.growth(holder.table, stop), lambda: 0)
+        if not self.pool.extend(holder.table, stop):
+            assert not could, "blocks were promised"
+            assert before == (self.pool.num_used(), holder.table.length)
             return
-        entry = self.pool.register(holder.chain, index, holder.parent, holder.blocks[index], self.now)
-        if entry is None:
-            holder.parent = None
-            return
-        assert self.content[entry.block] == self.content[holder.blocks[index]]
-        holder.blocks[index] = entry.block
-        holder.parent = entry.serial
-        holder.registered += 1
+        self.require_window(holder)
+        for g in range(self.layout.num_groups):
+            held = holder.table.num_held()[g]
+            assert held <= self.layout.peak_blocks(len(holder.tokens))[g], "more blocks than the layout counts with"
+            for index in range(holder.computed // SIZE, -(-stop // SIZE)):
+                block = int(holder.table.ids[g][index])
+                self.content[g, block] = self.prefix(holder, index)
+        holder.computed = stop
+        replaced = self.pool.register(holder.table, holder.keys, stop)
+        self.pool.check([holder.table for holder in self.holders], replaced)
+        self.pool.release_blocks(replaced, self.now)
+        self.pool.free_behind(holder.table, stop, self.now)
+        self.require_window(holder)
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), poisoned=st.booleans())
-    def go(self, data, poisoned):
+    def release(self, data, poisoned):
         holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
         if poisoned:
-            self.pool.forget(holder.blocks)
-            for other in self.holders:
-                if set(other.blocks) & set(holder.blocks):
-                    other.parent = None
-        self.pool.release(holder.blocks, self.now)
+            self.pool.forget(holder.table)
+            assert not self.pool.match(holder.keys, len(holder.tokens)), "what was forgotten is found"
+        self.pool.release(holder.table, self.now)
 
     @rule(seconds=st.floats(0, 5))
     def time_passes(self, seconds):
         self.now += seconds
 
     @rule(nbytes=st.integers(0, 40))
-    def somebody_else_wants_memory(self, nbytes):
+    def another_owner_reserves(self, nbytes):
         if self.budget.reserve("else", nbytes):
             self.budget.release("else", nbytes)
 
     @invariant()
     def books_are_right(self):
         if hasattr(self, "pool"):
-            self.pool.check([holder.blocks for holder in self.holders])
+            self.pool.check([holder.table for holder in self.holders])
             self.budget.check()
 
     def teardown(self):
         if hasattr(self, "pool"):
             for holder in self.holders:
-                self.pool.release(holder.blocks, self.now)
+                self.pool.release(holder.table, self.now)
             self.pool.check([])
-            assert self.pool.num_used() == 0
-            assert self.budget.used(OWNER) == BYTES * self.pool.num_cached()
+            assert self.pool.num_used() == self.pool.used_bytes() == 0
+            assert bool(self.pool.num_cached()) == bool(self.budget.used(OWNER))
+            while self.pool.oldest() is not None:
+                self.pool.evict_oldest()
+            self.pool.check([])
+            assert self.budget.total_used() == 0
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPool.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
-def test_a_chain_is_evicted_from_its_tail():
-    pool = BlockPool(5, SIZE)
-    chain = PrefixChain(b"", SIZE)
-    chain.extend(np.asarray([1, 2, 3, 4, 5, 6, 7, 8], np.int32))
-    blocks = pool.allocate(4)
-    parent: int | bytes = b""
-    for index, block in enumerate(blocks):
-        parent = pool.register(chain, index, parent, block, 0.0).serial
-    pool.release(blocks, 1.0)
-    for left in (3, 2, 1, 0):
+def run(pool, tokens, chunk=3, salt="", generation=None, now=0.0, adapter_from=0):
+    """A sequence that is computed to its end; its table, still held, and how many tokens the cache gave it."""
+    keys = BlockKeys(salt, generation, SIZE, adapter_from)
+    keys.extend(np.asarray(tokens, np.int32))
+    table = pool.new_table()
+    path = pool.match(keys, (len(tokens) - 1) // SIZE)
+    pool.attach(table, path)
+    hit = done = len(path) * SIZE
+    while done < len(tokens):
+        done = min(len(tokens), done + chunk)
+        assert pool.extend(table, done)
+        pool.release_blocks(pool.register(table, keys, done), now)
+        pool.free_behind(table, done, now)
+    return table, hit
+
+
+@pytest.mark.parametrize("windows", [(None,), (None, 4), (4,)])
+def test_a_prefix_is_evicted_from_its_end(windows):
+    pool = BlockPool(9, layout_of(windows))
+    table, _ = run(pool, range(12), chunk=2)
+    pool.release(table, 1.0)
+    keys = BlockKeys("", None, SIZE)
+    keys.extend(np.arange(12, dtype=np.int32))
+    hits = [len(pool.match(keys, 6))]
+    while pool.oldest() is not None:
         pool.evict_oldest()
-        assert len(pool.match(chain, 4)) == left
+        hits.append(len(pool.match(keys, 6)))
+    assert hits[0] == 6 and hits == sorted(hits, reverse=True) and hits[-1] == 0
 
 
 def test_equal_content_computed_twice_is_kept_once():
-    pool = BlockPool(5, SIZE)
-    chain = PrefixChain(b"", SIZE)
-    chain.extend(np.asarray([1, 2], np.int32))
-    (first,), (second,) = pool.allocate(1), pool.allocate(1)
-    assert pool.register(chain, 0, b"", first, 0.0).block == first
-    assert pool.register(chain, 0, b"", second, 0.0).block == first
-    pool.check([[first], [first]])
-    assert pool.num_free() == 3
+    pool = BlockPool(9, layout_of((None, 4)))
+    tables = [pool.new_table(), pool.new_table()]
+    keys = BlockKeys("", None, SIZE)
+    keys.extend(np.asarray([1, 2], np.int32))
+    for table in tables:
+        assert pool.extend(table, 2)
+    replaced = [block for table in tables for block in pool.register(table, keys, 2)]
+    assert len(replaced) == 2
+    pool.release_blocks(replaced, 0.0)
+    assert [tables[0].held(g) for g in (0, 1)] == [tables[1].held(g) for g in (0, 1)]
+    pool.check(tables)
+    assert pool.num_used() == 2
 
 
-def test_a_salt_cannot_imitate_a_generation():
-    roots = [namespace("ab", "c"), namespace("a", "bc"), namespace(None, "abc"), namespace("abc", "")]
-    assert len(set(roots)) == 4
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(WINDOWS, st.integers(1, 30), st.integers(0, 29), st.integers(1, 3))
+def test_with_room_for_all_a_hit_is_as_long_as_the_common_prefix(windows, length, common, chunk):
+    """Blocks behind a window stay cached while there is room, so another continuation finds the whole prefix."""
+    pool = BlockPool(200, layout_of(windows))
+    first, _ = run(pool, range(length), chunk)
+    common = min(common, length - 1)
+    _, hit = run(pool, [*range(common), *range(100, 104)], chunk)
+    assert hit == common // SIZE * SIZE
+    pool.release(first, 1.0)
+    _, hit = run(pool, [*range(common), *range(200, 204)], chunk)
+    assert hit == common // SIZE * SIZE
+
+
+def test_a_hit_needs_the_blocks_of_the_window_only():
+    pool = BlockPool(100, layout_of((None, 4)))
+    table, _ = run(pool, range(40))
+    pool.release(table, 1.0)
+    for _ in range(16):  # those behind the window were released first
+        pool.evict_oldest()
+    table, hit = run(pool, [*range(40), 7])
+    assert hit == 40
+    assert table.num_held() == [21, 2]
+
+
+def test_a_key_names_salt_and_the_generation_that_acts_in_the_block():
+    pool = BlockPool(100, layout_of((None,)))
+    run(pool, range(8), generation="ab", salt="c")
+    assert run(pool, range(9), generation="ab", salt="c")[1] == 8
+    for other in ({"generation": "a", "salt": "bc"}, {"salt": "abc"}, {"generation": "abc"}, {}):
+        assert run(pool, range(9), **other)[1] == 0
+
+
+def test_blocks_before_the_position_from_which_an_adapter_acts_are_the_bases():
+    pool = BlockPool(100, layout_of((None,)))
+    run(pool, range(9))
+    assert run(pool, range(9), generation="a", adapter_from=5)[1] == 4
+    assert run(pool, range(9), generation="a", adapter_from=5)[1] == 8
+    assert run(pool, range(9), generation="b", adapter_from=6)[1] == 6
 
 
 def test_a_pool_of_only_scratch_is_refused():
     with pytest.raises(ConfigError):
-        BlockPool(1, 16)
+        BlockPool(1, KvLayout(16, 16))
+
+
+@settings(max_examples=200, deadline=None)
+@given(WINDOWS, st.integers(1, 9), st.integers(1, 60), st.integers(0, 900), st.integers(1, 40))
+def test_the_longest_that_fits_fits_and_one_block_more_does_not(windows, chunk, most, nbytes, num_blocks):
+    layout = layout_of(windows, chunk)
+    longest = layout.longest(most, nbytes=nbytes, num_blocks=num_blocks)
+
+    def fits(tokens):
+        peaks = layout.peak_blocks(tokens)
+        return layout.nbytes(peaks) <= nbytes and max(peaks) <= num_blocks
+
+    assert longest <= most and fits(longest)
+    assert longest == most or not fits(longest + 1)

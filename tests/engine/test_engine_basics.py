@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from rig import EOS, VOCAB, HandLoader, Rig, alone, limits, request
 
-from truffula.types import AdapterCommand, AdapterRef, SamplingParams
+from truffula.errors import AdapterNotFound
+from truffula.types import AdapterCommand, AdapterRef, EngineParams
 
 PROMPT = [1, 2, 3, 4, 5]
 
@@ -291,15 +292,18 @@ def test_a_preempted_request_keeps_its_generation_through_a_reload():
 def test_adapter_commands_do_not_wait():
     rig = Rig(loader=HandLoader(automatic=False))
     red = AdapterRef(name="red", locator="red")
-    assert [s.status for s in rig.engine.command(AdapterCommand(action="load", ref=red, pinned=True))] == ["loading"]
+    loaded = rig.engine.command(AdapterCommand(action="load", ref=red, pinned=True))
+    assert not loaded.done()
+    assert [s.status for s in rig.engine.command(AdapterCommand(action="list")).result()] == ["loading"]
     rig.loader.finish()
     rig.step()
-    (state,) = rig.engine.command(AdapterCommand(action="list"))
-    assert (state.status, state.pinned) == ("resident", True)
-    assert rig.engine.command(AdapterCommand(action="unload", ref=red)) == []
+    (state,) = rig.engine.command(AdapterCommand(action="list")).result()
+    assert loaded.result() == [state] and (state.status, state.pinned) == ("resident", True)
+    assert rig.engine.command(AdapterCommand(action="unload", ref=red)).result() == []
+    assert isinstance(rig.engine.command(AdapterCommand(action="unload", ref=red)).exception(), AdapterNotFound)
 
 
-def test_closing_ends_everybody():
+def test_closing_ends_every_request():
     rig = Rig()
     rig.add(request("runs", PROMPT, max_tokens=50, ignore_eos=True))
     rig.step()
@@ -320,12 +324,11 @@ def test_a_missing_seed_is_the_same_on_every_run_and_differs_by_choice():
     assert tokens(0) != tokens(1)
 
 
-def test_params_are_those_of_the_types_module():
-    # Every field that changes tokens is carried to the sampler, or is the service's affair and named as such here.
-    service = {"stop", "include_stop", "skip_special_tokens", "n", "best_of"}
+def test_every_parameter_of_the_engine_is_used():
+    """Every field of the engine's parameters ends a sequence or is carried to the sampler."""
     ends = {"max_tokens", "min_tokens", "stop_token_ids", "ignore_eos"}
     rows = {
         "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty",
         "presence_penalty", "logit_bias", "seed", "logprobs", "prompt_logprobs", "logprobs_of",
     }  # fmt: skip
-    assert set(SamplingParams.__struct_fields__) == service | ends | rows
+    assert set(EngineParams.__struct_fields__) == ends | rows

@@ -1,4 +1,4 @@
-"""Who is served when: no stream stalls, no adapter starves, and everybody ends."""
+"""The order of service: no stream stalls, no adapter starves, and every request ends."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from truffula.types import AdapterCommand, AdapterRef
 def watch(rig: Rig) -> dict[int, list[int]]:
     """By step number: the serials that the step computes tokens of. Recorded where the executable sees them."""
     served: dict[int, list[int]] = {}
-    run = rig.engine._runner.run
+    submit = rig.engine._runner.submit
 
     def recording(plan: StepPlan):
         served[rig.steps] = [chunk.serial for chunk in plan.chunks]
-        return run(plan)
+        return submit(plan)
 
-    rig.engine._runner.run = recording
+    rig.engine._runner.submit = recording
     return served
 
 
@@ -34,14 +34,15 @@ def watch(rig: Rig) -> dict[int, list[int]]:
     st.integers(4, 40), st.integers(1, 8),
 )  # fmt: skip
 def test_an_admitted_request_among_a_adapters_gets_tokens_within_a_plus_1_steps(crowd, step_tokens, max_running):
-    rig = Rig(limits(step_tokens=step_tokens, max_running=max_running, num_blocks=400))
+    # No place is taken from a running request (``patience``): only the shares of the budget are looked at.
+    rig = Rig(limits(step_tokens=step_tokens, max_running=max_running, num_blocks=400, patience=10**6))
     served = watch(rig)
     for i, (adapter, prompt, new) in enumerate(crowd):
         rig.add(request(f"r{i}", [i] * prompt, adapter=adapter, max_tokens=new, ignore_eos=True))
     waited: dict[int, int] = defaultdict(int)
     while not rig.engine.idle():
-        before = dict(rig.engine._scheduler.roster.running)
-        active = {sequence.key for sequence in rig.engine._scheduler.roster.all()}
+        before = [sequence.serial for sequence in rig.running()]
+        active = {sequence.key for sequence in [*rig.running(), *rig.waiting()]}
         rig.step()
         for serial in before:
             waited[serial] = 0 if serial in served.get(rig.steps, []) else waited[serial] + 1
@@ -73,7 +74,7 @@ def test_a_flood_of_prompts_for_one_adapter_delays_another_by_a_few_steps():
     entered = rig.steps
     while rig.answers["lonely"].final is None:
         rig.step()
-    # At the latest after patience ran out and a place was taken for it; the flood goes on for hundreds of steps.
+    # At the latest after patience ran out and a place was taken for it; the flood lasts for hundreds of steps.
     assert rig.steps - entered <= rig.limits.patience + 4
     rig.drain()
     assert rig.steps > 200
@@ -122,7 +123,7 @@ def test_a_big_request_is_not_passed_by_small_ones_for_ever():
     rig.step()
     rig.add(request("big", [1] * 80, adapter="big", max_tokens=2))
     for _ in range(300):
-        while len(rig.engine._scheduler.roster.waiting) < 6:
+        while rig.engine.stats().waiting < 6:
             add_small()
         rig.step()
         if rig.answers["big"].final is not None:
@@ -138,7 +139,7 @@ def test_a_big_request_is_not_passed_by_small_ones_for_ever():
     st.lists(st.tuples(st.sampled_from(["a", "a", "a", "b", None]), st.integers(5, 10)), max_size=10),
     st.integers(1, 20), st.booleans(),
 )  # fmt: skip
-def test_with_hardly_any_memory_everybody_still_ends(num_blocks, crowd, step_tokens, prefix_cache):
+def test_with_hardly_any_memory_every_request_still_ends(num_blocks, crowd, step_tokens, prefix_cache):
     # Each needs up to eight blocks; there are as few as eight.
     lim = limits(num_blocks=num_blocks, step_tokens=step_tokens, patience=2, prefix_cache=prefix_cache)
     rig = Rig(lim)
@@ -150,7 +151,7 @@ def test_with_hardly_any_memory_everybody_still_ends(num_blocks, crowd, step_tok
 
 
 def test_a_thousand_waiting_adapters_load_a_few_at_a_time():
-    rig = Rig(limits(look_ahead=5, max_running=2))
+    rig = Rig(limits(prefetch_adapters=5, max_running=2))
     rig.loader.automatic = False
     for i in range(1000):
         rig.add(request(f"r{i}", [1, 2], adapter=f"a{i}", max_tokens=1))
@@ -194,14 +195,13 @@ def test_adapters_that_want_more_than_there_is_get_equal_shares():
     rig = Rig(limits(max_model_len=2000, step_tokens=40, num_blocks=4000))
     for i in range(5):
         rig.add(request(f"r{i}", [i] * 1500, adapter=[None, "a", "b", "c", "d"][i], max_tokens=1))
-    running = rig.engine._scheduler.roster.running
-    while len(running) < 5:
+    while len(rig.running()) < 5:
         rig.step()
-    begin = {serial: sequence.num_computed for serial, sequence in running.items()}
+    begin = {sequence.serial: sequence.num_computed for sequence in rig.running()}
     for _ in range(100):
         rig.step()
-        gained = [sequence.num_computed - begin[serial] for serial, sequence in running.items()]
-        # A quantum is half a step: nobody is ever ahead by more than one, one kept from before, and one turn's order.
+        gained = [sequence.num_computed - begin[sequence.serial] for sequence in rig.running()]
+        # A quantum is half a step: no prompt is ahead by more than one, one kept from before and the order of a turn.
         assert max(gained) - min(gained) <= 3 * 20
 
 

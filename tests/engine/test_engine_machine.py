@@ -22,13 +22,16 @@ class EngineMachine(RuleBasedStateMachine):
         room=st.integers(600, 3000),
         max_waiting=st.integers(3, 12),
         block_bytes=st.sampled_from([0, 20]),
+        windows=st.sampled_from([(None,), (None, 6), (3, 9), (5,)]),
+        depth=st.sampled_from([1, 2, 3]),
     )
-    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes):
+    def begin(self, step_tokens, num_blocks, max_running, room, max_waiting, block_bytes, windows, depth):
         lim = limits(
             step_tokens=step_tokens, step_logit_rows=8, num_blocks=num_blocks, max_running=max_running,
-            max_waiting=max_waiting, kv_block_bytes=block_bytes, patience=3,
+            max_waiting=max_waiting, kv_block_bytes=(block_bytes,) * len(windows),
+            kv_windows=windows, patience=3,
         )  # fmt: skip
-        self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room)
+        self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room, depth=depth)
         self.requests = {}
         self.fingerprints = dict.fromkeys(PLACES, 0)
         self.aborted: set[str] = set()
@@ -75,6 +78,10 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(count):
             self.rig.step()
 
+    @rule(ahead=st.integers(1, 3))
+    def a_step_fails(self, ahead):
+        self.rig.executable.faults.raise_on_step = self.rig.executable.steps + ahead
+
     @rule(places=st.sets(st.sampled_from(PLACES)))
     def loads_end(self, places):
         self.rig.loader.finish(places)
@@ -107,7 +114,9 @@ class EngineMachine(RuleBasedStateMachine):
             assert answer.final is not None
             assert answer.final.times is not None
             if answer.finish_reason in ("stop", "length"):
-                expected = alone(req, max_model_len=self.rig.limits.max_model_len)
+                expected = alone(
+                    req, max_model_len=self.rig.limits.max_model_len, kv_windows=self.rig.limits.kv_windows
+                )
                 many = len(answer.token_ids)
                 assert answer.token_ids == expected.token_ids[:many]
                 # Without max_tokens a request fills what memory there is: less here than alone.

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rig import VOCAB, Rig, alone, limits, request
+from rig import DEPTHS, VOCAB, Rig, alone, limits, request
 
 SHARED = [list(range(1, 30)), [7] * 22, [5, 6] * 13]
 
@@ -59,6 +59,7 @@ def engines(draw):
         # From barely enough for one request (so that preemption is the rule) to plenty.
         num_blocks=draw(st.integers(2 + 56 // size, 2 + 256 // size)),
         prefix_cache=draw(st.booleans()), patience=draw(st.sampled_from([1, 16])),
+        kv_windows=draw(st.sampled_from([(None,), (None,), (None, 7), (3,), (20, 5)])),
     )  # fmt: skip
 
 
@@ -86,7 +87,7 @@ def test_any_company_at_length(crowd, lim, data):
 
 
 def hold_company(crowd, lim, data) -> None:
-    rig = Rig(lim)
+    rig = Rig(lim, depth=data.draw(st.sampled_from(DEPTHS), label="depth"))
     for req in crowd:
         rig.add(req)
         for _ in range(data.draw(st.integers(0, 3), label="steps between")):
@@ -94,18 +95,19 @@ def hold_company(crowd, lim, data) -> None:
     rig.drain()
     rig.assert_clean()
     for req in crowd:
-        assert_same(rig.answers[req.request_id], alone(req))
+        assert_same(rig.answers[req.request_id], alone(req, kv_windows=lim.kv_windows))
 
 
 @settings(max_examples=40, deadline=None)
 @given(requests(), engines(), st.data())
 def test_resumed_behind_any_of_its_tokens(req, lim, data):
-    whole = alone(req)
+    whole = alone(req, kv_windows=lim.kv_windows)
     shown = data.draw(st.integers(1, max(1, len(whole.token_ids) - 1)), label="shown")
     if shown >= len(whole.token_ids):
         return
     resumed = msgspec.structs.replace(req, resume_ids=whole.token_ids[:shown])
-    answer = Rig(lim).run([resumed])[req.request_id]
+    depth = data.draw(st.sampled_from(DEPTHS), label="depth")
+    answer = Rig(lim, depth=depth).run([resumed])[req.request_id]
     assert answer.token_ids == whole.token_ids[shown:]
     assert answer.finish_reason == whole.finish_reason
     assert answer.logprobs == pytest.approx(whole.logprobs[shown:])
@@ -181,7 +183,7 @@ def test_choices_of_one_prompt_compute_it_once():
     rig.add(request("other", [3, 4, 5], max_tokens=4))
     rig.step()
     rig.step()
-    assert rig.answers["other"].steps, "who has another prompt need not wait for theirs"
+    assert rig.answers["other"].steps, "a request with another prompt need not wait for theirs"
     rig.drain()
     rig.assert_clean()
     assert [rig.answers[f"c{i}"].final.cached_tokens for i in range(6)] == [0] + [64] * 5
@@ -211,7 +213,7 @@ def test_preempted_in_the_middle_of_scoring_it_goes_on_where_it_was():
     rig.add(newer)
     scored = 0
     while not rig.engine.stats().preemptions:
-        scored = max(len(s.scores) for s in rig.engine._scheduler.roster.all())
+        scored = max(len(s.scores) for s in [*rig.running(), *rig.waiting()])
         rig.step()
     assert 0 < scored < 39, "it was preempted before or after scoring: the test shows nothing"
     rig.drain()

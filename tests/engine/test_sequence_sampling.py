@@ -1,48 +1,42 @@
-"""What the sampler is told of a sequence equals what a look at all its tokens would say, however it was kept."""
+"""What the executable is told of a sequence is what its request asks for."""
 
 from __future__ import annotations
 
-from collections import Counter
-
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig import request
 
-from truffula.engine.sampling import SequenceSampling
-
-ids = st.lists(st.integers(0, 300), max_size=150)
-
-
-@settings(max_examples=60, deadline=None)
-@given(ids.filter(bool), ids, ids)
-def test_seen_tokens_are_those_of_prompt_and_completion(prompt, before, after):
-    sampling = SequenceSampling(request("r", prompt, presence_penalty=1.0), frozenset(), 301)
-    seen_ids, counts = sampling.seen(np.asarray(before, np.int32))
-    for place in range(len(after) + 1):
-        completion = Counter(before + after[:place])
-        expected = {token: completion[token] for token in set(prompt) | set(completion)}
-        assert dict(zip(seen_ids.tolist(), counts.tolist(), strict=True)) == expected
-        if place < len(after):
-            sampling.add(after[place])
-            seen_ids, counts = sampling.seen(np.asarray(before + after[: place + 1], np.int32))
-
-
-def test_without_penalties_nothing_is_kept():
-    sampling = SequenceSampling(request("r", [1, 2, 3]), frozenset(), 10)
-    assert [len(part) for part in sampling.seen(np.asarray([4, 4], np.int32))] == [0, 0]
+from truffula.engine.sampling import sampling_of
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.dictionaries(st.integers(0, 20), st.floats(-9, 9, width=32), max_size=5),
-    st.frozensets(st.integers(0, 25), max_size=4), st.integers(0, 3), st.integers(0, 5),
+    st.frozensets(st.integers(0, 25), max_size=4), st.integers(0, 3),
 )  # fmt: skip
-def test_bias_is_the_requests_and_bans_every_end_before_min_tokens(bias, ends, min_tokens, draw):
-    sampling = SequenceSampling(request("r", [1], logit_bias=bias, min_tokens=min_tokens), ends, 21)
-    expected = dict(bias)
-    if draw < min_tokens:
-        expected |= {token: -np.inf for token in ends if token <= 20}
-    biased, values = sampling.bias(draw)
-    assert dict(zip(biased.tolist(), values.tolist(), strict=True)) == expected
-    assert biased.tolist() == sorted(biased.tolist())
+def test_bias_is_the_requests_and_ends_are_banned_only_with_min_tokens(bias, ends, min_tokens):
+    sampling = sampling_of(request("r", [1], logit_bias=bias, min_tokens=min_tokens), ends, 21)
+    assert dict(zip(sampling.bias_ids.tolist(), sampling.bias_values.tolist(), strict=True)) == bias
+    assert sampling.min_tokens == min_tokens
+    assert set(sampling.banned_ids.tolist()) == ({end for end in ends if end <= 20} if min_tokens else set())
+
+
+def test_every_parameter_has_its_place():
+    asked = {
+        "temperature": 0.5, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.5,
+        "frequency_penalty": 0.25, "presence_penalty": -0.5, "seed": 2**64 - 1, "logprobs": 100, "prompt_logprobs": 3,
+        "logprobs_of": "warped",
+    }  # fmt: skip
+    s = sampling_of(request("r", [1], choice=2, **asked), frozenset(), 21)
+    assert (s.temperature, s.top_k, s.top_p, s.min_p, s.typical_p) == (0.5, 7, 0.8, 0.1, 0.9)
+    assert (s.repetition, s.frequency, s.presence, s.penalised) == (1.5, 0.25, -0.5, True)
+    assert (s.seed, s.choice, s.n_logprobs, s.n_prompt_logprobs, s.warped) == (2**64 - 1, 2, 21, 3, True)
+    s = sampling_of(request("r", [1]), frozenset({3}), 21)
+    assert (s.n_logprobs, s.n_prompt_logprobs, s.warped, s.penalised) == (-1, -1, False, False)
+
+
+def test_a_request_without_a_seed_has_one_of_its_own_that_a_resumed_one_keeps():
+    seeds = [sampling_of(request(name, [1], choice=choice), frozenset(), 21).seed for name in "ab" for choice in (0, 1)]
+    assert len(set(seeds)) == 4
+    resumed = request("a", [1], resume_ids=[5, 6])
+    assert sampling_of(resumed, frozenset(), 21).seed == seeds[0]

@@ -23,7 +23,7 @@ from truffula.lora.peft import BaseFacts, inspect_adapter, judge_adapter
 from truffula.model.load import plan_model, puller
 from truffula.testing.adapters import tiny_config as adapter_config
 from truffula.testing.adapters import tiny_tensors as adapter_tensors
-from truffula.testing.programs import Part, fill_step, llama_program
+from truffula.testing.programs import Part, decoder_program, fill_step
 from truffula.testing.tiny import tiny_config, tiny_tensors
 from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.finite import first_non_finite
@@ -36,7 +36,7 @@ LARGEST_RUN = 1 << 20
 CAPACITY = Capacity(
     max_tokens=8, max_seqs=2, max_logit_rows=8, max_segments=1, num_blocks=4, block_size=4, max_blocks_per_seq=2
 )
-SITES = llama_program().sites
+SITES = decoder_program(tiny_config()).sites
 
 
 class Unnamed(Exception):

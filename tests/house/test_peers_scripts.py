@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from truffula.bench.processes import LineChild
+from comparison.processes import LineChild
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import write_tiny_model
 

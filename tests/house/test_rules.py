@@ -30,10 +30,12 @@ LAYERS = [
     "weights",
     "kernels",
 ]
-BOTTOM = {"types", "config", "config_file", "option", "errors", "logs", "metrics", "__init__"}
+BOTTOM = {"types", "config", "config_file", "option", "errors", "frames", "logs", "metrics", "__init__"}
 NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
+MOST_LINES = 34_250
+"""Lines of Python in the wheel. The goal is 23,000: lower this number when the sum falls, never raise it."""
 PUBLIC = {"LLM": "llm", "SamplingParams": "types", "AdapterRef": "types", "TruffulaError": "errors"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 
@@ -133,6 +135,21 @@ def test_size_of_files_and_functions(path: Path) -> None:
             assert length <= LONG_FUNCTION, f"{relative(path)}:{node.lineno} {node.name} has {length} lines"
 
 
+def test_size_of_the_wheel() -> None:
+    sizes = {relative(path): path.read_text().count("\n") for path in FILES}
+    folders: dict[str, int] = {}
+    for name, lines in sizes.items():
+        folders[name.partition("/")[0]] = folders.get(name.partition("/")[0], 0) + lines
+    largest = sorted(sizes, key=lambda name: -sizes[name])[:15]
+    total = sum(sizes.values())
+    print(f"{total} lines of Python:", ", ".join(f"{name} {lines}" for name, lines in sorted(folders.items())))
+    print("largest:", ", ".join(f"{name} {sizes[name]}" for name in largest))
+    assert total <= MOST_LINES, (
+        f"{total} lines of Python in the wheel, at most {MOST_LINES}: remove what is not needed, move tools to "
+        "benchmarks/ or tests/"
+    )
+
+
 @pytest.mark.parametrize("path", NATIVE, ids=relative)
 def test_size_of_native_files(path: Path) -> None:
     lines = path.read_text().count("\n")
@@ -224,7 +241,7 @@ def test_nothing_names_this_workplace() -> None:
         "truffula.lora.worker",
         "truffula.engine.worker",
         "truffula.server.launch",
-        "truffula.server.run",
+        "truffula.server.serve",
     ],
 )
 def test_importing_is_light(module: str) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llama_program import Shape, llama_program
 
 from truffula.errors import KernelError
 from truffula.kernels.cpu import _native
 from truffula.kernels.cpu.backend import CpuBackend
-from truffula.kernels.inputs import Capacity, StepInputs
-from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+from truffula.kernels.inputs import Capacity, SampleInputs, SequenceSampling, StepInputs
+from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
 
 REFUSALS = (ValueError, TypeError, RuntimeError, OverflowError, MemoryError)
 S = 4
@@ -98,6 +99,29 @@ def arrays(draw: Any) -> np.ndarray:
 
 
 matrices = arrays()
+tokens = st.lists(st.one_of(st.integers(0, 9), NASTY), max_size=3).map(lambda some: np.array(some, np.int32))
+samplings = st.builds(
+    SequenceSampling, temperature=floats, top_k=small, top_p=floats, min_p=floats, typical_p=floats, repetition=floats,
+    n_logprobs=small, n_prompt_logprobs=small, seed=st.integers(0, 9), warped=booleans, bias_ids=tokens,
+    bias_values=st.lists(floats, max_size=3).map(lambda some: np.array(some, np.float32)), banned_ids=tokens,
+    min_tokens=st.integers(0, 2),
+)  # fmt: skip
+
+
+numbers32 = st.one_of(st.integers(-1, 5), NASTY)
+
+
+@st.composite
+def sample_inputs(draw: Any) -> SampleInputs:
+    """Samples of a step of two rows, with any numbers."""
+    samples = SampleInputs.allocate(CAPACITY, 32)
+    for r in range(2):
+        samples.row_slot[r], samples.target[r] = draw(numbers32), draw(numbers32)
+        samples.mask_row[r], samples.draw[r] = draw(small), draw(st.integers(0, 2))
+    samples.mask[:] = draw(st.sampled_from([0, 1, 2**32 - 1]))
+    return samples
+
+
 words = st.sampled_from(
     [None, "", "first", *sorted({w for f in _native.op_fields().values() for v in f.values() for w in v or ()})]
 )
@@ -121,7 +145,7 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
                   "scale": floats, "window": numbers, "softcap": floats, "sinks": maybe_id},
     "TakeRows": {"x": columns, "out": columns},
     "seal": {"inputs": st.just("inputs"), "arena_floats": st.one_of(numbers, st.just(4096), st.just(4096)),
-             "logits_buffer": ids},
+             "logits_buffer": ids, "vocab": st.one_of(numbers, st.just(32))},
     "run": {},
     "logits": {"vocab": numbers},
     "tap": {"op": ids},
@@ -130,7 +154,9 @@ CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
                        "scales": st.lists(floats, max_size=2), "b": st.lists(matrices, max_size=2),
                        "expand_of": st.lists(ids, max_size=2), "first_output": st.lists(numbers, max_size=2)},
     "drop_adapter": {"slot": ids},
-    "kv_copy": {"group": ids, "src": st.lists(ids, max_size=3), "dst": st.lists(ids, max_size=3)},
+    "set_sequence": {"slot": ids, "prompt_ids": tokens,
+                     "completion_ids": tokens, "sampling": samplings},
+    "sample": {"samples": sample_inputs()},
 }  # fmt: skip
 call = st.sampled_from(sorted(CALLS)).flatmap(lambda name: st.tuples(st.just(name), st.fixed_dictionaries(CALLS[name])))
 A, B = np.ones((3, 16), np.float32), np.ones((16, 3), np.uint16)
@@ -170,7 +196,9 @@ GOOD_BEHIND: list[tuple[str, dict[str, Any]]] = [
                           "first_output": [0]}) for op in range(5)),
     *(("add_adapter_op", {"slot": 0, "op": op, "a": [A, A], "scales": [1.0, 2.0], "b": [B[:9], B[:5]],
                           "expand_of": [1, 0], "first_output": [1, 11]}) for op in range(5)),
-    ("kv_copy", {"group": 0, "src": [1, 2], "dst": [2, 19]}),
+    ("set_sequence", {"slot": 0, "prompt_ids": np.array([1, 2], np.int32), "completion_ids": np.array([2], np.int32),
+                      "sampling": SequenceSampling(repetition=2.0, temperature=1.0)}),
+    ("sample", {"samples": SampleInputs.allocate(CAPACITY, 32)}),
     ("drop_adapter", {"slot": 0}),
     ("tap", {"op": 1}),
     ("logits", {"vocab": 32}),
@@ -226,7 +254,7 @@ def fuzz_programs(examples: int, isa: str) -> None:
         native, inputs = prepared(isa, debug)
         for name, arguments in ops:
             attempt(native, inputs, name, arguments)
-        attempt(native, inputs, "seal", {"arena_floats": (4 * 24 + 2 * 16) * 32, "logits_buffer": 5})
+        attempt(native, inputs, "seal", {"arena_floats": (4 * 24 + 2 * 16) * 32, "logits_buffer": 5, "vocab": 32})
         attempt(native, inputs, "run", {})
         if attempt(native, inputs, "add_adapter", {}):
             inputs.G, inputs.seg[0], inputs.seg_r[0] = 1, (0, 5, 0), (0, 1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from llama_program import llama_program
 
 from truffula.kernels.backend import Executable
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity
-from truffula.testing.programs import fill_step, llama_program, pull_from, random_weights
+from truffula.testing.programs import fill_step, pull_from, random_weights
 
 S = 4
 CAPACITY = Capacity(

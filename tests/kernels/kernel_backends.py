@@ -7,20 +7,19 @@ when truffula was installed) the reference alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
 
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu.backend import CpuBackend, available, instruction_sets
-from truffula.kernels.inputs import Float32, SampledRows, SampleInputs
+from truffula.kernels.inputs import Float32, Int32, SampleInputs, SequenceSampling, StepOutput
 from truffula.kernels.reference import ReferenceBackend
-from truffula.kernels.sampling import sample
-
-Sampler = Callable[[Float32, SampleInputs], SampledRows]
+from truffula.kernels.sampling import Sampler
 
 ISAS: tuple[str, ...] = instruction_sets() if available() else ()
 # Two threads: each op is cut in two and has its barrier.
@@ -34,24 +33,33 @@ SINGLE: Mapping[str, Backend] = MappingProxyType(
 )
 
 
-def native_sampler(isa: str) -> Sampler:
+class AnySampler(Protocol):
+    """Draws for sequences by slot, from logits float32 ``[R, V]``."""
+
+    def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None: ...
+    def sample(self, logits: Float32, samples: SampleInputs) -> StepOutput: ...
+
+
+class NativeSampler:
     """The native sampler on its own, with the loops of one instruction set."""
 
-    def sample_rows(logits: Float32, samples: SampleInputs) -> SampledRows:
+    def __init__(self, isa: str, slots: int, vocab: int) -> None:
         native: Any = import_module("truffula.kernels.cpu._native")
-        shape = len(logits), max(0, int(samples.n_logprobs[: len(logits)].max(initial=0)))
-        ids, logprob, finite, top_ids, top_logprobs = native.sample_rows(logits, samples, shape[1], isa)
-        return SampledRows(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
+        self._native = native.Sampler(isa, slots, vocab)
+        self.set_sequence = self._native.set_sequence
 
-    return sample_rows
+    def sample(self, logits: Float32, samples: SampleInputs) -> StepOutput:
+        ids, logprob, finite, top_ids, top_logprobs = self._native.sample(logits, samples)
+        shape = (len(ids), len(top_ids) // max(1, len(ids)))
+        return StepOutput(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
 
 
-# From logits float32 [R, V] to an id for each row.
-SAMPLERS: Mapping[str, Sampler] = MappingProxyType(
-    {"numpy": sample, **{f"cpu-{isa}": native_sampler(isa) for isa in ISAS}}
+# Samplers by name, made for so many slots and ids.
+SAMPLERS: Mapping[str, Callable[[int, int], AnySampler]] = MappingProxyType(
+    {"numpy": Sampler, **{f"cpu-{isa}": partial(NativeSampler, isa) for isa in ISAS}}
 )
 
-on_every_sampler = pytest.mark.parametrize("sample", SAMPLERS.values(), ids=SAMPLERS.keys())
+on_every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 on_every_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 on_every_table = pytest.mark.parametrize("isa", ISAS)
 on_the_best = pytest.mark.parametrize("backend", BEST.values(), ids=BEST.keys())

@@ -3,42 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from hypothesis import strategies as st
+from kernel_backends import AnySampler
 
-from truffula.kernels.inputs import Capacity, SampleInputs
+from truffula.kernels.inputs import Capacity, SampleInputs, SequenceSampling, StepOutput
 from truffula.kernels.philox import uniform
 
 INF = float("inf")
-CAPACITY = Capacity(
-    max_tokens=8, max_seqs=8, max_logit_rows=4096, max_segments=1, num_blocks=1, block_size=1, max_blocks_per_seq=1
-)
 NEUTRAL = {
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition": 1.0, "frequency": 0.0,
     "presence": 0.0, "n_logprobs": 3, "seed": 1, "choice": 0, "draw": 0, "target": -1, "warped": 0, "seen": {},
-    "bias": [],
+    "bias": [], "min_tokens": 0, "banned": [], "mask": None,
 }  # fmt: skip
 
 
-def fill(rows: list[dict]) -> SampleInputs:
-    samples = SampleInputs.allocate(CAPACITY)
-    rows = [{**NEUTRAL, **row} for row in rows]
-    for r, row in enumerate(rows):
-        for name in set(NEUTRAL) - {"seen", "bias"}:
-            getattr(samples, name)[r] = row[name]
-    samples.seen_start[1 : len(rows) + 1] = np.cumsum([len(row["seen"]) for row in rows])
-    samples.seen_ids = np.array([i for row in rows for i in row["seen"]], np.int32)
-    samples.seen_counts = np.array([c for row in rows for c in row["seen"].values()], np.int32)
-    samples.bias_start[1 : len(rows) + 1] = np.cumsum([len(row["bias"]) for row in rows])
-    samples.bias_ids = np.array([i for row in rows for i, _ in row["bias"]], np.int32)
-    samples.bias_values = np.array([v for row in rows for _, v in row["bias"]], np.float32)
-    return samples
-
-
 def as_sent(row: dict) -> dict:
-    """``row`` with the defaults, its numbers rounded as ``SampleInputs`` (float32) carries them."""
-    return {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in {**NEUTRAL, **row}.items()}
+    """``row`` with the defaults, its numbers rounded to float32 as samplers do; with penalties, the draw is the number
+    of completion tokens seen; nothing but the model's distribution is behind a scored row."""
+    row = {k: float(np.float32(v)) if isinstance(v, float) else v for k, v in {**NEUTRAL, **row}.items()}
+    if (row["repetition"], row["frequency"], row["presence"]) != (1.0, 0.0, 0.0):
+        row["draw"] = sum(row["seen"].values())
+    if row["target"] >= 0:
+        row["warped"] = 0
+    return row
+
+
+def sampling_of(row: dict) -> SequenceSampling:
+    same = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition", "frequency", "presence", "n_logprobs",
+            "seed", "choice", "min_tokens")  # fmt: skip
+    return SequenceSampling(
+        **{name: row[name] for name in same}, n_prompt_logprobs=row["n_logprobs"], warped=bool(row["warped"]),
+        bias_ids=np.array([i for i, _ in row["bias"]], np.int32),
+        bias_values=np.array([v for _, v in row["bias"]], np.float32), banned_ids=np.array(row["banned"], np.int32),
+    )  # fmt: skip
+
+
+def drawn(sampler: Callable[[int, int], AnySampler], logits: np.ndarray, rows: list[dict]) -> StepOutput:
+    """What a new sampler gives for ``rows``, each of a sequence of its own that has seen what the row says."""
+    count, vocab = logits.shape
+    made = sampler(max(1, count), vocab)
+    capacity = Capacity(8, max(1, count), max(1, count), 1, 1, 1, 1)
+    samples = SampleInputs.allocate(capacity, vocab)
+    samples.row_slot[:count] = np.arange(count)
+    for r, row in enumerate(map(as_sent, rows)):
+        completion = [i for i, times in row["seen"].items() for _ in range(times)]
+        made.set_sequence(r, np.array(list(row["seen"]), np.int32), np.array(completion, np.int32), sampling_of(row))
+        samples.target[r], samples.draw[r] = row["target"], row["draw"]
+        if row["mask"] is not None:
+            samples.mask_row[r] = r
+            for i in row["mask"]:
+                samples.mask[r, i // 32] |= np.uint32(1 << i % 32)
+    return made.sample(logits, samples)
 
 
 def soften(scores: dict[int, float]) -> dict[int, float]:
@@ -66,13 +84,18 @@ def prefix(order: list[int], p: dict[int, float], mass: float) -> list[int]:
 def oracle_scores(logits: np.ndarray, row: dict) -> dict[int, float]:
     """Id to score of the ids kept, in the documented order of work."""
     scores = {i: float(v) for i, v in enumerate(logits)}
-    for i, count in row["seen"].items():
+    penalised = (row["repetition"], row["frequency"], row["presence"]) != (1.0, 0.0, 0.0)
+    for i, count in row["seen"].items() if penalised else ():
         scores[i] = scores[i] / row["repetition"] if scores[i] > 0 else scores[i] * row["repetition"]
         scores[i] -= row["frequency"] * count + (row["presence"] if count > 0 else 0)
     for i, value in row["bias"]:
         scores[i] += value
+    for i in row["banned"] if row["draw"] < row["min_tokens"] else ():
+        scores[i] = -INF
+    allowed = set(scores) if row["mask"] is None else row["mask"]
+    scores = {i: v if i in allowed else -INF for i, v in scores.items()}
     if max(scores.values()) == -INF:
-        return {best_first(dict(enumerate(logits)))[0]: 0.0}
+        return {best_first({i: logits[i] for i in allowed})[0]: 0.0}
     scores = {i: v for i, v in scores.items() if v > -INF}
     if row["temperature"] == 0:
         return scores
@@ -121,6 +144,9 @@ params = st.fixed_dictionaries(
         "presence": st.sampled_from([0.0, 0.25]),
         "seen": st.dictionaries(st.integers(0, V - 1), st.integers(0, 3), max_size=5),
         "bias": st.lists(st.tuples(st.integers(0, V - 1), st.sampled_from([-INF, -2.0, 3.5])), max_size=5),
+        "min_tokens": st.sampled_from([0, 0, 2, 2000]),
+        "banned": st.lists(st.integers(0, V - 1), max_size=4),
+        "mask": st.one_of(st.none(), st.none(), st.sets(st.integers(0, V - 1), min_size=1)),
         "seed": st.integers(0, 2**64 - 1),
         "choice": st.integers(0, 3),
         "draw": st.integers(0, 1000),

@@ -17,16 +17,17 @@ import numpy as np, psutil
 from truffula.kernels.backend import AdapterImage, SiteTensors
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity
-from truffula.testing.programs import Part, fill_step, llama_program, pull_from, random_weights
+from truffula.testing.programs import Part, decoder_program, fill_step, pull_from, random_weights
+from truffula.testing.tiny import tiny_config
 
 rank, tokens = map(int, sys.argv[1:])
-program = llama_program()
+program = decoder_program(tiny_config())
 capacity = Capacity(max_tokens=tokens, max_seqs=1, max_logit_rows=1, max_segments=1, num_blocks=tokens // 4 + 2,
                     block_size=4, max_blocks_per_seq=tokens // 4 + 1)
 executable = CpuBackend(threads=1).load(program, "float32", pull_from(random_weights(program)), capacity)
-site = program.sites[0]
+site = next(site for site in program.sites if site.kind == "linear")
 a, b = np.ones((rank, site.in_features), np.float32), np.ones((site.out_features, rank), np.float32)
-image = AdapterImage("g", (SiteTensors(0, a, b, 1e-6),), 1, rank)
+image = AdapterImage("g", (SiteTensors(site.id, a, b, 1e-6),), 1, rank)
 rss = psutil.Process().memory_info
 
 def step(slot):

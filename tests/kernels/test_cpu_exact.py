@@ -15,11 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_backends import ISAS, needs_native
+from llama_program import Shape, llama_program
 
 from truffula.kernels.backend import Executable
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.inputs import Capacity
-from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
 
 pytestmark = needs_native
 SIZES = (1, 2, 5, 6, 7, 11, 12, 13, 47, 48, 49, 100, 512)

@@ -16,12 +16,14 @@ import psutil
 import pytest
 from cpu_steps import CAPACITY, IDS, load, run
 from kernel_backends import ISAS, needs_native, on_every_table
+from llama_program import Shape, llama_program
 
-from truffula.errors import ConfigError, KernelError
+from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage, SiteTensors
-from truffula.kernels.cpu.backend import CpuBackend, available, sound_table
+from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity, StepInputs
-from truffula.testing.programs import Part, Shape, llama_program, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, pull_from, random_adapter, random_weights
+from truffula.testing.self_check import difference
 
 if available():
     from truffula.kernels.cpu import _native
@@ -231,7 +233,7 @@ def test_a_step_of_more_pieces_than_a_team_counts():
         heads=heads, kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
     )  # fmt: skip
     inputs = StepInputs.allocate(capacity, 1)
-    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2)
+    native.seal(inputs, arena_floats=3 * tokens * heads, logits_buffer=2, vocab=1)
     inputs.T = inputs.N = tokens
     inputs.token_ids[:] = np.arange(tokens) % 5
     inputs.slot_mapping[0] = np.arange(tokens)
@@ -243,18 +245,8 @@ def test_a_step_of_more_pieces_than_a_team_counts():
 
 
 @on_every_table
-def test_every_table_works_here(isa):
-    assert _native.table_fault(isa) == ""
-
-
-def test_a_table_that_works_wrongly_is_passed_over(caplog):
-    """And refused where it was asked for by name."""
-    faults = {"fast": "norms", "sound": ""}
-    assert sound_table(("fast", "sound"), "auto", faults.__getitem__) == "sound"
-    assert "computing with sound: the instruction set fast computes norms wrongly" in caplog.text
-    with pytest.raises(ConfigError, match="fast computes norms wrongly") as caught:
-        sound_table(("fast", "sound"), "fast", faults.__getitem__)
-    assert caught.value.param == "cpu_isa"
+def test_every_table_passes_the_self_check_of_doctor(isa):
+    assert difference(isa) == ""
 
 
 def test_arrays_of_a_step_may_not_be_replaced():
@@ -296,9 +288,13 @@ EXIT_ALONE = """
 import sys, threading
 sys.path.insert(0, {here!r})
 import numpy as np
-from sampler_rows import fill
 from truffula.kernels.cpu import _native
-samples, logits = fill([dict(n_logprobs=0)] * 64), np.zeros((64, 4096), np.float32)
+from truffula.kernels.inputs import NO_IDS, Capacity, SampleInputs, SequenceSampling
+sampler, samples = _native.Sampler('portable', 64, 4096), SampleInputs.allocate(Capacity(64, 64, 64, 1, 1, 1, 1), 4096)
+for slot in range(64):
+    samples.row_slot[slot] = slot
+    sampler.set_sequence(slot, NO_IDS, NO_IDS, SequenceSampling(n_logprobs=0))
+logits = np.zeros((64, 4096), np.float32)
 begun = threading.Event()
 def calls():
     while True:
@@ -309,17 +305,9 @@ begun.wait()
 """
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        "_native.sample_rows(logits, samples, 1, 'portable')",
-        "_native.peak_rate('portable', 0, 1)",
-        "_native.read_rate('portable', 1, 1 << 16)",
-    ],
-    ids=lambda call: call.partition("(")[0],
-)
-def test_the_interpreter_ends_while_a_thread_is_in_a_call_without_an_executable(call):
-    in_a_process("-c", EXIT_ALONE.format(here=str(HERE), call=call), timeout=60)
+def test_the_interpreter_ends_while_a_thread_is_in_a_call_without_an_executable():
+    script = EXIT_ALONE.format(here=str(HERE), call="sampler.sample(logits, samples)")
+    in_a_process("-c", script, timeout=60)
 
 
 SIGNALS = """

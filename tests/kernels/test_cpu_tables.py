@@ -11,12 +11,12 @@ import pytest
 from kernel_backends import ISAS, needs_native
 from one_op import OneOp
 
-from truffula.kernels.cpu import CpuBackend, available, why_this_set
+from truffula.kernels.cpu import CpuBackend, available
 from truffula.kernels.program import Linear
 from truffula.testing.programs import as_dtype
 
 if available():
-    from truffula.kernels.cpu import _native
+    pass
 
 pytestmark = needs_native
 BLOCK = 128
@@ -153,36 +153,3 @@ def test_tables_agree_bit_for_bit(isa, rows):
     none = np.isnan(wanted)
     np.testing.assert_array_equal(np.isnan(got), none)
     np.testing.assert_array_equal(got[~none].view(np.uint32), wanted[~none].view(np.uint32))
-
-
-@pytest.mark.parametrize(
-    ("pairs", "floats", "same_bits", "first"),
-    [
-        ((1.0, 1.0), (2.0, 2.0), True, "pairs"),
-        ((1.9, 0.5), (2.0, 2.0), True, "pairs"),  # hardly with one row, clearly with eight
-        ((2.0, 2.0), (1.0, 1.0), True, "floats"),
-        ((1.0, 1.0), (1.0, 1.0), True, "floats"),  # no gain
-        ((0.99, 0.99), (1.0, 1.0), True, "floats"),  # no clear one
-        ((1.0, 4.0), (2.0, 2.0), True, "floats"),  # one row's gain is less than what eight rows lose
-        ((0.0, 0.0), (0.0, 0.0), True, "floats"),  # a clock that saw nothing
-        ((1.0, 1.0), (9.0, 9.0), False, "floats"),  # however fast: an answer would show it
-    ],
-)
-def test_bfloat16_products_are_taken_for_a_clear_gain_and_equal_bits_only(pairs, floats, same_bits, first):
-    names, _ = _native.choice_of_pairs(pairs, floats, same_bits)
-    assert names == [first, {"pairs": "floats", "floats": "pairs"}[first]]
-
-
-def test_why_bfloat16_products_were_taken_or_not_is_told():
-    whys = [_native.choice_of_pairs((1.0, 1.0), (rate, 2 * rate), True)[1] for rate in (2.0, 0.5)]
-    assert whys[0].startswith("pairs: tried") and "0.50 and 0.25 of the time" in whys[0]
-    assert whys[1].startswith("floats: tried") and "2.00 and 1.00 of the time" in whys[1]
-    assert "floats, not pairs" in (differ := _native.choice_of_pairs((1.0, 1.0), (2.0, 2.0), False)[1])
-    assert "differ in their bits" in differ
-
-
-@pytest.mark.skipif("avx512bf16" not in ISAS, reason="this processor has no bfloat16 products")
-@pytest.mark.skipif(ISAS[:1] == ("amx",), reason="tiles are taken wherever they are, without a trial")
-def test_the_choice_of_avx512bf16_or_not_was_tried_and_says_so():
-    assert "avx512bf16" in why_this_set()
-    assert "differ" not in why_this_set()

@@ -7,21 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import on_every_backend
+from llama_program import llama_program
 from one_op import OneOp, close, exact
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage, SiteTensors
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Epilogue, Linear, ModuleSlice, Site, SiteSlice
-from truffula.testing.programs import (
-    Part,
-    as_dtype,
-    fill_step,
-    llama_program,
-    pull_from,
-    random_adapter,
-    random_weights,
-)
+from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_adapter, random_weights
 
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=16, num_blocks=40, block_size=4, max_blocks_per_seq=8

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from cpu_steps import CAPACITY
 from kernel_backends import needs_native
+from llama_program import llama_program
 
 from truffula.errors import KernelError
 from truffula.kernels.cpu.backend import available
@@ -25,7 +26,6 @@ from truffula.kernels.program import (
     RopeRows,
     TakeRows,
 )
-from truffula.testing.programs import llama_program
 
 if available():
     from truffula.kernels.cpu import _native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from importlib import import_module
 
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import ISAS, SAMPLERS, needs_native
-from sampler_rows import V, as_sent, fill, on_an_edge, params
+from sampler_rows import V, as_sent, drawn, on_an_edge, params, sampling_of
 
 from examples import examples
+from truffula.kernels.inputs import Capacity, SampleInputs, SequenceSampling
 
 pytestmark = needs_native
 SIZES = [V, 63, 64, 65, 700, 2049]  # about the blocks of 64 that the native one works in; V: the ids of `params`
@@ -41,9 +43,9 @@ def test_it_is_the_numpy_sampler_row_for_row(shape, asked):
     since the two add the same weights in another order."""
     seed, size, spread, coarse, banned = shape
     logits = rows(seed, size, len(asked), spread, coarse, banned)
-    wanted = SAMPLERS["numpy"](logits, fill(asked))
+    wanted = drawn(SAMPLERS["numpy"], logits, asked)
     for isa in ISAS:
-        got = SAMPLERS[f"cpu-{isa}"](logits, fill(asked))
+        got = drawn(SAMPLERS[f"cpu-{isa}"], logits, asked)
         for r, one in enumerate(asked):
             same = (
                 got.ids[r] == wanted.ids[r]
@@ -64,48 +66,62 @@ def near(one: float, other: float) -> bool:
 def test_every_table_gives_the_same_bits(shape, asked):
     seed, size, spread, coarse, banned = shape
     logits = rows(seed, size, len(asked), spread, coarse, banned)
-    first, *others = (SAMPLERS[f"cpu-{isa}"](logits, fill(asked)) for isa in ISAS)
+    first, *others = (drawn(SAMPLERS[f"cpu-{isa}"], logits, asked) for isa in ISAS)
     for other in others:
         for field in ("ids", "logprob", "finite", "top_ids", "top_logprobs"):
             assert getattr(other, field).tobytes() == getattr(first, field).tobytes(), field
 
 
-def call(logits: object = None, width: int = 3, isa: str = "auto", **changed: object) -> None:
-    samples = fill([{}, {"seen": {1: 1}, "bias": [(2, 1.0)]}])
+def call(logits: object = None, isa: str = "auto", **changed: object) -> None:
+    """Two rows of five ids, the second with penalties and bias; ``changed`` are arrays of samples or fields."""
+    sampler = import_module("truffula.kernels.cpu._native").Sampler(isa, 2, 5)
+    row = {"repetition": 2.0, "bias": [(2, 1.0)]}
+    sampling = sampling_of(as_sent(row))
+    sequence = {"prompt_ids": np.array([0, 1], np.int32), "completion_ids": np.array([1], np.int32)}
+    for name in sequence.keys() & changed.keys():
+        sequence[name] = changed.pop(name)
+    for field in {f.name for f in fields(SequenceSampling)} & changed.keys():
+        sampling = replace(sampling, **{field: changed.pop(field)})
+    sampler.set_sequence(0, **sequence, sampling=sampling)
+    sampler.set_sequence(1, **sequence, sampling=sampling)
+    samples = SampleInputs.allocate(Capacity(8, 2, 2, 1, 1, 1, 1), 5)
+    samples.row_slot[:], samples.draw[:] = (0, 1), 1
     for name, value in changed.items():
         setattr(samples, name, value)
-    logits = np.zeros((2, 5), np.float32) if logits is None else logits
-    import_module("truffula.kernels.cpu._native").sample_rows(logits, samples, width, isa)
+    sampler.sample(np.zeros((2, 5), np.float32) if logits is None else logits, samples)
 
 
 @pytest.mark.parametrize(
     "logits",
     [
-        np.zeros((2, 5)), np.zeros((2, 5), np.float16), np.zeros(5, np.float32), np.zeros((2, 0), np.float32),
+        np.zeros((2, 5)), np.zeros((2, 5), np.float16), np.zeros(5, np.float32), np.zeros((2, 4), np.float32),
         np.zeros((2, 10), np.float32)[:, ::2], np.zeros((5, 2), np.float32).T, np.zeros((1, 2, 5), np.float32), [[0.0]],
     ],
-    ids=["float64", "float16", "one axis", "no ids", "strided", "transposed", "three axes", "a list"],
+    ids=["float64", "float16", "one axis", "four ids", "strided", "transposed", "three axes", "a list"],
 )  # fmt: skip
 def test_logits_of_another_kind_are_refused(logits):
     with pytest.raises((TypeError, ValueError)):
         call(logits)
 
 
+def i32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
-        {"temperature": np.ones(1, np.float32)}, {"top_k": np.zeros(4096)}, {"seed": np.zeros(4096, np.int64)},
-        {"draw": np.zeros(8192, np.uint32)[::2]}, {"target": np.full(4096, 5, np.int32)},
-        {"seen_start": np.array([0, 0, 9], np.int32)}, {"seen_start": np.array([0, -1, -1], np.int32)},
-        {"seen_start": np.array([0, 1], np.int32)}, {"seen_start": np.array([0, 1, 0], np.int32)},
-        {"seen_ids": np.array([5], np.int32)}, {"seen_ids": np.array([-1], np.int32)},
-        {"seen_counts": np.zeros(0, np.int32)}, {"bias_ids": np.array([5], np.int32)},
-        {"bias_values": np.zeros(0, np.float32)}, {"bias_start": None},
-        {"n_logprobs": np.full(4096, 4, np.int32)}, {"width": -1}, {"isa": "mmx"},
+        {"row_slot": i32(0)}, {"row_slot": i32(0, 2)}, {"row_slot": i32(-1, 0)}, {"row_slot": i32(1, 1)},
+        {"row_slot": np.zeros(2)}, {"target": i32(5, -1)}, {"target": None}, {"draw": np.array([2, 1], np.uint32)},
+        {"draw": np.ones(4, np.uint32)[::2]}, {"draw": i32(1, 1)}, {"mask_row": i32(2, -1)}, {"mask_row": i32(0, -1)},
+        {"mask": np.zeros((2, 0), np.uint32)}, {"mask": np.zeros((2, 1))}, {"prompt_ids": i32(5)},
+        {"prompt_ids": i32(-1)}, {"prompt_ids": np.zeros(2, np.int64)}, {"completion_ids": i32(1, 1, 7)},
+        {"bias_ids": i32(5)}, {"bias_ids": i32(0, 1)}, {"bias_values": np.zeros(1)}, {"banned_ids": i32(-3)},
+        {"top_k": 2**40}, {"seed": -1}, {"temperature": None}, {"isa": "mmx"},
     ],
     ids=str,
 )  # fmt: skip
 def test_samples_that_do_not_fit_are_refused(changed):
     call()
-    with pytest.raises((TypeError, ValueError)):
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
         call(**changed)

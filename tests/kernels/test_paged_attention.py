@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_backends import BACKENDS, on_every_backend
+from llama_program import Shape, llama_program
 from one_op import OneOp, close, exact
 
+from truffula.errors import KernelError
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Attention, KvGroup, KvPlane
 from truffula.kernels.reference import attention
-from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
 
 S = 4
 
@@ -62,7 +65,7 @@ def test_attention_over_shuffled_blocks(backend, case_):
         for n in (c["heads"] * c["dim_k"], c["kv_heads"] * c["dim_k"], c["kv_heads"] * c["dim_v"])
     )
     sinks = exact(rng.standard_normal(c["heads"]), c["dtype"]) if c["sinks"] else None
-    group = KvGroup(0, "full", (KvPlane(0, 0, k.shape[1]), KvPlane(1, 0, v.shape[1])))
+    group = KvGroup(0, (KvPlane(0, 0, k.shape[1]), KvPlane(1, 0, v.shape[1])))
     case = OneOp(c["dtype"], rows, groups=[group])
     op = Attention(
         name="a", q=case.input(q), k=case.input(k), v=case.input(v), out=case.buffer(c["heads"] * c["dim_v"]), group=0,
@@ -121,7 +124,7 @@ def test_long_contexts(backend, dtype, case_):
         max_tokens=rows, max_seqs=1, max_logit_rows=4, max_segments=1, num_blocks=len(blocks) + 1, block_size=size,
         max_blocks_per_seq=len(blocks),
     )  # fmt: skip
-    group = KvGroup(0, "full", (KvPlane(0, 0, k.shape[1]), KvPlane(1, 0, v.shape[1])))
+    group = KvGroup(0, (KvPlane(0, 0, k.shape[1]), KvPlane(1, 0, v.shape[1])))
     case = OneOp(dtype, rows, groups=[group], capacity=capacity)
     op = Attention(
         name="a", q=case.input(q), k=case.input(k), v=case.input(v), out=case.buffer(heads * dim_v), group=0,
@@ -215,26 +218,54 @@ def test_what_an_earlier_owner_left_in_a_block_never_shows(backend, dtype, windo
     assert np.isfinite(executable.logits()).all()
 
 
-@on_every_backend
-def test_kv_copy_moves_whole_blocks(backend):
-    """A sequence goes on from copies of its blocks as from the blocks themselves."""
-    executable = load(backend, Shape())
-    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
-    executable.kv_copy(0, [1, 2, 3, 4, 5], [15, 12, 13, 14, 11])
-    fill_step(executable.inputs, [Part(IDS[19:], 19, (15, 12, 13, 14, 11, 9), logits="all")], S)
-    executable.run()
-    np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
+GROUPED = Shape(layers=3, window=(5, None, 5))
+WINDOWS = (None, 5)
+
+
+def fill_grouped(inputs, part, tables):
+    """A step of one sequence whose blocks differ by KV group; entries behind the window are -1."""
+    for group, blocks in enumerate(tables):
+        before = inputs.slot_mapping.copy(), inputs.block_tables.copy()
+        fill_step(inputs, [replace(part, blocks=blocks)], S, WINDOWS)
+        for array, kept in zip((inputs.slot_mapping, inputs.block_tables), before, strict=True):
+            array[:group] = kept[:group]
 
 
 @on_every_backend
-def test_kv_copy_reads_all_before_it_writes(backend):
-    """Two blocks may be exchanged."""
-    executable = load(backend, Shape())
-    wanted = whole(executable, (1, 2, 3, 4, 5, 6))
-    executable.kv_copy(0, [1, 2, 3, 4, 5], [2, 3, 4, 5, 1])
-    fill_step(executable.inputs, [Part(IDS[19:], 19, (2, 3, 4, 5, 1, 9), logits="all")], S)
+@pytest.mark.parametrize("cuts", [(), (1,), (6, 7, 8, 20), tuple(range(1, 23))])
+def test_each_group_has_its_own_blocks_and_reads_none_behind_its_window(backend, cuts):
+    """Freed blocks are -1 in the table of the sliding group and belong to a sequence of NaN by then."""
+    executable = load(backend, GROUPED)
+    fill_step(executable.inputs, [Part(IDS, 0, (1, 2, 3, 4, 5, 6), logits="all")], S)
     executable.run()
-    np.testing.assert_allclose(executable.logits(), wanted[19:], atol=2e-5)
+    wanted = executable.logits()
+    broken = random_adapter(llama_program(GROUPED), rank=1)
+    for site in broken.sites:
+        site.b[:] = np.nan
+    slot = executable.adapter(broken)
+    tables = (31, 9, 27, 12, 36, 18), (12, 31, 7, 9, 2, 27)
+    got, freed = [], 0
+    for lo, hi in pairwise([0, *cuts, len(IDS)]):
+        fill_grouped(executable.inputs, Part(IDS[lo:hi], lo, tables[0], logits="all"), tables)
+        executable.run()
+        got.append(executable.logits())
+        # The next query reads from position hi - 4 on.
+        for block in tables[1][freed : max(0, hi - 4) // S]:
+            fill_grouped(executable.inputs, Part(IDS[:S], 0, (39,), slot), ((39,), (block,)))
+            executable.run()
+        freed = max(0, hi - 4) // S
+    np.testing.assert_allclose(np.concatenate(got), wanted, atol=2e-5, rtol=1e-5)
+
+
+@on_every_backend
+@pytest.mark.parametrize("group", [0, 1])
+def test_a_freed_block_inside_the_window_is_an_error(backend, group):
+    executable = load(backend, GROUPED)
+    whole(executable, (1, 2, 3, 4, 5, 6))
+    fill_step(executable.inputs, [Part(IDS[22:], 22, (1, 2, 3, 4, 5, 6))], S, WINDOWS)
+    executable.inputs.block_tables[group, 0, 4] = -1
+    with pytest.raises((KernelError, IndexError)):
+        executable.run()
 
 
 @on_every_backend

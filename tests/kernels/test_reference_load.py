@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import mmap
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from kernel_backends import on_every_backend
+from llama_program import llama_program
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.mapped import release
+from truffula.kernels.program import RecurrentState
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
-from truffula.testing.programs import Part, as_dtype, fill_step, llama_program, pull_from, random_weights
+from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_weights
 
 CAPACITY = Capacity(
     max_tokens=64, max_seqs=8, max_logit_rows=16, max_segments=8, num_blocks=40, block_size=4, max_blocks_per_seq=16
@@ -57,8 +60,6 @@ def test_any_stored_dtype_serves_in_any_compute_dtype(backend, stored, dtype):
 
 
 def test_float32_vectors_stay_exact_in_a_bfloat16_program():
-    from dataclasses import replace
-
     import torch
 
     program = llama_program()
@@ -66,7 +67,7 @@ def test_float32_vectors_stay_exact_in_a_bfloat16_program():
     exact = replace(norm, dtype="float32")
     program = replace(program, weights=tuple(exact if w.id == norm.id else w for w in program.weights))
     stored = random_weights(program)
-    loaded = load_weights(program, torch.bfloat16, pull_from(stored))
+    loaded = load_weights(program, torch.bfloat16, pull_from(stored), torch.device("cpu"))
     assert np.array_equal(loaded[norm.id].whole.numpy(), stored[norm.name][0])
 
 
@@ -115,12 +116,23 @@ def test_the_plan_counts_what_is_declared():
     matrices = sum(int(np.prod(w.shape)) for w in program.weights if len(w.shape) == 2)
     vectors = sum(w.shape[0] for w in program.weights if len(w.shape) == 1)
     for dtype, width in (("float32", 4), ("bfloat16", 2)):
-        plan = backend.plan(program, dtype, CAPACITY, stored_bytes=0)
+        plan = backend.plan(program, dtype, CAPACITY)
         assert plan.weight_bytes == matrices * width + vectors * 4
-        assert plan.kv_block_bytes == 2 * 2 * 16 * 4 * width  # two layers, K and V, 2 heads of 8, 4 tokens a block
+        assert plan.kv_block_bytes == (2 * 2 * 16 * 4 * width,)  # two layers, K and V, 2 heads of 8, 4 tokens a block
         assert plan.logits_bytes >= 16 * 61 * 4
         assert plan.arena_bytes >= 64 * (32 + 64) * width
-        assert plan.total(10) - plan.total(0) == 10 * plan.kv_block_bytes
+        assert plan.fixed_bytes == plan.weight_bytes + plan.arena_bytes + plan.logits_bytes + plan.kv_block_bytes[0]
+
+
+@on_every_backend
+def test_the_plan_counts_the_state_of_every_sequence_slot(backend):
+    program = llama_program()
+    states = RecurrentState(0, 0, 100), RecurrentState(1, 1, 10, "model")
+    for dtype, width in (("float32", 4), ("bfloat16", 2)):
+        without = backend.plan(program, dtype, CAPACITY)
+        plan = backend.plan(replace(program, states=states), dtype, CAPACITY)
+        assert plan.state_bytes == 8 * (400 + 10 * width)
+        assert plan.fixed_bytes - without.fixed_bytes == plan.state_bytes
 
 
 @on_every_backend

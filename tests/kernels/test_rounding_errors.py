@@ -1,5 +1,4 @@
-"""What ``inspect --quantize`` says is lost is what gguf's own rounding loses, by kind of site, and only of what is
-rounded."""
+"""What ``inspect --quantize`` says is lost is what gguf's own rounding loses, and only of what is rounded."""
 
 from __future__ import annotations
 
@@ -9,20 +8,22 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
+from kernel_backends import needs_native
 
 from truffula.errors import KernelError
-from truffula.kernels.cpu.formats import BLOCK_KINDS
-from truffula.kernels.cpu.rounding import Rounding, q8_0_loss, rounding_errors
+from truffula.kernels.cpu.backend import CpuBackend
+from truffula.kernels.cpu.weights import Rounding
 from truffula.model.load import plan_model, puller
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 from truffula.weights.open import open_checkpoint
 
+pytestmark = needs_native
+
 
 def rounding(folder: Path) -> Rounding:
     checkpoint = open_checkpoint(folder)
-    plan = plan_model(checkpoint)
-    pull = puller(checkpoint, plan, block_kinds=frozenset(BLOCK_KINDS))
-    return rounding_errors(plan.program, pull, plan.stored_types)
+    plan, backend = plan_model(checkpoint), CpuBackend(1, quantize="q8_0")
+    return backend.rounding(plan.program, puller(checkpoint, plan, block_kinds=backend.block_kinds))
 
 
 def relative(values: np.ndarray) -> float:
@@ -30,43 +31,32 @@ def relative(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(back - values, dtype=np.float64).sum() / np.square(values, dtype=np.float64).sum()))
 
 
-def test_the_loss_is_ggufs() -> None:
-    rng = np.random.default_rng(3)
-    values = (rng.standard_normal((33, 96)) * np.exp(2 * rng.standard_normal((33, 1)))).astype(np.float32)
-    values[0], values[1, 5:] = 0, 1e-9
-    squares, lost = q8_0_loss(values, "w")
-    assert np.sqrt(lost / squares) == pytest.approx(relative(values), rel=1e-6)
-
-
-def test_numbers_too_small_for_a_scale_are_lost_whole() -> None:
-    squares, lost = q8_0_loss(np.full((1, 32), 1e-38, np.float32), "w")  # 1 / its scale is infinite
-    assert lost == squares > 0
-
-
-def test_sites_are_told_apart_and_the_worst_is_named(tmp_path: Path) -> None:
+def test_the_loss_of_each_tensor_is_ggufs(tmp_path: Path) -> None:
     config = tiny_config("llama", hidden_size=64, intermediate_size=96, tie_word_embeddings=False)
     coarse = np.full((64, 96), 1e-3, np.float32)
     coarse[:, ::32] = 1.0  # one large number a block: the small ones are lost
     down = "model.layers.1.mlp.down_proj.weight"
     write_tiny_checkpoint(tmp_path, config, dtype="bfloat16", extra={down: coarse.astype(ml_dtypes.bfloat16)})
     found, checkpoint = rounding(tmp_path), open_checkpoint(tmp_path)
-    assert {name: kind.tensors for name, kind in found.kinds.items()} == {
-        "q": 3, "k": 3, "v": 3, "o": 3, "gate": 3, "up": 3, "down": 3, "head": 1,
-    }  # fmt: skip
-    assert found.kept == 1  # the table, which is looked up in only
-    assert found.kinds["down"].worst == found.all.worst or found.all.worst_error > found.kinds["down"].worst_error
-    ks = [checkpoint.read(f"model.layers.{i}.self_attn.k_proj.weight").astype(np.float32) for i in range(3)]
-    assert found.kinds["k"].error == pytest.approx(relative(np.concatenate(ks)), rel=1e-6)
-    assert found.kinds["k"].worst_error == pytest.approx(max(map(relative, ks)), rel=1e-6)
-    assert found.kinds["down"].worst_error >= relative(checkpoint.read(down).astype(np.float32)) * (1 - 1e-6)
+    matrices = {name for name, info in checkpoint.tensors.items() if len(info.shape) == 2}
+    assert set(found.sums) == matrices - {"model.embed_tokens.weight"}  # the table is looked up in only
+    for name in found.sums:
+        assert found.error([name]) == pytest.approx(relative(checkpoint.read(name).astype(np.float32)), rel=1e-5)
+    assert found.error([down]) > 1e-4
+    ks = [f"model.layers.{i}.self_attn.k_proj.weight" for i in range(3)]
+    together = relative(np.concatenate([checkpoint.read(name).astype(np.float32) for name in ks]))
+    assert found.error(ks) == pytest.approx(together, rel=1e-5)
+    assert found.error([found.worst(ks)]) == max(found.error([name]) for name in ks)
 
 
 def test_widths_that_are_no_whole_blocks_are_kept(tmp_path: Path) -> None:
     write_tiny_checkpoint(tmp_path, tiny_config("llama"))  # 56 inputs of down are not blocks of 32
-    found = rounding(tmp_path)
-    assert "down" not in found.kinds and found.kept >= 3
+    assert not any("down_proj" in name for name in rounding(tmp_path).sums)
 
 
-def test_a_scale_beyond_float16_names_the_tensor() -> None:
-    with pytest.raises(KernelError, match=r"some\.weight"):
-        q8_0_loss(np.full((1, 32), 3e38, np.float32), "some.weight")
+def test_a_scale_beyond_float16_names_the_weight(tmp_path: Path) -> None:
+    large = np.full((32, 32), 3e38, np.float32)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    write_tiny_checkpoint(tmp_path, tiny_config("llama"), extra={name: large})
+    with pytest.raises(KernelError, match=r"layers\.1\.self_attn\.o_proj.*float16"):
+        rounding(tmp_path)

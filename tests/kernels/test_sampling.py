@@ -14,7 +14,7 @@ from sampler_rows import (
     V,
     as_sent,
     best_first,
-    fill,
+    drawn,
     on_an_edge,
     oracle_choice,
     oracle_scores,
@@ -31,7 +31,7 @@ from examples import examples
 def test_rows_equal_the_plain_oracle(batch):
     """Ids, logprobs and top lists of a batch equal those of a slow sampler that sees one row at a time."""
     logits = np.stack([row for row, _ in batch])
-    found = {name: sample(logits, fill([row for _, row in batch])) for name, sample in SAMPLERS.items()}
+    found = {name: drawn(sampler, logits, [row for _, row in batch]) for name, sampler in SAMPLERS.items()}
     for r, (raw, asked) in enumerate(batch):
         row = as_sent(asked)
         scores = oracle_scores(raw, row)
@@ -78,21 +78,21 @@ def test_large_vocabularies_equal_the_plain_oracle(seed, spread, ties, asked):
     scores = oracle_scores(raw, row)
     wanted = oracle_choice(scores, row)
     ranked = best_first(scores if row["warped"] else dict(enumerate(raw)))[:20]
-    for name, sample in SAMPLERS.items():
-        got = sample(raw[None], fill([asked]))
+    for name, sampler in SAMPLERS.items():
+        got = drawn(sampler, raw[None], [asked])
         assert got.ids[0] == wanted or on_an_edge(raw, row), name
         if row["n_logprobs"] == 20:
             assert [i for i in got.top_ids[0].tolist() if i >= 0] == ranked, name
 
 
 @on_every_sampler
-def test_draws_follow_the_distribution(sample):
+def test_draws_follow_the_distribution(sampler):
     """Chi-square over many draws, with and without truncation."""
     logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5, -3.0, 1.5, 0.0], np.float32)
     for asked in ({}, {"temperature": 0.7}, {"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.2}, {"typical_p": 0.7}):
         count = 4096
         rows = [{**NEUTRAL, **asked, "n_logprobs": -1, "seed": 99, "draw": d} for d in range(count)]
-        got = sample(np.tile(logits, (count, 1)), fill(rows)).ids
+        got = drawn(sampler, np.tile(logits, (count, 1)), rows).ids
         expected = soften(oracle_scores(logits, as_sent(asked)))
         assert set(got.tolist()) <= set(expected)
         observed = np.bincount(got, minlength=8)
@@ -104,16 +104,16 @@ def test_draws_follow_the_distribution(sample):
 @on_every_sampler
 @settings(max_examples=examples(20, 50))
 @given(st.lists(st.tuples(rows_of_logits, params), min_size=2, max_size=5), st.randoms(use_true_random=False))
-def test_a_row_does_not_depend_on_its_company(sample, batch, random):
+def test_a_row_does_not_depend_on_its_company(sampler, batch, random):
     """Shuffled, alone, or beside a broken row: bit for bit the same outcome."""
     logits, rows = np.stack([row for row, _ in batch]), [row for _, row in batch]
-    together = sample(logits, fill(rows))
+    together = drawn(sampler, logits, rows)
     order = list(range(len(rows)))
     random.shuffle(order)
     broken = np.concatenate([np.full((1, V), np.nan, np.float32), logits[order]])
-    shuffled = sample(broken, fill([{}, *(rows[i] for i in order)]))
+    shuffled = drawn(sampler, broken, [{}, *(rows[i] for i in order)])
     for place, r in enumerate(order, start=1):
-        alone = sample(logits[r : r + 1], fill([rows[r]]))
+        alone = drawn(sampler, logits[r : r + 1], [rows[r]])
         for got, at in ((shuffled, place), (alone, 0)):
             assert got.ids[at] == together.ids[r]
             assert got.logprob[at] == together.logprob[r]
@@ -124,25 +124,25 @@ def test_a_row_does_not_depend_on_its_company(sample, batch, random):
 
 
 @on_every_sampler
-def test_greedy_takes_the_lower_id_of_a_tie(sample):
+def test_greedy_takes_the_lower_id_of_a_tie(sampler):
     logits = np.array([[1, 5, 5, 0], [2, 2, 2, 2]], np.float32)
     plain = [{"temperature": 0.0, "n_logprobs": -1}] * 2
-    assert sample(logits, fill(plain)).ids.tolist() == [1, 0]
+    assert drawn(sampler, logits, plain).ids.tolist() == [1, 0]
     with_logprobs = [{"temperature": 0.0, "n_logprobs": 2}] * 2
-    got = sample(logits, fill(with_logprobs))
+    got = drawn(sampler, logits, with_logprobs)
     assert got.ids.tolist() == [1, 0]
     assert got.top_ids.tolist() == [[1, 2], [0, 1]]
 
 
 @on_every_sampler
-def test_top_k_1_is_greedy_even_among_ties(sample):
+def test_top_k_1_is_greedy_even_among_ties(sampler):
     logits = np.tile(np.array([3, 7, 7, 7], np.float32), (64, 1))
-    got = sample(logits, fill([{"top_k": 1, "draw": d, "temperature": 5.0} for d in range(64)]))
+    got = drawn(sampler, logits, [{"top_k": 1, "draw": d, "temperature": 5.0} for d in range(64)])
     assert set(got.ids.tolist()) == {1}
 
 
 @on_every_sampler
-def test_penalties_and_bias_act_on_greedy(sample):
+def test_penalties_and_bias_act_on_greedy(sampler):
     logits = np.tile(np.array([1.0, 3.0, 2.0, -1.0], np.float32), (5, 1))
     rows = [
         {"seen": {1: 1}, "repetition": 2.0},
@@ -151,47 +151,47 @@ def test_penalties_and_bias_act_on_greedy(sample):
         {"bias": [(1, -INF)]},
         {"bias": [(3, 3.0), (3, 3.0)]},
     ]
-    got = sample(logits, fill([{"temperature": 0.0, **row} for row in rows]))
+    got = drawn(sampler, logits, [{"temperature": 0.0, **row} for row in rows])
     assert got.ids.tolist() == [2, 2, 1, 2, 3]
 
 
 @on_every_sampler
-def test_something_is_always_kept(sample):
+def test_something_is_always_kept(sampler):
     logits = np.array([[1.0, 4.0, 2.0]], np.float32)
     banned = [(i, -INF) for i in range(3)]
     for temperature in (0.0, 1.0):
-        got = sample(logits, fill([{"bias": banned, "temperature": temperature, "warped": 1, "top_p": 1e-9}]))
+        got = drawn(sampler, logits, [{"bias": banned, "temperature": temperature, "warped": 1, "top_p": 1e-9}])
         assert got.ids[0] == 1 and got.finite[0] and got.logprob[0] == 0.0
 
 
 @on_every_sampler
-def test_extreme_temperatures_stay_finite(sample):
+def test_extreme_temperatures_stay_finite(sampler):
     logits = np.array([[1e30, 0.0, -1e30, -INF]], np.float32)
     for temperature in (1e-30, 1e6):
-        got = sample(logits, fill([{"temperature": temperature, "warped": 1}]))
+        got = drawn(sampler, logits, [{"temperature": temperature, "warped": 1}])
         assert got.finite[0] and got.ids[0] in (0, 1) and np.isfinite(got.logprob[0])
 
 
 @on_every_sampler
-def test_faults_stay_in_their_row(sample):
+def test_faults_stay_in_their_row(sampler):
     logits = np.zeros((5, 4), np.float32)
     logits[1, 2], logits[2, 3], logits[3, 0] = np.nan, np.inf, -np.inf
     for temperature in (0.0, 1.0):
-        got = sample(logits, fill([{"temperature": temperature, "n_logprobs": 1}] * 5))
+        got = drawn(sampler, logits, [{"temperature": temperature, "n_logprobs": 1}] * 5)
         assert got.finite.tolist() == [True, False, False, True, True]
         assert got.ids[1] == got.ids[2] == 0
         assert got.ids[3] != 0
 
 
 @on_every_sampler
-def test_targets_are_scored_not_sampled(sample):
+def test_targets_are_scored_not_sampled(sampler):
     logits = np.array([[0.0, 1.0, 2.0, 3.0]], np.float32)
-    got = sample(logits, fill([{"target": 1, "n_logprobs": 1}]))
+    got = drawn(sampler, logits, [{"target": 1, "n_logprobs": 1}])
     assert got.ids[0] == 1 and got.top_ids[0].tolist() == [3]
     assert math.isclose(got.logprob[0], math.log(soften({i: float(i) for i in range(4)})[1]), rel_tol=1e-6)
 
 
 @on_every_sampler
-def test_no_rows(sample):
-    got = sample(np.zeros((0, 7), np.float32), fill([]))
+def test_no_rows(sampler):
+    got = drawn(sampler, np.zeros((0, 7), np.float32), [])
     assert got.ids.shape == (0,) and got.top_ids.shape == (0, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from llama_program import Shape, llama_program
 from test_linear_adapters import CAPACITY
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -17,7 +18,7 @@ from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.executable import ReferenceExecutable
 from truffula.kernels.reference.weights import DTYPES, load_weights
 from truffula.kernels.select import select_backend
-from truffula.testing.programs import Part, Shape, fill_step, llama_program, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
 
 META = torch.device("meta")
 

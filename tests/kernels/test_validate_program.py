@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from llama_program import llama_program
 
 from truffula.errors import KernelError
 from truffula.kernels.program import (
@@ -18,6 +19,7 @@ from truffula.kernels.program import (
     Output,
     Pointwise,
     Program,
+    RecurrentState,
     Ref,
     Rope,
     SiteSlice,
@@ -25,7 +27,7 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.validate import validate
-from truffula.testing.programs import llama_program, pull_from, random_weights
+from truffula.testing.programs import pull_from, random_weights
 
 PROGRAM = llama_program()
 
@@ -129,6 +131,10 @@ def test_broken_pointwise_and_unknown_ops(op, field):
         ({"weights": (replace(PROGRAM.weights[0], parts=()), *PROGRAM.weights[1:])}, "parts"),
         ({"weights": (replace(PROGRAM.weights[0], shape=()), *PROGRAM.weights[1:])}, "shape"),
         ({"weights": (replace(PROGRAM.weights[0], uses=frozenset({"mul"})), *PROGRAM.weights[1:])}, "uses"),
+        ({"states": (RecurrentState(0, 0, 8),)}, "states"),
+        ({"kv_groups": (replace(PROGRAM.kv_groups[0], window=0),)}, "kv_groups"),
+        ({"kv_groups": (replace(PROGRAM.kv_groups[0], planes=()),)}, "kv_groups"),
+        ({"kv_groups": (replace(PROGRAM.kv_groups[0], window=9),)}, "window"),
         ({"kv_groups": (replace(PROGRAM.kv_groups[0], planes=PROGRAM.kv_groups[0].planes[:1] * 2),)}, "planes"),
     ],
 )

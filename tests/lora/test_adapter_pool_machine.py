@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import Future
 from pathlib import Path
 
 from hypothesis import settings
@@ -11,8 +12,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from pool_rig import Rig
 
 from truffula.errors import TruffulaError
-from truffula.lora.leases import AdapterLease
-from truffula.types import AdapterRef
+from truffula.lora.generations import NO_SLOT
+from truffula.lora.pool import AdapterLease
+from truffula.types import AdapterRef, AdapterState
 
 NAMES = st.sampled_from(["a", "b", "c"])
 LIMIT = 6000  # bytes: two or three of these adapters
@@ -39,16 +41,16 @@ class _Kv:
 class PoolMachine(RuleBasedStateMachine):
     generations: Bundle[str] = Bundle("generations")
     leases: Bundle[AdapterLease] = Bundle("leases")
-    holds: Bundle[str] = Bundle("holds")
-    claims: Bundle[AdapterRef] = Bundle("claims")
+    retained: Bundle[AdapterLease] = Bundle("retained")
 
     def __init__(self) -> None:
         super().__init__()
         self._folder = tempfile.TemporaryDirectory()
-        self.rig = Rig(Path(self._folder.name), limit=LIMIT, spare=2000)
+        self.rig = Rig(Path(self._folder.name), limit=LIMIT, mapped=2000)
         self.kv = _Kv(self.rig)
         self.refs: dict[str, AdapterRef] = {name: self.rig.ref(name) for name in "abc"}
-        self.leased: dict[int, AdapterLease] = {}
+        self.leased: set[AdapterLease] = set()  # of both kinds
+        self.commands: list[Future[list[AdapterState]]] = []
         self.contents: dict[str, bytes] = {}
 
     @rule(name=NAMES, seed=st.integers(0, 3), rank=st.sampled_from([1, 4, 30]))
@@ -63,14 +65,21 @@ class PoolMachine(RuleBasedStateMachine):
         self.refs[name] = self.rig.ref(name, "broken")
 
     @rule(target=generations, name=NAMES)
-    def want(self, name: str) -> str:
-        want = self.rig.want(self.refs[name])
-        return want.generation or "not loaded"
+    def lookup(self, name: str) -> str:
+        return self.rig.lookup(self.refs[name]).generation or "not loaded"
 
-    @rule(seconds=st.sampled_from([0.1, 3.0, 20.0]))
-    def step(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([0.1, 3.0, 20.0]), idle=st.booleans())
+    def step(self, seconds: float, idle: bool) -> None:
         self.rig.clock.now += seconds
-        self.rig.pool.poll(self.rig.clock.now)
+        before, laid_out = self.rig.pool.loads, self.rig.table.taken_in
+        self.rig.pool.poll(self.rig.clock.now, idle=idle)
+        assert self.rig.pool.loads <= before + 1 and self.rig.table.taken_in <= laid_out + 1
+
+    @rule(slow=st.booleans())
+    def uploads(self, slow: bool) -> None:
+        """Uploads take time from now on, or those that were begun have ended."""
+        self.rig.table.slow = slow
+        self.rig.table.finish()
 
     @rule(target=leases, generation=generations)
     def acquire(self, generation: str) -> AdapterLease | None:
@@ -79,7 +88,7 @@ class PoolMachine(RuleBasedStateMachine):
         except TruffulaError:
             return None
         if lease is not None:
-            self.leased[lease.id] = lease
+            self.leased.add(lease)
             image = self.rig.table.images[lease.slot]
             held = b"".join(site.a.tobytes() + site.b.tobytes() for site in image.sites)
             assert self.contents.setdefault(generation, held) == held
@@ -88,45 +97,44 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(lease=consumes(leases))
     def release(self, lease: AdapterLease | None) -> None:
         if lease is not None:
-            del self.leased[lease.id]
+            self.leased.remove(lease)
             self.rig.pool.release(lease)
 
-    @rule(target=holds, lease=leases)
-    def hold(self, lease: AdapterLease | None) -> str:
-        if lease is None or lease.id not in self.leased:
-            return ""
-        self.rig.pool.hold(lease.generation)
-        return lease.generation
+    @rule(target=retained, lease=leases)
+    def retain(self, lease: AdapterLease | None) -> AdapterLease | None:
+        if lease is None:
+            return None
+        kept = self.rig.pool.retain(lease.generation)
+        self.leased.add(kept)
+        return kept
 
-    @rule(generation=consumes(holds))
-    def let_go(self, generation: str) -> None:
-        if generation:
-            self.rig.pool.let_go(generation)
+    @rule(lease=consumes(retained))
+    def release_retained(self, lease: AdapterLease | None) -> None:
+        self.release(lease)
 
-    @rule(target=leases, generation=holds)
-    def come_back(self, generation: str) -> AdapterLease | None:
-        """A held generation is always obtainable once there is room, whatever became of its source."""
-        lease = self.rig.pool.acquire(generation) if generation else None
-        if lease is not None:
-            self.leased[lease.id] = lease
-        return lease
+    @rule(target=leases, lease=retained)
+    def come_back(self, lease: AdapterLease | None) -> AdapterLease | None:
+        """A retained generation is always available once there is room, whatever became of its source."""
+        resident = self.rig.pool.acquire(lease.generation) if lease is not None else None
+        if resident is not None:
+            self.leased.add(resident)
+        return resident
 
     @rule(name=NAMES)
     def unload(self, name: str) -> None:
-        self.rig.pool.unload(name)
+        self.rig.unload(self.refs[name])
 
-    @rule(name=NAMES)
-    def pin(self, name: str) -> None:
-        self.rig.pool.pin(self.refs[name])
+    @rule(name=NAMES, pinned=st.booleans())
+    def load(self, name: str, pinned: bool) -> None:
+        self.commands.append(self.rig.command("load", self.refs[name], pinned=pinned))
 
-    @rule(target=claims, name=NAMES)
-    def claim(self, name: str) -> AdapterRef:
-        self.rig.pool.claim(self.refs[name])
-        return self.refs[name]
-
-    @rule(ref=consumes(claims))
-    def disclaim(self, ref: AdapterRef) -> None:
-        self.rig.pool.disclaim(ref)
+    @rule()
+    def drain(self) -> None:
+        """With time, every command is answered and every load ends."""
+        self.uploads(slow=False)
+        for _ in range(20):
+            self.step(20.0, idle=False)
+        assert all(command.done() for command in self.commands)
 
     @rule()
     def use_kv(self) -> None:
@@ -143,15 +151,18 @@ class PoolMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         self.rig.check()
         assert self.rig.budget.used("kv") == 500 * (self.kv.used + len(self.kv.idle))
-        for lease in self.leased.values():
-            assert self.rig.table.images[lease.slot].generation == lease.generation
+        for lease in self.leased:
+            if lease.slot != NO_SLOT:
+                assert self.rig.table.images[lease.slot].generation == lease.generation
 
     def teardown(self) -> None:
-        for lease in self.leased.values():
+        for lease in self.leased:
             self.rig.pool.release(lease)
+        self.rig.table.finish()
         self.rig.pool.close()
+        assert all(command.done() for command in self.commands)
         assert self.rig.table.images == {} and self.rig.budget.used("adapters") == 0
-        assert not any(folder.exists() for folder in self.rig.spool.folders)
+        assert not any(folder.exists() for folder in self.rig.loader.staging.folders)
         self._folder.cleanup()
 
 

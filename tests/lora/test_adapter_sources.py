@@ -11,7 +11,7 @@ import pytest
 from lora_bases import llama_sites
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.testing.adapters import tiny_config, write_tiny_adapter
 
 
@@ -21,12 +21,12 @@ def adapter(folder: Path, **fields: object) -> Path:
 
 @pytest.mark.parametrize("name", [None, "", "base", "org/base"])
 def test_the_base_is_no_adapter(name: str | None) -> None:
-    assert AdapterPolicy().resolve(name, base_names=("base", "org/base")) is None
+    assert AdapterDirectory().resolve(name, base_names=("base", "org/base")) is None
 
 
 def test_a_named_folder_and_a_named_hub_id(tmp_path: Path) -> None:
     adapter(tmp_path / "a")
-    policy = AdapterPolicy({"pirate": tmp_path / "a", "far": "org/name", "old": "org/name@v1.0"})
+    policy = AdapterDirectory({"pirate": tmp_path / "a", "far": "org/name", "old": "org/name@v1.0"})
     pirate = policy.resolve("pirate")
     assert pirate is not None and (pirate.kind, pirate.locator) == ("local", str(tmp_path / "a"))
     far, old = policy.resolve("far"), policy.resolve("old")
@@ -50,11 +50,11 @@ def test_a_named_folder_and_a_named_hub_id(tmp_path: Path) -> None:
 )
 def test_an_option_that_cannot_work_is_said_at_the_start(options: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
-        AdapterPolicy(**options)  # type: ignore[arg-type]
+        AdapterDirectory(**options)  # type: ignore[arg-type]
 
 
 def test_a_new_subfolder_is_served_without_a_restart(tmp_path: Path) -> None:
-    policy = AdapterPolicy(adapter_dir=tmp_path)
+    policy = AdapterDirectory(adapter_dir=tmp_path)
     with pytest.raises(AdapterNotFound):
         policy.resolve("late")
     assert policy.names() == []
@@ -64,7 +64,7 @@ def test_a_new_subfolder_is_served_without_a_restart(tmp_path: Path) -> None:
 
 
 def test_a_changed_folder_has_another_fingerprint(tmp_path: Path) -> None:
-    policy = AdapterPolicy(adapter_dir=tmp_path)
+    policy = AdapterDirectory(adapter_dir=tmp_path)
     adapter(tmp_path / "a", seed=1)
     first, again = policy.resolve("a"), policy.resolve("a")
     assert first == again
@@ -96,7 +96,7 @@ def test_a_name_never_leaves_the_folder_nor_tells_where_it_is(tmp_path: Path, na
     adapter(root / "a")
     adapter(root / ".hidden")
     adapter(tmp_path / "outside")
-    policy = AdapterPolicy(adapter_dir=root)
+    policy = AdapterDirectory(adapter_dir=root)
     with pytest.raises(AdapterNotFound) as caught:
         policy.resolve(name)
     assert str(tmp_path) not in caught.value.message
@@ -114,7 +114,7 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, link: str)
         adapter(root / "a")
         (root / "a" / name).unlink()
         (root / "a" / name).symlink_to(outside / name)
-    policy = AdapterPolicy(adapter_dir=root)
+    policy = AdapterDirectory(adapter_dir=root)
     with pytest.raises(AdapterNotFound):
         policy.resolve("a")
     assert policy.names() == []
@@ -124,7 +124,7 @@ def test_links_within_the_folder_are_fine(tmp_path: Path) -> None:
     adapter(tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
     (tmp_path / "loop").symlink_to("loop")
-    policy = AdapterPolicy(adapter_dir=tmp_path)
+    policy = AdapterDirectory(adapter_dir=tmp_path)
     found = policy.resolve("current")
     assert found is not None and found.locator == str(tmp_path / "v1")
     assert policy.names() == ["current", "v1"]
@@ -133,7 +133,7 @@ def test_links_within_the_folder_are_fine(tmp_path: Path) -> None:
 def test_first_use_is_where_the_operator_allowed(tmp_path: Path) -> None:
     adapter(tmp_path / "ok" / "team" / "a")
     adapter(tmp_path / "private" / "b")
-    policy = AdapterPolicy(allow_local=(tmp_path / "ok",), allow_hub=("my-org/*", "other/one"))
+    policy = AdapterDirectory(allow_local=(tmp_path / "ok",), allow_hub=("my-org/*", "other/one"))
     for name in (str(tmp_path / "ok" / "team" / "a"), "team/a"):
         found = policy.resolve(name, "local")
         assert found is not None and found.locator == str(tmp_path / "ok" / "team" / "a") and found.fingerprint
@@ -151,7 +151,7 @@ def test_first_use_is_where_the_operator_allowed(tmp_path: Path) -> None:
 def test_a_folder_has_one_name_however_it_is_spelt(tmp_path: Path) -> None:
     adapter(tmp_path / "ok" / "team" / "a")
     (tmp_path / "ok" / "link").symlink_to("team")
-    policy = AdapterPolicy(allow_local=(tmp_path / "ok",))
+    policy = AdapterDirectory(allow_local=(tmp_path / "ok",))
     absolute = str(tmp_path / "ok" / "team" / "a")
     refs = {
         policy.resolve(name, "local") for name in ("team/a", "team//a", "./team/./a", "team/a/", "link/a", absolute)
@@ -163,14 +163,14 @@ def test_without_an_allow_list_nothing_is_loaded_on_first_use(tmp_path: Path) ->
     adapter(tmp_path / "a")
     for source in (None, "hub", "local"):
         with pytest.raises(AdapterNotFound):
-            AdapterPolicy().resolve("org/name", source)
+            AdapterDirectory().resolve("org/name", source)
     with pytest.raises(AdapterNotFound):
-        AdapterPolicy(default_source="local").resolve(str(tmp_path / "a"))
+        AdapterDirectory(default_source="local").resolve(str(tmp_path / "a"))
 
 
 def test_a_source_keeps_equal_names_apart(tmp_path: Path) -> None:
     adapter(tmp_path / "dir" / "x")
-    policy = AdapterPolicy({"org/x": tmp_path / "dir" / "x"}, allow_hub=("org/*",))
+    policy = AdapterDirectory({"org/x": tmp_path / "dir" / "x"}, allow_hub=("org/*",))
     local, hub = policy.resolve("org/x"), policy.resolve("org/x", "hub")
     assert local is not None and hub is not None and (local.kind, hub.kind) == ("local", "hub")
     with pytest.raises(InvalidRequest) as caught:
@@ -181,7 +181,7 @@ def test_a_source_keeps_equal_names_apart(tmp_path: Path) -> None:
 def test_the_folder_may_vanish(tmp_path: Path) -> None:
     root = tmp_path / "served"
     adapter(root / "a")
-    policy = AdapterPolicy({"far": "org/name"}, adapter_dir=root)
+    policy = AdapterDirectory({"far": "org/name"}, adapter_dir=root)
     assert policy.names() == ["a", "far"]
     for path in (root / "a").iterdir():
         path.unlink()
@@ -198,7 +198,7 @@ RESERVED = ["tgi", "dummy", "org/base", "served", "served:x"]
 @pytest.mark.parametrize("name", RESERVED)
 def test_a_name_that_means_the_base_is_no_adapters(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
-        AdapterPolicy({name: "org/name"}, base_names=("org/base", "served"))
+        AdapterDirectory({name: "org/name"}, base_names=("org/base", "served"))
 
 
 def test_folders_named_like_the_base_are_left_out_and_said_once(
@@ -206,7 +206,7 @@ def test_folders_named_like_the_base_are_left_out_and_said_once(
 ) -> None:
     for name in ("tgi", "served", "served:x", "fine"):
         adapter(tmp_path / name)
-    policy = AdapterPolicy(adapter_dir=tmp_path, allow_local=(tmp_path,), base_names=("org/base", "served"))
+    policy = AdapterDirectory(adapter_dir=tmp_path, allow_local=(tmp_path,), base_names=("org/base", "served"))
     assert policy.names() == policy.names() == ["fine"]
     assert sorted(record.args for record in caplog.records) == [("served",), ("served:x",), ("tgi",)]
     for name in ("tgi", "served", "served:x"):
@@ -217,7 +217,7 @@ def test_folders_named_like_the_base_are_left_out_and_said_once(
 
 
 def test_a_library_reserves_nothing() -> None:
-    assert AdapterPolicy({"tgi": "org/name"}).names() == ["tgi"]
+    assert AdapterDirectory({"tgi": "org/name"}).names() == ["tgi"]
 
 
 # ---- what the operator is told at the start
@@ -233,26 +233,26 @@ def test_sound_places_give_no_warning(tmp_path: Path) -> None:
     adapter(tmp_path / "dir" / "a")
     (tmp_path / "dir" / "notes").mkdir()
     write_file(tmp_path / "dir" / "README.md")
-    policy = AdapterPolicy({"b": adapter(tmp_path / "b"), "far": "org/name"}, adapter_dir=tmp_path / "dir")
+    policy = AdapterDirectory({"b": adapter(tmp_path / "b"), "far": "org/name"}, adapter_dir=tmp_path / "dir")
     assert policy.warnings() == []
-    assert AdapterPolicy().warnings() == []
+    assert AdapterDirectory().warnings() == []
 
 
 def test_an_adapter_given_as_the_adapter_folder_is_told(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "pirate")
-    (warning,) = AdapterPolicy(adapter_dir=folder).warnings()
+    (warning,) = AdapterDirectory(adapter_dir=folder).warnings()
     assert "is an adapter itself" in warning and f"--adapter pirate={folder}" in warning
 
 
 def test_a_folder_without_adapters_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
-    (warning,) = AdapterPolicy(adapter_dir=tmp_path).warnings()
+    (warning,) = AdapterDirectory(adapter_dir=tmp_path).warnings()
     assert "no subfolder is an adapter" in warning and "adapter_config.json" in warning
 
 
 def test_a_folder_of_folders_of_adapters_is_told_which_to_give(tmp_path: Path) -> None:
     adapter(tmp_path / "adapters" / "pirate")
-    first, second = AdapterPolicy(adapter_dir=tmp_path).warnings()
+    first, second = AdapterDirectory(adapter_dir=tmp_path).warnings()
     assert "adapters cannot be served" in first and "subfolders are: pirate" in first and "--adapter-dir" in first
     assert "no subfolder is an adapter" in second
 
@@ -268,7 +268,7 @@ def test_each_subfolder_that_was_meant_as_an_adapter_is_named_once(tmp_path: Pat
     (root / "linked").symlink_to(outside)
     adapter(root / ".hidden").joinpath("adapter_config.json").unlink()
     (root / "notes").mkdir()
-    warnings = AdapterPolicy(adapter_dir=root).warnings()
+    warnings = AdapterDirectory(adapter_dir=root).warnings()
     words = {
         "no-tensors": "no adapter_model.safetensors",
         "no-config": "no adapter_config.json",
@@ -296,7 +296,7 @@ def test_a_subfolder_that_cannot_be_read_does_not_hide_the_others(
         return listing(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    (warning,) = AdapterPolicy(adapter_dir=tmp_path).warnings()
+    (warning,) = AdapterDirectory(adapter_dir=tmp_path).warnings()
     assert "closed cannot be served: it cannot be read: Permission denied" in warning
 
 
@@ -304,7 +304,7 @@ def test_named_adapters_that_are_not_ready_are_told(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path / "adapters" / "pirate")
     adapter(tmp_path / "out" / "checkpoint-10")
-    policy = AdapterPolicy({"trained": "out", "typo": "adapters/pirat", "far": "org/name"})
+    policy = AdapterDirectory({"trained": "out", "typo": "adapters/pirat", "far": "org/name"})
     trained, typo = policy.warnings()
     assert "'trained'" in trained and "checkpoint-10" in trained
     assert "'typo'" in typo and "no folder adapters/pirat here" in typo and "Did you mean adapters/pirate?" in typo
@@ -316,19 +316,19 @@ def test_named_adapters_that_are_not_ready_are_told(tmp_path: Path, monkeypatch:
 def test_a_file_given_as_an_adapter_is_recognised(tmp_path: Path, name: str, word: str) -> None:
     for source in (write_file(tmp_path / name), str(tmp_path / name)):
         with pytest.raises(ConfigError, match=word) as caught:
-            AdapterPolicy({"x": source})
+            AdapterDirectory({"x": source})
         assert name in caught.value.message and "Hub id" not in caught.value.message
 
 
 def test_a_mistyped_folder_is_suggested(tmp_path: Path) -> None:
     adapter(tmp_path / "pirate")
     with pytest.raises(ConfigError, match=r"Did you mean .*/pirate"):
-        AdapterPolicy({"x": tmp_path / "pirat"})
+        AdapterDirectory({"x": tmp_path / "pirat"})
 
 
 def test_a_file_is_no_adapter_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a file, not a folder"):
-        AdapterPolicy(adapter_dir=write_file(tmp_path / "x"))
+        AdapterDirectory(adapter_dir=write_file(tmp_path / "x"))
 
 
 def test_an_adapter_that_its_config_rules_out_is_told_at_the_start(tmp_path: Path) -> None:
@@ -340,7 +340,7 @@ def test_an_adapter_that_its_config_rules_out_is_told_at_the_start(tmp_path: Pat
     dora = with_config(tmp_path / "dir" / "dora", json.dumps(refused))
     with_config(tmp_path / "dir" / "broken", "{")
     adapter(tmp_path / "dir" / "good")
-    named, *found = AdapterPolicy({"d": dora}, adapter_dir=tmp_path / "dir").warnings()
+    named, *found = AdapterDirectory({"d": dora}, adapter_dir=tmp_path / "dir").warnings()
     assert f"'d': {dora} cannot be served: " in named and "use_dora" in named
     assert sorted(text.partition(" cannot be served")[0] for text in found) == [
         "--adapter-dir: broken", "--adapter-dir: dora",

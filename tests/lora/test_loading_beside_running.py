@@ -14,10 +14,10 @@ import pytest
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
 from truffula.engine.engine import Engine
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
-from truffula.types import EngineRequest, SamplingParams, TokenEvent
+from truffula.types import EngineParams, EngineRequest, TokenEvent
 
 PATIENCE_S = 120.0
 SLOW = {"(" + "(.*l)*(.*p)*(.*r)*" * 40 + f")*z{n}": 3 for n in range(15)}  # a second or more of the worker's computing
@@ -33,13 +33,13 @@ def engine(tmp_path: Path) -> Any:
 
 def workers(engine: Engine) -> list[int]:
     """Of this engine's own loader: other engines of this process may have some too."""
-    pids: list[int] = engine._adapters._queue._loader.pids()  # type: ignore[attr-defined]
+    pids: list[int] = engine._adapters._loader.pids()  # type: ignore[attr-defined]
     return pids
 
 
-def request(name: str, policy: AdapterPolicy, adapter: str | None, tokens: int) -> EngineRequest:
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    return EngineRequest(request_id=name, prompt_ids=[5, 6, 7], params=params, adapter=policy.resolve(adapter))
+def request(name: str, directory: AdapterDirectory, adapter: str | None, tokens: int) -> EngineRequest:
+    params = EngineParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    return EngineRequest(request_id=name, prompt_ids=[5, 6, 7], params=params, adapter=directory.resolve(adapter))
 
 
 def emitted(events: list[TokenEvent], name: str) -> int:
@@ -51,17 +51,17 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
         write_tiny_adapter(tmp_path / "served" / name, tmp_path / "model", seed=len(name))
     path = tmp_path / "served" / "burning" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": SLOW}))
-    policy = AdapterPolicy(adapter_dir=tmp_path / "served")
-    engine.add(request("base", policy, None, 120))
+    directory = AdapterDirectory(adapter_dir=tmp_path / "served")
+    engine.add(request("base", directory, None, 120))
     engine.step()
-    engine.add(request("burning", policy, "burning", 4))
+    engine.add(request("burning", directory, "burning", 4))
     engine.step()
     (first,) = workers(engine)
-    engine.add(request("blocked", policy, "blocked", 4))
+    engine.add(request("blocked", directory, "blocked", 4))
     engine.step()
     (second,) = [pid for pid in workers(engine) if pid != first]
     os.kill(second, signal.SIGSTOP)
-    engine.add(request("good", policy, "good", 4))
+    engine.add(request("good", directory, "good", 4))
     final: dict[str, TokenEvent] = {}
 
     def step() -> list[TokenEvent]:
@@ -86,11 +86,11 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
     engine.check()
 
 
-def test_a_killed_worker_ends_one_request_and_the_next_try_works(engine: Engine, tmp_path: Path) -> None:
+def test_a_killed_worker_delays_its_load_and_ends_no_request(engine: Engine, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "served" / "a", tmp_path / "model")
-    policy = AdapterPolicy(adapter_dir=tmp_path / "served")
-    engine.add(request("base", policy, None, 60))
-    engine.add(request("lost", policy, "a", 4))
+    directory = AdapterDirectory(adapter_dir=tmp_path / "served")
+    engine.add(request("base", directory, None, 60))
+    engine.add(request("late", directory, "a", 4))
     events = engine.step()
     (worker,) = workers(engine)
     os.kill(worker, signal.SIGKILL)
@@ -98,15 +98,25 @@ def test_a_killed_worker_ends_one_request_and_the_next_try_works(engine: Engine,
     while not engine.idle():
         events += engine.step()
         assert time.monotonic() < end
-    final = {event.request_id: event for event in events if event.finish_reason is not None}
-    assert final["base"].finish_reason == "length" and emitted(events, "base") == 60
-    assert final["lost"].error is not None and final["lost"].error.code == "adapter_load_failed"
-    # Touched, it is another state of the place: tried again at once, by a fresh worker.
-    write_tiny_adapter(tmp_path / "served" / "a", tmp_path / "model", seed=2)
-    engine.add(request("again", policy, "a", 4))
-    events = []
+    assert (emitted(events, "base"), emitted(events, "late")) == (60, 4)
+    engine.check()
+
+
+def test_an_adapter_whose_values_overflow_the_model_is_an_error_of_that_adapter(engine: Engine, tmp_path: Path) -> None:
+    """Every value is finite, so that it loads; what the model computes with it is not."""
+    write_tiny_adapter(tmp_path / "served" / "huge", tmp_path / "model")
+    path = tmp_path / "served" / "huge" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:start] + b"\x7f" * (len(content) - start))
+    directory = AdapterDirectory(adapter_dir=tmp_path / "served")
+    engine.add(request("huge", directory, "huge", 4))
+    engine.add(request("base", directory, None, 8))
+    events: list[TokenEvent] = []
+    end = time.monotonic() + PATIENCE_S
     while not engine.idle():
         events += engine.step()
         assert time.monotonic() < end
-    assert emitted(events, "again") == 4
-    engine.check()
+    (error,) = [event.error for event in events if event.error is not None]
+    assert error.code == "adapter_invalid" and "'huge'" in error.message
+    assert emitted(events, "base") == 8

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inline_loader import InlineLoader
 from lora_bases import judge, llama_sites
 from pool_rig import Clock, cached
 
 from fake_hub import NOTHING, environment, misbehaving_hub
 from processes import running
-from truffula.engine.loader import IDLE_WORKER_S, LoadingWorker
 from truffula.errors import AdapterError, AdapterLoadError
 from truffula.lora.image import map_image
-from truffula.lora.job import LoadLimits, Order, Setup, load
-from truffula.lora.loading import LoadResult
-from truffula.lora.spool import LOCK, PREFIX, Spool, remove_abandoned
+from truffula.lora.loading import IDLE_WORKER_S, LoadingWorker
+from truffula.lora.sources import AdapterDirectory
+from truffula.lora.staging import PREFIX, Staging, remove_abandoned
+from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
 from truffula.testing.adapters import tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
-from truffula.testing.loading import InlineLoader
 from truffula.types import AdapterRef
 
 PATIENCE_S = 120.0  # for a busy machine; nothing here takes a hundredth of it
@@ -38,11 +38,11 @@ Make = Callable[..., LoadingWorker]
 def make(tmp_path: Path) -> Iterator[Make]:
     """Loaders whose images pass through a folder of the test."""
     made: list[LoadingWorker] = []
-    (tmp_path / "spool").mkdir()
+    (tmp_path / "staging").mkdir()
 
     def build(**options: Any) -> LoadingWorker:
         made.append(
-            LoadingWorker(llama_sites(), model="tiny-base", spool=Spool([tmp_path / "spool"]), **options),
+            LoadingWorker(llama_sites(), model="tiny-base", staging_roots=[tmp_path / "staging"], **options),
         )
         return made[-1]
 
@@ -51,7 +51,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
         pids = loader.pids()
         loader.close()
         assert not any(running(pid) for pid in pids)
-    assert list((tmp_path / "spool").iterdir()) == []
+    assert list((tmp_path / "staging").iterdir()) == []
 
 
 def ref(folder: Path, kind: Any = "local", **fields: Any) -> AdapterRef:
@@ -71,8 +71,8 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return value
 
 
-def collect(loader: LoadingWorker, count: int) -> dict[int, LoadResult]:
-    results: dict[int, LoadResult] = {}
+def collect(loader: LoadingWorker, count: int) -> dict[int, LoadResponse]:
+    results: dict[int, LoadResponse] = {}
 
     def polled() -> bool:
         results.update({result.ticket: result for result in loader.poll()})
@@ -82,7 +82,7 @@ def collect(loader: LoadingWorker, count: int) -> dict[int, LoadResult]:
     return results
 
 
-def one(loader: LoadingWorker) -> LoadResult:
+def one(loader: LoadingWorker) -> LoadResponse:
     (result,) = collect(loader, 1).values()
     return result
 
@@ -148,22 +148,33 @@ def test_a_refusal_comes_back_as_it_was_raised(make: Make, tmp_path: Path) -> No
     assert error is not None and (error.code, error.param) == (AdapterError.code, "use_dora")
 
 
-def test_a_worker_killed_in_mid_load_takes_that_load_and_no_other(
+def test_a_load_whose_worker_is_killed_from_outside_is_tried_again(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("truffula"), "propagate", True)  # whatever a server set up in this process
     loader = make(max_workers=1)
     pid = stop(loader)
+    tickets = [loader.start(adapter(tmp_path / name, seed)) for seed, name in enumerate("abc")]
+    os.kill(pid, signal.SIGKILL)
+    results = collect(loader, 3)
+    assert all(results[ticket].error is None for ticket in tickets)
+    assert loader.pids() != [pid]
+    logged = next(r for r in caplog.records if r.name == "truffula.lora.loading")
+    said = logged.getMessage()
+    assert logged.levelname == "ERROR" and f"loading worker {pid} died" in said and "SIGKILL" in said and "'a'" in said
+
+
+def test_an_adapter_that_two_workers_died_with_fails_and_no_other_does(make: Make, tmp_path: Path) -> None:
+    loader = make(max_workers=1)
+    pid = stop(loader)
     first, *others = [loader.start(adapter(tmp_path / name, seed)) for seed, name in enumerate("abc")]
     os.kill(pid, signal.SIGKILL)
+    (second,) = until(lambda: loader.poll() or [one for one in loader.pids() if one != pid], "another worker")
+    os.kill(second, signal.SIGKILL)  # it has just started: the load is with it
     results = collect(loader, 3)
     error = results[first].error
     assert error is not None and error.code == AdapterLoadError.code and "SIGKILL" in error.message
     assert all(results[ticket].error is None for ticket in others)
-    assert loader.pids() != [pid]
-    logged = next(r for r in caplog.records if r.name == "truffula.engine.loader")
-    said = logged.getMessage()
-    assert logged.levelname == "ERROR" and f"loading worker {pid} died" in said and "SIGKILL" in said and "'a'" in said
 
 
 def test_a_load_that_takes_too_long_is_ended_and_the_rest_go_on(make: Make, tmp_path: Path) -> None:
@@ -237,11 +248,11 @@ def test_a_cancelled_load_never_answers_and_leaves_no_file(make: Make, tmp_path:
     os.kill(pid, signal.SIGCONT)
     last = loader.start(adapter(tmp_path / "c"))
     assert set(collect(loader, 1)) == {last}
-    (spool,) = (tmp_path / "spool").iterdir()
-    assert [path.name.partition("-")[0] for path in spool.iterdir() if path.name != LOCK] == [str(last)]
+    (folder,) = (tmp_path / "staging").iterdir()
+    assert [path.name.partition("-")[0] for path in folder.iterdir()] == [str(last)]
 
 
-def test_a_worker_that_cannot_start_is_said_with_its_last_words(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_worker_that_cannot_start_is_reported_with_its_output(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
     script = tmp_path / "python"
     script.write_text("#!/bin/sh\necho no such module >&2\nexit 3\n")
     script.chmod(0o755)
@@ -298,10 +309,9 @@ import os, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from lora_bases import llama_sites
-from truffula.engine.loader import LoadingWorker
-from truffula.lora.spool import Spool
+from truffula.lora.loading import LoadingWorker
 from truffula.types import AdapterRef
-loader = LoadingWorker(llama_sites(), model="x", spool=Spool([Path({str(tmp_path)!r})]))
+loader = LoadingWorker(llama_sites(), model="x", staging_roots=[Path({str(tmp_path)!r})])
 loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
 while {loads} and not loader.poll():
     time.sleep(0.002)
@@ -318,25 +328,30 @@ time.sleep(600)
     assert list(tmp_path.glob(f"{PREFIX}*")) == []
 
 
-def test_spools_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path: Path) -> None:
-    living, dead = Spool([tmp_path]), tmp_path / f"{PREFIX}dead"
-    dead.mkdir()
-    (dead / LOCK).touch()
-    old = time.time() - 3600
-    for folder in (dead, living.folders[0]):
-        os.utime(folder, (old, old))
-    fresh = Spool([tmp_path])
-    assert not dead.exists() and living.folders[0].exists()
-    assert not remove_abandoned(living.folders[0])
-    for spool in (living, fresh):
-        spool.close()
-        spool.close()
-    assert list(tmp_path.iterdir()) == []
+def test_an_engine_without_a_load_makes_no_staging_folder(make: Make, tmp_path: Path) -> None:
+    """So one that is killed leaves none."""
+    loader = make()
+    assert list((tmp_path / "staging").iterdir()) == []
+    loader.start(adapter(tmp_path / "a"))
+    assert len(list((tmp_path / "staging").iterdir())) == 1
+    one(loader)
+
+
+def test_staging_folders_of_ended_engines_are_removed_and_others_are_not(make: Make, tmp_path: Path) -> None:
+    root = tmp_path / "staging"
+    running_engine, ended = Staging([root]), root / f"{PREFIX}ended"
+    ended.mkdir()
+    (ended / "1-image").touch()
+    begun(make())  # its worker
+    assert not ended.exists() and running_engine.folders[0].exists()
+    assert not remove_abandoned(running_engine.folders[0])
+    running_engine.close()
+    running_engine.close()
 
 
 def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None:
     loader = make()
-    inline = InlineLoader(llama_sites(), model="tiny-base", spool=Spool([tmp_path / "spool"]))
+    inline = InlineLoader(llama_sites(), model="tiny-base", staging_roots=[tmp_path / "staging"])
     inline.start(adapter(tmp_path / "a"))
     inline.cancel(inline.start(adapter(tmp_path / "a")))
     loader.start(ref(tmp_path / "a"))
@@ -349,14 +364,59 @@ def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None
 
 def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) -> None:
     """What was hashed, what was judged and what was copied must be the same bytes."""
-    order = Order(ticket=1, ref=adapter(tmp_path / "a", seed=1))
-    spool = Spool([tmp_path])
-    setup = Setup(sites=list(llama_sites()), model="x", spools=[str(spool.folders[0])], limits=LoadLimits())
-    result = load(order, setup, on_files=lambda nbytes: adapter(tmp_path / "a", seed=2) and None)
+    request = LoadRequest(ticket=1, ref=adapter(tmp_path / "a", seed=1))
+    staging = Staging([tmp_path])
+    setup = Setup(sites=list(llama_sites()), model="x", limits=LoadLimits())
+    result = load(request, setup, staging.folders, on_files=lambda nbytes: adapter(tmp_path / "a", seed=2) and None)
     assert result.error is not None and result.error.code == AdapterLoadError.code and "changed" in result.error.message
-    assert [path.name for path in spool.folders[0].iterdir()] == [LOCK]
-    assert load(order, setup).error is None
-    spool.close()
+    assert list(staging.folders[0].iterdir()) == []
+    assert load(request, setup, staging.folders).error is None
+    staging.close()
+
+
+# ---- links that are put in place between the look-up and the worker's open (attack.md F6)
+
+
+@pytest.mark.parametrize("swapped", ["folder", "adapter_model.safetensors", "adapter_config.json", "parent"])
+def test_a_link_put_in_place_after_the_lookup_is_not_followed(make: Make, tmp_path: Path, swapped: str) -> None:
+    """The worker is frozen when the load is asked for, so the swap comes between the policy's look and its open."""
+    write_tiny_adapter(tmp_path / "outside" / "x", llama_sites(), seed=5)
+    write_tiny_adapter(tmp_path / "served" / "real" / "x", llama_sites())
+    (tmp_path / "served" / "x").symlink_to(Path("real") / "x")  # a link that stays inside is followed
+    directory = AdapterDirectory(adapter_dir=tmp_path / "served")
+    found = directory.resolve("x")
+    loader = make(max_workers=1)
+    assert found is not None
+    loader.start(found)
+    assert one(loader).error is None
+    pid = stop(loader)
+    loader.start(found)
+    real = tmp_path / "served" / "real"
+    name = {"folder": "x", "parent": ""}.get(swapped, f"x/{swapped}")
+    (real / name).rename(tmp_path / "moved")
+    target = tmp_path / "outside" / name
+    (real / name).symlink_to(target if swapped != "folder" else Path("../../outside/x"))
+    os.kill(pid, signal.SIGCONT)
+    error = one(loader).error
+    assert error is not None and error.code == AdapterError.code and "leads out" in error.message
+    assert str(tmp_path) not in error.message
+
+
+def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path) -> None:
+    """To a folder, to a file, by a relative and by an absolute path."""
+    write_tiny_adapter(tmp_path / "served" / "v1", llama_sites())
+    mixed = tmp_path / "served" / "mixed"
+    mixed.mkdir()
+    (mixed / "adapter_config.json").symlink_to(Path("..") / "v1" / "adapter_config.json")
+    (mixed / "adapter_model.safetensors").symlink_to(tmp_path / "served" / "v1" / "adapter_model.safetensors")
+    (tmp_path / "served" / "latest").symlink_to("mixed")
+    directory = AdapterDirectory(adapter_dir=tmp_path / "served")
+    loader = make(max_workers=1)
+    for name in ("mixed", "latest"):
+        found = directory.resolve(name)
+        assert found is not None
+        loader.start(found)
+    assert {result.generation for result in collect(loader, 2).values()} == {judge(tmp_path / "served/v1").generation}
 
 
 # ---- the Hub's cache, offline
@@ -373,3 +433,30 @@ def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Pa
     assert results[good].commit == "0" * 40
     error = results[lacking].error
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message
+
+
+def test_a_file_below_an_allowed_folder_that_is_a_link_out_of_it_is_refused(make: Make, tmp_path: Path) -> None:
+    write_tiny_adapter(tmp_path / "outside", llama_sites())
+    folder = write_tiny_adapter(tmp_path / "allowed" / "x", llama_sites())
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors").symlink_to(tmp_path / "outside" / "adapter_model.safetensors")
+    found = AdapterDirectory(allow_local=(tmp_path / "allowed",)).resolve(str(folder), "local")
+    assert found is not None
+    loader = make()
+    loader.start(found)
+    error = one(loader).error
+    assert error is not None and (error.code, error.param) == (AdapterError.code, "adapter_model.safetensors")
+
+
+def test_a_hostile_pattern_ends_its_load_with_an_error_and_the_worker_lives(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    pid = begun(loader)
+    config = tiny_config(rank=4, alpha=8, targets=["q_proj"])
+    tensors = tiny_tensors(llama_sites(), config)
+    loader.start(ref(write_adapter(tmp_path / "hostile", {**config, "target_modules": r"(.|\w|.)*!"}, tensors)))
+    hostile = one(loader)
+    assert hostile.error is not None and "seconds to match" in hostile.error.message
+    loader.start(adapter(tmp_path / "good"))
+    good = one(loader)
+    assert good.error is None and good.image_path is not None and loader.pids() == [pid]
+    Path(good.image_path).unlink()

@@ -77,6 +77,23 @@ def test_windows_ropes_and_caps_are_where_they_belong() -> None:
     assert isinstance(logits, Logits) and logits.softcap == 30.0
 
 
+def test_layers_with_one_window_form_a_kv_group() -> None:
+    def groups(model_type: str, **changes: object) -> list[tuple[int | None, set[int]]]:
+        made = program(model_type, **changes)
+        validate(made)
+        in_group = {op.layer: op.group for op in made.ops if isinstance(op, Attention)}
+        assert all(in_group[plane.layer] == group.id for group in made.kv_groups for plane in group.planes)
+        return [(group.window, {plane.layer for plane in group.planes}) for group in made.kv_groups]
+
+    assert groups("gemma3_text") == [(None, {5}), (7, {0, 1, 2, 3, 4, 6})]
+    assert groups("gemma2") == [(None, {1}), (7, {0, 2})]
+    assert groups("mistral") == [(7, {0, 1, 2})]
+    assert groups("llama") == [(None, {0, 1, 2})]
+    # A window that no position reaches frees nothing.
+    assert groups("mistral", sliding_window=512) == [(None, {0, 1, 2})]
+    assert groups("mistral", sliding_window=511) == [(511, {0, 1, 2})]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma3"])
 def test_sites_cover_every_linear_row_once(model_type: str) -> None:
     made = program(model_type)

@@ -1,4 +1,4 @@
-// Norms, activations, rotations, the sampler's loops and the instructions' own rates, for table_driver.cpp.
+// Norms, activations, rotations and the sampler's loops, for table_driver.cpp.
 #include <cstdio>
 
 #include "table_cases.h"
@@ -118,24 +118,11 @@ Case sampler_case(int32_t number) {
   }};
 }
 
-// What is timed by others: here that it runs, and what reading finds.
-Case rate_case(int32_t number) {
-  Numbers numbers{static_cast<uint32_t>(number + 1)};
-  const Array bytes = numbers.floats(64 * (1 + number % 8));
-  return {false, [bytes](const Kernels& table) {
-    for (int32_t kind = kFloatPeak; kind <= kWordPeak; ++kind)
-      if (table.peak(kind, 10) < 0) std::abort();
-    const uint32_t any = table.read(bytes->bytes(), static_cast<int64_t>(bytes->size()));
-    return std::vector<float>{static_cast<float>(any >> 16), static_cast<float>(any & 0xffff)};
-  }};
-}
-
 }  // namespace
 
 std::vector<Op> row_ops() {
   return {{"norms", 216, false, true, norm_case},         {"activations and sums", 396, false, true, pointwise_case},
-          {"rotary positions", 108, false, true, rope_case}, {"sampler's loops", 84, true, false, sampler_case},
-          {"rates", 8, true, false, rate_case}};
+          {"rotary positions", 108, false, true, rope_case}, {"sampler's loops", 84, true, false, sampler_case}};
 }
 
 }  // namespace truffula

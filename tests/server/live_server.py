@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,9 @@ from typing import Any
 import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from truffula.config import load_config
-from truffula.server.launch import bind
-from truffula.server.run import DrainingServer, make_server
+from truffula.config import Resolved, load_config
+from truffula.server.launch import adapter_policy, bind, start_server_engine
+from truffula.server.serve import DrainingServer, make_server
 from truffula.service import AsyncService
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
@@ -90,8 +91,8 @@ class Live:
 
     @property
     def service(self) -> AsyncService:
-        assert self.server.gate.started is not None
-        return self.server.gate.started.service
+        assert self.server.loading.app is not None
+        return self.server.loading.app.service
 
     def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
         return self.client.post(path, json=body, **more)
@@ -124,13 +125,19 @@ def events(response: httpx.Response) -> list[Any]:
     return found
 
 
+def made_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
+    """As ``launch`` makes it, its engine starting."""
+    policy = adapter_policy(resolved)
+    return make_server(resolved, listening, start_server_engine(resolved), policy)
+
+
 @contextlib.contextmanager
 def serving(model: Path, **options: Any) -> Iterator[Live]:
-    """``truffula serve`` without the process: the same ``make_server``, in a thread."""
+    """``truffula serve`` in a thread of the test process."""
     defaults = {
         "model": str(model),
         "port": 0,
-        "transport": "thread",
+        "transport": "inline",
         "served_model_name": MODEL,
         "memory": "1GiB",
         "dtype": "float32",
@@ -140,7 +147,7 @@ def serving(model: Path, **options: Any) -> Iterator[Live]:
     }
     resolved = load_config({**defaults, **options}, env={})
     listening = bind(resolved.server)
-    server = make_server(resolved, listening)
+    server = made_server(resolved, listening)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, name="live-server")
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -170,8 +177,8 @@ def until(true: Callable[[], Any], patience_s: float = 60) -> None:
 def wait_ready(client: httpx.Client, server: DrainingServer) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if server.gate.failure is not None:
-            raise server.gate.failure
+        if server.loading.error is not None:
+            raise server.loading.error
         if health_of(client) == 200:
             return
         time.sleep(0.01)

@@ -13,7 +13,7 @@ import httpx
 import psutil
 from live_server import MODEL, health_of, ok, until
 
-from truffula.bench.processes import free_port
+from truffula.bench.server import free_port
 
 
 def healthy(client: httpx.Client) -> bool:

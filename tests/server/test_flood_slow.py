@@ -38,7 +38,7 @@ def body(i, *, stream):
     }
 
 
-@pytest.mark.parametrize("transport", ["thread", "process"])
+@pytest.mark.parametrize("transport", ["inline", "process"])
 def test_500_requests_of_which_a_third_leave(model_folder, adapter_folders, transport):
     with serving(model_folder, **options(adapter_folders, transport=transport, max_running=32)) as live:
         sample = range(0, 500, 37)
@@ -64,7 +64,7 @@ def test_500_requests_of_which_a_third_leave(model_folder, adapter_folders, tran
 async def adapter_states(live):
     from truffula.types import AdapterCommand
 
-    loop = live.server.gate.loop
+    loop = live.server.loading.loop
     future = asyncio.run_coroutine_threadsafe(live.service.adapters(AdapterCommand(action="list")), loop)
     return await asyncio.wrap_future(future)
 

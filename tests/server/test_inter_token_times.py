@@ -17,7 +17,7 @@ class Watched:
 
 def test_gaps_are_counted_before_anybody_reads_them(live):
     """The first delta is read, then nothing; the gaps between the others come all the same."""
-    app = live.server.gate.started.app
+    app = live.server.loading.app.asgi
     metrics: Metrics = app.state.truffula.metrics
 
     def gaps():
@@ -34,5 +34,5 @@ def test_gaps_are_counted_before_anybody_reads_them(live):
         return read
 
     before = gaps()
-    future = asyncio.run_coroutine_threadsafe(go(), live.server.gate.loop)
+    future = asyncio.run_coroutine_threadsafe(go(), live.server.loading.loop)
     assert 0 < future.result(30) < 140

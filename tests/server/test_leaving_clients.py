@@ -39,9 +39,9 @@ class Held:
         self._stands, self._go_on = threading.Event(), threading.Event()
         self.generated = 0
 
-    def stand(self, loop) -> None:
-        """In the engine's thread."""
-        self.generated = loop.stats().generated_tokens
+    def stand(self) -> None:
+        """In the thread that drives the engine."""
+        self.generated = self._live.service._client._loop.stats().generated_tokens
         self._stands.set()
         assert self._go_on.wait(60)
 

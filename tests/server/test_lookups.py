@@ -9,7 +9,7 @@ import pytest
 from live_server import ok
 
 from truffula.lora import sources
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_no_look_up_on_the_loop(live, threads, method, path, body):
 
 
 def test_a_listing_is_made_once_a_second_and_when_the_folder_changes(tmp_path, adapter_folders, threads):
-    policy = AdapterPolicy(adapter_dir=adapter_folders["in-dir"].parent)
+    policy = AdapterDirectory(adapter_dir=adapter_folders["in-dir"].parent)
     names = policy.names()
     assert "in-dir" in names
     first = policy._listing
@@ -59,7 +59,7 @@ def test_a_listing_is_made_once_a_second_and_when_the_folder_changes(tmp_path, a
     assert threads.count("MainThread") < 20 and first is not None
     folder = tmp_path / "served"
     folder.mkdir()
-    policy = AdapterPolicy(adapter_dir=folder)
+    policy = AdapterDirectory(adapter_dir=folder)
     assert policy.names() == []
     os.utime(folder, ns=(0, 0))
     (folder / "new").symlink_to(adapter_folders["in-dir"])  # leaves the folder, so it is no adapter

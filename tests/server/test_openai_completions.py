@@ -347,3 +347,20 @@ def test_truncate_prompt_tokens_is_bounded_by_the_model(live):
     assert found["usage"]["prompt_tokens"] == 159
     body = {"prompt": "Hello", "truncate_prompt_tokens": 160, "max_tokens": 1}
     assert_canonical_error(live.post("/v1/completions", body), 400, "at most 159 tokens")
+
+
+def test_the_most_prompts_and_choices_that_a_request_may_have(live):
+    """2,048 sequences: more than may wait in the engine."""
+    prompts = [[3 + n % 5, 4] for n in range(128)]
+    found = live.completion(prompt=prompts, n=16, max_tokens=1, temperature=0, ignore_eos=True)
+    assert [choice["index"] for choice in found["choices"]] == list(range(2048))
+    assert found["usage"]["completion_tokens"] == 2048
+    for start in range(5):
+        assert len({choice["text"] for choice in found["choices"] if choice["index"] // 16 % 5 == start}) == 1
+
+
+def test_one_prompt_that_is_refused_refuses_the_request_before_any_runs(live):
+    steps = live.service.stats().steps
+    refused = live.post("/v1/completions", {"prompt": [[3, 4], [5] * 10_000], "max_tokens": 2})
+    assert refused.status_code == 400
+    assert live.service.stats().steps == steps

@@ -12,7 +12,7 @@ from fastapi.openapi.models import OpenAPI
 from live_server import MODEL, events, ok, serving
 
 from truffula.server import app
-from truffula.server.field_help import HELP
+from truffula.server.openapi import field_help
 
 BROWSER = {"accept": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"}
 BOTH = pytest.mark.parametrize("path", ["/", "/docs"])
@@ -145,9 +145,9 @@ def test_every_field_is_described():
     used = set()
     for name, schema in document["components"]["schemas"].items():
         for field, value in schema["properties"].items():
-            assert value.get("description", "").endswith("."), f"server/field_help.py says nothing of {name}.{field}"
+            assert value.get("description", "").endswith("."), f"server/field_help.toml says nothing of {name}.{field}"
             used.add(field)
-    assert set(HELP) <= used
+    assert set(field_help()) <= used
 
 
 @pytest.mark.parametrize("row", [row for row in app._ROUTES if row.body], ids=lambda row: row.path)

@@ -1,61 +1,59 @@
-"""The texts that a server reads while its engine starts are those of the files that the engine loaded."""
+"""The text files that a server reads while its engine starts are those of the model that the engine loaded."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from truffula.config import load_config
-from truffula.engine.client import EngineClient, Opening
+from truffula.engine.client import EngineClient, EngineHandle
 from truffula.errors import CheckpointChanged
-from truffula.server.launch import begin_engine
-from truffula.server.started import start
+from truffula.server.launch import adapter_policy, start_server_engine
+from truffula.server.serve import App, load_app
 from truffula.testing.tiny import write_tiny_checkpoint
 
 
 class Meanwhile:
-    """An opening whose caller does something between reading the files and the engine's look at them."""
+    """A handle that tells where the model is, and whose caller does something before the engine looks at the files."""
 
-    def __init__(self, inner: Opening, act: Callable[[], object]) -> None:
-        self._inner, self._act = inner, act
-        self.files, self.close = inner.files, inner.close
-        self.made: EngineClient | None = None
+    def __init__(self, inner: EngineHandle, model: Path, act: Callable[[], object]) -> None:
+        self._inner, self._model, self._act = inner, model, act
+        self.close = inner.close
+
+    def model_path(self) -> Path:
+        return self._model
 
     def client(self) -> EngineClient:
         self._act()
-        self.made = self._inner.client()
-        return self.made
+        return self._inner.client()
 
 
-def test_a_file_that_changes_before_the_engine_looks_is_read_again(tmp_path):
+def load(model: Path, act: Callable[[], object]) -> App:
+    resolved = load_config({"model": str(model), "transport": "inline", "generation_defaults": True}, {})
+    handle = Meanwhile(start_server_engine(resolved), model, act)
+    return load_app(resolved, "http://127.0.0.1", handle, adapter_policy(resolved))
+
+
+def test_files_that_stay_are_read_once(tmp_path: Path):
     write_tiny_checkpoint(tmp_path)
-    side = tmp_path / "generation_config.json"
-    side.write_text(json.dumps({"top_k": 7, "eos_token_id": 1}))
-    resolved = load_config({"model": str(tmp_path), "transport": "thread", "generation_defaults": True}, {})
-    opening = Meanwhile(begin_engine(resolved), lambda: side.write_text(json.dumps({"top_k": 13, "eos_token_id": 1})))
-    started = start(resolved, "http://127.0.0.1", opening)
-    assert opening.made is not None
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_k": 7, "eos_token_id": 1}))
+    app = load(tmp_path, lambda: None)
     try:
-        assert started.app.state.truffula.defaults == {"top_k": 13}
+        assert app.asgi.state.truffula.defaults == {"top_k": 7}
     finally:
-        opening.made.close()
+        app.service._client.close()
 
 
-def test_a_model_that_was_replaced_meanwhile_does_not_lend_its_texts(tmp_path):
+def test_a_model_that_was_replaced_meanwhile_is_not_served_with_the_texts_of_the_first(tmp_path: Path):
     write_tiny_checkpoint(tmp_path)
-    resolved = load_config({"model": str(tmp_path), "transport": "thread"}, {})
 
-    class Replaced(Meanwhile):
-        def client(self) -> EngineClient:
-            made = super().client()  # it has loaded
-            fresh = tmp_path / "fresh.json"
-            fresh.write_text((tmp_path / "config.json").read_text() + " ")
-            fresh.replace(tmp_path / "config.json")
-            return made
+    def replace() -> None:
+        fresh = tmp_path / "fresh.json"
+        fresh.write_text((tmp_path / "config.json").read_text() + " ")
+        fresh.replace(tmp_path / "config.json")
 
-    # Touched after the texts were read, so that they are read again; replaced after the engine has loaded.
-    opening = Replaced(begin_engine(resolved), lambda: (tmp_path / "config.json").touch())
     with pytest.raises(CheckpointChanged, match="replaced while the model was loaded"):
-        start(resolved, "http://127.0.0.1", opening)
+        load(tmp_path, replace)

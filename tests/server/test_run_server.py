@@ -13,14 +13,15 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import assert_canonical_error, health_of, ok, serving, until, write_model
+from live_server import assert_canonical_error, health_of, made_server, ok, serving, until, write_model
 
+from comparison.processes import descendants
 from processes import frozen, watched
-from truffula.bench.processes import descendants, free_port
+from truffula.bench.server import free_port
 from truffula.config import ServerConfig, load_config
 from truffula.errors import ConfigError, EngineDied, TruffulaError
 from truffula.server.launch import bind, launch
-from truffula.server.run import Gate, make_server
+from truffula.server.serve import LoadingApp
 
 
 def test_a_port_in_use_is_said_before_anything_loads(tmp_path):
@@ -48,7 +49,7 @@ def test_connections_do_not_wait_to_fill_segments():
 
 
 def test_a_model_that_cannot_load_ends_the_server_with_its_error(tmp_path):
-    resolved = load_config({"model": str(tmp_path), "port": 0, "transport": "thread", "offline": True}, env={})
+    resolved = load_config({"model": str(tmp_path), "port": 0, "transport": "inline", "offline": True}, env={})
     with pytest.raises(TruffulaError):
         launch(resolved)
 
@@ -56,17 +57,17 @@ def test_a_model_that_cannot_load_ends_the_server_with_its_error(tmp_path):
 def test_it_answers_503_while_it_loads(model_folder):
     held = threading.Event()
     resolved = load_config(
-        {"model": str(model_folder), "port": 0, "transport": "thread", "memory": "1GiB", "threads": 1}, env={}
+        {"model": str(model_folder), "port": 0, "transport": "inline", "memory": "1GiB", "threads": 1}, env={}
     )
     listening = bind(resolved.server)
-    server = make_server(resolved, listening)
-    load = server.gate._load
+    server = made_server(resolved, listening)
+    load = server.loading._load
 
     def slow():
         assert held.wait(60)
         return load()
 
-    server.gate = server.config.app = Gate(slow, lambda: None)
+    server.loading = server.config.app = LoadingApp(slow, lambda: None)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:
@@ -120,7 +121,7 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
     options = {"model": str(model_folder), "port": 0, "transport": "process", "memory": "1GiB", "threads": 1}
     resolved = load_config({**options, "max_restarts": 0, "offline": True}, env={})
     listening = bind(resolved.server)
-    server = make_server(resolved, listening)
+    server = made_server(resolved, listening)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -129,15 +130,15 @@ def test_an_engine_that_is_given_up_ends_the_server_with_the_reason(model_folder
             while health_of(client) != 200:
                 assert thread.is_alive()
                 time.sleep(0.02)
-        os.kill(server.gate.started.service._client.pid, signal.SIGKILL)
+        os.kill(server.loading.app.service._client.pid, signal.SIGKILL)
         thread.join(60)
         assert not thread.is_alive()
     finally:
         server.should_exit = True
         thread.join(60)
-    assert isinstance(server.gate.failure, EngineDied)
-    assert "not restarted" in server.gate.failure.message
-    assert "SIGKILL" in server.gate.failure.message
+    assert isinstance(server.loading.error, EngineDied)
+    assert "not restarted" in server.loading.error.message
+    assert "SIGKILL" in server.loading.error.message
 
 
 def test_after_a_signal_the_port_stays_open_for_the_drain_delay_and_says_503(model_folder):
@@ -163,9 +164,9 @@ def test_after_a_signal_the_port_stays_open_for_the_drain_delay_and_says_503(mod
 
 
 def test_a_server_that_ends_by_itself_takes_the_first_signal_as_the_first(model_folder):
-    resolved = load_config({"model": str(model_folder), "port": 0}, env={})
+    resolved = load_config({"model": str(model_folder), "port": 0, "transport": "inline"}, env={})
     with bind(resolved.server) as listening:
-        server = make_server(resolved, listening)
+        server = made_server(resolved, listening)
         server.should_exit = True  # as when the engine is given up
         server.handle_exit(signal.SIGTERM, None)  # a second one would end this process
 
@@ -187,7 +188,7 @@ def test_the_metrics_of_a_dead_engine_say_so_and_leave_its_numbers_out(model_fol
 
 
 def test_the_start_log_says_why_a_dtype_was_chosen(model_folder, caplog):
-    caplog.set_level("INFO", "truffula.server.started")
+    caplog.set_level("INFO", "truffula.server.serve")
     with serving(model_folder, dtype="float32"):
         until(lambda: "compute in float32 (asked for)" in caplog.text)
 

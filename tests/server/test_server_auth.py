@@ -1,7 +1,10 @@
 """API keys: exact, in every place but the probes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
-from live_server import MODEL, assert_canonical_error, ok, serving
+from live_server import MODEL, assert_canonical_error, ok, serving, until
 
 from truffula.config import ServerConfig
 from truffula.errors import ConfigError
@@ -84,11 +87,27 @@ def test_nothing_is_read_for_a_stranger(guarded):
 
 
 def test_a_full_queue(guarded):
-    """More sequences than may wait: refused at once, with when to come back."""
-    body = {"prompt": "Hello", "n": 4, "max_tokens": 4, "temperature": 0}
-    response = guarded.client.post("/v1/completions", json=body, headers=with_key(KEY))
-    error = assert_canonical_error(response, 429)
-    assert error["code"] == "overloaded"
+    """One sequence runs and one waits; a third is refused immediately, with when to come back."""
+    body = {"prompt": "Hello", "max_tokens": 1}
+    ask = lambda: guarded.client.post("/v1/completions", json=body, headers=with_key(KEY))
+    held = threading.Event()
+    guarded.service._client._post(lambda: held.wait(60))  # the engine stands between two steps
+    with ThreadPoolExecutor(2) as pool:
+        accepted = [pool.submit(ask) for _ in range(2)]
+        try:
+            until(lambda: guarded.service.active == 2)
+            assert assert_canonical_error(ask(), 429)["code"] == "overloaded"
+        finally:
+            held.set()
+        for answer in accepted:
+            ok(answer.result(60))
+
+
+def test_more_choices_than_places_are_served_one_after_another(guarded):
+    body = {"prompt": "Hello", "n": 6, "max_tokens": 4, "temperature": 0}
+    choices = ok(guarded.client.post("/v1/completions", json=body, headers=with_key(KEY)))["choices"]
+    assert [choice["index"] for choice in choices] == list(range(6))
+    assert len({choice["text"] for choice in choices}) == 1
 
 
 def test_adapters_by_an_administrator(guarded, adapter_folders):

@@ -76,7 +76,7 @@ def test_special_tokens_that_are_asked_for_are_shown_up_to_the_stop(speaker: Liv
 def test_info_and_the_start_log_name_the_end_tokens(speaker: Live, caplog: pytest.LogCaptureFixture) -> None:
     (end,) = ok(speaker.client.get("/info"))["end_tokens"]
     assert end == {"id": END, "text": "<|end|>", "source": "tokenizer_config.json eos_token"}
-    assert speaker.server.gate.started is not None
+    assert speaker.server.loading.app is not None
     with caplog.at_level(logging.INFO):
-        speaker.server.gate.started.announce()
+        speaker.server.loading.app.announce()
     assert "end tokens: <|end|> (1, tokenizer_config.json eos_token)" in caplog.text

@@ -71,7 +71,7 @@ def test_the_operator_is_told_the_name_and_the_reason_once(closed, caplog, name,
 
 def test_a_name_is_one_line_and_a_flood_of_names_is_bounded(closed, caplog, monkeypatch):
     monkeypatch.setattr(
-        state, "MAX_LOGGED_NAMES", len(closed.server.gate.started.app.state.truffula.seen_not_found) + 3
+        state, "MAX_LOGGED_NAMES", len(closed.server.loading.app.asgi.state.truffula.seen_not_found) + 3
     )
     with caplog.at_level(logging.WARNING, LOGGER):
         for i in range(20):

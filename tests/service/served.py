@@ -54,8 +54,8 @@ def tiny_info(**changes: object) -> EngineInfo:
     """What an engine of that model would say of itself, for tests without one."""
     given = {
         "model": "tiny", "model_type": "llama", "backend": "reference", "device": "cpu", "dtype": "float32",
-        "vocab_size": VOCAB, "max_model_len": 64, "block_size": 16, "num_blocks": 64, "step_tokens": 64,
-        "max_running": 8,
+        "vocab_size": VOCAB, "max_model_len": 64, "block_size": 16, "num_blocks": 64, "kv_tokens": 1024,
+        "step_tokens": 64, "max_running": 8,
         "eos_token_ids": [1], "end_tokens": [EndToken(1, "config.json eos_token_id")],
     }  # fmt: skip
     return EngineInfo(**(given | changes))

@@ -26,7 +26,7 @@ from truffula.errors import (
     ShuttingDown,
     TruffulaError,
 )
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service import AsyncService, ServiceLimits, collect
 from truffula.service.sync import SyncService
 from truffula.types import AdapterCommand, GenerateRequest, SamplingParams, TokenEvent
@@ -53,7 +53,7 @@ def run(
     folders: dict[str, Path],
     test: Callable[[AsyncService], Awaitable[None]],
     *,
-    transport: str = "thread",
+    transport: str = "inline",
     wrap: Callable[[EngineClient], Any] = lambda client: client,
     **options: Any,
 ) -> None:
@@ -61,7 +61,7 @@ def run(
 
     async def main() -> None:
         client = wrap(connect(EngineConfig(model=str(folders["model"]), **(OPTIONS | options)), transport))
-        policy = AdapterPolicy({"one": folders["one"], "broken": folders["model"]})
+        policy = AdapterDirectory({"one": folders["one"], "broken": folders["model"]})
         service = AsyncService(client, policy=policy, limits=ServiceLimits(base_names=("tiny",)))
         await service.start()
         try:
@@ -81,7 +81,7 @@ async def quiet(service: AsyncService) -> None:
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("transport", ["inline", "thread", "process"])
+@pytest.mark.parametrize("transport", ["inline", "process"])
 def test_many_requests_at_once_each_get_what_they_get_alone(folders: dict[str, Path], llm: LLM, transport: str) -> None:
     prompts = ["the Lorax spoke", "hello hello", "naïve 🌲", "x", "y y y", "trees"]
     names = [None, "one", None, "one", "tiny", ""]
@@ -163,8 +163,7 @@ async def never_read_it(service: AsyncService) -> None:
     await stream.aclose()
 
 
-@pytest.mark.parametrize("transport", ["inline", "thread"])
-def test_whoever_leaves_is_ended_within_a_step(folders: dict[str, Path], transport: str) -> None:
+def test_a_client_that_leaves_is_ended_within_a_step(folders: dict[str, Path]) -> None:
     """Of what the engine generates once the service returns: the step in progress is the last with a token of it."""
 
     async def test(service: AsyncService) -> None:
@@ -178,7 +177,7 @@ def test_whoever_leaves_is_ended_within_a_step(folders: dict[str, Path], transpo
             assert told - before < 4000, "it had ended by itself"
             assert service.stats().generated_tokens - told <= 1, leave.__name__
 
-    run(folders, test, transport=transport, **ROOM)
+    run(folders, test, **ROOM)
 
 
 def test_a_stop_string_ends_the_sequence_in_the_engine(folders: dict[str, Path], llm: LLM) -> None:
@@ -290,16 +289,17 @@ def test_a_token_needs_no_thread_between_the_transport_and_the_loop(folders: dic
 
     async def names(service: AsyncService) -> set[str]:
         await service.complete(GenerateRequest(prompt="a", params=GREEDY))
-        return {thread.name for thread in threading.enumerate()}
+        return {thread.name for thread in threading.enumerate() if thread not in before}
 
+    before = threading.enumerate()
     seen: dict[str, set[str]] = {}
-    for transport in ("thread", "inline"):
+    for transport in ("process", "inline"):
 
         async def test(service: AsyncService, transport: str = transport) -> None:
             seen[transport] = await names(service)
 
         run(folders, test, transport=transport)
-    assert "truffula-events" not in seen["thread"]
+    assert "truffula-events" not in seen["process"]
     assert "truffula-events" in seen["inline"]
 
 
@@ -344,42 +344,6 @@ def test_it_ends_alone_in_the_callers_thread_too(folders: dict[str, Path]) -> No
         assert len(found[1].choices[0].tokens) == 10
     finally:
         service.close()
-
-
-class LateForItsLock:
-    """A lock that lets the dispatcher in only when told, so that a close can come just before."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def __enter__(self) -> None:
-        if threading.current_thread().name == "truffula-events":
-            self.reached.set()
-            self.go.wait()
-        self._lock.acquire()
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
-
-
-def test_a_close_that_meets_the_dispatcher_between_two_waits_is_not_lost(folders: dict[str, Path]) -> None:
-    async def main() -> None:
-        client = connect(EngineConfig(model=str(folders["model"]), **OPTIONS), "inline")
-        service = AsyncService(client)
-        service._lock = lock = LateForItsLock()  # type: ignore[assignment]
-        await service.start()
-        await asyncio.to_thread(lock.reached.wait)  # it has seen that it shall go on, and is about to wait
-        closing = asyncio.ensure_future(service.close())
-        while not service._stopping.is_set():
-            await asyncio.sleep(0)
-        lock.go.set()
-        try:
-            await asyncio.wait_for(closing, 20)
-        finally:
-            service._submitted.set()  # should it fail, the thread may end
-
-    asyncio.run(main())
 
 
 @pytest.mark.slow
@@ -434,8 +398,8 @@ def test_adapters_are_administered_without_holding_up_the_loop(folders: dict[str
     run(folders, test)
 
 
-def test_an_idle_service_asks_an_engine_in_line_for_nothing(folders: dict[str, Path]) -> None:
-    """Asking makes it step; a service without requests must not spin."""
+def test_an_idle_service_does_not_poll_an_engine_in_line(folders: dict[str, Path]) -> None:
+    """It waits inside ``events``, which returns with events only."""
     calls: list[float | None] = []
 
     class Counting(Dying):

@@ -279,8 +279,8 @@ def test_a_folder_without_tokenizer_serves_ids(folders: dict[str, Path]) -> None
     bare.close()
 
 
-@pytest.mark.parametrize("transport", ["thread", "process"])
-def test_other_transports_say_the_same(llm: LLM, folders: dict[str, Path], transport: str) -> None:
+@pytest.mark.parametrize("transport", ["inline", "process"])
+def test_threads_share_an_engine_of_either_transport(llm: LLM, folders: dict[str, Path], transport: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     prompts = ["the Lorax spoke", "hello hello", "x y z", "naïve 🌲"]

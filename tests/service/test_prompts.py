@@ -12,7 +12,7 @@ from served import TEMPLATE, VOCAB, texts_with, tiny_info
 from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, word_piece
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, TemplateError, TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service import Service, ServiceLimits, collect
 from truffula.service.files import LoadedTexts
 from truffula.service.prompts import MAX_PROMPT_SCORES
@@ -150,7 +150,7 @@ def test_times_count_from_acceptance() -> None:
 
 
 def test_words_for_the_base_and_for_adapters(tmp_path) -> None:
-    policy = AdapterPolicy({"pirate": "org/pirate"})
+    policy = AdapterDirectory({"pirate": "org/pirate"})
     core = Service(tiny_info(), texts=LoadedTexts(), policy=policy, limits=ServiceLimits(base_names=("tiny", "tgi")))
     assert [core.resolve_adapter(word) for word in (None, "", "tiny", "tgi")] == [None] * 4
     found = core.resolve_adapter("pirate")
@@ -190,7 +190,7 @@ def test_the_prompt_is_given_back_exactly_piece_by_piece(text: str, kind: str, k
     assert "".join(piece.text for piece in prompt.tokens) == prompt.text
     assert prompt.text == text if keep is None else text.endswith(prompt.text)
     assert [piece.logprob for piece in prompt.tokens] == [None] + [-1.0] * (len(one.prompt_ids) - 1)
-    if tokenizer.adds_bos and keep is None:
+    if keep is None and tokenizer.encode("")[:1] == [tokenizer.bos_id]:
         assert (prompt.tokens[0].text, prompt.tokens[0].special) == ("", True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from truffula.config import EngineConfig
 from truffula.engine.client import EngineClient
-from truffula.types import AdapterRef, EngineRequest, SamplingParams, TokenEvent
+from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
 
 PATIENCE_S = 90.0
 
@@ -21,7 +21,7 @@ def tiny_engine(model: Path, **more: Any) -> EngineConfig:
 
 
 def ask(request_id: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **params: Any) -> EngineRequest:
-    wanted = SamplingParams(**{"temperature": 0, "max_tokens": 6, "seed": 7, **params})
+    wanted = EngineParams(**{"temperature": 0, "max_tokens": 6, "seed": 7, **params})
     return EngineRequest(
         request_id=request_id, prompt_ids=list(prompt), params=wanted, adapter=adapter, arrival=time.monotonic()
     )

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from kernel_backends import needs_native
 
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
@@ -17,8 +16,8 @@ early = tempfile.TemporaryDirectory()  # has something done at exit, from before
 from truffula import LLM, SamplingParams
 from truffula.errors import ShuttingDown
 
-model, transport = sys.argv[1:]
-llm = LLM(model, transport=transport, backend="cpu", dtype="float32", memory_bytes=1 << 28, max_model_len=4096)
+model = sys.argv[1]
+llm = LLM(model, backend="cpu", dtype="float32", memory_bytes=1 << 28, max_model_len=4096)
 begun = threading.Event()
 
 def generate():
@@ -31,17 +30,16 @@ def generate():
 
 threading.Thread(target=generate, daemon=True).start()
 begun.wait()
-while transport == "thread" and not llm.stats().steps:  # in line, asking would wait for the step
+while not llm.stats().steps:
     time.sleep(0.001)
 print("the end")
 """
 
 
 @needs_native
-@pytest.mark.parametrize("transport", ["thread", "inline"])
-def test_a_script_ends_while_its_engine_steps(tmp_path: Path, transport: str) -> None:
+def test_a_script_ends_while_its_engine_steps(tmp_path: Path) -> None:
     shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "max_position_embeddings": 4096}
     model = write_tiny_checkpoint(tmp_path / "model", tiny_llama_config(**shape))
-    command = [sys.executable, "-c", SCRIPT, str(model), transport]
+    command = [sys.executable, "-c", SCRIPT, str(model)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "the end\n", "")

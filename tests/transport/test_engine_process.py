@@ -18,12 +18,13 @@ import pytest
 from following import Answer, ask, eventually, fold, follow, run
 
 from processes import frozen, running, watched
+from truffula import frames
 from truffula.config import EngineConfig
 from truffula.engine import wire
-from truffula.engine.life import Life
-from truffula.engine.process import ProcessClient
+from truffula.engine.process import EngineProcess, ProcessClient
 from truffula.engine.worker import Worker
 from truffula.errors import EngineDied
+from truffula.frames import Channel
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.types import AdapterCommand, AdapterRef, TokenEvent
 
@@ -46,6 +47,42 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert client.alive() and client.lost() is None
     assert not psutil.pid_exists(first), "not even a zombie"
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
+
+
+LOST_DEVICE = """
+import pathlib
+import truffula.engine.engine as module
+from truffula.errors import DeviceLost
+
+step, flag = module.Engine.step, pathlib.Path({flag!r})
+
+def step_or_fail(self):
+    if self._steps >= 3 and flag.exists():
+        flag.unlink()
+        raise DeviceLost("The device does not respond.")
+    return step(self)
+
+module.Engine.step = step_or_fail
+"""
+
+
+def test_a_lost_device_ends_the_process_its_streams_and_no_more(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first engine process loses its device in its third step, as a driver would report it."""
+    flag = tmp_path / "lose it"
+    flag.touch()
+    (tmp_path / "sitecustomize.py").write_text(LOST_DEVICE.format(flag=str(flag)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    client = start("process")
+    first = client.pid
+    client.submit([ask(name, [5, 6], max_tokens=4000, ignore_eos=True) for name in "ab"])
+    ends = follow(client, ["a", "b"])
+    assert {(answer.finish, answer.code) for answer in ends.values()} == {("error", "engine_died")}
+    assert "The device does not respond." in ends["a"].message
+    eventually(lambda: client.pid not in (None, first), "the next engine")
+    assert run(client, [ask("after", [3, 4, 5])])["after"].finish == "length"
+    assert "The device does not respond." in client.restarts().last_reason
 
 
 def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refused(start: Start):
@@ -119,20 +156,20 @@ def test_an_engine_that_hangs_takes_no_requests_is_killed_and_followed_by_anothe
     eventually(served, "it serves")
 
 
-def test_a_step_that_never_ends_counts_as_hanging_though_the_heart_beats():
+def test_a_step_that_never_ends_counts_as_hanging_despite_the_heartbeat():
     config = EngineConfig(model="none", step_timeout_s=2.0, heartbeat_timeout_s=5.0, hang_timeout_s=3.0)
-    life = Life(config)
+    process = EngineProcess(config)
     try:
-        life.ready, life.step_since = True, 100.0
-        looks = [(now, life.heard(now), life.hang(now)) for now in (100.0, 102.0, 102.5, 105.0)]
-        assert [hang for _, _, hang in looks] == [None] * 4
-        life.heard(105.5)
-        assert "stuck in a step" in (life.hang(105.5) or "")
-        life.step_since = None
-        assert life.hang(105.6) is None, "it has gone on"
+        process.ready, process.step_since = True, 100.0
+        checks = [(now, process.on_frame(now), process.hang(now)) for now in (100.0, 102.0, 102.5, 105.0)]
+        assert [hang for _, _, hang in checks] == [None] * 4
+        process.on_frame(105.5)
+        assert "stuck in a step" in (process.hang(105.5) or "")
+        process.step_since = None
+        assert process.hang(105.6) is None, "the step has ended"
     finally:
-        life.kill()
-        life.end()
+        process.kill()
+        process.end()
 
 
 def test_signals_for_the_group_do_not_end_the_engine_whose_command_line_tells_nothing(start: Start, tiny_model: Path):
@@ -146,9 +183,11 @@ def test_signals_for_the_group_do_not_end_the_engine_whose_command_line_tells_no
 def test_the_engine_and_its_loading_worker_go_with_a_killed_parent(tiny_model: Path, tiny_adapter: Path):
     code = f"""
 import sys, json
+from truffula import frames
 from truffula.config import EngineConfig
 from truffula.engine.client import connect
 from truffula.errors import EngineDied
+from truffula.frames import Channel
 from truffula.types import AdapterCommand, AdapterRef
 client = connect(EngineConfig(model={str(tiny_model)!r}, threads=1, memory_bytes=2**28, offline=True), "process")
 client.adapters(AdapterCommand(action="load", ref=AdapterRef(name="a", locator={str(tiny_adapter)!r})))
@@ -167,57 +206,59 @@ sys.stdin.read()
     eventually(lambda: not any(running(pid) for pid in family), f"the end of {family}")
 
 
-def worker() -> tuple[subprocess.Popen[bytes], wire.Channel[wire.FromEngine]]:
+def worker() -> tuple[subprocess.Popen[bytes], Channel[wire.FromEngine]]:
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
-    return process, wire.Channel(ours, wire.client_side())
+    return process, wire.client_channel(ours)
 
 
-def everything(channel: wire.Channel[wire.FromEngine]) -> list[wire.FromEngine]:
-    frames: list[wire.FromEngine] = []
+def everything(channel: Channel[wire.FromEngine]) -> list[wire.FromEngine]:
+    received: list[wire.FromEngine] = []
     deadline = time.monotonic() + 60
     while (more := channel.receive()) is not None:
         assert time.monotonic() < deadline
-        frames += more
+        received += more
         time.sleep(0.01)
     channel.close()
-    return frames
+    return received
 
 
 def test_an_event_too_big_for_a_frame_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(wire, "MAX_FRAME_BYTES", 4000)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 4000)
     ours, theirs = socket.socketpair()
-    channel = wire.Channel(ours, wire.client_side())
-    teller = Worker(wire.Channel(theirs, wire.engine_side()))
+    channel = wire.client_channel(ours)
+    teller = Worker(wire.engine_channel(theirs))
     scores = [(-1.0, [(n, -2.0) for n in range(20)])] * 50
     small = [TokenEvent(request_id=name, token_ids=[1]) for name in "ab"]
     try:
-        assert teller._tell([small[0], TokenEvent(request_id="big", prompt_logprobs=scores), small[1]]) == ["big"]
-        assert teller._tell(small) == []
+        assert teller._send_events([small[0], TokenEvent(request_id="big", prompt_logprobs=scores), small[1]]) == [
+            "big"
+        ]
+        assert teller._send_events(small) == []
     finally:
-        teller._heart.stop()
+        teller._heartbeat.stop()
         theirs.close()
-    frames = [frame for frame in everything(channel) if isinstance(frame, wire.Events)]
-    told = [(e.request_id, e.token_ids, e.error and e.error.code) for frame in frames for e in frame.events]
+    sent = [frame for frame in everything(channel) if isinstance(frame, wire.Events)]
+    told = [(e.request_id, e.token_ids, e.error and e.error.code) for frame in sent for e in frame.events]
     ends = [("a", [1], None), ("big", [], "generation_failed"), ("b", [1], None)]
     assert told == [*ends, *ends[::2]]
 
 
-def test_a_heart_that_fails_ends_the_engine_and_says_why():
+def test_a_heartbeat_that_fails_ends_the_engine_with_the_reason():
     ours, theirs = socket.socketpair()
     code = f"""
 import socket, time
 from truffula.engine import wire, worker
 from truffula.types import EngineStats
-heart = worker.Heart(wire.Channel(socket.socket(fileno={theirs.fileno()}), wire.engine_side()))
-heart.stats(EngineStats(monotonic=0.0, steps=10**30))  # no frame can carry that
+heartbeat = worker.Heartbeat(wire.engine_channel(socket.socket(fileno={theirs.fileno()})))
+heartbeat.stats(EngineStats(monotonic=0.0, steps=10**30))  # no frame can carry that
 time.sleep(600)  # the main thread in a long step
 """
     with theirs:
         process = subprocess.Popen([sys.executable, "-c", code], pass_fds=(theirs.fileno(),))
-    died = everything(wire.Channel(ours, wire.client_side()))[-1]
+    died = everything(wire.client_channel(ours))[-1]
     assert isinstance(died, wire.Died) and died.error.code == "engine_died", died
     assert process.wait(60) == 70
 

@@ -1,4 +1,4 @@
-"""One contract for the three transports: the same requests give the same events, and each ends exactly once."""
+"""One contract for both transports: the same requests give the same events, and each ends exactly once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ import psutil
 import pytest
 from following import PATIENCE_S, Answer, ask, eventually, fold, follow, run, tiny_engine
 
-from truffula.engine.client import EngineClient, connect
+from truffula.engine.client import TRANSPORTS, EngineClient, connect
 from truffula.engine.engine import Engine
 from truffula.errors import AdapterError, InsufficientMemory, InvalidRequest, ModelNotFound, ShuttingDown
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.types import AdapterCommand, AdapterRef, EngineRequest
 
-TRANSPORTS = ("inline", "thread", "process")
 each = pytest.mark.parametrize("transport", TRANSPORTS)
 
 
@@ -44,7 +43,6 @@ def mixture() -> list[EngineRequest]:
         ask("nothing", []),
         ask("foreign", [3, 101]),
         ask("absurd", [10**30]),
-        ask("surrogate", [1], stop=("\ud800",)),
         ask("too long", [3] * 4096),
     ]
 
@@ -70,7 +68,9 @@ def test_the_same_requests_give_the_same_events(client: EngineClient, alone: dic
     for name, answer in alone.items():
         assert got[name].token_ids == answer.token_ids, name
         assert (got[name].finish, got[name].stop_reason) == (answer.finish, answer.stop_reason), name
-        assert (got[name].code, got[name].message) == (answer.code, answer.message), name
+        assert got[name].code == answer.code, name
+        if name != "absurd":  # its number is refused where it is met first: by the frame, or by the engine
+            assert got[name].message == answer.message, name
         np.testing.assert_allclose(scores(got[name]), scores(answer), atol=1e-4)
     assert len(scores(got["scored"])) == 6 and len(scores(got["long"])) == 149
     assert [got[n].finish for n in ("greedy", "sampled", "scored", "long", "biased")] == ["length"] * 5
@@ -79,7 +79,7 @@ def test_the_same_requests_give_the_same_events(client: EngineClient, alone: dic
         17,
     )
     assert got["too long"].code == "prompt_too_long"
-    assert {got[n].code for n in ("nothing", "foreign", "absurd", "surrogate")} == {"invalid_request"}
+    assert {got[n].code for n in ("nothing", "foreign", "absurd")} == {"invalid_request"}
 
 
 def test_who_listens_is_called_when_events_come_and_none_waited(client: EngineClient, alone: dict[str, Answer]):
@@ -223,11 +223,10 @@ def test_the_start_is_followed_and_its_failure_is_the_original_error(
     assert caught.value.data["limit_bytes"] == 1000 < caught.value.data["needed_bytes"]
 
 
-@pytest.mark.parametrize("transport", ["inline", "thread"])
-def test_a_fault_of_the_engine_itself_ends_every_request(
-    transport: str, start: Callable[..., EngineClient], monkeypatch: pytest.MonkeyPatch
+def test_an_error_of_the_engine_itself_ends_every_request(
+    start: Callable[..., EngineClient], monkeypatch: pytest.MonkeyPatch
 ):
-    client = start(transport)
+    client = start("inline")
 
     def broken(self: Engine) -> Any:
         raise ZeroDivisionError("a bug of ours")
@@ -259,8 +258,8 @@ def test_starting_and_closing_leaves_no_descriptor_thread_or_child(start: Callab
         run(client, [ask("a", [3])])
         client.close()
 
-    serve("thread")  # whatever a first start leaves for good is there now
+    serve("inline")  # whatever a first start leaves for good is there now
     before = held()
-    for transport in ("thread", "process"):
+    for transport in TRANSPORTS:
         serve(transport)
     assert held() - before == set()

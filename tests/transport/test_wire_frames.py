@@ -16,15 +16,30 @@ from hypothesis import strategies as st
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.errors import ErrorInfo, InvalidRequest, WireError, from_info
+from truffula.frames import Disconnected, Frame, FrameReader, Hello, encode
 from truffula.types import (
     AdapterCommand,
     AdapterRef,
     AdapterState,
+    EngineParams,
     EngineRequest,
     EngineStats,
     SamplingParams,
     TokenEvent,
 )
+
+
+def engine_reader() -> FrameReader:
+    return FrameReader(wire._TO_ENGINE.decode, wire.VERSION)
+
+
+def client_reader() -> FrameReader:
+    return FrameReader(wire._FROM_ENGINE.decode, wire.VERSION)
+
+
+def submit(requests: list[EngineRequest]) -> wire.Submit:
+    return wire.Submit([wire.encode_group(group) for group in wire.group_requests(requests)])
+
 
 QUICK = settings(max_examples=80, deadline=None)
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -32,10 +47,10 @@ ids = st.lists(st.integers(0, 2**31), max_size=8)
 floats = st.floats(width=32, allow_nan=False)
 errors = st.builds(ErrorInfo, code=names, message=names, data=st.dictionaries(names, st.integers(-(2**63), 2**64 - 1)))
 params = st.builds(
-    SamplingParams,
+    EngineParams,
     temperature=st.floats(0, 2),
     seed=st.none() | st.integers(0, 2**64 - 1),
-    stop=st.lists(names.filter(bool), max_size=2).map(tuple),
+    stop_token_ids=st.lists(st.integers(0, 99), max_size=2).map(tuple),
     logit_bias=st.dictionaries(st.integers(0, 99), st.floats(-100, 100), max_size=3),
 )
 refs = st.builds(AdapterRef, name=names, locator=names, revision=st.none() | names)
@@ -49,7 +64,7 @@ events = st.builds(
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
 )  # fmt: skip
 downward = st.one_of(
-    st.builds(wire.Submit, st.lists(requests, max_size=3)),
+    st.builds(submit, st.lists(requests, max_size=3)),
     st.builds(wire.Abort, st.lists(names, max_size=3)),
     st.builds(wire.Adapter, st.integers(0, 2**40), st.builds(AdapterCommand, action=st.just("load"), ref=refs)),
     st.just(wire.Start(EngineConfig(model="m", cache_dir=Path("/c"), memory_bytes=2**33))),
@@ -73,8 +88,8 @@ def pieces(data: bytes, places: list[int]) -> list[bytes]:
 @QUICK
 @given(st.lists(downward, max_size=4), cuts)
 def test_any_cut_downward_gives_the_same_frames(frames: list, places: list[int]):
-    data = b"".join(map(wire.encode, [wire.Hello(), *frames]))
-    reader = wire.engine_side()
+    data = b"".join(map(encode, [Hello(wire.VERSION), *frames]))
+    reader = engine_reader()
     assert [frame for piece in pieces(data, places) for frame in reader.feed(piece)] == frames
     reader.end()
 
@@ -82,8 +97,8 @@ def test_any_cut_downward_gives_the_same_frames(frames: list, places: list[int])
 @QUICK
 @given(st.lists(upward, max_size=4), cuts)
 def test_any_cut_upward_gives_the_same_frames(frames: list, places: list[int]):
-    data = b"".join(map(wire.encode, [wire.Hello(), *frames]))
-    reader = wire.client_side()
+    data = b"".join(map(encode, [Hello(wire.VERSION), *frames]))
+    reader = client_reader()
     assert [frame for piece in pieces(data, places) for frame in reader.feed(piece)] == frames
     reader.end()
 
@@ -91,11 +106,11 @@ def test_any_cut_upward_gives_the_same_frames(frames: list, places: list[int]):
 @QUICK
 @given(st.lists(upward, min_size=1, max_size=3), st.integers(0, 2**16))
 def test_a_truncated_stream_is_an_error_at_its_end(frames: list, place: int):
-    whole = [wire.encode(frame) for frame in [wire.Hello(), *frames]]
+    whole = [encode(frame) for frame in [Hello(wire.VERSION), *frames]]
     data = b"".join(whole)
     cut = place % len(data)
     borders = {sum(map(len, whole[:n])) for n in range(len(whole) + 1)}
-    reader = wire.client_side()
+    reader = client_reader()
     reader.feed(data[:cut])
     if cut in borders:
         reader.end()
@@ -107,9 +122,9 @@ def test_a_truncated_stream_is_an_error_at_its_end(frames: list, place: int):
 @QUICK
 @given(st.binary(max_size=200), st.booleans())
 def test_garbage_is_a_wire_error_or_an_unfinished_frame(data: bytes, greeted: bool):
-    reader = wire.engine_side()
+    reader = engine_reader()
     if greeted:
-        reader.feed(wire.encode(wire.Hello()))
+        reader.feed(encode(Hello(wire.VERSION)))
     try:
         frames = reader.feed(struct.pack("<I", max(1, len(data))) + data)
     except WireError:
@@ -121,11 +136,11 @@ def test_garbage_is_a_wire_error_or_an_unfinished_frame(data: bytes, greeted: bo
 
 @QUICK
 @given(upward, st.integers(0, 2**16), st.integers(1, 255))
-def test_a_flipped_byte_never_escapes_as_another_error(frame: wire.Frame, place: int, flip: int):
-    data = bytearray(wire.encode(frame))
+def test_a_flipped_byte_never_escapes_as_another_error(frame: Frame, place: int, flip: int):
+    data = bytearray(encode(frame))
     data[place % len(data)] ^= flip
-    reader = wire.client_side()
-    reader.feed(wire.encode(wire.Hello()))
+    reader = client_reader()
+    reader.feed(encode(Hello(wire.VERSION)))
     try:
         reader.feed(bytes(data))
     except WireError:
@@ -133,55 +148,83 @@ def test_a_flipped_byte_never_escapes_as_another_error(frame: wire.Frame, place:
 
 
 def test_a_frame_above_the_limit_is_refused_from_its_length_alone():
-    reader = wire.FrameReader(lambda body: body, limit=100)
+    reader = FrameReader(lambda body: body, 1, limit=100)
     with pytest.raises(WireError, match="101 bytes"):
         reader.feed(struct.pack("<I", 101))
     with pytest.raises(WireError, match="0 bytes"):
-        wire.FrameReader(lambda body: body).feed(b"\0\0\0\0")
+        FrameReader(lambda body: body, 1).feed(b"\0\0\0\0")
 
 
 def test_another_version_is_refused_before_anything_else_is_read():
-    reader = wire.client_side()
-    later = wire.encode(wire.Hello(version=wire.VERSION + 1))
+    reader = client_reader()
+    later = encode(Hello(wire.VERSION + 1))
     with pytest.raises(WireError, match=rf"version {wire.VERSION + 1}, this process speaks {wire.VERSION}"):
         reader.feed(later + b"\xff\xff\xff\xff whatever a later version says")
 
 
 def test_hello_comes_first_and_once():
     with pytest.raises(WireError):
-        wire.engine_side().feed(wire.encode(wire.Stop()))
-    reader = wire.engine_side()
-    reader.feed(wire.encode(wire.Hello()))
-    with pytest.raises(WireError, match="second time"):
-        reader.feed(wire.encode(wire.Hello()))
+        engine_reader().feed(encode(wire.Stop()))
+    reader = engine_reader()
+    reader.feed(encode(Hello(wire.VERSION)))
+    with pytest.raises(WireError, match="malformed"):
+        reader.feed(encode(Hello(wire.VERSION)))
 
 
 @pytest.mark.parametrize(
     "request_",
     [
-        EngineRequest(request_id="a", prompt_ids=[10**30], params=SamplingParams()),
-        EngineRequest(request_id="a", prompt_ids=["x"], params=SamplingParams()),  # type: ignore[list-item]
-        EngineRequest(request_id="a", prompt_ids=[1], params=SamplingParams(), salt="\ud800"),
+        EngineRequest(request_id="a", prompt_ids=[10**30], params=EngineParams()),
+        EngineRequest(request_id="a", prompt_ids=[1], params=EngineParams(), salt="\ud800"),
     ],
 )
-def test_what_cannot_cross_is_known_before_it_is_sent(request_: EngineRequest):
-    assert wire.crosses(request_)
+def test_a_request_that_msgpack_cannot_hold_is_refused_before_it_is_sent(request_: EngineRequest):
+    with pytest.raises(InvalidRequest, match="invalid value"):
+        wire.encode_group([request_])
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        EngineRequest(request_id="a", prompt_ids=["x"], params=EngineParams()),  # type: ignore[list-item]
+        EngineRequest(request_id="a", prompt_ids=[1], params=SamplingParams(stop="x")),
+    ],
+    ids=["a word among the ids", "parameters of text"],
+)
+def test_a_request_that_is_none_is_refused_where_it_is_decoded_and_harms_no_other(request_: EngineRequest):
+    good = EngineRequest(request_id="good", prompt_ids=[1], params=EngineParams())
+    reader = engine_reader()
+    (got,) = reader.feed(encode(Hello(wire.VERSION)) + encode(submit([request_, good])))
+    bad, fine = got.groups
+    with pytest.raises(InvalidRequest, match="invalid value"):
+        wire.decode_group(bad)
+    assert bad.request_ids == ["a"] and wire.decode_group(fine) == [good]
+
+
+def test_the_choices_of_a_prompt_share_one_encoded_prompt():
+    prompt, params = list(range(1000)), EngineParams(max_tokens=3)
+    choices = [EngineRequest(request_id=f"a.{n}", prompt_ids=prompt, params=params, choice=n) for n in range(16)]
+    other = EngineRequest(request_id="b", prompt_ids=list(prompt), params=params)
+    resumed = EngineRequest(request_id="a.16", prompt_ids=prompt, params=params, choice=16, resume_ids=[7])
+    sent = submit([*choices, resumed, other])
+    assert [len(group.choices) for group in sent.groups] == [17, 1]
+    assert len(encode(sent)) < 2 * len(encode(submit([choices[0]]))) + 400
+    back = [wire.decode_group(group) for group in sent.groups]
+    assert back == [[*choices, resumed], [other]]
+    assert len({id(one.prompt_ids) for one in back[0]}) == 1, "the engine holds the prompt once"
 
 
 def test_numbers_of_numpy_cross_as_numbers():
-    asked = EngineRequest(request_id="a", prompt_ids=list(np.arange(3)), params=SamplingParams())
-    assert wire.crosses(asked) is None
-    reader = wire.engine_side()
-    reader.feed(wire.encode(wire.Hello()))
-    (got,) = reader.feed(wire.encode(wire.Submit([asked])))
-    assert got.requests[0].prompt_ids == [0, 1, 2] and type(got.requests[0].prompt_ids[0]) is int
+    asked = EngineRequest(request_id="a", prompt_ids=list(np.arange(3)), params=EngineParams())
+    (got,) = wire.decode_group(wire.encode_group([asked]))
+    assert got.prompt_ids == [0, 1, 2] and type(got.prompt_ids[0]) is int
 
 
 def test_an_error_crosses_with_whatever_its_data_holds():
     error = InvalidRequest("no", param="p", path=Path("/x"), count=np.int64(3), odd=1j, ratio=np.float32(0.5))
-    reader = wire.client_side()
-    reader.feed(wire.encode(wire.Hello()))
-    (died,) = reader.feed(wire.encode(wire.Died(error.info())))
+    reader = client_reader()
+    reader.feed(encode(Hello(wire.VERSION)))
+    (died,) = reader.feed(encode(wire.Died(error.info())))
     back = from_info(died.error)
     assert type(back) is InvalidRequest and back.param == "p"
     assert back.data == {"path": "/x", "count": 3, "odd": "1j", "ratio": 0.5}
@@ -189,7 +232,7 @@ def test_an_error_crosses_with_whatever_its_data_holds():
 
 def test_posting_never_blocks_and_what_is_left_over_arrives():
     left, right = socket.socketpair()
-    sender, receiver = wire.Channel(left, wire.client_side()), wire.Channel(right, wire.engine_side())
+    sender, receiver = wire.client_channel(left), wire.engine_channel(right)
     frames = [wire.Abort([f"{n}-" + "x" * 100_000]) for n in range(40)]
     left_over = [sender.post(frame) for frame in frames]
     assert any(left_over), "four megabytes can't fit into a socket's buffer"
@@ -206,7 +249,7 @@ def test_posting_never_blocks_and_what_is_left_over_arrives():
 
 def test_threads_that_send_at_once_do_not_mix_their_frames():
     left, right = socket.socketpair()
-    sender, receiver = wire.Channel(left, wire.client_side()), wire.Channel(right, wire.engine_side())
+    sender, receiver = wire.client_channel(left), wire.engine_channel(right)
 
     def speak(word: str) -> None:
         for n in range(30):
@@ -228,8 +271,8 @@ def test_threads_that_send_at_once_do_not_mix_their_frames():
 
 def test_a_peer_that_is_gone_is_told_apart_from_a_bad_frame():
     left, right = socket.socketpair()
-    sender = wire.Channel(left, wire.client_side())
+    sender = wire.client_channel(left)
     right.close()
-    with pytest.raises(wire.Disconnected):
+    with pytest.raises(Disconnected):
         sender.send(wire.Stop())
     sender.close()

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from truffula.testing.files import write_gguf
+from gguf_writer import write_gguf
 
 HIDDEN, HEADS, KV_HEADS, WIDTH, INNER, LAYERS, VOCAB = 48, 4, 2, 16, 64, 7, 61
 TYPES = [3, 3, 3] + [1] * (VOCAB - 3)

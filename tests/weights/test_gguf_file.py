@@ -23,15 +23,15 @@ from gguf_models import (
     metadata_of,
     write_tiny_gguf,
 )
+from gguf_writer import GgufBlocks, write_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
-from truffula.testing.files import GgufBlocks, write_gguf
+from truffula.model.read import read_config
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_names import FAMILIES as KNOWN
 from truffula.weights.gguf_quants import FORMATS, dequantize
-from truffula.weights.gguf_rope import fit_llama3
 from truffula.weights.gguf_types import OTHER_TYPES
 from truffula.weights.open import open_checkpoint
 
@@ -203,34 +203,25 @@ def llama3_factors(theta: float, width: int, factor: float, low: float, high: fl
     return np.array(found, np.float32)
 
 
-@pytest.mark.parametrize("factor", [8.0, 32.0, 16.0])
-@pytest.mark.parametrize(("low", "high", "original"), [(1, 4, 8192), (1, 8, 4096), (2, 8, 16384), (1, 3.5, 2048)])
-@pytest.mark.parametrize(("theta", "width"), [(500000.0, 128), (500000.0, 64), (10000.0, 96)])
-def test_the_table_of_factors_gives_its_parameters_back(
-    factor: float, low: float, high: float, original: int, theta: float, width: int
+@pytest.mark.parametrize(("low", "high", "original"), [(1, 4, 8192), (2, 8, 16384)])
+def test_a_table_of_factors_rotates_as_the_llama3_scaling_it_was_made_of(
+    tmp_path: Path, low: float, high: float, original: int
 ) -> None:
-    table = llama3_factors(theta, width, factor, low, high, original)
-    found = fit_llama3(table.astype(np.float64), theta)
-    assert found["rope_type"] == "llama3" and found["rope_theta"] == theta
-    again = llama3_factors(
-        theta,
-        width,
-        found["factor"],
-        found["low_freq_factor"],
-        found["high_freq_factor"],
-        found["original_max_position_embeddings"],
-    )
-    np.testing.assert_allclose(again, table, rtol=5e-6)
-    if low == 1:
-        named = (found["high_freq_factor"], found["original_max_position_embeddings"])
-        assert named == (high, original)
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama", rope__freq_base=500000.0, width=64)
+    stored = {**tiny.stored, "rope_freqs.weight": llama3_factors(500000.0, 64, 8.0, low, high, original)}
+    config = open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, stored)).config
+    scaled = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": low}
+    scaled |= {"high_freq_factor": high, "original_max_position_embeddings": original}
+    found, wanted = (read_config({**config, "rope_parameters": p}).spec for p in (config["rope_parameters"], scaled))
+    np.testing.assert_allclose(found.ropes[0].inv_freq, wanted.ropes[0].inv_freq, rtol=2e-6)
 
 
-def test_tables_of_factors_that_are_no_llama3_scaling() -> None:
-    assert fit_llama3(np.ones(8), 1e4) == {"rope_type": "default", "rope_theta": 1e4}
-    for table in ([1, 2, 1, 2.0], [0.5, 1, 1, 1.0], [np.nan, 1, 1, 1], [0, 1, 1, 1], [1, 1.5, 9, 9.0], [1, 9, 1, 1]):
-        with pytest.raises(UnsupportedModel, match="rope_freqs"):
-            fit_llama3(np.array(table, float), 1e4)
+@pytest.mark.parametrize("table", [[0.0, 1.0, 1.0], [np.nan, 1, 1], [-1, 1, 1]])
+def test_factors_that_are_no_positive_numbers_are_refused(tmp_path: Path, table: list[float]) -> None:
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama", width=6)
+    stored = {**tiny.stored, "rope_freqs.weight": np.array(table, np.float32)}
+    with pytest.raises(CheckpointError, match="rope_freqs"):
+        open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, stored))
 
 
 def test_a_file_with_factors(tmp_path: Path) -> None:
@@ -238,8 +229,8 @@ def test_a_file_with_factors(tmp_path: Path) -> None:
     table = llama3_factors(500000.0, 64, 8.0, 1, 4, 8192)
     stored = {**tiny.stored, "rope_freqs.weight": table}
     checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, stored))
-    assert checkpoint.config["rope_parameters"]["rope_type"] == "llama3"
-    assert checkpoint.config["rope_parameters"]["original_max_position_embeddings"] == 8192
+    assert checkpoint.config["rope_parameters"]["rope_type"] == "factors"
+    assert checkpoint.config["rope_parameters"]["factors"] == table.tolist()
     assert checkpoint.tensors.keys() == tiny.tensors.keys()
     with pytest.raises(CheckpointError, match="factors"):
         open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, {**stored, "rope_freqs.weight": table[:5]}))

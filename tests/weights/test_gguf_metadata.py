@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_models import FAMILIES, LAYERS, VOCAB, metadata_of, write_tiny_gguf
+from gguf_writer import write_gguf
 from test_gguf_file import llama3_factors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama import LlamaConfig
@@ -19,7 +20,6 @@ from transformers.models.llama import LlamaConfig
 from truffula import LLM, SamplingParams
 from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.model.load import plan_model
-from truffula.testing.files import write_gguf
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.gguf_header import Metadata, read_header
 from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
@@ -129,7 +129,7 @@ def test_scaling_without_a_type_changes_the_answer(tmp_path: Path, architecture:
 def test_a_table_of_factors_beside_a_scaling_that_asks_for_nothing(tmp_path: Path, kind: dict[str, Any]) -> None:
     table = llama3_factors(THETA, WIDTH, 8.0, 1, 4, 8192)
     checkpoint = checkpoint_of(tmp_path, "llama", {**kind, "rope.scaling.factor": 1.0}, **{"rope_freqs.weight": table})
-    assert checkpoint.config["rope_parameters"]["rope_type"] == "llama3"
+    assert checkpoint.config["rope_parameters"]["rope_type"] == "factors"
 
 
 @pytest.mark.parametrize("keys", [{"rope.scaling.factor": 4.0}, {"rope.scaling.type": "yarn"}])

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_models import TinyGguf, write_tiny_gguf
+from gguf_writer import write_gguf
 
 from truffula import LLM, SamplingParams
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.testing.files import write_gguf
 from truffula.testing.oracle import Oracle
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.texts import read_texts

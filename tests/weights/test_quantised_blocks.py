@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 from gguf_models import HEADS, KV_HEADS, interleave, write_tiny_gguf
+from gguf_writer import GgufBlocks, write_gguf
 
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
@@ -21,7 +22,6 @@ from truffula.kernels.program import Linear
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
 from truffula.model.load import plan_model, puller
-from truffula.testing.files import GgufBlocks, write_gguf
 from truffula.testing.programs import Part, fill_step
 from truffula.weights.gguf_quants import FORMATS
 from truffula.weights.open import open_checkpoint
@@ -130,10 +130,10 @@ def test_a_model_of_blocks(tmp_path: Path, kind: str) -> None:
 @native
 def test_planned_bytes_are_those_of_the_blocks(tmp_path: Path) -> None:
     plan = plan_model(open_checkpoint(packed_file(tmp_path / "a.gguf", "Q4_0")))
-    found = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_bytes, plan.stored_types)
+    found = CpuBackend(1).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types)
     assert found.weight_formats.keys() == {"q4_0", "q8_0", "vectors"}
     assert found.weight_bytes == sum(found.weight_formats.values())
-    exact = CpuBackend(1, exact=True).plan(plan.program, "bfloat16", CAPACITY, plan.stored_bytes, plan.stored_types)
+    exact = CpuBackend(1, exact=True).plan(plan.program, "bfloat16", CAPACITY, plan.stored_types)
     assert found.weight_bytes < 0.5 * exact.weight_bytes
 
 
@@ -145,7 +145,7 @@ def test_an_engine_rounds_a_float_checkpoint(tmp_path: Path, caplog: pytest.LogC
     engine.close()
     assert info.details["quantize"] == "q8_0" and not info.details["exact"]
     assert set(info.details["weight_formats"]) == {"q8_0", "vectors"}
-    assert "matrices rounded to Q8_0, relative RMS error" in caplog.text
+    assert "tensors rounded to Q8_0, relative RMS error" in caplog.text
 
 
 def test_what_contradicts_itself_or_is_not_served() -> None:

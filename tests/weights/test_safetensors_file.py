@@ -99,7 +99,7 @@ BROKEN_HEADERS = {
     "not an object": (b"[1, 2]", 0, "begin with"),
     "not UTF-8": (b'{"\xff": 1}', 0, "JSON"),
     "NaN": (b'{"a": NaN}', 0, "NaN"),
-    "a key twice": (json.dumps({"a": entry()})[:-1].encode() + b', "a": 1}', 8, "occurs twice"),
+    "a key twice": (json.dumps({"a": entry()})[:-1].encode() + b', "a": 1}', 8, "written twice"),
     "nested too deeply": (b'{"a":' + b"[" * 100_000, 0, "JSON"),
     "a huge integer": (b'{"a": {"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', 8, "JSON"),
     "no entry": ({"a": 3}, 8, "'a'"),

@@ -29,10 +29,10 @@ def packaged(content: bytes, *packages: str, file: str = "model.gguf") -> Packag
     )
 
 
-def wheel(path: Path, files: dict[str, bytes], record: dict[str, bytes] | None = None) -> Path:
-    """A wheel with these files, whose record has the digests of ``record`` (or of the files)."""
+def wheel(path: Path, files: dict[str, bytes]) -> Path:
+    """A wheel with these files."""
     rows = []
-    for name, data in (record if record is not None else files).items():
+    for name, data in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
         rows.append(f"{name},sha256={digest},{len(data)}")
     name, version = path.name.split("-")[:2]

@@ -1,1 +1,1 @@
-"""What the ``truffula bench`` commands measure with: loads, servers of ours and of others, and what is made of runs."""
+"""What ``truffula bench`` measures with: the load, its client and the figures; one step without a server."""

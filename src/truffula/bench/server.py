@@ -1,22 +1,144 @@
-"""A truffula server of our own to measure, and what its model is asked with."""
+"""The servers that a benchmark starts, truffula's own among them, each in a session of its own."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import fields
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Self
+from urllib.parse import urlsplit
 
-from truffula.bench.processes import Server, free_port
-from truffula.config import EngineConfig, options_of
+from truffula.config import EngineConfig, installed_environment, options_of
+from truffula.errors import ErrorInfo, ProcessFailed, TruffulaError, from_info
 
 if TYPE_CHECKING:
     from truffula.model.load import ModelPlan
 
+OUTPUT_CHARS = 2000
+"""Characters at the end of a child's output that an error shows."""
+_OWN_ERROR = re.compile(r"^error \((?P<code>\w+)\) (?P<message>.+)\Z", re.MULTILINE | re.DOTALL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def end_children_on_sigterm() -> None:
+    """Make SIGTERM leave through the context managers, as Ctrl-C does, so that children in sessions of their own end.
+
+    Call it once, in the main thread.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def child_error(what: str, output: str) -> TruffulaError:
+    """An error that says ``what`` failed, with the child's ``output``; a truffula command's error keeps its code."""
+    own = _OWN_ERROR.search(output)
+    if own is not None:
+        return from_info(ErrorInfo(code=own["code"], message=f"{what}: {own['message'].strip()}"))
+    return ProcessFailed(f"{what}:\n{output.strip()[-OUTPUT_CHARS:]}" if output.strip() else f"{what} without output.")
+
+
+class Child:
+    """A process that runs ``argv`` in a session of its own: starts on entering; on leaving, its whole session ends."""
+
+    def __init__(self, name: str, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> None:
+        self.name = name
+        self._argv, self._stdin, self._stdout = list(argv), stdin, stdout
+
+    def __enter__(self) -> Self:
+        self._log = tempfile.TemporaryFile()
+        out = self._log if self._stdout is None else self._stdout
+        stdin = subprocess.DEVNULL if self._stdin is None else self._stdin
+        try:
+            self._process = subprocess.Popen(
+                self._argv,
+                stdin=stdin,
+                stdout=out,
+                stderr=self._log,
+                start_new_session=True,
+                env=installed_environment(),
+            )
+        except OSError as error:
+            self._log.close()
+            raise ProcessFailed(f"{self.name} did not start: {error}.") from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # its whole session has ended
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._log.close()
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def output(self) -> str:
+        """Everything the child has written to standard error, and to standard output unless that is a pipe."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+
+class Server(Child):
+    """A child that listens on ``url``; ``wait`` returns once ``health`` answers 200."""
+
+    def __init__(self, name: str, argv: Sequence[str], url: str, health: str = "/health") -> None:
+        super().__init__(name, argv)
+        self.url, self._health = url, health
+
+    def wait(self, timeout_s: float = 600) -> str:
+        """The address, once the server is healthy.
+
+        Raises:
+            ProcessFailed: The server ended or took too long; with its output. A truffula server's own error is raised.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.ended:
+                raise child_error(f"{self.name} exited during its start", self.output())
+            if self._healthy():
+                return self.url
+            time.sleep(0.05)
+        raise ProcessFailed(
+            f"{self.name} was not healthy within {timeout_s:g} seconds:\n{self.output()[-OUTPUT_CHARS:]}"
+        )
+
+    def _healthy(self) -> bool:
+        """Whether ``health`` answers 200. Called often while the server starts on the same cores: no HTTP library."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
+        try:
+            connection.request("GET", self._health)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
 
 def engine_flags(config: EngineConfig) -> list[str]:
-    """The command line that gives ``config`` again: only what differs from the defaults."""
+    """The command-line options of ``config`` that differ from the defaults."""
     flags = []
     for option in options_of(EngineConfig):
         value = getattr(config, option.field)
@@ -30,7 +152,7 @@ def engine_flags(config: EngineConfig) -> list[str]:
 
 
 class OwnServer(Server):
-    """``truffula serve`` as a child: starts on entering, stops on leaving. ``url`` answers once ``wait`` returns."""
+    """``truffula serve`` as a child. ``url`` answers once ``wait`` returns."""
 
     def __init__(self, config: EngineConfig, flags: list[str], port: int | None = None) -> None:
         port = port or free_port()
@@ -52,20 +174,12 @@ def planned(config: EngineConfig) -> ModelPlan:
         checkpoint.close()
 
 
-def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) -> Mapping[str, Path]:
+def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) -> None:
     """Write a random all-linear adapter per name for a planned model: bfloat16, alpha 2r, different seeds."""
     from truffula.testing.adapters import write_tiny_adapter
 
     sites = plan.program.sites
-    return {
-        name: write_tiny_adapter(
+    for seed, name in enumerate(names):
+        write_tiny_adapter(
             folder / name, sites, rank=rank, alpha=2 * rank, targets="all-linear", seed=seed, dtype="bfloat16"
         )
-        for seed, name in enumerate(names)
-    }
-
-
-def config_fields(config: EngineConfig) -> dict[str, Any]:
-    """``config`` as JSON-able values, for a child process."""
-    values = {f.name: getattr(config, f.name) for f in fields(config)}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

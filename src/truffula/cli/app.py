@@ -113,6 +113,14 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Send the prompt as it is, without the model's chat template.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Answer every line of FILE ('-': of stdin), in batches, and print one JSON object per answer.",
+        ),
+    ] = None,
     url: ServerUrl = None,
     api_key: ApiKey = None,
     as_json: AsJson = False,
@@ -120,9 +128,15 @@ def generate(
     options: dict[str, Any],
 ) -> None:
     """Answer one prompt; with several --adapter, the answers stream side by side from one batch."""
-    from truffula.cli.generate import is_prompt, read_prompt, run_generate
+    from truffula.cli.generate import is_prompt, read_prompt, read_prompts, run_batch, run_generate
     from truffula.types import SamplingParams
 
+    if prompts is not None:
+        texts = read_prompts(prompts, prompt, url)
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        with chat_model(model, options, None, api_key, adapter or ["base"]) as (answering, names):
+            run_batch(answering, texts, names, params, raw=raw)
+        return
     if prompt is None and (url is not None or is_prompt(model)):
         model, prompt = None, model  # the model is chosen elsewhere: the only argument is the prompt
     if url is None:
@@ -155,7 +169,7 @@ def chat(
     from truffula.types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with chat_model(model, options, url, api_key, adapter or ["base"], interactive=True) as (answering, names):
+    with chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
         run_chat(answering, names[0] or "base", system, params)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,12 +9,7 @@ import typer
 from truffula.cli.help import App
 from truffula.cli.options import AsJson, Model, resolve, with_options
 
-app = App(
-    help="Measure throughput and latency of a server, alone and beside other servers, and the cost of loading adapters."
-)
-CpuIsa = Annotated[
-    str, typer.Option("--cpu-isa", envvar="TRUFFULA_CPU_ISA", help="An instruction set that doctor lists.")
-]
+app = App(help="Measure throughput and latency of a server under load, and of one step alone.")
 
 
 @app.command("serve")
@@ -67,9 +61,6 @@ def bench_serve(
         float | None,
         typer.Option("--itl-limit", metavar="MS", help="Goodput: maximum average ms between tokens. [default: 200]"),
     ] = None,
-    against_llm: Annotated[
-        bool, typer.Option("--against-llm", help="Also measure LLM.generate, in a separate process.")
-    ] = False,
     url: Annotated[
         str | None, typer.Option("--url", metavar="URL", help="Measure this running server instead of starting one.")
     ] = None,
@@ -90,72 +81,21 @@ def bench_serve(
     wanted = {name: value for name, value in given.items() if value is not None}
     limits = Limits(**wanted) if wanted else None
     bench = ServeBench(
-        clients, requests, adapters, rank, prompt_tokens, max_tokens, repeats, against_llm, url, rate, adapter_count,
-        zipf_exponent, limits, seed,
-    )  # fmt: skip
+        clients,
+        requests,
+        adapters,
+        rank,
+        prompt_tokens,
+        max_tokens,
+        repeats,
+        url,
+        rate,
+        adapter_count,
+        zipf_exponent,
+        limits,
+        seed,
+    )
     run_bench_serve(resolve(options, model=model).engine, bench, as_json=as_json)
-
-
-@app.command("compare")
-def bench_compare(
-    scenarios: Annotated[
-        list[str] | None, typer.Argument(help="Scenarios or single rows (--list shows them). [default: all]")
-    ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", help="Rounds; in each, every server runs once, in turn.")] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every run to this file.")
-    ] = None,
-    markdown_file: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write the rows of benchmarks/README.md to this file."),
-    ] = None,
-    scenario_file: Annotated[
-        Path | None, typer.Option("--scenario-file", metavar="FILE", help="TOML file with your own rows.")
-    ] = None,
-    bench_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--bench-dir",
-            metavar="FOLDER",
-            help="BENCH_DIR of benchmarks/peers: models, adapters, peers. [default: bench in the temporary folder]",
-        ),
-    ] = None,
-    peers: Annotated[
-        Path | None,
-        typer.Option("--peers", metavar="FOLDER", help="Folder of the peers' scripts. [default: the checkout's]"),
-    ] = None,
-    list_only: Annotated[bool, typer.Option("--list", help="Print the scenarios and the servers in each.")] = False,
-) -> None:
-    """Compare truffula with other servers, in turn and on the same prompts: medians, spreads and ratios.
-
-    One server runs at a time, started fresh and warmed up; rounds alternate. Peers are installed once by
-    benchmarks/peers (llamacpp.sh setup, vllm.sh setup, ...); one that is not is named with the command, and the status
-    is 1.
-    """
-    from truffula.cli.bench_compare import Asked, list_scenarios, run_bench_compare
-
-    if list_only:
-        list_scenarios(scenario_file)
-        return
-    asked = Asked(tuple(scenarios or ()), scenario_file, repeats, peers, bench_dir, json_file, markdown_file)
-    run_bench_compare(asked)
-
-
-@app.command("join")
-@with_options("engine")
-def bench_join(
-    model: Model,
-    running: Annotated[int, typer.Option("--running", help="Base streams that run while adapters join.")] = 4,
-    joins: Annotated[int, typer.Option("--joins", help="New adapters that join, one after the other.")] = 6,
-    rank: Annotated[int, typer.Option("--rank", help="Rank of the random all-linear adapters.")] = 64,
-    as_json: AsJson = False,
-    *,
-    options: dict[str, Any],
-) -> None:
-    """Measure how loading adapters delays running streams: the largest against the median inter-token time."""
-    from truffula.cli.bench_join import run_bench_join
-
-    run_bench_join(resolve(options, model=model).engine, running, joins, rank, as_json=as_json)
 
 
 @app.command("step")
@@ -174,41 +114,30 @@ def bench_step(
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
     quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: rounds the base.")] = "none",
     backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
-    cpu_isa: CpuIsa = "auto",
+    cpu_isa: Annotated[
+        str, typer.Option("--cpu-isa", envvar="TRUFFULA_CPU_ISA", help="An instruction set that doctor lists.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Compute threads.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Use a tiny shape, to see that it runs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure one step on SmolLM2-135M's shape, operation by operation, without server and sampling."""
-    from truffula.cli.bench_step import StepBench, run_bench_step
+    from truffula.bench.step import StepBench
+    from truffula.cli.bench_step import run_bench_step
 
     try:
         numbers = tuple(int(word) for word in rows.split(","))
     except ValueError:
         raise typer.BadParameter(f"{rows!r} is not a list of integers.", param_hint="--rows") from None
     mixes = tuple(word.strip() for word in adapters.split(","))
-    bench = StepBench(numbers, mixes, rank, context, prefill, steps, tiny, adapter_dtype)
+    bench = StepBench(numbers, mixes, rank, context, prefill, steps, adapter_dtype)
     run_bench_step(
-        bench, backend=backend, cpu_isa=cpu_isa, dtype=dtype, threads=threads, quantize=quantize, as_json=as_json
+        bench,
+        backend=backend,
+        cpu_isa=cpu_isa,
+        dtype=dtype,
+        threads=threads,
+        quantize=quantize,
+        tiny=tiny,
+        as_json=as_json,
     )
-
-
-@app.command("kernel")
-def bench_kernel(
-    rows: Annotated[str, typer.Option("--rows", help="Rows, by commas.")] = "1,2,4,8,16,32,128,512",
-    shape: Annotated[
-        list[str] | None,
-        typer.Option("--shape", metavar="NxK", help="Outputs x inputs, several times; else SmolLM2's."),
-    ] = None,
-    formats: Annotated[str, typer.Option("--format", help="Of float32, bfloat16, Q8_0, Q4_0, Q4_1, Q5_0.")] = "",
-    kernels: Annotated[str, typer.Option("--kernel", help="Of linear, lora, attention, norm, head, sampler.")] = "",
-    cpu_isa: CpuIsa = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Compute threads.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Use tiny shapes, to see that it runs.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure each native kernel against the limits of memory and instructions, found in the same run."""
-    from truffula.cli.bench_kernel import bench_of, run_bench_kernel
-
-    bench = bench_of(rows, shape or [], formats, kernels, tiny=tiny)
-    run_bench_kernel(bench, isa=cpu_isa, threads=threads, as_json=as_json)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.bench.client import Target, closed_loop, open_loop
-from truffula.bench.dialects import OpenAI
+from truffula.bench.client import OpenAI, Target, closed_loop, open_loop
 from truffula.bench.load import MIXES, Load, arrivals, used
 from truffula.bench.measured import Limits
-from truffula.bench.processes import child_error, end_children_on_sigterm
-from truffula.bench.server import OwnServer, config_fields, planned, random_adapters
+from truffula.bench.server import OwnServer, end_children_on_sigterm, planned, random_adapters
 from truffula.cli.output import err, out, table, warn
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
@@ -43,7 +38,6 @@ class ServeBench:
     prompt_tokens: int
     max_tokens: int
     repeats: int
-    against_llm: bool
     url: str | None
     rate: float | None = None
     adapter_count: int | None = None
@@ -68,8 +62,6 @@ class ServeBench:
         opened = self.rate is not None
         if opened and self.clients is not None:
             raise _apart("clients", "--rate", "an open loop has no clients; --requests says how many requests it sends")
-        if opened and self.against_llm:
-            raise _apart("against_llm", "--rate", "LLM.generate receives all prompts at the same time")
         if not opened and self.limits is not None:
             raise _apart("ttft_limit", "a closed loop", "goodput is for --rate; leave the limits out")
         if self.zipf_exponent is not None and self.adapters != "zipf":
@@ -117,41 +109,34 @@ def _apart(name: str, other: str, why: str) -> ConfigError:
 def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -> None:
     end_children_on_sigterm()
     names = bench.names()
-    if bench.url:
-        results = {"http": _http_runs(bench.url, bench, names, UNKNOWN_VOCABULARY)}
-    else:
-        results = _own_server(config, bench, names)
-    report = {"bench": asdict(bench), "model": config.model, "machine": _machine(), **_medians(results)}
+    runs = _runs(bench.url, bench, names, UNKNOWN_VOCABULARY) if bench.url else _own_server(config, bench, names)
+    middle, machine = _median(runs), _machine()
     if as_json:
+        report = {"bench": asdict(bench), "model": config.model, "machine": machine, "runs": runs, "http": middle}
         out().print_json(json.dumps(report))
         return
-    _print(report, bench)
+    _print(middle, bench)
+    out().print(f"[dim]{machine}[/]")
 
 
-def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
         plan = planned(config)
-        made = random_adapters(plan, Path(folder), names, bench.rank)
-        vocabulary = plan.program.vocab_size
-        results: dict[str, list[dict[str, Any]]] = {"http": []}
+        random_adapters(plan, Path(folder), names, bench.rank)
         with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
-            url = server.wait()
-            results["http"] = _http_runs(url, bench, names, vocabulary)
-        if bench.against_llm:
-            results["llm"] = _llm_runs(config, bench, {name: str(path) for name, path in made.items()}, vocabulary)
-        return results
+            return _runs(server.wait(), bench, names, plan.program.vocab_size)
 
 
-def _http_runs(url: str, bench: ServeBench, names: list[str], vocab_size: int) -> list[dict[str, Any]]:
+def _runs(url: str, bench: ServeBench, names: list[str], vocab_size: int) -> list[dict[str, Any]]:
     runs = []
     target = Target(url, OpenAI())
     for repeat in range(bench.repeats + 1):  # the first warms up: adapters are loaded, pages touched
-        err().print(f"[dim]http run {repeat or 'warm-up'} ...[/]")
+        err().print(f"[dim]run {repeat or 'warm-up'} ...[/]")
         load = bench.load(names, vocab_size, repeat)
         if bench.rate is None:
-            measured = asyncio.run(closed_loop(target, load))
+            measured = closed_loop(target, load)
         else:
-            measured = asyncio.run(open_loop(target, load, arrivals(bench.rate, load.clients, load.seed)))
+            measured = open_loop(target, load, arrivals(bench.rate, load.clients, load.seed))
         if measured.failures:
             raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
         opened = bench.rate is not None
@@ -167,41 +152,11 @@ def _shares(load: Load) -> dict[str, Any]:
     return {"used": len(counts), "largest_share": round(max(counts.values(), default=0) / total, 3)}
 
 
-def _llm_runs(
-    config: EngineConfig, bench: ServeBench, adapters: dict[str, str], vocab_size: int
-) -> list[dict[str, Any]]:
-    """The same load through ``LLM.generate``, in a process of its own so that both have the machine alone."""
-    err().print("[dim]the same through LLM.generate ...[/]")
-    names = sorted(adapters)
-    job = {
-        "config": config_fields(config),
-        "adapters": adapters,
-        "loads": [asdict(bench.load(names, vocab_size, repeat)) for repeat in range(bench.repeats + 1)],
-    }
-    child = subprocess.run(
-        [sys.executable, "-m", "truffula.bench.offline"], input=json.dumps(job), capture_output=True, text=True
-    )
-    if child.returncode:
-        raise child_error("LLM.generate failed in the benchmark", child.stderr)
-    runs: list[dict[str, Any]] = json.loads(child.stdout.splitlines()[-1])
-    return runs[1:]
-
-
-def _medians(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    report: dict[str, Any] = {"runs": results}
-    for way, runs in results.items():
-        report[way] = {**min(runs, key=lambda run: abs(run["output_tok_s"] - _median(runs)))}
-        report[way]["output_tok_s_spread"] = [
-            min(r["output_tok_s"] for r in runs),
-            max(r["output_tok_s"] for r in runs),
-        ]
-    if "llm" in report:
-        report["http_over_llm"] = round(report["http"]["output_tok_s"] / report["llm"]["output_tok_s"], 3)
-    return report
-
-
-def _median(runs: list[dict[str, Any]]) -> float:
-    return float(statistics.median(run["output_tok_s"] for run in runs))
+def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose rate is the median, with the spread of all."""
+    rates = [run["output_tok_s"] for run in runs]
+    middle = min(runs, key=lambda run: abs(run["output_tok_s"] - statistics.median(rates)))
+    return {**middle, "output_tok_s_spread": [min(rates), max(rates)]}
 
 
 def _machine() -> str:
@@ -212,35 +167,24 @@ def _machine() -> str:
     return f"{name}, {usable_cpus()} cores, {sets[0] if sets else 'unknown instruction set'}"
 
 
-def _print(report: dict[str, Any], bench: ServeBench) -> None:
+def _print(row: dict[str, Any], bench: ServeBench) -> None:
     loop = f"{bench.streams} clients" if bench.rate is None else f"{bench.streams} requests at {bench.rate:g}/s"
     title = (
         f"{loop}, adapters {bench.adapters} (rank {bench.rank}), {bench.prompt_tokens} prompt tokens, "
         f"{bench.max_tokens} new: median of {bench.repeats}"
     )
     shown = table(
-        "", ">output tok/s", ">spread", ">TTFT p50 ms", ">p99", ">ITL p50 ms", ">p99", ">prefix hits", title=title
+        ">output tok/s", ">spread", ">TTFT p50 ms", ">p99", ">ITL p50 ms", ">p99", ">prefix hits", title=title
     )
-    for way in ("http", "llm"):
-        if way in report:
-            row = report[way]
-            low, high = row["output_tok_s_spread"]
-            ttft, itl = row["ttft_ms"], row["itl_ms"]
-            shown.add_row(
-                {"http": "HTTP", "llm": "LLM.generate"}[way], f"{row['output_tok_s']:.1f}", f"{low:.1f}-{high:.1f}",
-                *(f"{d[q]:.1f}" if d else "-" for d in (ttft, itl) for q in ("p50", "p99")),
-                f"{row['prefix_hit_rate']:.1%}",
-            )  # fmt: skip
+    low, high = row["output_tok_s_spread"]
+    latencies = [f"{of[q]:.1f}" if of else "-" for of in (row["ttft_ms"], row["itl_ms"]) for q in ("p50", "p99")]
+    shown.add_row(f"{row['output_tok_s']:.1f}", f"{low:.1f}-{high:.1f}", *latencies, f"{row['prefix_hit_rate']:.1%}")
     out().print(shown)
-    row = report["http"]
     if bench.adapters == "zipf":
         uses = row["adapters"]
         out().print(f"{uses['used']} of {bench.adapter_count} adapters used; the first {uses['largest_share']:.0%}")
     if bench.rate is not None:
         _print_open(row, bench.limits or Limits())
-    if "http_over_llm" in report:
-        out().print(f"HTTP / LLM.generate: [bold]{report['http_over_llm']:.3f}[/]")
-    out().print(f"[dim]{report['machine']}[/]")
 
 
 def _print_open(row: dict[str, Any], limits: Limits) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
@@ -13,9 +13,6 @@ from truffula.config import EngineConfig
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
 from truffula.option import expanded
 from truffula.types import SamplingParams, TextDelta
-
-if TYPE_CHECKING:
-    from truffula.engine.client import Transport
 
 BASE = "base"
 Message = Mapping[str, str]
@@ -68,17 +65,17 @@ def split_adapter(word: str) -> tuple[str, str | None]:
 class LocalModel:
     """``LLM``, with a progress bar while it loads."""
 
-    def __init__(self, config: EngineConfig, adapters: Mapping[str, str], transport: Transport = "inline") -> None:
+    def __init__(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
         from dataclasses import fields
 
         from truffula.llm import LLM
 
         options = {f.name: getattr(config, f.name) for f in fields(config)}
         with progress() as report:
-            self._llm = LLM(options.pop("model"), adapters=adapters, transport=transport, progress=report, **options)
+            self._llm = LLM(options.pop("model"), adapters=adapters, progress=report, **options)
         self.name = config.model
         self.has_chat_template = self._llm.has_chat_template
-        if text := self._llm.info.details["int8_note"]:
+        if text := self._llm.info.int8_note:
             note(text)
 
     def adapters(self) -> list[str]:
@@ -90,7 +87,13 @@ class LocalModel:
     def stream(
         self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
     ) -> Iterator[tuple[int, TextDelta]]:
-        for position, delta in self._llm.stream_each([prompt] * len(adapters), params, adapters=list(adapters)):
+        return self.stream_each([prompt] * len(adapters), adapters, params)
+
+    def stream_each(
+        self, prompts: Sequence[Prompt], adapters: Sequence[str | None], params: SamplingParams
+    ) -> Iterator[tuple[int, TextDelta]]:
+        """One answer per prompt, by the adapter at the same position, in one batch; as ``stream`` otherwise."""
+        for position, delta in self._llm.stream_each(prompts, params, adapters=list(adapters)):
             if delta.error is not None:
                 raise from_info(delta.error)
             yield position, delta

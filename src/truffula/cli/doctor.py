@@ -117,7 +117,7 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
 def _native() -> list[Finding]:
     """The native module, the instruction sets and threads it would use, and the compiler that builds it."""
     from truffula.config import load_settings
-    from truffula.kernels.cpu import CpuBackend, instruction_sets, why_this_set, why_unavailable
+    from truffula.kernels.cpu import instruction_sets, why_unavailable
     from truffula.kernels.host import usable_cpus
     from truffula.kernels.installation import installation
 
@@ -131,7 +131,7 @@ def _native() -> list[Finding]:
     settings = {s.option.name: s.value for s in load_settings({})}
     sets = instruction_sets()
     asked = settings["cpu_isa"]
-    used = CpuBackend(1).probe().isa if asked == "auto" else asked  # a table that fails its check is passed over
+    used = sets[0] if asked == "auto" else asked
     state, advice = (
         ("ok", "") if used in sets else ("missing", "not usable on this machine; the cpu backend rejects it")
     )
@@ -139,10 +139,21 @@ def _native() -> list[Finding]:
     return [
         Finding("native kernels", "yes"),
         Finding("instruction sets", ", ".join(sets), "ok", faster_instructions(cpu_name()[1], sets)),
-        *([Finding("why that order", why)] if (why := why_this_set()) else []),
+        *_self_check(sets),
         Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}", state, advice),
         Finding("C++ compiler", compiler or "none"),
     ]
+
+
+def _self_check(sets: Sequence[str]) -> list[Finding]:
+    """A finding for each instruction set that computes wrongly here: a compiler or an emulated CPU may be at fault."""
+    from truffula.testing.self_check import difference
+
+    wrong = [(isa, found) for isa in sets if (found := difference(isa))]
+    if not wrong:
+        return [Finding("self-check", "every instruction set computes as portable does")]
+    advice = "choose another one with --cpu-isa, or compile with another compiler"
+    return [Finding("self-check", f"{isa} computes {found} wrongly", "missing", advice) for isa, found in wrong]
 
 
 def _packages() -> list[Finding]:
@@ -194,9 +205,7 @@ def _dtypes() -> list[Finding]:
     given = {s.option.name: s.value for s in load_settings({})}
     try:
         precision = Precision(given["quantize"], given["exact"])
-        backend = select_backend(
-            given["backend"], given["device"], cpu_isa=given["cpu_isa"], precision=precision
-        )  # fmt: skip
+        backend = select_backend(given["backend"], given["device"], cpu_isa=given["cpu_isa"], precision=precision)
         choices = {kind: choose_dtype(backend, given["dtype"], kind) for kind in STORED}
     except TruffulaError as error:
         return [Finding("dtype", "none", "missing", error.message)]

@@ -1,16 +1,20 @@
-"""``truffula generate``: answers to one prompt, and nothing else on stdout."""
+"""``truffula generate``: answers to one prompt or to a file of prompts, and nothing else on stdout."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from truffula.cli.chat_models import ChatModel
+from truffula.cli.chat_models import ChatModel, LocalModel, Prompt
 from truffula.cli.line_editor import read_text
-from truffula.cli.output import note, out
+from truffula.cli.output import note, out, write
 from truffula.cli.side_by_side import Answer, show
 from truffula.config import load_settings
 from truffula.errors import ConfigError
+from truffula.service.progress import ProgressBar
 from truffula.types import SamplingParams
 
 
@@ -34,14 +38,63 @@ def read_prompt(prompt: str | None) -> str:
     return text
 
 
+def read_prompts(path: Path, prompt: str | None, url: str | None) -> list[str]:
+    """The lines of ``path`` (``-``: of standard input) that are not empty. Raises ``ConfigError``."""
+    if prompt is not None:
+        raise ConfigError(f"Both a prompt ({prompt[:40]!r}) and --prompts are given; leave one out.", param="prompts")
+    if url is not None:
+        raise ConfigError(
+            "--prompts answers with a model that is loaded here, --url with a server's; leave one out.", param="prompts"
+        )
+    try:
+        text = read_text(sys.stdin.read if str(path) == "-" else lambda: path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--prompts is {path}, which cannot be read: {error.strerror}.", param="prompts") from error
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{path} holds no prompt: write one per line.", param="prompts")
+    return prompts
+
+
+def run_batch(
+    model: ChatModel, texts: Sequence[str], adapters: Sequence[str | None], params: SamplingParams, *, raw: bool
+) -> None:
+    """Answer each of ``texts`` with each of ``adapters``, in order: one JSON object per line of stdout.
+
+    The bar on stderr is left out where the answers scroll through the same terminal.
+    """
+    assert isinstance(model, LocalModel), "only --url makes another kind"
+    raw = _completes(model, raw)
+    asked = [(text, adapter) for text in texts for adapter in adapters]
+    prompts: list[Prompt] = [text if raw else [{"role": "user", "content": text}] for text, _ in asked]
+    answers = [Answer(adapter or "base") for _, adapter in asked]
+    written = ended = tokens = 0
+    with contextlib.closing(ProgressBar()) as bar:
+        for position, delta in model.stream_each(prompts, [adapter for _, adapter in asked], params):
+            answers[position].add(delta)
+            tokens += len(delta.tokens)
+            ended += delta.finish_reason is not None
+            while written < len(asked) and answers[written].finish_reason is not None:
+                answer, answers[written] = answers[written], Answer("")
+                row = {"prompt": asked[written][0], "adapter": answer.title, "text": answer.text}
+                write(json.dumps(row | {"finish_reason": answer.finish_reason}, ensure_ascii=False) + "\n")
+                written += 1
+            if not sys.stdout.isatty():
+                bar(ended, len(asked), tokens)
+
+
+def _completes(model: ChatModel, raw: bool) -> bool:
+    """Whether prompts are completed as they are: with ``--raw``, or because there is no chat template."""
+    if not raw and not model.has_chat_template:
+        note(f"{model.name} has no chat template: the prompt is completed as it is, as with --raw.")
+    return raw or not model.has_chat_template
+
+
 def run_generate(
     model: ChatModel, text: str, adapters: list[str | None], params: SamplingParams, *, raw: bool, as_json: bool
 ) -> None:
     """Answer ``text`` with each of ``adapters`` (None: the base) and print the answers as they grow, or as JSON."""
-    if not raw and not model.has_chat_template:
-        note(f"{model.name} has no chat template: the prompt is completed as it is, as with --raw.")
-        raw = True
-    deltas = model.stream(text if raw else [{"role": "user", "content": text}], adapters, params)
+    deltas = model.stream(text if _completes(model, raw) else [{"role": "user", "content": text}], adapters, params)
     titles = [name or "base" for name in adapters]
     if not as_json:
         show(titles, deltas)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from truffula.cli.foreign_flags import FOREIGN_COMMANDS, foreign_flags
+from truffula.cli.foreign_flags import foreign_flags, known_commands
 from truffula.errors import did_you_mean, nearest
 
 # Newer versions of typer contain click, older ones depend on it: the base of typer's class is the one in use.
@@ -78,8 +78,8 @@ class Group(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         word = args[0]
         if word not in self.commands and not word.startswith("-") and not ctx.resilient_parsing:
-            if ctx.parent is None and word in FOREIGN_COMMANDS:
-                raise UsageError(FOREIGN_COMMANDS[word], ctx)
+            if ctx.parent is None and word in known_commands():
+                raise UsageError(known_commands()[word], ctx)
             raise UsageError(f"Unknown command {word}.{did_you_mean(nearest(word, self.commands))}", ctx)
         return super().resolve_command(ctx, args)
 

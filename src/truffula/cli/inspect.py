@@ -17,7 +17,6 @@ from truffula.errors import CheckpointError, ConfigError, from_info
 from truffula.option import expanded
 
 if TYPE_CHECKING:
-    from truffula.kernels.cpu.rounding import Lost, Rounding
     from truffula.lora.peft import AdapterReport
     from truffula.model.load import ModelPlan
     from truffula.types import EndToken
@@ -90,7 +89,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         keys = [{"key": f.key, "value": f.value, "fate": f.fate} for f in fates]
         report = {**facts, "end_tokens": [{"id": end.id, "text": end.text, "source": end.source} for end in ends]}
         report |= {"stored": stored, "config": keys, "unused": plan.unused, "warnings": warnings}
-        out().print_json(json.dumps(report | ({"rounding": _as_json(rounding)} if rounding else {})))
+        out().print_json(json.dumps(report | ({"rounding": rounding} if rounding else {})))
         return
     console = out()
     shown = table("", "", title=str(path))
@@ -137,49 +136,44 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
     return ends.all, [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
 
 
-def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> Rounding:
-    """What ``--quantize q8_0`` would lose, read tensor by tensor."""
-    from truffula.kernels.cpu.formats import BLOCK_KINDS
-    from truffula.kernels.cpu.rounding import rounding_errors
+def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
+    """What ``--quantize q8_0`` would lose, by the name of a layer's linear (``q``, ``down``) and in all."""
+    from truffula.kernels.cpu import CpuBackend
+    from truffula.kernels.host import usable_cpus
     from truffula.model.load import puller
 
+    backend = CpuBackend(usable_cpus(), quantize="q8_0")
     with progress() as report:
-        done = 0
-
-        def tell(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            report("rounding to Q8_0", done, plan.stored_bytes)
-
-        pull = puller(checkpoint, plan, block_kinds=frozenset(BLOCK_KINDS))
-        found = rounding_errors(plan.program, pull, plan.stored_types, tell)
-        report("rounding to Q8_0", plan.stored_bytes, plan.stored_bytes)  # what it keeps was not read
-    return found
-
-
-def _rows(rounding: Rounding) -> list[tuple[str, Lost]]:
-    return [*rounding.kinds.items(), ("all", rounding.all)]
-
-
-def _as_json(rounding: Rounding) -> dict[str, Any]:
-    kinds = {
-        name: {"tensors": at.tensors, "error": at.error, "worst": at.worst, "worst_error": at.worst_error}
-        for name, at in _rows(rounding)
-    }
-    return {"format": "q8_0", "kinds": kinds, "kept": rounding.kept}
+        pull = puller(checkpoint, plan, progress=report, block_kinds=backend.block_kinds)
+        found = backend.rounding(plan.program, pull)
+    kinds: dict[str, list[str]] = {}
+    for name in found.sums:
+        module = name.rpartition(".")[0].rpartition(".")[2].removesuffix("_proj")
+        kinds.setdefault("head" if module in ("embed_tokens", "lm_head") else module, []).append(name)
+    rows = {}
+    for kind, names in [*kinds.items(), *([("all", list(found.sums))] if kinds else [])]:
+        worst = found.worst(names)
+        rows[kind] = {
+            "tensors": len(names),
+            "error": found.error(names),
+            "worst": worst,
+            "worst_error": found.error([worst]),
+        }
+    matrices = sum(len(decl.parts) for decl in plan.program.weights if len(decl.shape) > 1)
+    return {"format": "q8_0", "kinds": rows, "kept": matrices - len(found.sums)}
 
 
-def _show_rounding(rounding: Rounding) -> None:
+def _show_rounding(rounding: dict[str, Any]) -> None:
     console = out()
-    if not rounding.kinds:
-        console.print(f"\n--quantize q8_0 would round nothing: all {rounding.kept} matrices are not rounded")
+    if not rounding["kinds"]:
+        console.print(f"\n--quantize q8_0 would round nothing: all {rounding['kept']} matrices are not rounded")
         return
     shown = table("site", ">tensors", ">relative RMS error", ">worst", "tensor", title="\n--quantize q8_0 would lose")
-    for name, at in _rows(rounding):
-        shown.add_row(name, str(at.tensors), f"{at.error:.3%}", f"{at.worst_error:.3%}", at.worst)
+    for name, row in rounding["kinds"].items():
+        shown.add_row(name, str(row["tensors"]), f"{row['error']:.3%}", f"{row['worst_error']:.3%}", row["worst"])
     console.print(shown)
-    if rounding.kept:
-        console.print(f"{rounding.kept} matrices are not rounded")
+    if rounding["kept"]:
+        console.print(f"{rounding['kept']} matrices are not rounded")
 
 
 # What the screen calls facts whose name in --json, without "_bytes" and underscores, does not say enough.
@@ -191,6 +185,7 @@ LABELS = MappingProxyType(
         "tying_reason": "  because",
         "saved_by_tying_bytes": "  saved by tying",
         "kv_per_token_bytes": "KV cache per token",
+        "kv_windows_bytes": "  and per sequence, in layers with a window",
         "eos_ids": "end token ids",
         "rank_16_adapter_bytes": "adapter of rank 16",
     }
@@ -208,7 +203,9 @@ def int8_products(plan: ModelPlan) -> str:
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
     """The head of the report; numbers of bytes end in ``_bytes``."""
     spec, program = plan.spec, plan.program
-    planes = [plane.width for group in program.kv_groups for plane in group.planes]
+    # Bytes per token in bfloat16; layers with a window keep that many tokens.
+    per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in program.kv_groups}
+    windows = {window: nbytes for window, nbytes in per_token.items() if window is not None}
     sites = sum(1 for site in program.sites if site.kind == "linear")
     return {
         "architecture": spec.model_type,
@@ -224,7 +221,8 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "tying": plan.tying.tie.name.lower(),
         "tying_reason": plan.tying.reason,
         "saved_by_tying_bytes": plan.saved_bytes,
-        "kv_per_token_bytes": 2 * sum(planes),
+        "kv_per_token_bytes": per_token.get(None, 0),
+        **({"kv_windows_bytes": sum(window * nbytes for window, nbytes in windows.items())} if windows else {}),
         "adapter_sites": sites,
         "rank_16_adapter_bytes": 2
         * 16

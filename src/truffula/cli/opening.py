@@ -12,7 +12,6 @@ from truffula.errors import ConfigError
 
 if TYPE_CHECKING:
     from truffula.cli.chat_models import ChatModel
-    from truffula.engine.client import Transport
 
 
 @contextlib.contextmanager
@@ -22,12 +21,8 @@ def chat_model(
     url: str | None,
     api_key: str | None,
     adapters: Sequence[str],
-    *,
-    interactive: bool = False,
 ) -> Iterator[tuple[ChatModel, list[str | None]]]:
     """The model, and ``adapters`` (the words of ``--adapter``) by name, None for the base; closed at the end.
-
-    ``interactive``: Ctrl-C must leave the model usable, so it steps in a thread that no signal interrupts.
 
     Raises ``ConfigError`` where options contradict each other, and what opening the model raises.
     """
@@ -45,8 +40,7 @@ def chat_model(
                     f"--adapter names both {source} and {named[name]} {name!r}; write NAME=FOLDER for one of them.",
                     param="adapter",
                 )
-        transport: Transport = "thread" if interactive else "inline"
-        opened = LocalModel(resolve(options, model=model).engine, named, transport)
+        opened = LocalModel(resolve(options, model=model).engine, named)
         names = [None if source is None else name for name, source in chosen]
     else:
         from truffula.cli.server_client import ServerClient, server_address

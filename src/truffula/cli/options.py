@@ -17,8 +17,16 @@ from truffula.option import Option
 
 Command = Callable[..., None]
 TOPICS = (
-    "Common", "Model", "Adapters", "Batching", "Access", "Request limits", "Timeouts", "Logs and metrics", "Advanced",
-)  # fmt: skip
+    "Common",
+    "Model",
+    "Adapters",
+    "Batching",
+    "Access",
+    "Request limits",
+    "Timeouts",
+    "Logs and metrics",
+    "Advanced",
+)
 """The sections of the help, in order."""
 FIRST = ("host", "port", "adapters", "adapter_dir", "api_keys")
 """What most users look for, at the head of the first section."""

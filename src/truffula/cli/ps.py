@@ -25,7 +25,8 @@ def run_ps(server: ServerClient, *, as_json: bool) -> None:
         "model": f"{found['model']} ({found['dtype']}, {found['device']})",
         "adapters": f"{names}; {found['adapters_resident']} in memory, {format_size(found['adapter_bytes'])}",
         "requests": f"{found['running']} running, {found['waiting']} waiting",
-        "KV cache": f"{found['kv_blocks_used']} of {found['kv_blocks']} blocks in use",
+        "KV cache": f"{format_size(found['kv_used_bytes'])} in use, {format_size(found['kv_cached_bytes'])} cached, "
+        f"of {format_size(found['budget_bytes'])} for KV cache and adapters",
     }
     for name, text in lines.items():
         console.print(f"{name:<10}{text}", markup=False)
@@ -41,8 +42,9 @@ def _state(server: ServerClient) -> dict[str, Any]:
         "waiting": "truffula_sequences_waiting",
         "adapters_resident": "truffula_adapters_resident",
         "adapter_bytes": "truffula_adapter_bytes",
-        "kv_blocks": "truffula_kv_blocks",
-        "kv_blocks_used": "truffula_kv_blocks_used",
+        "kv_used_bytes": "truffula_kv_used_bytes",
+        "kv_cached_bytes": "truffula_kv_cached_bytes",
+        "budget_bytes": "truffula_budget_bytes",
     }
     try:
         values = {s.name: s.value for family in text_string_to_metric_families(metrics) for s in family.samples}

@@ -48,9 +48,12 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
     from truffula.testing.served import verify_serving
 
     result = verify_serving(
-        path, config, threads=config.threads or usable_cpus(), adapter=Path(adapter) if adapter else None,
+        path,
+        config,
+        threads=config.threads or usable_cpus(),
+        adapter=Path(adapter) if adapter else None,
         new_tokens=tokens,
-    )  # fmt: skip
+    )
     if as_json:
         served = None if result.served is None else {**asdict(result.served), "ok": result.served.ok}
         out().print_json(json.dumps({**asdict(result.values), "served": served, "ok": result.ok}))

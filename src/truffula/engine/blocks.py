@@ -1,9 +1,12 @@
-"""BlockPool: the only owner of KV block ids. Others hold ids and give them back.
+"""BlockPool: the only owner of KV block ids. A sequence holds a BlockTable and changes it through the pool.
 
-0          scratch, never given out
-free       on the stack; their bytes are not reserved
-in use     referenced by one sequence, or by several when full and shared through the prefix index
-cached     referenced by nobody, still indexed: a later prompt may take them up again, or they are evicted (LRU)
+Each KV group has block ids of its own; bytes of all come from one budget. A block is
+
+free       on its group's stack; its bytes are not reserved
+in use     referenced by one table, or by several when it is full and shared through the prefix index
+cached     referenced by none, still indexed: a prefix hit takes it up again, or it is evicted (LRU over all groups)
+
+Id 0 of each group is scratch and never allocated.
 """
 
 from __future__ import annotations
@@ -11,192 +14,386 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.prefix import Entry, PrefixChain, PrefixIndex
+from truffula.engine.kv_layout import KvLayout
+from truffula.engine.prefix import NO_BLOCK, BlockKey, BlockKeys, PrefixIndex, PrefixNode
 from truffula.errors import ConfigError
+from truffula.kernels.inputs import Int32
 
 OWNER = "kv"
+NEVER = 1 << 62
+
+
+BlockRef = tuple[int, int]
+"""A reference on a block: its group and its id."""
+
+
+class BlockTable:
+    """The blocks of one sequence. ``ids[g][i]`` holds its tokens from i * block_size on, for i < ``length``;
+    ``capacity`` is the number of tokens that it has blocks for.
+
+    In group g the entries before ``first[g]`` were freed and are -1. ``views`` has ``ids[g][:length]`` of each group;
+    it is the same tuple until the table changes, and an older one keeps what it holds. The first ``num_indexed`` blocks
+    are in the prefix index, ``node`` is the last of them (the root for none). ``node`` None: nothing is indexed. At
+    ``due`` committed tokens the next block is to be indexed or freed.
+    """
+
+    def __init__(self, groups: int, block_size: int, node: PrefixNode | None) -> None:
+        self.ids: list[Int32] = [np.zeros(4, np.int32) for _ in range(groups)]
+        self.length = self.capacity = 0
+        self.block_size = block_size
+        self.views: tuple[Int32, ...] = tuple(ids[:0] for ids in self.ids)
+        self.first = [0] * groups
+        self.num_indexed = 0
+        self.node = node
+        self.due = 0
+
+    def held(self, group: int) -> list[int]:
+        """Ids of the blocks that it references in a group."""
+        ids: list[int] = self.ids[group][self.first[group] : self.length].tolist()
+        return ids
+
+    def num_held(self) -> list[int]:
+        """How many blocks it references, per group."""
+        return [self.length - first for first in self.first]
+
+    def append(self, columns: Sequence[Sequence[int]]) -> None:
+        """Add blocks at the end: for each group equally many."""
+        start, self.length = self.length, self.length + len(columns[0])
+        if self.length > len(self.ids[0]):
+            for group, old in enumerate(self.ids):
+                self.ids[group] = np.zeros(2 * self.length, np.int32)
+                self.ids[group][:start] = old[:start]
+        for ids, blocks in zip(self.ids, columns, strict=True):
+            ids[start : self.length] = blocks
+        self.capacity = self.length * self.block_size
+        self.views = tuple([ids[: self.length] for ids in self.ids])
+
+    def replace(self, group: int, start: int, stop: int, block: int) -> None:
+        """Set the entries ``start .. stop`` of a group."""
+        ids = self.ids[group] = self.ids[group].copy()  # an unfinished step's chunk has a view of it
+        ids[start:stop] = block
+        self.views = tuple([ids[: self.length] for ids in self.ids])
+
+
+class _Group:
+    """The block ids of one KV group."""
+
+    def __init__(self, num_blocks: int) -> None:
+        # Lowest ids on top: KV memory is committed when it is first written, so small loads stay in few pages.
+        self.free = list(range(num_blocks - 1, 0, -1))
+        self.refs = [0] * num_blocks
+        self.cached: OrderedDict[int, float] = OrderedDict()
+        self.nodes: dict[int, PrefixNode] = {}
+
+    @property
+    def available(self) -> int:
+        return len(self.free) + len(self.cached)
+
+    @property
+    def used(self) -> int:
+        return len(self.refs) - 1 - self.available
+
+    def oldest(self) -> float:
+        """When its least recently used cached block was released; there must be one."""
+        return next(iter(self.cached.values()))
 
 
 class BlockPool:
-    """Blocks ``1 .. num_blocks`` of ``block_size`` tokens. Bytes of blocks in use and cached are reserved from
-    ``budget``.
-
-    ``block_bytes`` is what one block costs (0: the budget is not asked). ``prefix_cache`` False indexes nothing.
+    """Blocks ``1 .. num_blocks`` of each group of ``layout``. Bytes of blocks in use and cached are reserved from
+    ``budget``. ``prefix_cache`` False indexes nothing.
     """
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        *,
-        budget: MemoryBudget | None = None,
-        block_bytes: int = 0,
-        prefix_cache: bool = True,
+        self, num_blocks: int, layout: KvLayout, *, budget: MemoryBudget | None = None, prefix_cache: bool = True
     ) -> None:
-        if num_blocks < 2 or block_size < 1:
+        if num_blocks < 2 or layout.block_size < 1:
             raise ConfigError(
-                f"{num_blocks} blocks of {block_size} tokens: at least 2 (one is scratch) of 1 are needed."
+                f"{num_blocks} blocks of {layout.block_size} tokens: at least 2 (one is scratch) of 1 are needed."
             )
         self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.block_bytes = block_bytes
-        self._budget = budget
+        self.layout = layout
+        self._budget = budget if any(layout.block_bytes) else None
+        self._column_bytes = sum(layout.block_bytes)
         self._prefix_cache = prefix_cache
-        # Lowest ids on top: memory of the pool is touched lazily, so small loads stay in few pages.
-        self._free = list(range(num_blocks - 1, 0, -1))
-        self._refs = [0] * num_blocks
-        self._cached: OrderedDict[int, float] = OrderedDict()
-        self._index = PrefixIndex()
-        if budget is not None and block_bytes:
-            budget.register_reclaimer(OWNER, self)
+        self._groups = [_Group(num_blocks) for _ in layout.windows]
+        self._sliding = [g for g, window in enumerate(layout.windows) if window is not None]
+        self._index = PrefixIndex(layout.num_groups)
+        if self._budget is not None:
+            self._budget.register_reclaimer(OWNER, self)
 
-    # What there is
+    # Counts
 
     def num_free(self) -> int:
-        return len(self._free)
+        """Free blocks of all groups."""
+        return sum(len(group.free) for group in self._groups)
 
     def num_cached(self) -> int:
-        return len(self._cached)
+        """Cached blocks of all groups."""
+        return sum(len(group.cached) for group in self._groups)
 
     def num_used(self) -> int:
-        return self.num_blocks - 1 - len(self._free) - len(self._cached)
+        """Blocks of all groups that tables reference."""
+        return sum(group.used for group in self._groups)
 
-    def available(self) -> int:
-        """Blocks that ``allocate`` could hand out, as far as ids go (bytes may still fall short)."""
-        return len(self._free) + len(self._cached)
+    def used_bytes(self) -> int:
+        """Bytes of the blocks that tables reference."""
+        return self.layout.nbytes([group.used for group in self._groups])
 
-    def could_have(self, count: int, taken_elsewhere: Callable[[], int]) -> bool:
-        """Whether ``count`` blocks could be had by giving up all that is idle. ``taken_elsewhere``: bytes of others in
-        use.
+    def cached_bytes(self) -> int:
+        """Bytes of the cached blocks."""
+        return self.layout.nbytes([len(group.cached) for group in self._groups])
+
+    def could_have(self, counts: Sequence[int], bytes_elsewhere: Callable[[], int]) -> bool:
+        """Whether ``counts[g]`` more blocks of each group fit once everything idle is evicted.
+
+        ``bytes_elsewhere`` gives the bytes that other owners with idle things have in use.
         """
-        if count > self.available():
+        if any(count > group.available for count, group in zip(counts, self._groups, strict=True)):
             return False
-        if self._budget is None or count * self.block_bytes <= self._budget.available():
+        nbytes = self.layout.nbytes(counts)
+        if self._budget is None or nbytes <= self._budget.available():
             return True
-        taken = self._budget.fixed() + taken_elsewhere() + self.num_used() * self.block_bytes
-        return taken + count * self.block_bytes <= self._budget.limit
+        return self._budget.fixed() + bytes_elsewhere() + self.used_bytes() + nbytes <= self._budget.limit
 
-    def capacity(self) -> int:
-        """Blocks that one sequence alone could have: ids, and bytes beside what is never given up."""
-        count = self.num_blocks - 1
-        if self._budget is not None and self.block_bytes:
-            count = min(count, max(0, self._budget.limit - self._budget.fixed()) // self.block_bytes)
-        return count
+    def longest(self, most_tokens: int) -> int:
+        """Tokens, at most ``most_tokens``, of the longest sequence that fits when it runs alone."""
+        nbytes = None if self._budget is None else self._budget.limit - self._budget.fixed()
+        return self.layout.longest(most_tokens, nbytes=nbytes, num_blocks=self.num_blocks - 1)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+    # Tables
 
-    # Taking and giving back
+    def new_table(self) -> BlockTable:
+        """An empty table."""
+        node = self._index.root if self._prefix_cache else None
+        table = BlockTable(self.layout.num_groups, self.layout.block_size, node)
+        self._set_due(table)
+        return table
 
-    def allocate(self, count: int) -> list[int] | None:
-        """``count`` fresh blocks with one reference each, or None and nothing taken. May evict cached blocks."""
-        if count > self.available():
-            return None
-        while len(self._free) < count:
-            self.evict_oldest()
-        if self.block_bytes and self._budget is not None and not self._budget.reserve(OWNER, count * self.block_bytes):
-            return None
-        blocks = [self._free.pop() for _ in range(count)]
-        for block in blocks:
-            self._refs[block] = 1
-        return blocks
+    def growth(self, table: BlockTable, num_tokens: int) -> list[int]:
+        """Per group, how many more blocks than now ``table`` may hold before ``num_tokens`` tokens are computed."""
+        if num_tokens <= table.capacity:
+            return [0] * len(self._groups)
+        peaks = self.layout.peak_blocks(num_tokens)
+        return [max(0, peak - held) for peak, held in zip(peaks, table.num_held(), strict=True)]
 
-    def take(self, blocks: Iterable[int]) -> None:
-        """One more reference on each of ``blocks`` (a prefix hit)."""
-        for block in blocks:
-            assert self._refs[block] or block in self._cached, block
-            self._cached.pop(block, None)
-            self._refs[block] += 1
-
-    def release(self, blocks: Sequence[int], now: float) -> None:
-        """Give back one reference on each block of a chain, given from its start. Indexed ones stay cached.
-
-        Tail first: a later request can use blocks 0..k only if all of them survive, so the end of a chain
-        must be evicted before its start.
+    def extend(self, table: BlockTable, num_tokens: int) -> bool:
+        """Give ``table`` blocks for ``num_tokens`` tokens in every group; False, and nothing taken, when they are not
+        to be had. May evict cached blocks.
         """
-        for block in reversed(blocks):
-            assert self._refs[block] > 0, block
-            self._refs[block] -= 1
-            if self._refs[block]:
+        count = self.layout.blocks_for(num_tokens) - table.length
+        if count <= 0:
+            return True
+        for group in self._groups:
+            if count > group.available:
+                return False
+        for g, group in enumerate(self._groups):
+            while len(group.free) < count:
+                self._evict(g)
+        if self._budget is not None and not self._budget.reserve(OWNER, count * self._column_bytes):
+            return False
+        columns = []
+        for group in self._groups:
+            blocks = [group.free.pop() for _ in range(count)]
+            for block in blocks:
+                group.refs[block] = 1
+            columns.append(blocks)
+        table.append(columns)
+        return True
+
+    def free_behind(self, table: BlockTable, num_computed: int, now: float) -> None:
+        """Release the blocks that no query at ``num_computed`` or later reads. Indexed ones stay cached.
+
+        ``num_computed`` counts committed tokens only: the queries of unfinished steps, and of steps that are run again,
+        are not before it.
+        """
+        for g in self._sliding:
+            first, stop = table.first[g], self.layout.first_block(g, num_computed)
+            if stop > first:
+                self.release_blocks([(g, block) for block in table.ids[g][first:stop].tolist()], now)
+                table.replace(g, first, stop, NO_BLOCK)
+                table.first[g] = stop
+        self._set_due(table)
+
+    def _set_due(self, table: BlockTable) -> None:
+        due = [self.layout.freed_at(g, table.first[g]) for g in self._sliding]
+        if table.node is not None and table.node.attached:
+            due.append((table.num_indexed + 1) * self.layout.block_size)
+        table.due = min(due, default=NEVER)
+
+    def release(self, table: BlockTable, now: float) -> None:
+        """Release all blocks of ``table``, which is no longer to be used. Indexed ones stay cached.
+
+        The last block first: a prefix hit needs all full-attention blocks before it, so the end of a prefix must be
+        evicted before its start.
+        """
+        for g in range(len(self._groups)):
+            self.release_blocks([(g, block) for block in reversed(table.held(g))], now)
+
+    def release_blocks(self, blocks: Iterable[BlockRef], now: float) -> None:
+        """Release single references, which ``register`` returned."""
+        for g, block in blocks:
+            group = self._groups[g]
+            assert group.refs[block] > 0, (g, block)
+            group.refs[block] -= 1
+            if group.refs[block]:
                 continue
-            if self._index.of_block(block) is not None:
-                self._cached[block] = now
+            if block in group.nodes:
+                group.cached[block] = now
             else:
-                self._to_free(block)
+                self._to_free(g, block)
 
     # Prefix index
 
-    def match(self, chain: PrefixChain, limit: int) -> list[Entry]:
-        """Indexed blocks that ``chain`` begins with, at most ``limit``. Takes no reference."""
-        return self._index.find(chain, limit) if self._prefix_cache else []
+    def match(self, keys: BlockKeys, limit: int) -> list[PrefixNode]:
+        """The longest indexed prefix of ``keys``, of at most ``limit`` blocks, that every group can serve.
 
-    def register(self, chain: PrefixChain, index: int, parent: int | bytes, block: int, now: float) -> Entry | None:
-        """Index ``block``, full and computed, as block ``index`` of ``chain`` behind entry ``parent``.
-
-        Where the same content is indexed already, the caller's reference moves to that block and its own is given back:
-        the entry returned says which block to use from now on. (So whoever indexes a child holds its indexed parent,
-        and a parent is never evicted before its child.) None when nothing is indexed: cache off, or a colliding key in
-        use.
+        A full group must have all of its blocks, a group with a window only those that the next query reads. Takes no
+        reference.
         """
         if not self._prefix_cache:
-            return None
-        key, tokens = chain.block(index)
-        there = self._index.at(key)
-        if there is not None and (there.parent != parent or there.tokens != tokens):
-            if there.block not in self._cached:
-                return None
-            self._evict(there.block)
-            there = None
-        if there is None:
-            return self._index.insert(key, parent, tokens, block)
-        if there.block != block:
-            self.take([there.block])
-            self.release([block], now)
-        return there
+            return []
+        path = self._index.find(keys, limit)
+        length, known = len(path), -1
+        while length != known:
+            known = length
+            for g in range(len(self._groups)):
+                length = self._servable(g, path, length)
+        return path[:length]
 
-    def forget(self, blocks: Iterable[int]) -> None:
-        """Take ``blocks`` out of the index: what they hold is not to be trusted. References stay."""
-        for block in blocks:
-            self._index.remove(block)
-            if block in self._cached:
-                del self._cached[block]
-                self._to_free(block)
+    def _servable(self, g: int, path: Sequence[PrefixNode], length: int) -> int:
+        """The most blocks, up to ``length``, after which group ``g`` has all that the next query reads."""
+        while True:
+            first = self.layout.first_block(g, length * self.layout.block_size)
+            index = length - 1
+            while index >= first and path[index].blocks[g] != NO_BLOCK:
+                index -= 1
+            if index < first:
+                return length
+            length = index  # whatever shorter prefix reaches past this block reads it too
+
+    def continues(self, table: BlockTable, keys: BlockKeys, path: Sequence[PrefixNode], key: BlockKey) -> bool:
+        """Whether ``table``, whose sequence has ``keys``, will index a block with ``key`` behind ``path``."""
+        indexed, length = table.num_indexed, len(path)
+        if (
+            table.node is None
+            or indexed > length
+            or table.node is not (path[indexed - 1] if indexed else self._index.root)
+        ):
+            return False
+        return all(keys[i] == path[i].key for i in range(indexed, length)) and keys[length] == key
+
+    def attach(self, table: BlockTable, path: Sequence[PrefixNode]) -> None:
+        """Let the empty ``table`` begin with the blocks of a prefix that ``match`` found."""
+        if not path:
+            return
+        columns = []
+        for g, group in enumerate(self._groups):
+            first = table.first[g] = self.layout.first_block(g, len(path) * self.layout.block_size)
+            blocks = [node.blocks[g] for node in path[first:]]
+            for block in blocks:
+                self._take(group, block)
+            columns.append([NO_BLOCK] * first + blocks)
+        table.append(columns)
+        table.num_indexed = len(path)
+        table.node = path[-1]
+        self._set_due(table)
+
+    def register(self, table: BlockTable, keys: BlockKeys, num_computed: int) -> list[BlockRef]:
+        """Index the blocks of ``table`` that ``num_computed`` tokens fill. Call it before ``free_behind``.
+
+        Where a block with the same content is indexed already, the table takes a reference on that block instead of its
+        own: the caller releases those returned, once no unfinished step reads them. So the holder of a block holds the
+        indexed blocks before it, and none is evicted before those behind it.
+        """
+        replaced: list[BlockRef] = []
+        for index in range(table.num_indexed, num_computed // self.layout.block_size):
+            if table.node is None or not table.node.attached:
+                break
+            table.node = node = self._index.child(table.node, keys[index])
+            table.num_indexed = index + 1
+            for g, group in enumerate(self._groups):
+                own, known = int(table.ids[g][index]), node.blocks[g]
+                if known == NO_BLOCK:
+                    node.blocks[g] = own
+                    group.nodes[own] = node
+                elif known != own:
+                    self._take(group, known)
+                    table.replace(g, index, index + 1, known)
+                    replaced.append((g, own))
+        return replaced
+
+    def forget(self, table: BlockTable) -> None:
+        """Remove from the index what ``table`` holds and all behind it: the contents are not to be trusted."""
+        top = table.node
+        while top is not None and top.parent is not None and top.parent.parent is not None:
+            top = top.parent
+        if top is None or top.parent is None or not top.attached:
+            return
+        self._index.detach(top)
+        for node in top.below():
+            for g, block in enumerate(node.blocks):
+                if block == NO_BLOCK:
+                    continue
+                del self._groups[g].nodes[block]
+                if self._groups[g].cached.pop(block, None) is not None:
+                    self._to_free(g, block)
+
+    def _take(self, group: _Group, block: int) -> None:
+        assert group.refs[block] or block in group.cached, block
+        group.cached.pop(block, None)
+        group.refs[block] += 1
 
     # Reclaimer
 
     def oldest(self) -> float | None:
-        return next(iter(self._cached.values()), None)
+        return min((group.oldest() for group in self._groups if group.cached), default=None)
 
     def evict_oldest(self) -> int:
-        block = next(iter(self._cached))
-        self._evict(block)
-        return self.block_bytes
+        stamps = [(group.oldest(), g) for g, group in enumerate(self._groups) if group.cached]
+        return self._evict(min(stamps)[1])
 
-    def _evict(self, block: int) -> None:
-        del self._cached[block]
-        self._index.remove(block)
-        self._to_free(block)
+    def _evict(self, g: int) -> int:
+        block, _ = self._groups[g].cached.popitem(last=False)
+        node = self._groups[g].nodes.pop(block)
+        node.blocks[g] = NO_BLOCK
+        self._index.prune(node)
+        self._to_free(g, block)
+        return self.layout.block_bytes[g]
 
-    def _to_free(self, block: int) -> None:
-        self._free.append(block)
-        if self.block_bytes and self._budget is not None:
-            self._budget.release(OWNER, self.block_bytes)
+    def _to_free(self, g: int, block: int) -> None:
+        self._groups[g].free.append(block)
+        if self._budget is not None:
+            self._budget.release(OWNER, self.layout.block_bytes[g])
 
-    def check(self, holders: Iterable[Sequence[int]] | None = None) -> None:
-        """Raise AssertionError when a block is lost, owned twice or miscounted. ``holders``: everybody's blocks."""
-        free, cached = set(self._free), set(self._cached)
-        used = {block for block, refs in enumerate(self._refs) if refs}
-        assert len(free) == len(self._free), "a block is free twice"
-        assert not (free & cached or free & used or cached & used), (free & cached, free & used, cached & used)
-        assert free | cached | used == set(range(1, self.num_blocks)), "a block is lost"
-        assert all(self._index.of_block(block) is not None for block in cached), "a cached block without an entry"
-        assert not any(self._index.of_block(block) for block in free), "an entry of a free block"
-        stamps = list(self._cached.values())
-        assert stamps == sorted(stamps), "the LRU is out of order"
+    def check(self, tables: Sequence[BlockTable] | None = None, blocks: Sequence[BlockRef] = ()) -> None:
+        """Raise AssertionError when a block is lost, owned twice or miscounted. ``tables`` and ``blocks`` are all the
+        references there are.
+        """
+        for g, group in enumerate(self._groups):
+            free, cached = set(group.free), set(group.cached)
+            used = {block for block, refs in enumerate(group.refs) if refs}
+            assert len(free) == len(group.free), "a block is free twice"
+            assert not (free & cached or free & used or cached & used), (free & cached, free & used, cached & used)
+            assert free | cached | used == set(range(1, self.num_blocks)), "a block is lost"
+            assert all(block in group.nodes for block in cached), "a cached block is not indexed"
+            assert not free & group.nodes.keys(), "a free block is indexed"
+            assert all(node.attached and node.blocks[g] == block for block, node in group.nodes.items())
+            stamps = list(group.cached.values())
+            assert stamps == sorted(stamps), "the LRU is out of order"
+            if tables is not None:
+                counts = Counter(block for table in tables for block in table.held(g))
+                counts.update(block for group_id, block in blocks if group_id == g)
+                assert all(counts.get(block, 0) == refs for block, refs in enumerate(group.refs)), "references differ"
         self._index.check()
-        if self._budget is not None and self.block_bytes:
-            assert self._budget.used(OWNER) == self.block_bytes * (len(used) + len(cached))
-        if holders is not None:
-            counts = Counter(block for blocks in holders for block in blocks)
-            assert all(counts.get(block, 0) == refs for block, refs in enumerate(self._refs)), "references differ"
+        indexed = sum(block != NO_BLOCK for node in self._index.root.below() for block in node.blocks)
+        assert indexed == sum(len(group.nodes) for group in self._groups), "an indexed block without its node"
+        for table in tables or ():
+            for view, ids, first in zip(table.views, table.ids, table.first, strict=True):
+                assert (view == ids[: table.length]).all()
+                assert (view[:first] == NO_BLOCK).all() and (view[first:] > 0).all()
+        if self._budget is not None:
+            held = [group.used + len(group.cached) for group in self._groups]
+            assert self._budget.used(OWNER) == self.layout.nbytes(held)

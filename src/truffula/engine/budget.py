@@ -32,7 +32,6 @@ class MemoryBudget:
         self.limit = limit_bytes
         self._used: dict[str, int] = {}
         self._reclaimers: dict[str, Reclaimer] = {}
-        self.reclaimed_bytes = 0
 
     def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None:
         """Let ``owner``'s idle things be evicted when somebody's reservation does not fit."""
@@ -86,6 +85,4 @@ class MemoryBudget:
         _, owner = min(stamps)
         before = self.used(owner)
         self._reclaimers[owner].evict_oldest()
-        freed = before - self.used(owner)
-        self.reclaimed_bytes += freed
-        return freed > 0
+        return self.used(owner) < before

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from truffula.config import EngineConfig, format_size
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
+from truffula.engine.kv_layout import KvLayout
 from truffula.engine.limits import EngineLimits
-from truffula.engine.loader import LoadingWorker
 from truffula.engine.memory import AdapterShare, MemoryDivision, memory_limit, plan_memory
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
@@ -25,8 +25,9 @@ from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
-from truffula.lora.job import LoadLimits
+from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
+from truffula.lora.worker import LoadLimits
 from truffula.model.load import ModelPlan, plan_model, puller
 from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
@@ -72,13 +73,17 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     dtype = choose_dtype(backend, config.dtype, plan.stored_dtype)
     model_len = config.max_model_len or plan.max_model_len
     first = _capacity(config, plan, model_len, num_blocks=1)
-    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_bytes, plan.stored_types)
+    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_types)
+    layout = KvLayout(
+        config.block_size, config.step_tokens, tuple(group.window for group in plan.program.kv_groups),
+        memory_plan.kv_block_bytes,
+    )  # fmt: skip
     memory = plan_memory(
         memory_plan,
         memory_limit(config.memory_bytes, backend),
+        layout,
         model_len=plan.max_model_len,
         asked_len=config.max_model_len,
-        block_size=config.block_size,
         max_running=config.max_running,
     )
     capacity = _capacity(config, plan, memory.max_model_len, memory.num_blocks)
@@ -87,14 +92,15 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         step_tokens=config.step_tokens,
         step_logit_rows=capacity.max_logit_rows,
         max_running=config.max_running,
-        max_waiting=config.max_waiting,
+        max_waiting=config.max_running + config.max_waiting,  # the service refuses; this is the engine's own bound
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
         prefix_cache=config.prefix_cache,
         vocab_size=plan.program.vocab_size,
         eos_token_ids=plan.eos_token_ids,
-        look_ahead=config.look_ahead,
-        kv_block_bytes=memory_plan.kv_block_bytes,
+        prefetch_adapters=config.prefetch_adapters,
+        kv_windows=layout.windows,
+        kv_block_bytes=layout.block_bytes,
     )
     probe = backend.probe()
     threads = config.threads or usable_cpus()
@@ -125,7 +131,7 @@ def build_engine(
         config = as_found(config, first)
     tell = progress or _silent
     began = time.monotonic()
-    path = Path(first.details["path"]) if first is not None else _resolve(config, tell)
+    path = Path(first.path) if first is not None else _resolve(config, tell)
     tell("reading the model files", 0, None)
     with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays until it goes
         files = stamps_of(checkpoint)
@@ -149,6 +155,7 @@ def build_engine(
         try:
             pull.finish()
             require_unchanged_load(files, stamps_of(checkpoint))
+            executable.prepare()
             engine = _assemble(config, settings, plan, executable, checkpoint)
         except BaseException:
             executable.close()
@@ -165,9 +172,9 @@ def as_found(config: EngineConfig, first: EngineInfo) -> EngineConfig:
         backend=first.backend,
         device=first.device,
         dtype=first.dtype,
-        threads=first.details["threads"],
+        threads=first.threads,
         max_model_len=first.max_model_len,
-        memory_bytes=first.details["memory_limit_bytes"],
+        memory_bytes=first.memory_limit_bytes,
     )
 
 
@@ -239,34 +246,34 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
         max_model_len=limits.max_model_len,
         block_size=limits.block_size,
         num_blocks=limits.num_blocks,
+        kv_tokens=memory.kv_tokens,
         step_tokens=limits.step_tokens,
         max_running=limits.max_running,
+        max_waiting=config.max_waiting,
         eos_token_ids=list(limits.eos_token_ids),
         end_tokens=list(plan.end_tokens),
+        bos_token_id=plan.bos_token_id,
+        path=str(settings.path),
+        revision=config.revision,
+        isa=settings.isa,
+        threads=settings.threads,
+        dtype_reason=settings.dtype.reason,
+        quantize=config.quantize,
+        exact=config.exact,
+        int8_note=int8_note(config, settings.planned.weight_formats),
         tying=plan.tying.tie.value,
+        tying_reason=plan.tying.reason,
+        weight_formats=dict(settings.planned.weight_formats),
         weight_bytes=settings.planned.weight_bytes,
+        stored_bytes=plan.stored_bytes,
+        saved_by_tying_bytes=plan.saved_bytes,
+        fixed_bytes=memory.fixed_bytes,
+        memory_limit_bytes=memory.limit_bytes,
+        memory_reason=memory.reason,
         budget_bytes=memory.pool_bytes,
+        unused_tensors=len(plan.unused),
+        start_s=seconds,
         warnings=list(settings.warnings),
-        details={
-            "path": str(settings.path),
-            "revision": config.revision,
-            "bos_token_id": plan.bos_token_id,
-            "isa": settings.isa,
-            "threads": settings.threads,
-            "dtype_reason": settings.dtype.reason,
-            "int8_note": int8_note(config, settings.planned.weight_formats),
-            "tying_reason": plan.tying.reason,
-            "quantize": config.quantize,
-            "exact": config.exact,
-            "weight_formats": dict(settings.planned.weight_formats),
-            "fixed_bytes": memory.fixed_bytes,
-            "memory_limit_bytes": memory.limit_bytes,
-            "memory_reason": memory.reason,
-            "stored_bytes": plan.stored_bytes,
-            "saved_by_tying_bytes": plan.saved_bytes,
-            "unused_tensors": len(plan.unused),
-            "start_s": seconds,
-        },
     )
 
 
@@ -282,7 +289,7 @@ def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:
 
 def _log(info: EngineInfo) -> None:
     logger.info(
-        "%s loaded in %.1f s, %s for KV cache and adapters", info.model, info.details["start_s"],
+        "%s loaded in %.1f s, %s for KV cache and adapters", info.model, info.start_s,
         format_size(info.budget_bytes),
     )  # fmt: skip
     for warning in info.warnings:

@@ -1,21 +1,24 @@
-"""Engine: schedule, run, book, one step at a time. Synchronous; knows nothing of text, HTTP or asyncio."""
+"""Engine: plan, submit, commit, step after step. Synchronous; knows nothing of text, HTTP or asyncio."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.grants import StepCapacity
-from truffula.engine.limits import EngineLimits
-from truffula.engine.runner import ModelRunner
+from truffula.engine.limits import EngineLimits, StepCapacity
+from truffula.engine.plan import StepPlan
+from truffula.engine.runner import ModelRunner, SubmittedStep
 from truffula.engine.scheduler import Scheduler
-from truffula.errors import AdapterNotFound, GenerationError, ShuttingDown
+from truffula.errors import ConfigError, DeviceLost, GenerationError, ShuttingDown
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
-from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
 from truffula.weights.watch import FileWatch
 
 __all__ = ["Engine", "EngineLimits"]
@@ -24,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """One model, its adapters, and everybody who waits for tokens of them. One owner, one thread.
+    """One model, its adapters, and the requests for tokens of them. One owner, one thread.
 
     ``executable``, ``adapters``, ``budget`` and ``watch`` (over the files that weights are mapped from) are the
     engine's from here on; ``close`` closes them. ``clock`` gives monotonic seconds (the pool's and the requests'
@@ -47,14 +50,19 @@ class Engine:
         self._budget = budget
         self._watch = watch
         self._clock = clock
+        groups = len(executable.inputs.block_tables)
+        if groups != len(limits.kv_windows):
+            raise ConfigError(
+                f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
+            )
         self._blocks = BlockPool(
-            limits.num_blocks, limits.block_size, budget=budget, block_bytes=limits.kv_block_bytes,
-            prefix_cache=limits.prefix_cache,
-        )  # fmt: skip
+            limits.num_blocks, limits.kv_layout(executable.depth), budget=budget, prefix_cache=limits.prefix_cache
+        )
         self._runner = ModelRunner(executable, limits.block_size, limits.max_model_len)
         runner = self._runner
         capacity = StepCapacity(runner.max_tokens, runner.max_rows, runner.max_seqs, runner.max_segments)
         self._scheduler = Scheduler(limits, self._blocks, adapters, capacity)
+        self._submitted: deque[tuple[StepPlan, SubmittedStep]] = deque()
         self._steps = 0
 
     def add(self, request: EngineRequest) -> None:
@@ -62,99 +70,106 @@ class Engine:
         self._scheduler.add(request, self._clock())
 
     def abort(self, request_id: str) -> None:
-        """End a request: its blocks and lease are free when this returns, its final event comes with the next step."""
+        """End a request: its final event comes with the next step. Its blocks and lease are released immediately, or,
+        if an unfinished step computes it, with that step's result.
+        """
         self._scheduler.abort(request_id, self._clock())
 
     def step(self) -> list[TokenEvent]:
-        """At most one forward pass; the events of everything that happened since the last one.
+        """Submit at most one step and take the result of at most one; the events of all that happened since the last
+        call.
 
-        A fault of the forward pass ends the requests in it with ``generation_failed``; the engine goes on.
+        ``executable.depth`` steps are unfinished at a time: with 2, a step is planned and submitted before the result
+        of the one before is known. If a step fails, the requests that fail alone too end with ``generation_failed``.
+
+        Raises:
+            DeviceLost: The executable can compute nothing any more.
         """
-        now = self._clock()
-        self._adapters.poll(now)
-        plan = self._scheduler.schedule(now)
+        self._adapters.poll(self._clock(), idle=self._scheduler.is_idle())
+        plan = self._scheduler.plan(self._clock())
         if plan.chunks:
-            self._steps += 1
-            try:
-                results = self._runner.run(plan)
-            except Exception as error:
-                logger.exception("step %d failed with %d sequences", self._steps, len(plan.chunks))
-                failure = GenerationError(f"The step that computed it failed: {type(error).__name__}: {error}")
-                self._scheduler.fail_step(plan, failure, self._clock())
-            else:
-                self._scheduler.update(plan, results, self._clock())
+            self._submit(plan)
+        if self._submitted and (not plan.chunks or len(self._submitted) >= self._executable.depth):
+            self._finish_oldest()
         return self._scheduler.take_events()
+
+    def _submit(self, plan: StepPlan) -> None:
+        self._steps += 1
+        try:
+            self._submitted.append((plan, self._runner.submit(plan)))
+        except Exception as error:  # noqa: BLE001  whatever it is, it may concern one sequence alone
+            self._retry(plan, error)
+
+    def _finish_oldest(self) -> None:
+        plan, step = self._submitted.popleft()
+        try:
+            results = step.result()
+        except Exception as error:  # noqa: BLE001  as above
+            self._discard_submitted()
+            self._retry(plan, error)
+        else:
+            self._scheduler.commit(plan, results, self._clock())
+
+    def _retry(self, plan: StepPlan, error: Exception) -> None:
+        if isinstance(error, DeviceLost):
+            raise error
+        if len(plan.chunks) == 1:
+            logger.error("step %d failed with one sequence, which ends", plan.step, exc_info=error)
+        else:
+            logger.warning(
+                "step %d of %d sequences failed (%s); running it in halves", plan.step, len(plan.chunks), error
+            )
+        reason = GenerationError(f"The step that computed it failed: {type(error).__name__}: {error}")
+        self._scheduler.retry(plan, reason, self._clock())
+
+    def _discard_submitted(self) -> None:
+        """Wait for all unfinished steps and ignore what they computed: they are planned again."""
+        while self._submitted:
+            plan, step = self._submitted.pop()
+            with contextlib.suppress(Exception):
+                step.result()
+            self._scheduler.discard(plan, self._clock())
 
     def check_files(self) -> None:
         """Raises ``CheckpointChanged`` when a file that weights may be mapped from was written to."""
         if self._watch is not None:
             self._watch.check()
 
-    def tend(self) -> None:
-        """What an idle engine does now and then: loads that nobody waits for are taken in, idle workers ended."""
-        self._adapters.poll(self._clock())
-
     def has_work(self) -> bool:
-        """Whether ``step`` would do something at once.
+        """Whether ``step`` would do something now.
 
-        False while everything waits for adapters to load: then call ``step`` every few milliseconds, or as soon as the
-        loader has news; loads and deadlines are noticed there.
+        False while every request waits for an adapter: ``poll_fds`` and ``poll_timeout`` tell when to call it then.
         """
-        return bool(self._scheduler.roster.events) or self._scheduler.startable()
+        return self._scheduler.has_work()
 
     def idle(self) -> bool:
         """Whether no request is left and every event was taken."""
-        return not len(self._scheduler.roster) and not self._scheduler.roster.events
+        return self._scheduler.is_idle()
 
-    def command(self, command: AdapterCommand) -> list[AdapterState]:
-        """Carry out an adapter command without waiting; the states of what it concerns (``list``: all).
+    def command(self, command: AdapterCommand) -> Future[list[AdapterState]]:
+        """Begin an adapter command. The future is done here, or in a later ``step`` for a load: see the pool."""
+        return self._adapters.command(command, self._clock())
 
-        After ``load`` call ``claim``, then ``settle`` until the state is resident or failed, then ``disclaim``. Raises
-        ``AdapterNotFound`` when there is nothing to unload.
-        """
-        ref = command.ref
-        if command.action == "load" and ref is not None:
-            if command.pinned:
-                self._adapters.pin(ref)
-            self._adapters.retry(ref)
-            self._adapters.want(ref, self._clock())
-        elif command.action == "unload" and ref is not None and not self._adapters.unload(ref.name):
-            raise AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter")
-        states = self._adapters.states()
-        return states if ref is None or command.action == "list" else [s for s in states if s.name == ref.name]
+    def poll_fds(self) -> dict[int, int]:
+        """File descriptors and events (``select.poll``) after which ``step`` has something to do."""
+        return self._adapters.poll_fds()
 
-    def claim(self, ref: AdapterRef) -> None:
-        """Keep what is loaded of a place, though it has no memory yet, until ``disclaim``."""
-        self._adapters.claim(ref)
-
-    def disclaim(self, ref: AdapterRef) -> None:
-        """End one ``claim``."""
-        self._adapters.disclaim(ref)
-
-    def settle(self, ref: AdapterRef) -> AdapterState | None:
-        """Give a loaded adapter its memory as soon as that is free. Where it stands; None when nothing is known of it.
-
-        Raises ``InsufficientMemory`` when it never fits, and what the executable says against it.
-        """
-        self._adapters.settle(ref)
-        return self._adapters.state(ref)
+    def poll_timeout(self) -> float | None:
+        """Seconds until ``step`` has something to do without a call or an event on ``poll_fds``; None: never."""
+        return 0.0 if self.has_work() else self._adapters.poll_timeout()
 
     def stats(self) -> EngineStats:
-        roster, blocks, adapters = self._scheduler.roster, self._blocks, self._adapters
+        """Where the engine stands. Costs the same however many requests wait."""
+        blocks, adapters = self._blocks, self._adapters
         return EngineStats(
             monotonic=self._clock(),
             steps=self._steps,
-            running=len(roster.running),
-            waiting=len(roster.waiting),
-            waiting_for_adapter=sum(s.loading_since is not None for s in roster.waiting),
             free_blocks=blocks.num_free(),
             cached_blocks=blocks.num_cached(),
             used_blocks=blocks.num_used(),
-            num_blocks=blocks.num_blocks,
-            preemptions=roster.preemptions,
-            prompt_tokens=roster.prompt_tokens,
-            prefix_hit_tokens=roster.prefix_hit_tokens,
-            generated_tokens=self._scheduler.generated_tokens,
+            num_blocks=blocks.num_blocks * blocks.layout.num_groups,
+            kv_used_bytes=blocks.used_bytes(),
+            kv_cached_bytes=blocks.cached_bytes(),
             adapter_loads=adapters.loads,
             adapter_loads_by_name=dict(adapters.loads_by_name),
             adapter_load_failures=adapters.failures,
@@ -163,6 +178,7 @@ class Engine:
             adapter_bytes=adapters.resident_bytes,
             budget_bytes=self._budget.limit,
             budget_used_bytes=self._budget.total_used(),
+            **self._scheduler.counts(),
         )
 
     def check(self) -> None:
@@ -173,9 +189,8 @@ class Engine:
 
     def close(self) -> list[TokenEvent]:
         """End every request with ``shutting_down``, then free everything. Returns the last events. Idempotent."""
-        now = self._clock()
-        for sequence in self._scheduler.roster.all():
-            self._scheduler.roster.fail(sequence, ShuttingDown("The engine was closed."), now)
+        self._scheduler.end_all(ShuttingDown("The engine was closed."), self._clock())
+        self._discard_submitted()
         self._adapters.close()
         self._executable.close()
         if self._watch is not None:

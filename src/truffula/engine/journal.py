@@ -1,17 +1,23 @@
-"""``Journal``: the API side's record of requests without a final event; whatever dies, each gets exactly one."""
+"""What the API side records of an engine: requests without a final event, and adapter commands without an answer."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 
-from truffula.errors import InvalidRequest, TruffulaError
-from truffula.types import EngineRequest, TokenEvent
+from truffula.errors import AdapterLoadError, InvalidRequest, TruffulaError
+from truffula.types import AdapterState, EngineRequest, TokenEvent
 
 
 class Journal:
-    """Open requests and the events for them that nobody has taken yet. Thread-safe; one consumer calls ``take``."""
+    """Open requests and their undelivered events: each request gets exactly one final event, whatever ends.
+
+    Thread-safe; one consumer calls ``take``.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -23,25 +29,26 @@ class Journal:
 
     @property
     def outstanding(self) -> frozenset[str]:
-        """Ids of requests whose final event was not delivered yet."""
+        """Ids of the requests whose final event was not delivered yet."""
         with self._arrived:
             return frozenset(self._open)
 
     def open(self, requests: Sequence[EngineRequest]) -> None:
-        """Note requests before they are handed on.
+        """Record requests, before they are passed to the engine.
 
         Raises:
-            InvalidRequest: An id is open already or occurs twice; nothing is noted then.
+            InvalidRequest: An id is open already or occurs twice; nothing is recorded then.
         """
-        ids = [request.request_id for request in requests]
+        ids: set[str] = set()
         with self._arrived:
-            for place, request_id in enumerate(ids):
-                if request_id in self._open or request_id in ids[:place]:
-                    raise InvalidRequest(f"Request id {request_id!r} is in use.", param="request_id")
-            self._open.update(ids)
+            for request in requests:
+                if request.request_id in self._open or request.request_id in ids:
+                    raise InvalidRequest(f"Request id {request.request_id!r} is in use.", param="request_id")
+                ids.add(request.request_id)
+            self._open |= ids
 
     def deliver(self, events: Sequence[TokenEvent]) -> None:
-        """Pass on events of open requests. Events of others are late ones of requests that were failed: dropped."""
+        """Record events of open requests. Late events of requests that have ended are dropped."""
         with self._arrived:
             listener = None if self._events else self._listener
             for event in events:
@@ -55,7 +62,7 @@ class Journal:
             listener()
 
     def listen(self, listener: Callable[[], None] | None) -> None:
-        """From now call ``listener``, in the thread that delivers, when events come and none waited; None: nobody."""
+        """Call ``listener``, in the delivering thread, whenever events arrive and none were undelivered; None: stop."""
         with self._arrived:
             self._listener = listener
             waiting = bool(self._events)
@@ -73,10 +80,10 @@ class Journal:
         self.fail(outstanding, error)
         return len(outstanding)
 
-    def take(self, timeout: float | None) -> list[TokenEvent]:
-        """All events there are, waiting up to ``timeout`` seconds (None: until some come) for the first.
+    def wait(self, timeout: float | None) -> bool:
+        """Whether there are undelivered events; waits up to ``timeout`` seconds (None: without limit) for some.
 
-        Empty when the time is up, and at once when the journal is closed and everything was taken.
+        False when the time is up, and immediately when the journal is closed and everything was taken.
         """
         deadline = None if timeout is None else self._clock() + timeout
         with self._arrived:
@@ -85,12 +92,64 @@ class Journal:
                 if left is not None and left <= 0:
                     break
                 self._arrived.wait(left)
+            return bool(self._events)
+
+    def take(self, timeout: float | None) -> list[TokenEvent]:
+        """All undelivered events, after ``wait(timeout)``."""
+        self.wait(timeout)
+        with self._arrived:
             taken, self._events = self._events, []
             return taken
 
     def close(self, error: TruffulaError) -> None:
-        """Fail what is open and let ``take`` never wait again. Idempotent."""
+        """Fail the open requests; ``take`` never waits again. Idempotent."""
         self.fail_all(error)
         with self._arrived:
             self._closed = True
             self._arrived.notify_all()
+
+
+Reply = Future[list[AdapterState]]
+
+
+class PendingCommands:
+    """Adapter commands that are not answered yet, by number. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._replies: dict[int, Reply] = {}
+        self._lock = threading.Lock()
+
+    def open(self) -> tuple[int, Reply]:
+        """The number of a new command, and its reply."""
+        reply: Reply = Future()
+        with self._lock:
+            number = next(self._numbers)
+            self._replies[number] = reply
+        return number, reply
+
+    def answer(self, number: int, states: Sequence[AdapterState], error: TruffulaError | None) -> None:
+        """Wake the caller; one that has stopped waiting is ignored."""
+        with self._lock:
+            reply = self._replies.pop(number, None)
+        if reply is None:
+            return
+        if error is None:
+            reply.set_result(list(states))
+        else:
+            reply.set_exception(error)
+
+    def fail_all(self, error: TruffulaError) -> None:
+        with self._lock:
+            numbers = list(self._replies)
+        for number in numbers:
+            self.answer(number, (), error)
+
+    def wait(self, number: int, reply: Reply, timeout: float, waited: float = 0.0) -> list[AdapterState]:
+        """The answer. Raises its error, or ``AdapterLoadError`` after ``timeout`` seconds, ``waited`` of them ago."""
+        try:
+            return reply.result(max(0.0, timeout - waited))
+        except FutureTimeout:
+            with self._lock:
+                self._replies.pop(number, None)
+            raise AdapterLoadError(f"The adapter command took more than {timeout:g} s.", timeout_s=timeout) from None

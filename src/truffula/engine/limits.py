@@ -1,4 +1,4 @@
-"""What an engine allows, and the judgement of a request against it before it is queued."""
+"""The limits of an engine, and the check of a request against them before it is queued."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from truffula.engine.kv_layout import KvLayout
 from truffula.errors import InsufficientMemory, InvalidRequest, PromptTooLong
 from truffula.types import EngineRequest
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """Fixed at start. ``num_blocks`` counts the scratch block too; ``kv_block_bytes`` 0 leaves KV out of the byte
-    budget.
+    """Fixed at start. ``kv_windows`` and ``kv_block_bytes`` have an entry per KV group (see ``KvLayout``; without
+    ``kv_block_bytes`` KV is not in the byte budget). Each group has ``num_blocks`` block ids, the scratch block among
+    them.
 
-    ``look_ahead``: how many adapters that are not loaded yet may be loading for waiting requests. ``patience``: after
-    how many steps of being passed over for want of room an adapter that runs nothing may take it from the one that runs
-    most.
+    ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: an adapter
+    that runs nothing and was refused for lack of room in so many steps takes a place from the one that runs most.
     """
 
     max_model_len: int
@@ -31,9 +32,25 @@ class EngineLimits:
     prefix_cache: bool
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    look_ahead: int = 64
-    kv_block_bytes: int = 0
+    prefetch_adapters: int = 64
+    kv_windows: tuple[int | None, ...] = (None,)
+    kv_block_bytes: tuple[int, ...] = ()
     patience: int = 16
+
+    def kv_layout(self, depth: int) -> KvLayout:
+        """How KV divides into groups and blocks when ``depth`` steps may be unfinished."""
+        block_bytes = self.kv_block_bytes or (0,) * len(self.kv_windows)
+        return KvLayout(self.block_size, depth * self.step_tokens, self.kv_windows, block_bytes)
+
+
+@dataclass(frozen=True)
+class StepCapacity:
+    """What one step of the executable can hold: T tokens, R logit rows, N sequences, G adapters."""
+
+    tokens: int
+    rows: int
+    sequences: int
+    segments: int
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -56,11 +73,12 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks: int) -> int:
-    """Judge ``request``; returns at how many tokens, prompt and completion together, it ends at the latest.
+def check_request(request: EngineRequest, limits: EngineLimits, longest: int) -> int:
+    """Returns the number of tokens, prompt and completion, at which ``request`` ends at the latest.
 
-    ``max_tokens`` None fills what there is room for; a larger one than the model has positions ends there with
-    ``length``.
+    ``longest``: tokens whose KV fits in memory when the request runs alone.
+
+    ``max_tokens`` None uses all the room; a larger one than the model has positions ends there with ``length``.
 
     Raises:
         InvalidRequest: No prompt, or an id outside the vocabulary.
@@ -81,17 +99,15 @@ def check_request(request: EngineRequest, limits: EngineLimits, capacity_blocks:
             "together.",
             param="prompt", prompt_tokens=prompt, max_model_len=limits.max_model_len,
         )  # fmt: skip
-    fits = capacity_blocks * limits.block_size  # positions with KV; the last token of all needs none
+    # The last token of all has no KV.
     if params.max_tokens is None:
-        total = min(limits.max_model_len, max(prompt + 1, fits + 1))
+        total = min(limits.max_model_len, max(prompt + 1, longest + 1))
     else:
         total = prompt + min(params.max_tokens, room)
-    if total - 1 > fits:
-        needed = -(-(total - 1) // limits.block_size)
+    if total - 1 > longest:
         raise InsufficientMemory(
-            f"{prompt} prompt tokens and up to {total - prompt} more need {needed} KV blocks of {limits.block_size} "
-            f"tokens; only {capacity_blocks} exist. Ask for fewer tokens, or raise --memory.",
-            param="max_tokens", tokens=total, needed_blocks=needed, blocks=capacity_blocks,
-            block_size=limits.block_size,
+            f"{prompt} prompt tokens and up to {total - prompt} more do not fit in the KV cache: its longest sequence "
+            f"has {longest} tokens. Ask for fewer tokens, or raise --memory.",
+            param="max_tokens", tokens=total, longest=longest,
         )  # fmt: skip
     return total

@@ -6,11 +6,11 @@ share by need (``engine/budget.py``). KV memory is touched when it is used, so a
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from truffula.config import format_size
 from truffula.engine.budget import MemoryBudget, Reclaimer
+from truffula.engine.kv_layout import KvLayout
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import Backend, MemoryLimit, MemoryPlan
 
@@ -22,13 +22,18 @@ SHORTEST_USEFUL_TOKENS = 1024
 
 @dataclass(frozen=True)
 class MemoryDivision:
-    """How the limit is divided: ``pool_bytes`` is for adapters and KV; ``num_blocks`` counts the scratch block too."""
+    """How the limit is divided.
+
+    ``pool_bytes`` is for adapters and KV. ``num_blocks`` is how many block ids each KV group has, the scratch block
+    among them. ``kv_tokens`` is what the pool holds of sequences of ``max_model_len`` tokens.
+    """
 
     limit_bytes: int
     reason: str
     fixed_bytes: int
     pool_bytes: int
     num_blocks: int
+    kv_tokens: int
     max_model_len: int
     warnings: tuple[str, ...] = ()
 
@@ -36,10 +41,10 @@ class MemoryDivision:
 def plan_memory(
     plan: MemoryPlan,
     limit: MemoryLimit,
+    layout: KvLayout,
     *,
     model_len: int,
     asked_len: int | None,
-    block_size: int,
     max_running: int,
 ) -> MemoryDivision:
     """Divide ``limit``; at least one sequence of the model's length must fit.
@@ -50,29 +55,30 @@ def plan_memory(
     Raises:
         InsufficientMemory: The weights or the shortest useful sequence don't fit; with the numbers and the ways out.
     """
-    block = plan.kv_block_bytes
-    fixed = plan.total(1)
+    fixed = plan.fixed_bytes
     pool = limit.nbytes - fixed
     wanted = asked_len or model_len
     least = wanted if asked_len is not None else min(wanted, SHORTEST_USEFUL_TOKENS)
-    room = max(0, pool // block) if block else math.ceil(wanted / block_size) * max_running
-    if room * block_size < least or pool < 0:
-        raise _too_little(plan, limit, fixed, least, room * block_size, block_size)
-    longest = min(wanted, room * block_size)
+    longest = layout.longest(wanted, nbytes=max(0, pool))
+    if longest < least or pool < 0:
+        raise _too_little(plan, limit, layout, least, longest)
     warnings: tuple[str, ...] = ()
     if longest < wanted:
         warnings = (
             f"max_model_len is {longest} instead of {wanted}: {format_size(limit.nbytes)} ({limit.reason}) "
             f"have no room for more KV cache beside {format_size(fixed)} of weights and working memory.",
         )
-    blocks = min(room, max_running * math.ceil(longest / block_size))
-    return MemoryDivision(limit.nbytes, limit.reason, fixed, pool, blocks + 1, longest, warnings)
+    blocks = max_running * layout.blocks_for(longest)
+    tokens = max_running * longest
+    if each := layout.nbytes(layout.peak_blocks(longest)):
+        # The cheapest block bounds the ids of all groups: KV memory is committed block by block, when it is written.
+        blocks = min(blocks, pool // min(layout.block_bytes))
+        tokens = min(tokens, pool // each * longest + layout.longest(longest, nbytes=pool % each))
+    return MemoryDivision(limit.nbytes, limit.reason, fixed, pool, blocks + 1, tokens, longest, warnings)
 
 
-def _too_little(
-    plan: MemoryPlan, limit: MemoryLimit, fixed: int, least: int, holds: int, block_size: int
-) -> InsufficientMemory:
-    kv = math.ceil(least / block_size) * plan.kv_block_bytes
+def _too_little(plan: MemoryPlan, limit: MemoryLimit, layout: KvLayout, least: int, holds: int) -> InsufficientMemory:
+    fixed, kv = plan.fixed_bytes, layout.nbytes(layout.peak_blocks(least))
     ways = ["raise --memory" if limit.reason.startswith("--memory") else "free memory or raise the limit"]
     if holds >= 1:
         ways.append(f"--max-model-len {holds} (the longest that fits)")

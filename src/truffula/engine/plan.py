@@ -1,37 +1,45 @@
-"""What one step does: decided by the scheduler, carried out by the runner. Numbers and views, no owner's object."""
+"""What one step computes and what it gives: the scheduler plans it, the runner runs it. Numbers and arrays only."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
-from truffula.engine.sampling import SequenceSampling
-from truffula.kernels.inputs import Int32
+from truffula.kernels.inputs import Float32, Int32, SequenceSampling
 
 TopList = list[tuple[int, float]]
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """The tokens of one sequence that this step computes.
+class SequenceState(msgspec.Struct, frozen=True, gc=False):
+    """What the executable has to know of a sequence that starts or continues in a slot. All ids are known ones."""
 
-    ``token_ids`` ``[count]`` stand at positions ``start .. start + count``; ``block_table`` ``[blocks]`` covers them
-    all. ``slot`` is the adapter's slot in the executable, None for the base. ``targets`` are the ids to score: target j
-    is scored by the row of position ``score_start + j``. ``samples``: the chunk's last row draws completion token
-    number ``draw``. ``completion_ids`` are those the sequence has so far. The arrays are views, good for this step
-    only.
+    prompt_ids: Int32
+    completion_ids: Int32
+    sampling: SequenceSampling
+
+
+class Chunk(msgspec.Struct, frozen=True, gc=False):
+    """The tokens of one sequence that a step computes. ``token_ids`` and ``targets`` are views that are valid until the
+    next plan.
+
+    ``seq_slot`` is the sequence's slot in the executable; it stays the same until the sequence ends or is preempted.
+    ``restart``: the executable has to (re)start the slot with this before the step (``set_sequence``); None: the state
+    that the last step left continues.
+
+    ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
+    has one array ``[blocks]`` per KV group (or one that all share) that covers all positions; the tuple is the same
+    object until a table changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for
+    each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw.
     """
 
     serial: int
+    seq_slot: int
+    restart: SequenceState | None
     start: int
     token_ids: Int32
-    block_table: Int32
-    slot: int | None
-    score_start: int
+    block_tables: tuple[Int32, ...]
+    adapter_slot: int | None
     targets: Int32
-    samples: bool
-    draw: int
-    completion_ids: Int32
-    sampling: SequenceSampling
+    draws: tuple[int, ...]
 
     @property
     def count(self) -> int:
@@ -40,30 +48,30 @@ class Chunk:
     @property
     def rows(self) -> int:
         """Rows of logits it needs."""
-        return len(self.targets) + self.samples
+        return len(self.targets) + len(self.draws)
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """Chunks in row order: by adapter slot, base last, then by age."""
+class StepPlan(msgspec.Struct, frozen=True):
+    """Chunks in row order: by adapter slot, base last, then by age. ``step`` numbers plans from 1."""
 
-    chunks: tuple[Chunk, ...]
+    step: int
+    chunks: list[Chunk]
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What came of a chunk. ``token`` None when it drew nothing. ``scores``: (logprob, top list) per target.
+class ChunkResult(msgspec.Struct, frozen=True, gc=False):
+    """What a step gave one chunk: a token per draw, a score per target, or a vector (a model that has no logits).
 
-    ``finite`` False: some row of it held a NaN or an infinity, and nothing else here is meant.
+    ``logprobs`` and ``tops`` (the best ids and their logprobs) run beside ``tokens``. The last chunk of a scored prompt
+    gives both scores and a token. ``finite`` False: a row held a NaN or an infinity, and the other fields are void.
     """
 
-    serial: int
-    finite: bool
-    token: int | None = None
-    logprob: float = 0.0
-    top: TopList | None = None
-    scores: tuple[tuple[float, TopList], ...] = ()
+    finite: bool = True
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    tops: list[TopList] = []
+    scores: list[tuple[float, TopList]] = []
+    vector: Float32 | None = None

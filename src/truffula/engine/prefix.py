@@ -1,113 +1,115 @@
-"""Which KV block holds which tokens: chained hash keys, verified on every hit.
+"""The prefix index: which KV blocks hold which tokens.
 
-Key of a block = H(key of the block before it, its token ids); the first block's parent is the namespace: the adapter
-generation and the tenant's salt. So equal tokens under another adapter, or of another tenant, never meet. A hit is
-believed only when the tokens and the parent entry are the same as well: a collision costs a miss, not a wrong answer.
+A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, and its token ids.
+So equal tokens under another adapter, or of another tenant, never meet, and a block before the position from which an
+adapter acts is shared with the base. A node has a block in each KV group that still holds its tokens.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from truffula.kernels.inputs import Int32
 
-Digest = Callable[[bytes], bytes]
+BlockKey = tuple[str, tuple[str, ...], bytes]
+NO_BLOCK = -1
 
 
-def blake(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+class BlockKeys:
+    """The keys of one sequence's full blocks. Tokens only ever append, so a key stays true.
 
+    ``generation`` is the sequence's adapter generation (None: the base), which acts from position ``adapter_from`` on.
+    """
 
-def namespace(generation: str | None, salt: str) -> bytes:
-    """The root of a chain. Length first, so that no salt can imitate a generation."""
-    name = (generation or "").encode()
-    return len(name).to_bytes(4, "little") + name + salt.encode("utf-8", "surrogatepass")
-
-
-class PrefixChain:
-    """The keys of one sequence's full blocks, each hashed once. Tokens only ever append, so keys stay true."""
-
-    def __init__(self, root: bytes, block_size: int, digest: Digest = blake) -> None:
-        self.root = root
+    def __init__(self, salt: str, generation: str | None, block_size: int, adapter_from: int = 0) -> None:
+        self._salt = salt
+        self._generations = () if generation is None else (generation,)
         self._block_size = block_size
-        self._digest = digest
-        self._keys: list[bytes] = []
-        self._tokens: list[bytes] = []
+        self._adapter_from = adapter_from
+        self._keys: list[BlockKey] = []
 
     def extend(self, token_ids: Int32) -> None:
-        """Hash the full blocks of ``token_ids`` (all of the sequence's tokens so far) that are new."""
+        """Add the keys of full blocks of ``token_ids`` (all of the sequence's tokens so far) that have none yet."""
         size = self._block_size
         for index in range(len(self._keys), len(token_ids) // size):
-            tokens = token_ids[index * size : (index + 1) * size].tobytes()
-            parent = self._keys[index - 1] if index else self._digest(self.root)
-            self._tokens.append(tokens)
-            self._keys.append(self._digest(parent + tokens))
+            start, stop = index * size, (index + 1) * size
+            active = self._generations if stop > self._adapter_from else ()
+            self._keys.append((self._salt, active, token_ids[start:stop].tobytes()))
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def block(self, index: int) -> tuple[bytes, bytes]:
-        """Key and token bytes of full block ``index``."""
-        return self._keys[index], self._tokens[index]
+    def __getitem__(self, index: int) -> BlockKey:
+        return self._keys[index]
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One indexed block. ``parent`` is the serial of the entry before it, or the namespace of a first block."""
+class PrefixNode:
+    """One block's worth of tokens behind those of ``parent``. ``blocks[g]`` is its block in group g or NO_BLOCK.
 
-    key: bytes
-    parent: int | bytes
-    tokens: bytes
-    block: int
-    serial: int
+    ``attached`` is False once it is no longer in the index.
+    """
+
+    __slots__ = ("attached", "blocks", "children", "key", "parent")
+
+    def __init__(self, key: BlockKey | None, parent: PrefixNode | None, groups: int) -> None:
+        self.key = key
+        self.parent = parent
+        self.children: dict[BlockKey, PrefixNode] = {}
+        self.blocks = [NO_BLOCK] * groups
+        self.attached = True
+
+    def below(self) -> Iterator[PrefixNode]:
+        """This node and all behind it."""
+        pending = [self]
+        while pending:
+            node = pending.pop()
+            pending += node.children.values()
+            yield node
 
 
 class PrefixIndex:
-    """Entries by key and by block. Knows nothing of who uses a block: that is the BlockPool's affair."""
+    """The tree. Holds no references on blocks: the BlockPool does."""
 
-    def __init__(self) -> None:
-        self._by_key: dict[bytes, Entry] = {}
-        self._by_block: dict[int, Entry] = {}
-        self._serial = 0
+    def __init__(self, groups: int) -> None:
+        self._groups = groups
+        self.root = PrefixNode(None, None, groups)
 
-    def __len__(self) -> int:
-        return len(self._by_block)
-
-    def find(self, chain: PrefixChain, limit: int) -> list[Entry]:
-        """The longest run of indexed blocks that ``chain`` begins with, at most ``limit`` of them."""
-        found: list[Entry] = []
-        parent: int | bytes = chain.root
-        for index in range(min(limit, len(chain))):
-            key, tokens = chain.block(index)
-            entry = self._by_key.get(key)
-            if entry is None or entry.parent != parent or entry.tokens != tokens:
+    def find(self, keys: BlockKeys, limit: int) -> list[PrefixNode]:
+        """The nodes of the longest known prefix of ``keys``, at most ``limit`` of them."""
+        found: list[PrefixNode] = []
+        node: PrefixNode | None = self.root
+        for index in range(min(limit, len(keys))):
+            node = node.children.get(keys[index]) if node is not None else None
+            if node is None:
                 break
-            found.append(entry)
-            parent = entry.serial
+            found.append(node)
         return found
 
-    def at(self, key: bytes) -> Entry | None:
-        return self._by_key.get(key)
+    def child(self, node: PrefixNode, key: BlockKey) -> PrefixNode:
+        """The node of ``key`` behind ``node``, made if it is new."""
+        found = node.children.get(key)
+        if found is None:
+            found = node.children[key] = PrefixNode(key, node, self._groups)
+        return found
 
-    def of_block(self, block: int) -> Entry | None:
-        return self._by_block.get(block)
+    def prune(self, node: PrefixNode) -> None:
+        """Remove ``node`` if it has neither blocks nor children, and then its parents likewise."""
+        while node.parent is not None and not node.children and all(block == NO_BLOCK for block in node.blocks):
+            self.detach(node)
+            node = node.parent
 
-    def insert(self, key: bytes, parent: int | bytes, tokens: bytes, block: int) -> Entry:
-        assert key not in self._by_key and block not in self._by_block, block
-        self._serial += 1
-        entry = Entry(key, parent, tokens, block, self._serial)
-        self._by_key[key] = entry
-        self._by_block[block] = entry
-        return entry
-
-    def remove(self, block: int) -> None:
-        """Forget what ``block`` holds; nothing happens when it isn't indexed."""
-        entry = self._by_block.pop(block, None)
-        if entry is not None:
-            del self._by_key[entry.key]
+    def detach(self, node: PrefixNode) -> None:
+        """Remove ``node`` and all behind it."""
+        assert node.parent is not None and node.key is not None
+        del node.parent.children[node.key]
+        for gone in node.below():
+            gone.attached = False
 
     def check(self) -> None:
-        assert len(self._by_key) == len(self._by_block)
-        assert all(self._by_block[entry.block] is entry for entry in self._by_key.values())
+        """Raise AssertionError when a link or a flag is wrong."""
+        for node in self.root.below():
+            assert node.attached
+            assert node is self.root or node.children or any(block != NO_BLOCK for block in node.blocks), (
+                "an empty node"
+            )
+            assert all(child.parent is node and child.key == key for key, child in node.children.items())

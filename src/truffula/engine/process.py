@@ -1,15 +1,15 @@
 """``ProcessClient``: the engine in a process of its own, started, watched and restarted by one supervising thread.
 
-    any thread            submit, abort, adapters ──► Channel.post (never blocks; what is left over, supervise flushes)
-    supervising thread    spawn ► Start ► Starting ► Ready ► Events, Stats, AdapterReply ──► Journal, Tickets
+    any thread            submit, abort, adapters ──► Channel.post (never blocks; the supervisor flushes what is left)
+    supervising thread    spawn ► Start ► Starting ► Ready ► Events, Stats, AdapterReply ──► Journal, PendingCommands
     one consumer          events() ◄── Journal
 
-One life of the engine ends when its socket closes, or when the supervisor kills it because it stayed unhealthy (silent,
-or stuck in a step) for ``hang_timeout_s``; an unhealthy engine is given no new requests. Then every open request ends
-with ``engine_died``, the reason is logged as an error, and the next life begins after a pause that doubles, at most
-``max_restarts`` times in ``restart_window_s``; until it is ready, requests are refused immediately. A later life
-decides nothing anew: it gets what the first one found out (files, dtype, lengths, memory). When the model's files have
-changed there is no next life.
+An engine process ends when its socket closes (it also exits by itself when its device is lost or a step breaks it), or
+when the supervisor kills it because it stayed unhealthy (silent, or stuck in a step) for ``hang_timeout_s``; an
+unhealthy engine gets no new requests. Then every open request ends with ``engine_died``, the reason is logged as an
+error, and the next process starts after a pause that doubles, at most ``max_restarts`` times in ``restart_window_s``;
+until it is ready, requests are refused immediately. A restarted engine gets what the first one reported (files, dtype,
+lengths, memory) and decides nothing anew. When the model's files have changed, it is not restarted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ import contextlib
 import logging
 import os
 import select
+import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,12 +32,19 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from truffula.config import EngineConfig
+from truffula.config import EngineConfig, engine_environment
 from truffula.engine import wire
-from truffula.engine.client import Tickets, refuse_uncrossable
-from truffula.engine.journal import Journal
-from truffula.engine.life import Life, manner
-from truffula.errors import CheckpointChanged, EngineDied, ShuttingDown, TruffulaError, WireError, from_info
+from truffula.engine.journal import Journal, PendingCommands
+from truffula.errors import (
+    CheckpointChanged,
+    EngineDied,
+    InvalidRequest,
+    ShuttingDown,
+    TruffulaError,
+    WireError,
+    from_info,
+)
+from truffula.frames import Disconnected, Frame
 from truffula.logs import LogSettings
 from truffula.types import (
     AdapterCommand,
@@ -48,31 +58,117 @@ from truffula.types import (
 )
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
+HEALTH_CHECK_S = 0.5
+"""How often a silent engine's health is checked."""
+EXIT_GRACE_S = 5.0
+"""How long an engine process may take to exit before it is killed."""
 logger = logging.getLogger(__name__)
 
 
-class ProcessOpening:
-    """An ``Opening`` of an engine in a process of its own, which begins at once."""
+class EngineProcess:
+    """One engine process, the channel to it, and its health."""
 
-    def __init__(self, config: EngineConfig, progress: Progress | None, logs: LogSettings | None) -> None:
-        self._client = ProcessClient(config, progress, logs)
+    def __init__(self, config: EngineConfig) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # -P: the current folder must not shadow modules. stdout is the command's: logs go to stderr.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
+                env=engine_environment(),
+            )  # fmt: skip
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._config = config
+        self._unhealthy_since: float | None = None
+        self._progress: wire.Starting | None = None
+        self._progress_at = self._frame_at = time.monotonic()
+        self.ready = False
+        self.stats: EngineStats | None = None
+        self.step_since: float | None = None
+        self.channel = wire.client_channel(ours)
 
-    def files(self) -> Path | None:
-        return self._client.located.result()
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
-    def client(self) -> ProcessClient:
-        self._client.wait()
-        return self._client
+    def on_frame(self, now: float) -> None:
+        """A frame has arrived: the process is responsive."""
+        self._frame_at = now
 
-    def close(self) -> None:
-        self._client.close()
+    def on_progress(self, frame: wire.Starting) -> bool:
+        """Record a report of the start; False when it repeats the last one."""
+        if frame == self._progress:
+            return False
+        self._progress = frame
+        self._progress_at = self._frame_at
+        return True
+
+    def poll_timeout(self, now: float) -> float:
+        """Seconds until ``hang`` is to be asked again, frames or not."""
+        if self.ready:
+            return HEALTH_CHECK_S
+        return max(0.0, self._progress_at + self._config.start_timeout_s - now)
+
+    def hang(self, now: float) -> str | None:
+        """Why the process is to be killed; None while it may live."""
+        if not self.ready:
+            limit = self._config.start_timeout_s
+            return f"The engine's start made no progress for {limit:g} s." if self.poll_timeout(now) <= 0 else None
+        if self.healthy(now):
+            self._unhealthy_since = None
+        elif self._unhealthy_since is None:
+            # Counted from here, not from its last frame: if both processes were frozen, a frame may be on its way.
+            self._unhealthy_since = now
+        elif now - self._unhealthy_since >= self._config.hang_timeout_s:
+            what = "was unresponsive" if self._silent(now) else "was stuck in a step"
+            since = self._frame_at if self._silent(now) or self.step_since is None else self.step_since
+            return f"The engine {what} for {now - since:.0f} s and was killed."
+        return None
+
+    def healthy(self, now: float) -> bool:
+        """Whether a frame has arrived recently and the step in progress is not stuck."""
+        stuck = self.step_since is not None and now - self.step_since > self._config.step_timeout_s
+        return not stuck and not self._silent(now)
+
+    def _silent(self, now: float) -> bool:
+        return now - self._frame_at > self._config.heartbeat_timeout_s
+
+    def stop(self) -> None:
+        """Ask it to exit."""
+        with contextlib.suppress(Disconnected):
+            self.channel.post(wire.Stop())
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> int:
+        """Close the channel, which makes the process exit, or kill it; returns its exit status. No zombie remains."""
+        self.channel.close()
+        try:
+            return self._process.wait(EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return self._process.wait()
+
+
+def describe_exit(status: int) -> str:
+    """An exit status in words."""
+    if status >= 0:
+        return f"with status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hints = {
+        -signal.SIGKILL: " (kill -9, or the kernel when memory runs out: see dmesg)",
+        -signal.SIGBUS: " (a mapped file, such as the model's, was truncated)",
+    }
+    return f"by {name}{hints.get(status, '')}"
 
 
 class ProcessClient:
-    """An ``EngineClient`` whose engine may die: no caller waits forever. Call ``wait`` first.
-
-    ``located`` is the path of the model's files, None when the first life ended before it knew.
-    """
+    """An ``EngineClient`` whose engine may die, and its ``EngineHandle``: call ``client`` before anything else."""
 
     info: EngineInfo
 
@@ -81,9 +177,9 @@ class ProcessClient:
         self._logs = logs
         self._progress = progress
         self._journal = Journal()
-        self._tickets = Tickets()
+        self._commands = PendingCommands()
         self._lock = threading.Lock()  # guards the fields down to _pinned
-        self._life: Life | None = None  # the engine that takes requests
+        self._process: EngineProcess | None = None  # the one that takes requests
         self._refusal: TruffulaError = EngineDied("The engine is starting.")  # what requests get while there is none
         self._lost: TruffulaError | None = None
         self._restarts = EngineRestarts()
@@ -92,37 +188,47 @@ class ProcessClient:
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
-        self.located: Future[Path | None] = Future()
-        self._started: Future[EngineInfo] = Future()  # of the first life, which later ones repeat
-        self._started.add_done_callback(lambda _: self._locate(None))
-        self._thread = threading.Thread(target=self._supervise, name="truffula-supervisor", daemon=True)
+        self._model_path: Future[Path | None] = Future()
+        self._started: Future[EngineInfo] = Future()  # of the first process; later ones repeat it
+        self._started.add_done_callback(lambda _: self._set_model_path(None))
+        self._thread = threading.Thread(target=self._run, name="truffula-supervisor", daemon=True)
         self._thread.start()
 
-    def wait(self) -> None:
-        """Until the engine is ready. Raises why it can't start, and closes then."""
+    def model_path(self) -> Path | None:
+        return self._model_path.result()
+
+    def client(self) -> ProcessClient:
         try:
             self.info = self._started.result()
         except BaseException:
             self.close()
             raise
+        return self
 
     @property
     def pid(self) -> int | None:
-        """Of the engine's process; None while there is none."""
-        life = self._life
-        return None if life is None else life.pid
+        """Of the engine process that takes requests; None while there is none."""
+        process = self._process
+        return None if process is None else process.pid
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         self._journal.open(requests)
-        good = refuse_uncrossable(requests, self._journal)
-        if good:
-            refusal = self._post(wire.Submit(good))
+        groups: list[wire.RequestGroup] = []
+        for same in wire.group_requests(requests):
+            try:
+                groups.append(wire.encode_group(same))
+            except InvalidRequest as error:
+                self._journal.fail([request.request_id for request in same], error)
+        if groups:
+            refusal = self._post(wire.Submit(groups))
             if refusal is not None:
-                self._journal.fail([r.request_id for r in good], refusal)
+                self._journal.fail([request_id for group in groups for request_id in group.request_ids], refusal)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        # An engine that is gone has ended them already.
-        self._post(wire.Abort(list(request_ids)))
+        self._post(wire.Abort(list(request_ids)))  # the requests of an engine that died have ended already
+
+    def wait(self, timeout: float | None) -> bool:
+        return self._journal.wait(timeout)
 
     def events(self, timeout: float | None) -> list[TokenEvent]:
         return self._journal.take(timeout)
@@ -132,11 +238,11 @@ class ProcessClient:
         return True
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
-        ticket, future = self._tickets.take()
-        refusal = self._post(wire.Adapter(ticket, command))
+        number, reply = self._commands.open()
+        refusal = self._post(wire.Adapter(number, command))
         if refusal is not None:
-            self._tickets.answer(ticket, (), refusal)
-        states = self._tickets.wait(ticket, future, timeout)
+            self._commands.answer(number, (), refusal)
+        states = self._commands.wait(number, reply, timeout)
         if command.ref is not None and command.action != "list":
             with self._lock:
                 self._pinned.pop(command.ref.name, None)
@@ -145,12 +251,12 @@ class ProcessClient:
         return states
 
     def stats(self) -> EngineStats:
-        life = self._life
-        return EngineStats(monotonic=time.monotonic()) if life is None or life.stats is None else life.stats
+        process = self._process
+        return EngineStats(monotonic=time.monotonic()) if process is None or process.stats is None else process.stats
 
     def alive(self) -> bool:
-        life = self._life
-        return life is not None and life.healthy(time.monotonic())
+        process = self._process
+        return process is not None and process.healthy(time.monotonic())
 
     def restarts(self) -> EngineRestarts:
         return self._restarts
@@ -162,7 +268,7 @@ class ProcessClient:
         with self._lock:
             self._closing = True
             self._refusal = ShuttingDown("The engine is closed.")
-        self._wake()
+            self._wake()
         self._thread.join()
         self._journal.close(self._refusal)
         with self._lock:
@@ -171,51 +277,48 @@ class ProcessClient:
                     os.close(fd)
             self._wake_in = self._wake_out = -1
 
-    def _post(self, frame: wire.Frame) -> TruffulaError | None:
-        """Send to the engine that takes requests; or why that can't be."""
+    def _post(self, frame: Frame) -> TruffulaError | None:
+        """Send to the engine that takes requests. Returns why that is not possible."""
         with self._lock:
-            if self._life is None:
+            if self._process is None:
                 return self._refusal
-            # Ends are told even to an engine that hangs: should it go on, nobody wants them any more.
-            if not isinstance(frame, wire.Abort) and not self._life.healthy(time.monotonic()):
+            # Aborts are sent to an unresponsive engine too: should it recover, their requests are not wanted.
+            if not isinstance(frame, wire.Abort) and not self._process.healthy(time.monotonic()):
                 return EngineDied("The engine does not respond; it is killed and restarted unless it responds soon.")
             try:
-                if self._life.channel.post(frame):
-                    self._wake_now()
-            except wire.Disconnected:
+                if self._process.channel.post(frame):
+                    self._wake()
+            except Disconnected:
                 return EngineDied("The engine has just died; it is being restarted.")
             except WireError as error:
                 return error
         return None
 
     def _wake(self) -> None:
-        with self._lock:
-            self._wake_now()
-
-    def _wake_now(self) -> None:
+        """Make the supervisor look around. The caller holds the lock."""
         if self._wake_out >= 0:
-            with contextlib.suppress(BlockingIOError):  # full: it will wake anyway
+            with contextlib.suppress(BlockingIOError):  # a full pipe wakes it anyway
                 os.write(self._wake_out, b"w")
 
-    def _supervise(self) -> None:
+    def _run(self) -> None:
         try:
-            self._live_on()
+            self._supervise()
         except BaseException as error:  # noqa: BLE001  callers must not wait forever for a thread that has died
             traceback.print_exception(error, file=sys.stderr)
-            self._give_up(EngineDied(f"The supervisor failed: {type(error).__name__}: {error}."))
+            self._mark_failed(EngineDied(f"The supervisor failed: {type(error).__name__}: {error}."))
             if not self._started.done():
                 self._started.set_exception(error)
 
-    def _live_on(self) -> None:
-        """Run one life after another until close, or until the engine may not be restarted."""
+    def _supervise(self) -> None:
+        """Run one engine process after another until close, or until no further one may be started."""
         deaths: deque[float] = deque()
         window = self._config.restart_window_s
         while True:
-            pid, error = self._live()
+            pid, error = self._run_process()
             if self._closing or not self._started.done():
                 self._refuse(error)
                 if not self._started.done():
-                    self._started.set_exception(error)
+                    self._started.set_exception(self._refusal if self._closing else error)
                 return
             self._restarts = replace(self._restarts, last_reason=error.message)
             now = time.monotonic()
@@ -224,12 +327,13 @@ class ProcessClient:
                 deaths.popleft()
             count, most = len(deaths), self._config.max_restarts
             if isinstance(error, CheckpointChanged):
-                _log_death(pid, error, self._give_up(error), "not restarted, because it would not serve the same model")
+                failed = self._mark_failed(error)
+                _log_death(pid, error, failed, "not restarted, because it would not serve the same model")
                 return
             if count > most:
                 died = f"it died {count} time{'s' * (count != 1)} within {window:g} s, and --max-restarts is {most}"
                 final = EngineDied(f"The engine is not restarted: {died}. Last: {error}", **error.data)
-                _log_death(pid, error, self._give_up(final), f"not restarted: {died}")
+                _log_death(pid, error, self._mark_failed(final), f"not restarted: {died}")
                 return
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (count - 1))
             failed = self._refuse(EngineDied(f"The engine died and is being restarted: {error}", **error.data))
@@ -238,122 +342,118 @@ class ProcessClient:
             if self._paused(pause):
                 return
 
-    def _paused(self, seconds: float) -> bool:
-        """Wait before the next life; True when close was called."""
-        deadline = time.monotonic() + seconds
-        while not self._closing and (left := deadline - time.monotonic()) > 0:
-            self._wait_for_wake(left)
-        return self._closing
+    def _run_process(self) -> tuple[int | None, TruffulaError]:
+        """Run one engine process from its start to its end; returns its process id and why it ended."""
+        try:
+            process = EngineProcess(self._config)
+        except OSError as error:
+            return None, EngineDied(f"The engine process cannot be started: {error}.")
+        reason: TruffulaError | None = None
+        try:
+            reason = self._serve(process)
+        except Disconnected:
+            pass
+        except WireError as error:
+            reason = error
+            process.kill()
+        if self._closing:
+            process.stop()
+        status = process.end()
+        if reason is None:
+            reason = EngineDied(f"The engine process ended {describe_exit(status)}.", status=status)
+        return process.pid, reason
 
-    def _wait_for_wake(self, seconds: float) -> None:
+    def _serve(self, process: EngineProcess) -> TruffulaError | None:
+        """Receive frames until the process ends or is to be killed, or close. Returns why, where that is known."""
         waiter = select.poll()
         waiter.register(self._wake_in, select.POLLIN)
-        if waiter.poll(seconds * 1000):
-            self._drain_wakes()
+        first = self._started.result() if self._started.done() else None
+        process.channel.post(wire.Start(self._config, self._logs, first))
+        while not self._closing:
+            waiter.register(process.channel, select.POLLIN | (select.POLLOUT if process.channel.unsent else 0))
+            ready = dict(waiter.poll(process.poll_timeout(time.monotonic()) * 1000))
+            if self._wake_in in ready:
+                self._drain_wakes()
+            if process.channel.fileno() in ready:
+                process.channel.flush()
+                frames = process.channel.receive()
+                if frames is None:
+                    return None
+                for frame in frames:
+                    if isinstance(frame, wire.Died):
+                        return from_info(frame.error)
+                    self._handle(process, frame)
+            hang = process.hang(time.monotonic())
+            if hang is not None:
+                process.kill()
+                return EngineDied(hang)
+        return None
 
-    def _drain_wakes(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._wake_in, 4096):
-                pass
+    def _handle(self, process: EngineProcess, frame: wire.FromEngine) -> None:
+        process.on_frame(time.monotonic())
+        match frame:
+            case wire.Events(events):
+                self._journal.deliver(events)
+            case wire.Stats(stats, step_since):
+                process.stats, process.step_since = stats, step_since
+            case wire.AdapterReply(ticket, states, error):
+                self._commands.answer(ticket, states, None if error is None else from_info(error))
+            case wire.Starting(stage, done, total):
+                if process.on_progress(frame) and self._progress is not None:
+                    self._progress(stage, done, total)
+            case wire.ModelPath(path):
+                self._set_model_path(Path(path))
+            case wire.Ready(info):
+                self._on_ready(process, info)
 
-    def _give_up(self, error: TruffulaError) -> int:
+    def _set_model_path(self, path: Path | None) -> None:
+        if not self._model_path.done():
+            self._model_path.set_result(path)
+
+    def _on_ready(self, process: EngineProcess, info: EngineInfo) -> None:
+        process.ready = True
+        with self._lock:
+            self._process = process
+            pinned = list(self._pinned.values())
+        for command in pinned:
+            # No caller waits for these replies; a failed load shows in the list of adapters.
+            process.channel.post(wire.Adapter(0, command))
+        if not self._started.done():
+            self._started.set_result(info)
+        else:
+            logger.warning("engine process %d is ready and accepts requests again", process.pid)
+
+    def _mark_failed(self, error: TruffulaError) -> int:
+        """No engine will serve any more; returns how many requests that ended."""
         failed = self._refuse(error)
         if not self._closing:
             self._lost = error
         return failed
 
     def _refuse(self, error: TruffulaError) -> int:
-        """Take no requests from now on and end those that are open; returns how many that were."""
+        """Accept no requests from now on and end the open ones; returns how many there were."""
         with self._lock:
-            self._life = None
+            self._process = None
             if not self._closing:
                 self._refusal = error
             refusal = self._refusal
-        self._tickets.fail_all(refusal)
+        self._commands.fail_all(refusal)
         return self._journal.fail_all(refusal)
 
-    def _live(self) -> tuple[int | None, TruffulaError]:
-        """Run one engine from its start to its end; returns its process id and why it ended."""
-        try:
-            life = Life(self._config)
-        except OSError as error:
-            return None, EngineDied(f"The engine process cannot be started: {error}.")
-        reason: TruffulaError | None = None
-        try:
-            reason = self._follow(life)
-        except wire.Disconnected:
-            pass
-        except WireError as error:
-            reason = error
-            life.kill()
-        if self._closing:
-            life.stop()
-        status = life.end()
-        if reason is None:
-            reason = EngineDied(f"The engine process ended {manner(status)}.", status=status)
-        return life.pid, reason
-
-    def _follow(self, life: Life) -> TruffulaError | None:
-        """Take in what the engine says until it ends, or until close. Returns the reason, when it told one."""
+    def _paused(self, seconds: float) -> bool:
+        """Wait before the next start; True when ``close`` was called."""
+        deadline = time.monotonic() + seconds
         waiter = select.poll()
         waiter.register(self._wake_in, select.POLLIN)
-        first = self._started.result() if self._started.done() else None
-        life.channel.post(wire.Start(self._config, self._logs, first))
-        while not self._closing:
-            waiter.register(life.channel, select.POLLIN | (select.POLLOUT if life.channel.unsent else 0))
-            ready = dict(waiter.poll(max(0.0, life.patience(time.monotonic())) * 1000))
-            if self._wake_in in ready:
+        while not self._closing and (left := deadline - time.monotonic()) > 0:
+            if waiter.poll(left * 1000):
                 self._drain_wakes()
-            if life.channel.fileno() in ready:
-                life.channel.flush()
-                frames = life.channel.receive()
-                if frames is None:
-                    return None
-                for frame in frames:
-                    if isinstance(frame, wire.Died):
-                        return from_info(frame.error)
-                    self._handle(life, frame)
-            hang = life.hang(time.monotonic())
-            if hang is not None:
-                life.kill()
-                return EngineDied(hang)
-        return None
+        return self._closing
 
-    def _handle(self, life: Life, frame: wire.FromEngine) -> None:
-        life.heard(time.monotonic())
-        match frame:
-            case wire.Events(events):
-                self._journal.deliver(events)
-            case wire.Stats(stats, step_since):
-                life.stats, life.step_since = stats, step_since
-            case wire.AdapterReply(ticket, states, error):
-                self._tickets.answer(ticket, states, None if error is None else from_info(error))
-            case wire.Starting(stage, done, total):
-                if life.progressed((stage, done, total)) and self._progress is not None:
-                    self._progress(stage, done, total)
-            case wire.Located(path):
-                self._locate(Path(path))
-            case wire.Ready(info):
-                self._ready(life, info)
-            case _:
-                raise WireError(f"A {type(frame).__name__} frame is not expected here.")
-
-    def _locate(self, path: Path | None) -> None:
-        if not self.located.done():
-            self.located.set_result(path)
-
-    def _ready(self, life: Life, info: EngineInfo) -> None:
-        life.ready = True
-        with self._lock:
-            self._life = life
-            pinned = list(self._pinned.values())
-        for command in pinned:
-            # No caller waits for these; one that fails now shows in the list of adapters.
-            life.channel.post(wire.Adapter(0, command))
-        if not self._started.done():
-            self._started.set_result(info)
-        else:
-            logger.warning("engine process %d is ready and accepts requests again", life.pid)
+    def _drain_wakes(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_in, 4096):
+                pass
 
 
 def _log_death(pid: int | None, reason: TruffulaError, failed: int, then: str) -> None:

@@ -1,147 +1,146 @@
-"""Waiting sequences by adapter, and whose turn it is: deficit round robin over adapters, the base being one of them.
+"""Waiting sequences by adapter, and deficit round robin over adapters, the base being one of them.
 
-An adapter whose turn it is gets a quantum of tokens to spend on its prompts (those running and those waiting), and then
-goes to the back; what it could not spend it keeps for its next turn, up to one quantum. Nothing here costs more a step
-for thousands of adapters that wait than for those that can be served.
+An adapter has a turn to spend a quantum of tokens on its prompts (those running and those waiting), and then moves to
+the back. Tokens it could not spend remain for its next turn, up to one quantum.
 Source: Shreedhar and Varghese 1995, "Efficient fair queueing using deficit round robin".
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from itertools import islice, takewhile
 
 from truffula.engine.sequence import AdapterKey, Sequence
 
 
 class WaitingQueues:
-    """First in, first out within an adapter; preempted sequences go back by age, that is to the front."""
+    """First in, first out within an adapter; a preempted sequence returns by age, that is to the front.
+
+    ``num_loading`` counts the sequences whose adapter is loading. No method costs more for a longer queue.
+    """
 
     def __init__(self) -> None:
-        self._queues: dict[AdapterKey, deque[Sequence]] = {}
-        self._ready: dict[AdapterKey, None] = {}  # whose head waits for no load
-        self._unfixed: OrderedDict[AdapterKey, int] = OrderedDict()  # sequences that know no generation yet
+        self._queues: dict[AdapterKey, OrderedDict[int, Sequence]] = {}
+        self._ready: dict[AdapterKey, Sequence] = {}  # heads that do not wait for an adapter
+        self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of sequences without a generation
         self._count = 0
+        self.num_loading = 0
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
         for queue in self._queues.values():
-            yield from queue
+            yield from queue.values()
 
-    def of(self, key: AdapterKey) -> deque[Sequence]:
-        """The queue of ``key``, to read."""
-        return self._queues.get(key) or deque()
+    def first(self, key: AdapterKey, count: int) -> list[Sequence]:
+        """The first ``count`` sequences of ``key``."""
+        return list(islice(self._queues[key].values(), count)) if key in self._queues else []
 
-    def ready(self) -> list[AdapterKey]:
-        """Adapters (and the base) whose first waiting sequence could run now if there were room."""
-        return list(self._ready)
+    def ready_heads(self) -> list[Sequence]:
+        """The first sequence of each adapter (and of the base) that could run now if there were room."""
+        return list(self._ready.values())
 
     def ready_head(self, key: AdapterKey) -> Sequence | None:
-        return self._queues[key][0] if key in self._ready else None
+        return self._ready.get(key)
 
     def num_ready(self) -> int:
         return len(self._ready)
 
-    def unfixed(self, most: int) -> list[AdapterKey]:
-        """Up to ``most`` adapters that somebody waits for without knowing a generation, longest so first."""
-        return [key for key, _ in zip(self._unfixed, range(most), strict=False)]
+    def unbound(self, most: int) -> list[AdapterKey]:
+        """Up to ``most`` adapters with sequences that have no generation yet, the longest waiting first."""
+        return list(islice(self._unbound, most))
 
-    def look_later(self, key: AdapterKey) -> None:
-        """Name ``key`` last in ``unfixed`` from now on."""
-        self._unfixed.move_to_end(key)
+    def postpone(self, key: AdapterKey) -> None:
+        """Name ``key`` last in ``unbound`` from now on."""
+        self._unbound.move_to_end(key)
 
     def push(self, sequence: Sequence) -> None:
-        key = sequence.key
-        queue = self._queues.setdefault(key, deque())
-        place = len(queue)
-        while place and queue[place - 1].serial > sequence.serial:
-            place -= 1
-        queue.insert(place, sequence)
+        queue = self._queues.setdefault(sequence.key, OrderedDict())
+        newest = next(reversed(queue), 0)
+        queue[sequence.serial] = sequence
+        if newest > sequence.serial:
+            older = list(takewhile(lambda serial: serial < sequence.serial, queue))
+            for serial in (sequence.serial, *reversed(older)):
+                queue.move_to_end(serial, last=False)
         self._count += 1
         if not sequence.ready:
-            self._unfixed[key] = self._unfixed.get(key, 0) + 1
-        self._judge_head(key)
+            self._unbound[sequence.key] = self._unbound.get(sequence.key, 0) + 1
+        self._update_head(sequence.key)
 
     def remove(self, sequence: Sequence) -> None:
-        key = sequence.key
-        queue = self._queues[key]
-        if queue[0] is sequence:
-            queue.popleft()
-        else:
-            queue.remove(sequence)
+        del self._queues[sequence.key][sequence.serial]
         self._count -= 1
         if not sequence.ready:
-            self._one_less(key)
-        if not queue:
-            del self._queues[key]
-        self._judge_head(key)
+            self._count_bound(sequence)
+        self._update_head(sequence.key)
+        if not self._queues[sequence.key]:
+            del self._queues[sequence.key]
 
-    def fixed(self, sequence: Sequence) -> None:
-        """``sequence``, which waits, was given its generation just now."""
-        self._one_less(sequence.key)
-        self._judge_head(sequence.key)
+    def mark_loading(self, sequence: Sequence, now: float) -> None:
+        """The adapter of ``sequence`` is loading, since ``now`` unless it was before."""
+        if sequence.loading_since is None:
+            sequence.loading_since = now
+            self.num_loading += 1
 
-    def _one_less(self, key: AdapterKey) -> None:
-        self._unfixed[key] -= 1
-        if not self._unfixed[key]:
-            del self._unfixed[key]
+    def bind(self, sequence: Sequence, generation: str, now: float) -> None:
+        """Give ``sequence`` the generation of its adapter, which is loaded."""
+        self._count_bound(sequence)
+        sequence.generation = generation
+        if sequence.loading_since is not None:
+            sequence.load_s += now - sequence.loading_since
+            sequence.loading_since = None
+        self._update_head(sequence.key)
 
-    def _judge_head(self, key: AdapterKey) -> None:
-        queue = self._queues.get(key)
-        if queue and queue[0].ready:
-            self._ready[key] = None
+    def _count_bound(self, sequence: Sequence) -> None:
+        self._unbound[sequence.key] -= 1
+        if not self._unbound[sequence.key]:
+            del self._unbound[sequence.key]
+        if sequence.loading_since is not None:
+            self.num_loading -= 1
+
+    def _update_head(self, key: AdapterKey) -> None:
+        head = next(iter(self._queues[key].values()), None)
+        if head is not None and head.ready:
+            self._ready[key] = head
         else:
             self._ready.pop(key, None)
 
     def check(self) -> None:
         assert self._count == sum(len(queue) for queue in self._queues.values())
+        assert self.num_loading == sum(sequence.loading_since is not None for sequence in self)
         for key, queue in self._queues.items():
-            assert queue and all(sequence.key == key for sequence in queue)
-            serials = [sequence.serial for sequence in queue]
-            assert serials == sorted(set(serials)), "a queue is out of order"
-            assert self._unfixed.get(key, 0) == sum(not sequence.ready for sequence in queue)
-        assert set(self._ready) == {key for key, queue in self._queues.items() if queue[0].ready}
-        assert self._unfixed.keys() <= self._queues.keys()
+            assert queue and all(sequence.key == key for sequence in queue.values())
+            assert list(queue) == sorted(queue), "a queue is out of order"
+            assert self._unbound.get(key, 0) == sum(not sequence.ready for sequence in queue.values())
+        heads = {key: next(iter(queue.values())) for key, queue in self._queues.items()}
+        assert self._ready == {key: head for key, head in heads.items() if head.ready}
+        assert self._unbound.keys() <= self._queues.keys()
 
 
-@dataclass
-class _Place:
-    since: int
-    deficit: int = 0
-
-
-class Turns:
-    """Who was served longest ago, and the deficits. An adapter joins at the back when it first asks."""
+class DeficitRoundRobin:
+    """The order of the adapters' turns, and their deficits. An adapter joins at the back when it is first named."""
 
     def __init__(self, quantum: int) -> None:
-        self.quantum = quantum
-        self._places: dict[AdapterKey, _Place] = {}
-        self._clock = 0
+        self._quantum = quantum
+        self._deficits: dict[AdapterKey, int] = {}  # in the order of turns
 
-    def order(self, keys: Iterable[AdapterKey]) -> list[AdapterKey]:
-        """``keys``, all of whom want to be served, in the order of their turns."""
-        keys = list(keys)
+    def order(self, keys: Collection[AdapterKey]) -> list[AdapterKey]:
+        """``keys``, all of which have tokens to compute, in the order of their turns."""
         for key in keys:
-            if key not in self._places:
-                self._places[key] = self._back()
-        if len(self._places) > 64 + 2 * len(keys):
-            # The others want nothing now. They lose their deficits, as is right, and their places.
-            self._places = {key: self._places[key] for key in keys}
-        return sorted(keys, key=lambda key: self._places[key].since)
+            self._deficits.setdefault(key, 0)
+        order = [key for key in self._deficits if key in keys]
+        if len(self._deficits) > 64 + 2 * len(keys):
+            # The others have nothing to compute now: by the algorithm they lose their deficits and their places.
+            self._deficits = {key: self._deficits[key] for key in order}
+        return order
 
     def begin(self, key: AdapterKey) -> int:
-        """Its turn: the tokens it may spend now."""
-        place = self._places[key]
-        place.deficit = min(place.deficit + self.quantum, 2 * self.quantum)
-        return place.deficit
+        """Begin a turn; returns the tokens it may spend."""
+        self._deficits[key] = min(self._deficits[key] + self._quantum, 2 * self._quantum)
+        return self._deficits[key]
 
     def end(self, key: AdapterKey, spent: int) -> None:
-        place = self._places[key] = self._back(max(0, self._places[key].deficit - spent))
-        assert place.deficit <= 2 * self.quantum
-
-    def _back(self, deficit: int = 0) -> _Place:
-        self._clock += 1
-        return _Place(self._clock, deficit)
+        """End a turn that spent tokens; one that could not spend any keeps its place, the first of the next step."""
+        self._deficits[key] = max(0, self._deficits.pop(key) - spent)

@@ -1,284 +1,558 @@
-"""Scheduler: what the next step computes. No phases: a sequence gets ``min(budget, tokens it has - tokens computed)``.
+"""Scheduler: plans steps and records their results. There are no phases: a sequence gets
+``min(budget, tokens it has - tokens computed)``, whether they are a prompt, a drawn token, or computed again.
 
-One call of ``schedule`` goes through five passes over one budget of tokens and one of logit rows:
+    waiting ───admit──► running ──_finish──► gone (one final event)
+       ▲                   │
+       └─────_preempt──────┘      blocks, slot and lease are released; tokens, scores and generation stay
 
-1. out of time: such sequences end;
-2. look-ahead: adapters of waiting requests begin to load; a loaded one fixes their generation;
-3. rescue: an adapter that runs nothing and was passed over for long takes a place from the one that runs most;
-4. everybody running is given one token, the oldest first: no stream ever stalls behind a prompt. For want of a block
-   the newest sequence of the adapter that runs most is preempted, never the oldest of all: it goes on, so all end;
-5. the rest of the budget goes to prompts, running ones and waiting ones, by turns of the adapters (``queues.Turns``).
+``plan`` makes five passes over one budget of tokens and one of logit rows:
+
+1. sequences that are out of time end;
+2. adapters of waiting requests are prefetched; a loaded one is bound to its requests;
+3. an adapter that runs nothing and was refused for long takes a place from the adapter that runs most;
+4. each running sequence gets one token, the oldest first: no stream stalls behind a prompt. If a block is missing, the
+   newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends;
+5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over adapters.
+
+**Run-ahead.** ``plan`` may be called while earlier steps are unfinished; ``commit`` takes their results in order. What
+an ended sequence held is released once the last step that was planned with it is finished. ``plan`` is empty when it
+first needs those results: a preemption, and steps that are run again after a failure (``retry``), are planned only when
+no step is unfinished.
 
 See docs/decisions/0003-no-phases-one-token-budget.md.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
+from operator import attrgetter
 
-from truffula.engine.admission import Admission
 from truffula.engine.blocks import BlockPool
-from truffula.engine.grants import Grants, StepCapacity
-from truffula.engine.limits import EngineLimits
-from truffula.engine.lookahead import LookAhead
+from truffula.engine.limits import EngineLimits, StepCapacity, check_request
 from truffula.engine.plan import ChunkResult, StepPlan
-from truffula.engine.queues import Turns
-from truffula.engine.roster import Roster
+from truffula.engine.queues import DeficitRoundRobin, WaitingQueues
+from truffula.engine.running import RunningBatch
 from truffula.engine.sequence import AdapterKey, Sequence
-from truffula.errors import GenerationError, InsufficientMemory, TruffulaError
+from truffula.errors import (
+    AdapterError,
+    AdapterLoadError,
+    DeadlineExceeded,
+    ErrorInfo,
+    GenerationError,
+    InsufficientMemory,
+    InvalidRequest,
+    Overloaded,
+    QueueTimeout,
+    TruffulaError,
+)
 from truffula.lora.pool import AdapterPool
-from truffula.types import EngineRequest, TokenEvent
+from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 MAX_REFUSALS = 8
-"""Waiting adapters found not to fit in a step before it stops trying others: a bound on the cost of a full engine."""
-
-
+"""Admissions that may be refused in a step before no more are tried: bounds the cost of a full engine."""
+MAX_OVERTAKING = 16
+"""How many sequences of a queue are looked at for one that need not wait for a running prompt."""
+PREFETCH_WINDOW = 4
+"""Adapters looked at in a step for those that are loaded already, as a multiple of ``prefetch_adapters``."""
 LONG_STEPS = 2
-"""A prompt that needs more steps than these to itself is a long one."""
+"""A prompt that fills more steps than these is long: it leaves half of its adapter's turn to the prompts behind it."""
+
+_age = attrgetter("serial")
+_row_order = attrgetter("row_order")
+
+
+class _ResultsNeeded(Exception):
+    """No step can be planned before the unfinished ones have finished: they may use what is to be released."""
+
+
+class StepBudget:
+    """What is left of a step, and the number of tokens that each sequence was granted."""
+
+    def __init__(self, tokens: int, rows: int) -> None:
+        self.tokens = tokens
+        self.rows = rows
+        self.counts: dict[Sequence, int] = {}
+        self.preempted = False
+        self.refusals = 0
+
+    def grant(self, sequence: Sequence, count: int) -> int:
+        """Raise a grant to ``count`` tokens; returns how many tokens that added."""
+        have = self.counts.get(sequence, 0)
+        self.tokens -= count - have
+        self.rows -= _rows(sequence, count) - _rows(sequence, have)
+        self.counts[sequence] = count
+        return count - have
+
+    def revoke(self, sequence: Sequence) -> None:
+        have = self.counts.pop(sequence, 0)
+        self.tokens += have
+        self.rows += _rows(sequence, have)
+
+
+def _rows(sequence: Sequence, count: int) -> int:
+    """Rows of logits to reserve for a grant: each sequence may need one for a draw."""
+    return max(1, sequence.rows(count)) if count else 0
 
 
 class Scheduler:
-    """Decides and keeps the books; computes nothing. One thread."""
+    """Owns the sequences and their queues; asks the pools for blocks and leases. Computes nothing. One thread."""
 
     def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool, capacity: StepCapacity) -> None:
         self._limits = limits
         self._blocks = blocks
         self._adapters = adapters
-        self._tokens = min(limits.step_tokens, capacity.tokens)
-        self._rows = min(limits.step_logit_rows, capacity.rows)
-        # Everybody running gets a token, and its row, each step: so no more may run than a step has of either.
-        self._max_running = min(limits.max_running, capacity.sequences, self._tokens, self._rows)
-        self._turns = Turns(quantum=max(limits.block_size, self._tokens // 2))
-        self._gate: Sequence | None = None
-        self.roster = Roster(limits, blocks, adapters)
-        self._look_ahead = LookAhead(self.roster, adapters, limits.look_ahead, self._max_running)
-        self._admission = Admission(self.roster, limits, blocks, adapters, capacity.segments)
-        self.generated_tokens = 0
+        self._max_tokens = min(limits.step_tokens, capacity.tokens)
+        self._max_rows = min(limits.step_logit_rows, capacity.rows)
+        # Each running sequence gets a token and a row in each step, so no more may run than a step has of either.
+        self._max_running = min(limits.max_running, capacity.sequences, self._max_tokens, self._max_rows)
+        self._round_robin = DeficitRoundRobin(quantum=max(limits.block_size, self._max_tokens // 2))
+        self._waiting = WaitingQueues()
+        self._running = RunningBatch(limits, capacity.sequences, capacity.segments, blocks, adapters)
+        self._by_id: dict[str, Sequence] = {}
+        self._deadlines: list[tuple[float, int, str]] = []  # a heap of time, serial and request id
+        self._last_serial = 0
+        self._reserved_for: Sequence | None = None  # the only one that may be admitted
+        self._last_step = 0
+        self._retries: list[list[tuple[Sequence, int]]] = []  # parts of failed steps to run alone, the next one last
+        self._events: list[TokenEvent] = []
+        self._counts = dict.fromkeys(("preemptions", "prompt_tokens", "prefix_hit_tokens", "generated_tokens"), 0)
 
     # What the engine asks
 
     def add(self, request: EngineRequest, now: float) -> None:
-        self.roster.add(request, now)
+        """Queue ``request``, or answer a bad one with its only, final event. Never raises for a bad request."""
+        try:
+            if request.request_id in self._by_id:
+                raise InvalidRequest(f"A request with id {request.request_id!r} is running.", param="request_id")
+            max_total = check_request(request, self._limits, self._blocks.longest(self._limits.max_model_len))
+            if len(self._waiting) >= self._limits.max_waiting:
+                raise Overloaded(
+                    f"{len(self._waiting)} requests are waiting; the limit is {self._limits.max_waiting}. Try again "
+                    "later.",
+                    waiting=len(self._waiting), limit=self._limits.max_waiting,
+                )  # fmt: skip
+        except TruffulaError as error:
+            self._events.append(
+                TokenEvent(
+                    request_id=request.request_id, finish_reason="error", error=error.info(),
+                    prompt_tokens=len(request.prompt_ids), times=RequestTimes(),
+                )
+            )  # fmt: skip
+            return
+        self._last_serial += 1
+        sequence = Sequence(self._last_serial, request, max_total, self._limits, self._blocks.new_table())
+        sequence.arrival = sequence.arrival or now
+        ended = sequence.ended_before_start()
+        if ended is not None:
+            self._events.append(sequence.final_event(ended[0], now, stop=ended[1]))
+            return
+        self._by_id[request.request_id] = sequence
+        for deadline in (request.queue_deadline, request.deadline):
+            if deadline is not None:
+                heapq.heappush(self._deadlines, (deadline, sequence.serial, request.request_id))
+        self._waiting.push(sequence)
 
     def abort(self, request_id: str, now: float) -> None:
-        """End it now; nothing happens when it is unknown (it may have ended already)."""
-        sequence = self.roster.named(request_id)
-        if sequence is not None:
-            self.roster.finish(sequence, "abort", now)
+        """End it now; an unknown id is ignored (it may have ended already)."""
+        if request_id in self._by_id:
+            self._finish(self._by_id[request_id], "abort", now)
+
+    def end_all(self, error: TruffulaError, now: float) -> None:
+        """End every sequence with ``error``."""
+        for sequence in list(self._by_id.values()):
+            self._fail(sequence, error, now)
 
     def take_events(self) -> list[TokenEvent]:
-        events, self.roster.events = self.roster.events, []
+        events, self._events = self._events, []
         return events
 
-    def schedule(self, now: float) -> StepPlan:
-        """The next step's plan; empty when nothing can run. Sequences that end on the way leave their event."""
-        roster = self.roster
-        roster.expire(now)
-        self._look_ahead.look(now)
-        self._rescue(now)
-        grants = Grants(self._tokens, self._rows)
-        self._grant_running(grants, now)
-        self._share_rest(grants, now)
-        granted = [(roster.running[serial], count) for serial, count in grants.count_of.items()]
-        granted.sort(key=lambda item: _row_order(item[0]))
-        return StepPlan(tuple(sequence.chunk(count) for sequence, count in granted))
+    def has_work(self) -> bool:
+        """Whether there are events to take, results to wait for, or sequences that wait for no adapter."""
+        return bool(self._events or self._running.num_unfinished or len(self._running) or self._waiting.num_ready())
 
-    def update(self, plan: StepPlan, results: Iterable[ChunkResult], now: float) -> None:
-        """Book what a step computed: progress, scores, tokens, ends."""
+    def is_idle(self) -> bool:
+        """Whether no sequence is left, no step is unfinished and every event was taken."""
+        return not (self._by_id or self._events or self._running.num_unfinished)
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of sequences now, and of events and tokens since the start, by their names in ``EngineStats``."""
+        return {
+            "running": len(self._running),
+            "waiting": len(self._waiting),
+            "waiting_for_adapter": self._waiting.num_loading,
+            **self._counts,
+        }
+
+    # A step
+
+    def plan(self, now: float) -> StepPlan:
+        """The next step; empty when nothing can run, or when that depends on the results of unfinished steps."""
+        self._expire(now)
+        self._prefetch_adapters(now)
+        if self._retries:
+            return self._start(self._next_retry())
+        budget = StepBudget(self._max_tokens, self._max_rows)
+        try:
+            self._prevent_starvation(now)
+            self._grant_running(budget, now)
+            self._grant_prompts(budget, now)
+        except _ResultsNeeded:
+            return self._start({})
+        return self._start(budget.counts)
+
+    def _start(self, counts: dict[Sequence, int]) -> StepPlan:
+        step = self._last_step + 1
+        chunks = [sequence.advance(counts[sequence], step) for sequence in sorted(counts, key=_row_order)]
+        if chunks:
+            self._last_step = step
+            self._running.begin_step(step)
+        return StepPlan(step, chunks)
+
+    def commit(self, plan: StepPlan, results: Iterable[ChunkResult], now: float) -> None:
+        """Record the results of the oldest unfinished step: progress, scores, tokens, ends.
+
+        Sequences that have ended since it was planned are skipped.
+        """
+        self._running.end_step(plan.step, now)
+        at, generated = self._running.at, 0
         for chunk, result in zip(plan.chunks, results, strict=True):
-            sequence = self.roster.live(chunk.serial)
-            assert sequence is not None
+            sequence = at(chunk.seq_slot)
+            if sequence is None:
+                continue
             if not result.finite:
-                self.roster.distrust(sequence)
-                self.roster.fail(sequence, GenerationError("The model computed a NaN or infinite logit."), now)
+                # Its KV may be wrong: no other sequence may find these blocks.
+                self._blocks.forget(sequence.table)
+                self._fail(sequence, non_finite(sequence.request.adapter), now)
                 continue
-            sequence.num_computed += chunk.count
-            sequence.scores.extend(result.scores)
-            if result.token is None:
-                self.roster.index_blocks(sequence, now)
-                if sequence.behind == 0 and not sequence.samples:
-                    self.roster.finish(sequence, "length", now)
+            event = sequence.commit(chunk, result, now)
+            if sequence.num_committed >= sequence.table.due:
+                self._running.commit_blocks(sequence, now)
+            if event is None:
                 continue
-            self.generated_tokens += 1
-            if sequence.first_token_at is None:
-                sequence.first_token_at = now
-            ends = sequence.append(result.token)
-            self.roster.index_blocks(sequence, now)
-            event = sequence.token_event(result, ends, now)
-            if ends is None:
-                self.roster.events.append(event)
+            generated += len(event.token_ids)
+            if event.finish_reason is None:
+                self._events.append(event)
             else:
-                self.roster.finish(sequence, ends[0], now, event=event)
+                self._finish(sequence, event.finish_reason, now, event=event)
+        self._counts["generated_tokens"] += generated
 
-    def fail_step(self, plan: StepPlan, error: TruffulaError, now: float) -> None:
-        """The step raised: its sequences end with ``error``, the others go on. Nothing it wrote was indexed."""
+    def discard(self, plan: StepPlan, now: float) -> None:
+        """Undo ``plan``, the newest one that is unfinished: it failed, or runs behind one that did."""
         for chunk in plan.chunks:
-            sequence = self.roster.live(chunk.serial)
-            assert sequence is not None
-            self.roster.fail(sequence, error, now)
+            sequence = self._running.at(chunk.seq_slot)
+            if sequence is not None:
+                sequence.undo(chunk)
+        self._running.end_step(plan.step, now)
 
-    def startable(self) -> bool:
-        """Whether a step could do something: somebody runs, or waits for no load."""
-        return bool(self.roster.running) or self.roster.waiting.num_ready() > 0
+    def retry(self, plan: StepPlan, error: TruffulaError, now: float) -> None:
+        """Discard ``plan``, which failed, and run it again in halves, until only what fails alone ends with ``error``.
 
-    # 3. Rescue
+        The halves run one at a time, before anything else.
+        """
+        sequences = [self._running.at(chunk.seq_slot) for chunk in plan.chunks]
+        self.discard(plan, now)
+        if len(sequences) == 1 and sequences[0] is not None:
+            self._fail(sequences[0], error, now)
+            return
+        parts = [(s, chunk.count) for s, chunk in zip(sequences, plan.chunks, strict=True) if s is not None]
+        middle = len(parts) // 2
+        self._retries += [parts[middle:], parts[:middle]]
 
-    def _rescue(self, now: float) -> None:
-        """Who was refused for ``patience`` steps and runs nothing gets a place; after four times that, goes first."""
-        self._gate = None
-        roster, patience = self.roster, self._limits.patience
-        late = [head for head in self._ready_heads() if head.refused_steps >= patience]
+    def _next_retry(self) -> dict[Sequence, int]:
+        while self._retries and not self._running.num_unfinished:
+            counts = {sequence: count for sequence, count in self._retries.pop() if sequence.seq_slot is not None}
+            if counts:
+                return counts
+        return {}
+
+    # 1. Deadlines
+
+    def _expire(self, now: float) -> None:
+        """End what is out of time: ``queue_timeout`` when it never ran, ``deadline_exceeded`` when it did.
+
+        The time in which its adapter loads does not count as waiting: a load has limits of its own.
+        """
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, serial, request_id = heapq.heappop(self._deadlines)
+            sequence = self._by_id.get(request_id)
+            if sequence is None or sequence.serial != serial:
+                continue
+            request = sequence.request
+            if deadline != request.deadline and sequence.admitted_at is None:
+                assert request.queue_deadline is not None
+                later = request.queue_deadline + self._load_time(sequence, now)
+                if later > now:
+                    heapq.heappush(self._deadlines, (later, serial, request_id))
+                    continue
+            waited = now - sequence.arrival
+            if sequence.admitted_at is None:
+                loading = sequence.loading_since is not None
+                why = "while its adapter was loading" if loading else "for a free slot in the batch"
+                error: TruffulaError = QueueTimeout(f"Waited {waited:.3f} s {why}.", waited_s=waited, loading=loading)
+                self._fail(sequence, error, now)
+            elif deadline == request.deadline:
+                error = DeadlineExceeded(
+                    f"The request reached its time limit after {waited:.3f} s with {sequence.num_completion} "
+                    "completion tokens.",
+                    elapsed_s=waited,
+                )
+                self._fail(sequence, error, now)
+
+    def _load_time(self, sequence: Sequence, now: float) -> float:
+        """Seconds that it waited for its adapter, or behind a sequence that does."""
+        since = sequence.loading_since
+        if since is None and not sequence.ready:
+            since = self._waiting.first(sequence.key, 1)[0].loading_since
+        return sequence.load_s + (0.0 if since is None else now - max(since, sequence.arrival))
+
+    # 2. Adapter prefetch
+
+    def _prefetch_adapters(self, now: float) -> None:
+        """Load adapters before their turn and bind loaded ones, so that one slow load delays only its own requests.
+
+        At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
+        adapters could run now. Adapters that are loaded are not counted.
+        """
+        waiting, most, loading = self._waiting, self._limits.prefetch_adapters, 0
+        for key in waiting.unbound(PREFETCH_WINDOW * most):
+            unbound = [sequence for sequence in waiting.first(key, self._max_running) if not sequence.ready]
+            if not unbound:  # they wait behind a full window of sequences that are ready
+                continue
+            ref = unbound[0].request.adapter
+            assert ref is not None
+            enough = loading >= most or waiting.num_ready() >= most
+            if enough and unbound[0].loading_since is None and not self._adapters.is_loaded(ref):
+                waiting.postpone(key)
+                continue
+            found = self._adapters.lookup(ref, now)
+            if found.status == "loading":
+                loading += 1
+                for sequence in unbound:
+                    waiting.mark_loading(sequence, now)
+            elif found.generation is not None:
+                for sequence in unbound:
+                    # From now on the name means these bytes for this request, whatever it leads to later.
+                    sequence.loaded_lease = self._adapters.retain(found.generation)
+                    waiting.bind(sequence, found.generation, now)
+            else:
+                info = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
+                for sequence in waiting.first(key, len(waiting)):
+                    if not sequence.ready:
+                        self._finish(sequence, "error", now, error=info)
+
+    # 3. Starvation
+
+    def _prevent_starvation(self, now: float) -> None:
+        """Give a place to an adapter that runs nothing and was refused ``patience`` times; what was refused four times
+        as often is admitted before all others.
+        """
+        self._reserved_for = None
+        patience = self._limits.patience
+        late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience]
         if not late:
             return
-        shares = roster.shares()
-        starved = min((head for head in late if not shares[head.key]), key=_age, default=None)
-        if starved is not None:
-            victim = self._victim(at_least=2)
-            if victim is not None:
-                roster.preempt(victim, now)
-                self._gate = starved
-                return
+        running = self._running.count_by_key()
+        starved = min((head for head in late if not running[head.key]), key=_age, default=None)
+        victim = None if starved is None else self._running.newest_of_largest(at_least=2)
         oldest = min(late, key=_age)
-        if oldest.refused_steps >= 4 * patience:
-            self._gate = oldest
+        if victim is not None:
+            if self._running.num_unfinished:
+                raise _ResultsNeeded
+            self._preempt(victim, now)
+            self._reserved_for = starved
+        elif oldest.refused_steps >= 4 * patience:
+            self._reserved_for = oldest
 
-    # 4. One token for everybody
+    # 4. One token for each running sequence
 
-    def _grant_running(self, grants: Grants, now: float) -> None:
-        for sequence in sorted(self.roster.running.values(), key=_age):
-            if sequence.serial in self.roster.running and self._make_room(sequence, grants, now):
-                grants.set(sequence.serial, 1, 1)
+    def _grant_running(self, budget: StepBudget, now: float) -> None:
+        for sequence in self._running:
+            if sequence.seq_slot is None or sequence.num_computed >= sequence.num_wanted:
+                continue
+            if sequence.num_computed >= sequence.table.capacity and not self._add_block(sequence, budget, now):
+                continue
+            budget.counts[sequence] = 1  # as ``grant`` does: one token needs one row at most
+            budget.tokens -= 1
+            budget.rows -= 1
 
-    def _make_room(self, sequence: Sequence, grants: Grants, now: float) -> bool:
-        """Have a block for its next token, preempting for it; False when it was itself the one to go."""
-        while len(sequence.blocks) * self._limits.block_size <= sequence.num_computed:
-            blocks = self._blocks.allocate(1)
-            if blocks is not None:
-                sequence.add_blocks(blocks)
+    def _add_block(self, sequence: Sequence, budget: StepBudget, now: float) -> bool:
+        """Get a block for its next token, by preemption if none is left; False when it is preempted itself or ends."""
+        while True:
+            if self._blocks.extend(sequence.table, sequence.num_computed + 1):
                 return True
-            victim = self._victim()
+            if self._running.num_unfinished:
+                raise _ResultsNeeded
+            victim = self._running.newest_of_largest()
             if victim is None:
-                self.roster.fail(sequence, self._too_big(sequence), now)
+                self._fail(sequence, self._too_large(sequence), now)
                 return False
-            grants.drop(victim.serial)
-            grants.preempted = True
-            self.roster.preempt(victim, now)
+            budget.revoke(victim)
+            budget.preempted = True
+            self._preempt(victim, now)
             if victim is sequence:
                 return False
-        return True
 
-    def _victim(self, at_least: int = 1) -> Sequence | None:
-        """The newest sequence of the adapter that runs most (at least so many). None when only one runs.
-
-        Never the oldest of all: either its adapter runs a newer one as well, or all run one and others are newer.
-        """
-        running = self.roster.running
-        if len(running) < 2:
-            return None
-        shares = self.roster.shares()
-        candidates = [s for s in running.values() if shares[s.key] >= at_least]
-        return max(candidates, key=lambda s: (shares[s.key], s.serial), default=None)
-
-    def _too_big(self, sequence: Sequence) -> InsufficientMemory:
+    def _too_large(self, sequence: Sequence) -> InsufficientMemory:
+        blocks_left = self._blocks.num_free() + self._blocks.num_cached()
         return InsufficientMemory(
             f"{sequence.num_tokens} tokens and its adapter do not fit in memory though nothing else runs: "
-            f"{self._blocks.num_used()} KV blocks are in use, {self._blocks.available()} are left. "
+            f"{self._blocks.num_used()} KV blocks are in use, {blocks_left} are left. "
             "Raise --memory, or pin fewer adapters.",
-            tokens=sequence.num_tokens, blocks_used=self._blocks.num_used(), blocks_left=self._blocks.available(),
+            tokens=sequence.num_tokens, blocks_used=self._blocks.num_used(), blocks_left=blocks_left,
         )  # fmt: skip
 
-    # 5. Turns
+    # 5. Prompts
 
-    def _share_rest(self, grants: Grants, now: float) -> None:
-        behind: dict[AdapterKey, list[Sequence]] = {}
-        for sequence in self.roster.running.values():
-            if sequence.behind > grants.count_of[sequence.serial]:
-                behind.setdefault(sequence.key, []).append(sequence)
-        full = len(self.roster.running) >= self._max_running
-        if full:
-            for head in self._ready_heads():
+    def _grant_prompts(self, budget: StepBudget, now: float) -> None:
+        prompts: dict[AdapterKey, list[Sequence]] = {}
+        for sequence in self._running:
+            if sequence.num_wanted - sequence.num_computed > 1:
+                prompts.setdefault(sequence.key, []).append(sequence)
+        keys = dict.fromkeys(prompts)
+        if len(self._running) >= self._max_running:
+            for head in self._waiting.ready_heads():
                 head.refused_steps += 1
-        open_keys = self._turns.order(behind.keys() | (() if full else set(self.roster.waiting.ready())))
-        while open_keys and grants.tokens > 0:
-            still_open = []
-            for key in open_keys:
-                spent = self._serve(key, self._turns.begin(key), behind, grants, now)
+        else:
+            keys.update((head.key, None) for head in self._waiting.ready_heads())
+        turns = self._round_robin.order(keys) if keys else []
+        while turns and budget.tokens > 0:
+            next_turns = []
+            for key in turns:
+                spent = self._take_turn(key, prompts.setdefault(key, []), budget, now)
                 if spent:
-                    # Who could not spend keeps its place: it is the first to be asked in the next step.
-                    self._turns.end(key, spent)
-                    still_open.append(key)
-                if grants.tokens <= 0:
+                    self._round_robin.end(key, spent)
+                    next_turns.append(key)
+                if budget.tokens <= 0:
                     return
-            open_keys = still_open
+            turns = next_turns
 
-    def _ready_heads(self) -> list[Sequence]:
-        waiting = self.roster.waiting
-        return [head for key in waiting.ready() if (head := waiting.ready_head(key)) is not None]
-
-    def _serve(
-        self, key: AdapterKey, allowance: int, behind: dict[AdapterKey, list[Sequence]], grants: Grants, now: float
-    ) -> int:
-        """One turn: first its running prompts, then at most one admission. Returns the tokens spent.
-
-        A prompt that is several steps long leaves half to those of its adapter who come behind it.
-        """
-        spent, prompts = 0, behind.get(key, [])
-        others = len(prompts) > 1 or self.roster.waiting.ready_head(key) is not None
+    def _take_turn(self, key: AdapterKey, prompts: list[Sequence], budget: StepBudget, now: float) -> int:
+        """One turn: first its running prompts, then at most one admission. Returns the tokens spent."""
+        allowance = self._round_robin.begin(key)
+        spent = 0
+        others = len(prompts) > 1 or self._waiting.ready_head(key) is not None
         for sequence in prompts:
-            most = min(allowance - spent, grants.tokens)
-            if others and sequence.behind > LONG_STEPS * self._tokens:
+            most = min(allowance - spent, budget.tokens)
+            if others and sequence.num_uncomputed > LONG_STEPS * self._max_tokens:
                 most = -(-most // 2)
-            spent += self._extend(sequence, most, grants)
-        allowance = min(allowance - spent, grants.tokens)
-        if allowance <= 0 or not self._may_admit(grants):
+            spent += self._extend(sequence, most, budget)
+        allowance = min(allowance - spent, budget.tokens)
+        if allowance <= 0 or not self._may_admit(budget):
             return spent
-        first = self._admission.next_of(key)
-        if first is None or self._gate not in (None, first):
+        waiting = self._next_waiting(key)
+        if waiting is None or self._reserved_for not in (None, waiting):
             return spent
-        count = self._try_admit(first, allowance, grants, now)
+        count = self._try_admit(waiting, allowance, budget, now)
         if count:
-            behind.setdefault(key, []).append(first)
+            prompts.append(waiting)
         return spent + count
 
-    def _extend(self, sequence: Sequence, allowance: int, grants: Grants) -> int:
-        have, rows = grants.count_of[sequence.serial], grants.rows_of[sequence.serial]
-        count = have + min(allowance, sequence.behind - have)
-        count = sequence.fit_rows(count, grants.rows + rows)
+    def _extend(self, sequence: Sequence, allowance: int, budget: StepBudget) -> int:
+        """Raise its grant by up to ``allowance`` tokens; returns by how many."""
+        have = budget.counts.get(sequence, 0)
+        count = have + min(allowance, sequence.num_uncomputed - have)
+        count = sequence.fit_rows(count, budget.rows + _rows(sequence, have))
         if count <= have:
             return 0
-        missing = self._blocks.blocks_for(sequence.num_computed + count) - len(sequence.blocks)
-        if missing > 0:
-            sequence.add_blocks(self._blocks.allocate(missing) or [])
-            count = min(count, len(sequence.blocks) * self._limits.block_size - sequence.num_computed)
-        return grants.set(sequence.serial, count, max(rows, sequence.rows(count)))
+        if not self._blocks.extend(sequence.table, sequence.num_computed + count):
+            count = min(count, sequence.table.capacity - sequence.num_computed)
+        return budget.grant(sequence, count) if count > have else 0
 
-    def _may_admit(self, grants: Grants) -> bool:
-        if len(self.roster.running) >= self._max_running or grants.rows < 1:
+    def _may_admit(self, budget: StepBudget) -> bool:
+        if len(self._running) >= self._max_running or not self._running.has_free_slot() or budget.rows < 1:
             return False
-        return self._gate is not None or not (grants.preempted or grants.refusals >= MAX_REFUSALS)
+        return self._reserved_for is not None or not (budget.preempted or budget.refusals >= MAX_REFUSALS)
 
-    def _try_admit(self, sequence: Sequence, allowance: int, grants: Grants, now: float) -> int:
+    def _next_waiting(self, key: AdapterKey) -> Sequence | None:
+        """The first waiting sequence of ``key`` that may start.
+
+        One whose next block a running prompt is about to compute waits for it and then finds it in the prefix cache: of
+        eight choices of one long prompt, one computes it. Meanwhile those behind it may pass.
+        """
+        head = self._waiting.ready_head(key)
+        if head is None or not self._limits.prefix_cache:
+            return head
+        candidates = (sequence for sequence in self._waiting.first(key, MAX_OVERTAKING) if sequence.ready)
+        return next((sequence for sequence in candidates if not self._running.computes_prefix_of(sequence)), None)
+
+    def _try_admit(self, sequence: Sequence, allowance: int, budget: StepBudget, now: float) -> int:
         """Returns the tokens granted; 0 when it has to wait (or has ended)."""
-        count = self._admission.admit(sequence, allowance, grants, now)
-        alone = not self.roster.running
-        if not count and alone and self.roster.live(sequence.serial) is not None:
-            # The cached blocks it wanted may be what is in the way of its adapter or of its other blocks.
-            count = self._admission.admit(sequence, allowance, grants, now, prefix=False)
-            if not count and self.roster.live(sequence.serial) is not None:
-                self.roster.fail(sequence, self._too_big(sequence), now)
-        if not count and self.roster.live(sequence.serial) is not None:
+        running = self._running
+        try:
+            count = running.admit(sequence, allowance, budget.rows, now)
+            alone = not len(running) and not running.num_unfinished
+            if not count and alone and not running.waits_for_upload(sequence):
+                # The cached blocks it would use may take the room of its adapter or of its other blocks.
+                count = running.admit(sequence, allowance, budget.rows, now, prefix=False)
+                if not count:
+                    raise self._too_large(sequence)
+        except TruffulaError as error:
+            self._fail(sequence, error, now)
+            return 0
+        if not count:
             sequence.refused_steps += 1
-            grants.refusals += 1
-        return count
+            budget.refusals += 1
+            return 0
+        self._waiting.remove(sequence)
+        sequence.refused_steps = 0
+        if sequence.admitted_at is None:
+            sequence.admitted_at = now
+            sequence.cached_tokens = min(sequence.num_computed, sequence.num_prompt)
+            self._counts["prompt_tokens"] += sequence.num_prompt
+            self._counts["prefix_hit_tokens"] += sequence.cached_tokens
+        return budget.grant(sequence, count)
+
+    # Ends
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        """Release what it holds; it waits again, before all younger sequences of its adapter."""
+        assert not self._running.num_unfinished, "an unfinished step may use what a preempted sequence holds"
+        self._running.remove(sequence, now)
+        self._waiting.push(sequence)
+        self._counts["preemptions"] += 1
+
+    def _fail(self, sequence: Sequence, error: TruffulaError, now: float) -> None:
+        self._finish(sequence, "error", now, error=error.info())
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        now: float,
+        *,
+        error: ErrorInfo | None = None,
+        event: TokenEvent | None = None,
+    ) -> None:
+        """End it: all it holds is released, and its one final event (``event``, or one without a token) is queued."""
+        self._events.append(event or sequence.final_event(reason, now, error=error))
+        if sequence.seq_slot is None:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence, now)
+        if sequence.loaded_lease is not None:
+            self._adapters.release(sequence.loaded_lease)
+        del self._by_id[sequence.request_id]
 
     def check(self) -> None:
-        self.roster.check()
-        assert len(self.roster.running) <= self._max_running
+        """Raise AssertionError when a sequence is lost, or a block, slot or lease has no owner or two."""
+        waiting, running = list(self._waiting), list(self._running)
+        assert len(running) <= self._max_running
+        assert not set(waiting) & set(running), "a sequence waits and runs"
+        assert {s.request_id: s for s in [*waiting, *running]} == self._by_id, "a sequence is lost"
+        for sequence in waiting:
+            assert not sequence.table.length and sequence.lease is None and sequence.seq_slot is None
+            assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial
+        self._waiting.check()
+        self._running.check()
 
 
-def _age(sequence: Sequence) -> int:
-    return sequence.serial
-
-
-def _row_order(sequence: Sequence) -> tuple[bool, int, int]:
-    return sequence.lease is None, sequence.lease.slot if sequence.lease else 0, sequence.serial
+def non_finite(adapter: AdapterRef | None) -> TruffulaError:
+    """The error of a sequence whose logits are not finite. Those of the base are: an adapter, if any, is the cause."""
+    if adapter is None:
+        return GenerationError("The model computed a NaN or infinite logit.")
+    return AdapterError(
+        f"With adapter {adapter.name!r} the model computed a NaN or infinite logit: the adapter's values are too large "
+        "for this base.",
+        param="adapter",
+    )

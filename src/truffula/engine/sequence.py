@@ -1,19 +1,24 @@
-"""Sequence: the Scheduler's private record of one request. Nobody else writes to it."""
+"""Sequence: the scheduler's record of one request. Only the scheduler writes to it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from truffula.engine.plan import Chunk, ChunkResult, TopList
-from truffula.engine.prefix import PrefixChain, namespace
-from truffula.engine.sampling import NO_IDS, SequenceSampling
+from truffula.engine.blocks import BlockTable
+from truffula.engine.limits import EngineLimits
+from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
+from truffula.engine.prefix import BlockKeys
+from truffula.engine.sampling import sampling_of
 from truffula.errors import ErrorInfo
-from truffula.kernels.inputs import Int32
-from truffula.lora.leases import AdapterLease
+from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32
+from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 AdapterKey = tuple[str, str, str | None, str] | None
-"""What a queue is for: one state of one adapter's place, whatever names it goes by. None is the base."""
+"""Identifies the adapter of a queue: one state of one source, whatever names it has. None is the base."""
+
+End = tuple[FinishReason, int | None]
+"""How a sequence ended: the reason, and the id that stopped it."""
 
 
 def adapter_key(ref: AdapterRef | None) -> AdapterKey:
@@ -21,48 +26,61 @@ def adapter_key(ref: AdapterRef | None) -> AdapterKey:
 
 
 class Sequence:
-    """One stream of tokens: what it asked for, what it has, how much of it is computed, and what it holds.
+    """One stream of tokens: its request, its tokens, how many of them are computed, and its blocks.
 
-    ``max_total`` is the number of tokens, prompt and completion, at which it ends with ``length``. ``serial`` is its
-    age: smaller is older. Tokens only ever append. ``num_computed`` tokens have their K and V in ``blocks``; it falls
-    to 0 on preemption, and everything else follows from ``num_computed < num_wanted``.
+    Tokens are only appended. The first ``num_known`` of ``num_tokens`` are known; the others are *pending*: unfinished
+    steps draw them, and ``RELAY`` is in their place until ``commit``. The K and V of ``num_computed`` tokens are in
+    ``table`` once all planned steps have finished; those of ``num_committed`` are now. Both fall to 0 on preemption. A
+    sequence has work while ``num_computed < num_wanted``.
+
+    ``serial`` is its age: smaller is older. It ends with ``length`` at ``max_total`` tokens, prompt and completion.
+    ``samples``: it draws tokens (with ``max_tokens`` 0 it only scores). ``seq_slot`` is None unless it runs.
+    ``last_step`` is the newest step that was planned with it.
     """
 
     def __init__(
-        self, serial: int, request: EngineRequest, *, max_total: int, eos: tuple[int, ...], vocab: int, size: int
+        self, serial: int, request: EngineRequest, max_total: int, limits: EngineLimits, table: BlockTable
     ) -> None:
         params = request.params
         self.serial = serial
         self.request = request
+        self.request_id = request.request_id
         self.key = adapter_key(request.adapter)
         self.max_total = max_total
         self.num_prompt = len(request.prompt_ids)
+        self.samples = max_total > self.num_prompt
+        # A resumed request has sent the scores of its prompt before its first token: they are not computed again.
+        self.scoring = params.prompt_logprobs is not None and not request.resume_ids
         known = request.prompt_ids + request.resume_ids
-        self.num_tokens = len(known)
         self._ids = np.zeros(min(max(max_total, len(known)), len(known) + 64), np.int32)
         self._ids[: len(known)] = known
-        self._block_size = size
+        self._block_size = limits.block_size
+        self.num_tokens = self.num_known = len(known)
+        # Nothing follows the last token that it may have, or the last token of a prompt that is only scored.
+        self._most_wanted = max_total - 1 if self.samples or self.scoring else 0
+        self.num_wanted = min(self.num_tokens, self._most_wanted)
 
         self.num_computed = 0
-        self.blocks: list[int] = []
-        self._table = np.zeros(4, np.int32)
-        self.num_registered = 0
-        self.parent: int | bytes | None = None  # where the next block to index hangs; None: no more are indexed
-        self.chain: PrefixChain | None = None
+        self.num_committed = 0
+        self.table = table
         self.generation: str | None = None
-        self.lease: AdapterLease | None = None
+        self.lease: AdapterLease | None = None  # resident: while it runs
+        self.loaded_lease: AdapterLease | None = None  # until it ends
+        self.seq_slot: int | None = None
+        self.last_step = 0
+        self.row_order = (True, 0, serial)
+        self._restart = True
+        self._block_keys: BlockKeys | None = None
 
-        self._stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(eos))
-        self.sampling = SequenceSampling(request, self._stop_ids, vocab)
+        self._stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else limits.eos_token_ids)
         self._min_tokens = params.min_tokens
         self._wants_logprobs = params.logprobs is not None
-        # A resumed request showed its prompt's scores before its first token, so they are not made again.
-        self.scoring = params.prompt_logprobs is not None and not request.resume_ids
+        self._sampling = sampling_of(request, self._stop_ids, limits.vocab_size)
         self.scores: list[tuple[float, TopList]] = []
-        self._scores_shown = False
+        self._scores_sent = False
 
         self.arrival = request.arrival
-        self.cached_tokens: int | None = None
+        self.cached_tokens = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.loading_since: float | None = None
@@ -71,62 +89,139 @@ class Sequence:
 
     @property
     def ready(self) -> bool:
-        """Whether it waits for no load."""
+        """Whether it does not wait for an adapter."""
         return self.key is None or self.generation is not None
 
     # Tokens
 
     @property
     def num_completion(self) -> int:
-        return self.num_tokens - self.num_prompt
+        """Completion tokens that are known."""
+        return self.num_known - self.num_prompt
 
     @property
-    def samples(self) -> bool:
-        """Whether it draws tokens at all (``max_tokens`` 0 only scores)."""
-        return self.max_total > self.num_prompt
-
-    @property
-    def num_wanted(self) -> int:
-        """Tokens to compute as things stand: all it has, or, when only scoring, all that have a successor to score."""
-        return self.num_tokens if self.samples else (self.num_prompt - 1 if self.scoring else 0)
-
-    @property
-    def behind(self) -> int:
+    def num_uncomputed(self) -> int:
+        """Tokens that are not computed by any planned step."""
         return self.num_wanted - self.num_computed
 
-    @property
-    def token_ids(self) -> Int32:
-        return self._ids[: self.num_tokens]
-
-    def finished_before_start(self) -> tuple[FinishReason, int | None] | None:
-        """How it ended when nothing is left to do: resumed after its last token, or nothing asked."""
+    def ended_before_start(self) -> End | None:
+        """How it ended when nothing is left to do: it was resumed after its last token, or nothing was asked."""
         if self.num_completion and self._is_stop(self.request.resume_ids[-1], self.num_completion - 1):
             return "stop", self.request.resume_ids[-1]
         if self.num_wanted == 0 or self.num_tokens >= max(self.max_total, self.num_prompt + 1):
             return "length", None
         return None
 
-    def append(self, token: int) -> tuple[FinishReason, int | None] | None:
-        """Take a drawn token; says how the sequence ends with it, or None."""
-        if self.num_tokens == len(self._ids):
-            grown = min(self.max_total, 2 * len(self._ids))
-            self._ids = np.concatenate([self._ids, np.zeros(grown - len(self._ids), np.int32)])
-        stops = self._is_stop(token, self.num_completion)
-        self._ids[self.num_tokens] = token
-        self.num_tokens += 1
-        self.sampling.add(token)
-        if stops:
-            return "stop", token
-        return ("length", None) if self.num_tokens >= self.max_total else None
-
     def _is_stop(self, token: int, before: int) -> bool:
         return token in self._stop_ids and before >= self._min_tokens
+
+    # Steps
+
+    def advance(self, count: int, step: int) -> Chunk:
+        """Plan its next ``count`` tokens for ``step``: from here on they count as computed, and a drawn token as
+        pending.
+        """
+        assert self.seq_slot is not None
+        start = self.num_computed
+        stop = self.num_computed = start + count
+        self.last_step = step
+        chunk = Chunk(
+            serial=self.serial,
+            seq_slot=self.seq_slot,
+            restart=self._state() if self._restart else None,
+            start=start,
+            token_ids=self._ids[start:stop],
+            block_tables=self.table.views,
+            adapter_slot=None if self.lease is None else self.lease.slot,
+            targets=self._targets(start, stop) if self.scoring else NO_IDS,
+            draws=(stop - self.num_prompt,) if self.samples and stop == self.num_tokens else (),
+        )
+        self._restart = False
+        if chunk.draws:
+            if stop == len(self._ids):
+                self._grow_ids()
+            self._ids[stop] = RELAY
+            self.num_tokens = stop + 1
+            self.num_wanted = min(self.num_tokens, self._most_wanted)
+        return chunk
+
+    def _state(self) -> SequenceState:
+        assert self.num_known == self.num_tokens, "a sequence restarts with a token that is not known"
+        prompt, completion = self._ids[: self.num_prompt], self._ids[self.num_prompt : self.num_known]
+        return SequenceState(prompt, completion, self._sampling)
+
+    def _targets(self, start: int, stop: int) -> Int32:
+        first = max(start, self.first_unscored)
+        return self._ids[first + 1 : min(stop, self.num_prompt - 1) + 1]
+
+    def _grow_ids(self) -> None:
+        grown = np.zeros(min(self.max_total, 2 * len(self._ids)), np.int32)
+        grown[: len(self._ids)] = self._ids
+        self._ids = grown
+
+    def undo(self, chunk: Chunk) -> None:
+        """Take back ``chunk``, the newest that is planned: its step failed, or is not run."""
+        self.num_computed = chunk.start
+        self.num_tokens -= len(chunk.draws)
+        self.num_wanted = min(self.num_tokens, self._most_wanted)
+        self._restart = True
+
+    def commit(self, chunk: Chunk, result: ChunkResult, now: float) -> TokenEvent | None:
+        """Record what ``chunk`` computed; returns the event for the client, the final one if the sequence ends."""
+        self.num_committed = chunk.start + len(chunk.token_ids)
+        if result.scores:
+            self.scores += result.scores
+        if result.tokens:
+            return self._commit_tokens(result, now)
+        if self.samples or self.num_committed < self.num_wanted:
+            return None
+        return self.final_event("length", now, vector=result.vector)
+
+    def _commit_tokens(self, result: ChunkResult, now: float) -> TokenEvent:
+        finish: FinishReason | None = None
+        stop, count = None, 0
+        for token in result.tokens:
+            place = self.num_known
+            self._ids[place] = token
+            self.num_known = place + 1
+            count += 1
+            if token in self._stop_ids and self._is_stop(token, place - self.num_prompt):
+                finish, stop = "stop", token
+                break
+            if place + 1 >= self.max_total:
+                finish = "length"
+                break
+        times = None
+        if finish is not None or self.first_token_at is None:
+            # With the first token too: a request that its client ends early (a stop string) ignores the last event.
+            self.first_token_at = now if self.first_token_at is None else self.first_token_at
+            times = self.times(now)
+        tokens, logprobs, tops = result.tokens, result.logprobs, result.tops
+        if count < len(tokens):
+            tokens, logprobs, tops = tokens[:count], logprobs[:count], tops[:count]
+        return TokenEvent(
+            request_id=self.request_id,
+            token_ids=tokens,
+            logprobs=logprobs if self._wants_logprobs else [],
+            top_logprobs=tops if self._wants_logprobs else [],
+            prompt_logprobs=self._take_scores() if self.scoring else None,
+            finish_reason=finish,
+            stop_reason=stop,
+            prompt_tokens=self.num_prompt,
+            cached_tokens=self.cached_tokens,
+            times=times,
+        )
+
+    def begin(self, num_computed: int) -> None:
+        """Begin with ``num_computed`` tokens that are prefix hits; 0 after a preemption."""
+        self.num_computed = self.num_committed = num_computed
+        self._restart = True
 
     # Rows of logits
 
     @property
     def first_unscored(self) -> int:
-        """Position of the first row still to be scored; past the prompt when there is none."""
+        """Position of the first row that remains to be scored; past the prompt when there is none."""
         return len(self.scores) if self.scoring else self.num_prompt
 
     def rows(self, count: int) -> int:
@@ -143,93 +238,44 @@ class Sequence:
             count -= over
         return max(count, 0)
 
-    # Blocks
+    # Prefix cache
 
-    def set_blocks(self, blocks: list[int]) -> None:
-        self.blocks = []
-        self.add_blocks(blocks)
-
-    def add_blocks(self, blocks: list[int]) -> None:
-        old, new = len(self.blocks), len(self.blocks) + len(blocks)
-        self.blocks += blocks
-        if new > len(self._table):
-            self._table = np.concatenate([self._table, np.zeros(max(new, len(self._table)), np.int32)])
-        self._table[old:new] = blocks
-
-    def swap_block(self, index: int, block: int) -> None:
-        """Use ``block``, which holds the same content, from now on."""
-        self.blocks[index] = block
-        self._table[index] = block
-
-    def open_chain(self) -> PrefixChain:
-        """The keys of its full blocks, up to date. The generation must be known."""
-        if self.chain is None:
-            self.chain = PrefixChain(namespace(self.generation, self.request.salt), self._block_size)
-        if len(self.chain) < self.num_tokens // self._block_size:
-            self.chain.extend(self.token_ids)
-        return self.chain
+    def block_keys(self) -> BlockKeys:
+        """The keys of its full blocks of known tokens, up to date. The generation must be known."""
+        if self._block_keys is None:
+            self._block_keys = BlockKeys(self.request.salt, self.generation, self._block_size)
+        if len(self._block_keys) < self.num_known // self._block_size:
+            self._block_keys.extend(self._ids[: self.num_known])
+        return self._block_keys
 
     def max_prefix_blocks(self) -> int:
-        """Blocks it may take from the prefix cache: at least one token is computed, and every row yet to score is."""
+        """Blocks it may take from the prefix cache: it computes at least one token, and all rows yet to be scored."""
         limit = self.num_wanted - 1
         if self.scoring and self.first_unscored < self.num_prompt - 1:
             limit = min(limit, self.first_unscored)
         return max(limit, 0) // self._block_size
 
-    def chunk(self, count: int) -> Chunk:
-        """The next ``count`` tokens as data for the runner."""
-        start, stop = self.num_computed, self.num_computed + count
-        targets, first = NO_IDS, start
-        if self.scoring and self.first_unscored < self.num_prompt - 1:
-            first = max(start, self.first_unscored)
-            targets = self._ids[first + 1 : min(stop, self.num_prompt - 1) + 1]
-        return Chunk(
-            serial=self.serial,
-            start=start,
-            token_ids=self._ids[start:stop],
-            block_table=self._table[: len(self.blocks)],
-            slot=None if self.lease is None else self.lease.slot,
-            score_start=first,
-            targets=targets,
-            samples=self.samples and stop == self.num_tokens,
-            draw=self.num_completion,
-            completion_ids=self._ids[self.num_prompt : self.num_tokens],
-            sampling=self.sampling,
-        )
-
     # Events
 
-    def token_event(self, result: ChunkResult, ends: tuple[FinishReason, int | None] | None, now: float) -> TokenEvent:
-        """What ``result`` gives the client. Called once the token is appended."""
-        assert result.token is not None
-        finish, stop = ends or (None, None)
-        return TokenEvent(
-            request_id=self.request.request_id,
-            token_ids=[result.token],
-            logprobs=[result.logprob] if self._wants_logprobs else [],
-            top_logprobs=[result.top or []] if self._wants_logprobs else [],
-            prompt_logprobs=self._take_scores(),
-            finish_reason=finish,
-            stop_reason=stop,
-            prompt_tokens=self.num_prompt,
-            cached_tokens=self.cached_tokens or 0,
-            # With the first token too: a request that its client ends early (a stop string) has no use for the last
-            # event.
-            times=self.times(now) if finish or self.num_completion == 1 else None,
-        )
-
     def final_event(
-        self, finish: FinishReason, now: float, *, stop: int | None = None, error: ErrorInfo | None = None
+        self,
+        finish: FinishReason,
+        now: float,
+        *,
+        stop: int | None = None,
+        error: ErrorInfo | None = None,
+        vector: Float32 | None = None,
     ) -> TokenEvent:
-        """An end without a token."""
+        """The event of an end without a token."""
         return TokenEvent(
-            request_id=self.request.request_id,
+            request_id=self.request_id,
             prompt_logprobs=self._take_scores() if finish in ("stop", "length") else None,
+            vector=None if vector is None else vector.tolist(),
             finish_reason=finish,
             stop_reason=stop,
             error=error,
             prompt_tokens=self.num_prompt,
-            cached_tokens=self.cached_tokens or 0,
+            cached_tokens=self.cached_tokens,
             times=self.times(now),
         )
 
@@ -244,7 +290,7 @@ class Sequence:
         )
 
     def _take_scores(self) -> list[tuple[float, TopList] | None] | None:
-        if not self.scoring or self._scores_shown:
+        if not self.scoring or self._scores_sent:
             return None
-        self._scores_shown = True
+        self._scores_sent = True
         return [None, *self.scores]

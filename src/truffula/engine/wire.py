@@ -1,51 +1,35 @@
-"""What crosses between the API process and the engine's process, and the only code that encodes it.
+"""The frames between the API process and the engine's process. ``frames.py`` encodes them.
 
-A frame is a length (4 bytes, little-endian) and that many bytes of msgpack: one tagged struct. Each side's first frame
-is ``Hello``; another version, a malformed frame or one above ``MAX_FRAME_BYTES`` is a ``WireError``, after which no
-more is read.
+    to the engine     Start (Submit | Abort | Adapter)* Stop
+    from the engine   Starting* ModelPath Starting* Ready (Events | Stats | AdapterReply)*
 
-    down   Hello Start (Submit | Abort | Adapter)* Stop
-    up     Hello Starting* Ready (Events | Stats | AdapterReply)*    and Died last, when the engine can say why
+Instead of any of its frames the engine may send ``Died``, its last one, which says why it ends.
+
+The choices of one prompt share their token ids: a ``Submit`` frame holds them once, encoded once and decoded once.
 """
 
 from __future__ import annotations
 
-import numbers
-import select
 import socket
-import struct
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import msgspec
 
 from truffula.config import EngineConfig
-from truffula.errors import ErrorInfo, TruffulaError, WireError
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
+from truffula.frames import ENCODER, Channel, Frame
 from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
-VERSION = 1
-MAX_FRAME_BYTES = 256 * 2**20
-_LENGTH = struct.Struct("<I")
-_READ_BYTES = 1 << 18
-
-
-class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
-    """Base of all: the tag is the class's name in lower case."""
-
-
-class Hello(Frame, frozen=True):
-    """First frame of either side."""
-
-    version: int = VERSION
+VERSION = 2
 
 
 class Start(Frame, frozen=True):
     """What to serve, and how to log; answered by ``Starting`` frames and then ``Ready`` or ``Died``.
 
-    ``first`` is what this engine's first life said of itself: a later one must be the same, or end.
+    ``first`` is the ``Ready.info`` of the first engine: a restarted one must be the same, or end.
     """
 
     config: EngineConfig
@@ -53,8 +37,23 @@ class Start(Frame, frozen=True):
     first: EngineInfo | None = None
 
 
+class RequestGroup(msgspec.Struct, frozen=True, array_like=True):
+    """Requests that differ in request id, choice and resume ids only, in that order in ``choices``.
+
+    ``body`` is the encoded ``EngineRequest`` of the first. It is decoded apart from its frame, so that one that is
+    invalid fails its own requests and no other.
+    """
+
+    choices: list[tuple[str, int, list[int]]]
+    body: msgspec.Raw
+
+    @property
+    def request_ids(self) -> list[str]:
+        return [request_id for request_id, _, _ in self.choices]
+
+
 class Submit(Frame, frozen=True):
-    requests: list[EngineRequest]
+    groups: list[RequestGroup]
 
 
 class Abort(Frame, frozen=True):
@@ -62,26 +61,26 @@ class Abort(Frame, frozen=True):
 
 
 class Adapter(Frame, frozen=True):
-    """Answered by an ``AdapterReply`` of the same ticket; for a load, when the adapter is usable."""
+    """Answered by an ``AdapterReply`` of the same ticket; a load is answered when the adapter is usable."""
 
     ticket: int
     command: AdapterCommand
 
 
 class Stop(Frame, frozen=True):
-    """End: nothing more is answered."""
+    """End; nothing more is answered."""
 
 
 class Starting(Frame, frozen=True):
-    """How far the start is, and a heartbeat during it. ``total`` None when not known."""
+    """Progress of the start, and a heartbeat during it. ``total`` None when not known."""
 
     stage: str
     done: int = 0
     total: int | None = None
 
 
-class Located(Frame, frozen=True):
-    """Where the model's files are, which the engine has opened. ``Ready`` says which files they were."""
+class ModelPath(Frame, frozen=True):
+    """Where the model's files are, which the engine has opened; ``EngineInfo.files`` says later what they were."""
 
     path: str
 
@@ -91,7 +90,7 @@ class Ready(Frame, frozen=True):
 
 
 class Events(Frame, frozen=True):
-    """All that one step gave."""
+    """The events of one step."""
 
     events: list[TokenEvent]
 
@@ -99,7 +98,7 @@ class Events(Frame, frozen=True):
 class Stats(Frame, frozen=True):
     """The heartbeat: at least every half second, also while idle or in a long step.
 
-    ``stats`` is as of the last step's end; ``step_since`` (monotonic) is when the step in progress began.
+    ``stats`` is of a recent step's end; ``step_since`` (monotonic seconds) is when the step in progress began.
     """
 
     stats: EngineStats
@@ -108,232 +107,88 @@ class Stats(Frame, frozen=True):
 
 class AdapterReply(Frame, frozen=True):
     ticket: int
-    states: list[AdapterState] = []
+    states: list[AdapterState]
     error: ErrorInfo | None = None
 
 
 class Died(Frame, frozen=True):
-    """The start failed, or the engine met a fault of its own; the process ends after this."""
+    """The start failed, or the engine cannot continue; its process ends after this."""
 
     error: ErrorInfo
 
 
-ToEngine = Hello | Start | Submit | Abort | Adapter | Stop
-FromEngine = Hello | Starting | Located | Ready | Events | Stats | AdapterReply | Died
-F = TypeVar("F")
+ToEngine = Start | Submit | Abort | Adapter | Stop
+FromEngine = Starting | ModelPath | Ready | Events | Stats | AdapterReply | Died
 
 
-class Disconnected(Exception):
-    """The peer of a channel is gone, or the channel was closed. Its reason is known to nobody here."""
-
-
-def _plain(value: Any) -> Any:
-    """What msgpack has no form for: paths, numpy's numbers, and whatever an error's ``data`` was given."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    return repr(value)
-
-
-def _unplain(kind: type, value: Any) -> Any:
-    if kind is Path or issubclass(kind, Path):
+def _to_path(kind: type, value: Any) -> Any:
+    if issubclass(kind, Path):
         return Path(value)
     raise NotImplementedError(f"no decoding to {kind}")
 
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 _REQUEST = msgspec.msgpack.Decoder(EngineRequest)
-_HELLO = msgspec.msgpack.Decoder(Hello)
-_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine, dec_hook=_unplain)
-_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine, dec_hook=_unplain)
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine, dec_hook=_to_path)
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine, dec_hook=_to_path)
 
 
-def encode(frame: Frame) -> bytes:
-    """A frame as bytes.
+def engine_channel(sock: socket.socket) -> Channel[ToEngine]:
+    """The engine's end of ``sock``: it receives what the API process sends."""
+    return Channel(sock, _TO_ENGINE.decode, VERSION)
+
+
+def client_channel(sock: socket.socket) -> Channel[FromEngine]:
+    """The API process's end of ``sock``: it receives what the engine sends."""
+    return Channel(sock, _FROM_ENGINE.decode, VERSION)
+
+
+def group_requests(requests: Sequence[EngineRequest]) -> list[list[EngineRequest]]:
+    """``requests`` in order, neighbours together that differ in request id, choice and resume ids only.
+
+    Token ids and parameters are compared by identity: the choices of one prompt share both objects.
+    """
+    groups: list[list[EngineRequest]] = []
+    for request in requests:
+        if groups and _same_prompt(groups[-1][0], request):
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return groups
+
+
+def _same_prompt(one: EngineRequest, other: EngineRequest) -> bool:
+    return (
+        one.prompt_ids is other.prompt_ids
+        and one.params is other.params
+        and (one.adapter, one.salt, one.arrival) == (other.adapter, other.salt, other.arrival)
+        and (one.queue_deadline, one.deadline) == (other.queue_deadline, other.deadline)
+    )
+
+
+def encode_group(requests: Sequence[EngineRequest]) -> RequestGroup:
+    """One element of ``group_requests``, its prompt encoded.
 
     Raises:
-        WireError: A value that msgpack can't hold (an integer above 64 bits, a lone surrogate), or too many bytes.
+        InvalidRequest: msgpack cannot hold a value (an integer above 64 bits, a lone surrogate).
     """
     try:
-        body = _ENCODER.encode(frame)
+        body = msgspec.Raw(ENCODER.encode(requests[0]))
     except (TypeError, ValueError, OverflowError) as error:
-        raise WireError(f"A {type(frame).__name__} frame can't be encoded: {error}.") from error
-    if len(body) > MAX_FRAME_BYTES:
-        raise WireError(f"A {type(frame).__name__} frame of {len(body)} bytes is above {MAX_FRAME_BYTES}.")
-    return _LENGTH.pack(len(body)) + body
+        raise InvalidRequest(f"The request holds an invalid value: {error}.") from error
+    return RequestGroup([(one.request_id, one.choice, list(one.resume_ids)) for one in requests], body)
 
 
-def crosses(request: EngineRequest) -> str | None:
-    """None when ``request`` survives the trip; else why not, so that it is refused here and harms no engine."""
+def decode_group(group: RequestGroup) -> list[EngineRequest]:
+    """The requests of a group; they share one list of prompt ids.
+
+    Raises:
+        InvalidRequest: The body is not an ``EngineRequest``, or one of its values is out of range.
+    """
     try:
-        _REQUEST.decode(_ENCODER.encode(request))
-    except (TypeError, ValueError, OverflowError, msgspec.ValidationError) as error:
-        return str(error)
+        request = _REQUEST.decode(group.body)
     except TruffulaError as error:
-        return error.message
-    return None
-
-
-class FrameReader(Generic[F]):
-    """Bytes in, frames out, however the bytes are cut. After a ``WireError`` it takes nothing more."""
-
-    def __init__(self, decode: Callable[[bytes], F], limit: int = MAX_FRAME_BYTES) -> None:
-        self._decode = decode
-        self._limit = limit
-        self._buffer = bytearray()
-        self._greeted = False
-        self._broken = False
-
-    def feed(self, data: bytes) -> list[F]:
-        """The frames that ``data`` completes; ``Hello`` is checked and not passed on.
-
-        Raises:
-            WireError: Malformed, above the limit, or of another version.
-        """
-        if self._broken:
-            raise WireError("The stream of frames is broken; no more is read from it.")
-        self._buffer += data
-        frames: list[F] = []
-        start = 0
-        try:
-            while len(self._buffer) - start >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(self._buffer, start)
-                if not 0 < length <= self._limit:
-                    raise WireError(f"A frame says it has {length} bytes; 1 to {self._limit} are allowed.")
-                end = start + _LENGTH.size + length
-                if len(self._buffer) < end:
-                    break
-                body = bytes(memoryview(self._buffer)[start + _LENGTH.size : end])
-                start = end
-                if self._greeted:
-                    frames.append(self._parse(self._decode, body))
-                else:
-                    self._greet(body)
-        except WireError:
-            self._broken = True
-            raise
-        del self._buffer[:start]
-        return frames
-
-    def end(self) -> None:
-        """The stream ended: ``WireError`` when that was within a frame."""
-        if self._buffer and not self._broken:
-            raise WireError(f"The stream of frames ended within a frame ({len(self._buffer)} bytes of it arrived).")
-
-    def _greet(self, body: bytes) -> None:
-        version = self._parse(_HELLO.decode, body).version
-        if version != VERSION:
-            raise WireError(f"The peer speaks version {version}, this process speaks {VERSION}.", version=version)
-        self._greeted = True
-
-    def _parse(self, decode: Callable[[bytes], Any], body: bytes) -> Any:
-        try:
-            frame = decode(body)
-            if self._greeted and isinstance(frame, Hello):
-                raise WireError("The peer sent Hello a second time.")
-            return frame
-        except WireError:
-            raise
-        except TruffulaError as error:
-            raise WireError(f"A frame holds an invalid value: {error.message}") from error
-        except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
-            raise WireError(f"A frame is malformed: {error}.") from error
-
-
-def engine_side() -> FrameReader[ToEngine]:
-    """Reader of what the API process sends."""
-    return FrameReader(_TO_ENGINE.decode)
-
-
-def client_side() -> FrameReader[FromEngine]:
-    """Reader of what the engine sends."""
-    return FrameReader(_FROM_ENGINE.decode)
-
-
-class Channel(Generic[F]):
-    """A socket that carries frames. Any thread sends; one thread receives. ``Hello`` goes ahead of the first frame."""
-
-    def __init__(self, sock: socket.socket, reader: FrameReader[F]) -> None:
-        sock.setblocking(False)
-        self._sock = sock
-        self._reader = reader
-        self._lock = threading.Lock()
-        self._pending = bytearray(encode(Hello()))
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def post(self, frame: Frame) -> bool:
-        """Send without ever blocking; True when bytes are left over, for ``flush`` to send once the socket is writable.
-
-        Raises:
-            Disconnected: The peer is gone.
-            WireError: As ``encode``.
-        """
-        data = encode(frame)
-        with self._lock:
-            self._pending += data
-            return self._push()
-
-    def flush(self) -> None:
-        """Send what can be sent of what ``post`` left over."""
-        with self._lock:
-            self._push()
-
-    @property
-    def unsent(self) -> bool:
-        with self._lock:
-            return bool(self._pending)
-
-    def send(self, frame: Frame) -> None:
-        """Send, waiting for the peer to read if it must. Raises as ``post``."""
-        left = self.post(frame)
-        while left:
-            # poll, not select: the descriptor's number may be above 1024.
-            waiter = select.poll()
-            waiter.register(self._sock, select.POLLOUT)
-            waiter.poll()
-            with self._lock:
-                left = self._push()
-
-    def receive(self) -> list[F] | None:
-        """The frames that are there now; None when the peer has closed.
-
-        Raises:
-            WireError: As ``FrameReader.feed`` and ``FrameReader.end``.
-        """
-        frames: list[F] = []
-        while True:
-            try:
-                data = self._sock.recv(_READ_BYTES)
-            except BlockingIOError:
-                return frames
-            except OSError:
-                data = b""
-            if not data:
-                if frames:
-                    return frames
-                self._reader.end()
-                return None
-            frames += self._reader.feed(data)
-            if len(data) < _READ_BYTES:
-                return frames
-
-    def close(self) -> None:
-        """Close the socket; the peer reads to the end of what was sent. Idempotent."""
-        with self._lock:
-            self._sock.close()
-
-    def _push(self) -> bool:
-        while self._pending:
-            try:
-                sent = self._sock.send(memoryview(self._pending)[:_READ_BYTES])
-            except BlockingIOError:
-                return True
-            except OSError as error:
-                raise Disconnected(str(error)) from error
-            del self._pending[:sent]
-        return False
+        raise InvalidRequest(f"The request holds an invalid value: {error.message}", param=error.param) from error
+    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+        raise InvalidRequest(f"The request holds an invalid value: {error}.") from error
+    replace = msgspec.structs.replace
+    return [replace(request, request_id=one, choice=choice, resume_ids=ids) for one, choice, ids in group.choices]

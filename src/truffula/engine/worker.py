@@ -1,8 +1,8 @@
-"""The engine's process: ``python -m truffula.engine.worker --fd N``, started by ``engine/process.py``, by nobody else.
+"""The engine's process: ``python -m truffula.engine.worker --fd N``, started by ``engine/process.py``.
 
-The descriptor is one end of a socket pair; all else, the configuration too, comes through it. The process ends when the
-socket does, so it never outlives its parent; signals meant for the whole group (Ctrl-C, a service manager's SIGTERM) it
-leaves to the parent, which drains and then says ``Stop``.
+The descriptor is one end of a socket pair; everything else, the configuration too, arrives through it. The process ends
+when the socket does, so it never outlives its parent. Signals sent to the whole process group (Ctrl-C, a service
+manager's SIGTERM) it ignores: the parent drains and then sends ``Stop``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from collections.abc import Sequence
 
 from truffula.engine import wire
 from truffula.engine.build import build_engine
-from truffula.engine.loop import FILES_LOOK_S, AdapterAnswer, EngineLoop, close_engine, engine_fault
-from truffula.errors import GenerationError, TruffulaError, WireError
-from truffula.kernels.freed import collecting_later, settle
+from truffula.engine.journal import Reply
+from truffula.engine.loop import FILES_LOOK_S, EngineLoop, close_engine, engine_error, outcome
+from truffula.errors import GenerationError, InvalidRequest, TruffulaError, WireError
+from truffula.frames import Channel, Disconnected
+from truffula.kernels.trim import defer_gc, trim_memory
 from truffula.logs import setup_logs
 from truffula.types import EngineStats, TokenEvent
 
-BEAT_S = 0.4
-EXIT_OK, EXIT_FAULT, EXIT_WIRE = 0, 70, 71
+HEARTBEAT_S = 0.4
+STATS_S = 0.1
+"""The least time between two collections of statistics while the engine is busy."""
+EXIT_OK, EXIT_ERROR, EXIT_WIRE = 0, 70, 71
 
 
-class Heart:
-    """The thread that speaks while the main one is in a long step or load. A peer that is gone ends the process."""
+class Heartbeat:
+    """The thread that sends a sign of life while the main thread is in a long step or load.
 
-    def __init__(self, channel: wire.Channel[wire.ToEngine]) -> None:
+    When the parent has gone, it ends the process.
+    """
+
+    def __init__(self, channel: Channel[wire.ToEngine]) -> None:
         self._channel = channel
         self._lock = threading.Lock()
         self._starting = wire.Starting("start")
@@ -43,21 +50,21 @@ class Heart:
         self._thread.start()
 
     def starting(self, stage: str, done: int, total: int | None) -> None:
-        """Progress of the start; a new stage is told at once."""
+        """Record the progress of the start; a new stage is sent immediately."""
         with self._lock:
-            news = stage != self._starting.stage
+            new = stage != self._starting.stage
             self._starting = wire.Starting(stage, done, total)
-        if news:
+        if new:
             self._beat()
 
     def step(self, since: float | None) -> None:
-        """A step begins (monotonic time), or has ended (None)."""
+        """A step begins (monotonic seconds), or has ended (None)."""
         self._step_since = since
 
-    def stats(self, stats: EngineStats, *, tell: bool = False) -> None:
-        """The state after a step; ``tell`` says it now."""
+    def stats(self, stats: EngineStats, *, send: bool = False) -> None:
+        """Record the statistics for the next heartbeats; ``send`` sends one immediately."""
         self._stats = stats
-        if tell:
+        if send:
             self._beat()
 
     def stop(self) -> None:
@@ -70,33 +77,34 @@ class Heart:
         self._channel.send(frame)
 
     def _run(self) -> None:
-        while not self._stopped.wait(BEAT_S):
+        while not self._stopped.wait(HEARTBEAT_S):
             try:
                 self._beat()
-            except wire.Disconnected:
-                # The main thread may be in a step of minutes; nobody is left to want its end.
-                os._exit(EXIT_OK)
-            except Exception as error:  # noqa: BLE001  without a heart the engine would be killed as silent, no word why
+            except Disconnected:
+                os._exit(EXIT_OK)  # the main thread may be in a step of minutes, and nothing reads its result
+            except Exception as error:  # noqa: BLE001
+                # Without heartbeats the parent would kill this process as unresponsive, and not know the reason.
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:
-        """End the process, the reason said to the parent and to stderr."""
-        fault = engine_fault(error)
+        """Send the error to the parent, print it to stderr and end the process."""
+        reported = engine_error(error)
         try:
-            self._channel.send(wire.Died(fault.info()))
-        finally:  # whatever the channel says, which may be what fails
-            os._exit(EXIT_FAULT)
+            self._channel.send(wire.Died(reported.info()))
+        finally:  # the channel may be what fails
+            os._exit(EXIT_ERROR)
 
 
 class Worker:
-    """Serves one engine over one channel until the parent stops or leaves."""
+    """Serves one engine over one channel until the parent stops it or leaves."""
 
-    def __init__(self, channel: wire.Channel[wire.ToEngine]) -> None:
+    def __init__(self, channel: Channel[wire.ToEngine]) -> None:
         self._channel = channel
-        self._heart = Heart(channel)
+        self._heartbeat = Heartbeat(channel)
+        self._replies: list[tuple[int, Reply]] = []  # of adapter commands; those without a caller share ticket 0
 
     def run(self) -> int:
-        """Build as the first frame says, then serve. Returns the exit status."""
+        """Build the engine that the first frame describes, then serve it. Returns the exit status."""
         try:
             frames = self._wait_for_start()
             if not frames:
@@ -105,20 +113,22 @@ class Worker:
             if not isinstance(first, wire.Start):
                 raise WireError(f"The first frame after Hello is {type(first).__name__}, not Start.")
             return self._serve(first, frames[1:])
-        except wire.Disconnected:
+        except Disconnected:
             return EXIT_OK
         except WireError as error:
             return self._die(error, EXIT_WIRE)
         except TruffulaError as error:
-            return self._die(error, EXIT_FAULT)
-        except Exception as error:  # noqa: BLE001  the parent must learn of any end
-            return self._die(engine_fault(error), EXIT_FAULT)
+            return self._die(error, EXIT_ERROR)
+        except Exception as error:  # noqa: BLE001  the parent must learn why the process ends
+            return self._die(engine_error(error), EXIT_ERROR)
         finally:
-            self._heart.stop()
+            self._heartbeat.stop()
 
     def _wait_for_start(self) -> list[wire.ToEngine]:
         while True:
-            self._poll(None)
+            waiter = select.poll()
+            waiter.register(self._channel, select.POLLIN)
+            waiter.poll()
             frames = self._channel.receive()
             if frames is None or frames:
                 return frames or []
@@ -127,91 +137,100 @@ class Worker:
         if start.logs is not None:
             setup_logs(start.logs)
         engine, info = build_engine(
-            start.config, self._heart.starting, start.first, lambda path: self._channel.send(wire.Located(str(path)))
-        )
+            start.config, self._heartbeat.starting, start.first,
+            lambda path: self._channel.send(wire.ModelPath(str(path))),
+        )  # fmt: skip
         loop = EngineLoop(engine)
         try:
-            self._heart.stats(loop.stats(), tell=True)
+            self._heartbeat.stats(loop.stats(), send=True)
             self._channel.send(wire.Ready(info))
-            settle()  # while the parent takes that in
-            if self._take(loop, frames):
+            trim_memory()  # while the parent handles Ready
+            if self._handle_all(loop, frames):
                 self._work(loop)
         finally:
             close_engine(loop)
         return EXIT_OK
 
     def _work(self, loop: EngineLoop) -> None:
-        """Turns until Stop or the end of the socket."""
+        """Run turns until Stop or the end of the socket."""
         busy = False
+        stats_at = time.monotonic()
         while True:
             rest = loop.rest()
             if rest is None and busy:
-                self._heart.stats(loop.stats(), tell=True)  # the numbers of an idle engine are right at once
+                self._heartbeat.stats(loop.stats(), send=True)  # an idle engine's numbers are exact
             busy = rest is not None
-            self._poll(FILES_LOOK_S if rest is None else rest)
+            loop.wait(FILES_LOOK_S if rest is None else min(rest, FILES_LOOK_S), self._channel.fileno())
             frames = self._channel.receive()
-            if frames is None or not self._take(loop, frames):
+            if frames is None or not self._handle_all(loop, frames):
                 return
-            self._heart.step(time.monotonic())
-            turn = loop.turn()
-            self._heart.step(None)
-            self._heart.stats(loop.stats())
-            if turn.events:
-                loop.abort(self._tell(turn.events))
-            for answer in turn.answers:
-                self._channel.send(_reply(answer))
+            self._heartbeat.step(time.monotonic())
+            events = loop.turn()
+            self._heartbeat.step(None)
+            if events:
+                loop.abort(self._send_events(events))
+            self._send_replies()
+            if time.monotonic() - stats_at >= STATS_S:
+                stats_at = time.monotonic()
+                self._heartbeat.stats(loop.stats())
 
-    def _tell(self, events: list[TokenEvent]) -> list[str]:
-        """Send what a step gave; requests whose event no frame can carry fail, and are returned to be aborted."""
+    def _send_events(self, events: list[TokenEvent]) -> list[str]:
+        """Send the events of a step. Requests whose event no frame can carry fail; returned, to be aborted."""
         try:
             self._channel.send(wire.Events(events))
         except WireError as error:
             if len(events) > 1:
-                return [request_id for event in events for request_id in self._tell([event])]
+                return [request_id for event in events for request_id in self._send_events([event])]
             (event,) = events
-            info = GenerationError(f"The answer can't be sent: {error.message}").info()
-            self._channel.send(
-                wire.Events([TokenEvent(request_id=event.request_id, finish_reason="error", error=info)])
-            )
+            self._fail([event.request_id], GenerationError(f"The answer can't be sent: {error.message}"))
             return [event.request_id]
         return []
 
-    def _take(self, loop: EngineLoop, frames: Sequence[wire.ToEngine]) -> bool:
-        """Hand on what came; False on Stop."""
+    def _fail(self, request_ids: Sequence[str], error: TruffulaError) -> None:
+        info = error.info()
+        self._channel.send(
+            wire.Events([TokenEvent(request_id=one, finish_reason="error", error=info) for one in request_ids])
+        )
+
+    def _handle_all(self, loop: EngineLoop, frames: Sequence[wire.ToEngine]) -> bool:
+        """Pass the frames to the engine; False on Stop."""
         for frame in frames:
             match frame:
-                case wire.Submit(requests):
-                    loop.submit(requests)
+                case wire.Submit(groups):
+                    for group in groups:
+                        self._submit(loop, group)
                 case wire.Abort(request_ids):
                     loop.abort(request_ids)
                 case wire.Adapter(ticket, command):
-                    loop.command(ticket, command)
+                    self._replies.append((ticket, loop.command(command)))
                 case wire.Stop():
                     return False
-                case _:
-                    raise WireError(f"A {type(frame).__name__} frame is not expected here.")
+                case wire.Start():
+                    raise WireError("The Start frame was sent twice.")
         return True
 
-    def _poll(self, timeout: float | None) -> None:
-        """Wait until something can be received, or ``timeout`` seconds."""
-        if timeout == 0:
+    def _submit(self, loop: EngineLoop, group: wire.RequestGroup) -> None:
+        try:
+            requests = wire.decode_group(group)
+        except InvalidRequest as error:
+            self._fail(group.request_ids, error)
             return
-        waiter = select.poll()
-        waiter.register(self._channel, select.POLLIN)
-        waiter.poll(None if timeout is None else timeout * 1000)
+        loop.submit(requests)
+
+    def _send_replies(self) -> None:
+        """Answer the adapter commands that have ended."""
+        for ticket, reply in [pending for pending in self._replies if pending[1].done()]:
+            self._replies.remove((ticket, reply))
+            states, error = outcome(reply)
+            self._channel.send(wire.AdapterReply(ticket, states, None if error is None else error.info()))
 
     def _die(self, error: TruffulaError, status: int) -> int:
-        """Tell the parent why, if it is still there."""
+        """Send the error to the parent, if it is still there."""
         try:
             self._channel.send(wire.Died(error.info()))
-        except wire.Disconnected:
+        except Disconnected:
             return EXIT_OK
         return status
-
-
-def _reply(answer: AdapterAnswer) -> wire.AdapterReply:
-    error = None if answer.error is None else answer.error.info()
-    return wire.AdapterReply(answer.ticket, list(answer.states), error)
 
 
 def main() -> int:
@@ -223,9 +242,9 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     os.set_inheritable(fd, False)
-    channel = wire.Channel(socket.socket(fileno=fd), wire.engine_side())
+    channel = wire.engine_channel(socket.socket(fileno=fd))
     try:
-        with collecting_later():
+        with defer_gc():
             return Worker(channel).run()
     finally:
         channel.close()

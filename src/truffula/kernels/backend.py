@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from truffula.kernels.inputs import Capacity, SampledRows, SampleInputs, StepInputs
+from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Program, WeightDecl
 
 Array = npt.NDArray[Any]
@@ -39,17 +39,24 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, known before anything is read. KV is ``kv_block_bytes`` per block."""
+    """Bytes by part, known before anything is read. A block of KV group g costs ``kv_block_bytes[g]``.
+
+    ``state_bytes`` is what recurrent layers keep of all sequence slots.
+    """
 
     weight_bytes: int
     arena_bytes: int
     logits_bytes: int
-    kv_block_bytes: int
+    kv_block_bytes: tuple[int, ...]
+    state_bytes: int = 0
     weight_formats: Mapping[str, int] = field(default_factory=dict)
     """Bytes of matrices by the format they are held in, where a backend has several."""
 
-    def total(self, num_blocks: int) -> int:
-        return self.weight_bytes + self.arena_bytes + self.logits_bytes + num_blocks * self.kv_block_bytes
+    @property
+    def fixed_bytes(self) -> int:
+        """All but the pool that KV blocks and adapters share: the scratch block of each KV group is in it."""
+        parts = self.weight_bytes, self.arena_bytes, self.logits_bytes, self.state_bytes
+        return sum(parts) + sum(self.kv_block_bytes)
 
 
 @dataclass(frozen=True)
@@ -117,35 +124,74 @@ the caller may keep the views: the mapping outlives the executable. Parts stored
 come as ``QuantisedArray``."""
 
 
+class PendingStep(Protocol):
+    """A submitted step."""
+
+    def done(self) -> bool:
+        """Whether ``result`` would return or raise without waiting."""
+
+    def result(self) -> StepOutput:
+        """What the step computed; waits for it. May be called again.
+
+        Raises:
+            KernelError: The step failed and drew nothing. So does every step that was submitted after it and was not
+                finished. The same step may be submitted again.
+            DeviceLost: The executable can compute nothing any more.
+        """
+
+
 class Executable(Protocol):
-    """A loaded model. One owner, one thread at a time. Owns weights, KV bytes, adapter bytes and logits."""
+    """A loaded model. One owner, one thread at a time. Owns weights, KV bytes, adapter bytes, logits, and the sampling
+    state of each sequence slot.
+
+    What is called takes effect in order of the calls: a step sees the sequences, adapters and KV as the calls before it
+    left them, also while it is not finished.
+    """
+
+    depth: int
+    """Steps that may be unfinished at once. A program that submits more must take a result first."""
 
     inputs: StepInputs
+    """What the next ``submit`` reads: another object after each when ``depth`` > 1. It must not be written to while a
+    step that was submitted with it is unfinished."""
+
     samples: SampleInputs
+    """Like ``inputs``, for the rows of logits."""
+
+    def prepare(self) -> None:
+        """Do what makes later steps faster (warm up, capture graphs). Once, before the first ``submit``."""
+
+    def submit(self) -> PendingStep:
+        """Begin one forward pass over ``inputs`` and the draws that ``samples`` asks for. Raises nothing of the step's.
+
+        A row with ``draw`` = d depends on the first d completion tokens of its sequence: a step that failed, or whose
+        tokens were not used, may be submitted again.
+        """
+
+    def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        """Begin or resume a sequence in a slot: what it has so far, and how its further tokens are drawn."""
 
     def run(self) -> None:
-        """One forward pass over ``inputs``; logits of the R rows stay inside for ``sample``."""
-
-    def sample(self) -> SampledRows:
-        """Apply ``samples`` to the logits of the last ``run``."""
+        """One forward pass over ``inputs`` without sampling; only with no step unfinished (tests, ``verify``)."""
 
     def logits(self) -> Array:
-        """float32 ``[R, V]`` copy of the last run's logits."""
+        """float32 ``[R, V]`` copy of the last pass's logits; only with no step unfinished."""
 
     def tap(self, op: int) -> Array:
-        """float32 copy of what op number ``op`` wrote in the last run; only when loaded with ``debug=True``."""
+        """float32 copy of what op number ``op`` wrote in the last pass; only when loaded with ``debug=True``."""
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         """Bytes that ``adapter(image)`` will hold beside the mapped image (copies in another dtype or layout)."""
 
     def adapter(self, image: AdapterImage) -> int:
-        """Make an adapter usable; returns its slot. Raises ``KernelError`` on a shape that does not fit its site."""
+        """Begin to make an adapter usable; returns its slot. Raises ``KernelError`` on a shape that does not fit its
+        site."""
+
+    def adapter_ready(self, slot: int) -> bool:
+        """Whether the upload that ``adapter`` began has ended, so that a step may use the slot. Never blocks."""
 
     def drop_adapter(self, slot: int) -> None:
-        """Forget a slot (no step in flight may use it)."""
-
-    def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Copy whole blocks."""
+        """Release a slot: no later step may name it; unfinished ones may."""
 
     def close(self) -> None:
         """Free everything. Idempotent."""
@@ -168,11 +214,9 @@ class Backend(Protocol):
         program: Program,
         dtype: str,
         capacity: Capacity,
-        stored_bytes: int,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
-        """Bytes needed. ``stored_bytes`` is what the checkpoint's tensors take on disk (they may be kept mapped),
-        ``stored_types`` how they are stored, by the names of the weights' parts."""
+        """Bytes needed. ``stored_types``: how the weights' parts are stored, by their names."""
 
     def faster_dtype(self) -> tuple[str, str]:
         """The dtype of ``probe().dtypes`` that it computes faster in here, and why, in words: how ``auto`` chooses."""

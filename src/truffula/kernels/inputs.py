@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,11 @@ Uint64 = npt.NDArray[np.uint64]
 Float32 = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
 Bool = npt.NDArray[np.bool_]
+
+NO_IDS: Int32 = np.zeros(0, np.int32)
+NO_VALUES: Float32 = np.zeros(0, np.float32)
+RELAY = -1
+"""In ``token_ids``: the token that was last drawn for the row's sequence, which the host may not know yet."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,6 @@ class Capacity:
     num_blocks: int  # P, scratch included
     block_size: int  # S
     max_blocks_per_seq: int  # M
-    max_adapters: int = 1 << 20
 
 
 @dataclass
@@ -36,7 +40,9 @@ class StepInputs:
     adjacent.
 
     Sequence n owns rows ``q_start[n] .. q_start[n + 1]``, its keys after the step are positions 0 .. kv_len[n], found
-    in ``block_tables[group, n]``; row t's K and V go to slot ``slot_mapping[group, t]`` (block * block_size + offset).
+    in ``block_tables[group, n]``, whose entries beyond those keys are not read; row t's K and V go to slot
+    ``slot_mapping[group, t]`` (block * block_size + offset). ``seq_slot[n]`` (0 .. max_seqs - 1) is the sequence's for
+    as long as it runs: the executable keeps its sampling state there. A token id may be ``RELAY``.
     ``seg[g] = (lo, hi, adapter slot)`` over T rows, ``seg_r[g] = (lo, hi)`` the same segment over R rows; base rows are
     in no segment; segments may overlap (composition), each with its ``seg_weight``. ``logit_rows`` ascends.
     """
@@ -52,6 +58,7 @@ class StepInputs:
     block_tables: Int32  # [Q, N, M]
     q_start: Int32  # [N + 1]
     kv_len: Int32  # [N]
+    seq_slot: Int32  # [N]
     seg: Int32  # [G, 3]
     seg_r: Int32  # [G, 2]
     seg_weight: Float32  # [G]
@@ -65,63 +72,79 @@ class StepInputs:
             0, 0, 0, 0,
             token_ids=zeros(c.max_tokens), position=zeros(c.max_tokens), rope_pos=zeros(3, c.max_tokens),
             slot_mapping=zeros(groups, c.max_tokens), block_tables=zeros(groups, c.max_seqs, c.max_blocks_per_seq),
-            q_start=zeros(c.max_seqs + 1), kv_len=zeros(c.max_seqs), seg=zeros(c.max_segments, 3),
-            seg_r=zeros(c.max_segments, 2), seg_weight=np.ones(c.max_segments, np.float32),
-            logit_rows=zeros(c.max_logit_rows),
-        )  # fmt: skip
-
-
-@dataclass
-class SampleInputs:
-    """What is done with the R rows of logits. Neutral values switch a thing off.
-
-    ``target`` -1 samples, else scores that id (prompt logprobs). ``n_logprobs`` -1 wants none, k the k best besides
-    the chosen one.
-    ``draw`` is the number of completion tokens the sequence already has, resumed ones included. ``seen`` is CSR:
-    row r's distinct ids are ``seen_ids[seen_start[r]:seen_start[r+1]]`` with ``seen_counts`` in the completion (0 =
-    only in the prompt). ``bias`` is CSR likewise; -inf bans. Only rows 0 .. R count; CSR arrays are replaced each step.
-    """
-
-    temperature: Float32
-    top_k: Int32
-    top_p: Float32
-    min_p: Float32
-    typical_p: Float32
-    repetition: Float32
-    frequency: Float32
-    presence: Float32
-    n_logprobs: Int32
-    seed: Uint64
-    choice: Uint32
-    draw: Uint32
-    target: Int32
-    warped: Uint8
-    seen_start: Int32
-    seen_ids: Int32
-    seen_counts: Int32
-    bias_start: Int32
-    bias_ids: Int32
-    bias_values: Float32
-
-    @classmethod
-    def allocate(cls, capacity: Capacity) -> SampleInputs:
-        R = capacity.max_logit_rows
-        f32: Callable[[float], Float32] = lambda value: np.full(R, value, np.float32)
-        return cls(
-            temperature=f32(0), top_k=np.zeros(R, np.int32), top_p=f32(1), min_p=f32(0), typical_p=f32(1),
-            repetition=f32(1), frequency=f32(0), presence=f32(0), n_logprobs=np.full(R, -1, np.int32),
-            seed=np.zeros(R, np.uint64), choice=np.zeros(R, np.uint32), draw=np.zeros(R, np.uint32),
-            target=np.full(R, -1, np.int32), warped=np.zeros(R, np.uint8),
-            seen_start=np.zeros(R + 1, np.int32), seen_ids=np.zeros(0, np.int32), seen_counts=np.zeros(0, np.int32),
-            bias_start=np.zeros(R + 1, np.int32), bias_ids=np.zeros(0, np.int32), bias_values=np.zeros(0, np.float32),
+            q_start=zeros(c.max_seqs + 1), kv_len=zeros(c.max_seqs), seq_slot=zeros(c.max_seqs),
+            seg=zeros(c.max_segments, 3), seg_r=zeros(c.max_segments, 2),
+            seg_weight=np.ones(c.max_segments, np.float32), logit_rows=zeros(c.max_logit_rows),
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SampledRows:
-    """Per row: the id (sampled, or the scored target), its logprob, and whether the row's logits were finite.
+class SequenceSampling:
+    """How the tokens of one sequence are drawn. The defaults switch everything off: greedy, without logprobs.
 
-    ``top_ids``, ``top_logprobs`` ``[R, kmax]`` best first, ties to the lower id, -1 / -inf beyond a row's k.
+    Samplers round the floats to float32. ``n_logprobs`` -1 wants none, k the k best besides the one drawn;
+    ``n_prompt_logprobs`` likewise for scored rows. ``warped``: logprobs are those of the distribution drawn from,
+    instead of the model's. ``bias_values`` are added to the logits of ``bias_ids``; -inf bans an id. ``banned_ids`` are
+    banned until the sequence has ``min_tokens`` completion tokens. ``seed``, ``choice`` and the number of the draw
+    address the random number.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition: float = 1.0
+    frequency: float = 0.0
+    presence: float = 0.0
+    n_logprobs: int = -1
+    n_prompt_logprobs: int = -1
+    seed: int = 0
+    choice: int = 0
+    warped: bool = False
+    bias_ids: Int32 = field(default_factory=lambda: NO_IDS)
+    bias_values: Float32 = field(default_factory=lambda: NO_VALUES)
+    min_tokens: int = 0
+    banned_ids: Int32 = field(default_factory=lambda: NO_IDS)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether the tokens seen so far change the distribution: only then are they counted."""
+        return (self.repetition, self.frequency, self.presence) != (1.0, 0.0, 0.0)
+
+
+@dataclass
+class SampleInputs:
+    """What is done with the R rows of logits. All else is the ``SequenceSampling`` of each row's sequence.
+
+    ``row_slot`` is the ``seq_slot`` of the row's sequence. ``target`` -1 draws a token, else scores that id by the
+    model's own distribution (prompt logprobs). ``draw`` is the number of completion tokens that the sequence has before
+    this draw, resumed ones included. ``mask_row`` -1 allows every id, else only those whose bit (id % 32 of word
+    id // 32) is set in that row of ``mask``, at least one (grammars). Only rows 0 .. R count.
+    """
+
+    row_slot: Int32  # [R]
+    target: Int32  # [R]
+    draw: Uint32  # [R]
+    mask_row: Int32  # [R]
+    mask: Uint32  # [max_seqs, words of the vocabulary]
+
+    @classmethod
+    def allocate(cls, capacity: Capacity, vocab_size: int) -> SampleInputs:
+        R = capacity.max_logit_rows
+        return cls(
+            row_slot=np.zeros(R, np.int32), target=np.full(R, -1, np.int32), draw=np.zeros(R, np.uint32),
+            mask_row=np.full(R, -1, np.int32), mask=np.zeros((capacity.max_seqs, -(-vocab_size // 32)), np.uint32),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Per row: the id (drawn, or the scored target), its logprob, and whether the row's logits were finite.
+
+    A row that is not finite has id 0. ``logprob`` is 0 where none is wanted. ``top_ids``, ``top_logprobs``
+    ``[R, kmax]`` best first, ties to the lower id, -1 / -inf beyond a row's k. A model whose output is a vector gives
+    ``vectors`` ``[R, width]`` and draws nothing: ids are -1.
     """
 
     ids: Int32
@@ -129,3 +152,4 @@ class SampledRows:
     finite: Bool
     top_ids: Int32
     top_logprobs: Float32
+    vectors: Float32 | None = None

@@ -26,8 +26,14 @@ class Installation:
     def pip_install(self, extras: str = "", *, options: str = "", beside: str = "") -> str:
         """A whole pip command for this interpreter that installs truffula with ``extras`` (``torch,hf``)."""
         target = f"{self.folder or 'truffula'}{f'[{extras}]' if extras else ''}"
-        words = [shlex.quote(sys.executable), "-m pip install", options, "-e" if self.editable else "",
-                 shlex.quote(target), beside]  # fmt: skip
+        words = [
+            shlex.quote(sys.executable),
+            "-m pip install",
+            options,
+            "-e" if self.editable else "",
+            shlex.quote(target),
+            beside,
+        ]
         return " ".join(word for word in words if word)
 
     def compile_again(self) -> str:

@@ -43,19 +43,13 @@ class Ref:
 
 @dataclass(frozen=True)
 class WeightPart:
-    """One checkpoint tensor (or a row range of one) that fills rows of a weight.
+    """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``name`` is a name present in the checkpoint; rows ``lo .. hi`` of it are used (the whole when hi is -1).
-    ``permute`` is (heads, head_dim) when its rows must be brought from interleaved to half rotary order (GGUF llama
-    q/k).
     ``transform`` is applied in float32: ``plus_one`` for (1 + w) norms.
     """
 
     name: str
-    lo: int = 0
-    hi: int = -1
-    transform: Literal["none", "plus_one", "minus_one"] = "none"
-    permute: tuple[int, int] | None = None
+    transform: Literal["none", "plus_one"] = "none"
 
 
 @dataclass(frozen=True)
@@ -125,12 +119,29 @@ class KvPlane:
 
 @dataclass(frozen=True)
 class KvGroup:
-    """Planes that share block ids. The foundation has one group; windows mask, they do not yet free."""
+    """Planes that share block ids and block tables.
+
+    With ``window`` None a block is kept as long as its sequence. With a window w the query at position i reads keys
+    j with i - w < j <= i only, so the engine frees blocks behind that, and their table entries are -1.
+    """
 
     id: int
-    kind: Literal["full", "sliding"]
     planes: tuple[KvPlane, ...]
     window: int | None = None
+
+
+@dataclass(frozen=True)
+class RecurrentState:
+    """What a recurrent layer keeps of a sequence instead of keys and values: ``width`` numbers, whatever its length.
+
+    It lies in the sequence's slot (``StepInputs.seq_slot``). A prefix hit will need a snapshot of it, of the same size,
+    at the hit's last block border.
+    """
+
+    id: int
+    layer: int
+    width: int
+    dtype: BufferDtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -333,9 +344,14 @@ class ModelInterface:
     sites: tuple[Site, ...]
     kv_groups: tuple[KvGroup, ...]
     output: Output
+    states: tuple[RecurrentState, ...] = ()
 
     def __post_init__(self) -> None:
-        _require_ids_in_order(self, "sites", "kv_groups")
+        _require_ids_in_order(self, "sites", "kv_groups", "states")
+
+    def state_bytes(self, model_itemsize: int) -> int:
+        """Bytes of one sequence's ``states``, and of a snapshot of them, where a number of the model has so many."""
+        return sum(state.width * (4 if state.dtype == "float32" else model_itemsize) for state in self.states)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,138 +6,245 @@ tokens whatever the batch. Rows that only want the most likely id are answered t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from truffula.kernels.inputs import SampledRows, SampleInputs
+from truffula.errors import KernelError
+from truffula.kernels.inputs import Bool, Int32, SampleInputs, SequenceSampling, StepOutput
 from truffula.kernels.philox import uniform
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 
+class Sampler:
+    """Draws tokens for the sequences in ``max_seqs`` slots, and counts what each has drawn where penalties need it."""
+
+    def __init__(self, max_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._slots: list[_Sequence | None] = [None] * max_seqs
+
+    def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        """Begin or resume the sequence in ``slot``."""
+        for ids in (prompt_ids, completion_ids, sampling.bias_ids, sampling.banned_ids):
+            self._check_ids(ids)
+        sequence = _Sequence(_as_float32(sampling))
+        if sampling.penalised:
+            sequence.seen = dict.fromkeys(np.unique(prompt_ids).tolist(), 0)
+            sequence.num_prompt_ids = len(sequence.seen)
+            for token in completion_ids.tolist():
+                sequence.count(token)
+        self._slots[slot] = sequence
+
+    def sample(self, logits: npt.NDArray[Any], samples: SampleInputs) -> StepOutput:
+        """Draw (or score) one id per row of ``logits`` float32 ``[R, V]``.
+
+        A row whose raw logits hold NaN or +Inf (or nothing above -Inf) comes back with ``finite`` False and id 0.
+
+        Raises:
+            KernelError: ``samples`` name a slot, id, draw or mask that does not exist. Nothing is counted then.
+        """
+        count = len(logits)
+        rows = self._rows(samples, count)
+        ids = np.argmax(logits, axis=1).astype(np.int32) if count else np.zeros(0, np.int32)
+        # argmax finds NaN before anything else, then +Inf: the value there tells for the whole row.
+        finite = np.isfinite(logits[np.arange(count), ids])
+        ids[~finite] = 0
+        logprob = np.zeros(count, np.float32)
+        width = max((row.n_logprobs for row in rows), default=0)
+        top_ids = np.full((count, max(width, 0)), -1, np.int32)
+        top_logprobs = np.full((count, max(width, 0)), -np.inf, np.float32)
+        draws = _uniform(rows)
+        for r, row in enumerate(rows):
+            if row.plain or not finite[r]:
+                continue
+            raw = logits[r].astype(np.float64)
+            if row.target >= 0:
+                ids[r], judged = row.target, raw
+            else:
+                scores, kept = warp(logits[r], row)
+                ids[r] = choose(scores, kept, row, float(draws[r]))
+                judged = restrict(scores, kept) if row.sampling.warped else raw
+            if row.n_logprobs >= 0:
+                reported = log_softmax(judged)
+                best = top(judged, row.n_logprobs)  # not of the logprobs: those of two near scores may be equal
+                with np.errstate(over="ignore"):  # what float32 can't hold (a tiny temperature) is -inf
+                    logprob[r] = reported[ids[r]]
+                    top_ids[r, : len(best)] = best
+                    top_logprobs[r, : len(best)] = reported[best]
+        for r, row in enumerate(rows):
+            if row.target < 0:
+                row.sequence.count(int(ids[r]))
+        return StepOutput(ids, logprob, finite, top_ids, top_logprobs)
+
+    def _rows(self, samples: SampleInputs, count: int) -> list[Row]:
+        rows: list[Row] = []
+        drawing: set[int] = set()
+        for r in range(count):
+            slot, target, draw = int(samples.row_slot[r]), int(samples.target[r]), int(samples.draw[r])
+            sequence = self._slots[slot] if 0 <= slot < len(self._slots) else None
+            if sequence is None:
+                raise KernelError(f"row_slot: row {r} is of slot {slot}, which holds no sequence.", param="row_slot")
+            if target >= self._vocab_size:
+                raise KernelError(f"target: {target} is outside the vocabulary.", param="target")
+            allowed = None
+            if target < 0:
+                if slot in drawing:
+                    raise KernelError(f"row_slot: two rows draw for slot {slot}.", param="row_slot")
+                drawing.add(slot)
+                allowed = self._allowed(samples, int(samples.mask_row[r]))
+                sequence.check_draw(draw)
+            rows.append(Row(sequence, target, draw, allowed))
+        for row in rows:
+            if row.target < 0:
+                row.sequence.rewind(row.draw)
+        return rows
+
+    def _allowed(self, samples: SampleInputs, mask_row: int) -> Bool | None:
+        if mask_row < 0:
+            return None
+        if mask_row >= len(samples.mask):
+            raise KernelError(f"mask_row: there is no mask {mask_row}.", param="mask_row")
+        bits = np.unpackbits(samples.mask[mask_row].astype("<u4").view(np.uint8), bitorder="little")
+        allowed = bits[: self._vocab_size].astype(np.bool_)
+        if not allowed.any():
+            raise KernelError(f"mask: row {mask_row} allows no id.", param="mask")
+        return allowed
+
+    def _check_ids(self, ids: Int32) -> None:
+        if len(ids) and (ids.min() < 0 or ids.max() >= self._vocab_size):
+            raise KernelError(f"an id of the sequence is outside the vocabulary of {self._vocab_size}.", param="ids")
+
+
+@dataclass
+class _Sequence:
+    """Sampling state of one sequence. ``seen`` counts ids in the completion (0: only in the prompt), in order of first
+    sight; only with penalties."""
+
+    sampling: SequenceSampling
+    seen: dict[int, int] = field(default_factory=dict)
+    num_prompt_ids: int = 0
+    drawn: list[int] = field(default_factory=list)
+
+    def count(self, token: int) -> None:
+        if self.sampling.penalised:
+            self.drawn.append(token)
+            self.seen[token] = self.seen.get(token, 0) + 1
+
+    def check_draw(self, draw: int) -> None:
+        if self.sampling.penalised and draw > len(self.drawn):
+            raise KernelError(f"draw: number {draw} of a sequence that has {len(self.drawn)} tokens.", param="draw")
+
+    def rewind(self, draw: int) -> None:
+        """Forget the draws from number ``draw`` on."""
+        while len(self.drawn) > draw and self.sampling.penalised:
+            token = self.drawn.pop()
+            self.seen[token] -= 1
+            if not self.seen[token] and len(self.seen) > self.num_prompt_ids and next(reversed(self.seen)) == token:
+                del self.seen[token]
+
+
 @dataclass(frozen=True)
 class Row:
-    """What is asked of one row: ``SampleInputs`` at its index, as Python values."""
+    """What is asked of one row. ``allowed`` [V] is its mask, None without one."""
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    typical_p: float
-    repetition: float
-    frequency: float
-    presence: float
-    n_logprobs: int
+    sequence: _Sequence
     target: int
-    warped: bool
-    seen_ids: Int64
-    seen_counts: Int64
-    bias_ids: Int64
-    bias_values: Float64
+    draw: int
+    allowed: Bool | None
+
+    @property
+    def sampling(self) -> SequenceSampling:
+        return self.sequence.sampling
+
+    @property
+    def n_logprobs(self) -> int:
+        return self.sampling.n_prompt_logprobs if self.target >= 0 else self.sampling.n_logprobs
+
+    @property
+    def banned_ids(self) -> Int32:
+        return self.sampling.banned_ids[: None if self.draw < self.sampling.min_tokens else 0]
 
     @property
     def plain(self) -> bool:
         """Nothing but the most likely id of the model's own logits."""
         return (
-            self.temperature == 0.0
+            self.sampling.temperature == 0.0
             and self.target < 0
             and self.n_logprobs < 0
-            and not len(self.bias_ids)
-            and not (len(self.seen_ids) and (self.repetition, self.frequency, self.presence) != (1.0, 0.0, 0.0))
+            and self.allowed is None
+            and not (len(self.sampling.bias_ids) or len(self.banned_ids) or self.sequence.seen)
         )
 
 
-def read_row(samples: SampleInputs, r: int) -> Row:
-    """Row ``r`` of ``samples``."""
-    seen = slice(int(samples.seen_start[r]), int(samples.seen_start[r + 1]))
-    bias = slice(int(samples.bias_start[r]), int(samples.bias_start[r + 1]))
-    return Row(
-        temperature=float(samples.temperature[r]), top_k=int(samples.top_k[r]), top_p=float(samples.top_p[r]),
-        min_p=float(samples.min_p[r]), typical_p=float(samples.typical_p[r]), repetition=float(samples.repetition[r]),
-        frequency=float(samples.frequency[r]), presence=float(samples.presence[r]),
-        n_logprobs=int(samples.n_logprobs[r]), target=int(samples.target[r]), warped=bool(samples.warped[r]),
-        seen_ids=samples.seen_ids[seen].astype(np.int64), seen_counts=samples.seen_counts[seen].astype(np.int64),
-        bias_ids=samples.bias_ids[bias].astype(np.int64), bias_values=samples.bias_values[bias].astype(np.float64),
+def _as_float32(sampling: SequenceSampling) -> SequenceSampling:
+    """``sampling`` with its numbers rounded to float32."""
+    rounded: Callable[[float], float] = lambda value: float(np.float32(value))
+    return replace(
+        sampling, temperature=rounded(sampling.temperature), top_p=rounded(sampling.top_p),
+        min_p=rounded(sampling.min_p), typical_p=rounded(sampling.typical_p), repetition=rounded(sampling.repetition),
+        frequency=rounded(sampling.frequency), presence=rounded(sampling.presence),
     )  # fmt: skip
 
 
-def sample(logits: npt.NDArray[Any], samples: SampleInputs) -> SampledRows:
-    """Choose (or score) one id per row of ``logits`` float32 ``[R, V]``.
-
-    A row whose raw logits hold NaN or +Inf (or nothing above -Inf) comes back with ``finite`` False and id 0; it never
-    raises. ``logprob`` is 0 for rows with ``n_logprobs`` -1, and for those not finite.
-    """
-    count = len(logits)
-    rows = [read_row(samples, r) for r in range(count)]
-    ids = np.argmax(logits, axis=1).astype(np.int32) if count else np.zeros(0, np.int32)
-    # argmax finds NaN before anything else, then +Inf: the value there tells for the whole row.
-    finite = np.isfinite(logits[np.arange(count), ids])
-    ids[~finite] = 0
-    logprob = np.zeros(count, np.float32)
-    width = max((row.n_logprobs for row in rows), default=0)
-    top_ids = np.full((count, max(width, 0)), -1, np.int32)
-    top_logprobs = np.full((count, max(width, 0)), -np.inf, np.float32)
-    draws = uniform(samples.seed[:count], samples.choice[:count], samples.draw[:count])
-    for r, row in enumerate(rows):
-        if row.plain or not finite[r]:
-            continue
-        scores, kept = warp(logits[r], row)
-        ids[r] = row.target if row.target >= 0 else choose(scores, kept, row, float(draws[r]))
-        if row.n_logprobs >= 0:
-            judged = restrict(scores, kept) if row.warped else logits[r].astype(np.float64)
-            reported = log_softmax(judged)
-            best = top(judged, row.n_logprobs)  # not of the logprobs: those of two near scores may be equal
-            with np.errstate(over="ignore"):  # what float32 can't hold (a tiny temperature) is -inf
-                logprob[r] = reported[ids[r]]
-                top_ids[r, : len(best)] = best
-                top_logprobs[r, : len(best)] = reported[best]
-    return SampledRows(ids, logprob, finite, top_ids, top_logprobs)
+def _uniform(rows: list[Row]) -> Float64:
+    """The random number of each row."""
+    seeds = np.array([row.sampling.seed for row in rows], np.uint64)
+    return uniform(seeds, [row.sampling.choice for row in rows], [row.draw for row in rows])
 
 
 def warp(logits: npt.NDArray[Any], row: Row) -> tuple[Float64, Int64 | None]:
-    """The row's scores after penalties, bias and temperature, float64 ``[V]``, and the ids kept (ascending; None: all).
+    """The row's scores after penalties, bias, mask and temperature, float64 ``[V]``, and the ids kept (ascending; None:
+    all).
 
-    At least one id is always kept: when every id is banned, the most likely one of the model stays.
+    At least one id is always kept: when every id is banned, the model's most likely one (of those that the mask allows)
+    stays.
     """
     scores = logits.astype(np.float64)
     _penalise(scores, row)
-    np.add.at(scores, row.bias_ids, row.bias_values)
+    np.add.at(scores, row.sampling.bias_ids, row.sampling.bias_values.astype(np.float64))
+    scores[row.banned_ids] = -np.inf
+    if row.allowed is not None:
+        scores[~row.allowed] = -np.inf
     best = scores.max()
     if best == -np.inf:
-        best = scores[int(np.argmax(logits))] = 0.0
-    if row.temperature == 0.0:
+        ids = np.arange(len(scores)) if row.allowed is None else np.flatnonzero(row.allowed)
+        best = scores[ids[np.argmax(logits[ids])]] = 0.0
+    if row.sampling.temperature == 0.0:
         return scores, None
     scores -= best  # so that a tiny temperature cannot overflow
-    scores /= row.temperature
-    return scores, _kept(scores, row)
+    scores /= row.sampling.temperature
+    return scores, _kept(scores, row.sampling)
 
 
 def _penalise(scores: Float64, row: Row) -> None:
-    if not len(row.seen_ids):
+    seen, p = row.sequence.seen, row.sampling
+    if not seen:
         return
-    values = scores[row.seen_ids]
-    values = np.where(values > 0, values / row.repetition, values * row.repetition)
-    values -= row.frequency * row.seen_counts + row.presence * (row.seen_counts > 0)
-    scores[row.seen_ids] = values
+    ids, counts = np.fromiter(seen.keys(), np.int64, len(seen)), np.fromiter(seen.values(), np.int64, len(seen))
+    values = scores[ids]
+    values = np.where(values > 0, values / p.repetition, values * p.repetition)
+    values -= p.frequency * counts + p.presence * (counts > 0)
+    scores[ids] = values
 
 
-def _kept(scores: Float64, row: Row) -> Int64 | None:
+def _kept(scores: Float64, p: SequenceSampling) -> Int64 | None:
     """Top-k, top-p, min-p, typical-p, each over the distribution that the one before it left."""
     kept: Int64 | None = None
-    if 0 < row.top_k < len(scores):
-        kept = np.sort(top(scores, row.top_k))
-    if row.top_p < 1.0:
-        kept = _nucleus(scores, kept, row.top_p)
-    if row.min_p > 0.0:
+    if 0 < p.top_k < len(scores):
+        kept = np.sort(top(scores, p.top_k))
+    if p.top_p < 1.0:
+        kept = _nucleus(scores, kept, p.top_p)
+    if p.min_p > 0.0:
         kept = np.arange(len(scores)) if kept is None else kept
         values = scores[kept]
-        kept = kept[values >= values.max() + np.log(row.min_p)]
-    if row.typical_p < 1.0:
-        kept = _typical(scores, np.arange(len(scores)) if kept is None else kept, row.typical_p)
+        kept = kept[values >= values.max() + np.log(p.min_p)]
+    if p.typical_p < 1.0:
+        kept = _typical(scores, np.arange(len(scores)) if kept is None else kept, p.typical_p)
     return kept
 
 
@@ -173,7 +280,7 @@ def _shortest(rank: Float64, weights: Float64, mass: float) -> Int64:
 
 def choose(scores: Float64, kept: Int64 | None, row: Row, draw: float) -> int:
     """The most likely id when greedy; else the inverse of the cumulative distribution, ids ascending, at ``draw``."""
-    if row.temperature == 0.0:
+    if row.sampling.temperature == 0.0:
         return int(np.argmax(scores))
     total = np.cumsum(np.exp(scores if kept is None else scores[kept]))
     # side="right" finds the first id whose cumulative weight exceeds the draw: one of weight 0 is never chosen.

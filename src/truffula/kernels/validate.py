@@ -70,6 +70,11 @@ def _check_tables(program: Program) -> None:
     for site in program.sites:
         if not site.modules or min(site.in_features, site.out_features) < 1:
             raise KernelError(f"site {site.id} has no module or no width.", param="sites")
+    if program.states:
+        raise KernelError("states of recurrent layers are not computed yet.", param="states")
+    for group in program.kv_groups:
+        if not group.planes or (group.window is not None and group.window < 1):
+            raise KernelError(f"KV group {group.id} has no planes or the window {group.window}.", param="kv_groups")
     seen: set[int] = set()
     for plane in (plane for group in program.kv_groups for plane in group.planes):
         if plane.id in seen or plane.width < 1:
@@ -227,7 +232,10 @@ def _attention(op: Attention, check: _Check) -> None:
     check.read("v", op.v, "T", op.kv_heads * op.dim_v)
     if not 0 <= op.group < len(check.program.kv_groups):
         check.fail("group", f"KV group {op.group} does not exist.")
-    widths = {plane.id: plane.width for plane in check.program.kv_groups[op.group].planes}
+    group = check.program.kv_groups[op.group]
+    if group.window is not None and (op.window is None or op.window > group.window):
+        check.fail("window", f"the op reads keys behind the window of its KV group ({op.window} > {group.window}).")
+    widths = {plane.id: plane.width for plane in group.planes}
     for plane, width in zip(op.planes, (op.k.width, op.v.width), strict=True):
         if widths.get(plane) != width:
             check.fail("planes", f"plane {plane} has width {widths.get(plane)} in group {op.group}; {width} needed.")

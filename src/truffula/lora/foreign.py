@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from truffula.errors import AdapterError, did_you_mean, nearest
-from truffula.lora.place import CONFIG, PICKLE, TENSORS
+from truffula.lora.paths import CONFIG, PICKLE, TENSORS
 
 MLX = (
     "In MLX's format A and B are transposed and the scale is stored as such: lora_A = lora_a.T, lora_B = lora_b.T, "

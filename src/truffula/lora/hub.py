@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, TruffulaError
-from truffula.lora.beside import MAX_BYTES, READ
+from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_names, latest_first
-from truffula.lora.place import CONFIG, TENSORS
+from truffula.lora.paths import CONFIG, TENSORS
 from truffula.weights.hub import HubFailure, explain
 
 

@@ -1,40 +1,377 @@
-"""What the pool asks of a loader: the only words the two share."""
+"""The engine's side of the loading workers.
+
+    start(ref) ─► queue ─► worker process (niced, limited, killable) ─► image in a staging folder ─► poll() ─► pool
+
+A worker does one load at a time. Up to ``max_workers`` are started, when they are needed, so that one slow source does
+not delay the others; downloads from the Hub never take the last of them. When a worker dies, hangs or computes for too
+long, only its own load fails; queued loads go to another worker.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from truffula.errors import ErrorInfo
+import msgspec
+
+from truffula.errors import AdapterLoadError, WireError
+from truffula.frames import Channel, Disconnected
+from truffula.kernels.program import Site
+from truffula.lora.staging import Staging
+from truffula.lora.worker import VERSION, LoadLimits, LoadRequest, LoadResponse, Setup
 from truffula.types import AdapterRef
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
-class LoadResult:
-    """How one load ended: an image to map (the receiver maps it, then unlinks it), or why there is none."""
-
-    ticket: int
-    image_path: str | None = None
-    error: ErrorInfo | None = None
-    generation: str = ""
-    nbytes: int = 0
-    rank: int = 0
-    commit: str = ""  # of an adapter of the Hub
-    warnings: tuple[str, ...] = ()
-    seconds: float = 0.0
+IDLE_WORKER_S = 60.0
+STARTUP_S = 60.0
+MAX_DEATHS = 2
+"""Workers that may be killed from outside during one load before it counts as the adapter's failure."""
+_STDERR_BYTES = 4096
 
 
 class AdapterLoader(Protocol):
-    """Reads and judges adapters somewhere else. No call waits: results come through ``poll``."""
+    """Reads and validates adapters elsewhere. No call waits: responses come through ``poll``."""
 
     def start(self, ref: AdapterRef) -> int:
-        """Begin (or queue) one load; returns its ticket."""
+        """Queue one load; returns its ticket."""
 
-    def poll(self) -> list[LoadResult]:
-        """Loads that ended since the last call: each ticket once, cancelled ones never."""
+    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        """Loads that ended since the last call: each ticket once, cancelled ones never. ``paused``: until the next call
+        no queued load is begun.
+        """
+
+    def poll_fds(self) -> dict[int, int]:
+        """File descriptors and ``select.poll`` events that announce work for ``poll``."""
+
+    def poll_timeout(self) -> float | None:
+        """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
 
     def cancel(self, ticket: int) -> None:
         """Forget a load; a running one is ended when that is cheap. Unknown tickets are ignored."""
 
     def close(self) -> None:
         """End everything. Idempotent."""
+
+
+class _Worker:
+    """One worker process and its socket. ``request`` is what it works on."""
+
+    def __init__(self, setup: Setup, nice: int, folders: Sequence[Path]) -> None:
+        near, far = socket.socketpair()
+        arguments = [str(far.fileno()), *map(str, folders)]
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "truffula.lora.worker", *arguments],
+                pass_fds=(far.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # the engine handles a terminal's Ctrl-C
+            )
+        except BaseException:
+            near.close()
+            raise
+        finally:
+            far.close()
+        with contextlib.suppress(OSError):  # it has ended already
+            priority = os.getpriority(os.PRIO_PROCESS, 0)
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, priority + nice)
+        assert self.process.stderr is not None
+        os.set_blocking(self.process.stderr.fileno(), False)
+        self._channel = Channel(near, msgspec.msgpack.Decoder(LoadResponse).decode, VERSION)
+        self._stderr = bytearray()
+        self._eof = False
+        self.request: LoadRequest | None = None
+        self.cancelled = False
+        self.used_up = False
+        self.deadline = self.idle_since = float("inf")
+        self.send(setup)
+
+    def send(self, frame: Setup | LoadRequest) -> None:
+        """Send as much as the socket accepts; ``io`` sends the rest."""
+        try:
+            self._channel.post(frame)
+        except Disconnected:
+            self._eof = True
+
+    def io(self) -> list[LoadResponse]:
+        """Send and receive what the socket accepts and has. ``WireError`` when a frame is malformed."""
+        self._drain_stderr()
+        received: list[LoadResponse] = []
+        with contextlib.suppress(Disconnected):
+            self._channel.flush()
+        while not self._eof and (frames := self._channel.receive()) != []:
+            received += frames or []
+            self._eof = frames is None
+        return received
+
+    def poll_events(self) -> tuple[int, int]:
+        """Its descriptor, and the events after which ``io`` has something to do."""
+        return self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel.unsent else 0)
+
+    def ended(self) -> bool:
+        """Whether the process has ended. One that has closed its socket is killed."""
+        if self._eof and self.process.poll() is None:
+            self.process.kill()
+        return self.process.poll() is not None
+
+    def describe_exit(self, limits: LoadLimits) -> str:
+        """Why it ended."""
+        code = self.process.returncode
+        if code is None:
+            return "it stopped responding"
+        if code == -signal.SIGXCPU:
+            return f"reading the adapter took more than {limits.cpu_s:g} s of computing"
+        if code < 0:
+            with contextlib.suppress(ValueError):
+                return f"the loading worker was ended by {signal.Signals(-code).name}"
+        return f"the loading worker ended with status {code}"
+
+    def take_stderr(self) -> str:
+        """The end of what it wrote to stderr since the last call."""
+        self._drain_stderr()
+        text = self._stderr.decode(errors="replace").strip()
+        self._stderr.clear()
+        return text
+
+    def close(self) -> None:
+        """Close the socket: the worker ends then."""
+        self._channel.close()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+
+    def _drain_stderr(self) -> None:
+        assert self.process.stderr is not None
+        with contextlib.suppress(BlockingIOError, ValueError, OSError):
+            while data := os.read(self.process.stderr.fileno(), 4096):
+                self._stderr += data
+                del self._stderr[:-_STDERR_BYTES]
+
+
+class LoadingWorker:
+    """The ``AdapterLoader`` of a serving engine. One thread; no call blocks.
+
+    Args:
+        sites: The program's; sent to each worker once.
+        model: The base's name, for messages.
+        limits: Of one load.
+        max_workers: Processes at most.
+        nice: Added to the workers' niceness.
+        offline, cache_dir: For adapters of the Hub.
+        staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
+        clock: Monotonic seconds.
+
+    A worker, and before the first one the staging folders, are made for a load that finds none free; ``poll`` ends it
+    after ``IDLE_WORKER_S`` without a load. A server that serves the base alone has none of them.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        model: str,
+        limits: LoadLimits | None = None,
+        max_workers: int = 3,
+        nice: int = 10,
+        offline: bool = False,
+        cache_dir: Path | None = None,
+        staging_roots: Sequence[Path] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits or LoadLimits()
+        self._max_workers = max_workers
+        self._nice = nice
+        self._clock = clock
+        self._staging_roots = staging_roots
+        self._staging: Staging | None = None
+        self._setup = Setup(
+            sites=list(sites),
+            model=model,
+            limits=self._limits,
+            offline=offline,
+            cache_dir=str(cache_dir) if cache_dir is not None else None,
+        )
+        self._queue: deque[LoadRequest] = deque()
+        self._paused = False
+        self._deaths: dict[int, int] = {}  # by ticket
+        self._workers: list[_Worker] = []
+        self._ending: list[subprocess.Popen[bytes]] = []
+        self._responses: list[LoadResponse] = []
+        self._next_ticket = 0
+        self._closed = False
+
+    def start(self, ref: AdapterRef) -> int:
+        self._next_ticket += 1
+        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
+        self._dispatch()
+        return self._next_ticket
+
+    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        if self._closed:
+            return []
+        self._paused = paused
+        now = self._clock()
+        for worker in list(self._workers):
+            self._poll_worker(worker, now)
+        self._ending = [process for process in self._ending if process.poll() is None]
+        self._dispatch()
+        responses, self._responses = self._responses, []
+        return responses
+
+    def poll_fds(self) -> dict[int, int]:
+        return dict(worker.poll_events() for worker in self._workers if worker.request is not None)
+
+    def poll_timeout(self) -> float | None:
+        return 0.0 if self._responses else None
+
+    def cancel(self, ticket: int) -> None:
+        self._queue = deque(request for request in self._queue if request.ticket != ticket)
+        self._deaths.pop(ticket, None)
+        for worker in self._workers:
+            if worker.request is not None and worker.request.ticket == ticket:
+                worker.cancelled = True  # it finishes: a restart would cost more than the rest of a load
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._queue.clear()
+        for worker in list(self._workers):
+            self._stop(worker)
+        if self._staging is not None:
+            self._staging.close()
+        for process in self._ending:
+            try:
+                process.wait(timeout=1.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: it ends when that returns
+                    process.wait(timeout=1.0)
+
+    def pids(self) -> list[int]:
+        """The workers' process ids, for operators and tests."""
+        return [worker.process.pid for worker in self._workers]
+
+    def _poll_worker(self, worker: _Worker, now: float) -> None:
+        try:
+            for response in worker.io():
+                self._on_response(worker, response, now)
+        except WireError as error:
+            self._on_worker_death(worker, f"the loading worker sent an unreadable message ({error.message})")
+            return
+        if worker.used_up:
+            self._stop(worker)
+        elif worker.ended():
+            with contextlib.suppress(WireError):
+                for response in worker.io():  # what it sent last
+                    self._on_response(worker, response, now)
+            code = worker.process.returncode
+            killed = code is not None and code < 0 and code != -signal.SIGXCPU
+            self._on_worker_death(worker, worker.describe_exit(self._limits), retry=killed)
+        elif worker.request is not None and now > worker.deadline:
+            self._on_worker_death(worker, f"it took longer than {self._seconds(worker.request):g} s")
+        elif worker.request is None and now - worker.idle_since > IDLE_WORKER_S:
+            self._stop(worker)
+
+    def _on_response(self, worker: _Worker, response: LoadResponse, now: float) -> None:
+        request = worker.request
+        if request is None or response.ticket != request.ticket:
+            raise WireError("a response without a request")
+        assert self._staging is not None
+        if response.image_path is not None and not self._staging.holds(Path(response.image_path)):
+            raise WireError("an image outside the staging folders")
+        if response.error is not None and response.error.data.get("unexpected"):
+            logger.error("loading adapter %r failed unexpectedly:\n%s", request.ref.name, worker.take_stderr())
+        worker.request = None
+        worker.idle_since = now
+        worker.used_up = response.last
+        self._deaths.pop(request.ticket, None)
+        if worker.cancelled:
+            self._staging.discard(request.ticket)
+        else:
+            self._responses.append(response)
+
+    def _on_worker_death(self, worker: _Worker, reason: str, *, retry: bool = False) -> None:
+        """Remove a worker that died, hangs or breaks the protocol. Its load fails; the others are not affected.
+
+        ``retry``: the process was killed from outside, for which the adapter is not to blame unless it happens again.
+        """
+        request, stderr = worker.request, worker.take_stderr()
+        worker.process.kill()
+        self._stop(worker)
+        said = f"; its last output:\n{stderr}" if stderr else ""
+        if request is None:
+            logger.error("loading worker %d died: %s; it was idle%s", worker.process.pid, reason, said)
+            return
+        assert self._staging is not None
+        self._staging.discard(request.ticket)
+        deaths = self._deaths.pop(request.ticket, 0) + 1
+        retry = retry and deaths < MAX_DEATHS and not worker.cancelled
+        outcome = "is tried again" if retry else "failed with it"
+        logger.error(
+            "loading worker %d died: %s; loading adapter %r %s%s",
+            worker.process.pid, reason, request.ref.name, outcome, said,
+        )  # fmt: skip
+        if retry:
+            self._deaths[request.ticket] = deaths
+            self._queue.appendleft(request)
+        elif not worker.cancelled:
+            self._responses.append(_failed(request, reason, stderr))
+
+    def _stop(self, worker: _Worker) -> None:
+        worker.close()
+        self._workers.remove(worker)
+        self._ending.append(worker.process)
+
+    def _dispatch(self) -> None:
+        """Give queued loads to free workers; start workers for them as long as there may be more."""
+        while self._queue and not self._paused:
+            on_hub = sum(w.request is not None and w.request.ref.kind == "hub" for w in self._workers)
+            hub_room = on_hub < max(1, self._max_workers - 1)
+            request = next((r for r in self._queue if r.ref.kind != "hub" or hub_room), None)
+            if request is None:
+                return
+            worker = next((w for w in self._workers if w.request is None and not w.used_up), None)
+            if worker is None and len(self._workers) >= self._max_workers:
+                return
+            self._queue.remove(request)
+            startup_s = 0.0
+            if worker is None:
+                try:
+                    worker = self._start_worker()
+                except OSError as error:
+                    self._responses.append(_failed(request, f"no loading worker can be started ({error})", ""))
+                    continue
+                startup_s = STARTUP_S
+            worker.request = request
+            worker.cancelled = False
+            worker.deadline = self._clock() + startup_s + self._seconds(request)
+            worker.send(request)
+
+    def _start_worker(self) -> _Worker:
+        if self._staging is None:
+            self._staging = Staging(self._staging_roots)
+        worker = _Worker(self._setup, self._nice, self._staging.folders)
+        self._workers.append(worker)
+        return worker
+
+    def _seconds(self, request: LoadRequest) -> float:
+        return self._limits.download_s if request.ref.kind == "hub" else self._limits.wall_s
+
+
+def _failed(request: LoadRequest, reason: str, stderr: str) -> LoadResponse:
+    error = AdapterLoadError(f"Loading adapter {request.ref.name!r} failed: {reason}.", param="adapter")
+    error.data = {"stderr": stderr} if stderr else {}
+    return LoadResponse(ticket=request.ticket, error=error.info())

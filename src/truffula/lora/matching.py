@@ -10,18 +10,18 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
-from truffula.lora.beside import warnings_beside
+from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import RETRAIN_WITHOUT_TABLES, LoraSettings, read_settings
 from truffula.lora.image import DTYPES
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
-from truffula.lora.patterns import PatternTable, Steps
+from truffula.lora.paths import OpenFolder
+from truffula.lora.patterns import PatternTable, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
 from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
@@ -92,7 +92,8 @@ class Sites:
         return self.root + module.name.removeprefix(self._own_root)
 
 
-def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
+@matching_limit()
+def judge_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
                    all_sites: Sequence[Site], base: BaseFacts) -> Judged:  # fmt: skip
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
 
@@ -103,9 +104,8 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
     judged = Judged(settings, sites.root)
-    steps = Steps()
-    ranks = PatternTable(settings.rank_pattern, "rank_pattern", steps)
-    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern", steps)
+    ranks = PatternTable(settings.rank_pattern, "rank_pattern")
+    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
     origin = _origin(config)
     _check_modules(plan, sites, base, origin)
     for module, key in plan.a.items():
@@ -116,7 +116,7 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
         _check_shapes(pair, rank, base, origin)
         judged.pairs.append(pair)
     _check_sites_once(judged.pairs)
-    _cross_check(judged, Targets(settings, sites.names, steps), sites, plan)
+    _cross_check(judged, Targets(settings, sites.names), sites, plan)
     judged.warnings += left_out_warnings(plan)
     for table, name in ((ranks, "rank_pattern"), (alphas, "alpha_pattern")):
         for module, winner, loser in table.conflicts[:10]:
@@ -128,7 +128,7 @@ def judge_metadata(folder: Path, infos: Mapping[str, TensorInfo], config: Mappin
             judged.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
         judged.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
-    judged.warnings += warnings_beside(folder, config, sites=sites.all, model=base.model)
+    judged.warnings += extra_file_warnings(folder, config, sites=sites.all, model=base.model)
     return judged
 
 

@@ -15,14 +15,14 @@ from typing import Any
 from truffula.errors import AdapterError, CheckpointError, ErrorInfo, InsufficientMemory, TruffulaError
 from truffula.kernels.backend import Array, SiteTensors
 from truffula.kernels.program import Site
-from truffula.lora.beside import warnings_beside
+from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, judge_fields, parse_config, read_settings
 from truffula.lora.folder import AdapterFolder
 from truffula.lora.image import image_nbytes
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Judged, Pair, check_values, judge_metadata, left_out_warnings
-from truffula.lora.place import TENSORS
+from truffula.lora.paths import TENSORS, OpenFolder
 from truffula.weights.finite import first_non_finite
 
 _ZERO_CHUNK = 1 << 20
@@ -57,7 +57,7 @@ class AdapterReport:
 
 
 def judge_adapter(
-    folder: Path,
+    folder: Path | OpenFolder,
     sites: Sequence[Site],
     *,
     base: BaseFacts,
@@ -68,12 +68,12 @@ def judge_adapter(
 
     Raises ``AdapterError`` (``param``: the field or key), ``AdapterNotFound``, ``AdapterLoadError`` when the files
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
-    of the file: who copies them compares ``folder.fingerprint`` before and after.
+    of the file: a caller that copies them compares the folder's fingerprint before and after.
     """
     files = AdapterFolder(folder, max_file_bytes)
     try:
         config = parse_config(files.config_bytes)
-        judged = judge_metadata(files.folder, files.tensors.tensors, config, sites, base)
+        judged = judge_metadata(files.opened, files.tensors.tensors, config, sites, base)
         _check_size(judged.pairs, max_bytes)
         tensors, zero = _read_tensors(files, judged.pairs)
         warnings = list(judged.warnings)
@@ -109,7 +109,7 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
         try:
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            judged = judge_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
+            judged = judge_metadata(files.opened, files.tensors.tensors, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
         nbytes = sum(pair.a.nbytes + pair.b.nbytes for pair in judged.pairs)
@@ -130,7 +130,7 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
-    warnings = (*left_out_warnings(plan), *warnings_beside(files.folder, config, sites=None, model=None))
+    warnings = (*left_out_warnings(plan), *extra_file_warnings(files.opened, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 

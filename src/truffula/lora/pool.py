@@ -1,47 +1,113 @@
-"""``AdapterPool``: which adapters are in memory. The only writer of that; it knows numbers and names, never a tensor.
+"""``AdapterPool``: which adapters are in memory. The only writer of that; it knows names and numbers, never a tensor.
 
-    want(ref) ──► loading ──► ready ──► resident ──► evicted (by one LRU with cached KV blocks) or retired
-                    │          image mapped,   bytes reserved, in a slot of the
-                    ▼          not charged     executable; leases keep it there
-                  failed (for ``failure_ttl_s``)
+    alias (a place and its names) ──► generation (hash of the bytes) ──► leases (loaded or resident)
 
-- A *place* is (kind, locator, revision); with a fingerprint it is a *key*. A key leads to a *generation*: the hash of
-  the adapter's bytes. Many waiters of a key share one load; two places with equal bytes share one generation.
-- A place whose fingerprint changed is read again. Its former generation is *retired*: sequences that hold it keep it,
-  new ones get the new one, and it is dropped with its last lease and hold. Until then its bytes count.
-- Bytes are reserved from the ``MemoryBudget`` before the executable sees the image. An image that is mapped but not
-  resident is not charged: those kept for somebody (``hold``, ``claim``, or wanted within ``keep_s``) are few, and no
-  further load is begun while they exceed ``spare_bytes``. Then those that nobody came for go, so that it begins.
-- A preempted sequence keeps its generation by ``hold``: evicted, its image stays mapped, so that it comes back without
-  its source, which may have changed or gone meanwhile.
+- Lookups of one place and fingerprint share one load; places with equal bytes share one generation.
+- A changed fingerprint is read again. The place then leads to the new generation and the former one is *retired*:
+  sequences that have a lease keep it, and it is dropped with its last lease. Until then its bytes count.
+- A waiting or preempted sequence has a ``loaded`` lease: when its generation is evicted, the image stays mapped, so
+  that it returns without its source, which may have changed or disappeared.
+- Mapped images without a slot are outside the budget, so they are bounded: no load begins while they exceed
+  ``mapped_limit``, and one without a lease is dropped unless a lookup asked for it since the last poll but one.
+- In one step one adapter at most is mapped and one at most is given to the executable.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import logging
+from collections import Counter, deque
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError, from_info
-from truffula.lora.generation import Generation, Key, Place, key_of
+from truffula.errors import (
+    AdapterLoadError,
+    AdapterNotFound,
+    ErrorInfo,
+    InsufficientMemory,
+    ShuttingDown,
+    TruffulaError,
+    from_info,
+)
+from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations, Place, Slots, place_of
+from truffula.lora.generations import AdapterLease as AdapterLease
+from truffula.lora.generations import AdapterStatus as AdapterStatus
 from truffula.lora.image import map_image
-from truffula.lora.leases import AdapterLease, Budget, Slots, Want
-from truffula.lora.loading import AdapterLoader, LoadResult
-from truffula.lora.queue import LoadQueue, discard
-from truffula.lora.residency import OWNER, Residency
-from truffula.types import AdapterRef, AdapterState
+from truffula.lora.loading import AdapterLoader
+from truffula.lora.worker import LoadResponse
+from truffula.types import AdapterCommand, AdapterRef, AdapterState
+
+logger = logging.getLogger(__name__)
 
 MAX_NAMES = 32
-"""Names that are kept of those by which one key was asked for. A client may have many words for one place."""
+"""Names kept of one place: a client may have many names for it."""
+MAX_COUNTED_NAMES = 1000
+"""Names with a load counter of their own; the others share ``OTHER_NAMES``."""
+OTHER_NAMES = "__other__"
+ROOM_TIMEOUT_S = 60.0
+"""How long a load command waits for memory that running requests use, once the adapter is read."""
+RETRY_POLL_S = 0.002
+"""How often an upload, or the room for a load, is looked at when nothing else is to be done."""
+
+Key = tuple[Place, str]
+"""One state of a place: the place and its fingerprint."""
+
+
+@dataclass
+class _Alias:
+    """What a place leads to: the fingerprints that were read as ``generation``, and the names that asked for it."""
+
+    generation: str
+    fingerprints: set[str]
+    names: set[str]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """A load that is with the loader, or whose image is laid out but not mapped yet."""
+
+    key: Key
+    ref: AdapterRef
+    ticket: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    name: str
+    error: ErrorInfo
+    expires: float
+
+
+@dataclass
+class _LoadCommand:
+    """An operator's load that is not answered yet. ``ready_at``: when only memory was missing."""
+
+    ref: AdapterRef
+    future: Future[list[AdapterState]] = field(default_factory=Future)
+    lease: AdapterLease | None = None
+    ready_at: float | None = None
 
 
 class AdapterPool:
     """Residency of adapters. One owner, one thread.
 
-    ``clock`` is the one the budget's other reclaimers stamp with. A failed load is not tried again for
-    ``failure_ttl_s``. At most ``max_in_flight`` loads of a kind of source are with the loader at a time.
-    ``spare_bytes`` is an eighth of the budget's limit unless given.
+    The scheduler uses these members:
+
+    - ``lookup(ref, now)``: loading, ready (with the generation) or failed; begins the load if there is none.
+    - ``is_loaded(ref)``: whether ``lookup`` would answer ready. Begins nothing.
+    - ``retain(generation)``: a lease that keeps a loaded generation available (not resident).
+    - ``acquire(generation)``: a lease on a resident generation, which its ``slot`` names; None when that is not
+      possible in this step. ``is_pending(generation)`` then tells whether it only has to wait for a later step: no
+      memory needs to be freed for it.
+    - ``release(lease)``: ends a lease of either kind, once.
+    - ``leased_bytes``: bytes that no eviction can free.
+
+    The engine calls ``poll`` before each step, and ``command`` for operators.
+
+    ``clock`` is the one the budget's other reclaimers use. A failed load is not tried again for ``failure_ttl_s``.
+    ``mapped_limit`` (bytes) is an eighth of the budget's limit unless given.
     """
 
     def __init__(
@@ -52,386 +118,415 @@ class AdapterPool:
         clock: Callable[[], float],
         *,
         failure_ttl_s: float = 10.0,
-        keep_s: float = 5.0,
-        spare_bytes: int | None = None,
-        max_in_flight: int = 8,
+        mapped_limit: int | None = None,
     ) -> None:
-        self._queue = LoadQueue(loader, failure_ttl_s=failure_ttl_s, max_in_flight=max_in_flight)
+        self._loader = loader
         self._budget = budget
         self._clock = clock
-        self._keep_s = keep_s
-        self._spare_bytes = budget.limit // 8 if spare_bytes is None else spare_bytes
-        self._entries = Residency(slots, budget)
-        self._current: dict[Key, str] = {}
-        self._places: dict[Place, str] = {}  # all keys of a place lead to one generation
+        self._failure_ttl_s = failure_ttl_s
+        self._mapped_limit = budget.limit // 8 if mapped_limit is None else mapped_limit
+        self._generations = Generations(slots, budget)
+        self._aliases: dict[Place, _Alias] = {}
         self._pins: set[Place] = set()
-        self._claims: Counter[Place] = Counter()
-        self._polls = 0
-        self._leases: dict[int, str] = {}
-        self._next_lease = 0
+        self._loads: dict[Key, _Load] = {}
+        self._laid_out: deque[LoadResponse] = deque()
+        self._failures: dict[Key, _Failure] = {}
+        self._commands: list[_LoadCommand] = []
+        self._may_upload = True  # nothing was given to the executable since the last poll
+        self._polled = (float("-inf"), float("-inf"))  # the last poll but one, the last poll
         self.evictions = 0
+        self.loads = 0
+        self.loads_by_name: Counter[str] = Counter()
+        self.failures = 0  # loads that failed, and adapters that the executable refused
         budget.register_reclaimer(OWNER, self)
 
-    # ---- what the scheduler asks
+    # ---- for the scheduler
 
-    def want(self, ref: AdapterRef, now: float) -> Want:
-        """Where ``ref`` stands now; begins a load when nobody has yet. Never waits, never raises.
+    def lookup(self, ref: AdapterRef, now: float) -> AdapterStatus:
+        """Where ``ref`` stands now; begins a load if there is none. Never waits, never raises.
 
-        Waiting sequences ask again each step: that also keeps what they wait for from being dropped. ``generation`` is
-        to be acquired at once; whoever keeps it for later calls ``hold``.
+        A caller that wants to keep the ``generation`` of a ready one retains or acquires it before the next poll.
         """
-        key = key_of(ref)
-        generation = self._current.get(key)
-        if generation is not None:
-            entry = self._entries[generation]
-            if len(entry.keys[key]) < MAX_NAMES:
-                entry.keys[key].add(ref.name)
-            entry.asked_in = self._polls
-            self._entries.touch(generation, now)
-            return Want("ready", generation)
-        error = self._queue.refusal(key, now)
-        if error is not None:
-            return Want("failed", error=error)
-        if key not in self._queue:
-            self._queue.add(key, ref)
-            self._begin_loads()
-        return Want("loading")
+        key = (place_of(ref), ref.fingerprint)
+        alias = self._alias_of(key)
+        if alias is not None:
+            if len(alias.names) < MAX_NAMES:
+                alias.names.add(ref.name)
+            self._generations.touch(self._generations[alias.generation], now)
+            return AdapterStatus("ready", alias.generation)
+        failure = self._failures.get(key)
+        if failure is not None and now < failure.expires:
+            return AdapterStatus("failed", error=failure.error)
+        if key not in self._loads:
+            self._loads[key] = _Load(key, ref, self._loader.start(ref))
+        return AdapterStatus("loading")
 
-    def here(self, ref: AdapterRef) -> bool:
-        """Whether ``want`` would be answered at once with a generation. Begins nothing."""
-        return key_of(ref) in self._current
+    def is_loaded(self, ref: AdapterRef) -> bool:
+        """Whether ``lookup`` would answer ready."""
+        return self._alias_of((place_of(ref), ref.fingerprint)) is not None
+
+    def retain(self, generation: str) -> AdapterLease:
+        """A lease that keeps a loaded generation available, though not resident."""
+        return self._generations.lease(self._generations[generation], NO_SLOT)
 
     def acquire(self, generation: str) -> AdapterLease | None:
-        """A lease on a generation, made resident for it; None when its bytes do not fit right now.
+        """A lease on a generation that is resident; None when that is not possible in this step.
 
-        Raises ``InsufficientMemory`` when they never can, ``AdapterLoadError`` (or the executable's ``KernelError``)
-        when it is not here any more or cannot be used.
+        Raises ``InsufficientMemory`` when its bytes never fit, ``AdapterLoadError`` (or the executable's
+        ``KernelError``) when it is no longer loaded or cannot be used.
         """
-        entry = self._entries.get(generation)
+        entry = self._generations.get(generation)
         if entry is None:
             raise AdapterLoadError(
                 f"Adapter generation {generation[:12]} is no longer loaded; send the request again.",
                 generation=generation,
             )
-        if entry.slot is None and not self._make_resident(generation, entry):
+        if not self._ensure_resident(entry):
             return None
         assert entry.slot is not None
-        entry.leases += 1
-        self._entries.touch(generation, self._clock())
-        self._next_lease += 1
-        self._leases[self._next_lease] = generation
-        return AdapterLease(self._next_lease, generation, entry.slot)
+        lease = self._generations.lease(entry, entry.slot)
+        self._generations.touch(entry, self._clock())
+        return lease
+
+    def is_pending(self, generation: str) -> bool:
+        """Whether ``acquire`` gave None because its upload has not ended, or another one was begun in this step."""
+        entry = self._generations.get(generation)
+        return entry is not None and not entry.resident and (entry.slot is not None or not self._may_upload)
 
     def release(self, lease: AdapterLease) -> None:
-        """Give a lease back: once. The adapter stays resident until its bytes are wanted for something else."""
-        generation = self._leases.pop(lease.id)
-        entry = self._entries[generation]
-        entry.leases -= 1
-        self._entries.touch(generation, self._clock())
-        self._drop_if_forgotten(generation, entry)
+        """End a lease. A resident adapter stays so until its bytes are needed for something else."""
+        entry = self._generations.release(lease)
+        self._generations.touch(entry, self._clock())
+        self._drop_if_retired(entry)
 
-    def hold(self, generation: str) -> None:
-        """Keep a loaded generation obtainable (not resident) until ``let_go``: for a sequence that may be preempted."""
-        self._entries[generation].holds += 1
+    @property
+    def leased_bytes(self) -> int:
+        """The part of ``resident_bytes`` that no eviction can free."""
+        return self._generations.leased_bytes
 
-    def let_go(self, generation: str) -> None:
-        """End one ``hold``."""
-        entry = self._entries[generation]
-        entry.holds -= 1
-        self._drop_if_forgotten(generation, entry)
+    # ---- for the engine
 
-    def poll(self, now: float) -> None:
-        """Take in what the loader finished, begin what waited, forget what nobody wants. Never raises for a load.
+    def poll(self, now: float, *, idle: bool = False) -> None:
+        """Map at most one loaded adapter, drop unused images, advance commands, begin loads. Never raises for an
+        adapter.
 
-        Whoever waits for a load asks again before the next ``poll``, or has a ``claim``: until then it is kept for him.
+        ``idle``: no request is left, so that waiting frees no memory for a command.
         """
-        self._polls += 1
-        for key, ref, result in self._queue.finished():
-            self._finish(key, ref, result, now)
-        self._queue.expire(now)
-        for generation in self._entries.spare():
-            self._settle(generation, self._entries[generation], now)
-        self._begin_loads()
+        self._polled = (self._polled[1], now)
+        self._may_upload = True
+        for entry in self._generations.check_uploads():
+            self._drop_if_retired(entry)
+        self._laid_out += self._loader.poll(paused=self._is_crowded())
+        self._map_one(now)
+        for key in [key for key, failure in self._failures.items() if now >= failure.expires]:
+            del self._failures[key]
+        for command in list(self._commands):
+            self._advance(command, now, idle)
+        for entry in self._generations.mapped():
+            self._place_or_drop(entry)
 
-    def _settle(self, generation: str, entry: Generation, now: float) -> None:
-        """An image without a slot: a pinned one gets one as soon as it fits, one that nobody wants is dropped."""
-        if entry.pinned:
-            with contextlib.suppress(TruffulaError):  # recorded as the failure of its keys
-                self._make_resident(generation, entry)
-        elif not self._kept(entry) and now - entry.used_at > self._keep_s:
-            self._drop(generation, entry)
+    def poll_fds(self) -> dict[int, int]:
+        """File descriptors and events (``select.poll``) that announce work for ``poll``."""
+        return self._loader.poll_fds()
 
-    def _kept(self, entry: Generation) -> bool:
-        return entry.holds > 0 or any(key[0] in self._claims for key in entry.keys)
-
-    # ---- what the operator asks
-
-    def pin(self, ref: AdapterRef) -> None:
-        """Keep the adapter of this place resident once loaded, through reloads, until ``unload``."""
-        place = key_of(ref)[0]
-        self._pins.add(place)
-        for generation, entry in self._entries.items():
-            self._repin(generation, entry)
-
-    def claim(self, ref: AdapterRef) -> None:
-        """Keep what is or will be loaded of this place obtainable until ``disclaim``: for a load command."""
-        self._claims[key_of(ref)[0]] += 1
-
-    def disclaim(self, ref: AdapterRef) -> None:
-        """End one ``claim``."""
-        place = key_of(ref)[0]
-        self._claims[place] -= 1
-        if not self._claims[place]:
-            del self._claims[place]
-
-    def retry(self, ref: AdapterRef) -> None:
-        """Forget what failed at the place of ``ref``: its next ``want`` reads again, whatever was said just now."""
-        self._queue.retry(key_of(ref)[0])
-
-    def settle(self, ref: AdapterRef) -> None:
-        """Make what is loaded of this place resident if its bytes are to be had now; meanwhile it is kept.
-
-        Raises ``InsufficientMemory`` when they never are, and what the executable says against it.
-        """
-        key = key_of(ref)
-        generation = self._current.get(key, self._places.get(key[0]))
-        if generation is not None and self._entries[generation].slot is None:
-            self._entries.touch(generation, self._clock())
-            self._make_resident(generation, self._entries[generation])
-
-    def state(self, ref: AdapterRef) -> AdapterState | None:
-        """Where the place of ``ref`` stands, under its name; None when nothing is known of it. Begins nothing."""
-        key = key_of(ref)
-        generation = self._current.get(key, self._places.get(key[0]))
-        if key in self._queue:
-            return AdapterState(name=ref.name, status="loading")
-        resident = generation is not None and self._entries[generation].slot is not None
-        error = self._queue.failure(key)
-        if error is not None and not resident:
-            return AdapterState(name=ref.name, status="failed", error=error)
-        return None if generation is None else self._entries[generation].state(ref.name)
-
-    def unload(self, name: str) -> bool:
-        """Forget ``name``: new requests load it anew, running ones keep theirs. False when nothing was there."""
-        cancelled = self._queue.cancel(name)
-        self._pins.difference_update(key[0] for key in cancelled)
-        found = self._queue.forgive(name) or bool(cancelled)
-        for key, generation in list(self._current.items()):
-            names = self._entries[generation].keys[key]
-            if name in names:
-                found = True
-                self._pins.discard(key[0])
-                if names == {name}:
-                    self._detach(key)
-                else:
-                    names.discard(name)
-                    self._repin(generation, self._entries[generation])
-        return found
+    def poll_timeout(self) -> float | None:
+        """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
+        if self._laid_out:
+            return 0.0
+        retried = self._generations.uploading or (self._loads and self._is_crowded())
+        return RETRY_POLL_S if retried else self._loader.poll_timeout()
 
     def states(self) -> list[AdapterState]:
         """One row per name and generation, loads and failures included, by name."""
-        rows = self._queue.states()
-        for entry in self._entries.values():
-            rows += [entry.state(name) for name in entry.names]
+        rows = [AdapterState(name=load.ref.name, status="loading") for load in self._loads.values()]
+        rows += [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
+        for entry in self._generations:
+            names = set().union(*(self._aliases[place].names for place in entry.aliases)) or entry.names
+            rows += [entry.state(name) for name in names]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
 
     @property
     def resident(self) -> int:
         """Adapters with a slot."""
-        return sum(entry.slot is not None for entry in self._entries.values())
+        return self._generations.resident
 
     @property
     def resident_bytes(self) -> int:
         """What the budget is charged for them."""
-        return self._entries.resident_bytes
+        return self._generations.resident_bytes
 
-    @property
-    def leased_bytes(self) -> int:
-        """The part of ``resident_bytes`` that is leased or pinned: not to be had by evicting."""
-        return self._entries.resident_bytes - self._entries.idle_bytes
+    # ---- commands of an operator
 
-    @property
-    def spare(self) -> int:
-        """Bytes of images mapped for somebody without being resident: outside the budget, see ``spare_bytes``."""
-        return self._entries.spare_bytes
+    def command(self, command: AdapterCommand, now: float) -> Future[list[AdapterState]]:
+        """Carry out a command; the states of what it concerns (``list``: all).
 
-    @property
-    def loading(self) -> int:
-        """Loads begun or waiting to begin."""
-        return len(self._queue)
-
-    @property
-    def loads(self) -> int:
-        """Loads that ended well."""
-        return self._queue.done
-
-    @property
-    def loads_by_name(self) -> Counter[str]:
-        """The same by name, of a bounded number of names."""
-        return self._queue.done_by_name
-
-    @property
-    def failures(self) -> int:
-        """Loads that ended otherwise, and adapters that the executable refused."""
-        return self._queue.failed
-
-    # ---- what the budget asks
-
-    def oldest(self) -> float | None:
-        generation = self._entries.oldest()
-        return None if generation is None else self._entries[generation].used_at
-
-    def evict_oldest(self) -> int:
-        generation = self._entries.oldest()
-        if generation is None:
-            return 0
-        entry = self._entries[generation]
-        self._entries.leave(generation)
-        self.evictions += 1
-        wanted = self._clock() - entry.used_at <= self._keep_s and self.spare <= self._spare_bytes
-        if not (wanted or self._kept(entry)):
-            self._drop(generation, entry)
-        return entry.nbytes
-
-    # ---- loading
-
-    def _begin_loads(self) -> None:
-        if self._queue.in_flight < len(self._queue) and self._clear_spare():
-            self._queue.begin()
-
-    def _clear_spare(self) -> bool:
-        """Whether spare images leave room for a load. Those nobody came for go, pinned ones last, where that helps.
-
-        A pin keeps memory that was given. One that is given none, because others are pinned, may not end all loading.
+        The future of a load is done once the adapter is resident, or with the error that ended the load. The others
+        are done immediately; ``AdapterNotFound`` is their error when there is nothing to unload.
         """
-        over = self.spare - self._spare_bytes
-        if over <= 0:
-            return True
-        entries = [(generation, self._entries[generation]) for generation in self._entries.spare()]
-        free = [(g, e) for g, e in entries if not self._kept(e) and e.asked_in < self._polls]
-        if sum(entry.image.nbytes for _, entry in free) < over:
-            return False
-        for generation, entry in sorted(free, key=lambda item: (item[1].pinned, item[1].used_at)):
-            if over > 0:
-                over -= entry.image.nbytes
-                self._drop(generation, entry)
-        return True
+        ref = command.ref
+        if command.action == "load" and ref is not None:
+            return self._load(ref, command.pinned, now)
+        done: Future[list[AdapterState]] = Future()
+        if command.action == "unload" and ref is not None and not self._unload(ref.name):
+            done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))
+        else:
+            every = command.action == "list" or ref is None
+            done.set_result([state for state in self.states() if every or (ref and state.name == ref.name)])
+        return done
 
-    def _finish(self, key: Key, ref: AdapterRef, result: LoadResult, now: float) -> None:
+    def _load(self, ref: AdapterRef, pinned: bool, now: float) -> Future[list[AdapterState]]:
+        """Load even what failed recently. ``pinned``: keep it resident, through reloads, until it is unloaded."""
+        place = place_of(ref)
+        if pinned:
+            self._pins.add(place)
+            self._repin(place)
+        for key in [key for key in self._failures if key[0] == place]:
+            del self._failures[key]
+        self.lookup(ref, now)
+        command = _LoadCommand(ref)
+        self._commands.append(command)
+        self._advance(command, now, idle=False)
+        return command.future
+
+    def _unload(self, name: str) -> bool:
+        """Forget ``name``: new requests load it again, running ones keep it. False when it is not known."""
+        keys = [key for key, load in self._loads.items() if load.ref.name == name]
+        for key in keys:
+            self._pins.discard(key[0])
+            self._loader.cancel(self._loads.pop(key).ticket)
+        failed = [key for key, failure in self._failures.items() if failure.name == name]
+        for key in failed:
+            del self._failures[key]
+        named = [(place, alias) for place, alias in self._aliases.items() if name in alias.names]
+        for place, alias in named:
+            self._pins.discard(place)
+            if alias.names == {name}:
+                self._detach(place)
+            else:
+                alias.names.discard(name)
+                self._repin(place)
+        return bool(keys or failed or named)
+
+    def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
+        """Complete a load command whose adapter is resident or has failed."""
         try:
-            generation = self._take_in(result, now)
+            state = self._progress(command, now, idle)
+            if state is None:
+                return
+            command.future.set_result([state])
         except TruffulaError as error:
-            self._queue.fail(key, ref.name, error.info(), now)
-            return
-        self._queue.count(ref, result)
-        entry = self._entries[generation]
-        entry.asked_in = self._polls
-        entry.keys[key] = {ref.name}
-        entry.commit = result.commit or entry.commit
-        self._current[key] = generation
-        former = self._places.get(key[0], generation)
-        if former != generation:
-            # The place has moved on: its former keys lead nowhere now, and what only they led to is retired.
-            for other in [k for k in self._entries[former].keys if k[0] == key[0]]:
-                self._detach(other)
-        self._places[key[0]] = generation
-        self._repin(generation, entry)
-        if entry.slot is None:
-            with contextlib.suppress(TruffulaError):  # recorded as the failure of its keys
-                self._make_resident(generation, entry)
+            command.future.set_exception(error)
+        self._commands.remove(command)
+        if command.lease is not None:
+            self.release(command.lease)
 
-    def _take_in(self, result: LoadResult, now: float) -> str:
-        """Map a finished load as an entry, or join the one of equal bytes; its file is gone afterwards in any case."""
-        if result.error is not None or result.image_path is None:
-            error = result.error or ErrorInfo(code=AdapterLoadError.code, message="The loader gave no reason.")
-            raise from_info(error)
+    def _progress(self, command: _LoadCommand, now: float, idle: bool) -> AdapterState | None:
+        """The state that answers a load command; None while it waits. Raises the error that ends it."""
+        ref, key = command.ref, (place_of(command.ref), command.ref.fingerprint)
+        if key in self._loads:
+            return None
+        if key in self._failures and self._alias_of(key) is None:
+            raise from_info(self._failures[key].error)
+        alias = self._aliases.get(key[0])
+        if alias is None:
+            raise AdapterNotFound(f"Adapter {ref.name!r} was unloaded while it was loading.", param="adapter")
+        if command.lease is None or command.lease.generation != alias.generation:
+            former, command.lease = command.lease, self.retain(alias.generation)
+            if former is not None:
+                self.release(former)
+        entry = self._generations[alias.generation]
+        if self._ensure_resident(entry):
+            return entry.state(ref.name)
+        if self.is_pending(entry.id):
+            return None
+        command.ready_at = now if command.ready_at is None else command.ready_at
+        waited = now - command.ready_at
+        if idle or waited >= ROOM_TIMEOUT_S:
+            raise InsufficientMemory(
+                f"Adapter {ref.name!r} takes {entry.nbytes} bytes, and running or pinned adapters leave no room "
+                f"(waited {waited:.0f} s). Unload other adapters, try again later, or raise --memory.",
+                requested_bytes=entry.nbytes,
+            )
+        return None
+
+    # ---- loads
+
+    def _is_crowded(self) -> bool:
+        """Whether so many bytes are mapped without a slot that no load may begin."""
+        return self._generations.mapped_bytes > self._mapped_limit
+
+    def _map_one(self, now: float) -> None:
+        """Record failed loads, and map the image of one that succeeded."""
+        loads = {load.ticket: load for load in self._loads.values()}
+        while self._laid_out:
+            response = self._laid_out.popleft()
+            load = loads.get(response.ticket)
+            if load is None:  # cancelled meanwhile
+                _unlink(response)
+                continue
+            del self._loads[load.key]
+            try:
+                entry = self._map(response, now)
+            except TruffulaError as error:
+                self._fail(load.key, load.ref.name, error.info(), now)
+                continue
+            self._count(load.ref, response)
+            self._attach(load.key, load.ref.name, entry, response.commit)
+            return
+
+    def _map(self, response: LoadResponse, now: float) -> Generation:
+        """Map a laid-out image, or join the generation of equal bytes; its file is unlinked in any case."""
+        if response.error is not None or response.image_path is None:
+            raise from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
         try:
-            if result.nbytes > self._budget.limit:
-                raise self._too_large(result.nbytes)
-            if result.generation in self._entries:
-                return result.generation
-            image = map_image(Path(result.image_path))
+            known = self._generations.get(response.generation)
+            if known is not None:
+                self._generations.touch(known, now)
+                return known
+            image = map_image(Path(response.image_path))
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
         finally:
-            discard(result.image_path)
-        if image.generation != result.generation:
+            _unlink(response)
+        if image.generation != response.generation:
             raise AdapterLoadError(
                 "The prepared adapter file is not of the adapter that was loaded; send the request again."
             )
-        self._entries.add(image, now)
-        return image.generation
+        return self._generations.add(image, now)
 
-    def _too_large(self, nbytes: int) -> InsufficientMemory:
-        return InsufficientMemory(
-            f"The adapter takes {nbytes} bytes and adapters may use {self._budget.limit}. "
-            "Give the server more memory (--memory, --adapter-memory).",
-            requested_bytes=nbytes,
-            limit_bytes=self._budget.limit,
-        )
+    def _count(self, ref: AdapterRef, response: LoadResponse) -> None:
+        self.loads += 1
+        known = ref.name in self.loads_by_name or len(self.loads_by_name) < MAX_COUNTED_NAMES
+        self.loads_by_name[ref.name if known else OTHER_NAMES] += 1
+        where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
+        logger.info(
+            "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
+            ref.name, where, response.seconds, response.rank, response.nbytes, response.generation[:12],
+        )  # fmt: skip
+        for warning in response.warnings:
+            logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
 
-    # ---- residency
+    def _fail(self, key: Key, name: str, error: ErrorInfo, now: float) -> None:
+        self.failures += 1
+        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, key[0][1], error.code, error.message)
+        self._failures[key] = _Failure(name, error, now + self._failure_ttl_s)
 
-    def _make_resident(self, generation: str, entry: Generation) -> bool:
-        """Reserve, then hand to the executable. When that refuses, the keys fail and the generation is dropped."""
-        if entry.nbytes > self._budget.limit:
-            raise self._too_large(entry.nbytes)
-        try:
-            return self._entries.enter(generation)
-        except TruffulaError as error:
-            now = self._clock()
-            for key, names in entry.keys.items():
-                for name in names:
-                    self._queue.fail(key, name, error.info(), now)
-            if not entry.leases and not entry.holds:
-                self._drop(generation, entry)
-            raise
+    # ---- generations
 
-    def _repin(self, generation: str, entry: Generation) -> None:
-        entry.pinned = any(key[0] in self._pins for key in entry.keys)
-        self._entries.touch(generation, entry.used_at)
+    def _ensure_resident(self, entry: Generation) -> bool:
+        """Whether it is resident; begins its upload when this step has none yet. One that is refused is retired."""
+        if entry.slot is None and self._may_upload:
+            try:
+                self._may_upload = not self._generations.upload(entry)
+            except TruffulaError as error:
+                for place in list(entry.aliases):
+                    alias = self._aliases[place]
+                    for fingerprint in alias.fingerprints:
+                        self._fail((place, fingerprint), min(alias.names), error.info(), self._clock())
+                    self._detach(place)
+                raise
+        return entry.resident
 
-    def _detach(self, key: Key) -> None:
-        """This key leads to its generation no longer."""
-        generation = self._current.pop(key)
-        entry = self._entries[generation]
-        names = entry.keys.pop(key)
-        if not any(other[0] == key[0] for other in entry.keys):
-            del self._places[key[0]]
-        if not entry.keys:
-            entry.former = sorted(names)
-        self._repin(generation, entry)
-        self._drop_if_forgotten(generation, entry)
+    def _place_or_drop(self, entry: Generation) -> None:
+        """Make a mapped image resident if it is pinned, or used and in the way of a load; drop an unused one.
 
-    def _drop_if_forgotten(self, generation: str, entry: Generation) -> None:
-        if not entry.keys and not entry.leases and not entry.holds:
-            self._drop(generation, entry)
+        A pin keeps memory that was given. A pinned adapter that gets none, because others are pinned, must not prevent
+        all loading.
+        """
+        in_the_way = bool(self._loads) and self._is_crowded()
+        if entry.pinned or (in_the_way and entry.leases):
+            with contextlib.suppress(TruffulaError):  # recorded as the failure of its places
+                self._ensure_resident(entry)
+        unused = not entry.leases and entry.used_at < self._polled[0]
+        if entry.account == "mapped" and unused and (in_the_way or not entry.pinned):
+            self._drop(entry)
 
-    def _drop(self, generation: str, entry: Generation) -> None:
-        self._entries.leave(generation)
-        for key in entry.keys:
-            del self._current[key]
-            self._places.pop(key[0], None)
-        self._entries.remove(generation)
+    def _alias_of(self, key: Key) -> _Alias | None:
+        """What this state of a place leads to; None when it is not loaded."""
+        alias = self._aliases.get(key[0])
+        return alias if alias is not None and key[1] in alias.fingerprints else None
+
+    def _attach(self, key: Key, name: str, entry: Generation, commit: str) -> None:
+        """Let the place lead to this generation; a former one that no other place leads to is retired."""
+        place, fingerprint = key
+        alias = self._aliases.get(place)
+        if alias is not None and alias.generation != entry.id:
+            self._detach(place)
+        alias = self._aliases.setdefault(place, _Alias(entry.id, set(), set()))
+        alias.fingerprints.add(fingerprint)
+        alias.names.add(name)
+        entry.aliases.add(place)
+        entry.commit = commit or entry.commit
+        self._repin(place)
+
+    def _detach(self, place: Place) -> None:
+        """This place leads to its generation no longer."""
+        alias = self._aliases[place]
+        entry = self._generations[alias.generation]
+        entry.names = sorted(alias.names)
+        entry.aliases.discard(place)
+        self._repin(place)
+        del self._aliases[place]
+        self._drop_if_retired(entry)
+
+    def _repin(self, place: Place) -> None:
+        """Pin or unpin the generation that this place leads to."""
+        alias = self._aliases.get(place)
+        if alias is not None:
+            entry = self._generations[alias.generation]
+            entry.pinned = not self._pins.isdisjoint(entry.aliases)
+            self._generations.touch(entry, entry.used_at)
+
+    def _drop_if_retired(self, entry: Generation) -> None:
+        uploading = entry.slot is not None and not entry.uploaded  # the executable reads the image: dropped later
+        if not entry.aliases and not entry.leases and not uploading:
+            self._drop(entry)
+
+    def _drop(self, entry: Generation) -> None:
+        for place in entry.aliases:
+            del self._aliases[place]
+        self._generations.drop(entry)
+
+    # ---- for the budget
+
+    def oldest(self) -> float | None:
+        entry = self._generations.oldest()
+        return None if entry is None else entry.used_at
+
+    def evict_oldest(self) -> int:
+        entry = self._generations.oldest()
+        if entry is None:
+            return 0
+        self._generations.evict(entry)
+        self.evictions += 1
+        if not entry.leases:
+            self._drop(entry)
+        return entry.nbytes
 
     def close(self) -> None:
-        """Drop everything; leases become invalid."""
-        self._queue.close()
-        self._leases.clear()
-        self._claims.clear()
-        for generation, entry in list(self._entries.items()):
-            self._drop(generation, entry)
+        """Drop everything; leases become invalid, commands end with ``shutting_down``."""
+        for command in self._commands:
+            command.future.set_exception(ShuttingDown("The engine was closed."))
+        for response in self._laid_out:
+            _unlink(response)
+        self._commands.clear()
+        self._laid_out.clear()
+        self._loads.clear()
+        self._aliases.clear()
+        self._loader.close()
+        self._generations.close()
 
     def check(self) -> None:
         """Assert that every number agrees with every other. For tests and for an idle engine."""
-        leased = Counter(self._leases.values())
-        assert set(leased) <= set(self._entries), "a lease on a generation that is gone"
-        self._entries.check()
-        assert self._places == {k[0]: g for k, g in self._current.items()}, "a place that leads elsewhere than its keys"
-        for generation, entry in self._entries.items():
-            assert entry.leases == leased[generation] and entry.holds >= 0, "leases do not add up"
-            assert not entry.leases or entry.slot is not None, "a leased adapter without a slot"
-            assert entry.keys or entry.leases or entry.holds, "an unreachable generation"
-            assert all(self._current.get(key) == generation for key in entry.keys), "a key that leads elsewhere"
-        assert set(self._current) == {k for e in self._entries.values() for k in e.keys}, "a key without its entry"
-        self._queue.check()
+        self._generations.check()
+        for entry in self._generations:
+            assert all(self._aliases[place].generation == entry.id for place in entry.aliases)
+            assert entry.aliases or entry.leases or not entry.uploaded, "an unreachable generation"
+            assert entry.pinned == (not self._pins.isdisjoint(entry.aliases)), "a wrong pin"
+        assert set(self._aliases) == {place for entry in self._generations for place in entry.aliases}
+
+
+def _unlink(response: LoadResponse) -> None:
+    """Remove a laid-out image's file."""
+    if response.image_path is not None:
+        Path(response.image_path).unlink(missing_ok=True)

@@ -1,10 +1,11 @@
-"""Which adapters may be asked for, and where their files are: the operator's policy. Clients only send names.
+"""``AdapterDirectory``: which adapters may be named, and where their files are. Clients only send names.
 
-A name leads to an adapter in three ways, tried in this order:
+A name leads to an adapter in these ways, tried in this order:
 
-1. names the operator gave (``name=path-or-hub-id``);
-2. the adapter folder: each of its subfolders by name, looked up when it is asked for;
-3. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
+1. names that were added while it runs (by an administrator, or by the caller of a library);
+2. names the operator gave (``name=path-or-hub-id``);
+3. the adapter folder: each of its subfolders by name, looked up when it is asked for;
+4. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
 
 A name that leads nowhere is ``AdapterNotFound`` in the same words for every reason, so that no client learns the
 server's paths.
@@ -22,6 +23,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
 from truffula.lora.foreign import (
@@ -31,7 +34,7 @@ from truffula.lora.foreign import (
     looks_like_adapter,
     subfolders_with_adapters,
 )
-from truffula.lora.place import CONFIG, TENSORS, fingerprint
+from truffula.lora.paths import CONFIG, TENSORS, fingerprint
 from truffula.option import expanded
 from truffula.types import AdapterRef
 
@@ -91,8 +94,8 @@ class _Listing:
     names: frozenset[str]
 
 
-class AdapterPolicy:
-    """Resolves a client's word to an ``AdapterRef``. Immutable but for the file system it looks at; thread-safe.
+class AdapterDirectory:
+    """Resolves a client's name to an ``AdapterRef``. Thread-safe.
 
     Args:
         adapters: Name → folder, or Hub id (``org/name``, ``org/name@revision``). An existing folder wins over a Hub id.
@@ -128,6 +131,7 @@ class AdapterPolicy:
             why = "is a file, not a folder of adapters" if adapter_dir.exists() else "does not exist"
             raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
         self._named = {name: _place(name, source) for name, source in (adapters or {}).items()}
+        self._added: dict[str, AdapterRef] = {}
         self._dir = adapter_dir.resolve() if adapter_dir is not None else None
         self._allow_local = tuple(path.resolve() for path in allow_local)
         self._allow_hub = allow_hub
@@ -153,20 +157,36 @@ class AdapterPolicy:
             raise _not_found(name, reason)
         if self._is_reserved(name):
             raise _not_found(name, "the name is reserved for the base model")
-        named = self._named.get(name)
-        if named is not None and source in (None, named.kind):
-            return _with_fingerprint(named)
+        for table in (self._added, self._named):
+            named = table.get(name)
+            if named is not None and source in (None, named.kind):
+                return _with_fingerprint(named)
         if source in (None, "local"):
             folder = self._in_dir(name)
             if folder is not None:
-                return _with_fingerprint(AdapterRef(name=name, kind="local", locator=str(folder)))
+                return _with_fingerprint(AdapterRef(name=name, kind="local", locator=str(folder), root=str(self._dir)))
         if (source or self._default_source) == "hub":
             return self._on_hub(name)
         return self._allowed_path(name)
 
     def names(self) -> list[str]:
         """Adapters that can be listed: the named ones and the folder's, sorted. First-use ones have no list."""
-        return sorted({*self._named, *self._listed()})
+        return sorted({*self._added, *self._named, *self._listed()})
+
+    def locate(self, name: str, source: Path | str) -> AdapterRef:
+        """What ``name`` would mean if it were added with this folder or Hub id. Nothing is added.
+
+        Raises ``ConfigError`` for a name or a source that can't be used.
+        """
+        return _with_fingerprint(_place(name, source))
+
+    def add(self, ref: AdapterRef) -> None:
+        """Let the name of ``ref``, which ``locate`` returned, lead to its place, whatever it led to before."""
+        self._added[ref.name] = ref
+
+    def remove(self, name: str) -> None:
+        """Forget what was added by this name; the operator's own adapters remain."""
+        self._added.pop(name, None)
 
     def warnings(self) -> list[str]:
         """What an operator should know at the start: places that hold no adapter, and adapters that cannot be served.
@@ -262,7 +282,7 @@ class AdapterPolicy:
                 if _is_below(folder, root) and (folder / CONFIG).is_file():
                     # One name a folder, however it was spelt: names end up in the pool's and the metrics' tables.
                     own = str(folder.relative_to(root)) if folder != root else root.name
-                    return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder)))
+                    return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder), root=str(root)))
             except (OSError, RuntimeError, ValueError):
                 continue
         where = ", ".join(map(str, self._allow_local)) or "none is allowed; --allow-local FOLDER allows one"
@@ -337,4 +357,4 @@ def _refused_config(folder: Path) -> str | None:
 def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
     if ref.kind != "local":
         return ref
-    return AdapterRef(name=ref.name, kind="local", locator=ref.locator, fingerprint=fingerprint(Path(ref.locator)))
+    return msgspec.structs.replace(ref, fingerprint=fingerprint(Path(ref.locator)))

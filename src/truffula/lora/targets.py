@@ -6,7 +6,7 @@ import re
 
 from truffula.errors import AdapterError
 from truffula.lora.fields import LoraSettings
-from truffula.lora.patterns import Pattern, Steps
+from truffula.lora.patterns import compiled
 
 # The first numbered segment, and there must be two names before it, as PEFT has it.
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
@@ -19,17 +19,17 @@ class Targets:
     ``linear`` modules are what ``all-linear`` stands for: every linear layer but the output head.
     """
 
-    def __init__(self, settings: LoraSettings, linear: frozenset[str], steps: Steps) -> None:
+    def __init__(self, settings: LoraSettings, linear: frozenset[str]) -> None:
         self._settings = settings
         self._linear = linear
-        self._include: Pattern | None = None
-        self._exclude: Pattern | None = None
+        self._include: re.Pattern[str] | None = None
+        self._exclude: re.Pattern[str] | None = None
         target = settings.target_modules
         self.all_linear = isinstance(target, str) and target.lower() == "all-linear"
         if isinstance(target, str) and not self.all_linear:
-            self._include = Pattern(target, "target_modules", steps)
+            self._include = compiled(target, "target_modules")
         if isinstance(settings.exclude_modules, str):
-            self._exclude = Pattern(settings.exclude_modules, "exclude_modules", steps)
+            self._exclude = compiled(settings.exclude_modules, "exclude_modules")
         for pattern in settings.layers_pattern:
             if not _PLAIN.match(pattern):
                 raise AdapterError(
@@ -41,7 +41,7 @@ class Targets:
         if self._excluded(module):
             return False
         if self._include is not None:
-            return self._include.match(module, full=True)
+            return self._include.fullmatch(module) is not None
         if self.all_linear:
             return module in self._linear
         entries = self._settings.target_modules or ()
@@ -58,7 +58,7 @@ class Targets:
 
     def _excluded(self, module: str) -> bool:
         if self._exclude is not None:
-            return self._exclude.match(module, full=True)
+            return self._exclude.fullmatch(module) is not None
         return any(module == entry or module.endswith(f".{entry}") for entry in self._settings.exclude_modules)
 
     def _in_layers(self, module: str) -> bool:
@@ -73,7 +73,6 @@ class Targets:
             found = _FIRST_INDEX.match(module)
             return int(found.group(1)) if found else None
         for pattern in self._settings.layers_pattern:
-            # Plain names only (dots in them match anything), so Python's engine is linear here.
             found = re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module)
             if found:
                 return int(found.group(1))

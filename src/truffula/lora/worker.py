@@ -1,20 +1,293 @@
-"""``python -m truffula.lora.worker FD NICENESS SPOOL…``: where a loading worker starts; its work is in ``work.py``."""
+"""The loading worker: ``python -m truffula.lora.worker FD FOLDER…``, started by ``lora/loading.py``.
+
+It carries out one load at a time: fetch an adapter, validate it, lay it out in a staging folder. It is a process of its
+own, so that a hostile or huge adapter costs the engine nothing: low priority, limits of memory and computing time, and
+it can be killed. It imports neither torch nor transformers. It ends when its socket closes, in the middle of a load
+too, and then removes the staging folders of its engine if that was killed; those of other killed engines it removes at
+its start.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import queue
+import resource
+import select
+import socket
 import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 
-def main(arguments: list[str]) -> int:
-    fd, nice, *spools = arguments
-    # Before the imports: a third of a second of computing that must not slow anybody's tokens or the engine's start.
-    os.nice(int(nice))
-    from truffula.lora.work import serve
+from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError, WireError
+from truffula.frames import Channel, Disconnected, Frame
+from truffula.kernels.program import Site
+from truffula.lora.folder import open_folder
+from truffula.lora.hub import download
+from truffula.lora.image import write_image
+from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
+from truffula.lora.peft import BaseFacts, judge_adapter
+from truffula.lora.staging import remove_abandoned, sweep
+from truffula.types import AdapterRef
 
-    return serve(int(fd), [Path(spool) for spool in spools])
+VERSION = 2
+CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
+_SPARE_BYTES = 1 << 20
+
+
+class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one load may take. Bytes and seconds.
+
+    ``image_bytes`` bounds an adapter in memory (the engine's budget), ``file_bytes`` on disk; ``memory_bytes`` is how
+    much the worker's own data may grow besides. ``cpu_s`` counts computing, ``wall_s`` and ``download_s`` waiting too.
+    """
+
+    image_bytes: int = 8 << 30
+    file_bytes: int = 8 << 30
+    memory_bytes: int = 1 << 30
+    cpu_s: float = 120.0
+    wall_s: float = 120.0
+    download_s: float = 1800.0
+
+
+class Setup(Frame, frozen=True, kw_only=True):
+    """First frame to a worker: what it needs to know of the engine."""
+
+    sites: list[Site]
+    model: str
+    limits: LoadLimits
+    offline: bool = False
+    cache_dir: str | None = None
+
+
+class LoadRequest(Frame, frozen=True, kw_only=True):
+    """One adapter to load; answered by one ``LoadResponse``."""
+
+    ticket: int
+    ref: AdapterRef
+
+
+class LoadResponse(Frame, frozen=True, kw_only=True):
+    """How one load ended: an image to map (the receiver maps it, then unlinks it), or the error.
+
+    ``last``: the worker ends after this response, because its memory is used up.
+    """
+
+    ticket: int
+    image_path: str | None = None
+    error: ErrorInfo | None = None
+    generation: str = ""
+    nbytes: int = 0
+    rank: int = 0
+    commit: str = ""  # of an adapter of the Hub
+    warnings: tuple[str, ...] = ()
+    seconds: float = 0.0
+    last: bool = False
+
+
+ToWorker = Setup | LoadRequest
+
+
+def serve(fd: int, staging: Sequence[Path]) -> int:
+    """Serve the socket ``fd`` until it closes."""
+    channel = Channel(socket.socket(fileno=fd), msgspec.msgpack.Decoder(ToWorker).decode, VERSION)
+    inbox: queue.SimpleQueue[ToWorker] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(channel, inbox, staging), name="listen", daemon=True).start()
+    sweep(staging)
+    setup = inbox.get()
+    if not isinstance(setup, Setup):
+        raise WireError("The first frame to a loading worker must be its setup.")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    allowed = _data_bytes() + setup.limits.memory_bytes
+    with contextlib.suppress(Disconnected):
+        while True:
+            request = inbox.get()
+            if not isinstance(request, LoadRequest):
+                raise WireError("The setup frame was sent twice.")
+            _limit_cpu(setup.limits)
+            _limit_memory(allowed)
+            # The adapter's file is mapped privately, hence counted as data: its size is added once it is known.
+            try:
+                response = load(request, setup, staging, on_files=lambda nbytes: _limit_memory(allowed + nbytes))
+            except MemoryError:
+                break
+            channel.send(response)
+        # Not all memory was released, and the next load has the same right to it: that needs a fresh worker.
+        _limit_memory(_data_bytes() + (16 << 20))
+        channel.send(msgspec.structs.replace(out_of_memory(request, setup), last=True))
+    return 0
+
+
+def _listen(channel: Channel[ToWorker], inbox: queue.SimpleQueue[ToWorker], staging: Sequence[Path]) -> None:
+    """Put frames into ``inbox``. The end of the stream ends the process, whatever the main thread is doing."""
+    waiter = select.poll()
+    waiter.register(channel, select.POLLIN)
+    status = 0
+    try:
+        while True:
+            waiter.poll()
+            frames = channel.receive()
+            if frames is None:
+                break
+            for frame in frames:
+                inbox.put(frame)
+    except (WireError, MemoryError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        status = 1
+    for _ in range(CLEAN_UP_TRIES):  # the lock of a killed engine may outlast its socket by a moment
+        if all(remove_abandoned(folder) for folder in staging):
+            break
+        time.sleep(CLEAN_UP_PAUSE_S)
+    os._exit(status)
+
+
+# ---- one load
+
+
+def load(
+    request: LoadRequest,
+    setup: Setup,
+    staging: Sequence[Path],
+    *,
+    on_files: Callable[[int], None] = lambda nbytes: None,
+) -> LoadResponse:
+    """Carry out ``request``: a new file in a staging folder, or the error. Errors of the adapter are not raised.
+
+    ``on_files`` gets the size of the adapter's files before they are read. Raises ``MemoryError`` alone, which the
+    caller answers.
+    """
+    started = time.monotonic()
+    try:
+        folder = _find(request.ref, setup)
+        root = Path(request.ref.root) if request.ref.root else None
+        with contextlib.closing(open_folder(folder, root)) as opened:
+            before = opened.fingerprint()
+            on_files(_files_nbytes(opened))
+            adapter = judge_adapter(
+                opened,
+                setup.sites,
+                base=BaseFacts(model=setup.model),
+                max_bytes=setup.limits.image_bytes,
+                max_file_bytes=setup.limits.file_bytes,
+            )
+            path = _new_file(request, staging, adapter.nbytes)
+            nbytes = write_image(adapter, path)
+            if opened.fingerprint() != before:
+                # The image was copied from a mapping of the file: if that was written to, it is not what was validated.
+                path.unlink()
+                raise AdapterLoadError(
+                    "The adapter's files changed while they were read; send the request again.", param="adapter"
+                )
+    except TruffulaError as error:
+        return _failed(request, error.info(), started)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        what = f"The adapter cannot be written to shared memory or the temporary folder: {reason}."
+        return _failed(request, AdapterLoadError(what).info(), started)
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  of a library, or our own mistake: it ends this load and nothing else
+        traceback.print_exception(error, file=sys.stderr)
+        kind = type(error).__name__
+        what = f"Loading adapter {request.ref.name!r} failed unexpectedly ({kind}); the log has the traceback."
+        return _failed(request, AdapterLoadError(what, unexpected=True).info(), started)
+    return LoadResponse(
+        ticket=request.ticket,
+        image_path=str(path),
+        generation=adapter.generation,
+        nbytes=nbytes,
+        rank=adapter.rank,
+        commit=folder.name if request.ref.kind == "hub" else "",  # the cache names its snapshots so
+        warnings=adapter.warnings,
+        seconds=time.monotonic() - started,
+    )
+
+
+def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
+    """The response to a load that ended with ``MemoryError``."""
+    limit = setup.limits.memory_bytes
+    what = (
+        f"Loading the adapter takes more than the {limit} bytes of memory that a loading worker may use beside the "
+        "adapter's files (--adapter-worker-memory)."
+    )
+    return _failed(request, AdapterLoadError(what, limit_bytes=limit).info(), time.monotonic())
+
+
+def _failed(request: LoadRequest, error: ErrorInfo, started: float) -> LoadResponse:
+    return LoadResponse(ticket=request.ticket, error=error, seconds=time.monotonic() - started)
+
+
+def _find(ref: AdapterRef, setup: Setup) -> Path:
+    """The adapter's folder; one of the Hub is downloaded."""
+    if ref.kind == "local":
+        return Path(ref.locator)
+    return download(
+        ref.locator,
+        ref.revision,
+        cache_dir=Path(setup.cache_dir) if setup.cache_dir is not None else None,
+        offline=setup.offline,
+        max_file_bytes=setup.limits.file_bytes,
+    )
+
+
+def _files_nbytes(folder: OpenFolder) -> int:
+    """Size of both files; 0 for one that cannot be opened, which is refused later."""
+    total = 0
+    for name in (CONFIG, TENSORS):
+        with contextlib.suppress(OSError):
+            total += folder.stat(name).st_size
+    return total
+
+
+def _new_file(request: LoadRequest, staging: Sequence[Path], nbytes: int) -> Path:
+    """A new name in the first staging folder that has room; memory comes before disk."""
+    for folder in staging:
+        found = os.statvfs(folder)
+        if found.f_bavail * found.f_frsize >= nbytes + _SPARE_BYTES:
+            return folder / f"{request.ticket}-{uuid.uuid4().hex}"
+    raise AdapterLoadError(
+        f"There is not enough space for the adapter: it needs {nbytes} bytes in shared memory or the temporary folder.",
+        requested_bytes=nbytes,
+    )
+
+
+# ---- limits
+
+
+def _data_bytes() -> int:
+    """Private writable memory of this process (VmData); 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
+
+
+def _limit_memory(data_bytes: int) -> None:
+    """From here on, allocations that take this process's data above ``data_bytes`` raise ``MemoryError``.
+
+    Where the system does not offer the limit, the sizes that are checked before anything is read still hold.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    soft = data_bytes if hard == resource.RLIM_INFINITY else min(data_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _limit_cpu(limits: LoadLimits) -> None:
+    """Allow ``cpu_s`` seconds of computing for the next load; past them the system ends the process by SIGXCPU."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    soft = math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    if hard != resource.RLIM_INFINITY:
+        soft = min(soft, hard)
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(int(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]]))

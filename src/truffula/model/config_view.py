@@ -1,7 +1,7 @@
 """Read a config.json key by key, and account for every key of it.
 
 Three rules. A value that is absent is transformers' class default, from a generated table. A value of the wrong kind is
-refused with its key. When all is read, a key that transformers' class knows and nobody here looked at is refused unless
+refused with its key. When all is read, a key that transformers' class knows and no reader here read is refused unless
 it holds the class default or is on the inert list; a key that class does not know is a warning.
 """
 
@@ -22,16 +22,36 @@ T = TypeVar("T")
 INERT = frozenset(
     {
         # training
-        "attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type",
+        "attention_dropout",
+        "hidden_dropout",
+        "initializer_range",
+        "pretraining_tp",
+        "problem_type",
         # bookkeeping of the library, the file and the shape of its Python results
-        "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation",
-        "auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type",
-        "name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict",
-        "transformers_version", "use_cache",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "auto_map",
+        "chunk_size_feed_forward",
+        "experts_implementation",
+        "id2label",
+        "label2id",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "transformers_version",
+        "use_cache",
         # the files say what is stored; padding is no part of our batches
-        "dtype", "pad_token_id", "torch_dtype",
+        "dtype",
+        "pad_token_id",
+        "torch_dtype",
     }
-)  # fmt: skip
+)
 
 # Read by others: model/read.py, weights/tying.py, the special ids of model/load.py.
 READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
@@ -39,11 +59,23 @@ READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "mo
 # Written by transformers 4 for every model, gone from 5, never of consequence to a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
     {
-        "add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix",
-        "pruned_heads", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder",
-        "tokenizer_class", "torchscript", "use_bfloat16", "is_decoder", "cache_implementation",
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "finetuning_task",
+        "prefix",
+        "pruned_heads",
+        "sep_token_id",
+        "task_specific_params",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "torchscript",
+        "use_bfloat16",
+        "is_decoder",
+        "cache_implementation",
     }
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -230,7 +262,7 @@ class ConfigView:
         self._warnings.append(f"{self.where}: {text}")
 
     def finish(self) -> tuple[str, ...]:
-        """Account for what nobody read. Returns warnings; raises ``UnsupportedModel`` naming a key that matters."""
+        """Warnings about the keys that nothing read; raises ``UnsupportedModel`` naming one that matters."""
         unknown = []
         for key, value in self.values.items():
             if key in self._read or key in INERT | READ_ELSEWHERE or key in self.defaults.generation:

@@ -83,6 +83,7 @@ class _Builder:
         self.rows = {row.key: row for row in spec.rows}
         self.weight_ids: dict[str, int] = {}
         self.site_slices: dict[str, tuple[SiteSlice, ...]] = {}
+        self.group_windows = _group_windows(spec)
 
     def build(self) -> Program:
         spec = self.spec
@@ -104,7 +105,6 @@ class _Builder:
         for index, layer in enumerate(spec.layers):
             self._layer(index, layer)
         logits = self._tail(head)
-        planes = tuple(plane for index, layer in enumerate(spec.layers) for plane in _planes(index, layer.attention))
         return Program(
             name=spec.model_type,
             vocab_size=spec.vocab_size,
@@ -112,7 +112,7 @@ class _Builder:
             weights=tuple(self.weights),
             sites=tuple(self.sites),
             rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
-            kv_groups=(KvGroup(0, "full", planes),),
+            kv_groups=_kv_groups(spec, self.group_windows),
             ops=tuple(self.ops),
             result=logits,
             output=Output("logits", spec.vocab_size),
@@ -237,7 +237,8 @@ class _Builder:
                           heads=spec.heads + spec.kv_heads, head_dim=spec.head_dim, start=0, dims=table.dims,
                           layout=spec.rope_layout))  # fmt: skip
         self._op(Attention(name=f"{prefix}attention", layer=index, probe=Probe(self._module(prefix + names.out), "in"),
-                           q=q, k=k, v=v, out=Ref(self.attended.buffer, 0, spec.q_width), group=0,
+                           q=q, k=k, v=v, out=Ref(self.attended.buffer, 0, spec.q_width),
+                           group=self.group_windows.index(_kept_window(self.spec, spec)),
                            planes=(2 * index, 2 * index + 1), heads=spec.heads, kv_heads=spec.kv_heads,
                            dim_k=spec.head_dim, dim_v=spec.head_dim, scale=spec.scale, window=spec.window,
                            softcap=spec.softcap))  # fmt: skip
@@ -314,6 +315,24 @@ class _Builder:
             return None
         name = self.names.head.removesuffix(".weight") + ".bias"
         return self._declare("head.bias", (self.spec.vocab_size,), (WeightPart(name),), frozenset({"vector"}))
+
+
+def _kept_window(spec: ModelSpec, attention: AttentionSpec) -> int | None:
+    """The window of a layer's KV group: None when no position is ever far enough for a block to be freed."""
+    window = attention.window
+    return None if window is None or window >= spec.max_positions else window
+
+
+def _group_windows(spec: ModelSpec) -> list[int | None]:
+    """The window of each KV group: one group per distinct window, full attention first."""
+    return sorted({_kept_window(spec, layer.attention) for layer in spec.layers}, key=lambda w: (w is not None, w or 0))
+
+
+def _kv_groups(spec: ModelSpec, windows: Sequence[int | None]) -> tuple[KvGroup, ...]:
+    planes: list[list[KvPlane]] = [[] for _ in windows]
+    for index, layer in enumerate(spec.layers):
+        planes[windows.index(_kept_window(spec, layer.attention))] += _planes(index, layer.attention)
+    return tuple(KvGroup(i, tuple(planes[i]), window) for i, window in enumerate(windows))
 
 
 def _planes(index: int, attention: AttentionSpec) -> Sequence[KvPlane]:

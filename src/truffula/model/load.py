@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -262,15 +262,11 @@ class Puller:
         return made
 
     def _blocks(self, part: WeightPart) -> QuantisedArray | None:
-        """As stored, rows picked and in order; None where only the values will do."""
+        """As stored; None where only the values will do."""
         blocks = self.checkpoint.blocks(part.name) if part.transform == "none" else None
         if blocks is None:
             return None
         self._release.append(part.name)
-        if part.lo or part.hi >= 0:
-            blocks = blocks.rows(part.lo, part.hi if part.hi >= 0 else blocks.shape[0])
-        if part.permute is not None:
-            blocks = replace(blocks, blocks=_unpermute(blocks.blocks, *part.permute))
         return blocks
 
     def _array(self, part: WeightPart, info: TensorInfo) -> Array:
@@ -284,15 +280,11 @@ class Puller:
                 file=str(info.file),
                 count=count,
             )
-        if part.lo or part.hi >= 0:
-            array = array[part.lo : part.hi if part.hi >= 0 else None]
         if array.dtype == np.float64:
             array = array.astype(np.float32)
             self._release.append(part.name)
-        if part.permute is not None:
-            array = _unpermute(array, *part.permute)
         if part.transform != "none":
-            array = np.asarray(array, np.float32) + np.float32(1 if part.transform == "plus_one" else -1)
+            array = np.asarray(array, np.float32) + np.float32(1)
             self._release.append(part.name)
         return array
 
@@ -318,9 +310,3 @@ def puller(
 ) -> Puller:
     """The weights of ``plan``, to be given to ``Backend.load``; call ``finish()`` behind it."""
     return Puller(checkpoint, plan, progress=progress, block_kinds=block_kinds)
-
-
-def _unpermute(array: Array, heads: int, head_dim: int) -> Array:
-    """Rows from interleaved rotary pairs to halves: ``[h, d/2, 2] -> [h, 2, d/2]``."""
-    shape = (heads, head_dim // 2, 2, *array.shape[1:])
-    return np.ascontiguousarray(array.reshape(shape).swapaxes(1, 2)).reshape(array.shape)

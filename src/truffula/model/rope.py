@@ -25,6 +25,7 @@ DEFAULT_THETA = 10_000.0
 
 _KEYS = {
     "default": frozenset[str](),
+    "factors": frozenset({"factors"}),  # of a GGUF file: what each frequency is divided by
     "linear": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
@@ -53,6 +54,7 @@ class RopeParameters:
     values: Mapping[str, float]
     truncate: bool
     label: str
+    factors: Float32 | None = None
 
 
 def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
@@ -144,9 +146,9 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
         if not any(key in other for other in _KEYS.values()):
             raise view.refuse(f"{label}.{key}", f"rope type {kind} has no such parameter.", values[key])
         view.warn(f"{label}.{key} has no effect: the rope type is {kind}.")
-    numbers = {
-        key: number(key, values[key]) for key in sorted(_KEYS[kind] - {"truncate"}) if values.get(key) is not None
-    }
+    read = _KEYS[kind] - {"truncate", "factors"}
+    numbers = {key: number(key, values[key]) for key in sorted(read) if values.get(key) is not None}
+    factors = np.array(values["factors"], np.float32) if kind == "factors" else None
     truncate = values.get("truncate", True)
     if not isinstance(truncate, bool):
         raise view.refuse(f"{label}.truncate", "expected true or false.", truncate)
@@ -155,8 +157,15 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     partial = values.get("partial_rotary_factor")
     if partial is None:
         partial = view.raw("partial_rotary_factor")
-    return RopeParameters(kind, theta, 1.0 if partial is None else number("partial_rotary_factor", partial),
-                          numbers, truncate, label)  # fmt: skip
+    return RopeParameters(
+        kind,
+        theta,
+        1.0 if partial is None else number("partial_rotary_factor", partial),
+        numbers,
+        truncate,
+        label,
+        factors,
+    )
 
 
 def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
@@ -169,6 +178,8 @@ def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> R
     inv_freq = _default(parameters.theta, head_dim)
     if parameters.kind == "default":
         return _spec(inv_freq)
+    if parameters.factors is not None:
+        return _spec(inv_freq / parameters.factors)
     values = {"original_max_position_embeddings": float(view.integer("max_position_embeddings")), **parameters.values}
     if (
         view.optional_integer("original_max_position_embeddings") is not None

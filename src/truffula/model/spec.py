@@ -15,7 +15,7 @@ from typing import Literal
 from truffula.kernels.program import Activation, BufferDtype
 
 RowKind = Literal["embed", "linear", "vector", "head"]
-Transform = Literal["none", "plus_one", "minus_one"]
+Transform = Literal["none", "plus_one"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
-from truffula.lora.sources import AdapterPolicy, reserved
+from truffula.lora.sources import AdapterDirectory, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
 from truffula.server.state import state_of
@@ -30,7 +30,7 @@ class UnloadBody(Body):
     lora_name: str = Field(min_length=1)
 
 
-STATUSES = ("resident", "ready", "loading", "failed", "retired")
+STATUSES = ("resident", "uploading", "ready", "loading", "failed", "retired")
 """Of several generations of one adapter, the first of these is shown."""
 
 
@@ -69,21 +69,20 @@ async def load_adapter(request: Request) -> Response:
         )
     if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
-    policy, ref = await state.service.look_up(_find, name, body.lora_path)
+    ref = await state.service.look_up(_find, state.policy, name, body.lora_path)
     await state.service.adapters(AdapterCommand(action="load", ref=ref))
-    state.loaded[name] = policy
+    state.policy.add(ref)
     return json_reply(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-def _find(name: str, path: str) -> tuple[AdapterPolicy, AdapterRef | None]:
+def _find(directory: AdapterDirectory, name: str, path: str) -> AdapterRef:
     """The adapter at ``path`` by its new name; asks the file system."""
     if not _is_folder(path):
         raise AdapterNotFound(f"{path[:200]!r} does not contain an adapter.", param="lora_path")
     try:
-        policy = AdapterPolicy({name: path})
+        return directory.locate(name, path)
     except ConfigError as error:
         raise InvalidRequest(error.message, param="lora_name") from error
-    return policy, policy.resolve(name)
 
 
 def _is_folder(path: str) -> bool:
@@ -102,7 +101,7 @@ async def unload_adapter(request: Request) -> Response:
     if name not in await state.adapter_names():
         raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
     ref = await state.adapter(name)
-    state.loaded.pop(name, None)
+    state.policy.remove(name)
     await state.service.adapters(AdapterCommand(action="unload", ref=ref))
     if name in await state.adapter_names():
         return json_reply(

@@ -14,7 +14,7 @@ from starlette.routing import Match, Route
 
 from truffula.config import ServerConfig, is_loopback
 from truffula.errors import TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, pages, probes, tokens
 from truffula.server.auth import KeyCheck, WebRules
@@ -68,7 +68,7 @@ _ADMIN_ROUTES: tuple[RouteSpec, ...] = (
 def create_app(
     service: AsyncService,
     config: ServerConfig,
-    policy: AdapterPolicy,
+    policy: AdapterDirectory,
     metrics: Metrics,
     *,
     defaults: Mapping[str, Any] | None = None,

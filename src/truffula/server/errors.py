@@ -149,6 +149,7 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "checkpoint_tying": _FAULT,
         "missing_dependency": _FAULT,
         "kernel_error": _FAULT,
+        "device_lost": _FAULT,
         "wire_error": _FAULT,
     }
 )

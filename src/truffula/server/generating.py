@@ -97,13 +97,11 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
     streams: list[TextStream] = []
     started = time.monotonic()
     try:
-        for i, one in enumerate(requests):
-            if i:
-                await asyncio.sleep(0)  # others have their turn between the prompts of a large request
-            streams.append(await state.service.open(one))
-            streams[-1].on_arrival = partial(watch.arrived, i)
-            record.prompt_tokens += streams[-1].prompt_tokens
-            note_ignored(request, [_field_of(name) for name in streams[-1].ignored])
+        streams = await state.service.open_all(requests)
+        for i, one in enumerate(streams):
+            one.on_arrival = partial(watch.arrived, i)
+            record.prompt_tokens += one.prompt_tokens
+            note_ignored(request, [_field_of(name) for name in one.ignored])
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:

@@ -1,7 +1,7 @@
 """``launch``: the first steps of ``truffula serve``. It binds the port, starts the engine's process, which loads the
-model, and only then imports the HTTP stack: both take about as long, and neither needs the other.
+model, and only then imports the HTTP stack (``server/serve.py``): both take about as long, and neither needs the other.
 
-The start waits for the imports of this file with nothing running beside them, so they are few.
+While the imports of this file run, nothing else does, so they are few.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ import resource
 import socket
 
 from truffula.config import Resolved, ServerConfig, format_size
-from truffula.engine.client import Opening, Transport, begin
+from truffula.engine.client import EngineHandle, Transport, start_engine
 from truffula.errors import ConfigError
-from truffula.kernels.freed import collecting_later
+from truffula.kernels.trim import defer_gc
 from truffula.logs import LogSettings, setup_logs
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 
-QUEUED = 2048
-"""Connections that the kernel queues until they are accepted."""
 log = logging.getLogger(__name__)
 
 
@@ -31,23 +29,20 @@ def launch(resolved: Resolved) -> None:
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
     setup_logs(log_settings(resolved.server))
-    with collecting_later():
+    with defer_gc():
         _launch(resolved)
 
 
 def _launch(resolved: Resolved) -> None:
-    listening = bind(resolved.server)
-    try:
-        adapter_policy(resolved)  # report a mistake in the options before loading gigabytes
+    with bind(resolved.server) as listening:
+        policy = adapter_policy(resolved)  # report a mistake in the options before loading gigabytes
         host = f"[{resolved.server.host}]" if ":" in resolved.server.host else resolved.server.host
         log.info("Listening on %s:%d; loading %s", host, listening.getsockname()[1], resolved.engine.model)
         raise_file_limit()  # before there is an engine: it inherits the limit, and maps a file per adapter in memory
-        opening = begin_engine(resolved)
-        from truffula.server.run import run_server
+        handle = start_server_engine(resolved)
+        from truffula.server.serve import run_server
 
-        run_server(resolved, listening, opening)
-    finally:
-        listening.close()
+        run_server(resolved, listening, handle, policy)
 
 
 def raise_file_limit() -> None:
@@ -60,23 +55,22 @@ def raise_file_limit() -> None:
             log.info("the limit of %d open files could not be raised to %d: %s", soft, hard, error)
 
 
-def begin_engine(resolved: Resolved) -> Opening:
-    """The engine in the configured transport, its progress in the log."""
+def start_server_engine(resolved: Resolved) -> EngineHandle:
+    """Start the engine in the configured transport, its progress in the log."""
     transport: Transport = resolved.server.transport  # type: ignore[assignment]  # a choice of the option
-    return begin(resolved.engine, transport, _Progress(), log_settings(resolved.server))
+    return start_engine(resolved.engine, transport, _Progress(), log_settings(resolved.server))
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket. Raises ``ConfigError`` naming the port when it is in use, or the address when it is not of
-    this machine."""
+    """A listening socket. Raises ``ConfigError`` that names a port in use, or an address that is not this machine's."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # With the protocol named, asyncio switches Nagle's algorithm off for each connection; without, an answer's head and
-    # body wait 40 ms for each other.
+    # With the protocol named, asyncio switches Nagle's algorithm off for each connection; without, an answer's body is
+    # sent 40 ms after its head.
     made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((config.host, config.port))
-        made.listen(QUEUED)
+        made.listen()  # ``serve`` sets the length of the queue
     except OSError as error:
         made.close()
         where = f"{config.host}:{config.port}"
@@ -96,11 +90,11 @@ def log_settings(config: ServerConfig) -> LogSettings:
     return LogSettings(format=config.log_format, level=config.log_level)
 
 
-def adapter_policy(resolved: Resolved) -> AdapterPolicy:
+def adapter_policy(resolved: Resolved) -> AdapterDirectory:
     """What clients may name, from the options."""
     config = resolved.server
     names = (resolved.engine.model, config.served_model_name)
-    return AdapterPolicy(
+    return AdapterDirectory(
         adapters=config.adapters,
         adapter_dir=config.adapter_dir,
         allow_local=config.allow_local,

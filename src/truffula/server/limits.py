@@ -17,8 +17,6 @@ MAX_KEYS = 1024
 MAX_STOP_CHARS = 16_384
 """Characters of all stop strings together."""
 MAX_STOP_IDS = 4096
-MAX_SEQUENCES = 1024
-"""Prompts times choices."""
 MAX_BIASES = 2**18
 """Entries of logit_bias times prompts: each prompt's go to the engine."""
 
@@ -115,7 +113,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
         for index, one in enumerate(prompt):
             if isinstance(one, list):
                 self._check_ids(one, f"prompt[{index}]", body)
-        self._check_product(len(prompt), body)
+        self._check_biases(len(prompt), body)
 
     def _check_ids(self, ids: list[Any], name: str, body: Mapping[str, Any]) -> None:
         # A prompt that will be truncated may be longer; that of a wrong item is reported as such.
@@ -128,15 +126,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
                 max_model_len=self.max_model_len,
             )
 
-    def _check_product(self, prompts: int, body: Mapping[str, Any]) -> None:
-        counts = [given for name in ("n", "best_of") if type(given := body.get(name)) is int]
-        sequences = prompts * max([1, *counts])
-        if sequences > MAX_SEQUENCES and prompts > 1:
-            raise InvalidRequest(
-                f"{prompts} prompts with {max(counts)} choices each are {sequences} sequences; one request may have at "
-                f"most {MAX_SEQUENCES}.",
-                param="n",
-            )
+    def _check_biases(self, prompts: int, body: Mapping[str, Any]) -> None:
         bias = body.get("logit_bias")
         if isinstance(bias, dict) and len(bias) * prompts > MAX_BIASES:
             raise InvalidRequest(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -30,8 +32,7 @@ class RouteSpec:
 
 def document_of(rows: Sequence[RouteSpec], *, keyed: bool) -> dict[str, Any]:
     """OpenAPI 3.1: a path per route, the bodies' schemas. ``keyed``: requests carry an API key."""
-    from truffula.server.field_help import HELP  # read when the document is made, not at a start
-
+    descriptions = field_help()
     paths: dict[str, Any] = {}
     schemas: dict[str, Any] = {}
     for row in rows:
@@ -42,8 +43,8 @@ def document_of(rows: Sequence[RouteSpec], *, keyed: bool) -> dict[str, Any]:
     for schema in schemas.values():
         for name, field in schema.get("properties", {}).items():
             field.pop("title", None)
-            if name in HELP:
-                field.setdefault("description", HELP[name])
+            if name in descriptions:
+                field.setdefault("description", descriptions[name])
     document = {
         "openapi": "3.1.0",
         "info": {"title": "truffula", "version": __version__, "description": _ABOUT},
@@ -60,6 +61,11 @@ _ABOUT = (
     "One language model with LoRA adapters, under the APIs of OpenAI (/v1/), LoRAX and TGI. "
     "In every field, null means absent. A field of another server is refused with the name to use here."
 )
+
+
+def field_help() -> Mapping[str, str]:
+    """What each field of a request means; ``field_help.toml`` is read when the document is made, not at a start."""
+    return tomllib.loads(Path(__file__).with_name("field_help.toml").read_text(encoding="utf-8"))
 
 
 def _operation(row: RouteSpec) -> dict[str, Any]:

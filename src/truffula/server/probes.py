@@ -66,7 +66,7 @@ async def info(request: Request) -> Response:
             "max_input_tokens": engine.max_model_len - 1,
             "max_total_tokens": engine.max_model_len,
             "waiting_served_ratio": 0.0,
-            "max_batch_total_tokens": engine.num_blocks * engine.block_size,
+            "max_batch_total_tokens": engine.kv_tokens,
             "max_batch_prefill_tokens": engine.step_tokens,
             "max_waiting_tokens": 0,
             "validation_workers": 1,

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from truffula.config import ServerConfig
 from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.sources import BASE_WORDS as BASE_WORDS  # routes know it from here
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.limits import RequestLimits
 from truffula.service import AsyncService
@@ -29,18 +29,16 @@ log = logging.getLogger(__name__)
 class ServerState:
     """Dependencies of the routes. ``succeeded`` turns true with the first answered generation (``/startup``).
 
-    ``defaults`` are sampling fields for requests on the OpenAI side that leave them out. ``loaded`` holds what an
-    administrator added while the server runs: a policy of one name each.
+    ``defaults`` are sampling fields for requests on the OpenAI side that leave them out.
     """
 
     service: AsyncService
     config: ServerConfig
-    policy: AdapterPolicy
+    policy: AdapterDirectory
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     succeeded: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    loaded: dict[str, AdapterPolicy] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
     seen_not_found: set[str] = field(default_factory=set)
 
@@ -76,13 +74,9 @@ class ServerState:
         if not name or name == self.model_id:
             return None
         try:
-            return await self.service.look_up(self._resolve, name, source)
+            return await self.service.look_up(self.service.resolve_adapter, name, source)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
-
-    def _resolve(self, name: str, source: str | None = None) -> AdapterRef | None:
-        loaded = self.loaded.get(name) if source in (None, "local") else None
-        return self.service.resolve_adapter(name, source) if loaded is None else loaded.resolve(name)
 
     async def adapter_sources(self, names: Iterable[str]) -> dict[str, str]:
         """Name → folder or Hub id of the adapters that are still there."""
@@ -91,7 +85,7 @@ class ServerState:
             found = {}
             for name in names:
                 with contextlib.suppress(AdapterNotFound):  # removed since it was listed
-                    if (ref := self._resolve(name)) is not None:
+                    if (ref := self.service.resolve_adapter(name)) is not None:
                         found[name] = ref.locator
             return found
 
@@ -115,7 +109,7 @@ class ServerState:
     async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
         found = await self.service.look_up(self.service.adapter_names)
-        return sorted({*found, *self.loaded} - {self.model_id})
+        return sorted(set(found) - {self.model_id})
 
     async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
         """OpenAI's ``model``: the base, an adapter, or SGLang's ``base:adapter``."""

@@ -1,8 +1,8 @@
 """``AsyncService``: the service under an event loop. The servers' only door to the engine.
 
 All events of a step cross to the loop in one call, and when the loop lags behind, those of several steps. On the loop
-they become deltas and wake the streams they belong to. Who calls is the transport's own thread; only for an engine that
-steps while it is asked does a dispatcher thread ask. Nothing here polls.
+they become deltas and wake the streams they belong to. The transport's own thread makes that call; for an engine that
+steps only inside ``events``, a dispatcher thread waits there. Nothing here polls.
 """
 
 from __future__ import annotations
@@ -11,29 +11,26 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import msgspec
 
 from truffula.engine.client import EngineClient
 from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError, from_info
-from truffula.lora.sources import AdapterPolicy
-from truffula.service.core import RequestState, Service, ServiceLimits
-from truffula.service.files import LoadedTexts, texts_of
+from truffula.service.base import ServiceBase, ServiceOptions
+from truffula.service.core import RequestState
 from truffula.service.fold import collect, failure
 from truffula.service.prompt_maker import PromptMaker
 from truffula.service.prompts import Prompt
 from truffula.service.streams import TextStream
 from truffula.service.workers import TextWorkers
-from truffula.text.tokenizer import Tokenizer
 from truffula.types import (
     AdapterCommand,
     AdapterRef,
     AdapterState,
     Completion,
-    EngineInfo,
     EngineRestarts,
     EngineStats,
     GenerateRequest,
@@ -43,40 +40,17 @@ from truffula.types import (
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-WAIT_S = 1.0  # the longest that an engine in line steps before the dispatcher looks whether it should end
 
 
-class AsyncService:
-    """Made anywhere; ``await start()`` on the loop that will use it, ``await close()`` at the end. It owns ``client``.
-
-    Args:
-        client: A started engine.
-        policy: Which adapters clients may name.
-        limits: The operator's bounds.
-        texts: Instead of those in the model's folder.
-        templates: Name → Jinja source, instead of the model's.
-        workers: Text workers, which it then owns. None: this process does their work, without limits.
-    """
+class AsyncService(ServiceBase):
+    """Made anywhere; ``await start()`` on the loop that will use it, ``await close()`` at the end."""
 
     def __init__(
-        self,
-        client: EngineClient,
-        *,
-        policy: AdapterPolicy | None = None,
-        limits: ServiceLimits | None = None,
-        texts: LoadedTexts | None = None,
-        templates: Mapping[str, str] | None = None,
-        workers: TextWorkers | None = None,
+        self, client: EngineClient, *, workers: TextWorkers | None = None, **options: Unpack[ServiceOptions]
     ) -> None:
-        self._client = client
-        self._core = Service(
-            client.info,
-            texts=texts if texts is not None else texts_of(client.info),
-            policy=policy,
-            limits=limits,
-            templates=templates,
-            render=None if workers is None else workers.render_at_start,
-        )
+        if workers is not None:
+            options["render"] = workers.render_at_start
+        super().__init__(client, **options)
         self._streams: dict[str, tuple[TextStream, RequestState]] = {}
         self._active: set[RequestState] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -87,8 +61,6 @@ class AsyncService:
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._arrived: list[TokenEvent] = []
-        self._in_engine: set[str] = set()  # submitted, final event not seen; with _arrived under _lock
-        self._submitted = threading.Event()
         self._draining = False
         self._broken: ErrorInfo | None = None
         self._idle: list[asyncio.Future[None]] = []
@@ -103,22 +75,6 @@ class AsyncService:
         self._thread = threading.Thread(target=self._dispatch, name="truffula-events", daemon=True)
         self._thread.start()
 
-    @property
-    def info(self) -> EngineInfo:
-        return self._core.info
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        return self._core.tokenizer
-
-    @property
-    def limits(self) -> ServiceLimits:
-        return self._core.limits
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self._core.tokenizer is not None and bool(self._core.templates)
-
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self._core.resolve_adapter(name, source)
@@ -128,31 +84,37 @@ class AsyncService:
         return self._core.policy.names()
 
     async def open(self, request: GenerateRequest) -> TextStream:
-        """Template, tokenise, check, submit.
+        """The stream of one request; raises as ``open_all``."""
+        (stream,) = await self.open_all([request])
+        return stream
 
-        Raises ``InvalidRequest`` and its kinds, ``NoTokenizer``, ``ShuttingDown``, ``EngineDied``. Long texts are
-        tokenised in a thread.
+    async def open_all(self, requests: Sequence[GenerateRequest]) -> list[TextStream]:
+        """Template, tokenise and check each request, then submit all together: if one is refused, none is submitted.
+
+        Raises ``InvalidRequest`` and its kinds, ``NoTokenizer``, ``Overloaded``, ``ShuttingDown``, ``EngineDied``. Long
+        texts are tokenised in a thread.
         """
         self._refuse_if_ending()
-        self._core.check(request)
-        state = self._core.begin(request, await self.texts.prompt(request))
+        self._submissions.require_place()
+        states: list[RequestState] = []
+        for one in requests:
+            if states:
+                await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
+            self._core.check(one)
+            states.append(self._core.begin(one, await self.texts.prompt(one)))
         self._refuse_if_ending()
-        stream = TextStream(state, self._abandon)
-        for one in state.engine_requests:
-            self._streams[one.request_id] = (stream, state)
-        self._active.add(state)
-        engine_ids = [one.request_id for one in state.engine_requests]
-        with self._lock:
-            self._in_engine.update(engine_ids)
+        self._submissions.require_place()
+        streams = [TextStream(state, self._abandon) for state in states]
+        for state, stream in zip(states, streams, strict=True):
+            self._streams.update((one.request_id, (stream, state)) for one in state.engine_requests)
+            self._active.add(state)
         try:
-            self._client.submit(state.engine_requests)
+            self._submissions.add([one for state in states for one in state.engine_requests])
         except BaseException:
-            with self._lock:
-                self._in_engine.difference_update(engine_ids)
-            self._forget(state)
+            for state in states:
+                self._forget(state)
             raise
-        self._submitted.set()
-        return stream
+        return streams
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[TextDelta], None]:
         """``open`` as an async generator; close it (``contextlib.aclosing``) to abort."""
@@ -184,9 +146,6 @@ class AsyncService:
         """Carry ``command`` out in the engine. A load returns when the adapter is usable, or raises why it is not."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._commands, self._client.adapters, command, timeout)
-
-    def stats(self) -> EngineStats:
-        return self._client.stats()
 
     def known_stats(self) -> EngineStats | None:
         """The latest heartbeat of an engine that lives and answers; None while there is none."""
@@ -232,9 +191,7 @@ class AsyncService:
         """End what runs, stop the dispatcher, close the client. Idempotent."""
         self._draining = True
         self._fail_all(ShuttingDown("The server ended before the request did.").info())
-        with self._lock:
-            self._stopping.set()
-            self._submitted.set()
+        self._stopping.set()
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._client.close)
         self._client.listen(None)
@@ -271,8 +228,6 @@ class AsyncService:
             logger.exception("the engine's events can't be read")
             self._break(EngineDied(f"The engine's events can't be read any more: {error}").info())
             return
-        with self._lock:
-            self._in_engine.difference_update([e.request_id for e in events if e.finish_reason is not None])
         self._pass_on(events)
 
     def _dispatch(self) -> None:
@@ -280,16 +235,10 @@ class AsyncService:
         assert self._loop is not None
         try:
             while not self._stopping.is_set():
-                # An engine in line is only asked for events while it has some: asking is what makes it step.
-                with self._lock:
-                    if not self._in_engine and not self._stopping.is_set():
-                        self._submitted.clear()
-                self._submitted.wait()
-                events = self._client.events(WAIT_S)
+                events = self._client.events(None)  # closing the client ends the wait
                 if not events:
                     continue
                 with self._lock:
-                    self._in_engine.difference_update([e.request_id for e in events if e.finish_reason is not None])
                     wake = not self._arrived
                     self._arrived += events
                 if wake:
@@ -308,7 +257,8 @@ class AsyncService:
         self._pass_on(events)
 
     def _pass_on(self, events: list[TokenEvent]) -> None:
-        """On the loop: events become deltas of their streams."""
+        """On the loop: events become deltas of their streams, and sequences that wait get the places of those ended."""
+        self._submissions.ended([event.request_id for event in events if event.finish_reason is not None])
         aborts: list[str] = []
         for event in events:
             found = self._streams.get(event.request_id)
@@ -327,8 +277,7 @@ class AsyncService:
                     self._ended(state)
             if deltas or state.done:
                 stream.feed(deltas)
-        if aborts:
-            self._client.abort(aborts)
+        self._submissions.abort(aborts)
 
     def _break(self, info: ErrorInfo) -> None:
         self._broken = info
@@ -339,18 +288,21 @@ class AsyncService:
         streams = {id(state): (stream, state) for stream, state in self._streams.values()}
         for stream, state in streams.values():
             open_ids = sorted(state.open_ids)
-            deltas = state.fail(info)
+            try:
+                deltas = state.fail(info)
+            except Exception as error:  # noqa: BLE001  the other streams must end too
+                deltas = state.break_off(error)
             self._forget(state)
             stream.feed(deltas)
             if self._broken is None:
-                self._client.abort(open_ids)
+                self._submissions.abort(open_ids)
 
     def _abandon(self, state: RequestState) -> None:
         """The client has gone: nothing of ``state`` is wanted any more."""
         if state in self._active:
             open_ids = sorted(state.open_ids)
             self._forget(state)
-            self._client.abort(open_ids)
+            self._submissions.abort(open_ids)
 
     def _forget(self, state: RequestState) -> None:
         for one in state.engine_requests:

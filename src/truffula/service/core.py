@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 
 from truffula.errors import ErrorInfo, InvalidRequest, TemplateError, TruffulaError
-from truffula.lora.sources import AdapterPolicy
+from truffula.lora.sources import AdapterDirectory
 from truffula.service.choices import ChoiceState, merged, rank
-from truffula.service.files import LoadedTexts, without_tokenizer
+from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens, Render
@@ -25,6 +23,7 @@ from truffula.types import (
     AdapterRef,
     ChoiceTotals,
     EngineInfo,
+    EngineParams,
     EngineRequest,
     GenerateRequest,
     SamplingParams,
@@ -137,7 +136,8 @@ class Service:
 
     Args:
         info: Of the started engine. ``self.info`` adds what the text files say, as ``EngineInfo`` describes.
-        texts: What the model's text files say. Without a tokenizer ids still serve, text raises ``NoTokenizer``.
+        texts: The model's text files, where they were read already. Without a tokenizer ids still serve, text raises
+            ``NoTokenizer``.
         policy: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
         render: Renders chats to find what a template writes after an answer, in place of this process.
@@ -147,15 +147,17 @@ class Service:
         self,
         info: EngineInfo,
         *,
-        texts: LoadedTexts,
-        policy: AdapterPolicy | None = None,
+        texts: LoadedTexts | None = None,
+        policy: AdapterDirectory | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         render: Render | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        texts = texts_of(info, texts)
         self.tokenizer = tokenizer = texts.tokenizer
-        self.policy = policy or AdapterPolicy()
+        self.generation_config = texts.generation_config
+        self.policy = policy or AdapterDirectory()
         self.limits = limits or ServiceLimits()
         self._clock = clock
         self._numbers = itertools.count()
@@ -278,8 +280,8 @@ class Service:
         checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
         checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
-    def _engine_params(self, params: SamplingParams, end_ids: frozenset[int]) -> SamplingParams:
-        """What the engine needs of them: a seed, the end tokens it does not know, and logprobs to find the best."""
+    def _engine_params(self, params: SamplingParams, end_ids: frozenset[int]) -> EngineParams:
+        """The engine's part: a seed, the end tokens that it does not know, and logprobs to find the best choice."""
         seed = params.seed
         if seed is None:
             seed = 0 if params.greedy else self._random.getrandbits(63)
@@ -287,9 +289,4 @@ class Service:
         ends = params.stop_token_ids
         if not params.ignore_eos:
             ends += tuple(sorted(end_ids - self._engine_ends - set(ends)))
-        # A copy, which is not validated again: a large logit_bias is looked through once a request, and shared.
-        made = copy.copy(params)
-        fields: dict[str, Any] = {"seed": seed, "logprobs": logprobs, "stop": (), "stop_token_ids": ends}
-        for name, value in (fields | {"n": 1, "best_of": None}).items():
-            msgspec.structs.force_setattr(made, name, value)
-        return made
+        return params.for_engine(seed=seed, logprobs=logprobs, stop_token_ids=ends)

@@ -1,4 +1,4 @@
-"""Where the service's process finds a model's text files: at the path that the engine tells."""
+"""A model's text files (tokenizer, templates, defaults), read in the service's process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
-from truffula.types import EndToken, EngineInfo
+from truffula.types import EndToken, EngineInfo, FileStamp
 from truffula.weights.texts import read_texts
-from truffula.weights.watch import require_loaded, stamp, text_stamped
+from truffula.weights.watch import require_loaded, stamp, stamped_texts
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class LoadedTexts:
     """A model's text files, read.
 
     ``no_tokenizer`` says why ``tokenizer`` is None, ``warnings`` are for the operator, ``end_tokens`` those that the
-    tokenizer's files name. ``digest`` tells two states of these files apart.
+    tokenizer's files name. ``stamps`` are of the files at ``path`` from before they were read;
+    ``digest`` tells two states of the tokenizer's files apart.
     """
 
     tokenizer: Tokenizer | None = None
@@ -27,18 +28,27 @@ class LoadedTexts:
     warnings: tuple[str, ...] = ()
     end_tokens: tuple[EndToken, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+    stamps: tuple[FileStamp, ...] = ()
     digest: str = ""
 
 
 def load_texts(path: Path) -> LoadedTexts:
-    """Of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` for files that can't be read."""
+    """Of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` for files that cannot be read."""
+    stamps = tuple(stamp(file) for file in stamped_texts(path))
     found = read_texts(path)
     tokenizer = load_tokenizer(found.tokenizer, found.end_tokens)
-    if tokenizer is None:
-        return LoadedTexts(None, found.no_tokenizer, found.warnings, found.end_tokens, found.generation_config)
-    warnings = (*found.warnings, *tokenizer.warnings)
-    digest = digest_of(found.tokenizer)
-    return LoadedTexts(tokenizer, "", warnings, tokenizer.end_tokens, found.generation_config, digest)
+    known = tokenizer or found
+    return LoadedTexts(
+        tokenizer,
+        found.no_tokenizer if tokenizer is None else "",
+        found.warnings if tokenizer is None else (*found.warnings, *tokenizer.warnings),
+        known.end_tokens,
+        found.generation_config,
+        path,
+        stamps,
+        digest_of(found.tokenizer),
+    )
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
@@ -51,15 +61,13 @@ def without_tokenizer(reason: str) -> list[str]:
     return [f"Only token ids can be served. {reason}"] if reason else []
 
 
-def texts_of(info: EngineInfo) -> LoadedTexts:
-    """The text files beside the weights that ``info``'s engine loaded.
+def texts_of(info: EngineInfo, texts: LoadedTexts | None = None) -> LoadedTexts:
+    """The text files beside the weights that an engine loaded; ``texts`` are those read while it loaded them.
 
-    Raises ``CheckpointError`` for files that can't be read, ``CheckpointChanged`` for files that replaced those loaded.
+    Raises ``CheckpointError`` for files that cannot be read, ``CheckpointChanged`` for ones that replaced those loaded.
     """
-    if "path" not in info.details:
-        return LoadedTexts()
-    path = Path(info.details["path"])
-    stamps = [stamp(file) for file in text_stamped(path)]
-    texts = load_texts(path)
-    require_loaded(path, info.files, stamps)
+    if texts is None:
+        texts = load_texts(Path(info.path)) if info.path else LoadedTexts()
+    if texts.path is not None:
+        require_loaded(texts.path, info.files, texts.stamps)
     return texts

@@ -1,181 +1,244 @@
-"""``SyncService``: the service in the caller's thread, for ``LLM``, scripts and the command line."""
+"""``SyncService``: the service in the calling threads, for ``LLM``, scripts and the command line."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Unpack
 
 from truffula.engine.client import EngineClient
+from truffula.engine.interrupts import uninterrupted
 from truffula.errors import ShuttingDown, TruffulaError
-from truffula.lora.sources import AdapterPolicy
-from truffula.service.core import RequestState, Service, ServiceLimits
-from truffula.service.files import LoadedTexts, texts_of
+from truffula.service.base import ServiceBase, ServiceOptions
+from truffula.service.core import RequestState
 from truffula.service.fold import collect, failure
-from truffula.types import Completion, GenerateRequest, TextDelta, TokenEvent
+from truffula.types import (
+    AdapterCommand,
+    AdapterState,
+    Completion,
+    EngineRequest,
+    GenerateRequest,
+    TextDelta,
+    TokenEvent,
+)
 
 logger = logging.getLogger(__name__)
 
 Found = tuple[int, list[TextDelta] | TruffulaError]
+Answer = Completion | TruffulaError
 
 
-class _Run:
-    """One call: its requests by engine id, and what they released that the caller has not taken."""
+class _Call:
+    """One call of ``stream``: its requests that are open, by engine id, and the deltas that its caller has not taken.
 
-    def __init__(self) -> None:
-        self.places: dict[str, tuple[int, RequestState]] = {}
-        self.in_engine: set[str] = set()
-        self.inbox: deque[tuple[int, list[TextDelta]]] = deque()
-
-    def add(self, index: int, state: RequestState) -> None:
-        for one in state.engine_requests:
-            self.places[one.request_id] = (index, state)
-            self.in_engine.add(one.request_id)
-
-    def push(self, event: TokenEvent) -> list[str]:
-        """Take one event; engine requests that have ended early for the caller come back."""
-        index, state = self.places[event.request_id]
-        try:
-            deltas = state.push(event)
-        except Exception as fault:  # noqa: BLE001  it is this request's alone; the others' events go on
-            deltas = state.break_off(fault)
-        if event.finish_reason is not None:
-            self.in_engine.discard(event.request_id)
-        if deltas:
-            self.inbox.append((index, deltas))
-        return state.take_aborts()
-
-
-class SyncService:
-    """Runs requests to their end. Owns ``client``.
-
-    Several calls may go on at once, from several threads or as iterators that take turns in one: their requests share
-    the engine's batch, and whichever call waits for its own events hands the others theirs. Args: as of
-    ``AsyncService``.
+    ``opened`` are requests that were tokenised and not submitted yet; those from ``next`` on were not tokenised.
     """
 
-    def __init__(
-        self,
-        client: EngineClient,
-        *,
-        policy: AdapterPolicy | None = None,
-        limits: ServiceLimits | None = None,
-        texts: LoadedTexts | None = None,
-        templates: Mapping[str, str] | None = None,
-    ) -> None:
-        self.client = client
-        self.core = Service(
-            client.info,
-            texts=texts if texts is not None else texts_of(client.info),
-            policy=policy,
-            limits=limits,
-            templates=templates,
-        )
-        self._runs: dict[str, _Run] = {}
-        self._pumping = threading.Lock()
+    def __init__(self, requests: Sequence[GenerateRequest]) -> None:
+        self.requests = requests
+        self.opened: deque[tuple[int, RequestState]] = deque()
+        self.next = 0
+        self.states: dict[str, tuple[int, RequestState]] = {}
+        self.inbox: deque[tuple[int, list[TextDelta]]] = deque()
+        self.ignored: set[str] = set()
+
+    @property
+    def unsubmitted(self) -> bool:
+        return bool(self.opened) or self.next < len(self.requests)
+
+
+class SyncService(ServiceBase):
+    """Runs requests to their end.
+
+    Several calls may be open at a time, from several threads or as iterators that take turns in one: their requests
+    share the engine's batch. One waiting thread reads the engine's events, its own and the other calls'.
+    """
+
+    def __init__(self, client: EngineClient, **options: Unpack[ServiceOptions]) -> None:
+        super().__init__(client, **options)
+        self._changed = threading.Condition()  # guards the fields below, the submissions and the calls
+        self._calls: dict[str, _Call] = {}  # by engine id
+        self._reader: _Call | None = None  # the call whose thread reads the engine's events
         self._closed = False
 
-    def run(
+    def run(self, requests: Sequence[GenerateRequest], *, return_errors: bool = False) -> list[Answer]:
+        """The answers to all requests, in their order. Args: as of ``completions``."""
+        answers = dict(self.completions(requests, return_errors=return_errors))
+        return [answers[index] for index in range(len(requests))]
+
+    def completions(
         self,
         requests: Sequence[GenerateRequest],
         *,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[int, int, int], None] | None = None,
         return_errors: bool = False,
-    ) -> list[Completion | TruffulaError]:
-        """All requests in one batch; answers in their order.
+    ) -> Iterator[tuple[int, Answer]]:
+        """``(index of the request, its answer)``, each as soon as it is complete.
 
         Args:
-            progress: Called with (requests ended, requests) whenever one has ended.
-            return_errors: Put a request's error in its place. Otherwise the first error ends all and is raised.
+            progress: Called with (requests ended, requests, tokens generated) whenever deltas arrive.
+            return_errors: Give a request's error as its answer. Otherwise the first error ends all and is raised.
         """
-        deltas: list[list[TextDelta]] = [[] for _ in requests]
+        parts: dict[int, list[TextDelta]] = {}
         left = [request.params.n for request in requests]
-        errors: dict[int, TruffulaError] = {}
+        ended = tokens = 0
         for index, found in self.stream(requests, return_errors=return_errors):
+            answer: Answer | None = None
             if isinstance(found, TruffulaError):
-                errors[index], left[index] = found, 0
+                answer = found
             else:
-                deltas[index] += found
+                parts.setdefault(index, []).extend(found)
+                tokens += sum(len(delta.tokens) for delta in found)
                 left[index] -= sum(delta.finish_reason is not None for delta in found)
-                for error in filter(None, map(failure, found)):
-                    errors.setdefault(index, error)
-            if progress is not None and not left[index]:
-                progress(left.count(0), len(requests))
-        return [errors[index] if index in errors else collect(deltas[index]) for index in range(len(requests))]
+                if not left[index]:
+                    deltas = parts.pop(index)
+                    errors = [error for error in map(failure, deltas) if error is not None]
+                    answer = errors[0] if errors else collect(deltas)
+            ended += answer is not None
+            if progress is not None:
+                progress(ended, len(requests), tokens)
+            if answer is not None:
+                yield index, answer
 
     def stream(self, requests: Sequence[GenerateRequest], *, return_errors: bool = False) -> Iterator[Found]:
         """``(index of the request, deltas)`` as they come. Closing the iterator aborts what still runs.
 
-        With ``return_errors`` a request that can't begin gives its error once, and one that fails a delta that says so;
-        without, the first error is raised and the others are aborted. Nothing is submitted before all were looked at.
+        The engine gets the requests as it drains, so that any number of them takes a bounded amount of memory.
+
+        With ``return_errors`` a request that is refused gives its error once, and one that fails a delta that says so.
+        Without, the first error is raised and the others are aborted; every request is checked before the first one is
+        submitted.
         """
         if self._closed:
             raise ShuttingDown("This engine is closed.")
-        run, refused, ignored = _Run(), [], set[str]()
-        for index, request in enumerate(requests):
-            try:
-                state = self.core.open(request)
-                run.add(index, state)
-                ignored.update(state.ignored)
-            except TruffulaError as error:
-                if not return_errors:
-                    raise
-                refused.append((index, error))
-        if ignored:
-            logger.warning("the chat template does not use %s", ", ".join(sorted(ignored)))
-        yield from refused
-        self._runs.update(dict.fromkeys(run.places, run))
+        call = _Call(requests)
+        if not return_errors:
+            self._check_all(call)
         try:
-            states = {id(state): state for _, state in run.places.values()}
-            self.client.submit([one for state in states.values() for one in state.engine_requests])
-            yield from self._follow(run, return_errors)
+            while call.unsubmitted or call.states or call.inbox:
+                yield from self._fill(call)
+                self._wait(call)
+                while call.inbox:
+                    index, deltas = call.inbox.popleft()
+                    if not return_errors:
+                        for error in filter(None, map(failure, deltas)):
+                            raise error
+                    yield index, deltas
         finally:
-            self._leave(run)
+            self._leave(call)
+
+    def adapters(self, command: AdapterCommand) -> list[AdapterState]:
+        """Execute a command; raises ``TruffulaError``."""
+        return self._client.adapters(command)
 
     def close(self) -> None:
         """Close the client. Iterators that are still open end with ``ShuttingDown``."""
         self._closed = True
-        self.client.close()
+        self._client.close()
 
-    def _follow(self, run: _Run, return_errors: bool) -> Iterator[Found]:
-        while run.in_engine or run.inbox:
-            if not run.inbox:
-                self._pump(run)
-            while run.inbox:
-                index, deltas = run.inbox.popleft()
-                if not return_errors:
-                    for error in filter(None, map(failure, deltas)):
-                        raise error
-                yield index, deltas
+    def _check_all(self, call: _Call) -> None:
+        """Open every request, and keep the first ones for ``_fill``. Raises the error of the first that is refused."""
+        for index, request in enumerate(call.requests):
+            state = self._core.open(request)
+            self._log_ignored(call, state)
+            if index < self._submissions.share:
+                call.opened.append((index, state))
+        call.next = len(call.opened)
 
-    def _pump(self, run: _Run) -> None:
-        """Wait until something came for somebody."""
-        # Whoever holds the lock may be handing this run its events: look again before waiting for more.
-        if not self._pumping.acquire(timeout=0.01):
-            return
+    def _fill(self, call: _Call) -> Iterator[Found]:
+        """Submit further requests of ``call`` while the engine has places for them; yields those that are refused."""
+        with self._changed:
+            room = self._room(call)
+        while call.next < len(call.requests) and sum(len(s.engine_requests) for _, s in call.opened) < room:
+            index, call.next = call.next, call.next + 1
+            try:
+                state = self._core.open(call.requests[index])
+            except TruffulaError as error:
+                yield index, error
+                continue
+            self._log_ignored(call, state)
+            call.opened.append((index, state))
+        with uninterrupted(), self._changed:
+            submitted: list[EngineRequest] = []
+            room = self._room(call)
+            while call.opened and len(submitted) < room:
+                index, state = call.opened.popleft()
+                submitted += state.engine_requests
+                call.states.update((one.request_id, (index, state)) for one in state.engine_requests)
+                self._calls.update((one.request_id, call) for one in state.engine_requests)
+            if submitted:
+                self._submissions.add(submitted)
+
+    def _room(self, call: _Call) -> int:
+        """How many further sequences of ``call`` the engine has places for."""
+        return min(self._submissions.share - len(call.states), self._submissions.free)
+
+    def _log_ignored(self, call: _Call, state: RequestState) -> None:
+        new = set(state.ignored) - call.ignored
+        if new:
+            call.ignored |= new
+            logger.warning("the chat template does not use %s", ", ".join(sorted(new)))
+
+    def _wait(self, call: _Call) -> None:
+        """Wait until ``call`` has deltas, all its requests have ended, or the engine has a place for its next one."""
+        with self._changed:
+            while not self._ready(call):
+                if self._reader is None:
+                    self._reader = call
+                    break
+                self._changed.wait()
         try:
-            if run.inbox or not run.in_engine:
-                return
-            events = self.client.events(None)
-            if not events and self._closed:
-                run.in_engine.clear()
-            aborts: list[str] = []
-            for event in events:
-                owner = self._runs.get(event.request_id)
-                if owner is not None:
-                    aborts += owner.push(event)
-            if aborts:
-                self.client.abort(aborts)
+            if self._reader is call:
+                self._client.wait(None)
         finally:
-            self._pumping.release()
+            with uninterrupted(), self._changed:
+                if self._reader is call:
+                    self._reader = None
+                    self._deliver(self._client.events(0))
+                    self._changed.notify_all()
 
-    def _leave(self, run: _Run) -> None:
-        """See what still runs to its end, so that nothing of it stays in the engine."""
-        if run.in_engine and not self._closed:
-            self.client.abort(sorted(run.in_engine))
-            while run.in_engine and not self._closed:
-                run.inbox.clear()
-                self._pump(run)
-        for engine_id in run.places:
-            self._runs.pop(engine_id, None)
+    def _ready(self, call: _Call) -> bool:
+        fillable = call.unsubmitted and self._room(call) > 0
+        return bool(call.inbox) or fillable or (not call.states and not call.unsubmitted)
+
+    def _deliver(self, events: Sequence[TokenEvent]) -> None:
+        """Pass the engine's events to the calls that they belong to."""
+        aborts: list[str] = []
+        for event in events:
+            call = self._calls.get(event.request_id)
+            if call is None:
+                continue
+            index, state = call.states[event.request_id]
+            try:
+                deltas = state.push(event)
+            except Exception as error:  # noqa: BLE001  it fails its own request only
+                deltas = state.break_off(error)
+            if deltas:
+                call.inbox.append((index, deltas))
+            aborts += state.take_aborts()
+            if event.finish_reason is not None:  # last: until then its caller waits for the deltas above
+                self._forget(call, [event.request_id])
+        self._submissions.ended([event.request_id for event in events if event.finish_reason is not None])
+        self._abort(aborts)
+
+    def _abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in self._submissions.abort(request_ids):
+            self._forget(self._calls[request_id], [request_id])
+
+    def _forget(self, call: _Call, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            call.states.pop(request_id, None)
+            self._calls.pop(request_id, None)
+
+    def _leave(self, call: _Call) -> None:
+        """Abort what still runs, and wait for its end, so that nothing of it stays in the engine."""
+        call.requests = ()
+        call.opened.clear()
+        call.next = 0
+        with uninterrupted(), self._changed:
+            self._abort(list(call.states))
+        while call.states:
+            call.inbox.clear()
+            self._wait(call)

@@ -48,7 +48,7 @@ class Oracle:
             raise MissingDependency(
                 f"{error.name} is not installed: {installation().pip_install('torch,hf')}.", param=error.name
             ) from error
-        logging.disable_progress_bar()  # whoever compares has a progress of its own to show
+        logging.disable_progress_bar()  # the command that compares shows its own progress
         self._seen: dict[str, Float32] = {}
         self._register()
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
@@ -63,9 +63,12 @@ class Oracle:
         config = AutoConfig.from_pretrained(**source)
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
+        factors = _take_factors(config)
         model = AutoModelForCausalLM.from_pretrained(
             **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
         )
+        if factors:
+            model.model.rotary_emb.inv_freq /= torch.tensor(factors)
         if adapter is not None:
             model = _with_adapter(model, adapter)
         self._model = model.eval()
@@ -78,9 +81,15 @@ class Oracle:
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
         def attend(
-            module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float | None = None,
-            softcap: float | None = None, **_: Any,
-        ) -> tuple[Any, None]:  # fmt: skip
+            module: Any,
+            query: Any,
+            key: Any,
+            value: Any,
+            mask: Any,
+            scaling: float | None = None,
+            softcap: float | None = None,
+            **_: Any,
+        ) -> tuple[Any, None]:
             turned = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(turned, 1)
             groups = query.shape[1] // key.shape[1]
@@ -147,10 +156,7 @@ def _complete(config: Any, path: Path) -> tuple[str, ...]:
             param=str(path),
         )
     theirs = {"head_dim": config.hidden_size // config.num_attention_heads, **config.to_dict()}
-    missing = [
-        key for key, value in read.items()
-        if key != "architectures" and not _equal(theirs.get(key), value)
-    ]  # fmt: skip
+    missing = [key for key, value in read.items() if key != "architectures" and not _equal(theirs.get(key), value)]
     for key in missing:
         setattr(config, key, read[key])
     if not missing:
@@ -159,6 +165,15 @@ def _complete(config: Any, path: Path) -> tuple[str, ...]:
         f"transformers' GGUF loader does not read {', '.join(missing)} of this file: there it computes with the values "
         "that truffula reads.",
     )
+
+
+def _take_factors(config: Any) -> list[float]:
+    """The table of factors that rotary frequencies are divided by, which transformers does not know; empty if none."""
+    given = getattr(config, "rope_parameters", None) or {}
+    if given.get("rope_type") != "factors":
+        return []
+    config.rope_parameters = {"rope_type": "default", "rope_theta": given["rope_theta"]}
+    return list(given["factors"])
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -1,8 +1,8 @@
-"""A small llama-like program written by hand, with random weights: for tests and benchmarks of backends alone."""
+"""Programs, random weights and steps without a checkpoint or an engine: for tests and benchmarks of backends."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,152 +10,26 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from truffula.kernels.backend import AdapterImage, PullWeight, SiteTensors
+from truffula.kernels.backend import AdapterImage, PullWeight, QuantisedArray, SiteTensors
 from truffula.kernels.inputs import StepInputs
-from truffula.kernels.program import (
-    Attention,
-    Buffer,
-    BufferDtype,
-    Embed,
-    Epilogue,
-    KvGroup,
-    KvPlane,
-    Linear,
-    Logits,
-    ModuleSlice,
-    Norm,
-    Op,
-    Output,
-    Program,
-    Ref,
-    Rope,
-    RopeRows,
-    RopeTable,
-    Rows,
-    Site,
-    SiteSlice,
-    TakeRows,
-    WeightDecl,
-    WeightPart,
-)
+from truffula.kernels.program import Linear, Program, WeightDecl
+from truffula.model.decoder import build_program
+from truffula.model.names import WeightNames
+from truffula.model.read import read_config
+from truffula.weights.gguf_quants import FORMATS, dequantize
+from truffula.weights.tying import Tie, TyingDecision
 
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a llama: the defaults are tiny; ``SMOLLM2`` is the 135M model's."""
+def decoder_program(config: Mapping[str, Any]) -> Program:
+    """The program of a config.json, with tied tables.
 
-    hidden: int = 32
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 8
-    feed_forward: int = 48
-    vocab: int = 61
-    window: int | None = None
-    softcap: float | None = None
-    max_positions: int = 8192
-
-
-TINY = Shape()
-SMOLLM2 = Shape(hidden=576, layers=30, heads=9, kv_heads=3, head_dim=64, feed_forward=1536, vocab=49152)
-
-
-class _Builder:
-    def __init__(self) -> None:
-        self.buffers: list[Buffer] = []
-        self.weights: list[WeightDecl] = []
-        self.sites: list[Site] = []
-        self.ops: list[Op] = []
-
-    def buffer(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
-        self.buffers.append(Buffer(len(self.buffers), name, rows, width, dtype))
-        return Ref(self.buffers[-1].id, 0, width)
-
-    def weight(self, name: str, shape: tuple[int, ...], uses: str, rows: tuple[int, ...] = ()) -> int:
-        """``rows``: the sizes of the parts it is stacked from."""
-        names = [name] if not rows else [f"{name}.{i}" for i in range(len(rows))]
-        parts = tuple(WeightPart(part) for part in names)
-        self.weights.append(WeightDecl(len(self.weights), name, shape, parts, frozenset(uses.split())))
-        return self.weights[-1].id
-
-    def slices(self, layer: int, inputs: int, widths: Mapping[str, int]) -> tuple[SiteSlice, ...]:
-        made, lo = [], 0
-        for name, width in widths.items():
-            module = ModuleSlice(f"model.layers.{layer}.{name}", 0, width, width)
-            self.sites.append(Site(len(self.sites), "linear", layer, inputs, width, (module,)))
-            made.append(SiteSlice(self.sites[-1].id, lo, lo + width))
-            lo += width
-        return tuple(made)
-
-
-def llama_program(shape: Shape = TINY) -> Program:
-    """A pre-norm decoder: fused qkv and gate/up, rotary positions, a tied head. All of its linears are sites."""
-    s, b = shape, _Builder()
-    q_width, kv_width = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    x, normed = b.buffer("x", s.hidden), b.buffer("normed", s.hidden)
-    qkv = b.buffer("qkv", q_width + 2 * kv_width)
-    q, k = Ref(qkv.buffer, 0, q_width), Ref(qkv.buffer, q_width, kv_width)
-    v = Ref(qkv.buffer, q_width + kv_width, kv_width)
-    mixed, gated = b.buffer("mixed", q_width), b.buffer("gated", s.feed_forward)
-    rows = b.buffer("rope", s.head_dim, dtype="float32")
-    last, logits = b.buffer("last", s.hidden, "R"), b.buffer("logits", s.vocab, "R", "float32")
-    table = b.weight("embed", (s.vocab, s.hidden), "rows matmul")
-    b.ops += [RopeRows(name="rope", table=0, out=rows), Embed(name="embed", table=table, out=x)]
-    planes = []
-    for layer in range(s.layers):
-        at = f"layers.{layer}"
-        norm1, norm2 = (b.weight(f"{at}.norm{i}", (s.hidden,), "vector") for i in (1, 2))
-        w_qkv = b.weight(f"{at}.qkv", (q_width + 2 * kv_width, s.hidden), "matmul", (q_width, kv_width, kv_width))
-        w_o = b.weight(f"{at}.o", (s.hidden, q_width), "matmul")
-        w_gate_up = b.weight(f"{at}.gate_up", (2 * s.feed_forward, s.hidden), "matmul", (s.feed_forward,) * 2)
-        w_down = b.weight(f"{at}.down", (s.hidden, s.feed_forward), "matmul")
-        planes += [KvPlane(2 * layer, layer, kv_width), KvPlane(2 * layer + 1, layer, kv_width)]
-        b.ops += [
-            Norm(name=f"{at}.norm1", layer=layer, x=x, out=normed, kind="rms", eps=1e-5, weight=norm1),
-            Linear(
-                name=f"{at}.qkv", layer=layer, x=normed, weight=w_qkv, out=qkv,
-                slices=b.slices(layer, s.hidden, {"q_proj": q_width, "k_proj": kv_width, "v_proj": kv_width}),
-            ),
-            Rope(
-                name=f"{at}.rope", layer=layer, x=Ref(qkv.buffer, 0, q_width + kv_width), rows=rows,
-                heads=s.heads + s.kv_heads, head_dim=s.head_dim, start=0, dims=s.head_dim,
-            ),
-            Attention(
-                name=f"{at}.attention", layer=layer, q=q, k=k, v=v, out=mixed,
-                group=0, planes=(2 * layer, 2 * layer + 1),
-                heads=s.heads, kv_heads=s.kv_heads, dim_k=s.head_dim, dim_v=s.head_dim, scale=s.head_dim**-0.5,
-                window=s.window, softcap=s.softcap,
-            ),
-            Linear(
-                name=f"{at}.o", layer=layer, x=mixed, weight=w_o, out=x,
-                slices=b.slices(layer, q_width, {"o_proj": s.hidden}), epilogue=Epilogue(residual=x),
-            ),
-            Norm(name=f"{at}.norm2", layer=layer, x=x, out=normed, kind="rms", eps=1e-5, weight=norm2),
-            Linear(
-                name=f"{at}.gate_up", layer=layer, x=normed, weight=w_gate_up, out=gated,
-                slices=b.slices(layer, s.hidden, {"gate_proj": s.feed_forward, "up_proj": s.feed_forward}),
-                epilogue=Epilogue(activation="silu", glu=True),
-            ),
-            Linear(
-                name=f"{at}.down", layer=layer, x=gated, weight=w_down, out=x,
-                slices=b.slices(layer, s.feed_forward, {"down_proj": s.hidden}), epilogue=Epilogue(residual=x),
-            ),
-        ]  # fmt: skip
-    norm = b.weight("norm", (s.hidden,), "vector")
-    final = b.buffer("final", s.hidden, "R")
-    b.ops += [
-        TakeRows(name="take", x=x, out=last),
-        Norm(name="norm", x=last, out=final, kind="rms", eps=1e-5, weight=norm),
-        Logits(name="logits", x=final, weight=table, out=logits),
-    ]
-    inv_freq = tuple(10000.0 ** (-2 * i / s.head_dim) for i in range(s.head_dim // 2))
-    return Program(
-        name="llama-like", vocab_size=s.vocab, buffers=tuple(b.buffers), weights=tuple(b.weights), sites=tuple(b.sites),
-        rope_tables=(RopeTable(0, inv_freq),), kv_groups=(KvGroup(0, "full", tuple(planes)),), ops=tuple(b.ops),
-        result=logits, output=Output("logits", s.vocab), max_positions=s.max_positions,
-    )  # fmt: skip
+    Raises:
+        UnsupportedModel: The config asks for something that is not supported; the error names the key.
+    """
+    spec = read_config(config).spec
+    return build_program(spec, WeightNames.canonical(spec), TyingDecision(Tie.TIED, "tied"))
 
 
 def as_dtype(array: Array, dtype: str) -> Array:
@@ -177,6 +51,16 @@ def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -
     return made
 
 
+def random_blocks(kind: str, outputs: int, inputs: int, *, seed: int = 0) -> QuantisedArray:
+    """A matrix [outputs, inputs] of random GGUF blocks of ``kind`` (``Q4_0``), whose scales keep its numbers small."""
+    format = next(format for format in FORMATS.values() if format.name == kind)
+    blocks = np.random.default_rng(seed).integers(0, 256, (outputs, inputs // format.size, format.nbytes), np.uint8)
+    for at in range(format.scales):
+        blocks[..., 2 * at : 2 * at + 2] = np.array([2.0**-7], np.float16).view(np.uint8)
+    unpack = lambda some: dequantize(format, some.reshape(-1), (len(some), format.size))
+    return QuantisedArray(kind, blocks, (outputs, inputs), unpack)
+
+
 def _part_rows(program: Program, decl: WeightDecl) -> list[int]:
     if len(decl.parts) == 1:
         return [decl.shape[0]]
@@ -192,11 +76,11 @@ def pull_from(weights: Mapping[str, list[Array]]) -> PullWeight:
 def random_adapter(
     program: Program, *, rank: int = 4, seed: int = 0, dtype: str = "float32", sites: tuple[int, ...] | None = None
 ) -> AdapterImage:
-    """An adapter on ``sites`` (None: all of them) whose effect shows."""
+    """An adapter on ``sites`` (None: those of all linear layers) whose effect shows."""
     rng = np.random.default_rng(seed)
     tensors = []
     for site in program.sites:
-        if sites is not None and site.id not in sites:
+        if site.kind != "linear" if sites is None else site.id not in sites:
             continue
         a = rng.standard_normal((rank, site.in_features), np.float32) * site.in_features**-0.5
         b = rng.standard_normal((site.out_features, rank), np.float32) * rank**-0.5
@@ -219,8 +103,12 @@ class Part:
     logits: str = "last"
 
 
-def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
-    """Write a step. ``parts`` must already be sorted as ``StepInputs`` wants them: by slot, base last."""
+def fill_step(inputs: StepInputs, parts: list[Part], block_size: int, windows: Sequence[int | None] = (None,)) -> None:
+    """Write a step. ``parts`` must already be sorted as ``StepInputs`` wants them: by slot, base last.
+
+    All KV groups use the same block ids. ``windows``, where given, is that of each group: table entries behind it
+    are -1.
+    """
     i = inputs
     i.T = i.R = i.G = 0
     i.N = len(parts)
@@ -234,7 +122,11 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
         i.slot_mapping[:, lo : lo + count] = blocks[position // block_size] * block_size + position % block_size
         i.block_tables[:, n] = -1
         i.block_tables[:, n, : len(blocks)] = blocks
+        for group, window in enumerate(windows):
+            if window is not None:
+                i.block_tables[group, n, : max(0, part.start - window + 1) // block_size] = -1
         i.q_start[n], i.q_start[n + 1], i.kv_len[n] = lo, lo + count, part.start + count
+        i.seq_slot[n] = n
         wanted = np.arange(lo if part.logits == "all" else lo + count - 1, lo + count)
         i.logit_rows[lo_r : lo_r + len(wanted)] = wanted
         i.T, i.R = lo + count, lo_r + len(wanted)

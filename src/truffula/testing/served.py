@@ -128,7 +128,7 @@ def verify_serving(
 
 def _int8_formats(backend: Backend, dtype: str, plan: ModelPlan) -> tuple[str, ...]:
     """The formats of matrices that ``backend`` would multiply in int8; mostly none."""
-    memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_bytes, plan.stored_types)
+    memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_types)
     return tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))
 
 

@@ -106,11 +106,6 @@ class Tokenizer:
         """Characters of the longest vocabulary entry: no token stands for more text than that."""
         return max(map(len, self._library.get_vocab(with_added_tokens=True)), default=1)
 
-    @cached_property
-    def adds_bos(self) -> bool:
-        """Whether encoding a text with special tokens puts BOS in front."""
-        return self.bos_id is not None and self.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``. Special tokens written out in it become their ids. The GIL is free meanwhile."""
         with _panics_as_errors("tokenize this text"):

@@ -6,7 +6,6 @@ There, a file without ``rope.scaling.type`` is scaled linearly by ``rope.scaling
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -70,48 +69,12 @@ def _yarn(facts: Facts) -> dict[str, Any]:
 
 
 def _from_table(factors: Any, theta: float, width: int) -> dict[str, Any]:
+    """``rope_parameters`` with the table itself: it says what ``llama3`` scaling says with four numbers, and more."""
     factors = np.asarray(factors, np.float64).reshape(-1)
     if 2 * factors.size != width:
         raise CheckpointError(f"{ROPE_FREQS} holds {factors.size} factors for heads {width} wide.", param=ROPE_FREQS)
-    return fit_llama3(factors, theta)
-
-
-def fit_llama3(factors: Any, theta: float) -> dict[str, Any]:
-    """The ``llama3`` scaling whose frequency divisors are ``factors`` ``[head_dim / 2]``.
-
-    A GGUF file keeps the table in place of its four parameters. Scaling the original length and both band edges
-    together leaves the table as it is, so the low edge is set to 1, as all published models have it, and the rest
-    follows.
-
-    Raises:
-        UnsupportedModel: No such scaling gives this table to within float32.
-    """
-    plain = {"rope_type": "default", "rope_theta": theta}
+    if not np.isfinite(factors).all() or factors.min() <= 0:
+        raise CheckpointError(f"{ROPE_FREQS} holds factors that are not positive numbers.", param=ROPE_FREQS)
     if np.all(factors == 1.0):
-        return plain
-    turns = theta ** (-np.arange(factors.size) / factors.size) / (2 * math.pi)  # revolutions per position
-    if not np.isfinite(factors).all() or factors.min() < 1.0:
-        raise UnsupportedModel(f"{ROPE_FREQS} holds factors below 1, which no llama3 scaling has.", param=ROPE_FREQS)
-    factor = float(factors.max())
-    between = (factors > 1.0) & (factors < factor)
-    guesses = [(8192.0, 4.0)]
-    if between.sum() >= 2 and factor > 1.0:
-        smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)  # (original * turns - low) / (high - low)
-        slope, intercept = np.polyfit(turns[between], smooth, 1)
-        if intercept < 0 < slope:
-            high = 1 - 1 / intercept
-            guesses.append((float(round(slope * (high - 1))), round(high, 3)))
-    for original, high in guesses:
-        smooth = np.clip((original * turns - 1) / (high - 1), 0, 1)
-        if np.allclose(1 / ((1 - smooth) / factor + smooth), factors, rtol=2e-6, atol=0):
-            return {
-                "rope_type": "llama3",
-                "rope_theta": theta,
-                "factor": factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": high,
-                "original_max_position_embeddings": int(original),
-            }
-    raise UnsupportedModel(
-        f"{ROPE_FREQS} is not a llama3 scaling; other tables of factors are not supported.", param=ROPE_FREQS
-    )
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "factors", "rope_theta": theta, "factors": factors.tolist()}

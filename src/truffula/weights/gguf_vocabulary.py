@@ -18,29 +18,66 @@ BY_TEXT = "recognised by its text"
 PREFIX = "tokenizer.ggml."
 # Tokens that end a completion by their text, whether or not the file names them.
 _ENDS_BY_TEXT = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
-)  # fmt: skip
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+)
 # Marks of fill-in-the-middle prompts: the id under the key, else the token of one of these texts. The last three end a
 # completion: what follows them is padding or another file.
 _FIM: Mapping[str, tuple[str, ...]] = {
     "fim_pre": (
-        "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>",
+        "<|fim_prefix|>",
+        "<fim-prefix>",
+        "<fim_prefix>",
+        "<｜fim▁begin｜>",
+        "<PRE>",
+        "▁<PRE>",
+        "<|code_prefix|>",
         "<|prefix|>",
     ),
     "fim_suf": (
-        "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>",
+        "<|fim_suffix|>",
+        "<fim-suffix>",
+        "<fim_suffix>",
+        "<｜fim▁hole｜>",
+        "<SUF>",
+        "▁<SUF>",
+        "<|code_suffix|>",
         "<|suffix|>",
     ),
     "fim_mid": (
-        "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>",
+        "<|fim_middle|>",
+        "<fim-middle>",
+        "<fim_middle>",
+        "<｜fim▁end｜>",
+        "<MID>",
+        "▁<MID>",
+        "<|code_middle|>",
         "<|middle|>",
     ),
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
-}  # fmt: skip
+}
 _FIM_ENDS = ("fim_pad", "fim_rep", "fim_sep")
 # Always part of the text that is shown: they structure the answer.
 _SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
@@ -49,9 +86,20 @@ _LOOKS_LIKE_CONTROL = re.compile(r"<\|[\w▁:./ -]+\|>|<｜[\w▁:./ -]+｜>|<st
 # Of files that name none. (llama.cpp's default for gpt2, 11, is a comma in most vocabularies; it is not taken.)
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unknown": 0}}
 _IDS = (
-    "bos", "eos", "eot", "eom", "unknown", "padding", "seperator", "mask", "cls",
-    *_FIM, "prefix", "suffix", "middle",
-)  # fmt: skip
+    "bos",
+    "eos",
+    "eot",
+    "eom",
+    "unknown",
+    "padding",
+    "seperator",
+    "mask",
+    "cls",
+    *_FIM,
+    "prefix",
+    "suffix",
+    "middle",
+)
 _READ = frozenset(
     [f"{PREFIX}{name}_token_id" for name in _IDS]
     + [f"{PREFIX}{name}" for name in ("model", "pre", "tokens", "token_type", "scores", "merges")]

@@ -21,15 +21,17 @@ class MappedFile:
     All that is read of it is read through one descriptor: a rename that puts another file in its place changes nothing
     here. Views are flagged writable because torch warns about those that are not; nothing writes to them, and a write
     would stay in this process. ``size`` is that of the file when it was opened; a file whose size changed before it was
-    mapped is refused. Raises ``CheckpointError`` for a file that cannot be opened.
+    mapped is refused. ``descriptor``: of the file, opened by the caller and owned by this object from here on; None
+    opens ``path``. Raises ``CheckpointError`` for a file that cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
         self._map: mmap.mmap | None = None
-        self._descriptor = -1
+        self._descriptor = -1 if descriptor is None else descriptor
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            if descriptor is None:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             self.opened = self.stamp()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", param=str(path)) from error

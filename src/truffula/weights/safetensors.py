@@ -19,7 +19,7 @@ from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
 from truffula.weights.shapes import fits_an_array
-from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer
+from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer, unique_keys
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -47,12 +47,12 @@ class SafetensorsFile:
     ``file`` the bytes.
 
     Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one,
-    the tensor.
+    the tensor. ``descriptor`` as of ``MappedFile``.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
-        self.file = MappedFile(path)
+        self.file = MappedFile(path, descriptor)
         try:
             header, start = _read_header(path, self.file)
         except OSError as error:
@@ -104,19 +104,10 @@ def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
         raise _refuse(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
     raw = file.head(8 + length)[8:]
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise _refuse(path, f"its header is not valid JSON: {error}.") from error
     return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return made
 
 
 def _no_constant(word: str) -> None:

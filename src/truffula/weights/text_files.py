@@ -59,7 +59,10 @@ def read_json(path: Path) -> dict[str, Any]:
     raw = _read_bytes(path, MAX_JSON_BYTES)
     try:
         value = json.loads(
-            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_finite_only, parse_float=_finite_only
+            raw.decode("utf-8-sig"),
+            object_pairs_hook=unique_keys,
+            parse_constant=_finite_only,
+            parse_float=_finite_only,
         )
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.", param=str(path)) from error
@@ -75,7 +78,8 @@ def _finite_only(text: str) -> float:
     return number
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object for ``object_pairs_hook``; ``ValueError`` for a key that is written twice."""
     made: dict[str, Any] = {}
     for key, value in pairs:
         if key in made:

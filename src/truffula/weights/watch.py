@@ -35,12 +35,12 @@ def stamps_of(checkpoint: Checkpoint) -> list[FileStamp]:
     stamped by name.
     """
     weights = {str(file.path): file.stamp() for file in checkpoint.files}
-    sides = {str(path): stamp(path) for path in text_stamped(checkpoint.path) if str(path) not in weights}
+    sides = {str(path): stamp(path) for path in stamped_texts(checkpoint.path) if str(path) not in weights}
     return sorted([*weights.values(), *sides.values()], key=lambda item: item.path)
 
 
-def text_stamped(path: Path) -> list[Path]:
-    """Of a model at ``path``, the stamped files that say more than weights: side files, or the one ``.gguf`` file."""
+def stamped_texts(path: Path) -> list[Path]:
+    """The files of a model at ``path`` that are stamped and hold more than weights: side files, or a ``.gguf`` file."""
     return [file for name in SIDE_FILES if (file := path / name).is_file()] if path.is_dir() else [path]
 
 
@@ -82,18 +82,13 @@ def require_loaded(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileS
     """Raises ``CheckpointChanged`` unless the text files of the model at ``path``, stamped in ``read``, are those
     that the engine has ``loaded``.
     """
-    if not same_texts(path, loaded, read):
+    names = {str(file) for file in stamped_texts(path)} | {item.path for item in read}
+    if {replace(item, sample="") for item in loaded if item.path in names} != set(read):
         raise CheckpointChanged(
             f"{path} was replaced while the model was loaded: the tokenizer there now may belong to another model than "
             "the weights that were loaded. Start again.",
             param=str(path),
         )
-
-
-def same_texts(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileStamp]) -> bool:
-    """Whether the text files of ``path`` that were ``read`` are those that were ``loaded``."""
-    names = {str(file) for file in text_stamped(path)} | {item.path for item in read}
-    return {replace(item, sample="") for item in loaded if item.path in names} == set(read)
 
 
 def _first_difference(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> str | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -14,7 +13,7 @@ from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, Wanted, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
-from truffula.kernels.cpu.weights import load_weights, packed_bytes, planned_formats, roles
+from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.installation import installation
@@ -22,16 +21,14 @@ from truffula.kernels.program import Attention, Linear, Program
 from truffula.kernels.validate import validate
 
 DTYPES = ("bfloat16", "float32")
-logger = logging.getLogger(__name__)
 _X_ROWS = 16  # kXRows of kernels.h: rows as products read them have memory to a multiple of it
 _SAMPLER_BYTES = 58
 """Per id of the vocabulary and thread, at most (sampler.h)."""
 
 
 class CpuBackend:
-    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``: the best this machine has that works.
+    """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``, the first of them.
 
-    A table that fails its self-check (``sound_table``) is passed over with a warning; one that was named is refused.
     ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are computed with as the
     values they stand for, else in int8.
     """
@@ -49,7 +46,7 @@ class CpuBackend:
         self._quantize, self._exact = quantize, exact
         self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
-        self._isa = sound_table(sets, isa, _library().table_fault)
+        self._isa = sets[0] if isa == "auto" else isa
 
     def probe(self) -> BackendProbe:
         return BackendProbe(name=self.name, available=True, device="cpu", isa=self._isa, dtypes=DTYPES)
@@ -65,11 +62,9 @@ class CpuBackend:
         program: Program,
         dtype: str,
         capacity: Capacity,
-        stored_bytes: int,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
         """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
-        del stored_bytes
         formats = planned_formats(program, self._wanted(dtype), stored_types)
         by_format: dict[str, int] = {}
         for decl, role in zip(program.weights, roles(program), strict=True):
@@ -82,9 +77,15 @@ class CpuBackend:
             weight_formats=by_format,
             arena_bytes=max(0, 4 * arena.floats - logits) + self._scratch_bytes(program, capacity),
             logits_bytes=2 * logits,
-            kv_block_bytes=sum(
-                _kv_block_bytes(op, dtype, capacity.block_size) for op in program.ops if isinstance(op, Attention)
+            kv_block_bytes=tuple(
+                sum(
+                    _kv_block_bytes(op, dtype, capacity.block_size)
+                    for op in program.ops
+                    if isinstance(op, Attention) and op.group == group.id
+                )
+                for group in program.kv_groups
             ),
+            state_bytes=capacity.max_seqs * program.state_bytes(2 if dtype == "bfloat16" else 4),
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:
@@ -120,8 +121,28 @@ class CpuBackend:
         arena = plan_arena(program, capacity, reuse=not debug)
         with as_kernel_errors():
             native = self._native(program, dtype, pull, capacity, arena, debug)
-            native.seal(inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer)
-        return CpuExecutable(native, program, inputs, SampleInputs.allocate(capacity), arena, debug=debug)
+            native.seal(
+                inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
+            )
+        return CpuExecutable(
+            native, program, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug
+        )
+
+    def rounding(self, program: Program, pull: PullWeight) -> Rounding:
+        """What ``quantize`` loses of ``program``'s weights; holds one of them at a time.
+
+        Raises:
+            KernelError: A weight cannot be rounded; ``load`` would refuse it too.
+        """
+        capacity = Capacity(
+            max_tokens=1, max_seqs=1, max_logit_rows=1, max_segments=1, num_blocks=2, block_size=1, max_blocks_per_seq=1
+        )
+        found = Rounding()
+        with as_kernel_errors():
+            for decl, role in zip(program.weights, roles(program), strict=True):
+                native = _library().Executable(self._isa, self._threads, capacity, F32, 1, False)
+                load_one(native, decl, role, self._wanted("float32"), pull, found)
+        return found
 
     def _native(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool
@@ -137,49 +158,13 @@ class CpuBackend:
         return native
 
 
-def sound_table(sets: Sequence[str], isa: str, fault_of: Callable[[str], str]) -> str:
-    """The table to compute with: the first of ``sets`` (best first) without a fault, or ``isa`` where it is not auto.
-
-    ``fault_of`` says what a table works out otherwise than the portable one (by more than 1e-4 of an op's largest
-    number; native/self_check.h), and is empty for one that works.
-
-    Raises:
-        ConfigError: ``isa`` names a table that has a fault; or all have one.
-    """
-    faults: list[str] = []
-    for name in sets if isa == "auto" else (isa,):
-        fault = fault_of(name)
-        if not fault:
-            if faults:
-                logger.warning("computing with %s: %s", name, "; ".join(faults))
-            return name
-        faults.append(f"the instruction set {name} computes {fault} wrongly on this machine")
-    raise ConfigError(f"{'; '.join(faults)}. Leave cpu_isa at auto, or choose another backend.", param="cpu_isa")
-
-
 def instruction_sets() -> tuple[str, ...]:
-    """What this machine can run of what was compiled, best first.
+    """The compiled instruction sets that this machine can run, the fastest of its kind of processor first.
 
     Raises:
         MissingDependency: The native module was not built, or can't be loaded.
     """
     return tuple(_library().table_names())
-
-
-def why_this_set() -> str:
-    """Why the first of ``instruction_sets`` is: tiles, or what was found where two were tried at start; else empty."""
-    return str(_library().table_reason())
-
-
-def peak_rate(isa: str, kind: int, threads: int) -> float:
-    """Operations a second that an instruction set does at most, measured: kind 0 float32, 1 bfloat16 pairs, 2 whole
-    numbers of 8 bits, 3 of 16. 0.0 where its products use no such instructions."""
-    return float(_library().peak_rate(isa, kind, threads))
-
-
-def read_rate(isa: str, threads: int, nbytes: int) -> float:
-    """Bytes a second that so many threads read together, going through ``nbytes`` again and again."""
-    return float(_library().read_rate(isa, threads, nbytes))
 
 
 def available() -> bool:

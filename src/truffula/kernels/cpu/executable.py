@@ -15,22 +15,22 @@ from truffula.kernels.backend import AdapterImage
 from truffula.kernels.cpu.arena import ArenaPlan
 from truffula.kernels.cpu.formats import BF16, F32, LANES, PLANNED_RANK, panel_bytes, panels_of
 from truffula.kernels.cpu.weights import BFLOAT16, STORED, as_bits
-from truffula.kernels.inputs import SampledRows, SampleInputs, StepInputs
+from truffula.kernels.inputs import Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Linear, Program
+from truffula.kernels.synchronous import SynchronousExecutable
 
 Array = npt.NDArray[Any]
 _KINDS = ("embed", "norm", "linear", "pointwise", "rope rows", "rope", "attention", "take rows")
 """In the order of ops.h's variant."""
 
 
-class CpuExecutable:
+class CpuExecutable(SynchronousExecutable):
     """One call of ``run`` is one call into C++, without the GIL. Made by ``CpuBackend.load``."""
 
     def __init__(
         self, native: Any, program: Program, inputs: StepInputs, samples: SampleInputs, arena: ArenaPlan, *, debug: bool
     ) -> None:
-        self.inputs = inputs
-        self.samples = samples
+        super().__init__(inputs, samples, program.output)
         self._native = native
         self._program = program
         self._arena = arena
@@ -41,16 +41,18 @@ class CpuExecutable:
         with as_kernel_errors():
             self._native.run()
 
-    def sample(self) -> SampledRows:
-        rows, samples = self.inputs.R, self.samples
-        width = max(0, int(samples.n_logprobs[:rows].max(initial=0)))
+    def sample(self) -> StepOutput:
         with as_kernel_errors():
-            ids, logprob, finite, top_ids, top_logprobs = self._native.sample(samples, self._program.vocab_size, width)
-        shape = (rows, width)
-        return SampledRows(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
+            ids, logprob, finite, top_ids, top_logprobs = self._native.sample(self.samples)
+        shape = (len(ids), len(top_ids) // max(1, len(ids)))
+        return StepOutput(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
+
+    def _start_sampling(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        with as_kernel_errors():
+            self._native.set_sequence(slot, prompt_ids, completion_ids, sampling)
 
     def logits(self) -> Array:
-        made: Array = self._native.logits(self._program.vocab_size)
+        made: Array = self._native.logits(self._program.output.width)
         return made
 
     def tap(self, op: int) -> Array:
@@ -64,7 +66,7 @@ class CpuExecutable:
         """Seconds of work per kind of op since the last call, all threads together; the first call begins to count."""
         return dict(zip(_KINDS, self._native.take_seconds(), strict=True))
 
-    # --- adapters and KV ----------------------------------------------------------------------------------------------
+    # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         """The panels that ``adapter`` makes of it, and what a full step of it needs beyond the plan."""
@@ -129,10 +131,6 @@ class CpuExecutable:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
         self._native.drop_adapter(slot)
         self._images.pop(slot).close()
-
-    def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
-        with as_kernel_errors():
-            self._native.kv_copy(group, list(src), list(dst))
 
     def close(self) -> None:
         if self._native is None:

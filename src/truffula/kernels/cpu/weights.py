@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,17 +90,24 @@ def packed_bytes(decl: WeightDecl, role: Role, fmt: int) -> int:
 
 
 @dataclass
-class RoundingReport:
-    """What ``quantize`` lost: relative RMS error by matrix."""
+class Rounding:
+    """What ``quantize`` lost. ``sums`` by tensor: of its squares, and of the squares of what rounding took from it."""
 
-    errors: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def error(self, names: Collection[str]) -> float:
+        """The relative RMS error of these tensors together."""
+        return math.sqrt(sum(self.sums[name][1] for name in names) / sum(self.sums[name][0] for name in names))
+
+    def worst(self, names: Collection[str]) -> str:
+        """The tensor of these with the largest error."""
+        return max(names, key=lambda name: self.error([name]))
 
     def __str__(self) -> str:
-        worst = max(self.errors, key=lambda name: self.errors[name])
-        mean = sum(self.errors.values()) / len(self.errors)
+        worst = self.worst(self.sums)
         return (
-            f"{len(self.errors)} matrices rounded to Q8_0, relative RMS error {mean:.2%} on average, "
-            f"at most {self.errors[worst]:.2%} ({worst})"
+            f"{len(self.sums)} tensors rounded to Q8_0, relative RMS error {self.error(self.sums):.2%} together, "
+            f"at most {self.error([worst]):.2%} ({worst})"
         )
 
 
@@ -113,19 +120,20 @@ def load_weights(native: Any, program: Program, wanted: Wanted, pull: PullWeight
     Raises:
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
-    report = RoundingReport()
+    rounding = Rounding()
     made = [
-        _load_one(native, decl, role, wanted, pull, report)
+        load_one(native, decl, role, wanted, pull, rounding)
         for decl, role in zip(program.weights, roles(program), strict=True)
     ]
-    if report.errors:
-        logger.info("%s", report)
+    if rounding.sums:
+        logger.info("%s", rounding)
     return made
 
 
-def _load_one(
-    native: Any, decl: WeightDecl, role: Role, wanted: Wanted, pull: PullWeight, report: RoundingReport
+def load_one(
+    native: Any, decl: WeightDecl, role: Role, wanted: Wanted, pull: PullWeight, rounding: Rounding
 ) -> Array | None:
+    """Pull one weight into ``native`` and note what it lost in ``rounding``. Returns a vector's values."""
     parts = list(pull(decl))
     rows = sum(part.shape[0] for part in parts if part.shape)
     if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
@@ -147,9 +155,11 @@ def _load_one(
     fmt = matrix_format(kinds, wanted, decl, exact=role.exact, panels=panels)
     weight = native.add_matrix(*decl.shape, format=fmt, panels=panels, half=role.half)
     lossless = keeps_blocks(fmt, kinds, wanted, decl, exact=role.exact, panels=panels)
-    squares = lost = 0.0
+    # A pull that does not read a checkpoint may give the parts together.
+    names = [part.name for part in decl.parts] if len(parts) == len(decl.parts) else [decl.name for _ in parts]
     first = 0
-    for part in parts:
+    for part, name in zip(parts, names, strict=True):
+        squares = lost = 0.0
         for lo, hi in chunks(part):
             try:
                 more = _fill(native, weight, part, lo, hi, first + lo, lossless)
@@ -157,8 +167,8 @@ def _load_one(
                 raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
             squares, lost = squares + more[0], lost + more[1]
         first += part.shape[0]
-    if squares:
-        report.errors[decl.name] = math.sqrt(lost / squares)
+        if squares:
+            rounding.sums[name] = squares, lost
     return None
 
 

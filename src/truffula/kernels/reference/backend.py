@@ -62,11 +62,10 @@ class ReferenceBackend:
         program: Program,
         dtype: str,
         capacity: Capacity,
-        stored_bytes: int,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
         """Weights count once, mapped or converted: what is converted gives its source pages back as it goes."""
-        del stored_bytes, stored_types
+        del stored_types
         width = _dtype(dtype).itemsize
         weights = sum(
             weight_elements(d) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights
@@ -77,7 +76,10 @@ class ReferenceBackend:
             weight_bytes=weights,
             arena_bytes=buffers + 2 * 4 * capacity.max_tokens * widest,  # the float32 product and its epilogue
             logits_bytes=capacity.max_logit_rows * program.vocab_size * (4 + width),
-            kv_block_bytes=sum(p.width for g in program.kv_groups for p in g.planes) * capacity.block_size * width,
+            kv_block_bytes=tuple(
+                sum(plane.width for plane in group.planes) * capacity.block_size * width for group in program.kv_groups
+            ),
+            state_bytes=capacity.max_seqs * program.state_bytes(width),
         )
 
     def faster_dtype(self) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import AdapterImage
-from truffula.kernels.inputs import Capacity, SampledRows, SampleInputs, StepInputs
+from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.liveness import dead_after, written_by
 from truffula.kernels.program import (
     Attention,
@@ -34,7 +34,8 @@ from truffula.kernels.reference import attention, ops
 from truffula.kernels.reference.buffers import Buffers
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, converted_bytes, lay_out
 from truffula.kernels.reference.weights import Weight
-from truffula.kernels.sampling import sample
+from truffula.kernels.sampling import Sampler
+from truffula.kernels.synchronous import SynchronousExecutable
 
 Array = npt.NDArray[Any]
 
@@ -55,7 +56,7 @@ class _Step:
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class ReferenceExecutable:
+class ReferenceExecutable(SynchronousExecutable):
     """``Executable`` in plain torch. Each op is one method (what it reads and writes) around one function (its maths).
 
     KV planes are ``[P + 1, S, width]``: the last block is never written and stays zero (see ``attention.Batch``).
@@ -72,8 +73,12 @@ class ReferenceExecutable:
         *,
         debug: bool = False,
     ) -> None:
-        self.inputs = StepInputs.allocate(capacity, len(program.kv_groups))
-        self.samples = SampleInputs.allocate(capacity)
+        super().__init__(
+            StepInputs.allocate(capacity, len(program.kv_groups)),
+            SampleInputs.allocate(capacity, program.vocab_size),
+            program.output,
+        )
+        self._sampler = Sampler(capacity.max_seqs, program.vocab_size)
         self._program = program
         self._dtype = dtype
         self._weights = weights
@@ -83,7 +88,7 @@ class ReferenceExecutable:
         self._planes = _planes(program, dtype, capacity, device)
         self._adapters: dict[int, tuple[AdapterImage, dict[int, OpAdapter]]] = {}
         self._free_slots: list[int] = []
-        self._logits: Array = np.zeros((0, program.vocab_size), np.float32)
+        self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
         self._dead = [()] * len(program.ops) if debug else dead_after(program)
         self._bound = [self._bind(index, op) for index, op in enumerate(program.ops)]
@@ -103,8 +108,11 @@ class ReferenceExecutable:
                 self._buffers.drop(dead)
         self._logits = self._buffers.get(self._program.result).cpu().numpy()
 
-    def sample(self) -> SampledRows:
-        return sample(self._logits, self.samples)
+    def sample(self) -> StepOutput:
+        return self._sampler.sample(self._logits, self.samples)
+
+    def _start_sampling(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        self._sampler.set_sequence(slot, prompt_ids, completion_ids, sampling)
 
     def logits(self) -> Array:
         return self._logits.copy()
@@ -116,7 +124,7 @@ class ReferenceExecutable:
             raise KernelError(f"op {op} has not run.", param="op")
         return self._taps[op]
 
-    # --- adapters and KV ----------------------------------------------------------------------------------------------
+    # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         return converted_bytes(image, self._device)
@@ -137,13 +145,6 @@ class ReferenceExecutable:
         laid_out.clear()  # its views first: close() unmaps what they show
         image.close()
 
-    @torch.inference_mode()
-    def kv_copy(self, group: int, src: Sequence[int], dst: Sequence[int]) -> None:
-        if len(src) != len(dst):
-            raise KernelError(f"kv_copy got {len(src)} sources and {len(dst)} destinations.", param="dst")
-        for plane in self._program.kv_groups[group].planes:
-            self._planes[plane.id][list(dst)] = self._planes[plane.id][list(src)]
-
     def close(self) -> None:
         if self._closed:
             return
@@ -154,7 +155,7 @@ class ReferenceExecutable:
         self._weights = []
         self._bound = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
-        self._logits = np.zeros((0, self._program.vocab_size), np.float32)
+        self._logits = np.zeros((0, self._program.output.width), np.float32)
 
     # --- what each op reads and writes --------------------------------------------------------------------------------
 

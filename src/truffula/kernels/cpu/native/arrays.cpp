@@ -51,35 +51,6 @@ StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, 
           step_array<int32_t>(held, inputs, "logit_rows", c.max_logit_rows)};
 }
 
-SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows) {
-  SampleArgs args{};
-  const auto f32 = [&](const char* name) { return step_array<float>(held, samples, name, rows); };
-  const auto i32 = [&](const char* name, int64_t count) { return step_array<int32_t>(held, samples, name, count); };
-  args.temperature = f32("temperature");
-  args.top_k = i32("top_k", rows);
-  args.top_p = f32("top_p");
-  args.min_p = f32("min_p");
-  args.typical_p = f32("typical_p");
-  args.repetition = f32("repetition");
-  args.frequency = f32("frequency");
-  args.presence = f32("presence");
-  args.n_logprobs = i32("n_logprobs", rows);
-  args.seed = step_array<uint64_t>(held, samples, "seed", rows);
-  args.choice = step_array<uint32_t>(held, samples, "choice", rows);
-  args.draw = step_array<uint32_t>(held, samples, "draw", rows);
-  args.target = i32("target", rows);
-  args.warped = step_array<uint8_t>(held, samples, "warped", rows);
-  args.seen_start = i32("seen_start", rows + 1);
-  args.bias_start = i32("bias_start", rows + 1);
-  const int64_t seen = args.seen_start[rows], bias = args.bias_start[rows];
-  if (seen < 0 || bias < 0) throw std::invalid_argument("seen_start, bias_start: below 0");
-  args.seen_ids = i32("seen_ids", seen);
-  args.seen_counts = i32("seen_counts", seen);
-  args.bias_ids = i32("bias_ids", bias);
-  args.bias_values = step_array<float>(held, samples, "bias_values", bias);
-  return args;
-}
-
 Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) {
   auto* data = new float[rows * width + 1];
   for (size_t r = 0; r < rows; ++r)

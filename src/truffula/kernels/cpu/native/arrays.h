@@ -48,9 +48,6 @@ const T* step_array(Held& held, const nb::object& owner, const char* name, int64
 
 StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, int64_t groups);
 
-// The arrays of SampleInputs (see kernels/inputs.py) for `rows` rows, checked for their length.
-SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows);
-
 // A copy of `rows` rows of `width` numbers that lie `stride` apart.
 Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride);
 

@@ -8,13 +8,8 @@
 
 namespace truffula {
 
-// Usable tables, the best first; the portable one is always there. `why`: the reason for the first where there was a
-// choice, else empty.
-struct Tables {
-  std::vector<const Kernels*> usable;
-  std::string why;
-};
-const Tables& tables();
+// Tables that this machine can run, the best first by its processor's kind; the portable one is always there.
+const std::vector<const Kernels*>& tables();
 
 // The table called `name`; "auto" is the first. Throws std::invalid_argument naming those there are.
 const Kernels* find_table(const std::string& name);

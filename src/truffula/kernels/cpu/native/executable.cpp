@@ -82,6 +82,7 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       capacity_(capacity),
       kv_format_(kv_format),
       groups_(groups),
+      reach_(static_cast<size_t>(std::clamp(groups, 0, 64))),
       debug_(debug),
       locals_(static_cast<size_t>(threads)) {
   check_capacity(capacity);
@@ -194,6 +195,8 @@ void Executable::add(Op op) {
       plane.group = attention->group;
       plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));
     }
+    int32_t& reach = reach_[static_cast<size_t>(attention->group)];
+    reach = std::max(reach, attention->window > 0 ? attention->window - 1 : INT32_MAX);
     const int32_t share = attention->heads / attention->kv_heads;
     if (std::none_of(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; }))
       shares_.push_back({share, {}});
@@ -206,7 +209,7 @@ void Executable::add(Op op) {
   ops_.push_back(std::move(op));
 }
 
-void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer) {
+void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
   require(!sealed_, "the program is sealed");
   require(arena_floats >= 0 && arena_floats <= int64_t{1} << 44, "arena: too large");
   for (const Buffer& buffer : buffers_) {
@@ -215,7 +218,9 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   }
   require(logits_buffer >= 0 && static_cast<size_t>(logits_buffer) < buffers_.size(), "no such buffer of logits");
   require(buffers_[static_cast<size_t>(logits_buffer)].logit_rows, "logits: their buffer has a row per token");
+  require(vocab >= 1 && vocab <= buffers_[static_cast<size_t>(logits_buffer)].stride, "vocab: logits are not that wide");
   logits_ = logits_buffer;
+  sampler_.emplace(vocab, capacity_.max_seqs);
   in_ = arrays;
   arena_ = Memory(static_cast<size_t>(arena_floats + kLanes) * sizeof(float));
   int64_t quantised = 0;
@@ -268,7 +273,9 @@ void Executable::check_inputs(const StepCounts& c) const {
     require(blocks <= cap.max_blocks_per_seq, "kv_len: beyond the block table");
     for (int32_t g = 0; g < groups_; ++g) {
       const int32_t* table = in_.block_tables + (static_cast<int64_t>(g) * cap.max_seqs + n) * cap.max_blocks_per_seq;
-      for (int64_t b = 0; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
+      // Blocks behind the group's window may have been freed.
+      const int32_t first = std::max(0, in_.kv_len[n] - count - reach_[static_cast<size_t>(g)]) / cap.block_size;
+      for (int64_t b = first; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
     }
   }
   for (int32_t g = 0; g < c.G; ++g) {
@@ -365,24 +372,6 @@ void Executable::drop_adapter(int32_t slot) {
   // An adapter of great rank pays for its share of it, and takes that along. What the memory plan counts stays.
   const auto planned = static_cast<size_t>(kPlannedRank) * std::max(capacity_.max_tokens, capacity_.max_logit_rows);
   if (h_.size() > planned) std::vector<float>().swap(h_);
-}
-
-void Executable::kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to) {
-  require(from.size() == to.size(), "kv_copy: as many sources as destinations");
-  require(group >= 0 && group < groups_, "kv_copy: no such group");
-  for (size_t i = 0; i < from.size(); ++i)
-    require(std::min(from[i], to[i]) >= 0 && std::max(from[i], to[i]) < capacity_.num_blocks, "kv_copy: no such block");
-  // All is read before anything is written: blocks may change places.
-  std::vector<uint8_t> held;
-  for (const Plane& plane : planes_) {
-    if (plane.block_bytes == 0 || plane.group != group) continue;
-    const auto bytes = static_cast<size_t>(plane.block_bytes);
-    held.resize(from.size() * bytes);
-    for (size_t i = 0; i < from.size(); ++i)
-      std::memcpy(held.data() + i * bytes, plane.memory.data() + from[i] * plane.block_bytes, bytes);
-    for (size_t i = 0; i < to.size(); ++i)
-      std::memcpy(plane.memory.data() + to[i] * plane.block_bytes, held.data() + i * bytes, bytes);
-  }
 }
 
 // Taps

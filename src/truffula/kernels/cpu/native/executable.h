@@ -5,13 +5,14 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "memory.h"
 #include "ops.h"
-#include "sampler.h"
+#include "sampler_slots.h"
 #include "team.h"
 
 namespace truffula {
@@ -51,7 +52,7 @@ class Executable {
   // The rounding is that of this part: nothing is lost where `source` is not brought to a quantised format.
   Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
   void add(Op op);
-  void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer);
+  void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab);
 
   // A step
   void run(const StepCounts& counts);
@@ -59,18 +60,20 @@ class Executable {
   int64_t logits_stride() const { return buffers_[static_cast<size_t>(logits_)].stride; }
   int32_t logit_rows() const { return counts_.R; }
   // Chooses or scores an id for each row of the last run's logits. `args` and `out` hold at least R rows.
-  void sample(int64_t vocab, const SampleArgs& args, const SampleOut& out);
+  // `begin_sample` goes before: it throws when `args` are wrong, and gives the width that `out` has.
+  int32_t begin_sample(const SampleArgs& args);
+  void sample(const SampleArgs& args, const SampleOut& out);
+  Sampler& sampler();
   std::vector<float> tap(int32_t op) const;
   int32_t tap_width(int32_t op) const;
 
-  // Adapters and KV
+  // Adapters
   int32_t add_adapter(int64_t bytes);  // all that its ops will hold
   void add_adapter_op(int32_t slot, int32_t op, const std::vector<Source>& a, const std::vector<int64_t>& ranks,
                       const std::vector<float>& scales, const std::vector<int32_t>& expand_of,
                       const std::vector<Source>& b, const std::vector<int64_t>& outputs,
                       const std::vector<int64_t>& first_output);
   void drop_adapter(int32_t slot);
-  void kv_copy(int32_t group, const std::vector<int32_t>& from, const std::vector<int32_t>& to);
 
   // Per kind of op, seconds of work since the last call, of all threads together. The first call begins to measure.
   std::array<double, std::variant_size_v<Op>> take_seconds();
@@ -164,6 +167,7 @@ class Executable {
   Team team_;
   const Capacity capacity_;
   const int32_t kv_format_, groups_;
+  std::vector<int32_t> reach_;  // per KV group, how far before its own position a query of one of its ops reads keys
   const bool debug_;
   bool sealed_ = false;
   std::vector<Buffer> buffers_;
@@ -176,6 +180,7 @@ class Executable {
   Memory quantised_x_;  // of the product at hand
   StepArrays in_{};
   StepCounts counts_;
+  std::optional<Sampler> sampler_;  // once sealed
   int32_t logits_ = 0, token_rows_ = 0, position_rows_ = 0;
   std::vector<Share> shares_;
   std::vector<Local> locals_;  // per thread

@@ -163,9 +163,6 @@ struct EmbedCall {
   int32_t scaled, round_out;
 };
 
-// What a table computes at most: floats; two bfloat16 at once; whole numbers of 8 bits, of 16.
-enum Peak : int32_t { kFloatPeak = 0, kPairPeak = 1, kBytePeak = 2, kWordPeak = 3 };
-
 // Whether products of bfloat16 matrices read rows of bfloat16 pairs, where x holds such numbers; and then, whether they
 // sum in the order of those that don't.
 enum Pairs : int32_t { kNoPairs = 0, kPairsInOrder = 1, kPairsByTiles = 2 };
@@ -185,11 +182,6 @@ struct Kernels {
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
   const SampleLoops* sampling;
-  // Runs the instructions that products consist of, from registers; how many operations (a product and a sum are two)
-  // that was, 0 where the table has no such instructions.
-  int64_t (*peak)(int32_t kind, int64_t rounds);
-  // Reads `bytes` (a multiple of 256); what it returns has to be looked at, or the compiler leaves the reading out.
-  uint32_t (*read)(const uint8_t* data, int64_t bytes);
 };
 
 static constexpr int32_t partition_blocks(int32_t block_size) {

@@ -12,6 +12,17 @@
 namespace truffula {
 namespace {
 
+#if defined(TRUFFULA_TILES)
+constexpr int32_t kPairs = kPairsByTiles;
+constexpr int32_t kFineRows = 96;
+#elif defined(__AVX512BF16__)
+constexpr int32_t kPairs = kPairsInOrder;
+constexpr int32_t kFineRows = 16;
+#else
+constexpr int32_t kPairs = kNoPairs;
+constexpr int32_t kFineRows = 16;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kTileRows = 12;  // 12 rows x 2 panels: 24 accumulators of 32 registers
 #elif defined(__AVX2__)

@@ -1,6 +1,5 @@
 // The binding: what Python calls. Numpy arrays in, checked (arrays.h); no GIL while it computes.
 #include <nanobind/nanobind.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,12 +9,10 @@
 #include <utility>
 
 #include "arrays.h"
+#include "bind_sampling.h"
 #include "calls.h"
-#include "choose.h"
 #include "dispatch.h"
 #include "executable.h"
-#include "rates.h"
-#include "self_check.h"
 #include "tables.h"
 
 namespace nb = nanobind;
@@ -65,10 +62,10 @@ struct Native {
   Held held;
 };
 
-void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer) {
+void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
   Held held;
   const StepArrays arrays = step_arrays(held, inputs, self.cap, self.num_groups);
-  self.enter()->seal(arrays, arena_floats, logits_buffer);
+  self.enter()->seal(arrays, arena_floats, logits_buffer, vocab);
   self.inputs = inputs;
   self.held = std::move(held);
 }
@@ -127,52 +124,19 @@ Out<float> tap(Native& self, int32_t op) {
   return floats(kept.data(), kept.size() / width, width, static_cast<int64_t>(width));
 }
 
-// (ids, logprob, finite, top_ids, top_logprobs), the last two flat: [R * width]. `fill` writes them without the GIL:
-// the caller counts as a call in flight.
-template <class F>
-nb::tuple sampled(const SampleArgs& args, size_t rows, int32_t width, const F& fill) {
-  if (width < 0) throw std::invalid_argument("width is below 0");
-  for (size_t r = 0; r < rows; ++r)
-    if (args.n_logprobs[r] > width) throw std::invalid_argument("n_logprobs: more than there is room for");
-  const auto ids = made<int32_t>(rows, 1);
-  const auto logprob = made<float>(rows, 1);
-  const auto finite = made<uint8_t>(rows, 1);
-  const auto top_ids = made<int32_t>(rows * static_cast<size_t>(width), 1);
-  const auto top_logprobs = made<float>(rows * static_cast<size_t>(width), 1);
-  const SampleOut out{ids.data(), logprob.data(), finite.data(), top_ids.data(), top_logprobs.data(), width};
-  {
-    const nb::gil_scoped_release release;
-    fill(out);
-  }
-  return nb::make_tuple(ids, logprob, finite, top_ids, top_logprobs);
-}
-
-nb::tuple sample(Native& self, const nb::object& samples, int64_t vocab, int32_t width) {
+nb::tuple sample(Native& self, const nb::object& samples) {
   const auto entered = self.enter();
-  if (!self.inputs.is_valid()) throw std::invalid_argument("the program is not sealed");
   const int64_t rows = entered->logit_rows();
   Held held;
-  const SampleArgs args = sample_args(held, samples, rows);
-  return sampled(args, static_cast<size_t>(rows), width,
-                 [&](const SampleOut& out) { entered->sample(vocab, args, out); });
+  const SampleArgs args = sample_args(held, samples, rows, entered->sampler().vocab());
+  return sampled(rows, entered->begin_sample(args), [&](const SampleOut& out) { entered->sample(args, out); });
 }
 
-// The sampler on its own: of `logits` [R, vocab] instead of a step's, with the loops of one instruction set.
-nb::tuple sample_rows(const In<float>& logits, const nb::object& samples, int32_t width, const std::string& isa) {
-  if (logits.ndim() != 2 || logits.shape(1) < 1) throw std::invalid_argument("logits: two axes, the second not empty");
-  const size_t rows = logits.shape(0);
-  const auto vocab = static_cast<int64_t>(logits.shape(1));
-  Held held;
-  const SampleArgs args = sample_args(held, samples, static_cast<int64_t>(rows));
-  if (!sample_ids_valid(static_cast<int64_t>(rows), vocab, args))
-    throw std::invalid_argument("samples: an id outside the vocabulary");
-  SampleScratch scratch;
-  scratch.loops = find_table(isa)->sampling;
-  const InFlightCall call;
-  return sampled(args, rows, width, [&](const SampleOut& out) {
-    for (size_t r = 0; r < rows; ++r)
-      sample_row(logits.data() + static_cast<int64_t>(r) * vocab, vocab, static_cast<int64_t>(r), args, out, scratch);
-  });
+void set_sequence(Native& self, int32_t slot, const In<int32_t>& prompt, const In<int32_t>& completion,
+                  const nb::object& sampling) {
+  const auto entered = self.enter();
+  Sampler& sampler = entered->sampler();
+  sampler.set_sequence(slot, sequence_state(prompt, completion, sampling, sampler.vocab()));
 }
 
 // Fills an op's fields from keyword arguments of the same names; None leaves a field's own value.
@@ -251,35 +215,8 @@ nb::dict op_fields() {
 
 std::vector<std::string> table_names() {
   std::vector<std::string> names;
-  for (const Kernels* table : tables().usable) names.emplace_back(table->name);
+  for (const Kernels* table : tables()) names.emplace_back(table->name);
   return names;
-}
-
-// For tests: what the trial at start decides of such seconds, with 1 and with 8 rows, as (names best first, why).
-nb::tuple choice_of_pairs(std::pair<double, double> pairs, std::pair<double, double> floats, bool same_bits) {
-  Kernels with = kPortable, without = kPortable;
-  with.name = "pairs", without.name = "floats";
-  const PairTrial trial{{pairs.first, pairs.second}, {floats.first, floats.second}, same_bits};
-  std::vector<std::string> names;
-  for (const Kernels* table : trial.best_first(with, without)) names.emplace_back(table->name);
-  return nb::make_tuple(names, trial.why(with.name, without.name));
-}
-
-double measured_peak(const std::string& isa, int32_t kind, int threads) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
-  const Kernels* table = find_table(isa);
-  const InFlightCall call;
-  const nb::gil_scoped_release release;
-  return peak_rate(*table, kind, threads);
-}
-
-double measured_read(const std::string& isa, int threads, int64_t nbytes) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads: not between 1 and 1024");
-  if (nbytes < 256 || nbytes > int64_t{1} << 34) throw std::invalid_argument("nbytes: not between 256 and 2^34");
-  const Kernels* table = find_table(isa);
-  const InFlightCall call;
-  const nb::gil_scoped_release release;
-  return read_rate(*table, threads, nbytes);
 }
 
 void bind_load(nb::class_<Native>& c) {
@@ -299,23 +236,19 @@ void bind_load(nb::class_<Native>& c) {
            },
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
-      .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a)
+      .def("seal", seal, "inputs"_a, "arena_floats"_a, "logits_buffer"_a, "vocab"_a)
       .def("add", add_op, "op"_a, "fields"_a);
 }
 
 void bind_step(nb::class_<Native>& c) {
   c.def("run", run)
       .def("logits", logits, "vocab"_a)
-      .def("sample", sample, "samples"_a, "vocab"_a, "width"_a)
+      .def("set_sequence", set_sequence, "slot"_a, "prompt_ids"_a.noconvert(), "completion_ids"_a.noconvert(), "sampling"_a)
+      .def("sample", sample, "samples"_a)
       .def("tap", tap, "op"_a)
       .def("add_adapter", [](Native& self, int64_t bytes) { return self.enter()->add_adapter(bytes); }, "bytes"_a)
       .def("add_adapter_op", add_adapter_op, "slot"_a, "op"_a, "a"_a, "scales"_a, "b"_a, "expand_of"_a, "first_output"_a)
       .def("drop_adapter", [](Native& self, int32_t slot) { self.enter()->drop_adapter(slot); }, "slot"_a)
-      .def("kv_copy",
-           [](Native& self, int32_t group, const std::vector<int32_t>& src, const std::vector<int32_t>& dst) {
-             self.enter()->kv_copy(group, src, dst);
-           },
-           "group"_a, "src"_a, "dst"_a)
       .def("take_seconds",
            [](Native& self) {
              const auto seconds = self.enter()->take_seconds();
@@ -330,20 +263,10 @@ NB_MODULE(_native, m) {
   m.doc() = "The CPU backend: a program's ops on packed weights, run by a team of threads.";
   m.def("op_fields", op_fields, "Names of the fields of each op that `add` takes, with the words of those that are words.");
   m.def("table_names", table_names, "Instruction sets this machine can run, the best first.");
-  m.def("table_fault", [](const std::string& isa) { return fault_of(*find_table(isa)); }, "isa"_a,
-        "What this instruction set works out otherwise than the portable one, empty when nothing. Below 10 ms.");
-  m.def("sample_rows", sample_rows, "logits"_a.noconvert(), "samples"_a, "width"_a, "isa"_a,
-        "The sampler on its own: what Executable.sample gives, of these logits.");
-  m.def("table_reason", [] { return tables().why; }, "Why the first of table_names is, where there was a choice; else empty.");
-  m.def("choice_of_pairs", choice_of_pairs, "pairs"_a, "floats"_a, "same_bits"_a,
-        "What that trial decides of seconds measured with 1 and 8 rows: (names, the best first; why).");
-  m.def("peak_rate", measured_peak, "isa"_a, "kind"_a, "threads"_a,
-        "Operations a second of floats (0), bfloat16 pairs (1), bytes (2), 16-bit numbers (3); 0 where there are none.");
-  m.def("read_rate", measured_read, "isa"_a, "threads"_a, "nbytes"_a,
-        "Bytes a second that the threads read together, again and again through so many.");
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
+  bind_sampler(m);
   bind_load(executable);
   bind_step(executable);
   wait_for_calls_at_exit();

@@ -22,6 +22,7 @@ namespace {
 using std::int32_t;
 using std::int64_t;
 using std::size_t;
+using std::uint32_t;
 
 // A double beyond float's range becomes an infinity when cast.
 static_assert(std::numeric_limits<float>::is_iec559 && std::numeric_limits<double>::is_iec559);
@@ -146,24 +147,27 @@ void gather(const View<T>& view, double threshold, Items& items) {
 // ------------------------------------------------------------------------------------------------ one row
 
 struct Row {
+  const SequenceSampling& sampling;
+  const SequenceState& sequence;
   const SampleArgs& args;
   const SampleOut& out;
   SampleScratch& scratch;
   const SampleLoops& loops;
   int64_t index;
+  const uint32_t* mask;  // null: every id is allowed
 
-  double temperature() const { return args.temperature[index]; }
-  bool greedy() const { return args.temperature[index] == 0.0f; }
+  double temperature() const { return sampling.temperature; }
+  bool greedy() const { return sampling.temperature == 0.0f; }
   bool scored() const { return args.target[index] >= 0; }
-  bool reported() const { return args.n_logprobs[index] >= 0; }
-  bool warped() const { return args.warped[index] != 0; }
-  bool few(int64_t vocab) const { return args.top_k[index] > 0 && args.top_k[index] < vocab; }
+  int32_t n_logprobs() const { return scored() ? sampling.n_prompt_logprobs : sampling.n_logprobs; }
+  bool reported() const { return n_logprobs() >= 0; }
+  bool warped() const { return sampling.warped && !scored(); }
+  bool few(int64_t vocab) const { return sampling.top_k > 0 && sampling.top_k < vocab; }
+  bool bans() const { return args.draw[index] < sampling.min_tokens && !sampling.banned_ids.empty(); }
   bool edited() const {
-    const bool penalised =
-        args.repetition[index] != 1.0f || args.frequency[index] != 0.0f || args.presence[index] != 0.0f;
-    return args.bias_start[index] != args.bias_start[index + 1] ||
-           (penalised && args.seen_start[index] != args.seen_start[index + 1]);
+    return mask != nullptr || bans() || !sampling.bias_ids.empty() || !sequence.seen_ids().empty();
   }
+  bool allows(int64_t id) const { return mask == nullptr || ((mask[id / 32] >> (id % 32)) & 1) != 0; }
 };
 
 // The fewest best ids whose probabilities reach `top_p` (Holtzman et al. 2020, "The curious case of neural text
@@ -185,16 +189,16 @@ void keep_top_p_of_all(const View<T>& view, const Row& row, double total, double
 template <class T>
 bool narrow(const View<T>& view, const Row& row, double total) {
   SampleScratch& s = row.scratch;
-  const int64_t r = row.index;
-  const double top_p = row.args.top_p[r], min_p = row.args.min_p[r], typical_p = row.args.typical_p[r];
+  const int32_t top_k = row.sampling.top_k;
+  const double top_p = row.sampling.top_p, min_p = row.sampling.min_p, typical_p = row.sampling.typical_p;
   bool all = true;
   const auto list = [&](double threshold) {
     if (all) gather(view, threshold, s.items);
     all = false;
   };
   if (row.few(view.size)) {
-    list(reached_by(view, row.args.top_k[r], s.pivots));
-    keep_best(s.items, s.order, row.args.top_k[r]);
+    list(reached_by(view, top_k, s.pivots));
+    keep_best(s.items, s.order, top_k);
   }
   if (top_p < 1.0 && all) {
     keep_top_p_of_all(view, row, total, top_p);
@@ -236,16 +240,6 @@ int32_t draw_of_all(const View<T>& view, const Row& row, double goal) {
   return static_cast<int32_t>(first * kBlock + last);
 }
 
-int32_t draw_of_items(const Items& items, double uniform) {
-  double total = 0.0, below = 0.0;
-  for (const SampleItem& item : items) total += item.weight;
-  for (const SampleItem& item : items) {
-    below += item.weight;
-    if (below > uniform * total) return item.id;
-  }
-  return items.back().id;
-}
-
 // The logprob of an id is its score in `view` - shift - log_sum. Written for `id`, and for the best in `scratch.order`.
 template <class T>
 void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t id, bool kept, const Row& row) {
@@ -264,7 +258,7 @@ void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t i
 template <class T>
 void report_all(const View<T>& ranked, const View<T>& view, double total, int32_t id, const Row& row) {
   Items& order = row.scratch.order;
-  const int64_t count = row.args.n_logprobs[row.index];
+  const int64_t count = row.n_logprobs();
   order.clear();
   if (count > 0) gather(ranked, reached_by(ranked, count, row.scratch.pivots), order);
   sort_best(order, count);
@@ -276,60 +270,82 @@ template <class T>
 void report_items(const View<T>& view, int32_t id, const Row& row) {
   Items& items = row.scratch.items;
   row.scratch.order = items;
-  sort_best(row.scratch.order, std::max(row.args.n_logprobs[row.index], 1));
+  sort_best(row.scratch.order, std::max(row.n_logprobs(), 1));
   const double best = row.scratch.order.front().rank;  // typical-p may drop the one that scores 0
   const auto at = std::lower_bound(items.begin(), items.end(), id,
                                    [](const SampleItem& item, int32_t wanted) { return item.id < wanted; });
   const bool kept = at != items.end() && at->id == id;
   const double log_sum = std::log(weigh_items(items, best, row.loops));
-  if (row.args.n_logprobs[row.index] == 0) row.scratch.order.clear();
+  if (row.n_logprobs() == 0) row.scratch.order.clear();
   write_logprobs(view, best, log_sum, id, kept, row);
 }
 
-// `raw` holds the logits, `values` the same after penalties and bias; both as they are, each with its peak.
+// `raw` holds the logits, `values` the same after penalties, bias and mask; both as they are, each with its peak.
 template <class T>
 void choose_and_report(const View<T>& values, const Peak& peak, const View<float>& raw, const Peak& raw_peak,
                        const Row& row) {
-  const auto& [args, out, s, loops, r] = row;
+  const SequenceSampling& p = row.sampling;
+  SampleScratch& s = row.scratch;
+  const int64_t r = row.index;
   View<T> view = values;
   view.best = peak.value;
   view.temperature = row.greedy() ? 1.0 : row.temperature();
-  int32_t id = row.scored() ? args.target[r] : peak.id;
+  int32_t id = row.scored() ? row.args.target[r] : peak.id;
   double total = 0.0;  // the weight of all ids in `view`, once it is needed
   bool narrowed = false;
-  if (!row.greedy() && !(row.scored() && !(row.reported() && row.warped()))) {
-    const bool drawn_of_all = !(args.min_p[r] > 0.0f) && !(args.typical_p[r] < 1.0f);
-    if (!row.few(view.size) && (args.top_p[r] < 1.0f || drawn_of_all)) total = total_weight(view, s.sums, loops);
+  if (!row.greedy() && !row.scored()) {
+    const bool drawn_of_all = !(p.min_p > 0.0f) && !(p.typical_p < 1.0f);
+    if (!row.few(view.size) && (p.top_p < 1.0f || drawn_of_all)) total = total_weight(view, s.sums, row.loops);
     narrowed = narrow(view, row, total);
-    const double uniform = philox_uniform(args.seed[r], args.choice[r], args.draw[r]);
-    if (!row.scored()) id = narrowed ? draw_of_items(s.items, uniform) : draw_of_all(view, row, uniform * total);
+    const double uniform = philox_uniform(p.seed, p.choice, row.args.draw[r]);
+    id = narrowed ? draw_of_items(s.items, uniform) : draw_of_all(view, row, uniform * total);
   }
-  out.ids[r] = id;
+  row.out.ids[r] = id;
   if (!row.reported()) return;
   if (row.warped() && narrowed) {
     report_items(view, id, row);
   } else if (row.warped()) {
-    report_all(row.greedy() ? values : view, view, total > 0.0 ? total : total_weight(view, s.sums, loops), id, row);
+    const double weight = total > 0.0 ? total : total_weight(view, s.sums, row.loops);
+    report_all(row.greedy() ? values : view, view, weight, id, row);
   } else {
     View<float> shifted = raw;
     shifted.best = raw_peak.value;
     const bool same = total > 0.0 && !row.edited() && view.temperature == 1.0;
-    report_all(raw, shifted, same ? total : total_weight(shifted, s.sums, loops), id, row);
+    report_all(raw, shifted, same ? total : total_weight(shifted, s.sums, row.loops), id, row);
   }
 }
 
-// Into `scratch.scores`: the logits with penalties (of them, repetition: Keskar et al. 2019, "CTRL") and bias.
+// Into `scratch.scores`: the logits with penalties (of them, repetition: Keskar et al. 2019, "CTRL"), bias, bans, mask.
 void edit(const float* logits, int64_t vocab, const Row& row) {
-  const auto& [args, out, s, loops, r] = row;
-  const double repetition = args.repetition[r], frequency = args.frequency[r], presence = args.presence[r];
-  s.scores.assign(logits, logits + vocab);
-  for (int32_t i = args.seen_start[r]; i < args.seen_start[r + 1]; ++i) {
-    const double logit = logits[args.seen_ids[i]], count = args.seen_counts[i];
+  const SequenceSampling& p = row.sampling;
+  const double repetition = p.repetition, frequency = p.frequency, presence = p.presence;
+  std::vector<double>& scores = row.scratch.scores;
+  scores.assign(logits, logits + vocab);
+  const std::vector<int32_t>& seen = row.sequence.seen_ids();
+  for (size_t i = 0; i < seen.size(); ++i) {
+    const double logit = logits[seen[i]], count = row.sequence.seen_counts()[i];
     const double scaled = logit > 0.0 ? logit / repetition : logit * repetition;
-    s.scores[static_cast<size_t>(args.seen_ids[i])] = scaled - (frequency * count + (count > 0.0 ? presence : 0.0));
+    scores[static_cast<size_t>(seen[i])] = scaled - (frequency * count + (count > 0.0 ? presence : 0.0));
   }
-  for (int32_t i = args.bias_start[r]; i < args.bias_start[r + 1]; ++i)
-    s.scores[static_cast<size_t>(args.bias_ids[i])] += static_cast<double>(args.bias_values[i]);
+  for (size_t i = 0; i < p.bias_ids.size(); ++i)
+    scores[static_cast<size_t>(p.bias_ids[i])] += static_cast<double>(p.bias_values[i]);
+  if (row.bans())
+    for (const int32_t id : p.banned_ids) scores[static_cast<size_t>(id)] = -kInfinity;
+  if (row.mask == nullptr) return;
+  for (int64_t first = 0; first < vocab; first += 32) {
+    const uint32_t banned = ~row.mask[first / 32];
+    const int64_t end = std::min<int64_t>(32, vocab - first);
+    for (int64_t bit = 0; banned != 0 && bit < end; ++bit)
+      if ((banned >> bit) & 1) scores[static_cast<size_t>(first + bit)] = -kInfinity;
+  }
+}
+
+// The model's most likely id of those that the mask allows.
+int32_t best_allowed(const float* logits, int64_t vocab, const Row& row) {
+  int64_t best = -1;
+  for (int64_t id = 0; id < vocab; ++id)
+    if (row.allows(id) && (best < 0 || logits[id] > logits[best])) best = id;
+  return static_cast<int32_t>(best);
 }
 
 // False when the row cannot be answered.
@@ -337,27 +353,21 @@ bool answer(const float* logits, int64_t vocab, const Row& row) {
   SampleScratch& s = row.scratch;
   const Peak raw_peak = scan(logits, vocab, s.maxima, row.loops);
   if (!raw_peak.sound || raw_peak.value == -kInfinity) return false;
-  if (!(row.temperature() >= 0.0)) return false;  // nothing below may meet a NaN
+  if (!row.scored() && !(row.temperature() >= 0.0)) return false;  // nothing below may meet a NaN
   const View<float> raw{logits, s.maxima.data(), vocab, 0.0, 1.0};
-  const bool scores_matter = !row.scored() || (row.warped() && row.reported());
-  if (!row.edited() || !scores_matter) {
+  if (row.scored() || !row.edited()) {
     choose_and_report(raw, raw_peak, raw, raw_peak, row);
     return true;
   }
   edit(logits, vocab, row);
   Peak peak = scan(s.scores.data(), vocab, s.score_maxima, row.loops);
   if (!peak.sound) return false;
-  if (peak.value == -kInfinity) {  // all are banned: the most likely one of the model stays
-    peak = {raw_peak.id, 0.0, true};
+  if (peak.value == -kInfinity) {  // all are banned: the model's most likely one stays
+    peak = {best_allowed(logits, vocab, row), 0.0, true};
     s.scores[static_cast<size_t>(peak.id)] = s.score_maxima[static_cast<size_t>(peak.id / kBlock)] = 0.0;
   }
   choose_and_report(View<double>{s.scores.data(), s.score_maxima.data(), vocab, 0.0, 1.0}, peak, raw, raw_peak, row);
   return true;
-}
-
-bool ids_valid(const int32_t* ids, const int32_t* start, int64_t rows, int64_t vocab) {
-  if (start[0] != 0 || !std::is_sorted(start, start + rows + 1)) return false;
-  return std::all_of(ids, ids + start[rows], [vocab](int32_t id) { return id >= 0 && id < vocab; });
 }
 
 }  // namespace
@@ -373,20 +383,17 @@ void SampleScratch::reserve(int64_t vocab) {
   order.reserve(size);
 }
 
-bool sample_ids_valid(int64_t rows, int64_t vocab, const SampleArgs& args) noexcept {
-  return ids_valid(args.seen_ids, args.seen_start, rows, vocab) &&
-         ids_valid(args.bias_ids, args.bias_start, rows, vocab) &&
-         std::all_of(args.target, args.target + rows, [vocab](int32_t id) { return id < vocab; });
-}
-
-void sample_row(const float* logits, int64_t vocab, int64_t index, const SampleArgs& args, const SampleOut& out,
-                SampleScratch& scratch) {
+void sample_row(const float* logits, int64_t vocab, int64_t index, const SequenceState& sequence, const SampleArgs& args,
+                const SampleOut& out, SampleScratch& scratch) {
   scratch.reserve(vocab);
   out.ids[index] = 0;
   out.logprob[index] = 0.0f;
   std::fill_n(out.top_ids + index * out.width, out.width, -1);
   std::fill_n(out.top_logprobs + index * out.width, out.width, -std::numeric_limits<float>::infinity());
-  out.finite[index] = answer(logits, vocab, {args, out, scratch, scratch.loops ? *scratch.loops : kSampleLoops, index});
+  const int32_t mask_row = args.target[index] < 0 ? args.mask_row[index] : -1;
+  const uint32_t* mask = mask_row < 0 ? nullptr : args.mask + mask_row * mask_words(vocab);
+  const SampleLoops& loops = scratch.loops ? *scratch.loops : kSampleLoops;
+  out.finite[index] = answer(logits, vocab, {sequence.sampling, sequence, args, out, scratch, loops, index, mask});
 }
 
 }  // namespace truffula

@@ -12,35 +12,21 @@
 #include <vector>
 
 #include "sampler_loops.h"
+#include "sequence_state.h"
 
 namespace truffula {
 
-// What is asked of the rows: the arrays of inputs.py's SampleInputs, by the same names. Per row, but for the CSR ones
-// (`seen_*`, `bias_*`), where row r owns [start[r], start[r + 1]). Ids must be valid: see `sample_ids_valid`.
+// What is asked of the rows: the arrays of inputs.py's SampleInputs, by the same names.
 struct SampleArgs {
-  const float* temperature;        // 0: the most likely id
-  const std::int32_t* top_k;       // 0: all
-  const float* top_p;              // 1: all
-  const float* min_p;              // 0: all
-  const float* typical_p;          // 1: all
-  const float* repetition;         // 1: none
-  const float* frequency;          // 0: none
-  const float* presence;           // 0: none
-  const std::int32_t* n_logprobs;  // -1: none, not even that of the id
-  const std::uint64_t* seed;
-  const std::uint32_t* choice;
-  const std::uint32_t* draw;
-  const std::int32_t* target;      // -1: sample; else this id is scored
-  const std::uint8_t* warped;      // logprobs of the distribution sampled from, instead of the model's
-  const std::int32_t* seen_start;
-  const std::int32_t* seen_ids;
-  const std::int32_t* seen_counts;
-  const std::int32_t* bias_start;
-  const std::int32_t* bias_ids;
-  const float* bias_values;
+  const std::int32_t* row_slot;
+  const std::int32_t* target;    // -1: draw; else this id is scored by the model's own distribution
+  const std::uint32_t* draw;     // completion tokens before this one
+  const std::int32_t* mask_row;  // -1: every id is allowed
+  const std::uint32_t* mask;     // [masks, words of 32 ids]
+  std::int64_t masks;
 };
 
-// What comes back: SampledRows of inputs.py. `width` is the largest `n_logprobs` of the step (0 where none is above).
+// What comes back: StepOutput of inputs.py. `width` is the largest `n_logprobs` of the step (0 where none is above).
 struct SampleOut {
   std::int32_t* ids;      // [R]
   float* logprob;         // [R]
@@ -72,16 +58,16 @@ struct SampleScratch {
   void reserve(std::int64_t vocab);
 };
 
-// Whether the CSR starts ascend from 0 and every id and target of `rows` rows is below `vocab`: ask once a step, since
-// `sample_row` trusts them.
-bool sample_ids_valid(std::int64_t rows, std::int64_t vocab, const SampleArgs& args) noexcept;
+// The words of a mask over `vocab` ids.
+constexpr std::int64_t mask_words(std::int64_t vocab) { return (vocab + 31) / 32; }
 
-// Choose (or score) the id of `row`, whose `vocab` (> 0) logits these are, and write its part of `out`.
+// Choose (or score) the id of `row`, which is of `sequence` and whose `vocab` (> 0) logits these are, and write its part
+// of `out`. Slots, ids and masks in `args` must exist (Sampler::begin checks them).
 //
 // Logits that hold NaN or +Inf, or nothing above -Inf, come back with `finite` 0 and id 0; so do those that penalties
 // or bias turn into NaN or +Inf, and a row whose temperature is negative or NaN. Distinct rows with distinct scratch
 // may run at once.
-void sample_row(const float* logits, std::int64_t vocab, std::int64_t row, const SampleArgs& args,
-                const SampleOut& out, SampleScratch& scratch);
+void sample_row(const float* logits, std::int64_t vocab, std::int64_t row, const SequenceState& sequence,
+                const SampleArgs& args, const SampleOut& out, SampleScratch& scratch);
 
 }  // namespace truffula

@@ -126,5 +126,16 @@ inline void keep_typical(Items& items, Items& order, double typical_p, const Sam
   keep_mass(items, order, typical_p);
 }
 
+// The first id, ascending, at which the summed weights exceed `uniform` of their total.
+inline std::int32_t draw_of_items(const Items& items, double uniform) {
+  double total = 0.0, below = 0.0;
+  for (const SampleItem& item : items) total += item.weight;
+  for (const SampleItem& item : items) {
+    below += item.weight;
+    if (below > uniform * total) return item.id;
+  }
+  return items.back().id;
+}
+
 }  // namespace
 }  // namespace truffula

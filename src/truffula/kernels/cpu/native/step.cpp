@@ -60,22 +60,30 @@ void Executable::run(const StepCounts& counts) {
   }, this);
 }
 
-void Executable::sample(int64_t vocab, const SampleArgs& args, const SampleOut& out) {
-  if (vocab < 1 || vocab > logits_stride() || !sample_ids_valid(counts_.R, vocab, args))
-    throw std::invalid_argument("samples: an id outside the vocabulary");
-  for (Local& local : locals_) local.sample.reserve(vocab);
+Sampler& Executable::sampler() {
+  if (!sampler_) throw std::invalid_argument("the program is not sealed");
+  return *sampler_;
+}
+
+int32_t Executable::begin_sample(const SampleArgs& args) {
+  sampler().begin(counts_.R, args);
+  for (Local& local : locals_) local.sample.reserve(sampler_->vocab());
+  return sampler_->width(counts_.R, args);
+}
+
+void Executable::sample(const SampleArgs& args, const SampleOut& out) {
   struct Job {
     Executable* self;
-    int64_t vocab;
     const SampleArgs* args;
     const SampleOut* out;
-  } job{this, vocab, &args, &out};
+  } job{this, &args, &out};
   team_.run_chunks(chunks_for(counts_.R), [](void* context, int32_t, int32_t chunk, int thread) {
     const Job& j = *static_cast<const Job*>(context);
     const int32_t count = j.self->counts_.R;
     const auto mine = span_of(count, chunk, chunks_for(count));
+    SampleScratch& scratch = j.self->locals_[static_cast<size_t>(thread)].sample;
     for (int32_t row = mine.lo; row < mine.hi; ++row)
-      sample_row(j.self->logits_row(row), j.vocab, row, *j.args, *j.out, j.self->locals_[static_cast<size_t>(thread)].sample);
+      j.self->sampler_->sample(j.self->logits_row(row), row, *j.args, *j.out, scratch);
   }, &job);
 }
 

@@ -1,0 +1,1 @@
+"""Modules of the benchmark scripts: the comparison with other servers, and programs that repeat one op."""

@@ -1,0 +1,429 @@
+"""How fast each native kernel is, beside what the machine allows.
+
+    python benchmarks/kernels.py [--rows 1,8,32] [--shape 960x576] [--format Q4_0] [--kernel linear]
+    python benchmarks/kernels.py --smoke           # tiny shapes
+
+An op runs alone through an executable, as often as it takes weights (or cached keys) of more than the caches hold, each
+time other ones: so they come from memory, as in a step. Limits are measured in the same run: what the instruction table
+computes at most (loops over registers) and how fast memory, or for ops on rows that were just written the caches, can
+be read. A kernel's limit is the longer of the time its bytes and the time its arithmetic would take at those rates.
+Needs the C++ compiler that compiled the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.repeated_op import IDS, Repeated, head, repeated_attention, repeated_linear, repeated_norm
+from truffula.bench.step import read_rate
+from truffula.cli.doctor import cpu_name
+from truffula.cli.output import fail, out, table
+from truffula.errors import ConfigError, MissingDependency, TruffulaError
+from truffula.kernels.cpu import CpuBackend, why_unavailable
+from truffula.kernels.cpu.executable import CpuExecutable
+from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, panel_bytes, panels_of
+from truffula.kernels.host import usable_cpus
+from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
+from truffula.testing.programs import Part, fill_step, random_adapter
+
+FORMATS = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
+KERNELS = ("linear", "lora", "attention", "norm", "head", "sampler")
+BLOCK = 16
+ROOT = Path(__file__).resolve().parents[1]
+# the flags of CMakeLists.txt for each instruction set
+FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+FLAGS["avx512vnni"] = [*FLAGS["avx512"], "-mavx512vnni"]
+FLAGS["avx512bf16"] = [*FLAGS["avx512vnni"], "-mavx512bf16"]
+FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+
+
+@dataclass(frozen=True)
+class KernelBench:
+    """What is asked for. Defaults are SmolLM2-135M's; ``cold`` bytes are more than caches hold, ``seconds`` the least
+    time per figure, ``lora_format`` what LoRA is measured on."""
+
+    shapes: tuple[tuple[int, int], ...] = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128, 512)
+    formats: tuple[str, ...] = FORMATS
+    kernels: tuple[str, ...] = KERNELS
+    vocab: int = 49152
+    heads: tuple[int, int, int] = (9, 3, 64)
+    context: int = 512
+    rank: int = 16
+    cold: int = 96 << 20
+    seconds: float = 0.1
+
+    def __post_init__(self) -> None:
+        for what, given, known in (("format", self.formats, FORMATS), ("kernel", self.kernels, KERNELS)):
+            for word in given:
+                if word not in known:
+                    raise ConfigError(f"{what} is {word!r}; it must be one of {', '.join(known)}.", param=what)
+        if not self.rows or min(self.rows) < 1 or max(self.rows) > 1 << 14:
+            raise ConfigError("rows must be integers from 1 to 16384.", param="rows")
+        for outputs, inputs in self.shapes:
+            if min(outputs, inputs) < 1 or inputs % 32 or outputs * inputs > 1 << 30:
+                raise ConfigError(
+                    f"shape is {outputs}x{inputs}; inputs must be a multiple of 32, outputs at least 1, and both "
+                    "together at most 2^30 weights.",
+                    param="shape",
+                )
+
+
+TOY = KernelBench(
+    shapes=((48, 32),), rows=(1, 3), vocab=70, heads=(4, 2, 8), context=20, cold=1 << 12, seconds=0.001, rank=4
+)
+"""Does it run at all?"""
+
+
+def bench_of(rows: str, shapes: Sequence[str], formats: str, kernels: str, *, tiny: bool) -> KernelBench:
+    """From the command line's words; an empty one leaves the default.
+
+    Raises:
+        ConfigError: A word that is no number, shape, format or kernel.
+    """
+    given: dict[str, Any] = {}
+    try:
+        if rows and not tiny:
+            given["rows"] = tuple(int(word) for word in rows.split(","))
+    except ValueError:
+        raise ConfigError(f"rows is {rows!r}; expected integers separated by commas.", param="rows") from None
+    try:
+        if shapes:
+            given["shapes"] = tuple((int(n), int(k)) for n, k in (word.lower().split("x") for word in shapes))
+    except ValueError:
+        raise ConfigError(
+            f"shape is {', '.join(shapes)!r}; it must be OUTPUTSxINPUTS, such as 960x576.", param="shape"
+        ) from None
+    if formats:
+        given["formats"] = tuple(formats.split(","))
+    if kernels:
+        given["kernels"] = tuple(kernels.split(","))
+    return replace(TOY if tiny else KernelBench(), **given)
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What was timed. ``ops``: those of the format's arithmetic, those in float32. ``rate``: bytes a second of the
+    caches that hold what is read, None where it comes from memory."""
+
+    kernel: str
+    shape: str
+    format: str
+    rows: int
+    us: float
+    nbytes: int
+    ops: tuple[float, float]
+    rate: float | None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One line. ``us``: the least time of an op; ``limit_us``: what the measured rates allow; ``share`` of it."""
+
+    kernel: str
+    shape: str
+    format: str
+    rows: int
+    us: float
+    gb_per_s: float
+    gop_per_s: float
+    limit_us: float
+    bound: str
+    share: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the table and the machine: operations a second by kind, bytes a second with one thread and with all."""
+
+    float_peak: float
+    pair_peak: float
+    byte_peak: float
+    word_peak: float
+    read_one: float
+    read_all: float
+
+    def peak_of(self, stored: str) -> float:
+        """What products with matrices in this format may reach."""
+        if stored in BLOCK_KINDS:
+            return self.word_peak if stored == "Q8_0" and self.word_peak else self.byte_peak
+        return self.pair_peak if stored == "bfloat16" and self.pair_peak else self.float_peak
+
+    def hold(self, raw: Raw) -> Timed:
+        """What was timed, beside its limit."""
+        read = raw.nbytes / (raw.rate or self.read_all) * 1e6
+        compute = (raw.ops[0] / self.peak_of(raw.format) + raw.ops[1] / self.float_peak) * 1e6
+        bound = "arithmetic" if compute > read else "memory" if raw.rate is None else "cache"
+        limit = max(read, compute)
+        return Timed(
+            raw.kernel, raw.shape, raw.format, raw.rows, raw.us, raw.nbytes / raw.us / 1e3, sum(raw.ops) / raw.us / 1e3,
+            limit, bound, limit / raw.us,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="rows, separated by commas")
+    parser.add_argument("--shape", action="append", default=[], metavar="NxK", help="outputs x inputs; repeatable")
+    parser.add_argument("--format", default="", help=f"of {', '.join(FORMATS)}")
+    parser.add_argument("--kernel", default="", help=f"of {', '.join(KERNELS)}")
+    parser.add_argument("--cpu-isa", default="auto", help="an instruction set that `truffula doctor` lists")
+    parser.add_argument("--threads", type=int, help="compute threads")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes")
+    asked = parser.parse_args()
+    try:
+        bench = bench_of(asked.rows, asked.shape, asked.format, asked.kernel, tiny=asked.smoke)
+        run(bench, isa=asked.cpu_isa, threads=asked.threads, as_json=asked.json)
+    except TruffulaError as error:
+        fail(error)
+        sys.exit(1)
+
+
+def _compiled_rates(isa: str) -> Any:
+    """native/rates.cpp, compiled for ``isa`` and loaded."""
+    sources = [str(ROOT / "benchmarks/native/rates.cpp"), "-I", str(ROOT / "src/truffula/kernels/cpu/native")]
+    with tempfile.TemporaryDirectory() as folder:
+        library = str(Path(folder, "rates.so"))
+        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
+        subprocess.run([*command, *FLAGS[isa], *sources, "-o", library], check=True)
+        loaded = ctypes.CDLL(library)
+    loaded.truffula_peak_rate.restype = loaded.truffula_read_rate.restype = ctypes.c_double
+    loaded.truffula_peak_rate.argtypes = [ctypes.c_int32, ctypes.c_int32]
+    loaded.truffula_read_rate.argtypes = [ctypes.c_int32, ctypes.c_int64]
+    return loaded
+
+
+def run(bench: KernelBench, *, isa: str, threads: int | None, as_json: bool) -> None:
+    if why := why_unavailable():
+        raise MissingDependency(f"this benchmark measures the native kernels: {why}.", param="backend")
+    backend = CpuBackend(threads=threads or usable_cpus(), isa=isa)
+    bencher = _Bencher(bench, backend, threads or usable_cpus())
+    lines = bencher.lines()
+    limits = bencher.limits
+    report = {
+        "cpu": cpu_name()[0], "isa": bencher.isa, "threads": bencher.threads, "limits": asdict(limits),
+        "lines": [asdict(line) for line in lines],
+    }  # fmt: skip
+    if as_json:
+        out().print_json(json.dumps(report))
+        return
+    peaks = ", ".join(
+        f"{name} {rate / 1e9:.0f}"
+        for name, rate in (
+            ("float32", limits.float_peak), ("bfloat16 pairs", limits.pair_peak), ("bytes", limits.byte_peak),
+            ("16-bit", limits.word_peak),
+        )
+        if rate
+    )  # fmt: skip
+    title = (
+        f"{report['cpu']}, {bencher.threads} threads, {bencher.isa}; memory reads {limits.read_all / 1e9:.1f} GB/s "
+        f"(one thread {limits.read_one / 1e9:.1f}); GFLOP/s or GOP/s at most: {peaks}"
+    )
+    shown = table("kernel", "shape", "format", ">rows", ">us", ">GB/s", ">GOP/s", "limit", ">of limit", title=title)
+    for line in lines:
+        shown.add_row(
+            line.kernel, line.shape, line.format, str(line.rows), f"{line.us:.1f}", f"{line.gb_per_s:.1f}",
+            f"{line.gop_per_s:.1f}", line.bound, f"{line.share:.2f}",
+        )  # fmt: skip
+    out().print(shown)
+
+
+class _Bencher:
+    """Loads one program after another and times its ops. ``limits`` are measured first, and bettered at the end."""
+
+    def __init__(self, bench: KernelBench, backend: CpuBackend, threads: int) -> None:
+        self.bench, self.backend, self.threads = bench, backend, threads
+        self.isa = backend.probe().isa
+        self.native = _compiled_rates(self.isa)
+        self.limits = self._measured()
+
+    def _measured(self) -> Limits:
+        peaks = [self.native.truffula_peak_rate(kind, self.threads) for kind in range(4)]
+        size = max(self.bench.cold, 1 << 16)
+        # The better of two ways to read: a limit must not be one program's weakness.
+        one, every = (max(self.native.truffula_read_rate(n, size), read_rate(n, size)) for n in (1, self.threads))
+        return Limits(peaks[0], peaks[1], peaks[2], peaks[3], one, every)
+
+    def lines(self) -> list[Timed]:
+        run: dict[str, Callable[[], Iterator[Raw]]] = {
+            "linear": self._linears, "lora": self._loras, "attention": self._attentions, "norm": self._norms,
+            "head": self._heads, "sampler": self._samplers,
+        }  # fmt: skip
+        made = [raw for kernel in self.bench.kernels for raw in run[kernel]()]
+        before, again = asdict(self.limits), asdict(self._measured())
+        self.limits = Limits(**{name: max(rate, again[name]) for name, rate in before.items()})
+        return [self.limits.hold(raw) for raw in made]
+
+    # --- the kernels --------------------------------------------------------------------------------------------------
+
+    def _linears(self) -> Iterator[Raw]:
+        for outputs, inputs in self.bench.shapes:
+            for stored in self.bench.formats:
+                weights = _packed(outputs, inputs, stored)
+                made = repeated_linear(outputs, inputs, stored, self._copies(weights))
+                executable = self._load(made, stored, max(self.bench.rows))
+                for rows in self.bench.rows:
+                    us = self._time(executable, made, [_part(i) for i in range(rows)])
+                    ops = 2.0 * rows * outputs * inputs
+                    yield self._raw("linear", f"{outputs}x{inputs}", stored, rows, us, weights, (ops, 0.0))
+                executable.close()
+
+    def _loras(self) -> Iterator[Raw]:
+        rank = self.bench.rank
+        stored = "bfloat16" if "bfloat16" in self.bench.formats else self.bench.formats[0]
+        for outputs, inputs in self.bench.shapes:
+            weights = _packed(outputs, inputs, stored)
+            # With an adapter a row they are what comes from memory: so few copies, so many adapters.
+            made = repeated_linear(outputs, inputs, stored, min(12, self._copies(weights)))
+            counts = [rows for rows in self.bench.rows if rows <= 32] or [1]
+            executable = self._load(made, stored, max(self.bench.rows), segments=max(counts))
+            image = random_adapter(made.program, rank=rank, dtype="bfloat16")
+            slots = [executable.adapter(image) for _ in range(max(counts))]
+            one = panels_of(rank) * panel_bytes(BF16, inputs) + panels_of(outputs) * panel_bytes(BF16, rank)
+            for name, all_rows in (("one adapter", self.bench.rows), ("adapter a row", counts)):
+                for rows in all_rows:
+                    using = [slots[i if name != "one adapter" else 0] for i in range(rows)]
+                    us = self._time(executable, made, [_part(i, slot=slot) for i, slot in enumerate(using)])
+                    nbytes = weights + one * len(set(using))
+                    ops = 2.0 * rows * outputs * inputs, 2.0 * rows * rank * (outputs + inputs)
+                    yield self._raw(f"with {name}", f"{outputs}x{inputs} r{rank}", stored, rows, us, nbytes, ops)
+            executable.close()
+
+    def _attentions(self) -> Iterator[Raw]:
+        heads, kv_heads, dim = self.bench.heads
+        context = self.bench.context
+        per_row = -(-(context + 1) // BLOCK)
+        for rows in (rows for rows in self.bench.rows if rows <= 128):
+            nbytes = rows * (context + 1) * kv_heads * dim * 4
+            made = repeated_attention(heads, kv_heads, dim, min(30, self._copies(nbytes)))
+            executable = self._load(made, "bfloat16", max(rows, context), seqs=rows, blocks=rows * per_row)
+            where = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(rows)]
+            for blocks in where:  # unwritten pages would be read from the zero page, not from memory
+                fill_step(executable.inputs, [_part(0, count=context, blocks=blocks)], BLOCK)
+                executable.run()
+            us = self._time(executable, made, [_part(i, start=context, blocks=w) for i, w in enumerate(where)])
+            ops = 4.0 * rows * heads * dim * (context + 1)
+            yield self._raw("decode", f"{heads}/{kv_heads}x{dim} {context}", "bfloat16", rows, us, nbytes, (0.0, ops))
+            executable.close()
+        for rows in (rows for rows in self.bench.rows if rows > 1):
+            made = repeated_attention(heads, kv_heads, dim, 4)
+            blocks = tuple(range(1, 1 + -(-rows // BLOCK)))
+            executable = self._load(made, "bfloat16", rows, blocks=len(blocks))
+            us = self._time(executable, made, [_part(0, count=rows, blocks=blocks)])
+            ops = 2.0 * rows * (rows + 1) * heads * dim
+            nbytes = rows * (heads * 8 + kv_heads * 8 + kv_heads * 4) * dim
+            yield self._raw(
+                "prefill", f"{heads}/{kv_heads}x{dim} 0", "bfloat16", rows, us, nbytes, (0.0, ops), cached=True
+            )
+            executable.close()
+
+    def _norms(self) -> Iterator[Raw]:
+        for width in sorted({inputs for _, inputs in self.bench.shapes}):
+            made = repeated_norm(width, 64)
+            executable = self._load(made, "bfloat16", max(self.bench.rows))
+            for rows in self.bench.rows:
+                us = self._time(executable, made, [_part(i) for i in range(rows)])
+                ops = 4.0 * rows * width
+                yield self._raw("norm", str(width), "float32", rows, us, 8 * rows * width, (0.0, ops), cached=True)
+            executable.close()
+
+    def _heads(self) -> Iterator[Raw]:
+        inputs = self.bench.shapes[0][1]
+        for stored in self.bench.formats:
+            made = head(self.bench.vocab, inputs, stored)
+            all_rows = [rows for rows in self.bench.rows if rows <= 128] or [1]
+            executable = self._load(made, stored, max(all_rows))
+            weights = _packed(self.bench.vocab, inputs, stored)
+            for rows in all_rows:
+                us = self._time(executable, made, [_part(i) for i in range(rows)])
+                ops = 2.0 * rows * self.bench.vocab * inputs
+                yield self._raw("head", f"{self.bench.vocab}x{inputs}", stored, rows, us, weights, (ops, 0.0))
+            executable.close()
+
+    def _samplers(self) -> Iterator[Raw]:
+        made = head(self.bench.vocab, self.bench.shapes[0][1], "bfloat16")
+        all_rows = [rows for rows in self.bench.rows if rows <= 128] or [1]
+        executable = self._load(made, "bfloat16", max(all_rows))
+        for name, temperature, top_k, top_p in (("argmax", 0.0, 0, 1.0), ("top-k 50, top-p 0.9", 0.8, 50, 0.9)):
+            sampling = SequenceSampling(temperature=temperature, top_k=top_k, top_p=top_p, warped=temperature > 0)
+            for slot in range(max(all_rows)):
+                executable.set_sequence(slot, NO_IDS, NO_IDS, sampling)
+            executable.samples.row_slot[: max(all_rows)] = range(max(all_rows))
+            for rows in all_rows:
+                fill_step(executable.inputs, [_part(i) for i in range(rows)], BLOCK)
+                executable.run()
+                us = self._least(executable.sample)
+                nbytes = 4 * rows * self.bench.vocab
+                yield self._raw(
+                    "sampler", f"{self.bench.vocab} {name}", "float32", rows, us, nbytes, (0.0, 0.0), cached=True
+                )
+        executable.close()
+
+    # --- timing -------------------------------------------------------------------------------------------------------
+
+    def _copies(self, nbytes: int) -> int:
+        return max(1, min(512, -(-self.bench.cold // nbytes)))
+
+    def _load(
+        self, made: Repeated, stored: str, tokens: int, *, seqs: int = 0, blocks: int = 1, segments: int = 1
+    ) -> CpuExecutable:
+        seqs = seqs or tokens
+        capacity = Capacity(
+            max_tokens=tokens, max_seqs=seqs, max_logit_rows=seqs, max_segments=segments, num_blocks=1 + blocks,
+            block_size=BLOCK, max_blocks_per_seq=blocks,
+        )  # fmt: skip
+        return self.backend.load(made.program, "float32" if stored == "float32" else "bfloat16", made.pull, capacity)
+
+    def _time(self, executable: CpuExecutable, made: Repeated, parts: list[Part]) -> float:
+        """Microseconds of one op: the least of some runs, each of all its copies."""
+        fill_step(executable.inputs, parts, BLOCK)
+        return self._least(executable.run) / made.count
+
+    def _least(self, work: Callable[[], object]) -> float:
+        work()  # what is allocated by the first run is not part of any
+        best, begun, runs = float("inf"), time.perf_counter(), 0
+        while runs < 3 or time.perf_counter() - begun < self.bench.seconds:
+            before = time.perf_counter()
+            work()
+            best, runs = min(best, time.perf_counter() - before), runs + 1
+        return best * 1e6
+
+    def _raw(
+        self, kernel: str, shape: str, stored: str, rows: int, us: float, nbytes: int, ops: tuple[float, float],
+        *, cached: bool = False,
+    ) -> Raw:  # fmt: skip
+        """``cached``: the bytes were just written, and are read from where so many find room."""
+        size = min(max(nbytes, 1 << 14), 1 << 26)
+        rate = self.native.truffula_read_rate(self.threads, size) if cached else None
+        return Raw(kernel, shape, stored, rows, us, nbytes, ops, rate)
+
+
+def _packed(outputs: int, inputs: int, stored: str) -> int:
+    """Bytes of a weight as products read it."""
+    kind = BLOCK_KINDS.get(stored, F32 if stored == "float32" else BF16)
+    return panels_of(outputs) * panel_bytes(kind, inputs)
+
+
+def _part(
+    first: int, *, count: int = 1, start: int = 0, blocks: tuple[int, ...] = (0,), slot: int | None = None
+) -> Part:
+    return Part(tuple(int(i) % IDS for i in np.arange(first, first + count)), start, blocks, slot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""RunningBatch: the running sequences and what they hold: a slot of the executable, an adapter lease and KV blocks."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import add, attrgetter
+
+from truffula.engine.blocks import BlockPool, BlockRef, BlockTable
+from truffula.engine.limits import EngineLimits
+from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.lora.pool import AdapterLease, AdapterPool
+
+_age = attrgetter("serial")
+
+
+@dataclass(frozen=True)
+class _Holding:
+    """What is to be released."""
+
+    table: BlockTable | None = None
+    blocks: tuple[BlockRef, ...] = ()
+    seq_slot: int | None = None
+    lease: AdapterLease | None = None
+
+
+class RunningBatch:
+    """Part of the scheduler: the scheduler decides, the batch takes and releases slots, leases and blocks.
+
+    What an unfinished step may read or write is not released: the holdings of a sequence that ends or is preempted stay
+    until the last step that was planned with it is finished.
+    """
+
+    def __init__(
+        self, limits: EngineLimits, num_slots: int, max_adapters: int, blocks: BlockPool, adapters: AdapterPool
+    ) -> None:
+        self._block_size = limits.block_size
+        self._prefix_cache = limits.prefix_cache
+        self._max_adapters = max_adapters
+        self._blocks = blocks
+        self._adapters = adapters
+        self._by_age: list[Sequence] = []
+        self._slots: list[Sequence | None] = [None] * num_slots
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._unfinished: dict[int, list[_Holding]] = {}  # by step: what to release when it is finished
+
+    def __len__(self) -> int:
+        return len(self._by_age)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """The sequences that run now, the oldest first; some may be removed during the iteration."""
+        return iter(tuple(self._by_age))
+
+    def at(self, seq_slot: int) -> Sequence | None:
+        """The sequence in a slot; None when the one that was planned with it has ended."""
+        return self._slots[seq_slot]
+
+    def has_free_slot(self) -> bool:
+        return bool(self._free_slots)
+
+    def count_by_key(self) -> Counter[AdapterKey]:
+        return Counter(sequence.key for sequence in self._by_age)
+
+    def newest_of_largest(self, at_least: int = 1) -> Sequence | None:
+        """The newest sequence of the adapter that runs most, and at least so many. None when only one runs.
+
+        It is never the oldest of all: either its adapter runs a newer one as well, or all run one and others are newer.
+        """
+        if len(self._by_age) < 2:
+            return None
+        running = self.count_by_key()
+        candidates = [sequence for sequence in self._by_age if running[sequence.key] >= at_least]
+        return max(candidates, key=lambda sequence: (running[sequence.key], sequence.serial), default=None)
+
+    # Admission
+
+    def computes_prefix_of(self, sequence: Sequence) -> bool:
+        """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
+        prompts = [
+            other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
+        ]
+        if not prompts:
+            return False
+        limit, keys = sequence.max_prefix_blocks(), sequence.block_keys()
+        found = self._blocks.match(keys, limit)
+        if len(found) >= min(limit, len(keys)):
+            return False
+        return any(
+            len(found) < min(other.num_wanted, other.num_known) // self._block_size
+            and self._blocks.continues(other.table, other.block_keys(), found, keys[len(found)])
+            for other in prompts
+        )
+
+    def admit(self, sequence: Sequence, allowance: int, rows: int, now: float, *, prefix: bool = True) -> int:
+        """Take a slot, an adapter lease and the first blocks together, and run; 0 and nothing taken if one is missing.
+
+        Returns the tokens that a step computes of it first: up to ``allowance``, with up to ``rows`` rows of logits.
+        ``prefix`` False uses no cached block. Raises what the pool says when the adapter cannot be used.
+        """
+        blocks = self._blocks
+        limit = sequence.max_prefix_blocks() if prefix and self._prefix_cache else 0
+        if limit:
+            blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
+        sequence.begin(sequence.table.capacity)
+        count = sequence.fit_rows(min(allowance, sequence.num_uncomputed), rows)
+        lease: AdapterLease | None = None
+        admitted = False
+        try:
+            if count and self._has_room(sequence):
+                lease = self._acquire(sequence.generation)
+                if lease is not None or sequence.key is None:
+                    admitted = blocks.extend(sequence.table, sequence.num_computed + count)
+        finally:
+            if not admitted:
+                sequence.begin(0)
+                self._release(_Holding(sequence.table, lease=lease), now)
+                sequence.table = blocks.new_table()
+        if not admitted:
+            return 0
+        insort(self._by_age, sequence, key=_age)
+        sequence.seq_slot = self._free_slots.pop()
+        self._slots[sequence.seq_slot] = sequence
+        sequence.lease = lease
+        sequence.row_order = (lease is None, lease.slot if lease else 0, sequence.serial)
+        return count
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether all its tokens fit beside those that the running sequences have and get next, so that none is
+        preempted for tokens that were known. Alone, it may always try.
+        """
+        if not self._by_age:
+            return True
+        needed = self._blocks.growth(sequence.table, sequence.num_wanted)
+        for other in self._by_age:
+            if other.num_tokens + 1 > other.table.capacity:
+                needed = list(map(add, needed, self._blocks.growth(other.table, other.num_tokens + 1)))
+        return self._blocks.could_have(needed, lambda: self._adapters.leased_bytes)
+
+    def _acquire(self, generation: str | None) -> AdapterLease | None:
+        if generation is None:
+            return None
+        running = {sequence.generation for sequence in self._by_age if sequence.generation is not None}
+        if generation not in running and len(running) >= self._max_adapters:
+            return None
+        return self._adapters.acquire(generation)
+
+    def waits_for_upload(self, sequence: Sequence) -> bool:
+        """Whether ``admit`` gave nothing because its adapter is being taken in: not for want of memory."""
+        return sequence.generation is not None and self._adapters.is_pending(sequence.generation)
+
+    def remove(self, sequence: Sequence, now: float) -> None:
+        """End its running. It holds nothing from here on."""
+        assert sequence.seq_slot is not None
+        del self._by_age[bisect_left(self._by_age, sequence.serial, key=_age)]
+        self._slots[sequence.seq_slot] = None
+        holding = _Holding(sequence.table, (), sequence.seq_slot, sequence.lease)
+        sequence.table = self._blocks.new_table()
+        sequence.seq_slot = sequence.lease = None
+        sequence.begin(0)
+        if sequence.last_step in self._unfinished:
+            self._unfinished[sequence.last_step].append(holding)
+        else:
+            self._release(holding, now)
+
+    # Steps
+
+    @property
+    def num_unfinished(self) -> int:
+        """Steps that were planned and are not finished."""
+        return len(self._unfinished)
+
+    def begin_step(self, step: int) -> None:
+        self._unfinished[step] = []
+
+    def end_step(self, step: int, now: float) -> None:
+        """Release what only waited for the end of ``step``."""
+        for holding in self._unfinished.pop(step):
+            self._release(holding, now)
+
+    def _release(self, holding: _Holding, now: float) -> None:
+        if holding.table is not None:
+            self._blocks.release(holding.table, now)
+        self._blocks.release_blocks(holding.blocks, now)
+        if holding.seq_slot is not None:
+            self._free_slots.append(holding.seq_slot)
+        if holding.lease is not None:
+            self._adapters.release(holding.lease)
+
+    def commit_blocks(self, sequence: Sequence, now: float) -> None:
+        """Index its full and committed blocks, then free those behind a window."""
+        blocks, table, committed = self._blocks, sequence.table, sequence.num_committed
+        replaced = blocks.register(table, sequence.block_keys(), committed) if self._prefix_cache else []
+        if replaced and sequence.last_step in self._unfinished:
+            self._unfinished[sequence.last_step].append(_Holding(blocks=tuple(replaced)))
+        else:
+            blocks.release_blocks(replaced, now)
+        blocks.free_behind(table, committed, now)
+
+    def check(self) -> None:
+        """Raise AssertionError when a block, slot or lease has no owner or two, or a sequence's numbers disagree."""
+        running = self._by_age
+        assert running == sorted(running, key=_age) and set(running) == {s for s in self._slots if s is not None}
+        for sequence in running:
+            assert sequence.seq_slot is not None and self._slots[sequence.seq_slot] is sequence
+            assert (sequence.lease is None) == (sequence.key is None), "a lease is missing"
+            assert sequence.lease is None or sequence.lease.generation == sequence.generation
+            assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
+            assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
+            assert sequence.num_tokens - sequence.num_known <= len(self._unfinished)
+        later = [holding for holdings in self._unfinished.values() for holding in holdings]
+        tables = [*(sequence.table for sequence in running), *(held.table for held in later if held.table is not None)]
+        self._blocks.check(tables, [block for held in later for block in held.blocks])
+        holders: list[Sequence | _Holding] = [*running, *later]
+        leases = sum(holder.lease is not None for holder in holders)
+        assert sum({s.generation: s.leases for s in self._adapters.states()}.values()) == leases, "leases differ"
+        slots = [holder.seq_slot for holder in holders if holder.seq_slot is not None]
+        assert sorted(self._free_slots + slots) == list(range(len(self._slots))), "a slot is lost or owned twice"

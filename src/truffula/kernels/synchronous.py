@@ -1,0 +1,103 @@
+"""What executables share that finish a step within ``submit``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+
+from truffula.errors import KernelError
+from truffula.kernels.inputs import RELAY, Float32, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.program import Output
+
+
+class FinishedStep:
+    """A ``PendingStep`` with its outcome: the output, or the error that ``result`` raises."""
+
+    def __init__(self, outcome: StepOutput | Exception) -> None:
+        self._outcome = outcome
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> StepOutput:
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+
+class SynchronousExecutable(ABC):
+    """``submit`` of an executable that runs and samples in one go. ``depth`` is 1.
+
+    A subclass gives ``run``, ``logits``, ``sample`` and ``_start_sampling``; the last token of each sequence is kept
+    here. ``output`` is the program's.
+    """
+
+    depth = 1
+
+    def __init__(self, inputs: StepInputs, samples: SampleInputs, output: Output) -> None:
+        self.inputs = inputs
+        self.samples = samples
+        self._output = output
+        self._last_drawn = np.full(len(inputs.seq_slot), RELAY, np.int32)
+
+    def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Nothing to do."""
+
+    def submit(self) -> FinishedStep:
+        try:
+            self._insert_relayed()
+            self.run()
+            output = self.sample() if self._output.kind == "logits" else _of_vectors(self.logits())
+        except Exception as error:  # noqa: BLE001  (``result`` raises it)
+            return FinishedStep(error)
+        if output.vectors is None:
+            drawn = self.samples.target[: len(output.ids)] < 0
+            self._last_drawn[self.samples.row_slot[: len(output.ids)][drawn]] = output.ids[drawn]
+        return FinishedStep(output)
+
+    def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
+        if not 0 <= slot < len(self._last_drawn):
+            raise KernelError(f"sequence slot {slot} is not between 0 and {len(self._last_drawn) - 1}.", param="slot")
+        self._start_sampling(slot, prompt_ids, completion_ids, sampling)
+        self._last_drawn[slot] = completion_ids[-1] if len(completion_ids) else RELAY
+
+    def adapter_ready(self, slot: int) -> bool:
+        """True: an adapter is usable when ``adapter`` returns."""
+        del slot
+        return True
+
+    @abstractmethod
+    def run(self) -> None:
+        """One forward pass over ``inputs``."""
+
+    @abstractmethod
+    def logits(self) -> Float32:
+        """A copy of the last pass's result ``[R, width]``."""
+
+    @abstractmethod
+    def sample(self) -> StepOutput:
+        """Draw or score an id for each row of the last pass's logits. When it raises, no draw is counted."""
+
+    @abstractmethod
+    def _start_sampling(
+        self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling
+    ) -> None: ...
+
+    def _insert_relayed(self) -> None:
+        i = self.inputs
+        rows = np.flatnonzero(i.token_ids[: i.T] == RELAY)
+        if not len(rows):
+            return
+        sequences = np.searchsorted(i.q_start[1 : i.N + 1], rows, side="right")
+        tokens = self._last_drawn[i.seq_slot[sequences]]
+        if (tokens == RELAY).any():
+            raise KernelError("token_ids: a row relays a token of a sequence that has drawn none.", param="token_ids")
+        i.token_ids[rows] = tokens
+
+
+def _of_vectors(vectors: Float32) -> StepOutput:
+    rows = len(vectors)
+    finite = np.asarray(np.isfinite(vectors).all(axis=1), np.bool_)
+    no_tops = np.zeros((rows, 0), np.int32), np.zeros((rows, 0), np.float32)
+    return StepOutput(np.full(rows, -1, np.int32), np.zeros(rows, np.float32), finite, *no_tops, vectors)

@@ -1,0 +1,285 @@
+"""``Generations``: the adapters whose images are mapped, their leases, their slots in the executable and their bytes.
+
+    mapped ── upload ──► uploading ── adapter_ready ──► resident ── evict ──► mapped ── drop ──► gone
+
+A generation is the hash of an adapter's bytes. It has one reference count, of leases at two levels: a ``loaded`` lease
+keeps the image mapped, a ``resident`` one keeps the generation in its slot. Bytes are reserved from the budget before
+the executable sees the image; a mapped image without a slot is not charged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError
+from truffula.kernels.backend import AdapterImage
+from truffula.types import AdapterRef, AdapterState
+
+OWNER = "adapters"
+NO_SLOT = -1
+
+Place = tuple[str, str, str | None]
+"""Where an adapter lies: kind, locator, revision."""
+Account = Literal["mapped", "idle", "in use"]
+
+
+def place_of(ref: AdapterRef) -> Place:
+    return ref.kind, ref.locator, ref.revision
+
+
+class Budget(Protocol):
+    """The part of ``engine.budget.MemoryBudget`` that the adapter pool uses."""
+
+    @property
+    def limit(self) -> int: ...
+    def reserve(self, owner: str, nbytes: int) -> bool: ...
+    def release(self, owner: str, nbytes: int) -> None: ...
+    def used(self, owner: str) -> int: ...
+    def register_reclaimer(self, owner: str, reclaimer: Any) -> None: ...
+
+
+class Slots(Protocol):
+    """The part of an ``Executable`` that the adapter pool uses."""
+
+    def adapter_bytes(self, image: AdapterImage) -> int: ...
+    def adapter(self, image: AdapterImage) -> int: ...
+    def adapter_ready(self, slot: int) -> bool: ...
+    def drop_adapter(self, slot: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class AdapterStatus:
+    """Where an adapter stands. ``generation`` only when ready, ``error`` only when failed."""
+
+    status: Literal["loading", "ready", "failed"]
+    generation: str | None = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterLease:
+    """The right to a generation until it is released: resident in ``slot``, or only loaded (``slot`` is NO_SLOT)."""
+
+    generation: str
+    slot: int
+
+
+@dataclass(eq=False)
+class Generation:
+    """One generation whose image is mapped."""
+
+    image: AdapterImage
+    nbytes: int  # charged while resident: the mapped image and what the executable makes of it
+    used_at: float
+    aliases: set[Place] = field(default_factory=set)  # the places that lead to it; none: it is retired
+    names: list[str] = field(default_factory=list)  # of a retired one
+    slot: int | None = None
+    uploaded: bool = False
+    leases: int = 0
+    resident_leases: int = 0  # of these
+    pinned: bool = False
+    commit: str = ""
+    account: Account | None = None  # where its bytes are counted
+
+    @property
+    def id(self) -> str:
+        return self.image.generation
+
+    @property
+    def resident(self) -> bool:
+        return self.slot is not None and self.uploaded
+
+    def state(self, name: str) -> AdapterState:
+        """Its row under one of its names."""
+        status: Literal["ready", "uploading", "resident"]
+        status = "ready" if self.slot is None else "resident" if self.uploaded else "uploading"
+        return AdapterState(
+            name=name,
+            generation=self.id,
+            status=status if self.aliases else "retired",
+            nbytes=self.nbytes,
+            rank=self.image.rank,
+            commit=self.commit,
+            leases=self.resident_leases,
+            pinned=self.pinned,
+        )
+
+
+class Generations:
+    """The mapped generations by id. Totals are kept up to date, so that reading one costs nothing. One thread."""
+
+    def __init__(self, slots: Slots, budget: Budget) -> None:
+        self._slots = slots
+        self._budget = budget
+        self._entries: dict[str, Generation] = {}
+        self._mapped: dict[str, Generation] = {}  # without a slot
+        self._idle: OrderedDict[str, Generation] = OrderedDict()  # may be evicted, least recently used first
+        self._uploading: dict[str, Generation] = {}
+        self._bytes: Counter[Account] = Counter()
+        self._stamp = 0.0
+
+    def get(self, generation: str) -> Generation | None:
+        return self._entries.get(generation)
+
+    def __getitem__(self, generation: str) -> Generation:
+        return self._entries[generation]
+
+    def __iter__(self) -> Iterator[Generation]:
+        return iter(list(self._entries.values()))
+
+    # ---- residency
+
+    def add(self, image: AdapterImage, now: float) -> Generation:
+        """A newly mapped image, without a slot."""
+        entry = Generation(image, image.nbytes + self._slots.adapter_bytes(image), now)
+        self._entries[image.generation] = entry
+        self.touch(entry, now)
+        return entry
+
+    def upload(self, entry: Generation) -> bool:
+        """Reserve its bytes and give its image to the executable. False when the bytes are not available now.
+
+        Raises ``InsufficientMemory`` when they never are; the executable's error, with the bytes released again, as an
+        ``AdapterLoadError`` where it is not a ``TruffulaError``.
+        """
+        if entry.nbytes > self._budget.limit:
+            raise InsufficientMemory(
+                f"The adapter takes {entry.nbytes} bytes and adapters may use {self._budget.limit}. "
+                "Give the server more memory (--memory, --adapter-memory).",
+                requested_bytes=entry.nbytes,
+                limit_bytes=self._budget.limit,
+            )
+        if self.leased_bytes + entry.nbytes > self._budget.limit or not self._budget.reserve(OWNER, entry.nbytes):
+            return False
+        try:
+            entry.slot = self._slots.adapter(entry.image)
+        except TruffulaError:
+            self._budget.release(OWNER, entry.nbytes)
+            raise
+        except (MemoryError, RuntimeError, ValueError) as error:  # how a backend says that it is out of memory
+            self._budget.release(OWNER, entry.nbytes)
+            raise AdapterLoadError(f"The backend cannot take the adapter: {error}.") from error
+        self._uploading[entry.id] = entry
+        self.check_uploads()
+        return True
+
+    def check_uploads(self) -> list[Generation]:
+        """Mark the generations whose upload has finished, and return them."""
+        entries = list(self._uploading.values())
+        for entry in entries:
+            assert entry.slot is not None
+            entry.uploaded = self._slots.adapter_ready(entry.slot)
+            if entry.uploaded:
+                del self._uploading[entry.id]
+            self.touch(entry, entry.used_at)
+        return [entry for entry in entries if entry.uploaded]
+
+    def evict(self, entry: Generation) -> None:
+        """Take its slot and bytes away; the image stays mapped."""
+        if entry.slot is not None:
+            self._slots.drop_adapter(entry.slot)
+            entry.slot = None
+            entry.uploaded = False
+            self._uploading.pop(entry.id, None)
+            self._budget.release(OWNER, entry.nbytes)
+            self.touch(entry, entry.used_at)
+
+    def drop(self, entry: Generation) -> None:
+        """Evict and unmap it."""
+        self.evict(entry)
+        self._book(entry, None)
+        del self._entries[entry.id]
+        entry.image.close()
+
+    def touch(self, entry: Generation, now: float) -> None:
+        """Record a use or a change of state: moves its bytes to the right account. Stamps never run backwards."""
+        entry.used_at = self._stamp = max(self._stamp, now)
+        free = entry.uploaded and not entry.resident_leases and not entry.pinned
+        self._book(entry, "mapped" if entry.slot is None else "idle" if free else "in use")
+
+    def _book(self, entry: Generation, account: Account | None) -> None:
+        for book, nbytes in ((entry.account, -1), (account, 1)):
+            if book is not None:
+                self._bytes[book] += nbytes * (entry.image.nbytes if book == "mapped" else entry.nbytes)
+        entry.account = account
+        self._mapped.pop(entry.id, None)
+        self._idle.pop(entry.id, None)
+        if account == "mapped":
+            self._mapped[entry.id] = entry
+        elif account == "idle":
+            self._idle[entry.id] = entry
+
+    # ---- leases
+
+    def lease(self, entry: Generation, slot: int) -> AdapterLease:
+        """A new lease: on its slot, or at the level ``loaded`` (NO_SLOT)."""
+        entry.leases += 1
+        entry.resident_leases += slot != NO_SLOT
+        return AdapterLease(entry.id, slot)
+
+    def release(self, lease: AdapterLease) -> Generation:
+        """End a lease; returns its generation."""
+        entry = self._entries[lease.generation]
+        entry.leases -= 1
+        entry.resident_leases -= lease.slot != NO_SLOT
+        return entry
+
+    def close(self) -> None:
+        """Drop everything; leases become invalid."""
+        for entry in self:
+            self.drop(entry)
+
+    # ---- totals
+
+    def oldest(self) -> Generation | None:
+        """The idle generation that was not used for longest."""
+        return next(iter(self._idle.values()), None)
+
+    def mapped(self) -> list[Generation]:
+        """Those without a slot."""
+        return list(self._mapped.values())
+
+    @property
+    def uploading(self) -> bool:
+        return bool(self._uploading)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Of images without a slot; outside the budget."""
+        return self._bytes["mapped"]
+
+    @property
+    def leased_bytes(self) -> int:
+        """Charged bytes that no eviction can free: of leased, pinned and uploading generations."""
+        return self._bytes["in use"]
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the budget is charged."""
+        return self._bytes["in use"] + self._bytes["idle"]
+
+    @property
+    def resident(self) -> int:
+        """Generations with a slot."""
+        return len(self._entries) - len(self._mapped)
+
+    def check(self) -> None:
+        """Assert that every number agrees with every other."""
+        entries = self._entries.values()
+        slots = [entry.slot for entry in entries if entry.slot is not None]
+        assert len(slots) == len(set(slots)) == self.resident, "two generations in one slot"
+        assert self._mapped.keys() == {e.id for e in entries if e.slot is None}, "the mapped ones are wrong"
+        assert self._uploading.keys() == {e.id for e in entries if e.slot is not None and not e.uploaded}
+        idle = {e.id for e in entries if e.uploaded and not e.resident_leases and not e.pinned}
+        assert self._idle.keys() == idle, "the idle list is wrong"
+        stamps = [entry.used_at for entry in self._idle.values()]
+        assert stamps == sorted(stamps), "the idle list is out of order"
+        assert self._budget.used(OWNER) == self.resident_bytes == sum(e.nbytes for e in entries if e.slot is not None)
+        assert self.mapped_bytes == sum(e.image.nbytes for e in entries if e.slot is None)
+        assert self.leased_bytes == self.resident_bytes - sum(self._entries[i].nbytes for i in idle)
+        for entry in entries:
+            assert entry.leases >= entry.resident_leases >= 0, "a lease was released twice"
+            assert not entry.resident_leases or entry.resident, "a resident lease without a slot"

@@ -1,0 +1,332 @@
+"""``run_server``: one process that loads, serves and drains, on a port that ``server/launch.py`` has bound.
+
+The port answers 503 while the model loads. The first SIGTERM or SIGINT stops accepting and lets running requests end
+within ``drain_timeout_s``; the second ends the process immediately. With a ``drain_delay_s``, the port stays open for
+that long first and answers 503, so that load balancers and clients turn to another server. An engine that is not
+restarted any more ends the server with its error, so that the process's supervisor sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from truffula.config import Resolved, format_size
+from truffula.engine.client import EngineHandle
+from truffula.errors import ConfigError, InvalidRequest, internal_error
+from truffula.kernels.trim import trim_memory
+from truffula.lora.sources import AdapterDirectory
+from truffula.metrics import Metrics
+from truffula.server.app import create_app
+from truffula.server.connections import (
+    ACCEPT_BURST,
+    AcceptErrors,
+    Connections,
+    GuardedProtocol,
+    most_connections,
+)
+from truffula.server.errors import Unhealthy, dialect_of, render
+from truffula.server.middleware import send_reply
+from truffula.service import AsyncService, ServiceLimits
+from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
+from truffula.service.workers import TextWorkers
+from truffula.text.chat_template import read_template
+from truffula.text.ends import describe
+from truffula.text.worker import Setup
+from truffula.types import EngineInfo, SamplingParams
+
+BACKLOG = 2048
+"""Connections that the kernel queues until they are accepted."""
+ENGINE_CHECK_S = 1.0
+"""Seconds between checks whether the engine may still serve."""
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class App:
+    """The application of a loaded model; ``announce`` writes the start log, once requests are answered."""
+
+    service: AsyncService
+    asgi: Starlette
+    announce: Callable[[], None]
+
+
+def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: AdapterDirectory) -> App:
+    """The application over the engine that is starting. The tokenizer is loaded while the engine loads the weights.
+
+    Raises:
+        TruffulaError: What keeps the engine from starting, or a file that cannot be used. The engine is closed then.
+    """
+    config = resolved.server
+    with ExitStack() as undo:
+        undo.callback(handle.close)
+        templates = None
+        if config.chat_template is not None:
+            templates = {"default": read_template(config.chat_template)}
+        path = handle.model_path()
+        texts = None if path is None else load_texts(path)
+        trim_memory()  # of loading the tokenizer, before requests wait for this process
+        undo.pop_all()
+    client = handle.client()
+    with ExitStack() as undo:
+        undo.callback(client.close)
+        limits = ServiceLimits(
+            max_choices=max(config.max_n, config.max_best_of),
+            base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
+        )
+        texts = texts_of(client.info, texts)
+        workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
+        undo.callback(workers.close)
+        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates, workers=workers)
+        metrics = Metrics(
+            service.known_stats,
+            restarts=service.restarts,
+            max_adapters=config.metrics_adapters,
+            lorax_names=config.lorax_metrics,
+            named=config.adapters,
+        )
+        defaults = sampling_defaults(service.generation_config if config.generation_defaults else {})
+        asgi = create_app(service, config, policy, metrics, defaults=defaults)
+        warnings = policy.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
+        undo.pop_all()
+    return App(service, asgi, lambda: announce(resolved, service.info, policy, url, warnings))
+
+
+def text_workers(
+    info: EngineInfo, texts: LoadedTexts, templates: dict[str, str] | None, memory_bytes: int
+) -> TextWorkers:
+    """Text workers for the model that ``info`` describes; their processes start when they are needed."""
+    setup = Setup(
+        info=info,
+        texts_path=None if texts.path is None else str(texts.path),
+        texts_digest=texts.digest,
+        templates=templates,
+        memory_bytes=memory_bytes,
+    )
+    return TextWorkers(setup)
+
+
+def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
+    """What generation_config.json says of sampling."""
+    found = {name: written[name] for name in SAMPLING_FIELDS if written.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except InvalidRequest as error:
+        raise ConfigError(f"generation_config.json: {error.message}", param="generation_defaults") from error
+    return found
+
+
+def announce(
+    resolved: Resolved, info: EngineInfo, policy: AdapterDirectory, url: str, warnings: Sequence[str] = ()
+) -> None:
+    """The facts an operator looks for in the first lines of a log."""
+    log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
+    why = info.dtype_reason
+    log.info("backend %s on %s, compute in %s (%s)", info.backend, info.device, info.dtype, why)
+    if info.int8_note:
+        log.info("%s", info.int8_note)
+    log.info(
+        "KV cache for %d tokens (blocks of %d); at most %d tokens per sequence, %d sequences per batch",
+        info.kv_tokens,
+        info.block_size,
+        info.max_model_len,
+        info.max_running,
+    )
+    log.info("end tokens: %s", describe(info.end_tokens) or "none, answers end at stop strings or max_tokens only")
+    for warning in without_tokenizer(info.no_tokenizer):
+        log.warning("%s", warning)
+    names = policy.names()
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
+    for text in warnings:
+        log.warning("%s", text)
+    if resolved.server.host not in ("127.0.0.1", "localhost", "::1") and not resolved.server.api_keys:
+        log.warning(
+            "listening on more than this machine without --api-key: everyone who can reach the port can use the server"
+        )
+    log.info("ready at %s (prefix cache %s)", url, "on" if resolved.engine.prefix_cache else "off")
+
+
+class LoadingApp:
+    """The ASGI application: 503 while the model loads, then ``App``. A failed load ends the server with its error."""
+
+    def __init__(self, load: Callable[[], App], on_failure: Callable[[], None]) -> None:
+        self._load = load
+        self._on_failure = on_failure
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._asgi: ASGIApp | None = None  # of ``app``, while it takes requests
+        self.app: App | None = None
+        self.error: BaseException | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif self._asgi is not None:
+            await self._asgi(scope, receive, send)
+        elif scope["type"] == "http":
+            error = Unhealthy("The model is loading.", retry_after_s=5)
+            await send_reply(send, *render(error, dialect_of(scope["path"])))
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(AcceptErrors())
+        ended = asyncio.Event()
+        serving = asyncio.ensure_future(self._serve(ended))
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        ended.set()
+        if self._asgi is None:
+            serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _serve(self, ended: asyncio.Event) -> None:
+        try:
+            self.app = await self._loaded()
+            asgi = self.app.asgi
+            async with asgi.router.lifespan_context(asgi):
+                self._asgi = asgi
+                self.app.announce()
+                await self._watch(self.app.service, ended)
+                await ended.wait()
+        except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
+            self.error = error
+            self._on_failure()
+
+    async def _watch(self, service: AsyncService, ended: asyncio.Event) -> None:
+        """Wait until the server is to end; end it when the engine is not restarted any more."""
+        while not ended.is_set():
+            lost = service.lost()
+            if lost is not None:
+                log.error("exiting with status 1: %s", lost.message)
+                self.error = lost
+                self._on_failure()
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), ENGINE_CHECK_S)
+
+    async def _loaded(self) -> App:
+        """Load in a thread of its own, for which a server that is to end does not wait."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[App] = loop.create_future()
+
+        def answer(found: App | None, error: Exception | None) -> None:
+            if done.done():
+                return
+            if error is not None:
+                done.set_exception(error)
+            elif found is not None:
+                done.set_result(found)
+
+        def work() -> None:
+            found: App | None = None
+            error: Exception | None = None
+            try:
+                found = self._load()
+            except BaseException as raised:  # noqa: BLE001  (passed to the loop, which raises it)
+                error = raised if isinstance(raised, Exception) else internal_error(raised)  # such as a Rust panic
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(answer, found, error)
+
+        threading.Thread(target=work, name="truffula-load", daemon=True).start()
+        return await done
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn, which drains the service on the first signal and ends the process on the second."""
+
+    loading: LoadingApp
+    drain_delay_s: float
+    drain_timeout_s: float
+    connections: Connections
+    _drain: asyncio.Future[bool] | None = None
+    _signalled = False  # not ``should_exit``, which is also set when the engine is given up
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            log.warning("second signal: exiting immediately")
+            os._exit(128 + sig)
+        self._signalled = self.should_exit = True  # before it is logged: a reader may send the second signal then
+        log.info("received %s: draining for at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(BACKLOG)  # asyncio has set it to the number of connections that it accepts in one go
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.loading.app is not None:
+            delay = self.drain_delay_s if self._signalled else 0.0
+            self._drain = asyncio.ensure_future(self.loading.app.service.drain(delay + self.drain_timeout_s))
+            await asyncio.sleep(delay)
+        for server in self.servers:
+            server.close()
+        await super().shutdown(sockets)
+        if self._drain is not None and not self._drain.done():
+            self._drain.cancel()
+
+
+def make_server(
+    resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterDirectory
+) -> DrainingServer:
+    """The server of ``resolved`` on the port of ``listening``: it waits for the engine of ``handle`` when it runs."""
+    config = resolved.server
+    port = listening.getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+
+    def stop() -> None:
+        server.should_exit = True
+
+    connections = Connections(most_connections(config), config.body_timeout_s)
+    loading = LoadingApp(lambda: load_app(resolved, f"http://{host}:{port}", handle, policy), stop)
+    settings = uvicorn.Config(
+        connections.watching(loading),
+        backlog=ACCEPT_BURST,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
+    )
+    settings.load()
+    settings.http_protocol_class = partial(  # type: ignore[assignment]
+        GuardedProtocol, connections, settings.http_protocol_class
+    )
+    server = DrainingServer(settings)
+    server.loading, server.connections = loading, connections
+    server.drain_delay_s, server.drain_timeout_s = config.drain_delay_s, config.drain_timeout_s
+    return server
+
+
+def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterDirectory) -> None:
+    """Serve ``listening``, which is closed then, until a signal; returns after a clean drain.
+
+    Raises:
+        TruffulaError: What kept the engine from starting, or why it is not restarted any more.
+    """
+    server = make_server(resolved, listening, handle, policy)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        listening.close()
+    if server.loading.error is not None:
+        raise server.loading.error
+    log.info("drained; goodbye")

@@ -1,0 +1,69 @@
+"""Whether an instruction set computes what the portable one does on this machine, on a tiny model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from truffula.kernels.backend import QuantisedArray
+from truffula.kernels.cpu.backend import CpuBackend
+from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.kernels.inputs import Capacity
+from truffula.kernels.program import WeightDecl
+from truffula.testing.programs import (
+    Array,
+    Part,
+    decoder_program,
+    fill_step,
+    random_adapter,
+    random_blocks,
+    random_weights,
+)
+from truffula.testing.tiny import tiny_config
+
+LIMITS = {"float32": 1e-4, "bfloat16": 0.03}
+"""Of the largest logit: sums in another order differ by far less, a wrong instruction by more."""
+PROMPT = 37
+"""Tokens: more than one tile of rows in every instruction set."""
+
+
+def difference(isa: str) -> str:
+    """The weights that ``isa`` computes otherwise than ``portable`` (``Q4_0 in bfloat16``); empty when it agrees.
+
+    Each is a forward pass of a tiny llama with adapters, of many rows and of few. Takes less than 0.1 s.
+    """
+    for dtype, limit in LIMITS.items():
+        for kind in (dtype, *BLOCK_KINDS):
+            wanted, found = _logits("portable", dtype, kind), _logits(isa, dtype, kind)
+            if not np.isfinite(found).all() or np.abs(found - wanted).max() > limit * np.abs(wanted).max():
+                return f"{kind} in {dtype}"
+    return ""
+
+
+def _logits(isa: str, dtype: str, kind: str) -> Array:
+    program = decoder_program(tiny_config(hidden_size=64, intermediate_size=96, head_dim=16, num_hidden_layers=2))
+    weights = random_weights(program)
+
+    def pull(decl: WeightDecl) -> list[Array | QuantisedArray]:
+        parts = weights[decl.name]
+        if kind in BLOCK_KINDS and parts[0].ndim == 2:
+            return [random_blocks(kind, *part.shape, seed=decl.id) for part in parts]
+        return [*parts]
+
+    capacity = Capacity(
+        max_tokens=PROMPT + 3,
+        max_seqs=2,
+        max_logit_rows=PROMPT + 3,
+        max_segments=2,
+        num_blocks=8,
+        block_size=16,
+        max_blocks_per_seq=4,
+    )
+    executable = CpuBackend(1, isa).load(program, dtype, pull, capacity)
+    slot = executable.adapter(random_adapter(program, dtype="bfloat16"))
+    ids = tuple(range(3, PROMPT + 3))
+    parts = [Part(ids, 0, (1, 2, 3), slot, "all"), Part((5, 6, 7), 0, (4,), None, "all")]
+    fill_step(executable.inputs, parts, capacity.block_size)
+    executable.run()
+    logits = np.array(executable.logits())
+    executable.close()
+    return logits

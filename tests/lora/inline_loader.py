@@ -1,0 +1,67 @@
+"""Loading adapters in the caller's thread, for tests of what uses a loader."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+from truffula.kernels.program import Site
+from truffula.lora.staging import Staging
+from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load, out_of_memory
+from truffula.types import AdapterRef
+
+
+class InlineLoader:
+    """The loading worker's interface without a process: each ``poll`` carries out one load, in the caller's thread.
+
+    Of the limits only the sizes are enforced.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        *,
+        model: str,
+        limits: LoadLimits | None = None,
+        offline: bool = False,
+        cache_dir: Path | None = None,
+        staging_roots: Sequence[Path] | None = None,
+    ) -> None:
+        self.staging = Staging(staging_roots)
+        self._setup = Setup(
+            sites=list(sites),
+            model=model,
+            limits=limits or LoadLimits(),
+            offline=offline,
+            cache_dir=str(cache_dir) if cache_dir is not None else None,
+        )
+        self._queue: deque[LoadRequest] = deque()
+        self._next_ticket = 0
+
+    def start(self, ref: AdapterRef) -> int:
+        self._next_ticket += 1
+        self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
+        return self._next_ticket
+
+    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        if not self._queue or paused:
+            return []
+        request = self._queue.popleft()
+        try:
+            return [load(request, self._setup, self.staging.folders)]
+        except MemoryError:
+            return [out_of_memory(request, self._setup)]
+
+    def poll_fds(self) -> dict[int, int]:
+        return {}
+
+    def poll_timeout(self) -> float | None:
+        return 0.0 if self._queue else None
+
+    def cancel(self, ticket: int) -> None:
+        self._queue = deque(request for request in self._queue if request.ticket != ticket)
+
+    def close(self) -> None:
+        self._queue.clear()
+        self.staging.close()
