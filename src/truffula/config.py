@@ -294,12 +294,22 @@ class ServerConfig:
     )
     protect_metrics: bool = _row(False, "switch", "require an API key for /metrics too", topic="Access")
     cors_origins: tuple[str, ...] = _row(
-        ("*",),
+        ("auto",),
         "list",
-        "origin whose web pages may call the server; '' allows none",
+        "origin whose web pages may call the server; '*' allows any, none allows none, auto allows any with API keys, "
+        "else those of this machine",
         topic="Access",
         metavar="ORIGIN",
         singular="cors_origin",
+    )
+    allowed_hosts: tuple[str, ...] = _row(
+        (),
+        "list",
+        "host name by which a server without API keys that listens on this machine only may be called; '*' allows any",
+        topic="Access",
+        metavar="NAME",
+        singular="allowed_host",
+        unset="addresses and localhost",
     )
     salt_by_api_key: bool = _row(True, "switch", "keep the prefix caches of different API keys apart", topic="Access")
     max_open_requests: int = _row(
@@ -310,6 +320,13 @@ class ServerConfig:
         low=1,
     )
     max_body_bytes: int = _row(2 * 2**20, "size", "maximum size of a request body", topic="Request limits", low=1024)
+    text_memory_bytes: int = _row(
+        2**30,
+        "size",
+        "memory that reading one large or untrusted text may take, beyond the tokenizer",
+        topic="Request limits",
+        low=2**26,
+    )
     max_n: int = _row(
         16,
         "integer",
@@ -433,6 +450,11 @@ def engine_environment() -> dict[str, str]:
     A user's own OPENBLAS_NUM_THREADS wins.
     """
     return {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+
+
+def text_worker_environment() -> dict[str, str]:
+    """The environment of a text worker: this one's, with the tokenizers library computing in one thread."""
+    return {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
 
 
 def installed_environment() -> dict[str, str]:

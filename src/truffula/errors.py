@@ -184,6 +184,16 @@ def from_info(info: ErrorInfo) -> TruffulaError:
     return cls(info.message, param=info.param, **info.data)
 
 
+def internal_error(error: BaseException) -> TruffulaError:
+    """An exception that is no ``TruffulaError``, such as a library's, as one with its type and words."""
+    return TruffulaError(f"{type(error).__name__}: {str(error)[:1000]}")
+
+
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether a Rust library panicked: pyo3 raises that as a ``BaseException`` of a type that cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The most similar of the ``known`` words; None where none is. ``cutoff``: the least similarity, 0 to 1."""
     import difflib  # needed for errors only

@@ -6,7 +6,7 @@ Everything here is frozen and msgspec-encodable, so that the process transport i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -35,6 +35,18 @@ def _integer(name: str, value: int, low: int, high: float = math.inf) -> None:
     if value < low or value > high:
         upto = "" if high == math.inf else f" and at most {int(high)}"
         raise InvalidRequest(f"{name} is {value}; it must be at least {low}{upto}.", param=name, value=value)
+
+
+def _check_bias(bias: Mapping[int, float]) -> None:
+    """Raise ``InvalidRequest`` for the first wrong entry. Entries are looked at one by one only when one is wrong."""
+    if not bias:
+        return
+    fine = set(map(type, bias)) == {int} and set(map(type, bias.values())) <= {int, float}
+    if fine and min(bias) >= 0 and all(-100.0 <= value <= 100.0 for value in bias.values()):
+        return
+    for token, value in bias.items():
+        _integer("logit_bias", token, 0)
+        _number("logit_bias", value, -100.0, 100.0)
 
 
 class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,9 +88,7 @@ class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        for token, bias in self.logit_bias.items():
-            _integer("logit_bias", token, 0)
-            _number("logit_bias", bias, -100.0, 100.0)
+        _check_bias(self.logit_bias)
         if self.seed is not None:
             _integer("seed", self.seed, 0, MAX_SEED)
         for token in self.stop_token_ids:
@@ -219,8 +229,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     replaces the model's. ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
     a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` gives the prompt's text back on the first
     delta of each choice, ``return_prompt_tokens`` its token pieces as well (``params.prompt_logprobs`` implies that).
-    ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's word, for logs; it need
-    not be unique. ``salt`` separates tenants in the prefix cache.
+    ``prepared`` is the prompt where a text worker has made it (``service/text_jobs.py``), in place of ``prompt`` and of
+    what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
+    word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
     """
 
     prompt: str | list[int] | None = None
@@ -238,6 +249,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     echo: bool = False
     return_prompt_tokens: bool = False
     truncate: int | None = None
+    prepared: bytes | None = None
     salt: str = ""
     queue_timeout_s: float | None = None
     deadline_s: float | None = None
@@ -369,12 +381,15 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
-    """A file as it was when the model was loaded from it."""
+    """A file as it was when the model was loaded from it. ``sample`` is a digest of parts of its content, where they
+    were read (``weights/watch.py``).
+    """
 
     path: str
     size: int
     mtime_ns: int
     inode: int
+    sample: str = ""
 
 
 class EndToken(msgspec.Struct, frozen=True):

@@ -94,16 +94,16 @@ def test_an_error_keeps_the_request_id(live):
 
 def test_preflights(live):
     headers = {
-        "origin": "https://example.org",
+        "origin": "http://localhost:5173",
         "access-control-request-method": "POST",
         "access-control-request-headers": "authorization, content-type, x-stainless-lang",
     }
     response = live.client.options("/v1/chat/completions", headers=headers)
     assert response.status_code == 200
-    assert response.headers["access-control-allow-origin"] == "*"
+    assert response.headers["access-control-allow-origin"] == "http://localhost:5173"
     assert "authorization" in response.headers["access-control-allow-headers"]
-    plain = live.client.get("/v1/models", headers={"origin": "https://example.org"})
-    assert plain.headers["access-control-allow-origin"] == "*"
+    plain = live.client.get("/v1/models", headers={"origin": "http://localhost:5173"})
+    assert plain.headers["access-control-allow-origin"] == "http://localhost:5173"
 
 
 def test_models(live):

@@ -4,7 +4,7 @@ import pytest
 
 import truffula.errors as errors
 from truffula.errors import ErrorInfo, TruffulaError, from_info
-from truffula.server.errors import TABLE, error_body, error_headers, from_validation, render, side_of, status_of
+from truffula.server.errors import TABLE, dialect_of, error_body, error_headers, from_validation, render, status_of
 
 
 def every_error(root=TruffulaError):
@@ -79,7 +79,7 @@ def test_an_unknown_code_of_a_newer_engine_is_a_fault_of_ours():
     ],
 )
 def test_side_by_path(path, side):
-    assert side_of(path) == side
+    assert dialect_of(path) == side
 
 
 def test_validation_errors_name_the_field_and_not_the_input():

@@ -18,7 +18,7 @@ from truffula.server.foreign_fields import is_ignored
 from truffula.server.lorax_bodies import NATIVE
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 
-CHAT, COMPLETION = ChatBody.dialect, CompletionBody.dialect
+CHAT, COMPLETION = ChatBody.route_fields, CompletionBody.route_fields
 BODIES = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}, 400),
     "completion": ("/v1/completions", {"prompt": "Hello", "max_tokens": 1}, 400),

@@ -62,8 +62,8 @@ def test_not_json(raw):
     [
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"a": "x\\\\\\udc00 y"}', "surrogate"),
-        (b'{"a": "\\ud83d\\ude00', "truncated"),
-        (b'{"a": "\\\\ud800', "truncated"),
+        (b'{"a": "\\ud83d\\ude00', "not valid JSON"),
+        (b'{"a": "\\\\ud800', "not valid JSON"),
     ],
 )
 def test_half_a_pair_is_called_so(raw, words):

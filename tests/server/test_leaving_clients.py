@@ -84,7 +84,7 @@ def test_leaving_a_stream_ends_it_within_a_step(live, path, body, sequences):
 def test_leaving_before_an_answer_ends_it_within_a_step(live):
     wait_idle(live)
     raw = httpx.Request("POST", f"{live.url}/v1/completions", json=LONG)
-    lines = ["POST /v1/completions HTTP/1.1", "host: x", "content-type: application/json"]
+    lines = ["POST /v1/completions HTTP/1.1", "host: localhost", "content-type: application/json"]
     head = "\r\n".join([*lines, f"content-length: {len(raw.content)}", "", ""])
     with socket.create_connection(("127.0.0.1", raw.url.port)) as connection:
         connection.sendall(head.encode() + raw.content)

@@ -46,7 +46,7 @@ def test_no_look_up_on_the_loop(live, threads, method, path, body):
     live.service._core.policy._listing = None  # as after a second
     ok(live.client.request(method, path, json=body))
     assert threads
-    assert all(name.startswith("truffula-text") for name in threads), threads
+    assert all(name.startswith("truffula-lookup") for name in threads), threads
 
 
 def test_a_listing_is_made_once_a_second_and_when_the_folder_changes(tmp_path, adapter_folders, threads):

@@ -161,12 +161,39 @@ def test_an_administrator_without_keys_is_no_web_page(model_folder, adapter_fold
         mine = live.client.options("/v1/completions", headers={"origin": "https://my.site"} | PREFLIGHT)
         assert (mine.status_code, mine.headers["access-control-allow-origin"]) == (200, "https://my.site")
         others = live.client.get("/v1/models", headers={"origin": "https://evil.org"})
-        assert "access-control-allow-origin" not in others.headers
+        assert_canonical_error(others, 403)
 
 
-def test_by_default_every_page_may_ask_and_none_ends_that(live, model_folder):
-    response = live.client.get("/v1/models", headers={"origin": "https://x.org"})
+def test_without_keys_only_pages_of_this_machine_may_call(live):
+    body = {"prompt": "Hello", "max_tokens": 1}
+    for origin in ("https://x.org", "null", "http://localhost.x.org", "http://127.0.0.1.x.org"):
+        for media in ("application/json", ""):  # a page may send the second kind without asking first
+            sent = live.post("/v1/completions", body, headers={"origin": origin, "content-type": media})
+            assert_canonical_error(sent, 403, "--cors-origin")
+        assert_canonical_error(live.client.get("/metrics", headers={"origin": origin}), 403)
+    for origin in ("http://localhost:3000", "https://127.0.0.1", "http://[::1]:8080"):
+        answer = live.post("/v1/completions", body, headers={"origin": origin})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+    assert live.post("/v1/completions", body, headers={"origin": live.url}).status_code == 200
+
+
+def test_without_keys_a_name_that_points_here_is_refused(live, model_folder):
+    body = {"prompt": "Hello", "max_tokens": 1}
+    for host in ("evil.org", "evil.org:8000", "localhost.evil.org", "127.0.0.1.evil.org"):
+        assert_canonical_error(live.post("/v1/completions", body, headers={"host": host}), 403, "--allowed-host")
+        assert live.client.get("/health", headers={"host": host}).status_code == 200
+    for host in ("localhost", "LOCALHOST:80", "127.0.0.1:9", "[::1]:8000", "10.0.0.7", "a.localhost"):
+        assert live.post("/v1/completions", body, headers={"host": host}).status_code == 200
+    with serving(model_folder, allowed_hosts=("api.my.site",)) as named:
+        assert named.post("/v1/completions", body, headers={"host": "api.my.site"}).status_code == 200
+        assert_canonical_error(named.post("/v1/completions", body, headers={"host": "evil.org"}), 403)
+
+
+def test_with_keys_every_page_may_ask_and_none_ends_that(guarded, model_folder):
+    response = guarded.client.get("/v1/models", headers={"origin": "https://x.org"} | with_key(KEY))
     assert response.headers["access-control-allow-origin"] == "*"
+    metrics = guarded.client.get("/metrics", headers={"origin": "https://x.org"})
+    assert not any(name.startswith("access-control-") for name in metrics.headers)
     options = {"cors_origins": "none", "api_keys": (KEY,), "protect_metrics": True}
     with serving(model_folder, **options) as closed:
         response = closed.client.get("/health", headers={"origin": "https://x.org"})

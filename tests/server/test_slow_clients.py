@@ -13,7 +13,7 @@ BODY = {"prompt": "Hello", "max_tokens": 1}
 @contextlib.contextmanager
 def half_a_body(live, path):
     """A connection whose request says more bytes than it sends."""
-    head = ["POST " + path + " HTTP/1.1", "host: x", "content-type: application/json", "content-length: 500", "", ""]
+    head = [f"POST {path} HTTP/1.1", "host: localhost", "content-type: application/json", "content-length: 500", "", ""]
     with socket.create_connection(("127.0.0.1", urlsplit(live.url).port), timeout=30) as connection:
         connection.sendall("\r\n".join(head).encode() + b'{"prompt":')
         yield connection

@@ -1,10 +1,9 @@
-"""Templates render as transformers renders them, and a bomb ends as an error, soon."""
+"""Templates render as transformers renders them; one that fails says why."""
 
 # ruff: noqa: E501  # a template reads best on one line
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -170,9 +169,6 @@ def test_the_template_is_chosen_by_name_and_use() -> None:
         ("{{ messages.append(1) }}", "append"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{% include 'x' %}", "failed"),
-        ("{{ 'a' | wordwrap(3) }}", "wordwrap"),
-        ("{{ namespace(__html__=1) }}", "underscore"),
-        ("{% set ns = namespace() %}{% set ns.__html__ = 1 %}", "underscore"),
         ("(" * 10 + "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "compiled"),
         ("x" * 500_000, "500000 characters"),
     ],
@@ -182,83 +178,9 @@ def test_a_template_that_fails_says_why(source: str, says: str) -> None:
         templates(source).render([{"role": "user", "content": "hi"}])
 
 
-DOUBLED = (
-    "{% set ns = namespace(x=START) %}{% for _ in range(60) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x | length }}"
-)
-NAMES = "{% set ns = namespace(x=1) %}{% for _ in range(60) %}{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}"
-BOMBS = {
-    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
-    "loop whose test is never true": "{% for a in range(99999) %}{% for b in range(99999) if b < 0 %}{% endfor %}{% endfor %}",
-    "range": "{% for a in range(10**9) %}{% endfor %}",
-    "output": "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-    "output in a macro": "{% macro m() %}{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endmacro %}{% set y = m() %}",
-    "output in a block": "{% set y %}{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}{% endset %}",
-    "multiplied text": "{{ 'x' * 10**10 }}",
-    "multiplied list": "{{ ([1] * 10**9) | length }}",
-    "multiplied list of text": "{{ ['x' * 1000000] * 1000000 }}",
-    "power": "{{ 10 ** (10 ** 9) }}",
-    "power of powers": "{{ ((9 ** 999) ** 999) ** 999 }}",
-    "doubled text by +": DOUBLED.replace("START", "'ab'").replace("STEP", "ns.x + ns.x"),
-    "doubled text by ~": DOUBLED.replace("START", "'ab'").replace("STEP", "ns.x ~ ns.x"),
-    "doubled list": DOUBLED.replace("START", "[1]").replace("STEP", "[ns.x, ns.x]"),
-    "doubled dict": DOUBLED.replace("START", "1").replace("STEP", "{'a': ns.x, 'b': ns.x}"),
-    "doubled tuple": DOUBLED.replace("START", "1").replace("STEP", "(ns.x, ns.x)"),
-    "doubled by dict()": DOUBLED.replace("START", "1").replace("STEP", "dict(a=ns.x, b=ns.x)"),
-    "doubled by format": DOUBLED.replace("START", "'ab'").replace("STEP", "'{0}{0}'.format(ns.x)"),
-    "doubled by %": DOUBLED.replace("START", "'ab'").replace("STEP", "'%s%s' % (ns.x, ns.x)"),
-    "doubled by the filter format": DOUBLED.replace("START", "'ab'").replace("STEP", "'%s%s' | format(ns.x, ns.x)"),
-    "doubled by join": DOUBLED.replace("START", "'ab'").replace("STEP", "[ns.x, ns.x] | join"),
-    "doubled by replace": DOUBLED.replace("START", "'ab'").replace("STEP", "ns.x.replace('a', ns.x)"),
-    "nested namespaces": NAMES,
-    "nested namespaces in a filter": NAMES.replace("{{ ns.x }}", "{{ ns.x | string | length }}"),
-    "nested namespaces by ~": NAMES.replace("{{ ns.x }}", "{{ ns.x ~ '' }}"),
-    "joined by a long separator": "{{ range(99999) | join('x' * 1000000) }}",
-    "joined by the method": "{{ ('x' * 1000000).join('y' * 1000000) }}",
-    "joined generator": "{{ ('x' * 1000000).join(range(99999) | map('string')) | length }}",
-    "replaced by a long text": "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) | length }}",
-    "replaced within": "{{ ('a' * 1000000).replace('', 'b' * 1000000) | length }}",
-    "centred": "{{ 'x' | center(10**10) }}",
-    "justified": "{{ 'x'.ljust(10**10) }}",
-    "tabs": "{{ ('\\t' * 1000000).expandtabs(99999) | length }}",
-    "indented": "{{ ('\\n' * 1000000) | indent(99999) | length }}",
-    "indented by text": "{{ ('\\n' * 1000000) | indent('x' * 1000000) | length }}",
-    "wide format": "{{ '{:>10000000000}'.format('x') }}",
-    "wide nested format": "{{ '{:>{w}}'.format('x', w=99999) * 99999 }}",
-    "wide nested item": "{{ '{:>{0[0]}}'.format([10**10]) }}",
-    "wide %": "{{ '%10000000000d' % 1 }}",
-    "wide filter": "{{ '%10000000000d' | format(1) }}",
-    "wide by star": "{{ '%*d' % (10**10, 1) }}",
-    "json indents": "{{ (range(99999) | list) | tojson(indent=99999) }}",
-    "summed lists": "{{ ([[1] * 900] * 900) | sum(start=[]) | length }}",
-    "slow tests": "{{ range(99999) | select('in', range(99999) | list | reverse | list) | list | length }}",
-    "copies by slice": "{% set ns = namespace(x=[]) %}{% set t = 'x' * 3000000 %}{% for _ in range(99999) %}{% set ns.x = ns.x + [t[1:]] %}{% endfor %}",
-    "copies by method": "{% set ns = namespace(x=[]) %}{% set t = 'x' * 3000000 %}{% for _ in range(99999) %}{% set ns.x = [ns.x, t.upper()] %}{% endfor %}",
-    "recursion": "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
-    "a tree of calls": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    "recursive loop": "{% set ns = namespace(x=[]) %}{% for i in [[1]] recursive %}{{ loop([[1], [1]]) }}{% endfor %}",
-    "bytes": "{{ (1).to_bytes(10**10, 'big') }}",
-    "translated": "{{ ('a' * 1000000).translate({97: 'b' * 1000000}) | length }}",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_ends_as_a_template_error(bomb: str) -> None:
-    began = time.monotonic()
-    with pytest.raises(TemplateError):
-        templates(BOMBS[bomb], seconds=0.3).render([{"role": "user", "content": "hi"}])
-    # Not a measure of speed: without limits each of these runs for hours or takes the machine's memory.
-    assert time.monotonic() - began < 60
-
-
-def test_steps_are_counted_whatever_the_clock_says() -> None:
-    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    with pytest.raises(TemplateError, match="500000 steps"):
-        templates(source, seconds=3600).render([{"role": "user", "content": "hi"}])
-
-
-def test_a_long_conversation_is_within_the_limits() -> None:
+def test_a_long_conversation_is_rendered_and_its_length_is_limited() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 400} for i in range(400)]
-    text = templates(CHATML, seconds=60).render(messages)
+    text = templates(CHATML).render(messages)
     assert text == theirs(CHATML, messages, add_generation_prompt=True)
     with pytest.raises(TemplateError, match="characters"):
         templates(CHATML, max_chars=10_000).render(messages)

@@ -34,7 +34,7 @@ from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
-from truffula.weights.watch import FileWatch, require_same_model, require_unchanged_load, stamp, stamps_of
+from truffula.weights.watch import FileWatch, require_same_model, require_unchanged_load, stamp, stamps_of, with_samples
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def build_engine(
         except BaseException:
             executable.close()
             raise
-    info = replace(_info(config, settings, plan, time.monotonic() - began), files=files)
+    info = replace(_info(config, settings, plan, time.monotonic() - began), files=with_samples(files))
     _log(info)
     return engine, info
 

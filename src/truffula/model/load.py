@@ -207,7 +207,7 @@ def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToke
     outside = [item for item in found if not 0 <= item < read.spec.vocab_size]
     if outside:
         warnings.append(f"eos_token_id {outside} lies outside the vocabulary of {read.spec.vocab_size} ids; left out.")
-    return tuple(EndToken(item, source) for item, source in found.items() if item not in outside), warnings
+    return tuple(EndToken(item, found[item]) for item in found if 0 <= item < read.spec.vocab_size), warnings
 
 
 def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:

@@ -22,7 +22,7 @@ EMPTY: tuple[Any, ...] = ("", False, [], {}, [""])
 class AdapterField:
     """``names_one``: a string in the field is an adapter's name, and is honoured as one.
 
-    ``neutral`` are values without effect beside an adapter that is named elsewhere.
+    ``neutral`` are values without effect when another field names the adapter.
     """
 
     names_one: bool = True

@@ -69,7 +69,7 @@ async def load_adapter(request: Request) -> Response:
         )
     if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
-    ref = await state.service.in_thread(_find, state.policy, name, body.lora_path)
+    ref = await state.service.look_up(_find, state.policy, name, body.lora_path)
     await state.service.adapters(AdapterCommand(action="load", ref=ref))
     state.policy.add(ref)
     return json_reply(f"Success: LoRA adapter '{name}' added successfully.")

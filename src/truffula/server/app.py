@@ -12,17 +12,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from truffula.config import ServerConfig
+from truffula.config import ServerConfig, is_loopback
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, pages, probes, tokens
-from truffula.server.auth import KeyCheck, PublicCors
-from truffula.server.errors import MethodNotAllowed, render, side_of
+from truffula.server.auth import KeyCheck, WebRules
+from truffula.server.errors import MethodNotAllowed, dialect_of, render
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
-from truffula.server.middleware import BodyLimit, OpenLimit, RequestScope
+from truffula.server.middleware import BodyLimit, HttpRules, OpenLimit, RequestScope
 from truffula.server.openai_bodies import ChatBody, CompletionBody
-from truffula.server.openapi import Row
+from truffula.server.openapi import RouteSpec
 from truffula.server.state import ServerState, record_of
 from truffula.server.unserved import refusal
 from truffula.service import AsyncService
@@ -30,38 +30,38 @@ from truffula.service import AsyncService
 _TALK = [{"role": "user", "content": "Hello"}]
 _NATIVE = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
 # GET also answers HEAD.
-_ROUTES: tuple[Row, ...] = (
-    Row(
+_ROUTES: tuple[RouteSpec, ...] = (
+    RouteSpec(
         "POST", "/v1/chat/completions", openai_chat.chat_completions, "openai", ChatBody,
         {"messages": _TALK, "max_tokens": 20},
     ),
-    Row(
+    RouteSpec(
         "POST", "/v1/completions", openai_completions.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
     ),
-    Row("GET", "/v1/models", openai_models.list_models, "openai"),
-    Row("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
-    Row("GET", "/v1", probes.openai_root, "openai"),
-    Row("POST", "/", lorax.compatible, "native", GenerateBody, _NATIVE),
-    Row("POST", "/generate", lorax.generate, "native", GenerateBody, _NATIVE),
-    Row("POST", "/generate_stream", lorax.generate_stream, "native", GenerateBody, _NATIVE),
-    Row("POST", "/invocations", lorax.invocations, "native", GenerateBody, _NATIVE),
-    Row("POST", "/tokenize", tokens.tokenize, "native", TokenizeBody, {"inputs": "Hello"}),
-    Row("POST", "/detokenize", tokens.detokenize, "native", DetokenizeBody, {"tokens": [1, 2, 3]}),
-    Row("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody, {"messages": _TALK}),
-    Row("GET", "/", pages.root, "probes"),
-    Row("GET", "/v1/adapters", admin.list_adapters, "admin"),
-    Row("GET", "/health", probes.health, "probes"),
-    Row("GET", "/ping", probes.health, "probes"),
-    Row("GET", "/v1/health", probes.openai_health, "probes"),
-    Row("GET", "/startup", probes.startup, "probes"),
-    Row("GET", "/info", probes.info, "probes"),
-    Row("GET", "/version", probes.version, "probes"),
-    Row("GET", "/metrics", probes.metrics, "probes"),
+    RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
+    RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
+    RouteSpec("GET", "/v1", probes.openai_root, "openai"),
+    RouteSpec("POST", "/", lorax.compatible, "native", GenerateBody, _NATIVE),
+    RouteSpec("POST", "/generate", lorax.generate, "native", GenerateBody, _NATIVE),
+    RouteSpec("POST", "/generate_stream", lorax.generate_stream, "native", GenerateBody, _NATIVE),
+    RouteSpec("POST", "/invocations", lorax.invocations, "native", GenerateBody, _NATIVE),
+    RouteSpec("POST", "/tokenize", tokens.tokenize, "native", TokenizeBody, {"inputs": "Hello"}),
+    RouteSpec("POST", "/detokenize", tokens.detokenize, "native", DetokenizeBody, {"tokens": [1, 2, 3]}),
+    RouteSpec("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody, {"messages": _TALK}),
+    RouteSpec("GET", "/", pages.root, "probes"),
+    RouteSpec("GET", "/v1/adapters", admin.list_adapters, "admin"),
+    RouteSpec("GET", "/health", probes.health, "probes"),
+    RouteSpec("GET", "/ping", probes.health, "probes"),
+    RouteSpec("GET", "/v1/health", probes.openai_health, "probes"),
+    RouteSpec("GET", "/startup", probes.startup, "probes"),
+    RouteSpec("GET", "/info", probes.info, "probes"),
+    RouteSpec("GET", "/version", probes.version, "probes"),
+    RouteSpec("GET", "/metrics", probes.metrics, "probes"),
 )  # fmt: skip
-_ADMIN_ROUTES: tuple[Row, ...] = (
-    Row("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
-    Row("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
+_ADMIN_ROUTES: tuple[RouteSpec, ...] = (
+    RouteSpec("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
+    RouteSpec("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
 )
 
 
@@ -106,13 +106,22 @@ def create_app(
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     app.add_middleware(
-        PublicCors,
+        WebRules,
         origins=config.cors_origins,
-        closed=["/v1/adapters", *(row.path for row in _ADMIN_ROUTES)],
+        closed=["/metrics", "/v1/adapters", *(row.path for row in _ADMIN_ROUTES)],
         keyed=bool(config.api_keys),
+        hosts=_hosts(config),
     )
+    app.add_middleware(HttpRules)
     app.add_middleware(RequestScope, metrics=metrics)
     return app
+
+
+def _hosts(config: ServerConfig) -> list[str] | None:
+    """Host names that requests may use besides addresses, where only this machine reaches a server without keys."""
+    if config.api_keys or "*" in config.allowed_hosts or not is_loopback(config.host):
+        return None
+    return [config.host.lower(), *(name.lower() for name in config.allowed_hosts)]
 
 
 async def _truffula_error(request: Request, error: Exception) -> Response:
@@ -138,5 +147,5 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 def _reply(request: Request, error: TruffulaError) -> Response:
     record_of(request).error_code = error.code
-    status, headers, body = render(error, side_of(request.url.path))
+    status, headers, body = render(error, dialect_of(request.url.path))
     return Response(body, status, headers=headers)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+import ipaddress
+import re
+from collections.abc import Collection, Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from truffula.server.errors import Unauthorized, WebPage, render, side_of
+from truffula.server.errors import Forbidden, Unauthorized, dialect_of, render
 from truffula.server.middleware import send_reply
 
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
@@ -50,6 +52,12 @@ def prefix_salt(request: Request, given: str | None, by_key: bool) -> str:
     return f"{tenant}:{given or ''}" if by_key and tenant is not None else given or ""
 
 
+def client_of(request: Request) -> str:
+    """Who sends a request: the digest of its key, else its address. Clients take turns with what is scarce."""
+    tenant: str | None = getattr(request.state, "tenant", None)
+    return tenant or (request.client.host if request.client is not None else "")
+
+
 class KeyCheck:
     """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
 
@@ -70,42 +78,100 @@ class KeyCheck:
             return
         what = "The API key is invalid" if given else "An API key is required"
         error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>'.")
-        await send_reply(send, *render(error, side_of(scope["path"])))
+        await send_reply(send, *render(error, dialect_of(scope["path"])))
 
     def _known(self, given: str) -> bool:
         sent = given.encode("latin-1")  # the bytes of the header, whatever they spell
         return sum([hmac.compare_digest(sent, key) for key in self._keys]) > 0
 
 
-class PublicCors:
-    """CORS for web pages of the operator's ``origins`` ("*" is everybody's), and never on ``closed`` paths.
+class WebRules:
+    """Which web pages may call the server, and by which host names it may be called. Probes are always answered.
 
-    A page may send those without being able to read the answer, from a browser that reaches what the page cannot. So
-    where no key stands in the way (``keyed``), whatever carries an Origin is refused there.
+    With API keys a page needs the key, so that pages of the ``origins`` may call ("*": any). Without keys any page in a
+    browser on this machine could generate, so a request with an ``Origin`` is refused unless that is one of
+    ``origins``, of this machine, or the server's own. ``closed`` paths have no CORS, and without keys no page may call
+    them at all.
+
+    Args:
+        hosts: Names that a Host header may have besides addresses and ``localhost``; None: any. A page whose name was
+            made to point at this machine (DNS rebinding) has another, and the browser counts it as the same origin.
     """
 
-    def __init__(self, app: ASGIApp, origins: Sequence[str], closed: Sequence[str], keyed: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        origins: Sequence[str],
+        closed: Collection[str],
+        keyed: bool,
+        hosts: Collection[str] | None,
+    ) -> None:
         self.app = app
         self._closed = frozenset(closed)
         self._keyed = keyed
-        allowed = [origin for origin in origins if origin != "none"]
-        self._cors = (
-            app
-            if not allowed
-            else CORSMiddleware(
+        self._hosts = hosts
+        auto = "auto" in origins
+        self._origins = frozenset(origins) - {"none", "auto"} | ({"*"} if auto and keyed else set())
+        self._local = auto and not keyed
+        if self._origins or self._local:
+            app = CORSMiddleware(
                 app,
-                allow_origins=allowed,
+                allow_origins=sorted(self._origins),
+                allow_origin_regex=_LOCAL_ORIGIN if self._local else None,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=EXPOSED_HEADERS,
             )
-        )
+        self._cors = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] not in self._closed:
+        if scope["type"] != "http":
             await self._cors(scope, receive, send)
-        elif self._keyed or not any(name == b"origin" for name, _ in scope["headers"]):
-            await self.app(scope, receive, send)
+            return
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"origin", b"host")}
+        origin, host = headers.get(b"origin"), headers.get(b"host", "")
+        closed = scope["path"] in self._closed
+        probed = scope["path"] in OPEN_PATHS and not closed
+        error = None if probed else self._refusal(origin, host, closed)
+        if error is None:
+            await (self.app if closed else self._cors)(scope, receive, send)
         else:
-            error = WebPage("Web pages cannot administer a server that has no API keys.")
-            await send_reply(send, *render(error, side_of(scope["path"])))
+            scope["state"]["record"].error_code = error.code
+            await send_reply(send, *render(error, dialect_of(scope["path"])))
+
+    def _refusal(self, origin: str | None, host: str, closed: bool) -> Forbidden | None:
+        if self._hosts is not None and not self._is_ours(host):
+            return Forbidden(
+                f"The host name {host[:80]!r} is not one of this server's. Use an address or localhost, or start the "
+                "server with --allowed-host NAME or --api-key.",
+                param="host",
+            )
+        if self._keyed or origin is None:
+            return None
+        if closed:
+            return Forbidden("Web pages cannot administer a server that has no API keys.")
+        own = origin.partition("://")[2] == host
+        if own or "*" in self._origins or origin in self._origins:
+            return None
+        if self._local and re.fullmatch(_LOCAL_ORIGIN, origin):
+            return None
+        return Forbidden(
+            f"Web pages of {origin[:80]!r} may not call this server, which has no API keys. Start it with "
+            "--cors-origin ORIGIN ('*' for any), or with --api-key.",
+            param="origin",
+        )
+
+    def _is_ours(self, host: str) -> bool:
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        name = name.lower().rstrip(".")
+        assert self._hosts is not None
+        if not name or name == "localhost" or name.endswith(".localhost") or name in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+_LOCAL_ORIGIN = r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"

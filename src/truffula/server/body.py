@@ -4,37 +4,57 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
-from truffula.server.foreign_fields import Dialect, is_ignored
+from truffula.server.foreign_fields import RouteFields, is_ignored
+from truffula.server.limits import RequestLimits
+
+if TYPE_CHECKING:
+    from truffula.server.state import ServerState
 
 log = logging.getLogger(__name__)
 
 IGNORED_HEADER = "x-truffula-ignored"
-_PAIR = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
-_HALF_PAIR = re.compile(rb"(?<!\\)(?:\\\\)*\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+@dataclass(frozen=True)
+class FirstError:
+    """For a list's annotation: validation ends at its first wrong item. (pydantic's own ``FailFast`` has no hash, which
+    a member of a union needs.)
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return {**handler(source), "fail_fast": True}
+
+
+Ids = Annotated[list[int], FirstError()]
+Strings = Annotated[list[str], FirstError()]
+Objects = Annotated[list[dict[str, Any]], FirstError()]
 
 
 class Body(BaseModel):
     """Base of every request body. Types are strict (a boolean is no number, a string is no integer), numbers finite.
 
-    ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on the native
-    side). ``dialect`` says which fields of other routes and servers a route refuses. With ``refuses_foreign`` those are
-    all of them in this object, so the values of those still in it ask for nothing.
+    ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on native
+    routes). ``route_fields`` says which fields of other routes and servers a route refuses. With ``refuses_foreign``
+    those are all of them in this object, so the values of those still in it ask for nothing.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
     nested: ClassVar[str | None] = None
-    dialect: ClassVar[Dialect | None] = None
+    route_fields: ClassVar[RouteFields | None] = None
     refuses_foreign: ClassVar[bool] = False
 
     def unknown(self) -> list[str]:
@@ -55,61 +75,69 @@ B = TypeVar("B", bound=Body)
 
 
 def decode_object(raw: bytes) -> dict[str, Any]:
-    """The JSON object in ``raw``. Raises ``MalformedBody`` for anything JSON (RFC 8259) or a float64 cannot hold."""
+    """The JSON object in ``raw``. Raises ``MalformedBody`` for anything that JSON (RFC 8259) or a float64 cannot hold,
+    and for a key that is written twice in one object.
+    """
     if not raw:
         raise MalformedBody("The body is empty; expected a JSON object.")
     try:
-        value = msgspec.json.decode(raw)
-    except msgspec.ValidationError as error:
-        raise MalformedBody(f"The body contains a number that is not finite: {error}.") from error
-    except msgspec.DecodeError as error:
-        if _HALF_PAIR.search(_PAIR.sub(b"", raw)):  # the decoder calls that "truncated"
-            raise MalformedBody(
-                "The body contains a lone surrogate (\\ud800 to \\udfff without its other half), which is not a "
-                "character."
-            ) from error
-        raise MalformedBody(f"The body is not valid JSON: {error}.") from error
+        value = json.loads(
+            raw.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse_constant
+        )
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise MalformedBody("The body is not valid UTF-8.") from error
-    except RecursionError as error:
-        raise MalformedBody("The body is nested too deeply.") from error
-    if not isinstance(value, dict):
-        raise MalformedBody(f"The body must be a JSON object, not {_kind(value)}.")
-    _refuse_duplicates(raw)
-    return value
-
-
-def _refuse_duplicates(raw: bytes) -> None:
-    """Raises ``MalformedBody`` for a key written twice in one object: the decoder keeps the last and says nothing."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> None:
-        if len(dict(pairs)) == len(pairs):
-            return
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise MalformedBody(f"The key {twice[:80]!r} appears twice in one object; send it once.", param=twice[:80])
-
-    try:
-        json.loads(raw, object_pairs_hook=unique)
+    except UnicodeEncodeError as error:
+        raise MalformedBody(
+            "The body contains a lone surrogate (\\ud800 to \\udfff without its other half), which is not a character."
+        ) from error
     except RecursionError as error:
         raise MalformedBody("The body is nested too deeply.") from error
     except ValueError as error:
         raise MalformedBody(f"The body is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise MalformedBody(f"The body must be a JSON object, not {_kind(value)}.")
+    return value
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The request's JSON object. The size limit is the middleware's, which raises while the body is read."""
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:80]
+        shown = twice.encode("utf-8", "replace").decode()
+        raise MalformedBody(f"The key {shown!r} appears twice in one object; send it once.", param=shown)
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise MalformedBody(f"The body contains a number that is not finite: {text[:40]}.")
+    return number
+
+
+def _refuse_constant(name: str) -> None:
+    raise MalformedBody(f"The body contains {name}, which is not JSON.")
+
+
+async def raw_body(request: Request) -> bytes:
+    """The request's bytes, said to be JSON. The size limit is the middleware's, which raises while they are read."""
     media = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if media and media != "application/json" and not media.endswith("+json"):
         raise UnsupportedMedia(f"Content-Type is {media!r}; send JSON with Content-Type: application/json.")
-    return decode_object(await request.body())
+    return await request.body()
 
 
-def validate(model: type[B], value: dict[str, Any], base_names: Collection[str] = ()) -> B:
-    """``value`` as a body; ``InvalidRequest`` names the first wrong field. ``base_names`` are names of the base model,
-    which are no adapters wherever they stand.
+def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
+    """``value`` as a body; ``InvalidRequest`` names the first wrong field.
+
+    Lengths are looked at first, and lists are read up to their first wrong item: what is wrong is refused soon, however
+    much there is of it.
     """
-    if model.dialect is not None:
-        model.dialect.check(value, base_names)
+    limits.check_lengths(value)
+    if model.route_fields is not None:
+        model.route_fields.check(value, limits.base_words)
     try:
         return model.model_validate(value)
     except ValidationError as error:
@@ -120,12 +148,8 @@ def validate(model: type[B], value: dict[str, Any], base_names: Collection[str] 
 
 async def read_body(request: Request, model: type[B]) -> B:
     """The request's body as ``model``; keys without effect are noted for the log and the header."""
-    return read_value(request, model, await read_object(request))
-
-
-def read_value(request: Request, model: type[B], value: dict[str, Any]) -> B:
-    """As ``read_body``, of an object that has been read."""
-    body = validate(model, value, request.app.state.truffula.base_words)
+    state: ServerState = request.app.state.truffula
+    body = validate(model, decode_object(await raw_body(request)), state.limits)
     note_unknown(request, body)
     return body
 

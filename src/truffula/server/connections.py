@@ -1,8 +1,11 @@
 """Connections before and between requests: how long a head may take, how many may be open, what the system allows.
 
-A connection that has not said a whole request head in time is closed. When as many are open as there may be, the one
-that has waited longest for a head makes room for the next, so that whoever opens many and says nothing (or half a head)
-keeps nobody else out, and descriptors never run out.
+A connection that has not sent a whole request head in time is closed. When as many are open as are allowed, the one
+that has waited longest for a head is closed in favour of the next: a client that opens many connections and sends
+nothing, or half a head, does not keep other clients out, and file descriptors do not run out.
+
+uvicorn has no such limits. ``GuardedProtocol`` stands between the transport and uvicorn's protocol and passes every
+call on; that a head is whole is seen by the application being called (``Connections.watching``).
 """
 
 from __future__ import annotations
@@ -11,18 +14,20 @@ import asyncio
 import logging
 import resource
 import time
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from truffula.config import ServerConfig
 
 SPARE_CONNECTIONS = 100
 """Beside ``max_open_requests``: probes, and clients that keep a connection between requests."""
 ACCEPT_BURST = 64
-"""Connections asyncio accepts before it attends to any."""
+"""Connections that asyncio accepts before it serves any."""
 OWN_FILES = 32
-SAY_AGAIN_S = 10.0
+LOG_AGAIN_S = 10.0
 log = logging.getLogger(__name__)
 
 
@@ -42,10 +47,12 @@ def most_connections(config: ServerConfig) -> int:
 
 
 class Connections:
-    """Who is connected. Owned by the event loop's thread."""
+    """The open connections. Owned by the event loop's thread."""
 
     def __init__(self, limit: int, head_timeout_s: float) -> None:
         self.head_timeout_s = head_timeout_s
+        # The connection whose bytes are being parsed; the task that answers its request inherits it.
+        self.current: ContextVar[GuardedProtocol] = ContextVar("truffula-connection")
         self._limit = limit
         self._open: set[GuardedProtocol] = set()
         self._waiting: dict[GuardedProtocol, None] = {}  # without a whole head, the longest first
@@ -57,84 +64,120 @@ class Connections:
         self._open.add(one)
         self._waiting[one] = None
         if len(self._open) > self._limit:
-            oldest = next(iter(self._waiting))
+            oldest = next(iter(self._waiting), one)
             self.closed(oldest)
-            oldest.transport.abort()
+            oldest.abort()
 
     def closed(self, one: GuardedProtocol) -> None:
         self._open.discard(one)
         self._waiting.pop(one, None)
 
-    def busy(self, one: GuardedProtocol) -> None:
-        """It has said a whole head, and is being answered."""
-        self._waiting.pop(one, None)
+    def watching(self, app: ASGIApp) -> ASGIApp:
+        """``app``; while it is called for a connection, that one does not count as waiting."""
 
-    def waits(self, one: GuardedProtocol) -> None:
-        """It was answered; another head may follow."""
-        if one in self._open:
-            self._waiting[one] = None
+        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+            one = self.current.get(None)
+            if scope["type"] != "http" or one is None:
+                await app(scope, receive, send)
+                return
+            self._waiting.pop(one, None)
+            one.begin()
+            try:
+                await app(scope, receive, send)
+            finally:
+                one.end()
+                if one in self._open:
+                    self._waiting[one] = None
+
+        return watched
 
 
-class GuardedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]  # h11's or httptools', by what is installed
-    """Uvicorn's protocol with a time limit on each request head. Between requests its own keep-alive limit holds."""
+class GuardedProtocol(asyncio.Protocol):
+    """Passes a connection on to ``inner``, uvicorn's protocol, with a time limit on each request head. Between requests
+    uvicorn's own keep-alive limit holds.
+    """
 
-    def __init__(self, connections: Connections, **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, connections: Connections, inner: Callable[..., asyncio.Protocol], **settings: Any) -> None:
+        self._inner = inner(**settings)
         self._connections = connections
+        self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._answering = 0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        super().connection_made(transport)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
         self._connections.opened(self)
         self._start_timer()
+        self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._connections.closed(self)
-        super().connection_lost(exc)
+        self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._answering():
-            self._stop_timer()
-            self._connections.busy(self)
-        elif self._timer is None and not self.transport.is_closing():
+        token = self._connections.current.set(self)
+        try:
+            self._inner.data_received(data)
+        finally:
+            self._connections.current.reset(token)
+        if not self._answering and self._timer is None and not self._closing:
             self._start_timer()
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if not self._answering():  # else the next request was in the same bytes
-            self._connections.waits(self)
+    def eof_received(self) -> bool | None:
+        return self._inner.eof_received()
 
-    def _answering(self) -> bool:
-        """Whether a request's head is whole and its answer is not: the protocol makes a cycle of each head."""
-        return self.cycle is not None and not self.cycle.response_complete
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
+
+    def begin(self) -> None:
+        """A request's head is whole."""
+        self._answering += 1
+        self._stop_timer()
+
+    def end(self) -> None:
+        """A request was answered."""
+        self._answering -= 1
+
+    def abort(self) -> None:
+        """Close the connection without sending what is buffered."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def _closing(self) -> bool:
+        return self._transport is None or self._transport.is_closing()
 
     def _start_timer(self) -> None:
-        self._timer = self.loop.call_later(self._connections.head_timeout_s, self._too_slow)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(self._connections.head_timeout_s, self._on_timeout)
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _too_slow(self) -> None:
+    def _on_timeout(self) -> None:
         self._timer = None
-        if not self._answering():
-            self.transport.close()
+        if not self._answering and self._transport is not None:
+            self._transport.close()
 
 
 class AcceptErrors:
-    """A loop's exception handler that says once in a while, not once a try, that no connection can be accepted."""
+    """A loop's exception handler: it logs at most every ``LOG_AGAIN_S`` that connections cannot be accepted."""
 
     def __init__(self) -> None:
-        self._said_at = -SAY_AGAIN_S
+        self._logged_at = -LOG_AGAIN_S
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept()" not in str(context.get("message")):
             loop.default_exception_handler(context)
             return
         now = time.monotonic()
-        if now - self._said_at >= SAY_AGAIN_S:
-            self._said_at = now
+        if now - self._logged_at >= LOG_AGAIN_S:
+            self._logged_at = now
             log.error("connections cannot be accepted: %s; raise the limit (ulimit -n)", context.get("exception"))

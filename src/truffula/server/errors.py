@@ -1,6 +1,6 @@
-"""The one table from error codes to HTTP, and one renderer per side.
+"""The one table from error codes to HTTP, and one renderer per dialect.
 
-*Native* is LoRAX's and TGI's side (``/generate`` and friends): ``{"error": str, "error_type": str}``.
+*Native* is LoRAX's and TGI's dialect (``/generate`` and friends): ``{"error": str, "error_type": str}``.
 *OpenAI* is everything under ``/v1/``: ``{"error": {"message", "type", "param", "code"}}``.
 *Anthropic* and *Ollama* have no routes here; their clients read why in their own form.
 The status is fixed by the fault, never by whether the client streams.
@@ -17,9 +17,9 @@ import msgspec
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, from_info
+from truffula.errors import InvalidRequest, TruffulaError
 
-Side = Literal["native", "openai", "anthropic", "ollama"]
+Dialect = Literal["native", "openai", "anthropic", "ollama"]
 
 
 class MalformedBody(TruffulaError):
@@ -36,6 +36,10 @@ class SlowBody(TruffulaError):
     code = "body_timeout"
 
 
+class HttpVersion(TruffulaError):
+    code = "http_version"
+
+
 class UnsupportedMedia(TruffulaError):
     code = "unsupported_media_type"
 
@@ -44,8 +48,8 @@ class Unauthorized(TruffulaError):
     code = "invalid_api_key"
 
 
-class WebPage(TruffulaError):
-    """A web page asked for what pages have no business with."""
+class Forbidden(TruffulaError):
+    """A web page of another origin, or a host name that is not the server's, where no API key protects it."""
 
     code = "forbidden"
 
@@ -77,7 +81,7 @@ class Aborted(TruffulaError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ErrorRow:
     """How one code leaves the server. ``prefix`` is what callers of LoRAX and TGI match error messages on."""
 
     native_status: int
@@ -103,39 +107,40 @@ _BRANCHES: Mapping[str, str] = MappingProxyType(
         "list[dict[str,any]]": "a list of parts",
     }
 )
-_FAULT = Row(500, "generation", _RUN, 500, _OURS, "internal_error")
+_FAULT = ErrorRow(500, "generation", _RUN, 500, _OURS, "internal_error")
 
-TABLE: Mapping[str, Row] = MappingProxyType(
+TABLE: Mapping[str, ErrorRow] = MappingProxyType(
     {
-        "invalid_request": Row(422, "validation", _INPUT, 400, _BAD, "invalid_request"),
-        "prompt_too_long": Row(422, "validation", _INPUT, 400, _BAD, "context_length_exceeded"),
-        "template_error": Row(422, "template_error", "Template error: ", 400, _BAD, "template_error"),
-        "malformed_json": Row(400, "validation", _INPUT, 400, _BAD, "malformed_json"),
-        "body_too_large": Row(413, "validation", _INPUT, 413, _BAD, "body_too_large"),
-        "body_timeout": Row(408, "validation", _INPUT, 408, _BAD, "body_timeout"),
-        "unsupported_media_type": Row(415, "validation", _INPUT, 415, _BAD, "unsupported_media_type"),
-        "invalid_api_key": Row(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
-        "forbidden": Row(403, "forbidden", "", 403, _BAD, "forbidden"),
-        "not_found": Row(404, "not_found", "", 404, _BAD, "not_found"),
-        "embedding_failure": Row(422, "embedding_failure", "", 400, _BAD, "embedding_failure"),
-        "classification_failure": Row(422, "classification_failure", "", 400, _BAD, "classification_failure"),
-        "method_not_allowed": Row(405, "method_not_allowed", "", 405, _BAD, "method_not_allowed"),
-        "model_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
-        "adapter_not_found": Row(424, "generation", _RUN, 404, _BAD, "model_not_found"),
-        "adapter_invalid": Row(424, "generation", _RUN, 400, _BAD, "adapter_invalid"),
-        "adapter_load_failed": Row(424, "generation", _RUN, 503, _OURS, "adapter_load_failed"),
-        "insufficient_memory": Row(424, "generation", _RUN, 400, _BAD, "insufficient_memory"),
-        "overloaded": Row(429, "overloaded", _FULL, 429, "rate_limit_error", "overloaded"),
-        "queue_timeout": Row(503, "overloaded", _FULL, 503, _OURS, "queue_timeout"),
-        "shutting_down": Row(503, "overloaded", _FULL, 503, _OURS, "shutting_down"),
-        "deadline_exceeded": Row(504, "generation", _RUN, 504, _OURS, "deadline_exceeded"),
-        "engine_died": Row(503, "incomplete_generation", _CUT, 503, _OURS, "engine_died"),
-        "checkpoint_changed": Row(503, "incomplete_generation", _CUT, 503, _OURS, "checkpoint_changed"),
-        "aborted": Row(500, "incomplete_generation", _CUT, 500, _OURS, "aborted"),
-        "generation_failed": Row(424, "generation", _RUN, 500, _OURS, "generation_failed"),
-        "no_tokenizer": Row(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
-        "unhealthy": Row(503, "healthcheck", "", 503, _OURS, "unhealthy"),
-        # What follows is ours to mend: these end a start, and reach a client only through a fault in the server.
+        "invalid_request": ErrorRow(422, "validation", _INPUT, 400, _BAD, "invalid_request"),
+        "prompt_too_long": ErrorRow(422, "validation", _INPUT, 400, _BAD, "context_length_exceeded"),
+        "template_error": ErrorRow(422, "template_error", "Template error: ", 400, _BAD, "template_error"),
+        "malformed_json": ErrorRow(400, "validation", _INPUT, 400, _BAD, "malformed_json"),
+        "body_too_large": ErrorRow(413, "validation", _INPUT, 413, _BAD, "body_too_large"),
+        "body_timeout": ErrorRow(408, "validation", _INPUT, 408, _BAD, "body_timeout"),
+        "http_version": ErrorRow(505, "validation", _INPUT, 505, _BAD, "http_version"),
+        "unsupported_media_type": ErrorRow(415, "validation", _INPUT, 415, _BAD, "unsupported_media_type"),
+        "invalid_api_key": ErrorRow(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
+        "forbidden": ErrorRow(403, "forbidden", "", 403, _BAD, "forbidden"),
+        "not_found": ErrorRow(404, "not_found", "", 404, _BAD, "not_found"),
+        "embedding_failure": ErrorRow(422, "embedding_failure", "", 400, _BAD, "embedding_failure"),
+        "classification_failure": ErrorRow(422, "classification_failure", "", 400, _BAD, "classification_failure"),
+        "method_not_allowed": ErrorRow(405, "method_not_allowed", "", 405, _BAD, "method_not_allowed"),
+        "model_not_found": ErrorRow(424, "generation", _RUN, 404, _BAD, "model_not_found"),
+        "adapter_not_found": ErrorRow(424, "generation", _RUN, 404, _BAD, "model_not_found"),
+        "adapter_invalid": ErrorRow(424, "generation", _RUN, 400, _BAD, "adapter_invalid"),
+        "adapter_load_failed": ErrorRow(424, "generation", _RUN, 503, _OURS, "adapter_load_failed"),
+        "insufficient_memory": ErrorRow(424, "generation", _RUN, 400, _BAD, "insufficient_memory"),
+        "overloaded": ErrorRow(429, "overloaded", _FULL, 429, "rate_limit_error", "overloaded"),
+        "queue_timeout": ErrorRow(503, "overloaded", _FULL, 503, _OURS, "queue_timeout"),
+        "shutting_down": ErrorRow(503, "overloaded", _FULL, 503, _OURS, "shutting_down"),
+        "deadline_exceeded": ErrorRow(504, "generation", _RUN, 504, _OURS, "deadline_exceeded"),
+        "engine_died": ErrorRow(503, "incomplete_generation", _CUT, 503, _OURS, "engine_died"),
+        "checkpoint_changed": ErrorRow(503, "incomplete_generation", _CUT, 503, _OURS, "checkpoint_changed"),
+        "aborted": ErrorRow(500, "incomplete_generation", _CUT, 500, _OURS, "aborted"),
+        "generation_failed": ErrorRow(424, "generation", _RUN, 500, _OURS, "generation_failed"),
+        "no_tokenizer": ErrorRow(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
+        "unhealthy": ErrorRow(503, "healthcheck", "", 503, _OURS, "unhealthy"),
+        # These end a start; a client sees one only when the server has a bug.
         "internal_error": _FAULT,
         "config_invalid": _FAULT,
         "process_failed": _FAULT,
@@ -163,8 +168,8 @@ _ANTHROPIC_TYPES: Mapping[int, str] = MappingProxyType(
 )
 
 
-def side_of(path: str) -> Side:
-    """The side a path is on, which decides the form of its errors."""
+def dialect_of(path: str) -> Dialect:
+    """The dialect of a path, which decides the form of its errors."""
     if path == "/v1/messages" or path.startswith("/v1/messages/"):
         return "anthropic"
     if path == "/v1" or path.startswith("/v1/") or path in _OPENAI_ROOTS:
@@ -172,40 +177,40 @@ def side_of(path: str) -> Side:
     return "ollama" if path.startswith("/api/") else "native"
 
 
-def row_of(code: str) -> Row:
+def row_of(code: str) -> ErrorRow:
     """The table's row; a code of a newer peer is a fault of ours."""
     return TABLE.get(code, _FAULT)
 
 
-def status_of(error: TruffulaError, side: Side) -> int:
+def status_of(error: TruffulaError, dialect: Dialect) -> int:
     row = row_of(error.code)
-    return row.native_status if side == "native" else row.openai_status
+    return row.native_status if dialect == "native" else row.openai_status
 
 
-def error_body(error: TruffulaError, side: Side) -> dict[str, Any]:
-    """The JSON object of ``error`` on ``side``; in a stream it is one frame, else the whole body."""
+def error_body(error: TruffulaError, dialect: Dialect) -> dict[str, Any]:
+    """The JSON object of ``error`` in ``dialect``; in a stream it is one frame, else the whole body."""
     row = row_of(error.code)
     message = error.message or error.code
-    if side == "native":
+    if dialect == "native":
         if row.native_type == "validation" and not error.data.get("verbatim"):
             message = message.replace("max_tokens", "max_new_tokens")  # the layers below know it by OpenAI's name
         text = message if message.startswith(row.prefix) else row.prefix + message
         return {"error": _clean(text), "error_type": row.native_type}
-    if side == "ollama":
+    if dialect == "ollama":
         return {"error": _clean(message)}
-    if side == "anthropic":
+    if dialect == "anthropic":
         kind = _ANTHROPIC_TYPES.get(row.openai_status, "api_error" if row.openai_status >= 500 else _BAD)
         return {"type": "error", "error": {"type": kind, "message": _clean(message)}}
-    # On this side adapters are models, whatever field of ours was at fault.
+    # In this dialect adapters are models, whatever field named one.
     param = "model" if error.code in ("adapter_not_found", "model_not_found") else error.param
     return {
         "error": {"message": _clean(message), "type": row.openai_type, "param": param, "code": row.openai_code},
     }
 
 
-def error_headers(error: TruffulaError, side: Side) -> dict[str, str]:
+def error_headers(error: TruffulaError, dialect: Dialect) -> dict[str, str]:
     """``Retry-After`` in whole seconds where trying again makes sense; the challenge on 401."""
-    status = status_of(error, side)
+    status = status_of(error, dialect)
     if status in (429, 503):
         return {"retry-after": str(max(1, round(float(error.data.get("retry_after_s", 1)))))}
     if status == 401:
@@ -213,17 +218,10 @@ def error_headers(error: TruffulaError, side: Side) -> dict[str, str]:
     return {}
 
 
-def render(error: TruffulaError, side: Side) -> tuple[int, dict[str, str], bytes]:
+def render(error: TruffulaError, dialect: Dialect) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body bytes of ``error``."""
-    headers = {"content-type": "application/json", **error_headers(error, side)}
-    return status_of(error, side), headers, msgspec.json.encode(error_body(error, side))
-
-
-def as_error(info: ErrorInfo | None) -> TruffulaError:
-    """The exception of a final error event; an event without one is a fault of ours."""
-    if info is None:
-        return TruffulaError("The engine ended the request without a reason.")
-    return from_info(info)
+    headers = {"content-type": "application/json", **error_headers(error, dialect)}
+    return status_of(error, dialect), headers, msgspec.json.encode(error_body(error, dialect))
 
 
 def from_validation(error: ValidationError, *, inside: str = "") -> InvalidRequest:

@@ -29,7 +29,7 @@ _HOLDERS = frozenset(squeezed(name) for name in HOLDERS)
 
 
 def is_ignored(name: str, value: Any) -> bool:
-    """Whether a field that passed ``Dialect.check`` and that no route reads belongs in ``x-truffula-ignored``.
+    """Whether a field that passed ``RouteFields.check`` and that no route reads belongs in ``x-truffula-ignored``.
 
     An unknown one does; a known one that has no effect on the text does unless its value asks for nothing.
     """
@@ -40,7 +40,7 @@ def is_ignored(name: str, value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class RouteFields:
     """The fields of one route, by the object they stand in: ``""`` is the body, ``"parameters."`` an object in it.
 
     ``where`` names the route in messages, ``adapter`` the field that names an adapter. With ``only``, no other foreign

@@ -1,6 +1,6 @@
 """From ``GenerateRequest``s to an answer, the same for every dialect: open, watch the client, fold or stream, count.
 
-A dialect brings requests and a ``Writer``; what is here decides when a fault is a status and when it is an event.
+A dialect brings requests and a ``Writer``; this module decides when an error is a status and when it is an event.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Protocol
 
 from starlette.requests import Request
 
-from truffula.errors import TruffulaError
+from truffula.errors import TruffulaError, from_info
 from truffula.metrics import Observer, RequestRecord
 from truffula.server.body import note_ignored
-from truffula.server.errors import Aborted, as_error
+from truffula.server.errors import Aborted
 from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
+from truffula.service.fold import failure
 from truffula.types import AdapterRef, ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 # One wake of the event loop: deltas with the index of the prompt they belong to.
@@ -148,13 +149,11 @@ async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:
         await end_tasks(*tasks)
 
 
-def fault(delta: TextDelta) -> TruffulaError | None:
-    """Why a choice ended without an answer, None while it goes on or ended well."""
-    if delta.finish_reason == "error":
-        return as_error(delta.error)
-    if delta.finish_reason == "abort":
-        return as_error(delta.error) if delta.error else Aborted("The server ended the request before its last token.")
-    return None
+def error_of(delta: TextDelta) -> TruffulaError | None:
+    """Why a choice ended without an answer; None while it runs, or when it ended well."""
+    if delta.finish_reason == "abort" and delta.error is None:
+        return Aborted("The server ended the request before its last token.")
+    return failure(delta) if delta.error is None else from_info(delta.error)
 
 
 async def whole(request: Request, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -167,7 +166,7 @@ async def _fold(request: Request, requests: Sequence[GenerateRequest]) -> list[C
     async with aclosing(run(request, requests)) as batches:
         async for batch in batches:
             for prompt, delta in batch:
-                if (error := fault(delta)) is not None:
+                if (error := error_of(delta)) is not None:
                     raise error
                 parts[prompt].append(delta)
     return [collect(deltas) for deltas in parts]
@@ -193,12 +192,12 @@ async def _frames(request: Request, requests: Sequence[GenerateRequest], writer:
         try:
             async for batch in batches:
                 for _, delta in batch:
-                    if not begun and (error := fault(delta)) is not None:
+                    if not begun and (error := error_of(delta)) is not None:
                         raise error
                 out = [] if begun else [writer.begin()]
                 begun = True
                 for prompt, delta in batch:
-                    if (error := fault(delta)) is not None:
+                    if (error := error_of(delta)) is not None:
                         record_of(request).error_code = error.code
                         yield b"".join(out) + writer.fail(error)
                         return

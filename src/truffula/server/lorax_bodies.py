@@ -11,10 +11,11 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.server.adapter_fields import adapters_named
-from truffula.server.body import Body
-from truffula.server.foreign_fields import Dialect
-from truffula.server.openai_bodies import biases
-from truffula.types import MAX_SEED, SamplingParams
+from truffula.server.body import Body, Ids, Objects, Strings
+from truffula.server.foreign_fields import RouteFields
+from truffula.server.limits import RequestLimits
+from truffula.server.openai_bodies import Biases, biases
+from truffula.types import MAX_SEED, GenerateRequest, SamplingParams
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
@@ -39,7 +40,7 @@ class Parameters(Body):
     max_new_tokens: int | None = Field(default=None, ge=1)
     ignore_eos_token: bool | None = None
     return_full_text: bool | None = None
-    stop: list[str] | None = None
+    stop: Strings | None = None
     truncate: int | None = Field(default=None, ge=1)
     details: bool | None = None
     decoder_input_details: bool | None = None
@@ -50,8 +51,8 @@ class Parameters(Body):
     # vLLM's and OpenAI's, under their names
     min_p: float | None = Field(default=None, ge=0, le=1)
     min_tokens: int | None = Field(default=None, ge=0)
-    stop_token_ids: list[int] | None = None
-    logit_bias: dict[str, float] | None = None
+    stop_token_ids: Ids | None = None
+    logit_bias: Biases | None = None
     cache_salt: str | None = None
     model: str | None = None
 
@@ -94,15 +95,14 @@ class Parameters(Body):
             or bool(self.min_p)
         )
 
-    def check(self, *, stream: bool, max_best_of: int, max_stops: int, max_logprobs: int, max_truncate: int) -> None:
+    def check(self, *, stream: bool, limits: RequestLimits) -> None:
         """Raises ``InvalidRequest`` for fields that contradict each other and values above the operator's limits."""
         best_of = self.best_of or 1
         rows = (
-            ("best_of", best_of, max_best_of),
-            ("return_k_alternatives", self.return_k_alternatives or 0, max_logprobs),
-            ("top_n_tokens", self.top_n_tokens or 0, max_logprobs),
-            ("stop", len(self.stop or ()), max_stops),
-            ("truncate", self.truncate or 0, max_truncate),
+            ("best_of", best_of, limits.max_best_of),
+            ("return_k_alternatives", self.return_k_alternatives or 0, limits.max_logprobs),
+            ("top_n_tokens", self.top_n_tokens or 0, limits.max_logprobs),
+            ("truncate", self.truncate or 0, limits.max_model_len - 1),
         )
         for name, value, limit in rows:
             if value > limit:
@@ -170,18 +170,33 @@ class GenerateBody(Body):
     def adapter_source(self) -> str | None:
         return self.params.adapter_source
 
+    def request(self, limits: RequestLimits, *, streams: bool) -> GenerateRequest:
+        """The body as a request in text, without who answers it. Raises ``InvalidRequest``."""
+        params = self.params
+        params.check(stream=streams, limits=limits)
+        chat = [{"role": "user", "content": self.inputs}] if params.apply_chat_template else None
+        return GenerateRequest(
+            prompt=self.inputs if chat is None else None,
+            messages=chat,
+            params=params.sampling(with_logprobs=streams or params.wants_details, vocab_size=limits.vocab_size),
+            truncate=params.truncate,
+            return_prompt_tokens=bool(params.decoder_input_details),
+            queue_timeout_s=limits.queue_timeout_s,
+            deadline_s=limits.request_timeout_s,
+        )
+
     def adapters(self) -> list[tuple[str, str]]:
         """Fields that name an adapter, with the name."""
         use = NATIVE.adapter
         return adapters_named(self, "", use) + adapters_named(self.params, "parameters.", use)
 
 
-NATIVE = Dialect(
+NATIVE = RouteFields(
     "this route",
     "parameters.adapter_id",
     {"": frozenset(GenerateBody.model_fields), "parameters.": frozenset(Parameters.model_fields)},
 )
-GenerateBody.dialect = NATIVE
+GenerateBody.route_fields = NATIVE
 
 
 class TokenizeBody(Body):
@@ -190,7 +205,7 @@ class TokenizeBody(Body):
     inputs: str | None = None
     parameters: Parameters | None = None
     prompt: str | None = None
-    messages: list[dict[str, object]] | None = None
+    messages: Objects | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -205,7 +220,7 @@ class TokenizeBody(Body):
 
 
 class DetokenizeBody(Body):
-    tokens: list[int]
+    tokens: Ids
     model: str | None = None
     skip_special_tokens: bool | None = None
 
@@ -213,7 +228,7 @@ class DetokenizeBody(Body):
 class ChatTokenizeBody(Body):
     """``POST /chat_tokenize``: TGI's."""
 
-    messages: list[dict[str, object]]
+    messages: Objects
     model: str | None = None
 
 
@@ -229,4 +244,4 @@ for _body, _where in (
     (DetokenizeBody, "/detokenize"),
     (ChatTokenizeBody, "/chat_tokenize"),
 ):
-    _body.dialect = Dialect(_where, "model", {"": frozenset(_body.model_fields)}, only=_TOKEN_FIELDS)
+    _body.route_fields = RouteFields(_where, "model", {"": frozenset(_body.model_fields)}, only=_TOKEN_FIELDS)

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
-from truffula.server.errors import BodyTooLarge, SlowBody, render, side_of
+from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of, render
 from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class RequestScope:
             record.error_code = "internal_error"
             if not record.status:
                 error = TruffulaError(f"Internal server error (request {record.request_id}); see the server's log.")
-                await send_reply(with_id, *render(error, side_of(record.path)))
+                await send_reply(with_id, *render(error, dialect_of(record.path)))
         finally:
             self._ended(record, scope, time.monotonic() - started)
 
@@ -95,7 +95,7 @@ class RequestScope:
 
 
 class AccessLine:
-    """One line a request; formatted only where somebody reads it. Never a prompt, an answer or a key."""
+    """The log line of a request, formatted when it is written. It never holds a prompt, an answer or a key."""
 
     __slots__ = ("record",)
 
@@ -130,10 +130,36 @@ def _one_line(text: str) -> str:
 WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
+class HttpRules:
+    """Refuses heads whose framing or version could be read in two ways, and closes their connections.
+
+    A head with both Content-Length and Transfer-Encoding may be two requests to one server and one to another (RFC
+    9112, 6.1).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        error: TruffulaError | None = None
+        if scope["type"] == "http":
+            names = {name for name, _ in scope["headers"]}
+            if scope["http_version"] not in ("1.0", "1.1"):
+                error = HttpVersion(f"HTTP/{scope['http_version']} is not supported; use HTTP/1.1.")
+            elif {b"content-length", b"transfer-encoding"} <= names:
+                error = MalformedBody("The request has both Content-Length and Transfer-Encoding; send one of them.")
+        if error is None:
+            await self.app(scope, receive, send)
+            return
+        scope["state"]["record"].error_code = error.code
+        status, headers, body = render(error, dialect_of(scope["path"]))
+        await send_reply(send, status, {**headers, "connection": "close"}, body)
+
+
 class OpenLimit:
     """Refuses a request with a body while ``limit`` others are open, those whose bodies still arrive included.
 
-    Probes and other GETs pass: they are answered at once, and an overloaded server is no dead one.
+    Probes and other GETs pass: they are answered immediately, and an overloaded server is alive.
     """
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
@@ -150,7 +176,7 @@ class OpenLimit:
                 f"{self._open} requests are open, which is this server's limit (--max-open-requests).", retry_after_s=1
             )
             scope["state"]["record"].error_code = error.code
-            await send_reply(send, *render(error, side_of(scope["path"])))
+            await send_reply(send, *render(error, dialect_of(scope["path"])))
             return
         self._open += 1
         try:
@@ -162,8 +188,8 @@ class OpenLimit:
 class BodyLimit:
     """Reads a body whole before the app sees it; stops at ``limit`` bytes with 413, after ``timeout_s`` with 408.
 
-    The rest of a refused body is thrown away for a while before the connection closes: closing at once would reset it,
-    and most clients would report that instead of reading the answer.
+    The rest of a refused body is read and dropped for a while before the connection closes: closing it now would reset
+    it, and most clients would report that instead of reading the answer.
     """
 
     linger_bytes = 64 * 2**20
@@ -223,7 +249,7 @@ class BodyLimit:
 
     async def _refuse(self, error: TruffulaError, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["record"].error_code = error.code
-        status, headers, body = render(error, side_of(scope["path"]))
+        status, headers, body = render(error, dialect_of(scope["path"]))
         pairs = [(k.encode(), v.encode()) for k, v in headers.items()]
         pairs += [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
         await send({"type": "http.response.start", "status": status, "headers": pairs})

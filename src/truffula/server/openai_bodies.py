@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.server.adapter_fields import adapters_named
-from truffula.server.body import Body
-from truffula.server.foreign_fields import Dialect
+from truffula.server.body import Body, FirstError, Ids, Objects, Strings
+from truffula.server.foreign_fields import RouteFields
 from truffula.types import MAX_SEED, SamplingParams
 
 MIN_INT64 = -(2**63)
@@ -43,6 +43,17 @@ def biases(given: Mapping[str, float] | None, vocab_size: int) -> dict[int, floa
     return found
 
 
+def _numbers_only(value: Any) -> Any:
+    """Raise ``ValueError`` for the first entry whose value is no number; pydantic would list all of them."""
+    if isinstance(value, dict) and not set(map(type, value.values())) <= {int, float}:
+        wrong = next(key for key, one in value.items() if type(one) not in (int, float))
+        raise ValueError(f"the value of {wrong[:20]!r} is not a number")
+    return value
+
+
+Biases = Annotated[dict[str, float], BeforeValidator(_numbers_only)]
+
+
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -63,11 +74,11 @@ class OpenAIBody(Body):
     top_p: float | None = None
     n: int | None = None
     best_of: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Strings | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     seed: int | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Biases | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     # vLLM, SGLang
@@ -77,7 +88,7 @@ class OpenAIBody(Body):
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
     include_stop_str_in_output: bool | None = None
     no_stop_trim: bool | None = None
     skip_special_tokens: bool | None = None
@@ -177,7 +188,7 @@ class OpenAIBody(Body):
 class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Strings | Ids | Annotated[list[Ids], FirstError()]
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -210,9 +221,9 @@ class ChatMessage(Body):
     """One message of a conversation. Unknown keys go to the template (``reasoning_content`` and the like)."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Objects | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Objects | None = None
     tool_call_id: str | None = None
 
     @field_validator("content")
@@ -240,7 +251,7 @@ class ChatMessage(Body):
 class ChatBody(OpenAIBody):
     """``POST /v1/chat/completions``."""
 
-    messages: list[ChatMessage]
+    messages: Annotated[list[ChatMessage], FirstError()]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -248,7 +259,7 @@ class ChatBody(OpenAIBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Objects | None = None
 
     def check(self) -> None:
         super().check()
@@ -270,5 +281,5 @@ class ChatBody(OpenAIBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-CompletionBody.dialect = Dialect("/v1/completions", "model", {"": frozenset(CompletionBody.model_fields)})
-ChatBody.dialect = Dialect("/v1/chat/completions", "model", {"": frozenset(ChatBody.model_fields)})
+CompletionBody.route_fields = RouteFields("/v1/completions", "model", {"": frozenset(CompletionBody.model_fields)})
+ChatBody.route_fields = RouteFields("/v1/chat/completions", "model", {"": frozenset(ChatBody.model_fields)})

@@ -8,7 +8,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import TruffulaError
-from truffula.server.body import read_body
 from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.openai_bodies import ChatBody
@@ -22,7 +21,8 @@ from truffula.server.openai_parts import (
     shown,
     usage_of,
 )
-from truffula.server.openai_requests import chat_request
+from truffula.server.openai_requests import addressed
+from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import json_reply
 from truffula.server.sse import DONE, frame
 from truffula.server.state import ServerState, record_of, state_of
@@ -33,11 +33,13 @@ async def chat_completions(request: Request) -> Response:
     """Answers a conversation with its next message."""
     state = state_of(request)
     record_of(request).generates = True
-    return await chat(request, await read_body(request, ChatBody), state)
+    return await chat(request, await read_requests(request, "chat"), state)
 
 
-async def chat(request: Request, body: ChatBody, state: ServerState) -> Response:
-    one = await chat_request(request, body, state)
+async def chat(request: Request, read: Read, state: ServerState) -> Response:
+    body = read.body
+    assert isinstance(body, ChatBody)
+    (one,) = await addressed(request, body, read.requests, state)
     model = asked_model(body, state)
     if body.stream:
         return await stream(

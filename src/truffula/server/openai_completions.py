@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import TruffulaError
-from truffula.server.body import read_body
 from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.headers import reply_headers
@@ -24,7 +23,8 @@ from truffula.server.openai_parts import (
     shown,
     usage_of,
 )
-from truffula.server.openai_requests import completion_requests
+from truffula.server.openai_requests import addressed
+from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import json_reply
 from truffula.server.sse import DONE, frame
 from truffula.server.state import ServerState, record_of, state_of
@@ -35,19 +35,21 @@ async def completions(request: Request) -> Response:
     """Continues a prompt, or several: text or token ids."""
     state = state_of(request)
     record_of(request).generates = True
-    return await complete(request, await read_body(request, CompletionBody), state)
+    return await complete(request, await read_requests(request, "completion"), state)
 
 
-async def complete(request: Request, body: CompletionBody, state: ServerState) -> Response:
+async def complete(request: Request, read: Read, state: ServerState) -> Response:
     started = time.monotonic()
-    requests = await completion_requests(request, body, state)
+    body = read.body
+    assert isinstance(body, CompletionBody)
+    requests = await addressed(request, body, read.requests, state)
     top = head("text_completion", "cmpl", asked_model(body, state), state)
     if body.stream:
         return await stream(request, requests, CompletionWriter(request, body, top))
     found = await whole(request, requests)
     choices = [_choice(body, i, one, choice) for i, one in enumerate(found) for choice in one.choices]
     headers = reply_headers(
-        sum(len(one.prompt) for one in requests if isinstance(one.prompt, str)),
+        read.characters,
         requests[0].adapter,
         record_of(request),
         state,

@@ -19,7 +19,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
-class Row:
+class RouteSpec:
     """One route. Users read the handler's docstring. ``body`` is what the handler reads, ``example`` one such body."""
 
     method: str
@@ -30,7 +30,7 @@ class Row:
     example: Mapping[str, Any] | None = None
 
 
-def document_of(rows: Sequence[Row], *, keyed: bool) -> dict[str, Any]:
+def document_of(rows: Sequence[RouteSpec], *, keyed: bool) -> dict[str, Any]:
     """OpenAPI 3.1: a path per route, the bodies' schemas. ``keyed``: requests carry an API key."""
     descriptions = field_help()
     paths: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def field_help() -> Mapping[str, str]:
     return tomllib.loads(Path(__file__).with_name("field_help.toml").read_text(encoding="utf-8"))
 
 
-def _operation(row: Row) -> dict[str, Any]:
+def _operation(row: RouteSpec) -> dict[str, Any]:
     text = inspect.cleandoc(row.handler.__doc__ or "").replace("``", "`")
     made: dict[str, Any] = {
         "tags": [row.tag],

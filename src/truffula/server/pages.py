@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula import __version__
-from truffula.server.openapi import Handler, Row, document_of
+from truffula.server.openapi import Handler, RouteSpec, document_of
 from truffula.server.probes import health
 from truffula.server.replies import json_reply
 from truffula.server.state import state_of
@@ -72,7 +72,7 @@ async def root(request: Request) -> Response:
     return page(_template("index.html"), 200 if state_of(request).service.healthy() else 503)
 
 
-def reference(rows: Sequence[Row], *, keyed: bool) -> tuple[Handler, Handler]:
+def reference(rows: Sequence[RouteSpec], *, keyed: bool) -> tuple[Handler, Handler]:
     """The handlers of the OpenAPI document of ``rows`` and of the page that shows it, made when first asked for."""
 
     @cache

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from truffula.config import Resolved, format_size
 from truffula.engine.client import EngineHandle
-from truffula.errors import ConfigError, InvalidRequest
+from truffula.errors import ConfigError, InvalidRequest, internal_error
 from truffula.kernels.trim import trim_memory
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
@@ -40,12 +40,14 @@ from truffula.server.connections import (
     GuardedProtocol,
     most_connections,
 )
-from truffula.server.errors import Unhealthy, render, side_of
+from truffula.server.errors import Unhealthy, dialect_of, render
 from truffula.server.middleware import send_reply
 from truffula.service import AsyncService, ServiceLimits
-from truffula.service.files import load_texts, without_tokenizer
+from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
+from truffula.service.workers import TextWorkers
 from truffula.text.chat_template import read_template
 from truffula.text.ends import describe
+from truffula.text.worker import Setup
 from truffula.types import EngineInfo, SamplingParams
 
 BACKLOG = 2048
@@ -88,7 +90,10 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: Adapter
             max_choices=max(config.max_n, config.max_best_of),
             base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
         )
-        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates)
+        texts = texts_of(client.info, texts)
+        workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
+        undo.callback(workers.close)
+        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates, workers=workers)
         metrics = Metrics(
             service.known_stats,
             restarts=service.restarts,
@@ -101,6 +106,20 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: Adapter
         warnings = policy.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
         undo.pop_all()
     return App(service, asgi, lambda: announce(resolved, service.info, policy, url, warnings))
+
+
+def text_workers(
+    info: EngineInfo, texts: LoadedTexts, templates: dict[str, str] | None, memory_bytes: int
+) -> TextWorkers:
+    """Text workers for the model that ``info`` describes; their processes start when they are needed."""
+    setup = Setup(
+        info=info,
+        texts_path=None if texts.path is None else str(texts.path),
+        texts_digest=texts.digest,
+        templates=templates,
+        memory_bytes=memory_bytes,
+    )
+    return TextWorkers(setup)
 
 
 def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +181,7 @@ class LoadingApp:
             await self._asgi(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
-            await send_reply(send, *render(error, side_of(scope["path"])))
+            await send_reply(send, *render(error, dialect_of(scope["path"])))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -221,8 +240,8 @@ class LoadingApp:
             error: Exception | None = None
             try:
                 found = self._load()
-            except Exception as raised:  # noqa: BLE001  (passed to the loop, which raises it)
-                error = raised
+            except BaseException as raised:  # noqa: BLE001  (passed to the loop, which raises it)
+                error = raised if isinstance(raised, Exception) else internal_error(raised)  # such as a Rust panic
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
                 loop.call_soon_threadsafe(answer, found, error)
 
@@ -277,19 +296,21 @@ def make_server(
 
     connections = Connections(most_connections(config), config.body_timeout_s)
     loading = LoadingApp(lambda: load_app(resolved, f"http://{host}:{port}", handle, policy), stop)
-    server = DrainingServer(
-        uvicorn.Config(
-            loading,
-            http=partial(GuardedProtocol, connections),  # type: ignore[arg-type]
-            backlog=ACCEPT_BURST,
-            log_config=None,
-            access_log=False,
-            lifespan="on",
-            server_header=False,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
-        )
+    settings = uvicorn.Config(
+        connections.watching(loading),
+        backlog=ACCEPT_BURST,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
     )
+    settings.load()
+    settings.http_protocol_class = partial(  # type: ignore[assignment]
+        GuardedProtocol, connections, settings.http_protocol_class
+    )
+    server = DrainingServer(settings)
     server.loading, server.connections = loading, connections
     server.drain_delay_s, server.drain_timeout_s = config.drain_delay_s, config.drain_timeout_s
     return server

@@ -28,7 +28,7 @@ _encoder = msgspec.json.Encoder()
 
 
 class ClientGone(Exception):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection before the answer was sent."""
 
 
 def frame(value: Any) -> bytes:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from starlette.requests import Request
@@ -16,6 +17,7 @@ from truffula.errors import AdapterNotFound, InvalidRequest
 from truffula.lora.sources import BASE_WORDS as BASE_WORDS  # routes know it from here
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
+from truffula.server.limits import RequestLimits
 from truffula.service import AsyncService
 from truffula.types import AdapterRef
 
@@ -23,7 +25,7 @@ MAX_LOGGED_NAMES = 1000
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass
 class ServerState:
     """Dependencies of the routes. ``succeeded`` turns true with the first answered generation (``/startup``).
 
@@ -39,6 +41,11 @@ class ServerState:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     seen_unknown: set[str] = field(default_factory=set)
     seen_not_found: set[str] = field(default_factory=set)
+
+    @cached_property
+    def limits(self) -> RequestLimits:
+        """What one request may ask for."""
+        return RequestLimits.of(self.config, self.service.info, self.defaults, self.base_words)
 
     @property
     def model_id(self) -> str:
@@ -67,7 +74,7 @@ class ServerState:
         if not name or name == self.model_id:
             return None
         try:
-            return await self.service.in_thread(self.service.resolve_adapter, name, source)
+            return await self.service.look_up(self.service.resolve_adapter, name, source)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
 
@@ -82,7 +89,7 @@ class ServerState:
                         found[name] = ref.locator
             return found
 
-        return await self.service.in_thread(look)
+        return await self.service.look_up(look)
 
     def _not_found(self, name: str, error: AdapterNotFound) -> AdapterNotFound:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
@@ -101,7 +108,7 @@ class ServerState:
 
     async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
-        found = await self.service.in_thread(self.service.adapter_names)
+        found = await self.service.look_up(self.service.adapter_names)
         return sorted(set(found) - {self.model_id})
 
     async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:
@@ -112,7 +119,7 @@ class ServerState:
 
 
 def state_of(request: Request) -> ServerState:
-    """For ``Depends``, and for handlers that have only the request."""
+    """The server's state, for a handler."""
     state: ServerState = request.app.state.truffula
     return state
 

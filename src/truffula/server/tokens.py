@@ -1,99 +1,198 @@
-"""``/tokenize``, ``/detokenize`` and ``/chat_tokenize``, in the forms of LoRAX, TGI and vLLM."""
+"""``/tokenize``, ``/detokenize`` and ``/chat_tokenize``, in the forms of LoRAX, TGI and vLLM.
+
+Each reply is made whole by one function of its body, in a thread, or in a text worker when the body is large.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.errors import InvalidRequest, NoTokenizer
-from truffula.server.body import read_body, validate
+from truffula.errors import InvalidRequest, PromptTooLong
+from truffula.server.auth import client_of
+from truffula.server.body import Body, decode_object, note_ignored, raw_body, validate
+from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
 from truffula.server.openai_bodies import ChatMessage
-from truffula.server.replies import json_reply
-from truffula.server.state import ServerState, state_of
-from truffula.types import GenerateRequest
+from truffula.server.state import state_of
+from truffula.service.prompt_maker import HEAVY_CHARS
+from truffula.service.prompts import MAX_TRUNCATED_CHARS, make_prompt, need_tokenizer
+from truffula.service.text_jobs import texts_of_worker
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.tokenizer import Tokenizer, check_text
+from truffula.text.worker import Worker
+from truffula.types import EngineInfo, GenerateRequest
+
+Kind = Literal["tokenize", "detokenize", "chat_tokenize"]
+JOB = "truffula.server.tokens:reply_job"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a reply is made with."""
+
+    tokenizer: Tokenizer | None
+    templates: ChatTemplates
+    info: EngineInfo
+
+    def needed(self) -> Tokenizer:
+        """The tokenizer. Raises ``NoTokenizer``."""
+        return need_tokenizer(self.tokenizer, self.info)
+
+
+class Job(NamedTuple):
+    """A body for a text worker."""
+
+    kind: Kind
+    raw: bytes
+    limits: RequestLimits
+
+
+class _Reply(msgspec.Struct, frozen=True, array_like=True):
+    body: bytes
+    unknown: list[str]
+    model: str | None
 
 
 async def tokenize(request: Request) -> Response:
     """Turns text into tokens. `inputs` is answered as by LoRAX and TGI, `prompt` or `messages` as by vLLM."""
+    return await _answer(request, "tokenize")
+
+
+async def detokenize(request: Request) -> Response:
+    """Turns token ids into text. Special tokens are part of it, as in vLLM."""
+    return await _answer(request, "detokenize")
+
+
+async def chat_tokenize(request: Request) -> Response:
+    """The text that the chat template makes of a conversation, and its tokens."""
+    return await _answer(request, "chat_tokenize")
+
+
+async def _answer(request: Request, kind: Kind) -> Response:
     state = state_of(request)
-    body = await read_body(request, TokenizeBody)
+    raw = await raw_body(request)
+    core, texts = state.service.texts.core, state.service.texts
+    large = len(raw) > HEAVY_CHARS
+    if not large:
+        value = decode_object(raw)
+        chat = isinstance(value.get("messages"), list)
+        large = chat and not core.is_plain(GenerateRequest(messages=value["messages"]))
+    if large and texts.has_workers:
+        (packed,) = await texts.in_worker(JOB, Job(kind, raw, state.limits), client_of(request))
+        reply = msgspec.msgpack.decode(packed, type=_Reply)
+    else:
+        model = Texts(core.tokenizer, core.templates, core.info)
+        reply = await texts.in_thread(len(raw), partial(_reply, kind, raw, state.limits, model))
+    await state.named_model(reply.model)
+    note_ignored(request, reply.unknown)
+    return Response(reply.body, media_type="application/json")
+
+
+def reply_job(worker: Worker, job: Job) -> Iterator[bytes]:
+    """In a text worker: the reply to a body."""
+    tokenizer, templates = texts_of_worker(worker)
+    yield msgspec.msgpack.encode(_reply(job.kind, job.raw, job.limits, Texts(tokenizer, templates, worker.setup.info)))
+
+
+def _reply(kind: Kind, raw: bytes, limits: RequestLimits, texts: Texts) -> _Reply:
+    model, make = _ROUTES[kind]
+    body: Any = validate(model, decode_object(raw), limits)
+    return _Reply(msgspec.json.encode(make(body, texts, limits)), body.unknown(), body.model)
+
+
+def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
     given = [name for name in ("inputs", "prompt", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(
             f"Give one of inputs, prompt and messages, not {' and '.join(given) or 'none'}.", param="inputs"
         )
     special = True if body.add_special_tokens is None else body.add_special_tokens
-    await state.named_model(body.model)
     if body.inputs is not None:
-        rows = await _native_tokens(state, body.inputs, special)
-        return await state.service.beside(len(rows), lambda: json_reply(rows))
+        return _native_tokens(texts, body.inputs, special)
+    tokenizer = texts.needed()
     if body.messages is not None:
-        _, ids = await state.service.render(
+        ids = _rendered(
+            texts,
             GenerateRequest(
-                messages=_messages(body.messages),
+                messages=_messages(body.messages, limits),
                 template_kwargs=dict(body.chat_template_kwargs or {}),
                 continue_final_message=bool(body.continue_final_message),
                 add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
                 add_special_tokens=bool(body.add_special_tokens),
-            )
-        )
+            ),
+        )[1]
     else:
-        ids = [row[0] for row in await state.service.tokenize(body.prompt or "", add_special_tokens=special)]
-    strings = None
-    if body.return_token_strs:
-        strings = await state.service.beside(len(ids), lambda: [_vocabulary_piece(state, token) for token in ids])
-    limit = state.service.info.max_model_len
-    answer = {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings}
-    return await state.service.beside(len(ids), lambda: json_reply(answer))
+        ids = [row[0] for row in _tokens(texts, body.prompt or "", special)]
+    strings = [tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
+    return {"count": len(ids), "max_model_len": texts.info.max_model_len, "tokens": ids, "token_strs": strings}
 
 
-async def detokenize(request: Request) -> Response:
-    """Turns token ids into text. Special tokens are part of it, as in vLLM."""
-    state = state_of(request)
-    body = await read_body(request, DetokenizeBody)
-    await state.named_model(body.model)
+def _detokenize(body: DetokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
     for i, token in enumerate(body.tokens):
-        if not 0 <= token < state.service.info.vocab_size:
+        if not 0 <= token < limits.vocab_size:
             raise InvalidRequest(
-                f"tokens[{i}] is {token}, which is not a token id from 0 to {state.service.info.vocab_size - 1}.",
-                param="tokens",
+                f"tokens[{i}] is {token}, which is not a token id from 0 to {limits.vocab_size - 1}.", param="tokens"
             )
-    text = await state.service.detokenize(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))
-    return json_reply({"prompt": text})
+    return {"prompt": texts.needed().decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))}
 
 
-async def chat_tokenize(request: Request) -> Response:
-    """The text that the chat template makes of a conversation, and its tokens."""
-    state = state_of(request)
-    body = await read_body(request, ChatTokenizeBody)
-    await state.named_model(body.model)
-    text, _ = await state.service.render(GenerateRequest(messages=_messages(body.messages)))
-    rows = await _native_tokens(state, text, special=False)
-    answer = {"tokenize_response": rows, "templated_text": text}
-    return await state.service.beside(len(text), lambda: json_reply(answer))
+def _chat_tokenize(body: ChatTokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
+    text, _ = _rendered(texts, GenerateRequest(messages=_messages(body.messages, limits)))
+    return {"tokenize_response": _native_tokens(texts, text, special=False), "templated_text": text}
 
 
-async def _native_tokens(state: ServerState, text: str, special: bool) -> list[dict[str, Any]]:
+_Make = Callable[[Any, Texts, RequestLimits], Any]
+_ROUTES: Mapping[str, tuple[type[Body], _Make]] = MappingProxyType(
+    {
+        "tokenize": (TokenizeBody, _tokenize),
+        "detokenize": (DetokenizeBody, _detokenize),
+        "chat_tokenize": (ChatTokenizeBody, _chat_tokenize),
+    }
+)
+
+
+def _native_tokens(texts: Texts, text: str, special: bool) -> list[dict[str, Any]]:
     """``text`` is the slice of the input between the character offsets, empty for what the tokenizer added."""
-    rows = await state.service.tokenize(text, add_special_tokens=special)
-
-    def shaped() -> list[dict[str, Any]]:
-        return [{"id": token, "text": text[start:stop], "start": start, "stop": stop} for token, _, start, stop in rows]
-
-    return await state.service.beside(len(text), shaped)
+    return [
+        {"id": token, "text": text[start:stop], "start": start, "stop": stop}
+        for token, start, stop in _tokens(texts, text, special)
+    ]
 
 
-def _messages(values: list[dict[str, object]]) -> list[dict[str, Any]]:
+def _tokens(texts: Texts, text: str, special: bool) -> list[tuple[int, int, int]]:
+    """``(id, start, stop)`` per token: character offsets, 0, 0 for tokens that the tokenizer added."""
+    tokenizer = texts.needed()
+    check_text(text, "inputs")
+    if len(text) > MAX_TRUNCATED_CHARS:
+        raise PromptTooLong(
+            f"The text has {len(text)} characters; the limit is {MAX_TRUNCATED_CHARS} per request.",
+            param="inputs",
+            prompt_chars=len(text),
+            max_chars=MAX_TRUNCATED_CHARS,
+        )
+    encoded = tokenizer.encode_with_offsets(text, add_special_tokens=special)
+    return [
+        (token_id, *((0, 0) if added else offset))
+        for token_id, offset, added in zip(encoded.ids, encoded.offsets, encoded.added, strict=True)
+    ]
+
+
+def _rendered(texts: Texts, request: GenerateRequest) -> tuple[str, list[int]]:
+    """A chat's text and its ids."""
+    texts.needed()
+    made = make_prompt(msgspec.structs.replace(request, echo=True), texts.tokenizer, texts.templates, texts.info)
+    return made.text or "", made.ids
+
+
+def _messages(values: list[dict[str, Any]], limits: RequestLimits) -> list[dict[str, Any]]:
     if not values:
         raise InvalidRequest("messages is an empty list.", param="messages")
-    return [validate(ChatMessage, value).for_template() for value in values]
-
-
-def _vocabulary_piece(state: ServerState, token: int) -> str | None:
-    if state.service.tokenizer is None:
-        raise NoTokenizer("This model has no tokenizer; send token ids and read token ids.")
-    piece: str | None = state.service.tokenizer.id_to_token(token)
-    return piece
+    return [validate(ChatMessage, value, limits).for_template() for value in values]

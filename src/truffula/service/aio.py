@@ -11,18 +11,21 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, Unpack
 
+import msgspec
+
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, PromptTooLong, ShuttingDown, TruffulaError, from_info
+from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError, from_info
 from truffula.service.base import ServiceBase, ServiceOptions
 from truffula.service.core import RequestState
 from truffula.service.fold import collect, failure
-from truffula.service.prompts import MAX_TRUNCATED_CHARS, need_tokenizer
+from truffula.service.prompt_maker import PromptMaker
+from truffula.service.prompts import Prompt
 from truffula.service.streams import TextStream
-from truffula.text.tokenizer import Tokenizer, check_text
+from truffula.service.workers import TextWorkers
 from truffula.types import (
     AdapterCommand,
     AdapterRef,
@@ -37,20 +40,23 @@ from truffula.types import (
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Shorter prompts are tokenised on the loop: a trip to a thread costs as much as their tokenisation.
-INLINE_CHARS = 4096
 
 
 class AsyncService(ServiceBase):
     """Made anywhere; ``await start()`` on the loop that will use it, ``await close()`` at the end."""
 
-    def __init__(self, client: EngineClient, **options: Unpack[ServiceOptions]) -> None:
+    def __init__(
+        self, client: EngineClient, *, workers: TextWorkers | None = None, **options: Unpack[ServiceOptions]
+    ) -> None:
+        if workers is not None:
+            options["render"] = workers.render_at_start
         super().__init__(client, **options)
         self._streams: dict[str, tuple[TextStream, RequestState]] = {}
         self._active: set[RequestState] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._pool = ThreadPoolExecutor(2, thread_name_prefix="truffula-text")
+        self.texts = PromptMaker(self._core, workers)
+        self._lookup_threads = ThreadPoolExecutor(4, thread_name_prefix="truffula-lookup")
         self._commands = ThreadPoolExecutor(8, thread_name_prefix="truffula-adapters")
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -90,7 +96,12 @@ class AsyncService(ServiceBase):
         """
         self._refuse_if_ending()
         self._submissions.require_place()
-        states = [await self._off_loop(_chars(one), self._core.open, one) for one in requests]
+        states: list[RequestState] = []
+        for one in requests:
+            if states:
+                await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
+            self._core.check(one)
+            states.append(self._core.begin(one, await self.texts.prompt(one)))
         self._refuse_if_ending()
         self._submissions.require_place()
         streams = [TextStream(state, self._abandon) for state in states]
@@ -123,46 +134,13 @@ class AsyncService(ServiceBase):
                 gathered += deltas
         return collect(gathered)
 
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[tuple[int, str, int, int]]:
-        """``(id, vocabulary piece, start, stop)`` per token; character offsets, 0, 0 for tokens the tokenizer added."""
-        tokenizer = self._need_tokenizer()
-        check_text(text, "inputs")
-        if len(text) > MAX_TRUNCATED_CHARS:
-            raise PromptTooLong(
-                f"The text has {len(text)} characters; the limit is {MAX_TRUNCATED_CHARS} per request.",
-                param="inputs",
-                prompt_chars=len(text),
-                max_chars=MAX_TRUNCATED_CHARS,
-            )
+    async def render(self, request: GenerateRequest) -> Prompt:
+        """A chat or prompt as the model would see it, however long; nothing is submitted."""
+        return await self.texts.prompt(msgspec.structs.replace(request, echo=True))
 
-        def rows() -> list[tuple[int, str, int, int]]:
-            encoded = tokenizer.encode_with_offsets(text, add_special_tokens=add_special_tokens)
-            return [
-                (token_id, tokenizer.id_to_token(token_id) or "", *((0, 0) if added else offset))
-                for token_id, offset, added in zip(encoded.ids, encoded.offsets, encoded.added, strict=True)
-            ]
-
-        return await self.beside(len(text), rows)
-
-    async def beside(self, size: int, work: Callable[[], T]) -> T:
-        """The result of ``work``, done in the text thread when ``size`` (characters or tokens) says that it is long."""
-        return await self._off_loop(size, work)
-
-    async def in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """The result of ``work``, done in the text thread: for what asks the file system."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-    async def render(self, request: GenerateRequest) -> tuple[str, list[int]]:
-        """A chat or prompt as the model would see it: ``(text, prompt ids)``, however long; nothing is submitted."""
-        self._need_tokenizer()
-        prompt = await self._off_loop(_chars(request), lambda: self._core.render(request))
-        return prompt.text or "", prompt.ids
-
-    async def detokenize(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        tokenizer = self._need_tokenizer()
-        return await self._off_loop(
-            len(token_ids), lambda: tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
-        )
+    async def look_up(self, work: Callable[..., T], *args: Any) -> T:
+        """The result of ``work``, which asks the file system, from a thread that does nothing else."""
+        return await asyncio.get_running_loop().run_in_executor(self._lookup_threads, work, *args)
 
     async def adapters(self, command: AdapterCommand, timeout: float = 300.0) -> list[AdapterState]:
         """Carry ``command`` out in the engine. A load returns when the adapter is usable, or raises why it is not."""
@@ -219,13 +197,9 @@ class AsyncService(ServiceBase):
         self._client.listen(None)
         if self._thread is not None:
             await loop.run_in_executor(None, self._thread.join)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        await loop.run_in_executor(None, self.texts.close)
+        self._lookup_threads.shutdown(wait=False, cancel_futures=True)
         self._commands.shutdown(wait=False, cancel_futures=True)
-
-    # Behind the door
-
-    def _need_tokenizer(self) -> Tokenizer:
-        return need_tokenizer(self._core.tokenizer, self.info)
 
     def _refuse_if_ending(self) -> None:
         if self._draining:
@@ -234,9 +208,6 @@ class AsyncService(ServiceBase):
             raise EngineDied(self._broken.message)
         if self._loop is None:
             raise RuntimeError("AsyncService.start() comes first")
-
-    async def _off_loop(self, chars: int, work: Callable[..., T], *args: Any) -> T:
-        return work(*args) if chars <= INLINE_CHARS else await self.in_thread(work, *args)
 
     def _wake(self) -> None:
         """In a thread of the engine's: events wait."""
@@ -345,22 +316,3 @@ class AsyncService(ServiceBase):
                 if not waiter.done():
                     waiter.set_result(None)
             self._idle = []
-
-
-def _chars(request: GenerateRequest) -> int:
-    """How much text there is to work on, roughly; what can't be told at a glance counts as long."""
-    if request.messages is not None:
-        # What else a template is given may be of any size, and what a foreign one does with it, too.
-        if request.chat_template or request.tools or request.documents or request.template_kwargs:
-            return INLINE_CHARS + 1
-        return sum(_length(message) for message in request.messages) if isinstance(request.messages, list) else 0
-    return len(request.prompt or "")
-
-
-def _length(message: Any) -> int:
-    if not isinstance(message, Mapping):
-        return 64
-    values = [value for value in message.values() if value is not None]
-    if not all(isinstance(value, str) for value in values):  # parts, tool calls
-        return INLINE_CHARS + 1
-    return 64 + sum(map(len, values))

@@ -10,6 +10,7 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.service.core import Service, ServiceLimits
 from truffula.service.files import LoadedTexts
 from truffula.service.submissions import Submissions
+from truffula.text.ends import Render
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import EngineInfo, EngineStats
 
@@ -25,6 +26,8 @@ class ServiceOptions(TypedDict, total=False):
     """The model's text files, where they were read already."""
     templates: Mapping[str, str] | None
     """Name → Jinja source, instead of the model's."""
+    render: Render | None
+    """Renders chats at the start in place of this process."""
 
 
 class ServiceBase:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
+from truffula.errors import ErrorInfo, InvalidRequest, TemplateError, TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
-from truffula.text.ends import EndTokens
+from truffula.text.ends import EndTokens, Render
 from truffula.text.tokenizer import check_text
 from truffula.types import (
     AdapterRef,
@@ -36,15 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """The operator's bounds on one request. ``base_names`` are the words that mean the base model.
-
-    ``template_seconds`` and ``template_chars`` bound one rendering of a chat template.
-    """
+    """The operator's bounds on one request. ``base_names`` are the words that mean the base model."""
 
     max_choices: int = 128
     base_names: tuple[str, ...] = ()
-    template_seconds: float = 2.0
-    template_chars: int = 4_000_000
 
 
 class RequestState:
@@ -131,7 +126,7 @@ class RequestState:
         if self.open_ids:
             return []
         ended = [merged(self._waiting[engine_id], 0) for engine_id in self._choices]
-        # Nobody can be called the best while one of them failed.
+        # Failed choices come first: no other is known to be the best while one of them failed.
         ended.sort(key=lambda one: (one.finish_reason not in ("error", "abort"), rank(one)))
         return [msgspec.structs.replace(one, choice=i) for i, one in enumerate(ended[: self.request.params.n])]
 
@@ -145,6 +140,7 @@ class Service:
             ``NoTokenizer``.
         policy: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
+        render: Renders chats to find what a template writes after an answer, in place of this process.
     """
 
     def __init__(
@@ -155,6 +151,7 @@ class Service:
         policy: AdapterDirectory | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
+        render: Render | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         texts = texts_of(info, texts)
@@ -166,15 +163,15 @@ class Service:
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
         sources = templates if templates is not None else tokenizer.chat_templates if tokenizer is not None else {}
-        self.templates = ChatTemplates(
-            sources,
-            tokenizer.special_tokens if tokenizer is not None else {},
-            seconds=self.limits.template_seconds,
-            max_chars=self.limits.template_chars,
-        )
+        self.templates = ChatTemplates(sources, tokenizer.special_tokens if tokenizer is not None else {})
         self._engine_ends = frozenset(info.eos_token_ids)
         self._ends = EndTokens(
-            texts.end_tokens, info.end_tokens, tokenizer=tokenizer, templates=self.templates, vocab_size=info.vocab_size
+            texts.end_tokens,
+            info.end_tokens,
+            tokenizer=tokenizer,
+            templates=self.templates,
+            vocab_size=info.vocab_size,
+            render=render,
         )
         self.info = self._described(info, texts)
 
@@ -214,18 +211,39 @@ class Service:
         """The request's prompt, text and ids, as the model would see it; not measured against the model's length."""
         return make_prompt(msgspec.structs.replace(request, echo=True), self.tokenizer, self.templates, self.info)
 
+    def is_plain(self, request: GenerateRequest) -> bool:
+        """Whether the chat template of ``request`` can be rendered without limits; True where there is none to use."""
+        try:
+            source = self.templates.choose(request.chat_template, with_tools=bool(request.tools))
+        except TemplateError:
+            return True  # rendering raises it again
+        return self.templates.is_plain(source)
+
+    def prompt(self, request: GenerateRequest) -> Prompt:
+        """Template, tokenize and truncate. Raises as ``make_prompt``."""
+        return make_prompt(request, self.tokenizer, self.templates, self.info)
+
     def open(self, request: GenerateRequest) -> RequestState:
         """The state of a new request; its ``engine_requests`` are to be submitted.
 
         Raises ``InvalidRequest``, ``PromptTooLong``, ``TemplateError``, ``NoTokenizer``.
         """
+        self.check(request)
+        return self.begin(request, self.prompt(request))
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raise ``InvalidRequest`` for parameters that no prompt makes valid."""
         params = request.params
         count = max(params.n, params.best_of or 1)
         if count > self.limits.max_choices:
             name = "best_of" if (params.best_of or 1) > params.n else "n"
             raise InvalidRequest(f"{name} is {count}; the limit is {self.limits.max_choices}.", param=name)
         self._check_params(params)
-        prompt = make_prompt(request, self.tokenizer, self.templates, self.info)
+
+    def begin(self, request: GenerateRequest, prompt: Prompt) -> RequestState:
+        """As ``open``, of a request that was checked and whose ``prompt`` was made."""
+        params = request.params
+        count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
         check_scores(len(prompt.ids), count, params)
         end_ids = self._end_ids(request)

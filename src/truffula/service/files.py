@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,8 @@ class LoadedTexts:
     """A model's text files, read.
 
     ``no_tokenizer`` says why ``tokenizer`` is None, ``warnings`` are for the operator, ``end_tokens`` those that the
-    tokenizer's files name. ``stamps`` are of the files at ``path`` from before they were read.
+    tokenizer's files name. ``stamps`` are of the files at ``path`` from before they were read;
+    ``digest`` tells two states of the tokenizer's files apart.
     """
 
     tokenizer: Tokenizer | None = None
@@ -28,6 +30,7 @@ class LoadedTexts:
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
     stamps: tuple[FileStamp, ...] = ()
+    digest: str = ""
 
 
 def load_texts(path: Path) -> LoadedTexts:
@@ -44,7 +47,13 @@ def load_texts(path: Path) -> LoadedTexts:
         found.generation_config,
         path,
         stamps,
+        digest_of(found.tokenizer),
     )
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """A checksum of a tokenizer's files (name → content)."""
+    return " ".join(f"{name}:{len(files[name])}:{zlib.crc32(files[name]):08x}" for name in sorted(files))
 
 
 def without_tokenizer(reason: str) -> list[str]:

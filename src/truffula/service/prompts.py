@@ -145,7 +145,9 @@ def make_prompt(
 
 
 def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:
-    """``ids`` as a list of ints within the vocabulary."""
+    """``ids`` as a list of ints within the vocabulary. They are looked at one by one only when one is wrong."""
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return list(ids)
     for index, token_id in enumerate(ids):
         if type(token_id) is not int or not 0 <= token_id < vocab_size:
             raise InvalidRequest(

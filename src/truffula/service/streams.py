@@ -1,4 +1,4 @@
-"""``TextStream``: one request's deltas on their way from the engine to whoever reads them, on the event loop."""
+"""``TextStream``: one request's deltas from the engine to their one reader, on the event loop."""
 
 from __future__ import annotations
 

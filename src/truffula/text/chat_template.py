@@ -12,8 +12,8 @@ import jinja2
 from jinja2 import meta
 
 from truffula.errors import ConfigError, InvalidRequest, TemplateError
-from truffula.text.growth import LimitExceeded, Meter
-from truffula.text.sandbox import MeteredEnvironment
+from truffula.text.plain_template import MAX_SOURCE_CHARS, is_plain
+from truffula.text.sandbox import template_environment
 from truffula.text.template_probe import Kind, Place, Words, is_written_once_more
 
 MAX_SOURCE = 400_000
@@ -40,11 +40,11 @@ class ChatTemplates:
     Args:
         sources: Name → Jinja source, as in tokenizer_config.json (``default``, ``tool_use``, …).
         special_tokens: ``bos_token`` and so on, which templates may write.
-        seconds, max_chars: Limits of one rendering: wall time, and the size of any value and of the result.
+        max_chars: Limit of what one rendering writes.
 
     What a template may use is what transformers gives it: ``raise_exception``, ``strftime_now``, ``tojson`` without
-    HTML escapes, loop controls, ``generation`` blocks, trimmed blocks. See ``sandbox`` for how it is kept within its
-    limits.
+    HTML escapes, loop controls, ``generation`` blocks, trimmed blocks. Nothing else limits what a template does: see
+    ``sandbox``.
     """
 
     def __init__(
@@ -52,19 +52,27 @@ class ChatTemplates:
         sources: Mapping[str, str],
         special_tokens: Mapping[str, str],
         *,
-        seconds: float = 2.0,
         max_chars: int = 4_000_000,
     ) -> None:
         self._sources = dict(sources)
         self._special = dict(special_tokens)
-        self._seconds = seconds
         self._max_chars = max_chars
-        self._environment = MeteredEnvironment()
+        self._environment = template_environment()
+        self._plain: dict[str, bool] = {}
         self._compiled: dict[str, jinja2.Template] = {}
         self._reads: dict[str, frozenset[str]] = {}  # the names of the variables that each looks up
 
     def __bool__(self) -> bool:
         return bool(self._sources)
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Name → source."""
+        return self._sources
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        return self._special
 
     @property
     def default(self) -> str | None:
@@ -74,6 +82,18 @@ class ChatTemplates:
     def owns(self, source: str) -> bool:
         """Whether ``source`` is one of the model's."""
         return source in self._sources.values()
+
+    def is_plain(self, source: str) -> bool:
+        """Whether ``source`` can be rendered without limits on time and memory (``plain_template``)."""
+        if source not in self._plain:
+            try:
+                found = len(source) <= MAX_SOURCE_CHARS and is_plain(self._environment.parse(source))
+            except (jinja2.TemplateError, RecursionError):
+                found = True  # rendering raises the same error
+            if not self.owns(source):
+                return found
+            self._plain[source] = found
+        return self._plain[source]
 
     def choose(self, override: str | None, *, with_tools: bool) -> str:
         """The source to render: ``override`` (a source, or the name of one of the model's), else the model's for this
@@ -110,7 +130,7 @@ class ChatTemplates:
         """The prompt's text.
 
         ``variables`` are the template's further switches (``enable_thinking``, …). ``continue_final_message`` leaves
-        the last message open, so that the model goes on with it. Raises ``InvalidRequest`` for messages that aren't a
+        the last message open, so that the model continues it. Raises ``InvalidRequest`` for messages that aren't a
         conversation in text, ``TemplateError`` when the template refuses them, is wrong, or takes more than its limits.
         """
         source = self.choose(template, with_tools=bool(tools))
@@ -220,23 +240,25 @@ class ChatTemplates:
 
     def _run(self, source: str, context: dict[str, Any]) -> str:
         template = self._template(source)
-        meter = Meter(self._seconds, self._max_chars)
         parts: list[str] = []
+        length = 0
         try:
-            meter.learn(context)
-            self._environment.metered_by(meter)
-            length = 0
-            for part in template.root_render_func(template.new_context(context)):
+            for part in template.generate(context):
                 length += len(part)
                 if length > self._max_chars:
-                    raise LimitExceeded(f"it wrote more than {self._max_chars} characters")
+                    raise TemplateError(
+                        f"The chat template was stopped: it wrote more than {self._max_chars} characters.",
+                        param="messages",
+                    )
                 parts.append(part)
-        except LimitExceeded as error:
-            raise TemplateError(f"The chat template was stopped: {error}.", param="messages") from error
+        except TemplateError:
+            raise
         except RecursionError as error:
             raise TemplateError("The chat template was stopped: it recurses too deeply.", param="messages") from error
+        except MemoryError as error:
+            raise TemplateError("The chat template was stopped: it takes too much memory.", param="messages") from error
         except Exception as error:
-            # A template is foreign code: whatever it raises is a fault of this request's messages or of the template.
+            # A template is foreign code: whatever it raises is an error of this request's messages or of the template.
             raise TemplateError(f"The chat template failed: {error}", param="messages") from error
         return "".join(parts)
 

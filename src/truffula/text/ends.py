@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from truffula.errors import InvalidRequest, TemplateError
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import EndToken
 
+Render = Callable[[ChatTemplates, str, list[dict[str, Any]]], str]
+"""Renders a chat by one of the templates, given by its source. Raises ``TemplateError``, ``InvalidRequest``."""
 IN_CHATS = "the chat template; in chat requests"
 # An assistant's message, to find what a template writes after it. No template contains it.
 _ANSWER = "TRUFFULA ANSWERS HERE"
@@ -23,6 +26,7 @@ class EndTokens:
         named: What the tokenizer's files say.
         configured: What config.json and generation_config.json say.
         vocab_size: Ids that the model can generate.
+        render: Renders chats, in place of ``templates``.
 
     ``warnings`` are for the operator: tokens that can't end a completion, a default template whose turn end is no
     token, a model without end tokens.
@@ -36,8 +40,10 @@ class EndTokens:
         tokenizer: Tokenizer | None,
         templates: ChatTemplates,
         vocab_size: int,
+        render: Render | None = None,
     ) -> None:
         self._tokenizer, self._templates, self._vocab_size = tokenizer, templates, vocab_size
+        self._render = render or _render_here
         self._of_templates: dict[str, EndToken | None] = {}
         self.warnings: list[str] = []
         found: dict[int, EndToken] = {}
@@ -53,6 +59,8 @@ class EndTokens:
         self.always = list(found.values())
         self.ids = frozenset(found)
         default = self.of_template(templates.default)
+        for source in templates.sources.values():
+            self.of_template(source)  # now: it may take a while, and requests should not wait for it
         self.all = [*self.always, *([default] if default is not None and default.id not in self.ids else [])]
         if not self.all:
             self.warnings.append(
@@ -90,10 +98,14 @@ class EndTokens:
         question = {"role": "user", "content": "Hello"}
         messages = [question, {"role": "assistant", "content": _ANSWER}, *([question] if continued else [])]
         try:
-            text = self._templates.render(messages, add_generation_prompt=False, template=source)
+            text = self._render(self._templates, source, messages)
         except (TemplateError, InvalidRequest):
             return ""
         return text.rpartition(_ANSWER)[2].strip() if _ANSWER in text else ""
+
+
+def _render_here(templates: ChatTemplates, source: str, messages: list[dict[str, Any]]) -> str:
+    return templates.render(messages, add_generation_prompt=False, template=source)
 
 
 def describe(tokens: Sequence[EndToken]) -> str:

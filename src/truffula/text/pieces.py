@@ -9,7 +9,6 @@ incremental decoding exact and O(1) per token. Any other decoder is left to the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,11 +64,10 @@ def sentence_piece(space: str) -> Callable[[str], bytes]:
 
 
 def byte_rule(decoder: Any) -> ByteRule | None:
-    """The rule equal to a ``tokenizers`` decoder, or None when it is of neither family."""
-    if decoder is None:
+    """The rule equal to the ``decoder`` of a tokenizer.json, or None when it is of neither family."""
+    if not isinstance(decoder, dict):
         return None
-    spec = json.loads(decoder.__getstate__())
-    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"]:
         return ByteRule(byte_level)

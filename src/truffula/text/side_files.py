@@ -101,7 +101,7 @@ def _declared(
         if not isinstance(listed, Mapping):
             raise _refuse(CONFIG, "added_tokens_decoder", listed, "an object of tokens by id")
         for index, entry in listed.items():
-            if not str(index).isdecimal() or not isinstance(entry, Mapping):
+            if not str(index).isdecimal() or len(str(index)) > 10 or not isinstance(entry, Mapping):
                 raise _refuse(CONFIG, f"added_tokens_decoder[{index!r}]", entry, "an object with content, by an id")
             token = _token(entry, f"added_tokens_decoder[{index!r}]", CONFIG, special=bool(entry.get("special", False)))
             if token is not None:

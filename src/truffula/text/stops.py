@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,22 @@ class StopMatch:
     stop: str
     start: int
     end: int
+
+
+class StopTable:
+    """The stop strings of a request and their automata, which its choices share."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        # Longest first, so that of two stops ending at the same character the longer is met first.
+        self.stops = tuple(sorted(dict.fromkeys(stops), key=len, reverse=True))
+        self.borders = tuple(_borders(stop) for stop in self.stops)
+        self.firsts = tuple({stop[0] for stop in self.stops})
+
+
+@lru_cache(maxsize=16)
+def stop_table(stops: tuple[str, ...]) -> StopTable:
+    """The table of ``stops``, made once for all choices and prompts of an HTTP request."""
+    return StopTable(stops)
 
 
 class StopMatcher:
@@ -25,26 +42,23 @@ class StopMatcher:
     One Knuth-Morris-Pratt automaton per stop: O(1) amortised per character and stop, however long the stops are.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        # Longest first, so that of two stops ending at the same character the longer is met first.
-        self._stops = tuple(sorted(dict.fromkeys(stops), key=len, reverse=True))
-        self._fails = tuple(_failures(stop) for stop in self._stops)
-        self._states = [0] * len(self._stops)
-        self._firsts = tuple({stop[0] for stop in self._stops})
+    def __init__(self, table: StopTable) -> None:
+        self._table = table
+        self._states = [0] * len(table.stops)
         self._fed = 0
         self.holding = 0
 
     def feed(self, text: str) -> StopMatch | None:
         """Take ``text``; the first complete stop, or None. After a match the matcher is spent."""
-        if not self.holding and not any(first in text for first in self._firsts):
+        if not self.holding and not any(first in text for first in self._table.firsts):
             self._fed += len(text)  # the common case, without a loop over characters
             return None
-        states, stops, fails = self._states, self._stops, self._fails
+        states, stops, borders = self._states, self._table.stops, self._table.borders
         for at, char in enumerate(text):
             for index, stop in enumerate(stops):
-                state, fail = states[index], fails[index]
+                state, border = states[index], borders[index]
                 while state and stop[state] != char:
-                    state = fail[state - 1]
+                    state = border[state - 1]
                 if stop[state] == char:
                     state += 1
                 if state == len(stop):
@@ -56,7 +70,7 @@ class StopMatcher:
         return None
 
 
-def _failures(stop: str) -> tuple[int, ...]:
+def _borders(stop: str) -> tuple[int, ...]:
     """For each prefix of ``stop``, the length of its longest proper border."""
     table = [0] * len(stop)
     length = 0

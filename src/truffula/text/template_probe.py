@@ -27,8 +27,8 @@ class Place:
 class Words:
     """Replaces the texts in a conversation (in place) by words and keeps which stands for what.
 
-    ``only`` restricts it to one kind: all words at once may lead a template another way (a call whose function it looks
-    up among the tools), so that what is missing is to be put to it once more by itself.
+    ``only`` restricts it to one kind: all words together may lead a template another way (a call whose function it
+    looks up among the tools), so each kind that is missing is looked for once more by itself.
     """
 
     def __init__(self, only: Kind | None = None) -> None:

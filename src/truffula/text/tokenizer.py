@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer as Library
 
-from truffula.errors import CheckpointError, InvalidRequest
+from truffula.errors import CheckpointError, InvalidRequest, is_rust_panic
 from truffula.text.detokenizer import REPLACEMENT, ByteDetokenizer, Detokenizer, WindowDetokenizer
+from truffula.text.expansion import check_expansion
 from truffula.text.pieces import BYTE_TOKEN, byte_rule, is_utf8
 from truffula.text.side_files import ADDED, CONFIG, MAP, add_tokens, special_tokens
 from truffula.types import EndToken
@@ -45,13 +48,27 @@ def check_text(text: str, param: str) -> None:
         ) from None
 
 
+@contextmanager
+def _panics_as_errors(what: str) -> Iterator[None]:
+    """Raises ``InvalidRequest`` where the library fails or panics (a ``BaseException``) within the block."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_rust_panic(error):
+            raise
+        raise InvalidRequest(
+            f"The model's tokenizer (tokenizer.json) failed to {what}: {str(error)[:300]}", param="prompt"
+        ) from error
+
+
 class Tokenizer:
     """Text to ids and back. Safe to use from several threads.
 
     ``special_tokens`` maps ``bos_token``, ``eos_token``, … to their text (what chat templates read). ``special_ids``
     are the ids that ``skip_special_tokens`` leaves out, ``added_ids`` those matched in the text before it is cut.
     ``chat_templates`` maps a name (``default``, ``tool_use``, …) to a Jinja source. ``end_tokens`` are those at which
-    the model's files, beside its configuration, end a completion. ``warnings`` are for the operator.
+    the model's files, beside its configuration, end a completion. ``warnings`` are for the operator. ``decoder`` is
+    that of tokenizer.json.
     """
 
     def __init__(
@@ -61,6 +78,8 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         end_tokens: Sequence[EndToken] = (),
         warnings: Sequence[str] = (),
+        *,
+        decoder: Any = None,
     ) -> None:
         self._library = library
         self.special_tokens = dict(special_tokens)
@@ -73,7 +92,7 @@ class Tokenizer:
         self.eos_id = self._named("eos_token")
         self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
         self.chat_templates = _templates(config)
-        self._rule = byte_rule(library.decoder)
+        self._rule = byte_rule(decoder)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
 
@@ -89,13 +108,15 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``. Special tokens written out in it become their ids. The GIL is free meanwhile."""
-        # encode_batch_fast is encode without offsets, in half the time.
-        encoding = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        with _panics_as_errors("tokenize this text"):
+            # encode_batch_fast is encode without offsets, in half the time.
+            encoding = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         ids: list[int] = encoding.ids
         return ids
 
     def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
-        encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
+        with _panics_as_errors("tokenize this text"):
+            encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
         return Encoded(encoding.ids, encoding.offsets, [mask == 1 for mask in encoding.special_tokens_mask])
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -115,7 +136,8 @@ class Tokenizer:
         return ByteDetokenizer(self._piece_bytes, self._rule.strip)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        text: str = self._library.decode(ids, skip_special_tokens=False)
+        with _panics_as_errors("decode these tokens"):
+            text: str = self._library.decode(ids, skip_special_tokens=False)
         return text
 
     def _piece_bytes(self, token_id: int) -> bytes:
@@ -177,8 +199,15 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
         return None
     try:
         library = Library.from_buffer(source)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"tokenizer.json cannot be read: {error}", param="tokenizer.json") from error
+    except BaseException as error:  # bare Exception, or a Rust panic
+        if not isinstance(error, Exception) and not is_rust_panic(error):
+            raise
+        raise CheckpointError(
+            f"tokenizer.json cannot be read: {str(error)[:500]}. Take the file again from where the model comes from.",
+            param="tokenizer.json",
+        ) from error
+    rules = _rules(source)
+    check_expansion(rules.normalizer, rules.decoder)
     library.no_padding()
     library.no_truncation()
     config = _object(files, CONFIG)
@@ -194,7 +223,21 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
         eos = library.token_to_id(named["eos_token"])
         if eos is not None and eos not in {token.id for token in ends}:
             ends.append(EndToken(eos, f"{special.sources['eos_token']} eos_token", named["eos_token"]))
-    return Tokenizer(library, config, named, ends, warnings)
+    return Tokenizer(library, config, named, ends, warnings, decoder=rules.decoder)
+
+
+class _Rules(msgspec.Struct):
+    """Parts of a tokenizer.json; the vocabulary is skipped."""
+
+    normalizer: Any = None
+    decoder: Any = None
+
+
+def _rules(source: bytes) -> _Rules:
+    try:
+        return msgspec.json.decode(source, type=_Rules)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CheckpointError(f"tokenizer.json cannot be read: {error}", param="tokenizer.json") from error
 
 
 def _text(files: Mapping[str, bytes], name: str) -> str:
@@ -210,6 +253,8 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_text(files, name))
+    except RecursionError as error:
+        raise CheckpointError(f"{name} is nested too deeply.", param=name) from error
     except ValueError as error:
         raise CheckpointError(f"{name} is not JSON: {error}", param=name) from error
     if not isinstance(value, dict):

@@ -6,10 +6,14 @@ model's name may be another one later. Both are noticed by size, time of change 
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from truffula.errors import CheckpointChanged
 from truffula.types import FileStamp
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 SIDE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 """Read once at the start, with the weights: they decide what the weights mean."""
+SAMPLED_PAGES = 512
+log = logging.getLogger(__name__)
 
 
 def stamps_of(checkpoint: Checkpoint) -> list[FileStamp]:
@@ -77,7 +83,7 @@ def require_loaded(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileS
     that the engine has ``loaded``.
     """
     names = {str(file) for file in stamped_texts(path)} | {item.path for item in read}
-    if {item for item in loaded if item.path in names} != set(read):
+    if {replace(item, sample="") for item in loaded if item.path in names} != set(read):
         raise CheckpointChanged(
             f"{path} was replaced while the model was loaded: the tokenizer there now may belong to another model than "
             "the weights that were loaded. Start again.",
@@ -88,13 +94,53 @@ def require_loaded(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileS
 def _first_difference(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> str | None:
     found = {item.path: item for item in now}
     for item in then:
-        if item != found.pop(item.path, None):
+        other = found.pop(item.path, None)
+        if other is None or not is_same_file(item, other):
             return item.path
     return next(iter(found), None)
 
 
+def with_samples(files: Sequence[FileStamp]) -> list[FileStamp]:
+    """``files`` with the sample of each one's content, by which a later change of its time alone is told."""
+    return [replace(item, sample=_sample_of_path(item)) for item in files]
+
+
+def is_same_file(then: FileStamp, now: FileStamp) -> bool:
+    """Whether a file is what it was: by its stamp, or, when only its time of change differs, by its sample."""
+    bare = replace(then, sample="")
+    if bare == replace(now, sample=""):
+        return True
+    touched = replace(bare, mtime_ns=now.mtime_ns) == replace(now, sample="")
+    return touched and bool(then.sample) and then.sample == _sample_of_path(now)
+
+
+def _sample_of_path(item: FileStamp) -> str:
+    try:
+        with Path(item.path).open("rb") as file:
+            found = stamp_of(Path(item.path), os.fstat(file.fileno()))
+            return sample(file.fileno(), item.size) if found == replace(item, sample="") else ""
+    except OSError:
+        return ""
+
+
+def sample(descriptor: int, size: int) -> str:
+    """A digest of a file's first and last pages and of ``SAMPLED_PAGES`` between, or of all of a small file.
+
+    Overwriting a file by another model changes nearly every page of it.
+    """
+    page = 4096
+    count = min(SAMPLED_PAGES, max(1, size // page))
+    places = sorted({index * size // count // page * page for index in range(count)} | {max(0, size - page)})
+    digest = hashlib.blake2b(digest_size=16)
+    for place in places:
+        digest.update(os.pread(descriptor, page, place))
+    return digest.hexdigest()
+
+
 class FileWatch:
     """Holds mapped files open and notices when one of them is written to.
+
+    A file whose time of change is new and whose sampled content is not (``touch``, a backup) is the same.
 
     A file that is replaced by a rename, or removed, stays as it was for a process that has it open: that is no change
     here.
@@ -104,7 +150,9 @@ class FileWatch:
         self._held: dict[int, FileStamp] = {}  # by descriptor
         try:
             for file in files:
-                self._held[file.duplicate()] = file.opened
+                descriptor = file.duplicate()
+                self._held[descriptor] = file.opened
+                self._held[descriptor] = replace(file.opened, sample=sample(descriptor, file.opened.size))
             self.check()
         except BaseException:
             self.close()
@@ -113,7 +161,14 @@ class FileWatch:
     def check(self) -> None:
         """Raises ``CheckpointChanged`` when a file is not what it was when it was opened. A few microseconds a file."""
         for descriptor, item in self._held.items():
-            if stamp_of(Path(item.path), os.fstat(descriptor)) != item:
+            now = stamp_of(Path(item.path), os.fstat(descriptor))
+            if now.mtime_ns == item.mtime_ns and now.size == item.size:
+                continue
+            now = replace(now, sample=sample(descriptor, now.size))
+            if (now.size, now.sample) == (item.size, item.sample):
+                log.warning("%s was touched; its content, as far as it was sampled, is the same", item.path)
+                self._held[descriptor] = now
+            else:
                 raise CheckpointChanged(
                     f"{item.path} was overwritten while it was served, so answers would mix old and new weights. "
                     "Restart the server to serve what is there now. To replace a model's files under a running server, "

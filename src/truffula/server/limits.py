@@ -1,0 +1,141 @@
+"""``RequestLimits``: what one request may ask for, by the operator's options and the model's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from truffula.config import ServerConfig
+from truffula.errors import InvalidRequest, PromptTooLong
+from truffula.service.prompts import MAX_TRUNCATED_CHARS
+from truffula.types import EngineInfo
+
+MAX_KEYS = 1024
+"""Keys of one object of a body."""
+MAX_STOP_CHARS = 16_384
+"""Characters of all stop strings together."""
+MAX_STOP_IDS = 4096
+MAX_BIASES = 2**18
+"""Entries of logit_bias times prompts: each prompt's go to the engine."""
+
+
+class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds that a body is checked against, in the server and in text workers.
+
+    ``defaults`` are sampling fields for requests on the OpenAI side that leave them out, ``base_words`` what means the
+    base model.
+    """
+
+    max_n: int
+    max_best_of: int
+    max_prompts: int
+    max_stop_sequences: int
+    max_logprobs: int
+    max_model_len: int
+    vocab_size: int
+    queue_timeout_s: float | None
+    request_timeout_s: float | None
+    defaults: dict[str, Any]
+    base_words: tuple[str, ...]
+
+    @staticmethod
+    def of(
+        config: ServerConfig, info: EngineInfo, defaults: Mapping[str, Any], base_words: tuple[str, ...]
+    ) -> RequestLimits:
+        """Those of a server."""
+        return RequestLimits(
+            max_n=config.max_n,
+            max_best_of=config.max_best_of,
+            max_prompts=config.max_prompts,
+            max_stop_sequences=config.max_stop_sequences,
+            max_logprobs=config.max_logprobs,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            queue_timeout_s=config.queue_timeout_s,
+            request_timeout_s=config.request_timeout_s,
+            defaults=dict(defaults),
+            base_words=base_words,
+        )
+
+    def check_lengths(self, body: Mapping[str, Any]) -> None:
+        """Raise ``InvalidRequest`` for what is too long in a decoded body, whatever it holds."""
+        _check_keys(body, "The body")
+        self._check_prompt(body)
+        inner = body.get("parameters")
+        for held in (body, inner) if isinstance(inner, dict) else (body,):
+            self._check_fields(held)
+
+    def _check_fields(self, held: Mapping[str, Any]) -> None:
+        for name in ("parameters", "chat_template_kwargs"):
+            _check_keys(held.get(name), name)
+        longest = {
+            "messages": max(self.max_model_len, MAX_KEYS),
+            "documents": max(self.max_model_len, MAX_KEYS),
+            "stop_token_ids": MAX_STOP_IDS,
+            "logit_bias": self.vocab_size,
+        }
+        for name, limit in longest.items():
+            value = held.get(name)
+            if isinstance(value, list | dict) and len(value) > limit:
+                raise InvalidRequest(
+                    f"{name} has {len(value)} items; this server allows at most {limit}.", param=name, limit=limit
+                )
+        stop = held.get("stop")
+        stops = stop if isinstance(stop, list) else [stop]
+        if len(stops) > self.max_stop_sequences and isinstance(stop, list):
+            raise InvalidRequest(
+                f"stop holds {len(stops)} strings; this server allows at most {self.max_stop_sequences}.", param="stop"
+            )
+        chars = sum(len(one) for one in stops if isinstance(one, str))
+        if chars > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop holds {chars} characters; this server allows at most {MAX_STOP_CHARS}.", param="stop"
+            )
+
+    def _check_prompt(self, body: Mapping[str, Any]) -> None:
+        tokens = body.get("tokens")
+        if isinstance(tokens, list) and len(tokens) > MAX_TRUNCATED_CHARS // 2:
+            raise InvalidRequest(
+                f"tokens holds {len(tokens)} ids; at most {MAX_TRUNCATED_CHARS // 2} are decoded.", param="tokens"
+            )
+        prompt = body.get("prompt")
+        if not isinstance(prompt, list) or not prompt:
+            return
+        if not isinstance(prompt[0], str | list):
+            self._check_ids(prompt, "prompt", body)
+            return
+        if len(prompt) > self.max_prompts:
+            raise InvalidRequest(
+                f"prompt holds {len(prompt)} prompts; this server allows at most {self.max_prompts}.", param="prompt"
+            )
+        for index, one in enumerate(prompt):
+            if isinstance(one, list):
+                self._check_ids(one, f"prompt[{index}]", body)
+        self._check_biases(len(prompt), body)
+
+    def _check_ids(self, ids: list[Any], name: str, body: Mapping[str, Any]) -> None:
+        # A prompt that will be truncated may be longer; that of a wrong item is reported as such.
+        if len(ids) > self.max_model_len and body.get("truncate_prompt_tokens") is None and type(ids[0]) is int:
+            raise PromptTooLong(
+                f"{name} has {len(ids)} tokens; the model's limit is {self.max_model_len}, prompt and completion "
+                "together.",
+                param="prompt",
+                prompt_tokens=len(ids),
+                max_model_len=self.max_model_len,
+            )
+
+    def _check_biases(self, prompts: int, body: Mapping[str, Any]) -> None:
+        bias = body.get("logit_bias")
+        if isinstance(bias, dict) and len(bias) * prompts > MAX_BIASES:
+            raise InvalidRequest(
+                f"logit_bias has {len(bias)} entries for {prompts} prompts; entries times prompts may be at most "
+                f"{MAX_BIASES}. Send fewer prompts in one request.",
+                param="logit_bias",
+            )
+
+
+def _check_keys(value: Any, name: str) -> None:
+    if isinstance(value, dict) and len(value) > MAX_KEYS:
+        raise InvalidRequest(f"{name} has {len(value)} keys; at most {MAX_KEYS} are read.", param=None)

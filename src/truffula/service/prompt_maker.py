@@ -1,0 +1,125 @@
+"""``PromptMaker``: where a request's prompt is made, so that no request delays the others.
+
+| what | where |
+|---|---|
+| short texts, short chats with a plain template | on the event loop |
+| longer ones, up to ``HEAVY_CHARS`` | in a thread |
+| chats with a template that is not plain | in a light text worker |
+| longer texts | in a heavy text worker |
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import msgspec
+
+from truffula.errors import InvalidRequest
+from truffula.service.core import Service
+from truffula.service.prompts import Prompt
+from truffula.service.text_jobs import (
+    PROMPT_JOB,
+    RENDER_JOB,
+    for_worker,
+    template_job,
+    unpack_prompt,
+    unpack_rendered,
+)
+from truffula.service.workers import TEMPLATE_SECONDS, TextWorkers, template_stopped
+from truffula.text.process import WorkerStopped
+from truffula.types import GenerateRequest
+
+T = TypeVar("T")
+INLINE_CHARS = 4096
+"""Shorter prompts are tokenized on the event loop: a trip to a thread costs as much."""
+HEAVY_CHARS = 65_536
+"""Longer texts and bodies go to a text worker."""
+HEAVY_SECONDS = 20.0
+"""Processor time of reading one large request."""
+
+
+class PromptMaker:
+    """Owns ``workers`` (None: this process does their work, without limits) and threads. ``close`` ends both."""
+
+    def __init__(self, core: Service, workers: TextWorkers | None) -> None:
+        self.core = core
+        self._workers = workers
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="truffula-text")
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether ``in_worker`` can be used."""
+        return self._workers is not None
+
+    async def prompt(self, request: GenerateRequest) -> Prompt:
+        """The request's prompt. Raises as ``make_prompt``, and ``Overloaded``."""
+        if request.prepared is not None:
+            return unpack_prompt(request.prepared)
+        ignored: tuple[str, ...] = ()
+        if self._workers is not None and request.messages is not None and not self.core.is_plain(request):
+            text, ignored = await self._rendered(request, self._workers)
+            special = bool(request.add_special_tokens)
+            request = msgspec.structs.replace(request, messages=None, prompt=text, add_special_tokens=special)
+        size = chars_of(request)
+        if self._workers is not None and size > HEAVY_CHARS:
+            (packed,) = await self.in_worker(PROMPT_JOB, for_worker(request), request.salt)
+            prompt = unpack_prompt(packed)
+        else:
+            prompt = await self.in_thread(size, lambda: self.core.prompt(request))
+        return replace(prompt, ignored=ignored) if ignored else prompt
+
+    async def in_worker(self, function: str, argument: Any, client: str) -> list[bytes]:
+        """What ``function`` (``text/worker.py``) yields for a large text, within a worker's limits.
+
+        Raises ``InvalidRequest`` when it exceeds them, ``Overloaded`` when too many calls wait.
+        """
+        assert self._workers is not None
+        try:
+            return await self._workers.run(function, argument, client=client, heavy=True, seconds=HEAVY_SECONDS)
+        except WorkerStopped as error:
+            raise InvalidRequest(
+                f"Reading this request was stopped: {error.message}. Send a shorter text.", param="prompt"
+            ) from error
+
+    async def in_thread(self, size: int, work: Callable[[], T]) -> T:
+        """The result of ``work``, from a thread when ``size`` (characters or tokens) says that it takes long."""
+        if size <= INLINE_CHARS:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        if self._workers is not None:
+            self._workers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _rendered(self, request: GenerateRequest, workers: TextWorkers) -> tuple[str, tuple[str, ...]]:
+        """The text of a chat and what its template leaves out, from a text worker."""
+        job = template_job(request, self.core.templates)
+        heavy = chars_of(request) > HEAVY_CHARS
+        try:
+            (packed,) = await workers.run(RENDER_JOB, job, client=request.salt, heavy=heavy, seconds=TEMPLATE_SECONDS)
+        except WorkerStopped as error:
+            raise template_stopped(error) from error
+        return unpack_rendered(packed)
+
+
+def chars_of(request: GenerateRequest) -> int:
+    """How much text there is to work on, roughly; what cannot be told at a glance counts as more than a short text."""
+    if request.messages is not None:
+        if request.chat_template or request.tools or request.documents or request.template_kwargs:
+            return INLINE_CHARS + 1
+        return sum(map(_chars_of_message, request.messages)) if isinstance(request.messages, list) else 0
+    return len(request.prompt or "")
+
+
+def _chars_of_message(message: Any) -> int:
+    if not isinstance(message, Mapping):
+        return 64
+    values = [value for value in message.values() if value is not None]
+    if not all(isinstance(value, str) for value in values):  # parts, tool calls
+        return INLINE_CHARS + 1
+    return 64 + sum(map(len, values))

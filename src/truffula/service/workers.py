@@ -1,0 +1,157 @@
+"""``TextWorkers``: the server's text workers, and which client's call runs next.
+
+Calls of two kinds never wait for each other: *light* ones (a short chat whose template is not plain) and *heavy* ones
+(large bodies, long texts). Within a kind clients take turns, each may have a few calls waiting, and the number that
+wait in all is bounded: further calls are refused, so that none waits for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from msgspec.structs import replace
+
+from truffula.errors import Overloaded, TemplateError
+from truffula.service.text_jobs import RENDER_JOB, template_job, unpack_rendered
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.process import TextWorker, WorkerStopped
+from truffula.text.worker import Setup
+from truffula.types import GenerateRequest
+
+MAX_WAITING, MAX_WAITING_PER_CLIENT = 64, 8
+HEAVY_NICENESS = 5
+HEAVY_IDLE_S = 60.0
+"""A heavy worker ends after this time without a call: what large texts took returns to the system."""
+TEMPLATE_SECONDS = 2.0
+"""Processor time of one rendering of a chat template."""
+log = logging.getLogger(__name__)
+
+
+class TextWorkers:
+    """Owns the workers. ``run`` is for the event loop, ``call`` for a thread before the loop runs, ``close`` for any.
+
+    Args:
+        setup: Of each worker.
+        heavy: Number of workers for heavy calls; None: one per four processors.
+    """
+
+    def __init__(self, setup: Setup, *, heavy: int | None = None) -> None:
+        count = heavy or max(1, (os.cpu_count() or 1) // 4)
+        nicer = replace(setup, niceness=HEAVY_NICENESS)
+        self._light = _Lane([TextWorker(setup)], None)
+        self._heavy = _Lane([TextWorker(nicer) for _ in range(count)], HEAVY_IDLE_S)
+        self._threads = ThreadPoolExecutor(1 + count, thread_name_prefix="truffula-text-worker")
+        self._closed = threading.Event()
+
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that run now."""
+        return [pid for lane in (self._light, self._heavy) for one in lane.workers if (pid := one.pid) is not None]
+
+    async def run(self, function: str, argument: Any, *, client: str, heavy: bool, seconds: float) -> list[bytes]:
+        """What ``function`` yields in a worker, as ``TextWorker.call``; also raises ``Overloaded``."""
+        lane = self._heavy if heavy else self._light
+        loop = asyncio.get_running_loop()
+        worker = await lane.acquire(client)
+        running = loop.run_in_executor(self._threads, worker.call, function, argument, seconds)
+
+        def ended(call: asyncio.Future[list[bytes]]) -> None:
+            call.exception()  # of a call whose client has left, too
+            lane.release(worker)
+
+        # The worker is free when the call has ended, not when its client has left.
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)
+
+    def render_at_start(self, templates: ChatTemplates, source: str, messages: list[dict[str, Any]]) -> str:
+        """The chat rendered by the template ``source``, in the caller's thread, before the event loop uses the workers.
+
+        Raises ``TemplateError``.
+        """
+        if templates.is_plain(source):
+            return templates.render(messages, add_generation_prompt=False, template=source)
+        request = GenerateRequest(messages=messages, add_generation_prompt=False, chat_template=source)
+        try:
+            (packed,) = self._light.workers[0].call(RENDER_JOB, template_job(request, templates), TEMPLATE_SECONDS)
+        except WorkerStopped as error:
+            log.warning("%s", template_stopped(error).message)
+            raise template_stopped(error) from error
+        return unpack_rendered(packed)[0]
+
+    def close(self) -> None:
+        """End the workers; calls that run end with ``WorkerStopped``. Idempotent."""
+        for lane in (self._light, self._heavy):
+            lane.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def template_stopped(error: WorkerStopped) -> TemplateError:
+    """The error of a template that has exceeded a limit."""
+    return TemplateError(f"The chat template was stopped: {error.message}.", param="messages")
+
+
+class _Lane:
+    """Workers of one kind and the calls that wait for them, by client. Owned by the event loop's thread."""
+
+    def __init__(self, workers: Sequence[TextWorker], idle_s: float | None) -> None:
+        self.workers = tuple(workers)
+        self._free = deque(self.workers)
+        self._idle_s = idle_s
+        self._timers: dict[TextWorker, asyncio.TimerHandle] = {}
+        self._waiting: OrderedDict[str, deque[asyncio.Future[TextWorker]]] = OrderedDict()
+
+    async def acquire(self, client: str) -> TextWorker:
+        """The next free worker, when it is the client's turn. Raises ``Overloaded``."""
+        if self._free:
+            worker = self._free.pop()  # the one used last: others may end
+            if (timer := self._timers.pop(worker, None)) is not None:
+                timer.cancel()
+            return worker
+        own = self._waiting.get(client, ())
+        if len(own) >= MAX_WAITING_PER_CLIENT or sum(map(len, self._waiting.values())) >= MAX_WAITING:
+            raise Overloaded(
+                f"{len(own)} requests of this client wait to be read, because they are long or because of the model's "
+                f"chat template; the limit is {MAX_WAITING_PER_CLIENT} ({MAX_WAITING} for all clients).",
+                retry_after_s=2,
+            )
+        turn: asyncio.Future[TextWorker] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self.release(turn.result())
+            raise
+
+    def release(self, worker: TextWorker) -> None:
+        """Give ``worker`` to the client whose turn it is."""
+        while self._waiting:
+            client, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[client] = turns  # behind the other clients
+            if not turn.done():
+                turn.set_result(worker)
+                return
+        self._free.append(worker)
+        if self._idle_s is not None and worker.pid is not None:
+            self._timers[worker] = asyncio.get_running_loop().call_later(self._idle_s, self._end_idle, worker)
+
+    def _end_idle(self, worker: TextWorker) -> None:
+        del self._timers[worker]
+        self._free.remove(worker)
+        closing = asyncio.get_running_loop().run_in_executor(None, worker.close)
+        closing.add_done_callback(lambda _: self.release(worker))
+
+    def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        for worker in self.workers:
+            worker.close()

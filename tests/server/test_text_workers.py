@@ -1,0 +1,183 @@
+"""Large bodies, templates that are not plain, tokenizers that fail: read in another process, answered alike."""
+
+import asyncio
+import json
+import random
+import socket
+from urllib.parse import urlsplit
+
+import pytest
+from live_server import MODEL, assert_canonical_error, ok, serving, tokenizer, write_model
+from template_bombs import BOMBS
+
+from truffula.errors import Overloaded
+from truffula.service.workers import MAX_WAITING_PER_CLIENT, _Lane
+from truffula.text.chat_template import ChatTemplates
+
+LONG = "The Lorax spoke for the trees. " * 4000
+NOT_PLAIN = (
+    "{% set ns = namespace(text='') %}{% for m in messages %}{% set ns.text = ns.text ~ '<|role|>' ~ m.role ~ '\n' ~ "
+    "m.content %}{% endfor %}{{ ns.text }}"
+)
+TALK = [{"role": "user", "content": "Who speaks?"}, {"role": "assistant", "content": "The Lorax."}]
+
+
+def with_template(folder, source):
+    write_model(folder)
+    names = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": source}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return folder
+
+
+def test_a_large_prompt_has_the_tokens_of_the_library(live):
+    body = {"prompt": LONG, "max_tokens": 3, "truncate_prompt_tokens": 40, "return_token_ids": True, "wish": 1}
+    response = live.post("/v1/completions", {"model": MODEL, **body})
+    choice = ok(response)["choices"][0]
+    assert choice["prompt_token_ids"] == tokenizer().encode(LONG).ids[-40:]
+    assert response.headers["x-truffula-ignored"] == "wish"
+    assert int(response.headers["x-compute-characters"]) == len(LONG)
+    echoed = live.completion(**body | {"echo": True, "logprobs": 1})["choices"][0]
+    assert echoed["prompt_token_ids"] == choice["prompt_token_ids"]
+    assert LONG.endswith(echoed["text"].split("spoke")[-2][-5:]) or len(echoed["logprobs"]["tokens"]) == 43
+
+
+def test_a_large_body_is_answered_as_a_small_one(live):
+    """The same request twice: as it is, and with a field that makes its body large and has no effect."""
+    padding = {"wish": "x" * 100_000}
+    rows = [
+        ("/v1/completions", {"prompt": ["Hello", "The Lorax"], "n": 2, "seed": 3, "max_tokens": 4, "stop": ["zz"]}),
+        ("/v1/completions", {"prompt": [[5, 6, 7], [8]], "logit_bias": {"9": 100}, "max_tokens": 4, "seed": 1}),
+        ("/v1/chat/completions", {"messages": TALK, "max_tokens": 4, "temperature": 0, "model": "pirate"}),
+        ("/generate", {"inputs": "Hello", "parameters": {"max_new_tokens": 4, "details": True, "stop": ["q"]}}),
+        ("/invocations", {"messages": TALK, "max_tokens": 4, "temperature": 0}),
+        ("/tokenize", {"inputs": "Hello naïve 🌲"}),
+        ("/tokenize", {"messages": TALK, "return_token_strs": True}),
+        ("/detokenize", {"tokens": [5, 6, 7]}),
+        ("/chat_tokenize", {"messages": TALK}),
+        ("/v1/completions", {"prompt": "a", "stop": [True]}),
+        ("/v1/completions", {"prompt": [1, True]}),
+        ("/v1/chat/completions", {"messages": [{"role": "x", "content": 1}]}),
+        ("/v1/chat/completions", {"messages": TALK, "temperature": "hot"}),
+        ("/generate", {"inputs": "a", "parameters": {"stop": [None], "top_k": "x"}}),
+        ("/generate", {"inputs": "a", "max_new_tokens": 3}),
+        ("/v1/completions", {"prompt": "a", "model": "nobody"}),
+    ]
+    varying = {"id", "created"}
+    for path, body in rows:
+        small, large = live.post(path, body), live.post(path, body | padding)
+        assert large.status_code == small.status_code, (path, body, large.text)
+        found = [response.json() for response in (small, large)]
+        for one in found:
+            if isinstance(one, dict):
+                for name in varying:
+                    one.pop(name, None)
+                one.get("usage", {}).pop("prompt_tokens_details", None)  # the second finds the first one's prefix
+        assert found[0] == found[1], (path, body)
+        if small.status_code != 200:
+            assert_canonical_error(large, small.status_code)
+        else:
+            assert large.headers["x-truffula-ignored"].endswith("wish")
+
+
+MANY_KEYS = dict.fromkeys(map(str, range(2000)))
+
+
+def test_many_errors_are_one(live):
+    """Validation ends at the first wrong item: the answer names it, and its size does not depend on theirs."""
+    rows = [
+        ("/v1/completions", {"prompt": [True] * 340_000}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [True] * 4000}, 400, "stop_token_ids"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [1] * 340_000}, 400, "stop_token_ids"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(i): "x" for i in range(300)}}, 400, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "stop": ["a" * 20_000]}, 400, "stop"),
+        ("/v1/chat/completions", {"messages": [{"role": "x", "content": 1}] * 1000}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 300_000}]}, 400, "messages"),
+        ("/v1/chat/completions", {"messages": TALK, "chat_template_kwargs": MANY_KEYS}, 400, "keys"),
+        ("/generate", {"inputs": "a", "parameters": {"stop": [None] * 340_000}}, 422, "stop"),
+        ("/detokenize", {"tokens": [True] * 340_000}, 422, "tokens"),
+    ]  # fmt: skip
+    for path, body, status, words in rows:
+        assert_canonical_error(live.post(path, body), status, words)
+
+
+def test_a_template_that_is_not_plain_is_rendered_as_by_the_library(tmp_path):
+    with serving(with_template(tmp_path / "model", NOT_PLAIN)) as live:
+        core = live.service.texts.core
+        assert not core.templates.is_plain(NOT_PLAIN)
+        expected = ChatTemplates({"default": NOT_PLAIN}, {}).render(TALK)
+        answer = ok(live.post("/chat_tokenize", {"messages": TALK}))
+        assert answer["templated_text"] == expected
+        body = {"messages": TALK, "max_tokens": 2, "return_token_ids": True}
+        reply = ok(live.post("/v1/chat/completions", body))
+        assert reply["prompt_token_ids"] == tokenizer().encode(expected, add_special_tokens=False).ids
+        refused = live.post("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]})
+        assert_canonical_error(refused, 400, "messages[0].content")
+
+
+@pytest.mark.parametrize("bomb", ["quotient of large integers", "many expressions to compile", "multiplied text"])
+def test_a_hostile_template_ends_its_chats_and_nothing_else(tmp_path, bomb):
+    with serving(with_template(tmp_path / "model", BOMBS[bomb])) as live:
+        for _ in range(2):
+            assert_canonical_error(live.post("/v1/chat/completions", {"messages": TALK}), 400, "chat template")
+        assert live.client.get("/health").status_code == 200
+        live.completion(prompt="Hello", max_tokens=2)
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_the_request(tmp_path):
+    model = write_model(tmp_path / "model")
+    made = json.loads((model / "tokenizer.json").read_text())
+    made["decoder"] = {"type": "Strip", "content": "a", "start": 0, "stop": 1000}
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, made["pre_tokenizer"]]}
+    (model / "tokenizer.json").write_text(json.dumps(made))
+    ids = tokenizer().encode("aaaa", add_special_tokens=False).ids
+    with serving(model) as live:
+        assert_canonical_error(live.post("/detokenize", {"tokens": ids}), 422, "tokenizer.json")
+        hard = live.post("/v1/completions", {"prompt": "a" * 3000 + "!", "max_tokens": 1})
+        assert_canonical_error(hard, 400, "tokenizer.json")
+        live.post("/v1/completions", {"prompt": [5], "max_tokens": 1})
+        assert live.client.get("/health").status_code == 200
+
+
+def test_clients_take_turns_and_too_many_calls_are_refused():
+    async def main():
+        lane = _Lane(["worker"], None)
+        assert await lane.acquire("a") == "worker"
+        order = []
+
+        async def call(client):
+            worker = await lane.acquire(client)
+            order.append(client)
+            lane.release(worker)
+
+        greedy = [asyncio.ensure_future(call("a")) for _ in range(MAX_WAITING_PER_CLIENT)]
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as caught:
+            await lane.acquire("a")
+        assert caught.value.data["retry_after_s"] >= 1
+        modest = asyncio.ensure_future(call("b"))
+        await asyncio.sleep(0)
+        random.Random(1).choice(greedy[1:]).cancel()
+        lane.release("worker")
+        await asyncio.gather(*greedy, modest, return_exceptions=True)
+        assert order.index("b") <= 1
+        assert len(order) == MAX_WAITING_PER_CLIENT  # one of the nine was cancelled
+        assert await lane.acquire("c") == "worker"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /v1/completions HTTP/1.1\r\ncontent-length: 4\r\ntransfer-encoding: chunked", 400),
+        ("GET /v1/models HTTP/9.9", 505),
+    ],
+)
+def test_a_head_that_can_be_read_in_two_ways_ends_its_connection(live, head, status):
+    with socket.create_connection(("127.0.0.1", urlsplit(live.url).port), timeout=30) as connection:
+        connection.sendall(f"{head}\r\nhost: localhost\r\n\r\n0\r\n\r\n".encode())
+        answer = b""
+        while part := connection.recv(65536):  # until the server closes
+            answer += part
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"connection: close" in answer

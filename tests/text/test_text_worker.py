@@ -1,0 +1,69 @@
+"""A text worker runs foreign code within limits of time and memory, and is started again after it has exceeded one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from served import tiny_info
+from template_bombs import BOMBS
+
+from truffula.errors import TemplateError, TruffulaError
+from truffula.service.text_jobs import RENDER_JOB, TemplateJob, template_job, unpack_rendered
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.process import TextWorker, WorkerStopped
+from truffula.text.worker import Setup
+from truffula.types import GenerateRequest
+
+CHAT = GenerateRequest(messages=[{"role": "user", "content": "hi"}])
+PLAIN = "{% for m in messages %}{{ m.content }}!{% endfor %}"
+
+
+@pytest.fixture
+def worker() -> Iterator[TextWorker]:
+    setup = Setup(info=tiny_info(), texts_path=None, texts_digest="", templates=None, memory_bytes=2**28)
+    made = TextWorker(setup)
+    yield made
+    made.close()
+
+
+def job(source: str) -> TemplateJob:
+    return template_job(CHAT, ChatTemplates({"default": source}, {}))
+
+
+def rendered(worker: TextWorker, source: str, seconds: float = 5.0) -> str:
+    (packed,) = worker.call(RENDER_JOB, job(source), seconds)
+    return unpack_rendered(packed)[0]
+
+
+SOON = ("multiplied text", "doubled list", "quotient of large integers", "many expressions to compile")
+
+
+@pytest.mark.parametrize("bomb", [pytest.param(n, marks=() if n in SOON else pytest.mark.slow) for n in BOMBS])
+def test_a_bomb_exceeds_no_limit_or_ends_as_an_error(worker: TextWorker, bomb: str) -> None:
+    """Within a second of processor time and 256 MiB; the next chat is rendered, by the same process or the next."""
+    assert not ChatTemplates({"default": BOMBS[bomb]}, {}).is_plain(BOMBS[bomb])
+    try:
+        assert len(rendered(worker, BOMBS[bomb], seconds=1.0)) <= 4_000_000
+    except (TemplateError, WorkerStopped) as error:
+        assert error.message
+    worker.close()  # the templates of a worker are those of its first call
+    assert rendered(worker, PLAIN) == "hi!"
+
+
+def test_limits_are_named(worker: TextWorker) -> None:
+    with pytest.raises(WorkerStopped, match="1 s of processor time"):
+        rendered(worker, BOMBS["quotient of large integers"], seconds=1.0)
+    with pytest.raises((WorkerStopped, TemplateError), match="memory"):
+        rendered(worker, "{{ 'x' * 10**10 ~ messages[0].role }}")
+
+
+def test_errors_of_a_call_are_raised_and_the_process_stays(worker: TextWorker) -> None:
+    assert rendered(worker, PLAIN) == "hi!"
+    pid = worker.pid
+    with pytest.raises(TruffulaError, match="No module named"):
+        worker.call("truffula.nothing:at_all", None, 1.0)
+    worker.close()
+    assert worker.pid is None
+    assert rendered(worker, PLAIN) == "hi!"
+    assert worker.pid not in (None, pid)
