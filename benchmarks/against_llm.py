@@ -17,17 +17,17 @@ from pathlib import Path
 from truffula import LLM, SamplingParams
 from truffula.bench.client import OpenAI, Target, closed_loop
 from truffula.bench.load import Load
-from truffula.bench.server import OwnServer, end_children_on_sigterm, planned, random_adapters
+from truffula.bench.server import TruffulaServer, end_children_on_sigterm, plan_of, random_adapters
 from truffula.config import EngineConfig
 from truffula.testing.tiny import write_tiny_checkpoint
 
 
 def over_http(config: EngineConfig, adapters: Path, loads: list[Load]) -> list[float]:
-    with OwnServer(config, ["--adapter-dir", str(adapters), "--log-level", "warning"]) as server:
+    with TruffulaServer(config, ["--adapter-dir", str(adapters), "--log-level", "warning"]) as server:
         target = Target(server.wait(), OpenAI())
         runs = [closed_loop(target, load) for load in loads]
-    failures = [failure for run in runs for failure in run.failures]
-    assert not failures, failures[0]
+    errors = [error for run in runs for error in run.errors]
+    assert not errors, errors[0]
     return [run.output_tokens / run.wall_s for run in runs[1:]]
 
 
@@ -58,7 +58,7 @@ def main() -> None:
             model, tokens = str(write_tiny_checkpoint(Path(folder, "tiny"))), 4
             asked.repeats, asked.clients, asked.rank = 1, 2, 2
         config, adapters = EngineConfig(model=model), Path(folder, "adapters")
-        plan = planned(config)
+        plan = plan_of(config)
         names = [f"bench-{i:03d}" for i in range(asked.clients)]
         random_adapters(plan, adapters, names, asked.rank)
         loads = [

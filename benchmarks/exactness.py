@@ -25,7 +25,7 @@ from rich.table import Table
 
 from truffula.kernels.backend import Array
 from truffula.kernels.select import Precision, select_backend
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.files import write_safetensors
 from truffula.testing.oracle import Oracle
@@ -70,7 +70,7 @@ def texts_as_ids(checkpoint: Checkpoint, *, smoke: bool) -> list[list[int]]:
 def ours(checkpoint: Checkpoint, backend: str, dtype: str, longest: int, threads: int) -> Iterator[Compute]:
     plan, capacity = plan_model(checkpoint), capacity_for(longest)
     chosen = select_backend(backend, "cpu", threads=threads, precision=Precision(exact=True))
-    pull = puller(checkpoint, plan, block_kinds=chosen.block_kinds)
+    pull = WeightReader(checkpoint, plan, block_kinds=chosen.block_kinds)
     executable = chosen.load(plan.program, dtype, pull, capacity)
     try:
         yield lambda ids: Driver(executable, capacity).feed(ids)

@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 
 from truffula.bench.load import Load
-from truffula.bench.server import OwnServer, end_children_on_sigterm, planned, random_adapters
+from truffula.bench.server import TruffulaServer, end_children_on_sigterm, plan_of, random_adapters
 from truffula.cli.output import out, table
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
@@ -70,11 +70,11 @@ def main() -> None:
 
 def run(config: EngineConfig, folder: Path, running: int, joins: int, rank: int) -> Gaps:
     names = [f"join-{i:03d}" for i in range(joins)]
-    plan = planned(config)
+    plan = plan_of(config)
     random_adapters(plan, folder, names, rank)
     load = Load(running + 1, 1, PROMPT_TOKENS, 0, (), plan.program.vocab_size, 7)
     length = min(4096, plan.max_model_len) - 2 * PROMPT_TOKENS
-    with OwnServer(config, ["--adapter-dir", str(folder), "--log-level", "warning"]) as server:
+    with TruffulaServer(config, ["--adapter-dir", str(folder), "--log-level", "warning"]) as server:
         url = server.wait()
         try:
             return asyncio.run(_measure(url, running, names, load, length))

@@ -27,7 +27,7 @@ from truffula.kernels.adapters import make_image
 from truffula.kernels.backend import Array, QuantisedArray
 from truffula.kernels.cpu import CpuBackend
 from truffula.lora.peft import BaseFacts, validate_adapter
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.predictions import Divergences
@@ -86,7 +86,7 @@ def logits_of(row: Row, texts: Sequence[list[int]], adapter: Path | None, thread
     """Of each text, a sequence of its own."""
     plan, capacity = plan_model(row.checkpoint), capacity_for(max(map(len, texts)))
     backend = CpuBackend(threads, exact=row.exact and row.quantize == "none", quantize=row.quantize)
-    pull = puller(row.checkpoint, plan, block_kinds=backend.block_kinds)
+    pull = WeightReader(row.checkpoint, plan, block_kinds=backend.block_kinds)
     executable = backend.load(plan.program, row.dtype, pull, capacity)
     try:
         slot = None

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from truffula import LLM, SamplingParams
-from truffula.bench.server import OwnServer
+from truffula.bench.server import TruffulaServer
 from truffula.cli.output import out, progress
 from truffula.cli.side_by_side import show
 from truffula.config import EngineConfig, ServerConfig, load_config
@@ -140,7 +140,9 @@ def main() -> None:
     config = load_config({"model": MODEL}).engine
     fetch(config)
     flags = ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"]
-    with OwnServer(config, flags, args.port if args.serve else None) as server:  # it starts while the batch below runs
+    with TruffulaServer(
+        config, flags, args.port if args.serve else None
+    ) as server:  # it starts while the batch below runs
         side_by_side()
         out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
         url = server.wait()

@@ -30,7 +30,7 @@ def measure(config: EngineConfig, what: str, tokens: int, repeats: int) -> dict[
     from truffula.kernels.host import usable_cpus
     from truffula.kernels.inputs import Capacity
     from truffula.kernels.select import Precision, choose_dtype, select_backend
-    from truffula.model.load import plan_model, puller
+    from truffula.model.load import WeightReader, plan_model
     from truffula.weights.open import open_checkpoint
     from truffula.weights.sources import resolve_source
 
@@ -49,7 +49,7 @@ def measure(config: EngineConfig, what: str, tokens: int, repeats: int) -> dict[
             num_blocks=1 + blocks, block_size=config.block_size, max_blocks_per_seq=blocks,
         )  # fmt: skip
         memory = backend.plan(plan.program, dtype, capacity, plan.stored_types)
-        pull = puller(checkpoint, plan, block_kinds=backend.block_kinds)
+        pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds)
         executable = backend.load(plan.program, dtype, pull, capacity)
         pull.finish()
         run = {"decode": _decode, "prefill": _prefill}[what]

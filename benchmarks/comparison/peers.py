@@ -23,8 +23,8 @@ from comparison.processes import LineChild
 from comparison.scenarios import Contestant, Row
 from truffula.bench.client import Dialect, OpenAI, Target, closed_loop
 from truffula.bench.load import Load
-from truffula.bench.measured import Measured, Stream
-from truffula.bench.server import OwnServer, Server, child_error, free_port
+from truffula.bench.results import LoadResult, Stream
+from truffula.bench.server import Server, TruffulaServer, child_error, free_port
 from truffula.config import EngineConfig, load_config
 from truffula.errors import ConfigError
 
@@ -60,7 +60,7 @@ class LlamaServer:
 
     def read(self, frame: dict[str, Any], now: float, stream: Stream) -> None:
         if "error" in frame:
-            stream.failure = str(frame["error"])[:300]
+            stream.error = str(frame["error"])[:300]
         if not frame.get("stop") or frame.get("content"):
             stream.tokens.append(now)
         if frame.get("stop"):
@@ -94,7 +94,7 @@ class Place:
 class Session(Protocol):
     """A peer that runs and takes loads. Time to first token is empty where a peer does not say it."""
 
-    def run(self, load: Load) -> Measured: ...
+    def run(self, load: Load) -> LoadResult: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class HttpSession:
     target: Target
     server: Server | None = None
 
-    def run(self, load: Load) -> Measured:
+    def run(self, load: Load) -> LoadResult:
         return closed_loop(self.target, load)
 
 
@@ -114,8 +114,8 @@ class LineSession:
 
     child: LineChild
 
-    def run(self, load: Load) -> Measured:
-        measured = Measured()
+    def run(self, load: Load) -> LoadResult:
+        measured = LoadResult()
         for request in range(load.requests):
             prompts = [load.prompt(client, request) for client in range(load.clients)]
             adapters = [load.adapter(client, request) for client in range(load.clients)]
@@ -185,7 +185,7 @@ def server_of(contestant: Contestant, row: Row, place: Place) -> tuple[Server, D
         flags = ["--log-level", "warning"]
         if row.adapter_count:
             flags += ["--adapter-dir", str(place.path(row.adapter_dir))]
-        return OwnServer(engine_config(contestant, place), flags), OpenAI()
+        return TruffulaServer(engine_config(contestant, place), flags), OpenAI()
     port = free_port()
     words = [port, place.path(contestant.model), row.adapter_count, row.clients, context_of(row), *contestant.flags]
     argv = place.command(SCRIPTS[contestant.peer], "serve-command", *words)

@@ -33,7 +33,7 @@ from comparison.peers import (
 from comparison.processes import descendants
 from comparison.scenarios import Contestant, Row
 from truffula.bench.client import Dialect
-from truffula.bench.measured import Measured, Stream
+from truffula.bench.results import LoadResult, Stream
 from truffula.bench.server import child_error
 from truffula.bench.step import read_rate
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError
@@ -118,11 +118,11 @@ def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
     return Round(statistics.median(run["ttft_ms"]["p50"] for run in runs), runs)
 
 
-def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> Measured:
+def _checked(running: Session, row: Row, names: Sequence[str], seed: int) -> LoadResult:
     """A run in which every request was answered in full, without hits in a prefix cache."""
     measured = running.run(row.load(names, seed))
-    if measured.failures:
-        raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
+    if measured.errors:
+        raise ConfigError(f"{len(measured.errors)} requests failed; the first error: {measured.errors[0]}")
     expected = row.clients * row.requests * row.max_tokens
     if measured.output_tokens != expected:
         raise ConfigError(f"{row.name!r}: {measured.output_tokens} tokens were generated, {expected} were requested.")

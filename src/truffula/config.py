@@ -1,11 +1,11 @@
-"""Every option, and the only reader of the environment.
+"""All options. No other module reads the environment.
 
-A row per option is a field of ``EngineConfig`` or ``ServerConfig``: default, kind, bounds and help stand together; the
-command line, ``config --show`` and the error messages are made from them. An object that exists is valid: constructors
-check too. What is *found out* (blocks that fit, the backend) is another frozen type, ``engine.build.EngineSettings``.
+Each option is a field of ``EngineConfig`` or ``ServerConfig`` with its default, kind, bounds and help, from which the
+command line, ``config --show`` and the error messages are made. Constructors validate. Values that are determined at
+the start (number of blocks, backend) are in another type, ``engine.build.EngineSettings``.
 
-An option's short name is its field without the unit: ``memory_bytes`` is ``--memory`` and ``TRUFFULA_MEMORY``.
-Precedence: option over environment over configuration file over default. What an option is stands in ``option.py``.
+The short name of an option is its field without the unit: ``memory_bytes`` is ``--memory`` and ``TRUFFULA_MEMORY``.
+Precedence: command line, environment, configuration file, default. ``option.py`` defines ``Option``.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from truffula.option import parse_size as parse_size
 log = logging.getLogger(__name__)
 
 Origin = Literal["default", "environment", "file", "option"]
-# Variables that Kubernetes sets in every container for each Service; those of a Service called truffula look like
-# options.
+# Variables that Kubernetes sets in containers for each Service; those of a Service named truffula look like options.
 _SERVICE_NAME = re.compile(r".*_SERVICE_(HOST|PORT(_.+)?)|.*_PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?")
 _SERVICE_URL = re.compile(r"(tcp|udp|sctp)://.*", re.IGNORECASE)
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-"""Names the configuration file where ``--config`` does not."""
-# Where other servers read their model from.
+"""The variable that names the configuration file; ``--config`` overrides it."""
+# Variables in which other servers look for the model.
 _MODEL_VARIABLES = MappingProxyType({"MODEL_ID": "LoRAX and TGI", "LLAMA_ARG_MODEL": "llama.cpp"})
 
 
@@ -51,16 +50,16 @@ def _row(default: Any, kind: Kind, help: str, **more: Any) -> Any:
 
 
 def _check(config: Any) -> None:
-    """Refuse a value that is out of bounds or not of its option's type."""
+    """Raise ``ConfigError`` for a value that is out of bounds or not of its option's type."""
     for option in options_of(type(config)):
         value = getattr(config, option.field)
         if option.parse(value, option.field) != value:
-            raise option.refusal(value, option.field)
+            raise option.error(value, option.field)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What an engine is started with. Crosses to the engine's process; holds no secrets."""
+    """The options of the engine. Sent to the engine's process; contains no secrets."""
 
     model: str = _row(MISSING, "text", "a folder, a .gguf file, an alias or a Hugging Face id", topic="Common")
     dtype: str = _row(
@@ -223,13 +222,14 @@ class EngineConfig:
 
 
 def state_folder() -> Path:
-    """Where truffula keeps what is neither configuration nor cache, such as the history of ``chat``."""
+    """The folder for state that is neither configuration nor cache, such as the history of ``chat``."""
     state = os.environ.get("XDG_STATE_HOME", "")
     return (Path(state) if state.startswith("/") else home_folder("XDG_STATE_HOME") / ".local" / "state") / "truffula"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``; a name other than localhost may be any machine's."""
+    """Whether ``host`` is reachable from this machine only. Names other than localhost count as reachable from others.
+    """
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -238,7 +238,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """What the HTTP server adds."""
+    """The options of the HTTP server."""
 
     host: str = _row("127.0.0.1", "text", "address to listen on", topic="Common", metavar="ADDRESS")
     port: int = _row(
@@ -400,7 +400,7 @@ class ServerConfig:
 
 
 def options_of(cls: type[EngineConfig] | type[ServerConfig]) -> tuple[Option, ...]:
-    """The rows of one config class, in order."""
+    """The options of one config class, in order."""
     group = "engine" if cls is EngineConfig else "server"
     return tuple(Option(f.name, group, **f.metadata["option"]) for f in fields(cls))
 
@@ -408,12 +408,12 @@ def options_of(cls: type[EngineConfig] | type[ServerConfig]) -> tuple[Option, ..
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {option.name: option for cls in (EngineConfig, ServerConfig) for option in options_of(cls)}
 )
-"""All rows by short name."""
+"""All options by short name."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One resolved option: ``source`` is the flag, variable or place in a file it came from, empty for a default."""
+    """One resolved option: ``source`` is its flag, variable or line of a file; "" for a default."""
 
     option: Option
     value: Any
@@ -427,7 +427,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Both configs and where each value came from, in the order of the table."""
+    """Both configs, and all settings with their origins, in the order of the options."""
 
     engine: EngineConfig
     server: ServerConfig
@@ -435,19 +435,20 @@ class Resolved:
 
 
 def prepare_compute() -> None:
-    """Let torch's idle compute threads sleep instead of spin. Has effect until torch is loaded, then none.
+    """Make torch's idle compute threads sleep instead of spin. Must be called before torch is imported.
 
-    With a busy neighbour on the other core (the API process is one) a spinning team waits for a thread that does not
-    run: a product of 8 rows took 466 ms in place of 18 on two cores. On a quiet machine both are the same.
-    A user's own OMP_WAIT_POLICY wins.
+    When another process (such as the API process) is busy on a core, spinning threads wait for one that does not run: a
+    product of 8 rows took 466 ms instead of 18 on two cores. Without other load there is no difference.
+    OMP_WAIT_POLICY in the environment has priority.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def engine_environment() -> dict[str, str]:
-    """The environment of the engine's process: this one's, with one thread for OpenBLAS, whose others would only spin.
+    """The environment of the engine's process: this process's, with one OpenBLAS thread, because others would only
+    spin.
 
-    A user's own OPENBLAS_NUM_THREADS wins.
+    OPENBLAS_NUM_THREADS in the environment has priority.
     """
     return {"OPENBLAS_NUM_THREADS": "1", **os.environ}
 
@@ -458,12 +459,12 @@ def text_worker_environment() -> dict[str, str]:
 
 
 def installed_environment() -> dict[str, str]:
-    """The environment of a child that is measured as installed: its interpreter caches what it compiles."""
+    """The environment of a child process that is measured as installed, with a cache of compiled Python files."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def _foreign(name: str, value: str) -> Any:
-    """The value of another tool's variable as that tool reads it."""
+    """The value of another tool's variable, parsed as that tool does."""
     if name == "HF_HUB_OFFLINE":
         return value.upper() in ("1", "ON", "YES", "TRUE")
     return expanded(value) / "hub" if name == "HF_HOME" else value
@@ -474,7 +475,7 @@ def _setting(
 ) -> Setting | None:
     if option.name in given:
         return Setting(option, option.parse(given[option.name], option.flag), "option", option.flag)
-    # An empty variable counts as unset, except where that would leave the server without the keys it should require.
+    # An empty variable counts as unset, except for secrets: the server would run without the keys it should require.
     if env.get(option.env, "") != "" or (option.secret and option.env in env):
         return Setting(option, option.parse(env[option.env], option.env), "environment", option.env)
     if option.name in written:
@@ -489,13 +490,13 @@ def _setting(
 
 
 def _names() -> dict[str, str]:
-    """Every spelling of an option, with underscores, to its short name: the short name, the field and the flag."""
-    spelled = {word: name for name, option in OPTIONS.items() for word in (option.field, option.singular) if word}
-    return spelled | {name: name for name in OPTIONS}
+    """Every name of an option (short name, field and flag, with underscores) → its short name."""
+    names_shown = {word: name for name, option in OPTIONS.items() for word in (option.field, option.singular) if word}
+    return names_shown | {name: name for name in OPTIONS}
 
 
 def _given(cli: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given (None is not), by short name; field names are taken too."""
+    """The options of ``cli`` that are not None, by short name. Field names are allowed too."""
     names = _names()
     for key in cli:
         if key not in names:
@@ -503,14 +504,16 @@ def _given(cli: Mapping[str, Any]) -> dict[str, Any]:
     return {names[key]: value for key, value in cli.items() if value is not None}
 
 
-def _written(path: Path) -> dict[str, Entry]:
+def _from_file(path: Path) -> dict[str, Entry]:
     """The options of a configuration file by short name. ``max-running`` and ``max_running`` are the same."""
     names, found = _names(), {}
     for key, entry in read_config_file(path).items():
         word = key.replace("-", "_")
         if word not in names:
-            spelled = [name.replace("_", "-") for name in names] if "-" in key else names
-            raise ConfigError(f"{entry.where}: unknown option {key!r}.{did_you_mean(nearest(key, spelled))}", param=key)
+            names_shown = [name.replace("_", "-") for name in names] if "-" in key else names
+            raise ConfigError(
+                f"{entry.where}: unknown option {key!r}.{did_you_mean(nearest(key, names_shown))}", param=key
+            )
         if names[word] in found:
             raise ConfigError(f"{entry.where}: {key} is set twice, under two of its names.", param=key)
         found[names[word]] = entry
@@ -535,10 +538,10 @@ def _without_services(env: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def load_settings(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) -> tuple[Setting, ...]:
-    """Every option's value and origin; a required one that was not given is left out.
+    """Every option's value and origin, without required options that were not given.
 
-    ``cli`` are options by short or field name (None means not given), and ``config``, the path of a configuration file;
-    without it, the variable ``TRUFFULA_CONFIG`` names the file, or there is none.
+    ``cli`` holds options by short or field name (None: not given), and ``config``, the path of a configuration file. By
+    default the variable ``TRUFFULA_CONFIG`` names the file, if any.
 
     Raises:
         ConfigError: Unknown option or ``TRUFFULA_`` variable (the nearest known one is named), a malformed value, or a
@@ -551,14 +554,14 @@ def load_settings(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) 
             raise ConfigError(f"Unknown environment variable {name}.{did_you_mean(nearest(name, known))}", param=name)
     given = dict(cli)
     file = given.pop("config", None) or env.get(CONFIG_VARIABLE)
-    written = _written(Path(file)) if file else {}
+    written = _from_file(Path(file)) if file else {}
     given = _given(given)
     found = [_setting(option, given, env, written) for option in OPTIONS.values()]
     return tuple(setting for setting in found if setting is not None)
 
 
 def load_setting(name: str, given: Any = None) -> Setting:
-    """One option by its short name, for a command that takes no others: ``given``, or as ``load_settings`` finds it."""
+    """One option by its short name: ``given``, or the value of ``load_settings``."""
     return next(setting for setting in load_settings({name: given}) if setting.option.name == name)
 
 
@@ -571,10 +574,10 @@ def _no_model(env: Mapping[str, str]) -> ConfigError:
 
 
 def load_config(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Resolved:
-    """The configs from options and environment (default: the process's), as ``load_settings`` reads them.
+    """The configs of ``load_settings``. ``env`` is by default the environment of the process.
 
     Raises:
-        ConfigError: As ``load_settings``, or no model was named.
+        ConfigError: As ``load_settings``, or no model was given.
     """
     settings = load_settings(cli, env)
     values = {setting.option.field: setting.value for setting in settings}
@@ -586,6 +589,6 @@ def load_config(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) ->
 
 
 def require_paths(settings: Iterable[Setting]) -> None:
-    """Raise ``ConfigError`` for the first setting whose path is not the file or folder that it must be."""
+    """Raise ``ConfigError`` for the first setting whose path is not the required kind of file or folder."""
     for setting in settings:
         setting.option.require_paths(setting.value, setting.source or setting.option.name)

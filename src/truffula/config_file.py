@@ -1,4 +1,4 @@
-"""Reading a configuration file: TOML, YAML or JSON, one table of options by name."""
+"""Reads configuration files: TOML, YAML or JSON, one table of options by name."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from truffula.option import expanded
 
 @dataclass(frozen=True)
 class Entry:
-    """One value of a file and where it stands there, as an error names it: ``serve.toml, line 3``."""
+    """One value of a file and its location for errors: ``serve.toml, line 3``."""
 
     value: Any
     where: str
 
 
 def read_config_file(path: Path) -> Mapping[str, Entry]:
-    """The options of ``path`` by the names that the file uses. Its ending decides: .toml, .yaml, .yml or .json.
+    """The options in ``path``, by their names in the file. Its suffix is .toml, .yaml, .yml or .json.
 
     Raises:
         ConfigError: The file cannot be read, is malformed, names an option twice, or is not a table.
@@ -47,8 +47,8 @@ def read_config_file(path: Path) -> Mapping[str, Entry]:
 
 
 def _where(path: Path, text: str, key: str) -> str:
-    """The file, and the line on which ``key`` is written, where it can be found."""
-    # A key alone, in quotes, or as the header of a TOML table.
+    """The file and, if it is found, the line of ``key``."""
+    # A bare key, a key in quotes, or the header of a TOML table.
     written = re.compile(rf"""^\s*[\[{{,]*\s*["']?{re.escape(key)}["']?\s*[=:\]]""")
     lines = (number for number, line in enumerate(text.splitlines(), 1) if written.match(line))
     number = next(lines, None)
@@ -59,7 +59,7 @@ def _malformed(path: Path, reason: object) -> ConfigError:
     return ConfigError(f"The configuration file {path} is malformed: {reason}.", param="config")
 
 
-def _twice(path: Path, key: object) -> ConfigError:
+def _duplicate(path: Path, key: object) -> ConfigError:
     return ConfigError(f"{path} names {key} twice.", param="config")
 
 
@@ -73,16 +73,16 @@ def _read_toml(path: Path, text: str) -> Any:
 
 
 def _read_json(path: Path, text: str) -> Any:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for key, value in pairs:
             if key in table:
-                raise _twice(path, key)
+                raise _duplicate(path, key)
             table[key] = value
         return table
 
     try:
-        return json.loads(text, object_pairs_hook=once)
+        return json.loads(text, object_pairs_hook=unique)
     except ValueError as error:
         raise _malformed(path, error) from error
 
@@ -91,16 +91,16 @@ def _read_yaml(path: Path, text: str) -> Any:
     import yaml
 
     try:
-        # The loader silently keeps the last of two equal keys, so the keys are compared before.
-        _refuse_equal_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
+        # The loader silently keeps the last of two equal keys, so duplicates are searched first.
+        _reject_duplicate_keys(path, yaml.compose(text, Loader=yaml.SafeLoader))
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise _malformed(path, " ".join(str(error).split())) from error
     return {} if loaded is None else loaded
 
 
-def _refuse_equal_keys(path: Path, node: Any) -> None:
-    """Raise where a mapping of the YAML document has a key twice."""
+def _reject_duplicate_keys(path: Path, node: Any) -> None:
+    """Raise ``ConfigError`` when a mapping of the YAML document has a duplicate key."""
     if node is None or not isinstance(node.value, list):
         return
     seen: set[str] = set()
@@ -108,6 +108,6 @@ def _refuse_equal_keys(path: Path, node: Any) -> None:
         key, inner = item if isinstance(item, tuple) else (None, item)
         if key is not None:
             if key.value in seen:
-                raise _twice(path, key.value)
+                raise _duplicate(path, key.value)
             seen.add(str(key.value))
-        _refuse_equal_keys(path, inner)
+        _reject_duplicate_keys(path, inner)

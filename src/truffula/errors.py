@@ -1,34 +1,34 @@
-"""Every error truffula raises on purpose.
+"""All errors that truffula raises deliberately.
 
     TruffulaError
-    ├── ConfigError              an option of ours is wrong            config_invalid
-    ├── InvalidRequest           a request's field is wrong            invalid_request
-    │   ├── PromptTooLong        ... it does not fit                   prompt_too_long
-    │   └── TemplateError        ... its chat template failed          template_error
+    ├── ConfigError              an option is invalid                  config_invalid
+    ├── InvalidRequest           a field of a request is invalid       invalid_request
+    │   ├── PromptTooLong        ... the prompt does not fit           prompt_too_long
+    │   └── TemplateError        ... the chat template failed          template_error
     ├── ModelNotFound            no such base model                    model_not_found
-    ├── UnsupportedModel         a config asks what we don't do        model_unsupported
-    ├── CheckpointError          files of a model are broken           checkpoint_invalid
-    │   ├── TyingError           neither table, or a missing head      checkpoint_tying
-    │   └── CheckpointChanged    ... changed while they were served    checkpoint_changed
+    ├── UnsupportedModel         a config needs an unsupported feature model_unsupported
+    ├── CheckpointError          files of a model are invalid          checkpoint_invalid
+    │   ├── TyingError           embedding or head is missing          checkpoint_tying
+    │   └── CheckpointChanged    ... changed while served              checkpoint_changed
     ├── AdapterNotFound          no such adapter                       adapter_not_found
-    ├── AdapterError             an adapter is broken or unsupported   adapter_invalid
-    ├── AdapterLoadError         its loading failed (may be retried)   adapter_load_failed
-    ├── InsufficientMemory       the numbers don't fit                 insufficient_memory
-    ├── Overloaded               no free place in the queue            overloaded
-    ├── QueueTimeout             waited too long for a place           queue_timeout
-    ├── DeadlineExceeded         its time ended while it ran           deadline_exceeded
+    ├── AdapterError             an adapter is invalid or unsupported  adapter_invalid
+    ├── AdapterLoadError         loading it failed (may be retried)    adapter_load_failed
+    ├── InsufficientMemory       not enough memory                     insufficient_memory
+    ├── Overloaded               the queue is full                     overloaded
+    ├── QueueTimeout             waited too long in the queue          queue_timeout
+    ├── DeadlineExceeded         a request took too long               deadline_exceeded
     ├── GenerationError          a step failed, or non-finite logits   generation_failed
-    ├── EngineDied               the engine ended under the request    engine_died
+    ├── EngineDied               the engine ended during the request   engine_died
     ├── ShuttingDown             the server drains                     shutting_down
-    ├── NoTokenizer              text was asked of a model without one no_tokenizer
+    ├── NoTokenizer              the model has no tokenizer            no_tokenizer
     ├── MissingDependency        an extra is not installed             missing_dependency
-    ├── ProcessFailed            a program we started has failed       process_failed
-    ├── KernelError              shapes or dtypes; our own mistake     kernel_error
-    ├── DeviceLost               the device computes nothing any more  device_lost
-    └── WireError                peer of another version, bad frame    wire_error
+    ├── ProcessFailed            a child process failed                process_failed
+    ├── KernelError              shapes or dtypes; an internal error   kernel_error
+    ├── DeviceLost               the device stopped computing          device_lost
+    └── WireError                a peer of another version, bad frame  wire_error
 
-``code`` is stable and is what programs compare; ``param`` names the offending field, ``data`` carries
-the numbers that matter. No layer below ``server/`` knows an HTTP status: the table is in ``server/errors.py``.
+``code`` is stable, for comparisons in programs; ``param`` names the invalid field, ``data`` holds values and limits.
+HTTP statuses are known only in ``server/errors.py``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import msgspec
 
 
 class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """A ``TruffulaError`` as plain data: what crosses a process boundary or rides on a ``TokenEvent``."""
+    """A ``TruffulaError`` as plain data, for other processes and for events."""
 
     code: str
     message: str
@@ -49,7 +49,7 @@ class ErrorInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TruffulaError(Exception):
-    """Base of all. ``str(error)`` says what happened, the value, the limit and the way out."""
+    """Base class. ``str(error)`` says what is wrong, with value and limit, and what to do."""
 
     code: ClassVar[str] = "internal_error"
 
@@ -60,11 +60,26 @@ class TruffulaError(Exception):
         self.data = data
 
     def info(self) -> ErrorInfo:
-        """This error as data, for the wire."""
+        """This error as plain data."""
         return ErrorInfo(code=self.code, message=self.message, param=self.param, data=self.data)
 
+    @staticmethod
+    def from_info(info: ErrorInfo | None) -> TruffulaError:
+        """The exception that ``info`` describes; an unknown code gives a plain ``TruffulaError`` with that code.
+
+        None is the error of a request that the engine ended without an error.
+        """
+        if info is None:
+            return GenerationError("The engine ended the request without a reason.")
+        cls = _classes(TruffulaError).get(info.code)
+        if cls is None:
+            error = TruffulaError(info.message, param=info.param, **info.data)
+            error.code = info.code  # type: ignore[misc]  # a newer peer's code must survive the trip
+            return error
+        return cls(info.message, param=info.param, **info.data)
+
     def __reduce__(self) -> Any:
-        return (from_info, (self.info(),))
+        return (TruffulaError.from_info, (self.info(),))
 
 
 class ConfigError(TruffulaError):
@@ -174,16 +189,6 @@ def _classes(root: type[TruffulaError]) -> dict[str, type[TruffulaError]]:
     return found
 
 
-def from_info(info: ErrorInfo) -> TruffulaError:
-    """The exception that ``info`` describes; an unknown code gives a plain ``TruffulaError`` with that code."""
-    cls = _classes(TruffulaError).get(info.code)
-    if cls is None:
-        error = TruffulaError(info.message, param=info.param, **info.data)
-        error.code = info.code  # type: ignore[misc]  # a newer peer's code must survive the trip
-        return error
-    return cls(info.message, param=info.param, **info.data)
-
-
 def internal_error(error: BaseException) -> TruffulaError:
     """An exception that is no ``TruffulaError``, such as a library's, as one with its type and words."""
     return TruffulaError(f"{type(error).__name__}: {str(error)[:1000]}")
@@ -195,7 +200,7 @@ def is_rust_panic(error: BaseException) -> bool:
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The most similar of the ``known`` words; None where none is. ``cutoff``: the least similarity, 0 to 1."""
+    """The most similar of the ``known`` words, or None. ``cutoff``: the minimum similarity, 0 to 1."""
     import difflib  # needed for errors only
 
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
@@ -203,5 +208,5 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 
 
 def did_you_mean(meant: object | None) -> str:
-    """`` Did you mean X?``, to follow the sentence that says what is unknown; "" for None."""
+    """`` Did you mean X?``, to append to a sentence; "" for None."""
     return "" if meant is None else f" Did you mean {meant}?"

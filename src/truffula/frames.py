@@ -1,8 +1,9 @@
-"""Length-prefixed msgpack frames over a socket: the codec of every wire between processes of truffula.
+"""Length-prefixed msgpack frames over a socket, for all connections between processes of truffula.
 
-A frame is a length (4 bytes, little-endian) and that many bytes of msgpack. Each side's first frame is ``Hello`` with
-the version of its protocol; another version, a malformed frame or one above ``MAX_FRAME_BYTES`` is a ``WireError``,
-after which nothing more is read. A protocol is a union of tagged structs: ``engine/wire.py`` defines the engine's.
+A frame is a length (4 bytes, little-endian) and that many bytes of msgpack. The first frame of each side is ``Hello``
+with the version of its protocol. Another version, a malformed frame or one above ``MAX_FRAME_BYTES`` is a
+``WireError``, after which no more is read. A protocol is a union of tagged structs: ``engine/wire.py`` defines the
+engine's.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ class Disconnected(Exception):
 
 
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
-    """Base of a protocol's frames: the tag is the class's name in lower case."""
+    """Base class of a protocol's frames. The tag is the name of the class in lower case."""
 
 
 class Hello(Frame, frozen=True):
-    """First frame of either side."""
+    """The first frame of each side."""
 
     version: int
 
 
 def _plain(value: Any) -> Any:
-    """Paths, numpy numbers and other values that msgpack has no form for, as ones that it has."""
+    """A path, numpy number or other value that msgpack cannot encode, converted to one that it can."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, numbers.Integral):
@@ -56,10 +57,10 @@ _HELLO = msgspec.msgpack.Decoder(Hello)
 
 
 def encode(frame: Any) -> bytes:
-    """The bytes of one frame, its length first.
+    """The bytes of one frame, with its length.
 
     Raises:
-        WireError: A value that msgpack cannot hold (an integer above 64 bits, a lone surrogate), or too many bytes.
+        WireError: A value that msgpack cannot encode (an integer above 64 bits, a lone surrogate), or too many bytes.
     """
     try:
         body = ENCODER.encode(frame)
@@ -71,11 +72,11 @@ def encode(frame: Any) -> bytes:
 
 
 class FrameReader(Generic[F]):
-    """Decodes a stream of bytes, cut anywhere, into frames. After a ``WireError`` it accepts nothing more.
+    """Decodes a stream of bytes, split anywhere, into frames. After a ``WireError`` it accepts no more bytes.
 
     Args:
-        decode: Of a frame's body, such as ``msgspec.msgpack.Decoder(A | B).decode``.
-        version: Of the protocol; the peer's ``Hello`` must have the same.
+        decode: Decodes the body of a frame, such as ``msgspec.msgpack.Decoder(A | B).decode``.
+        version: Version of the protocol, which the peer's ``Hello`` must have too.
     """
 
     def __init__(self, decode: Callable[[bytes], F], version: int, limit: int = MAX_FRAME_BYTES) -> None:
@@ -118,7 +119,7 @@ class FrameReader(Generic[F]):
         return frames
 
     def end(self) -> None:
-        """The stream has ended. Raises ``WireError`` when that was within a frame."""
+        """Call at the end of the stream. Raises ``WireError`` when it ended within a frame."""
         if self._buffer and not self._broken:
             raise WireError(f"The stream of frames ended within a frame ({len(self._buffer)} bytes of it arrived).")
 
@@ -139,11 +140,11 @@ def _parse(decode: Callable[[bytes], Any], body: bytes) -> Any:
 
 
 class Channel(Generic[F]):
-    """A socket that carries frames. Any thread sends; one thread receives.
+    """A socket for frames. Any thread may send; one thread receives.
 
     Args:
-        sock: One end of a stream socket, which the channel owns from here on.
-        decode, version: As of ``FrameReader``; ``Hello`` with ``version`` is sent before the first frame.
+        sock: One end of a stream socket, which the channel takes over.
+        decode, version: As of ``FrameReader``; a ``Hello`` with ``version`` is sent first.
     """
 
     def __init__(self, sock: socket.socket, decode: Callable[[bytes], F], version: int) -> None:
@@ -157,7 +158,7 @@ class Channel(Generic[F]):
         return self._sock.fileno()
 
     def post(self, frame: Frame) -> bool:
-        """Send without blocking. True when bytes are left, for ``flush`` to send once the socket is writable.
+        """Send without blocking. Returns True when bytes are left, for ``flush`` when the socket is writable.
 
         Raises:
             Disconnected: The peer has closed the connection.
@@ -169,7 +170,7 @@ class Channel(Generic[F]):
             return self._push()
 
     def flush(self) -> None:
-        """Send as much as the socket accepts of what ``post`` left."""
+        """Send as many of the bytes left by ``post`` as the socket accepts."""
         with self._lock:
             self._push()
 
@@ -179,10 +180,10 @@ class Channel(Generic[F]):
             return bool(self._pending)
 
     def send(self, frame: Frame) -> None:
-        """Send, waiting until the peer has read enough. Raises as ``post``."""
+        """Send, and wait until the socket has accepted all bytes. Raises as ``post``."""
         left = self.post(frame)
         while left:
-            # poll, not select: the descriptor's number may be above 1024.
+            # poll, not select: the descriptor may be above 1024.
             waiter = select.poll()
             waiter.register(self._sock, select.POLLOUT)
             waiter.poll()
@@ -190,7 +191,7 @@ class Channel(Generic[F]):
                 left = self._push()
 
     def receive(self) -> list[F] | None:
-        """The frames that have arrived; None when the peer has closed the connection.
+        """The received frames, or None when the peer has closed the connection.
 
         Raises:
             WireError: As ``FrameReader.feed`` and ``FrameReader.end``.
@@ -213,7 +214,7 @@ class Channel(Generic[F]):
                 return frames
 
     def close(self) -> None:
-        """Close the socket; the peer still reads what was sent. Idempotent."""
+        """Close the socket; the peer can still read the sent frames. Idempotent."""
         with self._lock:
             self._sock.close()
 

@@ -35,14 +35,14 @@ __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 
 
 class Adapters:
-    """``llm.adapters``: load ahead of use, unload, list. Adapters also load by themselves when first used."""
+    """``llm.adapters``: load, unload and list adapters. Adapters are also loaded when first used."""
 
     def __init__(self, service: SyncService, directory: AdapterDirectory) -> None:
         self._service = service
         self._directory = directory
 
     def load(self, name: str, source: str | Path | None = None) -> AdapterState:
-        """Make ``name`` usable now and keep it under that name. ``source``: a folder or a Hub id, unless ``name`` is
+        """Load the adapter ``name`` and wait until it is ready. ``source``: a folder or a Hub id, unless ``name`` is
         known.
 
         Raises ``AdapterNotFound``, ``AdapterError`` (broken, unsupported, of another base), ``AdapterLoadError``,
@@ -55,17 +55,17 @@ class Adapters:
         return next((state for state in states if state.name == name), states[0])
 
     def unload(self, name: str) -> None:
-        """Free its memory once running requests have ended, and forget the name. Raises ``AdapterNotFound``."""
+        """Remove the name, and free the memory when running requests have ended. Raises ``AdapterNotFound``."""
         ref = self.resolve(name)
         self._service.adapters(AdapterCommand(action="unload", ref=ref))
         self._directory.remove(name)
 
     def names(self) -> list[str]:
-        """Names given so far, loaded or not, sorted."""
+        """The known names, loaded or not, sorted."""
         return self._directory.names()
 
     def resolve(self, adapter: Adapter) -> AdapterRef | None:
-        """A name given before, else a folder or a Hub id: what the caller of a library names, it may use.
+        """The reference of a known name, a folder or a Hub id; without restrictions, unlike in a server.
 
         Raises ``AdapterNotFound``.
         """
@@ -83,24 +83,24 @@ class Adapters:
             ) from error
 
     def list(self) -> list[AdapterState]:
-        """Those that the engine knows: loading, ready, resident, failed or retired."""
+        """The adapters of the engine: loading, ready, resident, failed or retired."""
         return self._service.adapters(AdapterCommand(action="list"))
 
 
 class LLM:
-    """A model that is loaded when this returns.
+    """A base model and its adapters. The constructor returns when the model is loaded.
 
     Args:
         model: A folder, a ``.gguf`` file, an alias, or a Hub id.
-        adapters: Name → folder or Hub id. They are read when first used.
-        device, dtype: Where and in what it computes; ``auto`` takes the faster of float32 and bfloat16.
-        transport: Where the engine runs: in the thread of each call (``inline``), or in a process of its own
-        (``process``). chat_template: Jinja source to use in place of the model's. progress: Called with (stage,
-        done, total or None) while the model loads. options: Fields of ``truffula.config.EngineConfig``
-        (``max_model_len``, ``memory_bytes``, ``max_running``, …).
+        adapters: Name → folder or Hub id. They are loaded when first used.
+        device, dtype: Compute device and dtype; ``auto`` selects the faster of float32 and bfloat16.
+        transport: Where the engine runs: in the calling thread (``inline``), or in a process of its own (``process``).
+        chat_template: Jinja source that replaces the model's template.
+        progress: Called with (stage, done, total or None) while the model loads.
+        options: Fields of ``truffula.config.EngineConfig`` (``max_model_len``, ``memory_bytes``, ``max_running``, …).
 
-    Raises ``ConfigError`` for an unknown option, and whatever stands against loading the model. A context manager;
-    ``close`` frees the memory. Calls may be made from several threads.
+    Raises ``ConfigError`` for an unknown option, and ``TruffulaError`` when the model cannot be loaded. A context
+    manager; ``close`` frees the memory. Several threads may call its methods.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class LLM:
         config = EngineConfig(model=str(model), device=device, dtype=dtype, **options)
         directory = AdapterDirectory()
         for name, source in (adapters or {}).items():
-            directory.add(directory.locate(name, source))  # a mistake shows before the model is loaded
+            directory.add(directory.locate(name, source))  # report an error before the model is loaded
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}
@@ -138,12 +138,12 @@ class LLM:
 
     @property
     def info(self) -> EngineInfo:
-        """What was loaded, and how."""
+        """Facts about the loaded model."""
         return self._service.info
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether ``chat`` can be used without giving a template."""
+        """Whether ``chat`` can be used without ``chat_template``."""
         return self._service.has_chat_template
 
     def stats(self) -> EngineStats:
@@ -158,18 +158,18 @@ class LLM:
         errors: Literal["raise", "return"] = "raise",
         progress: bool | Callable[[int, int], None] = True,
     ) -> list[Any]:
-        """Complete ``prompts``, in one batch; any number of them, as the engine gets them as it drains.
+        """Complete ``prompts`` in one batch. Their number is not limited: the engine's queue is refilled as it drains.
 
         Args:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
             adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
-            errors: ``return`` puts a request's ``TruffulaError`` in its place; ``raise`` raises the first and aborts
-            the others; every prompt is checked before the first one is computed.
+            errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and
+            aborts the others. Every prompt is checked before the first one is computed.
             progress: Called with (prompts done, prompts). True: a bar on stderr, if that is a terminal and the batch
             takes longer than a second. False: none.
 
-        Returns: one ``RequestOutput`` per prompt, in order (a list for a single prompt, too).
+        Returns: One ``RequestOutput`` per prompt, in order; a list also for a single prompt.
         """
         if not hasattr(prompts, "__len__"):
             raise InvalidRequest(f"prompts is a {type(prompts).__name__}; expected text or a list.", param="prompts")
@@ -194,8 +194,8 @@ class LLM:
         """Answer one conversation or several: ``messages`` is one list of ``{"role", "content"}``, or a list of such
         lists.
 
-        ``continue_final_message`` continues the last message instead of answering it. The rest is as in
-        ``generate``.
+        ``continue_final_message`` continues the last message instead of answering it. The other
+        arguments are as in ``generate``.
         """
         several = bool(messages) and all(isinstance(item, list | tuple) for item in messages)
         shared = {
@@ -216,9 +216,9 @@ class LLM:
         adapter: Adapter = None,
         **request: Any,
     ) -> Iterator[TextDelta]:
-        """The completion of one prompt (or chat) as it grows. Closing the iterator ends it in the engine.
+        """The deltas of the completion of one prompt (or chat). Closing the iterator aborts the request.
 
-        ``request`` are further fields of ``truffula.types.GenerateRequest``.
+        ``request``: further fields of ``truffula.types.GenerateRequest``.
         """
         requests = self._requests([{**_given(prompt), **request}], params, adapter)
         return self._deltas(requests)
@@ -230,7 +230,7 @@ class LLM:
         *,
         adapters: Adapter | Sequence[Adapter] = None,
     ) -> Iterator[tuple[int, TextDelta]]:
-        """Several completions as they grow, in one batch: pairs of (position of the prompt, its next delta)."""
+        """The deltas of several completions in one batch, as (index of the prompt, delta)."""
         requests = self._requests([_given(prompt) for prompt in prompts], params, adapters)
         for position, found in self._service.stream(requests):
             if isinstance(found, TruffulaError):
@@ -293,7 +293,7 @@ class LLM:
 
 
 def _when_done(callback: Callable[[int, int], None]) -> Callable[[int, int, int], None]:
-    """Calls ``callback`` with (prompts done, prompts) whenever one more is done."""
+    """A progress callback that calls ``callback`` with (prompts done, prompts) when a prompt is done."""
     reported = 0
 
     def report(done: int, total: int, tokens: int) -> None:
@@ -306,7 +306,7 @@ def _when_done(callback: Callable[[int, int], None]) -> Callable[[int, int, int]
 
 
 def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
-    """``value`` for each of ``count`` prompts: itself when it is one, or its items."""
+    """One value for each of ``count`` prompts: ``value`` repeated, or its items."""
     if isinstance(value, single):
         return [value] * count
     items = list(value)
@@ -327,7 +327,7 @@ def _given(prompt: Prompt | Messages) -> dict[str, Any]:
 
 
 def _is_ids(prompts: Any) -> bool:
-    """Whether this is one prompt of ids, and not a list of prompts."""
+    """Whether ``prompts`` is one prompt of token ids instead of a list of prompts."""
     return len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
 
 

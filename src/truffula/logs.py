@@ -1,4 +1,4 @@
-"""Where log lines go: stderr, as text for people or as one JSON object a line; in the engine's process too."""
+"""Log lines on stderr, as text or as one JSON object per line, in the API and engine processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import msgspec
 
 @dataclass(frozen=True)
 class LogSettings:
-    """``format`` is ``text`` or ``json``; ``level`` the least severity logged, as the option names it."""
+    """``format`` is ``text`` or ``json``; ``level`` the minimum level, as in the option."""
 
     format: str = "text"
     level: str = "info"
@@ -28,7 +28,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """One object a line; an exception's traceback is its field ``exception``."""
+    """One JSON object per line; the field ``exception`` holds a traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry = {
@@ -46,7 +46,7 @@ class JsonLines(logging.Formatter):
 
 
 def setup_logs(settings: LogSettings) -> None:
-    """Sends our log lines, and the HTTP library's warnings, to stderr."""
+    """Send truffula's log lines, and warnings of uvicorn and asyncio, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines() if settings.format == "json" else TextLines())
     for name, level in (("truffula", settings.level.upper()), ("uvicorn.error", "WARNING"), ("asyncio", "WARNING")):

@@ -1,8 +1,8 @@
-"""Prometheus metrics: one registry per server, never the global one, and a bounded number of series.
+"""Prometheus metrics: one registry per server, not the global one, and a bounded number of series.
 
-A client names adapters, so an adapter's name is a label only once it has answered, and only for ``max_adapters`` names:
-the operator's own, then the first that come. Others count as ``__other__``, the base as ``__base_model__``. Times are
-seconds.
+Clients choose adapter names, so a name becomes a label only after the adapter has answered, and only for
+``max_adapters`` names: those of the configuration, then the first ones used. Others count as ``__other__``, the base as
+``__base_model__``. Times are seconds.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What one HTTP request was: filled while it is served, then logged on one line and counted.
+    """One HTTP request: filled while it is served, then logged as one line and counted.
 
     ``adapter`` stays None for the base model. ``generates`` marks the routes that produce tokens.
     """
@@ -86,7 +86,7 @@ class RequestRecord:
 
 
 class Observer:
-    """The instruments of one adapter label, looked up once per request rather than once per token."""
+    """The metrics of one adapter label, looked up once per request instead of once per token."""
 
     __slots__ = ("completion", "inter_token", "prompt", "queue", "total", "ttft")
 
@@ -100,7 +100,7 @@ class Observer:
 
 
 class Metrics:
-    """All series of one server. ``engine`` returns the newest stats, or None while there are none."""
+    """All metrics of one server. ``engine`` returns the latest stats, or None when there are none."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -118,31 +118,37 @@ class Metrics:
         self._labels = set(sorted(named)[:max_adapters])
         self._observers: dict[str, Observer] = {}
         self._lock = threading.Lock()
-        own, by = self.registry, ("adapter",)
+        registry, by = self.registry, ("adapter",)
         self._requests = Counter(
-            "truffula_requests", "Generation requests by outcome", ("adapter", "route", "outcome"), registry=own
+            "truffula_requests", "Generation requests by outcome", ("adapter", "route", "outcome"), registry=registry
         )
-        self._http = Counter("truffula_http_responses", "HTTP responses", ("route", "method", "status"), registry=own)
-        self._prompt = Counter("truffula_prompt_tokens", "Prompt tokens of finished requests", by, registry=own)
-        self._completion = Counter("truffula_completion_tokens", "Completion tokens sent", by, registry=own)
+        self._http = Counter(
+            "truffula_http_responses", "HTTP responses", ("route", "method", "status"), registry=registry
+        )
+        self._prompt = Counter("truffula_prompt_tokens", "Prompt tokens of finished requests", by, registry=registry)
+        self._completion = Counter("truffula_completion_tokens", "Completion tokens sent", by, registry=registry)
         self._ttft = _histogram(
-            "truffula_time_to_first_token_seconds", "Time from arrival to the first token", _SECONDS, own, by
+            "truffula_time_to_first_token_seconds", "Time from arrival to the first token", _SECONDS, registry, by
         )
         self._inter_token = _histogram(
-            "truffula_inter_token_seconds", "Time between two deltas of a choice", _TOKEN_SECONDS, own, by
+            "truffula_inter_token_seconds", "Time between two deltas of a choice", _TOKEN_SECONDS, registry, by
         )
         self._queue = _histogram(
-            "truffula_queue_seconds", "Time from arrival to admission to the batch", _SECONDS, own, by
+            "truffula_queue_seconds", "Time from arrival to admission to the batch", _SECONDS, registry, by
         )
-        self._total = _histogram("truffula_request_seconds", "Time from arrival to the last byte", _SECONDS, own, by)
+        self._total = _histogram(
+            "truffula_request_seconds", "Time from arrival to the last byte", _SECONDS, registry, by
+        )
         self._loading = _histogram(
-            "truffula_adapter_wait_seconds", "Time spent waiting for an adapter to load", _SECONDS, own, by
+            "truffula_adapter_wait_seconds", "Time spent waiting for an adapter to load", _SECONDS, registry, by
         )
-        self._lorax = _LoraxSeries(own) if lorax_names else None
-        own.register(_EngineCollector(engine or (lambda: None), restarts, lorax_names, self.label))
+        self._lorax = _LoraxSeries(registry) if lorax_names else None
+        registry.register(_EngineCollector(engine or (lambda: None), restarts, lorax_names, self.label))
 
     def label(self, adapter: str | None, *, answered: bool) -> str:
-        """The label of an adapter's name: itself if it has one, or gets it now: it ``answered`` and there is room."""
+        """The label of an adapter: its name, if it has a label already or has ``answered`` and fewer than the maximum
+        have.
+        """
         if adapter is None:
             return BASE_LABEL
         with self._lock:
@@ -161,7 +167,7 @@ class Metrics:
         return found
 
     def request_ended(self, record: RequestRecord) -> None:
-        """Counts one HTTP request, and its tokens and times where it was a generating one."""
+        """Count one HTTP request, and its tokens and times if it generated tokens."""
         method = record.method if record.method in _METHODS else "other"
         self._http.labels(record.route or "unknown", method, str(record.status)).inc()
         if not record.generates:
@@ -170,27 +176,27 @@ class Metrics:
         answered = record.completion_tokens > 0 or record.finish in ("stop", "length")
         label = self.label(record.adapter, answered=answered)
         self._requests.labels(label, record.route, outcome).inc()
-        one = self.observer(record.adapter, answered=answered)
-        one.total.observe(record.total_s)
+        observer = self.observer(record.adapter, answered=answered)
+        observer.total.observe(record.total_s)
         if record.prompt_tokens:
-            one.prompt.inc(record.prompt_tokens)
+            observer.prompt.inc(record.prompt_tokens)
         if record.completion_tokens:
-            one.completion.inc(record.completion_tokens)
+            observer.completion.inc(record.completion_tokens)
         if record.queue_s is not None:
-            one.queue.observe(record.queue_s)
+            observer.queue.observe(record.queue_s)
         if record.ttft_s is not None:
-            one.ttft.observe(record.ttft_s)
+            observer.ttft.observe(record.ttft_s)
         if record.load_s > 0:
             self._loading.labels(label).observe(record.load_s)
         if self._lorax is not None:
             self._lorax.request_ended(record)
 
     def text(self) -> bytes:
-        """The exposition Prometheus scrapes."""
-        return generate_latest(_WithoutBirthdays(self.registry))
+        """The metrics in Prometheus's text format."""
+        return generate_latest(_WithoutCreated(self.registry))
 
     def as_json(self) -> list[dict[str, Any]]:
-        """The same series as data, one entry a family."""
+        """The metrics as data, one entry per family."""
         return [
             {
                 "name": family.name,
@@ -198,12 +204,12 @@ class Metrics:
                 "help": family.documentation,
                 "samples": [{"name": s.name, "labels": dict(s.labels), "value": s.value} for s in family.samples],
             }
-            for family in _WithoutBirthdays(self.registry).collect()
+            for family in _WithoutCreated(self.registry).collect()
         ]
 
 
-class _WithoutBirthdays(Collector):
-    """A registry without the library's ``_created`` samples, which double the number of series."""
+class _WithoutCreated(Collector):
+    """A registry without the ``_created`` samples of ``prometheus_client``, which double the number of series."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
@@ -215,7 +221,7 @@ class _WithoutBirthdays(Collector):
 
 
 class _EngineCollector(Collector):
-    """Series read at each scrape from the engine's last heartbeat, so that nothing is counted twice."""
+    """Metrics read from the engine's last heartbeat at each scrape."""
 
     def __init__(
         self,
@@ -249,7 +255,7 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily("lorax_batch_inference_count", "Engine steps", stats.steps)
 
     def _loads(self, stats: EngineStats) -> Metric:
-        """Loads per adapter, under the same bounded labels as requests: what loaded has shown that it exists."""
+        """Loads per adapter, with the same bounded labels as requests; a loaded adapter counts as answered."""
         counts: collections.Counter[str] = collections.Counter()
         for name, loads in stats.adapter_loads_by_name.items():
             counts[self._label(name, answered=True)] += loads
@@ -260,7 +266,7 @@ class _EngineCollector(Collector):
 
 
 class _LoraxSeries:
-    """LoRAX's names, for dashboards that exist. Counted beside ours, without an adapter label as LoRAX has none."""
+    """Metrics with LoRAX's names, for existing dashboards. Like LoRAX's, they have no adapter label."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._count = Counter("lorax_request_count", "Requests", registry=registry)

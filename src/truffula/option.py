@@ -1,4 +1,4 @@
-"""One option: its names, what its values must be, and how they are read and shown. ``config.py`` holds the table."""
+"""One option: its names, the values it allows, and how they are parsed and shown. ``config.py`` holds the table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from truffula.errors import ConfigError
 
@@ -18,37 +18,11 @@ UNITS = MappingProxyType(
     {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 )
-EXPECTED = MappingProxyType(
-    {
-        "text": "text",
-        "path": "a path",
-        "integer": "an integer",
-        "seconds": "a number of seconds",
-        "size": "bytes, such as 512MiB, 4GiB or 2000000000",
-        "switch": "one of 1, 0, true, false, yes, no, on, off",
-        "list": "text, several separated by commas",
-        "paths": "a path, several separated by commas",
-        "mapping": "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas",
-    }
-)
 PLACES = MappingProxyType(
     {
         "file": "a file that exists",
         "folder": "a folder that exists",
         "new folder": "a folder, or a path where one can be created",
-    }
-)
-METAVARS = MappingProxyType(
-    {
-        "text": "TEXT",
-        "path": "PATH",
-        "integer": "N",
-        "seconds": "SECONDS",
-        "size": "SIZE",
-        "switch": "",
-        "list": "TEXT",
-        "paths": "FOLDER",
-        "mapping": "NAME=FOLDER",
     }
 )
 
@@ -57,10 +31,11 @@ METAVARS = MappingProxyType(
 class Option:
     """One row of the table.
 
-    ``group`` is the config class that holds it (engine or server), ``topic`` its section of the help. ``help`` is a
-    phrase without a full stop; ``metavar`` stands for the value where the kind's own word says too little. ``unset``
-    says what a missing value means. ``must_be`` is what has to be at a path, one of ``PLACES``. ``note`` follows the
-    error for a wrong value. ``foreign`` are other tools' variables that are read when ours is not set.
+    ``group`` is the config class that holds the option (engine or server), ``topic`` its section of the help. ``help``
+    is a phrase without a full stop. ``metavar`` replaces the placeholder of the kind. ``unset`` describes the value
+    that is used when the option is not set. ``must_be`` is what must exist at a path, one of ``PLACES``. ``note`` is
+    appended to the error for a wrong value. ``foreign`` are variables of other tools, read when truffula's own variable
+    is not set.
     """
 
     field: str
@@ -101,8 +76,8 @@ class Option:
 
     @property
     def placeholder(self) -> str:
-        """What stands for the value in help, ``SIZE`` or ``text|json``; empty for a switch."""
-        return self.metavar or "|".join(self.choices) or METAVARS[self.kind]
+        """The placeholder of the value in the help, such as ``SIZE`` or ``text|json``; empty for a switch."""
+        return self.metavar or "|".join(self.choices) or _KINDS[self.kind].metavar
 
     @property
     def repeatable(self) -> bool:
@@ -111,8 +86,8 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What a value must be, in words."""
-        words = str(EXPECTED[self.kind])
+        """The description of allowed values in error messages."""
+        words = _KINDS[self.kind].expected
         if self.must_be:
             words = PLACES[self.must_be]
         if self.choices:
@@ -124,21 +99,21 @@ class Option:
         return words
 
     def parse(self, raw: Any, where: str) -> Any:
-        """``raw`` (text, or a value already typed) as this option's value. ``where`` names its origin in the error."""
+        """``raw`` (text, or a typed value) as a value of this option. ``where`` is its origin, for the error."""
         if self.secret and _has_empty(raw):
             raise ConfigError(f"{where} is empty. Set a key, or leave it out to serve without keys.", param=self.name)
         try:
-            value = None if self.nullable and raw in (None, "none") else _PARSERS[self.kind](raw)
+            value = None if self.nullable and raw in (None, "none") else _KINDS[self.kind].parse(raw)
         except (ValueError, TypeError, OverflowError):
-            raise self.refusal(raw, where) from None
+            raise self.error(raw, where) from None
         if value is not None and self.kind in ("integer", "seconds", "size") and not self.low <= value <= self.high:
-            raise self.refusal(raw, where)
+            raise self.error(raw, where)
         if self.choices and value is not None and value not in self.choices:
-            raise self.refusal(raw, where)
+            raise self.error(raw, where)
         return value
 
-    def refusal(self, raw: Any, where: str) -> ConfigError:
-        """The error for a wrong value; ``where`` is its variable, flag, field or place in a file."""
+    def error(self, raw: Any, where: str) -> ConfigError:
+        """The error for a wrong value; ``where`` is its variable, flag, field or line of a file."""
         joined = ",".join(map(str, raw)) if isinstance(raw, list | tuple) else raw
         shown = "(hidden)" if self.secret else repr(joined)
         note = f" {self.note}" if self.note else ""
@@ -146,16 +121,16 @@ class Option:
         return ConfigError(text, param=self.name, expected=self.expected)
 
     def require_paths(self, value: Any, where: str) -> None:
-        """Raise ``ConfigError`` where a path of this option's ``value`` is not the file or folder that it must be."""
+        """Raise ``ConfigError`` when a path of this option's ``value`` is not the required kind of file or folder."""
         if not self.must_be:
             return
         for path in value if isinstance(value, tuple) else () if value is None else (value,):
             right = path.is_file() if self.must_be == "file" else path.is_dir()
             if not right and not (self.must_be == "new folder" and not path.exists()):
-                raise self.refusal(str(path), where)
+                raise self.error(str(path), where)
 
     def show(self, value: Any) -> str:
-        """The value as ``config --show`` prints it; secrets are only counted."""
+        """The value as ``config --show`` prints it; of secrets, only their number."""
         if self.secret:
             return f"({len(value)} set)" if value else "(none)"
         if value is None or value == () or value == {}:
@@ -183,7 +158,7 @@ def parse_size(text: str | int) -> int:
 
 
 def format_size(nbytes: int) -> str:
-    """Bytes for people: ``1.25 GiB``; exact below 1 KiB."""
+    """A byte count with a binary unit, ``1.25 GiB``; exact below 1 KiB."""
     for unit, step in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(nbytes) >= step:
             return f"{nbytes / step:.2f}".rstrip("0").rstrip(".") + f" {unit}"
@@ -191,8 +166,9 @@ def format_size(nbytes: int) -> str:
 
 
 def expanded(text: str | Path) -> Path:
-    """``text`` as a path, with a leading ``~`` or ``~user`` replaced by that home folder; left as it is where there is
-    no such user, so that the error is that of a path that does not exist.
+    """``text`` as a path, with a leading ``~`` or ``~user`` replaced by the home folder.
+
+    It is unchanged when the user does not exist, so that the error is that of a path that does not exist.
     """
     try:
         return Path(text).expanduser()
@@ -201,7 +177,7 @@ def expanded(text: str | Path) -> Path:
 
 
 def home_folder(instead: str) -> Path:
-    """The user's home folder. Raises ``ConfigError`` where there is none, with what to give ``instead``."""
+    """The user's home folder. Raises ``ConfigError`` when there is none; ``instead`` is the option to set instead."""
     try:
         return Path.home()
     except RuntimeError as error:
@@ -246,7 +222,7 @@ def _switch(raw: Any) -> bool:
 
 
 def _has_empty(raw: Any) -> bool:
-    """Whether ``raw`` is empty text or has an empty entry, as an unset shell variable leaves it; ``()`` has none."""
+    """Whether ``raw`` is empty text or has an empty entry, as an unset shell variable makes it; False for ``()``."""
     items = [raw] if isinstance(raw, str) else raw if isinstance(raw, list | tuple) else []
     return any(not part.strip() for item in items if isinstance(item, str) for part in item.split(","))
 
@@ -285,16 +261,26 @@ def _mapping(raw: Any) -> Mapping[str, str]:
     return MappingProxyType(dict(pairs))
 
 
-_PARSERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+class _KindSpec(NamedTuple):
+    """How a kind of option is parsed (``ValueError`` for a wrong value), described in errors, and shown in the help."""
+
+    parse: Callable[[Any], Any]
+    expected: str
+    metavar: str
+
+
+_KINDS: Mapping[str, _KindSpec] = MappingProxyType(
     {
-        "text": _text,
-        "path": _path,
-        "integer": _integer,
-        "seconds": _seconds,
-        "size": parse_size,
-        "switch": _switch,
-        "list": _list,
-        "paths": _paths,
-        "mapping": _mapping,
+        "text": _KindSpec(_text, "text", "TEXT"),
+        "path": _KindSpec(_path, "a path", "PATH"),
+        "integer": _KindSpec(_integer, "an integer", "N"),
+        "seconds": _KindSpec(_seconds, "a number of seconds", "SECONDS"),
+        "size": _KindSpec(parse_size, "bytes, such as 512MiB, 4GiB or 2000000000", "SIZE"),
+        "switch": _KindSpec(_switch, "one of 1, 0, true, false, yes, no, on, off", ""),
+        "list": _KindSpec(_list, "text, several separated by commas", "TEXT"),
+        "paths": _KindSpec(_paths, "a path, several separated by commas", "FOLDER"),
+        "mapping": _KindSpec(
+            _mapping, "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas", "NAME=FOLDER"
+        ),
     }
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comparison.processes import LineChild
-from truffula.bench.server import OwnServer, Server, child_error
+from truffula.bench.server import Server, TruffulaServer, child_error
 from truffula.config import EngineConfig
 from truffula.errors import CheckpointChanged, ConfigError, ModelNotFound, ProcessFailed
 
@@ -17,7 +17,7 @@ from truffula.errors import CheckpointChanged, ConfigError, ModelNotFound, Proce
 def test_a_server_of_ours_that_fails_keeps_its_code(tmp_path: Path) -> None:
     with (
         pytest.raises(ModelNotFound, match="truffula exited during its start: There is no file or folder") as caught,
-        OwnServer(EngineConfig(model=str(tmp_path / "none")), []) as server,
+        TruffulaServer(EngineConfig(model=str(tmp_path / "none")), []) as server,
     ):
         server.wait()
     assert "\n" not in caught.value.message
@@ -28,7 +28,10 @@ def test_a_taken_port_is_the_options_fault() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"Port {port}"), OwnServer(EngineConfig(model="x"), [], port) as server:
+        with (
+            pytest.raises(ConfigError, match=f"Port {port}"),
+            TruffulaServer(EngineConfig(model="x"), [], port) as server,
+        ):
             server.wait()
 
 

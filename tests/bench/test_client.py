@@ -23,7 +23,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def test_a_closed_loop_counts_every_token(live: Live) -> None:
     load = Load(3, 2, 9, 5, ("pirate", None), 300)
     measured = closed_loop(Target(live.url, OpenAI(MODEL)), load)
-    assert measured.failures == []
+    assert measured.errors == []
     assert [stream.output_tokens for stream in measured.streams] == [5] * 6
     assert [stream.prompt_tokens for stream in measured.streams] == [9] * 6
     assert all(stream.sent <= stream.tokens[0] <= stream.tokens[-1] for stream in measured.streams)
@@ -48,10 +48,10 @@ def test_an_open_loop_sends_each_request_at_its_time(live: Live) -> None:
 
 def test_a_refused_request_is_a_failure_with_the_servers_words(live: Live) -> None:
     load = Load(1, 1, 9, 5, ("nobody",), 300)
-    (said,) = closed_loop(Target(live.url, OpenAI(MODEL)), load).failures
+    (said,) = closed_loop(Target(live.url, OpenAI(MODEL)), load).errors
     assert said.startswith("status 404") and "nobody" in said
 
 
 def test_a_server_that_is_not_there_is_a_failure(tmp_path: Path) -> None:
     measured = closed_loop(Target("http://127.0.0.1:9", OpenAI()), Load(1, 1, 3, 1, (), 300))
-    assert len(measured.failures) == 1 and measured.output_tokens == 0
+    assert len(measured.errors) == 1 and measured.output_tokens == 0

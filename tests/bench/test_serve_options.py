@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from truffula.bench.measured import Limits
+from truffula.bench.results import Limits
 from truffula.cli.bench_serve import ServeBench
 from truffula.errors import ConfigError
 

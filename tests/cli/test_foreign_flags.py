@@ -60,12 +60,12 @@ def test_a_foreign_flag_is_answered_with_ours(words: str, answer: str) -> None:
 def test_each_answer_names_owner_and_way_out_in_flags_that_exist(flag: str) -> None:
     row = known_flags()[flag]
     assert row.flag == flag and set(row.servers) <= SERVERS and row.servers
-    assert row.ours or row.note, "an answer"
+    assert row.equivalent or row.note, "an answer"
     assert row.message.startswith(f"{flag} is ") and row.message.endswith(".")
     ours = flags_of("serve") | flags_of("generate") | flags_of("chat")
-    assert set(re.findall(r"--[a-z][a-z-]+", f"{row.ours} {row.note}")) <= ours
+    assert set(re.findall(r"--[a-z][a-z-]+", f"{row.equivalent} {row.note}")) <= ours
     known = {" ".join(path) for path, _ in every_command()}
-    commands = set(re.findall(r"`truffula ([a-z]+)", row.ours + row.note))
+    commands = set(re.findall(r"`truffula ([a-z]+)", row.equivalent + row.note))
     assert commands <= known
 
 

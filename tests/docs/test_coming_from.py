@@ -39,7 +39,9 @@ def rows_of(servers: tuple[str, ...]) -> list[str]:
         owners = [server for server in servers if server in foreign.servers]
         if owners:
             answer = (
-                f"{foreign.ours}. {foreign.note}" if foreign.ours and foreign.note else foreign.ours or foreign.note
+                f"{foreign.equivalent}. {foreign.note}"
+                if foreign.equivalent and foreign.note
+                else foreign.equivalent or foreign.note
             )
             whose = f" ({owners[0]})" if len(owners) < len(servers) else ""
             flags.setdefault(answer, []).append(f"`{foreign.flag}`{whose}")

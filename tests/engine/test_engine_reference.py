@@ -19,7 +19,7 @@ from rig import Answer, HandLoader, Rig, limits, request
 
 from truffula.kernels.inputs import Capacity
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.oracle import Oracle
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
@@ -122,7 +122,7 @@ def real(request, tmp_path_factory):
     )
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
-    pull = puller(checkpoint, plan)
+    pull = WeightReader(checkpoint, plan)
     executable = SINGLE[name].load(plan.program, "float32", pull, CAPACITY)
     adapters = {
         name: str(write_tiny_adapter(root / name, folder, rank=rank, alpha=4 * rank, targets=targets, seed=rank))

@@ -21,7 +21,7 @@ from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.lora.image import write_image
 from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import tiny_config as adapter_config
 from truffula.testing.adapters import tiny_tensors as adapter_tensors
 from truffula.testing.programs import Part, decoder_program, fill_step
@@ -110,7 +110,7 @@ def packed(opened: Any, plan: Any) -> None:
         backend = CpuBackend(threads=2, exact=exact, quantize="none" if exact else "q8_0")
         try:
             executable = backend.load(
-                plan.program, "float32", puller(opened, plan, block_kinds=backend.block_kinds), CAPACITY
+                plan.program, "float32", WeightReader(opened, plan, block_kinds=backend.block_kinds), CAPACITY
             )
         except TruffulaError as error:
             return _named(error, file=False)

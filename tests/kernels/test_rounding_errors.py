@@ -13,7 +13,7 @@ from kernel_backends import needs_native
 from truffula.errors import KernelError
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.cpu.weights import Rounding
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 from truffula.weights.open import open_checkpoint
 
@@ -23,7 +23,7 @@ pytestmark = needs_native
 def rounding(folder: Path) -> Rounding:
     checkpoint = open_checkpoint(folder)
     plan, backend = plan_model(checkpoint), CpuBackend(1, quantize="q8_0")
-    return backend.rounding(plan.program, puller(checkpoint, plan, block_kinds=backend.block_kinds))
+    return backend.rounding(plan.program, WeightReader(checkpoint, plan, block_kinds=backend.block_kinds))
 
 
 def relative(values: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from truffula.kernels.program import Program
 from truffula.lora.image import map_image, write_image
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import base_tables
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.oracle import Oracle
 from truffula.testing.programs import Part, fill_step
 from truffula.weights.open import open_checkpoint
@@ -32,7 +32,7 @@ class Served:
         checkpoint = open_checkpoint(path)
         plan = plan_model(checkpoint)
         self.tables = base_tables(plan.program, checkpoint)
-        pull = puller(checkpoint, plan)
+        pull = WeightReader(checkpoint, plan)
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE
         rows, blocks = 48 * PROMPT_TOKENS, -(-PROMPT_TOKENS // BLOCK)

@@ -13,7 +13,7 @@ import pytest
 from kernel_backends import on_the_best
 
 from truffula.kernels.backend import Backend
-from truffula.model.load import ModelPlan, plan_model, puller
+from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import NEAR_TIE
@@ -95,7 +95,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
     """Prefill at once and in chunks, then decode over pages of 4, against transformers on the same files."""
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
-    pull, capacity = puller(checkpoint, plan), capacity_for(PROMPT + NEW, block_size=4)
+    pull, capacity = WeightReader(checkpoint, plan), capacity_for(PROMPT + NEW, block_size=4)
     executable = backend.load(plan.program, "float32", pull, capacity)
     pull.finish()
     prompt = np.random.default_rng(1).integers(3, plan.spec.vocab_size, PROMPT).tolist()

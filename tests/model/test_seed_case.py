@@ -18,7 +18,7 @@ import pytest
 
 from truffula.errors import TyingError
 from truffula.kernels.reference import ReferenceBackend
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.model.names import WeightNames
 from truffula.model.read import read_config
 from truffula.testing.drive import Driver, capacity_for
@@ -112,7 +112,7 @@ def answer(folder: Path) -> tuple[list[int], Any]:
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
     capacity = capacity_for(len(PROMPT) + 16)
-    pull = puller(checkpoint, plan)
+    pull = WeightReader(checkpoint, plan)
     executable = ReferenceBackend().load(plan.program, "float32", pull, capacity)
     pull.finish()
     tokens, _ = Driver(executable, capacity).greedy(PROMPT, 16)

@@ -11,7 +11,7 @@ from kernel_backends import needs_native
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.reference import ReferenceBackend
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.drive import Driver, Float32, capacity_for
 from truffula.testing.oracle import Oracle
 from truffula.text.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def test_every_logit_is_within_1e_4(name: str, checkpoint: Checkpoint, ids: list
     backend: Backend = CpuBackend(threads=2, exact=True) if name == "cpu" else ReferenceBackend()
     plan, capacity = plan_model(checkpoint), capacity_for(POSITIONS)
     executable = backend.load(
-        plan.program, "float32", puller(checkpoint, plan, block_kinds=backend.block_kinds), capacity
+        plan.program, "float32", WeightReader(checkpoint, plan, block_kinds=backend.block_kinds), capacity
     )
     found = Driver(executable, capacity).feed(ids)
     executable.close()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from truffula.errors import CheckpointError, TyingError
 from truffula.kernels.reference import ReferenceBackend
-from truffula.model.load import ModelPlan, plan_model, puller
+from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
 from truffula.weights.open import open_checkpoint
@@ -36,7 +36,7 @@ def serve(folder: Path) -> tuple[ModelPlan, list[int], npt.NDArray[np.float32]]:
     checkpoint = open_checkpoint(folder)
     plan = plan_model(checkpoint)
     capacity = capacity_for(len(PROMPT) + NEW)
-    executable = ReferenceBackend().load(plan.program, "float32", puller(checkpoint, plan), capacity)
+    executable = ReferenceBackend().load(plan.program, "float32", WeightReader(checkpoint, plan), capacity)
     tokens, logits = Driver(executable, capacity).greedy(PROMPT, NEW)
     return plan, tokens, logits
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from truffula.errors import CheckpointError, KernelError
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.model.names import WeightNames, resolve_names
 from truffula.model.read import read_config
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
@@ -165,7 +165,7 @@ def test_a_weight_of_integers_is_refused(tmp_path: Path, dtype: Any) -> None:
 def test_each_weight_is_handed_out_once_and_all_of_them_are(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, tiny_config("gemma2"), dtype="bfloat16"))
     made = plan_model(checkpoint)
-    pull = puller(checkpoint, made)
+    pull = WeightReader(checkpoint, made)
     for decl in made.program.weights[:-1]:
         parts = pull(decl)
         assert sum(part.shape[0] for part in parts) == decl.shape[0]
@@ -185,7 +185,7 @@ def test_progress_counts_the_bytes_of_the_plan(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path))
     made = plan_model(checkpoint)
     seen: list[tuple[int, int | None]] = []
-    pull = puller(checkpoint, made, progress=lambda name, done, total: seen.append((done, total)))
+    pull = WeightReader(checkpoint, made, progress=lambda name, done, total: seen.append((done, total)))
     for decl in made.program.weights:
         pull(decl)
     assert seen == sorted(seen)
@@ -199,7 +199,7 @@ def test_a_value_that_is_not_finite_is_refused_by_tensor_and_count(tmp_path: Pat
     bad[3, 7] = bad[5, 1] = value
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, dtype=dtype, extra={name: bad}))
     made = plan_model(checkpoint)
-    pull = puller(checkpoint, made)
+    pull = WeightReader(checkpoint, made)
     with pytest.raises(CheckpointError) as caught:
         for decl in made.program.weights:
             pull(decl)

@@ -3,7 +3,7 @@
 import pytest
 
 import truffula.errors as errors
-from truffula.errors import ErrorInfo, TruffulaError, from_info
+from truffula.errors import ErrorInfo, TruffulaError
 from truffula.server.errors import TABLE, dialect_of, error_body, error_headers, from_validation, render, status_of
 
 
@@ -53,7 +53,9 @@ def test_native_messages_begin_as_callers_match_them():
         "overloaded": "Model is overloaded",
         "engine_died": "Incomplete generation",
     }.items():
-        assert error_body(from_info(ErrorInfo(code=code, message="Why.")), "native")["error"].startswith(words)
+        assert error_body(TruffulaError.from_info(ErrorInfo(code=code, message="Why.")), "native")["error"].startswith(
+            words
+        )
 
 
 def test_only_what_may_be_retried_says_when():
@@ -67,7 +69,7 @@ def test_a_lone_surrogate_in_a_message_still_reaches_the_client():
 
 
 def test_an_unknown_code_of_a_newer_engine_is_a_fault_of_ours():
-    assert status_of(from_info(ErrorInfo(code="novel", message="?")), "openai") == 500
+    assert status_of(TruffulaError.from_info(ErrorInfo(code="novel", message="?")), "openai") == 500
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from truffula.config import EngineConfig
 from truffula.engine import wire
-from truffula.errors import ErrorInfo, InvalidRequest, WireError, from_info
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, WireError
 from truffula.frames import Disconnected, Frame, FrameReader, Hello, encode
 from truffula.types import (
     AdapterCommand,
@@ -225,7 +225,7 @@ def test_an_error_crosses_with_whatever_its_data_holds():
     reader = client_reader()
     reader.feed(encode(Hello(wire.VERSION)))
     (died,) = reader.feed(encode(wire.Died(error.info())))
-    back = from_info(died.error)
+    back = TruffulaError.from_info(died.error)
     assert type(back) is InvalidRequest and back.param == "p"
     assert back.data == {"path": "/x", "count": 3, "odd": "1j", "ratio": 0.5}
 

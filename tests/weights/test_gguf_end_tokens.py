@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from truffula.text.tokenizer import load_tokenizer
-from truffula.weights.gguf_tokenizer import GgufTexts, generation_config, read_tokenizer
+from truffula.weights.gguf_tokenizer import GgufTokenizer, generation_config, read_tokenizer
 from truffula.weights.gguf_vocabulary import Vocabulary
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -29,7 +29,7 @@ def metadata(marks: dict[str, int], **keys: Any) -> dict[str, Any]:
     }
 
 
-def ends(found: GgufTexts) -> dict[str, str]:
+def ends(found: GgufTokenizer) -> dict[str, str]:
     return {token.text: token.source for token in found.end_tokens}
 
 

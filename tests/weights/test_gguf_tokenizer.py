@@ -191,7 +191,7 @@ def test_tokenizer_config() -> None:
 def test_a_vocabulary_that_is_not_read_leaves_token_ids(changed: dict[str, Any], words: str) -> None:
     found = read_tokenizer(as_metadata(original("gpt-2"), "gpt-2") | changed)
     assert found.files == {}
-    assert words in found.refused
+    assert words in found.reason
 
 
 # --- SentencePiece

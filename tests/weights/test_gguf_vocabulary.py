@@ -10,7 +10,7 @@ from gguf_writer import write_gguf
 from test_gguf_end_tokens import ALPHABET, CONTROL, NORMAL, metadata
 from tokenizers import Tokenizer
 
-from truffula.weights.gguf_tokenizer import GgufTexts, read_tokenizer
+from truffula.weights.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from truffula.weights.gguf_vocabulary import unread_keys
 from truffula.weights.texts import read_texts
 
@@ -18,14 +18,14 @@ MARKS = {"<|endoftext|>": CONTROL, "ab": NORMAL, "bc": NORMAL, "abc": NORMAL}
 SIZE = len(MARKS) + len(ALPHABET)
 
 
-def read(changed: dict[str, Any], drop: tuple[str, ...] = ()) -> GgufTexts:
+def read(changed: dict[str, Any], drop: tuple[str, ...] = ()) -> GgufTokenizer:
     found = metadata(MARKS, eos_token_id=0, merges=["a b", "b c", "ab c"]) | {
         f"tokenizer.{key}": value for key, value in changed.items()
     }
     return read_tokenizer({key: value for key, value in found.items() if key.removeprefix("tokenizer.") not in drop})
 
 
-def ids(found: GgufTexts, text: str) -> list[int]:
+def ids(found: GgufTokenizer, text: str) -> list[int]:
     encoded: list[int] = Tokenizer.from_str(found.files["tokenizer.json"].decode()).encode(text).ids
     return encoded
 
@@ -62,7 +62,7 @@ RANKED = [-float(rank) for rank in range(SIZE)]
 def test_what_cannot_be_read_is_refused_by_its_key(changed: dict[str, Any], drop: tuple[str, ...], words: str) -> None:
     found = read(changed, drop)
     assert found.files == {}
-    assert words in found.refused
+    assert words in found.reason
 
 
 def test_a_refused_tokenizer_still_says_where_completions_end() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from truffula.weights.cache import CachedModel, cached_models
-from truffula.weights.packages import ALIASES, cached_package, own_cache, package_folder
+from truffula.weights.packages import ALIASES, cached_package, package_cache, package_folder
 from truffula.weights.sources import resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -34,8 +34,8 @@ def test_an_empty_or_missing_cache_lists_the_aliases(tmp_path: Path) -> None:
 
 def test_an_alias_that_was_fetched_has_its_path(tmp_path: Path) -> None:
     model = ALIASES["smollm2"]
-    assert cached_package(model, own_cache(tmp_path)) is None
-    kept = package_folder(model, own_cache(tmp_path)) / model.file
+    assert cached_package(model, package_cache(tmp_path)) is None
+    kept = package_folder(model, package_cache(tmp_path)) / model.file
     kept.parent.mkdir(parents=True)
     with kept.open("wb") as file:
         file.truncate(model.nbytes)

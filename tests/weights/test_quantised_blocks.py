@@ -21,7 +21,7 @@ from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend
-from truffula.model.load import plan_model, puller
+from truffula.model.load import WeightReader, plan_model
 from truffula.testing.programs import Part, fill_step
 from truffula.weights.gguf_quants import FORMATS
 from truffula.weights.open import open_checkpoint
@@ -78,7 +78,7 @@ def test_only_the_kinds_asked_for_come_as_blocks(tmp_path: Path) -> None:
     plan = plan_model(checkpoint)
     assert {plan.stored_types[part.name] for part in plan.program.weights[0].parts} == {"Q8_0"}
     seen = []
-    pull = puller(checkpoint, plan, block_kinds=frozenset({"Q4_1"}), progress=lambda *step: seen.append(step))
+    pull = WeightReader(checkpoint, plan, block_kinds=frozenset({"Q4_1"}), progress=lambda *step: seen.append(step))
     for decl in plan.program.weights:
         for part in pull(decl):
             assert isinstance(part, QuantisedArray) == (len(decl.shape) == 2 and decl.shape[0] != plan.spec.vocab_size)
@@ -89,7 +89,7 @@ def test_only_the_kinds_asked_for_come_as_blocks(tmp_path: Path) -> None:
 def test_a_scale_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(packed_file(tmp_path / "a.gguf", "Q4_0", spoil="blk.1.ffn_up.weight"))
     plan = plan_model(checkpoint)
-    pull = puller(checkpoint, plan, block_kinds=frozenset(KINDS))
+    pull = WeightReader(checkpoint, plan, block_kinds=frozenset(KINDS))
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight .* holds 32 NaN or infinite values"):
         for decl in plan.program.weights:
             pull(decl)
@@ -99,7 +99,7 @@ def logits(path: Path, backend: Any) -> tuple[np.ndarray, np.ndarray]:
     """Of ten positions, with what the first product gives."""
     checkpoint = open_checkpoint(path)
     plan = plan_model(checkpoint)
-    pull = puller(checkpoint, plan, block_kinds=backend.block_kinds)
+    pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds)
     executable = backend.load(plan.program, "float32", pull, CAPACITY, debug=True)
     pull.finish()
     fill_step(executable.inputs, [Part(tuple(range(5, 15)), 0, (1, 2), None, "all")], 16)

@@ -1,1 +1,1 @@
-"""What ``truffula bench`` measures with: the load, its client and the figures; one step without a server."""
+"""The implementation of ``truffula bench``: load, client and results, and the benchmark of one step."""

@@ -1,5 +1,7 @@
-"""The client that puts a load on a server. It shares the machine with the server it measures, so each request only
-stores the lines that arrive with their times; they are parsed after the run.
+"""The load generator for a server.
+
+It usually shares the machine with the server, so it only stores the received lines with their times during a run and
+parses them afterwards.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from truffula.bench.load import Load
-from truffula.bench.measured import Measured, Stream
+from truffula.bench.results import LoadResult, Stream
 
 TIMEOUT_S = 1200.0
 
 
 class Dialect(Protocol):
-    """How a kind of server is asked for a streamed completion at ``path``, and what its frames mean."""
+    """The API of a kind of server for streamed completions at ``path``."""
 
     @property
     def path(self) -> str: ...
@@ -30,7 +32,7 @@ class Dialect(Protocol):
         ...
 
     def read(self, frame: dict[str, Any], now: float, stream: Stream) -> None:
-        """Add a frame that arrived at ``now`` to ``stream``."""
+        """Add an event that arrived at ``now`` to ``stream``."""
         ...
 
 
@@ -54,7 +56,7 @@ class OpenAI:
 
     def read(self, frame: dict[str, Any], now: float, stream: Stream) -> None:
         if "error" in frame:
-            stream.failure = str(frame["error"])[:300]
+            stream.error = str(frame["error"])[:300]
         if frame.get("choices"):
             stream.tokens.append(now)
         if usage := frame.get("usage"):
@@ -71,20 +73,20 @@ class Target:
     dialect: Dialect
 
 
-def closed_loop(target: Target, load: Load) -> Measured:
-    """Each client sends its next request when its last one has ended."""
+def closed_loop(target: Target, load: Load) -> LoadResult:
+    """Run ``load``: each client sends its next request when its last one has ended."""
 
-    def client(number: int) -> list[_Raw]:
+    def client(number: int) -> list[_Response]:
         return [_exchange(target, load, number, request, time.monotonic()) for request in range(load.requests)]
 
     return _run(target, load.clients, client)
 
 
-def open_loop(target: Target, load: Load, at: list[float]) -> Measured:
-    """Request i of ``load.clients`` is sent ``at[i]`` seconds after the start, whether or not earlier ones ended."""
+def open_loop(target: Target, load: Load, at: list[float]) -> LoadResult:
+    """Run ``load``: request i is sent ``at[i]`` seconds after the start, whether or not earlier ones have ended."""
     begun = time.monotonic()
 
-    def client(number: int) -> list[_Raw]:
+    def client(number: int) -> list[_Response]:
         due = begun + at[number]
         time.sleep(max(0.0, due - time.monotonic()))
         return [_exchange(target, load, number, 0, due)]
@@ -92,57 +94,57 @@ def open_loop(target: Target, load: Load, at: list[float]) -> Measured:
     return _run(target, load.clients, client)
 
 
-def _run(target: Target, clients: int, client: Callable[[int], list[_Raw]]) -> Measured:
-    """All clients at the same time, each in a thread of its own."""
+def _run(target: Target, clients: int, client: Callable[[int], list[_Response]]) -> LoadResult:
+    """Run all clients concurrently, each in its own thread."""
     begun = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        raws = [raw for made in pool.map(client, range(clients)) for raw in made]
-    return Measured(time.monotonic() - begun, [raw.stream(target.dialect) for raw in raws])
+        responses = [response for made in pool.map(client, range(clients)) for response in made]
+    return LoadResult(time.monotonic() - begun, [response.stream(target.dialect) for response in responses])
 
 
 @dataclass
-class _Raw:
-    """What arrived for one request: the status, and each line of the body with its time."""
+class _Response:
+    """The response to one request: its status, and each line of the body with its time."""
 
     due: float
     sent: float
     status: int = 0
     lines: list[tuple[float, bytes]] = field(default_factory=list)
-    failure: str | None = None
+    error: str | None = None
 
     def stream(self, dialect: Dialect) -> Stream:
-        made = Stream(self.due, self.sent, failure=self.failure)
-        if self.failure is None and self.status != 200:
+        made = Stream(self.due, self.sent, error=self.error)
+        if self.error is None and self.status != 200:
             body = b" ".join(line for _, line in self.lines).decode(errors="replace")
-            made.failure = f"status {self.status}: {body[:300]}"
-        if made.failure is not None:
+            made.error = f"status {self.status}: {body[:300]}"
+        if made.error is not None:
             return made
         for now, line in self.lines:
             if line.startswith(b"data: {"):
                 dialect.read(json.loads(line[6:]), now, made)
-        if made.failure is None and not made.output_tokens:
-            made.failure = "The stream ended without a token count."
+        if made.error is None and not made.output_tokens:
+            made.error = "The stream ended without a token count."
         return made
 
 
-def _exchange(target: Target, load: Load, client: int, request: int, due: float) -> _Raw:
+def _exchange(target: Target, load: Load, client: int, request: int, due: float) -> _Response:
     body = target.dialect.body(load.prompt(client, request), load.max_tokens, load.adapter(client, request))
     content = json.dumps(body).encode()
     url = urlsplit(target.url)
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     connection = kind(url.netloc, timeout=TIMEOUT_S)
-    raw = _Raw(due, time.monotonic())
+    response = _Response(due, time.monotonic())
     try:
         connection.request(
             "POST", url.path.rstrip("/") + target.dialect.path, content, {"Content-Type": "application/json"}
         )
-        response = connection.getresponse()
-        raw.status = response.status
-        while line := response.readline():
+        http_response = connection.getresponse()
+        response.status = http_response.status
+        while line := http_response.readline():
             if line.strip():
-                raw.lines.append((time.monotonic(), line.strip()))
+                response.lines.append((time.monotonic(), line.strip()))
     except (OSError, http.client.HTTPException) as error:
-        raw.failure = f"{type(error).__name__}: {error}"
+        response.error = f"{type(error).__name__}: {error}"
     finally:
         connection.close()
-    return raw
+    return response

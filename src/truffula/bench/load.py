@@ -1,7 +1,7 @@
 """The load that ``truffula bench`` puts on a server or on ``LLM``: which prompts, with which adapters, and when.
 
-Prompts are random token ids that differ from their first token on, so nothing is answered from the prefix cache; the
-hit rate is measured and printed beside the figures. Everything follows from the seed.
+Prompts are random token ids that differ from their first token on, so they do not hit the prefix cache; the
+measured hit rate is printed with the results. The seed determines everything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ MIXES = ("none", "shared", "distinct", "zipf")
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked: ``clients`` x ``requests`` prompts of ``prompt_tokens`` ids, ``max_tokens`` greedy tokens each.
+    """The requests of a run: ``clients`` x ``requests`` prompts of ``prompt_tokens`` ids, ``max_tokens`` greedy tokens
+    each.
 
     Client c uses ``adapters[c % len(adapters)]`` (None is the base). With ``zipf``, the exponent s, each request draws
     its adapter instead: the one of rank k with a probability in proportion to 1 / k**s.
@@ -53,7 +54,7 @@ def zipf_weights(count: int, exponent: float) -> list[float]:
 def arrivals(rate: float, count: int, seed: int) -> list[float]:
     """Seconds after the start at which ``count`` requests of a Poisson process of ``rate`` a second arrive, ascending.
 
-    The first gap is drawn too: the process has no memory, so its start is no arrival.
+    The first gap is random too, because the process does not start with an arrival.
     """
     rng = random.Random(f"{seed}/arrivals")
     return list(accumulate(rng.expovariate(rate) for _ in range(count)))

@@ -1,4 +1,4 @@
-"""The servers that a benchmark starts, truffula's own among them, each in a session of its own."""
+"""Child processes of benchmarks, such as ``truffula serve``, each in its own session."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
 from truffula.config import EngineConfig, installed_environment, options_of
-from truffula.errors import ErrorInfo, ProcessFailed, TruffulaError, from_info
+from truffula.errors import ErrorInfo, ProcessFailed, TruffulaError
 
 if TYPE_CHECKING:
     from truffula.model.load import ModelPlan
 
 OUTPUT_CHARS = 2000
 """Characters at the end of a child's output that an error shows."""
-_OWN_ERROR = re.compile(r"^error \((?P<code>\w+)\) (?P<message>.+)\Z", re.MULTILINE | re.DOTALL)
+_TRUFFULA_ERROR = re.compile(r"^error \((?P<code>\w+)\) (?P<message>.+)\Z", re.MULTILINE | re.DOTALL)
 
 
 def free_port() -> int:
@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def end_children_on_sigterm() -> None:
-    """Make SIGTERM leave through the context managers, as Ctrl-C does, so that children in sessions of their own end.
+    """Make SIGTERM raise ``SystemExit``, so that the context managers end child processes in other sessions.
 
     Call it once, in the main thread.
     """
@@ -44,15 +44,15 @@ def end_children_on_sigterm() -> None:
 
 
 def child_error(what: str, output: str) -> TruffulaError:
-    """An error that says ``what`` failed, with the child's ``output``; a truffula command's error keeps its code."""
-    own = _OWN_ERROR.search(output)
-    if own is not None:
-        return from_info(ErrorInfo(code=own["code"], message=f"{what}: {own['message'].strip()}"))
+    """The error that ``what`` failed, with the child's ``output``; the error of a truffula command keeps its code."""
+    found = _TRUFFULA_ERROR.search(output)
+    if found is not None:
+        return TruffulaError.from_info(ErrorInfo(code=found["code"], message=f"{what}: {found['message'].strip()}"))
     return ProcessFailed(f"{what}:\n{output.strip()[-OUTPUT_CHARS:]}" if output.strip() else f"{what} without output.")
 
 
 class Child:
-    """A process that runs ``argv`` in a session of its own: starts on entering; on leaving, its whole session ends."""
+    """A process that runs ``argv`` in its own session: started on entry; on exit, the whole session is killed."""
 
     def __init__(self, name: str, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> None:
         self.name = name
@@ -83,7 +83,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        with contextlib.suppress(ProcessLookupError):  # its whole session has ended
+        with contextlib.suppress(ProcessLookupError):  # the session has no processes left
             os.killpg(self._process.pid, signal.SIGKILL)
         self._log.close()
 
@@ -92,7 +92,7 @@ class Child:
         return self._process.poll() is not None
 
     def output(self) -> str:
-        """Everything the child has written to standard error, and to standard output unless that is a pipe."""
+        """The child's standard error, and its standard output unless that is redirected."""
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
@@ -112,7 +112,8 @@ class Server(Child):
         """The address, once the server is healthy.
 
         Raises:
-            ProcessFailed: The server ended or took too long; with its output. A truffula server's own error is raised.
+            ProcessFailed: The server ended or took too long; with its output. The error of a truffula server is raised
+            as it is.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -126,7 +127,7 @@ class Server(Child):
         )
 
     def _healthy(self) -> bool:
-        """Whether ``health`` answers 200. Called often while the server starts on the same cores: no HTTP library."""
+        """Whether ``health`` answers 200. Called often while the server starts on the same cores, so it is cheap."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
         try:
             connection.request("GET", self._health)
@@ -151,8 +152,8 @@ def engine_flags(config: EngineConfig) -> list[str]:
     return flags
 
 
-class OwnServer(Server):
-    """``truffula serve`` as a child. ``url`` answers once ``wait`` returns."""
+class TruffulaServer(Server):
+    """``truffula serve`` as a child process."""
 
     def __init__(self, config: EngineConfig, flags: list[str], port: int | None = None) -> None:
         port = port or free_port()
@@ -160,8 +161,8 @@ class OwnServer(Server):
         super().__init__("truffula", [*argv, *engine_flags(config), *flags], f"http://127.0.0.1:{port}")
 
 
-def planned(config: EngineConfig) -> ModelPlan:
-    """``config``'s model as it would be loaded; reads no weights."""
+def plan_of(config: EngineConfig) -> ModelPlan:
+    """The plan of ``config``'s model. Reads no weights."""
     from truffula.model.load import plan_model
     from truffula.weights.open import open_checkpoint
     from truffula.weights.sources import resolve_source

@@ -1,7 +1,7 @@
-"""``truffula bench step``: milliseconds of a decode step and of a prefill chunk, and the ops they go to.
+"""``truffula bench step``: the duration of a decode step and of a prefill chunk, and the share of each op.
 
-No server, no sampling: the executable alone, on random weights of SmolLM2-135M's shape stored in bfloat16. Each row is
-a sequence of its own behind ``context`` tokens, each adapter is of one rank on all linears.
+Measures the executable alone, without server and sampling, on random bfloat16 weights of SmolLM2-135M's shape. Each row
+is a sequence with ``context`` computed tokens; each adapter has one rank and targets all linears.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SMOLLM2: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class StepBench:
-    """What to measure.
+    """The options of ``bench step``.
 
-    A mix is one of ``MIXES``, or the number of adapters that the rows share, each with neighbouring rows; fewer rows
-    leave it out. ``adapter_dtype`` is the dtype of the adapters' files; they are kept as they are stored.
+    A mix is one of ``MIXES``, or the number of adapters that the rows share, each with adjacent rows; it is skipped for
+    fewer rows. ``adapter_dtype`` is the dtype of the adapters' files, in which they are also computed.
     """
 
     rows: tuple[int, ...] = (1, 8, 32)
@@ -74,8 +74,9 @@ class StepBench:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One line: ``ms`` is the median, ``ops`` milliseconds of work per kind of op, summed over the threads."""
+class StepResult:
+    """One line of the report: ``ms`` is the median, ``ops`` the milliseconds per kind of op, summed over the threads.
+    """
 
     what: str
     rows: int
@@ -88,8 +89,10 @@ class Measured:
     ops: dict[str, float] = field(default_factory=dict)
 
 
-def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, rate: float) -> list[Measured]:
-    """Decode steps of each number of rows and mix, then a prefill chunk. ``rate`` is the memory's, bytes a second."""
+def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, rate: float) -> list[StepResult]:
+    """Measure decode steps of each number of rows and mix, then a prefill chunk. ``rate`` is that of the memory, in
+    bytes per second.
+    """
     most = max(bench.rows)
     per_row = -(-(bench.context + bench.steps) // BLOCK)
     blocks = max(most * per_row, -(-bench.prefill // BLOCK))
@@ -119,25 +122,25 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
             ms = statistics.median(times)
             share = weights / rate * 1e3 / ms if mix == "none" and rows == 1 else None
             tax = base / ms if base and mix != "none" else None
-            lines.append(Measured("decode", rows, mix, ms, min(times), 1e3 * rows / ms, tax, share, ops))
+            lines.append(StepResult("decode", rows, mix, ms, min(times), 1e3 * rows / ms, tax, share, ops))
     if bench.prefill:
         lines.append(_prefill(executable, bench.prefill))
     executable.close()
     return lines
 
 
-def _prefill(executable: Executable, tokens: int) -> Measured:
+def _prefill(executable: Executable, tokens: int) -> StepResult:
     where = tuple(range(1, 1 + -(-tokens // BLOCK)))
     fill_step(executable.inputs, [Part(_prompt(tokens), 0, where, None)], BLOCK)
-    turns = _Turns(executable)
+    timer = _StepTimer(executable)
     for step in range(4):
-        turns.take(kept=step > 0)
-    ms = statistics.median(turns.times)
-    return Measured("prefill", tokens, "none", ms, min(turns.times), 1e3 * tokens / ms, ops=turns.ops())
+        timer.run(kept=step > 0)
+    ms = statistics.median(timer.times)
+    return StepResult("prefill", tokens, "none", ms, min(timer.times), 1e3 * tokens / ms, ops=timer.ops())
 
 
 def slots_of(mix: str, slots: list[int], rows: int) -> list[int | None]:
-    """The adapter of each row."""
+    """The adapter slot of each row."""
     if mix == "none":
         return [None] * rows
     adapters = {"shared": 1, "distinct": rows}.get(mix) or int(mix)
@@ -151,36 +154,36 @@ def _prompt(count: int) -> tuple[int, ...]:
 def _decode(
     executable: Executable, using: Mapping[str, Sequence[int | None]], bench: StepBench, per_row: int
 ) -> dict[str, tuple[list[float], dict[str, float]]]:
-    """Times of decode steps behind ``context`` tokens, by mix; row i uses the adapter in slot ``using[mix][i]``.
+    """Times of decode steps after ``context`` tokens, by mix; row i uses the adapter in slot ``using[mix][i]``.
 
-    The mixes take turns, step by step, so that what disturbs one disturbs all.
+    The mixes alternate, step by step, so that disturbances affect all of them.
     """
     rows = len(next(iter(using.values())))
     tables = [tuple(range(1 + i * per_row, 1 + (i + 1) * per_row)) for i in range(rows)]
     for where in tables:
         fill_step(executable.inputs, [Part(_prompt(bench.context), 0, where, None)], BLOCK)
         executable.run()
-    made: dict[str, _Turns] = {mix: _Turns(executable) for mix in using}
+    made: dict[str, _StepTimer] = {mix: _StepTimer(executable) for mix in using}
     for step in range(-1, bench.steps):
         for mix, slots in using.items():
             parts = [Part((1 + i,), bench.context + max(0, step), tables[i], slots[i]) for i in range(rows)]
             fill_step(executable.inputs, parts, BLOCK)
-            made[mix].take(kept=step >= 0)  # the first of each touches its memory
-    return {mix: (turns.times, turns.ops()) for mix, turns in made.items()}
+            made[mix].run(kept=step >= 0)  # the first step is a warm-up
+    return {mix: (timer.times, timer.ops()) for mix, timer in made.items()}
 
 
-class _Turns:
-    """Milliseconds of some steps, and of the ops in them."""
+class _StepTimer:
+    """Measures steps and the ops in them, in milliseconds."""
 
     def __init__(self, executable: Executable) -> None:
         self._executable = executable
-        self._op_seconds = getattr(executable, "op_seconds", None)  # only the native backend knows
+        self._op_seconds = getattr(executable, "op_seconds", None)  # only the native backend measures ops
         self._sums: dict[str, float] = {}
         self.times: list[float] = []
 
-    def take(self, *, kept: bool = True) -> None:
+    def run(self, *, kept: bool = True) -> None:
         if self._op_seconds is not None:
-            self._op_seconds()  # forgets what was before
+            self._op_seconds()  # reset
         start = time.perf_counter()
         self._executable.run()
         if not kept:
@@ -195,7 +198,7 @@ class _Turns:
 
 
 def read_rate(threads: int, nbytes: int) -> float:
-    """Bytes a second that this many threads read from memory together: the limit of a step of one row."""
+    """The memory read rate of ``threads`` threads in bytes per second, the limit of a step of one row."""
     from concurrent.futures import ThreadPoolExecutor
 
     import numpy as np

@@ -1,5 +1,4 @@
-"""The command line. ``main`` is the entry point; each command is a thin file of its own that imports what it needs
-when it runs."""
+"""The command line. ``main`` is the entry point; each command imports its implementation when it runs."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ USAGE_STATUS, INTERRUPTED_STATUS, BROKEN_PIPE_STATUS = 2, 130, 141
 
 
 def main() -> None:
-    """Run ``truffula``; an expected error ends it with one paragraph on stderr.
+    """Run ``truffula``. A ``TruffulaError`` is printed as one paragraph on stderr.
 
     The exit status is 1 for an error, 2 for a wrong command line, 130 after Ctrl-C at any time.
     """
@@ -30,7 +29,7 @@ def _run() -> int:
     try:
         returned = app(prog_name="truffula", standalone_mode=False)
     except (ClickException, TruffulaError) as error:
-        from truffula.cli import output  # its console takes a while to import, and a server has no use for it
+        from truffula.cli import output  # slow to import, and not needed by a server
 
         if isinstance(error, TruffulaError):
             output.fail(error)

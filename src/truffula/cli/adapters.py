@@ -17,14 +17,14 @@ ROUTE = "/v1/adapters"
 
 
 def list_adapters(server: ServerClient, *, as_json: bool) -> None:
-    """A row for the base and one per adapter."""
+    """Print the base model and the adapters, one per line."""
     models = server.models()
     try:
         details = {row["id"]: row for row in server.call("GET", ROUTE)["data"]}
     except TruffulaError as error:
         if error.code not in ("not_found", "http_404"):
             raise
-        details = {}  # another program's server
+        details = {}  # the server is not truffula
     rows = [{**model, **details.get(model["id"], {})} for model in models]
     if as_json:
         out().print_json(json.dumps(rows))
@@ -41,7 +41,7 @@ def list_adapters(server: ServerClient, *, as_json: bool) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
-    """Status, rank, size and source; the base has only a source."""
+    """The cells for status, rank, size and source; the base model has only a source."""
     if not row.get("parent"):
         return "base", "", "", str(row.get("root") or "")
     size = row.get("size_bytes")

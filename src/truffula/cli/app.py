@@ -1,4 +1,4 @@
-"""The commands and their help. Bodies live in files of their own and are imported when they run."""
+"""The commands and their help. Each imports its implementation when it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from truffula.cli.bench_app import app as bench_app
 from truffula.cli.help import GLUE, App
-from truffula.cli.opening import chat_model
+from truffula.cli.open_model import open_chat_model
 from truffula.cli.options import AsJson, ConfigFile, Model, ModelOrVariable, resolve, with_options
 from truffula.config import require_paths
 
@@ -30,7 +30,7 @@ AdapterArg = Annotated[
         help="Answer with this adapter (a PEFT folder), or 'base'; repeat for several.",
     ),
 ]
-# The options that change the numbers that are computed.
+# The options that affect computed values.
 SERVED = ("revision", "device", "dtype", "backend", "cpu_isa", "quantize", "exact", "threads", "offline", "cache_dir")
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="Sampling temperature; 0 always takes the most likely token.")
@@ -86,7 +86,7 @@ def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
     if resolved.server.chat_template is not None:
         from truffula.text.chat_template import read_template
 
-        read_template(resolved.server.chat_template)  # report a mistake in it before anything is loaded
+        read_template(resolved.server.chat_template)  # report an error in it before the model is loaded
     launch(resolved)
 
 
@@ -134,16 +134,16 @@ def generate(
     if prompts is not None:
         texts = read_prompts(prompts, prompt, url)
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        with chat_model(model, options, None, api_key, adapter or ["base"]) as (answering, names):
+        with open_chat_model(model, options, None, api_key, adapter or ["base"]) as (answering, names):
             run_batch(answering, texts, names, params, raw=raw)
         return
     if prompt is None and (url is not None or is_prompt(model)):
-        model, prompt = None, model  # the model is chosen elsewhere: the only argument is the prompt
+        model, prompt = None, model  # the only argument is the prompt
     if url is None:
-        resolve(options, model=model)  # a mistake in the options is said before the prompt is read
+        resolve(options, model=model)  # report an error in the options before the prompt is read
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     text = read_prompt(prompt)
-    with chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
+    with open_chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
         run_generate(answering, text, names, params, raw=raw, as_json=as_json)
 
 
@@ -169,7 +169,7 @@ def chat(
     from truffula.types import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    with chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
+    with open_chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
         run_chat(answering, names[0] or "base", system, params)
 
 

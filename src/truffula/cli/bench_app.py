@@ -1,4 +1,4 @@
-"""``truffula bench``: the commands and their help."""
+"""The commands of ``truffula bench`` and their help."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ def bench_serve(
     requests are sent at their times whether or not earlier ones have ended, so the time they wait is measured;
     goodput counts the requests within both limits.
     """
-    from truffula.bench.measured import Limits
+    from truffula.bench.results import Limits
     from truffula.cli.bench_serve import ServeBench, run_bench_serve
 
     given = {"ttft_ms": ttft_limit, "itl_ms": itl_limit}
-    wanted = {name: value for name, value in given.items() if value is not None}
-    limits = Limits(**wanted) if wanted else None
+    limits_given = {name: value for name, value in given.items() if value is not None}
+    limits = Limits(**limits_given) if limits_given else None
     bench = ServeBench(
         clients,
         requests,

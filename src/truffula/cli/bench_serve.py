@@ -10,22 +10,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.bench.client import OpenAI, Target, closed_loop, open_loop
+from truffula.bench.client import OpenAI, Target, closed_loop
+from truffula.bench.client import open_loop as run_open_loop
 from truffula.bench.load import MIXES, Load, arrivals, used
-from truffula.bench.measured import Limits
-from truffula.bench.server import OwnServer, end_children_on_sigterm, planned, random_adapters
+from truffula.bench.results import Limits
+from truffula.bench.server import TruffulaServer, end_children_on_sigterm, plan_of, random_adapters
 from truffula.cli.output import err, out, table, warn
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
 
-# Ids below this exist in the vocabulary of any server whose model we don't know.
+# Token ids below this exist in every vocabulary; used when the server's model is unknown.
 UNKNOWN_VOCABULARY = 1000
 ZIPF = 1.0
 
 
 @dataclass(frozen=True)
 class ServeBench:
-    """What was asked for; None stands for not given. ``rate`` makes it an open loop of ``requests`` in all.
+    """The options of ``bench serve``; None: not given. With ``rate``, an open loop with ``requests`` in all.
 
     Raises:
         ConfigError: A value is out of its range, or two options contradict each other.
@@ -47,36 +48,38 @@ class ServeBench:
 
     def __post_init__(self) -> None:
         if self.adapters not in MIXES:
-            raise _wrong("adapters", self.adapters, f"one of {', '.join(MIXES)}")
+            raise _invalid("adapters", self.adapters, f"one of {', '.join(MIXES)}")
         for name in ("clients", "requests", "rank", "prompt_tokens", "max_tokens", "repeats", "adapter_count"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise _wrong(name, value, "1 or more")
+                raise _invalid(name, value, "1 or more")
         if self.rate is not None and not 0 < self.rate < float("inf"):
-            raise _wrong("rate", self.rate, "above 0")
+            raise _invalid("rate", self.rate, "above 0")
         if self.zipf_exponent is not None and not 0 <= self.zipf_exponent < float("inf"):
-            raise _wrong("zipf_exponent", self.zipf_exponent, "0 or more")
+            raise _invalid("zipf_exponent", self.zipf_exponent, "0 or more")
         self._check_together()
 
     def _check_together(self) -> None:
-        opened = self.rate is not None
-        if opened and self.clients is not None:
-            raise _apart("clients", "--rate", "an open loop has no clients; --requests says how many requests it sends")
-        if not opened and self.limits is not None:
-            raise _apart("ttft_limit", "a closed loop", "goodput is for --rate; leave the limits out")
+        open_loop = self.rate is not None
+        if open_loop and self.clients is not None:
+            raise _conflict(
+                "clients", "--rate", "an open loop has no clients; --requests says how many requests it sends"
+            )
+        if not open_loop and self.limits is not None:
+            raise _conflict("ttft_limit", "a closed loop", "goodput is for --rate; leave the limits out")
         if self.zipf_exponent is not None and self.adapters != "zipf":
-            raise _apart("zipf_exponent", f"--adapters {self.adapters}", "it is for --adapters zipf")
-        counted = self.adapters == "zipf" or (self.adapters == "distinct" and opened)
+            raise _conflict("zipf_exponent", f"--adapters {self.adapters}", "it is for --adapters zipf")
+        counted = self.adapters == "zipf" or (self.adapters == "distinct" and open_loop)
         if self.adapter_count is not None and not counted:
             why = "distinct gives each client its own" if self.adapters == "distinct" else "it fixes the number"
-            raise _apart("adapter_count", f"--adapters {self.adapters}", why)
+            raise _conflict("adapter_count", f"--adapters {self.adapters}", why)
         if self.adapter_count is None and counted:
             raise ConfigError(f"--adapters {self.adapters} needs --adapter-count here.", param="adapter_count")
 
     def names(self) -> list[str]:
-        """Names of the adapters the mix needs."""
-        of_mix = {"none": 0, "shared": 1, "distinct": self.adapter_count or self.streams, "zipf": self.adapter_count}
-        return [f"bench-{i:03d}" for i in range(of_mix[self.adapters] or 0)]
+        """Names of the adapters that the mix uses."""
+        counts = {"none": 0, "shared": 1, "distinct": self.adapter_count or self.streams, "zipf": self.adapter_count}
+        return [f"bench-{i:03d}" for i in range(counts[self.adapters] or 0)]
 
     @property
     def streams(self) -> int:
@@ -98,11 +101,11 @@ class ServeBench:
         )
 
 
-def _wrong(name: str, value: object, right: str) -> ConfigError:
+def _invalid(name: str, value: object, right: str) -> ConfigError:
     return ConfigError(f"--{name.replace('_', '-')} is {value!r}; it must be {right}.", param=name)
 
 
-def _apart(name: str, other: str, why: str) -> ConfigError:
+def _conflict(name: str, other: str, why: str) -> ConfigError:
     return ConfigError(f"--{name.replace('_', '-')} cannot be combined with {other}: {why}.", param=name)
 
 
@@ -110,53 +113,55 @@ def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -
     end_children_on_sigterm()
     names = bench.names()
     runs = _runs(bench.url, bench, names, UNKNOWN_VOCABULARY) if bench.url else _own_server(config, bench, names)
-    middle, machine = _median(runs), _machine()
+    median, machine = _median(runs), _machine()
     if as_json:
-        report = {"bench": asdict(bench), "model": config.model, "machine": machine, "runs": runs, "http": middle}
+        report = {"bench": asdict(bench), "model": config.model, "machine": machine, "runs": runs, "http": median}
         out().print_json(json.dumps(report))
         return
-    _print(middle, bench)
+    _print(median, bench)
     out().print(f"[dim]{machine}[/]")
 
 
 def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
-        plan = planned(config)
+        plan = plan_of(config)
         random_adapters(plan, Path(folder), names, bench.rank)
-        with OwnServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
+        with TruffulaServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
             return _runs(server.wait(), bench, names, plan.program.vocab_size)
 
 
 def _runs(url: str, bench: ServeBench, names: list[str], vocab_size: int) -> list[dict[str, Any]]:
     runs = []
     target = Target(url, OpenAI())
-    for repeat in range(bench.repeats + 1):  # the first warms up: adapters are loaded, pages touched
+    for repeat in range(bench.repeats + 1):  # the first is a warm-up, which loads adapters and touches pages
         err().print(f"[dim]run {repeat or 'warm-up'} ...[/]")
         load = bench.load(names, vocab_size, repeat)
         if bench.rate is None:
             measured = closed_loop(target, load)
         else:
-            measured = open_loop(target, load, arrivals(bench.rate, load.clients, load.seed))
-        if measured.failures:
-            raise ConfigError(f"{len(measured.failures)} requests failed; the first error: {measured.failures[0]}")
-        opened = bench.rate is not None
-        said = measured.open_summary(bench.rate or 0.0, bench.limits or Limits()) if opened else measured.summary()
-        runs.append({**said, "adapters": _shares(load)})
+            measured = run_open_loop(target, load, arrivals(bench.rate, load.clients, load.seed))
+        if measured.errors:
+            raise ConfigError(f"{len(measured.errors)} requests failed; the first error: {measured.errors[0]}")
+        open_loop = bench.rate is not None
+        summary = (
+            measured.open_summary(bench.rate or 0.0, bench.limits or Limits()) if open_loop else measured.summary()
+        )
+        runs.append({**summary, "adapters": _shares(load)})
     return runs[1:]
 
 
 def _shares(load: Load) -> dict[str, Any]:
-    """How many adapters a run used, and the share of its requests that the most used one had."""
+    """The number of adapters that a run used, and the share of requests of the most used one."""
     counts = Counter(name for name in used(load) if name is not None)
     total = load.clients * load.requests
     return {"used": len(counts), "largest_share": round(max(counts.values(), default=0) / total, 3)}
 
 
 def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The run whose rate is the median, with the spread of all."""
+    """The run with the median rate, and the range of the rates of all runs."""
     rates = [run["output_tok_s"] for run in runs]
-    middle = min(runs, key=lambda run: abs(run["output_tok_s"] - statistics.median(rates)))
-    return {**middle, "output_tok_s_spread": [min(rates), max(rates)]}
+    median = min(runs, key=lambda run: abs(run["output_tok_s"] - statistics.median(rates)))
+    return {**median, "output_tok_s_spread": [min(rates), max(rates)]}
 
 
 def _machine() -> str:

@@ -32,7 +32,7 @@ SETTINGS = MappingProxyType({"temperature": float, "top_p": float, "top_k": int,
 
 
 def run_chat(model: ChatModel, adapter: str, system: str | None, params: SamplingParams) -> None:
-    """Talk until the end of input. From a pipe, the first error ends the chat and is raised."""
+    """Chat until the end of input. When input is a pipe, the first error ends the chat and is raised."""
     if not model.has_chat_template:
         raise TemplateError(
             f"{model.name} has no chat template, so it cannot chat; 'truffula generate --raw' completes text."
@@ -44,7 +44,7 @@ def run_chat(model: ChatModel, adapter: str, system: str | None, params: Samplin
         note(f"{model.name}, adapters: {', '.join(model.adapters()) or 'none'}. /help lists the commands, /bye exits.")
     for text in _messages(editor, chat):
         try:
-            if not chat.take(text):
+            if not chat.handle(text):
                 return
         except TruffulaError as error:
             if not editor.interactive:
@@ -53,7 +53,7 @@ def run_chat(model: ChatModel, adapter: str, system: str | None, params: Samplin
 
 
 def _messages(editor: LineEditor, chat: Chat) -> Iterator[str]:
-    """What the user types, until the end of input or a second Ctrl-C in a row."""
+    """The user's messages, until the end of input or two Ctrl-C in a row."""
     interrupted, hint = False, ""
     while True:
         try:
@@ -77,7 +77,7 @@ def _messages(editor: LineEditor, chat: Chat) -> Iterator[str]:
 
 
 def _message(editor: LineEditor, prompt: str) -> str:
-    """One line; several when it ends with a backslash, or begins with three quotes, up to three quotes."""
+    """One message: a line, lines joined by a backslash at their end, or the lines between three quotes."""
     line = editor.read(prompt).strip()
     lines = [line]
     more = " " * (len(prompt) - 4) + "... "
@@ -88,18 +88,18 @@ def _message(editor: LineEditor, prompt: str) -> str:
                 lines.append(line := editor.read(more))
             lines[-1] = line.rstrip().removesuffix(FENCE)
             text = "\n".join(lines).strip("\n")
-            return f"/{text}" if text.startswith("/") else text  # what is between the quotes is never a command
+            return f"/{text}" if text.startswith("/") else text  # text between quotes is never a command
         while lines[-1].endswith("\\"):
             lines[-1] = lines[-1].removesuffix("\\")
             lines.append(editor.read(more))
     except EOFError:
-        pass  # the end of a pipe ends the message too
+        pass  # the end of a pipe also ends the message
     return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A line that begins with a slash. ``run`` gets what follows the name."""
+    """A command, which begins with a slash. ``run`` is called with the text after its name."""
 
     usage: str
     help: str
@@ -112,17 +112,17 @@ class Command:
 
 
 class Chat:
-    """The conversation so far, which adapter answers and how tokens are chosen."""
+    """A conversation: its messages, the selected adapter and the sampling parameters."""
 
     def __init__(self, model: ChatModel, adapter: str, system: str | None, params: SamplingParams) -> None:
         self.adapter = adapter
-        self.interactive = True  # Ctrl-C ends the answer, and not the chat
+        self.interactive = True  # Ctrl-C ends the answer instead of the chat
         self._model = model
         self._system = system
         self._params = params
-        self._turns: list[dict[str, str]] = []
-        self._asked: str | None = None
-        self._most = params.max_tokens  # of the last answer
+        self._messages: list[dict[str, str]] = []
+        self._last_message: str | None = None
+        self._max_tokens = params.max_tokens  # of the last answer
         self._ended = False
         self._commands = (
             Command("/help", "list the commands", self._help, ("/?",)),
@@ -139,8 +139,8 @@ class Chat:
             Command("/bye", "exit, like Ctrl-D", self._end, ("/exit", "/quit", "/q")),
         )
 
-    def take(self, text: str) -> bool:
-        """Obey a command, or answer a message; False ends the chat. Raises ``TruffulaError``: nothing has changed."""
+    def handle(self, text: str) -> bool:
+        """Run a command or answer a message; False ends the chat. A ``TruffulaError`` leaves the state unchanged."""
         if text.startswith("//"):
             self._answer(text[1:])
         elif text.startswith("/"):
@@ -151,7 +151,7 @@ class Chat:
         return not self._ended
 
     def complete(self, line: str, word: str) -> list[str]:
-        """Words that ``word``, the last of ``line``, may become."""
+        """Completions of ``word``, the last word of ``line``."""
         command = line.partition(" ")[0]
         if not line.startswith("/"):
             return []
@@ -240,26 +240,26 @@ class Chat:
         return replace(self._params, **{name: parsed})
 
     def _clear(self, rest: str) -> None:
-        self._turns, self._asked = [], None
+        self._messages, self._last_message = [], None
         note("The conversation is cleared.")
 
     def _retry(self, rest: str) -> None:
-        if self._asked is None:
+        if self._last_message is None:
             raise InvalidRequest("There is no message to retry.")
-        kept = self._turns
-        if kept and kept[-2]["content"] == self._asked:
-            self._turns = kept[:-2]
+        kept = self._messages
+        if kept and kept[-2]["content"] == self._last_message:
+            self._messages = kept[:-2]
         try:
-            self._answer(self._asked)
+            self._answer(self._last_message)
         except TruffulaError:
-            self._turns = kept
+            self._messages = kept
             raise
 
     def _save(self, rest: str) -> None:
         if not rest:
             raise InvalidRequest("/save needs a file name: /save FILE.")
         path = expanded(rest)
-        messages = self._with_system(self._turns)
+        messages = self._with_system(self._messages)
         if path.suffix == ".json":
             text = json.dumps({"messages": messages}, ensure_ascii=False, indent=2) + "\n"
         else:
@@ -276,55 +276,56 @@ class Chat:
     def _end(self, rest: str) -> None:
         self._ended = True
 
-    def _with_system(self, turns: list[dict[str, str]]) -> list[dict[str, str]]:
-        return [*([{"role": "system", "content": self._system}] if self._system else []), *turns]
+    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [*([{"role": "system", "content": self._system}] if self._system else []), *messages]
 
     def _answer(self, text: str) -> None:
-        """One turn. What Ctrl-C leaves of an answer is kept; a turn that fails is forgotten."""
-        self._asked = text
-        turns = [*self._turns, {"role": "user", "content": text}]
-        said, stopped, cut_off = "", False, False
+        """Print and keep the answer to ``text``, also when Ctrl-C stops it; a message whose answer fails is not kept.
+        """
+        self._last_message = text
+        messages = [*self._messages, {"role": "user", "content": text}]
+        answer, stopped, cut_off = "", False, False
         try:
-            for delta in self._deltas(turns):
+            for delta in self._deltas(messages):
                 write(delta.text)
-                said += delta.text
+                answer += delta.text
                 cut_off = cut_off or delta.finish_reason == "length"
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
             stopped = True
         finally:
-            if said and not said.endswith("\n"):
+            if answer and not answer.endswith("\n"):
                 write("\n")
         if stopped:
             note("(stopped)")
         elif cut_off:
-            most = self._most
-            note(f"(cut off at {'the end of the context' if most is None else f'max_tokens {most}, see /set'})")
-        if said or not stopped:
-            self._turns = [*turns, {"role": "assistant", "content": said}]
+            limit = self._max_tokens
+            note(f"(cut off at {'the end of the context' if limit is None else f'max_tokens {limit}, see /set'})")
+        if answer or not stopped:
+            self._messages = [*messages, {"role": "assistant", "content": answer}]
 
-    def _deltas(self, turns: list[dict[str, str]]) -> Iterator[TextDelta]:
-        """The answer's pieces, of at most ``max_tokens``, or of what the context has left where that is less."""
+    def _deltas(self, messages: list[dict[str, str]]) -> Iterator[TextDelta]:
+        """The deltas of the answer, of at most ``max_tokens`` or, if fewer, the tokens that the context has left."""
         for params in (self._params, replace(self._params, max_tokens=None)):
-            self._most = params.max_tokens
+            self._max_tokens = params.max_tokens
             try:
                 adapter = None if self.adapter == BASE else self.adapter
-                for _, delta in self._model.stream(self._with_system(turns), [adapter], params):
+                for _, delta in self._model.stream(self._with_system(messages), [adapter], params):
                     yield delta
                 return
             except TruffulaError as error:
                 if error.code not in TOO_LONG:
                     raise
-                full = error
+                context_error = error
         raise InvalidRequest(
-            f"The conversation no longer fits into the model's context. {full.message} /clear starts a new one; "
-            "/save FILE saves this one."
-        ) from full
+            f"The conversation no longer fits into the model's context. {context_error.message} /clear starts a new "
+            "one; /save FILE saves this one."
+        ) from context_error
 
 
 def _paths(word: str) -> list[str]:
-    """Files and folders whose path begins with ``word``; folders end with a slash."""
+    """Paths that begin with ``word``; folders end with a slash."""
     start, slash, name = word.rpartition("/")
     folder = expanded(start + slash or ".")
     if not folder.is_dir():

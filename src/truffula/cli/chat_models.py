@@ -1,4 +1,4 @@
-"""What ``chat`` and ``generate`` talk with: a model in this process, or one behind a running server."""
+"""The models of ``chat`` and ``generate``: in this process, or of a running server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
 from truffula.config import EngineConfig
-from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
+from truffula.errors import ConfigError, ErrorInfo, TruffulaError
 from truffula.option import expanded
 from truffula.types import SamplingParams, TextDelta
 
@@ -26,26 +26,26 @@ class ChatModel(Protocol):
     has_chat_template: bool
 
     def adapters(self) -> list[str]:
-        """The names of the adapters that can be used now."""
+        """The names of the available adapters."""
 
     def load(self, name: str, source: str) -> None:
-        """Make the adapter at ``source`` usable as ``name``. Raises ``TruffulaError``."""
+        """Load the adapter at ``source`` as ``name``. Raises ``TruffulaError``."""
 
     def stream(
         self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
     ) -> Iterator[tuple[int, TextDelta]]:
-        """One answer per adapter, as they grow: (position of the adapter, the next piece). An error is raised.
+        """Deltas of one answer per adapter, as (index of the adapter, delta). An error is raised.
 
-        A text is completed as it is; messages are answered. Closing the iterator ends the answers.
+        A text is completed; messages are answered with the chat template. Closing the iterator aborts the answers.
         """
 
     def close(self) -> None: ...
 
 
 def split_adapter(word: str) -> tuple[str, str | None]:
-    """``name=source``, a source alone (named after its last part), or ``base``: (name, source or None).
+    """(name, source) of ``name=source`` or of a source, whose last part is its name; (``base``, None) of ``base``.
 
-    Raises ``ConfigError`` for half of a pair, and for an adapter that would be called ``base``.
+    Raises ``ConfigError`` for an incomplete pair, and for an adapter with the name ``base``.
     """
     name, equals, source = word.partition("=")
     if word == BASE:
@@ -63,7 +63,7 @@ def split_adapter(word: str) -> tuple[str, str | None]:
 
 
 class LocalModel:
-    """``LLM``, with a progress bar while it loads."""
+    """An ``LLM``, loaded with a progress bar."""
 
     def __init__(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
         from dataclasses import fields
@@ -92,10 +92,10 @@ class LocalModel:
     def stream_each(
         self, prompts: Sequence[Prompt], adapters: Sequence[str | None], params: SamplingParams
     ) -> Iterator[tuple[int, TextDelta]]:
-        """One answer per prompt, by the adapter at the same position, in one batch; as ``stream`` otherwise."""
+        """As ``stream``, with one answer per prompt, by the adapter at the same index; all are in one batch."""
         for position, delta in self._llm.stream_each(prompts, params, adapters=list(adapters)):
             if delta.error is not None:
-                raise from_info(delta.error)
+                raise TruffulaError.from_info(delta.error)
             yield position, delta
 
     def close(self) -> None:
@@ -103,9 +103,9 @@ class LocalModel:
 
 
 class ServerModel:
-    """The base of a running server and the adapters that it lists."""
+    """The model of a running server, and its adapters."""
 
-    has_chat_template = True  # a server whose model has none says so when it is asked
+    has_chat_template = True  # without one, the server answers with an error
 
     def __init__(self, server: ServerClient) -> None:
         self._server = server
@@ -134,7 +134,7 @@ class ServerModel:
                 for delta in self._one(prompt, adapter, params):
                     arrived.put((position, delta))
                 arrived.put((position, None))
-            except Exception as error:  # noqa: BLE001  raised below, in the thread that waits
+            except Exception as error:  # noqa: BLE001  raised by the reading thread
                 arrived.put((position, error))
 
         for position, adapter in enumerate(adapters):
@@ -172,14 +172,14 @@ class ServerModel:
 
 
 def load_on(server: ServerClient, name: str, source: str) -> Any:
-    """Load an adapter on a server; a path is one of the server's disk, resolved where it is here too."""
+    """Load an adapter on a server, from its disk; a path that exists on this machine is made absolute."""
     path = expanded(source)
-    place = str(path.resolve()) if path.exists() else source
-    return administer(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": place})
+    location = str(path.resolve()) if path.exists() else source
+    return administer(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": location})
 
 
 def administer(server: ServerClient, path: str, body: dict[str, Any]) -> Any:
-    """Call a route that loads or unloads. Raises the server's error; one without these routes is told apart."""
+    """Call a route that loads or unloads adapters. Raises the server's error, or that the server lacks these routes."""
     try:
         return server.call("POST", path, body)
     except TruffulaError as error:
@@ -189,4 +189,4 @@ def administer(server: ServerClient, path: str, body: dict[str, Any]) -> Any:
             f"The server at {server.url} runs without --adapter-admin; start it with that option to load and unload "
             "adapters while it runs."
         )
-        raise from_info(ErrorInfo(code=error.code, message=message)) from error
+        raise TruffulaError.from_info(ErrorInfo(code=error.code, message=message)) from error

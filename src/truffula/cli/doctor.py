@@ -1,4 +1,4 @@
-"""``truffula doctor``: what this machine offers, what is missing and how to get it."""
+"""``truffula doctor``: hardware, native kernels, packages and settings, with advice on what is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from truffula.errors import TruffulaError
 if TYPE_CHECKING:
     from truffula.kernels.host import CpuLimits
 
-# Instruction sets that speed up matrix products, with the flags in /proc/cpuinfo that announce them; fastest first.
+# Instruction sets for matrix products and their flags in /proc/cpuinfo, fastest first.
 ISA_FLAGS = (
     ("AMX bf16", ("amx_bf16",)),
     ("AVX512-BF16", ("avx512_bf16",)),
@@ -30,12 +30,12 @@ ISA_FLAGS = (
 )
 
 STORED = ("float32", "float16", "bfloat16", "quantised")
-"""The kinds of stored dtypes that lead to different compute dtypes."""
+"""Stored dtypes for which the compute dtype may differ."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: ``state`` is ok, note or missing; ``advice`` says what to do."""
+    """One line of the report: ``state`` is ok, note or missing; ``advice`` is what to do."""
 
     what: str
     value: str
@@ -56,7 +56,7 @@ def run_doctor(*, as_json: bool) -> None:
 
 
 def cpu_name() -> tuple[str, list[str]]:
-    """The CPU's model name and those of ``ISA_FLAGS`` that it has; none where the system doesn't say."""
+    """The CPU's model name, and its instruction sets of ``ISA_FLAGS``; empty when the system has no /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -88,8 +88,9 @@ def _machine() -> list[Finding]:
 
 
 def cpu_limit(limits: CpuLimits) -> Finding:
-    """What bounds the compute threads. A fractional quota is a note: the last thread is throttled, and all wait for
-    it."""
+    """The limits of the compute threads. A fractional quota is a note: it throttles the last thread, for which all
+    wait.
+    """
     quota = "no quota" if limits.quota is None else f"a control group's quota of {limits.quota:g} CPUs"
     value = f"{limits.affinity} of {limits.machine} CPUs in the affinity mask, {quota}"
     if limits.quota is not None and limits.quota < limits.affinity and limits.quota != int(limits.quota):
@@ -101,8 +102,7 @@ def cpu_limit(limits: CpuLimits) -> Finding:
 
 
 def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
-    """What would make products faster than with ``tables`` (compiled in and usable here, best first) on a CPU with
-    ``sets``."""
+    """Advice for a CPU with the instruction ``sets`` when the native module can use ``tables`` (best first)."""
     if tables[0] == "portable":
         return "AVX2 is missing or was not compiled in: matrix products take several times as long without it"
     if "AMX bf16" in sets and "amx" not in tables:
@@ -115,7 +115,7 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
 
 
 def _native() -> list[Finding]:
-    """The native module, the instruction sets and threads it would use, and the compiler that builds it."""
+    """Findings about the native module: instruction sets, threads and the compiler that builds it."""
     from truffula.config import load_settings
     from truffula.kernels.cpu import instruction_sets, why_unavailable
     from truffula.kernels.host import usable_cpus
@@ -146,7 +146,7 @@ def _native() -> list[Finding]:
 
 
 def _self_check(sets: Sequence[str]) -> list[Finding]:
-    """A finding for each instruction set that computes wrongly here: a compiler or an emulated CPU may be at fault."""
+    """One finding for each instruction set that computes wrong values, because of a compiler or an emulated CPU."""
     from truffula.testing.self_check import difference
 
     wrong = [(isa, found) for isa in sets if (found := difference(isa))]
@@ -198,7 +198,7 @@ def _backends() -> list[Finding]:
 
 
 def _dtypes() -> list[Finding]:
-    """What ``serve`` would compute in, by how a checkpoint is stored, and why; from the function that decides it."""
+    """The compute dtype that ``serve`` would choose for each stored dtype, and why."""
     from truffula.config import load_settings
     from truffula.kernels.select import Precision, choose_dtype, select_backend
 

@@ -1,4 +1,4 @@
-"""Flags and commands of other servers, and what to write in their place: ``foreign_flags.toml``."""
+"""Flags and commands of other servers and their equivalents in truffula, read from ``foreign_flags.toml``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 class ForeignFlag:
     """One flag of other servers.
 
-    ``ours`` is what to write instead. It is empty where there is no such option; then ``note`` says why. Beside
-    ``ours``, ``note`` is a sentence that explains it, or empty.
+    ``equivalent`` is truffula's option. It is empty when there is none; ``note`` then says why. With an equivalent,
+    ``note`` is a sentence that explains it, or empty.
     """
 
     flag: str
     servers: tuple[str, ...]
-    ours: str
+    equivalent: str
     note: str = ""
 
     @property
@@ -29,14 +29,15 @@ class ForeignFlag:
         """``--lora-modules is an option of vLLM; in truffula: --adapter NAME=FOLDER (repeat it for several).``"""
         *others, last = self.servers
         owners = f"{', '.join(others)} and {last}" if others else last
-        if not self.ours:
+        if not self.equivalent:
             return f"{self.flag} is an option of {owners}; {self.note}"
-        return f"{self.flag} is an option of {owners}; in truffula: {self.ours}.{' ' if self.note else ''}{self.note}"
+        note = f" {self.note}" if self.note else ""
+        return f"{self.flag} is an option of {owners}; in truffula: {self.equivalent}.{note}"
 
 
 @cache
 def known_flags() -> Mapping[str, ForeignFlag]:
-    """By flag, as the other server spells it."""
+    """The table of flags, by flag."""
     return {
         flag: ForeignFlag(flag, tuple(row["servers"]), row.get("use", ""), row.get("note", ""))
         for row in _tables()["flags"]
@@ -45,19 +46,19 @@ def known_flags() -> Mapping[str, ForeignFlag]:
 
 
 def known_commands() -> Mapping[str, str]:
-    """By command: the whole answer."""
+    """The table of commands: command → error message."""
     commands: Mapping[str, str] = _tables()["commands"]
     return commands
 
 
 @cache
 def _tables() -> Mapping[str, Any]:
-    """Read when a command line has a flag or a command that is not truffula's."""
+    """The content of ``foreign_flags.toml``. Read only for a flag or a command that is not truffula's."""
     return tomllib.loads(Path(__file__).with_name("foreign_flags.toml").read_text(encoding="utf-8"))
 
 
 def foreign_flags(words: Iterable[str], own: Mapping[str, bool]) -> list[ForeignFlag]:
-    """Those of a command line's ``words`` that are another server's flags and none of the command's own.
+    """The flags among ``words`` that are another server's and not the command's own.
 
     Args:
         words: The arguments after the command's name.

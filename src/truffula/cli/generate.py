@@ -1,4 +1,4 @@
-"""``truffula generate``: answers to one prompt or to a file of prompts, and nothing else on stdout."""
+"""``truffula generate``: answers one prompt or a file of prompts; stdout holds only the answers."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from truffula.types import SamplingParams
 
 
 def is_prompt(only: str | None) -> bool:
-    """Whether the only argument is the prompt: TRUFFULA_MODEL or the configuration file names the model, and the
-    argument is of several words, or standard input is a terminal, so that no prompt comes from there.
+    """Whether the only argument is the prompt and not the model.
+
+    It is when TRUFFULA_MODEL or the configuration file names the model, and the argument has several words or standard
+    input is a terminal.
     """
     named = any(setting.option.name == "model" for setting in load_settings({}))
     return named and only is not None and (len(only.split()) > 1 or sys.stdin.isatty())
 
 
 def read_prompt(prompt: str | None) -> str:
-    """``prompt``, or standard input where it is left out or ``-``. Raises ``ConfigError`` for none."""
+    """``prompt``, or standard input when it is None or ``-``. Raises ``ConfigError`` when it is empty."""
     if prompt is not None and prompt != "-":
         return prompt
     if sys.stdin.isatty():
@@ -39,7 +41,7 @@ def read_prompt(prompt: str | None) -> str:
 
 
 def read_prompts(path: Path, prompt: str | None, url: str | None) -> list[str]:
-    """The lines of ``path`` (``-``: of standard input) that are not empty. Raises ``ConfigError``."""
+    """The non-empty lines of ``path`` (``-``: of standard input). Raises ``ConfigError`` when there are none."""
     if prompt is not None:
         raise ConfigError(f"Both a prompt ({prompt[:40]!r}) and --prompts are given; leave one out.", param="prompts")
     if url is not None:
@@ -61,9 +63,9 @@ def run_batch(
 ) -> None:
     """Answer each of ``texts`` with each of ``adapters``, in order: one JSON object per line of stdout.
 
-    The bar on stderr is left out where the answers scroll through the same terminal.
+    No progress bar is shown when stdout is a terminal.
     """
-    assert isinstance(model, LocalModel), "only --url makes another kind"
+    assert isinstance(model, LocalModel), "--prompts and --url exclude each other"
     raw = _completes(model, raw)
     asked = [(text, adapter) for text in texts for adapter in adapters]
     prompts: list[Prompt] = [text if raw else [{"role": "user", "content": text}] for text, _ in asked]
@@ -84,7 +86,7 @@ def run_batch(
 
 
 def _completes(model: ChatModel, raw: bool) -> bool:
-    """Whether prompts are completed as they are: with ``--raw``, or because there is no chat template."""
+    """Whether prompts are completed without a chat template: with ``--raw``, or when the model has none."""
     if not raw and not model.has_chat_template:
         note(f"{model.name} has no chat template: the prompt is completed as it is, as with --raw.")
     return raw or not model.has_chat_template
@@ -93,7 +95,9 @@ def _completes(model: ChatModel, raw: bool) -> bool:
 def run_generate(
     model: ChatModel, text: str, adapters: list[str | None], params: SamplingParams, *, raw: bool, as_json: bool
 ) -> None:
-    """Answer ``text`` with each of ``adapters`` (None: the base) and print the answers as they grow, or as JSON."""
+    """Answer ``text`` with each of ``adapters`` (None: the base) and print the answers as they are generated, or as
+    JSON.
+    """
     deltas = model.stream(text if _completes(model, raw) else [{"role": "user", "content": text}], adapters, params)
     titles = [name or "base" for name in adapters]
     if not as_json:

@@ -1,5 +1,7 @@
-"""How commands parse and explain themselves: help in plain lines that fit the terminal, flags of other servers are
-errors that name truffula's."""
+"""Parsing and help of the commands.
+
+Help is plain text that fits the terminal. A flag of another server is an error that names truffula's equivalent.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +17,26 @@ from typer.core import TyperCommand, TyperGroup
 from truffula.cli.foreign_flags import foreign_flags, known_commands
 from truffula.errors import did_you_mean, nearest
 
-# Newer versions of typer contain click, older ones depend on it: the base of typer's class is the one in use.
+# Newer versions of typer contain click, older ones depend on it, so click's classes are found through typer's.
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 ClickException: type[Exception] = UsageError.__bases__[0]
 
 HELP_NAMES = {"help_option_names": ["-h", "--help"]}
 NARROWEST, WIDEST = 40, 100
-"""Columns that help is wrapped to, whatever the terminal has."""
+"""Bounds of the width of help, in columns."""
 COLUMN = 28
-"""Where the explanations begin."""
+"""The column of the descriptions."""
 GLUE = "\u00a0"
-"""A space at which help text is not broken."""
+"""A no-break space for help text."""
 PLACEHOLDERS = {str: "TEXT", int: "N", float: "NUMBER"}
-"""What stands for a value whose option has no metavar, by the type of its default."""
+"""Placeholders for options without a metavar, by the type of the default."""
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class App(typer.Typer):
-    """A typer application whose commands and groups are those of this file."""
+    """A typer application with ``Command`` and ``Group`` as its classes."""
 
     def __init__(self, **settings: Any) -> None:
         settings = {"cls": Group, "context_settings": HELP_NAMES, "rich_markup_mode": None, **settings}
@@ -46,7 +48,7 @@ class App(typer.Typer):
 
 
 class Command(TyperCommand):
-    """One command. A flag that is another server's is refused with the name of ours."""
+    """One command. A flag of another server is an error that names truffula's equivalent."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options: list[Any] = [param for param in self.params if _is_option(param)]
@@ -62,14 +64,14 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """Commands of one name. Without a command it prints its help."""
+    """A group of commands. Without a command it prints its help."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help())
             ctx.exit()
         own = {name for param in self.params if _is_option(param) for name in _names(param)}
-        if args and args[0] not in own and not ctx.resilient_parsing:  # a launcher that has no commands: --model-id
+        if args and args[0] not in own and not ctx.resilient_parsing:  # the command line of a server without commands
             common = dict.fromkeys(HELP_NAMES["help_option_names"], False)
             if foreign_flags(args[:1], common):
                 raise UsageError(" ".join(flag.message for flag in foreign_flags(args, common)), ctx)
@@ -88,7 +90,7 @@ class Group(TyperGroup):
 
 
 def usage_message(error: Any) -> str:
-    """A usage error in one paragraph, with the command whose help to read."""
+    """A usage error in one paragraph, with a reference to the command's help."""
     context = getattr(error, "ctx", None)
     unknown = getattr(error, "option_name", None) if hasattr(error, "possibilities") else None
     if unknown is not None and context is not None:
@@ -112,9 +114,9 @@ def _command_help(command: Command, ctx: Any) -> Iterator[str]:
         yield ""
         yield from _wrapped(paragraph, width)
     if arguments:
-        yield from _section("Arguments", ((_placeholder(a), _explained(a)) for a in arguments), width)
+        yield from _section("Arguments", ((_placeholder(a), _description(a)) for a in arguments), width)
     for title, options in _by_panel(command, ctx).items():
-        yield from _section(title, ((_spelled(o), _explained(o)) for o in options), width)
+        yield from _section(title, ((_names_and_placeholder(o), _description(o)) for o in options), width)
     if command.epilog:
         yield ""
         yield from _wrapped(command.epilog, width)
@@ -133,7 +135,7 @@ def _group_help(group: Group, ctx: Any) -> Iterator[str]:
     for title, rows in panels.items():
         yield from _section(title, rows, width, column=14)
     for title, options in _by_panel(group, ctx).items():
-        yield from _section(title, ((_spelled(o), _explained(o)) for o in options), width)
+        yield from _section(title, ((_names_and_placeholder(o), _description(o)) for o in options), width)
     yield ""
     yield f"`{ctx.command_path} COMMAND --help` shows the options of a command."
 
@@ -144,24 +146,24 @@ def _first_sentence(command: Any) -> str:
 
 
 def _by_panel(command: Any, ctx: Any) -> dict[str, list[Any]]:
-    """The visible options by the title of their section: the command's own first, help last among them."""
+    """The visible options by the title of their section, the command's own options first."""
     panels: dict[str, list[Any]] = {"Options": []}
     for option in command.get_params(ctx):
         if _is_option(option) and not option.hidden:
             panels.setdefault(_panel(option, "Options"), []).append(option)
-    if len(panels["Options"]) == 1:  # --help alone: it goes last
+    if len(panels["Options"]) == 1:  # only --help: show it last
         panels["Options"] = panels.pop("Options")
     return {title: options for title, options in panels.items() if options}
 
 
 def _panel(shown: Any, otherwise: str) -> str:
-    """The section that a command or an option was given; typer has a placeholder where it was given none."""
+    """The section of a command or an option; typer stores a placeholder when none was given."""
     panel = getattr(shown, "rich_help_panel", None)
     return panel if isinstance(panel, str) else otherwise
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]], width: int, column: int = COLUMN) -> Iterator[str]:
-    """A heading, then each row's left part with its explanation beside it, or below where the left part is long."""
+    """A heading and its rows: the name and, in the next column or below a long name, its description."""
     yield ""
     yield f"{title}:"
     for left, text in rows:
@@ -179,7 +181,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _joined(text: str) -> str:
-    """``text`` on one line; ``GLUE`` stays."""
+    """``text`` on one line, with its ``GLUE``."""
     return re.sub(r"[ \n]+", " ", text).strip()
 
 
@@ -204,14 +206,14 @@ def _placeholder(param: Any) -> str:
     return PLACEHOLDERS.get(type(param.default), "VALUE")
 
 
-def _spelled(option: Any) -> str:
+def _names_and_placeholder(option: Any) -> str:
     """``-a, --adapter NAME=FOLDER``, short names first."""
     names = ", ".join(sorted(_names(option), key=lambda name: (name.startswith("--"), name.startswith("--no-"))))
     return names if option.is_flag else f"{names} {_placeholder(option)}"
 
 
-def _explained(param: Any) -> str:
-    """What a parameter is for, with its default where it has one."""
+def _description(param: Any) -> str:
+    """The help of a parameter, with its default."""
     text = _joined(param.help or "")
     default = param.default
     if param.show_default is not False and isinstance(default, str | int | float) and not isinstance(default, bool):
@@ -220,7 +222,7 @@ def _explained(param: Any) -> str:
 
 
 def help_of(ctx: Any, words: list[str]) -> str:
-    """The help of the command that ``words`` lead to, from the root of ``ctx``; none is the root's.
+    """The help of the command that ``words`` name, starting at the root of ``ctx``.
 
     Raises ``UsageError`` for a command that does not exist.
     """

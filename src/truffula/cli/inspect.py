@@ -1,5 +1,6 @@
-"""``truffula inspect``: what would be loaded and how, from metadata alone; with
-``--quantize``, what rounding would lose."""
+"""``truffula inspect``: how a model or an adapter would be loaded, from its metadata; with ``--quantize``, the rounding
+error of the weights.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 
 from truffula.cli.output import out, progress, table, warn
 from truffula.config import OPTIONS, format_size
-from truffula.errors import CheckpointError, ConfigError, from_info
+from truffula.errors import CheckpointError, ConfigError, TruffulaError
 from truffula.option import expanded
 
 if TYPE_CHECKING:
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A model's or an adapter's files, downloaded where they were not on this machine."""
+    """The files of a model or an adapter, downloaded if necessary."""
 
     path: Path
     is_adapter: bool
 
 
 def run_inspect(source: str, base: str | None, quantize: str | None, *, as_json: bool) -> None:
-    """Raises ``ConfigError`` for a ``quantize`` that is not served, or beside an adapter."""
+    """Print the report. Raises ``ConfigError`` for an invalid ``quantize``, or one for an adapter."""
     if quantize is not None:
         quantize = OPTIONS["quantize"].parse(quantize, "--quantize")
     found = _resolve(source)
@@ -58,7 +59,7 @@ def _resolve(source: str) -> Source:
 
 
 def _is_adapter(path: Path) -> bool:
-    """Whether ``path`` was meant as an adapter, complete or not."""
+    """Whether ``path`` is an adapter, complete or not."""
     from truffula.lora.foreign import looks_like_adapter, subfolders_with_adapters
 
     if not path.is_dir() or (path / "config.json").is_file():
@@ -75,7 +76,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     checkpoint = open_checkpoint(path)
     try:
         plan = plan_model(checkpoint)
-        fates = read_config(checkpoint.config).fates
+        uses = read_config(checkpoint.config).key_uses
         kinds: dict[str, list[int]] = {}
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)
@@ -86,7 +87,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         checkpoint.close()
     if as_json:
         stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
-        keys = [{"key": f.key, "value": f.value, "fate": f.fate} for f in fates]
+        keys = [{"key": f.key, "value": f.value, "fate": f.use} for f in uses]
         report = {**facts, "end_tokens": [{"id": end.id, "text": end.text, "source": end.source} for end in ends]}
         report |= {"stored": stored, "config": keys, "unused": plan.unused, "warnings": warnings}
         out().print_json(json.dumps(report | ({"rounding": rounding} if rounding else {})))
@@ -105,8 +106,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     console.print(stored_table)
     source = "metadata" if checkpoint.format == "gguf" else "config.json"
     config_table = table("key", "value", "what happens", title=f"\n{source}")
-    for fate in fates:
-        config_table.add_row(escape(fate.key), escape(fate.value), escape(fate.fate))
+    for use in uses:
+        config_table.add_row(escape(use.key), escape(use.value), escape(use.use))
     console.print(config_table)
     if plan.unused:
         more = f" and {len(plan.unused) - 10} more" if len(plan.unused) > 10 else ""
@@ -118,7 +119,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
 
 
 def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
-    """The tokens that end a completion, and all warnings: of the weights and of the text files."""
+    """The end tokens, and the warnings about weights and text files."""
     from truffula.service.files import load_texts, without_tokenizer
     from truffula.text.chat_template import ChatTemplates
     from truffula.text.ends import EndTokens
@@ -137,14 +138,14 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
 
 
 def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
-    """What ``--quantize q8_0`` would lose, by the name of a layer's linear (``q``, ``down``) and in all."""
+    """The rounding error of ``--quantize q8_0``, per linear of a layer (``q``, ``down``) and in all."""
     from truffula.kernels.cpu import CpuBackend
     from truffula.kernels.host import usable_cpus
-    from truffula.model.load import puller
+    from truffula.model.load import WeightReader
 
     backend = CpuBackend(usable_cpus(), quantize="q8_0")
     with progress() as report:
-        pull = puller(checkpoint, plan, progress=report, block_kinds=backend.block_kinds)
+        pull = WeightReader(checkpoint, plan, progress=report, block_kinds=backend.block_kinds)
         found = backend.rounding(plan.program, pull)
     kinds: dict[str, list[str]] = {}
     for name in found.sums:
@@ -176,7 +177,7 @@ def _show_rounding(rounding: dict[str, Any]) -> None:
         console.print(f"{rounding['kept']} matrices are not rounded")
 
 
-# What the screen calls facts whose name in --json, without "_bytes" and underscores, does not say enough.
+# Labels of facts whose JSON key, without "_bytes" and underscores, is not clear enough.
 LABELS = MappingProxyType(
     {
         "format": "file format",
@@ -193,7 +194,7 @@ LABELS = MappingProxyType(
 
 
 def int8_products(plan: ModelPlan) -> str:
-    """Which weights the cpu backend multiplies with activations rounded to int8, unless it is told otherwise."""
+    """The weights that the cpu backend multiplies in int8 by default."""
     from truffula.kernels.cpu.formats import BLOCK_KINDS
 
     formats = sorted(set(plan.stored_types.values()) & BLOCK_KINDS.keys())
@@ -201,7 +202,7 @@ def int8_products(plan: ModelPlan) -> str:
 
 
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
-    """The head of the report; numbers of bytes end in ``_bytes``."""
+    """The facts of the report by JSON key; byte counts end in ``_bytes``."""
     spec, program = plan.spec, plan.program
     # Bytes per token in bfloat16; layers with a window keep that many tokens.
     per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in program.kv_groups}
@@ -243,11 +244,11 @@ def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
     else:
         _show_adapter(report, path, base)
     if report.error is not None:
-        raise from_info(report.error)
+        raise TruffulaError.from_info(report.error)
 
 
 def _show_adapter(report: AdapterReport, path: Path, base: str | None) -> None:
-    """What happens with each field; then, of an adapter that is not refused, its size and what was compared."""
+    """Print how each field is handled; then, for a supported adapter, its size and the checks that were made."""
     shown = table("field", "value", "what happens", "why", title=str(path))
     words = {"refuse": "[red]refused[/]", "serve": "[green]served[/]", "check": "[dim]checked[/]"}
     order = list(words)

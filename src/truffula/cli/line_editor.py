@@ -1,4 +1,4 @@
-"""Reads what a user types: with line editing, history and completion on a terminal, line by line from a pipe."""
+"""Reads user input: with line editing, history and completion from a terminal, line by line from a pipe."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
 def read_text(read: Callable[[], str]) -> str:
-    """What ``read`` takes from standard input. Raises ``ConfigError`` for bytes that are not UTF-8."""
+    """The text that ``read`` returns from standard input. Raises ``ConfigError`` when it is not UTF-8."""
     try:
         text = read()
-        text.encode()  # in some locales Python passes such bytes on as lone surrogates
+        text.encode()  # in some locales Python decodes invalid bytes to lone surrogates
     except UnicodeError as error:
         raise ConfigError(f"Standard input is not UTF-8 text: {error}.", param="prompt") from error
     return text
 
 
 class LineEditor:
-    """``read`` returns one line at a time.
+    """Reads one line at a time.
 
     Args:
-        history: A file of earlier lines, one JSON string each, which only its owner can read; None keeps none.
-        complete: What may follow: (the line up to the cursor, the word at the cursor) → whole words.
+        history: A file of earlier lines, one JSON string each, readable by its owner only; None: no history.
+        complete: Returns completions: (the line up to the cursor, the word at the cursor) → words.
+        warn: Called with the error when the history cannot be read or written; it is not used from then on.
 
-    Where Python has no ``readline`` lines are read without editing. A history that can't be read or written is said
-    once by ``problem`` and does without.
+    Without Python's ``readline`` module, lines are read without editing.
     """
 
     def __init__(
         self,
         history: Path | None,
         complete: Callable[[str, str], list[str]],
-        problem: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.interactive = sys.stdin.isatty()
-        self._edits = self.interactive and sys.stdout.isatty()
+        self._edit = self.interactive and sys.stdout.isatty()
         self._history = history
-        self._problem = problem
+        self._warn = warn
         self._complete = complete
-        self._found: list[str] = []
-        self._readline = _readline() if self._edits else None
+        self._completions: list[str] = []
+        self._readline = _readline() if self._edit else None
         if self._readline is not None:
             self._set_up(self._readline)
 
     def read(self, prompt: str) -> str:
         """The next line, without its end. Raises ``EOFError``, ``KeyboardInterrupt``, and ``ConfigError`` for bytes
         that are not text."""
-        if self._edits:
+        if self._edit:
             line = read_text(lambda: input(self._shown(prompt)))
-            self._remember(line)
+            self._add_to_history(line)
             return line
         if self.interactive:
             sys.stderr.write(prompt)
@@ -69,7 +69,7 @@ class LineEditor:
         return line.removesuffix("\n")
 
     def _shown(self, prompt: str) -> str:
-        """The prompt in bold; GNU readline must be told which characters take no room, or it misplaces the cursor."""
+        """The prompt in bold, with GNU readline's marks around characters of no width."""
         if self._readline is None or _is_libedit(self._readline):
             return prompt
         return f"\x01{BOLD}\x02{prompt}\x01{PLAIN}\x02"
@@ -82,18 +82,18 @@ class LineEditor:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
-            readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one message
-        for line in self._earlier():
+            readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
+        for line in self._read_history():
             readline.add_history(line)
 
     def _completed(self, word: str, state: int) -> str | None:
         assert self._readline is not None
         if state == 0:
-            self._found = self._complete(self._readline.get_line_buffer()[: self._readline.get_endidx()], word)
-        return self._found[state] if state < len(self._found) else None
+            self._completions = self._complete(self._readline.get_line_buffer()[: self._readline.get_endidx()], word)
+        return self._completions[state] if state < len(self._completions) else None
 
-    def _earlier(self) -> list[str]:
-        """The last lines of the history file; it is shortened when it holds twice as many."""
+    def _read_history(self) -> list[str]:
+        """The last ``MOST_ENTRIES`` lines of the history file, which is truncated when it has twice as many."""
         if self._history is None or not self._history.exists():
             return []
         try:
@@ -103,10 +103,10 @@ class LineEditor:
                 self._write(entries[-MOST_ENTRIES:], os.O_TRUNC)
             return entries[-MOST_ENTRIES:]
         except (OSError, ValueError) as error:
-            self._without_history(error)
+            self._disable_history(error)
             return []
 
-    def _remember(self, line: str) -> None:
+    def _add_to_history(self, line: str) -> None:
         readline = self._readline
         if readline is None or not line.strip():
             return
@@ -120,7 +120,7 @@ class LineEditor:
             self._history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._write([line], os.O_APPEND)
         except OSError as error:
-            self._without_history(error)
+            self._disable_history(error)
 
     def _write(self, lines: list[str], mode: int) -> None:
         assert self._history is not None
@@ -128,8 +128,8 @@ class LineEditor:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.writelines(f"{json.dumps(line)}\n" for line in lines)
 
-    def _without_history(self, error: Exception) -> None:
-        self._problem(f"The history {self._history} cannot be used: {error}")
+    def _disable_history(self, error: Exception) -> None:
+        self._warn(f"The history {self._history} cannot be used: {error}")
         self._history = None
 
 

@@ -15,7 +15,7 @@ from truffula.weights.cache import cached_models
 
 
 def _setting(name: str, given: Any = None) -> Any:
-    """The value of one option: ``given``, or what environment and configuration file say."""
+    """The value of one option: ``given``, or from environment or configuration file."""
     setting = load_setting(name, given)
     require_paths([setting])
     return setting.value
@@ -43,7 +43,7 @@ def run_list(cache_dir: Path | None, *, as_json: bool) -> None:
 
 
 def run_pull(model: str, revision: str | None, cache_dir: Path | None) -> None:
-    """Download ``model`` and print where it is. Raises what ``resolve_source`` raises."""
+    """Download ``model`` and print its path. Raises as ``resolve_source``."""
     from truffula.weights.sources import resolve_source
 
     folder, offline = _setting("cache_dir", cache_dir), _setting("offline")

@@ -1,5 +1,4 @@
-"""Command-line options made from the rows of ``config.py``, so that a flag, a variable and a message can't drift
-apart."""
+"""Command-line options made from the options of ``config.py``."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ TOPICS = (
 )
 """The sections of the help, in order."""
 FIRST = ("host", "port", "adapters", "adapter_dir", "api_keys")
-"""What most users look for, at the head of the first section."""
+"""The most used options, at the top of their section."""
 MODEL_HELP = "A folder, a .gguf file, an alias that `truffula list` shows, or a Hugging Face id."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 ModelOrVariable = Annotated[
@@ -73,7 +72,7 @@ def _annotation(option: Option) -> Any:
 
 
 def place(option: Option) -> tuple[int, int]:
-    """Where an option stands in the help: its topic, then the most used first."""
+    """The sort key of an option in the help: its topic, then the most used first."""
     first = FIRST.index(option.name) if option.name in FIRST else len(FIRST)
     return TOPICS.index(option.topic), first
 
@@ -83,8 +82,8 @@ def with_options(
 ) -> Callable[[Command], Command]:
     """Give a command ``--config`` and the options of ``groups``; it receives them as one dict, its keyword ``options``.
 
-    What a command takes itself (its model argument, say) is left out by name; ``only``, where given, names those that
-    it takes.
+    ``leave_out`` names options to omit, such as one that the command declares itself; ``only``, if given, names the
+    options to include.
     """
     rows = [o for o in OPTIONS.values() if o.group in groups and o.name not in ("model", *leave_out)]
     rows = sorted((o for o in rows if not only or o.name in only), key=place)
@@ -106,7 +105,7 @@ def with_options(
                 *args, **kwargs, options={name: value for name, value in options.items() if value not in (None, [])}
             )
 
-        del run.__wrapped__  # typer must see the made signature, not the original
+        del run.__wrapped__  # typer must use the new signature, not the original
         run.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in (*kept, *made)}
         return run
@@ -115,7 +114,7 @@ def with_options(
 
 
 def resolve(options: dict[str, Any], **more: Any) -> Resolved:
-    """``load_config`` of what the command line gave, with the engine's paths checked; ``serve`` checks the server's."""
+    """``load_config`` of the command line's options, with the engine's paths checked; ``serve`` checks the server's."""
     resolved = load_config({**options, **{name: value for name, value in more.items() if value is not None}})
     require_paths(setting for setting in resolved.settings if setting.option.group == "engine")
     return resolved

@@ -1,4 +1,4 @@
-"""What commands print: one console, errors as one paragraph, bytes for people, progress bars that vanish."""
+"""Output of the commands: consoles, errors, tables and progress bars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from truffula.types import Progress
 
 
-# A model may write escape sequences, which would drive the terminal; line feeds and tabs are text.
+# Model output may contain escape sequences, which control the terminal. Line feeds and tabs are kept.
 CONTROL = MappingProxyType(
     {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
     | {chr(code): "\ufffd" for code in range(0x7F, 0xA0)}
@@ -32,40 +32,40 @@ CONTROL = MappingProxyType(
 
 
 def out() -> Console:
-    """Where answers go. Colour only on a terminal; plain text keeps long lines whole so that it can be piped."""
+    """The console for answers, on stdout. Colour and line breaks only on a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
 
 
 def err() -> Console:
-    """Where progress and errors go. A terminal breaks long lines between words; elsewhere a message is one line."""
+    """The console for progress and errors, on stderr. Line breaks within a message only on a terminal."""
     console = Console(stderr=True, highlight=False)
     return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def fail(error: TruffulaError) -> None:
-    """One paragraph: what happened and the way out, with the stable code."""
+    """Print an error with its code, as one paragraph."""
     err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
 
 
 def fail_usage(text: str) -> None:
-    """One paragraph for a command line that cannot be parsed."""
+    """Print an error about the command line, as one paragraph."""
     err().print(f"[bold red]error[/] [dim](usage)[/] {escape(text)}")
 
 
 def note(text: str) -> None:
-    """A line beside the answers: on stderr, so that what is piped holds answers alone."""
+    """Print a line on stderr, so that stdout holds only the answers."""
     err().print(f"[dim]{escape(text)}[/]", emoji=False)
 
 
 def write(text: str) -> None:
-    """A piece of an answer to stdout, exactly; on a terminal, control characters of the model's are made visible."""
+    """Write a part of an answer to stdout, unchanged; on a terminal, control characters are made visible."""
     sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def visible(text: str) -> str:
-    """``text`` with a sign for each control character other than line feed and tab."""
+    """``text`` with a visible symbol for each control character except line feed and tab."""
     return "".join(CONTROL.get(ch, ch) for ch in text)
 
 
@@ -74,7 +74,7 @@ def warn(text: str) -> None:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """The one look of our tables: no boxes, room between columns; numbers are right-aligned by a leading '>'."""
+    """A table without boxes; a leading '>' in a column's name right-aligns it."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for column in columns:
         right = column.startswith(">")
@@ -83,7 +83,7 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 
 def print_table(console: Console, shown: Table) -> None:
-    """``shown`` on the console; in a pipe without the spaces that fill the last column."""
+    """Print ``shown``; in a pipe, without trailing spaces."""
     if console.is_terminal:
         console.print(shown)
         return
@@ -95,8 +95,8 @@ def print_table(console: Console, shown: Table) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A callback ``(what, done, total)`` in bytes. On a terminal a bar with bytes and time; else a line with the size
-    when a stage begins, and one with the time when it is done.
+    """A callback ``(stage, done, total)``, in bytes. It shows a bar on a terminal, otherwise a line with the size when
+    a stage begins and a line with the time when it is done.
     """
     console = err()
     if not console.is_terminal:
@@ -107,7 +107,7 @@ def progress() -> Iterator[Progress]:
 
         def report(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
-                for task in bars.tasks:  # of stages that are over: one without an end would seem to go on
+                for task in bars.tasks:  # of earlier stages: a bar without a total looks as if it were still running
                     bars.update(task.id, visible=task.finished)
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
@@ -116,7 +116,7 @@ def progress() -> Iterator[Progress]:
 
 
 def _bars(console: Console) -> Bars:
-    """Bars that vanish at the end. A stage whose size is not known has a name and a time, and no bar."""
+    """Progress bars that are removed at the end. A stage of unknown size shows its name and time, without a bar."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,

@@ -1,4 +1,4 @@
-"""``truffula ps``: what a running server serves."""
+"""``truffula ps``: the state of a running server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def run_ps(server: ServerClient, *, as_json: bool) -> None:
-    """Print the model, the adapters and the load of ``server``. Raises what its calls raise."""
+    """Print the model, the adapters and the load of ``server``. Raises as ``ServerClient.call``."""
     found = _state(server)
     if as_json:
         out().print_json(json.dumps(found))
@@ -33,7 +33,7 @@ def run_ps(server: ServerClient, *, as_json: bool) -> None:
 
 
 def _state(server: ServerClient) -> dict[str, Any]:
-    """The server's state, of its three routes for it."""
+    """The state of the server, from /info, /v1/models and /metrics."""
     from prometheus_client.parser import text_string_to_metric_families
 
     info, models, metrics = server.call("GET", "/info"), server.models(), server.text("/metrics")

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from truffula.config import load_setting
-from truffula.errors import ConfigError, ErrorInfo, TruffulaError, from_info
+from truffula.errors import ConfigError, ErrorInfo, TruffulaError
 
 if TYPE_CHECKING:
     import httpx
@@ -18,7 +18,7 @@ CONNECT_S, ANSWER_S = 10.0, 600.0
 
 
 def server_address(url: str | None, port: int | None) -> str:
-    """The base URL that ``--url`` or ``--port`` names; else this machine at the port that ``serve`` would take.
+    """The base URL of ``--url`` or ``--port``; else this machine, at the port that ``serve`` would use.
 
     A missing ``http://`` is added, and OpenAI's ``/v1`` at the end is dropped. Raises ``ConfigError`` when both are
     given.
@@ -34,8 +34,8 @@ def server_address(url: str | None, port: int | None) -> str:
 class ServerClient:
     """Sends JSON to the server at ``url``. A context manager.
 
-    ``api_key`` None takes the first of ``TRUFFULA_API_KEYS``. Every call raises ``TruffulaError``: the server's own
-    code and message where it refuses, ``ConfigError`` where no server answers.
+    With ``api_key`` None, the first of ``TRUFFULA_API_KEYS`` is sent. Every call raises ``TruffulaError``: the server's
+    error with its code and message, or ``ConfigError`` when no server responds.
     """
 
     def __init__(self, url: str, api_key: str | None = None) -> None:
@@ -58,7 +58,7 @@ class ServerClient:
         self._http.close()
 
     def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The JSON that ``path`` answers with."""
+        """The JSON response of ``path``."""
         answer = self._answer(method, path, body)
         try:
             return answer.json()
@@ -66,18 +66,18 @@ class ServerClient:
             raise self.not_truffula(path) from error
 
     def text(self, path: str) -> str:
-        """The text that ``path`` answers with."""
+        """The text response of ``path``."""
         return self._answer("GET", path, None).text
 
     def _answer(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         with self._named_errors():
             answer = self._http.request(method, path, json=body)
         if answer.status_code >= 400:
-            raise self._refusal(answer)
+            raise self._error(answer)
         return answer
 
     def models(self) -> list[dict[str, Any]]:
-        """What ``/v1/models`` lists: the base, and the adapters, which have a ``parent``."""
+        """The list of ``/v1/models``: the base model, and the adapters, which have a ``parent``."""
         found = self.call("GET", "/v1/models")
         rows = found.get("data") if isinstance(found, dict) else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
@@ -85,15 +85,15 @@ class ServerClient:
         return rows
 
     def not_truffula(self, path: str) -> ConfigError:
-        """The error for an answer that no truffula server gives."""
+        """The error for a response that is not a truffula server's."""
         return ConfigError(f"The answer of {self.url}{path} is not a truffula server's: check --url.", param="url")
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The frames of a streamed answer, as they arrive. Closing the iterator ends it on the server."""
+        """The events of a streamed response. Closing the iterator aborts it on the server."""
         with self._named_errors(), self._http.stream("POST", path, json={**body, "stream": True}) as answer:
             if answer.status_code >= 400:
                 answer.read()
-                raise self._refusal(answer)
+                raise self._error(answer)
             for data in _event_data(answer.iter_bytes()):
                 if data == "[DONE]":
                     return
@@ -102,7 +102,7 @@ class ServerClient:
                 except ValueError as error:
                     raise self.not_truffula(path) from error
                 if "error" in frame:
-                    raise _as_error(frame, answer.status_code, data)
+                    raise _parse_error(frame, answer.status_code, data)
                 yield frame
         raise TruffulaError(f"The server at {self.url} ended its answer early.")
 
@@ -125,22 +125,22 @@ class ServerClient:
                 f"The server at {self.url} did not respond ({type(error).__name__}: {error}).", param="url"
             ) from error
 
-    def _refusal(self, answer: httpx.Response) -> TruffulaError:
-        """The server's error; one about API keys names the options that give a key."""
+    def _error(self, answer: httpx.Response) -> TruffulaError:
+        """The error of a response; an error about API keys names the options that set a key."""
         try:
             body = answer.json()
         except ValueError:
             body = None
-        error = _as_error(body, answer.status_code, answer.text)
+        error = _parse_error(body, answer.status_code, answer.text)
         if answer.status_code == 401:
             what = "rejects this API key" if self._has_key else "requires an API key"
             message = f"The server at {self.url} {what}: pass a valid one with --api-key, or set TRUFFULA_API_KEYS."
-            return from_info(ErrorInfo(code=error.code, message=message, param="api_key"))
+            return TruffulaError.from_info(ErrorInfo(code=error.code, message=message, param="api_key"))
         return error
 
 
 def _event_data(chunks: Iterator[bytes]) -> Iterator[str]:
-    """The data of server-sent events. Lines end with a line feed only: text may hold other separators unescaped."""
+    """The data of server-sent events. Only a line feed ends a line: text may contain other separators unescaped."""
     rest = b""
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
@@ -149,8 +149,8 @@ def _event_data(chunks: Iterator[bytes]) -> Iterator[str]:
                 yield line.removeprefix(b"data:").decode().strip()
 
 
-def _as_error(body: Any, status: int, text: str) -> TruffulaError:
-    """The error in a server's answer, in OpenAI's form, in LoRAX's and TGI's, or in FastAPI's."""
+def _parse_error(body: Any, status: int, text: str) -> TruffulaError:
+    """The error in a response, in the format of OpenAI, of LoRAX and TGI, or of FastAPI."""
     found = body.get("error", body) if isinstance(body, dict) else None
     if isinstance(found, dict) and ("message" in found or "detail" in found):
         message, code = found.get("message", found.get("detail")), found.get("code")
@@ -159,7 +159,7 @@ def _as_error(body: Any, status: int, text: str) -> TruffulaError:
         message, code, param = found, body.get("error_type"), None
     else:
         message, code, param = f"The server answered {status}: {text[:300]}", None, None
-    return from_info(
+    return TruffulaError.from_info(
         ErrorInfo(
             code=code if isinstance(code, str) else f"http_{status}",
             message=str(message),

@@ -1,4 +1,5 @@
-"""Several answers from one batch: side by side in a terminal, one after the other in a pipe; a single one as it is."""
+"""Prints the answers of one batch: side by side on a terminal, one after the other in a pipe; a single one unchanged.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from truffula.cli.output import out, visible, write
-from truffula.errors import from_info
+from truffula.errors import TruffulaError
 from truffula.types import TextDelta
 
 COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
@@ -18,7 +19,7 @@ COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 @dataclass
 class Answer:
-    """The text of one answer so far, under its title. ``finish_reason`` is None while it grows."""
+    """The text of one answer so far. ``finish_reason`` is None until it ends."""
 
     title: str
     text: str = ""
@@ -26,18 +27,18 @@ class Answer:
     finish_reason: str | None = None
 
     def add(self, delta: TextDelta) -> None:
-        """Append a piece. Raises the ``TruffulaError`` that it carries."""
+        """Append a delta. Raises the ``TruffulaError`` of its ``error``."""
         if delta.error is not None:
-            raise from_info(delta.error)
+            raise TruffulaError.from_info(delta.error)
         self.text += delta.text
         self.tokens += len(delta.tokens)
         self.finish_reason = delta.finish_reason or self.finish_reason
 
 
 def show(titles: Sequence[str], deltas: Iterable[tuple[int, TextDelta]], *, per_row: int = 3) -> list[Answer]:
-    """Print the answers while they grow; returns them. ``deltas`` yields (position of the title, delta).
+    """Print the answers as they are generated, and return them. ``deltas`` yields (index of the title, delta).
 
-    A single answer is printed exactly and without its title; it ends with a line feed in any case.
+    A single answer is printed unchanged and without its title, and always ends with a line feed.
     """
     answers = [Answer(title) for title in titles]
     if len(answers) == 1:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class VerifyFailed(TruffulaError):
-    """The model as it is served differs from the reference."""
+    """The served model differs from the reference."""
 
     code = "verify_failed"
 
@@ -68,7 +68,7 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
 
 
 def require_adapter(folder: Path) -> None:
-    """Raise ``AdapterNotFound`` where ``folder`` holds no adapter, before the base is compared for a minute."""
+    """Raise ``AdapterNotFound`` when ``folder`` holds no adapter, before the base is compared, which takes a minute."""
     if not folder.is_dir():
         raise AdapterNotFound(f"--adapter is {str(folder)!r}; there is no such folder.", param="adapter")
     if (lacking := describe_folder(folder)) is not None:
@@ -108,8 +108,8 @@ def _show(result: ServingReport) -> None:
 
 
 def _conclude(result: ServingReport) -> None:
-    theirs = "transformers and peft" if result.values.adapter else "transformers"
-    text = f"the same as {theirs} in {result.values.dtype}"
+    reference = "transformers and peft" if result.values.adapter else "transformers"
+    text = f"the same as {reference} in {result.values.dtype}"
     if result.served is not None:
         text += f"; as served ({result.served.arithmetic}) within its limit"
     out().print(f"\n[green]ok[/]: {text}")

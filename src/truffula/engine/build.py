@@ -29,7 +29,7 @@ from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
 from truffula.lora.tables import base_tables
 from truffula.lora.worker import LoadLimits
-from truffula.model.load import ModelPlan, plan_model, puller
+from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
@@ -146,7 +146,7 @@ def build_engine(
             precision=Precision(config.quantize, config.exact),
         )  # fmt: skip
         settings = find_settings(config, path, plan, backend)
-        pull = puller(
+        pull = WeightReader(
             checkpoint,
             plan,
             progress=lambda _, done, total: tell("loading weights", done, total),

@@ -42,7 +42,6 @@ from truffula.errors import (
     ShuttingDown,
     TruffulaError,
     WireError,
-    from_info,
 )
 from truffula.frames import Disconnected, Frame
 from truffula.logs import LogSettings
@@ -381,7 +380,7 @@ class ProcessClient:
                     return None
                 for frame in frames:
                     if isinstance(frame, wire.Died):
-                        return from_info(frame.error)
+                        return TruffulaError.from_info(frame.error)
                     self._handle(process, frame)
             hang = process.hang(time.monotonic())
             if hang is not None:
@@ -397,7 +396,7 @@ class ProcessClient:
             case wire.Stats(stats, step_since):
                 process.stats, process.step_since = stats, step_since
             case wire.AdapterReply(ticket, states, error):
-                self._commands.answer(ticket, states, None if error is None else from_info(error))
+                self._commands.answer(ticket, states, None if error is None else TruffulaError.from_info(error))
             case wire.Starting(stage, done, total):
                 if process.on_progress(frame) and self._progress is not None:
                     self._progress(stage, done, total)

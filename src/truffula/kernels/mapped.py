@@ -1,4 +1,4 @@
-"""Pages of mapped files."""
+"""Releasing the pages of mapped files."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 
-def release(array: Array) -> None:
-    """Give back the page-cache pages behind a mapped array that has been converted; they are read again if touched."""
+def release_pages(array: Array) -> None:
+    """Drop the pages of a mapped array from this process, such as one that has been converted; reading it maps them
+    again. Does nothing for an array that is not a view of a mapped file.
+    """
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base

@@ -12,7 +12,7 @@ from truffula.lora.extra_files import MAX_BYTES, READ
 from truffula.lora.fields import MAX_CONFIG_BYTES
 from truffula.lora.foreign import describe_names, latest_first
 from truffula.lora.paths import CONFIG, TENSORS
-from truffula.weights.hub import HubFailure, explain
+from truffula.weights.hub import HubError, explain
 
 
 def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline: bool, max_file_bytes: int) -> Path:
@@ -52,7 +52,7 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
     return paths[0].parent
 
 
-def _refusal(repo: str, revision: str | None, failure: HubFailure) -> TruffulaError:
+def _refusal(repo: str, revision: str | None, failure: HubError) -> TruffulaError:
     """The error for a client: nothing of the library's own message, which may hold a request's URL and ids."""
     at = "" if revision is None else f" (revision {revision})"
     text = f"The adapter {repo}{at} cannot be downloaded from the Hub: {failure.text}."

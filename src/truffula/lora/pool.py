@@ -29,7 +29,6 @@ from truffula.errors import (
     InsufficientMemory,
     ShuttingDown,
     TruffulaError,
-    from_info,
 )
 from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations, Place, Slots, place_of
 from truffula.lora.generations import AdapterLease as AdapterLease
@@ -326,7 +325,7 @@ class AdapterPool:
         if key in self._loads:
             return None
         if key in self._failures and self._alias_of(key) is None:
-            raise from_info(self._failures[key].error)
+            raise TruffulaError.from_info(self._failures[key].error)
         alias = self._aliases.get(key[0])
         if alias is None:
             raise AdapterNotFound(f"Adapter {ref.name!r} was unloaded while it was loading.", param="adapter")
@@ -377,7 +376,7 @@ class AdapterPool:
     def _map(self, response: LoadResponse, now: float) -> Generation:
         """Map a laid-out image, or join the generation of equal bytes; its file is unlinked in any case."""
         if response.error is not None or response.image_path is None:
-            raise from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
+            raise TruffulaError.from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
         try:
             known = self._generations.get(response.generation)
             if known is not None:

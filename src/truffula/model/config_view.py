@@ -1,8 +1,8 @@
-"""Read a config.json key by key, and account for every key of it.
+"""Reads a config.json key by key, and checks the keys that were not read.
 
-Three rules. A value that is absent is transformers' class default, from a generated table. A value of the wrong kind is
-refused with its key. When all is read, a key that transformers' class knows and no reader here read is refused unless
-it holds the class default or is on the inert list; a key that class does not know is a warning.
+Three rules. A missing value is the default of transformers' class, from a generated table. A value of the wrong type is
+an error that names its key. When all is read, a remaining key that transformers' class knows is an error unless it has
+the class default or is on the inert list; a key that the class does not know is a warning.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from truffula.errors import UnsupportedModel
 
 T = TypeVar("T")
 
-# Known to transformers' classes and without effect on what a model computes when it generates.
+# Keys of transformers' classes without effect on generation.
 INERT = frozenset(
     {
         # training
@@ -27,7 +27,7 @@ INERT = frozenset(
         "initializer_range",
         "pretraining_tp",
         "problem_type",
-        # bookkeeping of the library, the file and the shape of its Python results
+        # metadata of the library and the file, and the form of its Python results
         "_attn_implementation_autoset",
         "_commit_hash",
         "_name_or_path",
@@ -46,17 +46,17 @@ INERT = frozenset(
         "return_dict",
         "transformers_version",
         "use_cache",
-        # the files say what is stored; padding is no part of our batches
+        # dtypes are read from the files; batches have no padding
         "dtype",
         "pad_token_id",
         "torch_dtype",
     }
 )
 
-# Read by others: model/read.py, weights/tying.py, the special ids of model/load.py.
+# Read by model/read.py, weights/tying.py and model/load.py (special ids).
 READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
 
-# Written by transformers 4 for every model, gone from 5, never of consequence to a decoder: no warning for them.
+# Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
     {
         "add_cross_attention",
@@ -80,7 +80,7 @@ OLD_BOOKKEEPING = frozenset(
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """What transformers' configuration class of one model type knows: its fields' defaults and its older spellings."""
+    """The fields of transformers' configuration class of one model type, with their defaults and older names."""
 
     model_type: str
     class_name: str
@@ -109,24 +109,24 @@ def load_defaults() -> dict[str, TypeDefaults]:
 
 
 @dataclass(frozen=True)
-class KeyFate:
-    """One key of a config.json and what became of it, for ``inspect``."""
+class KeyUse:
+    """One key of a config.json, its value, and how it was used, for ``inspect``."""
 
     key: str
     value: str
-    fate: str
+    use: str
 
 
 class ConfigView:
-    """One level of a config (the whole file, or its ``text_config``), read with accounting.
+    """One level of a config (the whole file, or its ``text_config``), which records the keys that are read.
 
     Args:
         values: The JSON object. Not changed.
-        model_type: Whose class reads this level; a key of ``table``.
+        model_type: The model type whose class defines this level; a key of ``table``.
         table: Class defaults by model type (``load_defaults``).
-        where: How messages call this level: ``config.json`` or ``config.json text_config``.
+        where: The name of this level in messages: ``config.json`` or ``config.json text_config``.
 
-    Every reader raises ``UnsupportedModel`` naming key and value when the value is of the wrong kind or out of range.
+    Every reader raises ``UnsupportedModel`` naming key and value when the value has the wrong type or is out of range.
     """
 
     def __init__(
@@ -149,25 +149,25 @@ class ConfigView:
         return self.defaults.model_type
 
     def written(self, key: str) -> bool:
-        """Whether the file states ``key`` (even as null)."""
+        """Whether the file contains ``key`` (even as null)."""
         return key in self.values
 
     def raw(self, key: str) -> Any:
-        """The value as it stands, or the class default; marks the key as read."""
+        """The value in the file, or the class default; marks the key as read."""
         self._read.add(key)
         if key in self.values:
             return self.values[key]
         return self.defaults.fields.get(key)
 
-    def refuse(self, key: str, why: str, value: Any = None) -> UnsupportedModel:
-        """The error that names ``key``; for callers that judge a value themselves."""
+    def error(self, key: str, why: str, value: Any = None) -> UnsupportedModel:
+        """The error about the value of ``key``, for callers that check a value themselves."""
         shown = self.values.get(key) if value is None else value
         return UnsupportedModel(f"{self.where}: {key} is {_shown(shown)}; {why}", param=key, value=_shown(shown))
 
     def _value(self, key: str) -> Any:
         value = self.raw(key)
         if value is None and key in self.values and key in self.defaults.fields and key not in self.defaults.nullable:
-            raise self.refuse(key, f"{self.defaults.class_name} does not allow null there.")
+            raise self.error(key, f"{self.defaults.class_name} does not allow null there.")
         return value
 
     def _required(self, key: str, value: T | None) -> T:
@@ -180,9 +180,9 @@ class ConfigView:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
-            raise self.refuse(key, "expected an integer.", value)
+            raise self.error(key, "expected an integer.", value)
         if value < minimum:
-            raise self.refuse(key, f"it must be at least {minimum}.", value)
+            raise self.error(key, f"it must be at least {minimum}.", value)
         return value
 
     def integer(self, key: str, *, minimum: int = 1) -> int:
@@ -198,9 +198,9 @@ class ConfigView:
     def number_value(self, key: str, value: Any, *, positive: bool = True) -> float:
         """``value`` (found under ``key``) as a finite float; above zero when ``positive``."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise self.refuse(key, "expected a finite number.", value)
+            raise self.error(key, "expected a finite number.", value)
         if positive and value <= 0:
-            raise self.refuse(key, "it must be above zero.", value)
+            raise self.error(key, "it must be above zero.", value)
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -209,14 +209,14 @@ class ConfigView:
         if value is None:
             return False
         if not isinstance(value, bool):
-            raise self.refuse(key, "expected true or false.", value)
+            raise self.error(key, "expected true or false.", value)
         return value
 
     def choice(self, key: str, options: Mapping[str, T]) -> T:
-        """The option that the string under ``key`` names."""
+        """The item of ``options`` that the string under ``key`` names."""
         value = self._value(key)
         if not isinstance(value, str) or value not in options:
-            raise self.refuse(key, f"supported are {', '.join(sorted(options))}.", value)
+            raise self.error(key, f"supported are {', '.join(sorted(options))}.", value)
         return options[value]
 
     def strings(self, key: str, length: int) -> tuple[str, ...] | None:
@@ -225,44 +225,46 @@ class ConfigView:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.refuse(key, "expected a list of strings.", value)
+            raise self.error(key, "expected a list of strings.", value)
         if len(value) != length:
-            raise self.refuse(key, f"it has {len(value)} entries where {length} are expected.", value)
+            raise self.error(key, f"it has {len(value)} entries where {length} are expected.", value)
         return tuple(value)
 
     def mapping(self, key: str) -> Mapping[str, Any] | None:
         """A JSON object, or None."""
         value = self.raw(key)
         if value is not None and not isinstance(value, Mapping):
-            raise self.refuse(key, "expected an object.", value)
+            raise self.error(key, "expected an object.", value)
         return value
 
     def nested(self, key: str, model_type: str) -> ConfigView:
-        """The object under ``key`` (or an empty one) as a view of its own; ``finish`` accounts for it too."""
+        """The object under ``key`` (or an empty one) as a nested view, which ``finish`` includes."""
         values = self.mapping(key) or {}
         stated = values.get("model_type", model_type)
         if stated != model_type:
-            raise self.refuse(f"{key}.model_type", f"expected {model_type}.", stated)
+            raise self.error(f"{key}.model_type", f"expected {model_type}.", stated)
         view = ConfigView(values, model_type, self._table, f"{self.where} {key}")
         self._nested.append(view)
         return view
 
-    def must_be(self, key: str, neutral: Iterable[Any], why: str) -> None:
-        """Refuse ``key`` unless its value is one of ``neutral``."""
+    def must_be(self, key: str, allowed: Iterable[Any], why: str) -> None:
+        """Raise ``UnsupportedModel`` unless the value of ``key`` is one of ``allowed``."""
         value = self._value(key)
-        if not any(value is item or (value == item and type(value) is type(item)) for item in neutral):
-            raise self.refuse(key, why, value)
+        if not any(value is item or (value == item and type(value) is type(item)) for item in allowed):
+            raise self.error(key, why, value)
 
     def skip(self, *keys: str) -> None:
-        """Mark ``keys`` as known and without effect here."""
+        """Mark ``keys`` as read; they have no effect here."""
         self._read.update(keys)
 
     def warn(self, text: str) -> None:
-        """Something the operator should see, said with the other warnings by ``finish``."""
+        """Add a warning for the operator, which ``finish`` returns."""
         self._warnings.append(f"{self.where}: {text}")
 
     def finish(self) -> tuple[str, ...]:
-        """Warnings about the keys that nothing read; raises ``UnsupportedModel`` naming one that matters."""
+        """All warnings, also of unknown keys. Raises ``UnsupportedModel`` for a key that was not read and has an
+        effect.
+        """
         unknown = []
         for key, value in self.values.items():
             if key in self._read or key in INERT | READ_ELSEWHERE or key in self.defaults.generation:
@@ -272,25 +274,25 @@ class ConfigView:
                     unknown.append(key)
             elif key not in self.defaults.fields:
                 if value is not None:
-                    raise self.refuse(key, "it has an effect in transformers that is not supported here.", value)
+                    raise self.error(key, "it has an effect in transformers that is not supported here.", value)
             elif value != self.defaults.fields[key]:
                 why = f"only {_shown(self.defaults.fields[key])} is supported for {self.model_type}."
-                raise self.refuse(key, why, value)
+                raise self.error(key, why, value)
         if unknown:
             names = ", ".join(sorted(unknown))
             self.warn(f"neither {self.defaults.class_name} of transformers nor truffula knows {names}; not used.")
         return (*self._warnings, *(text for view in self._nested for text in view.finish()))
 
-    def fates(self) -> tuple[KeyFate, ...]:
-        """What became of every key of the file, in its order; meaningful after ``finish``."""
-        own = tuple(KeyFate(f"{self._path}{key}", _shown(value), self._fate(key)) for key, value in self.values.items())
-        return (*own, *(fate for view in self._nested for fate in view.fates()))
+    def key_uses(self) -> tuple[KeyUse, ...]:
+        """How every key of the file was used, in its order; call it after ``finish``."""
+        own = tuple(KeyUse(f"{self._path}{key}", _shown(value), self._use(key)) for key, value in self.values.items())
+        return (*own, *(use for view in self._nested for use in view.key_uses()))
 
     @property
     def _path(self) -> str:
         return "".join(f"{part}." for part in self.where.split()[1:])
 
-    def _fate(self, key: str) -> str:
+    def _use(self, key: str) -> str:
         if key in self._read or key in READ_ELSEWHERE:
             return "used"
         if key in INERT or key in self.defaults.generation:

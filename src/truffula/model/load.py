@@ -1,13 +1,13 @@
-"""From a ``Checkpoint`` to what can be loaded: ``plan_model`` reads metadata only, ``puller`` hands out the weights.
+"""Loading a checkpoint: ``plan_model`` reads its metadata and makes a plan, ``WeightReader`` reads the weights.
 
-Every name of the checkpoint is accounted for, every weight is handed out exactly once, with the shape the config gives
-and finite values; anything else is an error that names file and tensor. Tying is asked of ``weights/tying.py``, once.
+Every tensor name of the checkpoint is accounted for. Every weight is read exactly once, has the shape that the config
+gives and finite values; anything else is an error that names file and tensor.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,12 +15,13 @@ import numpy as np
 
 from truffula.errors import CheckpointError, KernelError, UnsupportedModel
 from truffula.kernels.backend import Array, QuantisedArray
+from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
 from truffula.model.read import ReadConfig, read_config
 from truffula.model.spec import ModelSpec
-from truffula.types import EndToken
+from truffula.types import EndToken, Progress
 from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.finite import first_non_finite
 from truffula.weights.tying import Tie, TyingDecision, decide, equal_as_stored, read_flag
@@ -31,11 +32,11 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What would be loaded, and how. Made without reading tensor data, unless two tables must be compared.
+    """How a model is loaded. Made without reading tensor data, unless embedding and head must be compared.
 
-    ``stored_bytes`` are those of the tensors the program uses, ``saved_bytes`` what tying spares (the table that is not
-    held twice), ``stored_dtype`` the float type that most of those bytes have (or ``quantised``), ``unused`` names left
-    out knowingly, ``stored_types`` how each tensor that is used is stored (``BF16``, ``Q4_1``).
+    ``stored_bytes``: size of the used tensors in the files. ``saved_bytes``: memory saved by tying. ``stored_dtype``:
+    the float dtype of most of these bytes, or ``quantised``. ``unused``: names of tensors that are not used.
+    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``).
     """
 
     spec: ModelSpec
@@ -57,17 +58,17 @@ class ModelPlan:
 
 
 def plan_model(checkpoint: Checkpoint) -> ModelPlan:
-    """Plan how ``checkpoint`` is served.
+    """The plan of a checkpoint.
 
     Raises:
-        UnsupportedModel: config.json asks for something we don't do; names the key.
-        CheckpointError: a tensor is missing, left over, of a wrong shape or type; names it.
-        TyingError: neither table is there, or the head is missing though the flag says untied.
+        UnsupportedModel: config.json requires an unsupported feature; names the key.
+        CheckpointError: A tensor is missing, unknown, or of the wrong shape or type; names it.
+        TyingError: Embedding and head are both missing, or the head is missing although the flag says untied.
     """
     read = read_config(checkpoint.config)
     spec = read.spec
     names = resolve_names(spec, checkpoint.tensors)
-    tying, warnings = _decide(checkpoint, read, names)
+    tying, warnings = _decide_tying(checkpoint, read, names)
     program = build_program(spec, names, tying)
     _check_shapes(checkpoint, spec, names, program)
     ends, end_warnings = _end_tokens(checkpoint, read)
@@ -90,8 +91,8 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
     )
 
 
-def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tuple[TyingDecision, list[str]]:
-    """Ask the one place that decides, with what the files hold."""
+def _decide_tying(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tuple[TyingDecision, list[str]]:
+    """The tying decision for the tensors of the checkpoint, and warnings."""
     flag = read_flag(checkpoint.config)
     embed, head = checkpoint.tensors.get(names.embed), checkpoint.tensors.get(names.head)
     same_shape, equal = True, None
@@ -103,7 +104,7 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
         has_embed=names.has_embed,
         has_head=names.has_head,
         equal=equal,
-        # GGUF has no flag and means tied by leaving the head out: nothing to warn about, whatever a class assumes.
+        # GGUF has no flag and expresses tying by a missing head, so the class default gives no warning.
         class_default=None if checkpoint.format == "gguf" else read.tie_default,
         same_shape=same_shape,
         embed_name=names.embed,
@@ -117,7 +118,7 @@ def _decide(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tup
 
 
 def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, program: Program) -> None:
-    """Every tensor against the shape its own slice has by the config: over a fused weight two errors could add up."""
+    """Check the shape of every tensor, not of whole fused weights, in which two errors could cancel out."""
     for row in spec.rows:
         parts = names.parts.get(row.key, ())
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
@@ -165,7 +166,7 @@ def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
 
 
 def _ids(value: Any, key: str, where: str) -> list[int]:
-    """An id, a list of ids, or nothing."""
+    """``value``, a token id, a list of ids or None, as a list."""
     found = value if isinstance(value, list) else [] if value is None else [value]
     for item in found:
         if isinstance(item, bool) or not isinstance(item, int):
@@ -176,7 +177,7 @@ def _ids(value: Any, key: str, where: str) -> list[int]:
 
 
 def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-    """What the config says of ``key``, and where: at its own level, or in its text part; "" where it does not."""
+    """Where the config has ``key`` (top level or text_config), and its value; "" and None when it has not."""
     text = config.get("text_config")
     for where, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
         if level.get(key) is not None:
@@ -185,9 +186,9 @@ def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
 
 
 def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToken, ...], list[str]]:
-    """Tokens that end a completion: those of generation_config.json and those of config.json, each once, in that order.
+    """Tokens that end a completion: those of generation_config.json, then those of config.json, without duplicates.
 
-    Where neither names one, the default of the config's class counts, as in transformers; a GGUF file has no class.
+    When both have none, the default of the config's class is used, as in transformers; a GGUF file has no class.
     """
     key, warnings = "eos_token_id", []
     gguf = checkpoint.format == "gguf"
@@ -219,12 +220,12 @@ def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:
 # Weights
 
 
-class Puller:
-    """A ``PullWeight``: called once per weight, it yields the weight's parts in order.
+class WeightReader:
+    """A ``PullWeight`` over a checkpoint: called once per weight, it returns the weight's parts in order.
 
-    A part is a view of the mapped file in its stored dtype, or, when it is transformed, a fresh float32 array (the
-    pages of its file are released at the next call; those of a view are the backend's to keep or to drop). Matrices
-    stored in one of ``block_kinds`` come as their blocks.
+    A part is a view of the mapped file in its stored dtype or, when its values are converted, a new float32 array.
+    Matrices stored in one of ``block_kinds`` are returned as their blocks. Call ``finish`` when the backend has loaded
+    the program.
     """
 
     def __init__(
@@ -232,46 +233,37 @@ class Puller:
         checkpoint: Checkpoint,
         plan: ModelPlan,
         *,
-        progress: Callable[[str, int, int | None], None] | None = None,
+        progress: Progress | None = None,
         block_kinds: frozenset[str] = frozenset(),
     ) -> None:
         self.checkpoint, self.plan, self.progress, self.block_kinds = checkpoint, plan, progress, block_kinds
-        self._filled: set[int] = set()
-        self._release: list[str] = []
+        self._read: set[int] = set()
         self._done_bytes = 0
 
     def __call__(self, decl: WeightDecl) -> Sequence[Array | QuantisedArray]:
         """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
-        if decl.id in self._filled:
-            raise KernelError(f"{decl.name} was pulled twice.")
-        self._let_go()
+        if decl.id in self._read:
+            raise KernelError(f"{decl.name} was read twice.")
         parts = [self._part(part) for part in decl.parts]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         if shape != decl.shape:
-            raise KernelError(f"{decl.name} came out as {shape}, declared as {decl.shape}.")
-        self._filled.add(decl.id)
+            raise KernelError(f"{decl.name} has shape {shape} in the files, {decl.shape} in the program.")
+        self._read.add(decl.id)
         return parts
 
     def _part(self, part: WeightPart) -> Array | QuantisedArray:
         info = self.checkpoint.tensors[part.name]
-        blocks = self._blocks(part) if info.dtype in self.block_kinds else None
-        made = self._array(part, info) if blocks is None else blocks
+        as_blocks = info.dtype in self.block_kinds and part.transform == "none"
+        blocks = self.checkpoint.blocks(part.name) if as_blocks else None
+        values = self._values(part, info) if blocks is None else blocks
         self._done_bytes += info.nbytes
         if self.progress is not None:
             self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
-        return made
+        return values
 
-    def _blocks(self, part: WeightPart) -> QuantisedArray | None:
-        """As stored; None where only the values will do."""
-        blocks = self.checkpoint.blocks(part.name) if part.transform == "none" else None
-        if blocks is None:
-            return None
-        self._release.append(part.name)
-        return blocks
-
-    def _array(self, part: WeightPart, info: TensorInfo) -> Array:
-        array = self.checkpoint.read(part.name)
-        found = first_non_finite(array)
+    def _values(self, part: WeightPart, info: TensorInfo) -> Array:
+        stored = self.checkpoint.read(part.name)
+        found = first_non_finite(stored)
         if found is not None:
             count, index = found
             raise CheckpointError(
@@ -280,33 +272,14 @@ class Puller:
                 file=str(info.file),
                 count=count,
             )
-        if array.dtype == np.float64:
-            array = array.astype(np.float32)
-            self._release.append(part.name)
-        if part.transform != "none":
-            array = np.asarray(array, np.float32) + np.float32(1)
-            self._release.append(part.name)
-        return array
-
-    def _let_go(self) -> None:
-        for name in self._release:
-            self.checkpoint.release(name)
-        self._release.clear()
+        if stored.dtype != np.float64 and part.transform == "none":
+            return stored
+        values = stored.astype(np.float32)
+        release_pages(stored)
+        return values if part.transform == "none" else values + np.float32(1)
 
     def finish(self) -> None:
-        """Say that loading is over. Raises ``KernelError`` when a weight was never pulled: it would be undefined."""
-        self._let_go()
-        left = [decl.name for decl in self.plan.program.weights if decl.id not in self._filled]
+        """Raise ``KernelError`` when a weight of the program was not read: its values would be undefined."""
+        left = [decl.name for decl in self.plan.program.weights if decl.id not in self._read]
         if left:
-            raise KernelError(f"{len(left)} weights were not filled: {', '.join(left[:10])}.")
-
-
-def puller(
-    checkpoint: Checkpoint,
-    plan: ModelPlan,
-    *,
-    progress: Callable[[str, int, int | None], None] | None = None,
-    block_kinds: frozenset[str] = frozenset(),
-) -> Puller:
-    """The weights of ``plan``, to be given to ``Backend.load``; call ``finish()`` behind it."""
-    return Puller(checkpoint, plan, progress=progress, block_kinds=block_kinds)
+            raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")

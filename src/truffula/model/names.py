@@ -1,7 +1,7 @@
-"""Which checkpoint tensor fills which weight: prefixes, wrappers, fused or split names, what may be left over.
+"""Matches the tensor names of a checkpoint with the weights of a model: prefixes, wrappers, fused and split names.
 
-Nothing is guessed from a shape. Each name of the checkpoint ends in exactly one of: a weight's part, a table the tying
-decision chose from, a knowingly skipped part, an ignorable leftover by a named rule; or it is an error.
+Shapes are not used. Each name is exactly one of: a part of a weight, embedding or head, a tensor of a part that is not
+served, or a tensor that a named rule ignores. Any other name is an error.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from truffula.errors import CheckpointError
 from truffula.kernels.program import WeightPart
 from truffula.model.spec import ModelSpec, WeightRow
 
-# What savers put around a model: DistributedDataParallel, torch.compile, FSDP, PEFT. The latter two also appear inside.
+# Prefixes of wrappers: DistributedDataParallel, torch.compile, FSDP, PEFT. The latter two also occur inside names.
 _OUTER = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")
 _INNER = ("_fsdp_wrapped_module.", "_orig_mod.")
 
-# Recomputed here, or buffers of training; a stored inv_freq may even be wrong (saved after a cast to bfloat16).
+# Recomputed here, or buffers of training. A stored inv_freq may be wrong (saved after a cast to bfloat16).
 _IGNORABLE = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|rotary_pos_emb\..*|position_ids|num_batches_tracked)$"
 )
@@ -28,11 +28,11 @@ _SHOW = 10
 
 @dataclass(frozen=True)
 class WeightNames:
-    """Where each weight of a spec lies in one checkpoint.
+    """The tensor names of each weight of a spec in one checkpoint.
 
-    ``parts`` has every row but the tables; ``embed`` and ``head`` are the names of the tables' tensors (or what they
-    would be called, for messages), ``has_embed`` and ``has_head`` whether they are there (a head counts when *any*
-    tensor lies under its module: a quantised one has no ``.weight``). ``unused`` are names left out knowingly.
+    ``parts`` has every row except embedding and head; ``embed`` and ``head`` are the names of their tensors, existing
+    or not, ``has_embed`` and ``has_head`` whether they exist (a head exists when the checkpoint has *any* tensor of its
+    module: a quantised head has no ``.weight``). ``unused`` are tensors that are deliberately not used.
     """
 
     prefix: str
@@ -46,7 +46,7 @@ class WeightNames:
 
     @classmethod
     def canonical(cls, spec: ModelSpec, *, has_head: bool = True) -> WeightNames:
-        """The names transformers writes for this spec, with every tensor there: for programs without a checkpoint."""
+        """The names that transformers writes for this spec, for programs without a checkpoint."""
         prefix, head = spec.names.prefixes[0]
         names = {f"{prefix}{item.module}.{row.param}" for row in _body_rows(spec) for item in row.slices}
         names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
@@ -57,7 +57,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     """Match the names of a checkpoint with the rows of ``spec``.
 
     Raises:
-        CheckpointError: no known prefix, two prefixes, a missing or an unexplained tensor (up to ten are listed).
+        CheckpointError: No known prefix, two prefixes, missing or unknown tensors (up to ten are listed).
     """
     stored = _unwrapped(names)
     if not stored:
@@ -79,14 +79,12 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    unused, unexplained = _judge_leftovers(spec, left)
-    unexplained += [
-        name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")
-    ]
+    unused, unknown = _classify_leftovers(spec, left)
+    unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
     if missing:
-        raise _missing(spec, missing, unexplained, stored)
-    if unexplained:
-        raise _leftover(spec, unexplained)
+        raise _missing(spec, missing, unknown, stored)
+    if unknown:
+        raise _leftover(spec, unknown)
     if any(name.startswith(spec.names.skip) for name in unused):
         warnings.append(
             f"{spec.model_type}: only the text part is served; image inputs and their tensors are left out."
@@ -99,7 +97,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
         has_embed=embed in stored,
         has_head=bool(heads),
         unused=tuple(stored[name] for name in unused),
-        warnings=_once(warnings),
+        warnings=_unique(warnings),
     )
 
 
@@ -108,7 +106,7 @@ def _body_rows(spec: ModelSpec) -> list[WeightRow]:
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """Names without wrappers, each to the name as stored."""
+    """Names without wrapper prefixes → names as stored."""
     stored: dict[str, str] = {}
     for name in names:
         bare = name
@@ -123,16 +121,16 @@ def _unwrapped(names: Iterable[str]) -> dict[str, str]:
 
 
 def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
-    """The one known prefix under which this checkpoint keeps the body, and the head's module there."""
+    """The prefix of the body's names in this checkpoint, and the module of the head."""
     first = spec.layer_prefix(0)
-    fitting = [(prefix, head) for prefix, head in spec.names.prefixes if _has(stored, prefix + first)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        shown = " and ".join(repr(prefix) for prefix, _ in fitting)
+    matching = [(prefix, head) for prefix, head in spec.names.prefixes if _has(stored, prefix + first)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        shown = " and ".join(repr(prefix) for prefix, _ in matching)
         raise CheckpointError(
             f"The checkpoint holds two language models, under {shown}; expected one.",
-            prefixes=[prefix for prefix, _ in fitting],
+            prefixes=[prefix for prefix, _ in matching],
         )
     tried = ", ".join(f"{prefix}{first}*" for prefix, _ in spec.names.prefixes)
     raise CheckpointError(
@@ -151,31 +149,31 @@ def _split_names(row: WeightRow, prefix: str) -> list[str]:
 
 
 def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] | None:
-    """The names that make this row: all of its split ones, or the fused one; None when neither is complete."""
+    """The names of a row's tensors: all of the split names, or the fused name; None when neither is complete."""
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
     fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
-    # A half-split weight beside a fused one is no weight: the fused name then shows up as a leftover.
+    # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 
 
-def _judge_leftovers(spec: ModelSpec, left: Iterable[str]) -> tuple[list[str], list[str]]:
+def _classify_leftovers(spec: ModelSpec, left: Iterable[str]) -> tuple[list[str], list[str]]:
     unused: list[str] = []
-    unexplained: list[str] = []
+    unknown: list[str] = []
     for name in left:
         skipped = bool(spec.names.skip) and name.startswith(spec.names.skip)
         ignorable = _IGNORABLE.search(name) or _GEMMA3_ROTARY.search(name)
-        (unused if skipped or ignorable else unexplained).append(name)
-    return unused, unexplained
+        (unused if skipped or ignorable else unknown).append(name)
+    return unused, unknown
 
 
-def _missing(spec: ModelSpec, missing: list[str], unexplained: list[str], stored: Mapping[str, str]) -> CheckpointError:
+def _missing(spec: ModelSpec, missing: list[str], unknown: list[str], stored: Mapping[str, str]) -> CheckpointError:
     text = f"{len(missing)} tensors of this {spec.model_type} model are missing: {_some(missing)}."
     if any(".lora_A." in name or ".base_layer." in name for name in stored):
         text += " These look like an unmerged PEFT save: merge the adapter, or serve base and adapter separately."
-    elif unexplained:
-        text += f" Unknown tensors instead: {_some(unexplained)}."
+    elif unknown:
+        text += f" Unknown tensors instead: {_some(unknown)}."
     return CheckpointError(text, tensors=missing[:_SHOW], count=len(missing))
 
 
@@ -197,5 +195,5 @@ def _leaf(module: str) -> str:
     return module.rsplit(".", 1)[-1]
 
 
-def _once(warnings: list[str]) -> tuple[str, ...]:
+def _unique(warnings: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(warnings))

@@ -1,4 +1,4 @@
-"""From a config to a ``ModelSpec``: find the architecture, read the config with it, account for every key."""
+"""Reads a config.json with its architecture's reader into a ``ModelSpec``, and checks that every key was used."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 
 from truffula.errors import UnsupportedModel
 from truffula.model.architectures import ARCHITECTURES
-from truffula.model.config_view import ConfigView, KeyFate, load_defaults
+from truffula.model.config_view import ConfigView, KeyUse, load_defaults
 from truffula.model.spec import ModelSpec
 
-# Heads that are no language model: the body would load and answer from a head the file does not mean.
+# Other heads than a language model's. The body of such a checkpoint would load, with the wrong head.
 _OTHER_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "RewardModel")
 
 
 @dataclass(frozen=True)
 class ReadConfig:
-    """A read config. ``tie_default`` is what its class takes when tie_word_embeddings is not written."""
+    """A ``ModelSpec`` and more from its config. ``tie_default`` is the class default of ``tie_word_embeddings``."""
 
     spec: ModelSpec
     warnings: tuple[str, ...]
     tie_default: bool | None
     eos_default: Any
     bos_default: Any
-    fates: tuple[KeyFate, ...] = ()
+    key_uses: tuple[KeyUse, ...] = ()
 
 
 def read_config(config: Mapping[str, Any]) -> ReadConfig:
-    """Read a config.json (or its equal made from GGUF metadata).
+    """Read a config.json (or its equivalent made from GGUF metadata).
 
     Raises:
-        UnsupportedModel: unknown model_type, quantised weights, a key that matters and is not supported, a wrong value.
+        UnsupportedModel: Unknown model_type, quantised weights, an unsupported key with an effect, or an invalid value.
     """
     model_type = _model_type(config)
     table = load_defaults()
@@ -46,7 +46,7 @@ def read_config(config: Mapping[str, Any]) -> ReadConfig:
         tie_default=table[model_type].fields.get("tie_word_embeddings"),
         eos_default=text.get("eos_token_id"),
         bos_default=text.get("bos_token_id"),
-        fates=view.fates(),
+        key_uses=view.key_uses(),
     )
 
 
@@ -66,7 +66,7 @@ def _model_type(config: Mapping[str, Any]) -> str:
 
 
 def _check_file(config: Mapping[str, Any]) -> list[str]:
-    """What no architecture needs to know: quantisation, remote code, the class the file was saved from."""
+    """Warnings about keys that are independent of the architecture: quantisation, remote code, the saved class."""
     for level in (config, config.get("text_config") or {}):
         quantised = level.get("quantization_config") if isinstance(level, Mapping) else None
         if quantised:

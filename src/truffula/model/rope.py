@@ -1,8 +1,8 @@
-"""Rotary tables from a config: every spelling transformers reads, every kind that does not depend on length.
+"""Rotary tables from a config: every form that transformers reads, every type that does not depend on the length.
 
-Old files say ``rope_theta`` and ``rope_scaling{type | rope_type}``, new ones ``rope_parameters``, Gemma 3 nests one set
-per layer type. Frequencies are float32, computed in the order of transformers' ``modeling_rope_utils``. Each power is
-taken in float64 and rounded: torch's float32 power is within one unit in the last place of that, and varies by machine.
+Old files have ``rope_theta`` and ``rope_scaling{type | rope_type}``, new ones ``rope_parameters``; Gemma 3 nests one
+set per layer type. Frequencies are float32, computed in the order of transformers' ``modeling_rope_utils``. Powers are
+computed in float64 and rounded: torch's float32 power differs by up to one unit in the last place between machines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_THETA = 10_000.0
 
 _KEYS = {
     "default": frozenset[str](),
-    "factors": frozenset({"factors"}),  # of a GGUF file: what each frequency is divided by
+    "factors": frozenset({"factors"}),  # of a GGUF file: the divisor of each frequency
     "linear": frozenset({"factor"}),
     "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
     "yarn": frozenset(
@@ -34,7 +34,7 @@ _KEYS = {
     ),
 }
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-_LATER = {
+_UNSUPPORTED = {
     "dynamic": "its table changes with the length of each request",
     "longrope": "its table changes with the length of each request",
     "su": "its table changes with the length of each request",
@@ -58,12 +58,10 @@ class RopeParameters:
 
 
 def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
-    """The one table of a model whose layers share it. ``head_dim`` is the width of a head."""
-    nested, flat, label = _written(view)
+    """The table that all layers of a model share. ``head_dim`` is the width of a head."""
+    nested, flat, label = _parameters(view)
     if nested:
-        raise view.refuse(
-            label, f"{view.model_type} has one rope configuration for all layers, not one per layer type."
-        )
+        raise view.error(label, f"{view.model_type} has one rope configuration for all layers, not one per layer type.")
     theta = _theta(view, "rope_theta", DEFAULT_THETA)
     return rope_table(_check(view, flat, label, theta), head_dim, view)
 
@@ -71,31 +69,31 @@ def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
 def read_rope_by_layer_type(
     view: ConfigView, head_dim: int, *, theta_keys: Mapping[str, tuple[str, float]]
 ) -> dict[str, RopeSpec]:
-    """One table per layer type (Gemma 3): ``theta_keys`` give each type's old key for its base, and the default.
+    """One table per layer type (Gemma 3): ``theta_keys`` give the old key and the default of each type's base.
 
-    A flat old ``rope_scaling`` is for the full layers only; sliding layers keep the plain table.
+    A flat old ``rope_scaling`` applies to full layers only; sliding layers are not scaled.
     """
-    nested, flat, label = _written(view)
+    nested, flat, label = _parameters(view)
     if nested and set(flat) - set(NESTED):
-        raise view.refuse(label, f"no other keys are expected beside {' and '.join(NESTED)}.")
+        raise view.error(label, f"no other keys are expected beside {' and '.join(NESTED)}.")
     if flat and not nested and label == "rope_parameters":
-        raise view.refuse(label, f"{view.model_type} needs one set for each of {' and '.join(NESTED)}.")
+        raise view.error(label, f"{view.model_type} needs one set for each of {' and '.join(NESTED)}.")
     tables = {}
     for layer_type, (key, default) in theta_keys.items():
         values = flat.get(layer_type) if nested else (flat if layer_type == "full_attention" else None)
         if values is not None and not isinstance(values, Mapping):
-            raise view.refuse(label, f"{layer_type} must be an object.", values)
+            raise view.error(label, f"{layer_type} must be an object.", values)
         where = f"{label}.{layer_type}" if nested else label
         parameters = _check(view, values or {}, where, _theta(view, key, default))
         if nested and not parameters.truncate:
-            raise view.refuse(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
+            raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
         tables[layer_type] = rope_table(parameters, head_dim, view)
     return tables
 
 
 def extended_positions(view: ConfigView, limit: int) -> int:
-    """``limit`` (max_position_embeddings), or what a yarn config stretches it to: factor times the original length."""
-    _, flat, _ = _written(view)
+    """``limit`` (max_position_embeddings), or for yarn the factor times the original length, if that is larger."""
+    _, flat, _ = _parameters(view)
     original, factor = flat.get("original_max_position_embeddings"), flat.get("factor")
     kind = flat.get("rope_type", flat.get("type"))
     if kind == "yarn" and isinstance(original, int) and isinstance(factor, int | float):
@@ -103,11 +101,11 @@ def extended_positions(view: ConfigView, limit: int) -> int:
     return limit
 
 
-def _written(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
+def _parameters(view: ConfigView) -> tuple[bool, Mapping[str, Any], str]:
     """Whether the parameters are nested per layer type, the parameters, and the key that holds them."""
     old, new = view.mapping("rope_scaling"), view.mapping("rope_parameters")
     if old and new and old != new:
-        raise view.refuse("rope_scaling", "rope_parameters is given too and differs.")
+        raise view.error("rope_scaling", "rope_parameters is given too and differs.")
     label = "rope_scaling" if old else "rope_parameters"
     values = old or new or {}
     return any(key in values for key in NESTED), values, label
@@ -119,7 +117,7 @@ def _theta(view: ConfigView, key: str, default: float) -> float:
 
 
 def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float) -> RopeParameters:
-    """Judge every key of one set of parameters."""
+    """Check every key of one set of parameters."""
 
     def number(key: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
@@ -134,7 +132,7 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
     if kind is None:
         kind = "default"
     if kind not in _KEYS:
-        why = _LATER.get(str(kind), "this kind is unknown")
+        why = _UNSUPPORTED.get(str(kind), "this kind is unknown")
         raise UnsupportedModel(
             f"{view.where}: {label} asks for rope type {kind!r}: {why}. Supported are {', '.join(sorted(_KEYS))}.",
             param=label,
@@ -144,14 +142,14 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
         if key in _COMMON or key in _KEYS[kind]:
             continue
         if not any(key in other for other in _KEYS.values()):
-            raise view.refuse(f"{label}.{key}", f"rope type {kind} has no such parameter.", values[key])
+            raise view.error(f"{label}.{key}", f"rope type {kind} has no such parameter.", values[key])
         view.warn(f"{label}.{key} has no effect: the rope type is {kind}.")
     read = _KEYS[kind] - {"truncate", "factors"}
     numbers = {key: number(key, values[key]) for key in sorted(read) if values.get(key) is not None}
     factors = np.array(values["factors"], np.float32) if kind == "factors" else None
     truncate = values.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise view.refuse(f"{label}.truncate", "expected true or false.", truncate)
+        raise view.error(f"{label}.truncate", "expected true or false.", truncate)
     if values.get("rope_theta") is not None:
         theta = number("rope_theta", values["rope_theta"])
     partial = values.get("partial_rotary_factor")
@@ -170,11 +168,11 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
 
 def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
     """Frequencies ``[dims / 2]`` of checked parameters for heads of width ``head_dim``."""
-    # The default table of these architectures rotates the whole head; only the scaled kinds read the partial factor.
+    # The default table of these architectures rotates the whole head; only the scaled types read the partial factor.
     if parameters.partial != 1.0:
-        raise view.refuse("partial_rotary_factor", "partial rotary embeddings are not supported.", parameters.partial)
+        raise view.error("partial_rotary_factor", "partial rotary embeddings are not supported.", parameters.partial)
     if head_dim % 2:
-        raise view.refuse("head_dim", "a rotary embedding needs an even width.", head_dim)
+        raise view.error("head_dim", "a rotary embedding needs an even width.", head_dim)
     inv_freq = _default(parameters.theta, head_dim)
     if parameters.kind == "default":
         return _spec(inv_freq)
@@ -183,7 +181,7 @@ def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> R
     values = {"original_max_position_embeddings": float(view.integer("max_position_embeddings")), **parameters.values}
     if (
         view.optional_integer("original_max_position_embeddings") is not None
-    ):  # at the top level it wins (Phi-3's habit)
+    ):  # a value at the top level has priority (Phi-3)
         values["original_max_position_embeddings"] = float(view.integer("original_max_position_embeddings"))
     wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
     for key in wanted[parameters.kind]:
@@ -216,10 +214,10 @@ def _default(theta: float, dims: int) -> Float32:
 
 
 def _llama3(inv_freq: Float32, values: Mapping[str, float]) -> Float32:
-    """Keep short wavelengths, divide long ones by the factor, blend between (Llama 3.1)."""
+    """Llama 3.1 scaling: short wavelengths are kept, long ones divided by the factor, the others interpolated."""
     factor, low = np.float32(values["factor"]), np.float32(values["low_freq_factor"])
     original = values["original_max_position_embeddings"]
-    # torch divides a number by a tensor as the tensor's reciprocal times the number; the order shows in the last bits.
+    # torch computes number / tensor as the reciprocal of the tensor times the number, which changes the last bits.
     wavelength = (np.float32(1) / inv_freq) * np.float32(2 * math.pi)
     scaled = np.where(wavelength > np.float32(original / values["low_freq_factor"]), inv_freq / factor, inv_freq)
     span = np.float32(values["high_freq_factor"] - values["low_freq_factor"])
@@ -231,7 +229,7 @@ def _llama3(inv_freq: Float32, values: Mapping[str, float]) -> Float32:
 
 
 def _yarn(parameters: RopeParameters, values: Mapping[str, float], dims: int) -> RopeSpec:
-    """Interpolate slow pairs, keep fast ones, ramp between (Peng et al. 2023); cos and sin get the attention factor."""
+    """YaRN scaling (Peng et al. 2023): slow pairs are interpolated, fast ones kept; cos and sin get a factor."""
     factor, original, theta = values["factor"], values["original_max_position_embeddings"], parameters.theta
 
     def magnitude(mscale: float = 1.0) -> float:
@@ -250,7 +248,7 @@ def _yarn(parameters: RopeParameters, values: Mapping[str, float], dims: int) ->
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
     if low == high:
-        high += 0.001  # as transformers does, so that the ramp has a slope
+        high += 0.001  # as transformers does, to avoid a division by zero
     steps = (np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     keep = np.float32(1) - np.clip(steps, np.float32(0), np.float32(1))
     powers = _powers(theta, dims)

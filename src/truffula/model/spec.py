@@ -1,7 +1,7 @@
-"""``ModelSpec``: what a model is, as capabilities. No tensors, no backend, no architecture names.
+"""``ModelSpec``: the structure of a model, independent of its architecture's name, its tensors and the backend.
 
-An architecture (``model/architectures/``) reads a config and writes one of these; ``model/decoder.py`` turns it into a
-``Program``. Nothing behind the spec asks which architecture it came from.
+An architecture (``model/architectures/``) reads a config into a ``ModelSpec``; ``model/decoder.py`` builds a
+``Program`` from it. Later stages do not depend on the architecture.
 
 Shape letters: ``D`` hidden, ``F`` feed-forward, ``V`` vocabulary, ``H`` query heads, ``K`` KV heads, ``E`` head width.
 """
@@ -20,9 +20,9 @@ Transform = Literal["none", "plus_one"]
 
 @dataclass(frozen=True)
 class NormSpec:
-    """A norm and the module that holds its weight, named relative to its layer (or to the body for the final one).
+    """A norm and the module that holds its weight, named relative to its layer (the final norm: to the body).
 
-    ``plus_one``: the file stores w where 1 + w multiplies (Gemma), in float32. ``cast`` as in ``program.Norm``.
+    ``plus_one``: the file stores w, and 1 + w is applied, in float32 (Gemma). ``cast`` as in ``program.Norm``.
     """
 
     module: str
@@ -42,7 +42,7 @@ class RopeSpec:
 
     @property
     def dims(self) -> int:
-        """How many of a head's columns rotate."""
+        """The number of columns of a head that are rotated."""
         return 2 * len(self.inv_freq)
 
 
@@ -50,8 +50,8 @@ class RopeSpec:
 class AttentionSpec:
     """One layer's attention. ``window`` None is full attention, w lets query i see keys i - w < j <= i.
 
-    ``rope`` is a position in ``ModelSpec.ropes`` or None for a layer without positions. ``q_norm`` and ``k_norm`` act
-    per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
+    ``k_norm`` act per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
     """
 
     heads: int
@@ -106,7 +106,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class RowSlice:
-    """``rows`` output rows of a logical weight that are one module on disk and one site for adapters.
+    """``rows`` output rows of a logical weight that are one module in checkpoints and one site for adapters.
 
     ``module`` is relative to the body: ``layers.3.self_attn.q_proj``.
     """
@@ -117,12 +117,12 @@ class RowSlice:
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One logical weight of the model. The same row drives loading, adapter matching and slicing.
+    """One logical weight of the model. Loading, adapter matching and slicing all use this row.
 
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
-    module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector). ``key`` is how
-    the decoder asks for it. Embed and head rows are bound by the tying decision, not by their own presence.
+    module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector). ``key`` is its
+    name in the decoder. The tying decision assigns the tensors of embedding and head.
     """
 
     key: str
@@ -146,7 +146,7 @@ class WeightRow:
 
     @property
     def spans(self) -> tuple[tuple[RowSlice, int, int], ...]:
-        """Each slice with its first and last + 1 row."""
+        """Each slice with the index of its first row and the index after its last."""
         spans, lo = [], 0
         for item in self.slices:
             spans.append((item, lo, lo + item.rows))
@@ -156,12 +156,12 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """Where the body's modules lie. ``layer`` holds ``{i}``; names inside a layer are relative to it.
+    """The paths of a model's modules. ``layer`` contains ``{i}``; names inside a layer are relative to it.
 
-    ``body`` is the body's path in transformers (what probes and PEFT say, with the dot; ``lora/roots.py`` has those of
-    other classes that adapters are trained on). ``prefixes`` are what checkpoints put before the body's names, most
-    usual first, each with the head's module in such files. ``skip`` are prefixes of parts that a text server leaves
-    out.
+    ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it ( ``lora/roots.py`` has those
+    of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
+    most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
+    image encoder.
     """
 
     embed: str = "embed_tokens"
@@ -192,7 +192,7 @@ LLAMA_NAMES = ModuleNames()
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only language model. ``max_positions`` is how long a sequence may be.
+    """A decoder-only language model. ``max_positions`` is the maximum length of a sequence.
 
     ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head; ``logit_scale``
     multiplies logits, then ``logit_softcap``. ``notes`` are for the operator.

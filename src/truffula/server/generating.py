@@ -14,14 +14,14 @@ from typing import Protocol
 
 from starlette.requests import Request
 
-from truffula.errors import TruffulaError, from_info
+from truffula.errors import TruffulaError
 from truffula.metrics import Observer, RequestRecord
 from truffula.server.body import note_ignored
 from truffula.server.errors import Aborted
 from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
-from truffula.service.fold import failure
+from truffula.service.fold import choice_error
 from truffula.types import AdapterRef, ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 # One wake of the event loop: deltas with the index of the prompt they belong to.
@@ -153,7 +153,7 @@ def error_of(delta: TextDelta) -> TruffulaError | None:
     """Why a choice ended without an answer; None while it runs, or when it ended well."""
     if delta.finish_reason == "abort" and delta.error is None:
         return Aborted("The server ended the request before its last token.")
-    return failure(delta) if delta.error is None else from_info(delta.error)
+    return choice_error(delta) if delta.error is None else TruffulaError.from_info(delta.error)
 
 
 async def whole(request: Request, requests: Sequence[GenerateRequest]) -> list[Completion]:

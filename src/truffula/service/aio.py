@@ -18,10 +18,10 @@ from typing import Any, TypeVar, Unpack
 import msgspec
 
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError, from_info
+from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError
 from truffula.service.base import ServiceBase, ServiceOptions
 from truffula.service.core import RequestState
-from truffula.service.fold import collect, failure
+from truffula.service.fold import choice_error, collect
 from truffula.service.prompt_maker import PromptMaker
 from truffula.service.prompts import Prompt
 from truffula.service.streams import TextStream
@@ -128,7 +128,7 @@ class AsyncService(ServiceBase):
         async with await self.open(request) as stream:
             async for deltas in stream:
                 for delta in deltas:
-                    error = failure(delta)
+                    error = choice_error(delta)
                     if error is not None:
                         raise error
                 gathered += deltas
@@ -161,7 +161,7 @@ class AsyncService(ServiceBase):
 
     def lost(self) -> TruffulaError | None:
         """Why no request will be answered ever again, though nobody closed the service; None while one may."""
-        return self._client.lost() or (None if self._broken is None else from_info(self._broken))
+        return self._client.lost() or (None if self._broken is None else TruffulaError.from_info(self._broken))
 
     @property
     def draining(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from truffula.errors import GenerationError, TruffulaError, from_info
+from truffula.errors import TruffulaError
 from truffula.service.choices import merged
 from truffula.types import ChoiceTotals, Completion, CompletionChoice, TextDelta
 
@@ -39,10 +39,6 @@ def collect(deltas: Iterable[TextDelta]) -> Completion:
     )
 
 
-def failure(delta: TextDelta) -> TruffulaError | None:
-    """The error that ended a choice."""
-    if delta.finish_reason != "error":
-        return None
-    if delta.error is None:
-        return GenerationError("The engine ended the request without a reason.")
-    return from_info(delta.error)
+def choice_error(delta: TextDelta) -> TruffulaError | None:
+    """The error that ended a choice; None while it is generated and after any other end."""
+    return TruffulaError.from_info(delta.error) if delta.finish_reason == "error" else None

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from truffula.service.core import RequestState
-from truffula.service.fold import failure
+from truffula.service.fold import choice_error
 from truffula.types import TextDelta
 
 
@@ -71,7 +71,7 @@ class TextStream:
         deltas, self._ready = self._ready, []
         if not self._begun:
             for delta in deltas:
-                error = failure(delta)
+                error = choice_error(delta)
                 if error is not None:
                     await self.aclose()
                     raise error

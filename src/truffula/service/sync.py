@@ -13,7 +13,7 @@ from truffula.engine.interrupts import uninterrupted
 from truffula.errors import ShuttingDown, TruffulaError
 from truffula.service.base import ServiceBase, ServiceOptions
 from truffula.service.core import RequestState
-from truffula.service.fold import collect, failure
+from truffula.service.fold import choice_error, collect
 from truffula.types import (
     AdapterCommand,
     AdapterState,
@@ -94,7 +94,7 @@ class SyncService(ServiceBase):
                 left[index] -= sum(delta.finish_reason is not None for delta in found)
                 if not left[index]:
                     deltas = parts.pop(index)
-                    errors = [error for error in map(failure, deltas) if error is not None]
+                    errors = [error for error in map(choice_error, deltas) if error is not None]
                     answer = errors[0] if errors else collect(deltas)
             ended += answer is not None
             if progress is not None:
@@ -123,7 +123,7 @@ class SyncService(ServiceBase):
                 while call.inbox:
                     index, deltas = call.inbox.popleft()
                     if not return_errors:
-                        for error in filter(None, map(failure, deltas)):
+                        for error in filter(None, map(choice_error, deltas)):
                             raise error
                     yield index, deltas
         finally:

@@ -1,4 +1,4 @@
-"""Tiny LoRA adapters on disk, as PEFT writes them, made with numpy alone."""
+"""Writes tiny LoRA adapters in PEFT's format, with numpy only."""
 
 from __future__ import annotations
 
@@ -9,25 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from truffula.kernels.program import Site
-from truffula.testing.files import write_safetensors
+from truffula.testing.files import Array, as_dtype, write_safetensors
 from truffula.weights.safetensors import SafetensorsFile
 
-Array = npt.NDArray[Any]
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
 PREFIX = "base_model.model."
 
 
 def linear_modules(base: Path | Sequence[Site]) -> dict[str, tuple[int, int]]:
-    """Module path → (in, out) of every linear layer adapters may target: of a model folder, or of a program's sites."""
+    """Module path → (in, out) of every linear that adapters may target, in a model folder or a program's sites."""
     if not isinstance(base, Path):
         return {site.module: (site.in_features, site.out_features) for site in base if site.kind == "linear"}
     found: dict[str, tuple[int, int]] = {}
@@ -41,7 +33,7 @@ def linear_modules(base: Path | Sequence[Site]) -> dict[str, tuple[int, int]]:
 
 
 def tiny_config(*, rank: int, alpha: float, targets: Sequence[str] | str, **overrides: Any) -> dict[str, Any]:
-    """An ``adapter_config.json`` as PEFT writes it, all fields that matter present; ``overrides`` win."""
+    """An ``adapter_config.json`` in PEFT's format, changed by ``overrides``."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -76,10 +68,10 @@ def tiny_tensors(
         if not _targeted(config, name):
             continue
         rank = next((r for p, r in config["rank_pattern"].items() if re.match(rf"(.*\.)?({p})$", name)), config["r"])
-        # Both halves random, and a product of about the size of a layer's own weights.
+        # A and B are random; their product is about as large as the weights of a layer.
         size = 0.5 / math.sqrt(math.sqrt(in_features) * max(1, rank))
         for half, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
-            tensors[f"{PREFIX}{name}.{half}.weight"] = rng.normal(0, size, shape).astype(DTYPES[dtype])
+            tensors[f"{PREFIX}{name}.{half}.weight"] = as_dtype(rng.normal(0, size, shape), dtype)
     return tensors
 
 
@@ -100,7 +92,7 @@ def _targeted(config: Mapping[str, Any], name: str) -> bool:
 
 
 def write_adapter(folder: Path | str, config: Mapping[str, Any], tensors: Mapping[str, Array]) -> Path:
-    """Write the two files of an adapter, whatever they hold. Returns the folder."""
+    """Write the two files of an adapter without checks, and return ``folder``."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -119,10 +111,11 @@ def write_tiny_adapter(
     dtype: str = "float32",
     **overrides: Any,
 ) -> Path:
-    """A LoRA adapter for ``base`` (a model folder, or a program's sites) whose A and B are random, so that it shows.
+    """Write a LoRA adapter for ``base`` (a model folder, or a program's sites) with random A and B, and return
+    ``folder``.
 
     ``targets`` is a list, a regular expression or ``all-linear``; ``overrides`` are fields of ``adapter_config.json``
-    (``rank_pattern``, ``use_rslora``, ``layers_to_transform``, …), honoured in the tensors as PEFT would. ``dtype`` is
+    (``rank_pattern``, ``use_rslora``, ``layers_to_transform``, …), applied to the tensors as in PEFT. ``dtype`` is
     that of the file. The same arguments write the same bytes.
     """
     where = Path(base) if isinstance(base, str) else base

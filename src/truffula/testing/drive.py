@@ -15,7 +15,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 def capacity_for(tokens: int, *, block_size: int = 16) -> Capacity:
-    """Room for one sequence of ``tokens`` tokens, every row of which may want logits; one block is to spare."""
+    """The capacity for one sequence of ``tokens`` tokens with logits for every row, and one spare block."""
     blocks = -(-tokens // block_size) + 1
     return Capacity(
         max_tokens=tokens,
@@ -30,9 +30,9 @@ def capacity_for(tokens: int, *, block_size: int = 16) -> Capacity:
 
 @dataclass
 class Driver:
-    """One sequence. Its blocks are handed out in an order that is not ascending, so that a wrong table shows.
+    """Runs one sequence. Its blocks are not in ascending order, so that errors in block tables show.
 
-    ``slot`` is the adapter's slot, or None for the base. ``computed`` counts the tokens that lie in the blocks.
+    ``slot`` is the adapter's slot, or None for the base. ``computed`` is the number of computed tokens.
     """
 
     executable: Executable
@@ -45,14 +45,14 @@ class Driver:
         self._blocks = np.concatenate([ids[1::2], ids[0::2]])
 
     def feed(self, ids: Sequence[int], *, chunk: int | None = None) -> Float32:
-        """Compute ``ids`` behind what is computed, in steps of at most ``chunk``; float32 logits ``[len(ids), V]``."""
+        """Append ``ids``, in steps of at most ``chunk``, and return their float32 logits ``[len(ids), V]``."""
         rows = []
         for start in range(0, len(ids), chunk or len(ids)):
             rows.append(self._step(ids[start : start + (chunk or len(ids))]))
         return np.concatenate(rows)
 
     def greedy(self, prompt: Sequence[int], count: int, *, chunk: int | None = None) -> tuple[list[int], Float32]:
-        """``count`` greedy tokens behind ``prompt``, one a step, and the logits each was chosen from ``[count, V]``."""
+        """``count`` greedy tokens after ``prompt``, one per step, and their logits ``[count, V]``."""
         rows = [self.feed(prompt, chunk=chunk)[-1]]
         tokens = [int(rows[-1].argmax())]
         while len(tokens) < count:

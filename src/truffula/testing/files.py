@@ -1,4 +1,4 @@
-"""Writes safetensors files for tests: small, exact, without torch or the safetensors package."""
+"""Writes safetensors files without torch and the safetensors package."""
 
 from __future__ import annotations
 
@@ -7,18 +7,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from truffula.weights.safetensors import DTYPES
 
+Array = npt.NDArray[Any]
+
+
+def as_dtype(array: Array, dtype: str) -> Array:
+    """``array`` in ``float32``, ``float16`` or ``bfloat16``."""
+    return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
 
 def write_safetensors(
-    path: Path | str, tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str] | None = None
+    path: Path | str, tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
 ) -> Path:
     """Write ``tensors`` (any dtype of the format, ``ml_dtypes`` ones included) to ``path`` in the order given.
 
-    The data begin on a multiple of eight bytes, as the format's own writer does.
+    The data begin at a multiple of eight bytes, as in the safetensors package.
     Raises ``KeyError`` for a dtype the format lacks.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,7 +48,7 @@ def write_safetensors(
 
 
 def write_raw_safetensors(path: Path | str, header: Mapping[str, Any] | bytes, data: bytes) -> Path:
-    """Write a file from a header as it is, right or wrong: for tests of what a reader must refuse."""
+    """Write a file with a header that is not checked, for tests of a reader's errors."""
     raw = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     path = Path(path)

@@ -1,4 +1,4 @@
-"""transformers (and peft) as the oracle: one model loaded, its inner values observed by module path."""
+"""transformers (and peft) as the reference: loads one model and records intermediate values by module path."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Oracle:
 
     Args:
         path: A model folder or a ``.gguf`` file.
-        tied: Whether its two tables are one: what ``weights/tying.py`` decided, since transformers itself invents a
-            random head where a flag is missing or wrong.
+        tied: Whether embedding and head are tied, as ``weights/tying.py`` decides; transformers alone would use a
+            random head when the flag is missing or wrong.
         adapter: A PEFT folder to attach, or None.
         dtype: ``float32`` or ``bfloat16``.
 
     Raises:
         MissingDependency: transformers, torch or (with an adapter) peft is not installed.
-        UnsupportedModel: a GGUF model in parts, or of an architecture that transformers takes for another.
+        UnsupportedModel: A GGUF model in parts, or of an architecture that transformers loads as another one.
 
     Attributes:
-        notes: What a reader of the comparison must know, a sentence each.
+        notes: Sentences about limits of the comparison, for its report.
     """
 
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
@@ -48,7 +48,7 @@ class Oracle:
             raise MissingDependency(
                 f"{error.name} is not installed: {installation().pip_install('torch,hf')}.", param=error.name
             ) from error
-        logging.disable_progress_bar()  # the command that compares shows its own progress
+        logging.disable_progress_bar()  # the command shows its own progress
         self._seen: dict[str, Float32] = {}
         self._register()
         source: dict[str, Any] = {"pretrained_model_name_or_path": str(path), "local_files_only": True}
@@ -75,12 +75,12 @@ class Oracle:
         self._modules = dict(self._model.named_modules())
 
     def _register(self) -> None:
-        """Our attention: transformers' eager masks and arithmetic, and a note of what q and k were."""
+        """Register an attention function with transformers' eager masks and arithmetic that also records q and k."""
         import torch
         from transformers import AttentionInterface
         from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-        def attend(
+        def recording_attention(
             module: Any,
             query: Any,
             key: Any,
@@ -90,8 +90,8 @@ class Oracle:
             softcap: float | None = None,
             **_: Any,
         ) -> tuple[Any, None]:
-            turned = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
-            self._seen[f"layer {module.layer_idx}"] = np.concatenate(turned, 1)
+            rotated = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
+            self._seen[f"layer {module.layer_idx}"] = np.concatenate(rotated, 1)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
             scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -102,7 +102,7 @@ class Oracle:
             weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
             return (weights @ value).transpose(1, 2).contiguous(), None
 
-        AttentionInterface.register(_ATTENTION, attend)
+        AttentionInterface.register(_ATTENTION, recording_attention)
         AttentionMaskInterface.register(_ATTENTION, eager_mask)
 
     def logits(self, ids: Iterable[int]) -> Float32:
@@ -114,7 +114,7 @@ class Oracle:
     ) -> tuple[Float32, dict[Probe, Float32]]:
         """Logits ``[T, V]`` and, for each probe (with the layer it belongs to), the value there, ``[T, width]``.
 
-        A probe of a module whose ``in`` has no tensor of rows (attention itself) means q and k after the rotation.
+        The ``in`` probe of an attention module is q and k after the rotation.
 
         Raises:
             KeyError: transformers' model has no such module.
@@ -143,9 +143,9 @@ class Oracle:
 
 
 def _complete(config: Any, path: Path) -> tuple[str, ...]:
-    """Set in transformers' ``config`` what its GGUF loader does not read, such as rotary scaling; says which.
+    """Set the keys of ``config`` that transformers' GGUF loader does not read, such as rotary scaling; returns a note.
 
-    Its loader knows a few keys of each architecture and takes defaults for all others.
+    The loader reads a few keys of each architecture and uses defaults for all others.
     """
     with contextlib.closing(GgufCheckpoint(path)) as checkpoint:
         read = checkpoint.config
@@ -168,7 +168,7 @@ def _complete(config: Any, path: Path) -> tuple[str, ...]:
 
 
 def _take_factors(config: Any) -> list[float]:
-    """The table of factors that rotary frequencies are divided by, which transformers does not know; empty if none."""
+    """Remove and return the divisors of the rotary frequencies, which transformers does not support; empty if none."""
     given = getattr(config, "rope_parameters", None) or {}
     if given.get("rope_type") != "factors":
         return []
@@ -206,9 +206,9 @@ def _keep_output(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
 
 
 def _rows(value: Any, count: int) -> Float32:
-    """``[1, T, ...]`` as float32 ``[T, width]``; a value that some models lay out as ``[1, H, T, E]`` is turned first.
+    """``[1, T, ...]`` as float32 ``[T, width]``; a value of shape ``[1, H, T, E]`` is transposed first.
 
-    Where H happens to equal ``count`` the memory tells them apart: norms keep the order of the view they are given.
+    If H equals ``count``, the strides distinguish the two: norms keep the memory order of their input.
     """
     value = value.detach()[0].float()
     if value.dim() == 3:

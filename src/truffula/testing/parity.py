@@ -1,7 +1,7 @@
-"""Compare a model as we serve it with transformers (and an adapter with peft), op by op: what ``truffula verify`` does.
+"""Compares a model with transformers (and an adapter with peft), op by op, for ``truffula verify``.
 
-Both run the same ids; each op's output is held against the value its probe names. The report's first divergence is the
-first op, in program order, whose error is above the tolerance: what comes before it agrees, so it is where to look.
+Both compute the same ids; the output of each op is compared with the value that its probe names. The first divergence
+is the first op, in program order, whose error is above the tolerance; all ops before it agree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import BaseTable, base_tables
-from truffula.model.load import ModelPlan, plan_model, puller
+from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
 from truffula.text.tokenizer import load_tokenizer
@@ -36,8 +36,8 @@ DEFAULT_PROMPTS = (
     "def fibonacci(n):\n    ",
     "Once upon a time, in a forest of very tall trees, there lived a",
 )
-# Of a value, against its own size plus the root mean square of its row (a few columns are a thousand times the rest and
-# round as coarsely). Over SmolLM2's thirty layers harmless float32 differences reach 3e-5.
+# Relative to the value plus the root mean square of its row, because a few columns are a thousand times larger than the
+# others. Rounding differences in float32 reach 3e-5 over SmolLM2's thirty layers.
 TOLERANCE = 3e-4
 # Two logits this close are a tie that rounding may break either way: such a step is counted, not adapter.
 NEAR_TIE = 1e-4
@@ -45,7 +45,7 @@ NEAR_TIE = 1e-4
 
 @dataclass(frozen=True)
 class Perturbation:
-    """A mistake made on purpose on our side, for tests of ``verify`` itself. Each field changes what it is given."""
+    """A deliberate error in truffula's computation, for tests of ``verify``. Each field changes its argument."""
 
     program: Callable[[Program], Program] = lambda program: program
     weight: Callable[[WeightDecl, Sequence[Array]], Sequence[Array]] = lambda decl, parts: parts
@@ -54,9 +54,9 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class OpRow:
-    """The worst disagreement of one op over all prompts: ``error`` relative, ``difference`` absolute.
+    """The largest difference of one op over all prompts: ``error`` relative, ``difference`` absolute.
 
-    ``module`` and ``side`` say where transformers shows the value; for a fused op the slice that was worst.
+    ``module`` and ``side`` locate the value in transformers; for a fused op, of the slice with the largest error.
     """
 
     index: int
@@ -71,8 +71,8 @@ class OpRow:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """``rows`` in program order. ``tokens_compared`` greedy choices were held against transformers', of which
-    ``near_ties`` were too close to judge. ``first_divergence`` None: every op agrees within ``tolerance``.
+    """``rows`` in program order. ``tokens_compared`` greedy tokens were compared with transformers', of which
+    ``near_ties`` were too close to decide. ``first_divergence`` None: every op agrees within ``tolerance``.
     """
 
     model: str
@@ -107,22 +107,22 @@ def verify_model(
     perturb: Perturbation | None = None,
     oracle: Oracle | None = None,
 ) -> VerifyReport:
-    """Hold the model at ``path`` (and ``adapter`` on it) against transformers (and peft).
+    """Compare the model at ``path`` (with ``adapter``) with transformers (and peft).
 
     Args:
         path: A model folder or a ``.gguf`` file.
-        prompts: Texts (when the model has a tokenizer) or ids; None takes a few that are built in.
+        prompts: Texts (when the model has a tokenizer) or ids; None: ``DEFAULT_PROMPTS``.
         adapter: A PEFT folder, or None for the base.
-        dtype: Both sides compute in it. In bfloat16 the two round in other places: expect no better than 2e-2.
-        backend: What computes our side, or its name in ``kernels/select.py``. It is given the values of quantised
-            files, never their blocks.
-        new_tokens: How many greedy tokens follow each prompt, and are compared too.
-        tolerance: Of an op's relative error.
-        perturb: Changes our side; for tests.
-        oracle: The same model, adapter and dtype in transformers, where it is loaded already.
+        dtype: Compute dtype of both. In bfloat16 they round at different places: expect errors up to 2e-2.
+        backend: truffula's backend, or its name in ``kernels/select.py``. It gets the dequantised values of quantised
+            files.
+        new_tokens: Number of greedy tokens to compare after each prompt.
+        tolerance: Limit of an op's relative error.
+        perturb: Changes truffula's computation; for tests.
+        oracle: The same model, adapter and dtype in transformers, if it is already loaded.
 
     Raises:
-        TruffulaError: The model or the adapter is refused, or a library of the comparison is missing.
+        TruffulaError: The model or the adapter is not supported, or a library of the comparison is missing.
 
     Cost: both models in memory, and a forward pass of each per prompt.
     """
@@ -165,7 +165,7 @@ def verify_model(
 
 
 def describe(backend: Backend) -> str:
-    """``cpu (avx2)``: which backend, and what it computes with."""
+    """The name and the instruction set of a backend: ``cpu (avx2)``."""
     probe = backend.probe()
     return f"{probe.name} ({probe.isa})" if probe.isa else probe.name
 
@@ -179,7 +179,7 @@ def _load(
     capacity: Capacity,
     change: Perturbation,
 ) -> Executable:
-    pull = puller(checkpoint, plan)
+    pull = WeightReader(checkpoint, plan)
     executable = backend.load(
         program, dtype, lambda decl: change.weight(decl, [as_array(part) for part in pull(decl)]), capacity, debug=True
     )
@@ -203,7 +203,7 @@ def attach_folder(
 def prompts_as_ids(
     checkpoint: Checkpoint, plan: ModelPlan, prompts: Sequence[str | Sequence[int]] | None
 ) -> list[list[int]]:
-    """``prompts``, or a few that are built in (ids by chance where there is no tokenizer)."""
+    """``prompts`` as ids; None: ``DEFAULT_PROMPTS``, or random ids when the model has no tokenizer."""
     tokenizer = load_tokenizer(checkpoint.tokenizer_files())
     if prompts is None and tokenizer is None:
         rng = np.random.default_rng(0)
@@ -223,7 +223,7 @@ def prompts_as_ids(
 
 @dataclass(frozen=True)
 class _Check:
-    """Columns ``lo .. hi`` of what op ``index`` wrote are what ``probe`` shows."""
+    """Compare columns ``lo .. hi`` of the output of op ``index`` with the value of ``probe``."""
 
     index: int
     op: Op
@@ -234,7 +234,7 @@ class _Check:
 
 @dataclass
 class _Comparison:
-    """Worst disagreements so far, by op."""
+    """The largest differences so far, by op."""
 
     program: Program
     worst: dict[int, OpRow] = field(default_factory=dict)
@@ -254,7 +254,7 @@ class _Comparison:
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
         for check in checks:
             self._row(check, ours[check.index][:, check.lo : check.hi], seen[check.probe])
-        # The logits after scale and softcap are in no module's output: they are compared as such.
+        # The logits after scale and softcap are not the output of a module, so they are compared separately.
         last = len(self.program.ops) - 1
         self._row(_Check(last, self.program.ops[last], Probe("logits", "out"), 0, theirs.shape[1]), logits, theirs)
         if new:
@@ -280,7 +280,7 @@ class _Comparison:
     def _tokens(
         self, executable: Executable, capacity: Capacity, slot: int | None, oracle: Oracle, prompt: list[int], new: int
     ) -> None:
-        """Our greedy tokens, a step each, against the oracle's choice behind the same tokens."""
+        """Compare truffula's greedy tokens, one per step, with the oracle's choice after the same tokens."""
         chosen, logits = Driver(executable, capacity, slot).greedy(prompt, new)
         theirs = oracle.logits([*prompt, *chosen[:-1]])[len(prompt) - 1 :]
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
@@ -296,7 +296,7 @@ class _Comparison:
 
 
 def _checks(program: Program) -> list[_Check]:
-    """What to compare: each op's probe, and each slice of a fused linear at its own module."""
+    """The comparisons: each op's probe; for a fused linear, each slice at its own module."""
     checks = []
     for index, op in enumerate(program.ops):
         if op.probe is None:

@@ -1,4 +1,4 @@
-"""How far two computations of one model differ in what they predict: KL, top-1 agreement, perplexity."""
+"""Differences between the predictions of two computations of one model: KL, top-1 agreement, perplexity."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 _ROWS = 64
-"""Rows worked on at once: float64 copies of whole texts would be gigabytes."""
+"""Rows per chunk: float64 copies of whole texts would take gigabytes."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Of another computation from a base, over ``positions``.
+    """The divergence of another computation from a base, over ``positions``.
 
     ``kl_mean``, ``kl_p99`` and ``kl_max`` are KL(base || other) in nats per position, ``same_top1`` the share of
-    positions at which both think the same token likeliest, ``perplexity`` the other's, of the texts that were read
-    (NaN where every text has one token). ``logit_diff_max`` is the largest absolute difference of two logits,
-    ``logit_diff_p99`` what the largest of a position stays below at 99 % of them.
+    positions with the same most likely token, ``perplexity`` the other's, of the given texts (NaN when every text has
+    one token). ``logit_diff_max`` is the largest absolute difference of two logits,
+    ``logit_diff_p99`` the 99th percentile of the largest difference per position.
     """
 
     positions: int
@@ -36,7 +36,7 @@ class Divergence:
 
 @dataclass
 class Divergences:
-    """Gathers texts; ``result`` sums them up."""
+    """Accumulates the divergence over texts."""
 
     _kl: list[Float64] = field(default_factory=list)
     _surprise: list[Float64] = field(default_factory=list)
@@ -44,10 +44,9 @@ class Divergences:
     _differences: list[Float32] = field(default_factory=list)
 
     def add(self, base: Float32, other: Float32, ids: Sequence[int]) -> None:
-        """Logits ``[T, V]`` of both behind each of the T ``ids`` of one text, float32.
+        """Add one text: the float32 logits ``[T, V]`` of both after each of its T ``ids``.
 
-        Raises:
-            ValueError: The shapes are not those.
+        Raises ``ValueError`` for other shapes.
         """
         if base.shape != other.shape or len(base) != len(ids):
             raise ValueError(f"logits {base.shape} and {other.shape} for {len(ids)} ids")
@@ -61,7 +60,7 @@ class Divergences:
             self._surprise.append(-q[np.arange(len(follow)), follow])
 
     def result(self) -> Divergence:
-        """Raises ``ValueError`` when nothing was added."""
+        """The divergence over all added texts. Raises ``ValueError`` when there are none."""
         if not self._kl:
             raise ValueError("no text was added")
         kl, surprise = np.concatenate(self._kl), np.concatenate(self._surprise)
@@ -79,7 +78,7 @@ class Divergences:
 
 
 def log_softmax(logits: Float32) -> Float64:
-    """Over the last axis, in float64."""
+    """Log-softmax over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     made: Float64 = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
     return made

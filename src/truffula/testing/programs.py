@@ -1,4 +1,4 @@
-"""Programs, random weights and steps without a checkpoint or an engine: for tests and benchmarks of backends."""
+"""Programs, random weights and steps without checkpoint and engine, for tests and benchmarks of backends."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from truffula.kernels.adapters import SiteTensors, low_rank, make_image
 from truffula.kernels.backend import Executable, PullWeight, QuantisedArray
@@ -17,29 +15,25 @@ from truffula.kernels.program import Linear, Program, WeightDecl
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames
 from truffula.model.read import read_config
+from truffula.testing.files import Array as Array
+from truffula.testing.files import as_dtype as as_dtype
 from truffula.weights.gguf_quants import FORMATS, dequantize
 from truffula.weights.tying import Tie, TyingDecision
-
-Array = npt.NDArray[Any]
 
 
 def decoder_program(config: Mapping[str, Any]) -> Program:
     """The program of a config.json, with tied tables.
 
     Raises:
-        UnsupportedModel: The config asks for something that is not supported; the error names the key.
+        UnsupportedModel: The config requires an unsupported feature; names the key.
     """
     spec = read_config(config).spec
     return build_program(spec, WeightNames.canonical(spec), TyingDecision(Tie.TIED, "tied"))
 
 
-def as_dtype(array: Array, dtype: str) -> Array:
-    """numpy array in ``float32``, ``float16`` or ``bfloat16``."""
-    return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-
-
 def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -> dict[str, list[Array]]:
-    """Parts by weight name; matrices at 1/sqrt(I), vectors near 1. Fused weights get one array per part."""
+    """Weight name → its parts. Matrices are scaled by 1/sqrt(I), vectors are near 1; fused weights have several parts.
+    """
     rng = np.random.default_rng(seed)
     made: dict[str, list[Array]] = {}
     for decl in program.weights:
@@ -53,7 +47,7 @@ def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -
 
 
 def random_blocks(kind: str, outputs: int, inputs: int, *, seed: int = 0) -> QuantisedArray:
-    """A matrix [outputs, inputs] of random GGUF blocks of ``kind`` (``Q4_0``), whose scales keep its numbers small."""
+    """A matrix [outputs, inputs] of random GGUF blocks of ``kind`` (``Q4_0``) with small scales."""
     format = next(format for format in FORMATS.values() if format.name == kind)
     blocks = np.random.default_rng(seed).integers(0, 256, (outputs, inputs // format.size, format.nbytes), np.uint8)
     for at in range(format.scales):
@@ -107,7 +101,7 @@ def attach(executable: Executable, adapter: AdapterTensors) -> int:
 class Part:
     """One sequence's share of a step: ``ids`` at positions ``start ..`` with its ``blocks``; ``slot`` is its adapter.
 
-    ``logits``: whether the last row's are wanted, or all rows'.
+    ``logits``: ``last`` or ``all``, the rows whose logits are computed.
     """
 
     ids: tuple[int, ...]
@@ -118,7 +112,7 @@ class Part:
 
 
 def fill_step(inputs: StepInputs, parts: list[Part], block_size: int, windows: Sequence[int | None] = (None,)) -> None:
-    """Write a step. ``parts`` must already be sorted as ``StepInputs`` wants them: by slot, base last.
+    """Write a step. ``parts`` must be sorted as ``StepInputs`` requires: by slot, base last.
 
     All KV groups use the same block ids. ``windows``, where given, is that of each group: table entries behind it
     are -1.

@@ -1,4 +1,4 @@
-"""Whether an instruction set computes what the portable one does on this machine, on a tiny model."""
+"""Checks on a tiny model that an instruction set computes the same values as the portable one."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from truffula.testing.programs import (
 from truffula.testing.tiny import tiny_config
 
 LIMITS = {"float32": 1e-4, "bfloat16": 0.03}
-"""Of the largest logit: sums in another order differ by far less, a wrong instruction by more."""
+"""Limits relative to the largest logit. Sums in another order differ by far less, a wrong instruction by more."""
 PROMPT = 37
-"""Tokens: more than one tile of rows in every instruction set."""
+"""Length of the prompt in tokens: more than one tile of rows in every instruction set."""
 
 
 def difference(isa: str) -> str:
-    """The weights that ``isa`` computes otherwise than ``portable`` (``Q4_0 in bfloat16``); empty when it agrees.
+    """The format and dtype (``Q4_0 in bfloat16``) in which ``isa`` and ``portable`` differ; "" when they agree.
 
-    Each is a forward pass of a tiny llama with adapters, of many rows and of few. Takes less than 0.1 s.
+    Compares forward passes of a tiny llama with adapters, with many rows and with few. Takes less than 0.1 s.
     """
     for dtype, limit in LIMITS.items():
         for kind in (dtype, *BLOCK_KINDS):

@@ -1,8 +1,8 @@
-"""Hold a model in the arithmetic it is served in (bfloat16, int8) against transformers in float32.
+"""Compares a model in the arithmetic in which it is served (bfloat16, int8) with transformers in float32.
 
-What is rounded cannot agree to 1e-4. It is judged by its predictions: how far the distributions are apart, and how far
-below transformers' choice each greedy token is. That weights, program and adapter are right is ``parity.py``'s, in
-float32; this says that the arithmetic put on top loses no more than it may.
+Rounded values do not agree to 1e-4, so predictions are compared: the divergence of the distributions, and how far each
+greedy token is below transformers' choice. ``parity.py`` checks weights, program and adapter in float32; this checks
+that the served arithmetic loses no more than its limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.program import WeightDecl
 from truffula.kernels.select import Precision, choose_dtype, select_backend
 from truffula.lora.tables import base_tables
-from truffula.model.load import ModelPlan, plan_model, puller
+from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import VerifyReport, attach_folder, describe, prompts_as_ids, verify_model
@@ -33,8 +33,8 @@ ChangeWeight = Callable[[WeightDecl, Parts], Parts]
 @dataclass(frozen=True)
 class Limit:
     """``kl_mean``: of KL(transformers float32 || as served) per position, nats. ``below``: nats that a greedy token may
-    be below transformers' likeliest. Several times what correct arithmetic was measured to lose (docs/quantization.md:
-    1e-3 in bfloat16, 5e-3 in int8); mistakes are whole nats.
+    be below transformers' most likely token. Limits are several times the measured loss of correct arithmetic
+    (docs/quantization.md: 1e-3 in bfloat16, 5e-3 in int8); errors cause whole nats.
     """
 
     kl_mean: float
@@ -47,8 +47,9 @@ INT8 = Limit(kl_mean=0.05, below=1.0)
 
 @dataclass(frozen=True)
 class ServedReport:
-    """``formats`` are those of matrices in int8, empty on values; ``worst_below`` is of the
-    ``tokens_compared`` greedy tokens, which continue the prompts as served."""
+    """``formats``: those of the matrices multiplied in int8, else empty. ``worst_below``: the largest of the
+    ``tokens_compared`` greedy tokens, which continue the prompts as served.
+    """
 
     backend: str
     dtype: str
@@ -60,19 +61,19 @@ class ServedReport:
 
     @property
     def arithmetic(self) -> str:
-        """In words."""
-        held = f"int8 ({', '.join(self.formats)} weights)" if self.formats else "on the values"
-        return f"{self.dtype}, {held}"
+        """A description for messages."""
+        products = f"int8 ({', '.join(self.formats)} weights)" if self.formats else "on the values"
+        return f"{self.dtype}, {products}"
 
     @property
     def ok(self) -> bool:
-        # Written so that NaN fails.
+        # Comparisons with NaN are false, so NaN fails.
         return self.divergence.kl_mean <= self.limit.kl_mean and self.worst_below <= self.limit.below
 
 
 @dataclass(frozen=True)
 class ServingReport:
-    """``values``: op by op in float32 on the values. ``served`` is None where that is just what is served."""
+    """``values``: the comparison op by op in float32. ``served``: None when the model is served in the same way."""
 
     values: VerifyReport
     served: ServedReport | None
@@ -92,21 +93,21 @@ def verify_serving(
     new_tokens: int = 16,
     change_weight: ChangeWeight = lambda decl, parts: parts,
 ) -> ServingReport:
-    """Whether the model at ``path`` (and ``adapter`` on it) is served right by ``config``'s backend and precision.
+    """Check the model at ``path`` (with ``adapter``) as served with ``config``'s backend and precision.
 
     Args:
         path: A model folder or a ``.gguf`` file.
-        config: Its backend, instruction set, dtype, ``quantize`` and ``exact`` count, as for an engine.
-        threads: To compute with.
-        prompts: Texts or ids; None takes a few that are built in.
+        config: Its backend, instruction set, dtype, ``quantize`` and ``exact`` are used.
+        threads: Number of compute threads.
+        prompts: Texts or ids; None: built-in prompts.
         adapter: A PEFT folder, or None for the base.
-        new_tokens: How many greedy tokens follow each prompt.
-        change_weight: A mistake made on purpose where our side computes as served; for tests.
+        new_tokens: Number of greedy tokens after each prompt.
+        change_weight: A deliberate error in the served computation; for tests.
 
     Raises:
-        TruffulaError: The model or the adapter is refused, or a library of the comparison is missing.
+        TruffulaError: The model or the adapter is not supported, or a library of the comparison is missing.
 
-    Cost: the model twice in memory (ours and transformers' in float32), a few forward passes of each.
+    Cost: the model twice in memory (the second time in float32 in transformers), a few forward passes of each.
     """
     options: dict[str, Any] = {"threads": threads, "cpu_isa": config.cpu_isa}
     backend = select_backend(
@@ -128,7 +129,7 @@ def verify_serving(
 
 
 def _int8_formats(backend: Backend, dtype: str, plan: ModelPlan) -> tuple[str, ...]:
-    """The formats of matrices that ``backend`` would multiply in int8; mostly none."""
+    """The formats of the matrices that ``backend`` would multiply in int8."""
     memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_types)
     return tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))
 
@@ -152,7 +153,7 @@ def _served(
         plan = plan_model(checkpoint)
         sequences = prompts_as_ids(checkpoint, plan, prompts)
         capacity = capacity_for(max(map(len, sequences)) + new_tokens)
-        pull = puller(checkpoint, plan, block_kinds=backend.block_kinds)
+        pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds)
         executable = backend.load(plan.program, dtype, lambda decl: change_weight(decl, pull(decl)), capacity)
         try:
             tables = base_tables(plan.program, checkpoint)

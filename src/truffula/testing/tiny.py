@@ -1,8 +1,7 @@
-"""Tiny models on disk, awkward on purpose: odd vocabularies, one KV head, head widths that hidden does not give.
+"""Writes tiny models with unusual shapes: odd vocabularies, head widths other than hidden size / heads.
 
-``write_tiny_checkpoint`` needs numpy alone and takes milliseconds; ``write_tiny_model`` lets transformers write the
-files. Weights are large enough that a wrong step shows in the logits: transformers' own initialisation is near zero,
-where every model agrees with every other.
+``write_tiny_checkpoint`` needs only numpy and takes milliseconds; ``write_tiny_model`` uses transformers. Weights are
+large enough that errors show in the logits; with transformers' initialisation near zero, all models would be equal.
 """
 
 from __future__ import annotations
@@ -13,20 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from truffula.model.read import read_config
 from truffula.model.spec import WeightRow
-from truffula.testing.files import write_safetensors
-
-Array = npt.NDArray[Any]
-DTYPES: Mapping[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-}
+from truffula.testing.files import Array, as_dtype, write_safetensors
 
 _BASE = {
     "vocab_size": 101,
@@ -51,7 +41,8 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
-    """A config.json of a few thousand weights; ``overrides`` win. Multimodal types nest it, without a vision tower."""
+    """A config.json of a tiny model, changed by ``overrides``; of multimodal types, nested and without image encoder.
+    """
     if model_type == "gemma3":
         text = tiny_config("gemma3_text", **overrides)
         return {
@@ -63,14 +54,14 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
 
 
 def tiny_llama_config(**overrides: Any) -> dict[str, Any]:
-    """The tiny llama that other parts' tests use."""
+    """``tiny_config`` of a llama model."""
     return tiny_config("llama", **overrides)
 
 
 def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "float32") -> dict[str, Array]:
-    """Random tensors under the names transformers writes; the head only when ``tie_word_embeddings`` is not true.
+    """Random tensors with transformers' names; the head only when ``tie_word_embeddings`` is not true.
 
-    Each tensor depends on ``seed`` and its own name, so that two configs share what they have in common.
+    Each tensor depends on ``seed`` and its name, so the common tensors of two configs are equal.
     """
     read = read_config(config)
     spec = read.spec
@@ -94,9 +85,9 @@ def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype:
     elif row.param == "bias":
         values = values * np.float32(0.1)
     else:
-        # A small input table: where it is also the head, a large one would answer every token with itself.
+        # The embedding is small: a tied head with a large one would repeat every token.
         values = values * np.float32((0.5 if row.kind == "embed" else 1.5) / row.width**0.5)
-    return values.astype(DTYPES[dtype])
+    return as_dtype(values, dtype)
 
 
 def write_tiny_checkpoint(
@@ -109,9 +100,9 @@ def write_tiny_checkpoint(
     extra: Mapping[str, Array] | None = None,
     generation_config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a model folder without transformers: config.json and model.safetensors. Returns ``folder``.
+    """Write config.json and model.safetensors without transformers, and return ``folder``.
 
-    ``drop`` leaves out tensors, then ``extra`` adds or replaces some, by their names on disk.
+    ``drop`` removes tensors, then ``extra`` adds or replaces some, by their stored names.
     """
     config = dict(config if config is not None else tiny_llama_config())
     left_out = set(drop)
@@ -137,15 +128,15 @@ def write_tiny_model(
     dtype: str = "float32",
     **overrides: Any,
 ) -> Path:
-    """Let transformers write a tiny model of ``model_type`` with the weights of ``tiny_tensors``. Returns ``folder``.
+    """Write a tiny model with transformers and the weights of ``tiny_tensors``, and return ``folder``.
 
     Args:
-        folder: Made when it is not there.
-        model_type: A key of ``ARCHITECTURES`` other than a multimodal one.
-        seed: Of the weights.
-        vocab_size: Rows of the tables.
+        folder: Created if necessary.
+        model_type: A key of ``ARCHITECTURES``, not a multimodal one.
+        seed: Seed of the weights.
+        vocab_size: Rows of embedding and head.
         tie: ``tie_word_embeddings``; None is the class default.
-        dtype: What is stored.
+        dtype: The stored dtype.
         overrides: Further config keys.
 
     Raises:

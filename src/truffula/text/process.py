@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from truffula.config import text_worker_environment
-from truffula.errors import ErrorInfo, TruffulaError, from_info
+from truffula.errors import ErrorInfo, TruffulaError
 from truffula.text.worker import END, FAILED, PART, READY, Call, Setup, receive, send
 
 START_TIMEOUT_S = 60.0
@@ -91,7 +91,7 @@ class TextWorker:
             elif kind == END:
                 return parts
             elif kind == FAILED:
-                raise from_info(msgspec.msgpack.decode(body, type=ErrorInfo))
+                raise TruffulaError.from_info(msgspec.msgpack.decode(body, type=ErrorInfo))
 
     def _ended(self, seconds: float) -> WorkerStopped:
         """Clean up after a process that has ended during a call, and say why."""

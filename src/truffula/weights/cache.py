@@ -1,4 +1,4 @@
-"""What can be used without naming a path: the aliases, and the models and adapters in the Hub's cache."""
+"""Lists the models and adapters that can be used by name: aliases, and the Hub's cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from truffula.weights.packages import ALIASES, cached_package, own_cache
-from truffula.weights.part_names import PartName
+from truffula.weights.gguf_header import PartName
+from truffula.weights.packages import ALIASES, cached_package, package_cache
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 class CachedModel:
     """A model or an adapter by the ``name`` that every command takes.
 
-    ``path`` is its folder or ``.gguf`` file; None for an alias that was not fetched yet. ``nbytes`` is the size on
-    disk, fetched or not.
+    ``path`` is its folder or ``.gguf`` file; None for an alias that is not downloaded yet. ``nbytes`` is the size on
+    disk, downloaded or not.
     """
 
     name: str
@@ -33,17 +33,17 @@ class CachedModel:
 
 
 def cached_models(cache_dir: Path | None) -> list[CachedModel]:
-    """Every alias, then the models in the Hub's cache by name, then its adapters. Asks no network.
+    """Every alias, then the models in the Hub's cache by name, then its adapters. Does not use the network.
 
     Args:
-        cache_dir: As for ``resolve_source``: None is the Hub library's own cache and ``~/.cache/truffula``.
+        cache_dir: As of ``resolve_source``: None is the Hub library's own cache and ``~/.cache/truffula``.
 
     Of a repository in the Hub's cache, the commit that ``main`` names is listed, as a folder (config.json and
     safetensors), an adapter, or one entry for each GGUF model. Data sets and incomplete downloads are not listed.
     """
-    own = own_cache(cache_dir)
+    cache = package_cache(cache_dir)
     aliases = [
-        CachedModel(name, "alias", cached_package(model, own), model.nbytes, model.description)
+        CachedModel(name, "alias", cached_package(model, cache), model.nbytes, model.description)
         for name, model in ALIASES.items()
     ]
     return [*aliases, *sorted(_hub_models(cache_dir), key=lambda model: (model.kind == "adapter", model.name))]
@@ -68,7 +68,7 @@ def _hub_models(cache_dir: Path | None) -> Iterator[CachedModel]:
 
 
 def _models_of(repo_id: str, revision: Any) -> Iterator[CachedModel]:
-    """What a cached commit holds: a model folder, an adapter, GGUF files, or nothing of these."""
+    """The models and adapters of a cached commit: a model folder, an adapter, GGUF files, or none of these."""
     sizes = {str(file.file_path.relative_to(revision.snapshot_path)): file.size_on_disk for file in revision.files}
     for name in sizes:
         if name.endswith(".gguf"):

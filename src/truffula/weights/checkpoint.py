@@ -1,4 +1,4 @@
-"""``Checkpoint``: names, shapes and dtypes of a model's tensors, whatever the file format, without reading data."""
+"""``Checkpoint``: the interface of a model's files, independent of their format."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class TensorInfo:
 
 
 class Checkpoint(Protocol):
-    """An opened model. ``config`` is config.json (or its equal made from GGUF metadata).
+    """An opened model. ``config`` is config.json (or its equivalent made from GGUF metadata).
 
-    ``generation_config`` is the file of that name, ``{}`` where there is none. ``tensors`` maps a name to its
+    ``generation_config`` is the file of that name, ``{}`` when there is none. ``tensors`` maps a name to its
     ``TensorInfo``; ``files`` are the files of the tensors, held open until ``close``. GGUF names, metadata and
-    conventions are translated to Hugging Face's, so nothing behind this knows the format. ``warnings`` are for the
-    operator.
+    conventions are translated to Hugging Face's, so the users of this interface do not depend on the format.
+    ``warnings`` are for the operator.
     """
 
     path: Path
@@ -49,22 +49,20 @@ class Checkpoint(Protocol):
     warnings: tuple[str, ...]
 
     def read(self, name: str) -> Array:
-        """The tensor: a mapped view in its stored dtype, or (quantised formats) a fresh dequantised float32 array.
+        """The tensor: a mapped view in its stored dtype or, of a quantised format, a new dequantised float32 array.
 
-        A view stays good after ``release``. It must not be written to: a write would last only until the release.
+        A view must not be written to: a write would last only until its pages are released.
         """
 
     def blocks(self, name: str) -> QuantisedArray | None:
-        """The tensor in the blocks it is stored in, its rows in the order of ``read``; None for those that are not
-        matrices in simple blocks of 32 with finite scales: these are read."""
+        """The tensor as its stored blocks, rows in the order of ``read``; None unless it is a matrix in simple blocks
+        of 32 with finite scales.
+        """
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file, before any conversion."""
 
-    def release(self, name: str) -> None:
-        """Tell the system that the pages of this tensor may be dropped."""
-
     def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents by file name (tokenizer.json, tokenizer_config.json, chat_template.jinja, …) of those that exist."""
+        """Contents of the existing tokenizer files by name (tokenizer.json, chat_template.jinja, …)."""
 
     def close(self) -> None: ...

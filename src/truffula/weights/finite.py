@@ -1,4 +1,4 @@
-"""Finding NaN and infinity in a tensor, by its bits and without converting it."""
+"""Finds NaN and infinite values in a tensor by their bits, without converting it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from truffula.weights.checkpoint import Array
 
-# A value is not finite when its bits without the sign reach this one: the exponent is all ones.
+# A value is not finite when its bits without the sign are at least this number: the exponent is all ones.
 _SMALLEST_NON_FINITE: Mapping[np.dtype[Any], int] = {
     np.dtype(np.float64): 0x7FF0_0000_0000_0000,
     np.dtype(np.float32): 0x7F80_0000,
@@ -19,7 +19,7 @@ _SMALLEST_NON_FINITE: Mapping[np.dtype[Any], int] = {
     np.dtype(ml_dtypes.float8_e5m2): 0x7C,
     np.dtype(ml_dtypes.float8_e4m3fn): 0x7F,
 }
-# Both passes over a chunk (mask, largest) run in the second-level cache.
+# Both passes over a chunk (mask, maximum) run in the L2 cache.
 _CHUNK_BYTES = 1 << 18
 
 
@@ -31,9 +31,10 @@ class NonFinite(NamedTuple):
 
 
 def first_non_finite(array: Array) -> NonFinite | None:
-    """How many values of ``array`` (any shape) are NaN or infinite and where the first is; None where all are finite.
+    """The number of NaN and infinite values of ``array`` (any shape) and the index of the first; None if all are
+    finite.
 
-    Integers and booleans are finite. Costs one read of the data; a chunk's copy is all the memory it takes.
+    Integers and booleans are finite. Reads the data once and allocates one chunk.
     """
     limit = _SMALLEST_NON_FINITE.get(array.dtype)
     if limit is None or array.size == 0:

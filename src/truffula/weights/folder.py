@@ -1,4 +1,4 @@
-"""A model folder as Hugging Face lays it out: config.json, safetensors in one file or in shards, a tokenizer beside."""
+"""A model folder in Hugging Face's layout: config.json, safetensors in one file or in shards, tokenizer files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from truffula.weights.text_files import generation_config, read_json, tokenizer_
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# The heads of the families this server knows: a tensor an index promises and no shard holds may be one of these (a tied
-# model saved with the index of its untied parent); tying then decides. Any other such tensor is a broken checkpoint.
+# Names of output heads. A head that is in the index and in no shard is allowed: a tied model may be saved with the
+# index of the untied model it was made from. Any other such tensor is an error.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output)\.")
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 class FolderCheckpoint:
-    """A ``Checkpoint`` over a folder. Opening reads JSON and headers only; data are mapped when read."""
+    """A ``Checkpoint`` over a folder. Opening reads only JSON and headers."""
 
     format = "safetensors"
 
@@ -33,35 +33,32 @@ class FolderCheckpoint:
         self.config = read_json(_config_file(path))
         self.generation_config: dict[str, Any] = generation_config(path)
         warnings: list[str] = []
-        self._home: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
-        if not self._home:
+        self._files: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
+        if not self._files:
             raise CheckpointError(f"{path}: its safetensors files hold no tensor.", param=str(path))
-        self.files = tuple(dict.fromkeys(file.file for file in self._home.values()))
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._home.items()}
+        self.files = tuple(dict.fromkeys(file.file for file in self._files.values()))
+        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
         self.warnings = tuple(warnings)
 
     def read(self, name: str) -> Array:
         return self._file(name).read(name)
 
     def blocks(self, name: str) -> QuantisedArray | None:
-        return None  # safetensors hold plain numbers
+        return None  # safetensors files are not quantised in blocks
 
     def raw(self, name: str) -> Array:
         return self._file(name).raw(name)
-
-    def release(self, name: str) -> None:
-        self._file(name).release(name)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return tokenizer_files(self.path)
 
     def close(self) -> None:
-        for file in set(self._home.values()):
+        for file in set(self._files.values()):
             file.close()
 
     def _file(self, name: str) -> SafetensorsFile:
         try:
-            return self._home[name]
+            return self._files[name]
         except KeyError:
             raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
 
@@ -78,7 +75,7 @@ def _config_file(path: Path) -> Path:
 
 
 def _open_weights(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]:
-    """Which file each tensor is read from."""
+    """The file of each tensor, by tensor name."""
     if (folder / INDEX).is_file():
         if (folder / SINGLE).is_file():
             warnings.append(f"{folder} holds both {INDEX} and {SINGLE}; the shards named by the index are used.")
@@ -86,11 +83,11 @@ def _open_weights(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFil
     if (folder / SINGLE).is_file():
         file = SafetensorsFile(folder / SINGLE)
         return dict.fromkeys(file.tensors, file)
-    shards = _full_set(folder)
+    shards = _complete_shards(folder)
     if shards:
         warnings.append(f"{folder} has no {INDEX}; its {len(shards)} shards are complete and are read together.")
         return _join(shards)
-    raise _nothing_to_read(folder)
+    raise _no_weights(folder)
 
 
 def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]:
@@ -130,7 +127,7 @@ def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]
 
 
 def _safe_name(index: Path, tensor: str, name: Any) -> str:
-    """The name of a shard, if it is a safetensors file inside the folder."""
+    """``name`` if it is a safetensors file inside the folder. Raises ``CheckpointError`` otherwise."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise CheckpointError(f"{index}: {tensor} maps to {name!r}, which is not a file name.", param=tensor)
     pure = PurePosixPath(name.replace("\\", "/"))
@@ -153,8 +150,11 @@ def _open_shard(folder: Path, name: str, tensors: list[str]) -> SafetensorsFile:
     return SafetensorsFile(folder / name)
 
 
-def _full_set(folder: Path) -> list[Path]:
-    """The shards of a folder without an index, where they are one complete set; none where there are no shards."""
+def _complete_shards(folder: Path) -> list[Path]:
+    """The shards of a folder without an index, in order; empty when there are none.
+
+    Raises ``CheckpointError`` when they are not one complete set.
+    """
     groups: dict[tuple[str, int], dict[int, Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         match = _SHARD.fullmatch(file.name)
@@ -193,11 +193,11 @@ def _join(shards: list[Path]) -> dict[str, SafetensorsFile]:
 
 
 def _is_variant(name: str) -> bool:
-    """Other copies of the same weights (the vendor's own format, another precision): never read."""
+    """Whether ``name`` is a copy of the weights in the vendor's format or another precision; these are not read."""
     return name.startswith("consolidated") or bool(re.search(r"\.(fp16|fp32|bf16|non_ema|ema)[.-]", name))
 
 
-def _nothing_to_read(folder: Path) -> CheckpointError:
+def _no_weights(folder: Path) -> CheckpointError:
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     others = [name for name in names if name.endswith(".safetensors")]
     pickles = [name for name in names if name.endswith(_PICKLES) and name != "training_args.bin"]

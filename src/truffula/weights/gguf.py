@@ -1,4 +1,4 @@
-"""A ``Checkpoint`` over a GGUF model: Hugging Face's names, shapes and conventions outside, blocks inside."""
+"""A ``Checkpoint`` over a GGUF model, with the tensor names, shapes and conventions of Hugging Face."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import numpy as np
 from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
-from truffula.weights.gguf_facts import account
-from truffula.weights.gguf_header import GgufHeader, GgufTensor
+from truffula.weights.gguf_header import GgufHeader, GgufTensor, name_file_in_errors
+from truffula.weights.gguf_hparams import check_unread_keys
 from truffula.weights.gguf_names import family_of, rename, to_config
 from truffula.weights.gguf_parts import Part, open_parts, tensors_of
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
 from truffula.weights.gguf_rope import ROPE_FREQS
-from truffula.weights.gguf_sampling import sampling_defaults
 from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
 from truffula.weights.mapped import MappedFile
-from truffula.weights.naming import naming_file
 
 
 class GgufCheckpoint:
     """A GGUF model, in one file or in parts; ``path`` is the first.
 
-    ``read`` undoes what the converter did: interleaved q and k rows, norms stored as 1 + weight. Plain numbers that
-    need neither are views of the mapped file; all else is a fresh array (float32 when it was packed).
+    ``read`` reverses the changes of llama.cpp's converter: interleaved rows of q and k, norms stored as 1 + weight.
+    Unquantised tensors without such changes are views of the mapped file; all others are new arrays, in float32 where
+    the file is quantised.
     """
 
     format = "gguf"
@@ -38,7 +37,7 @@ class GgufCheckpoint:
         self._parts = open_parts(path)
         self.files: tuple[MappedFile, ...] = tuple(part.file for part in self._parts)
         warnings: list[str] = []
-        with naming_file(path):
+        with name_file_in_errors(path):
             found = tensors_of(self._parts)
             tensors = {name: item for name, (_, item) in found.items()}
             first = self._parts[0].header
@@ -46,11 +45,8 @@ class GgufCheckpoint:
             self._family = family_of(self._header)
             factors = self._values(*found[ROPE_FREQS]) if ROPE_FREQS in found else None
             self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
-            self.generation_config: dict[str, Any] = {
-                **sampling_defaults(first.metadata),
-                **generation_config(first.metadata),
-            }
-            warnings += account(self._header)
+            self.generation_config: dict[str, Any] = generation_config(first.metadata)
+            warnings += check_unread_keys(self._header)
         self._stored = self._renamed(found)
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
@@ -59,7 +55,7 @@ class GgufCheckpoint:
         self.warnings = tuple(warnings)
 
     def _data(self, name: str) -> Array:
-        """The bytes, rows in Hugging Face's order."""
+        """``[nbytes]`` uint8: the tensor's bytes, with its rows in Hugging Face's order."""
         part, item = self._item(name)
         data = part.file.view(item.offset, item.nbytes)
         heads = self._permuted_heads(name)
@@ -81,7 +77,7 @@ class GgufCheckpoint:
         data = self._data(name).reshape(rows, width // format.size, format.nbytes)
         scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
         if not np.isfinite(scales).all():
-            return None  # what is wrong shows in the values
+            return None  # the caller reads the values instead and reports those that are not finite
         return QuantisedArray(format.name, data, (rows, width), partial(_values, format))
 
     def read(self, name: str) -> Array:
@@ -94,10 +90,6 @@ class GgufCheckpoint:
     def raw(self, name: str) -> Array:
         part, item = self._item(name)
         return part.file.view(item.offset, item.nbytes)
-
-    def release(self, name: str) -> None:
-        part, item = self._item(name)
-        part.file.release(item.offset, item.nbytes)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return read_tokenizer(self._header.metadata).files
@@ -119,7 +111,7 @@ class GgufCheckpoint:
         found, unknown = {}, []
         for name, item in stored.items():
             if name == ROPE_FREQS:
-                continue  # it is in the config now, as the parameters that made it
+                continue  # the config holds its values, in ``rope_parameters``
             new = rename(self._family, name)
             if new is None:
                 unknown.append(name)
@@ -135,7 +127,7 @@ class GgufCheckpoint:
         return found
 
     def _permuted_heads(self, name: str) -> int:
-        """How many heads' rows of this tensor the converter interleaved; 0 for none."""
+        """The number of heads whose rows the converter has interleaved in this tensor; 0 for none."""
         if self._family.permuted and ".self_attn.q_proj." in name:
             return int(self.config["num_attention_heads"])
         if self._family.permuted and ".self_attn.k_proj." in name:
@@ -148,8 +140,6 @@ def _values(format: BlockFormat, blocks: Array) -> Array:
 
 
 def _restore_halves(data: Array, rows: int, heads: int) -> Array:
-    """Put the rows of each head from interleaved pairs back into two halves. A row is whole blocks, so bytes are
-    moved.
-    """
+    """The bytes with the rows of each head reordered from interleaved pairs into two halves. A row is whole blocks."""
     pairs = data.reshape(heads, rows // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)

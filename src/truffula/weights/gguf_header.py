@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and the list of tensors, every length checked against the file before it is used.
+"""The header of a GGUF file: metadata and tensor list, every length checked against the file before it is used.
 
 Layout (versions 2 and 3, little endian): magic ``GGUF``, ``u32`` version, ``u64`` tensors, ``u64`` pairs; the pairs
 (string key, ``u32`` type, value); per tensor its name, ``u32`` dimensions, that many ``u64`` sizes (fastest first),
@@ -11,8 +11,10 @@ its import takes 0.2 s, and lengths that a file claims are not checked before me
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from typing import Any
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_types import OTHER_TYPES, SIZES
 from truffula.weights.shapes import fits_an_array
-from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer
+from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -30,9 +32,41 @@ _NUMBERS: Mapping[int, str] = dict(enumerate("BbHhIif")) | {7: "B", 10: "Q", 11:
 _U64 = struct.Struct("<Q")
 
 
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf", re.ASCII)
+
+
+@dataclass(frozen=True)
+class PartName:
+    """The file name of one part of a split model, ``STEM-00001-of-00003.gguf``; ``number`` counts from 1."""
+
+    stem: str
+    number: int
+    total: int
+
+    @classmethod
+    def of(cls, name: str) -> PartName | None:
+        """``name`` parsed; None when it is not the name of a part. It may be a path."""
+        found = _PART.fullmatch(name)
+        part = found and cls(found["stem"], int(found["number"]), int(found["total"]))
+        return part if part and 1 <= part.number <= part.total else None
+
+    def names(self) -> list[str]:
+        """The names of all parts, in order."""
+        return [f"{self.stem}-{i:05d}-of-{self.total:05d}.gguf" for i in range(1, self.total + 1)]
+
+
+@contextmanager
+def name_file_in_errors(path: Path) -> Iterator[None]:
+    """Prefix the errors about a key or a tensor that are raised inside with ``path``."""
+    try:
+        yield
+    except (CheckpointError, UnsupportedModel) as error:
+        raise type(error)(f"{path}: {error.message}", param=error.param, **error.data) from error
+
+
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor as the file lists it; ``shape`` already in row-major order, ``offset`` from the start of the file."""
+    """One tensor of the list; ``shape`` in row-major order, ``offset`` from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,7 +77,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class _Strings:
-    """``count`` strings from ``position`` to ``end``, known to lie within ``data``."""
+    """``count`` strings from ``position`` to ``end`` of ``data``, whose bounds were checked."""
 
     data: memoryview
     position: int
@@ -51,8 +85,8 @@ class _Strings:
     count: int
 
     def read(self) -> list[str]:
-        """A vocabulary has a quarter of a million of these: the loop is kept tight."""
-        # Slices of bytes are made in half the time that those of a view take.
+        """The strings. A vocabulary has up to 262,144 of them, so the loop is optimised."""
+        # Slicing bytes takes half the time of slicing a memoryview.
         data, position, unpack, found = bytes(self.data[self.position : self.end]), 0, _U64.unpack_from, []
         for _ in range(self.count):
             stop = position + 8 + unpack(data, position)[0]
@@ -62,7 +96,7 @@ class _Strings:
 
 
 class Metadata(Mapping[str, Any]):
-    """The pairs of a file, in its order. It records which keys are read, so that the others can be reported by name.
+    """The key-value pairs of a file, in its order. It records which keys are read, so that the others can be reported.
 
     A lookup (``[key]``, ``get``) counts as a read; ``in``, iteration and ``peek`` do not.
     """
@@ -88,7 +122,7 @@ class Metadata(Mapping[str, Any]):
         return len(self._pairs)
 
     def peek(self, key: str) -> Any:
-        """The value for a message: not counted as a read, a list shown by its length."""
+        """The value for a message: not counted as a read; of a list, its length."""
         value = self._pairs[key]
         if isinstance(value, _Strings | list):
             return f"a list of {value.count if isinstance(value, _Strings) else len(value)}"
@@ -103,8 +137,8 @@ class Metadata(Mapping[str, Any]):
 class GgufHeader:
     """``metadata`` values are int, float, bool, str, or lists of these.
 
-    Lists of strings are decoded when they are read: an engine does not need the vocabulary. Until then the file must
-    stay mapped.
+    Lists of strings are decoded when they are read, because an engine does not need the vocabulary. Until then the
+    file must stay mapped.
     """
 
     version: int
@@ -115,71 +149,69 @@ class GgufHeader:
 def read_header(path: Path, data: memoryview) -> GgufHeader:
     """Parse and check the header of a file that holds ``data``.
 
-    Raises ``CheckpointError`` naming the file, and the key or tensor at fault.
+    Raises ``CheckpointError`` naming the file and the invalid key or tensor.
     """
     size, head = len(data), bytes(data[:64])
     if size == 0:
-        raise _refuse(path, "the file is empty.")
+        raise _error(path, "the file is empty.")
     if is_lfs_pointer(head):
-        raise refuse_lfs_pointer(path)
+        raise lfs_pointer_error(path)
     if not head.startswith(MAGIC):
-        raise _refuse(path, "it does not begin with 'GGUF'; not a GGUF file.")
+        raise _error(path, "it does not begin with 'GGUF'; not a GGUF file.")
     cursor = _Cursor(path, data[:MAX_HEADER_BYTES], len(MAGIC))
     version = cursor.number("I", "its version")
     if version not in VERSIONS:
         kind = "big-endian" if version in {v << 24 for v in VERSIONS} else f"version {version}"
-        raise _refuse(
-            path, f"{kind} GGUF is not supported; supported are versions 2 and 3 in little-endian byte order."
-        )
+        raise _error(path, f"{kind} GGUF is not supported; supported are versions 2 and 3 in little-endian byte order.")
     tensor_count, pair_count = cursor.number("Q", "its tensor count"), cursor.number("Q", "its metadata count")
     metadata: dict[str, Any] = {}
-    cursor.room(pair_count, 13, "metadata pairs")
+    cursor.require(pair_count, 13, "metadata pairs")
     for _ in range(pair_count):
         key = cursor.string("a metadata key")
         if key in metadata:
-            raise _refuse(path, f"the metadata key {key!r} is written twice.", key)
+            raise _error(path, f"the metadata key {key!r} is written twice.", key)
         metadata[key] = cursor.value(cursor.number("I", f"the type of {key!r}"), key)
-    cursor.room(tensor_count, 24, "tensors")
-    listed = [_listed(cursor) for _ in range(tensor_count)]
+    cursor.require(tensor_count, 24, "tensors")
+    listed = [_tensor_entry(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise _refuse(path, f"general.alignment is {alignment!r}; it must be a power of two.", "general.alignment")
+        raise _error(path, f"general.alignment is {alignment!r}; it must be a power of two.", "general.alignment")
     start = -(-cursor.position // alignment) * alignment
     return GgufHeader(version, Metadata(metadata), _check_tensors(path, listed, start, size))
 
 
-def _refuse(path: Path, why: str, name: str | None = None) -> CheckpointError:
+def _error(path: Path, why: str, name: str | None = None) -> CheckpointError:
     return CheckpointError(f"{path}: {why}", param=name if name is not None else str(path), file=str(path))
 
 
 class _Cursor:
-    """Reads forward through the header; every read first makes sure that the bytes are there."""
+    """A position in the header; every read first checks that the header holds enough bytes."""
 
     def __init__(self, path: Path, data: memoryview, position: int) -> None:
         self.path, self.data, self.position = path, data, position
 
-    def room(self, count: int, each: int, what: str) -> None:
+    def require(self, count: int, each: int, what: str) -> None:
         if count * each > len(self.data) - self.position:
-            raise _refuse(self.path, f"truncated or damaged: {count} {what} do not fit after byte {self.position}.")
+            raise _error(self.path, f"truncated or damaged: {count} {what} do not fit after byte {self.position}.")
 
     def number(self, letter: str, what: str) -> Any:
         kind = struct.Struct(f"<{letter}")
-        self.room(1, kind.size, what)
+        self.require(1, kind.size, what)
         (value,) = kind.unpack_from(self.data, self.position)
         self.position += kind.size
         return value
 
     def string(self, what: str) -> str:
-        self.room(1, 8, what)
+        self.require(1, 8, what)
         (length,) = _U64.unpack_from(self.data, self.position)
         self.position += 8
-        self.room(length, 1, f"bytes of {what}")
+        self.require(length, 1, f"bytes of {what}")
         raw = bytes(self.data[self.position : self.position + length])
         self.position += length
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise _refuse(self.path, f"{what} is not UTF-8: {error.reason}.") from error
+            raise _error(self.path, f"{what} is not UTF-8: {error.reason}.") from error
 
     def value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind == _STRING:
@@ -187,49 +219,49 @@ class _Cursor:
         if kind == _ARRAY:
             return self._array(key, depth)
         if kind not in _NUMBERS:
-            raise _refuse(self.path, f"the metadata key {key!r} has the unknown type {kind}.", key)
+            raise _error(self.path, f"the metadata key {key!r} has the unknown type {kind}.", key)
         value = self.number(_NUMBERS[kind], f"the value of {key!r}")
         return bool(value) if kind == _BOOL else value
 
     def _array(self, key: str, depth: int) -> list[Any] | _Strings:
         if depth > 3:
-            raise _refuse(self.path, f"the metadata key {key!r} nests arrays too deeply.", key)
+            raise _error(self.path, f"the metadata key {key!r} nests arrays too deeply.", key)
         kind = self.number("I", f"the type of {key!r}")
         count = self.number("Q", f"the length of {key!r}")
         if kind == _STRING:
             return self._strings(count, key)
         if kind == _ARRAY:
-            self.room(count, 12, f"items of {key!r}")
+            self.require(count, 12, f"items of {key!r}")
             found = [self._array(key, depth + 1) for _ in range(count)]
             return [inner.read() if isinstance(inner, _Strings) else inner for inner in found]
         if kind not in _NUMBERS:
-            raise _refuse(self.path, f"the metadata key {key!r} has items of the unknown type {kind}.", key)
+            raise _error(self.path, f"the metadata key {key!r} has items of the unknown type {kind}.", key)
         letter = _NUMBERS[kind]
-        self.room(count, struct.calcsize(f"<{letter}"), f"items of {key!r}")
+        self.require(count, struct.calcsize(f"<{letter}"), f"items of {key!r}")
         run = struct.Struct(f"<{count}{letter}")
         values = list(run.unpack_from(self.data, self.position))
         self.position += run.size
         return [bool(value) for value in values] if kind == _BOOL else values
 
     def _strings(self, count: int, key: str) -> _Strings:
-        self.room(count, 8, f"strings of {key!r}")
+        self.require(count, 8, f"strings of {key!r}")
         data, position, end = self.data, self.position, len(self.data)
         unpack, done = _U64.unpack_from, 0
         while done < count and position + 8 <= end:
             position += 8 + unpack(data, position)[0]
             done += 1
         if done != count or position > end:
-            raise _refuse(self.path, f"truncated or damaged: the strings of {key!r} run past its end.", key)
+            raise _error(self.path, f"truncated or damaged: the strings of {key!r} run past its end.", key)
         found = _Strings(data, self.position, position, count)
         self.position = position
         return found
 
 
-def _listed(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name = cursor.string("a tensor's name")
     count = cursor.number("I", f"the dimensions of {name!r}")
     if count > 8:
-        raise _refuse(cursor.path, f"tensor {name!r} has {count} dimensions; the limit is 8.", name)
+        raise _error(cursor.path, f"tensor {name!r} has {count} dimensions; the limit is 8.", name)
     sizes = [cursor.number("Q", f"the shape of {name!r}") for _ in range(count)]
     kind = cursor.number("I", f"the type of {name!r}")
     return name, tuple(reversed(sizes)), kind, cursor.number("Q", f"the offset of {name!r}")
@@ -241,7 +273,7 @@ def _check_tensors(
     found: dict[str, GgufTensor] = {}
     for name, shape, kind, offset in listed:
         if name in found:
-            raise _refuse(path, f"tensor {name!r} is listed twice.", name)
+            raise _error(path, f"tensor {name!r} is listed twice.", name)
         if kind not in SIZES:
             what = OTHER_TYPES.get(kind, f"type {kind}")
             known = ", ".join(format.name for format in SIZES.values())
@@ -252,7 +284,7 @@ def _check_tensors(
             )
         format = SIZES[kind]
         if not shape or shape[-1] % format.size:
-            raise _refuse(
+            raise _error(
                 path,
                 f"tensor {name!r}: rows of shape {shape} are not a multiple of the {format.name} block size.",
                 name,
@@ -260,15 +292,15 @@ def _check_tensors(
         nbytes = math.prod(shape) // format.size * format.nbytes
         if start + offset + nbytes > size:
             end = start + offset + nbytes
-            raise _refuse(path, f"truncated: tensor {name!r} ends at byte {end}, the file at {size}.", name)
+            raise _error(path, f"truncated: tensor {name!r} ends at byte {end}, the file at {size}.", name)
         if not fits_an_array(shape, 8):
-            raise _refuse(
+            raise _error(
                 path, f"tensor {name!r}: shape {shape} has no elements, and dimensions too large for an array.", name
             )
         found[name] = GgufTensor(name, shape, kind, start + offset, nbytes)
     end, before = start, ""
     for tensor in sorted(found.values(), key=lambda item: (item.offset, item.nbytes)):
         if tensor.offset < end:
-            raise _refuse(path, f"tensor {tensor.name!r}: its data overlap those of {before!r}.", tensor.name)
+            raise _error(path, f"tensor {tensor.name!r}: its data overlap those of {before!r}.", tensor.name)
         end, before = tensor.offset + tensor.nbytes, tensor.name
     return found

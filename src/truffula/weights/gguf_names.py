@@ -1,7 +1,7 @@
 """A GGUF file's metadata as a config.json, and its tensor names as those of a Hugging Face checkpoint.
 
-One row per architecture. ``gguf_facts.account`` then judges every key that was not read. Sources: the converters of
-llama.cpp (what they do to a tensor is undone here) and its loader.
+One row per architecture. ``gguf_hparams.check_unread_keys`` then checks every key that was not read. Sources:
+llama.cpp's converters, whose changes to tensors are reversed here, and its loader.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_facts import Facts
 from truffula.weights.gguf_header import GgufHeader
+from truffula.weights.gguf_hparams import HParams
 from truffula.weights.gguf_rope import ROPE_FREQS, rope_parameters
 
 _BLOCK = {
@@ -40,20 +40,20 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 @dataclass(frozen=True)
 class Family:
-    """How one GGUF architecture maps. ``permuted``: rows of q and k are interleaved; ``shifted``: norms hold 1 +
-    weight. ``default_theta`` None: the file must state ``rope.freq_base``.
+    """How one GGUF architecture maps to a model type. ``permuted``: rows of q and k are interleaved; ``shifted``: norms
+    hold 1 + weight. ``default_theta`` None: the file must contain ``rope.freq_base``.
     """
 
     model_type: str
     class_name: str
     block: Mapping[str, str]
-    extra: Callable[[Facts, dict[str, Any]], None]
+    extra: Callable[[HParams, dict[str, Any]], None]
     permuted: bool = False
     shifted: bool = False
     default_theta: float | None = 10000.0
 
 
-# What else is published as a GGUF file, by its ``general.type``.
+# Other kinds of GGUF files, by ``general.type``.
 _OTHER_KINDS = {
     "adapter": "a LoRA adapter; adapters are read in PEFT's format (adapter_config.json and safetensors)",
     "imatrix": "statistics for quantising a model",
@@ -94,127 +94,128 @@ def rename(family: Family, name: str) -> str | None:
 def to_config(header: GgufHeader, family: Family, rope_factors: Any, warnings: list[str]) -> dict[str, Any]:
     """The config.json that this file's metadata describes.
 
-    ``tie_word_embeddings`` is not in it: a GGUF file states tying by having no ``output.weight``.
+    ``tie_word_embeddings`` is not in it: a GGUF file of a tied model has no ``output.weight``.
     ``rope_factors`` are the values of ``rope_freqs.weight``, or None.
     """
     architecture = header.metadata["general.architecture"]
-    facts = Facts(architecture, header)
-    hidden, heads = facts.count("embedding_length"), facts.count("attention.head_count")
-    width = _head_dim(facts, hidden, heads)
+    hparams = HParams(architecture, header)
+    hidden, heads = hparams.count("embedding_length"), hparams.count("attention.head_count")
+    width = _head_dim(hparams, hidden, heads)
     config: dict[str, Any] = {
         "model_type": family.model_type,
         "architectures": [family.class_name],
         "hidden_size": hidden,
-        "intermediate_size": facts.count("feed_forward_length"),
-        "num_hidden_layers": _layers(facts, len(header.tensors)),
+        "intermediate_size": hparams.count("feed_forward_length"),
+        "num_hidden_layers": _layers(hparams, len(header.tensors)),
         "num_attention_heads": heads,
-        "num_key_value_heads": facts.count("attention.head_count_kv", heads),
+        "num_key_value_heads": hparams.count("attention.head_count_kv", heads),
         "head_dim": width,
-        "max_position_embeddings": facts.count("context_length"),
-        "rms_norm_eps": facts.real("attention.layer_norm_rms_epsilon"),
-        "vocab_size": _vocab_size(facts),
-        "rope_parameters": rope_parameters(facts, family.default_theta, rope_factors, width, warnings),
+        "max_position_embeddings": hparams.count("context_length"),
+        "rms_norm_eps": hparams.real("attention.layer_norm_rms_epsilon"),
+        "vocab_size": _vocab_size(hparams),
+        "rope_parameters": rope_parameters(hparams, family.default_theta, rope_factors, width, warnings),
     }
     for key, ggml in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         value = header.metadata.get(f"tokenizer.ggml.{ggml}_token_id")
         if isinstance(value, int) and value < config["vocab_size"]:
             config[key] = value
-    family.extra(facts, config)
+    family.extra(hparams, config)
     if family.shifted and rope_factors is not None:
         raise UnsupportedModel(f"{ROPE_FREQS} is not supported in a {architecture} file.", param=ROPE_FREQS)
     return config
 
 
-def _layers(facts: Facts, tensors: int) -> int:
-    """How many layers; no more than there are tensors, as lists are made of so many."""
-    count = facts.count("block_count")
+def _layers(hparams: HParams, tensors: int) -> int:
+    """The number of layers, which bounds the length of lists: a file has at least as many tensors."""
+    count = hparams.count("block_count")
     if count > tensors:
-        key = facts.name("block_count")
+        key = hparams.name("block_count")
         raise CheckpointError(f"{key} is {count}, in a file with {tensors} tensors.", param=key)
     return count
 
 
-def _head_dim(facts: Facts, hidden: int, heads: int) -> int:
-    width = facts.count("attention.key_length", max(hidden // heads, 1))
-    value = facts.count("attention.value_length", width)
-    rotary = facts.count("rope.dimension_count", width)
+def _head_dim(hparams: HParams, hidden: int, heads: int) -> int:
+    width = hparams.count("attention.key_length", max(hidden // heads, 1))
+    value = hparams.count("attention.value_length", width)
+    rotary = hparams.count("rope.dimension_count", width)
     if value != width:
-        name = facts.name("attention.value_length")
+        name = hparams.name("attention.value_length")
         raise UnsupportedModel(f"{name} is {value} and keys are {width} wide; they must be equal.", param=name)
     if rotary != width:
-        name = facts.name("rope.dimension_count")
+        name = hparams.name("rope.dimension_count")
         raise UnsupportedModel(
             f"{name} is {rotary} of a head of {width}; partial rotation is not supported.", param=name
         )
     return width
 
 
-def _vocab_size(facts: Facts) -> int:
-    table = facts.header.tensors.get("token_embd.weight") or facts.header.tensors.get("output.weight")
-    return table.shape[0] if table is not None else facts.count("vocab_size")
+def _vocab_size(hparams: HParams) -> int:
+    table = hparams.header.tensors.get("token_embd.weight") or hparams.header.tensors.get("output.weight")
+    return table.shape[0] if table is not None else hparams.count("vocab_size")
 
 
-def _llama(facts: Facts, config: dict[str, Any]) -> None:
-    window = facts.get("attention.sliding_window")
+def _llama(hparams: HParams, config: dict[str, Any]) -> None:
+    window = hparams.get("attention.sliding_window")
     if window:  # only Mistral's files of this architecture have one
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
-    names = facts.header.tensors
+    names = hparams.header.tensors
     if "blk.0.attn_q.bias" in names:
         config["attention_bias"] = True
     if "blk.0.ffn_up.bias" in names:
         config["mlp_bias"] = True
 
 
-def _qwen2(facts: Facts, config: dict[str, Any]) -> None:
+def _qwen2(hparams: HParams, config: dict[str, Any]) -> None:
     if config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
-        del config["head_dim"]  # the class has no such field; written only where it says something
+        del config["head_dim"]  # the class has no such field; kept only when it differs from the class's computed value
 
 
-def _qwen3(facts: Facts, config: dict[str, Any]) -> None:
-    if "blk.0.attn_q.bias" in facts.header.tensors:
+def _qwen3(hparams: HParams, config: dict[str, Any]) -> None:
+    if "blk.0.attn_q.bias" in hparams.header.tensors:
         config["attention_bias"] = True
 
 
-def _gemma2(facts: Facts, config: dict[str, Any]) -> None:
-    config["sliding_window"] = facts.count("attention.sliding_window", 4096)
-    config["layer_types"] = _layer_types(facts, config["num_hidden_layers"], every=2)
-    config["attn_logit_softcapping"] = facts.real("attn_logit_softcapping", 50.0)
-    config["final_logit_softcapping"] = facts.real("final_logit_softcapping", 30.0)
+def _gemma2(hparams: HParams, config: dict[str, Any]) -> None:
+    config["sliding_window"] = hparams.count("attention.sliding_window", 4096)
+    config["layer_types"] = _layer_types(hparams, config["num_hidden_layers"], every=2)
+    config["attn_logit_softcapping"] = hparams.real("attn_logit_softcapping", 50.0)
+    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping", 30.0)
     config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=46)
-    theta, local = config["rope_parameters"]["rope_theta"], facts.get("rope.freq_base_swa")
-    if local is not None and facts.real("rope.freq_base_swa") != theta:
-        name = facts.name("rope.freq_base_swa")
+    theta, local = config["rope_parameters"]["rope_theta"], hparams.get("rope.freq_base_swa")
+    if local is not None and hparams.real("rope.freq_base_swa") != theta:
+        name = hparams.name("rope.freq_base_swa")
         raise UnsupportedModel(f"{name} is {local}; gemma2 has one base for all layers, here {theta}.", param=name)
 
 
-def _gemma3(facts: Facts, config: dict[str, Any]) -> None:
-    config["sliding_window"] = facts.count("attention.sliding_window")
-    config["layer_types"] = _layer_types(facts, config["num_hidden_layers"], every=6)
+def _gemma3(hparams: HParams, config: dict[str, Any]) -> None:
+    config["sliding_window"] = hparams.count("attention.sliding_window")
+    config["layer_types"] = _layer_types(hparams, config["num_hidden_layers"], every=6)
     config["query_pre_attn_scalar"] = _attention_scalar(config, layers_of_27b=62)
-    cap = facts.get("final_logit_softcapping")
-    config["final_logit_softcapping"] = facts.real("final_logit_softcapping") if cap else None
-    local = {"rope_type": "default", "rope_theta": facts.real("rope.freq_base_swa", 10000.0)}
+    cap = hparams.get("final_logit_softcapping")
+    config["final_logit_softcapping"] = hparams.real("final_logit_softcapping") if cap else None
+    local = {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base_swa", 10000.0)}
     config["rope_parameters"] = {"full_attention": config["rope_parameters"], "sliding_attention": local}
 
 
 def _attention_scalar(config: Mapping[str, Any], layers_of_27b: int) -> int:
-    """The format has no key for it. Only in the 27B models is it not the head's width; llama.cpp also tells them by
-    their number of layers.
+    """``query_pre_attn_scalar``, for which the format has no key.
+
+    It differs from the head's width in the 27B models only, which llama.cpp also recognises by their number of layers.
     """
     if config["num_hidden_layers"] == layers_of_27b:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return int(config["head_dim"])
 
 
-def _layer_types(facts: Facts, layers: int, every: int) -> list[str]:
-    """Of each layer, from a list of booleans (true: it slides) or a period: every n-th layer is full, none for 0."""
-    pattern = facts.get("attention.sliding_window_pattern", every)
+def _layer_types(hparams: HParams, layers: int, every: int) -> list[str]:
+    """The type of each layer, from a list of booleans (true: sliding) or a period: every n-th is full, none for 0."""
+    pattern = hparams.get("attention.sliding_window_pattern", every)
     if not isinstance(pattern, list):
         none_is_full = type(pattern) is int and pattern == 0
-        period = layers + 1 if none_is_full else facts.count("attention.sliding_window_pattern", every)
+        period = layers + 1 if none_is_full else hparams.count("attention.sliding_window_pattern", every)
         pattern = [(layer + 1) % period != 0 for layer in range(layers)]
     if len(pattern) != layers:
-        name = facts.name("attention.sliding_window_pattern")
+        name = hparams.name("attention.sliding_window_pattern")
         raise CheckpointError(f"{name} has {len(pattern)} entries for {layers} layers.", param=name)
     return ["sliding_attention" if slides else "full_attention" for slides in pattern]
 

@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from truffula.errors import CheckpointError
-from truffula.weights.gguf_header import GgufHeader, GgufTensor, read_header
+from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, read_header
 from truffula.weights.mapped import MappedFile
-from truffula.weights.part_names import PartName
 
-# A file cut by its bytes: Hugging Face allows no more than 50 GB, and some publishers cut instead of splitting.
+# A file that was cut into byte ranges: some publishers do this to stay below the Hub's limit of 50 GB per file.
 _PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One file: mapped, its header read."""
+    """One mapped file and its header."""
 
     file: MappedFile
     header: GgufHeader
@@ -33,10 +32,10 @@ class Part:
 
 
 def open_parts(path: Path) -> list[Part]:
-    """All files of the model whose first or only file is ``path``, headers read, no tensor.
+    """All files of the model whose first or only file is ``path``, with their headers.
 
     Raises:
-        CheckpointError: the file is a later part, parts are missing, or they do not belong together; says what to give.
+        CheckpointError: the file is a later part, parts are missing, or they do not belong together.
     """
     piece = _PIECE.fullmatch(path.name)
     if piece:
@@ -56,7 +55,7 @@ def open_parts(path: Path) -> list[Part]:
 
 
 def tensors_of(parts: list[Part]) -> dict[str, tuple[Part, GgufTensor]]:
-    """Every tensor with the part it is in. Raises ``CheckpointError`` for a name that is in two parts."""
+    """Every tensor and its part, by name. Raises ``CheckpointError`` for a name that is in two parts."""
     found: dict[str, tuple[Part, GgufTensor]] = {}
     for part in parts:
         for name, item in part.header.tensors.items():
@@ -83,7 +82,7 @@ def _number(part: Part, key: str, default: int) -> int:
 
 
 def _other_parts(first: Part, count: int) -> list[Path]:
-    """The paths of parts 2 to ``count``, which exist."""
+    """The paths of parts 2 to ``count``. Raises ``CheckpointError`` when one is missing."""
     path, number = first.path, _number(first, "split.no", 0) + 1
     named = PartName.of(path.name)
     if named and (named.number, named.total) != (number, count):
@@ -111,7 +110,7 @@ def _other_parts(first: Part, count: int) -> list[Path]:
 
 
 def _check_set(parts: list[Part], count: int) -> None:
-    """Raise ``CheckpointError`` where the parts are not those of one model."""
+    """Raise ``CheckpointError`` when the parts do not belong to one model."""
     first, *others = parts
     total = _number(first, "split.tensors.count", 0)
     for index, part in enumerate(others, 1):

@@ -1,6 +1,6 @@
-"""Dequantising the block formats of GGUF, vectorised, bit for bit as ggml's own reference does it.
+"""Dequantises the block formats of GGUF, vectorised, with the same bits as ggml's reference implementation.
 
-A row of a tensor is a run of blocks; a block holds ``size`` values in ``nbytes`` bytes. Every function takes ``[N,
+A row of a tensor is a sequence of blocks; a block holds ``size`` values in ``nbytes`` bytes. Every function takes ``[N,
 nbytes]`` uint8 blocks and fills ``[N, size]`` float32, in the order of operations (and so of roundings) of the format's
 definition.
 """
@@ -20,14 +20,14 @@ from truffula.weights.gguf_types import SIZES
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
-# Blocks worked on at once: a chunk's values and temporaries stay in the second-level cache.
+# Values per chunk: its blocks, values and temporaries fit into the L2 cache.
 _CHUNK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """One storage type: ``size`` values take ``nbytes`` bytes. ``dtype`` for plain numbers, ``unpack`` for packed
-    ones. ``scales``: so many float16 begin a block of 32, and it may be handed out as it is; 0 for other types.
+    """One storage type: ``size`` values take ``nbytes`` bytes. ``dtype`` of unquantised types, ``unpack`` of quantised
+    ones. ``scales``: the number of float16 at the start of a block of 32 that backends may take as it is; else 0.
     """
 
     name: str
@@ -39,7 +39,7 @@ class BlockFormat:
 
 
 def dequantize(format: BlockFormat, data: Blocks, shape: tuple[int, ...]) -> Array:
-    """The values of ``data`` (flat uint8) as an array of ``shape``: a view for plain numbers, else fresh float32."""
+    """The values of ``data`` (flat uint8) as an array of ``shape``: a view for unquantised types, else new float32."""
     if format.dtype is not None:
         view = data.view(format.dtype).reshape(shape)
         return view if view.flags.aligned else view.copy()
@@ -47,7 +47,7 @@ def dequantize(format: BlockFormat, data: Blocks, shape: tuple[int, ...]) -> Arr
     blocks = data.reshape(-1, format.nbytes)
     values = np.empty((blocks.shape[0], format.size), np.float32)
     step = max(1, _CHUNK_VALUES // format.size)
-    # A file may hold any bits where a scale is meant to be; what comes of them is for the finite check to judge.
+    # A file may hold any bits as a scale; a later check reports values that are not finite.
     with np.errstate(all="ignore"):
         for start in range(0, blocks.shape[0], step):
             format.unpack(blocks[start : start + step], values[start : start + step])

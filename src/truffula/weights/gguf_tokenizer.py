@@ -1,8 +1,9 @@
 """A GGUF file's vocabulary written as tokenizer.json and tokenizer_config.json, for the ``tokenizers`` library.
 
-Two kinds are read. ``gpt2``: byte-level BPE with the file's merges; how text is cut before merging is named by
-``tokenizer.ggml.pre``. ``llama``: SentencePiece BPE with byte fallback, whose merges are recovered from the vocabulary.
-Sources: llama.cpp's tokenizers (which text a file is meant to be read as) and the tokenizer.json of the same models.
+Two kinds are supported. ``gpt2``: byte-level BPE with the file's merges; ``tokenizer.ggml.pre`` names the rule by
+which text is split before merging. ``llama``: SentencePiece BPE with byte fallback; its merges are recovered from the
+vocabulary.
+Sources: llama.cpp's tokenizers, which define what a file means, and the tokenizer.json of the same models.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Text is cut by the first pattern, the pieces by the next.
+# Text is split by the first pattern, the pieces by the next.
 _SPLITS: Mapping[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     **dict.fromkeys(("gpt-2", "olmo", "mpt", "jais", "trillion", "phi-2"), (_GPT2,)),
@@ -48,14 +49,23 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo"), (_QWEN2,)),
     "tekken": (_TEKKEN,),
 }
-# A piece that is a token as a whole is taken without merging, and text begins with BOS unless the file says otherwise.
+# A piece that is a whole token is not merged from its parts, and BOS is added unless the file says otherwise.
 _LLAMA3_LIKE = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "tekken"})
+# Keys under ``general.sampling.`` that generation_config.json has too.
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "kormo"})
 
 
 @dataclass(frozen=True)
-class GgufTexts:
-    """``files``: tokenizer.json and tokenizer_config.json by name, or none; ``refused`` says then why.
+class GgufTokenizer:
+    """``files``: tokenizer.json and tokenizer_config.json by name; empty when the tokenizer is not supported, for
+    ``reason``.
 
     ``end_tokens`` are those that the file names, and those known by their text.
     """
@@ -63,11 +73,11 @@ class GgufTexts:
     files: dict[str, bytes]
     end_tokens: tuple[EndToken, ...] = ()
     warnings: tuple[str, ...] = ()
-    refused: str = ""
+    reason: str = ""
 
 
-def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTexts:
-    """The tokenizer of a file. One that can't be rebuilt exactly is refused; token ids can then still be served."""
+def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTokenizer:
+    """The tokenizer of a file. One that cannot be rebuilt exactly is left out; token ids can then still be served."""
     warnings = [
         f"the GGUF metadata key {key} ({str(metadata[key])[:40]}) is not read." for key in unread_keys(metadata)
     ]
@@ -78,16 +88,21 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTexts:
         made = _tokenizer(vocabulary)
         config = _tokenizer_config(vocabulary, made)
     except UnreadableVocabulary as error:
-        refused = f"The tokenizer of the GGUF file is not read: {error}."
-        return GgufTexts({}, ends, tuple(warnings), refused)
+        return GgufTokenizer({}, ends, tuple(warnings), f"The tokenizer of the GGUF file is not read: {error}.")
     files = {"tokenizer.json": msgspec.json.encode(made), "tokenizer_config.json": msgspec.json.encode(config)}
-    return GgufTexts(files, ends, (*warnings, *vocabulary.warnings))
+    return GgufTokenizer(files, ends, (*warnings, *vocabulary.warnings))
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Ids that the file names as the end of the text, of a turn or of a message."""
+    """The file's default sampling parameters and its end token ids, under the names of generation_config.json."""
+    found: dict[str, Any] = {}
+    for key, name in _SAMPLING.items():
+        value = metadata.get(f"general.sampling.{key}")
+        if value is not None:
+            # Stored as float32: 0.7 is read as 0.699999988.
+            found[name] = float(f"{value:.7g}") if isinstance(value, float) else value
     ids = list(named_ends(metadata))
-    return {"eos_token_id": ids} if ids else {}
+    return found | ({"eos_token_id": ids} if ids else {})
 
 
 def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def _byte_level(vocabulary: Vocabulary, pre: str) -> dict[str, Any]:
 
 def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     gemma = str(vocabulary.metadata.get("general.architecture", "")).startswith("gemma")
-    # A run of spaces is a token of its own; the file spells it with spaces, the normalised text with the mark.
+    # A run of spaces is one token; the file spells it with spaces, the normalised text with the mark.
     tokens = [_SPACE * len(t) if len(t) > 1 and not t.strip(" ") else t for t in vocabulary.tokens]
     same = [token if token == spelled else "" for token, spelled in zip(vocabulary.tokens, tokens, strict=True)]
     merges, foreign = vocabulary.merges_and_foreign()
@@ -170,17 +185,17 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _are_ranked(tokens: list[str], scores: list[float], merges: list[tuple[str, str]]) -> bool:
-    """Whether the scores say which merge comes first. Some converters write a placeholder for all."""
+    """Whether the scores order the merges. Some converters write the same placeholder for all tokens."""
     place = {token: index for index, token in enumerate(tokens)}
     made = {left + right for left, right in merges}
     return len(made) < 2 or len({scores[place[token]] for token in made}) > 1
 
 
 def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[str, str]]:
-    """The merges a SentencePiece BPE vocabulary implies, best first: every cut of a token into two tokens.
+    """The merges that a SentencePiece BPE vocabulary implies, best first: every split of a token into two tokens.
 
-    By score, highest first, or by place in the vocabulary where ``scores`` is None; of one token's cuts, by the length
-    of their halves.
+    By score, highest first, or by position in the vocabulary where ``scores`` is None; of one token's splits, by the
+    length of their halves.
     """
     place = {token: index for index, token in enumerate(tokens)}
     if scores is None:
@@ -233,7 +248,7 @@ def _assemble(
 
 
 def _frame(before: tuple[int, str] | None, after: tuple[int, str] | None) -> dict[str, Any]:
-    """The post-processor that puts BOS before a text and EOS behind it."""
+    """The post-processor that adds BOS before a text and EOS after it."""
 
     def around(*sequences: tuple[str, int]) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
@@ -259,7 +274,7 @@ def _tokenizer_config(vocabulary: Vocabulary, made: dict[str, Any]) -> dict[str,
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     for name, ggml in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = vocabulary.token(ggml)
-        # One that is text is not special; some files give a comma as the token that begins a text.
+        # A normal token is not special; some files name a comma as BOS.
         if token is not None and (vocabulary.types[token[0]] != NORMAL or token[1] in framed):
             config[f"{name}_token"] = token[1]
     config["add_bos_token"] = bool(framed) and framed[0] == config.get("bos_token")

@@ -1,4 +1,4 @@
-"""The storage types of GGUF by number: those that are read, and the names of the others."""
+"""The storage types of GGUF by number: the supported ones, and the names of the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES: Mapping[int, TypeSize] = {
     14: TypeSize("Q6_K", 256, 210),
     30: TypeSize("BF16", 1, 2),
 }
-# Types that files hold and this reader does not: refused by these names.
+# Types that are not supported; errors use these names.
 OTHER_TYPES: Mapping[int, str] = {
     9: "Q8_1",
     10: "Q2_K",

@@ -1,7 +1,7 @@
-"""The vocabulary of a GGUF file: its lists checked against each other, the type of each token, the end tokens.
+"""The vocabulary of a GGUF file: consistency of its lists, the type of each token, the end tokens.
 
-Read as llama.cpp's vocabulary loader reads it (``llama-vocab.cpp``). What that loader refuses is refused here too, and
-so is what the ``tokenizers`` library can't express; each error names the metadata key.
+Follows llama.cpp's vocabulary loader (``llama-vocab.cpp``). A vocabulary that this loader rejects or that the
+``tokenizers`` library cannot express is an error that names the metadata key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from truffula.types import EndToken
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BY_TEXT = "recognised by its text"
 PREFIX = "tokenizer.ggml."
-# Tokens that end a completion by their text, whether or not the file names them.
+# Tokens with these texts end a completion, even when no key names them.
 _ENDS_BY_TEXT = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -42,7 +42,7 @@ _ENDS_BY_TEXT = (
     "[e~[",
 )
 # Marks of fill-in-the-middle prompts: the id under the key, else the token of one of these texts. The last three end a
-# completion: what follows them is padding or another file.
+# completion, because padding or another file follows them.
 _FIM: Mapping[str, tuple[str, ...]] = {
     "fim_pre": (
         "<|fim_prefix|>",
@@ -79,11 +79,11 @@ _FIM: Mapping[str, tuple[str, ...]] = {
     "fim_sep": ("<|file_sep|>",),
 }
 _FIM_ENDS = ("fim_pad", "fim_rep", "fim_sep")
-# Always part of the text that is shown: they structure the answer.
+# Always part of the text, because they structure the answer.
 _SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
-# What llama.cpp's converter types as control tokens by their looks; files made before it did have them as NORMAL.
+# llama.cpp's converter gives tokens of this form the type CONTROL; files of older versions have them as NORMAL.
 _LOOKS_LIKE_CONTROL = re.compile(r"<\|[\w▁:./ -]+\|>|<｜[\w▁:./ -]+｜>|<start_of_turn>")
-# Of files that name none. (llama.cpp's default for gpt2, 11, is a comma in most vocabularies; it is not taken.)
+# For files that name none. (llama.cpp's default for gpt2, 11, is a comma in most vocabularies and is not used.)
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unknown": 0}}
 _IDS = (
     "bos",
@@ -104,7 +104,7 @@ _READ = frozenset(
     [f"{PREFIX}{name}_token_id" for name in _IDS]
     + [f"{PREFIX}{name}" for name in ("model", "pre", "tokens", "token_type", "scores", "merges")]
     + [f"{PREFIX}{name}" for name in ("add_bos_token", "add_eos_token", "add_space_prefix")]
-    # llama.cpp reads these, for tokenizers of other kinds; they change nothing in those that are read here
+    # read by llama.cpp for other kinds of tokenizers; without effect on the supported ones
     + [f"{PREFIX}{name}" for name in ("add_sep_token", "token_type_count", "remove_extra_whitespaces")]
     + [f"{PREFIX}{name}" for name in ("precompiled_charsmap", "normalizer.lowercase", "normalizer.strip_accents")]
     # the same vocabulary in another form, or a list of names
@@ -114,11 +114,11 @@ TEMPLATE = "tokenizer.chat_template"
 
 
 class UnreadableVocabulary(Exception):
-    """The file's tokenizer can't be rebuilt exactly; the message names the metadata key."""
+    """The tokenizer of the file cannot be rebuilt exactly; the message names the metadata key."""
 
 
 def unread_keys(metadata: Mapping[str, Any]) -> list[str]:
-    """Keys under ``tokenizer.`` that nothing here reads."""
+    """Keys under ``tokenizer.`` that are not read."""
     known = (TEMPLATE, f"{TEMPLATE}.")
     return [
         key
@@ -128,7 +128,7 @@ def unread_keys(metadata: Mapping[str, Any]) -> list[str]:
 
 
 def named_ends(metadata: Mapping[str, Any]) -> dict[int, str]:
-    """The ids of the keys that name end tokens (of the text, of a turn, of a message), each with its key."""
+    """The end tokens that the file names (of the text, of a turn, of a message): id → key."""
     found: dict[int, str] = {}
     for name in ("eos", "eot", "eom"):
         value = metadata.get(key := f"{PREFIX}{name}_token_id")
@@ -142,7 +142,7 @@ def _is_id(value: Any) -> TypeGuard[int]:
 
 
 class Vocabulary:
-    """The lists of a file under names; ``types`` has one of the file format's numbers per token.
+    """The lists of a file; ``types`` holds the file format's type number of each token.
 
     Raises ``UnreadableVocabulary``.
     """
@@ -169,7 +169,7 @@ class Vocabulary:
         return value
 
     def token(self, name: str) -> tuple[int, str] | None:
-        """Id and text of the ``bos``, ``eos``, ``unknown``, … token: of the key, else of the kind's default."""
+        """Id and text of the ``bos``, ``eos``, ``unknown``, … token that the key names, else of the kind's default."""
         for index in (
             self.metadata.get(f"{PREFIX}{name}_token_id"),
             _DEFAULT_IDS.get(str(self.kind), {}).get(name),
@@ -179,20 +179,20 @@ class Vocabulary:
         return None
 
     def needed(self, name: str) -> tuple[int, str]:
-        """The token that ``add_<name>_token`` asks for."""
+        """The token that ``add_<name>_token`` adds."""
         found = self.token(name)
         if found is None:
             raise UnreadableVocabulary(f"{PREFIX}add_{name}_token is true, but no {PREFIX}{name}_token_id names one")
         return found
 
     def scores(self) -> list[float]:
-        """One per token; an empty list where the file has none."""
+        """One score per token; empty when the file has none."""
         return self._list("scores", (int, float))
 
     def merges(self) -> list[tuple[str, str]] | None:
-        """Pairs of tokens in their order; None where the file has none.
+        """Pairs of tokens in their order; None when the file has none.
 
-        A merge of what the vocabulary lacks is left out with a warning: it could only make a token that does not exist.
+        A merge whose parts or result are not in the vocabulary is left out, with a warning.
         """
         found, foreign = self.merges_and_foreign()
         if found is None:
@@ -210,7 +210,7 @@ class Vocabulary:
         return found
 
     def merges_and_foreign(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
-        """The merges of known tokens (None where the file has no list), and those of others.
+        """The merges of known tokens (None when the file has no list), and the other entries of the list.
 
         A pair is written with one space between; the first may itself begin with one.
         """
@@ -220,9 +220,9 @@ class Vocabulary:
         if not isinstance(written, list) or not set(map(type, written)) <= {str}:
             raise UnreadableVocabulary(f"{PREFIX}merges is not a list of texts")
         if len(set(written)) < len(written):
-            written = list(dict.fromkeys(written))  # of one written twice the first counts
+            written = list(dict.fromkeys(written))  # of duplicates, the first counts
         known, found, foreign = self._ids, [], []
-        for merge in written:  # as many as tokens, while a server starts
+        for merge in written:  # about as many as tokens, and a server start waits for it
             at = merge.find(" ", 1)
             left, right = (merge[:at], merge[at + 1 :]) if at > 0 else ("", merge)
             if left in known and right in known and left + right in known:
@@ -232,9 +232,9 @@ class Vocabulary:
         return found, foreign
 
     def added(self, spelled: list[str]) -> list[dict[str, Any]]:
-        """Tokens matched in the text before it is cut: control tokens, which are special, and user-defined ones.
+        """``added_tokens`` of tokenizer.json, matched before the text is split: control and user-defined tokens.
 
-        ``spelled`` are the tokens as the text has them, "" for those that it can't have.
+        ``spelled`` are the tokens as they occur in text, "" for those that cannot.
         """
         name = str(self.metadata.get("general.name", "")).lower()
         strips = "phi-3" in name or "phi3" in name  # these models were trained without the space after a mark
@@ -253,7 +253,7 @@ class Vocabulary:
         ]
 
     def _list(self, name: str, kinds: tuple[type, ...]) -> list[Any]:
-        """A list with one item per token, or an empty one; a longer one is cut, as llama.cpp reads it."""
+        """A list with one item per token, or an empty one; a longer list is truncated, as llama.cpp does."""
         found = self.metadata.get(f"{PREFIX}{name}")
         if found is None:
             return []
@@ -274,7 +274,7 @@ class Vocabulary:
         return types or [NORMAL] * len(self.tokens)
 
     def _marks(self, names: Iterable[str]) -> dict[int, str]:
-        """Ids of fill-in-the-middle marks, each with where it comes from."""
+        """Ids of fill-in-the-middle marks, each with its source."""
         found: dict[int, str] = {}
         for name in names:
             written = self.token(name)
@@ -285,7 +285,7 @@ class Vocabulary:
         return found
 
     def _ends(self) -> list[EndToken]:
-        """Tokens that end a completion: those that the file names, then those known by their text."""
+        """Tokens that end a completion: those that the file names, then those recognised by their text."""
         found = {index: key for index, key in named_ends(self.metadata).items() if 0 <= index < len(self.tokens)}
         default = self.token("eos")
         if default is not None and self.types[default[0]] != NORMAL:
@@ -298,7 +298,7 @@ class Vocabulary:
         return [EndToken(index, source, self.tokens[index]) for index, source in found.items()]
 
     def _override_types(self, not_ends: set[int]) -> None:
-        """Marks are tokens of their own in the prompt, whatever the file types them as."""
+        """Change the types of end tokens and marks, which are matched in prompts whatever type the file gives them."""
         control = {token.id for token in self.ends} | self._marks(_FIM).keys()
         looks = _LOOKS_LIKE_CONTROL.fullmatch
         angled = [i for i, token in enumerate(self.tokens) if token[0] == "<"]
@@ -322,8 +322,8 @@ class Vocabulary:
 
 
 def _not_ends(texts: Container[str]) -> list[str]:
-    """Texts of ``_ENDS_BY_TEXT`` that end no completion beside certain others: they end a part of an answer (harmony,
-    solar), or are no mark at all (gemma 4).
+    """Texts of ``_ENDS_BY_TEXT`` that do not end a completion when certain other tokens exist: they end a part of an
+    answer (harmony, solar) or have no special meaning (gemma 4).
     """
     harmony = "<|return|>" in texts and "<|call|>" in texts
     solar = "<|flush|>" in texts and ("<|call|>" in texts or "<|calls|>" in texts)
@@ -336,7 +336,7 @@ def _tokens(listed: Any) -> list[str]:
         raise UnreadableVocabulary(f"{PREFIX}tokens is not a vocabulary, a list of texts")
     try:
         "".join(listed).encode()
-    except UnicodeEncodeError:  # bytes that were no UTF-8 come as lone surrogates
+    except UnicodeEncodeError:  # bytes that are not UTF-8 were decoded to lone surrogates
         raise UnreadableVocabulary(f"{PREFIX}tokens is a vocabulary with a text that is not UTF-8") from None
     if "" not in listed:
         return listed

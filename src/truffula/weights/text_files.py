@@ -1,4 +1,4 @@
-"""The small files of a model folder: JSON and tokenizers, read whole, with limits. No tensor and no array is here."""
+"""The text files of a model folder: JSON and tokenizers, read whole, with limits. Does not import numpy."""
 
 from __future__ import annotations
 
@@ -22,40 +22,43 @@ MAX_JSON_BYTES = 64 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
 
 
-# Tokenizers of other forms, by their usual file names.
+# Usual file names of other kinds of tokenizers.
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "*.tiktoken")
 
 
 def no_tokenizer(folder: Path) -> str:
-    """Why ``folder`` has no tokenizer that is read, and what to do; "" where it has one."""
+    """Why ``folder`` has no supported tokenizer, and what to do; "" when it has one."""
     if (folder / "tokenizer.json").is_file():
         return ""
     others = [file.name for pattern in _OTHER_TOKENIZERS for file in sorted(folder.glob(pattern))]
     if not others:
         return "The model's folder has no tokenizer.json. Copy it from where the weights come from."
-    beside = f"{' and '.join(others[:3])} {'is' if len(others) == 1 else 'are'} not read"
+    others_text = f"{' and '.join(others[:3])} {'is' if len(others) == 1 else 'are'} not read"
     return (
-        f"The model's folder has no tokenizer.json; {beside}. Make it once, with transformers, sentencepiece and "
+        f"The model's folder has no tokenizer.json; {others_text}. Make it once, with transformers, sentencepiece and "
         'protobuf installed, where DIR is the folder: python -c "from transformers import AutoTokenizer; '
         "AutoTokenizer.from_pretrained('DIR').save_pretrained('DIR')\""
     )
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Contents by name of ``TOKENIZER_FILES``, as far as they exist."""
+    """Contents of the existing ``TOKENIZER_FILES``, by name."""
     return {
         name: _read_bytes(folder / name, MAX_TOKENIZER_BYTES) for name in TOKENIZER_FILES if (folder / name).is_file()
     }
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
-    """generation_config.json; ``{}`` where there is none."""
+    """generation_config.json; ``{}`` when there is none."""
     path = folder / "generation_config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``. Refuses another kind of value, NaN and infinities, a key written twice, 64 MB."""
+    """The JSON object in ``path``.
+
+    Raises ``CheckpointError`` for another kind of value, NaN, infinity, a duplicate key, or a file above 64 MB.
+    """
     raw = _read_bytes(path, MAX_JSON_BYTES)
     try:
         value = json.loads(
@@ -79,7 +82,7 @@ def _finite_only(text: str) -> float:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object for ``object_pairs_hook``; ``ValueError`` for a key that is written twice."""
+    """A JSON object, for ``object_pairs_hook``. Raises ``ValueError`` for a duplicate key."""
     made: dict[str, Any] = {}
     for key, value in pairs:
         if key in made:
@@ -97,16 +100,16 @@ def _read_bytes(path: Path, limit: int) -> bytes:
     if len(raw) > limit:
         raise CheckpointError(f"{path} is larger than {limit} bytes.", param=str(path))
     if is_lfs_pointer(raw[:64]):
-        raise refuse_lfs_pointer(path)
+        raise lfs_pointer_error(path)
     return raw
 
 
 def is_lfs_pointer(start: bytes) -> bool:
-    """Whether a file that begins so is the placeholder git leaves when its large files were not fetched."""
+    """Whether a file that begins with ``start`` is a Git LFS pointer, which replaces a file that was not fetched."""
     return start.startswith(LFS_FIRST_LINE[: max(8, len(start))])
 
 
-def refuse_lfs_pointer(path: Path) -> CheckpointError:
+def lfs_pointer_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is a Git LFS pointer, a few lines of text in place of the weights. Run `git lfs pull` in its "
         "repository, or download the file itself.",

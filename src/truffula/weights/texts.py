@@ -1,5 +1,6 @@
-"""A model's text files for the process that serves text and holds no weights: the same bytes that ``open_checkpoint``
-gives, without opening a tensor. Imports no array: the process that speaks HTTP has no use for one.
+"""Reads a model's text files in the API process: the same bytes as ``open_checkpoint``, without the tensors.
+
+Does not import numpy, which the API process does not need.
 """
 
 from __future__ import annotations
@@ -12,17 +13,15 @@ from typing import Any
 from truffula.errors import CheckpointError
 from truffula.types import EndToken
 from truffula.weights import gguf_tokenizer, text_files
-from truffula.weights.gguf_header import GgufHeader, read_header
-from truffula.weights.gguf_sampling import sampling_defaults
-from truffula.weights.naming import naming_file
+from truffula.weights.gguf_header import GgufHeader, name_file_in_errors, read_header
 
 
 @dataclass(frozen=True)
 class ModelTexts:
     """``tokenizer``: contents by file name (tokenizer.json, …); ``generation_config``: that file, ``{}`` for none.
 
-    ``end_tokens``: what a GGUF file's vocabulary says of them. ``no_tokenizer``: why there is no tokenizer.json, and
-    what to do; "" where there is one.
+    ``end_tokens``: those of a GGUF file's vocabulary. ``no_tokenizer``: why there is no tokenizer.json, and what to
+    do; "" when there is one.
     """
 
     tokenizer: dict[str, bytes]
@@ -33,7 +32,7 @@ class ModelTexts:
 
 
 def read_texts(path: Path) -> ModelTexts:
-    """Of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` for what can't be read."""
+    """The text files of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` when one cannot be read."""
     if path.is_dir():
         return ModelTexts(
             text_files.tokenizer_files(path),
@@ -42,18 +41,18 @@ def read_texts(path: Path) -> ModelTexts:
         )
     try:
         with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # goes with the last view of it
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
     except (OSError, ValueError) as error:  # ValueError: an empty file is not mapped
         raise CheckpointError(f"{path} cannot be read: {error}.", param=str(path)) from error
     header = read_header(path, memoryview(mapped))
-    with naming_file(path):
+    with name_file_in_errors(path):
         found = gguf_tokenizer.read_tokenizer(header.metadata)
-        generation = {**sampling_defaults(header.metadata), **gguf_tokenizer.generation_config(header.metadata)}
-    warnings = (*found.warnings, *_shorter(header))
-    return ModelTexts(found.files, generation, found.end_tokens, warnings, found.refused)
+        generation = gguf_tokenizer.generation_config(header.metadata)
+    warnings = (*found.warnings, *_short_vocabulary(header))
+    return ModelTexts(found.files, generation, found.end_tokens, warnings, found.reason)
 
 
-def _shorter(header: GgufHeader) -> list[str]:
+def _short_vocabulary(header: GgufHeader) -> list[str]:
     """A warning where the vocabulary has fewer tokens than the model has rows. (The service warns of more.)"""
     table, tokens = header.tensors.get("token_embd.weight"), header.metadata.get("tokenizer.ggml.tokens")
     if table is None or not isinstance(tokens, list) or len(tokens) >= table.shape[0]:

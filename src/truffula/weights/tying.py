@@ -1,8 +1,7 @@
-"""Whether the input table and the head are one tensor: decided once, here, for every architecture.
+"""Decides whether embedding and head are one tensor, for every architecture.
 
-The names in the files decide, not the flag alone: a server that trusts ``tie_word_embeddings`` asks for a head that is
-not there, or computes with a random one. ``decide`` is the whole rule as one pure function; a row of its table is a
-case.
+The tensor names in the files decide, not the flag alone: a server that trusts ``tie_word_embeddings`` needs a head that
+does not exist, or computes with a random one. ``decide`` is the whole rule as one pure function.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import TyingError
+from truffula.kernels.mapped import release_pages
 from truffula.weights.checkpoint import Checkpoint
 
 FLAG = "tie_word_embeddings"
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
-_FIRST_LOOK_BYTES = 4096
-_FIRST_LOOKS = 16
+_SAMPLE_BYTES = 4096
+_SAMPLES = 16
 _CHUNK_BYTES = 1 << 20
 
 
 class Tie(enum.Enum):
-    """How the two tables are stored."""
+    """How embedding and head are stored."""
 
     TIED = "tied"
     SEPARATE = "separate"
@@ -33,9 +33,9 @@ class Tie(enum.Enum):
 
 @dataclass(frozen=True)
 class TyingDecision:
-    """``TIED``: the head uses the input table's tensor. ``REVERSED``: the input table is the head's. ``SEPARATE``: two.
+    """``TIED``: the head uses the embedding's tensor. ``REVERSED``: the embedding uses the head's. ``SEPARATE``: two.
 
-    ``reason`` is for the operator (start log, ``inspect``); ``warning`` for the model's author, or None.
+    ``reason`` is for the operator (start log, ``inspect``); ``warning`` for the author of the model, or None.
     """
 
     tie: Tie
@@ -44,17 +44,17 @@ class TyingDecision:
 
 
 @dataclass(frozen=True)
-class FlagReading:
-    """What a config says of tying: true, false, or None where it says nothing usable; and why, where that is odd."""
+class TieFlag:
+    """The value of ``tie_word_embeddings``, None when it is missing or contradictory, and warnings about it."""
 
     value: bool | None
     warnings: tuple[str, ...] = ()
 
 
-def read_flag(config: dict[str, Any]) -> FlagReading:
+def read_flag(config: dict[str, Any]) -> TieFlag:
     """``tie_word_embeddings`` of a config.json: at the level that owns the head, else of the nested text config.
 
-    Two levels that disagree count as not written: the files decide. ``null`` is not written, with a warning.
+    Two levels that disagree count as missing, and so does ``null``; both with a warning.
 
     Raises:
         TyingError: A value that is not a JSON boolean (``1``, ``0``, ``"true"``).
@@ -73,10 +73,10 @@ def read_flag(config: dict[str, Any]) -> FlagReading:
         else:
             raise TyingError(f"{where} in config.json is {value!r}; it must be true or false.", param=where)
     if len(set(written.values())) > 1:
-        said = ", ".join(f"{where} is {str(value).lower()}" for where, value in written.items())
-        warnings.append(f"config.json contradicts itself ({said}); the tables in the files decide.")
-        return FlagReading(None, tuple(warnings))
-    return FlagReading(next(iter(written.values()), None), tuple(warnings))
+        values = ", ".join(f"{where} is {str(value).lower()}" for where, value in written.items())
+        warnings.append(f"config.json contradicts itself ({values}); the tables in the files decide.")
+        return TieFlag(None, tuple(warnings))
+    return TieFlag(next(iter(written.values()), None), tuple(warnings))
 
 
 def decide(
@@ -93,23 +93,23 @@ def decide(
     """Tied, separate or reversed, and why.
 
     Args:
-        flag: ``tie_word_embeddings`` as ``read_flag`` read it; None where it is not written.
-        has_embed: Whether the files hold the input table.
-        has_head: Whether the files hold any tensor under the head's prefix (a quantised head counts).
-        equal: Whether the two are the same bits as stored. Needed only where both are there and ``flag`` is not false.
-        class_default: What the model's class would assume; words the warnings only. None where a format states tying by
-            absence (GGUF): no warning then.
-        same_shape: Whether the two tables have one shape.
-        embed_name: Name of the input table in the files, for messages.
+        flag: ``tie_word_embeddings`` as ``read_flag`` read it; None when it is missing. has_embed: Whether the files
+        hold the embedding. has_head: Whether the files hold any tensor under the head's prefix (a quantised head
+        counts). equal: Whether the two are the same bits as stored. Needed only when both exist and ``flag`` is not
+        false. class_default: The default of the model's class, for the warnings only. None for GGUF, which expresses
+        tying by a
+            missing head: no warning then.
+        same_shape: Whether the two have the same shape.
+        embed_name: Name of the embedding in the files, for messages.
         head_name: Name of the head in the files, for messages.
 
     Raises:
-        TyingError: No answer would be right; the message names the tensor and the flag.
+        TyingError: A table is missing, or flag and shapes contradict each other; names the tensor and the flag.
     """
     if not has_embed and not has_head:
         raise TyingError(
             f"Neither {embed_name} nor {head_name} is in the files: the model has no input table and no head "
-            f"({_said(flag)}).",
+            f"({_flag_text(flag)}).",
             param=embed_name,
         )
     if flag is False:
@@ -121,7 +121,7 @@ def decide(
                 f"config.json does not set {FLAG} and the class assumes false, yet there is no {head_name}: "
                 f"the model's author should write {FLAG}: true."
             )
-        reason = f"tied: {_said(flag)} and the files hold {embed_name} but no {head_name}"
+        reason = f"tied: {_flag_text(flag)} and the files hold {embed_name} but no {head_name}"
         return TyingDecision(Tie.TIED, reason, warning)
     if not has_embed:
         warning = None
@@ -130,14 +130,16 @@ def decide(
                 f"config.json does not set {FLAG} and there is no {embed_name}; {head_name} serves as the "
                 f"input table. The model's author should set {FLAG}: true."
             )
-        reason = f"reversed: {_said(flag)} and the files hold {head_name} but no {embed_name}"
+        reason = f"reversed: {_flag_text(flag)} and the files hold {head_name} but no {embed_name}"
         return TyingDecision(Tie.REVERSED, reason, warning)
     return _decide_both(flag, equal, same_shape, class_default, embed_name, head_name)
 
 
 def _decide_untied(has_embed: bool, has_head: bool, embed_name: str, head_name: str) -> TyingDecision:
     if has_embed and has_head:
-        return TyingDecision(Tie.SEPARATE, f"separate: {_said(False)} and the files hold {embed_name} and {head_name}")
+        return TyingDecision(
+            Tie.SEPARATE, f"separate: {_flag_text(False)} and the files hold {embed_name} and {head_name}"
+        )
     missing, there = (head_name, embed_name) if has_embed else (embed_name, head_name)
     raise TyingError(
         f"{missing} is not in the files, and config.json says {FLAG}: false, so {there} must not be used in its place. "
@@ -160,7 +162,7 @@ def _decide_both(
         raise ValueError("both tables are present: say whether they are equal")
     if same_shape and equal:
         return TyingDecision(
-            Tie.TIED, f"tied: {_said(flag)} and {head_name} repeats {embed_name} bit for bit; the copy is dropped"
+            Tie.TIED, f"tied: {_flag_text(flag)} and {head_name} repeats {embed_name} bit for bit; the copy is dropped"
         )
     warning = None
     if flag is True:
@@ -173,30 +175,32 @@ def _decide_both(
             f"config.json does not set {FLAG} and the class assumes true, but {head_name} differs from {embed_name}; "
             f"both are kept. The model's author should set {FLAG}: false."
         )
-    return TyingDecision(Tie.SEPARATE, f"separate: {_said(flag)} but {head_name} differs from {embed_name}", warning)
+    return TyingDecision(
+        Tie.SEPARATE, f"separate: {_flag_text(flag)} but {head_name} differs from {embed_name}", warning
+    )
 
 
-def _said(flag: bool | None) -> str:
+def _flag_text(flag: bool | None) -> str:
     return f"{FLAG} is not set" if flag is None else f"{FLAG} is {str(flag).lower()}"
 
 
 def equal_as_stored(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    """Whether two tensors are the same bits in the file: one dtype, one shape, every byte.
+    """Whether two tensors have the same dtype, shape and bytes in the file.
 
-    A head that is the bf16 rounding of a float32 table is another head. A few places are looked at first, so that the
-    common different pair costs next to nothing; else both are read once, in chunks, and released.
+    A head that is the bfloat16 rounding of a float32 embedding is not equal. A few samples are compared first, because
+    different tables usually differ there; then both are read once, in chunks, and their pages are released.
     """
     first, second = checkpoint.tensors[a], checkpoint.tensors[b]
     if (first.dtype, first.shape, first.nbytes) != (second.dtype, second.shape, second.nbytes):
         return False
     left, right = checkpoint.raw(a), checkpoint.raw(b)
-    for start in range(0, left.size, max(left.size // _FIRST_LOOKS, 1)):
-        if not np.array_equal(left[start : start + _FIRST_LOOK_BYTES], right[start : start + _FIRST_LOOK_BYTES]):
+    for start in range(0, left.size, max(left.size // _SAMPLES, 1)):
+        if not np.array_equal(left[start : start + _SAMPLE_BYTES], right[start : start + _SAMPLE_BYTES]):
             return False
     same = all(
         np.array_equal(left[start : start + _CHUNK_BYTES], right[start : start + _CHUNK_BYTES])
         for start in range(0, left.size, _CHUNK_BYTES)
     )
-    checkpoint.release(a)
-    checkpoint.release(b)
+    release_pages(left)
+    release_pages(right)
     return same

@@ -24,7 +24,7 @@ from truffula.kernels.cpu.formats import (
     panel_bytes,
     panels_of,
 )
-from truffula.kernels.mapped import release
+from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 
 Array = npt.NDArray[Any]
@@ -192,13 +192,13 @@ def _fill(
         some = part.rows(lo, hi)
         if lossless:
             native.fill(weight, np.ascontiguousarray(some.blocks), first, some.kind)
-            release(some.blocks)
+            release_pages(some.blocks)
             return 0.0, 0.0
         source, values = some.blocks, some.dequantise()
     else:
         source = values = part[lo:hi]
     squares, lost = native.fill(weight, as_bits(values), first)
-    release(source)
+    release_pages(source)
     return squares, lost
 
 

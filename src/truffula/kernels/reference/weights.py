@@ -12,7 +12,7 @@ from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import PullWeight, as_array
-from truffula.kernels.mapped import release
+from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Linear, Program, WeightDecl
 
 Array = npt.NDArray[Any]
@@ -90,5 +90,5 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
     for array, source in zip(arrays, sources, strict=True):
         made[row : row + source.shape[0]].copy_(source)
         row += source.shape[0]
-        release(array)
+        release_pages(array)
     return Weight(decl.name, (made.float() if len(decl.shape) == 1 else made,))

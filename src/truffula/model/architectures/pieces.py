@@ -45,15 +45,15 @@ def read_sizes(view: ConfigView) -> Sizes:
     if not (view.written("num_key_value_heads") and view.raw("num_key_value_heads") is None):
         kv_heads = view.optional_integer("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise view.refuse("num_key_value_heads", f"it does not divide the {heads} attention heads.", kv_heads)
+        raise view.error("num_key_value_heads", f"it does not divide the {heads} attention heads.", kv_heads)
     head_dim = view.optional_integer("head_dim")
     if head_dim is None:
         if hidden % heads:
-            raise view.refuse("hidden_size", f"{heads} heads do not divide it and head_dim is not given.", hidden)
+            raise view.error("hidden_size", f"{heads} heads do not divide it and head_dim is not given.", hidden)
         head_dim = hidden // heads
     layers = view.integer("num_hidden_layers")
     if layers > MOST_LAYERS:
-        raise view.refuse("num_hidden_layers", f"at most {MOST_LAYERS} layers are served.", layers)
+        raise view.error("num_hidden_layers", f"at most {MOST_LAYERS} layers are served.", layers)
     return Sizes(
         layers=layers,
         hidden=hidden,
@@ -80,11 +80,9 @@ def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[s
         return (window,) * layers
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
-            raise view.refuse(
-                "layer_types", f"{kind} is not supported; full_attention and sliding_attention are.", kind
-            )
+            raise view.error("layer_types", f"{kind} is not supported; full_attention and sliding_attention are.", kind)
     if window is None and "sliding_attention" in kinds:
-        raise view.refuse("layer_types", "it asks for sliding_attention, but no sliding window is in force.")
+        raise view.error("layer_types", "it asks for sliding_attention, but no sliding window is in force.")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

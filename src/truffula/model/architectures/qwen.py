@@ -50,7 +50,7 @@ def _windows(view: ConfigView, sizes: Sizes) -> tuple[int | None, ...]:
     if not view.flag("use_sliding_window"):
         window = None
     elif window == 0:
-        raise view.refuse("sliding_window", "a window of zero tokens.", window)
+        raise view.error("sliding_window", "a window of zero tokens.", window)
     kinds = view.strings("layer_types", sizes.layers)
     if kinds is None:
         kinds = tuple(

@@ -1,4 +1,4 @@
-"""What became of a load: one record per stream, and the figures that are made of them."""
+"""The results of a load: one record per stream, and statistics of all streams."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEPT_UP_S = 0.02
-"""A load generator keeps up when 99 % of the requests leave within this of their time."""
+"""A load generator keeps up when 99 % of the requests are sent at most this many seconds late."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request must keep to count as good: milliseconds to the first token, and between tokens on average."""
+    """The limits of a good request: milliseconds to the first token, and average milliseconds between tokens."""
 
     ttft_ms: float = 2000.0
     itl_ms: float = 200.0
@@ -22,7 +22,7 @@ class Limits:
 @dataclass
 class Stream:
     """One request. Seconds on one clock: ``due`` when it should have been sent, ``sent`` when it was, ``tokens`` when
-    each piece of the answer arrived. Times to the first token count from ``due``: waiting in the generator is waiting.
+    each token arrived. The time to the first token counts from ``due``, so it includes delays of the generator.
     """
 
     due: float
@@ -31,7 +31,7 @@ class Stream:
     output_tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    failure: str | None = None
+    error: str | None = None
 
     @property
     def ttft(self) -> float:
@@ -42,29 +42,29 @@ class Stream:
         return [later - earlier for earlier, later in zip(self.tokens, self.tokens[1:], strict=False)]
 
     def good(self, limits: Limits) -> bool:
-        if self.failure is not None or not self.tokens:
+        if self.error is not None or not self.tokens:
             return False
         mean_gap = statistics.fmean(self.gaps) if len(self.tokens) > 1 else 0.0
         return 1000 * self.ttft <= limits.ttft_ms and 1000 * mean_gap <= limits.itl_ms
 
 
 @dataclass
-class Measured:
-    """Seconds and streams of one run."""
+class LoadResult:
+    """The duration and the streams of one run."""
 
     wall_s: float = 0.0
     streams: list[Stream] = field(default_factory=list)
 
     @property
-    def failures(self) -> list[str]:
-        return [stream.failure for stream in self.streams if stream.failure is not None]
+    def errors(self) -> list[str]:
+        return [stream.error for stream in self.streams if stream.error is not None]
 
     @property
     def output_tokens(self) -> int:
         return sum(stream.output_tokens for stream in self.streams)
 
     def summary(self) -> dict[str, Any]:
-        """What is printed and written as JSON: rates in tokens per second, latencies in milliseconds."""
+        """The statistics that are printed, or written as JSON: tokens per second, latencies in milliseconds."""
         prompt = sum(stream.prompt_tokens for stream in self.streams)
         cached = sum(stream.cached_tokens for stream in self.streams)
         answered = [stream for stream in self.streams if stream.tokens]
@@ -76,11 +76,11 @@ class Measured:
             "prefix_hit_rate": round(cached / prompt, 4) if prompt else 0.0,
             "ttft_ms": quantiles(stream.ttft for stream in answered),
             "itl_ms": quantiles(gap for stream in answered for gap in stream.gaps),
-            "failures": len(self.failures),
+            "failures": len(self.errors),
         }
 
     def open_summary(self, rate: float, limits: Limits) -> dict[str, Any]:
-        """``summary`` and what only an open loop has: goodput, and whether the generator kept to its times."""
+        """``summary`` and the statistics of an open loop: goodput, and whether the generator kept up."""
         late = sorted(max(0.0, stream.sent - stream.due) for stream in self.streams)
         good = sum(stream.good(limits) for stream in self.streams)
         return {
@@ -95,12 +95,12 @@ class Measured:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of the ``ordered`` values lie."""
+    """The ``share`` quantile of the ``ordered`` values."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    """p50, p90, p99 and the largest, in milliseconds; empty of nothing."""
+    """p50, p90, p99 and the maximum, in milliseconds; empty when there are no values."""
     ordered = sorted(seconds)
     if not ordered:
         return {}

@@ -1,4 +1,5 @@
-"""Opens what ``chat`` and ``generate`` talk with, from their options: MODEL here, or the server at ``--url``."""
+"""Opens the model of ``chat`` and ``generate`` from their options: MODEL in this process, or the server at ``--url``.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def chat_model(
+def open_chat_model(
     model: str | None,
     options: dict[str, Any],
     url: str | None,
     api_key: str | None,
     adapters: Sequence[str],
 ) -> Iterator[tuple[ChatModel, list[str | None]]]:
-    """The model, and ``adapters`` (the words of ``--adapter``) by name, None for the base; closed at the end.
+    """The model, and the names of ``adapters`` (values of ``--adapter``), None for the base. Closes the model on exit.
 
-    Raises ``ConfigError`` where options contradict each other, and what opening the model raises.
+    Raises ``ConfigError`` for contradictory options, and the errors of opening the model.
     """
     from truffula.cli.chat_models import BASE, LocalModel, ServerModel, split_adapter
 
@@ -32,16 +33,16 @@ def chat_model(
     if url is None:
         if api_key is not None:
             raise ConfigError("--api-key is for a running server; add its --url.", param="api_key")
-        chosen = [split_adapter(word) for word in adapters]
-        named = {name: source for name, source in chosen if source is not None}
-        for name, source in chosen:
+        parsed = [split_adapter(word) for word in adapters]
+        named = {name: source for name, source in parsed if source is not None}
+        for name, source in parsed:
             if source is not None and named[name] != source:
                 raise ConfigError(
                     f"--adapter names both {source} and {named[name]} {name!r}; write NAME=FOLDER for one of them.",
                     param="adapter",
                 )
         opened = LocalModel(resolve(options, model=model).engine, named)
-        names = [None if source is None else name for name, source in chosen]
+        names = [None if source is None else name for name, source in parsed]
     else:
         from truffula.cli.server_client import ServerClient, server_address
 

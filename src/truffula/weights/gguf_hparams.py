@@ -1,7 +1,7 @@
-"""The hyperparameters of a GGUF file, read key by key, and the account of the keys that nothing read.
+"""The hyperparameters of a GGUF file, read key by key, and a check of the keys that were not read.
 
-A key is read, of no effect on results, or reported: refused by name where it changes what the model computes, a warning
-otherwise. Source of the names: llama.cpp's table of keys (``llama-arch``) and its loader.
+A key that was not read and has an effect on results is an error, an unknown key a warning. Source of the names:
+llama.cpp's table of keys (``llama-arch``) and its loader.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_header import GgufHeader
 
-# Known, and of no effect on what a model computes. A pattern that ends in "." covers all keys under it. The keys of the
+# Known keys without effect on results. A pattern that ends in "." covers all keys under it. The keys of the
 # tokenizer are reported where it is read: ``gguf_vocabulary.unread_keys``.
 _INERT = re.compile(r"general\.(?!sampling\.)|split\.|quantize\.|tokenizer\.")
-# Under the architecture's prefix: of no effect.
+# Under the architecture's prefix: without effect on results.
 _INERT_HERE = frozenset({"rope.scaling.finetuned", "tensor_data_layout", "vocab_size"})
-# Under the architecture's prefix: of no effect at this value; at any other they change the result.
+# Under the architecture's prefix: without effect on results at this value only.
 _NEUTRAL: Mapping[str, Any] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0.0,
@@ -42,7 +42,7 @@ _NEUTRAL: Mapping[str, Any] = {
     "rope.scaling.yarn_log_multiplier": 0.0,
     "use_parallel_residual": False,
 }
-# Under the architecture's prefix: what other architectures compute with. A key like these is refused, not warned of.
+# Under the architecture's prefix: hyperparameters of other architectures. A matching key is an error, not a warning.
 _CHANGES = re.compile(
     r"(attention|classifier|convnext|decoder|deepstack|dense_|embedding_length_|expert|full_attention|hash_layer|hidden"
     r"|hyper_connection|interleave|kda|leading_dense|moe|n_deepstack|nextn|norm_|pooling|posnet|rescale|rope|shortconv"
@@ -51,8 +51,8 @@ _CHANGES = re.compile(
 
 
 @dataclass(frozen=True)
-class Facts:
-    """The hyperparameters of a file under its architecture's prefix. Keys are given without the prefix."""
+class HParams:
+    """The hyperparameters under the prefix of the file's architecture. Keys are given without the prefix."""
 
     architecture: str
     header: GgufHeader
@@ -79,7 +79,7 @@ class Facts:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A finite number. Stored as float32: its shortest spelling is the number that was meant (1e-05)."""
+        """A finite number. Stored as float32, so its shortest decimal form is returned (1e-05)."""
         name, value = self.name(key), self.get(key, default)
         if value is None:
             raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
@@ -88,7 +88,7 @@ class Facts:
         return float(str(np.float32(value)))
 
     def at_least(self, key: str, least: float, default: float | None = None) -> float:
-        """A finite number no smaller than ``least``."""
+        """A finite number of at least ``least``."""
         value = self.real(key, default)
         if value < least:
             name = self.name(key)
@@ -96,8 +96,8 @@ class Facts:
         return value
 
 
-def account(header: GgufHeader) -> list[str]:
-    """Warnings about the keys that nothing has read so far; call it when all readers but the tokenizer's are done.
+def check_unread_keys(header: GgufHeader) -> list[str]:
+    """Warnings about the keys that were not read. Call it after all readers except the tokenizer's.
 
     Raises ``UnsupportedModel`` naming a key that changes what the model computes.
     """
