@@ -19,6 +19,7 @@ from truffula.errors import CheckpointError, TruffulaError
 from truffula.kernels.adapters import LowRank
 from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity
+from truffula.kernels.mapped import release_pages
 from truffula.lora.image import write_image
 from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.model.load import WeightReader, plan_model
@@ -70,7 +71,7 @@ def safetensors(folder: Path) -> None:
         array = file.read(name)
         assert (array.nbytes, file.raw(name).nbytes, array.shape) == (info.nbytes, info.nbytes, info.shape)
         first_non_finite(array)
-        file.release(name)
+        release_pages(file.raw(name))
     file.close()
 
 

@@ -14,7 +14,7 @@ from llama_program import llama_program
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.mapped import release
+from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import RecurrentState
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, stacked, view
@@ -103,10 +103,10 @@ def test_release_drops_only_pages_that_can_be_read_again(tmp_path):
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     array = np.frombuffer(mapped, np.float32)[100:-100]
-    release(array)
+    release_pages(array)
     assert np.array_equal(array, data[100:-100])
     own = np.ones(5000, np.float32)
-    release(own)
+    release_pages(own)
     assert own.all()
 
 
