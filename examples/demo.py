@@ -140,9 +140,8 @@ def main() -> None:
     config = load_config({"model": MODEL}).engine
     fetch(config)
     flags = ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"]
-    with TruffulaServer(
-        config, flags, args.port if args.serve else None
-    ) as server:  # it starts while the batch below runs
+    # It starts while the batch below runs.
+    with TruffulaServer(config, flags, args.port if args.serve else None) as server:
         side_by_side()
         out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
         url = server.wait()

@@ -190,12 +190,12 @@ def _classes(root: type[TruffulaError]) -> dict[str, type[TruffulaError]]:
 
 
 def internal_error(error: BaseException) -> TruffulaError:
-    """An exception that is no ``TruffulaError``, such as a library's, as one with its type and words."""
+    """A ``TruffulaError`` with the type and the message of another exception, such as a library's."""
     return TruffulaError(f"{type(error).__name__}: {str(error)[:1000]}")
 
 
 def is_rust_panic(error: BaseException) -> bool:
-    """Whether a Rust library panicked: pyo3 raises that as a ``BaseException`` of a type that cannot be imported."""
+    """Whether ``error`` is a panic of a Rust library, which pyo3 raises as a ``BaseException`` of a private type."""
     return type(error).__name__ == "PanicException"
 
 

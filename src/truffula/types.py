@@ -1,6 +1,6 @@
-"""What crosses a layer or a process. Left of ``EngineRequest`` is text, right of it only ids.
+"""The types that layers and processes exchange. The engine's types hold token ids only, the service's hold text.
 
-Everything here is frozen and msgspec-encodable, so that the process transport is the same objects.
+All are frozen and msgspec-encodable, so both transports use the same objects.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from truffula.errors import ErrorInfo, InvalidRequest
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Progress = Callable[[str, int, int | None], None]
-"""Reports a start: called with (stage, done, total or None), in bytes while downloading and loading."""
+"""A callback (stage, done, total or None) for the progress of a start, in bytes while downloading and loading."""
 MAX_SEED = 2**64 - 1
 
 
@@ -38,7 +38,7 @@ def _integer(name: str, value: int, low: int, high: float = math.inf) -> None:
 
 
 def _check_bias(bias: Mapping[int, float]) -> None:
-    """Raise ``InvalidRequest`` for the first wrong entry. Entries are looked at one by one only when one is wrong."""
+    """Raise ``InvalidRequest`` for the first invalid entry. Fast when all are valid."""
     if not bias:
         return
     fine = set(map(type, bias)) == {int} and set(map(type, bias.values())) <= {int, float}
@@ -50,7 +50,7 @@ def _check_bias(bias: Mapping[int, float]) -> None:
 
 
 class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How tokens are chosen and when a sequence ends: the parameters that an engine, which knows no text, needs.
+    """The parameters of the engine, which does not handle text: how tokens are sampled and when a sequence ends.
 
     The fields are documented with ``SamplingParams``.
     """
@@ -107,14 +107,14 @@ class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SamplingParams(EngineParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How a completion is generated, and what of it is shown. Invalid values raise ``InvalidRequest`` naming the field.
+    """The parameters of a completion and of its output. Invalid values raise ``InvalidRequest`` naming the field.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``max_tokens`` None is up to the model's length.
-    ``logprobs`` k gives, per generated token, the k most likely ids and the chosen one; 0 only the chosen one.
-    ``logprobs_of`` says of which distribution: ``raw`` (the model's) or ``warped`` (after penalties, bias,
-    temperature and truncation, as LoRAX reports). ``seed`` None is drawn by the service when the request is made.
-    Order of work on the logits: repetition, frequency and presence, bias, temperature, top-k, top-p, min-p, typical-p.
-    The service alone uses ``stop``, ``include_stop``, ``skip_special_tokens``, ``n`` and ``best_of``.
+    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``max_tokens`` None is up to the model's length. ``logprobs`` k
+    gives, per generated token, the k most likely ids and the chosen one; 0 only the chosen one. ``logprobs_of`` selects
+    the distribution: ``raw`` (the model's) or ``warped`` (after penalties, bias, temperature and truncation, as LoRAX
+    reports). With ``seed`` None, the service draws a seed per request. Order of operations on the logits: repetition,
+    frequency and presence, bias, temperature, top-k, top-p, min-p, typical-p. Only the service uses ``stop``,
+    ``include_stop``, ``skip_special_tokens``, ``n`` and ``best_of``.
     """
 
     stop: tuple[str, ...] = ()
@@ -141,19 +141,20 @@ class SamplingParams(EngineParams, frozen=True, kw_only=True, forbid_unknown_fie
                 raise InvalidRequest(f"best_of is {self.best_of}, below n = {self.n}.", param="best_of", n=self.n)
 
     def for_engine(self, *, seed: int, logprobs: int | None, stop_token_ids: tuple[int, ...]) -> EngineParams:
-        """The engine's part of these parameters, with what the service has added to it."""
+        """The engine's part of these parameters, with the values that the service determines."""
         kept = {name: getattr(self, name) for name in EngineParams.__struct_fields__}
         return EngineParams(**kept | {"seed": seed, "logprobs": logprobs, "stop_token_ids": stop_token_ids})
 
 
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
-    """Which adapter a request asked for, after the operator's policy allowed it.
+    """The adapter of a request, after the check that the client may use it.
 
-    ``name`` is the client's word, used in logs and metrics. ``kind`` and ``locator`` say where it lies (an absolute
-    folder for ``local``, a repository id for ``hub``). ``fingerprint`` tells two states of one place apart without
-    reading it (sizes and mtimes, or a revision): a changed one makes the pool read again. Identity in the engine is
-    the content hash found on loading (the generation), never the name. ``root``: a folder above ``locator`` that no
-    link may lead out of when the files are opened; "" when the operator named the adapter's own folder.
+    ``name`` is the name in the request, for logs and metrics. ``kind`` and ``locator`` are its location (an absolute
+    folder for ``local``, a repository id for ``hub``). ``fingerprint`` identifies the state of the location without
+    reading the files (sizes and mtimes, or a revision): when it changes, the pool loads it again. Identity in the
+    engine is the content hash found on loading (the generation), never the name. ``root``: a parent folder of
+    ``locator``; no link may lead outside of it when the files are opened. "" when the operator configured the adapter's
+    folder itself.
     """
 
     name: str
@@ -165,10 +166,10 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One sequence to generate: ids only. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
+    """One sequence to generate, as token ids. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
 
-    ``params.seed`` is resolved. ``resume_ids`` are completion tokens already shown to the client (after a crash or a
-    move): generation continues behind them and they are not emitted again. Times are of ``time.monotonic()``, which all
+    ``params.seed`` is resolved. ``resume_ids`` are completion tokens that the client already has (after a crash):
+    generation continues after them and they are not emitted again. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
     """
 
@@ -196,15 +197,15 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What one step gave one sequence: all that leaves the engine. Exactly one event per request has a
+    """The output of one step for one sequence, the only output of the engine. Exactly one event per request has a
     ``finish_reason``.
 
-    ``logprobs`` and ``top_logprobs`` run beside ``token_ids`` when asked for, else are empty; a top list holds
+    ``logprobs`` and ``top_logprobs`` have one entry per token when requested, else are empty; a top list holds
     ``(id, logprob)`` best first and does not repeat the chosen id unless it is among the k best. ``prompt_logprobs``
     comes once, with the first event: one entry per prompt token, the first None, else ``(logprob, top list)``.
     ``vector`` comes with the final event of a model whose output is a vector per sequence.
     On ``stop`` by a stop id or EOS the id is the last of ``token_ids`` and is ``stop_reason``. On ``error``, ``error``
-    says why.
+    is the error.
     """
 
     request_id: str
@@ -222,12 +223,12 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request in text: what each dialect, the command line and ``LLM`` make, and where they meet.
+    """One request in text, made by every API dialect, the command line and ``LLM``.
 
     Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (OpenAI's form; the model's chat
     template makes the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
     replaces the model's. ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
-    a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` gives the prompt's text back on the first
+    a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` returns the prompt's text on the first
     delta of each choice, ``return_prompt_tokens`` its token pieces as well (``params.prompt_logprobs`` implies that).
     ``prepared`` is the prompt where a text worker has made it (``service/text_jobs.py``), in place of ``prompt`` and of
     what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
@@ -256,8 +257,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TopToken(msgspec.Struct, frozen=True):
-    """One of the most likely tokens at a place. ``text`` is its own, U+FFFD where it is part of a character; ``raw``
-    its own bytes, None where the tokenizer does not tell them.
+    """One of the most likely tokens at a position. ``text`` is its own, U+FFFD where it is part of a character; ``raw``
+    are its own bytes, None when the tokenizer does not provide them.
     """
 
     id: int
@@ -269,13 +270,13 @@ class TopToken(msgspec.Struct, frozen=True):
 class TokenPiece(msgspec.Struct, frozen=True):
     """One token as text.
 
-    ``text`` is what this token added to the text: of a character split over tokens the last one carries it whole, the
-    others "". ``shown`` False: the text is not part of the delta's ``text`` (a special token under
+    ``text`` is the part of the text that this token added: a character split over tokens belongs to the last of them,
+    the others have "". ``shown`` False: the text is not part of the delta's ``text`` (a special token under
     ``skip_special_tokens``, the EOS or stop id that ended it, a token inside a stop string); ``text`` is then the
-    token's own. ``special`` is the vocabulary's word. So joining ``text`` of the shown pieces gives the text.
-    ``logprob`` None: not asked for (or the first prompt token). ``top`` holds the k most likely, best first. ``raw`` is
-    what this token added to the text in bytes, of a character split over tokens its own part; joined and decoded they
-    are the text. None: logprobs were not asked for, or the tokenizer does not tell.
+    token's own. ``special``: whether the vocabulary marks it as special. The joined ``text`` of the shown pieces is the
+    text. ``logprob`` None: not requested (or the first prompt token). ``top`` holds the k most likely, best first.
+    ``raw`` are the bytes that this token added to the text, of a split character its own part. None: logprobs were not
+    requested, or the tokenizer does not provide them.
     """
 
     id: int
@@ -288,7 +289,7 @@ class TokenPiece(msgspec.Struct, frozen=True):
 
 
 class PromptPart(msgspec.Struct, frozen=True, kw_only=True):
-    """The prompt, given back. Joined ``tokens[].text`` == ``text``; tokens the tokenizer added itself (BOS) have text
+    """The prompt in a response. Joined ``tokens[].text`` == ``text``; tokens that the tokenizer added (BOS) have text
     "" and are special.
     """
 
@@ -297,8 +298,8 @@ class PromptPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChoiceTotals(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of one finished choice. ``completion_tokens`` includes EOS and the tokens of a stop string; ``seed`` None:
-    greedy, none used.
+    """The counts of one finished choice. ``completion_tokens`` includes EOS and the tokens of a stop string; ``seed``
+    None: not used, because sampling was greedy.
     """
 
     prompt_tokens: int = 0
@@ -310,13 +311,13 @@ class ChoiceTotals(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of one choice, safe to show: no half character, nothing that could still become a stop string.
+    """A part of one choice that is final: no partial character, and no text that may become a stop string.
 
     ``text`` is the joined text of the shown ``tokens``. Exactly one delta per choice has a ``finish_reason``, the last
-    one, with ``totals``; unless nothing was generated it also carries the last token (so a stream of one event per
-    token can put its summary on that event). ``eos``: an end-of-sequence id ended it (it is the last token then, not
-    shown unless asked for); ``stop_reason`` is the stop string or stop id that did. ``prompt`` comes on a choice's
-    first delta when asked for. ``error`` goes with finish_reason ``error`` (and may say more on ``abort``).
+    one, with ``totals``; unless nothing was generated it also has the last token (so a stream with one event per
+    token can have its summary on that event). ``eos``: an end-of-sequence id ended it (it is the last token then, not
+    shown unless asked for); ``stop_reason`` is the stop string or stop id that did. ``prompt`` is on a choice's
+    first delta when requested. ``error`` is set for finish_reason ``error``, and may be for ``abort``.
     """
 
     choice: int = 0
@@ -331,7 +332,7 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """The fold of one choice's deltas."""
+    """All deltas of one choice, merged."""
 
     index: int
     text: str
@@ -348,7 +349,7 @@ class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """A whole answer: ``choices`` by index. The prompt counts once, completion tokens sum over the choices."""
+    """A complete response: ``choices`` by index. The prompt counts once, completion tokens for every choice."""
 
     choices: list[CompletionChoice]
     prompt: PromptPart | None = None
@@ -358,8 +359,9 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """``load`` waits until the adapter is usable (or raises); ``unload`` lets running requests end; ``list``
-    reports."""
+    """``load`` waits until the adapter is ready, or raises; ``unload`` waits for running requests; ``list`` returns the
+    states.
+    """
 
     action: Literal["load", "unload", "list"]
     ref: AdapterRef | None = None
@@ -367,7 +369,7 @@ class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
-    """One adapter as the pool sees it."""
+    """The state of one adapter in the pool."""
 
     name: str
     generation: str | None = None
@@ -381,7 +383,7 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
-    """A file as it was when the model was loaded from it. ``sample`` is a digest of parts of its content, where they
+    """The state of a file when the model was loaded from it. ``sample`` is a digest of parts of its content, where they
     were read (``weights/watch.py``).
     """
 
@@ -393,8 +395,7 @@ class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EndToken(msgspec.Struct, frozen=True):
-    """A token that ends a completion. ``source`` says which file and key name it; ``text`` is "" where no tokenizer
-    was read.
+    """A token that ends a completion. ``source`` is the file and key that name it; ``text`` is "" without a tokenizer.
     """
 
     id: int
@@ -403,13 +404,13 @@ class EndToken(msgspec.Struct, frozen=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a started engine is: fixed until it ends, and the same after a restart.
+    """Facts about a started engine, which do not change, also not after a restart.
 
     The engine names the end tokens of the model's configuration. A service adds those of the tokenizer and of the chat
-    template (``eos_token_ids`` are those of every request), and says in ``no_tokenizer`` why there is no tokenizer.
-    ``path`` is where the model's files are, ``files`` what they were when they were loaded ("" and empty: an engine
-    without files). ``revision`` is of the Hub. ``*_reason`` and ``int8_note`` explain a choice in one line for the
-    operator. Byte counts: ``weight_bytes`` as loaded, ``stored_bytes`` in the files, ``fixed_bytes`` of memory that
+    template (``eos_token_ids`` are those of every request); ``no_tokenizer`` is the reason when there is no tokenizer.
+    ``path`` is the location of the model's files, ``files`` their state when they were loaded ("" and empty for an
+    engine without files). ``revision`` is of the Hub. ``*_reason`` and ``int8_note`` explain a choice in one line for
+    the operator. Byte counts: ``weight_bytes`` as loaded, ``stored_bytes`` in the files, ``fixed_bytes`` of memory that
     does not vary, ``memory_limit_bytes`` in all, ``budget_bytes`` for KV cache and adapters.
     """
 
@@ -455,14 +456,14 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineRestarts(msgspec.Struct, frozen=True, kw_only=True):
-    """How often the engine's process was started again after it ended, and why it ended last (empty: never)."""
+    """The number of restarts of the engine's process, and the reason of the last one (empty: none)."""
 
     count: int = 0
     last_reason: str = ""
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A heartbeat: where the engine stood at ``monotonic`` (its own clock reading, shared by the machine)."""
+    """A heartbeat: the state of the engine at ``monotonic``, the time of the machine's monotonic clock."""
 
     monotonic: float
     steps: int = 0

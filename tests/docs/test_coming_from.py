@@ -38,11 +38,7 @@ def rows_of(servers: tuple[str, ...]) -> list[str]:
     for foreign in known_flags().values():
         owners = [server for server in servers if server in foreign.servers]
         if owners:
-            answer = (
-                f"{foreign.equivalent}. {foreign.note}"
-                if foreign.equivalent and foreign.note
-                else foreign.equivalent or foreign.note
-            )
+            answer = ". ".join(part for part in (foreign.equivalent, foreign.note) if part)
             whose = f" ({owners[0]})" if len(owners) < len(servers) else ""
             flags.setdefault(answer, []).append(f"`{foreign.flag}`{whose}")
     return [

@@ -1,18 +1,17 @@
-"""``ModelSpec`` → ``Program``: the only forward code there is.
+"""Builds the ``Program`` of a ``ModelSpec``: the only implementation of the forward pass.
 
 A pre-norm layer of six linears becomes seven ops: norm, qkv, rope, attention, output + residual, norm, gate-up with its
 gated product, down + residual (the two residual sums ride in the linears' epilogues). A layer with norms after its
-parts adds the residual in that norm instead. Rows whose logits are wanted are taken before the last norm.
+parts adds the residual in that norm instead. The rows whose logits are needed are selected before the last norm.
 
-Each op carries a probe: where transformers shows the same value. A fused linear shows at its slices' modules; what a
-gated product or a residual sum makes shows as the input of the next module; q and k after rope as what attention is
-called with.
+Each op has a probe, the place of the same value in transformers. The output of a fused linear is at the modules of its
+slices; a gated product or a residual sum is the input of the next module; q and k after rope are the inputs of the
+attention module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from truffula.errors import KernelError
 from truffula.kernels.program import (
@@ -49,34 +48,23 @@ from truffula.weights.tying import Tie, TyingDecision
 
 
 def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Program:
-    """Write the program of a model.
+    """The program of a model.
 
     Args:
-        spec: What the model is.
-        names: Where its weights lie in the checkpoint.
-        tie: Which tensor serves as input table and which as head.
+        spec: The structure of the model.
+        names: The tensor names of its weights in the checkpoint.
+        tie: The tensors of embedding and head.
 
     Raises:
-        KernelError: a spec that contradicts itself; our own mistake.
+        KernelError: The spec is inconsistent, an internal error.
     """
     return _Builder(spec, names, tie).build()
-
-
-@dataclass
-class _Arena:
-    """The symbolic buffers: each width once, shared by all layers."""
-
-    buffers: list[Buffer] = field(default_factory=list)
-
-    def add(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
-        self.buffers.append(Buffer(len(self.buffers), name, rows, width, dtype))
-        return Ref(len(self.buffers) - 1, 0, width)
 
 
 class _Builder:
     def __init__(self, spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> None:
         self.spec, self.names, self.tie = spec, names, tie
-        self.arena = _Arena()
+        self.buffers: list[Buffer] = []  # shared by all layers
         self.weights: list[WeightDecl] = []
         self.sites: list[Site] = []
         self.ops: list[Op] = []
@@ -89,14 +77,14 @@ class _Builder:
         spec = self.spec
         embed, head = self._declare_tables()
         embed_site = self._table_site("embed")
-        self.hidden = self.arena.add("hidden", spec.hidden)
-        self.normed = self.arena.add("normed", spec.hidden)
+        self.hidden = self._buffer("hidden", spec.hidden)
+        self.normed = self._buffer("normed", spec.hidden)
         if any(layer.after_attention or layer.after_mlp for layer in spec.layers):
-            self.branch = self.arena.add("branch", spec.hidden)
-        self.qkv = self.arena.add("qkv", max(layer.attention.qkv_width for layer in spec.layers))
-        self.attended = self.arena.add("attended", max(layer.attention.q_width for layer in spec.layers))
-        self.mlp = self.arena.add("mlp", max(layer.mlp.width for layer in spec.layers))
-        self.rope_rows = [self.arena.add(f"rope{i}", table.dims) for i, table in enumerate(spec.ropes)]
+            self.branch = self._buffer("branch", spec.hidden)
+        self.qkv = self._buffer("qkv", max(layer.attention.qkv_width for layer in spec.layers))
+        self.attended = self._buffer("attended", max(layer.attention.q_width for layer in spec.layers))
+        self.mlp = self._buffer("mlp", max(layer.mlp.width for layer in spec.layers))
+        self.rope_rows = [self._buffer(f"rope{i}", table.dims) for i, table in enumerate(spec.ropes)]
         path = self._module(spec.names.embed)
         self._op(Embed(name="embed", table=embed, out=self.hidden, scale=spec.embed_scale, site=embed_site,
                        probe=Probe(path, "out")))  # fmt: skip
@@ -104,11 +92,11 @@ class _Builder:
             self._op(RopeRows(name=f"rope{index}", table=index, out=rows))
         for index, layer in enumerate(spec.layers):
             self._layer(index, layer)
-        logits = self._tail(head)
+        logits = self._logits(head)
         return Program(
             name=spec.model_type,
             vocab_size=spec.vocab_size,
-            buffers=tuple(self.arena.buffers),
+            buffers=tuple(self.buffers),
             weights=tuple(self.weights),
             sites=tuple(self.sites),
             rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
@@ -120,10 +108,14 @@ class _Builder:
             notes=(self.tie.reason,),
         )
 
+    def _buffer(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
+        self.buffers.append(Buffer(len(self.buffers), name, rows, width, dtype))
+        return Ref(len(self.buffers) - 1, 0, width)
+
     # Declarations
 
     def _declare_tables(self) -> tuple[int, int]:
-        """Weight ids of the input table and of the head: one and the same when tied."""
+        """The weight ids of embedding and head, which are equal when tied."""
         tied, shape = self.tie.tie is not Tie.SEPARATE, self.rows["embed"].shape
         if tied:
             source = self.names.head if self.tie.tie is Tie.REVERSED else self.names.embed
@@ -144,7 +136,7 @@ class _Builder:
         return decl.id
 
     def _weight(self, key: str) -> int:
-        """The id of a row's weight, declared (with its sites) at its first use."""
+        """The id of a row's weight, which is declared with its sites at the first use."""
         if key in self.weight_ids:
             return self.weight_ids[key]
         row = self.rows[key]
@@ -191,14 +183,14 @@ class _Builder:
         source = self._norm(index, "before_attention", layer.before_attention, self.hidden, self.normed)
         self._attention(index, layer.attention, source)
         out = Ref(self.attended.buffer, 0, layer.attention.q_width)
-        follower = layer.before_mlp.module if layer.before_mlp is not None else self.spec.names.gate
-        self._join(index, layer, "out", out, "attention", Probe(self._module(prefix + follower), "in"))
+        next_module = layer.before_mlp.module if layer.before_mlp is not None else self.spec.names.gate
+        self._output(index, layer, "out", out, "attention", Probe(self._module(prefix + next_module), "in"))
         source = self._norm(index, "before_mlp", layer.before_mlp, self.hidden, self.normed)
         inner = self._mlp(index, layer, source)
-        self._join(index, layer, "mlp_out", inner, "mlp", self._after_layer(index))
+        self._output(index, layer, "mlp_out", inner, "mlp", self._after_layer(index))
 
     def _norm(self, index: int, key: str, norm: NormSpec | None, x: Ref, out: Ref) -> Ref:
-        """Where the normed value is: ``out``, or ``x`` itself when there is no norm."""
+        """The buffer of the normed value: ``out``, or ``x`` when there is no norm."""
         if norm is None:
             return x
         prefix = self.spec.layer_prefix(index)
@@ -230,7 +222,7 @@ class _Builder:
                 probe = Probe(self._module(prefix + norm.module), "out")
                 self._op(self._norm_op(prefix + key, norm, ref, ref, index, probe, groups=heads))
         if spec.rope is not None:
-            # q and k lie side by side and rotate alike: one op over the heads of both.
+            # q and k are adjacent and rotated in the same way, by one op over the heads of both.
             table = self.spec.ropes[spec.rope]
             self._op(Rope(name=f"{prefix}rope", layer=index, probe=Probe(attention, "in"),
                           x=Ref(qkv.buffer, 0, spec.q_width + spec.kv_width), rows=self.rope_rows[spec.rope],
@@ -259,8 +251,8 @@ class _Builder:
         self._op(Linear(name=name, layer=index, probe=probe, x=x, weight=weight, out=out,
                         slices=self.site_slices[name], epilogue=epilogue))  # fmt: skip
 
-    def _join(self, index: int, layer: LayerSpec, key: str, x: Ref, part: str, after: Probe) -> None:
-        """The part's output linear, its norm if it has one, and the residual sum into ``hidden``."""
+    def _output(self, index: int, layer: LayerSpec, key: str, x: Ref, part: str, after: Probe) -> None:
+        """The output linear of attention or MLP, its norm if any, and the residual sum into ``hidden``."""
         norm = layer.after_attention if part == "attention" else layer.after_mlp
         if norm is None:
             self._linear(
@@ -282,28 +274,28 @@ class _Builder:
                            out=self.hidden))  # fmt: skip
 
     def _after_layer(self, index: int) -> Probe:
-        """Whose input the residual stream is once layer ``index`` is done."""
+        """The probe of the residual stream after layer ``index``: the input of the next module."""
         if index + 1 < len(self.spec.layers):
             norm = self.spec.layers[index + 1].before_attention
-            follower = self.spec.layer_prefix(index + 1) + (norm.module if norm is not None else self.spec.names.q)
-            return Probe(self._module(follower), "in")
+            next_module = self.spec.layer_prefix(index + 1) + (norm.module if norm is not None else self.spec.names.q)
+            return Probe(self._module(next_module), "in")
         final = self.spec.final_norm
         return Probe(self._module(final.module) if final is not None else self.spec.names.head, "in")
 
-    def _tail(self, head: int) -> Ref:
+    def _logits(self, head: int) -> Ref:
         spec = self.spec
         if spec.vocab_size != self.weights[head].shape[0]:
             raise KernelError(f"The head has {self.weights[head].shape[0]} rows for {spec.vocab_size} ids.")
-        last = self.arena.add("last", spec.hidden, "R")
-        logits = self.arena.add("logits", spec.vocab_size, "R", "float32")
+        last = self._buffer("last", spec.hidden, "R")
+        logits = self._buffer("logits", spec.vocab_size, "R", "float32")
         self._op(TakeRows(name="take_rows", x=self.hidden, out=last, probe=self._after_layer(len(spec.layers) - 1)))
         if spec.final_norm is not None:
-            normed = self.arena.add("last_normed", spec.hidden, "R")
-            shown = Probe(self._module(spec.final_norm.module), "out")
-            self._op(self._norm_op("final_norm", spec.final_norm, last, normed, None, shown))
+            normed = self._buffer("last_normed", spec.hidden, "R")
+            norm_probe = Probe(self._module(spec.final_norm.module), "out")
+            self._op(self._norm_op("final_norm", spec.final_norm, last, normed, None, norm_probe))
             last = normed
         bias = self._head_bias()
-        # A softcap comes after the head's module in transformers, whose output is then no longer the same value.
+        # transformers applies scale and softcap after the head, so the output of its module differs then.
         plain = spec.logit_softcap is None and spec.logit_scale == 1.0
         probe = Probe(spec.names.head, "out") if plain else None
         self._op(Logits(name="logits", x=last, weight=head, out=logits, bias=bias, scale=spec.logit_scale,
@@ -318,7 +310,7 @@ class _Builder:
 
 
 def _kept_window(spec: ModelSpec, attention: AttentionSpec) -> int | None:
-    """The window of a layer's KV group: None when no position is ever far enough for a block to be freed."""
+    """The window of a layer's KV group: None when the window is not shorter than the longest sequence."""
     window = attention.window
     return None if window is None or window >= spec.max_positions else window
 

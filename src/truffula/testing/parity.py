@@ -39,7 +39,7 @@ DEFAULT_PROMPTS = (
 # Relative to the value plus the root mean square of its row, because a few columns are a thousand times larger than the
 # others. Rounding differences in float32 reach 3e-5 over SmolLM2's thirty layers.
 TOLERANCE = 3e-4
-# Two logits this close are a tie that rounding may break either way: such a step is counted, not adapter.
+# Rounding may decide between logits this close: such a step is counted as a near-tie, not as an error.
 NEAR_TIE = 1e-4
 
 
@@ -194,7 +194,7 @@ def attach_folder(
     tables: Mapping[str, BaseTable],
     change: Perturbation = Perturbation(),
 ) -> int:
-    """The slot of the PEFT adapter in ``folder``, adapter as a server does."""
+    """The slot of the PEFT adapter in ``folder``, validated as in a server."""
     adapter = validate_adapter(folder, program.sites, base=BaseFacts(program.name, tables))
     sites = change.adapter(adapter.sites)
     return executable.adapter(make_image(executable.layout, sites, generation=adapter.generation))

@@ -70,7 +70,7 @@ def pull_from(weights: Mapping[str, list[Array]]) -> PullWeight:
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """An adapter as trained: what ``lora.image`` writes and ``attach`` packs."""
+    """The tensors of an adapter before packing."""
 
     generation: str
     rank: int
@@ -80,7 +80,7 @@ class AdapterTensors:
 def random_adapter(
     program: Program, *, rank: int = 4, seed: int = 0, dtype: str = "float32", sites: tuple[int, ...] | None = None
 ) -> AdapterTensors:
-    """An adapter on ``sites`` (None: those of all linear layers) whose effect shows."""
+    """A random adapter on ``sites`` (None: all linears), with a visible effect."""
     rng = np.random.default_rng(seed)
     tensors = []
     for site in program.sites:

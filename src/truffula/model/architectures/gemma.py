@@ -1,4 +1,4 @@
-"""Gemma 2 and 3 (text): four norms a layer, scaled embeddings, windows that alternate with full layers."""
+"""Gemma 2 and 3 (text): four norms per layer, scaled embeddings, alternating windowed and full layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from truffula.model.config_view import ConfigView
 from truffula.model.rope import read_rope, read_rope_by_layer_type
 from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, ModuleNames, RopeSpec
 
-# The multimodal class keeps the same body under language_model.
+# The multimodal class has the same body under language_model.
 MULTIMODAL_NAMES = ModuleNames(
     body="model.language_model.",
     skip=(
@@ -20,7 +20,7 @@ MULTIMODAL_NAMES = ModuleNames(
 
 
 def gemma2(view: ConfigView) -> ModelSpec:
-    """Even layers slide; scores and logits are softly capped."""
+    """Every second layer is windowed; attention scores and logits have a softcap."""
     sizes = read_sizes(view)
     kinds = view.strings("layer_types", sizes.layers) or _alternate(sizes.layers, 2)
     softcap = view.optional_number("attn_logit_softcapping")
@@ -33,10 +33,10 @@ def gemma2(view: ConfigView) -> ModelSpec:
 
 
 def gemma3_text(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec:
-    """Five windowed layers to a full one, each kind with its rope; norms of q and k per head; no cap on scores."""
+    """Five windowed layers per full layer, each type with its rope; norms of q and k per head; no softcap on scores."""
     sizes = read_sizes(view)
     pattern = view.optional_integer("sliding_window_pattern") or 6
-    view.skip("_sliding_window_pattern")  # a copy that transformers writes and does not read
+    view.skip("_sliding_window_pattern")  # a copy, which transformers writes but does not read
     kinds = view.strings("layer_types", sizes.layers) or _alternate(sizes.layers, pattern)
     tables = read_rope_by_layer_type(
         view,
@@ -47,7 +47,7 @@ def gemma3_text(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec
         },
     )
     order = ("sliding_attention", "full_attention")
-    # Read by transformers and never handed to its attention: a value there has no effect.
+    # transformers reads it but does not pass it to its attention, so it has no effect.
     view.optional_number("attn_logit_softcapping")
     layers = [
         _layer(view, sizes, window, rope=order.index(kind), softcap=None, qk_norm=True)
@@ -59,7 +59,7 @@ def gemma3_text(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec
 
 
 def gemma3(view: ConfigView) -> ModelSpec:
-    """The text part of the multimodal class: text_config over the class defaults of gemma3_text."""
+    """The text part of the multimodal class: text_config with the class defaults of gemma3_text."""
     view.skip("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index")
     view.skip("image_token_index", "image_token_id", "boi_token_id", "eoi_token_id")
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
@@ -67,7 +67,7 @@ def gemma3(view: ConfigView) -> ModelSpec:
 
 
 def _alternate(layers: int, pattern: int) -> tuple[str, ...]:
-    """Every ``pattern``-th layer is full, the others slide."""
+    """The layer types when every ``pattern``-th layer is full and the others are windowed."""
     return tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers))
 
 

@@ -1,4 +1,4 @@
-"""What every architecture function begins with: the sizes that all configs name alike, and the pieces made of them."""
+"""Common parts of the architectures: the sizes that all configs have, norms, and Llama's layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from truffula.kernels.program import Activation
 from truffula.model.config_view import ConfigView
 from truffula.model.rope import extended_positions
-from truffula.model.spec import LayerSpec, ModelSpec, NormSpec, RopeSpec
+from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -23,12 +23,12 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 MOST_LAYERS = 4096
-"""Far beyond any model: what a broken file asks for must not become a list of as many things."""
+"""Far above the number of any model; bounds the lists that an invalid file can create."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts and widths as the config states them. ``kv_heads`` divides ``heads``."""
+    """Counts and widths of the config. ``kv_heads`` divides ``heads``."""
 
     layers: int
     hidden: int
@@ -65,13 +65,43 @@ def read_sizes(view: ConfigView) -> Sizes:
 
 
 def rms(view: ConfigView, module: str) -> NormSpec:
-    """Llama's norm: weight times the rounded normed value."""
+    """Llama's norm: the weight times the rounded normalised value."""
     return NormSpec(module, view.number("rms_norm_eps"))
 
 
 def gemma_rms(view: ConfigView, module: str) -> NormSpec:
-    """Gemma's norm: 1 + w in float32, one rounding at the end."""
+    """Gemma's norm: 1 + w in float32, rounded once at the end."""
     return NormSpec(module, view.number("rms_norm_eps"), cast="last", plus_one=True)
+
+
+def llama_layer(
+    view: ConfigView,
+    sizes: Sizes,
+    window: int | None = None,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+) -> LayerSpec:
+    """Llama's layer: pre-norm, gated MLP, one rope; with ``qk_norm``, norms of q and k per head."""
+    return LayerSpec(
+        attention=AttentionSpec(
+            heads=sizes.heads,
+            kv_heads=sizes.kv_heads,
+            head_dim=sizes.head_dim,
+            scale=sizes.head_dim**-0.5,
+            rope=0,
+            window=window,
+            q_norm=rms(view, "self_attn.q_norm") if qk_norm else None,
+            k_norm=rms(view, "self_attn.k_norm") if qk_norm else None,
+            qkv_bias=qkv_bias,
+            out_bias=out_bias,
+        ),
+        mlp=MlpSpec(sizes.mlp, view.choice("hidden_act", ACTIVATIONS), in_bias=mlp_bias, out_bias=mlp_bias),
+        before_attention=rms(view, "input_layernorm"),
+        before_mlp=rms(view, "post_attention_layernorm"),
+    )
 
 
 def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[str] | None) -> tuple[int | None, ...]:
@@ -89,7 +119,7 @@ def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[s
 def finish_spec(
     view: ConfigView, layers: Sequence[LayerSpec], ropes: Sequence[RopeSpec], final_norm: NormSpec, **more: Any
 ) -> ModelSpec:
-    """The spec of these layers; ``more`` are the further fields of ``ModelSpec``."""
+    """The spec of these layers; ``more``: other fields of ``ModelSpec``."""
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
     return ModelSpec(
         model_type=view.model_type,

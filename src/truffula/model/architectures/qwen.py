@@ -1,47 +1,30 @@
-"""Qwen2, Qwen2.5 and Qwen3: one body; 2 has biases on q, k and v, 3 has per-head norms of q and k."""
+"""Qwen2, Qwen2.5 and Qwen3: Llama's layer; 2 has biases on q, k and v, 3 has norms of q and k per head."""
 
 from __future__ import annotations
 
-from truffula.model.architectures.pieces import ACTIVATIONS, Sizes, finish_spec, read_sizes, rms, windows
+from truffula.model.architectures.pieces import Sizes, finish_spec, llama_layer, read_sizes, rms, windows
 from truffula.model.config_view import ConfigView
 from truffula.model.rope import read_rope
-from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec
+from truffula.model.spec import ModelSpec
 
 
 def qwen2(view: ConfigView) -> ModelSpec:
-    """Biases on q, k and v always, on o never. The window is dead unless ``use_sliding_window``."""
+    """Biases on q, k and v, not on o. The window has no effect unless ``use_sliding_window``."""
     return _qwen(view, qkv_bias=True, out_bias=False, qk_norm=False)
 
 
 def qwen3(view: ConfigView) -> ModelSpec:
-    """Norms of q and k per head before the rotation; ``attention_bias`` covers q, k, v and o."""
+    """Norms of q and k per head before the rotation; ``attention_bias`` is for q, k, v and o."""
     bias = view.flag("attention_bias")
     return _qwen(view, qkv_bias=bias, out_bias=bias, qk_norm=True)
 
 
 def _qwen(view: ConfigView, *, qkv_bias: bool, out_bias: bool, qk_norm: bool) -> ModelSpec:
-    sizes, activation = read_sizes(view), view.choice("hidden_act", ACTIVATIONS)
-
-    def layer(window: int | None) -> LayerSpec:
-        return LayerSpec(
-            attention=AttentionSpec(
-                heads=sizes.heads,
-                kv_heads=sizes.kv_heads,
-                head_dim=sizes.head_dim,
-                scale=sizes.head_dim**-0.5,
-                rope=0,
-                window=window,
-                q_norm=rms(view, "self_attn.q_norm") if qk_norm else None,
-                k_norm=rms(view, "self_attn.k_norm") if qk_norm else None,
-                qkv_bias=qkv_bias,
-                out_bias=out_bias,
-            ),
-            mlp=MlpSpec(sizes.mlp, activation),
-            before_attention=rms(view, "input_layernorm"),
-            before_mlp=rms(view, "post_attention_layernorm"),
-        )
-
-    layers = [layer(window) for window in _windows(view, sizes)]
+    sizes = read_sizes(view)
+    layers = [
+        llama_layer(view, sizes, window, qkv_bias=qkv_bias, out_bias=out_bias, qk_norm=qk_norm)
+        for window in _windows(view, sizes)
+    ]
     return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
 
 
