@@ -262,7 +262,8 @@ def _mapping(raw: Any) -> Mapping[str, str]:
 
 
 class _KindSpec(NamedTuple):
-    """How a kind of option is parsed (``ValueError`` for a wrong value), described in errors, and shown in the help."""
+    """A kind of option: its parser (``ValueError`` for a wrong value), description in errors and placeholder in help.
+    """
 
     parse: Callable[[Any], Any]
     expected: str

@@ -20,7 +20,7 @@ def test_goodput_counts_what_kept_both_limits() -> None:
     quick, slow_start, slow_tokens = stream(0, 0, 0.4, 0.45), stream(0, 0, 0.6, 0.65), stream(0, 0, 0.4, 0.6)
     failed = Stream(0, 0, error="refused")
     summary = LoadResult(2.0, [quick, slow_start, slow_tokens, failed]).open_summary(2.0, limits)
-    assert (summary["good_requests"], summary["requests"], summary["errors"]) == (1, 4, 1)
+    assert (summary["good_requests"], summary["requests"], summary["failures"]) == (1, 4, 1)
     assert summary["goodput_rps"] == 0.5
 
 

@@ -162,16 +162,16 @@ def test_a_weight_of_integers_is_refused(tmp_path: Path, dtype: Any) -> None:
 # Pulling
 
 
-def test_each_weight_is_handed_out_once_and_all_of_them_are(tmp_path: Path) -> None:
+def test_each_weight_is_read_once_and_all_of_them_are(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_checkpoint(tmp_path, tiny_config("gemma2"), dtype="bfloat16"))
     made = plan_model(checkpoint)
     pull = WeightReader(checkpoint, made)
     for decl in made.program.weights[:-1]:
         parts = pull(decl)
         assert sum(part.shape[0] for part in parts) == decl.shape[0]
-    with pytest.raises(KernelError, match=r"not filled: norm\.weight"):
+    with pytest.raises(KernelError, match=r"not read: norm\.weight"):
         pull.finish()
-    with pytest.raises(KernelError, match="pulled twice"):
+    with pytest.raises(KernelError, match="read twice"):
         pull(made.program.weights[0])
     (norm,) = pull(made.program.weights[-1])
     stored = checkpoint.read("model.norm.weight")

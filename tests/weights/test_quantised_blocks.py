@@ -143,8 +143,8 @@ def test_an_engine_rounds_a_float_checkpoint(tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.INFO, "truffula"):
         engine, info = build_engine(EngineConfig(model=str(path), backend="cpu", quantize="q8_0", memory_bytes=2**26))
     engine.close()
-    assert info.details["quantize"] == "q8_0" and not info.details["exact"]
-    assert set(info.details["weight_formats"]) == {"q8_0", "vectors"}
+    assert info.quantize == "q8_0" and not info.exact
+    assert set(info.weight_formats) == {"q8_0", "vectors"}
     assert "tensors rounded to Q8_0, relative RMS error" in caplog.text
 
 

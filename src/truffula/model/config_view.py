@@ -284,7 +284,7 @@ class ConfigView:
         return (*self._warnings, *(text for view in self._nested for text in view.finish()))
 
     def key_uses(self) -> tuple[KeyUse, ...]:
-        """How every key of the file was used, in its order; call it after ``finish``."""
+        """The use of every key of the file, in its order; call it after ``finish``."""
         own = tuple(KeyUse(f"{self._path}{key}", _shown(value), self._use(key)) for key, value in self.values.items())
         return (*own, *(use for view in self._nested for use in view.key_uses()))
 

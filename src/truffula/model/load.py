@@ -32,7 +32,7 @@ _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """How a model is loaded. Made without reading tensor data, unless embedding and head must be compared.
+    """The plan for loading a model. Made without reading tensor data, unless embedding and head must be compared.
 
     ``stored_bytes``: size of the used tensors in the files. ``saved_bytes``: memory saved by tying. ``stored_dtype``:
     the float dtype of most of these bytes, or ``quantised``. ``unused``: names of tensors that are not used.
@@ -177,7 +177,8 @@ def _ids(value: Any, key: str, where: str) -> list[int]:
 
 
 def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-    """Where the config has ``key`` (top level or text_config), and its value; "" and None when it has not."""
+    """The location of ``key`` in the config (top level or text_config) and its value; "" and None when it is missing.
+    """
     text = config.get("text_config")
     for where, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
         if level.get(key) is not None:

@@ -40,8 +40,8 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output
 
 @dataclass(frozen=True)
 class Family:
-    """How one GGUF architecture maps to a model type. ``permuted``: rows of q and k are interleaved; ``shifted``: norms
-    hold 1 + weight. ``default_theta`` None: the file must contain ``rope.freq_base``.
+    """The mapping of one GGUF architecture to a model type. ``permuted``: rows of q and k are interleaved; ``shifted``:
+    norms hold 1 + weight. ``default_theta`` None: the file must contain ``rope.freq_base``.
     """
 
     model_type: str

@@ -24,7 +24,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Tie(enum.Enum):
-    """How embedding and head are stored."""
+    """The ways in which embedding and head are stored."""
 
     TIED = "tied"
     SEPARATE = "separate"

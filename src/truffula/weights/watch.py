@@ -1,7 +1,7 @@
-"""What the files of a model looked like when they were loaded, and whether they have changed since.
+"""Detects changes of a model's files since they were loaded.
 
-Weights are views of mapped files: a write to such a file changes answers while they are made. And the file under the
-model's name may be another one later. Both are noticed by size, time of change and inode.
+Weights are views of mapped files, so a write to such a file changes answers. Also, another file may be moved to the
+model's path. Both are detected by size, modification time and inode.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from truffula.weights.mapped import MappedFile
 
 SIDE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
-"""Read once at the start, with the weights: they decide what the weights mean."""
+"""Files that are read once at the start and define the meaning of the weights."""
 SAMPLED_PAGES = 512
 log = logging.getLogger(__name__)
 
 
 def stamps_of(checkpoint: Checkpoint) -> list[FileStamp]:
-    """One stamp for each file that decides answers, by path.
+    """One stamp for each file that affects answers, sorted by path.
 
-    Weights are stamped as the open files that they are read from: a rename under them is no change. Side files are
-    stamped by name.
+    Stamps of weights are those of the open files, so moving another file to their path is not a change. Stamps of side
+    files are taken by path.
     """
     weights = {str(file.path): file.stamp() for file in checkpoint.files}
     sides = {str(path): stamp(path) for path in stamped_texts(checkpoint.path) if str(path) not in weights}
@@ -45,12 +45,12 @@ def stamped_texts(path: Path) -> list[Path]:
 
 
 def stamp_of(path: Path, found: os.stat_result) -> FileStamp:
-    """The stamp of a file that was examined."""
+    """The stamp of ``path`` from its stat result."""
     return FileStamp(path=str(path), size=found.st_size, mtime_ns=found.st_mtime_ns, inode=found.st_ino)
 
 
 def stamp(path: Path) -> FileStamp:
-    """``path`` as it is now. Raises ``CheckpointChanged`` when it cannot be examined any more."""
+    """The current stamp of ``path``. Raises ``CheckpointChanged`` when it cannot be read."""
     try:
         return stamp_of(path, path.stat())
     except OSError as error:
@@ -58,7 +58,7 @@ def stamp(path: Path) -> FileStamp:
 
 
 def require_unchanged_load(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
-    """Raises ``CheckpointChanged`` naming the first file that is not what it was when its loading began."""
+    """Raise ``CheckpointChanged`` naming the first file that changed while it was loaded."""
     if path := _first_difference(then, now):
         raise CheckpointChanged(
             f"{path} changed while the model was loaded, so what was loaded may be a mixture. Start again when the "
@@ -68,7 +68,7 @@ def require_unchanged_load(then: Sequence[FileStamp], now: Sequence[FileStamp]) 
 
 
 def require_same_model(first: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
-    """Raises ``CheckpointChanged`` naming the first file that is not the one that the server was started with."""
+    """Raise ``CheckpointChanged`` naming the first file that is not the one that the server was started with."""
     if path := _first_difference(first, now):
         raise CheckpointChanged(
             f"The engine ended and is not restarted: {path} is not the file that it had loaded (it was replaced, "
@@ -79,7 +79,7 @@ def require_same_model(first: Sequence[FileStamp], now: Sequence[FileStamp]) -> 
 
 
 def require_loaded(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileStamp]) -> None:
-    """Raises ``CheckpointChanged`` unless the text files of the model at ``path``, stamped in ``read``, are those
+    """Raise ``CheckpointChanged`` unless the text files of the model at ``path``, stamped in ``read``, are those
     that the engine has ``loaded``.
     """
     names = {str(file) for file in stamped_texts(path)} | {item.path for item in read}
@@ -101,12 +101,14 @@ def _first_difference(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> st
 
 
 def with_samples(files: Sequence[FileStamp]) -> list[FileStamp]:
-    """``files`` with the sample of each one's content, by which a later change of its time alone is told."""
+    """``files`` with a sample of each content, by which ``is_same_file`` ignores a change of the modification time
+    alone.
+    """
     return [replace(item, sample=_sample_of_path(item)) for item in files]
 
 
 def is_same_file(then: FileStamp, now: FileStamp) -> bool:
-    """Whether a file is what it was: by its stamp, or, when only its time of change differs, by its sample."""
+    """Whether a file is unchanged: by its stamp or, when only the modification time differs, by its sample."""
     bare = replace(then, sample="")
     if bare == replace(now, sample=""):
         return True
