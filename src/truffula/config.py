@@ -228,8 +228,7 @@ def state_folder() -> Path:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is reachable from this machine only. Names other than localhost count as reachable from others.
-    """
+    """Whether ``host`` is reachable from this machine only. Names other than localhost do not count as such."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -262,8 +262,7 @@ def _mapping(raw: Any) -> Mapping[str, str]:
 
 
 class _KindSpec(NamedTuple):
-    """A kind of option: its parser (``ValueError`` for a wrong value), description in errors and placeholder in help.
-    """
+    """A kind of option: parser (``ValueError`` for a wrong value), description in errors, placeholder in help."""
 
     parse: Callable[[Any], Any]
     expected: str

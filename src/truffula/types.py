@@ -395,8 +395,7 @@ class FileStamp(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EndToken(msgspec.Struct, frozen=True):
-    """A token that ends a completion. ``source`` is the file and key that name it; ``text`` is "" without a tokenizer.
-    """
+    """A token that ends a completion. ``source``: the file and key that name it; ``text``: "" without a tokenizer."""
 
     id: int
     source: str

@@ -17,7 +17,7 @@ from truffula.kernels.inputs import Capacity
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import RecurrentState
 from truffula.kernels.reference import ReferenceBackend
-from truffula.kernels.reference.weights import load_weights, stacked, view
+from truffula.kernels.reference.weights import load_weights, view
 from truffula.kernels.select import backend_names, choose_dtype, select_backend
 from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_weights
 
@@ -80,20 +80,6 @@ def test_views_of_read_only_arrays_need_no_copy_and_keep_their_owner():
     assert halves.tolist() == array.tolist()
     with pytest.raises(KernelError, match="int64"):
         view(np.zeros((2, 2), np.int64))
-
-
-def test_neighbours_in_memory_are_stacked_without_a_copy():
-    """An adapter's A matrices of one fused weight, when its image holds them side by side."""
-    file = np.arange(30, dtype=np.float32)
-    file.flags.writeable = False
-    parts = [file[:6].reshape(2, 3), file[6:15].reshape(3, 3), file[15:18].reshape(1, 3)]
-    tensor = stacked(parts)
-    assert tensor.data_ptr() == file.ctypes.data
-    assert tensor.tolist() == file[:18].reshape(6, 3).tolist()
-    apart = stacked([parts[0], parts[2]])
-    assert apart.tolist() == [*parts[0].tolist(), *parts[2].tolist()]
-    half = stacked([part.astype(np.float16) for part in parts])
-    assert half.tolist() == tensor.tolist()
 
 
 def test_release_drops_only_pages_that_can_be_read_again(tmp_path):

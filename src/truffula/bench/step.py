@@ -38,7 +38,7 @@ class StepBench:
     """The options of ``bench step``.
 
     A mix is one of ``MIXES``, or the number of adapters that the rows share, each with adjacent rows; it is skipped for
-    fewer rows. ``adapter_dtype`` is the dtype of the adapters' files, in which they are also computed.
+    fewer rows. ``adapter_dtype`` is the dtype of the adapters' files, which is also their dtype in memory.
     """
 
     rows: tuple[int, ...] = (1, 8, 32)
@@ -75,8 +75,7 @@ class StepBench:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One line of the report: ``ms`` is the median, ``ops`` the milliseconds per kind of op, summed over the threads.
-    """
+    """One line of the report: ``ms`` is the median, ``ops`` milliseconds per kind of op, summed over the threads."""
 
     what: str
     rows: int

@@ -280,8 +280,7 @@ class Chat:
         return [*([{"role": "system", "content": self._system}] if self._system else []), *messages]
 
     def _answer(self, text: str) -> None:
-        """Print and keep the answer to ``text``, also when Ctrl-C stops it; a message whose answer fails is not kept.
-        """
+        """Print and keep the answer to ``text``, also if Ctrl-C stops it; a message whose answer fails is not kept."""
         self._last_message = text
         messages = [*self._messages, {"role": "user", "content": text}]
         answer, stopped, cut_off = "", False, False

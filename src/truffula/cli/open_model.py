@@ -1,5 +1,4 @@
-"""Opens the model of ``chat`` and ``generate`` from their options: MODEL in this process, or the server at ``--url``.
-"""
+"""Opens the model of ``chat`` and ``generate``: MODEL in this process, or that of the server at ``--url``."""
 
 from __future__ import annotations
 

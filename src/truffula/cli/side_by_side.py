@@ -1,5 +1,4 @@
-"""Prints the answers of one batch: side by side on a terminal, one after the other in a pipe; a single one unchanged.
-"""
+"""Prints the answers of one batch: side by side on a terminal, one after the other in a pipe; one answer unchanged."""
 
 from __future__ import annotations
 

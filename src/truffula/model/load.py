@@ -177,8 +177,7 @@ def _ids(value: Any, key: str, where: str) -> list[int]:
 
 
 def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-    """The location of ``key`` in the config (top level or text_config) and its value; "" and None when it is missing.
-    """
+    """The location of ``key`` in the config (top level or text_config) and its value; "" and None if missing."""
     text = config.get("text_config")
     for where, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
         if level.get(key) is not None:

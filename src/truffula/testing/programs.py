@@ -32,8 +32,7 @@ def decoder_program(config: Mapping[str, Any]) -> Program:
 
 
 def random_weights(program: Program, *, seed: int = 0, dtype: str = "float32") -> dict[str, list[Array]]:
-    """Weight name → its parts. Matrices are scaled by 1/sqrt(I), vectors are near 1; fused weights have several parts.
-    """
+    """Weight name → its parts. Matrices are scaled by 1/sqrt(I), vectors near 1; fused weights have several parts."""
     rng = np.random.default_rng(seed)
     made: dict[str, list[Array]] = {}
     for decl in program.weights:

@@ -41,8 +41,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
-    """A config.json of a tiny model, changed by ``overrides``; of multimodal types, nested and without image encoder.
-    """
+    """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
     if model_type == "gemma3":
         text = tiny_config("gemma3_text", **overrides)
         return {

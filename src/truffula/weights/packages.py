@@ -115,8 +115,7 @@ def _is_whole(file: Path, nbytes: int) -> bool:
 
 
 def package_folder(model: PackagedModel, cache: Path) -> Path:
-    """The folder of a model. Its name holds the digest, so a release that pins another file does not find the old one.
-    """
+    """The folder of a model. Its name holds the digest, so a release that pins another file ignores the old one."""
     return cache / "packages" / f"{Path(model.file).stem}-{model.sha256[:12]}"
 
 
