@@ -26,13 +26,13 @@ def test_the_base_is_no_adapter(name: str | None) -> None:
 
 def test_a_named_folder_and_a_named_hub_id(tmp_path: Path) -> None:
     adapter(tmp_path / "a")
-    policy = AdapterDirectory({"pirate": tmp_path / "a", "far": "org/name", "old": "org/name@v1.0"})
-    pirate = policy.resolve("pirate")
+    directory = AdapterDirectory({"pirate": tmp_path / "a", "far": "org/name", "old": "org/name@v1.0"})
+    pirate = directory.resolve("pirate")
     assert pirate is not None and (pirate.kind, pirate.locator) == ("local", str(tmp_path / "a"))
-    far, old = policy.resolve("far"), policy.resolve("old")
+    far, old = directory.resolve("far"), directory.resolve("old")
     assert far is not None and (far.kind, far.locator, far.revision) == ("hub", "org/name", None)
     assert old is not None and (old.kind, old.locator, old.revision) == ("hub", "org/name", "v1.0")
-    assert policy.names() == ["far", "old", "pirate"]
+    assert directory.names() == ["far", "old", "pirate"]
 
 
 @pytest.mark.parametrize(
@@ -54,22 +54,22 @@ def test_an_option_that_cannot_work_is_said_at_the_start(options: dict[str, obje
 
 
 def test_a_new_subfolder_is_served_without_a_restart(tmp_path: Path) -> None:
-    policy = AdapterDirectory(adapter_dir=tmp_path)
+    directory = AdapterDirectory(adapter_dir=tmp_path)
     with pytest.raises(AdapterNotFound):
-        policy.resolve("late")
-    assert policy.names() == []
+        directory.resolve("late")
+    assert directory.names() == []
     adapter(tmp_path / "late")
-    found = policy.resolve("late")
-    assert found is not None and found.locator == str(tmp_path / "late") and policy.names() == ["late"]
+    found = directory.resolve("late")
+    assert found is not None and found.locator == str(tmp_path / "late") and directory.names() == ["late"]
 
 
 def test_a_changed_folder_has_another_fingerprint(tmp_path: Path) -> None:
-    policy = AdapterDirectory(adapter_dir=tmp_path)
+    directory = AdapterDirectory(adapter_dir=tmp_path)
     adapter(tmp_path / "a", seed=1)
-    first, again = policy.resolve("a"), policy.resolve("a")
+    first, again = directory.resolve("a"), directory.resolve("a")
     assert first == again
     adapter(tmp_path / "a", seed=2, rank=5)
-    assert policy.resolve("a") != first
+    assert directory.resolve("a") != first
 
 
 EVIL = [
@@ -96,11 +96,11 @@ def test_a_name_never_leaves_the_folder_nor_tells_where_it_is(tmp_path: Path, na
     adapter(root / "a")
     adapter(root / ".hidden")
     adapter(tmp_path / "outside")
-    policy = AdapterDirectory(adapter_dir=root)
+    directory = AdapterDirectory(adapter_dir=root)
     with pytest.raises(AdapterNotFound) as caught:
-        policy.resolve(name)
+        directory.resolve(name)
     assert str(tmp_path) not in caught.value.message
-    assert policy.names() == ["a"]
+    assert directory.names() == ["a"]
 
 
 @pytest.mark.parametrize("link", ["folder", "config", "tensors"])
@@ -114,47 +114,47 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path: Path, link: str)
         adapter(root / "a")
         (root / "a" / name).unlink()
         (root / "a" / name).symlink_to(outside / name)
-    policy = AdapterDirectory(adapter_dir=root)
+    directory = AdapterDirectory(adapter_dir=root)
     with pytest.raises(AdapterNotFound):
-        policy.resolve("a")
-    assert policy.names() == []
+        directory.resolve("a")
+    assert directory.names() == []
 
 
 def test_links_within_the_folder_are_fine(tmp_path: Path) -> None:
     adapter(tmp_path / "v1")
     (tmp_path / "current").symlink_to("v1")
     (tmp_path / "loop").symlink_to("loop")
-    policy = AdapterDirectory(adapter_dir=tmp_path)
-    found = policy.resolve("current")
+    directory = AdapterDirectory(adapter_dir=tmp_path)
+    found = directory.resolve("current")
     assert found is not None and found.locator == str(tmp_path / "v1")
-    assert policy.names() == ["current", "v1"]
+    assert directory.names() == ["current", "v1"]
 
 
 def test_first_use_is_where_the_operator_allowed(tmp_path: Path) -> None:
     adapter(tmp_path / "ok" / "team" / "a")
     adapter(tmp_path / "private" / "b")
-    policy = AdapterDirectory(allow_local=(tmp_path / "ok",), allow_hub=("my-org/*", "other/one"))
+    directory = AdapterDirectory(allow_local=(tmp_path / "ok",), allow_hub=("my-org/*", "other/one"))
     for name in (str(tmp_path / "ok" / "team" / "a"), "team/a"):
-        found = policy.resolve(name, "local")
+        found = directory.resolve(name, "local")
         assert found is not None and found.locator == str(tmp_path / "ok" / "team" / "a") and found.fingerprint
     for name in (str(tmp_path / "private" / "b"), "../private/b", "team/../../private/b", "team", "/"):
         with pytest.raises(AdapterNotFound):
-            policy.resolve(name, "local")
-    hub = policy.resolve("my-org/pirate@refs/pr/1")
+            directory.resolve(name, "local")
+    hub = directory.resolve("my-org/pirate@refs/pr/1")
     assert hub is not None and (hub.kind, hub.locator, hub.revision) == ("hub", "my-org/pirate", "refs/pr/1")
-    assert policy.resolve("other/one", "hub") is not None
+    assert directory.resolve("other/one", "hub") is not None
     for name in ("other/two", "my-org", "my-org/../x", "my-org/a/b", "http://my-org/x", "my-org/a b", "evil/my-org/x"):
         with pytest.raises(AdapterNotFound):
-            policy.resolve(name, "hub")
+            directory.resolve(name, "hub")
 
 
 def test_a_folder_has_one_name_however_it_is_spelt(tmp_path: Path) -> None:
     adapter(tmp_path / "ok" / "team" / "a")
     (tmp_path / "ok" / "link").symlink_to("team")
-    policy = AdapterDirectory(allow_local=(tmp_path / "ok",))
+    directory = AdapterDirectory(allow_local=(tmp_path / "ok",))
     absolute = str(tmp_path / "ok" / "team" / "a")
     refs = {
-        policy.resolve(name, "local") for name in ("team/a", "team//a", "./team/./a", "team/a/", "link/a", absolute)
+        directory.resolve(name, "local") for name in ("team/a", "team//a", "./team/./a", "team/a/", "link/a", absolute)
     }
     assert [ref.name for ref in refs if ref is not None] == ["team/a"]
 
@@ -170,26 +170,26 @@ def test_without_an_allow_list_nothing_is_loaded_on_first_use(tmp_path: Path) ->
 
 def test_a_source_keeps_equal_names_apart(tmp_path: Path) -> None:
     adapter(tmp_path / "dir" / "x")
-    policy = AdapterDirectory({"org/x": tmp_path / "dir" / "x"}, allow_hub=("org/*",))
-    local, hub = policy.resolve("org/x"), policy.resolve("org/x", "hub")
+    directory = AdapterDirectory({"org/x": tmp_path / "dir" / "x"}, allow_hub=("org/*",))
+    local, hub = directory.resolve("org/x"), directory.resolve("org/x", "hub")
     assert local is not None and hub is not None and (local.kind, hub.kind) == ("local", "hub")
     with pytest.raises(InvalidRequest) as caught:
-        policy.resolve("org/x", "s3")
+        directory.resolve("org/x", "s3")
     assert caught.value.param == "adapter_source"
 
 
 def test_the_folder_may_vanish(tmp_path: Path) -> None:
     root = tmp_path / "served"
     adapter(root / "a")
-    policy = AdapterDirectory({"far": "org/name"}, adapter_dir=root)
-    assert policy.names() == ["a", "far"]
+    directory = AdapterDirectory({"far": "org/name"}, adapter_dir=root)
+    assert directory.names() == ["a", "far"]
     for path in (root / "a").iterdir():
         path.unlink()
     (root / "a").rmdir()
     root.rmdir()
-    assert policy.names() == ["far"]
+    assert directory.names() == ["far"]
     with pytest.raises(AdapterNotFound):
-        policy.resolve("a")
+        directory.resolve("a")
 
 
 RESERVED = ["tgi", "dummy", "org/base", "served", "served:x"]
@@ -206,14 +206,14 @@ def test_folders_named_like_the_base_are_left_out_and_said_once(
 ) -> None:
     for name in ("tgi", "served", "served:x", "fine"):
         adapter(tmp_path / name)
-    policy = AdapterDirectory(adapter_dir=tmp_path, allow_local=(tmp_path,), base_names=("org/base", "served"))
-    assert policy.names() == policy.names() == ["fine"]
+    directory = AdapterDirectory(adapter_dir=tmp_path, allow_local=(tmp_path,), base_names=("org/base", "served"))
+    assert directory.names() == directory.names() == ["fine"]
     assert sorted(record.args for record in caplog.records) == [("served",), ("served:x",), ("tgi",)]
     for name in ("tgi", "served", "served:x"):
         for source in (None, "local"):
             with pytest.raises(AdapterNotFound):
-                policy.resolve(name, source)
-    assert policy.resolve("fine") is not None
+                directory.resolve(name, source)
+    assert directory.resolve("fine") is not None
 
 
 def test_a_library_reserves_nothing() -> None:
@@ -233,8 +233,8 @@ def test_sound_places_give_no_warning(tmp_path: Path) -> None:
     adapter(tmp_path / "dir" / "a")
     (tmp_path / "dir" / "notes").mkdir()
     write_file(tmp_path / "dir" / "README.md")
-    policy = AdapterDirectory({"b": adapter(tmp_path / "b"), "far": "org/name"}, adapter_dir=tmp_path / "dir")
-    assert policy.warnings() == []
+    directory = AdapterDirectory({"b": adapter(tmp_path / "b"), "far": "org/name"}, adapter_dir=tmp_path / "dir")
+    assert directory.warnings() == []
     assert AdapterDirectory().warnings() == []
 
 
@@ -304,8 +304,8 @@ def test_named_adapters_that_are_not_ready_are_told(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path / "adapters" / "pirate")
     adapter(tmp_path / "out" / "checkpoint-10")
-    policy = AdapterDirectory({"trained": "out", "typo": "adapters/pirat", "far": "org/name"})
-    trained, typo = policy.warnings()
+    directory = AdapterDirectory({"trained": "out", "typo": "adapters/pirat", "far": "org/name"})
+    trained, typo = directory.warnings()
     assert "'trained'" in trained and "checkpoint-10" in trained
     assert "'typo'" in typo and "no folder adapters/pirat here" in typo and "Did you mean adapters/pirate?" in typo
 

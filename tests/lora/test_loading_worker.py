@@ -402,7 +402,7 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
 
 @pytest.mark.parametrize("swapped", ["folder", "adapter_model.safetensors", "adapter_config.json", "parent"])
 def test_a_link_put_in_place_after_the_lookup_is_not_followed(make: Make, tmp_path: Path, swapped: str) -> None:
-    """The worker is frozen when the load is asked for, so the swap comes between the policy's look and its open."""
+    """The worker is frozen when the load is asked for, so the swap comes between look-up and open."""
     write_tiny_adapter(tmp_path / "outside" / "x", llama_sites(), seed=5)
     write_tiny_adapter(tmp_path / "served" / "real" / "x", llama_sites())
     (tmp_path / "served" / "x").symlink_to(Path("real") / "x")  # a link that stays inside is followed

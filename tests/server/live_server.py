@@ -17,7 +17,7 @@ import httpx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from truffula.config import Resolved, load_config
-from truffula.server.launch import adapter_policy, bind, start_server_engine
+from truffula.server.launch import adapter_directory, bind, start_server_engine
 from truffula.server.serve import DrainingServer, make_server
 from truffula.service import AsyncService
 from truffula.testing.adapters import write_tiny_adapter
@@ -127,8 +127,8 @@ def events(response: httpx.Response) -> list[Any]:
 
 def made_server(resolved: Resolved, listening: socket.socket) -> DrainingServer:
     """As ``launch`` makes it, its engine starting."""
-    policy = adapter_policy(resolved)
-    return make_server(resolved, listening, start_server_engine(resolved), policy)
+    directory = adapter_directory(resolved)
+    return make_server(resolved, listening, start_server_engine(resolved), directory)
 
 
 @contextlib.contextmanager

@@ -43,26 +43,26 @@ def threads(monkeypatch):
     ids=lambda v: str(v)[:40],
 )
 def test_no_look_up_on_the_loop(live, threads, method, path, body):
-    live.service._core.policy._listing = None  # as after a second
+    live.service._core.directory._listing = None  # as after a second
     ok(live.client.request(method, path, json=body))
     assert threads
     assert all(name.startswith("truffula-lookup") for name in threads), threads
 
 
 def test_a_listing_is_made_once_a_second_and_when_the_folder_changes(tmp_path, adapter_folders, threads):
-    policy = AdapterDirectory(adapter_dir=adapter_folders["in-dir"].parent)
-    names = policy.names()
+    directory = AdapterDirectory(adapter_dir=adapter_folders["in-dir"].parent)
+    names = directory.names()
     assert "in-dir" in names
-    first = policy._listing
+    first = directory._listing
     for _ in range(20):
-        assert policy.names() == names
+        assert directory.names() == names
     assert threads.count("MainThread") < 20 and first is not None
     folder = tmp_path / "served"
     folder.mkdir()
-    policy = AdapterDirectory(adapter_dir=folder)
-    assert policy.names() == []
+    directory = AdapterDirectory(adapter_dir=folder)
+    assert directory.names() == []
     os.utime(folder, ns=(0, 0))
     (folder / "new").symlink_to(adapter_folders["in-dir"])  # leaves the folder, so it is no adapter
-    assert policy.names() == []
+    assert directory.names() == []
     Path(shutil.copytree(adapter_folders["in-dir"], tmp_path / "copy")).rename(folder / "moved")
-    assert policy.names() == ["moved"], "the folder itself has changed"
+    assert directory.names() == ["moved"], "the folder itself has changed"

@@ -11,7 +11,7 @@ import pytest
 from truffula.config import load_config
 from truffula.engine.client import EngineClient, EngineHandle
 from truffula.errors import CheckpointChanged
-from truffula.server.launch import adapter_policy, start_server_engine
+from truffula.server.launch import adapter_directory, start_server_engine
 from truffula.server.serve import App, load_app
 from truffula.testing.tiny import write_tiny_checkpoint
 
@@ -34,7 +34,7 @@ class Meanwhile:
 def load(model: Path, act: Callable[[], object]) -> App:
     resolved = load_config({"model": str(model), "transport": "inline", "generation_defaults": True}, {})
     handle = Meanwhile(start_server_engine(resolved), model, act)
-    return load_app(resolved, "http://127.0.0.1", handle, adapter_policy(resolved))
+    return load_app(resolved, "http://127.0.0.1", handle, adapter_directory(resolved))
 
 
 def test_files_that_stay_are_read_once(tmp_path: Path):

@@ -61,8 +61,8 @@ def run(
 
     async def main() -> None:
         client = wrap(connect(EngineConfig(model=str(folders["model"]), **(OPTIONS | options)), transport))
-        policy = AdapterDirectory({"one": folders["one"], "broken": folders["model"]})
-        service = AsyncService(client, policy=policy, limits=ServiceLimits(base_names=("tiny",)))
+        directory = AdapterDirectory({"one": folders["one"], "broken": folders["model"]})
+        service = AsyncService(client, directory=directory, limits=ServiceLimits(base_names=("tiny",)))
         await service.start()
         try:
             await asyncio.wait_for(test(service), 60)

@@ -150,8 +150,10 @@ def test_times_count_from_acceptance() -> None:
 
 
 def test_words_for_the_base_and_for_adapters(tmp_path) -> None:
-    policy = AdapterDirectory({"pirate": "org/pirate"})
-    core = Service(tiny_info(), texts=LoadedTexts(), policy=policy, limits=ServiceLimits(base_names=("tiny", "tgi")))
+    directory = AdapterDirectory({"pirate": "org/pirate"})
+    core = Service(
+        tiny_info(), texts=LoadedTexts(), directory=directory, limits=ServiceLimits(base_names=("tiny", "tgi"))
+    )
     assert [core.resolve_adapter(word) for word in (None, "", "tiny", "tgi")] == [None] * 4
     found = core.resolve_adapter("pirate")
     assert found is not None

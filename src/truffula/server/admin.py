@@ -69,9 +69,9 @@ async def load_adapter(request: Request) -> Response:
         )
     if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
-    ref = await state.service.look_up(_find, state.policy, name, body.lora_path)
+    ref = await state.service.look_up(_find, state.directory, name, body.lora_path)
     await state.service.adapters(AdapterCommand(action="load", ref=ref))
-    state.policy.add(ref)
+    state.directory.add(ref)
     return json_reply(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -101,7 +101,7 @@ async def unload_adapter(request: Request) -> Response:
     if name not in await state.adapter_names():
         raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
     ref = await state.adapter(name)
-    state.policy.remove(name)
+    state.directory.remove(name)
     await state.service.adapters(AdapterCommand(action="unload", ref=ref))
     if name in await state.adapter_names():
         return json_reply(

@@ -68,7 +68,7 @@ _ADMIN_ROUTES: tuple[RouteSpec, ...] = (
 def create_app(
     service: AsyncService,
     config: ServerConfig,
-    policy: AdapterDirectory,
+    directory: AdapterDirectory,
     metrics: Metrics,
     *,
     defaults: Mapping[str, Any] | None = None,
@@ -99,7 +99,7 @@ def create_app(
         exception_handlers={TruffulaError: _truffula_error, HTTPException: _http_error},
     )
     app.router.redirect_slashes = False
-    app.state.truffula = ServerState(service, config, policy, metrics, defaults=defaults or {})
+    app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, limit=config.max_body_bytes, timeout_s=config.body_timeout_s)
     app.add_middleware(OpenLimit, limit=config.max_open_requests)

@@ -35,14 +35,14 @@ def launch(resolved: Resolved) -> None:
 
 def _launch(resolved: Resolved) -> None:
     with bind(resolved.server) as listening:
-        policy = adapter_policy(resolved)  # report a mistake in the options before loading gigabytes
+        directory = adapter_directory(resolved)  # report a mistake in the options before loading gigabytes
         host = f"[{resolved.server.host}]" if ":" in resolved.server.host else resolved.server.host
         log.info("Listening on %s:%d; loading %s", host, listening.getsockname()[1], resolved.engine.model)
         raise_file_limit()  # before there is an engine: it inherits the limit, and maps a file per adapter in memory
         handle = start_server_engine(resolved)
         from truffula.server.serve import run_server
 
-        run_server(resolved, listening, handle, policy)
+        run_server(resolved, listening, handle, directory)
 
 
 def raise_file_limit() -> None:
@@ -90,7 +90,7 @@ def log_settings(config: ServerConfig) -> LogSettings:
     return LogSettings(format=config.log_format, level=config.log_level)
 
 
-def adapter_policy(resolved: Resolved) -> AdapterDirectory:
+def adapter_directory(resolved: Resolved) -> AdapterDirectory:
     """What clients may name, from the options."""
     config = resolved.server
     names = (resolved.engine.model, config.served_model_name)

@@ -67,7 +67,7 @@ class App:
     announce: Callable[[], None]
 
 
-def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: AdapterDirectory) -> App:
+def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: AdapterDirectory) -> App:
     """The application over the engine that is starting. The tokenizer is loaded while the engine loads the weights.
 
     Raises:
@@ -93,7 +93,9 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: Adapter
         texts = texts_of(client.info, texts)
         workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
         undo.callback(workers.close)
-        service = AsyncService(client, policy=policy, limits=limits, texts=texts, templates=templates, workers=workers)
+        service = AsyncService(
+            client, directory=directory, limits=limits, texts=texts, templates=templates, workers=workers
+        )
         metrics = Metrics(
             service.known_stats,
             restarts=service.restarts,
@@ -102,10 +104,10 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, policy: Adapter
             named=config.adapters,
         )
         defaults = sampling_defaults(service.generation_config if config.generation_defaults else {})
-        asgi = create_app(service, config, policy, metrics, defaults=defaults)
-        warnings = policy.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
+        asgi = create_app(service, config, directory, metrics, defaults=defaults)
+        warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
         undo.pop_all()
-    return App(service, asgi, lambda: announce(resolved, service.info, policy, url, warnings))
+    return App(service, asgi, lambda: announce(resolved, service.info, directory, url, warnings))
 
 
 def text_workers(
@@ -133,7 +135,7 @@ def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def announce(
-    resolved: Resolved, info: EngineInfo, policy: AdapterDirectory, url: str, warnings: Sequence[str] = ()
+    resolved: Resolved, info: EngineInfo, directory: AdapterDirectory, url: str, warnings: Sequence[str] = ()
 ) -> None:
     """The facts an operator looks for in the first lines of a log."""
     log.info("model %s (%s), %s weights, %s", info.model, info.model_type, format_size(info.weight_bytes), info.tying)
@@ -151,7 +153,7 @@ def announce(
     log.info("end tokens: %s", describe(info.end_tokens) or "none, answers end at stop strings or max_tokens only")
     for warning in without_tokenizer(info.no_tokenizer):
         log.warning("%s", warning)
-    names = policy.names()
+    names = directory.names()
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     log.info("adapters: %s%s", ", ".join(names[:10]) or "none", more)
     for text in warnings:
@@ -284,7 +286,7 @@ class DrainingServer(uvicorn.Server):
 
 
 def make_server(
-    resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterDirectory
+    resolved: Resolved, listening: socket.socket, handle: EngineHandle, directory: AdapterDirectory
 ) -> DrainingServer:
     """The server of ``resolved`` on the port of ``listening``: it waits for the engine of ``handle`` when it runs."""
     config = resolved.server
@@ -295,7 +297,7 @@ def make_server(
         server.should_exit = True
 
     connections = Connections(most_connections(config), config.body_timeout_s)
-    loading = LoadingApp(lambda: load_app(resolved, f"http://{host}:{port}", handle, policy), stop)
+    loading = LoadingApp(lambda: load_app(resolved, f"http://{host}:{port}", handle, directory), stop)
     settings = uvicorn.Config(
         connections.watching(loading),
         backlog=ACCEPT_BURST,
@@ -316,13 +318,13 @@ def make_server(
     return server
 
 
-def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandle, policy: AdapterDirectory) -> None:
+def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandle, directory: AdapterDirectory) -> None:
     """Serve ``listening``, which is closed then, until a signal; returns after a clean drain.
 
     Raises:
         TruffulaError: What kept the engine from starting, or why it is not restarted any more.
     """
-    server = make_server(resolved, listening, handle, policy)
+    server = make_server(resolved, listening, handle, directory)
     try:
         server.run(sockets=[listening])
     finally:

@@ -34,7 +34,7 @@ class ServerState:
 
     service: AsyncService
     config: ServerConfig
-    policy: AdapterDirectory
+    directory: AdapterDirectory
     metrics: Metrics
     created: int = field(default_factory=lambda: int(time.time()))
     succeeded: bool = False

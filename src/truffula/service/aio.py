@@ -81,7 +81,7 @@ class AsyncService(ServiceBase):
 
     def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
-        return self._core.policy.names()
+        return self._core.directory.names()
 
     async def open(self, request: GenerateRequest) -> TextStream:
         """The stream of one request; raises as ``open_all``."""

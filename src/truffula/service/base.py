@@ -18,7 +18,7 @@ from truffula.types import EngineInfo, EngineStats
 class ServiceOptions(TypedDict, total=False):
     """Keyword arguments of every service."""
 
-    policy: AdapterDirectory | None
+    directory: AdapterDirectory | None
     """Which adapters clients may name."""
     limits: ServiceLimits | None
     """The operator's bounds."""

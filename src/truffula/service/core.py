@@ -138,7 +138,7 @@ class Service:
         info: Of the started engine. ``self.info`` adds what the text files say, as ``EngineInfo`` describes.
         texts: The model's text files, where they were read already. Without a tokenizer ids still serve, text raises
             ``NoTokenizer``.
-        policy: Which adapters clients may name.
+        directory: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
         render: Renders chats to find what a template writes after an answer, in place of this process.
     """
@@ -148,7 +148,7 @@ class Service:
         info: EngineInfo,
         *,
         texts: LoadedTexts | None = None,
-        policy: AdapterDirectory | None = None,
+        directory: AdapterDirectory | None = None,
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         render: Render | None = None,
@@ -157,7 +157,7 @@ class Service:
         texts = texts_of(info, texts)
         self.tokenizer = tokenizer = texts.tokenizer
         self.generation_config = texts.generation_config
-        self.policy = policy or AdapterDirectory()
+        self.directory = directory or AdapterDirectory()
         self.limits = limits or ServiceLimits()
         self._clock = clock
         self._numbers = itertools.count()
@@ -205,7 +205,7 @@ class Service:
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
-        return self.policy.resolve(name, source, self.limits.base_names)
+        return self.directory.resolve(name, source, self.limits.base_names)
 
     def render(self, request: GenerateRequest) -> Prompt:
         """The request's prompt, text and ids, as the model would see it; not measured against the model's length."""
