@@ -24,7 +24,7 @@ from typing import Any
 from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.build import build_engine
-from truffula.engine.loop import EngineLoop, close_engine
+from truffula.engine.engine import close_engine
 from truffula.testing.tiny import write_tiny_checkpoint
 from truffula.types import AdapterRef, EngineParams, EngineRequest
 
@@ -75,16 +75,16 @@ def measure(model: str, rows: int, turns: int, folders: list[Path]) -> list[tupl
         sys.exit(f"the backend is {info.backend}; this measures the native one")
     executable = engine._runner._executable
     native = executable._native = Native(executable._native)
-    loop = EngineLoop(engine)
     ours, theirs = socket.socketpair()
     channel = wire.engine_channel(ours)
     threading.Thread(target=_drain, args=(theirs,), daemon=True).start()
     found: list[tuple[float, ...]] = []
     try:
-        loop.submit(requests(rows, PROMPT + 40 * turns, folders))
+        for request in requests(rows, PROMPT + 40 * turns, folders):
+            engine.add(request)
         while len(found) < turns:
             began = (time.perf_counter(), time.thread_time(), native.wall, native.cpu)
-            events = loop.turn()
+            events = engine.step()
             if events:
                 channel.send(wire.Events(events))
             ended = (time.perf_counter(), time.thread_time(), native.wall, native.cpu)
@@ -96,7 +96,7 @@ def measure(model: str, rows: int, turns: int, folders: list[Path]) -> list[tupl
             elif not events:
                 time.sleep(0.002)  # adapters are loading
     finally:
-        close_engine(loop)
+        close_engine(engine)
         ours.close()
     return found
 

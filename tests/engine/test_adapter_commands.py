@@ -1,4 +1,4 @@
-"""Adapter commands through the loop of an engine: a load is answered for what it was asked for."""
+"""Adapter commands to an engine between its steps: a load is answered for what it was asked for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from rig import HandLoader, Rig, request
 
-from truffula.engine.loop import EngineLoop, outcome
+from truffula.engine.journal import outcome
 from truffula.errors import TruffulaError
 from truffula.lora.pool import ROOM_TIMEOUT_S
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
@@ -21,21 +21,21 @@ class Answer:
 
 
 class Loop:
-    """An ``EngineLoop`` on a rig's engine; ``load`` turns it until the command is answered."""
+    """A rig's engine; ``load`` steps it until the command is answered."""
 
     def __init__(self, **options: object) -> None:
         self.rig = Rig(**options)  # type: ignore[arg-type]
-        self.loop = EngineLoop(self.rig.engine, self.rig.clock)
+        self.engine = self.rig.engine
         self._open: list[Future[list[AdapterState]]] = []
 
     def begin(self, ref: AdapterRef, action: str = "load", pinned: bool = False) -> None:
-        self._open.append(self.loop.command(AdapterCommand(action=action, ref=ref, pinned=pinned)))  # type: ignore[arg-type]
+        self._open.append(self.engine.command(AdapterCommand(action=action, ref=ref, pinned=pinned)))  # type: ignore[arg-type]
 
     def turns(self, count: int) -> list[Answer]:
         """The answers of the commands that are done after some turns."""
         for _ in range(count):
             self.rig.clock.now += 0.01
-            self.loop.turn()
+            self.engine.step()
         self.rig.engine.check()
         done = [command for command in self._open if command.done()]
         self._open = [command for command in self._open if command not in done]
@@ -99,7 +99,7 @@ def test_a_load_waits_until_there_is_room() -> None:
     loop = crowded()
     loop.begin(ref())
     assert loop.turns(5) == []
-    loop.loop.abort(["r"])
+    loop.engine.abort("r")
     (answer,) = loop.turns(3)
     assert answer.error is None and [s.status for s in answer.states] == ["resident"]
 
@@ -113,7 +113,7 @@ def test_a_load_that_waits_for_room_is_kept_from_other_loads() -> None:
     loop.rig.add(request("s", [1, 2], adapter=other, max_tokens=1))
     assert loop.turns(30) == []
     assert loop.rig.loader.started == ["busy", "a"]
-    loop.loop.abort(["r"])
+    loop.engine.abort("r")
     (answer,) = loop.turns(5)
     assert answer.error is None and [s.status for s in answer.states] == ["resident"]
     loop.turns(20)
@@ -127,7 +127,7 @@ def test_an_adapter_whose_request_left_delays_no_load() -> None:
         loop.rig.add(request(name, [1, 2], adapter=place, max_tokens=1))
         loop.turns(3)
     assert loop.rig.loader.started == ["busy", "gone"]
-    loop.loop.abort(["gone"])
+    loop.engine.abort("gone")
     loop.turns(4)
     assert loop.rig.loader.started == ["busy", "gone", "here"]
 
@@ -176,9 +176,9 @@ def test_one_adapter_at_most_is_taken_in_per_step() -> None:
 
 def test_an_idle_engine_waits_for_calls_alone_and_a_loading_one_for_its_loader() -> None:
     loop = Loop(loader=HandLoader(automatic=False))
-    assert loop.loop.rest() is None
+    assert loop.engine.poll_timeout() is None
     loop.begin(ref())
-    assert loop.loop.rest() == loop.rig.loader.poll_timeout()
+    assert loop.engine.poll_timeout() == loop.rig.loader.poll_timeout()
     loop.rig.loader.finish()
     (answer,) = loop.turns(3)
-    assert answer.error is None and loop.loop.rest() is None
+    assert answer.error is None and loop.engine.poll_timeout() is None

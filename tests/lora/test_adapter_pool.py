@@ -31,12 +31,12 @@ def test_many_waiters_are_one_load(tmp_path: Path) -> None:
         assert [r.lookup(ref).status for _ in range(50)] == ["loading"] * 50
         r.poll()
         assert {r.lookup(ref).generation for _ in range(50)} == {judge(tmp_path / "a").generation}
-        assert r.pool.loads == 1
+        assert r.pool.loads.completed == 1
         r.check()
 
 
 def test_a_load_and_its_warnings_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with rig(tmp_path) as r, caplog.at_level("INFO", "truffula.lora.pool"):
+    with rig(tmp_path) as r, caplog.at_level("INFO", "truffula.lora.loads"):
         write_tiny_adapter(r.folder / "a", llama_sites(), alpha_pattern={"nowhere": 3})
         generation = r.loaded(r.ref("a"))
         r.poll(3)
@@ -91,7 +91,7 @@ def test_a_touched_folder_of_the_same_bytes_keeps_its_generation(tmp_path: Path)
         r.write("a")
         assert r.loaded(r.ref("a", "then")) == r.loaded(r.ref("a", "later"))
         # A request that still carries the former fingerprint is served from the same load.
-        assert r.lookup(r.ref("a", "then")).status == "ready" and r.pool.loads == 2
+        assert r.lookup(r.ref("a", "then")).status == "ready" and r.pool.loads.completed == 2
         r.check()
 
 
@@ -166,7 +166,7 @@ def test_a_failed_load_tells_all_its_waiters_and_expires(tmp_path: Path) -> None
         assert r.lookup(ref).status == "failed"
         r.clock.now += 10.5
         assert r.loaded(ref)
-        assert r.pool.failures == 1
+        assert r.pool.loads.failed == 1
 
 
 def test_what_the_executable_refuses_fails_and_gives_its_bytes_back(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_no_load_begins_while_images_without_a_slot_exceed_their_room(tmp_path: 
         late = r.write("c", seed=3)
         assert r.lookup(late).status == "loading"
         r.poll(5)
-        assert r.lookup(late).status == "loading" and r.pool.loads == 3  # the probe, a, b
+        assert r.lookup(late).status == "loading" and r.pool.loads.completed == 3  # the probe, a, b
         r.pool.release(lease)
         taken = r.pool.acquire(waiting)
         assert taken is not None
@@ -300,7 +300,7 @@ def test_a_finished_load_is_there_for_its_waiter_though_others_wait_for_room(tmp
             taken += [ref for ref in refs if ref not in taken and r.lookup(ref).status == "ready"]
             r.poll()
         assert taken == refs  # each was there for its waiter, in order, and was read once
-        assert r.pool.loads == 3 + len(refs)
+        assert r.pool.loads.completed == 3 + len(refs)
 
 
 def test_what_a_load_command_waits_for_stays_loaded(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_an_unload_while_loading_is_a_cancel(tmp_path: Path) -> None:
         r.lookup(ref)
         assert r.unload(ref) and not r.unload(ref)
         r.poll(2)
-        assert r.pool.states() == [] and r.pool.loads == 0
+        assert r.pool.states() == [] and r.pool.loads.completed == 0
         assert r.lookup(ref).status == "loading"
 
 
@@ -448,7 +448,7 @@ def test_names_of_one_key_are_bounded(tmp_path: Path) -> None:
 
 
 def test_the_commit_of_a_load_is_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "truffula.lora.pool")
+    caplog.set_level("INFO", "truffula.lora.loads")
     commit = "5" * 40
     with rig(tmp_path) as made:
         made.write("a")

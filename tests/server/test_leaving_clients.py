@@ -41,7 +41,7 @@ class Held:
 
     def stand(self) -> None:
         """In the thread that drives the engine."""
-        self.generated = self._live.service._client._loop.stats().generated_tokens
+        self.generated = self._live.service._client._engine.stats().generated_tokens
         self._stands.set()
         assert self._go_on.wait(60)
 

@@ -21,7 +21,8 @@ from processes import frozen, running, watched
 from truffula import frames
 from truffula.config import EngineConfig
 from truffula.engine import wire
-from truffula.engine.process import EngineProcess, ProcessClient
+from truffula.engine.engine_process import EngineProcess
+from truffula.engine.process import ProcessClient
 from truffula.engine.worker import Worker
 from truffula.errors import EngineDied
 from truffula.frames import Channel
@@ -161,12 +162,12 @@ def test_a_step_that_never_ends_counts_as_hanging_despite_the_heartbeat():
     process = EngineProcess(config)
     try:
         process.ready, process.step_since = True, 100.0
-        checks = [(now, process.on_frame(now), process.hang(now)) for now in (100.0, 102.0, 102.5, 105.0)]
+        checks = [(now, process.on_frame(now), process.kill_reason(now)) for now in (100.0, 102.0, 102.5, 105.0)]
         assert [hang for _, _, hang in checks] == [None] * 4
         process.on_frame(105.5)
-        assert "stuck in a step" in (process.hang(105.5) or "")
+        assert "stuck in a step" in (process.kill_reason(105.5) or "")
         process.step_since = None
-        assert process.hang(105.6) is None, "the step has ended"
+        assert process.kill_reason(105.6) is None, "the step has ended"
     finally:
         process.kill()
         process.end()

@@ -4,7 +4,7 @@ Each KV group has block ids of its own; bytes of all come from one budget. A blo
 
 free       on its group's stack; its bytes are not reserved
 in use     referenced by one table, or by several when it is full and shared through the prefix index
-cached     referenced by none, still indexed: a prefix hit takes it up again, or it is evicted (LRU over all groups)
+cached     referenced by none, still indexed: a prefix hit uses it again, or it is evicted (LRU over all groups)
 
 Id 0 of each group is scratch and never allocated.
 """
@@ -147,9 +147,9 @@ class BlockPool:
         return self.layout.nbytes([len(group.cached) for group in self._groups])
 
     def could_have(self, counts: Sequence[int], bytes_elsewhere: Callable[[], int]) -> bool:
-        """Whether ``counts[g]`` more blocks of each group fit once everything idle is evicted.
+        """Whether ``counts[g]`` more blocks of each group would fit if everything idle were evicted.
 
-        ``bytes_elsewhere`` gives the bytes that other owners with idle things have in use.
+        ``bytes_elsewhere`` returns the bytes that other owners with a reclaimer have in use.
         """
         if any(count > group.available for count, group in zip(counts, self._groups, strict=True)):
             return False
@@ -180,8 +180,8 @@ class BlockPool:
         return [max(0, peak - held) for peak, held in zip(peaks, table.num_held(), strict=True)]
 
     def extend(self, table: BlockTable, num_tokens: int) -> bool:
-        """Give ``table`` blocks for ``num_tokens`` tokens in every group; False, and nothing taken, when they are not
-        to be had. May evict cached blocks.
+        """Give ``table`` blocks for ``num_tokens`` tokens in every group, evicting cached blocks if needed. False, with
+        nothing taken, when too few blocks or bytes are available.
         """
         count = self.layout.blocks_for(num_tokens) - table.length
         if count <= 0:
@@ -224,7 +224,7 @@ class BlockPool:
         table.due = min(due, default=NEVER)
 
     def release(self, table: BlockTable, now: float) -> None:
-        """Release all blocks of ``table``, which is no longer to be used. Indexed ones stay cached.
+        """Release all blocks of ``table``, which must not be used again. Indexed ones stay cached.
 
         The last block first: a prefix hit needs all full-attention blocks before it, so the end of a prefix must be
         evicted before its start.
@@ -233,7 +233,7 @@ class BlockPool:
             self.release_blocks([(g, block) for block in reversed(table.held(g))], now)
 
     def release_blocks(self, blocks: Iterable[BlockRef], now: float) -> None:
-        """Release single references, which ``register`` returned."""
+        """Release one reference on each of ``blocks``."""
         for g, block in blocks:
             group = self._groups[g]
             assert group.refs[block] > 0, (g, block)
@@ -272,7 +272,7 @@ class BlockPool:
                 index -= 1
             if index < first:
                 return length
-            length = index  # whatever shorter prefix reaches past this block reads it too
+            length = index  # every shorter prefix that reaches past this block reads it too
 
     def continues(self, table: BlockTable, keys: BlockKeys, path: Sequence[PrefixNode], key: BlockKey) -> bool:
         """Whether ``table``, whose sequence has ``keys``, will index a block with ``key`` behind ``path``."""
@@ -305,8 +305,8 @@ class BlockPool:
         """Index the blocks of ``table`` that ``num_computed`` tokens fill. Call it before ``free_behind``.
 
         Where a block with the same content is indexed already, the table takes a reference on that block instead of its
-        own: the caller releases those returned, once no unfinished step reads them. So the holder of a block holds the
-        indexed blocks before it, and none is evicted before those behind it.
+        own: the caller releases those returned, once no unfinished step reads them. So a table that
+        references a block references the indexed blocks before it, and none is evicted before its descendants.
         """
         replaced: list[BlockRef] = []
         for index in range(table.num_indexed, num_computed // self.layout.block_size):
@@ -326,7 +326,7 @@ class BlockPool:
         return replaced
 
     def forget(self, table: BlockTable) -> None:
-        """Remove from the index what ``table`` holds and all behind it: the contents are not to be trusted."""
+        """Remove the blocks of ``table`` and their descendants from the index: their contents may be wrong."""
         top = table.node
         while top is not None and top.parent is not None and top.parent.parent is not None:
             top = top.parent
@@ -369,8 +369,8 @@ class BlockPool:
             self._budget.release(OWNER, self.layout.block_bytes[g])
 
     def check(self, tables: Sequence[BlockTable] | None = None, blocks: Sequence[BlockRef] = ()) -> None:
-        """Raise AssertionError when a block is lost, owned twice or miscounted. ``tables`` and ``blocks`` are all the
-        references there are.
+        """Raise AssertionError when a block is lost, owned twice or miscounted. ``tables`` and ``blocks`` are all
+        existing references.
         """
         for g, group in enumerate(self._groups):
             free, cached = set(group.free), set(group.cached)

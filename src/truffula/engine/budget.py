@@ -1,7 +1,7 @@
-"""The one byte limit. Pools reserve from it; when it is full, what nobody uses is given up, oldest first.
+"""``MemoryBudget``: the byte limit that pools share. When it is full, idle entries are evicted, oldest first.
 
-Order of claims: running KV and leased adapters are never taken from here (the scheduler preempts to free them); cached
-KV blocks and idle adapters are one LRU across pools, by the stamp of their last use.
+Running KV and leased adapters are never evicted from here (the scheduler preempts to free them). Cached KV blocks and
+idle adapters form one LRU across pools, by the time of their last use.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from truffula.errors import ConfigError
 
 
 class Reclaimer(Protocol):
-    """A pool that holds things nobody uses at the moment."""
+    """A pool with idle entries: kept for a later use, and evictable."""
 
     def oldest(self) -> float | None:
-        """Last-use stamp (monotonic seconds) of the thing idle for longest; None when nothing is idle."""
+        """When the least recently used idle entry was last used (monotonic seconds); None when there is none."""
 
     def evict_oldest(self) -> int:
-        """Give that thing up, releasing its bytes in the budget. Returns the bytes released."""
+        """Evict that entry and release its bytes. Returns the bytes released."""
 
 
 class MemoryBudget:
@@ -34,7 +34,7 @@ class MemoryBudget:
         self._reclaimers: dict[str, Reclaimer] = {}
 
     def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None:
-        """Let ``owner``'s idle things be evicted when somebody's reservation does not fit."""
+        """Let idle entries of ``owner`` be evicted when a reservation does not fit."""
         self._reclaimers[owner] = reclaimer
 
     def used(self, owner: str) -> int:
@@ -48,14 +48,14 @@ class MemoryBudget:
         return self.limit - self.total_used()
 
     def fixed(self) -> int:
-        """Bytes of owners that never give anything up (weights, arena)."""
+        """Bytes of owners that have no reclaimer."""
         return sum(used for owner, used in self._used.items() if owner not in self._reclaimers)
 
     def reserve(self, owner: str, nbytes: int) -> bool:
-        """Take ``nbytes`` for ``owner``, evicting idle things where needed. False (and nothing taken) when it does not
-        fit.
+        """Reserve ``nbytes`` for ``owner``, evicting idle entries if needed. False, with nothing reserved, when they do
+        not fit.
 
-        What was evicted on the way to a False stays evicted: it was idle, and the next try needs it gone too.
+        Entries that were evicted before a False stay evicted: they were idle, and the next attempt needs the same room.
         """
         if nbytes < 0:
             raise ValueError(f"cannot reserve {nbytes} bytes")
@@ -68,7 +68,7 @@ class MemoryBudget:
         return True
 
     def release(self, owner: str, nbytes: int) -> None:
-        """Give back what ``reserve`` took."""
+        """Release bytes that ``owner`` has reserved."""
         if nbytes < 0 or nbytes > self.used(owner):
             raise ValueError(f"{owner} releases {nbytes} of {self.used(owner)} bytes")
         self._used[owner] -= nbytes

@@ -1,4 +1,4 @@
-"""From an ``EngineConfig`` to a running ``Engine``: find the files, plan, see what fits, load."""
+"""Builds an ``Engine`` from an ``EngineConfig``: finds the files, plans the model and the memory, then loads."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ from truffula.weights.watch import FileWatch, require_same_model, require_unchan
 logger = logging.getLogger(__name__)
 
 SCORING_BYTES = 64 * 2**20
-"""Logits of a step that may go to prompt logprobs, beside one row per sequence."""
+"""Logits of a step that prompt logprobs may use, besides one row per sequence."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What was found out at the start; ``EngineConfig`` is what was asked for."""
+    """What the start decided; ``EngineConfig`` is what was configured."""
 
     path: Path
     backend: str
@@ -60,7 +60,7 @@ class EngineSettings:
 
 
 def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Backend) -> EngineSettings:
-    """Decide all that depends on model and machine. Reads no tensor.
+    """Decides what depends on model and machine. Reads no tensor.
 
     Raises:
         ConfigError: ``max_model_len`` is above the model's, or the dtype is not served.
@@ -93,7 +93,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         step_tokens=config.step_tokens,
         step_logit_rows=capacity.max_logit_rows,
         max_running=config.max_running,
-        max_waiting=config.max_running + config.max_waiting,  # the service refuses; this is the engine's own bound
+        max_waiting=config.max_running + config.max_waiting,  # the service rejects requests earlier
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
         prefix_cache=config.prefix_cache,
@@ -116,30 +116,30 @@ def build_engine(
     config: EngineConfig,
     progress: Progress | None = None,
     first: EngineInfo | None = None,
-    located: Callable[[Path], None] | None = None,
+    on_model_path: Callable[[Path], None] | None = None,
 ) -> tuple[Engine, EngineInfo]:
-    """Start an engine in this thread, which must then be the one that steps it (thread counts are per thread).
+    """Build an engine in this thread, which must then be the one that steps it (thread counts are per thread).
 
-    With ``first``, what an earlier life of it said: the same files, unchanged, and all that was found out then.
-    ``located`` is called with the path of the files once they are open. A file that replaces one of them from then on,
-    by a rename, is not loaded: who reads the path compares with the ``files`` of the info.
+    ``first`` is the info of the engine that this one replaces: it serves the same files, unchanged, with the same
+    settings. ``on_model_path`` is called with the path of the files once they are open. A file that replaces one of
+    them later, by a rename, is not loaded: a reader of the path compares what it read with the ``files`` of the info.
 
     Raises:
-        CheckpointChanged: The files are not those of the first life, or were written to while they were read.
-        TruffulaError: Any reason why this model can't be served so: nothing stays behind.
+        CheckpointChanged: The files are not those of ``first``, or were written to while they were read.
+        TruffulaError: Why this model cannot be served. Everything that was opened is closed.
     """
     if first is not None:
-        config = as_found(config, first)
-    tell = progress or _silent
+        config = repeated(config, first)
+    report = progress or _no_progress
     began = time.monotonic()
-    path = Path(first.path) if first is not None else _resolve(config, tell)
-    tell("reading the model files", 0, None)
-    with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays until it goes
+    path = Path(first.path) if first is not None else _resolve(config, report)
+    report("reading the model files", 0, None)
+    with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays mapped
         files = stamps_of(checkpoint)
         if first is not None:
             require_same_model(first.files, files)
-        if located is not None:
-            located(path)
+        if on_model_path is not None:
+            on_model_path(path)
         plan = plan_model(checkpoint)
         backend = select_backend(
             config.backend, config.device, threads=config.threads or usable_cpus(), cpu_isa=config.cpu_isa,
@@ -149,7 +149,7 @@ def build_engine(
         pull = WeightReader(
             checkpoint,
             plan,
-            progress=lambda _, done, total: tell("loading weights", done, total),
+            progress=lambda _, done, total: report("loading weights", done, total),
             block_kinds=backend.block_kinds,
         )
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
@@ -166,8 +166,8 @@ def build_engine(
     return engine, info
 
 
-def as_found(config: EngineConfig, first: EngineInfo) -> EngineConfig:
-    """``config`` with what its first start decided: a later one decides nothing anew, so that it answers the same."""
+def repeated(config: EngineConfig, first: EngineInfo) -> EngineConfig:
+    """``config`` with what the first start decided, so that a restarted engine gives the same answers."""
     return dataclasses.replace(
         config,
         backend=first.backend,
@@ -179,14 +179,14 @@ def as_found(config: EngineConfig, first: EngineInfo) -> EngineConfig:
     )
 
 
-def _resolve(config: EngineConfig, tell: Progress) -> Path:
+def _resolve(config: EngineConfig, report: Progress) -> Path:
     return resolve_source(
-        config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=tell
+        config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
     )
 
 
 def _open(path: Path, first: EngineInfo | None) -> Checkpoint:
-    """The checkpoint at ``path``; one that was served and cannot be opened any more has changed."""
+    """The checkpoint at ``path``. One that an earlier engine served and that can no longer be opened has changed."""
     if first is not None:
         require_same_model(first.files, [stamp(Path(item.path)) for item in first.files])
     return open_checkpoint(path)
@@ -195,7 +195,7 @@ def _open(path: Path, first: EngineInfo | None) -> Checkpoint:
 def _assemble(
     config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable, checkpoint: Checkpoint
 ) -> Engine:
-    """Budget, loading worker, adapter pool, the watch over the mapped files and engine around a loaded model."""
+    """The engine of a loaded model, with its budget, loading worker, adapter pool and watch over the mapped files."""
     budget = MemoryBudget(settings.memory.pool_bytes)
     share = budget if config.adapter_memory_bytes is None else AdapterShare(budget, config.adapter_memory_bytes)
     with ExitStack() as undo:
@@ -281,7 +281,7 @@ def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, secon
 
 
 def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:
-    """One line for the start: which products are computed in int8 and how to have others; empty where none are."""
+    """One line for the start log: which products are computed in int8, and the flag that changes it; empty for none."""
     formats = ", ".join(sorted(name.upper() for name in weight_formats if name.upper() in BLOCK_KINDS))
     if not formats:
         return ""
@@ -299,5 +299,5 @@ def _log(info: EngineInfo) -> None:
         logger.warning("%s", warning)
 
 
-def _silent(stage: str, done: int, total: int | None) -> None:
-    """Used where the caller wants no progress."""
+def _no_progress(stage: str, done: int, total: int | None) -> None:
+    """Ignore a progress report."""

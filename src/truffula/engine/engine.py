@@ -1,10 +1,17 @@
-"""Engine: plan, submit, commit, step after step. Synchronous; knows nothing of text, HTTP or asyncio."""
+"""Engine: plans, submits and commits one step after another. Synchronous; it handles neither text nor HTTP.
+
+Both transports drive it the same way: ``add``, ``abort`` and ``command`` between steps, then ``wait`` for
+``poll_timeout()`` seconds at most, then ``step``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import select
+import sys
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -15,7 +22,15 @@ from truffula.engine.limits import EngineLimits, StepCapacity
 from truffula.engine.plan import StepPlan
 from truffula.engine.runner import ModelRunner, SubmittedStep
 from truffula.engine.scheduler import Scheduler
-from truffula.errors import ConfigError, DeviceLost, GenerationError, ShuttingDown
+from truffula.errors import (
+    CheckpointChanged,
+    ConfigError,
+    DeviceLost,
+    EngineDied,
+    GenerationError,
+    ShuttingDown,
+    TruffulaError,
+)
 from truffula.kernels.backend import Executable
 from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
@@ -25,13 +40,18 @@ __all__ = ["Engine", "EngineLimits"]
 
 logger = logging.getLogger(__name__)
 
+FILES_CHECK_S = 1.0
+"""How often the files that weights are mapped from are checked. An idle engine is stepped this often for it."""
+DEADLINE_CHECK_S = 0.1
+"""How often the deadlines of requests are checked while they all wait for adapters."""
+
 
 class Engine:
-    """One model, its adapters, and the requests for tokens of them. One owner, one thread.
+    """One model, its adapters and their requests. Used by one thread at a time.
 
-    ``executable``, ``adapters``, ``budget`` and ``watch`` (over the files that weights are mapped from) are the
-    engine's from here on; ``close`` closes them. ``clock`` gives monotonic seconds (the pool's and the requests'
-    clock). Every request added is answered by exactly one final event.
+    The engine owns ``executable``, ``adapters``, ``budget`` and ``watch`` (over the files that weights are mapped
+    from); ``close`` closes them. ``clock`` gives monotonic seconds (the pool's and the requests' clock). Every
+    request gets exactly one final event.
     """
 
     def __init__(
@@ -64,6 +84,7 @@ class Engine:
         self._scheduler = Scheduler(limits, self._blocks, adapters, capacity)
         self._submitted: deque[tuple[StepPlan, SubmittedStep]] = deque()
         self._steps = 0
+        self._files_checked_at = float("-inf")
 
     def add(self, request: EngineRequest) -> None:
         """Accept ``request``. A bad one is answered by a final error event of the next step, never by an exception."""
@@ -76,16 +97,18 @@ class Engine:
         self._scheduler.abort(request_id, self._clock())
 
     def step(self) -> list[TokenEvent]:
-        """Submit at most one step and take the result of at most one; the events of all that happened since the last
-        call.
+        """Submit at most one step and take the result of at most one. Returns the events since the last call.
 
-        ``executable.depth`` steps are unfinished at a time: with 2, a step is planned and submitted before the result
-        of the one before is known. If a step fails, the requests that fail alone too end with ``generation_failed``.
+        Up to ``executable.depth`` steps are unfinished: with 2, a step is planned and submitted before the result of
+        the one before is known. A step that fails is run again in halves; a request that fails alone ends with
+        ``generation_failed``.
 
-        Raises:
+        Raises (the engine cannot be used after either):
             DeviceLost: The executable can compute nothing any more.
+            CheckpointChanged: A file that weights may be mapped from was written to.
         """
-        self._adapters.poll(self._clock(), idle=self._scheduler.is_idle())
+        self._check_files()
+        self._adapters.poll(self._clock(), idle=self.idle())
         plan = self._scheduler.plan(self._clock())
         if plan.chunks:
             self._submit(plan)
@@ -130,16 +153,14 @@ class Engine:
                 step.result()
             self._scheduler.discard(plan, self._clock())
 
-    def check_files(self) -> None:
-        """Raises ``CheckpointChanged`` when a file that weights may be mapped from was written to."""
-        if self._watch is not None:
+    def _check_files(self) -> None:
+        now = self._clock()
+        if self._watch is not None and now - self._files_checked_at >= FILES_CHECK_S:
             self._watch.check()
+            self._files_checked_at = now
 
     def has_work(self) -> bool:
-        """Whether ``step`` would do something now.
-
-        False while every request waits for an adapter: ``poll_fds`` and ``poll_timeout`` tell when to call it then.
-        """
+        """Whether ``step`` would do something now; False while every request waits for an adapter."""
         return self._scheduler.has_work()
 
     def idle(self) -> bool:
@@ -147,16 +168,31 @@ class Engine:
         return self._scheduler.is_idle()
 
     def command(self, command: AdapterCommand) -> Future[list[AdapterState]]:
-        """Begin an adapter command. The future is done here, or in a later ``step`` for a load: see the pool."""
+        """Begin an adapter command. The future is done on return, or in a later ``step`` for a load: see the pool."""
         return self._adapters.command(command, self._clock())
 
-    def poll_fds(self) -> dict[int, int]:
-        """File descriptors and events (``select.poll``) after which ``step`` has something to do."""
-        return self._adapters.poll_fds()
-
     def poll_timeout(self) -> float | None:
-        """Seconds until ``step`` has something to do without a call or an event on ``poll_fds``; None: never."""
-        return 0.0 if self.has_work() else self._adapters.poll_timeout()
+        """Seconds until ``step`` has something to do without a call or an event of a loading worker: 0 with work, None
+        when only these can bring some.
+        """
+        timeout = 0.0 if self.has_work() else self._adapters.poll_timeout()
+        if self.idle():
+            return timeout
+        return DEADLINE_CHECK_S if timeout is None else min(timeout, DEADLINE_CHECK_S)
+
+    def is_loading(self) -> bool:
+        """Whether a loading worker is reading an adapter."""
+        return bool(self._adapters.poll_fds())
+
+    def wait(self, timeout: float | None, fd: int) -> None:
+        """Wait until ``fd`` can be read, a loading worker has something, or ``timeout`` seconds have passed."""
+        if timeout == 0:
+            return
+        waiter = select.poll()
+        waiter.register(fd, select.POLLIN)
+        for other, events in self._adapters.poll_fds().items():
+            waiter.register(other, events)
+        waiter.poll(None if timeout is None else timeout * 1000)
 
     def stats(self) -> EngineStats:
         """Where the engine stands. Costs the same however many requests wait."""
@@ -170,9 +206,9 @@ class Engine:
             num_blocks=blocks.num_blocks * blocks.layout.num_groups,
             kv_used_bytes=blocks.used_bytes(),
             kv_cached_bytes=blocks.cached_bytes(),
-            adapter_loads=adapters.loads,
-            adapter_loads_by_name=dict(adapters.loads_by_name),
-            adapter_load_failures=adapters.failures,
+            adapter_loads=adapters.loads.completed,
+            adapter_loads_by_name=dict(adapters.loads.completed_by_name),
+            adapter_load_failures=adapters.loads.failed,
             adapter_evictions=adapters.evictions,
             adapters_resident=adapters.resident,
             adapter_bytes=adapters.resident_bytes,
@@ -196,3 +232,21 @@ class Engine:
         if self._watch is not None:
             self._watch.close()
         return self._scheduler.take_events()
+
+
+def engine_error(error: BaseException) -> TruffulaError:
+    """What ended an engine, as the error of its open requests. An unexpected one prints its traceback to stderr."""
+    if isinstance(error, CheckpointChanged):
+        return error
+    if isinstance(error, TruffulaError):  # one that the engine raises on purpose: its device is lost
+        return EngineDied(f"The engine failed: {error.message}", cause=error.code)
+    traceback.print_exception(error, file=sys.stderr)
+    return EngineDied(f"The engine failed: {type(error).__name__}: {error}.", cause=type(error).__name__)
+
+
+def close_engine(engine: Engine) -> None:
+    """Close an engine that may be broken; an exception of that is printed to stderr."""
+    try:
+        engine.close()
+    except Exception as error:  # noqa: BLE001  the caller is ending the engine for another reason
+        traceback.print_exception(error, file=sys.stderr)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
+from truffula.engine.engine import FILES_CHECK_S, close_engine, engine_error
 from truffula.engine.interrupts import uninterrupted
-from truffula.engine.journal import Journal, PendingCommands
-from truffula.engine.loop import FILES_LOOK_S, LOAD_POLL_S, EngineLoop, close_engine, engine_error, outcome
+from truffula.engine.journal import Journal, PendingCommands, outcome
 from truffula.errors import ShuttingDown, TruffulaError
 from truffula.types import (
     AdapterCommand,
@@ -27,6 +27,9 @@ from truffula.types import (
     Progress,
     TokenEvent,
 )
+
+LOAD_POLL_S = 0.005
+"""How often finished loads are looked for: a condition cannot wait for the loading workers' sockets."""
 
 
 class InlineHandle:
@@ -55,25 +58,25 @@ class InlineClient:
     """
 
     def __init__(self, config: EngineConfig, progress: Progress | None = None) -> None:
-        engine, self.info = build_engine(config, progress)
-        self._loop = EngineLoop(engine)
+        self._engine, self.info = build_engine(config, progress)
         self._journal = Journal()
         self._commands = PendingCommands()
         self._changed = threading.Condition()  # guards the fields below; notified by each post and each turn's end
         self._inbox: list[Callable[[], None]] = []
-        self._turning = False  # a thread runs a turn: the engine is its own
+        self._turning = False  # a thread runs a turn and alone may use the engine
         self._end: TruffulaError | None = None
-        self._stats = self._loop.stats()
+        self._stats = self._engine.stats()
         _close_at_exit(self)
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         self._journal.open(requests)
-        refusal = self._post(partial(self._loop.submit, list(requests)))
-        if refusal is not None:
-            self._journal.fail([r.request_id for r in requests], refusal)
+        error = self._post(*(partial(self._engine.add, request) for request in requests))
+        if error is not None:
+            self._journal.fail([r.request_id for r in requests], error)
 
     def abort(self, request_ids: Sequence[str]) -> None:
-        self._post(partial(self._loop.abort, list(request_ids)))  # a closed engine has ended them already
+        # A closed engine has ended them already.
+        self._post(*(partial(self._engine.abort, request_id) for request_id in request_ids))
 
     def wait(self, timeout: float | None) -> bool:
         self._drive(lambda: self._journal.wait(0), timeout)
@@ -92,20 +95,20 @@ class InlineClient:
         number, reply = self._commands.open()
 
         def begin() -> None:
-            self._loop.command(command).add_done_callback(
+            self._engine.command(command).add_done_callback(
                 lambda answer: self._commands.answer(number, *outcome(answer))
             )
 
-        refusal = self._post(begin)
-        if refusal is not None:
-            self._commands.answer(number, (), refusal)
+        error = self._post(begin)
+        if error is not None:
+            self._commands.answer(number, (), error)
         self._drive(reply.done, timeout)
         return self._commands.wait(number, reply, timeout, time.monotonic() - began)
 
     def stats(self) -> EngineStats:
         with self._changed:
             if not self._turning and self._end is None:
-                self._stats = self._loop.stats()
+                self._stats = self._engine.stats()
             return self._stats
 
     def alive(self) -> bool:
@@ -127,11 +130,11 @@ class InlineClient:
             self._journal.close(self._end)
             self._changed.notify_all()
 
-    def _post(self, call: Callable[[], None]) -> TruffulaError | None:
-        """Have the next turn make ``call``. Returns why no turn will."""
+    def _post(self, *calls: Callable[[], None]) -> TruffulaError | None:
+        """Have the next turn make ``calls``; returns the error instead when the engine has ended."""
         with self._changed:
             if self._end is None:
-                self._inbox.append(call)
+                self._inbox += calls
                 self._changed.notify_all()
             return self._end
 
@@ -143,16 +146,15 @@ class InlineClient:
                 self._turn()
 
     def _wait_for_turn(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait until a turn is due that no other thread runs; False when there is nothing more to wait for."""
-        due = math.inf  # when an engine without work is to be looked at again
+        """Wait until this thread must run a turn. False when ``done()`` is true, the engine has ended or time is up."""
+        due = math.inf  # when an engine without work must be stepped again
         with self._changed:
             while not done() and self._end is None:
                 now = time.monotonic()
                 if not self._turning:
-                    rest = 0.0 if self._inbox else self._loop.rest()
-                    if self._loop.is_loading():  # a condition cannot wait for the loading workers' sockets
-                        rest = min(LOAD_POLL_S, FILES_LOOK_S if rest is None else rest)
-                    due = min(due, now + (FILES_LOOK_S if rest is None else rest))
+                    rest = 0.0 if self._inbox else self._engine.poll_timeout()
+                    longest = LOAD_POLL_S if self._engine.is_loading() else FILES_CHECK_S
+                    due = min(due, now + (longest if rest is None else min(rest, longest)))
                     if due <= now:
                         return True
                 if now >= deadline:
@@ -173,8 +175,8 @@ class InlineClient:
         try:
             for call in calls:
                 call()
-            self._journal.deliver(self._loop.turn())
-            stats = self._loop.stats()
+            self._journal.deliver(self._engine.step())
+            stats = self._engine.stats()
         except Exception as error:  # noqa: BLE001  the engine's state is unknown after any
             failed = engine_error(error)
         with self._changed:
@@ -189,7 +191,7 @@ class InlineClient:
         self._inbox.clear()
         self._commands.fail_all(error)
         self._journal.fail_all(error)
-        close_engine(self._loop)
+        close_engine(self._engine)
 
 
 def _close_at_exit(client: InlineClient) -> None:

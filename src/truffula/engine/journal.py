@@ -112,6 +112,15 @@ class Journal:
 Reply = Future[list[AdapterState]]
 
 
+def outcome(reply: Reply) -> tuple[list[AdapterState], TruffulaError | None]:
+    """The states and the error of a reply that is done; one of them is empty."""
+    error = reply.exception()
+    if error is None:
+        return reply.result(), None
+    assert isinstance(error, TruffulaError), error
+    return [], error
+
+
 class PendingCommands:
     """Adapter commands that are not answered yet, by number. Thread-safe."""
 

@@ -18,8 +18,8 @@ class EngineLimits:
     ``kv_block_bytes`` KV is not in the byte budget). Each group has ``num_blocks`` block ids, the scratch block among
     them.
 
-    ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: an adapter
-    that runs nothing and was refused for lack of room in so many steps takes a place from the one that runs most.
+    ``prefetch_adapters``: how many adapters may be loading for waiting requests at a time. ``patience``: in how
+    many steps an adapter that runs nothing may be refused for lack of room, before the one that runs most is preempted.
     """
 
     max_model_len: int
@@ -61,7 +61,7 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise ValueError
     except (ValueError, OverflowError):
-        raise InvalidRequest(f"{name} contains something that is not a token id.", param=name) from None
+        raise InvalidRequest(f"{name} contains a value that is not a token id.", param=name) from None
     low, high = int(array.min()), int(array.max())
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
@@ -78,7 +78,7 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int) ->
 
     ``longest``: tokens whose KV fits in memory when the request runs alone.
 
-    ``max_tokens`` None uses all the room; a larger one than the model has positions ends there with ``length``.
+    ``max_tokens`` None uses all positions that are left; one above that ends there with ``length``.
 
     Raises:
         InvalidRequest: No prompt, or an id outside the vocabulary.
@@ -99,7 +99,7 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int) ->
             "together.",
             param="prompt", prompt_tokens=prompt, max_model_len=limits.max_model_len,
         )  # fmt: skip
-    # The last token of all has no KV.
+    # The last token needs no KV.
     if params.max_tokens is None:
         total = min(limits.max_model_len, max(prompt + 1, longest + 1))
     else:

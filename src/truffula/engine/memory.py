@@ -1,4 +1,4 @@
-"""How the memory limit is divided, computed before anything is loaded.
+"""Divides the memory limit before anything is loaded.
 
 The limit divides into a fixed part (weights, arena, logits, the scratch block) and a pool, which KV blocks and adapters
 share by need (``engine/budget.py``). KV memory is touched when it is used, so a large pool costs nothing while idle.
@@ -98,7 +98,7 @@ def _too_little(plan: MemoryPlan, limit: MemoryLimit, layout: KvLayout, least: i
 
 
 def memory_limit(asked_bytes: int | None, backend: Backend) -> MemoryLimit:
-    """What the operator asked for, else ``DEFAULT_SHARE`` of what is free now where ``backend`` computes."""
+    """The configured limit, or else ``DEFAULT_SHARE`` of the memory that is free now on the device of ``backend``."""
     if asked_bytes is not None:
         return MemoryLimit(asked_bytes, "--memory")
     free = backend.free_memory()
@@ -107,7 +107,10 @@ def memory_limit(asked_bytes: int | None, backend: Backend) -> MemoryLimit:
 
 
 class AdapterShare:
-    """The common budget as adapters see it when the operator bounds them: above it, their own oldest go first."""
+    """The budget of adapters when ``--adapter-memory`` limits them: a limit of their own within the common budget.
+
+    Above it, the least recently used idle adapters are evicted.
+    """
 
     def __init__(self, budget: MemoryBudget, share_bytes: int) -> None:
         self._budget = budget

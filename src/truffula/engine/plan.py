@@ -1,4 +1,4 @@
-"""What one step computes and what it gives: the scheduler plans it, the runner runs it. Numbers and arrays only."""
+"""The data of one step: the scheduler makes a ``StepPlan``, the runner returns a ``ChunkResult`` for each chunk."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TopList = list[tuple[int, float]]
 
 
 class SequenceState(msgspec.Struct, frozen=True, gc=False):
-    """What the executable has to know of a sequence that starts or continues in a slot. All ids are known ones."""
+    """What the executable needs to start or continue a sequence in a slot. All ids are known (no ``RELAY``)."""
 
     prompt_ids: Int32
     completion_ids: Int32
@@ -22,8 +22,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     next plan.
 
     ``seq_slot`` is the sequence's slot in the executable; it stays the same until the sequence ends or is preempted.
-    ``restart``: the executable has to (re)start the slot with this before the step (``set_sequence``); None: the state
-    that the last step left continues.
+    ``restart``: the state to set in the slot before the step (``set_sequence``); None: the slot continues with the
+    state that its last step left.
 
     ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
     has one array ``[blocks]`` per KV group (or one that all share) that covers all positions; the tuple is the same
@@ -63,10 +63,11 @@ class StepPlan(msgspec.Struct, frozen=True):
 
 
 class ChunkResult(msgspec.Struct, frozen=True, gc=False):
-    """What a step gave one chunk: a token per draw, a score per target, or a vector (a model that has no logits).
+    """The result of one chunk: a token per draw, a score per target, or a vector (of a model that has no logits).
 
-    ``logprobs`` and ``tops`` (the best ids and their logprobs) run beside ``tokens``. The last chunk of a scored prompt
-    gives both scores and a token. ``finite`` False: a row held a NaN or an infinity, and the other fields are void.
+    ``logprobs`` and ``tops`` (the best ids and their logprobs) have an entry per token. The last chunk of a scored
+    prompt gives both scores and a token. ``finite`` False: a row held a NaN or an infinity, and the other fields are
+    void.
     """
 
     finite: bool = True

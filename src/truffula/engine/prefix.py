@@ -1,8 +1,8 @@
 """The prefix index: which KV blocks hold which tokens.
 
 A tree whose edges are block keys: the tenant's salt, the adapter generations that act in the block, and its token ids.
-So equal tokens under another adapter, or of another tenant, never meet, and a block before the position from which an
-adapter acts is shared with the base. A node has a block in each KV group that still holds its tokens.
+So equal tokens under another adapter, or of another tenant, never share a block, and a block before the position from
+which an adapter acts is shared with the base. A node has a block in each KV group that still holds its tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ NO_BLOCK = -1
 
 
 class BlockKeys:
-    """The keys of one sequence's full blocks. Tokens only ever append, so a key stays true.
+    """The keys of one sequence's full blocks. Tokens are only appended, so a key never changes.
 
     ``generation`` is the sequence's adapter generation (None: the base), which acts from position ``adapter_from`` on.
     """
@@ -44,7 +44,7 @@ class BlockKeys:
 
 
 class PrefixNode:
-    """One block's worth of tokens behind those of ``parent``. ``blocks[g]`` is its block in group g or NO_BLOCK.
+    """A block of tokens that follow those of ``parent``. ``blocks[g]`` is its block in group g or NO_BLOCK.
 
     ``attached`` is False once it is no longer in the index.
     """
@@ -59,7 +59,7 @@ class PrefixNode:
         self.attached = True
 
     def below(self) -> Iterator[PrefixNode]:
-        """This node and all behind it."""
+        """This node and its descendants."""
         pending = [self]
         while pending:
             node = pending.pop()
@@ -68,7 +68,7 @@ class PrefixNode:
 
 
 class PrefixIndex:
-    """The tree. Holds no references on blocks: the BlockPool does."""
+    """The tree. The BlockPool counts the references on its blocks."""
 
     def __init__(self, groups: int) -> None:
         self._groups = groups
@@ -86,7 +86,7 @@ class PrefixIndex:
         return found
 
     def child(self, node: PrefixNode, key: BlockKey) -> PrefixNode:
-        """The node of ``key`` behind ``node``, made if it is new."""
+        """The child of ``node`` with ``key``, made if it is new."""
         found = node.children.get(key)
         if found is None:
             found = node.children[key] = PrefixNode(key, node, self._groups)
@@ -99,11 +99,11 @@ class PrefixIndex:
             node = node.parent
 
     def detach(self, node: PrefixNode) -> None:
-        """Remove ``node`` and all behind it."""
+        """Remove ``node`` and its descendants."""
         assert node.parent is not None and node.key is not None
         del node.parent.children[node.key]
-        for gone in node.below():
-            gone.attached = False
+        for removed in node.below():
+            removed.attached = False
 
     def check(self) -> None:
         """Raise AssertionError when a link or a flag is wrong."""

@@ -18,9 +18,6 @@ import contextlib
 import logging
 import os
 import select
-import signal
-import socket
-import subprocess
 import sys
 import threading
 import time
@@ -32,8 +29,9 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from truffula.config import EngineConfig, engine_environment
+from truffula.config import EngineConfig
 from truffula.engine import wire
+from truffula.engine.engine_process import EngineProcess, describe_exit
 from truffula.engine.journal import Journal, PendingCommands
 from truffula.errors import (
     CheckpointChanged,
@@ -57,117 +55,11 @@ from truffula.types import (
 )
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
-HEALTH_CHECK_S = 0.5
-"""How often a silent engine's health is checked."""
-EXIT_GRACE_S = 5.0
-"""How long an engine process may take to exit before it is killed."""
 logger = logging.getLogger(__name__)
 
 
-class EngineProcess:
-    """One engine process, the channel to it, and its health."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # -P: the current folder must not shadow modules. stdout is the command's: logs go to stderr.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
-                env=engine_environment(),
-            )  # fmt: skip
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._config = config
-        self._unhealthy_since: float | None = None
-        self._progress: wire.Starting | None = None
-        self._progress_at = self._frame_at = time.monotonic()
-        self.ready = False
-        self.stats: EngineStats | None = None
-        self.step_since: float | None = None
-        self.channel = wire.client_channel(ours)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def on_frame(self, now: float) -> None:
-        """A frame has arrived: the process is responsive."""
-        self._frame_at = now
-
-    def on_progress(self, frame: wire.Starting) -> bool:
-        """Record a report of the start; False when it repeats the last one."""
-        if frame == self._progress:
-            return False
-        self._progress = frame
-        self._progress_at = self._frame_at
-        return True
-
-    def poll_timeout(self, now: float) -> float:
-        """Seconds until ``hang`` is to be asked again, frames or not."""
-        if self.ready:
-            return HEALTH_CHECK_S
-        return max(0.0, self._progress_at + self._config.start_timeout_s - now)
-
-    def hang(self, now: float) -> str | None:
-        """Why the process is to be killed; None while it may live."""
-        if not self.ready:
-            limit = self._config.start_timeout_s
-            return f"The engine's start made no progress for {limit:g} s." if self.poll_timeout(now) <= 0 else None
-        if self.healthy(now):
-            self._unhealthy_since = None
-        elif self._unhealthy_since is None:
-            # Counted from here, not from its last frame: if both processes were frozen, a frame may be on its way.
-            self._unhealthy_since = now
-        elif now - self._unhealthy_since >= self._config.hang_timeout_s:
-            what = "was unresponsive" if self._silent(now) else "was stuck in a step"
-            since = self._frame_at if self._silent(now) or self.step_since is None else self.step_since
-            return f"The engine {what} for {now - since:.0f} s and was killed."
-        return None
-
-    def healthy(self, now: float) -> bool:
-        """Whether a frame has arrived recently and the step in progress is not stuck."""
-        stuck = self.step_since is not None and now - self.step_since > self._config.step_timeout_s
-        return not stuck and not self._silent(now)
-
-    def _silent(self, now: float) -> bool:
-        return now - self._frame_at > self._config.heartbeat_timeout_s
-
-    def stop(self) -> None:
-        """Ask it to exit."""
-        with contextlib.suppress(Disconnected):
-            self.channel.post(wire.Stop())
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def end(self) -> int:
-        """Close the channel, which makes the process exit, or kill it; returns its exit status. No zombie remains."""
-        self.channel.close()
-        try:
-            return self._process.wait(EXIT_GRACE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return self._process.wait()
-
-
-def describe_exit(status: int) -> str:
-    """An exit status in words."""
-    if status >= 0:
-        return f"with status {status}"
-    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-    hints = {
-        -signal.SIGKILL: " (kill -9, or the kernel when memory runs out: see dmesg)",
-        -signal.SIGBUS: " (a mapped file, such as the model's, was truncated)",
-    }
-    return f"by {name}{hints.get(status, '')}"
-
-
 class ProcessClient:
-    """An ``EngineClient`` whose engine may die, and its ``EngineHandle``: call ``client`` before anything else."""
+    """An ``EngineClient`` that restarts an engine that died. It is also its ``EngineHandle``: call ``client`` first."""
 
     info: EngineInfo
 
@@ -179,7 +71,9 @@ class ProcessClient:
         self._commands = PendingCommands()
         self._lock = threading.Lock()  # guards the fields down to _pinned
         self._process: EngineProcess | None = None  # the one that takes requests
-        self._refusal: TruffulaError = EngineDied("The engine is starting.")  # what requests get while there is none
+        self._unavailable: TruffulaError = EngineDied(
+            "The engine is starting."
+        )  # the error of requests while there is none
         self._lost: TruffulaError | None = None
         self._restarts = EngineRestarts()
         self._closing = False
@@ -206,7 +100,7 @@ class ProcessClient:
 
     @property
     def pid(self) -> int | None:
-        """Of the engine process that takes requests; None while there is none."""
+        """Process id of the engine; None while there is none."""
         process = self._process
         return None if process is None else process.pid
 
@@ -219,9 +113,9 @@ class ProcessClient:
             except InvalidRequest as error:
                 self._journal.fail([request.request_id for request in same], error)
         if groups:
-            refusal = self._post(wire.Submit(groups))
-            if refusal is not None:
-                self._journal.fail([request_id for group in groups for request_id in group.request_ids], refusal)
+            post_error = self._post(wire.Submit(groups))
+            if post_error is not None:
+                self._journal.fail([request_id for group in groups for request_id in group.request_ids], post_error)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         self._post(wire.Abort(list(request_ids)))  # the requests of an engine that died have ended already
@@ -238,9 +132,9 @@ class ProcessClient:
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
         number, reply = self._commands.open()
-        refusal = self._post(wire.Adapter(number, command))
-        if refusal is not None:
-            self._commands.answer(number, (), refusal)
+        error = self._post(wire.Adapter(number, command))
+        if error is not None:
+            self._commands.answer(number, (), error)
         states = self._commands.wait(number, reply, timeout)
         if command.ref is not None and command.action != "list":
             with self._lock:
@@ -266,10 +160,10 @@ class ProcessClient:
     def close(self) -> None:
         with self._lock:
             self._closing = True
-            self._refusal = ShuttingDown("The engine is closed.")
+            self._unavailable = ShuttingDown("The engine is closed.")
             self._wake()
         self._thread.join()
-        self._journal.close(self._refusal)
+        self._journal.close(self._unavailable)
         with self._lock:
             for fd in (self._wake_in, self._wake_out):
                 if fd >= 0:
@@ -277,11 +171,11 @@ class ProcessClient:
             self._wake_in = self._wake_out = -1
 
     def _post(self, frame: Frame) -> TruffulaError | None:
-        """Send to the engine that takes requests. Returns why that is not possible."""
+        """Send ``frame`` to the engine process; returns the error instead when that is not possible."""
         with self._lock:
             if self._process is None:
-                return self._refusal
-            # Aborts are sent to an unresponsive engine too: should it recover, their requests are not wanted.
+                return self._unavailable
+            # Aborts are sent to an unresponsive engine too: should it recover, it must not compute their requests.
             if not isinstance(frame, wire.Abort) and not self._process.healthy(time.monotonic()):
                 return EngineDied("The engine does not respond; it is killed and restarted unless it responds soon.")
             try:
@@ -294,7 +188,7 @@ class ProcessClient:
         return None
 
     def _wake(self) -> None:
-        """Make the supervisor look around. The caller holds the lock."""
+        """Wake the supervising thread. The caller holds the lock."""
         if self._wake_out >= 0:
             with contextlib.suppress(BlockingIOError):  # a full pipe wakes it anyway
                 os.write(self._wake_out, b"w")
@@ -309,15 +203,15 @@ class ProcessClient:
                 self._started.set_exception(error)
 
     def _supervise(self) -> None:
-        """Run one engine process after another until close, or until no further one may be started."""
+        """Run one engine process after another until ``close`` is called or restarting is given up."""
         deaths: deque[float] = deque()
         window = self._config.restart_window_s
         while True:
             pid, error = self._run_process()
             if self._closing or not self._started.done():
-                self._refuse(error)
+                self._end_open(error)
                 if not self._started.done():
-                    self._started.set_exception(self._refusal if self._closing else error)
+                    self._started.set_exception(self._unavailable if self._closing else error)
                 return
             self._restarts = replace(self._restarts, last_reason=error.message)
             now = time.monotonic()
@@ -335,7 +229,7 @@ class ProcessClient:
                 _log_death(pid, error, self._mark_failed(final), f"not restarted: {died}")
                 return
             pause = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** (count - 1))
-            failed = self._refuse(EngineDied(f"The engine died and is being restarted: {error}", **error.data))
+            failed = self._end_open(EngineDied(f"The engine died and is being restarted: {error}", **error.data))
             self._restarts = replace(self._restarts, count=self._restarts.count + 1)
             _log_death(pid, error, failed, f"restart {count} of {most} within {window:g} s begins in {pause:g} s")
             if self._paused(pause):
@@ -363,7 +257,7 @@ class ProcessClient:
         return process.pid, reason
 
     def _serve(self, process: EngineProcess) -> TruffulaError | None:
-        """Receive frames until the process ends or is to be killed, or close. Returns why, where that is known."""
+        """Receive frames until the process ends, must be killed, or ``close`` is called. Returns its reason."""
         waiter = select.poll()
         waiter.register(self._wake_in, select.POLLIN)
         first = self._started.result() if self._started.done() else None
@@ -382,10 +276,10 @@ class ProcessClient:
                     if isinstance(frame, wire.Died):
                         return TruffulaError.from_info(frame.error)
                     self._handle(process, frame)
-            hang = process.hang(time.monotonic())
-            if hang is not None:
+            reason = process.kill_reason(time.monotonic())
+            if reason is not None:
                 process.kill()
-                return EngineDied(hang)
+                return EngineDied(reason)
         return None
 
     def _handle(self, process: EngineProcess, frame: wire.FromEngine) -> None:
@@ -423,21 +317,21 @@ class ProcessClient:
             logger.warning("engine process %d is ready and accepts requests again", process.pid)
 
     def _mark_failed(self, error: TruffulaError) -> int:
-        """No engine will serve any more; returns how many requests that ended."""
-        failed = self._refuse(error)
+        """Record that no engine will be started again; returns how many open requests it ended."""
+        failed = self._end_open(error)
         if not self._closing:
             self._lost = error
         return failed
 
-    def _refuse(self, error: TruffulaError) -> int:
-        """Accept no requests from now on and end the open ones; returns how many there were."""
+    def _end_open(self, error: TruffulaError) -> int:
+        """Accept no requests from now on and end the open ones with ``error``; returns how many there were."""
         with self._lock:
             self._process = None
             if not self._closing:
-                self._refusal = error
-            refusal = self._refusal
-        self._commands.fail_all(refusal)
-        return self._journal.fail_all(refusal)
+                self._unavailable = error
+            reason = self._unavailable
+        self._commands.fail_all(reason)
+        return self._journal.fail_all(reason)
 
     def _paused(self, seconds: float) -> bool:
         """Wait before the next start; True when ``close`` was called."""

@@ -53,7 +53,7 @@ class WaitingQueues:
         return list(islice(self._unbound, most))
 
     def postpone(self, key: AdapterKey) -> None:
-        """Name ``key`` last in ``unbound`` from now on."""
+        """Move ``key`` to the end of ``unbound``."""
         self._unbound.move_to_end(key)
 
     def push(self, sequence: Sequence) -> None:
@@ -120,7 +120,7 @@ class WaitingQueues:
 
 
 class DeficitRoundRobin:
-    """The order of the adapters' turns, and their deficits. An adapter joins at the back when it is first named."""
+    """The order of the adapters' turns, and their deficits. A new adapter is added at the end."""
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
@@ -132,7 +132,7 @@ class DeficitRoundRobin:
             self._deficits.setdefault(key, 0)
         order = [key for key in self._deficits if key in keys]
         if len(self._deficits) > 64 + 2 * len(keys):
-            # The others have nothing to compute now: by the algorithm they lose their deficits and their places.
+            # The others have nothing to compute now: by the algorithm they lose their deficits and their turns.
             self._deficits = {key: self._deficits[key] for key in order}
         return order
 

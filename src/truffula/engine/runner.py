@@ -34,7 +34,7 @@ class ModelRunner:
                 param="max_model_len",
             )
         self._numbers = np.arange(max(self.max_tokens, self.max_rows), dtype=np.int32)
-        # The block tables that lie in each of the executable's inputs, by row.
+        # For each of the executable's inputs, the block tables that were last written, by row.
         self._tables: list[tuple[StepInputs, list[tuple[Int32, ...] | None]]] = []
 
     def submit(self, plan: StepPlan) -> SubmittedStep:
@@ -83,7 +83,7 @@ class ModelRunner:
             s.draw[last - draws : last] = chunk.draws
 
     def _fill_tables(self, inputs: StepInputs, chunks: Sequence[Chunk]) -> None:
-        """Write the block tables of the rows whose table is another than in the last step with these inputs."""
+        """Write the block tables of the rows whose table has changed since the last step with these inputs."""
         written = next((tables for of, tables in self._tables if of is inputs), None)
         if written is None:
             written = [None] * self.max_seqs

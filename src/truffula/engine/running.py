@@ -18,7 +18,7 @@ _age = attrgetter("serial")
 
 @dataclass(frozen=True)
 class _Holding:
-    """What is to be released."""
+    """What a sequence held, or a part of it, until it is released."""
 
     table: BlockTable | None = None
     blocks: tuple[BlockRef, ...] = ()
@@ -97,7 +97,7 @@ class RunningBatch:
         """Take a slot, an adapter lease and the first blocks together, and run; 0 and nothing taken if one is missing.
 
         Returns the tokens that a step computes of it first: up to ``allowance``, with up to ``rows`` rows of logits.
-        ``prefix`` False uses no cached block. Raises what the pool says when the adapter cannot be used.
+        ``prefix`` False uses no cached block. Raises the pool's error when the adapter cannot be used.
         """
         blocks = self._blocks
         limit = sequence.max_prefix_blocks() if prefix and self._prefix_cache else 0
@@ -147,11 +147,11 @@ class RunningBatch:
         return self._adapters.acquire(generation)
 
     def waits_for_upload(self, sequence: Sequence) -> bool:
-        """Whether ``admit`` gave nothing because its adapter is being taken in: not for want of memory."""
+        """Whether ``admit`` returned 0 only because its adapter is being uploaded."""
         return sequence.generation is not None and self._adapters.is_pending(sequence.generation)
 
     def remove(self, sequence: Sequence, now: float) -> None:
-        """End its running. It holds nothing from here on."""
+        """Take it out of the batch. It holds nothing from here on."""
         assert sequence.seq_slot is not None
         del self._by_age[bisect_left(self._by_age, sequence.serial, key=_age)]
         self._slots[sequence.seq_slot] = None
@@ -175,7 +175,7 @@ class RunningBatch:
         self._unfinished[step] = []
 
     def end_step(self, step: int, now: float) -> None:
-        """Release what only waited for the end of ``step``."""
+        """Record that ``step`` has finished; release what waited for that."""
         for holding in self._unfinished.pop(step):
             self._release(holding, now)
 

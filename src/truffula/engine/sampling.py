@@ -1,4 +1,4 @@
-"""How a request's parameters become what the executable is told of a sequence."""
+"""Converts a request's parameters to the executable's ``SequenceSampling``."""
 
 from __future__ import annotations
 

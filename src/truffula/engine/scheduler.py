@@ -9,7 +9,7 @@
 
 1. sequences that are out of time end;
 2. adapters of waiting requests are prefetched; a loaded one is bound to its requests;
-3. an adapter that runs nothing and was refused for long takes a place from the adapter that runs most;
+3. if an adapter runs nothing and was refused for long, a sequence of the adapter that runs most is preempted;
 4. each running sequence gets one token, the oldest first: no stream stalls behind a prompt. If a block is missing, the
    newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends;
 5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over adapters.
@@ -96,7 +96,7 @@ def _rows(sequence: Sequence, count: int) -> int:
 
 
 class Scheduler:
-    """Owns the sequences and their queues; asks the pools for blocks and leases. Computes nothing. One thread."""
+    """Owns the sequences and their queues; takes blocks and leases from the pools. Used by one thread."""
 
     def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool, capacity: StepCapacity) -> None:
         self._limits = limits
@@ -118,10 +118,10 @@ class Scheduler:
         self._events: list[TokenEvent] = []
         self._counts = dict.fromkeys(("preemptions", "prompt_tokens", "prefix_hit_tokens", "generated_tokens"), 0)
 
-    # What the engine asks
+    # Called by the engine
 
     def add(self, request: EngineRequest, now: float) -> None:
-        """Queue ``request``, or answer a bad one with its only, final event. Never raises for a bad request."""
+        """Queue ``request``. An invalid one gets a final error event; nothing is raised."""
         try:
             if request.request_id in self._by_id:
                 raise InvalidRequest(f"A request with id {request.request_id!r} is running.", param="request_id")
@@ -269,7 +269,7 @@ class Scheduler:
     # 1. Deadlines
 
     def _expire(self, now: float) -> None:
-        """End what is out of time: ``queue_timeout`` when it never ran, ``deadline_exceeded`` when it did.
+        """End sequences that are out of time: ``queue_timeout`` if it never ran, ``deadline_exceeded`` if it did.
 
         The time in which its adapter loads does not count as waiting: a load has limits of its own.
         """
@@ -344,8 +344,8 @@ class Scheduler:
     # 3. Starvation
 
     def _prevent_starvation(self, now: float) -> None:
-        """Give a place to an adapter that runs nothing and was refused ``patience`` times; what was refused four times
-        as often is admitted before all others.
+        """Preempt a sequence for an adapter that runs nothing and was refused ``patience`` times. A sequence that was
+        refused four times as often is admitted before all others.
         """
         self._reserved_for = None
         patience = self._limits.patience
@@ -477,7 +477,7 @@ class Scheduler:
         return next((sequence for sequence in candidates if not self._running.computes_prefix_of(sequence)), None)
 
     def _try_admit(self, sequence: Sequence, allowance: int, budget: StepBudget, now: float) -> int:
-        """Returns the tokens granted; 0 when it has to wait (or has ended)."""
+        """Admit it if possible. Returns the tokens granted; 0 when it must wait or has failed."""
         running = self._running
         try:
             count = running.admit(sequence, allowance, budget.rows, now)
@@ -548,7 +548,7 @@ class Scheduler:
 
 
 def non_finite(adapter: AdapterRef | None) -> TruffulaError:
-    """The error of a sequence whose logits are not finite. Those of the base are: an adapter, if any, is the cause."""
+    """The error of a sequence whose logits are not finite. The base's are: the cause is its adapter, if any."""
     if adapter is None:
         return GenerationError("The model computed a NaN or infinite logit.")
     return AdapterError(

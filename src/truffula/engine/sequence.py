@@ -105,7 +105,7 @@ class Sequence:
         return self.num_wanted - self.num_computed
 
     def ended_before_start(self) -> End | None:
-        """How it ended when nothing is left to do: it was resumed after its last token, or nothing was asked."""
+        """How it ended if nothing is left to compute: it was resumed after its last token, or requested no token."""
         if self.num_completion and self._is_stop(self.request.resume_ids[-1], self.num_completion - 1):
             return "stop", self.request.resume_ids[-1]
         if self.num_wanted == 0 or self.num_tokens >= max(self.max_total, self.num_prompt + 1):
@@ -118,8 +118,8 @@ class Sequence:
     # Steps
 
     def advance(self, count: int, step: int) -> Chunk:
-        """Plan its next ``count`` tokens for ``step``: from here on they count as computed, and a drawn token as
-        pending.
+        """The chunk of its next ``count`` tokens for ``step``. They count as computed from here on, and a token that
+        the step draws is pending.
         """
         assert self.seq_slot is not None
         start = self.num_computed
@@ -160,7 +160,7 @@ class Sequence:
         self._ids = grown
 
     def undo(self, chunk: Chunk) -> None:
-        """Take back ``chunk``, the newest that is planned: its step failed, or is not run."""
+        """Undo ``advance`` for ``chunk``, the newest that is planned: its step failed, or its result is discarded."""
         self.num_computed = chunk.start
         self.num_tokens -= len(chunk.draws)
         self.num_wanted = min(self.num_tokens, self._most_wanted)
@@ -213,7 +213,7 @@ class Sequence:
         )
 
     def begin(self, num_computed: int) -> None:
-        """Begin with ``num_computed`` tokens that are prefix hits; 0 after a preemption."""
+        """Reset its progress to ``num_computed`` tokens: prefix hits at admission, 0 when it leaves the batch."""
         self.num_computed = self.num_committed = num_computed
         self._restart = True
 

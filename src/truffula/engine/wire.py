@@ -29,7 +29,7 @@ VERSION = 2
 class Start(Frame, frozen=True):
     """What to serve, and how to log; answered by ``Starting`` frames and then ``Ready`` or ``Died``.
 
-    ``first`` is the ``Ready.info`` of the first engine: a restarted one must be the same, or end.
+    ``first`` is the ``Ready.info`` of the first engine: a restarted one serves the same model in the same way, or ends.
     """
 
     config: EngineConfig

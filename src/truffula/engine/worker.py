@@ -19,8 +19,8 @@ from collections.abc import Sequence
 
 from truffula.engine import wire
 from truffula.engine.build import build_engine
-from truffula.engine.journal import Reply
-from truffula.engine.loop import FILES_LOOK_S, EngineLoop, close_engine, engine_error, outcome
+from truffula.engine.engine import FILES_CHECK_S, Engine, close_engine, engine_error
+from truffula.engine.journal import Reply, outcome
 from truffula.errors import GenerationError, InvalidRequest, TruffulaError, WireError
 from truffula.frames import Channel, Disconnected
 from truffula.kernels.trim import defer_gc, trim_memory
@@ -34,9 +34,9 @@ EXIT_OK, EXIT_ERROR, EXIT_WIRE = 0, 70, 71
 
 
 class Heartbeat:
-    """The thread that sends a sign of life while the main thread is in a long step or load.
+    """The thread that sends a heartbeat while the main thread is in a long step or load.
 
-    When the parent has gone, it ends the process.
+    If the socket to the parent is closed, it ends the process.
     """
 
     def __init__(self, channel: Channel[wire.ToEngine]) -> None:
@@ -81,7 +81,7 @@ class Heartbeat:
             try:
                 self._beat()
             except Disconnected:
-                os._exit(EXIT_OK)  # the main thread may be in a step of minutes, and nothing reads its result
+                os._exit(EXIT_OK)  # the main thread may be in a step of minutes whose result is not needed
             except Exception as error:  # noqa: BLE001
                 # Without heartbeats the parent would kill this process as unresponsive, and not know the reason.
                 self._fail(error)
@@ -96,7 +96,7 @@ class Heartbeat:
 
 
 class Worker:
-    """Serves one engine over one channel until the parent stops it or leaves."""
+    """Serves one engine over one channel until the parent sends ``Stop`` or closes the socket."""
 
     def __init__(self, channel: Channel[wire.ToEngine]) -> None:
         self._channel = channel
@@ -140,44 +140,44 @@ class Worker:
             start.config, self._heartbeat.starting, start.first,
             lambda path: self._channel.send(wire.ModelPath(str(path))),
         )  # fmt: skip
-        loop = EngineLoop(engine)
         try:
-            self._heartbeat.stats(loop.stats(), send=True)
+            self._heartbeat.stats(engine.stats(), send=True)
             self._channel.send(wire.Ready(info))
             trim_memory()  # while the parent handles Ready
-            if self._handle_all(loop, frames):
-                self._work(loop)
+            if self._handle_all(engine, frames):
+                self._work(engine)
         finally:
-            close_engine(loop)
+            close_engine(engine)
         return EXIT_OK
 
-    def _work(self, loop: EngineLoop) -> None:
-        """Run turns until Stop or the end of the socket."""
+    def _work(self, engine: Engine) -> None:
+        """Step the engine until Stop or the end of the socket."""
         busy = False
         stats_at = time.monotonic()
         while True:
-            rest = loop.rest()
-            if rest is None and busy:
-                self._heartbeat.stats(loop.stats(), send=True)  # an idle engine's numbers are exact
-            busy = rest is not None
-            loop.wait(FILES_LOOK_S if rest is None else min(rest, FILES_LOOK_S), self._channel.fileno())
+            timeout = engine.poll_timeout()
+            if timeout is None and busy:
+                self._heartbeat.stats(engine.stats(), send=True)  # an idle engine's numbers are exact
+            busy = timeout is not None
+            engine.wait(FILES_CHECK_S if timeout is None else min(timeout, FILES_CHECK_S), self._channel.fileno())
             frames = self._channel.receive()
-            if frames is None or not self._handle_all(loop, frames):
+            if frames is None or not self._handle_all(engine, frames):
                 return
             self._heartbeat.step(time.monotonic())
-            events = loop.turn()
+            events = engine.step()
             self._heartbeat.step(None)
-            if events:
-                loop.abort(self._send_events(events))
+            for request_id in self._send_events(events):
+                engine.abort(request_id)
             self._send_replies()
             if time.monotonic() - stats_at >= STATS_S:
                 stats_at = time.monotonic()
-                self._heartbeat.stats(loop.stats())
+                self._heartbeat.stats(engine.stats())
 
     def _send_events(self, events: list[TokenEvent]) -> list[str]:
-        """Send the events of a step. Requests whose event no frame can carry fail; returned, to be aborted."""
+        """Send the events of a step. Returns the requests to abort: those whose event no frame can carry fail."""
         try:
-            self._channel.send(wire.Events(events))
+            if events:
+                self._channel.send(wire.Events(events))
         except WireError as error:
             if len(events) > 1:
                 return [request_id for event in events for request_id in self._send_events([event])]
@@ -192,30 +192,32 @@ class Worker:
             wire.Events([TokenEvent(request_id=one, finish_reason="error", error=info) for one in request_ids])
         )
 
-    def _handle_all(self, loop: EngineLoop, frames: Sequence[wire.ToEngine]) -> bool:
+    def _handle_all(self, engine: Engine, frames: Sequence[wire.ToEngine]) -> bool:
         """Pass the frames to the engine; False on Stop."""
         for frame in frames:
             match frame:
                 case wire.Submit(groups):
                     for group in groups:
-                        self._submit(loop, group)
+                        self._submit(engine, group)
                 case wire.Abort(request_ids):
-                    loop.abort(request_ids)
+                    for request_id in request_ids:
+                        engine.abort(request_id)
                 case wire.Adapter(ticket, command):
-                    self._replies.append((ticket, loop.command(command)))
+                    self._replies.append((ticket, engine.command(command)))
                 case wire.Stop():
                     return False
                 case wire.Start():
                     raise WireError("The Start frame was sent twice.")
         return True
 
-    def _submit(self, loop: EngineLoop, group: wire.RequestGroup) -> None:
+    def _submit(self, engine: Engine, group: wire.RequestGroup) -> None:
         try:
             requests = wire.decode_group(group)
         except InvalidRequest as error:
             self._fail(group.request_ids, error)
             return
-        loop.submit(requests)
+        for request in requests:
+            engine.add(request)
 
     def _send_replies(self) -> None:
         """Answer the adapter commands that have ended."""

@@ -1,7 +1,7 @@
-"""What an adapter's folder has besides its tensors: the name of its base, a tokenizer and a chat template of its own.
+"""Checks the other files of an adapter's folder: the name of its base, a tokenizer and a chat template.
 
-Tokenizer and template are not used; those of the base are. That is right for most adapters, which have copies of them,
-so it is a warning and not an error. Added tokens that the base has no row for are an error.
+The base's tokenizer and template are used instead of the adapter's, with a warning: most adapters have copies of them.
+Added tokens that the base has no row for are an error.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ ADDED, TOKENIZER_CONFIG = "added_tokens.json", "tokenizer_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", TOKENIZER_CONFIG, ADDED)
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 READ = (ADDED, TOKENIZER_CONFIG, *TEMPLATES)
-"""The small ones: worth fetching to tell what an adapter expects."""
+"""The small ones, which are downloaded with an adapter."""
 MAX_BYTES = 4 << 20
 _QUANTISED = re.compile(r"(?i)(^|[-_./])(bnb|[2-8]-?bit|gptq|awq|nf4|fp4|int[48]|hqq|aqlm|i?q\d(_\w+)?)([-_./]|$)")
-_MADE_OF = re.compile(
+_VARIANTS = re.compile(
     r"[-_.](hf|gguf|awq|gptq|fp8|int[48]|[48]bit|bnb|unsloth|base|instruct|chat|it|q\d\w*|i?q\d_\w+|f16|bf16)\b"
 )
 
@@ -31,11 +31,11 @@ _MADE_OF = re.compile(
 def extra_file_warnings(
     folder: OpenFolder, config: Mapping[str, Any], *, sites: Sequence[Site] | None, model: str | None
 ) -> list[str]:
-    """What an operator should know. ``sites`` and ``model`` of the base, as far as there is one.
+    """Warnings for the operator. ``sites`` and ``model`` are the base's; None: they are not checked.
 
     Raises ``AdapterError`` (``param``: the file) for added tokens beyond the base's vocabulary.
     """
-    return [*_other_base(config.get("base_model_name_or_path"), model), *_other_texts(folder, sites)]
+    return [*_other_base(config.get("base_model_name_or_path"), model), *_unused_text_files(folder, sites)]
 
 
 def _other_base(named: Any, model: str | None) -> Iterator[str]:
@@ -55,17 +55,17 @@ def _other_base(named: Any, model: str | None) -> Iterator[str]:
 
 
 def plain_name(model: str) -> str:
-    """A model's name without what copies of it differ in: folders, organisation, revision, format, tuning, spelling."""
+    """A model's name without folders, organisation, revision, format, tuning and spelling, in which copies differ."""
     path = PurePosixPath(model.replace("\\", "/"))
     cached = [part.rpartition("--")[2] for part in path.parts if part.startswith("models--")]
     name = (cached[0] if cached else path.name).lower().partition("@")[0].removesuffix(".gguf")
     before = None
     while before != name:
-        before, name = name, _MADE_OF.sub("", name)
+        before, name = name, _VARIANTS.sub("", name)
     return re.sub(r"[^a-z0-9]", "", name)
 
 
-def _other_texts(folder: OpenFolder, sites: Sequence[Site] | None) -> Iterator[str]:
+def _unused_text_files(folder: OpenFolder, sites: Sequence[Site] | None) -> Iterator[str]:
     names = folder.names()
     tokenizers = [name for name in TOKENIZERS if name in names]
     settings = _object(folder, TOKENIZER_CONFIG)

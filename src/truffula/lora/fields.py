@@ -1,8 +1,8 @@
 """A verdict for every field of an ``adapter_config.json``: one table for validation, ``inspect`` and the docs.
 
 serve: honoured exactly · check: compared with the tensors · ignore: has no effect on answers · refuse: would change
-them and is not served yet, so an adapter that uses it is refused by the field's name. A field that is not in the table
-is refused unless its value is null, false, 0 or empty: then it can't have changed anything.
+them and is not served yet, so an adapter that uses it is refused with the field's name. A field that is not in the
+table is refused unless its value is null, false, 0 or empty: then it has no effect.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FieldRow:
 class Field:
     """How one field is treated. ``accepts`` returns why a value is of the wrong kind, or None.
 
-    ``harmless`` says whether a value of a refused field asks for nothing.
+    ``harmless`` says whether a value of a refused field has no effect.
     """
 
     verdict: Verdict
@@ -47,7 +47,7 @@ class Field:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value is null, false, 0 or empty, and so asks for nothing."""
+    """Whether a value is null, false, 0 or empty, and so has no effect."""
     return value is None or value is False or value in (0, "", [], {})
 
 

@@ -1,4 +1,4 @@
-"""An adapter's folder: its two files, opened with limits and hashed."""
+"""``AdapterFolder``: opens an adapter's two files, with limits, and hashes them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _CHUNK = 1 << 20
 class AdapterFolder:
     """Both files of one adapter, found and opened: ``config_bytes`` raw, ``tensors`` with its header checked.
 
-    Takes a path, which it opens and closes, or a folder that the caller has opened. Raises ``AdapterNotFound`` when
-    there is no such folder, ``AdapterError`` when it is no adapter (saying what it seems to be) or a link leads out of
-    the folder's root, ``AdapterLoadError`` when it can't be read. Messages name files, never this machine's paths.
+    Takes a path, which it opens and closes, or a folder that the caller has opened. Raises ``AdapterNotFound`` when the
+    folder does not exist, ``AdapterError`` when it is not an adapter (the message says what it seems to be) or a link
+    leads out of the folder's root, ``AdapterLoadError`` when it can't be read. Messages name files, never this
+    machine's paths.
     """
 
     def __init__(self, folder: Path | OpenFolder, max_file_bytes: int | None = None) -> None:
@@ -48,7 +49,7 @@ class AdapterFolder:
             raise
 
     def without_path(self, text: str) -> str:
-        """``text`` with the folder's path cut out: it may reach a client."""
+        """``text`` without the folder's path, for clients."""
         return text.replace(f"{self.folder}/", "").replace(str(self.folder), "its folder")
 
     def generation(self) -> str:
@@ -75,10 +76,10 @@ class AdapterFolder:
             self._own.close()
 
     def _describe(self) -> tuple[str, str] | None:
-        """Why the folder is not an adapter, and the file at fault; None when both files are in it."""
+        """Why the folder is not an adapter, and the name of the missing file; None when both files are in it."""
         try:
             names = self.opened.names()
-            # A path is not safe below a root: a link may have taken the folder's place.
+            # Below a root the path is not safe: the folder may have been replaced by a link.
             inside = subfolders_with_adapters(self.folder) if self.opened.root is None else ()
             return describe_names(names, inside)
         except OSError as error:
@@ -89,7 +90,7 @@ class AdapterFolder:
             fd = self.opened.open(name)
         except OSError as error:
             if error.errno == errno.EXDEV:
-                raise leads_out(name) from error
+                raise outside_link_error(name) from error
             raise AdapterLoadError(f"{name} cannot be read: {error.strerror or error}.", param=name) from error
         found = os.fstat(fd)
         if stat.S_ISREG(found.st_mode) and (max_bytes is None or found.st_size <= max_bytes):
@@ -114,12 +115,12 @@ def open_folder(path: Path, root: Path | None = None) -> OpenFolder:
         raise AdapterNotFound("The adapter's folder does not exist.", param="adapter") from error
     except OSError as error:
         if error.errno == errno.EXDEV:
-            raise leads_out("The adapter's folder") from error
+            raise outside_link_error("The adapter's folder") from error
         raise AdapterLoadError(f"The adapter's folder cannot be read: {error.strerror or error}.") from error
 
 
-def leads_out(name: str) -> AdapterError:
-    """The error for a link that is not followed."""
+def outside_link_error(name: str) -> AdapterError:
+    """The error of a link that is not followed."""
     return AdapterError(
         f"{name} is a link that leads out of the folder that adapters may be in; it is not followed. Copy the files "
         "into that folder.",

@@ -1,4 +1,4 @@
-"""What files that are not a PEFT adapter ready to be served seem to be, and what to do with them. Reads names only."""
+"""Messages for files that are not a complete PEFT adapter: what they seem to be and what to do. Reads names only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _NUMBER = re.compile(r"\d+")
 
 def _rewrite(tensors: str, module: str = "glob") -> str:
     """A shell command that writes the dict ``tensors`` as the adapter's file: a Python expression, which may use ``s``
-    (safetensors.torch) and ``module``. A file that it reads is never written to.
+    (safetensors.torch) and ``module``. It does not write to a file that it reads.
     """
     write = f"import {module}, safetensors.torch as s; s.save_file({tensors}, 'new.safetensors', {{'format': 'pt'}})"
     return f'python -c "{write}" && mv new.safetensors {TENSORS}'
@@ -68,7 +68,7 @@ def refuse_wrapped(keys: Sequence[str]) -> None:
 
 
 def describe_folder(folder: Path) -> tuple[str, str] | None:
-    """Why ``folder`` is not a complete PEFT adapter, and the file at fault; None when both files are there.
+    """Why ``folder`` is not a complete PEFT adapter, and the name of the missing file; None when both files are there.
 
     Looks at names, and at those of its subfolders. Raises ``OSError`` when it can't be listed.
     """
@@ -85,8 +85,8 @@ def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) 
     """As ``describe_folder``, for a listing. ``adapters_inside`` are the subfolders that are adapters themselves."""
     if set(names).issuperset(_PAIR_FILES):
         return None
-    at_fault = TENSORS if CONFIG in names else CONFIG
-    return _seems(names, latest_first(adapters_inside)) or _lacks(names), at_fault
+    missing_file = TENSORS if CONFIG in names else CONFIG
+    return _seems(names, latest_first(adapters_inside)) or _lacks(names), missing_file
 
 
 def looks_like_adapter(names: Collection[str]) -> bool:

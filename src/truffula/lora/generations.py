@@ -16,18 +16,14 @@ from typing import Any, Literal, Protocol
 
 from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError
 from truffula.kernels.backend import AdapterImage
-from truffula.types import AdapterRef, AdapterState
+from truffula.lora.loads import AdapterSource
+from truffula.types import AdapterState
 
 OWNER = "adapters"
 NO_SLOT = -1
 
-Place = tuple[str, str, str | None]
-"""Where an adapter lies: kind, locator, revision."""
 Account = Literal["mapped", "idle", "in use"]
-
-
-def place_of(ref: AdapterRef) -> Place:
-    return ref.kind, ref.locator, ref.revision
+"""Where a generation's bytes are counted: without a slot, in a slot and evictable, in a slot and not evictable."""
 
 
 class Budget(Protocol):
@@ -52,7 +48,7 @@ class Slots(Protocol):
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """Where an adapter stands. ``generation`` only when ready, ``error`` only when failed."""
+    """The state of an adapter. ``generation`` is set when it is ready, ``error`` when it failed."""
 
     status: Literal["loading", "ready", "failed"]
     generation: str | None = None
@@ -61,7 +57,7 @@ class AdapterStatus:
 
 @dataclass(frozen=True, eq=False)
 class AdapterLease:
-    """The right to a generation until it is released: resident in ``slot``, or only loaded (``slot`` is NO_SLOT)."""
+    """Keeps a generation until it is released: resident in ``slot``, or only loaded (``slot`` is NO_SLOT)."""
 
     generation: str
     slot: int
@@ -72,17 +68,17 @@ class Generation:
     """One generation whose image is mapped."""
 
     image: AdapterImage
-    nbytes: int  # charged while resident: the mapped image and what the executable makes of it
+    nbytes: int  # charged while resident: the mapped image and the executable's own data for it
     used_at: float
-    aliases: set[Place] = field(default_factory=set)  # the places that lead to it; none: it is retired
-    names: list[str] = field(default_factory=list)  # of a retired one
+    sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
+    names: list[str] = field(default_factory=list)  # by which a retired one was last known
     slot: int | None = None
     uploaded: bool = False
     leases: int = 0
-    resident_leases: int = 0  # of these
+    resident_leases: int = 0  # of ``leases``
     pinned: bool = False
     commit: str = ""
-    account: Account | None = None  # where its bytes are counted
+    account: Account | None = None
 
     @property
     def id(self) -> str:
@@ -99,7 +95,7 @@ class Generation:
         return AdapterState(
             name=name,
             generation=self.id,
-            status=status if self.aliases else "retired",
+            status=status if self.sources else "retired",
             nbytes=self.nbytes,
             rank=self.image.rank,
             commit=self.commit,
@@ -130,7 +126,7 @@ class Generations:
     def __iter__(self) -> Iterator[Generation]:
         return iter(list(self._entries.values()))
 
-    # ---- residency
+    # Residency
 
     def add(self, image: AdapterImage, now: float) -> Generation:
         """A newly mapped image, without a slot."""
@@ -159,7 +155,7 @@ class Generations:
         except TruffulaError:
             self._budget.release(OWNER, entry.nbytes)
             raise
-        except (MemoryError, RuntimeError, ValueError) as error:  # how a backend says that it is out of memory
+        except (MemoryError, RuntimeError, ValueError) as error:  # a backend that is out of memory
             self._budget.release(OWNER, entry.nbytes)
             raise AdapterLoadError(f"The backend cannot take the adapter: {error}.") from error
         self._uploading[entry.id] = entry
@@ -178,7 +174,7 @@ class Generations:
         return [entry for entry in entries if entry.uploaded]
 
     def evict(self, entry: Generation) -> None:
-        """Take its slot and bytes away; the image stays mapped."""
+        """Release its slot and bytes; the image stays mapped."""
         if entry.slot is not None:
             self._slots.drop_adapter(entry.slot)
             entry.slot = None
@@ -190,19 +186,19 @@ class Generations:
     def drop(self, entry: Generation) -> None:
         """Evict and unmap it."""
         self.evict(entry)
-        self._book(entry, None)
+        self._set_account(entry, None)
         del self._entries[entry.id]
 
     def touch(self, entry: Generation, now: float) -> None:
-        """Record a use or a change of state: moves its bytes to the right account. Stamps never run backwards."""
+        """Record a use or a change of state, and count its bytes accordingly. Stamps never decrease."""
         entry.used_at = self._stamp = max(self._stamp, now)
-        free = entry.uploaded and not entry.resident_leases and not entry.pinned
-        self._book(entry, "mapped" if entry.slot is None else "idle" if free else "in use")
+        idle = entry.uploaded and not entry.resident_leases and not entry.pinned
+        self._set_account(entry, "mapped" if entry.slot is None else "idle" if idle else "in use")
 
-    def _book(self, entry: Generation, account: Account | None) -> None:
-        for book, nbytes in ((entry.account, -1), (account, 1)):
-            if book is not None:
-                self._bytes[book] += nbytes * (entry.image.nbytes if book == "mapped" else entry.nbytes)
+    def _set_account(self, entry: Generation, account: Account | None) -> None:
+        for counted, sign in ((entry.account, -1), (account, 1)):
+            if counted is not None:
+                self._bytes[counted] += sign * (entry.image.nbytes if counted == "mapped" else entry.nbytes)
         entry.account = account
         self._mapped.pop(entry.id, None)
         self._idle.pop(entry.id, None)
@@ -211,7 +207,7 @@ class Generations:
         elif account == "idle":
             self._idle[entry.id] = entry
 
-    # ---- leases
+    # Leases
 
     def lease(self, entry: Generation, slot: int) -> AdapterLease:
         """A new lease: on its slot, or at the level ``loaded`` (NO_SLOT)."""
@@ -231,7 +227,7 @@ class Generations:
         for entry in self:
             self.drop(entry)
 
-    # ---- totals
+    # Totals
 
     def oldest(self) -> Generation | None:
         """The idle generation that was not used for longest."""
@@ -266,7 +262,7 @@ class Generations:
         return len(self._entries) - len(self._mapped)
 
     def check(self) -> None:
-        """Assert that every number agrees with every other."""
+        """Raise AssertionError when a total, an index or a lease count is wrong."""
         entries = self._entries.values()
         slots = [entry.slot for entry in entries if entry.slot is not None]
         assert len(slots) == len(set(slots)) == self.resident, "two generations in one slot"

@@ -16,9 +16,10 @@ from truffula.weights.hub import HubError, explain
 
 
 def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline: bool, max_file_bytes: int) -> Path:
-    """Bring one adapter's files into the cache; returns their folder (a snapshot: its files are links to blobs).
+    """Download one adapter's files into the cache; returns their folder (a snapshot: its files are links to blobs).
 
-    What is checked is what is fetched: one commit. The small files that tell what else an adapter expects come along.
+    The files that are checked and those that are downloaded are of one commit. The small files that
+    ``extra_file_warnings`` reads are downloaded too.
 
     Raises ``AdapterNotFound`` for an unknown repository or revision, ``AdapterError`` when it holds no adapter or a
     file above ``max_file_bytes`` (checked before it is fetched), ``AdapterLoadError`` when the Hub can't be reached
@@ -42,18 +43,18 @@ def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline
                 _note_branch(paths[0].parent, revision or "main")
     except (TruffulaError, MemoryError):
         raise
-    except Exception as error:  # the library passes on errors of its HTTP client and of what it is sent
+    except Exception as error:  # the library also raises errors of its HTTP client and of malformed responses
         failure = explain(error, offline=offline)
         if failure.kind == "unexpected":
             raise
-        raise _refusal(repo, revision, failure) from error
+        raise _hub_error(repo, revision, failure) from error
     if paths[0].parent != paths[1].parent:
         raise AdapterLoadError(f"{repo} changed while it was downloaded; try again.", param="adapter")
     return paths[0].parent
 
 
-def _refusal(repo: str, revision: str | None, failure: HubError) -> TruffulaError:
-    """The error for a client: nothing of the library's own message, which may hold a request's URL and ids."""
+def _hub_error(repo: str, revision: str | None, failure: HubError) -> TruffulaError:
+    """The error for a client, without the library's message, which may contain a request's URL and ids."""
     at = "" if revision is None else f" (revision {revision})"
     text = f"The adapter {repo}{at} cannot be downloaded from the Hub: {failure.text}."
     if failure.kind in ("repository", "revision"):
@@ -64,8 +65,8 @@ def _refusal(repo: str, revision: str | None, failure: HubError) -> TruffulaErro
 
 
 def _note_branch(snapshot: Path, revision: str) -> None:
-    """In the library's cache, what leads from a branch to its commit: it notes that only when asked by the branch, and
-    offline nothing is found without it.
+    """Record in the library's cache which commit the branch is. The library does so only for downloads by branch name,
+    and offline it finds nothing without this file.
     """
     note = snapshot.parents[1] / "refs" / revision
     if revision == snapshot.name or (note.is_file() and note.read_text() == snapshot.name):
@@ -81,13 +82,13 @@ def _check_listing(info: Any, repo: str, max_file_bytes: int) -> tuple[str, ...]
     sizes = {file.rfilename: file.size for file in info.siblings or ()}
     lacking = describe_names({name for name in sizes if "/" not in name})
     if lacking is not None:
-        text, at_fault = lacking
+        text, missing_file = lacking
         if inside := latest_first(name.rpartition("/")[0] for name in sizes if name.endswith(f"/{TENSORS}")):
             text = (
                 f"Its folder {inside[0]} is an adapter, but subfolders of a repository are not served: download it "
                 f"with hf download {repo} --include '{inside[0]}/*' --local-dir DIR and give DIR/{inside[0]}."
             )
-        raise AdapterError(f"{repo} is not a PEFT adapter. {text}", param=at_fault)
+        raise AdapterError(f"{repo} is not a PEFT adapter. {text}", param=missing_file)
     for name, most in ((CONFIG, min(MAX_CONFIG_BYTES, max_file_bytes)), (TENSORS, max_file_bytes)):
         if (sizes[name] or 0) > most:
             raise AdapterError(

@@ -1,4 +1,4 @@
-"""An adapter as one mapped file: a header, a table with a row per part, then tensors on lines of 64 bytes.
+"""The image of an adapter, one file that is mapped: a header, a table with a row per part, then aligned tensors.
 
     magic "TRFLORA2" · u64 header length · header (msgpack) · zeros to 64 · table · zeros to 64 · data
 
@@ -46,11 +46,11 @@ from truffula.kernels.adapters import (
 MAGIC = b"TRFLORA2"
 MAX_HEADER_BYTES = 1 << 20
 MAX_PARTS = 1 << 20
-MAX_SCALE = 1e30  # far within float32; also what tells NaN and infinity apart from a scale
+MAX_SCALE = 1e30  # far within float32; the comparison also fails for NaN and infinity
 
 
 class AdapterTensors(Protocol):
-    """What can be written: a ``PeftAdapter`` is one."""
+    """What ``ImageWriter`` needs of an adapter; a ``PeftAdapter`` has it."""
 
     @property
     def generation(self) -> str: ...
@@ -64,7 +64,7 @@ class _Header(msgspec.Struct, frozen=True):
     layout: str
     generation: str
     rank: int
-    kinds: tuple[str, ...]  # the table's numbers for them
+    kinds: tuple[str, ...]  # by their numbers in the table
     parts: int
     data_bytes: int
 
@@ -94,7 +94,7 @@ class ImageWriter:
     def write(self, path: Path) -> None:
         """Make the file at ``path``, which must not exist, and pack into it where it is mapped.
 
-        Its pages are allocated first: raises ``OSError`` (no room) as the system gives it, and then removes the file.
+        Its pages are allocated first: raises the system's ``OSError`` when there is no room, after removing the file.
         """
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -121,11 +121,11 @@ def write_image(adapter: AdapterTensors, path: Path, layout: AdapterLayout = STO
 def map_image(source: Path | int) -> AdapterImage:
     """Map the file at a path (or an open descriptor, which stays the caller's) as an ``AdapterImage``.
 
-    The mapping is private: nothing is written to the file through it, and it may be unlinked immediately. Its memory
-    returns with the last reference to the image's data. Costs microseconds for a file of any size: header and table are
-    checked, the data is not touched.
+    The mapping is private: nothing is written to the file through it, and it may be unlinked immediately. Its memory is
+    released with the last reference to the image's data. Costs microseconds for a file of any size: header and table
+    are checked, the data is not touched.
 
-    Raises ``AdapterLoadError`` when header and table do not hold together, or name a kind of part that is not known.
+    Raises ``AdapterLoadError`` when header or table is invalid, or names an unknown kind of part.
     """
     fd = source if isinstance(source, int) else os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:

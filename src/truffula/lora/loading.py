@@ -1,4 +1,4 @@
-"""The engine's side of the loading workers.
+"""``LoadingWorker``: starts, supervises and stops the loading worker processes, for the engine.
 
     start(ref) ─► queue ─► worker process (niced, limited, killable) ─► image in a staging folder ─► poll() ─► pool
 
@@ -44,7 +44,7 @@ _STDERR_BYTES = 4096
 
 
 class AdapterLoader(Protocol):
-    """Reads and validates adapters elsewhere. No call waits: responses come through ``poll``."""
+    """Loads adapters, in other processes. No call waits: responses come through ``poll``."""
 
     def start(self, ref: AdapterRef) -> int:
         """Queue one load; returns its ticket."""
@@ -68,7 +68,7 @@ class AdapterLoader(Protocol):
 
 
 class _Worker:
-    """One worker process and its socket. ``request`` is what it works on."""
+    """One worker process and its socket. ``request`` is its current load."""
 
     def __init__(self, setup: Setup, nice: int, folders: Sequence[Path]) -> None:
         near, far = socket.socketpair()
@@ -87,7 +87,7 @@ class _Worker:
             raise
         finally:
             far.close()
-        with contextlib.suppress(OSError):  # it has ended already
+        with contextlib.suppress(OSError):  # the process has ended already
             priority = os.getpriority(os.PRIO_PROCESS, 0)
             os.setpriority(os.PRIO_PROCESS, self.process.pid, priority + nice)
         assert self.process.stderr is not None
@@ -97,7 +97,7 @@ class _Worker:
         self._eof = False
         self.request: LoadRequest | None = None
         self.cancelled = False
-        self.used_up = False
+        self.exhausted = False
         self.deadline = self.idle_since = float("inf")
         self.send(setup)
 
@@ -168,8 +168,8 @@ class LoadingWorker:
     Args:
         sites: The program's; sent to each worker once.
         model: The base's name, for messages.
-        layout: How the executable reads adapters; sent likewise.
-        tables: Where the base's tables lie, by kind of site.
+        layout: The executable's layout of adapters; sent to each worker once.
+        tables: Where the base's tables are stored, by kind of site.
         limits: Of one load.
         max_workers: Processes at most.
         nice: Added to the workers' niceness.
@@ -177,8 +177,8 @@ class LoadingWorker:
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
-    A worker, and before the first one the staging folders, are made for a load that finds none free; ``poll`` ends it
-    after ``IDLE_WORKER_S`` without a load. A server that serves the base alone has none of them.
+    A worker is started when a load finds none free, and stopped by ``poll`` after ``IDLE_WORKER_S`` without a load. The
+    staging folders are made with the first worker. A server that loads no adapter has neither.
     """
 
     def __init__(
@@ -279,11 +279,11 @@ class LoadingWorker:
         except WireError as error:
             self._on_worker_death(worker, f"the loading worker sent an unreadable message ({error.message})")
             return
-        if worker.used_up:
+        if worker.exhausted:
             self._stop(worker)
         elif worker.ended():
             with contextlib.suppress(WireError):
-                for response in worker.io():  # what it sent last
+                for response in worker.io():  # frames sent before it ended
                     self._on_response(worker, response, now)
             code = worker.process.returncode
             killed = code is not None and code < 0 and code != -signal.SIGXCPU
@@ -304,7 +304,7 @@ class LoadingWorker:
             logger.error("loading adapter %r failed unexpectedly:\n%s", request.ref.name, worker.take_stderr())
         worker.request = None
         worker.idle_since = now
-        worker.used_up = response.last
+        worker.exhausted = response.last
         self._deaths.pop(request.ticket, None)
         if worker.cancelled:
             self._staging.discard(request.ticket)
@@ -314,14 +314,14 @@ class LoadingWorker:
     def _on_worker_death(self, worker: _Worker, reason: str, *, retry: bool = False) -> None:
         """Remove a worker that died, hangs or breaks the protocol. Its load fails; the others are not affected.
 
-        ``retry``: the process was killed from outside, for which the adapter is not to blame unless it happens again.
+        ``retry``: the process was killed from outside, which counts against the adapter only if it happens again.
         """
         request, stderr = worker.request, worker.take_stderr()
         worker.process.kill()
         self._stop(worker)
-        said = f"; its last output:\n{stderr}" if stderr else ""
+        output = f"; its last output:\n{stderr}" if stderr else ""
         if request is None:
-            logger.error("loading worker %d died: %s; it was idle%s", worker.process.pid, reason, said)
+            logger.error("loading worker %d died: %s; it was idle%s", worker.process.pid, reason, output)
             return
         assert self._staging is not None
         self._staging.discard(request.ticket)
@@ -330,7 +330,7 @@ class LoadingWorker:
         outcome = "is tried again" if retry else "failed with it"
         logger.error(
             "loading worker %d died: %s; loading adapter %r %s%s",
-            worker.process.pid, reason, request.ref.name, outcome, said,
+            worker.process.pid, reason, request.ref.name, outcome, output,
         )  # fmt: skip
         if retry:
             self._deaths[request.ticket] = deaths
@@ -344,14 +344,14 @@ class LoadingWorker:
         self._ending.append(worker.process)
 
     def _dispatch(self) -> None:
-        """Give queued loads to free workers; start workers for them as long as there may be more."""
+        """Send queued loads to free workers; start workers for the others, up to ``max_workers``."""
         while self._queue and not self._paused:
             on_hub = sum(w.request is not None and w.request.ref.kind == "hub" for w in self._workers)
             hub_room = on_hub < max(1, self._max_workers - 1)
             request = next((r for r in self._queue if r.ref.kind != "hub" or hub_room), None)
             if request is None:
                 return
-            worker = next((w for w in self._workers if w.request is None and not w.used_up), None)
+            worker = next((w for w in self._workers if w.request is None and not w.exhausted), None)
             if worker is None and len(self._workers) >= self._max_workers:
                 return
             self._queue.remove(request)

@@ -1,7 +1,7 @@
 """Matching an adapter's tensors and configuration with a base's sites, from metadata alone.
 
-The tensors lead: each must be half of a pair on a module of the base, in the shape that the module takes. The
-configuration gives ranks and scales, and must name exactly those modules.
+The tensors decide: each must be half of a pair on a module of the base, with the module's shape. The configuration
+gives ranks and scales, and must name exactly those modules.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, matching_limit
-from truffula.lora.roots import TEXT_ROOTS, body_of, root_used, tail_of
+from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
 from truffula.lora.tables import FLOATS, BaseTable
 from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
@@ -31,7 +31,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """The base besides its sites: its name in messages, and where its tables lie (by kind of site)."""
+    """The base's name, for messages, and where its tables are stored, by kind of site."""
 
     model: str = "the base model"
     tables: Mapping[str, BaseTable] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Sites:
     def __init__(self, sites: Sequence[Site], modules: Collection[str]) -> None:
         self.all = sites
         linear = [site for site in sites if site.kind == "linear"]
-        self._own_root = body_of(site.module for site in linear)
+        self._own_root = text_root_of(site.module for site in linear)
         self.tails = frozenset(
             m.name.removeprefix(self._own_root) for site in sites if site.kind != "head" for m in site.modules
         )

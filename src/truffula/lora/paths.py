@@ -17,7 +17,7 @@ MAX_LINKS = 40
 
 
 def fingerprint(folder: Path) -> str:
-    """Sizes, times and inodes of both files: tells two states of a folder apart without reading it."""
+    """Sizes, times and inodes of both files: it changes when a file of the adapter does. Reads no file."""
     return _fingerprint(lambda name: (folder / name).stat())
 
 
@@ -38,8 +38,8 @@ class OpenFolder:
     Args:
         path: The folder.
         root: None, or a folder above ``path`` that no link may lead out of. Each component below it is then opened
-            relative to its parent without following links; a link is read and resolved component by component. A link
-            that is put in place at any moment is therefore never followed to the outside.
+            relative to its parent without following links; a link is read and resolved component by component. So a
+            link out of ``root`` is never followed, even one that is created during the walk.
 
     Raises ``OSError``: what the system says of ``path``, or errno EXDEV for a link that leads out of ``root``.
     """
@@ -90,7 +90,7 @@ class OpenFolder:
             os.close(fd)
 
     def fingerprint(self) -> str:
-        """As the function, of the files that ``open`` opens."""
+        """As the function ``fingerprint``, of the files that ``open`` opens."""
         return _fingerprint(self.stat)
 
     def close(self) -> None:
@@ -108,7 +108,7 @@ class OpenFolder:
                 if part == os.pardir:
                     os.close(stack.pop())
                     if not stack:
-                        raise _leads_out(path)
+                        raise _outside_error(path)
                     continue
                 kind = flags if last else os.O_RDONLY | os.O_DIRECTORY
                 try:
@@ -133,21 +133,21 @@ class OpenFolder:
         return stack
 
     def _below_root(self, target: str) -> str:
-        """An absolute path relative to the root; it is only a path, which is walked as any other."""
+        """An absolute link target as a path relative to the root. It is walked like any other path."""
         assert self.root is not None
         real = Path(os.path.realpath(target))
         if not real.is_relative_to(self.root):
-            raise _leads_out(target)
+            raise _outside_error(target)
         return str(real.relative_to(self.root))
 
 
-def _read_link(name: str, folder: int, why: OSError) -> str:
-    """Where the link ``name`` leads; raises ``why`` when it is not a link."""
+def _read_link(name: str, folder: int, error: OSError) -> str:
+    """The target of the link ``name``; raises ``error`` when it is not a link."""
     try:
         return os.readlink(name, dir_fd=folder)
     except OSError:
-        raise why from None
+        raise error from None
 
 
-def _leads_out(path: str) -> OSError:
+def _outside_error(path: str) -> OSError:
     return OSError(errno.EXDEV, "a link leads out of the folder of adapters", path)

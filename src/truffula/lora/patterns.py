@@ -1,8 +1,8 @@
 """Regular expressions from untrusted files, matched by Python's ``re`` as PEFT does, under a limit of computing time.
 
 An adapter's configuration holds patterns (``target_modules`` as a string, the keys of ``rank_pattern``), and a short
-hostile one keeps a backtracking engine busy for ever. ``re`` looks for signals while it matches, so a timer of the
-process's computing time ends it with an error of that adapter.
+hostile one can keep a backtracking engine busy for ever. ``re`` handles signals while it matches, so a timer of CPU
+time ends it with an error of that adapter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compiled(source: str, field: str, before: str = "", after: str = "") -> re.P
         raise _refused(source, field, f"{len(source)} characters; the limit is {MAX_PATTERN_CHARS}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sets that a later Python may read otherwise
+            warnings.simplefilter("ignore")  # sets that a later Python may interpret differently
             return re.compile(before + source + after)
     except re.error as error:
         raise _refused(
@@ -90,7 +90,7 @@ class Suffix:
     def __init__(self, source: str, field: str) -> None:
         self.source = source
         self._pattern = compiled(source, field, r"(.*\.)?(", ")$")
-        # Most patterns are plain names: their last part ends the module, which is found out faster.
+        # Most patterns are plain names: comparing the module's end with their last part is faster.
         self._end = source.rpartition(".")[2] if _PLAIN.match(source) else ""
 
     def match(self, module: str) -> bool:

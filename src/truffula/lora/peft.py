@@ -1,8 +1,9 @@
 """Reads and validates a PEFT LoRA adapter: it is served exactly, or refused with the field or tensor that is wrong.
 
-PEFT creates modules from the configuration and fills them from the file, silently where they disagree. Here the tensors
-lead: every key must be half of a pair on a module of this base, the configuration gives ranks and scales and must name
-exactly those modules, and every number must be finite. A valid adapter is given per site, bits unchanged, scale apart.
+PEFT creates modules from the configuration and fills them from the file, and reports no disagreement. Here the tensors
+decide: every key must be half of a pair on a module of this base, the configuration gives ranks and scales and must
+name exactly those modules, and every number must be finite. A valid adapter is returned as tensors per site, bits
+unchanged, and a scale.
 """
 
 from __future__ import annotations
@@ -82,13 +83,11 @@ def validate_adapter(
         warnings = list(parsed.warnings)
         if zero:
             warnings.append(f"{len(zero)} of {len(parsed.pairs)} modules are zero and change nothing: {listed(zero)}.")
-        laid = _lay_out(parsed.pairs, tensors)
-        generation = files.generation()
         return PeftAdapter(
-            generation=generation,
+            generation=files.generation(),
             rank=parsed.rank,
             nbytes=stored_bytes(parsed.pairs),
-            sites=laid,
+            sites=_site_tensors(parsed.pairs, tensors),
             report=(*field_rows(config), _tensor_row(parsed)),
             warnings=tuple(warnings),
         )
@@ -188,7 +187,7 @@ def _is_zero(array: Array) -> bool:
     return not any((flat[i : i + _ZERO_CHUNK] != 0).any() for i in range(0, flat.size, _ZERO_CHUNK))
 
 
-def _lay_out(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteTensors, ...]:
+def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteTensors, ...]:
     def of_pair(pair: Pair) -> Iterator[SiteTensors]:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
         for site, part in pair.parts:

@@ -1,9 +1,9 @@
-"""``AdapterPool``: which adapters are in memory. The only writer of that; it knows names and numbers, never a tensor.
+"""``AdapterPool``: which adapters are in memory. Its only writer; it handles names and numbers, never a tensor.
 
-    alias (a place and its names) ──► generation (hash of the bytes) ──► leases (loaded or resident)
+    source (kind, locator, revision; its names) ──► generation (hash of the bytes) ──► leases (loaded or resident)
 
-- Lookups of one place and fingerprint share one load; places with equal bytes share one generation.
-- A changed fingerprint is read again. The place then leads to the new generation and the former one is *retired*:
+- Lookups of one source and fingerprint share one load; sources with equal bytes share one generation.
+- A changed fingerprint is read again. The source then has the new generation and the former one is *retired*:
   sequences that have a lease keep it, and it is dropped with its last lease. Until then its bytes count.
 - A waiting or preempted sequence has a ``loaded`` lease: when its generation is evicted, the image stays mapped, so
   that it returns without its source, which may have changed or disappeared.
@@ -15,8 +15,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -25,88 +23,54 @@ from pathlib import Path
 from truffula.errors import (
     AdapterLoadError,
     AdapterNotFound,
-    ErrorInfo,
     InsufficientMemory,
     ShuttingDown,
     TruffulaError,
 )
-from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations, Place, Slots, place_of
+from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations, Slots
 from truffula.lora.generations import AdapterLease as AdapterLease
 from truffula.lora.generations import AdapterStatus as AdapterStatus
 from truffula.lora.image import map_image
 from truffula.lora.loading import AdapterLoader
+from truffula.lora.loads import AdapterLoads, AdapterSource, Load, SourceState, source_of, source_state, unlink_image
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
-logger = logging.getLogger(__name__)
-
 MAX_NAMES = 32
-"""Names kept of one place: a client may have many names for it."""
-MAX_COUNTED_NAMES = 1000
-"""Names with a load counter of their own; the others share ``OTHER_NAMES``."""
-OTHER_NAMES = "__other__"
+"""Names kept of one source: clients may name it in many ways."""
 ROOM_TIMEOUT_S = 60.0
 """How long a load command waits for memory that running requests use, once the adapter is read."""
 RETRY_POLL_S = 0.002
-"""How often an upload, or the room for a load, is looked at when nothing else is to be done."""
-
-Key = tuple[Place, str]
-"""One state of a place: the place and its fingerprint."""
+"""How often an idle engine checks whether an upload has finished, or a load may begin."""
 
 
 @dataclass
-class _Alias:
-    """What a place leads to: the fingerprints that were read as ``generation``, and the names that asked for it."""
+class _LoadedSource:
+    """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used."""
 
     generation: str
     fingerprints: set[str]
     names: set[str]
 
 
-@dataclass(frozen=True)
-class _Load:
-    """A load that is with the loader, or whose image is laid out but not mapped yet."""
-
-    key: Key
-    ref: AdapterRef
-    ticket: int
-
-
-@dataclass(frozen=True)
-class _Failure:
-    name: str
-    error: ErrorInfo
-    expires: float
-
-
 @dataclass
 class _LoadCommand:
-    """An operator's load that is not answered yet. ``ready_at``: when only memory was missing."""
+    """An operator's load that is not answered yet. ``no_room_since``: when the image was mapped and had no room."""
 
     ref: AdapterRef
     future: Future[list[AdapterState]] = field(default_factory=Future)
     lease: AdapterLease | None = None
-    ready_at: float | None = None
+    no_room_since: float | None = None
 
 
 class AdapterPool:
-    """Residency of adapters. One owner, one thread.
+    """Residency of adapters. Used by one thread.
 
-    The scheduler uses these members:
+    The engine calls ``poll`` before each step and ``command`` for operators. The scheduler calls ``lookup`` for waiting
+    sequences, ``retain`` once their adapter is loaded, ``acquire`` when it admits one, and ``release`` for each lease.
 
-    - ``lookup(ref, now)``: loading, ready (with the generation) or failed; begins the load if there is none.
-    - ``is_loaded(ref)``: whether ``lookup`` would answer ready. Begins nothing.
-    - ``retain(generation)``: a lease that keeps a loaded generation available (not resident).
-    - ``acquire(generation)``: a lease on a resident generation, which its ``slot`` names; None when that is not
-      possible in this step. ``is_pending(generation)`` then tells whether it only has to wait for a later step: no
-      memory needs to be freed for it.
-    - ``release(lease)``: ends a lease of either kind, once.
-    - ``leased_bytes``: bytes that no eviction can free.
-
-    The engine calls ``poll`` before each step, and ``command`` for operators.
-
-    ``clock`` is the one the budget's other reclaimers use. A failed load is not tried again for ``failure_ttl_s``.
-    ``mapped_limit`` (bytes) is an eighth of the budget's limit unless given.
+    ``clock`` is the clock of the budget's other reclaimers. A failed load is not tried again for ``failure_ttl_s``.
+    ``mapped_limit`` (bytes) is an eighth of the budget's limit unless given. ``loads`` has the open loads and counters.
     """
 
     def __init__(
@@ -119,50 +83,42 @@ class AdapterPool:
         failure_ttl_s: float = 10.0,
         mapped_limit: int | None = None,
     ) -> None:
-        self._loader = loader
         self._budget = budget
         self._clock = clock
-        self._failure_ttl_s = failure_ttl_s
         self._mapped_limit = budget.limit // 8 if mapped_limit is None else mapped_limit
         self._generations = Generations(slots, budget)
-        self._aliases: dict[Place, _Alias] = {}
-        self._pins: set[Place] = set()
-        self._loads: dict[Key, _Load] = {}
-        self._laid_out: deque[LoadResponse] = deque()
-        self._failures: dict[Key, _Failure] = {}
+        self._sources: dict[AdapterSource, _LoadedSource] = {}
+        self._pins: set[AdapterSource] = set()
         self._commands: list[_LoadCommand] = []
         self._may_upload = True  # nothing was given to the executable since the last poll
         self._polled = (float("-inf"), float("-inf"))  # the last poll but one, the last poll
+        self.loads = AdapterLoads(loader, failure_ttl_s)
         self.evictions = 0
-        self.loads = 0
-        self.loads_by_name: Counter[str] = Counter()
-        self.failures = 0  # loads that failed, and adapters that the executable refused
         budget.register_reclaimer(OWNER, self)
 
-    # ---- for the scheduler
+    # For the scheduler
 
     def lookup(self, ref: AdapterRef, now: float) -> AdapterStatus:
-        """Where ``ref`` stands now; begins a load if there is none. Never waits, never raises.
+        """The status of ``ref`` now; begins a load if there is none. Never waits, never raises.
 
-        A caller that wants to keep the ``generation`` of a ready one retains or acquires it before the next poll.
+        A caller that keeps the ``generation`` of a ready one must retain or acquire it before the next poll.
         """
-        key = (place_of(ref), ref.fingerprint)
-        alias = self._alias_of(key)
-        if alias is not None:
-            if len(alias.names) < MAX_NAMES:
-                alias.names.add(ref.name)
-            self._generations.touch(self._generations[alias.generation], now)
-            return AdapterStatus("ready", alias.generation)
-        failure = self._failures.get(key)
-        if failure is not None and now < failure.expires:
-            return AdapterStatus("failed", error=failure.error)
-        if key not in self._loads:
-            self._loads[key] = _Load(key, ref, self._loader.start(ref))
+        state = source_state(ref)
+        loaded = self._loaded(state)
+        if loaded is not None:
+            if len(loaded.names) < MAX_NAMES:
+                loaded.names.add(ref.name)
+            self._generations.touch(self._generations[loaded.generation], now)
+            return AdapterStatus("ready", loaded.generation)
+        error = self.loads.error(state, now)
+        if error is not None:
+            return AdapterStatus("failed", error=error)
+        self.loads.begin(ref)
         return AdapterStatus("loading")
 
     def is_loaded(self, ref: AdapterRef) -> bool:
         """Whether ``lookup`` would answer ready."""
-        return self._alias_of((place_of(ref), ref.fingerprint)) is not None
+        return self._loaded(source_state(ref)) is not None
 
     def retain(self, generation: str) -> AdapterLease:
         """A lease that keeps a loaded generation available, though not resident."""
@@ -188,12 +144,14 @@ class AdapterPool:
         return lease
 
     def is_pending(self, generation: str) -> bool:
-        """Whether ``acquire`` gave None because its upload has not ended, or another one was begun in this step."""
+        """Whether ``acquire`` gave None because its upload has not ended, or this step has begun another one: it
+        only has to wait, and needs no memory freed for it.
+        """
         entry = self._generations.get(generation)
         return entry is not None and not entry.resident and (entry.slot is not None or not self._may_upload)
 
     def release(self, lease: AdapterLease) -> None:
-        """End a lease. A resident adapter stays so until its bytes are needed for something else."""
+        """End a lease of either kind, once. A resident adapter stays resident until its bytes are needed."""
         entry = self._generations.release(lease)
         self._generations.touch(entry, self._clock())
         self._drop_if_retired(entry)
@@ -203,7 +161,7 @@ class AdapterPool:
         """The part of ``resident_bytes`` that no eviction can free."""
         return self._generations.leased_bytes
 
-    # ---- for the engine
+    # For the engine
 
     def poll(self, now: float, *, idle: bool = False) -> None:
         """Map at most one loaded adapter, drop unused images, advance commands, begin loads. Never raises for an
@@ -215,32 +173,27 @@ class AdapterPool:
         self._may_upload = True
         for entry in self._generations.check_uploads():
             self._drop_if_retired(entry)
-        self._laid_out += self._loader.poll(paused=self._is_crowded())
+        self.loads.poll(now, paused=self._above_mapped_limit())
         self._map_one(now)
-        for key in [key for key, failure in self._failures.items() if now >= failure.expires]:
-            del self._failures[key]
         for command in list(self._commands):
             self._advance(command, now, idle)
         for entry in self._generations.mapped():
-            self._place_or_drop(entry)
+            self._upload_or_drop(entry)
 
     def poll_fds(self) -> dict[int, int]:
         """File descriptors and events (``select.poll``) that announce work for ``poll``."""
-        return self._loader.poll_fds()
+        return self.loads.poll_fds()
 
     def poll_timeout(self) -> float | None:
         """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
-        if self._laid_out:
-            return 0.0
-        retried = self._generations.uploading or (self._loads and self._is_crowded())
-        return RETRY_POLL_S if retried else self._loader.poll_timeout()
+        retried = self._generations.uploading or (self.loads and self._above_mapped_limit())
+        return RETRY_POLL_S if retried and not self.loads.has_responses() else self.loads.poll_timeout()
 
     def states(self) -> list[AdapterState]:
         """One row per name and generation, loads and failures included, by name."""
-        rows = [AdapterState(name=load.ref.name, status="loading") for load in self._loads.values()]
-        rows += [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
+        rows = self.loads.states()
         for entry in self._generations:
-            names = set().union(*(self._aliases[place].names for place in entry.aliases)) or entry.names
+            names = set().union(*(self._sources[source].names for source in entry.sources)) or entry.names
             rows += [entry.state(name) for name in names]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
 
@@ -254,7 +207,7 @@ class AdapterPool:
         """What the budget is charged for them."""
         return self._generations.resident_bytes
 
-    # ---- commands of an operator
+    # Commands of an operator
 
     def command(self, command: AdapterCommand, now: float) -> Future[list[AdapterState]]:
         """Carry out a command; the states of what it concerns (``list``: all).
@@ -275,12 +228,11 @@ class AdapterPool:
 
     def _load(self, ref: AdapterRef, pinned: bool, now: float) -> Future[list[AdapterState]]:
         """Load even what failed recently. ``pinned``: keep it resident, through reloads, until it is unloaded."""
-        place = place_of(ref)
+        source = source_of(ref)
         if pinned:
-            self._pins.add(place)
-            self._repin(place)
-        for key in [key for key in self._failures if key[0] == place]:
-            del self._failures[key]
+            self._pins.add(source)
+            self._update_pin(source)
+        self.loads.forget_failures(source=source)
         self.lookup(ref, now)
         command = _LoadCommand(ref)
         self._commands.append(command)
@@ -289,22 +241,18 @@ class AdapterPool:
 
     def _unload(self, name: str) -> bool:
         """Forget ``name``: new requests load it again, running ones keep it. False when it is not known."""
-        keys = [key for key, load in self._loads.items() if load.ref.name == name]
-        for key in keys:
-            self._pins.discard(key[0])
-            self._loader.cancel(self._loads.pop(key).ticket)
-        failed = [key for key, failure in self._failures.items() if failure.name == name]
-        for key in failed:
-            del self._failures[key]
-        named = [(place, alias) for place, alias in self._aliases.items() if name in alias.names]
-        for place, alias in named:
-            self._pins.discard(place)
-            if alias.names == {name}:
-                self._detach(place)
+        cancelled = self.loads.cancel(name)
+        self._pins.difference_update(cancelled)
+        failed = self.loads.forget_failures(name=name)
+        named = [(source, loaded) for source, loaded in self._sources.items() if name in loaded.names]
+        for source, loaded in named:
+            self._pins.discard(source)
+            if loaded.names == {name}:
+                self._detach(source)
             else:
-                alias.names.discard(name)
-                self._repin(place)
-        return bool(keys or failed or named)
+                loaded.names.discard(name)
+                self._update_pin(source)
+        return bool(cancelled or failed or named)
 
     def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
         """Complete a load command whose adapter is resident or has failed."""
@@ -321,25 +269,26 @@ class AdapterPool:
 
     def _progress(self, command: _LoadCommand, now: float, idle: bool) -> AdapterState | None:
         """The state that answers a load command; None while it waits. Raises the error that ends it."""
-        ref, key = command.ref, (place_of(command.ref), command.ref.fingerprint)
-        if key in self._loads:
+        ref, state = command.ref, source_state(command.ref)
+        if state in self.loads:
             return None
-        if key in self._failures and self._alias_of(key) is None:
-            raise TruffulaError.from_info(self._failures[key].error)
-        alias = self._aliases.get(key[0])
-        if alias is None:
+        error = self.loads.error(state, now)
+        if error is not None and self._loaded(state) is None:
+            raise TruffulaError.from_info(error)
+        loaded = self._sources.get(source_of(ref))
+        if loaded is None:
             raise AdapterNotFound(f"Adapter {ref.name!r} was unloaded while it was loading.", param="adapter")
-        if command.lease is None or command.lease.generation != alias.generation:
-            former, command.lease = command.lease, self.retain(alias.generation)
+        if command.lease is None or command.lease.generation != loaded.generation:
+            former, command.lease = command.lease, self.retain(loaded.generation)
             if former is not None:
                 self.release(former)
-        entry = self._generations[alias.generation]
+        entry = self._generations[loaded.generation]
         if self._ensure_resident(entry):
             return entry.state(ref.name)
         if self.is_pending(entry.id):
             return None
-        command.ready_at = now if command.ready_at is None else command.ready_at
-        waited = now - command.ready_at
+        command.no_room_since = now if command.no_room_since is None else command.no_room_since
+        waited = now - command.no_room_since
         if idle or waited >= ROOM_TIMEOUT_S:
             raise InsufficientMemory(
                 f"Adapter {ref.name!r} takes {entry.nbytes} bytes, and running or pinned adapters leave no room "
@@ -348,33 +297,27 @@ class AdapterPool:
             )
         return None
 
-    # ---- loads
+    # Loads
 
-    def _is_crowded(self) -> bool:
+    def _above_mapped_limit(self) -> bool:
         """Whether so many bytes are mapped without a slot that no load may begin."""
         return self._generations.mapped_bytes > self._mapped_limit
 
     def _map_one(self, now: float) -> None:
         """Record failed loads, and map the image of one that succeeded."""
-        loads = {load.ticket: load for load in self._loads.values()}
-        while self._laid_out:
-            response = self._laid_out.popleft()
-            load = loads.get(response.ticket)
-            if load is None:  # cancelled meanwhile
-                _unlink(response)
-                continue
-            del self._loads[load.key]
+        while (ended := self.loads.next_response()) is not None:
+            load, response = ended
             try:
                 entry = self._map(response, now)
             except TruffulaError as error:
-                self._fail(load.key, load.ref.name, error.info(), now)
+                self.loads.fail(source_state(load.ref), load.ref.name, error.info(), now)
                 continue
-            self._count(load.ref, response)
-            self._attach(load.key, load.ref.name, entry, response.commit)
+            self.loads.complete(load.ref, response)
+            self._attach(load, entry, response.commit)
             return
 
     def _map(self, response: LoadResponse, now: float) -> Generation:
-        """Map a laid-out image, or join the generation of equal bytes; its file is unlinked in any case."""
+        """Map a response's image, or find the generation of equal bytes; its file is unlinked in any case."""
         if response.error is not None or response.image_path is None:
             raise TruffulaError.from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
         try:
@@ -386,107 +329,90 @@ class AdapterPool:
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
         finally:
-            _unlink(response)
+            unlink_image(response)
         if image.generation != response.generation:
             raise AdapterLoadError(
                 "The prepared adapter file is not of the adapter that was loaded; send the request again."
             )
         return self._generations.add(image, now)
 
-    def _count(self, ref: AdapterRef, response: LoadResponse) -> None:
-        self.loads += 1
-        known = ref.name in self.loads_by_name or len(self.loads_by_name) < MAX_COUNTED_NAMES
-        self.loads_by_name[ref.name if known else OTHER_NAMES] += 1
-        where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
-        logger.info(
-            "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
-            ref.name, where, response.seconds, response.rank, response.nbytes, response.generation[:12],
-        )  # fmt: skip
-        for warning in response.warnings:
-            logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
-
-    def _fail(self, key: Key, name: str, error: ErrorInfo, now: float) -> None:
-        self.failures += 1
-        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, key[0][1], error.code, error.message)
-        self._failures[key] = _Failure(name, error, now + self._failure_ttl_s)
-
-    # ---- generations
+    # Generations
 
     def _ensure_resident(self, entry: Generation) -> bool:
-        """Whether it is resident; begins its upload when this step has none yet. One that is refused is retired."""
+        """Whether it is resident; begins its upload when this step has none yet. One that is rejected is retired."""
         if entry.slot is None and self._may_upload:
             try:
                 self._may_upload = not self._generations.upload(entry)
             except TruffulaError as error:
-                for place in list(entry.aliases):
-                    alias = self._aliases[place]
-                    for fingerprint in alias.fingerprints:
-                        self._fail((place, fingerprint), min(alias.names), error.info(), self._clock())
-                    self._detach(place)
+                for source in list(entry.sources):
+                    loaded = self._sources[source]
+                    for fingerprint in loaded.fingerprints:
+                        self.loads.fail((source, fingerprint), min(loaded.names), error.info(), self._clock())
+                    self._detach(source)
                 raise
         return entry.resident
 
-    def _place_or_drop(self, entry: Generation) -> None:
-        """Make a mapped image resident if it is pinned, or used and in the way of a load; drop an unused one.
+    def _upload_or_drop(self, entry: Generation) -> None:
+        """Upload a mapped image that is pinned, or leased and blocks a load by its size; drop an unused one.
 
-        A pin keeps memory that was given. A pinned adapter that gets none, because others are pinned, must not prevent
-        all loading.
+        A pin keeps memory that was granted. A pinned adapter that gets none, because others are pinned, must not
+        prevent all loading.
         """
-        in_the_way = bool(self._loads) and self._is_crowded()
-        if entry.pinned or (in_the_way and entry.leases):
-            with contextlib.suppress(TruffulaError):  # recorded as the failure of its places
+        blocks_loads = bool(self.loads) and self._above_mapped_limit()
+        if entry.pinned or (blocks_loads and entry.leases):
+            with contextlib.suppress(TruffulaError):  # recorded as the failure of its sources
                 self._ensure_resident(entry)
         unused = not entry.leases and entry.used_at < self._polled[0]
-        if entry.account == "mapped" and unused and (in_the_way or not entry.pinned):
+        if entry.account == "mapped" and unused and (blocks_loads or not entry.pinned):
             self._drop(entry)
 
-    def _alias_of(self, key: Key) -> _Alias | None:
-        """What this state of a place leads to; None when it is not loaded."""
-        alias = self._aliases.get(key[0])
-        return alias if alias is not None and key[1] in alias.fingerprints else None
+    def _loaded(self, state: SourceState) -> _LoadedSource | None:
+        """The source, if this state of it is loaded."""
+        loaded = self._sources.get(state[0])
+        return loaded if loaded is not None and state[1] in loaded.fingerprints else None
 
-    def _attach(self, key: Key, name: str, entry: Generation, commit: str) -> None:
-        """Let the place lead to this generation; a former one that no other place leads to is retired."""
-        place, fingerprint = key
-        alias = self._aliases.get(place)
-        if alias is not None and alias.generation != entry.id:
-            self._detach(place)
-        alias = self._aliases.setdefault(place, _Alias(entry.id, set(), set()))
-        alias.fingerprints.add(fingerprint)
-        alias.names.add(name)
-        entry.aliases.add(place)
+    def _attach(self, load: Load, entry: Generation, commit: str) -> None:
+        """Make this the generation of the source; a former one that no other source has is retired."""
+        source, fingerprint = source_state(load.ref)
+        loaded = self._sources.get(source)
+        if loaded is not None and loaded.generation != entry.id:
+            self._detach(source)
+        loaded = self._sources.setdefault(source, _LoadedSource(entry.id, set(), set()))
+        loaded.fingerprints.add(fingerprint)
+        loaded.names.add(load.ref.name)
+        entry.sources.add(source)
         entry.commit = commit or entry.commit
-        self._repin(place)
+        self._update_pin(source)
 
-    def _detach(self, place: Place) -> None:
-        """This place leads to its generation no longer."""
-        alias = self._aliases[place]
-        entry = self._generations[alias.generation]
-        entry.names = sorted(alias.names)
-        entry.aliases.discard(place)
-        self._repin(place)
-        del self._aliases[place]
+    def _detach(self, source: AdapterSource) -> None:
+        """Forget the generation of this source; one that no other source has is retired."""
+        loaded = self._sources[source]
+        entry = self._generations[loaded.generation]
+        entry.names = sorted(loaded.names)
+        entry.sources.discard(source)
+        self._update_pin(source)
+        del self._sources[source]
         self._drop_if_retired(entry)
 
-    def _repin(self, place: Place) -> None:
-        """Pin or unpin the generation that this place leads to."""
-        alias = self._aliases.get(place)
-        if alias is not None:
-            entry = self._generations[alias.generation]
-            entry.pinned = not self._pins.isdisjoint(entry.aliases)
+    def _update_pin(self, source: AdapterSource) -> None:
+        """Pin or unpin the generation of this source."""
+        loaded = self._sources.get(source)
+        if loaded is not None:
+            entry = self._generations[loaded.generation]
+            entry.pinned = not self._pins.isdisjoint(entry.sources)
             self._generations.touch(entry, entry.used_at)
 
     def _drop_if_retired(self, entry: Generation) -> None:
         uploading = entry.slot is not None and not entry.uploaded  # the executable reads the image: dropped later
-        if not entry.aliases and not entry.leases and not uploading:
+        if not entry.sources and not entry.leases and not uploading:
             self._drop(entry)
 
     def _drop(self, entry: Generation) -> None:
-        for place in entry.aliases:
-            del self._aliases[place]
+        for source in entry.sources:
+            del self._sources[source]
         self._generations.drop(entry)
 
-    # ---- for the budget
+    # Reclaimer
 
     def oldest(self) -> float | None:
         entry = self._generations.oldest()
@@ -506,26 +432,16 @@ class AdapterPool:
         """Drop everything; leases become invalid, commands end with ``shutting_down``."""
         for command in self._commands:
             command.future.set_exception(ShuttingDown("The engine was closed."))
-        for response in self._laid_out:
-            _unlink(response)
         self._commands.clear()
-        self._laid_out.clear()
-        self._loads.clear()
-        self._aliases.clear()
-        self._loader.close()
+        self._sources.clear()
+        self.loads.close()
         self._generations.close()
 
     def check(self) -> None:
-        """Assert that every number agrees with every other. For tests and for an idle engine."""
+        """Raise AssertionError when the sources and the generations disagree. For tests and for an idle engine."""
         self._generations.check()
         for entry in self._generations:
-            assert all(self._aliases[place].generation == entry.id for place in entry.aliases)
-            assert entry.aliases or entry.leases or not entry.uploaded, "an unreachable generation"
-            assert entry.pinned == (not self._pins.isdisjoint(entry.aliases)), "a wrong pin"
-        assert set(self._aliases) == {place for entry in self._generations for place in entry.aliases}
-
-
-def _unlink(response: LoadResponse) -> None:
-    """Remove a laid-out image's file."""
-    if response.image_path is not None:
-        Path(response.image_path).unlink(missing_ok=True)
+            assert all(self._sources[source].generation == entry.id for source in entry.sources)
+            assert entry.sources or entry.leases or not entry.uploaded, "an unreachable generation"
+            assert entry.pinned == (not self._pins.isdisjoint(entry.sources)), "a wrong pin"
+        assert set(self._sources) == {source for entry in self._generations for source in entry.sources}

@@ -1,4 +1,4 @@
-"""The module paths by which model classes know the same text model, and the modules that text never passes through.
+"""The module paths of a text model in different model classes, and the modules that text does not pass through.
 
 A text model's layers are ``model.layers.N`` in its own class and ``model.language_model.layers.N`` in a multimodal
 class that contains it. An adapter uses the names of the class it was trained on; the matrices behind them are the same,
@@ -35,8 +35,8 @@ def other_part(module: str) -> str | None:
     return None if found is None else found["part"]
 
 
-def body_of(modules: Iterable[str]) -> str:
-    """The text root of a base whose layers' modules these are: the longest that all begin with."""
+def text_root_of(modules: Iterable[str]) -> str:
+    """The text root of a base with these ``modules``: the longest that all begin with."""
     names = list(modules)
     return max((root for root in TEXT_ROOTS if all(name.startswith(root) for name in names)), key=len)
 

@@ -7,7 +7,7 @@ A name leads to an adapter in these ways, tried in this order:
 3. the adapter folder: each of its subfolders by name, looked up when it is asked for;
 4. loading on first use: a path below an allowed folder, or a Hub id that matches an allowed pattern.
 
-A name that leads nowhere is ``AdapterNotFound`` in the same words for every reason, so that no client learns the
+An unknown name raises ``AdapterNotFound`` with the same message for every reason, so that clients cannot find out the
 server's paths.
 """
 
@@ -39,7 +39,7 @@ from truffula.option import expanded
 from truffula.types import AdapterRef
 
 SOURCES = ("local", "hub")
-# What OpenAI-side clients send for "the" model, whatever it is called: hub's and text-generation's own words.
+# Names that clients of huggingface_hub and text-generation send for the base, whatever its name is.
 BASE_WORDS = ("", "tgi", "dummy")
 MAX_NAME_CHARS = 512
 _UNKNOWN = "it is neither set with --adapter nor a subfolder of --adapter-dir"
@@ -55,7 +55,7 @@ def reserved(name: str, base_names: Collection[str]) -> bool:
 
 
 def _not_found(name: str, reason: str) -> AdapterNotFound:
-    """``reason`` is for the operator's log alone: a client learns nothing of paths and of adapters it may not name."""
+    """The error for a client. ``reason`` is only logged: it may contain paths that the client must not know."""
     shown = name if len(name) <= 80 else name[:77] + "..."
     text = f"There is no adapter {shown!r} on this server."
     return AdapterNotFound(text, param="adapter", adapter=shown, reason=reason)
@@ -66,13 +66,13 @@ def _printable(name: str) -> bool:
 
 
 def _is_folder_name(name: str) -> bool:
-    """One path component that means itself: no separators, no dot in front, nothing that logs would trip over."""
+    """Whether ``name`` is one printable path component that does not begin with a dot."""
     return _printable(name) and not name.startswith(".") and "/" not in name and "\\" not in name
 
 
 def _has_no_links(folder: Path) -> bool:
-    """Whether ``folder`` is a folder, and both files of an adapter are files in it; False where one is a link. This is
-    a tenth of the work that it takes to see where links lead, and adapter folders hold thousands.
+    """Whether ``folder`` is a folder, and both files of an adapter are files in it; False where one is a link. It costs
+    a tenth of resolving links, and adapter folders hold thousands of adapters.
     """
     try:
         files = [os.lstat(f"{folder}/{name}").st_mode for name in (CONFIG, TENSORS)]
@@ -87,7 +87,7 @@ def _is_below(path: Path, root: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What the folder held ``at`` (monotonic seconds), when its own time of change was ``changed``."""
+    """The folder's adapters ``at`` a time (monotonic seconds), when its mtime was ``changed``."""
 
     changed: int
     at: float
@@ -98,13 +98,13 @@ class AdapterDirectory:
     """Resolves a client's name to an ``AdapterRef``. Thread-safe.
 
     Args:
-        adapters: Name → folder, or Hub id (``org/name``, ``org/name@revision``). An existing folder wins over a Hub id.
+        adapters: Name → folder, or Hub id (``org/name``, ``org/name@revision``). A folder that exists is preferred.
         adapter_dir: Each of its subfolders is an adapter by the folder's name. Links that leave it are not followed.
         allow_local: Folders below which a client may name an adapter by absolute path (or by a path relative to one).
         allow_hub: Shell patterns of Hub ids a client may name, such as ``my-org/*``.
-        default_source: Where a name is looked for that is in neither of the first two and names no source.
-        base_names: What the base is called. Names that are ``reserved`` beside them lead to no adapter. None: there are
-            no other clients than the caller, and nothing is reserved.
+        default_source: Where a name is looked up that is in neither of the first two and names no source.
+        base_names: The names of the base. Names that are ``reserved`` besides them are not served as adapters. None:
+            the caller is the only client, and nothing is reserved.
 
     Raises ``ConfigError`` for a name or a source that can't be used.
     """
@@ -130,7 +130,7 @@ class AdapterDirectory:
         if adapter_dir is not None and not adapter_dir.is_dir():
             why = "is a file, not a folder of adapters" if adapter_dir.exists() else "does not exist"
             raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
-        self._named = {name: _place(name, source) for name, source in (adapters or {}).items()}
+        self._named = {name: _parse_source(name, source) for name, source in (adapters or {}).items()}
         self._added: dict[str, AdapterRef] = {}
         self._dir = adapter_dir.resolve() if adapter_dir is not None else None
         self._allow_local = tuple(path.resolve() for path in allow_local)
@@ -140,9 +140,9 @@ class AdapterDirectory:
     def resolve(
         self, name: str | None, source: str | None = None, base_names: Collection[str] = ()
     ) -> AdapterRef | None:
-        """Where adapter ``name`` lies now; None when it means the base (None, empty, or one of ``base_names``).
+        """The adapter called ``name``; None when the name means the base (None, empty, or one of ``base_names``).
 
-        Raises ``AdapterNotFound`` when nothing the operator allows is meant, ``InvalidRequest`` for an unknown source.
+        Raises ``AdapterNotFound`` when the operator allows no such adapter, ``InvalidRequest`` for an unknown source.
         Costs a few ``stat`` calls for local adapters: their fingerprint is taken here, so that a changed folder is read
         again by the next request.
         """
@@ -170,26 +170,26 @@ class AdapterDirectory:
         return self._allowed_path(name)
 
     def names(self) -> list[str]:
-        """Adapters that can be listed: the named ones and the folder's, sorted. First-use ones have no list."""
+        """The names of named adapters and the folder's, sorted. Those that are loaded on first use are not listed."""
         return sorted({*self._added, *self._named, *self._listed()})
 
     def locate(self, name: str, source: Path | str) -> AdapterRef:
-        """What ``name`` would mean if it were added with this folder or Hub id. Nothing is added.
+        """The adapter that ``add`` would register as ``name`` for this folder or Hub id. Nothing is added.
 
         Raises ``ConfigError`` for a name or a source that can't be used.
         """
-        return _with_fingerprint(_place(name, source))
+        return _with_fingerprint(_parse_source(name, source))
 
     def add(self, ref: AdapterRef) -> None:
-        """Let the name of ``ref``, which ``locate`` returned, lead to its place, whatever it led to before."""
+        """Register ``ref``, which ``locate`` returned, under its name. It replaces an adapter of the same name."""
         self._added[ref.name] = ref
 
     def remove(self, name: str) -> None:
-        """Forget what was added by this name; the operator's own adapters remain."""
+        """Remove the adapter that ``add`` registered under ``name``. The operator's own adapters remain."""
         self._added.pop(name, None)
 
     def warnings(self) -> list[str]:
-        """What an operator should know at the start: places that hold no adapter, and adapters that cannot be served.
+        """Warnings for the operator at the start: sources without an adapter, and adapters that cannot be served.
 
         Reads the names of files and ``adapter_config.json``, of each named folder and of each subfolder of the adapter
         folder; no tensors.
@@ -222,7 +222,7 @@ class AdapterDirectory:
             yield f"--adapter-dir {self._dir}: no subfolder is an adapter (a folder with {CONFIG} and {TENSORS})"
 
     def _why_not_served(self, folder: Path, listed: Collection[str]) -> str | None:
-        """Of a subfolder that was meant as an adapter, or holds some; None for every other."""
+        """Why a subfolder that was meant as an adapter, or contains some, is not served; None for any other."""
         try:
             lacking = describe_folder(folder)
             if lacking is None:
@@ -278,9 +278,9 @@ class AdapterDirectory:
     def _allowed_path(self, name: str) -> AdapterRef:
         for root in self._allow_local:
             try:
-                folder = (root / name).resolve(strict=True)  # an absolute name stands for itself
+                folder = (root / name).resolve(strict=True)  # an absolute name replaces the root
                 if _is_below(folder, root) and (folder / CONFIG).is_file():
-                    # One name a folder, however it was spelt: names end up in the pool's and the metrics' tables.
+                    # One name per folder, however it was spelt: names are keys of the pool's and the metrics' tables.
                     own = str(folder.relative_to(root)) if folder != root else root.name
                     return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder), root=str(root)))
             except (OSError, RuntimeError, ValueError):
@@ -303,8 +303,8 @@ class AdapterDirectory:
         raise _not_found(name, f"{_UNKNOWN}, and it is not a Hub id")
 
 
-def _place(name: str, source: Path | str) -> AdapterRef:
-    """Where an operator's ``name=source`` points."""
+def _parse_source(name: str, source: Path | str) -> AdapterRef:
+    """The adapter of an operator's ``name=source``."""
     if not _printable(name):
         raise ConfigError(
             f"{name[:80]!r} is not a valid adapter name: names have 1 to {MAX_NAME_CHARS} printable characters.",
@@ -327,7 +327,7 @@ def _place(name: str, source: Path | str) -> AdapterRef:
 
 
 def _named_warning(ref: AdapterRef) -> str | None:
-    """What is wrong with an operator's adapter, as far as names of files tell."""
+    """Why an operator's adapter cannot be served, from file names and ``adapter_config.json`` alone."""
     if ref.kind == "hub":
         # A Hub id looks like a relative path: a mistyped folder would only show when the Hub does not know it.
         folder = Path(ref.locator)
@@ -345,7 +345,7 @@ def _named_warning(ref: AdapterRef) -> str | None:
 
 
 def _refused_config(folder: Path) -> str | None:
-    """Why the adapter in ``folder`` will be refused, as far as its ``adapter_config.json`` tells."""
+    """Why the adapter in ``folder`` will be refused, from its ``adapter_config.json`` alone."""
     try:
         with (folder / CONFIG).open("rb") as file:
             read_settings(parse_config(file.read(MAX_CONFIG_BYTES + 1)))

@@ -1,4 +1,4 @@
-"""The staging folders: where images lie between the worker that writes them and the engine that maps them."""
+"""Staging folders: the loading workers write adapter images there, and the engine maps them from there."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PREFIX = "truffula-staging-"
 
 
 class Staging:
-    """Folders of one engine: in shared memory where there is some, and on disk.
+    """The folders of one engine: in shared memory if available, and on disk.
 
-    Each is locked (``flock``) by the engine as long as that runs, before it gets the name by which others find it. So a
-    folder without a lock was left by an engine that was killed; its worker removes it, or a worker of another engine.
+    The engine locks each folder (``flock``) while it runs, and gives it its final name once it is locked. So a folder
+    with that name and without a lock was left by a killed engine: its worker, or one of another engine, removes it.
     """
 
     def __init__(self, roots: Sequence[Path] | None = None) -> None:
@@ -34,7 +34,7 @@ class Staging:
             self.folders.append(made.rename(root / made.name.removeprefix(".")))
 
     def discard(self, ticket: int) -> None:
-        """Remove what a failed load has left."""
+        """Remove the files of a failed load."""
         for folder in self.folders:
             for path in folder.glob(f"{ticket}-*"):
                 path.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def sweep(folders: Sequence[Path]) -> None:
 def remove_abandoned(folder: Path) -> bool:
     """Remove a staging folder whose engine has ended; True when the folder does not exist any more.
 
-    A locked one, and one of another user, is left alone.
+    A folder that is locked, or belongs to another user, is kept.
     """
     with contextlib.suppress(OSError):
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""The base's own tables, to compare with the copies that PEFT saves beside adapters of them.
+"""Compares the copies of base tables that PEFT saves with an adapter with the base's own tables.
 
 ``save_pretrained`` writes ``<table>.base_layer.weight`` when an embedding or the head is targeted (its
 ``save_embedding_layers="auto"``), and PEFT loads it back into the base. A copy that equals the served table changes
@@ -29,7 +29,7 @@ _WAY_OUT = "Save the adapter with save_embedding_layers=False, which leaves the 
 
 @dataclass(frozen=True)
 class BaseTable:
-    """Where a table ``[V, D]`` lies in a file of the base, as it was when the base was loaded."""
+    """A table ``[V, D]`` in a file of the base: where it is, and the file as it was when the base was loaded."""
 
     file: FileStamp
     dtype: str
@@ -39,7 +39,7 @@ class BaseTable:
     def check_copy(self, key: str, copy: Array) -> None:
         """``AdapterError`` unless ``copy``, the adapter's tensor ``key``, is this table in the copy's dtype.
 
-        Costs one read of both.
+        Reads both once.
         """
         if copy.shape != self.shape:
             raise _refused(key, f"has shape {list(copy.shape)}; the base's table has {list(self.shape)}")

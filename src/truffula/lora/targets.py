@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.]+\Z")
 class Targets:
     """``targeted(module)`` for module paths without ``base_model.model.``.
 
-    ``linear`` modules are what ``all-linear`` stands for: every linear layer but the output head.
+    ``linear`` modules are those that ``all-linear`` means: every linear layer but the output head.
     """
 
     def __init__(self, settings: LoraSettings, linear: frozenset[str]) -> None:

@@ -1,10 +1,10 @@
 """The loading worker: ``python -m truffula.lora.worker FD FOLDER…``, started by ``lora/loading.py``.
 
-It carries out one load at a time: fetch an adapter, validate it, lay it out in a staging folder. It is a process of its
-own, so that a hostile or huge adapter costs the engine nothing: low priority, limits of memory and computing time, and
-it can be killed. It imports neither torch nor transformers. It ends when its socket closes, in the middle of a load
-too, and then removes the staging folders of its engine if that was killed; those of other killed engines it removes at
-its start.
+It executes one load at a time: download the adapter, validate it, write its image into a staging folder. It is a
+process of its own with low priority and limits on memory and CPU time, and it can be killed: a hostile or huge adapter
+does not disturb the engine. It imports neither torch nor transformers. It ends when its socket closes, in the middle of
+a load too, and then removes the staging folders of its engine if that was killed; those of other killed engines it
+removes at its start.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _SPARE_BYTES = 1 << 20
 
 
 class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What one load may take. Bytes and seconds.
+    """The limits of one load, in bytes and seconds.
 
     ``image_bytes`` bounds an adapter in memory (the engine's budget), ``file_bytes`` on disk; ``memory_bytes`` is how
     much the worker's own data may grow besides. ``cpu_s`` counts computing, ``wall_s`` and ``download_s`` waiting too.
@@ -60,7 +60,7 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setup(Frame, frozen=True, kw_only=True):
-    """First frame to a worker: what it needs to know of the engine."""
+    """The first frame to a worker: the base, the layout and the limits of all its loads."""
 
     sites: list[Site]
     model: str
@@ -79,9 +79,9 @@ class LoadRequest(Frame, frozen=True, kw_only=True):
 
 
 class LoadResponse(Frame, frozen=True, kw_only=True):
-    """How one load ended: an image to map (the receiver maps it, then unlinks it), or the error.
+    """The result of one load: an image to map (the receiver maps it, then unlinks it), or the error.
 
-    ``last``: the worker ends after this response, because its memory is used up.
+    ``last``: the worker ends after this response, because it has reached its memory limit.
     """
 
     ticket: int
@@ -123,7 +123,7 @@ def serve(fd: int, staging: Sequence[Path]) -> int:
             except MemoryError:
                 break
             channel.send(response)
-        # Not all memory was released, and the next load has the same right to it: that needs a fresh worker.
+        # Some memory stays allocated, and the next load may use the full limit: that needs a new worker.
         _limit_memory(_data_bytes() + (16 << 20))
         channel.send(msgspec.structs.replace(out_of_memory(request, setup), last=True))
     return 0
@@ -145,14 +145,14 @@ def _listen(channel: Channel[ToWorker], inbox: queue.SimpleQueue[ToWorker], stag
     except (WireError, MemoryError) as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         status = 1
-    for _ in range(CLEAN_UP_TRIES):  # the lock of a killed engine may outlast its socket by a moment
+    for _ in range(CLEAN_UP_TRIES):  # a killed engine's lock may be released a moment after its socket closes
         if all(remove_abandoned(folder) for folder in staging):
             break
         time.sleep(CLEAN_UP_PAUSE_S)
     os._exit(status)
 
 
-# ---- one load
+# One load
 
 
 def load(
@@ -162,10 +162,9 @@ def load(
     *,
     on_files: Callable[[int], None] = lambda nbytes: None,
 ) -> LoadResponse:
-    """Carry out ``request``: a new file in a staging folder, or the error. Errors of the adapter are not raised.
+    """Execute ``request``; returns an image in a staging folder, or the error.
 
-    ``on_files`` gets the size of the adapter's files before they are read. Raises ``MemoryError`` alone, which the
-    caller answers.
+    ``on_files`` is called with the size of the adapter's files before they are read. Only ``MemoryError`` is raised.
     """
     started = time.monotonic()
     try:
@@ -186,7 +185,7 @@ def load(
             path = _new_file(request, staging, image.nbytes)
             image.write(path)
             if opened.fingerprint() != before:
-                # The image was copied from a mapping of the file: if that was written to, it is not what was validated.
+                # The image was copied from the mapped file, which may have been written to after it was checked.
                 path.unlink()
                 raise AdapterLoadError(
                     "The adapter's files changed while they were read; send the request again.", param="adapter"
@@ -199,7 +198,7 @@ def load(
         return _failed(request, AdapterLoadError(what).info(), started)
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  of a library, or our own mistake: it ends this load and nothing else
+    except Exception as error:  # noqa: BLE001  of a library, or a bug here: only this load fails
         traceback.print_exception(error, file=sys.stderr)
         kind = type(error).__name__
         what = f"Loading adapter {request.ref.name!r} failed unexpectedly ({kind}); the log has the traceback."
@@ -210,7 +209,7 @@ def load(
         generation=adapter.generation,
         nbytes=image.nbytes,
         rank=adapter.rank,
-        commit=folder.name if request.ref.kind == "hub" else "",  # the cache names its snapshots so
+        commit=folder.name if request.ref.kind == "hub" else "",  # the cache names a snapshot by its commit
         warnings=adapter.warnings,
         seconds=time.monotonic() - started,
     )
@@ -231,7 +230,7 @@ def _failed(request: LoadRequest, error: ErrorInfo, started: float) -> LoadRespo
 
 
 def _find(ref: AdapterRef, setup: Setup) -> Path:
-    """The adapter's folder; one of the Hub is downloaded."""
+    """The adapter's folder, downloaded if it is on the Hub."""
     if ref.kind == "local":
         return Path(ref.locator)
     return download(
@@ -264,11 +263,11 @@ def _new_file(request: LoadRequest, staging: Sequence[Path], nbytes: int) -> Pat
     )
 
 
-# ---- limits
+# Limits
 
 
 def _data_bytes() -> int:
-    """Private writable memory of this process (VmData); 0 where the system does not tell."""
+    """Private writable memory of this process (VmData); 0 where the system does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0

@@ -1,0 +1,169 @@
+"""``AdapterLoads``: the loads that are with the loader, and those that failed recently. Part of the adapter pool."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from dataclasses import dataclass
+from pathlib import Path
+
+from truffula.errors import ErrorInfo
+from truffula.lora.loading import AdapterLoader
+from truffula.lora.worker import LoadResponse
+from truffula.types import AdapterRef, AdapterState
+
+logger = logging.getLogger(__name__)
+
+MAX_COUNTED_NAMES = 1000
+"""Names with a load counter of their own; the others share ``OTHER_NAMES``."""
+OTHER_NAMES = "__other__"
+
+AdapterSource = tuple[str, str, str | None]
+"""Where an adapter is read from: kind, locator, revision."""
+SourceState = tuple[AdapterSource, str]
+"""One state of a source: the source and its fingerprint."""
+
+
+def source_of(ref: AdapterRef) -> AdapterSource:
+    return ref.kind, ref.locator, ref.revision
+
+
+def source_state(ref: AdapterRef) -> SourceState:
+    return source_of(ref), ref.fingerprint
+
+
+@dataclass(frozen=True)
+class Load:
+    """A load whose image is not mapped yet."""
+
+    ref: AdapterRef
+    ticket: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    name: str
+    error: ErrorInfo
+    expires: float
+
+
+class AdapterLoads:
+    """Loads by the state of the source that they read: at most one at a time for each.
+
+    A failed load is not tried again for ``failure_ttl_s``. ``completed`` and ``failed`` count loads since the start;
+    ``failed`` also counts adapters that the executable rejected.
+    """
+
+    def __init__(self, loader: AdapterLoader, failure_ttl_s: float) -> None:
+        self._loader = loader
+        self._failure_ttl_s = failure_ttl_s
+        self._open: dict[SourceState, Load] = {}
+        self._responses: deque[LoadResponse] = deque()
+        self._failures: dict[SourceState, _Failure] = {}
+        self.completed = 0
+        self.completed_by_name: Counter[str] = Counter()
+        self.failed = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __contains__(self, state: SourceState) -> bool:
+        """Whether this state is being loaded."""
+        return state in self._open
+
+    def begin(self, ref: AdapterRef) -> None:
+        """Begin a load unless this state is being loaded already."""
+        state = source_state(ref)
+        if state not in self._open:
+            self._open[state] = Load(ref, self._loader.start(ref))
+
+    def cancel(self, name: str) -> list[AdapterSource]:
+        """Cancel the loads that ``name`` asked for; returns their sources."""
+        states = [state for state, load in self._open.items() if load.ref.name == name]
+        for state in states:
+            self._loader.cancel(self._open.pop(state).ticket)
+        return [source for source, _ in states]
+
+    def poll(self, now: float, *, paused: bool) -> None:
+        """Collect the loader's responses and forget expired failures. ``paused``: the loader begins no queued load."""
+        self._responses += self._loader.poll(paused=paused)
+        for state in [state for state, failure in self._failures.items() if now >= failure.expires]:
+            del self._failures[state]
+
+    def has_responses(self) -> bool:
+        """Whether ``next_response`` may return one."""
+        return bool(self._responses)
+
+    def next_response(self) -> tuple[Load, LoadResponse] | None:
+        """The next load that ended, which is no longer open from here on; None when there is none."""
+        open_loads = {load.ticket: load for load in self._open.values()}
+        while self._responses:
+            response = self._responses.popleft()
+            load = open_loads.get(response.ticket)
+            if load is not None:
+                del self._open[source_state(load.ref)]
+                return load, response
+            unlink_image(response)  # it was cancelled in the meantime
+        return None
+
+    def complete(self, ref: AdapterRef, response: LoadResponse) -> None:
+        """Count and log a load whose image is mapped."""
+        self.completed += 1
+        known = ref.name in self.completed_by_name or len(self.completed_by_name) < MAX_COUNTED_NAMES
+        self.completed_by_name[ref.name if known else OTHER_NAMES] += 1
+        where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
+        logger.info(
+            "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
+            ref.name, where, response.seconds, response.rank, response.nbytes, response.generation[:12],
+        )  # fmt: skip
+        for warning in response.warnings:
+            logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
+
+    # Failures
+
+    def fail(self, state: SourceState, name: str, error: ErrorInfo, now: float) -> None:
+        """Count, log and remember the failure of an adapter that ``name`` asked for."""
+        self.failed += 1
+        logger.warning("adapter %r (%s) is not loaded (%s): %s", name, state[0][1], error.code, error.message)
+        self._failures[state] = _Failure(name, error, now + self._failure_ttl_s)
+
+    def error(self, state: SourceState, now: float) -> ErrorInfo | None:
+        """Why this state failed to load less than ``failure_ttl_s`` ago; None when it did not."""
+        failure = self._failures.get(state)
+        return None if failure is None or now >= failure.expires else failure.error
+
+    def forget_failures(self, *, source: AdapterSource | None = None, name: str | None = None) -> bool:
+        """Forget the failures of a source or of a name; whether there were any."""
+        states = [state for state, failure in self._failures.items() if source == state[0] or name == failure.name]
+        for state in states:
+            del self._failures[state]
+        return bool(states)
+
+    # Waiting
+
+    def poll_fds(self) -> dict[int, int]:
+        """File descriptors and events (``select.poll``) that announce a response."""
+        return self._loader.poll_fds()
+
+    def poll_timeout(self) -> float | None:
+        """Seconds until there is a response without an event on ``poll_fds``; None: never."""
+        return 0.0 if self._responses else self._loader.poll_timeout()
+
+    def states(self) -> list[AdapterState]:
+        """One row per open load and per failure."""
+        rows = [AdapterState(name=load.ref.name, status="loading") for load in self._open.values()]
+        return rows + [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
+
+    def close(self) -> None:
+        """End all loads and the loader."""
+        for response in self._responses:
+            unlink_image(response)
+        self._responses.clear()
+        self._open.clear()
+        self._loader.close()
+
+
+def unlink_image(response: LoadResponse) -> None:
+    """Remove the image file of a response, if it has one."""
+    if response.image_path is not None:
+        Path(response.image_path).unlink(missing_ok=True)
