@@ -91,8 +91,8 @@ def logits_of(row: Row, texts: Sequence[list[int]], adapter: Path | None, thread
     try:
         slot = None
         if adapter is not None:
-            judged = validate_adapter(adapter, plan.program.sites, base=BaseFacts(plan.program.name))
-            slot = executable.adapter(make_image(executable.layout, judged.sites, generation=judged.generation))
+            validated = validate_adapter(adapter, plan.program.sites, base=BaseFacts(plan.program.name))
+            slot = executable.adapter(make_image(executable.layout, validated.sites, generation=validated.generation))
         return [Driver(executable, capacity, slot).feed(ids) for ids in texts]
     finally:
         executable.close()

@@ -42,8 +42,8 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Laid:
-    """An adapter without any weights but ``nbytes`` of ballast: the hash model goes by its generation alone."""
+class StubAdapter:
+    """An adapter of ``nbytes`` arbitrary bytes: the hash model uses its generation only."""
 
     generation: str
     nbytes: int = 64
@@ -58,7 +58,7 @@ class Laid:
 class HandLoader:
     """An ``AdapterLoader`` whose loads end when the test says. ``automatic``: on the next poll.
 
-    The generation is locator and fingerprint, so a place means the same adapter in every test. Locators and
+    The generation is locator and fingerprint, so a source has the same adapter in every test. Locators and
     fingerprints that begin with ``bad`` fail.
     """
 
@@ -117,10 +117,10 @@ class HandLoader:
     def _result(self, ticket: int, ref: AdapterRef) -> LoadResponse:
         if ref.locator.startswith("bad") or ref.fingerprint.startswith("bad"):
             return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
-        laid = Laid(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
+        stub = StubAdapter(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
         path = self._folder / str(ticket)
-        size = write_image(laid, path)
-        return LoadResponse(ticket=ticket, image_path=str(path), generation=laid.generation, nbytes=size, rank=1)
+        size = write_image(stub, path)
+        return LoadResponse(ticket=ticket, image_path=str(path), generation=stub.generation, nbytes=size, rank=1)
 
 
 def limits(**changes) -> EngineLimits:

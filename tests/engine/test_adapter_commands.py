@@ -1,4 +1,4 @@
-"""Adapter commands to an engine between its steps: a load is answered for what it was asked for."""
+"""Adapter commands to an engine between its steps: each is answered once, with the state of its own adapter."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def ref(locator: str = "a", fingerprint: str = "1", kind: str = "local") -> Adap
 
 @pytest.mark.parametrize(
     ("broken", "mended"),
-    [(ref("a", "bad"), ref("a", "2")), (ref("bad-place"), ref("b"))],
+    [(ref("a", "bad"), ref("a", "2")), (ref("bad-source"), ref("b"))],
     ids=["the same folder, written again", "another folder under the same name"],
 )
-def test_a_mended_adapter_loads_at_once(broken: AdapterRef, mended: AdapterRef) -> None:
+def test_a_mended_adapter_loads_immediately(broken: AdapterRef, mended: AdapterRef) -> None:
     loop = Loop()
     assert loop.load(broken).error is not None
     answer = loop.load(mended)
@@ -64,7 +64,7 @@ def test_a_mended_adapter_loads_at_once(broken: AdapterRef, mended: AdapterRef) 
 
 
 def test_an_explicit_load_of_a_broken_one_reads_it_again() -> None:
-    """What lies on the Hub has no fingerprint: only a fresh look tells that it was mended."""
+    """An adapter on the Hub has no fingerprint: only another load shows that it was mended."""
     loader = HandLoader()
     loop = Loop(loader=loader)
     for _ in range(2):
@@ -72,7 +72,7 @@ def test_an_explicit_load_of_a_broken_one_reads_it_again() -> None:
     assert loader.started == ["bad/hub"] * 2
 
 
-def test_a_load_whose_adapter_is_unloaded_meanwhile_says_so() -> None:
+def test_a_load_whose_adapter_is_unloaded_meanwhile_fails_with_that_reason() -> None:
     loop = Loop(loader=HandLoader(automatic=False))
     loop.begin(ref())
     assert loop.turns(2) == []
@@ -123,8 +123,8 @@ def test_a_load_that_waits_for_room_is_kept_from_other_loads() -> None:
 def test_an_adapter_whose_request_left_delays_no_load() -> None:
     loop = crowded()
     for name in ("gone", "here"):
-        place = AdapterRef(name=name, locator=name, fingerprint="1")
-        loop.rig.add(request(name, [1, 2], adapter=place, max_tokens=1))
+        adapter = AdapterRef(name=name, locator=name, fingerprint="1")
+        loop.rig.add(request(name, [1, 2], adapter=adapter, max_tokens=1))
         loop.turns(3)
     assert loop.rig.loader.started == ["busy", "gone"]
     loop.engine.abort("gone")
@@ -149,22 +149,22 @@ def test_a_load_without_room_for_it_in_an_idle_engine_is_an_error_at_once() -> N
     assert answer.error is not None and answer.error.code == "insufficient_memory"
 
 
-def test_loads_that_are_asked_for_together_are_all_answered() -> None:
+def test_concurrent_loads_are_all_answered() -> None:
     """As after an engine's restart, which loads the pinned adapters again."""
     loop = Loop()
-    for place in ("a", "b"):
-        loop.begin(ref(place), pinned=True)
+    for locator in ("a", "b"):
+        loop.begin(ref(locator), pinned=True)
     answers = loop.turns(5)
     assert len(answers) == 2 and all(answer.error is None for answer in answers)
 
 
-def test_one_adapter_at_most_is_taken_in_per_step() -> None:
+def test_at_most_one_adapter_is_uploaded_per_step() -> None:
     """However many loads finish together: the streams of the others wait for it between two steps."""
     loop = Loop(loader=HandLoader(automatic=False))
     loop.rig.add(request("stream", [1, 2, 3], max_tokens=100, ignore_eos=True))
     for name in "abcd":
-        place = AdapterRef(name=name, locator=name, fingerprint="1")
-        loop.rig.add(request(name, [1, 2, 3], adapter=place, max_tokens=1))
+        adapter = AdapterRef(name=name, locator=name, fingerprint="1")
+        loop.rig.add(request(name, [1, 2, 3], adapter=adapter, max_tokens=1))
     loop.turns(1)
     loop.rig.loader.finish()
     for step in range(1, 9):

@@ -186,7 +186,7 @@ def test_a_row_that_is_not_finite_with_an_adapter_is_that_adapters_error():
 
 
 class SlowUploads(HashModel):
-    """The hash model whose uploads end after ``polls`` looks; a step that names one before fails."""
+    """The hash model whose uploads end after ``polls`` polls; a step that names one before fails."""
 
     polls = 4
 
@@ -205,7 +205,7 @@ class SlowUploads(HashModel):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("crowd", [1, 4])
-def test_an_upload_is_waited_for_and_is_no_lack_of_memory(crowd, depth):
+def test_an_upload_in_progress_does_not_count_as_lack_of_memory(crowd, depth):
     lim = limits()
     rig = Rig(lim, executable=SlowUploads(lim, depth))
     requests = [request(f"r{i}", PROMPT, adapter=f"red{i}", max_tokens=3, ignore_eos=True) for i in range(crowd)]
@@ -275,7 +275,7 @@ def test_clock_is_the_engines_only_clock():
     assert rig.engine.stats().monotonic == rig.clock.now
 
 
-def test_a_lease_without_room_for_the_blocks_is_given_back():
+def test_a_lease_without_room_for_the_blocks_is_released():
     # The adapter fits beside the running request, and its first blocks would, but not both.
     rig = Rig(limits(kv_block_bytes=(100,)), loader=HandLoader(nbytes=700), budget_bytes=2000)
     rig.add(request("running", [1] * 16, max_tokens=4, ignore_eos=True))

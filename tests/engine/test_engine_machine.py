@@ -11,7 +11,7 @@ from rig import HandLoader, Rig, alone, limits, request
 from truffula.errors import TruffulaError
 from truffula.types import AdapterCommand, AdapterRef
 
-PLACES = ["red", "green", "blue", "bad"]
+SOURCES = ["red", "green", "blue", "bad"]
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -33,26 +33,26 @@ class EngineMachine(RuleBasedStateMachine):
         )  # fmt: skip
         self.rig = Rig(lim, loader=HandLoader(automatic=False, nbytes=200), budget_bytes=room, depth=depth)
         self.requests = {}
-        self.fingerprints = dict.fromkeys(PLACES, 0)
+        self.fingerprints = dict.fromkeys(SOURCES, 0)
         self.aborted: set[str] = set()
 
-    def ref(self, place: str) -> AdapterRef:
-        return AdapterRef(name=place, locator=place, fingerprint=str(self.fingerprints[place]))
+    def ref(self, source: str) -> AdapterRef:
+        return AdapterRef(name=source, locator=source, fingerprint=str(self.fingerprints[source]))
 
     @rule(
         prompt=st.one_of(
             st.integers(1, 24).map(lambda n: list(range(n))), st.lists(st.integers(0, 5), min_size=0, max_size=20)
         ),
-        place=st.sampled_from([None, None, *PLACES]),
+        source=st.sampled_from([None, None, *SOURCES]),
         max_tokens=st.one_of(st.none(), st.integers(0, 10)),
         scores=st.one_of(st.none(), st.integers(0, 2)),
         patience=st.sampled_from([None] * 5 + [0.0, 0.3, 1.0]),
         deadline=st.sampled_from([None] * 5 + [0.0, 0.01, 1.0, 2.0]),
     )
-    def add(self, prompt, place, max_tokens, scores, patience, deadline):
+    def add(self, prompt, source, max_tokens, scores, patience, deadline):
         name, now = f"r{len(self.requests)}", self.rig.clock.now
         req = request(
-            name, prompt, adapter=None if place is None else self.ref(place), max_tokens=max_tokens,
+            name, prompt, adapter=None if source is None else self.ref(source), max_tokens=max_tokens,
             prompt_logprobs=scores, queue_deadline=None if patience is None else now + patience,
             deadline=None if deadline is None else now + deadline,
         )  # fmt: skip
@@ -82,19 +82,19 @@ class EngineMachine(RuleBasedStateMachine):
     def a_step_fails(self, ahead):
         self.rig.executable.faults.raise_on_step = self.rig.executable.steps + ahead
 
-    @rule(places=st.sets(st.sampled_from(PLACES)))
-    def loads_end(self, places):
-        self.rig.loader.finish(places)
+    @rule(sources=st.sets(st.sampled_from(SOURCES)))
+    def loads_end(self, sources):
+        self.rig.loader.finish(sources)
 
-    @rule(place=st.sampled_from(PLACES))
-    def adapter_changes(self, place):
-        self.fingerprints[place] += 1
+    @rule(source=st.sampled_from(SOURCES))
+    def adapter_changes(self, source):
+        self.fingerprints[source] += 1
 
-    @rule(place=st.sampled_from(PLACES), action=st.sampled_from(["load", "pin", "unload", "list"]))
-    def command(self, place, action):
+    @rule(source=st.sampled_from(SOURCES), action=st.sampled_from(["load", "pin", "unload", "list"]))
+    def command(self, source, action):
         pinned, action = action == "pin", "load" if action == "pin" else action
         try:
-            self.rig.engine.command(AdapterCommand(action=action, ref=self.ref(place), pinned=pinned))
+            self.rig.engine.command(AdapterCommand(action=action, ref=self.ref(source), pinned=pinned))
         except TruffulaError as error:
             assert (error.code, action) == ("adapter_not_found", "unload")
         self.rig.engine.check()

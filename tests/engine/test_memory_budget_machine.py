@@ -12,7 +12,7 @@ from truffula.errors import ConfigError
 
 
 class Shelf:
-    """A pool of things, some idle. Gives up its oldest idle one when asked, as the ``Reclaimer`` protocol says."""
+    """A ``Reclaimer`` with entries, some of them idle."""
 
     def __init__(self, name: str, budget: MemoryBudget, evicted: list[float]) -> None:
         self.name = name

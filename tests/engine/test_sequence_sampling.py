@@ -1,4 +1,4 @@
-"""What the executable is told of a sequence is what its request asks for."""
+"""The ``SequenceSampling`` of a request has all its parameters."""
 
 from __future__ import annotations
 

@@ -139,14 +139,14 @@ def adapter(folder: Path) -> None:
         except TruffulaError as error:
             _named(error, file=False)
     try:
-        judged = validate_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
+        adapter = validate_adapter(folder, SITES, base=base, max_bytes=1 << 26, max_file_bytes=1 << 26)
     except TruffulaError as error:
         return _named(error, file=False)
-    for part in (part for tensors in judged.sites for part in tensors.parts):
+    for part in (part for tensors in adapter.sites for part in tensors.parts):
         assert isinstance(part, LowRank)
         assert first_non_finite(part.a) is None and first_non_finite(part.b) is None
         assert part.a.shape[0] == part.b.shape[1] and np.isfinite(part.scale)
-    write_image(judged, folder / "image")
+    write_image(adapter, folder / "image")
 
 
 # --- what they begin with

@@ -71,5 +71,5 @@ def pairs(sites: Iterable[SiteTensors]) -> list[Pair]:
     return made
 
 
-def judge(folder: Path, sites: tuple[Site, ...] | None = None) -> PeftAdapter:
+def validate(folder: Path, sites: tuple[Site, ...] | None = None) -> PeftAdapter:
     return validate_adapter(folder, sites if sites is not None else llama_sites(), base=BASE)

@@ -35,7 +35,7 @@ class Table:
         self.refuse: set[str] = set()
         self.slow = False
         self.uploading: set[int] = set()
-        self.taken_in = 0
+        self.num_uploads = 0
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         return 0
@@ -45,7 +45,7 @@ class Table:
             raise KernelError("it does not fit")
         slot = next(n for n in range(len(self.images) + 1) if n not in self.images)
         self.images[slot] = image
-        self.taken_in += 1
+        self.num_uploads += 1
         if self.slow:
             self.uploading.add(slot)
         return slot

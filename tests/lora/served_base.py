@@ -42,9 +42,9 @@ class Served:
         self._blocks = blocks
 
     def add(self, adapter: Path) -> int:
-        judged = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
+        validated = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
         image = self.path.parent / "image"
-        write_image(judged, image, self.executable.layout)
+        write_image(validated, image, self.executable.layout)
         mapped = map_image(image)
         image.unlink()
         return self.executable.adapter(mapped)

@@ -1,4 +1,4 @@
-"""What an adapter's folder says beside its two files: told to the operator, or refused where the base can't follow."""
+"""The other files of an adapter's folder: warnings for the operator, or an error where the base cannot serve them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from lora_bases import judge, llama_sites
+from lora_bases import llama_sites, validate
 
 from truffula.errors import AdapterError
 from truffula.lora.extra_files import plain_name
@@ -34,9 +34,9 @@ def written(folder: Path, files: dict[str, object], **config: object) -> Path:
     ],
     ids=str,
 )
-def test_texts_of_its_own_are_told(tmp_path: Path, files: dict[str, object], words: list[str]) -> None:
+def test_unused_text_files_are_warned_of(tmp_path: Path, files: dict[str, object], words: list[str]) -> None:
     folder = written(tmp_path, files)
-    for warnings in (judge(folder).warnings, inspect_adapter(folder).warnings):
+    for warnings in (validate(folder).warnings, inspect_adapter(folder).warnings):
         assert len(warnings) == len(words)
         assert all(word in warning and "not used" in warning for word, warning in zip(words, warnings, strict=True))
 
@@ -52,7 +52,7 @@ def test_texts_of_its_own_are_told(tmp_path: Path, files: dict[str, object], wor
 def test_tokens_the_base_has_no_row_for_are_refused(tmp_path: Path, files: dict[str, object]) -> None:
     folder = written(tmp_path, files)
     with pytest.raises(AdapterError) as caught:
-        judge(folder)
+        validate(folder)
     assert caught.value.param == next(iter(files)) and str(VOCAB) in caught.value.message
     report = inspect_adapter(folder, llama_sites(), BaseFacts("tiny-base"))
     assert report.error is not None and report.error.code == "adapter_invalid"
@@ -74,7 +74,7 @@ SNAPSHOT = f"/cache/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/{'0' 
         (None, "HuggingFaceTB/SmolLM2-135M", False),
     ],
 )
-def test_a_plainly_different_base_is_told(tmp_path: Path, named: str | None, served: str, differ: bool) -> None:
+def test_a_different_base_is_warned_of(tmp_path: Path, named: str | None, served: str, differ: bool) -> None:
     folder = written(tmp_path, {}, base_model_name_or_path=named)
     base = BaseFacts(served)
     warnings = validate_adapter(folder, llama_sites(), base=base).warnings

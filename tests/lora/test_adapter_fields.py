@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lora_bases import judge, llama_sites
+from lora_bases import llama_sites, validate
 
 from truffula.errors import AdapterError
 from truffula.lora.fields import FIELDS, MAX_CONFIG_BYTES, field_rows, parse_config, refuse_method
@@ -113,7 +113,7 @@ ACCEPTED: list[tuple[str, Any]] = [
 def test_a_field_that_is_not_served_is_refused_by_its_name(tmp_path: Path, field: str, value: Any) -> None:
     write_adapter(tmp_path, PLAIN | {field: value}, tiny_tensors(llama_sites(), PLAIN))
     with pytest.raises(AdapterError) as caught:
-        judge(tmp_path)
+        validate(tmp_path)
     assert caught.value.param == field
     assert field in caught.value.message
     report = inspect_adapter(tmp_path, llama_sites())
@@ -123,7 +123,7 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(tmp_path: Path, field
 @pytest.mark.parametrize(("field", "value"), ACCEPTED, ids=lambda x: str(x)[:30])
 def test_a_field_that_changes_nothing_is_accepted_and_reported(tmp_path: Path, field: str, value: Any) -> None:
     write_adapter(tmp_path, PLAIN | {field: value}, tiny_tensors(llama_sites(), PLAIN))
-    adapter = judge(tmp_path)
+    adapter = validate(tmp_path)
     row = next(row for row in adapter.report if row.field == field)
     assert row.verdict != "refuse"
     assert inspect_adapter(tmp_path, llama_sites()).rows == adapter.report
@@ -132,7 +132,7 @@ def test_a_field_that_changes_nothing_is_accepted_and_reported(tmp_path: Path, f
 def test_every_refused_field_is_named_at_once(tmp_path: Path) -> None:
     write_adapter(tmp_path, PLAIN | {"use_dora": True, "lora_bias": True}, tiny_tensors(llama_sites(), PLAIN))
     with pytest.raises(AdapterError, match=r"lora_bias.*use_dora"):
-        judge(tmp_path)
+        validate(tmp_path)
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha"])
@@ -140,7 +140,7 @@ def test_a_field_without_which_nothing_is_known_may_not_be_missing(tmp_path: Pat
     config = {k: v for k, v in PLAIN.items() if k != field}
     write_adapter(tmp_path, config, tiny_tensors(llama_sites(), PLAIN))
     with pytest.raises(AdapterError, match="missing") as caught:
-        judge(tmp_path)
+        validate(tmp_path)
     assert caught.value.param == field
 
 
@@ -148,7 +148,7 @@ def test_layers_to_transform_with_a_regular_expression_is_a_contradiction(tmp_pa
     config = PLAIN | {"target_modules": ".*q_proj", "layers_to_transform": [0]}
     write_adapter(tmp_path, config, tiny_tensors(llama_sites(), PLAIN))
     with pytest.raises(AdapterError, match="regular expression") as caught:
-        judge(tmp_path)
+        validate(tmp_path)
     assert caught.value.param == "layers_to_transform"
 
 
@@ -180,7 +180,7 @@ def test_every_other_method_of_the_installed_peft_is_refused_by_its_name() -> No
 def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"peft_type": "LOHA", "r": 4, "alpha": 8}, tiny_tensors(llama_sites(), PLAIN))
     with pytest.raises(AdapterError, match=r"LOHA.*Hadamard") as caught:
-        judge(tmp_path)
+        validate(tmp_path)
     assert caught.value.param == "peft_type"
 
 
@@ -204,7 +204,7 @@ def test_a_configuration_that_is_no_sound_json_object_is_refused(tmp_path: Path,
     write_tiny_adapter(tmp_path, llama_sites())
     (tmp_path / "adapter_config.json").write_bytes(raw)
     with pytest.raises(AdapterError, match=says):
-        judge(tmp_path)
+        validate(tmp_path)
     with pytest.raises(AdapterError, match=says):
         parse_config(raw)
 

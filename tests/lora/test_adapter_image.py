@@ -1,4 +1,4 @@
-"""The file of an adapter: every kind of part unchanged, shared tensors once, damage noticed, memory let go."""
+"""The file of an adapter: every kind of part unchanged, shared tensors once, damage detected, memory released."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lora_bases import BASE, judge, llama_sites, pairs
+from lora_bases import BASE, llama_sites, pairs, validate
 from pages import ROOT, blocks
 
 from truffula.errors import AdapterError
@@ -220,7 +220,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
 
 def refusal(folder: Path) -> AdapterError:
     with pytest.raises(AdapterError) as caught:
-        judge(folder)
+        validate(folder)
     assert str(folder) not in caught.value.message
     return caught.value
 
@@ -245,7 +245,7 @@ def test_the_command_of_a_refusal_makes_the_adapter_that_was_meant(
     monkeypatch.chdir(tmp_path / "found")
     exec(compile(command[2], "command", "exec"), {})  # no process of its own: it would import torch each time
     Path(command[5]).replace(command[6])
-    mended, plain = judge(tmp_path / "found"), judge(tmp_path / "plain")
+    mended, plain = validate(tmp_path / "found"), validate(tmp_path / "plain")
     for mine, theirs in zip(pairs(mended.sites), pairs(plain.sites), strict=True):
         assert (mine.site, mine.scale) == (theirs.site, theirs.scale)
         assert np.array_equal(mine.a, theirs.a) and np.array_equal(mine.b, theirs.b)
@@ -258,7 +258,7 @@ def test_the_documented_script_converts_an_mlx_adapter(tmp_path: Path) -> None:
     mlx(tmp_path / "mlx")
     namespace["convert_mlx"](str(tmp_path / "mlx"), str(tmp_path / "peft"))
     write_adapter(tmp_path / "plain", CONFIG, PLAIN)
-    converted, plain = judge(tmp_path / "peft"), judge(tmp_path / "plain")
+    converted, plain = validate(tmp_path / "peft"), validate(tmp_path / "plain")
     for mine, theirs in zip(pairs(converted.sites), pairs(plain.sites), strict=True):
         assert (mine.site, mine.scale) == (theirs.site, theirs.scale)
         assert np.array_equal(mine.a, theirs.a) and np.array_equal(mine.b, theirs.b)
@@ -321,7 +321,7 @@ def test_a_file_is_not_an_adapter_and_the_message_says_what_is(name: str, words:
 @pytest.mark.parametrize("name", ["unsloth/tiny-base-bnb-4bit", "org/tiny-base-GPTQ", "org/tiny-base-AWQ"])
 def test_a_quantised_base_is_mentioned(tmp_path: Path, name: str) -> None:
     write_adapter(tmp_path, CONFIG | {"base_model_name_or_path": name}, PLAIN)
-    (warning,) = judge(tmp_path).warnings
+    (warning,) = validate(tmp_path).warnings
     assert name in warning and "quantised" in warning and "differ slightly" in warning
     assert validate_adapter(tmp_path, llama_sites(), base=BaseFacts("tiny-base-q4_k_m.gguf")).warnings == ()
 

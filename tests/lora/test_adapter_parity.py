@@ -1,6 +1,6 @@
 """Every field that is served, against peft: each adapter alone, and all of them with base rows in one batch.
 
-Logits within 1e-4 in float32. The adapters go the whole way: files, judgement, laid-out image, executable.
+Logits within 1e-4 in float32. The adapters take the whole path: files, validation, image, executable.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_what_cannot_be_compiled_is_refused_with_the_reason(source: str, says: s
     assert caught.value.param == "target_modules"
 
 
-def test_the_first_hit_in_file_order_wins_and_conflicts_are_told() -> None:
+def test_the_first_hit_in_file_order_wins_and_conflicts_are_reported() -> None:
     table = PatternTable({".*q_proj": 3, "layers.1.self_attn.q_proj": 100, "other": 5}, "alpha_pattern")
     assert table.value("model.layers.1.self_attn.q_proj", 8) == 3
     assert table.value("model.layers.0.mlp.up_proj", 8) == 8

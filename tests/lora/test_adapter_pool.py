@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lora_bases import judge, llama_sites, pairs
+from lora_bases import llama_sites, pairs, validate
 from pool_rig import Rig, cached, rig
 
 from truffula.errors import AdapterLoadError, InsufficientMemory, KernelError, ShuttingDown
@@ -30,7 +30,7 @@ def test_many_waiters_are_one_load(tmp_path: Path) -> None:
         ref = r.write("a")
         assert [r.lookup(ref).status for _ in range(50)] == ["loading"] * 50
         r.poll()
-        assert {r.lookup(ref).generation for _ in range(50)} == {judge(tmp_path / "a").generation}
+        assert {r.lookup(ref).generation for _ in range(50)} == {validate(tmp_path / "a").generation}
         assert r.pool.loads.completed == 1
         r.check()
 
@@ -53,7 +53,7 @@ def test_a_lease_is_a_slot_with_the_adapters_own_tensors(tmp_path: Path) -> None
         lease = r.pool.acquire(generation)
         assert lease is not None and lease.generation == generation
         for mine, other in zip(
-            pairs(r.table.images[lease.slot].sites()), pairs(judge(tmp_path / "a").sites), strict=True
+            pairs(r.table.images[lease.slot].sites()), pairs(validate(tmp_path / "a").sites), strict=True
         ):
             assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b) and mine.scale == other.scale
         r.pool.release(lease)
@@ -172,7 +172,7 @@ def test_a_failed_load_tells_all_its_waiters_and_expires(tmp_path: Path) -> None
 def test_what_the_executable_refuses_fails_and_gives_its_bytes_back(tmp_path: Path) -> None:
     with rig(tmp_path) as r:
         ref = r.write("a")
-        r.table.refuse.add(judge(tmp_path / "a").generation)
+        r.table.refuse.add(validate(tmp_path / "a").generation)
         generation = r.loaded(ref)
         with pytest.raises(KernelError):
             r.pool.acquire(generation)
@@ -279,7 +279,7 @@ def test_waiting_adapters_take_free_memory_before_they_delay_loads(tmp_path: Pat
         kept = []
         for ref in refs:
             assert r.becomes_ready(ref)
-            kept.append(r.pool.retain(r.loaded(ref)))  # its request waits for a place in the batch
+            kept.append(r.pool.retain(r.loaded(ref)))  # its request waits for a slot in the batch
         assert r.pool.resident == 3
         late = r.write("e", seed=9)
         r.lookup(late)
@@ -334,7 +334,7 @@ def test_a_pinned_adapter_that_never_fits_does_not_end_all_loading(tmp_path: Pat
         r.check()
 
 
-def test_one_adapter_at_most_is_taken_in_between_two_polls(tmp_path: Path) -> None:
+def test_at_most_one_adapter_is_uploaded_between_two_polls(tmp_path: Path) -> None:
     """Mapping and giving to the executable happen between two steps: other streams wait for them."""
     with rig(tmp_path) as r:
         refs = [r.write(name, seed=n) for n, name in enumerate("abcd")]
@@ -352,7 +352,7 @@ def test_one_adapter_at_most_is_taken_in_between_two_polls(tmp_path: Path) -> No
             others = [r.pool.acquire(other) for other in loaded if other not in loaded[:turn]]
             assert lease is not None and others == [None] * (4 - turn)
             assert all(r.pool.is_pending(other) for other in loaded[turn:])
-            assert r.table.taken_in == turn
+            assert r.table.num_uploads == turn
             r.poll()
 
 
@@ -388,7 +388,7 @@ def test_an_adapter_that_is_unloaded_during_its_upload_is_dropped_after_it(tmp_p
         assert r.pool.states() == []
 
 
-def test_a_load_command_of_a_changed_place_that_fails_says_so(tmp_path: Path) -> None:
+def test_a_load_command_of_a_changed_source_that_fails_has_the_error(tmp_path: Path) -> None:
     """The former generation is still resident; that is not what was asked for."""
     with rig(tmp_path) as r:
         assert r.load(r.write("a", seed=1)).error is None
@@ -447,7 +447,7 @@ def test_names_of_one_key_are_bounded(tmp_path: Path) -> None:
         assert len(r.pool.states()) == MAX_NAMES
 
 
-def test_the_commit_of_a_load_is_logged_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_commit_of_a_load_is_logged_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "truffula.lora.loads")
     commit = "5" * 40
     with rig(tmp_path) as made:

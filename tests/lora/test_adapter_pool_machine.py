@@ -72,9 +72,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([0.1, 3.0, 20.0]), idle=st.booleans())
     def step(self, seconds: float, idle: bool) -> None:
         self.rig.clock.now += seconds
-        before, laid_out = self.rig.pool.loads.completed, self.rig.table.taken_in
+        before, uploads = self.rig.pool.loads.completed, self.rig.table.num_uploads
         self.rig.pool.poll(self.rig.clock.now, idle=idle)
-        assert self.rig.pool.loads.completed <= before + 1 and self.rig.table.taken_in <= laid_out + 1
+        assert self.rig.pool.loads.completed <= before + 1 and self.rig.table.num_uploads <= uploads + 1
 
     @rule(slow=st.booleans())
     def uploads(self, slow: bool) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf_models import write_tiny_gguf
 from kernel_backends import on_the_best
-from lora_bases import judge, llama_sites, pairs
+from lora_bases import llama_sites, pairs, validate
 from served_base import Served
 from wrapped_modules import VISION, linears, save_peft
 
@@ -74,7 +74,7 @@ def assert_same(one: PeftAdapter, other: PeftAdapter) -> None:
 def test_the_names_of_every_class_are_the_same_adapter(tmp_path: Path, root: str, base: str) -> None:
     write_adapter(tmp_path / "plain", CONFIG, tensors())
     write_adapter(tmp_path / "named", CONFIG, tensors(root))
-    assert_same(judge(tmp_path / "named", under(base)), judge(tmp_path / "plain"))
+    assert_same(validate(tmp_path / "named", under(base)), validate(tmp_path / "plain"))
 
 
 # What PEFT is asked for, with {root} for the path of the text model; and whether the other parts are adapted too.
@@ -132,7 +132,7 @@ def test_a_configuration_means_what_peft_reads_on_its_class(tmp_path: Path, aske
     fields = {name: filled(value, root) for name, value in ASKED[asked].items()}
     modules = linears(llama_sites(), root, PARTS[root])
     loaded = save_peft(tmp_path, modules, r=4, lora_alpha=8, **fields)
-    adapter = judge(tmp_path, under(base))
+    adapter = validate(tmp_path, under(base))
     names = {site.id: root + site.module.removeprefix(TEXT) for site in llama_sites()}
     assert {names[s.site]: (s.a.shape[0], pytest.approx(s.scale)) for s in pairs(adapter.sites)} == {
         name: value for name, value in loaded.items() if name not in PARTS[root]
@@ -252,7 +252,7 @@ def test_parts_that_text_does_not_pass_through_are_counted(tmp_path: Path) -> No
     write_adapter(
         tmp_path, CONFIG | {"target_modules": "all-linear"}, tensors(NEW, target_modules="all-linear") | vision()
     )
-    adapter = judge(tmp_path)
+    adapter = validate(tmp_path)
     assert [w for w in adapter.warnings if "Left out" in w] == [
         "Left out, because text does not pass through them: 1 module of multi_modal_projector, 3 modules of "
         "vision_tower. The 14 modules of the text model are served."
@@ -277,8 +277,8 @@ def test_other_models_parts_are_left_out_too(tmp_path: Path, module: str) -> Non
     ones = {f"{PREFIX}{module}.lora_{half}.weight": np.ones((4, 4), np.float32) for half in "AB"}
     write_adapter(tmp_path / "with", CONFIG, tensors() | ones)
     write_adapter(tmp_path / "plain", CONFIG, tensors())
-    with_parts = judge(tmp_path / "with")
-    assert_same(with_parts, judge(tmp_path / "plain"))
+    with_parts = validate(tmp_path / "with")
+    assert_same(with_parts, validate(tmp_path / "plain"))
     assert sum("Left out" in warning for warning in with_parts.warnings) == 1
 
 
@@ -288,31 +288,31 @@ def test_a_projector_that_was_trained_whole_is_left_out(tmp_path: Path) -> None:
     saved = {f"{PREFIX}model.multi_modal_projector.linear_1.weight": np.ones((4, 4), np.float32)}
     write_adapter(tmp_path / "with", config, tensors(NEW) | saved)
     write_adapter(tmp_path / "plain", CONFIG, tensors())
-    adapter = judge(tmp_path / "with")
-    assert_same(adapter, judge(tmp_path / "plain"))
+    adapter = validate(tmp_path / "with")
+    assert_same(adapter, validate(tmp_path / "plain"))
     assert any("1 module of multi_modal_projector" in warning for warning in adapter.warnings)
     write_adapter(tmp_path / "more", config | {"modules_to_save": ["multi_modal_projector", "lm_head"]}, tensors(NEW))
     with pytest.raises(AdapterError, match="modules_to_save"):
-        judge(tmp_path / "more")
+        validate(tmp_path / "more")
 
 
 def test_an_adapter_of_the_vision_part_alone_would_change_nothing(tmp_path: Path) -> None:
     write_adapter(tmp_path, CONFIG, vision())
     with pytest.raises(AdapterError, match=r"adapts only .*3 modules of vision_tower.* would change nothing"):
-        judge(tmp_path)
+        validate(tmp_path)
 
 
 def test_names_of_two_classes_in_one_file_are_refused(tmp_path: Path) -> None:
     mixed = {k: v for k, v in tensors(NEW).items() if ".0." in k} | {k: v for k, v in tensors().items() if ".1." in k}
     write_adapter(tmp_path, CONFIG, mixed)
     with pytest.raises(AdapterError, match="several prefixes"):
-        judge(tmp_path)
+        validate(tmp_path)
 
 
 def test_an_unknown_prefix_is_not_called_another_base(tmp_path: Path) -> None:
     write_adapter(tmp_path, CONFIG, tensors("somewhere.else."))
     with pytest.raises(AdapterError, match=r"begin with 'somewhere\.else\.', .*rename") as caught:
-        judge(tmp_path)
+        validate(tmp_path)
     assert "another base" not in caught.value.message
 
 
@@ -323,7 +323,7 @@ def test_the_output_head_of_a_multimodal_class_is_the_bases(tmp_path: Path, root
         f"{PREFIX}{TEXT_ROOTS[root]}.lora_B.weight": np.ones((97, 4), np.float32),
     }
     write_adapter(tmp_path, CONFIG | {"target_modules": ["q_proj", "v_proj", "lm_head"]}, tensors(root) | head)
-    adapted = [llama_sites()[s.site].module for s in judge(tmp_path).sites]
+    adapted = [llama_sites()[s.site].module for s in validate(tmp_path).sites]
     assert adapted[-1] == "lm_head" and len(adapted) == 1 + len(tensors(root)) // 2
 
 
@@ -340,7 +340,7 @@ def test_an_adapter_of_a_multimodal_classes_tables_alone_is_served(tmp_path: Pat
     for number, some in enumerate((table, head, table | head)):
         targets = ["embed_tokens"] * (some is not head) + ["lm_head"] * (some is not table)
         write_adapter(tmp_path / str(number), CONFIG | {"target_modules": targets}, some)
-        assert len(judge(tmp_path / str(number)).sites) == len(targets)
+        assert len(validate(tmp_path / str(number)).sites) == len(targets)
 
 
 def test_missing_tensors_are_named_as_the_adapter_names_them(tmp_path: Path) -> None:
@@ -349,5 +349,5 @@ def test_missing_tensors_are_named_as_the_adapter_names_them(tmp_path: Path) -> 
     with pytest.raises(
         AdapterError, match=r"no tensors in the file: model\.language_model\.layers\.1\.self_attn\.v_proj"
     ):
-        judge(tmp_path)
+        validate(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]

@@ -238,19 +238,19 @@ def test_sound_places_give_no_warning(tmp_path: Path) -> None:
     assert AdapterDirectory().warnings() == []
 
 
-def test_an_adapter_given_as_the_adapter_folder_is_told(tmp_path: Path) -> None:
+def test_an_adapter_given_as_the_adapter_folder_is_warned_of(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "pirate")
     (warning,) = AdapterDirectory(adapter_dir=folder).warnings()
     assert "is an adapter itself" in warning and f"--adapter pirate={folder}" in warning
 
 
-def test_a_folder_without_adapters_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_adapters_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (warning,) = AdapterDirectory(adapter_dir=tmp_path).warnings()
     assert "no subfolder is an adapter" in warning and "adapter_config.json" in warning
 
 
-def test_a_folder_of_folders_of_adapters_is_told_which_to_give(tmp_path: Path) -> None:
+def test_the_warning_of_a_folder_of_adapter_folders_names_the_one_to_give(tmp_path: Path) -> None:
     adapter(tmp_path / "adapters" / "pirate")
     first, second = AdapterDirectory(adapter_dir=tmp_path).warnings()
     assert "adapters cannot be served" in first and "subfolders are: pirate" in first and "--adapter-dir" in first
@@ -300,7 +300,7 @@ def test_a_subfolder_that_cannot_be_read_does_not_hide_the_others(
     assert "closed cannot be served: it cannot be read: Permission denied" in warning
 
 
-def test_named_adapters_that_are_not_ready_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_adapters_that_cannot_be_served_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     adapter(tmp_path / "adapters" / "pirate")
     adapter(tmp_path / "out" / "checkpoint-10")
@@ -331,7 +331,7 @@ def test_a_file_is_no_adapter_folder(tmp_path: Path) -> None:
         AdapterDirectory(adapter_dir=write_file(tmp_path / "x"))
 
 
-def test_an_adapter_that_its_config_rules_out_is_told_at_the_start(tmp_path: Path) -> None:
+def test_an_adapter_with_a_refused_config_is_warned_of_at_the_start(tmp_path: Path) -> None:
     def with_config(folder: Path, text: str) -> Path:
         adapter(folder).joinpath("adapter_config.json").write_text(text)
         return folder

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from lora_bases import BASE, D, F, fused_sites, judge, llama_sites, pairs
+from lora_bases import BASE, D, F, fused_sites, llama_sites, pairs, validate
 
 from truffula.errors import AdapterError, AdapterNotFound, InsufficientMemory
 from truffula.lora.peft import inspect_adapter, validate_adapter
@@ -38,7 +38,7 @@ def write(folder: Path, change: Callable[[Tensors], None] = lambda t: None, **ov
 
 def refused(folder: Path, sites: Any = None) -> AdapterError:
     with pytest.raises(AdapterError) as caught:
-        judge(folder, sites)
+        validate(folder, sites)
     assert str(folder) not in caught.value.message
     return caught.value
 
@@ -49,7 +49,7 @@ def refused(folder: Path, sites: Any = None) -> AdapterError:
 def test_a_sound_adapter_is_laid_out_per_site(tmp_path: Path) -> None:
     made = tensors()
     write(tmp_path)
-    adapter = judge(tmp_path)
+    adapter = validate(tmp_path)
     by_module = {llama_sites()[s.site].module: s for s in pairs(adapter.sites)}
     assert set(by_module) == {f"model.layers.{i}.self_attn.{n}" for i in range(2) for n in ("q_proj", "v_proj")}
     for module, site in by_module.items():
@@ -72,7 +72,7 @@ def test_scales_and_ranks_follow_patterns_and_rslora(tmp_path: Path) -> None:
         rank_pattern={"v_proj": 2, r"layers\.1\.self_attn\.q_proj": 3},
         alpha_pattern={"layers.0.self_attn.v_proj": 5},
     )
-    adapter = judge(tmp_path)
+    adapter = validate(tmp_path)
     name = lambda pair: llama_sites()[pair.site].module.removeprefix("model.layers.")
     found = {name(pair): (pair.a.shape[0], pair.scale) for pair in pairs(adapter.sites)}
     f32 = lambda x: float(np.float32(x))
@@ -87,7 +87,7 @@ def test_scales_and_ranks_follow_patterns_and_rslora(tmp_path: Path) -> None:
 
 def test_patterns_that_overlap_with_different_values_are_warned_of(tmp_path: Path) -> None:
     write(tmp_path, alpha_pattern={".*q_proj": 3, "layers.1.self_attn.q_proj": 100, "nowhere": 1})
-    warnings = judge(tmp_path).warnings
+    warnings = validate(tmp_path).warnings
     assert any("alpha_pattern" in w and "layers.1.self_attn.q_proj" in w for w in warnings)
     assert any("nowhere" in w for w in warnings)
 
@@ -103,7 +103,7 @@ def test_patterns_that_overlap_with_different_values_are_warned_of(tmp_path: Pat
 def test_other_spellings_of_the_same_keys_are_the_same_adapter(tmp_path: Path, rename: Callable[[str], str]) -> None:
     write_adapter(tmp_path / "a", CONFIG, tensors())
     write_adapter(tmp_path / "b", CONFIG, {rename(key): value for key, value in tensors().items()})
-    first, second = judge(tmp_path / "a"), judge(tmp_path / "b")
+    first, second = validate(tmp_path / "a"), validate(tmp_path / "b")
     for x, y in zip(pairs(first.sites), pairs(second.sites), strict=True):
         assert x.site == y.site and np.array_equal(x.a, y.a) and np.array_equal(x.b, y.b)
     assert first.generation != second.generation
@@ -113,7 +113,7 @@ def test_other_spellings_of_the_same_keys_are_the_same_adapter(tmp_path: Path, r
 def test_stored_bits_survive(tmp_path: Path, dtype: str) -> None:
     write_tiny_adapter(tmp_path, llama_sites(), dtype=dtype)
     made = tiny_tensors(llama_sites(), CONFIG, dtype=dtype)
-    site = pairs(judge(tmp_path).sites)[0]
+    site = pairs(validate(tmp_path).sites)[0]
     assert site.a.dtype == made[Q0A].dtype and site.a.tobytes() == made[Q0A].tobytes()
 
 
@@ -123,7 +123,7 @@ def test_a_fused_module_gives_each_site_its_rows_of_b_and_one_a(tmp_path: Path) 
     key = f"{ROOT}0.self_attn.qkv_proj"
     a, b = rng.normal(size=(4, D)).astype(np.float32), rng.normal(size=(32, 4)).astype(np.float32)
     write_adapter(tmp_path, config, {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b})
-    sites = pairs(judge(tmp_path, fused_sites()).sites)
+    sites = pairs(validate(tmp_path, fused_sites()).sites)
     assert [s.site for s in sites] == [0, 1, 2]
     assert sites[0].a is sites[1].a is sites[2].a
     assert np.array_equal(np.concatenate([s.b for s in sites]), b)
@@ -131,12 +131,12 @@ def test_a_fused_module_gives_each_site_its_rows_of_b_and_one_a(tmp_path: Path) 
 
 def test_a_base_we_fuse_serves_adapters_that_name_the_parts(tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path, fused_sites(), targets=["q_proj", "v_proj"])
-    assert [s.site for s in judge(tmp_path, fused_sites()).sites] == [0, 2]
+    assert [s.site for s in validate(tmp_path, fused_sites()).sites] == [0, 2]
 
 
 def test_a_pattern_does_not_mean_fused_names_that_are_not_in_use(tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path, fused_sites(), targets=r".*(k|v)_proj")  # also the end of qkv_proj
-    assert [s.site for s in judge(tmp_path, fused_sites()).sites] == [1, 2]
+    assert [s.site for s in validate(tmp_path, fused_sites()).sites] == [1, 2]
 
 
 def test_a_fused_target_without_its_tensors_is_missing(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_both_names_of_one_site_are_ambiguous(tmp_path: Path) -> None:
 def test_the_configuration_targets_exactly_the_tensors(tmp_path: Path, overrides: dict[str, Any]) -> None:
     write_tiny_adapter(tmp_path, llama_sites(), **overrides)
     made = tiny_tensors(llama_sites(), json.loads((tmp_path / "adapter_config.json").read_text()))
-    assert len(judge(tmp_path).sites) == len(made) // 2
+    assert len(validate(tmp_path).sites) == len(made) // 2
     gone = min(key for key in made if ".lora_A." in key).removesuffix(".lora_A.weight")
     less = {key: value for key, value in made.items() if not key.startswith(gone)}
     write_safetensors(tmp_path / "adapter_model.safetensors", less)
@@ -204,7 +204,7 @@ def test_tensors_that_the_configuration_does_not_target_are_named(tmp_path: Path
 
 def test_entries_that_name_nothing_are_warned_of(tmp_path: Path) -> None:
     write(tmp_path, target_modules=["q_proj", "v_proj", "query_key_value"])
-    assert any("query_key_value" in w for w in judge(tmp_path).warnings)
+    assert any("query_key_value" in w for w in validate(tmp_path).warnings)
 
 
 # ---- what PEFT lets through
@@ -313,7 +313,7 @@ TABLES: dict[str, Tensors] = {
 def test_a_table_is_a_site_like_others(tmp_path: Path, table: str) -> None:
     """And a pair of it that the configuration does not target is refused like others."""
     write(tmp_path, lambda made: made.update(TABLES[table]), target_modules=["q_proj", "v_proj", table])
-    (found,) = (s for s in pairs(judge(tmp_path).sites) if llama_sites()[s.site].module.endswith(table))
+    (found,) = (s for s in pairs(validate(tmp_path).sites) if llama_sites()[s.site].module.endswith(table))
     for mine, key in ((found.a, min(TABLES[table])), (found.b, max(TABLES[table]))):
         assert np.array_equal(mine, TABLES[table][key])
     write(tmp_path, lambda made: made.update(TABLES[table]))
@@ -344,7 +344,7 @@ def test_zero_alpha_changes_nothing(tmp_path: Path) -> None:
 
 def test_some_untrained_modules_are_warned_of(tmp_path: Path) -> None:
     write(tmp_path, lambda made: made[Q0B].fill(0))
-    assert any("model.layers.0.self_attn.q_proj" in w and "1 of 4" in w for w in judge(tmp_path).warnings)
+    assert any("model.layers.0.self_attn.q_proj" in w and "1 of 4" in w for w in validate(tmp_path).warnings)
 
 
 def test_an_adapter_for_another_base_says_so_with_both_shapes(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_an_adapter_that_matches_nothing_lists_ten_keys(tmp_path: Path) -> None:
 
 def test_velora_buffers_are_ignored_with_a_word(tmp_path: Path) -> None:
     write(tmp_path, put(f"{ROOT}0.self_attn.q_proj.lora_velora_embed", ONES))
-    assert any("velora" in w for w in judge(tmp_path).warnings)
+    assert any("velora" in w for w in validate(tmp_path).warnings)
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_velora_buffers_are_ignored_with_a_word(tmp_path: Path) -> None:
 def test_other_formats_are_recognised(tmp_path: Path, keys: list[str], says: str) -> None:
     write_adapter(tmp_path, CONFIG, dict.fromkeys(keys, ONES))
     with pytest.raises(AdapterError, match=says):
-        judge(tmp_path)
+        validate(tmp_path)
 
 
 # ---- files
@@ -450,7 +450,7 @@ def test_a_pickle_is_refused_with_the_conversion(tmp_path: Path) -> None:
 def test_beside_a_pickle_the_safetensors_file_is_used(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    assert judge(tmp_path).sites
+    assert validate(tmp_path).sites
 
 
 def test_a_full_model_in_an_adapters_place_is_recognised(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_a_full_model_in_an_adapters_place_is_recognised(tmp_path: Path) -> None
 
 def test_a_place_without_anything(tmp_path: Path) -> None:
     with pytest.raises(AdapterNotFound):
-        judge(tmp_path / "nowhere")
+        validate(tmp_path / "nowhere")
     assert "adapter_config.json" in refused(tmp_path).message
 
 
@@ -484,6 +484,6 @@ def test_inspect_reads_no_tensor_data(tmp_path: Path) -> None:
 def test_equal_bytes_are_one_generation_wherever_they_lie(tmp_path: Path) -> None:
     write(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert judge(tmp_path / "a").generation == judge(tmp_path / "b").generation
+    assert validate(tmp_path / "a").generation == validate(tmp_path / "b").generation
     write(tmp_path / "b", lora_alpha=9)
-    assert judge(tmp_path / "a").generation != judge(tmp_path / "b").generation
+    assert validate(tmp_path / "a").generation != validate(tmp_path / "b").generation

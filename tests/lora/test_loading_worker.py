@@ -1,4 +1,4 @@
-"""The loading worker: another process, which may be slow, killed or out of bounds without anybody else noticing."""
+"""The loading worker process may be slow, killed or above its limits: only its own load is affected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 from inline_loader import InlineLoader
 from kernel_backends import on_the_best
 from llama_program import llama_program
-from lora_bases import judge, llama_sites, pairs
+from lora_bases import llama_sites, pairs, validate
 from pool_rig import Clock, cached
 
 from fake_hub import NOTHING, environment, misbehaving_hub
@@ -113,7 +113,7 @@ def test_an_adapter_is_validated_and_written_in_another_process(make: Make, tmp_
     result = one(loader)
     assert result.ticket == ticket and result.error is None and result.image_path is not None
     image = map_image(Path(result.image_path))
-    expected = judge(tmp_path / "a")
+    expected = validate(tmp_path / "a")
     assert result.generation == image.generation == expected.generation
     assert (result.rank, result.nbytes) == (4, image.nbytes)
     for mine, other in zip(pairs(image.sites()), pairs(expected.sites), strict=True):
@@ -137,7 +137,7 @@ def test_the_worker_packs_for_the_engines_kernels(make: Make, tmp_path: Path, ba
     result = one(loader)
     assert result.error is None and result.image_path is not None
     image = map_image(Path(result.image_path))
-    own = make_image(layout, judge(tmp_path / "a").sites, generation=image.generation)
+    own = make_image(layout, validate(tmp_path / "a").sites, generation=image.generation)
     assert image.layout == layout.name
     assert np.array_equal(image.table, own.table) and np.array_equal(image.data, own.data)
     Path(result.image_path).unlink()
@@ -386,7 +386,7 @@ def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None
 
 
 def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) -> None:
-    """What was hashed, what was judged and what was copied must be the same bytes."""
+    """The bytes that are hashed, validated and copied must be the same."""
     request = LoadRequest(ticket=1, ref=adapter(tmp_path / "a", seed=1))
     staging = Staging([tmp_path])
     setup = Setup(sites=list(llama_sites()), model="x", limits=LoadLimits())
@@ -439,7 +439,9 @@ def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path
         found = directory.resolve(name)
         assert found is not None
         loader.start(found)
-    assert {result.generation for result in collect(loader, 2).values()} == {judge(tmp_path / "served/v1").generation}
+    assert {result.generation for result in collect(loader, 2).values()} == {
+        validate(tmp_path / "served/v1").generation
+    }
 
 
 # ---- the Hub's cache, offline
@@ -452,7 +454,7 @@ def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Pa
     good = loader.start(AdapterRef(name="org/pirate", kind="hub", locator="org/pirate"))
     lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
     results = collect(loader, 2)
-    assert results[good].error is None and results[good].generation == judge(tmp_path / "a").generation
+    assert results[good].error is None and results[good].generation == validate(tmp_path / "a").generation
     assert results[good].commit == "0" * 40
     error = results[lacking].error
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message

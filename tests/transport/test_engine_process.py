@@ -1,4 +1,4 @@
-"""The engine's process: killed, stopped, orphaned. Nobody waits for ever and nothing stays behind."""
+"""The engine's process is killed, stopped or orphaned: no call waits forever, and no process or file remains."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ time.sleep(600)  # the main thread in a long step
     assert process.wait(60) == 70
 
 
-def test_a_worker_that_hears_nonsense_says_so_and_ends():
+def test_a_worker_that_receives_a_malformed_frame_ends_with_the_reason():
     process, channel = worker()
     channel.post(wire.Stop())
     died = everything(channel)[-1]
@@ -272,13 +272,13 @@ def test_a_worker_that_hears_nonsense_says_so_and_ends():
     assert process.wait(60) != 0
 
 
-def test_a_worker_whose_parent_says_nothing_ends_with_the_socket():
+def test_a_worker_whose_parent_sends_nothing_ends_with_the_socket():
     process, channel = worker()
     channel.close()
     assert process.wait(60) == 0
 
 
-def test_asked_for_the_impossible_a_worker_names_the_reason(tmp_path: Path):
+def test_a_worker_that_cannot_start_sends_the_reason(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard-of"}))
     process, channel = worker()
     channel.post(wire.Start(EngineConfig(model=str(tmp_path), offline=True)))

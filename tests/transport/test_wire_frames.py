@@ -269,7 +269,7 @@ def test_threads_that_send_at_once_do_not_mix_their_frames():
     receiver.close()
 
 
-def test_a_peer_that_is_gone_is_told_apart_from_a_bad_frame():
+def test_a_closed_peer_is_not_reported_as_a_bad_frame():
     left, right = socket.socketpair()
     sender = wire.client_channel(left)
     right.close()

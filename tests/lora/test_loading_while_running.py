@@ -1,4 +1,4 @@
-"""Nobody waits for somebody else's adapter: the engine as it is built for serving, with loads that block and burn."""
+"""No request waits for another's adapter: an engine as it is served, with loads that block or use all CPU."""
 
 from __future__ import annotations
 
