@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
-from truffula.engine.memory import AdapterShare, memory_limit, plan_memory
+from truffula.engine.memory import memory_limit, plan_memory
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import MemoryLimit, MemoryPlan
 from truffula.kernels.host import free_memory, usable_cpus
@@ -126,29 +125,6 @@ def test_quotas_bound_the_threads(tmp_path: Path):
     assert usable_cpus(root) == 1
     put(root / "sys/fs/cgroup/a", cpu__max="max 100000\n")
     assert usable_cpus(root) == mine
-
-
-def test_a_share_for_adapters_evicts_their_oldest_and_leaves_the_rest_alone():
-    budget = MemoryBudget(100)
-    share = AdapterShare(budget, 30)
-
-    class Idle:
-        """Adapters of ten bytes that nobody uses."""
-
-        def oldest(self) -> float | None:
-            return 0.0 if budget.used("adapters") else None
-
-        def evict_oldest(self) -> int:
-            if not budget.used("adapters"):
-                return 0
-            share.release("adapters", 10)
-            return 10
-
-    share.register_reclaimer("adapters", Idle())
-    assert budget.reserve("kv", 60) and all(share.reserve("adapters", 10) for _ in range(5))
-    assert (share.used("adapters"), budget.used("kv"), share.limit) == (30, 60, 30)
-    assert not share.reserve("adapters", 31)
-    assert AdapterShare(budget, 200).limit == 100
 
 
 def test_this_machine_offers_something():

@@ -20,7 +20,7 @@ from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
-from truffula.lora.image import write_image
+from truffula.lora.image import ImageWriter
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
@@ -119,8 +119,11 @@ class HandLoader:
             return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         stub = StubAdapter(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
         path = self._folder / str(ticket)
-        size = write_image(stub, path)
-        return LoadResponse(ticket=ticket, image_path=str(path), generation=stub.generation, nbytes=size, rank=1)
+        writer = ImageWriter(stub)
+        writer.write(path)
+        return LoadResponse(
+            ticket=ticket, image_path=str(path), generation=stub.generation, nbytes=writer.nbytes, rank=1
+        )
 
 
 def limits(**changes) -> EngineLimits:

@@ -70,7 +70,7 @@ class PoolMachine(RuleBasedStateMachine):
         holder = data.draw(st.sampled_from(self.holders))
         stop = min(len(holder.tokens), holder.computed + count)
         before = self.pool.num_used(), holder.table.length
-        could = self.pool.could_have(self.pool.growth(holder.table, stop), lambda: 0)
+        could = self.pool.can_fit(self.pool.growth(holder.table, stop), lambda: 0)
         if not self.pool.extend(holder.table, stop):
             assert not could, "blocks were promised"
             assert before == (self.pool.num_used(), holder.table.length)
@@ -95,7 +95,8 @@ class PoolMachine(RuleBasedStateMachine):
         holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
         if poisoned:
             self.pool.forget(holder.table)
-            assert not self.pool.match(holder.keys, len(holder.tokens)), "what was forgotten is found"
+            if holder.table.num_indexed:  # else equal tokens that are found are another holder's
+                assert not self.pool.match(holder.keys, len(holder.tokens)), "what was forgotten is found"
         self.pool.release(holder.table, self.now)
 
     @rule(seconds=st.floats(0, 5))

@@ -32,8 +32,8 @@ class Shelf:
 
 
 class BudgetMachine(RuleBasedStateMachine):
-    @initialize(limit=st.integers(0, 100), fixed=st.integers(0, 50))
-    def begin(self, limit, fixed):
+    @initialize(limit=st.integers(0, 100), fixed=st.integers(0, 50), own=st.none() | st.integers(0, 120))
+    def begin(self, limit, fixed, own):
         self.now = 0.0
         self.evicted: list[float] = []
         self.budget = MemoryBudget(limit)
@@ -41,16 +41,24 @@ class BudgetMachine(RuleBasedStateMachine):
         self.shelves = [Shelf(name, self.budget, self.evicted) for name in ("kv", "adapters")]
         for shelf in self.shelves:
             self.budget.register_reclaimer(shelf.name, shelf)
+        if own is not None:
+            self.budget.set_limit("adapters", own)
 
     @rule(which=st.integers(0, 1), nbytes=st.integers(1, 60))
     def take(self, which, nbytes):
         shelf = self.shelves[which]
         del self.evicted[:]
         busy = self.fixed + sum(sum(s.busy) for s in self.shelves)
+        own = [stamp for stamp, _ in shelf.idle]
         stamps = sorted(stamp for s in self.shelves for stamp, _ in s.idle)
+        own_limit = self.budget.limit_of(shelf.name)
         took = self.budget.reserve(shelf.name, nbytes)
-        assert took == (busy + nbytes <= self.budget.limit), "it fits exactly when what is in use leaves room"
-        assert self.evicted == stamps[: len(self.evicted)], "idle things went out of order"
+        fits = busy + nbytes <= self.budget.limit and sum(shelf.busy) + nbytes <= own_limit
+        assert took == fits, "it fits exactly when what is in use leaves room"
+        count = len(self.evicted)
+        first = range(count + 1) if own_limit < self.budget.limit else [0]  # so many of its own, for its own limit
+        orders = [own[:n] + [stamp for stamp in stamps if stamp not in own[:n]][: count - n] for n in first]
+        assert self.evicted in orders, "idle entries were evicted out of order"
         if took:
             shelf.busy.append(nbytes)
 

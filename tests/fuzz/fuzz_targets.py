@@ -20,7 +20,7 @@ from truffula.kernels.adapters import LowRank
 from truffula.kernels.cpu.backend import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.mapped import release_pages
-from truffula.lora.image import write_image
+from truffula.lora.image import ImageWriter
 from truffula.lora.peft import BaseFacts, inspect_adapter, validate_adapter
 from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import tiny_config as adapter_config
@@ -146,7 +146,7 @@ def adapter(folder: Path) -> None:
         assert isinstance(part, LowRank)
         assert first_non_finite(part.a) is None and first_non_finite(part.b) is None
         assert part.a.shape[0] == part.b.shape[1] and np.isfinite(part.scale)
-    write_image(adapter, folder / "image")
+    ImageWriter(adapter).write(folder / "image")
 
 
 # --- what they begin with

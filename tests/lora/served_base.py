@@ -10,7 +10,7 @@ import numpy.typing as npt
 from truffula.kernels.backend import Backend
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.lora.image import map_image, write_image
+from truffula.lora.image import ImageWriter, map_image
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import base_tables
 from truffula.model.load import WeightReader, plan_model
@@ -44,7 +44,7 @@ class Served:
     def add(self, adapter: Path) -> int:
         validated = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
         image = self.path.parent / "image"
-        write_image(validated, image, self.executable.layout)
+        ImageWriter(validated, self.executable.layout).write(image)
         mapped = map_image(image)
         image.unlink()
         return self.executable.adapter(mapped)

@@ -40,7 +40,7 @@ from truffula.kernels.adapters import (
 from truffula.kernels.backend import Backend, Executable
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.lora.image import MAGIC, ImageWriter, map_image, write_image
+from truffula.lora.image import MAGIC, ImageWriter, map_image
 from truffula.testing.programs import pull_from, random_weights
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
@@ -83,7 +83,7 @@ def of_low_ranks(seed: int = 0, count: int = 5) -> SimpleNamespace:
 
 def written(path: Path, seed: int = 0) -> tuple[SimpleNamespace, bytes]:
     made = of_low_ranks(seed)
-    write_image(made, path)
+    ImageWriter(made).write(path)
     return made, path.read_bytes()
 
 
@@ -98,10 +98,11 @@ def assert_same(mine: Part, other: Part) -> None:
 
 def test_what_is_mapped_is_what_was_written(tmp_path: Path) -> None:
     made = of_low_ranks()
-    nbytes = write_image(made, tmp_path / "image")
+    writer = ImageWriter(made)
+    writer.write(tmp_path / "image")
     image = map_image(tmp_path / "image")
-    assert (image.generation, image.rank, image.nbytes) == (made.generation, 4, nbytes)
-    assert (tmp_path / "image").stat().st_size == nbytes == ImageWriter(made).nbytes
+    assert (image.generation, image.rank, image.nbytes) == (made.generation, 4, writer.nbytes)
+    assert (tmp_path / "image").stat().st_size == writer.nbytes
     for mine, other in zip(image.sites(), sorted(made.sites, key=lambda s: s.site), strict=True):
         assert mine.site == other.site
         assert_same(mine.parts[0], other.parts[0])
@@ -110,7 +111,9 @@ def test_what_is_mapped_is_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ALL_KINDS)
 def test_every_kind_of_part_has_its_place_in_a_file(tmp_path: Path, name: str) -> None:
     beside = LowRank(np.ones((1, 5), np.float32), np.ones((4, 1), np.float32), 1.0)
-    write_image(adapter_of([SiteTensors(2, (ALL_KINDS[name], beside)), SiteTensors(0, (beside,))]), tmp_path / "image")
+    ImageWriter(adapter_of([SiteTensors(2, (ALL_KINDS[name], beside)), SiteTensors(0, (beside,))])).write(
+        tmp_path / "image"
+    )
     first, second = map_image(tmp_path / "image").sites()
     assert (first.site, second.site) == (0, 2)
     for mine, other in zip(second.parts, (ALL_KINDS[name], beside), strict=True):
@@ -167,7 +170,7 @@ def test_a_shared_a_is_stored_once() -> None:
 def test_a_file_that_exists_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"mine")
     with pytest.raises(FileExistsError):
-        write_image(of_low_ranks(), tmp_path / "image")
+        ImageWriter(of_low_ranks()).write(tmp_path / "image")
     assert (tmp_path / "image").read_bytes() == b"mine"
 
 
@@ -176,7 +179,7 @@ def test_no_room_leaves_no_half_file(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
     try:
         with pytest.raises(OSError, match="too large"):
-            write_image(of_low_ranks(), tmp_path / "image")
+            ImageWriter(of_low_ranks()).write(tmp_path / "image")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []

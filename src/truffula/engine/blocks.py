@@ -146,7 +146,7 @@ class BlockPool:
         """Bytes of the cached blocks."""
         return self.layout.nbytes([len(group.cached) for group in self._groups])
 
-    def could_have(self, counts: Sequence[int], bytes_elsewhere: Callable[[], int]) -> bool:
+    def can_fit(self, counts: Sequence[int], bytes_elsewhere: Callable[[], int]) -> bool:
         """Whether ``counts[g]`` more blocks of each group would fit if everything idle were evicted.
 
         ``bytes_elsewhere`` returns the bytes that other owners with a reclaimer have in use.
@@ -305,8 +305,8 @@ class BlockPool:
         """Index the blocks of ``table`` that ``num_computed`` tokens fill. Call it before ``free_behind``.
 
         Where a block with the same content is indexed already, the table takes a reference on that block instead of its
-        own: the caller releases those returned, once no unfinished step reads them. So a table that
-        references a block references the indexed blocks before it, and none is evicted before its descendants.
+        own: the caller releases those returned, once no unfinished step reads them. So a table that references a
+        block references the indexed blocks before it, and none is evicted before its descendants.
         """
         replaced: list[BlockRef] = []
         for index in range(table.num_indexed, num_computed // self.layout.block_size):

@@ -6,6 +6,7 @@ idle adapters form one LRU across pools, by the time of their last use.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from truffula.errors import ConfigError
@@ -22,7 +23,7 @@ class Reclaimer(Protocol):
 
 
 class MemoryBudget:
-    """Counts bytes by owner under one limit. Holds no memory itself."""
+    """Counts bytes by owner under one limit, and under a limit of the owner's own if it has one. Allocates nothing."""
 
     def __init__(self, limit_bytes: int) -> None:
         if limit_bytes < 0:
@@ -31,11 +32,20 @@ class MemoryBudget:
             )
         self.limit = limit_bytes
         self._used: dict[str, int] = {}
+        self._limits: dict[str, int] = {}
         self._reclaimers: dict[str, Reclaimer] = {}
 
     def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None:
         """Let idle entries of ``owner`` be evicted when a reservation does not fit."""
         self._reclaimers[owner] = reclaimer
+
+    def set_limit(self, owner: str, nbytes: int) -> None:
+        """Let ``owner`` use at most ``nbytes``: above that, its own idle entries are evicted."""
+        self._limits[owner] = nbytes
+
+    def limit_of(self, owner: str) -> int:
+        """The most bytes that ``owner`` may use."""
+        return min(self.limit, self._limits.get(owner, self.limit))
 
     def used(self, owner: str) -> int:
         return self._used.get(owner, 0)
@@ -59,10 +69,13 @@ class MemoryBudget:
         """
         if nbytes < 0:
             raise ValueError(f"cannot reserve {nbytes} bytes")
-        if nbytes > self.limit - self.fixed():
+        if nbytes > min(self.limit - self.fixed(), self.limit_of(owner)):
             return False
+        while self.used(owner) + nbytes > self.limit_of(owner):
+            if not self._evict_oldest([owner]):
+                return False
         while self.available() < nbytes:
-            if not self._reclaim_one():
+            if not self._evict_oldest(self._reclaimers):
                 return False
         self._used[owner] = self.used(owner) + nbytes
         return True
@@ -77,9 +90,12 @@ class MemoryBudget:
         """Raise AssertionError when the sums are wrong."""
         assert all(used >= 0 for used in self._used.values()), self._used
         assert self.total_used() <= self.limit, (self._used, self.limit)
+        assert all(self.used(owner) <= limit for owner, limit in self._limits.items()), (self._used, self._limits)
 
-    def _reclaim_one(self) -> bool:
-        stamps = [(stamp, owner) for owner, pool in self._reclaimers.items() if (stamp := pool.oldest()) is not None]
+    def _evict_oldest(self, owners: Iterable[str]) -> bool:
+        """Evict the least recently used idle entry of ``owners``; False when there is none."""
+        pools = [(owner, self._reclaimers[owner]) for owner in owners if owner in self._reclaimers]
+        stamps = [(stamp, owner) for owner, pool in pools if (stamp := pool.oldest()) is not None]
         if not stamps:
             return False
         _, owner = min(stamps)

@@ -18,13 +18,14 @@ from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.limits import EngineLimits
-from truffula.engine.memory import AdapterShare, MemoryDivision, memory_limit, plan_memory
+from truffula.engine.memory import MemoryDivision, memory_limit, plan_memory
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable, MemoryPlan
 from truffula.kernels.cpu.formats import BLOCK_KINDS
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.select import DtypeChoice, Precision, choose_dtype, fallback_warning, select_backend
+from truffula.lora.generations import OWNER
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
 from truffula.lora.tables import base_tables
@@ -130,9 +131,15 @@ def build_engine(
     """
     if first is not None:
         config = repeated(config, first)
-    report = progress or _no_progress
+    report = progress or (lambda stage, done, total: None)
     began = time.monotonic()
-    path = Path(first.path) if first is not None else _resolve(config, report)
+    path = (
+        Path(first.path)
+        if first is not None
+        else resolve_source(
+            config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
+        )
+    )
     report("reading the model files", 0, None)
     with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays mapped
         files = stamps_of(checkpoint)
@@ -179,12 +186,6 @@ def repeated(config: EngineConfig, first: EngineInfo) -> EngineConfig:
     )
 
 
-def _resolve(config: EngineConfig, report: Progress) -> Path:
-    return resolve_source(
-        config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
-    )
-
-
 def _open(path: Path, first: EngineInfo | None) -> Checkpoint:
     """The checkpoint at ``path``. One that an earlier engine served and that can no longer be opened has changed."""
     if first is not None:
@@ -197,7 +198,8 @@ def _assemble(
 ) -> Engine:
     """The engine of a loaded model, with its budget, loading worker, adapter pool and watch over the mapped files."""
     budget = MemoryBudget(settings.memory.pool_bytes)
-    share = budget if config.adapter_memory_bytes is None else AdapterShare(budget, config.adapter_memory_bytes)
+    if config.adapter_memory_bytes is not None:
+        budget.set_limit(OWNER, config.adapter_memory_bytes)
     with ExitStack() as undo:
         watch = FileWatch(checkpoint.files)
         undo.callback(watch.close)
@@ -207,7 +209,7 @@ def _assemble(
             layout=executable.layout,
             tables=base_tables(plan.program, checkpoint),
             limits=LoadLimits(
-                image_bytes=share.limit,
+                image_bytes=budget.limit_of(OWNER),
                 file_bytes=config.max_adapter_file_bytes,
                 memory_bytes=config.adapter_worker_memory_bytes,
                 cpu_s=config.adapter_load_timeout_s,
@@ -218,7 +220,7 @@ def _assemble(
             cache_dir=config.cache_dir,
         )
         undo.callback(loader.close)
-        adapters = AdapterPool(executable, loader, share, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
+        adapters = AdapterPool(executable, loader, budget, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
         engine = Engine(executable, settings.limits, adapters, budget, watch=watch)
         undo.pop_all()
     return engine
@@ -297,7 +299,3 @@ def _log(info: EngineInfo) -> None:
     )  # fmt: skip
     for warning in info.warnings:
         logger.warning("%s", warning)
-
-
-def _no_progress(stage: str, done: int, total: int | None) -> None:
-    """Ignore a progress report."""

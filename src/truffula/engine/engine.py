@@ -120,7 +120,7 @@ class Engine:
         self._steps += 1
         try:
             self._submitted.append((plan, self._runner.submit(plan)))
-        except Exception as error:  # noqa: BLE001  whatever it is, it may concern one sequence alone
+        except Exception as error:  # noqa: BLE001  any error may concern one sequence alone
             self._retry(plan, error)
 
     def _finish_oldest(self) -> None:
@@ -195,7 +195,7 @@ class Engine:
         waiter.poll(None if timeout is None else timeout * 1000)
 
     def stats(self) -> EngineStats:
-        """Where the engine stands. Costs the same however many requests wait."""
+        """Current counts and totals. Costs the same however many requests wait."""
         blocks, adapters = self._blocks, self._adapters
         return EngineStats(
             monotonic=self._clock(),

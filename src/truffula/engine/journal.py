@@ -14,7 +14,7 @@ from truffula.types import AdapterState, EngineRequest, TokenEvent
 
 
 class Journal:
-    """Open requests and their undelivered events: each request gets exactly one final event, whatever ends.
+    """Open requests and their undelivered events: each request gets exactly one final event.
 
     Thread-safe; one consumer calls ``take``.
     """

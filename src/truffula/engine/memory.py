@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from truffula.config import format_size
-from truffula.engine.budget import MemoryBudget, Reclaimer
 from truffula.engine.kv_layout import KvLayout
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import Backend, MemoryLimit, MemoryPlan
@@ -104,31 +103,3 @@ def memory_limit(asked_bytes: int | None, backend: Backend) -> MemoryLimit:
     free = backend.free_memory()
     share = int(free.nbytes * DEFAULT_SHARE)
     return MemoryLimit(share, f"{DEFAULT_SHARE:.0%} of {format_size(free.nbytes)} {free.reason}")
-
-
-class AdapterShare:
-    """The budget of adapters when ``--adapter-memory`` limits them: a limit of their own within the common budget.
-
-    Above it, the least recently used idle adapters are evicted.
-    """
-
-    def __init__(self, budget: MemoryBudget, share_bytes: int) -> None:
-        self._budget = budget
-        self._reclaimers: dict[str, Reclaimer] = {}
-        self.limit = min(share_bytes, budget.limit)
-
-    def reserve(self, owner: str, nbytes: int) -> bool:
-        while self._budget.used(owner) + nbytes > self.limit:
-            if not self._reclaimers[owner].evict_oldest():
-                return False
-        return self._budget.reserve(owner, nbytes)
-
-    def release(self, owner: str, nbytes: int) -> None:
-        self._budget.release(owner, nbytes)
-
-    def used(self, owner: str) -> int:
-        return self._budget.used(owner)
-
-    def register_reclaimer(self, owner: str, reclaimer: Reclaimer) -> None:
-        self._reclaimers[owner] = reclaimer
-        self._budget.register_reclaimer(owner, reclaimer)

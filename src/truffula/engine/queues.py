@@ -136,11 +136,11 @@ class DeficitRoundRobin:
             self._deficits = {key: self._deficits[key] for key in order}
         return order
 
-    def begin(self, key: AdapterKey) -> int:
+    def begin_turn(self, key: AdapterKey) -> int:
         """Begin a turn; returns the tokens it may spend."""
         self._deficits[key] = min(self._deficits[key] + self._quantum, 2 * self._quantum)
         return self._deficits[key]
 
-    def end(self, key: AdapterKey, spent: int) -> None:
+    def end_turn(self, key: AdapterKey, spent: int) -> None:
         """End a turn that spent tokens; one that could not spend any keeps its place, the first of the next step."""
         self._deficits[key] = max(0, self._deficits.pop(key) - spent)

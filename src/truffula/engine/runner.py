@@ -46,10 +46,6 @@ class ModelRunner:
         self._fill(plan.chunks)
         return SubmittedStep(plan.chunks, self._executable.submit())
 
-    def run(self, plan: StepPlan) -> list[ChunkResult]:
-        """``submit`` and its result."""
-        return self.submit(plan).result()
-
     def _fill(self, chunks: Sequence[Chunk]) -> None:
         i, s, size = self._executable.inputs, self._executable.samples, self._block_size
         N = len(chunks)
@@ -103,10 +99,6 @@ class SubmittedStep:
     def __init__(self, chunks: list[Chunk], step: PendingStep) -> None:
         self._chunks = chunks
         self._step = step
-
-    def done(self) -> bool:
-        """Whether ``result`` returns or raises without waiting."""
-        return self._step.done()
 
     def result(self) -> list[ChunkResult]:
         """Results in the order of the plan's chunks; waits for them. Raises what the step's ``result`` does."""

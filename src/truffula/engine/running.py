@@ -103,7 +103,7 @@ class RunningBatch:
         limit = sequence.max_prefix_blocks() if prefix and self._prefix_cache else 0
         if limit:
             blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
-        sequence.begin(sequence.table.capacity)
+        sequence.reset(sequence.table.capacity)
         count = sequence.fit_rows(min(allowance, sequence.num_uncomputed), rows)
         lease: AdapterLease | None = None
         admitted = False
@@ -114,7 +114,7 @@ class RunningBatch:
                     admitted = blocks.extend(sequence.table, sequence.num_computed + count)
         finally:
             if not admitted:
-                sequence.begin(0)
+                sequence.reset(0)
                 self._release(_Holding(sequence.table, lease=lease), now)
                 sequence.table = blocks.new_table()
         if not admitted:
@@ -136,7 +136,7 @@ class RunningBatch:
         for other in self._by_age:
             if other.num_tokens + 1 > other.table.capacity:
                 needed = list(map(add, needed, self._blocks.growth(other.table, other.num_tokens + 1)))
-        return self._blocks.could_have(needed, lambda: self._adapters.leased_bytes)
+        return self._blocks.can_fit(needed, lambda: self._adapters.leased_bytes)
 
     def _acquire(self, generation: str | None) -> AdapterLease | None:
         if generation is None:
@@ -158,7 +158,7 @@ class RunningBatch:
         holding = _Holding(sequence.table, (), sequence.seq_slot, sequence.lease)
         sequence.table = self._blocks.new_table()
         sequence.seq_slot = sequence.lease = None
-        sequence.begin(0)
+        sequence.reset(0)
         if sequence.last_step in self._unfinished:
             self._unfinished[sequence.last_step].append(holding)
         else:

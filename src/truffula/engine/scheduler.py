@@ -191,17 +191,17 @@ class Scheduler:
         self._expire(now)
         self._prefetch_adapters(now)
         if self._retries:
-            return self._start(self._next_retry())
+            return self._make_plan(self._next_retry())
         budget = StepBudget(self._max_tokens, self._max_rows)
         try:
             self._prevent_starvation(now)
             self._grant_running(budget, now)
             self._grant_prompts(budget, now)
         except _ResultsNeeded:
-            return self._start({})
-        return self._start(budget.counts)
+            return self._make_plan({})
+        return self._make_plan(budget.counts)
 
-    def _start(self, counts: dict[Sequence, int]) -> StepPlan:
+    def _make_plan(self, counts: dict[Sequence, int]) -> StepPlan:
         step = self._last_step + 1
         chunks = [sequence.advance(counts[sequence], step) for sequence in sorted(counts, key=_row_order)]
         if chunks:
@@ -238,7 +238,7 @@ class Scheduler:
         self._counts["generated_tokens"] += generated
 
     def discard(self, plan: StepPlan, now: float) -> None:
-        """Undo ``plan``, the newest one that is unfinished: it failed, or runs behind one that did."""
+        """Undo ``plan``, the newest one that is unfinished: it failed, or follows one that did."""
         for chunk in plan.chunks:
             sequence = self._running.at(chunk.seq_slot)
             if sequence is not None:
@@ -332,7 +332,7 @@ class Scheduler:
                     waiting.mark_loading(sequence, now)
             elif found.generation is not None:
                 for sequence in unbound:
-                    # From now on the name means these bytes for this request, whatever it leads to later.
+                    # From now on this request uses these bytes, even if the adapter's files change.
                     sequence.loaded_lease = self._adapters.retain(found.generation)
                     waiting.bind(sequence, found.generation, now)
             else:
@@ -421,7 +421,7 @@ class Scheduler:
             for key in turns:
                 spent = self._take_turn(key, prompts.setdefault(key, []), budget, now)
                 if spent:
-                    self._round_robin.end(key, spent)
+                    self._round_robin.end_turn(key, spent)
                     next_turns.append(key)
                 if budget.tokens <= 0:
                     return
@@ -429,7 +429,7 @@ class Scheduler:
 
     def _take_turn(self, key: AdapterKey, prompts: list[Sequence], budget: StepBudget, now: float) -> int:
         """One turn: first its running prompts, then at most one admission. Returns the tokens spent."""
-        allowance = self._round_robin.begin(key)
+        allowance = self._round_robin.begin_turn(key)
         spent = 0
         others = len(prompts) > 1 or self._waiting.ready_head(key) is not None
         for sequence in prompts:

@@ -212,7 +212,7 @@ class Sequence:
             times=times,
         )
 
-    def begin(self, num_computed: int) -> None:
+    def reset(self, num_computed: int) -> None:
         """Reset its progress to ``num_computed`` tokens: prefix hits at admission, 0 when it leaves the batch."""
         self.num_computed = self.num_committed = num_computed
         self._restart = True

@@ -83,7 +83,7 @@ class Heartbeat:
             except Disconnected:
                 os._exit(EXIT_OK)  # the main thread may be in a step of minutes whose result is not needed
             except Exception as error:  # noqa: BLE001
-                # Without heartbeats the parent would kill this process as unresponsive, and not know the reason.
+                # Without heartbeats the parent would kill this process as unresponsive, without the reason.
                 self._fail(error)
 
     def _fail(self, error: Exception) -> None:

@@ -110,7 +110,7 @@ def _layers(value: Any) -> str | None:
 
 MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
-# Starts that change the base; PEFT turns the first ones into plain LoRA when saving.
+# Initialisations that change the base; PEFT can convert them to plain LoRA when saving.
 _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "lora_ga")
 TASKS = ("CAUSAL_LM",)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError
-from truffula.kernels.backend import AdapterImage
+from truffula.kernels.backend import AdapterImage, Executable
 from truffula.lora.loads import AdapterSource
 from truffula.types import AdapterState
 
@@ -29,21 +29,11 @@ Account = Literal["mapped", "idle", "in use"]
 class Budget(Protocol):
     """The part of ``engine.budget.MemoryBudget`` that the adapter pool uses."""
 
-    @property
-    def limit(self) -> int: ...
+    def limit_of(self, owner: str) -> int: ...
     def reserve(self, owner: str, nbytes: int) -> bool: ...
     def release(self, owner: str, nbytes: int) -> None: ...
     def used(self, owner: str) -> int: ...
     def register_reclaimer(self, owner: str, reclaimer: Any) -> None: ...
-
-
-class Slots(Protocol):
-    """The part of an ``Executable`` that the adapter pool uses."""
-
-    def adapter_bytes(self, image: AdapterImage) -> int: ...
-    def adapter(self, image: AdapterImage) -> int: ...
-    def adapter_ready(self, slot: int) -> bool: ...
-    def drop_adapter(self, slot: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -107,8 +97,8 @@ class Generation:
 class Generations:
     """The mapped generations by id. Totals are kept up to date, so that reading one costs nothing. One thread."""
 
-    def __init__(self, slots: Slots, budget: Budget) -> None:
-        self._slots = slots
+    def __init__(self, executable: Executable, budget: Budget) -> None:
+        self._executable = executable
         self._budget = budget
         self._entries: dict[str, Generation] = {}
         self._mapped: dict[str, Generation] = {}  # without a slot
@@ -130,7 +120,7 @@ class Generations:
 
     def add(self, image: AdapterImage, now: float) -> Generation:
         """A newly mapped image, without a slot."""
-        entry = Generation(image, image.nbytes + self._slots.adapter_bytes(image), now)
+        entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
         self._entries[image.generation] = entry
         self.touch(entry, now)
         return entry
@@ -141,17 +131,18 @@ class Generations:
         Raises ``InsufficientMemory`` when they never are; the executable's error, with the bytes released again, as an
         ``AdapterLoadError`` where it is not a ``TruffulaError``.
         """
-        if entry.nbytes > self._budget.limit:
+        limit = self._budget.limit_of(OWNER)
+        if entry.nbytes > limit:
             raise InsufficientMemory(
-                f"The adapter takes {entry.nbytes} bytes and adapters may use {self._budget.limit}. "
+                f"The adapter takes {entry.nbytes} bytes and adapters may use {limit}. "
                 "Give the server more memory (--memory, --adapter-memory).",
                 requested_bytes=entry.nbytes,
-                limit_bytes=self._budget.limit,
+                limit_bytes=limit,
             )
-        if self.leased_bytes + entry.nbytes > self._budget.limit or not self._budget.reserve(OWNER, entry.nbytes):
+        if self.leased_bytes + entry.nbytes > limit or not self._budget.reserve(OWNER, entry.nbytes):
             return False
         try:
-            entry.slot = self._slots.adapter(entry.image)
+            entry.slot = self._executable.adapter(entry.image)
         except TruffulaError:
             self._budget.release(OWNER, entry.nbytes)
             raise
@@ -167,7 +158,7 @@ class Generations:
         entries = list(self._uploading.values())
         for entry in entries:
             assert entry.slot is not None
-            entry.uploaded = self._slots.adapter_ready(entry.slot)
+            entry.uploaded = self._executable.adapter_ready(entry.slot)
             if entry.uploaded:
                 del self._uploading[entry.id]
             self.touch(entry, entry.used_at)
@@ -176,7 +167,7 @@ class Generations:
     def evict(self, entry: Generation) -> None:
         """Release its slot and bytes; the image stays mapped."""
         if entry.slot is not None:
-            self._slots.drop_adapter(entry.slot)
+            self._executable.drop_adapter(entry.slot)
             entry.slot = None
             entry.uploaded = False
             self._uploading.pop(entry.id, None)

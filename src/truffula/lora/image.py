@@ -111,13 +111,6 @@ class ImageWriter:
             os.close(fd)
 
 
-def write_image(adapter: AdapterTensors, path: Path, layout: AdapterLayout = STORED) -> int:
-    """Write ``adapter`` to a new file at ``path``; returns its size in bytes. See ``ImageWriter`` for the errors."""
-    writer = ImageWriter(adapter, layout)
-    writer.write(path)
-    return writer.nbytes
-
-
 def map_image(source: Path | int) -> AdapterImage:
     """Map the file at a path (or an open descriptor, which stays the caller's) as an ``AdapterImage``.
 
@@ -174,7 +167,7 @@ def _read_header(view: memoryview) -> tuple[_Header, int]:
 
 
 def _check_table(table: npt.NDArray[np.int64], header: _Header) -> None:
-    """Every number lies in its range and every tensor in the data; kinds are brought to the numbers of ``KINDS``."""
+    """Check that every number is in its range and every tensor in the data. Renumbers kinds as in ``KINDS``."""
     tensors = table[:, TENSORS:].reshape(len(table), MAX_TENSORS, TENSOR_COLUMNS)
     offset, nbytes, shape = tensors[..., OFFSET], tensors[..., NBYTES], tensors[..., SHAPE:]
     fits = (

@@ -182,7 +182,7 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
 
 
 def _unexpected(keys: list[str], count: int) -> AdapterError:
-    """The error for keys that are not halves of pairs: it says what they are."""
+    """The error for keys that are not halves of pairs, with what they seem to be."""
     for ending, name, what, way in _UNSERVED:
         hits = [key for key in keys if re.search(ending, key)]
         if hits:

@@ -48,7 +48,7 @@ class PeftAdapter:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What ``inspect`` shows, from metadata alone: how each field is treated. ``error`` says why it would not load."""
+    """What ``inspect`` shows, from metadata alone: how each field is treated. ``error``: why it would not load."""
 
     rows: tuple[FieldRow, ...]
     warnings: tuple[str, ...] = ()

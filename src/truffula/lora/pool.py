@@ -27,7 +27,8 @@ from truffula.errors import (
     ShuttingDown,
     TruffulaError,
 )
-from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations, Slots
+from truffula.kernels.backend import Executable
+from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations
 from truffula.lora.generations import AdapterLease as AdapterLease
 from truffula.lora.generations import AdapterStatus as AdapterStatus
 from truffula.lora.image import map_image
@@ -70,12 +71,12 @@ class AdapterPool:
     sequences, ``retain`` once their adapter is loaded, ``acquire`` when it admits one, and ``release`` for each lease.
 
     ``clock`` is the clock of the budget's other reclaimers. A failed load is not tried again for ``failure_ttl_s``.
-    ``mapped_limit`` (bytes) is an eighth of the budget's limit unless given. ``loads`` has the open loads and counters.
+    ``mapped_limit`` (bytes) is an eighth of the adapters' budget unless given. ``loads`` has open loads and counters.
     """
 
     def __init__(
         self,
-        slots: Slots,
+        executable: Executable,
         loader: AdapterLoader,
         budget: Budget,
         clock: Callable[[], float],
@@ -85,8 +86,8 @@ class AdapterPool:
     ) -> None:
         self._budget = budget
         self._clock = clock
-        self._mapped_limit = budget.limit // 8 if mapped_limit is None else mapped_limit
-        self._generations = Generations(slots, budget)
+        self._mapped_limit = budget.limit_of(OWNER) // 8 if mapped_limit is None else mapped_limit
+        self._generations = Generations(executable, budget)
         self._sources: dict[AdapterSource, _LoadedSource] = {}
         self._pins: set[AdapterSource] = set()
         self._commands: list[_LoadCommand] = []

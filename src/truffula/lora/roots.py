@@ -1,7 +1,7 @@
 """The module paths of a text model in different model classes, and the modules that text does not pass through.
 
 A text model's layers are ``model.layers.N`` in its own class and ``model.language_model.layers.N`` in a multimodal
-class that contains it. An adapter uses the names of the class it was trained on; the matrices behind them are the same,
+class that contains it. An adapter uses the names of the class it was trained on; the matrices are the same,
 so it is served on all of them. Its configuration is read with its own names, as PEFT reads it.
 """
 

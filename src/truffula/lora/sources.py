@@ -1,6 +1,6 @@
 """``AdapterDirectory``: which adapters may be named, and where their files are. Clients only send names.
 
-A name leads to an adapter in these ways, tried in this order:
+A name is looked up in this order:
 
 1. names that were added while it runs (by an administrator, or by the caller of a library);
 2. names the operator gave (``name=path-or-hub-id``);

@@ -66,7 +66,7 @@ class BaseTable:
 
 
 def base_tables(program: Program, checkpoint: Checkpoint) -> dict[str, BaseTable]:
-    """The tables behind the sites of kind ``embed`` and ``head``; a tied base has one file behind both."""
+    """The tables of the sites of kind ``embed`` and ``head``; those of a tied base are the same."""
     stamps = {file.path: file.opened for file in checkpoint.files}
     made = {}
     for op in program.ops:
