@@ -305,8 +305,8 @@ def _is_own(site: Site, module: ModuleSlice) -> bool:
 
 
 def _names_in_use(site: Site, fused: set[str], sites: Sites) -> list[str]:
-    """The module names of this site that the adapter can use. A base class has either a fused module or its parts, and
-    only the adapter shows which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
+    """The names by which PEFT may know this site. A base has either a fused module or its parts, never both, and only
+    the adapter shows which: a pattern like ``.*up_proj`` does not mean ``gate_up_proj`` where no such module is in use.
     """
     whole = [m for m in site.modules if not _is_own(site, m) and _leaf(m.name) in fused]
     return [sites.name_of(site, m) for m in whole or [m for m in site.modules if _is_own(site, m)]]
