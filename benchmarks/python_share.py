@@ -4,8 +4,8 @@
     python benchmarks/python_share.py smollm2 --adapters FOLDER  # one adapter a row, from FOLDER's folders
     python benchmarks/python_share.py --smoke                    # a tiny random model
 
-A turn is what the engine's process does per step: schedule, fill the step's arrays, run and sample (native), update,
-and send all events as one frame. Shares are medians over turns, by the clock and by the CPU time of the engine's
+A turn is what the engine's process does per step: plan, fill the step's arrays, run and sample (native), commit, and
+send all events as one frame. Shares are medians over turns, by the clock and by the CPU time of the engine's
 thread, which a busy neighbour moves less. Native backend only.
 """
 
@@ -32,28 +32,24 @@ PROMPT = 105
 
 
 class Native:
-    """The native executable, its time counted: seconds by the clock, and of this thread's CPU."""
+    """The native executable, the time of all calls counted: seconds by the clock, and of this thread's CPU."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
         self.wall = self.cpu = 0.0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        call = getattr(self._inner, name)
 
-    def run(self) -> Any:
-        return self._timed(self._inner.run)
+        def timed(*given: Any) -> Any:
+            wall, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return call(*given)
+            finally:
+                self.wall += time.perf_counter() - wall
+                self.cpu += time.thread_time() - cpu
 
-    def sample(self, *given: Any) -> Any:
-        return self._timed(self._inner.sample, *given)
-
-    def _timed(self, call: Any, *given: Any) -> Any:
-        wall, cpu = time.perf_counter(), time.thread_time()
-        try:
-            return call(*given)
-        finally:
-            self.wall += time.perf_counter() - wall
-            self.cpu += time.thread_time() - cpu
+        return timed
 
 
 def requests(rows: int, tokens: int, folders: list[Path]) -> list[EngineRequest]:

@@ -128,7 +128,7 @@ def test_a_waiting_thread_takes_over_when_the_reading_one_leaves(model: Path) ->
     """A paused iterator reads nothing; the others' events are read by those that wait."""
     with LLM(model, **OPTIONS) as shared:
         paused = shared.stream([5, 6], SamplingParams(max_tokens=100, ignore_eos=True))
-        next(paused)
+        first = next(paused)
         done = threading.Event()
 
         def other() -> None:
@@ -139,7 +139,8 @@ def test_a_waiting_thread_takes_over_when_the_reading_one_leaves(model: Path) ->
         thread.start()
         assert done.wait(60)
         thread.join()
-        assert sum(len(delta.tokens) for delta in paused) == 99
+        # Without a fixed seed the first token may be part of a character: then its delta holds no token yet.
+        assert sum(len(delta.tokens) for delta in [first, *paused]) == 100
 
 
 def service_test(model: Path, test: Any, **options: Any) -> Counting:

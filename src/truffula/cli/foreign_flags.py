@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -54,6 +53,8 @@ def known_commands() -> Mapping[str, str]:
 @cache
 def _tables() -> Mapping[str, Any]:
     """The content of ``foreign_flags.toml``. Read only for a flag or a command that is not truffula's."""
+    import tomllib
+
     return tomllib.loads(Path(__file__).with_name("foreign_flags.toml").read_text(encoding="utf-8"))
 
 

@@ -67,10 +67,15 @@ class KvLayout:
 
         Its blocks must fit in ``nbytes`` bytes and in ``num_blocks`` blocks of each group; None: no such limit.
         """
+
+        def fits(blocks: int) -> bool:
+            peaks = self.peak_blocks(blocks * self.block_size)
+            return (nbytes is None or self.nbytes(peaks) <= nbytes) and (num_blocks is None or max(peaks) <= num_blocks)
+
         low, high = 0, self.blocks_for(most_tokens)
+        if fits(high):  # each request asks, and most engines have room for any length
+            return most_tokens
         while low < high:
             middle = (low + high + 1) // 2
-            peaks = self.peak_blocks(middle * self.block_size)
-            fits = (nbytes is None or self.nbytes(peaks) <= nbytes) and (num_blocks is None or max(peaks) <= num_blocks)
-            low, high = (middle, high) if fits else (low, middle - 1)
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return min(most_tokens, low * self.block_size)

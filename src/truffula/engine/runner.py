@@ -53,18 +53,18 @@ class ModelRunner:
         start = np.array([chunk.start for chunk in chunks], np.int32)
         seq_slot = np.array([chunk.seq_slot for chunk in chunks], np.int32)
         rows = np.array([len(chunk.targets) + len(chunk.draws) for chunk in chunks], np.int32)
-        stop, rows_stop = np.cumsum(count, dtype=np.int32), np.cumsum(rows, dtype=np.int32)
+        stop, rows_stop = count.cumsum(dtype=np.int32), rows.cumsum(dtype=np.int32)
         T, R = int(stop[-1]), int(rows_stop[-1])
         i.q_start[1 : N + 1] = stop
         i.kv_len[:N] = start + count
         i.seq_slot[:N] = seq_slot
         np.concatenate([chunk.token_ids for chunk in chunks], out=i.token_ids[:T])
-        sequence = np.repeat(self._numbers[:N], count)
+        sequence = self._numbers[:N].repeat(count)
         position = self._numbers[:T] + (start - (stop - count))[sequence]
         i.position[:T] = i.rope_pos[:, :T] = position
         self._fill_tables(i, chunks)
         i.slot_mapping[:, :T] = i.block_tables[:, sequence, position // size] * size + position % size
-        sequence_of_row = np.repeat(self._numbers[:N], rows)
+        sequence_of_row = self._numbers[:N].repeat(rows)
         i.logit_rows[:R] = self._numbers[:R] + (stop - rows_stop)[sequence_of_row]
         i.T, i.N, i.R, i.G = T, N, R, _fill_segments(i, chunks, stop, rows_stop)
         s.row_slot[:R] = seq_slot[sequence_of_row]

@@ -86,9 +86,10 @@ class SynchronousExecutable(ABC):
 
     def _insert_relayed(self) -> None:
         i = self.inputs
-        rows = np.flatnonzero(i.token_ids[: i.T] == RELAY)
-        if not len(rows):
+        relayed = i.token_ids[: i.T] == RELAY
+        if not relayed.any():
             return
+        rows = np.flatnonzero(relayed)
         sequences = np.searchsorted(i.q_start[1 : i.N + 1], rows, side="right")
         tokens = self._last_drawn[i.seq_slot[sequences]]
         if (tokens == RELAY).any():

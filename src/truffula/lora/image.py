@@ -8,7 +8,6 @@ columns); the engine maps it and reads no byte of the data. Scales are in the ta
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +41,7 @@ from truffula.kernels.adapters import (
     pack,
     place,
 )
+from truffula.kernels.mapped import map_file, use_huge_pages
 
 MAGIC = b"TRFLORA2"
 MAX_HEADER_BYTES = 1 << 20
@@ -99,11 +99,10 @@ class ImageWriter:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
-            with mmap.mmap(fd, self.nbytes) as mapped:
-                mapped[: len(self._head)] = self._head
-                data = np.frombuffer(mapped, np.uint8, self._placed.data_bytes, self._start)
-                self._placed.write(data)
-                del data
+            mapped = map_file(fd, self.nbytes, shared=True)
+            mapped[: len(self._head)] = np.frombuffer(self._head, np.uint8)
+            self._placed.write(mapped[self._start :])
+            use_huge_pages(mapped)  # kernels read all of it in each step
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -125,18 +124,17 @@ def map_image(source: Path | int) -> AdapterImage:
         size = os.fstat(fd).st_size
         if size == 0:
             raise _damaged("it is empty")
-        buffer = mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
+        mapped = map_file(fd, size)
     finally:
         if not isinstance(source, int):
             os.close(fd)
-    with memoryview(buffer) as view:
-        header, start = _read_header(view)
+    header, start = _read_header(mapped.data)
     data_start = _aligned(start + header.parts * COLUMNS * 8)
     if data_start + header.data_bytes != size:
         raise _damaged(f"{size} bytes where {data_start + header.data_bytes} were written")
-    table = np.frombuffer(buffer, np.int64, header.parts * COLUMNS, start).reshape(header.parts, COLUMNS).copy()
+    table = np.frombuffer(mapped, np.int64, header.parts * COLUMNS, start).reshape(header.parts, COLUMNS).copy()
     _check_table(table, header)
-    data = np.frombuffer(buffer, np.uint8, header.data_bytes, data_start)
+    data = mapped[data_start:]
     return AdapterImage(header.generation, header.rank, size, header.layout, table, data)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from truffula.engine.client import EngineClient
@@ -14,10 +14,10 @@ SHARE = 4
 
 
 class _Call:
-    """The sequences of one call that the engine has not got yet, and how many it has."""
+    """The sequences of one call that the engine has not got yet, and the ids of those that it has."""
 
     def __init__(self, requests: Sequence[EngineRequest]) -> None:
-        self.waiting = deque(requests)
+        self.waiting = OrderedDict((one.request_id, one) for one in requests)
         self.running: set[str] = set()
 
 
@@ -25,7 +25,8 @@ class Submissions:
     """Passes sequences to the engine as it drains: a call of any size works, and the engine's queue stays bounded.
 
     The engine holds at most ``max_running + max_waiting`` sequences, of one call at most a fourth of that (but not less
-    than it can run). The rest of a call waits here. Not thread-safe: the owner makes one call at a time.
+    than it can run). The rest of a call waits here; calls that wait get free places in turn. Not thread-safe: the owner
+    makes one call at a time.
     """
 
     def __init__(self, client: EngineClient) -> None:
@@ -33,6 +34,7 @@ class Submissions:
         self._places = client.info.max_running + client.info.max_waiting
         self.share = max(client.info.max_running, self._places // SHARE)
         self._calls: dict[str, _Call] = {}  # by engine id, of the sequences that have not ended
+        self._turns: OrderedDict[_Call, None] = OrderedDict()  # calls with waiting sequences, the next one first
         self._running = 0
 
     @property
@@ -56,26 +58,28 @@ class Submissions:
             InvalidRequest: A request id is in use; nothing was submitted.
         """
         call = _Call(requests)
-        self._calls |= dict.fromkeys([one.request_id for one in requests], call)
+        self._calls |= dict.fromkeys(call.waiting, call)
+        self._turns[call] = None
         try:
-            self._submit(call)
+            self._fill()
         except BaseException:
             self._running -= len(call.running)
+            self._turns.pop(call, None)
             for one in requests:
                 del self._calls[one.request_id]
             raise
 
     def ended(self, request_ids: Iterable[str]) -> None:
-        """The engine has ended these; it gets the next sequences of their calls."""
-        calls = []
+        """The engine has ended these; their places go to sequences that wait."""
         for request_id in request_ids:
-            call = self._calls.pop(request_id, None)
+            call = self._calls.get(request_id)
             if call is not None and request_id in call.running:
                 call.running.discard(request_id)
+                del self._calls[request_id]
                 self._running -= 1
-                calls.append(call)
-        for call in calls:
-            self._submit(call)
+                if call.waiting:
+                    self._turns.setdefault(call)
+        self._fill()
 
     def abort(self, request_ids: Iterable[str]) -> list[str]:
         """Abort sequences; returns those that the engine has not got: no event of them will come."""
@@ -89,18 +93,22 @@ class Submissions:
                 submitted.append(request_id)
             else:
                 dropped.append(request_id)
-                del self._calls[request_id]
+                del self._calls[request_id], call.waiting[request_id]
         if submitted:
             self._client.abort(submitted)
         return dropped
 
-    def _submit(self, call: _Call) -> None:
+    def _fill(self) -> None:
+        """Submit waiting sequences while there are places: one of each call in turn."""
         requests = []
-        while call.waiting and len(call.running) < self.share and self.free > 0:
-            one = call.waiting.popleft()
-            if one.request_id in self._calls:  # else it was aborted while it waited
-                requests.append(one)
-                call.running.add(one.request_id)
-                self._running += 1
+        while self._turns and self.free > 0:
+            call, _ = self._turns.popitem(last=False)
+            if not call.waiting or len(call.running) >= self.share:
+                continue  # ``ended`` adds it again when it may have another place
+            request_id, one = call.waiting.popitem(last=False)
+            requests.append(one)
+            call.running.add(request_id)
+            self._running += 1
+            self._turns[call] = None
         if requests:
             self._client.submit(requests)

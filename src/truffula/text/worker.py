@@ -7,7 +7,6 @@ gets the ``Worker`` and one argument; what it yields is sent as it comes. The pr
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import os
@@ -140,6 +139,8 @@ def _described(error: BaseException) -> TruffulaError:
 
 
 def main(arguments: list[str] | None = None) -> Any:
+    import argparse  # the server imports this module, too
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
     # Signals meant for the whole process group are the server's, which closes the socket.
