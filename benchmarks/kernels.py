@@ -248,7 +248,7 @@ class _Bencher:
 
     def __init__(self, bench: KernelBench, backend: CpuBackend, threads: int) -> None:
         self.bench, self.backend, self.threads = bench, backend, threads
-        self.isa = backend.probe().isa
+        self.isa = backend.isa
         self.native = _compiled_rates(self.isa)
         self.limits = self._measured()
 

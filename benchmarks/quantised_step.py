@@ -110,7 +110,7 @@ def main() -> None:
     grid, context, steps = ([1, 3], 8, 2) if options.smoke else ([1, 8, 32], 105, 40)
     threads = options.threads or usable_cpus()
     runs = measure(program, threads, options.isa, grid, context, steps)
-    isa = CpuBackend(threads, options.isa).probe().isa
+    isa = CpuBackend(threads, options.isa).isa
     table = Table(
         "rows",
         "weights",

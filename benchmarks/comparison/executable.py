@@ -56,7 +56,7 @@ def measure(config: EngineConfig, what: str, tokens: int, repeats: int) -> dict[
         rates = [run(executable, plan.program.vocab_size, tokens, config.block_size, i) for i in range(repeats + 1)]
         executable.close()
     return {
-        "tok_s": rates[1:], "weight_bytes": memory.weight_bytes, "isa": backend.probe().isa, "dtype": dtype,
+        "tok_s": rates[1:], "weight_bytes": memory.weight_bytes, "isa": backend.isa, "dtype": dtype,
         "threads": threads,
     }  # fmt: skip
 

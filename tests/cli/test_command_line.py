@@ -247,7 +247,7 @@ def test_verify_says_what_to_install_before_it_fetches(
     done = here("verify", "org/no-such-model", *(("--adapter", "leaf") if adapter else ()), HF_HUB_OFFLINE="1")
     assert done.returncode == 1 and "(missing_dependency)" in done.stderr
     assert f"{missing} is not installed" in done.stderr and "CPU build" in done.stderr
-    assert installation().pip_install("torch,hf", beside="peft") in done.stderr
+    assert installation().pip_install("torch,hf", packages="peft") in done.stderr
 
 
 def test_verify_looks_at_the_adapter_before_it_computes(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def test_with_the_native_module_auto_takes_it_and_needs_no_torch() -> None:
 @needs_native
 def test_an_instruction_set_is_forced_or_refused_naming_what_there_is() -> None:
     for isa in instruction_sets():
-        assert select_backend("cpu", cpu_isa=isa).probe().isa == isa
-    assert select_backend("cpu").probe().isa == instruction_sets()[0]
+        assert select_backend("cpu", cpu_isa=isa).isa == isa
+    assert select_backend("cpu").isa == instruction_sets()[0]
     with pytest.raises(ConfigError, match=r"auto, .*portable") as caught:
         CpuBackend(isa="nonsense")
     assert caught.value.param == "cpu_isa"

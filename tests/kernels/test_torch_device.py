@@ -60,7 +60,7 @@ def test_the_cpu_backend_names_the_one_that_runs_elsewhere() -> None:
 
 def test_the_cpu_is_a_device_like_any_other() -> None:
     backend = select_backend("reference", "cpu:0")
-    assert backend.probe().device == "cpu:0"
+    assert backend.device == "cpu:0"
     assert backend.free_memory().nbytes > 0
     program = llama_program()
     weights = random_weights(program)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.kernels.adapters import Array, LowRank, SiteTensors
+from truffula.kernels.adapters import LowRank, SiteTensors
+from truffula.kernels.inputs import Array
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.peft import BaseFacts, PeftAdapter, validate_adapter
 

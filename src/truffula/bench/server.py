@@ -179,7 +179,7 @@ def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) 
     """Write a random all-linear adapter per name for a planned model: bfloat16, alpha 2r, different seeds."""
     from truffula.testing.adapters import write_tiny_adapter
 
-    sites = plan.program.sites
+    sites = plan.interface.sites
     for seed, name in enumerate(names):
         write_tiny_adapter(
             folder / name, sites, rank=rank, alpha=2 * rank, targets="all-linear", seed=seed, dtype="bfloat16"

@@ -127,7 +127,7 @@ def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> li
         plan = plan_of(config)
         random_adapters(plan, Path(folder), names, bench.rank)
         with TruffulaServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
-            return _runs(server.wait(), bench, names, plan.program.vocab_size)
+            return _runs(server.wait(), bench, names, plan.interface.vocab_size)
 
 
 def _runs(url: str, bench: ServeBench, names: list[str], vocab_size: int) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ def run_bench_step(
     report = {
         "cpu": cpu_name()[0],
         "backend": chosen.name,
-        "isa": chosen.probe().isa,
+        "isa": chosen.isa,
         "dtype": served,
         "quantize": quantize,
         "adapter_dtype": bench.adapter_dtype,

@@ -164,7 +164,7 @@ def _packages() -> list[Finding]:
     wanted = (
         ("torch", "the reference backend", here.pip_install("torch")),
         ("transformers", "truffula verify", here.pip_install("torch,hf")),
-        ("peft", "truffula verify --adapter", here.pip_install("torch,hf", beside="peft")),
+        ("peft", "truffula verify --adapter", here.pip_install("torch,hf", packages="peft")),
     )
     findings = []
     for package, purpose, advice in wanted:
@@ -190,9 +190,8 @@ def _backends() -> list[Finding]:
             state = "note" if name == "reference" else "missing"
             findings.append(Finding(f"backend {name}", "not available", state, error.message))
             continue
-        probe = backend.probe()
         slow = fallback_warning(name, backend)
-        detail = f"{probe.name} on {probe.device}, {probe.isa} ({', '.join(probe.dtypes)})"
+        detail = f"{backend.name} on {backend.device}, {backend.isa} ({', '.join(backend.dtypes)})"
         findings.append(Finding(f"backend {name}", detail, "note" if slow else "ok", slow))
     return findings
 

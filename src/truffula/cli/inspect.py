@@ -132,7 +132,11 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
         else ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens)
     )
     ends = EndTokens(
-        texts.end_tokens, plan.end_tokens, tokenizer=tokenizer, templates=templates, vocab_size=plan.program.vocab_size
+        texts.end_tokens,
+        plan.end_tokens,
+        tokenizer=tokenizer,
+        templates=templates,
+        vocab_size=plan.interface.vocab_size,
     )
     return ends.all, [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
 
@@ -203,18 +207,18 @@ def int8_products(plan: ModelPlan) -> str:
 
 def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
     """The facts of the report by JSON key; byte counts end in ``_bytes``."""
-    spec, program = plan.spec, plan.program
+    spec, interface = plan.spec, plan.interface
     # Bytes per token in bfloat16; layers with a window keep that many tokens.
-    per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in program.kv_groups}
+    per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in interface.kv_groups}
     windows = {window: nbytes for window, nbytes in per_token.items() if window is not None}
-    sites = sum(1 for site in program.sites if site.kind == "linear")
+    sites = sum(1 for site in interface.sites if site.kind == "linear")
     return {
         "architecture": spec.model_type,
         "format": format_,
         "path": str(path),
         "layers": len(spec.layers),
         "hidden_size": spec.hidden,
-        "vocabulary": program.vocab_size,
+        "vocabulary": interface.vocab_size,
         "longest_sequence": plan.max_model_len,
         "stored_dtype": plan.stored_dtype,
         "weights_bytes": plan.stored_bytes,
@@ -227,7 +231,7 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "adapter_sites": sites,
         "rank_16_adapter_bytes": 2
         * 16
-        * sum(s.in_features + s.out_features for s in program.sites if s.kind == "linear"),
+        * sum(s.in_features + s.out_features for s in interface.sites if s.kind == "linear"),
     }
 
 
@@ -277,6 +281,6 @@ def _base_sites(base: str) -> Any:
         raise CheckpointError(f"--base {base} is an adapter; name the model it is for.", param="base")
     checkpoint = open_checkpoint(found.path)
     try:
-        return plan_model(checkpoint).program.sites
+        return plan_model(checkpoint).interface.sites
     finally:
         checkpoint.close()

@@ -35,7 +35,7 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
         raise MissingDependency(
             f"verify compares with transformers and peft, but {' and '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not installed. Install them: "
-            f"{installation().pip_install('torch,hf', beside='peft')} ({CPU_TORCH}).",
+            f"{installation().pip_install('torch,hf', packages='peft')} ({CPU_TORCH}).",
             param=missing[0],
         )
     if adapter is not None:

@@ -77,7 +77,7 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
     first = _capacity(config, plan, model_len, num_blocks=1)
     memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_types)
     layout = KvLayout(
-        config.block_size, config.step_tokens, tuple(group.window for group in plan.program.kv_groups),
+        config.block_size, config.step_tokens, tuple(group.window for group in plan.interface.kv_groups),
         memory_plan.kv_block_bytes,
     )  # fmt: skip
     memory = plan_memory(
@@ -98,18 +98,17 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         block_size=config.block_size,
         num_blocks=memory.num_blocks,
         prefix_cache=config.prefix_cache,
-        vocab_size=plan.program.vocab_size,
+        vocab_size=plan.interface.vocab_size,
         eos_token_ids=plan.eos_token_ids,
         prefetch_adapters=config.prefetch_adapters,
         kv_windows=layout.windows,
         kv_block_bytes=layout.block_bytes,
     )
-    probe = backend.probe()
     threads = config.threads or usable_cpus()
     slow = fallback_warning(config.backend, backend)
     warnings = (*([slow] if slow else []), *plan.warnings, *memory.warnings)
     return EngineSettings(
-        path, backend.name, probe.device, probe.isa, dtype, threads, memory_plan, memory, capacity, limits, warnings
+        path, backend.name, backend.device, backend.isa, dtype, threads, memory_plan, memory, capacity, limits, warnings
     )
 
 
@@ -204,7 +203,7 @@ def _assemble(
         watch = FileWatch(checkpoint.files)
         undo.callback(watch.close)
         loader = LoadingWorker(
-            plan.program.sites,
+            plan.interface.sites,
             model=config.model,
             layout=executable.layout,
             tables=base_tables(plan.program, checkpoint),
@@ -227,7 +226,7 @@ def _assemble(
 
 
 def _capacity(config: EngineConfig, plan: ModelPlan, model_len: int, num_blocks: int) -> Capacity:
-    rows = config.max_running + max(16, SCORING_BYTES // (8 * plan.program.vocab_size))
+    rows = config.max_running + max(16, SCORING_BYTES // (8 * plan.interface.vocab_size))
     return Capacity(
         max_tokens=config.step_tokens,
         max_seqs=min(config.max_running, config.step_tokens),

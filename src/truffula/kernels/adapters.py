@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import KernelError
+from truffula.kernels.inputs import Array
 from truffula.kernels.program import Embed, Linear, Logits, Program, SiteSlice
 
-Array = npt.NDArray[Any]
 ALIGN = 64
 DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     {

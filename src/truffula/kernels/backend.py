@@ -1,34 +1,17 @@
-"""What a backend is. ``reference`` (torch) is the specification; ``cpu`` (C++) and later ``triton`` obey the same
-words."""
+"""The protocol of backends. ``reference`` (torch) is the specification; ``cpu`` (C++) implements the same protocol."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Protocol
 
 from truffula.kernels.adapters import AdapterImage as AdapterImage
 from truffula.kernels.adapters import AdapterLayout
+from truffula.kernels.inputs import Array as Array
 from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Program, WeightDecl
-
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class BackendProbe:
-    """What this machine offers to a backend. ``reason`` says why it is not available when it isn't."""
-
-    name: str
-    available: bool
-    device: str
-    isa: str = ""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -178,13 +161,17 @@ class Executable(Protocol):
 
 
 class Backend(Protocol):
-    """Chosen once at start from the configuration and the probe."""
+    """Loads programs on one device. Chosen once, at start.
+
+    ``isa`` is the instruction set on a CPU, empty on another device; ``dtypes`` are those it computes in.
+    ``block_kinds`` are the quantised types whose blocks it computes on; of other types it gets the values.
+    """
 
     name: str
+    device: str
+    isa: str
+    dtypes: tuple[str, ...]
     block_kinds: frozenset[str]
-    """Quantised types it takes as they are stored; empty when it computes on their values."""
-
-    def probe(self) -> BackendProbe: ...
 
     def free_memory(self) -> MemoryLimit:
         """Memory of its device that is free now: weights, KV and adapters are planned into a share of it."""
@@ -199,7 +186,7 @@ class Backend(Protocol):
         """Bytes needed. ``stored_types``: how the weights' parts are stored, by their names."""
 
     def faster_dtype(self) -> tuple[str, str]:
-        """The dtype of ``probe().dtypes`` that it computes faster in here, and why, in words: how ``auto`` chooses."""
+        """The faster one of ``dtypes`` on this machine, and the reason in words: what ``--dtype auto`` takes."""
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
         """How its executables of ``program`` read adapters; the loading worker packs for it."""
@@ -207,8 +194,3 @@ class Backend(Protocol):
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
     ) -> Executable: ...
-
-
-def weight_elements(decl: WeightDecl) -> int:
-    """Number of values in a weight."""
-    return int(np.prod(decl.shape))

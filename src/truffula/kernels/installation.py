@@ -23,8 +23,11 @@ class Installation:
     folder: Path | None = None
     editable: bool = False
 
-    def pip_install(self, extras: str = "", *, options: str = "", beside: str = "") -> str:
-        """A whole pip command for this interpreter that installs truffula with ``extras`` (``torch,hf``)."""
+    def pip_install(self, extras: str = "", *, options: str = "", packages: str = "") -> str:
+        """A whole pip command for this interpreter that installs truffula with ``extras`` (``torch,hf``).
+
+        ``packages`` are installed with it.
+        """
         target = f"{self.folder or 'truffula'}{f'[{extras}]' if extras else ''}"
         words = [
             shlex.quote(sys.executable),
@@ -32,7 +35,7 @@ class Installation:
             options,
             "-e" if self.editable else "",
             shlex.quote(target),
-            beside,
+            packages,
         ]
         return " ".join(word for word in words if word)
 

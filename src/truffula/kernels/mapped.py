@@ -9,9 +9,8 @@ import sys
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from truffula.kernels.inputs import Array
 
 HUGE = 2 << 20
 """Bytes of a huge page, and its alignment."""

@@ -127,7 +127,7 @@ def fallback_warning(asked: str, chosen: Backend) -> str:
     """Said once at start when ``auto`` had to take a slower backend than there could be; empty otherwise."""
     if asked != "auto" or chosen.name == "cpu":
         return ""
-    if (device := chosen.probe().device) != "cpu":
+    if (device := chosen.device) != "cpu":
         return f"computing with torch on {device}, op by op: there are no kernels for it yet."
     return f"computing with the {chosen.name} backend, which is several times slower: {why_unavailable()}."
 
@@ -150,7 +150,7 @@ def choose_dtype(backend: Backend, requested: str, stored: str) -> DtypeChoice:
     Raises:
         ConfigError: The backend does not compute in ``requested``.
     """
-    served = backend.probe().dtypes
+    served = backend.dtypes
     wanted = _ALIASES.get(requested.lower(), requested)
     stored = _ALIASES.get(stored.lower(), stored)
     if wanted != "auto":

@@ -16,7 +16,7 @@ import numpy as np
 from truffula.errors import CheckpointError, KernelError, UnsupportedModel
 from truffula.kernels.backend import Array, QuantisedArray
 from truffula.kernels.mapped import release_pages
-from truffula.kernels.program import Embed, Logits, Program, WeightDecl, WeightPart
+from truffula.kernels.program import Embed, Logits, ModelInterface, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames, resolve_names
 from truffula.model.read import ReadConfig, read_config
@@ -51,6 +51,11 @@ class ModelPlan:
     saved_bytes: int
     stored_dtype: str = "float32"
     stored_types: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def interface(self) -> ModelInterface:
+        """The part of ``program`` that does not depend on ops."""
+        return self.program
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

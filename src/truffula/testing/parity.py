@@ -17,7 +17,7 @@ from truffula.errors import InvalidRequest
 from truffula.kernels.adapters import SiteTensors, make_image
 from truffula.kernels.backend import Array, Backend, Executable, as_array
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
+from truffula.kernels.program import Linear, ModelInterface, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.tables import BaseTable, base_tables
@@ -166,8 +166,7 @@ def verify_model(
 
 def describe(backend: Backend) -> str:
     """The name and the instruction set of a backend: ``cpu (avx2)``."""
-    probe = backend.probe()
-    return f"{probe.name} ({probe.isa})" if probe.isa else probe.name
+    return f"{backend.name} ({backend.isa})" if backend.isa else backend.name
 
 
 def _load(
@@ -190,12 +189,12 @@ def _load(
 def attach_folder(
     executable: Executable,
     folder: Path,
-    program: Program,
+    interface: ModelInterface,
     tables: Mapping[str, BaseTable],
     change: Perturbation = Perturbation(),
 ) -> int:
     """The slot of the PEFT adapter in ``folder``, validated as in a server."""
-    adapter = validate_adapter(folder, program.sites, base=BaseFacts(program.name, tables))
+    adapter = validate_adapter(folder, interface.sites, base=BaseFacts(interface.name, tables))
     sites = change.adapter(adapter.sites)
     return executable.adapter(make_image(executable.layout, sites, generation=adapter.generation))
 

@@ -1,20 +1,21 @@
-"""Where a program's buffers lie: one stretch of memory, shared by buffers that are never needed at once."""
+"""Places a program's buffers in one block of memory; buffers that are never needed at the same time share bytes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.liveness import refs
+from truffula.kernels.liveness import spans
 from truffula.kernels.program import Program
 
 _ALIGN = 16
-"""Floats of a cache line: rows begin on one."""
+"""Floats of a cache line: every row begins on a cache line."""
 
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """Per buffer its first float and the floats from row to row; ``floats`` is the whole."""
+    """Per buffer the offset of its first row and the distance of its rows; ``floats`` is the size of the arena. All in
+    floats."""
 
     offsets: tuple[int, ...]
     strides: tuple[int, ...]
@@ -22,11 +23,11 @@ class ArenaPlan:
 
 
 def plan_arena(program: Program, capacity: Capacity, *, reuse: bool) -> ArenaPlan:
-    """First fit over the ops between a buffer's first and last use. The logits stay until the next step.
+    """Place buffers by first fit, the largest first. Those whose spans of ops meet do not overlap.
 
-    ``reuse`` False gives every buffer its own place (for taps and for looking at).
+    ``reuse`` False gives every buffer bytes of its own, for taps.
     """
-    spans = _spans(program)
+    needed = spans(program)
     strides = tuple(-(-b.width // _ALIGN) * _ALIGN for b in program.buffers)
     sizes = [
         stride * (capacity.max_tokens if b.rows == "T" else capacity.max_logit_rows)
@@ -38,7 +39,7 @@ def plan_arena(program: Program, capacity: Capacity, *, reuse: bool) -> ArenaPla
         taken = sorted(
             (offsets[other], offsets[other] + sizes[other])
             for other in placed
-            if not reuse or _meet(spans[buffer], spans[other])
+            if not reuse or _meet(needed[buffer], needed[other])
         )
         at = 0
         for lo, hi in taken:
@@ -48,16 +49,6 @@ def plan_arena(program: Program, capacity: Capacity, *, reuse: bool) -> ArenaPla
         offsets[buffer] = at
         placed.append(buffer)
     return ArenaPlan(tuple(offsets), strides, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0))
-
-
-def _spans(program: Program) -> list[tuple[int, int]]:
-    spans = [(len(program.ops), -1)] * len(program.buffers)
-    for index, op in enumerate(program.ops):
-        for ref in refs(op):
-            lo, hi = spans[ref.buffer]
-            spans[ref.buffer] = (min(lo, index), max(hi, index))
-    spans[program.result.buffer] = (spans[program.result.buffer][0], len(program.ops))
-    return spans
 
 
 def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:

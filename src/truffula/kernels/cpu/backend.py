@@ -9,7 +9,7 @@ from typing import Any
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
 from truffula.kernels.adapters import AdapterLayout, layout_of
-from truffula.kernels.backend import BackendProbe, MemoryLimit, MemoryPlan, PullWeight
+from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
 from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, Wanted, panel_bytes
@@ -21,7 +21,7 @@ from truffula.kernels.installation import installation
 from truffula.kernels.program import Attention, Linear, Program
 from truffula.kernels.validate import validate
 
-DTYPES = ("bfloat16", "float32")
+DTYPES: tuple[str, ...] = ("bfloat16", "float32")
 _X_ROWS = 16  # kXRows of kernels.h: rows as products read them have memory to a multiple of it
 _SAMPLER_BYTES = 58
 """Per id of the vocabulary and thread, at most (sampler.h)."""
@@ -35,6 +35,8 @@ class CpuBackend:
     """
 
     name = "cpu"
+    device = "cpu"
+    dtypes = DTYPES
 
     def __init__(
         self, threads: int | None = None, isa: str = "auto", *, quantize: str = "none", exact: bool = False
@@ -47,10 +49,7 @@ class CpuBackend:
         self._quantize, self._exact = quantize, exact
         self.block_kinds = frozenset() if exact else frozenset(BLOCK_KINDS)
         self._threads = threads or 1
-        self._isa = sets[0] if isa == "auto" else isa
-
-    def probe(self) -> BackendProbe:
-        return BackendProbe(name=self.name, available=True, device="cpu", isa=self._isa, dtypes=DTYPES)
+        self.isa = sets[0] if isa == "auto" else isa
 
     def free_memory(self) -> MemoryLimit:
         return free_memory()
@@ -102,7 +101,7 @@ class CpuBackend:
         return rows + products + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
 
     def _converts(self) -> bool:
-        return bool(self.block_kinds) or self._quantize != "none" or self.probe().isa in ("avx512bf16", "amx")
+        return bool(self.block_kinds) or self._quantize != "none" or self.isa in ("avx512bf16", "amx")
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
         return layout_of(program, "panels")
@@ -148,7 +147,7 @@ class CpuBackend:
         found = Rounding()
         with as_kernel_errors():
             for decl, role in zip(program.weights, roles(program), strict=True):
-                native = _library().Executable(self._isa, self._threads, capacity, F32, 1, False)
+                native = _library().Executable(self.isa, self._threads, capacity, F32, 1, False)
                 load_one(native, decl, role, self._wanted("float32"), pull, found)
         return found
 
@@ -157,7 +156,7 @@ class CpuBackend:
     ) -> Any:
         """Everything of a native executable but its inputs."""
         kv_format = BF16 if dtype == "bfloat16" else F32
-        native = _library().Executable(self._isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
+        native = _library().Executable(self.isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
         _add_buffers(native, program, dtype, arena)
         vectors = load_weights(native, program, self._wanted(dtype), pull)
         lowering = Lowering(native, program, dtype, vectors)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import (
@@ -22,17 +21,13 @@ from truffula.kernels.adapters import (
 )
 from truffula.kernels.cpu.arena import ArenaPlan
 from truffula.kernels.cpu.formats import LANES, PLANNED_RANK
-from truffula.kernels.inputs import Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import Array, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Program
 from truffula.kernels.synchronous import SynchronousExecutable
 
-Array = npt.NDArray[Any]
-_KINDS = ("embed", "norm", "linear", "pointwise", "rope rows", "rope", "attention", "take rows")
-"""In the order of ops.h's variant."""
-
 
 class CpuExecutable(SynchronousExecutable):
-    """One call of ``run`` is one call into C++, without the GIL. Made by ``CpuBackend.load``."""
+    """Made by ``CpuBackend.load``. ``run`` is one call into C++, without the GIL."""
 
     def __init__(
         self,
@@ -81,12 +76,13 @@ class CpuExecutable(SynchronousExecutable):
 
     def op_seconds(self) -> dict[str, float]:
         """Seconds of work per kind of op since the last call, all threads together; the first call begins to count."""
-        return dict(zip(_KINDS, self._native.take_seconds(), strict=True))
+        seconds: dict[str, float] = self._native.take_seconds()
+        return seconds
 
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """What products with A of a full step need beyond the plan."""
+        """Bytes of the products with A in a full step beyond what the memory plan counts."""
         table, ops = image.table, self._op_of_site[image.table[:, SITE]]
         ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
         shrinks = np.unique(np.stack([ops, offsets, table[:, SCALE], ranks]), axis=1)
@@ -116,7 +112,7 @@ class CpuExecutable(SynchronousExecutable):
 
 @contextmanager
 def as_kernel_errors() -> Iterator[None]:
-    """What C++ refuses is a fault of the caller's arrays or of ours: an error that says which, never a crash."""
+    """Raise the native module's exceptions as ``KernelError``."""
     try:
         yield
     except (ValueError, RuntimeError, MemoryError) as error:

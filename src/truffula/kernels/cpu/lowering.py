@@ -1,4 +1,4 @@
-"""From a program's ops to the native list, field by field."""
+"""Converts a program's ops to the native list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from truffula.errors import KernelError
 from truffula.kernels.cpu.formats import LANES, panels_of
-from truffula.kernels.cpu.weights import Array
+from truffula.kernels.inputs import Array
 from truffula.kernels.program import (
     NO_EPILOGUE,
     Attention,
@@ -24,18 +24,18 @@ from truffula.kernels.program import (
     RopeRows,
 )
 
-MOST_POSITIONS = 2**31 - 1
-"""Positions are 32 bits: a window as wide hides nothing, and one that is wider neither."""
-_NOT_OURS = frozenset({"name", "layer", "probe", "site", "slices", "compute"})
-"""Fields that say nothing of what a row becomes here: adapters find their op by its site, and sums are float32."""
+MAX_POSITION = 2**31 - 1
+"""Positions are int32, so a window of this width already hides no key."""
+_UNUSED = frozenset({"name", "layer", "probe", "site", "slices", "compute"})
+"""Fields that the native list does not need: ``add_site`` binds sites to ops, and every sum is float32."""
 
 
 class Lowering:
     """Adds ops to ``native`` by the names of their fields.
 
-    The native list has the fields of ``program.py`` under the same names (``_native.op_fields`` lists them, and a test
-    compares); what it holds in another form is converted by a method of the op's name. ``vectors`` are the weights with
-    one axis, as loaded; ``dtype`` is the model's.
+    Native ops have the fields of ``program.py`` under the same names (``_native.op_fields`` lists them, and a test
+    compares). Where a native field has another form, the method named after the op converts it. ``vectors`` are the
+    loaded weights with one axis; ``dtype`` is the model's.
     """
 
     def __init__(self, native: Any, program: Program, dtype: str, vectors: Sequence[Array | None]) -> None:
@@ -45,10 +45,10 @@ class Lowering:
         self._vectors = vectors
 
     def add(self, op: Op) -> None:
-        """Add ``op`` behind those added before.
+        """Append ``op``.
 
         Raises:
-            KernelError: The native backend has no such op, or a field has a value that it doesn't compute with.
+            KernelError: The native backend has no such op, or it does not support a field's value.
         """
         kind, fields = self.lower(op)
         try:
@@ -58,7 +58,7 @@ class Lowering:
 
     def lower(self, op: Op) -> tuple[str, dict[str, Any]]:
         """The native op's name and its fields."""
-        fields = {name: value for name, value in vars(op).items() if name not in _NOT_OURS}
+        fields = {name: value for name, value in vars(op).items() if name not in _UNUSED}
         kind = type(op).__name__
         convert = getattr(self, f"_{kind.lower()}", None)
         return (kind, fields) if convert is None else convert(op, fields)
@@ -84,7 +84,7 @@ class Lowering:
         }
 
     def _bias(self, bias: int | None, weight: int, glu: bool) -> list[float]:
-        """In the order of the packed outputs, zero in the lanes that pad them."""
+        """The bias in the order of the packed outputs, with zeros in the padding lanes."""
         if bias is None:
             return []
         values = self._vectors[bias]
@@ -108,7 +108,7 @@ class Lowering:
 
     def _attention(self, op: Attention, fields: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         keys, values = fields.pop("planes")
-        window = min(op.window or 0, MOST_POSITIONS)
+        window = min(op.window or 0, MAX_POSITION)
         return "Attention", {**fields, "key_plane": keys, "value_plane": values, "window": window}
 
 

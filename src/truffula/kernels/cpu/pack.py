@@ -27,8 +27,8 @@ from truffula.kernels.adapters import (
 )
 from truffula.kernels.cpu.formats import BF16, F32, LANES, panel_bytes, panels_of
 from truffula.kernels.cpu.weights import BFLOAT16, as_bits
+from truffula.kernels.inputs import Array
 
-Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 
 

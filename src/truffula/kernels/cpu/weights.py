@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import PullWeight, QuantisedArray, as_array
@@ -27,7 +26,6 @@ from truffula.kernels.cpu.formats import (
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 
-Array = npt.NDArray[Any]
 logger = logging.getLogger(__name__)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)

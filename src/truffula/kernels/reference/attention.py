@@ -100,24 +100,24 @@ def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
     plane.view(-1, plane.shape[-1]).index_copy_(0, slots, values)
 
 
-def attend(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
+def compute(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
     """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``."""
     out = q.new_empty(q.shape[0], op.heads * op.dim_v)
-    weigh = _fused if op.softcap is None and sinks is None else partial(_spelled_out, sinks=sinks)
+    kernel = _fused if op.softcap is None and sinks is None else partial(_spelled_out, sinks=sinks)
     for batch in batches:
         n, length = batch.sequences, batch.keys
         keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_k)
         values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_v)
         queries = q[batch.rows].view(n, batch.queries, op.kv_heads, -1, op.dim_k)
-        result = _in_slices(weigh, op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden)
+        result = _in_slices(kernel, op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden)
         out[batch.rows] = result.reshape(n * batch.queries, -1)
     return out
 
 
-Weigh = Callable[[Attention, Tensor, Tensor, Tensor, Tensor], Tensor]
+Kernel = Callable[[Attention, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _in_slices(weigh: Weigh, op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+def _in_slices(kernel: Kernel, op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
     """``[n, q, K, H/K, dim_v]`` from ``q [n, q, K, H/K, dim_k]``: few query rows at a time when scores would be large.
 
     The heads that share a KV head become rows of one product: ``[n, K, H/K · q, dim_k]``.
@@ -130,7 +130,7 @@ def _in_slices(weigh: Weigh, op: Attention, q: Tensor, k: Tensor, v: Tensor, hid
         part = q[:, at : at + rows].permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * rows, width)
         masked = hidden[:, :, at : at + rows]
         masked = masked if rows == 1 else masked.repeat(1, 1, share, 1)
-        mixed = weigh(op, part, k, v, masked)
+        mixed = kernel(op, part, k, v, masked)
         pieces.append(mixed.view(n, kv_heads, share, rows, -1).permute(0, 3, 1, 2, 4))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 

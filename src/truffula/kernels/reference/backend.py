@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -10,7 +11,7 @@ import torch
 
 from truffula.errors import ConfigError, KernelError
 from truffula.kernels.adapters import AdapterLayout, layout_of
-from truffula.kernels.backend import BackendProbe, MemoryLimit, MemoryPlan, PullWeight, weight_elements
+from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.liveness import peak_bytes
@@ -31,15 +32,14 @@ class ReferenceBackend:
     """
 
     name = "reference"
+    dtypes = tuple(DTYPES)
     block_kinds: frozenset[str] = frozenset()
 
     def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
         self._threads = threads
         self._device = usable_device(device)
-
-    def probe(self) -> BackendProbe:
-        isa = torch.backends.cpu.get_cpu_capability() if self._device.type == "cpu" else ""
-        return BackendProbe(name=self.name, available=True, device=str(self._device), isa=isa, dtypes=tuple(DTYPES))
+        self.device = str(self._device)
+        self.isa = torch.backends.cpu.get_cpu_capability() if self._device.type == "cpu" else ""
 
     def free_memory(self) -> MemoryLimit:
         """Free memory of the device: of the host for the CPU, else as torch reports it.
@@ -65,11 +65,11 @@ class ReferenceBackend:
         capacity: Capacity,
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
-        """Weights count once, mapped or converted: what is converted gives its source pages back as it goes."""
+        """Weights count once, mapped or converted: source pages are released while a weight is converted."""
         del stored_types
         width = _dtype(dtype).itemsize
         weights = sum(
-            weight_elements(d) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights
+            math.prod(d.shape) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights
         )
         widest = max((program.weights[op.weight].shape[0] for op in program.ops if isinstance(op, Linear)), default=0)
         buffers = peak_bytes(program, capacity.max_tokens, 0, width)

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage, AdapterLayout
-from truffula.kernels.inputs import Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
+from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.liveness import dead_after, written_by
 from truffula.kernels.program import (
     Attention,
@@ -36,8 +34,6 @@ from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, b
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
-
-Array = npt.NDArray[Any]
 
 
 @dataclass
@@ -246,7 +242,7 @@ class ReferenceExecutable(SynchronousExecutable):
             c = self._capacity
             step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size, self._device)
         q = self._buffers.get(op.q)
-        self._buffers.put(op.out, attention.attend(op, q, k, v, step.plans[key], self._vector(op.sinks)))
+        self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
 
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ from truffula.kernels.backend import PullWeight, as_array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Linear, Program, WeightDecl
 
-Array = npt.NDArray[Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORED = ("float32", "float16", "bfloat16")
 

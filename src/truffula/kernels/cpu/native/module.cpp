@@ -192,10 +192,12 @@ struct FieldReader {
   }
 };
 
-// Calls f(a default op) for each kind of op.
-template <class F, size_t... I>
-void for_kinds(F&& f, std::index_sequence<I...>) {
-  (f(std::variant_alternative_t<I, Op>{}), ...);
+// Calls f(a default op) for each kind of op, in the variant's order.
+template <class F>
+void for_kinds(F&& f) {
+  [&]<size_t... I>(std::index_sequence<I...>) {
+    (f(std::variant_alternative_t<I, Op>{}), ...);
+  }(std::make_index_sequence<std::variant_size_v<Op>>());
 }
 
 void add_op(Native& self, const std::string& kind, const nb::kwargs& fields) {
@@ -208,8 +210,7 @@ void add_op(Native& self, const std::string& kind, const nb::kwargs& fields) {
         op.fields(op, reader);
         for (const auto& [name, value] : reader.given) reader.fail(nb::cast<std::string>(name).c_str(), "is unknown");
         self.enter()->add(op);
-      },
-      std::make_index_sequence<std::variant_size_v<Op>>());
+      });
   if (!known) throw std::invalid_argument("there is no op " + kind);
 }
 
@@ -228,8 +229,7 @@ nb::dict op_fields() {
           }
         });
         ops[op.kName] = fields;
-      },
-      std::make_index_sequence<std::variant_size_v<Op>>());
+      });
   return ops;
 }
 
@@ -276,7 +276,10 @@ void bind_step(nb::class_<Native>& c) {
       .def("take_seconds",
            [](Native& self) {
              const auto seconds = self.enter()->take_seconds();
-             return std::vector<double>(seconds.begin(), seconds.end());
+             nb::dict by_op;
+             size_t kind = 0;
+             for_kinds([&](const auto& op) { by_op[op.kName] = seconds[kind++]; });
+             return by_op;
            })
       .def_prop_ro("isa", [](const Native& self) { return std::string(self.executable.kernels().name); });
 }
