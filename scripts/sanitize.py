@@ -112,7 +112,8 @@ def main() -> None:
     fuzzer = ROOT / "tests" / "kernels" / "binding_fuzz.py"
     for part in ("steps", "programs", "calls"):
         told = ["fuzz", part, "150" if brief else "1000"]
-        code = f"{front}\nsys.argv = {told!r}\nrunpy.run_path({str(fuzzer)!r}, run_name='__main__')"
+        code = f"{front}\nsys.path.insert(1, {str(fuzzer.parent)!r})\nsys.argv = {told!r}\n"
+        code += f"runpy.run_path({str(fuzzer)!r}, run_name='__main__')"
         subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=ROOT)
     words = best(front, env) if brief else "cpu or avx or portable"
     run_tests(source, chosen or ["-k", words], env, BRIEF_TESTS if brief else TESTS)

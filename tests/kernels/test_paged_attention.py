@@ -241,8 +241,8 @@ def test_each_group_has_its_own_blocks_and_reads_none_behind_its_window(backend,
     wanted = executable.logits()
     broken = random_adapter(llama_program(GROUPED), rank=1)
     for site in broken.sites:
-        site.b[:] = np.nan
-    slot = executable.adapter(broken)
+        site.parts[0].b[:] = np.nan
+    slot = attach(executable, broken)
     tables = (31, 9, 27, 12, 36, 18), (12, 31, 7, 9, 2, 27)
     got, freed = [], 0
     for lo, hi in pairwise([0, *cuts, len(IDS)]):

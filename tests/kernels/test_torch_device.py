@@ -14,11 +14,12 @@ from test_linear_adapters import CAPACITY
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from truffula.errors import ConfigError, MissingDependency
+from truffula.kernels.adapters import layout_of
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.executable import ReferenceExecutable
 from truffula.kernels.reference.weights import DTYPES, load_weights
 from truffula.kernels.select import select_backend
-from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
+from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
 
 META = torch.device("meta")
 
@@ -30,8 +31,8 @@ def test_every_tensor_of_a_step_is_on_the_device(shape: Shape, dtype: str) -> No
     with FakeTensorMode(allow_non_fake_inputs=True):
         served = DTYPES[dtype]
         weights = load_weights(program, served, pull_from(random_weights(program)), META)
-        executable = ReferenceExecutable(program, served, weights, CAPACITY, META)
-        slot = executable.adapter(random_adapter(program, rank=3, seed=0))
+        executable = ReferenceExecutable(program, layout_of(program, "float32"), served, weights, CAPACITY, META)
+        slot = attach(executable, random_adapter(program, rank=3, seed=0))
         parts = [Part((1, 2, 3, 4, 5), 0, (1, 2), slot), Part((7, 8), 4, (4, 5), None)]
         fill_step(executable.inputs, parts, CAPACITY.block_size)
         with pytest.raises(RuntimeError, match=r"numpy\(\) is not supported"):
