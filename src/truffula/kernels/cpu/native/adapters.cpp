@@ -1,5 +1,4 @@
-// Adapters: taken in by pointer, and what they add in a step. Every number of an image is checked here before a pointer
-// is made of it.
+// Adapters: added without a copy, and applied in a step. Every number of an image is checked before it becomes a pointer.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -13,7 +12,7 @@
 namespace truffula {
 namespace {
 
-constexpr int32_t kShrinkRows = 64;  // of one adapter, in one chunk
+constexpr int32_t kShrinkRows = 64;  // rows of one adapter in a shrink task
 
 void require(bool holds, const char* why) {
   if (!holds) throw std::invalid_argument(why);
@@ -21,7 +20,8 @@ void require(bool holds, const char* why) {
 
 int64_t panels_of(int64_t outputs) { return (outputs + kLanes - 1) / kLanes; }
 
-int32_t stretches(int32_t rows) { return (rows + kShrinkRows - 1) / kShrinkRows; }
+// Tasks in which an adapter computes its products with A for `rows` rows.
+int32_t shrink_tasks(int32_t rows) { return (rows + kShrinkRows - 1) / kShrinkRows; }
 
 // The format of a tensor by its dtype's number in DTYPES of kernels/adapters.py.
 int32_t format_of(const TensorColumns& tensor) {
@@ -29,7 +29,7 @@ int32_t format_of(const TensorColumns& tensor) {
   return tensor.dtype == 0 ? kF32 : kBF16;
 }
 
-// Where a tensor of so many bytes lies.
+// A tensor of `expected` bytes in the image.
 const uint8_t* bytes_at(const TensorColumns& tensor, int64_t expected, const uint8_t* data, int64_t bytes) {
   require(tensor.bytes == expected && expected <= bytes && tensor.offset >= 0 && tensor.offset % 64 == 0 &&
               tensor.offset <= bytes - expected, "adapter: a tensor lies outside its image");
@@ -48,15 +48,15 @@ void Executable::add_site(int32_t site, int32_t index, int64_t first, int64_t ou
   require(first >= 0 && outputs > 0 && outputs <= width && first <= width - outputs, "site: outside its op");
   require(!embed || (outputs == width && embed->source == kFromToken), "site: a table has one, by token");
   if (static_cast<size_t>(site) >= places_.size()) places_.resize(static_cast<size_t>(site) + 1);
-  require(places_[static_cast<size_t>(site)].op == kNothing, "site: given twice");
+  require(places_[static_cast<size_t>(site)].op == kAbsent, "site: given twice");
   places_[static_cast<size_t>(site)] = {index, first, outputs};
 }
 
 int32_t Executable::add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes) {
   require(sealed_, "the program is not sealed");
-  require(reinterpret_cast<uintptr_t>(data) % 64 == 0, "adapter: its image does not begin on a line");
+  require(reinterpret_cast<uintptr_t>(data) % 64 == 0, "adapter: its image is not aligned to 64 bytes");
   auto made = std::make_unique<Adapter>();
-  made->op_of.assign(ops_.size(), kNothing);
+  made->op_of.assign(ops_.size(), kAbsent);
   for (int64_t i = 0; i < parts; ++i) {
     PartRow row;
     std::memcpy(&row, table + i * kPartColumns, sizeof row);
@@ -75,17 +75,17 @@ int32_t Executable::add_adapter(const int64_t* table, int64_t parts, const uint8
 void Executable::add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const {
   require(row.kind == 0, "adapter: a part that no kernel serves");
   require(row.site >= 0 && row.site < static_cast<int64_t>(places_.size()) &&
-              places_[static_cast<size_t>(row.site)].op != kNothing, "adapter: no op serves a site of it");
+              places_[static_cast<size_t>(row.site)].op != kAbsent, "adapter: no op serves a site of it");
   require(std::isfinite(static_cast<float>(row.scale)), "adapter: a scale is not finite");
   const AdapterPlace& place = places_[static_cast<size_t>(row.site)];
   const auto* embed = std::get_if<EmbedOp>(&ops_[static_cast<size_t>(place.op)]);
   const Weight& w = weight(embed ? embed->table : std::get<LinearOp>(ops_[static_cast<size_t>(place.op)]).weight);
   const int64_t rank = row.a.shape[0], inputs = embed ? w.outputs : w.inputs;
-  require(rank > 0 && rank <= kMostWidth && row.a.shape[1] == inputs && row.a.shape[2] == 0, "adapter: A has another width");
+  require(rank > 0 && rank <= kMaxWidth && row.a.shape[1] == inputs && row.a.shape[2] == 0, "adapter: A has another width");
   require(row.b.shape[0] == place.outputs && row.b.shape[1] == rank && row.b.shape[2] == 0, "adapter: B has another shape");
 
   int32_t& found = adapter.op_of[static_cast<size_t>(place.op)];
-  if (found == kNothing) {
+  if (found == kAbsent) {
     found = static_cast<int32_t>(adapter.ops.size());
     adapter.ops.emplace_back();
   }
@@ -94,19 +94,19 @@ void Executable::add_part(Adapter& adapter, const PartRow& row, const uint8_t* d
   const int64_t panels = panels_of(rank), line = embed ? rank * (format == kF32 ? 4 : 2) : panel_bytes(format, inputs);
   const uint8_t* a = bytes_at(row.a, (embed ? inputs : panels) * line, data, bytes);
   const auto scale = static_cast<float>(row.scale);
-  // Fused modules share one A: what x A^T is with it is worked out once.
+  // Slices of a fused module share one A: x A^T is computed once.
   auto shrink = std::find_if(op.shrinks.begin(), op.shrinks.end(), [&](const AdapterShrink& s) {
     return s.a.data == a && s.scale == scale && s.rank == rank && s.a.format == format;
   });
   if (shrink == op.shrinks.end()) {
-    require(op.h_width + panels * kLanes <= kMostWidth, "adapter: its ranks are too large");
+    require(op.h_width + panels * kLanes <= kMaxWidth, "adapter: its ranks are too large");
     op.shrinks.push_back({{a, line, format, static_cast<int32_t>(panels), static_cast<int32_t>(inputs)}, scale,
                           static_cast<int32_t>(op.h_width), static_cast<int32_t>(rank)});
     op.h_width += panels * kLanes;
     shrink = op.shrinks.end() - 1;
   }
 
-  // A slice that covers gates and ups is two, whose panels alternate. A slice may begin inside a panel.
+  // A slice over gates and ups is two runs of panels, which alternate. A slice may begin inside a panel.
   const int64_t end = place.first + place.outputs, half = embed ? 0 : w.order.half;
   const int64_t cut = half ? std::clamp(half, place.first, end) : end, b_line = panel_bytes(b_format, rank);
   const std::array<int64_t, 3> spans[] = {{place.first, cut, 0}, {cut, end, half}};
@@ -129,21 +129,21 @@ void Executable::drop_adapter(int32_t slot) {
           "adapter slot is not in use");
   adapters_[static_cast<size_t>(slot)].reset();
   free_slots_.push_back(slot);
-  // An adapter of great rank pays for its share of it, and takes that along. What the memory plan counts stays.
+  // Memory beyond the planned rank was charged to the adapters that need it: release it. It is allocated again for others.
   const auto planned = static_cast<size_t>(kPlannedRank) * std::max(capacity_.max_tokens, capacity_.max_logit_rows);
   if (h_.size() > planned) std::vector<float>().swap(h_);
 }
 
 // A step
 
-// Which adapters act at which op, and where their h goes: each op's from the beginning of h_.
+// Lists the adapters that act at each op and where their products with A go in h_, which all ops share.
 void Executable::plan_adapters() {
-  actives_.clear();
+  active_adapters_.clear();
   int64_t most = 0;
   size_t most_expands = 0;
   for (size_t index = 0; index < ops_.size(); ++index) {
-    const auto from = static_cast<int32_t>(actives_.size());
-    const bool logits = of_logits(out_of(ops_[index])), takes = takes_adapters(ops_[index]);
+    const auto from = static_cast<int32_t>(active_adapters_.size());
+    const bool logits = has_logit_rows(out_of(ops_[index])), takes = takes_adapters(ops_[index]);
     int64_t at = 0;
     int32_t chunk = 0;
     size_t expands = 0;
@@ -152,44 +152,44 @@ void Executable::plan_adapters() {
       const int32_t lo = logits ? in_.seg_r[2 * g] : seg[0], hi = logits ? in_.seg_r[2 * g + 1] : seg[1];
       const Adapter& adapter = *adapters_[static_cast<size_t>(seg[2])];
       const int32_t found = adapter.op_of[index];
-      if (found == kNothing || lo >= hi) continue;
+      if (found == kAbsent || lo >= hi) continue;
       const AdapterOp& op = adapter.ops[static_cast<size_t>(found)];
-      actives_.push_back({&op, lo, hi, chunk, in_.seg_weight[g], at});
+      active_adapters_.push_back({&op, lo, hi, chunk, in_.seg_weight[g], at});
       at += (hi - lo) * op.h_width;
-      chunk += stretches(hi - lo);
+      chunk += shrink_tasks(hi - lo);
       expands += op.expands.size();
     }
-    actives_of_[index] = {from, static_cast<int32_t>(actives_.size())};
+    active_of_op_[index] = {from, static_cast<int32_t>(active_adapters_.size())};
     most = std::max(most, at);
     most_expands = std::max(most_expands, expands);
   }
   if (static_cast<int64_t>(h_.size()) < most) {
-    std::vector<float>().swap(h_);  // what was in it is over, and growing it would take up to twice as much
+    std::vector<float>().swap(h_);  // freed first: the old values are not needed
     h_.resize(static_cast<size_t>(most));
   }
-  for (Local& local : locals_) {
-    local.deltas.reserve(most_expands);
-    local.deltas_of = SIZE_MAX;
+  for (ThreadState& state : thread_states_) {
+    state.deltas.reserve(most_expands);
+    state.deltas_op = SIZE_MAX;
   }
 }
 
-// Stretches of rows that some adapter acts on at an op.
-int32_t Executable::shrinks_of(size_t index) const {
-  const auto [from, to] = actives_of_[index];
+// The number of shrink tasks at an op.
+int32_t Executable::num_shrink_tasks(size_t index) const {
+  const auto [from, to] = active_of_op_[index];
   if (from == to) return 0;
-  const Active& last = actives_[static_cast<size_t>(to) - 1];
-  return last.first + stretches(last.hi - last.lo);
+  const ActiveAdapter& last = active_adapters_[static_cast<size_t>(to) - 1];
+  return last.first_task + shrink_tasks(last.hi - last.lo);
 }
 
-// h of stretch `number` of an op: of some rows of one adapter.
-void Executable::shrink(size_t index, int32_t number) {
-  const auto [from, to] = actives_of_[index];
-  const auto behind = std::upper_bound(actives_.begin() + from, actives_.begin() + to, number,
-                                       [](int32_t wanted, const Active& active) { return wanted < active.first; });
-  const Active& active = *(behind - 1);
-  const int32_t lo = active.lo + (number - active.first) * kShrinkRows, count = std::min(kShrinkRows, active.hi - lo);
+// Computes h = scale * x A^T for the rows of one task.
+void Executable::run_shrink_task(size_t index, int32_t number) {
+  const auto [from, to] = active_of_op_[index];
+  const auto behind = std::upper_bound(active_adapters_.begin() + from, active_adapters_.begin() + to, number,
+                                       [](int32_t wanted, const ActiveAdapter& active) { return wanted < active.first_task; });
+  const ActiveAdapter& active = *(behind - 1);
+  const int32_t lo = active.lo + (number - active.first_task) * kShrinkRows, count = std::min(kShrinkRows, active.hi - lo);
   const int64_t stride = active.op->h_width;
-  float* h = h_.data() + active.h + (lo - active.lo) * stride;
+  float* h = h_.data() + active.h_start + (lo - active.lo) * stride;
   const auto* linear = std::get_if<LinearOp>(&ops_[index]);
   const Rows x = linear ? rows(linear->x) : Rows{nullptr, 0};
   for (const AdapterShrink& part : active.op->shrinks) {
@@ -205,20 +205,20 @@ void Executable::shrink(size_t index, int32_t number) {
   }
 }
 
-// What the adapters at an op add, in the order of the segments. Put together once per thread, op and step.
-const std::vector<Delta>& Executable::deltas_of(size_t index, Local& local) const {
-  if (local.deltas_of == index) return local.deltas;
-  local.deltas_of = index;
-  local.deltas.clear();
-  const auto [from, to] = actives_of_[index];
+// The deltas of an op in the order of the segments; built once per thread, op and step.
+const std::vector<Delta>& Executable::deltas_of(size_t index, ThreadState& state) const {
+  if (state.deltas_op == index) return state.deltas;
+  state.deltas_op = index;
+  state.deltas.clear();
+  const auto [from, to] = active_of_op_[index];
   for (int32_t i = from; i < to; ++i) {
-    const Active& active = actives_[static_cast<size_t>(i)];
+    const ActiveAdapter& active = active_adapters_[static_cast<size_t>(i)];
     for (const AdapterExpand& expand : active.op->expands)
-      local.deltas.push_back({h_.data() + active.h + expand.h_start, active.op->h_width, expand.b, active.lo, active.hi,
+      state.deltas.push_back({h_.data() + active.h_start + expand.h_start, active.op->h_width, expand.b, active.lo, active.hi,
                               expand.first, expand.step, 0, 0});
   }
-  set_bounds(local.deltas.data(), static_cast<int32_t>(local.deltas.size()));
-  return local.deltas;
+  set_bounds(state.deltas.data(), static_cast<int32_t>(state.deltas.size()));
+  return state.deltas;
 }
 
 }  // namespace truffula

@@ -36,7 +36,7 @@ Source blocks_of(const Any& array, const std::string& kind) {
   throw std::invalid_argument("blocks of " + kind + " are not packed");
 }
 
-StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, int64_t groups) {
+StepArrays step_arrays(HeldArrays& held, const nb::object& inputs, const Capacity& c, int64_t groups) {
   const int64_t T = c.max_tokens, N = c.max_seqs, G = c.max_segments;
   return {step_array<int32_t>(held, inputs, "token_ids", T),
           step_array<int32_t>(held, inputs, "position", T),

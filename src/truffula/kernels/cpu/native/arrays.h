@@ -32,11 +32,11 @@ Source source_of(const Any& array);
 Source blocks_of(const Any& array, const std::string& kind);
 
 // The arrays that steps read, each with its name: held, so that none can go while a pointer to it is here.
-using Held = std::vector<std::pair<const char*, nb::object>>;
+using HeldArrays = std::vector<std::pair<const char*, nb::object>>;
 
 // An array that a step reads: at least `count` numbers, as they are (a converted copy would show no later step).
 template <class T>
-const T* step_array(Held& held, const nb::object& owner, const char* name, int64_t count) {
+const T* step_array(HeldArrays& held, const nb::object& owner, const char* name, int64_t count) {
   const nb::object object = owner.attr(name);
   In<T> array;
   if (!nb::try_cast(object, array, false))
@@ -46,7 +46,7 @@ const T* step_array(Held& held, const nb::object& owner, const char* name, int64
   return array.data();
 }
 
-StepArrays step_arrays(Held& held, const nb::object& inputs, const Capacity& c, int64_t groups);
+StepArrays step_arrays(HeldArrays& held, const nb::object& inputs, const Capacity& c, int64_t groups);
 
 // A copy of `rows` rows of `width` numbers that lie `stride` apart.
 Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride);

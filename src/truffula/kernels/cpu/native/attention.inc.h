@@ -1,37 +1,35 @@
-// Attention over cached keys and values. Keys are cut into partitions by their position alone; each is worked on as if
-// it were alone (scores, their maximum, weights, their sum, the weighed values) and they are merged in order. So a
-// row's result depends on its position and keys, not on the chunk, the batch or the thread that computes it.
+// Attention over paged keys and values. Keys are split into partitions by position alone. Each partition is computed on
+// its own (scores, their maximum, weights, their sum, the weighted values), and the results are merged in order, as in
+// flash decoding. So a row's result depends on its position and keys, not on the chunk, the batch or the thread.
 #pragma once
 
-#include "linear.inc.h"
+#include <type_traits>
+
+#include "products.inc.h"
 #include "vec.h"
 
 namespace truffula {
 namespace {
 
-template <bool VALUE>
-struct Truth {
-  static constexpr bool value = VALUE;
-};
 TF_INLINE int within(int n, int lo, int hi) { return n < lo ? lo : n > hi ? hi : n; }
 TF_INLINE int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// What is the same for all query rows of one call.
+// What all query rows of one call share.
 struct View {
   const AttentionCall* c;
   const AttentionItem* item;
-  int share, rows, lanes, part_blocks, part_stride, value_width;
-  int begin, end;  // keys that some row sees
+  int queries_per_kv, rows, lanes, part_blocks, part_stride, value_width;
+  int begin, end;  // keys that some row attends to
   int64_t key_head_bytes, value_head_bytes;
   float* q;             // [rows, dim_k]
   float* scores;        // [rows, part_stride]
-  float* part;          // [rows, value_width] values of the partition at hand
+  float* part;          // [rows, value_width] values of the current partition
   float* total;         // [rows, value_width] merged so far
   float *top, *sum;     // [rows] of `total`
   float *part_top, *part_sum;
 };
 
-TF_INLINE int position_of(const View* v, int row) { return v->item->position + row / v->share; }
+TF_INLINE int position_of(const View* v, int row) { return v->item->position + row / v->queries_per_kv; }
 TF_INLINE int first_key(const View* v, int position) {
   const int window = v->c->window;
   return window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
@@ -54,7 +52,7 @@ static void write_kv(const AttentionCall* c, const int32_t* slots, int32_t row_l
         for (int d = 0; d < kv->dim_k; ++d) ((float*)keys)[d * kLanes + lane] = k[d];
       } else {
         for (int d = 0; d < kv->dim_k; ++d) ((uint16_t*)keys)[d / 2 * 2 * kLanes + 2 * lane + d % 2] = to_bf16(k[d]);
-        // The other half of a last pair is never multiplied, but a number has to be there.
+        // The other half of an odd last pair is never multiplied, but must be initialised.
         if (kv->dim_k % 2) ((uint16_t*)keys)[kv->dim_k / 2 * 2 * kLanes + 2 * lane + 1] = 0;
       }
       uint8_t* values = kv->values + block * kv->value_block_bytes +
@@ -69,8 +67,8 @@ static void write_kv(const AttentionCall* c, const int32_t* slots, int32_t row_l
 }
 
 #if defined(__AVX512F__)
-constexpr bool kTwoBlocks = true;  // a few query rows alone are a few sums, each waiting for itself
-constexpr int kValueVectors = 4;   // of a value at once: 6 rows x 4 are 24 sums of 32 registers
+constexpr bool kTwoBlocks = true;  // with few query rows one block has too few independent sums to hide latency
+constexpr int kValueVectors = 4;   // of a value at a time: 6 rows x 4 are 24 sums of 32 registers
 #else
 constexpr bool kTwoBlocks = false;
 constexpr int kValueVectors = 1;
@@ -86,15 +84,15 @@ TF_INLINE const uint8_t* values_of(const View* v, int block) {
 }
 
 // scores[row, key] = q . k for the blocks lo .. hi of the partition that begins with block `from`.
-static void score(const View* v, int from, int lo, int hi) {
+static void compute_scores(const View* v, int from, int lo, int hi) {
   const KvCache* kv = &v->c->cache;
   const int64_t panel_bytes = v->key_head_bytes / (v->lanes / kLanes);
   for (int block = lo, next; block < hi; block = next) {
-    // Two blocks at once are two panels, wherever they lie.
+    // Two blocks are two panels, whatever the distance between them.
     const int blocks = kTwoBlocks && v->lanes == kLanes && block + 1 < hi ? 2 : 1;
     next = block + blocks;
     const uint8_t* keys = keys_of(v, block);
-    // Blocks lie anywhere: the next keys, and these values, which are wanted soon.
+    // Blocks are scattered in memory: prefetch the next keys, and the values that are needed next.
     for (int i = next; i < hi && i < next + blocks; ++i) prefetch(keys_of(v, i), v->key_head_bytes);
     for (int i = block; i < next; ++i) prefetch(values_of(v, i), v->value_head_bytes);
     const int64_t apart = blocks == 2 ? keys_of(v, block + 1) - keys : panel_bytes;
@@ -103,8 +101,9 @@ static void score(const View* v, int from, int lo, int hi) {
   }
 }
 
-// Scores of the keys lo .. hi that a row sees become weights; lanes of other keys in the blocks at hand become zero.
-static void weigh(const View* v, int row, int from, int block_lo, int block_hi, int lo, int hi) {
+// Turns a row's scores of the keys lo .. hi into weights exp(score - max); the weights of other keys in these blocks
+// become zero. Stores the row's maximum and sum.
+static void softmax_weights(const View* v, int row, int from, int block_lo, int block_hi, int lo, int hi) {
   const AttentionCall* c = v->c;
   const int size = c->cache.block_size;
   float* scores = v->scores + (int64_t)row * v->part_stride;
@@ -122,7 +121,7 @@ static void weigh(const View* v, int row, int from, int block_lo, int block_hi, 
           if (key + i < lo || key + i >= hi || key + i >= end) s[i] = -INFINITY;
         a = load(s);
       }
-      best = vmax(a, best);  // skips NaN: that shows in the sum
+      best = vmax(a, best);  // ignores NaN: it shows in the sum
     }
   const float most = max_of(best);
   V sum = zero();
@@ -132,7 +131,7 @@ static void weigh(const View* v, int row, int from, int block_lo, int block_hi, 
       float* s = scores + (int64_t)(block - from) * v->lanes + lane;
       const V a = load(s);
       V w = vexp(a - top);
-      w = where_negative(a + set1(3.0e38f), zero(), w);  // only what is masked lies that low
+      w = where_negative(a + set1(3.0e38f), zero(), w);  // only masked scores are that low
       store(s, w);
       sum = sum + w;
     }
@@ -140,10 +139,10 @@ static void weigh(const View* v, int row, int from, int block_lo, int block_hi, 
   v->part_sum[row] = sum_of(sum);
 }
 
-// What one key adds to MR rows; of rows that do not see it nothing: its weight is zero, but what it is the weight of may
-// be infinite.
+// Adds one key's value to MR rows. Rows that do not attend to the key are skipped: their weight is zero, but the value may
+// be infinite, and 0 * inf is NaN.
 template <int MR, int ND, bool ALL>
-TF_INLINE void blend_key(V (&acc)[MR][ND], const View* v, int row, int number, const float* w, const V (&value)[ND]) {
+TF_INLINE void add_key(V (&acc)[MR][ND], const View* v, int row, int number, const float* w, const V (&value)[ND]) {
   for (int r = 0; r < MR; ++r) {
     if constexpr (!ALL) {
       const int position = position_of(v, row + r);
@@ -154,10 +153,10 @@ TF_INLINE void blend_key(V (&acc)[MR][ND], const View* v, int row, int number, c
   }
 }
 
-// acc[row] = sum over keys lo .. hi of weight * value, MR rows and 16 ND numbers of a value, from d on, at a time. Keys
-// that all rows see are the most; at both ends are some that only some see.
+// part[row, d ..] = sum over keys lo .. hi of weight * value, for MR rows and 16 ND columns. All rows attend to most keys;
+// at both ends are keys that only some rows attend to.
 template <int MR, int ND, int FORMAT>
-static void blend(const View* v, int row, int from, int lo, int hi, int d) {
+static void sum_values(const View* v, int row, int from, int lo, int hi, int d) {
   const int size = v->c->cache.block_size;
   const float* weights = v->scores + (int64_t)row * v->part_stride;
   const int all_lo = first_key(v, position_of(v, row + MR - 1)), all_hi = position_of(v, row) + 1;
@@ -176,50 +175,50 @@ static void blend(const View* v, int row, int from, int lo, int hi, int d) {
       for (int i = 0; i < ND; ++i)
         value[i] = FORMAT == kF32 ? load((const float*)values + at + kLanes * i)
                                   : load_bf16((const uint16_t*)values + at + kLanes * i);
-      blend_key<MR, ND, decltype(all)::value>(acc, v, row, key, w + key, value);
+      add_key<MR, ND, decltype(all)::value>(acc, v, row, key, w + key, value);
     };
     int key = begin;
-    for (; key < some; ++key) add(key, Truth<false>{});
-    for (; key < others; ++key) add(key, Truth<true>{});
-    for (; key < end; ++key) add(key, Truth<false>{});
+    for (; key < some; ++key) add(key, std::false_type{});
+    for (; key < others; ++key) add(key, std::true_type{});
+    for (; key < end; ++key) add(key, std::false_type{});
   }
   for (int r = 0; r < MR; ++r)
     for (int i = 0; i < ND; ++i) store(v->part + (int64_t)(row + r) * v->value_width + d + kLanes * i, acc[r][i]);
 }
 
 template <int MR, int FORMAT>
-static void blend_all(const View* v, int row, int from, int lo, int hi) {
+static void sum_all_values(const View* v, int row, int from, int lo, int hi) {
   int d = 0;
   for (; d + kLanes * kValueVectors <= v->value_width; d += kLanes * kValueVectors)
-    blend<MR, kValueVectors, FORMAT>(v, row, from, lo, hi, d);
+    sum_values<MR, kValueVectors, FORMAT>(v, row, from, lo, hi, d);
   if constexpr (kValueVectors > 1)
-    for (; d < v->value_width; d += kLanes) blend<MR, 1, FORMAT>(v, row, from, lo, hi, d);
+    for (; d < v->value_width; d += kLanes) sum_values<MR, 1, FORMAT>(v, row, from, lo, hi, d);
 }
 
 template <int FORMAT>
-static void blend_rows(const View* v, int from, int lo, int hi) {
+static void sum_values_of_rows(const View* v, int from, int lo, int hi) {
   for (int row = 0; row < v->rows; row += 6) switch (v->rows - row) {
       case 1:
-        blend_all<1, FORMAT>(v, row, from, lo, hi);
+        sum_all_values<1, FORMAT>(v, row, from, lo, hi);
         break;
       case 2:
-        blend_all<2, FORMAT>(v, row, from, lo, hi);
+        sum_all_values<2, FORMAT>(v, row, from, lo, hi);
         break;
       case 3:
-        blend_all<3, FORMAT>(v, row, from, lo, hi);
+        sum_all_values<3, FORMAT>(v, row, from, lo, hi);
         break;
       case 4:
-        blend_all<4, FORMAT>(v, row, from, lo, hi);
+        sum_all_values<4, FORMAT>(v, row, from, lo, hi);
         break;
       case 5:
-        blend_all<5, FORMAT>(v, row, from, lo, hi);
+        sum_all_values<5, FORMAT>(v, row, from, lo, hi);
         break;
       default:
-        blend_all<6, FORMAT>(v, row, from, lo, hi);
+        sum_all_values<6, FORMAT>(v, row, from, lo, hi);
     }
 }
 
-// total and the partition at hand become one softmax.
+// Merges the current partition into `total`, as one softmax.
 static void merge(const View* v, int row) {
   float* total = v->total + (int64_t)row * v->value_width;
   const float* part = v->part + (int64_t)row * v->value_width;
@@ -239,10 +238,10 @@ static void merge(const View* v, int row) {
   v->top[row] = top;
 }
 
-// A sink takes weight and carries no value. Then the division, and the one rounding.
-static void put_out(const View* v, int row) {
+// Divides by the sum of the weights, to which a sink adds without a value, rounds once, and writes the row.
+static void write_output(const View* v, int row) {
   const AttentionCall* c = v->c;
-  const int head = v->item->kv_head * v->share + row % v->share;
+  const int head = v->item->kv_head * v->queries_per_kv + row % v->queries_per_kv;
   float by = 1.0f / v->sum[row];
   if (c->sinks) {
     const float sink = c->sinks[head], top = sink > v->top[row] ? sink : v->top[row];
@@ -252,7 +251,7 @@ static void put_out(const View* v, int row) {
     by = e[0] / (v->sum[row] * e[0] + e[1]);
   }
   const int width = c->cache.dim_v;
-  float* out = c->out.data + (v->item->t + row / v->share) * c->out.stride + (int64_t)head * width;
+  float* out = c->out.data + (v->item->t + row / v->queries_per_kv) * c->out.stride + (int64_t)head * width;
   for (int d = 0; d < width; d += kLanes)
     store_n(out + d, rounded(load(v->total + (int64_t)row * v->value_width + d) * set1(by), c->round_out), width - d);
 }
@@ -262,8 +261,8 @@ static View view_of(const AttentionCall* c, const AttentionItem* item, float* sc
   View v;
   v.c = c;
   v.item = item;
-  v.share = c->heads / kv->kv_heads;
-  v.rows = item->count * v.share;
+  v.queries_per_kv = c->heads / kv->kv_heads;
+  v.rows = item->count * v.queries_per_kv;
   v.lanes = padded(kv->block_size);
   v.part_blocks = partition_blocks(kv->block_size);
   v.part_stride = v.part_blocks * v.lanes;
@@ -286,13 +285,13 @@ static View view_of(const AttentionCall* c, const AttentionItem* item, float* sc
 static void gather_queries(const View* v) {
   const int width = v->c->cache.dim_k;
   for (int row = 0; row < v->rows; ++row) {
-    const int64_t head = v->item->kv_head * v->share + row % v->share;
-    const float* from = v->c->q.data + (v->item->t + row / v->share) * v->c->q.stride + head * width;
+    const int64_t head = v->item->kv_head * v->queries_per_kv + row % v->queries_per_kv;
+    const float* from = v->c->q.data + (v->item->t + row / v->queries_per_kv) * v->c->q.stride + head * width;
     for (int d = 0; d < width; ++d) v->q[(int64_t)row * width + d] = from[d];
   }
 }
 
-// Keys of the partition that begins with block `from` which some row sees.
+// The keys that some row attends to in the partition that begins with block `from`.
 TF_INLINE int part_lo(const View* v, int from) {
   const int lo = from * v->c->cache.block_size;
   return lo > v->begin ? lo : v->begin;
@@ -302,17 +301,17 @@ TF_INLINE int part_hi(const View* v, int from) {
   return hi < v->end ? hi : v->end;
 }
 
-// One partition on its own: its values to `part`, its maximum and sum beside.
+// Computes one partition: its values go to `part`, its maxima and sums to `part_top` and `part_sum`.
 static void attend_part(const View* v, int from) {
   const int size = v->c->cache.block_size, lo = part_lo(v, from), hi = part_hi(v, from);
   const int block_lo = lo / size, block_hi = (hi + size - 1) / size;
-  score(v, from, block_lo, block_hi);
+  compute_scores(v, from, block_lo, block_hi);
   for (int row = 0; row < v->rows; ++row) {
     const int position = position_of(v, row), first = first_key(v, position);
-    weigh(v, row, from, block_lo, block_hi, first > lo ? first : lo, position + 1 < hi ? position + 1 : hi);
+    softmax_weights(v, row, from, block_lo, block_hi, first > lo ? first : lo, position + 1 < hi ? position + 1 : hi);
   }
-  if (v->c->cache.format == kF32) blend_rows<kF32>(v, from, lo, hi);
-  else blend_rows<kBF16>(v, from, lo, hi);
+  if (v->c->cache.format == kF32) sum_values_of_rows<kF32>(v, from, lo, hi);
+  else sum_values_of_rows<kBF16>(v, from, lo, hi);
 }
 
 static void begin_total(const View* v) {
@@ -333,7 +332,7 @@ static void merge_part(const View* v, int from) {
 static void attend(const AttentionCall* c, const AttentionItem* item, float* scratch) {
   View v = view_of(c, item, scratch);
   gather_queries(&v);
-  if (item->parts) {  // one partition of many that others work on
+  if (item->parts) {  // a single partition; merge_parts puts the results together
     v.part = item->parts;
     v.part_top = v.part + (int64_t)v.rows * v.value_width;
     v.part_sum = v.part_top + v.rows;
@@ -345,10 +344,10 @@ static void attend(const AttentionCall* c, const AttentionItem* item, float* scr
     attend_part(&v, from);
     merge_part(&v, from);
   }
-  for (int row = 0; row < v.rows; ++row) put_out(&v, row);
+  for (int row = 0; row < v.rows; ++row) write_output(&v, row);
 }
 
-// The partitions item->part .. of an item, worked on apart, become one result: in their order, as `attend` does it.
+// Merges the partitions from item->part on, computed by single calls, in the order in which `attend` merges them.
 static void merge_parts(const AttentionCall* c, const AttentionItem* item, float* scratch) {
   View v = view_of(c, item, scratch);
   begin_total(&v);
@@ -361,7 +360,7 @@ static void merge_parts(const AttentionCall* c, const AttentionItem* item, float
     v.part_sum = v.part_top + v.rows;
     merge_part(&v, from);
   }
-  for (int row = 0; row < v.rows; ++row) put_out(&v, row);
+  for (int row = 0; row < v.rows; ++row) write_output(&v, row);
 }
 
 }  // namespace

@@ -23,8 +23,8 @@ std::vector<T> numbers(const nb::object& owner, const char* name) {
 }
 
 // A sampler with the loops of one instruction set, that gets its logits from the caller.
-struct LoneSampler {
-  LoneSampler(const std::string& isa, int32_t slots, int64_t vocab) : sampler(checked(vocab), checked_slots(slots)) {
+struct StandaloneSampler {
+  StandaloneSampler(const std::string& isa, int32_t slots, int64_t vocab) : sampler(checked(vocab), checked_slots(slots)) {
     scratch.loops = find_table(isa)->sampling;
   }
 
@@ -45,7 +45,7 @@ struct LoneSampler {
     if (logits.ndim() != 2 || static_cast<int64_t>(logits.shape(1)) != sampler.vocab())
       throw std::invalid_argument("logits: not [rows, vocab]");
     const auto rows = static_cast<int64_t>(logits.shape(0));
-    Held held;
+    HeldArrays held;
     const SampleArgs args = sample_args(held, samples, rows, sampler.vocab());
     sampler.begin(rows, args);
     const InFlightCall call;
@@ -60,7 +60,7 @@ struct LoneSampler {
 
 }  // namespace
 
-SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows, int64_t vocab) {
+SampleArgs sample_args(HeldArrays& held, const nb::object& samples, int64_t rows, int64_t vocab) {
   SampleArgs args{};
   args.row_slot = step_array<int32_t>(held, samples, "row_slot", rows);
   args.target = step_array<int32_t>(held, samples, "target", rows);
@@ -90,11 +90,11 @@ std::unique_ptr<SequenceState> sequence_state(const In<int32_t>& prompt, const I
 }
 
 void bind_sampler(nb::module_& m) {
-  nb::class_<LoneSampler>(m, "Sampler", "The sampler on its own: what an Executable's step draws, of the caller's logits.")
+  nb::class_<StandaloneSampler>(m, "Sampler", "The sampler on its own: what an Executable's step draws, of the caller's logits.")
       .def(nb::init<const std::string&, int32_t, int64_t>(), "isa"_a, "slots"_a, "vocab"_a)
-      .def("set_sequence", &LoneSampler::set_sequence, "slot"_a, "prompt_ids"_a.noconvert(),
+      .def("set_sequence", &StandaloneSampler::set_sequence, "slot"_a, "prompt_ids"_a.noconvert(),
            "completion_ids"_a.noconvert(), "sampling"_a)
-      .def("sample", &LoneSampler::sample, "logits"_a.noconvert(), "samples"_a);
+      .def("sample", &StandaloneSampler::sample, "logits"_a.noconvert(), "samples"_a);
 }
 
 }  // namespace truffula

@@ -9,7 +9,7 @@
 namespace truffula {
 
 // The arrays of SampleInputs (see kernels/inputs.py) for `rows` rows of `vocab` ids, checked for their length.
-SampleArgs sample_args(Held& held, const nb::object& samples, int64_t rows, int64_t vocab);
+SampleArgs sample_args(HeldArrays& held, const nb::object& samples, int64_t rows, int64_t vocab);
 
 // A sequence from Python: its tokens, and its SequenceSampling (see kernels/inputs.py).
 std::unique_ptr<SequenceState> sequence_state(const In<int32_t>& prompt, const In<int32_t>& completion,

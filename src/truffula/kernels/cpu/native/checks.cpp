@@ -1,5 +1,5 @@
-// What an op may be: its buffers have the rows it needs, its widths agree, its numbers name something. After these
-// checks a step reads and writes inside the arena whatever the program says.
+// Checks of an op: its buffers have the rows it needs, its widths agree, and its ids exist. After them no program can make
+// a step read or write outside the arena.
 #include <stdexcept>
 
 #include "executable.h"
@@ -11,120 +11,117 @@ void require(bool holds, const char* why) {
   if (!holds) throw std::invalid_argument(why);
 }
 
-bool absent_or(const Ref& ref, int32_t width) { return ref.buffer == kNothing || ref.width == width; }
+bool absent_or(const Ref& ref, int32_t width) { return ref.buffer == kAbsent || ref.width == width; }
 
 bool is_activation(int32_t kind) { return kind >= kNone && kind <= kRelu2; }
 
 }  // namespace
 
-bool Executable::of_logits(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].logit_rows; }
+bool Executable::has_logit_rows(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].logit_rows; }
 
-void Executable::same_rows(const Ref& out, std::initializer_list<const Ref*> others) const {
+void Executable::require_same_rows(const Ref& out, std::initializer_list<const Ref*> others) const {
   for (const Ref* ref : others)
-    require(ref->buffer == kNothing || of_logits(*ref) == of_logits(out), "an op's buffers have unequal rows");
+    require(ref->buffer == kAbsent || has_logit_rows(*ref) == has_logit_rows(out), "an op's buffers have unequal rows");
 }
 
-// Whether two operands share a float of the arena. Offsets are whatever the caller says: compared without adding.
+// Whether two operands share a float of the arena. Compared without sums of offsets, which could overflow.
 bool Executable::overlap(const Ref& a, const Ref& b) const {
-  if (a.buffer == kNothing || b.buffer == kNothing) return false;
+  if (a.buffer == kAbsent || b.buffer == kAbsent) return false;
   if (a.buffer == b.buffer) return a.start < b.start + b.width && b.start < a.start + a.width;
   const auto floats = [&](const Buffer& of) { return (of.logit_rows ? capacity_.max_logit_rows : capacity_.max_tokens) * of.stride; };
   const Buffer &one = buffers_[static_cast<size_t>(a.buffer)], &two = buffers_[static_cast<size_t>(b.buffer)];
   return one.offset < two.offset ? two.offset - one.offset < floats(one) : one.offset - two.offset < floats(two);
 }
 
-// Chunks of an op run in any order and at once: what one writes none may still have to read.
-void Executable::apart(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const {
+// Chunks of an op run concurrently: `out` must not overlap what another chunk still reads.
+void Executable::require_disjoint(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const {
   for (const Ref* ref : others) require(!overlap(out, *ref), why);
 }
 
-// Of an op that reads each number just before it writes it: in place, or elsewhere; never shifted.
-void Executable::apart_or_equal(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const {
+// For ops that read each value just before they write it: `out` may be the same columns, but not overlap partly.
+void Executable::require_disjoint_or_equal(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const {
   for (const Ref* ref : others) {
     const bool equal = ref->buffer == out.buffer && ref->start == out.start && ref->width == out.width;
     require(equal || !overlap(out, *ref), why);
   }
 }
 
-const float* Executable::vector_of(int32_t id, int64_t width, const char* why) const {
-  if (id == kNothing) return nullptr;
-  const Weight& found = weight(id);
-  require(found.inputs == 0 && found.outputs == width, why);
-  return found.memory.floats();
+void Executable::require_vector(int32_t id, int64_t width, const char* why) const {
+  require(id == kAbsent || (weight(id).inputs == 0 && weight(id).outputs == width), why);
 }
 
 void Executable::check(const EmbedOp& op) const {
   const Weight& table = weight(op.table);
-  require(!of_logits(op.out), "embed: out has a row per token");
-  same_rows(op.out, {&op.add});
+  require(!has_logit_rows(op.out), "embed: out has a row per token");
+  require_same_rows(op.out, {&op.add});
   require(table.inputs == op.out.width && absent_or(op.add, op.out.width), "embed: width");
   require(table.order.half == 0, "embed: a table has no gates");
   require(op.offset >= 0 && op.offset < table.outputs, "embed: offset");
-  apart(op.out, {&op.add}, "embed: add lies where out is written");
+  require_disjoint(op.out, {&op.add}, "embed: add lies where out is written");
 }
 
 void Executable::check(const NormOp& op) const {
-  same_rows(op.out, {&op.x, &op.plus});
+  require_same_rows(op.out, {&op.x, &op.plus});
   require(op.groups > 0 && op.x.width % op.groups == 0 && op.x.width == op.out.width, "norm: width");
   require(absent_or(op.plus, op.out.width), "norm: plus");
-  apart_or_equal(op.out, {&op.x, &op.plus}, "norm: x or plus lies partly where out is written");
-  for (int32_t id : {op.weight, op.bias}) vector_of(id, op.x.width / op.groups, "norm: weight");
+  require_disjoint_or_equal(op.out, {&op.x, &op.plus}, "norm: x or plus lies partly where out is written");
+  for (int32_t id : {op.weight, op.bias}) require_vector(id, op.x.width / op.groups, "norm: weight");
 }
 
 void Executable::check(const LinearOp& op) const {
   const Weight& w = weight(op.weight);
-  same_rows(op.out, {&op.x, &op.residual});
+  require_same_rows(op.out, {&op.x, &op.residual});
   require(w.panels && w.inputs == op.x.width, "linear: weight");
   require(op.glu == (w.order.half > 0), "linear: gate and up panels");
   require(op.out.width == (op.glu ? w.order.half : w.outputs), "linear: width");
   require(absent_or(op.residual, op.out.width), "linear: residual");
   require(op.bias.empty() || op.bias.size() == static_cast<size_t>(w.order.panels() * kLanes), "linear: bias");
   require(is_activation(op.activation), "linear: activation");
-  apart(op.out, {&op.x}, "linear: x lies where out is written");
-  apart_or_equal(op.out, {&op.residual}, "linear: residual lies partly where out is written");
+  require_disjoint(op.out, {&op.x}, "linear: x lies where out is written");
+  require_disjoint_or_equal(op.out, {&op.residual}, "linear: residual lies partly where out is written");
 }
 
 void Executable::check(const PointwiseOp& op) const {
   const bool two = op.kind == kAdd || op.kind == kSigmoidMul;
   require(op.kind >= kAct && op.kind <= kSigmoidMul && is_activation(op.activation), "pointwise: kind");
-  require(two == (op.y.buffer != kNothing), "pointwise: y");
-  same_rows(op.out, {&op.x, &op.y});
+  require(two == (op.y.buffer != kAbsent), "pointwise: y");
+  require_same_rows(op.out, {&op.x, &op.y});
   require(op.x.width == op.out.width && absent_or(op.y, op.out.width), "pointwise: width");
-  apart_or_equal(op.out, {&op.x, &op.y}, "pointwise: x or y lies partly where out is written");
+  require_disjoint_or_equal(op.out, {&op.x, &op.y}, "pointwise: x or y lies partly where out is written");
 }
 
 void Executable::check(const RopeRowsOp& op) const {
-  require(!of_logits(op.out), "rope rows: out has a row per token");
+  require(!has_logit_rows(op.out), "rope rows: out has a row per token");
   require(op.out.width == static_cast<int64_t>(2 * op.inv_freq.size()), "rope rows: width");
 }
 
 void Executable::check(const RopeOp& op) const {
-  same_rows(op.x, {&op.rows});
+  require_same_rows(op.x, {&op.rows});
   const int64_t heads = op.heads, end = static_cast<int64_t>(op.start) + op.dims;
   require(op.dims % 2 == 0 && op.dims > 0 && op.start >= 0 && end <= op.head_dim && heads > 0 &&
               op.x.width == heads * op.head_dim && op.rows.width == op.dims, "rope: width");
-  apart(op.x, {&op.rows}, "rope: rows lie where x is written");
+  require_disjoint(op.x, {&op.rows}, "rope: rows lie where x is written");
 }
 
 void Executable::check(const AttentionOp& op) const {
-  require(!of_logits(op.out), "attention: out has a row per token");
-  same_rows(op.out, {&op.q, &op.k, &op.v});
+  require(!has_logit_rows(op.out), "attention: out has a row per token");
+  require_same_rows(op.out, {&op.q, &op.k, &op.v});
   const int64_t heads = op.heads, kv_heads = op.kv_heads;
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "attention: heads");
   require(op.dim_k > 0 && op.dim_v > 0 && op.q.width == heads * op.dim_k && op.k.width == kv_heads * op.dim_k &&
               op.v.width == kv_heads * op.dim_v && op.out.width == heads * op.dim_v, "attention: width");
   require(op.group >= 0 && op.group < groups_, "attention: group");
-  apart(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
-  vector_of(op.sinks, heads, "attention: sinks");
+  require_disjoint(op.out, {&op.q, &op.k, &op.v}, "attention: q, k or v lies where out is written");
+  require_vector(op.sinks, heads, "attention: sinks");
 }
 
 void Executable::check(const TakeRowsOp& op) const {
-  require(!of_logits(op.x) && of_logits(op.out) && op.x.width == op.out.width, "take rows: width or rows");
-  apart(op.out, {&op.x}, "take rows: x lies where out is written");
+  require(!has_logit_rows(op.x) && has_logit_rows(op.out) && op.x.width == op.out.width, "take rows: width or rows");
+  require_disjoint(op.out, {&op.x}, "take rows: x lies where out is written");
 }
 
 void Executable::check_columns(const Ref& ref, const char* what, bool optional) const {
-  if (optional && ref.buffer == kNothing) return;
+  if (optional && ref.buffer == kAbsent) return;
   const std::string name(what);
   if (ref.buffer < 0 || static_cast<size_t>(ref.buffer) >= buffers_.size())
     throw std::invalid_argument(name + ": no such buffer");
@@ -133,13 +130,13 @@ void Executable::check_columns(const Ref& ref, const char* what, bool optional) 
     throw std::invalid_argument(name + ": columns outside its buffer");
 }
 
-// Everything a step counts with fits 32 bits, and every product of two of these fits 64.
+// Then every count of a step fits 32 bits and every product of two of them 64.
 void check_capacity(const Capacity& c) {
-  constexpr int32_t kMost = 1 << 24;
+  constexpr int32_t kMax = 1 << 24;
   for (int32_t number : {c.max_tokens, c.max_seqs, c.max_logit_rows, c.num_blocks, c.block_size})
-    require(number > 0 && number <= kMost, "capacity: not between 1 and 2^24");
+    require(number > 0 && number <= kMax, "capacity: not between 1 and 2^24");
   for (int32_t number : {c.max_segments, c.max_blocks_per_seq})
-    require(number >= 0 && number <= kMost, "capacity: not between 0 and 2^24");
+    require(number >= 0 && number <= kMax, "capacity: not between 0 and 2^24");
   require(c.block_size <= 4096, "capacity: a block has at most 4096 tokens");
   require(static_cast<int64_t>(c.num_blocks) * c.block_size <= INT32_MAX, "capacity: more than 2^31 slots");
 }

@@ -10,7 +10,7 @@
 namespace truffula {
 namespace {
 
-constexpr int64_t kPackRows = 8 * kLanes;  // of a matrix that one chunk packs
+constexpr int64_t kPackRows = 8 * kLanes;  // rows of a matrix that one chunk packs
 
 [[noreturn]] void refuse(const std::string& why) { throw std::invalid_argument(why); }
 
@@ -18,9 +18,9 @@ void require(bool holds, const char* why) {
   if (!holds) refuse(why);
 }
 
-// Calls f(ref, name, optional) for every Ref of an op.
+// Calls f(ref, name, optional) for each Ref of an op.
 template <class F>
-void for_refs(const Op& op, F f) {
+void for_each_ref(const Op& op, F f) {
   const auto visit = [&]<class T, class... Note>(const char* name, const T& value, Note&&...) {
     if constexpr (std::is_same_v<T, Ref>) f(value, name, sizeof...(Note) == 1);
   };
@@ -36,20 +36,20 @@ Executable::Executable(const std::string& isa, int threads, const Capacity& capa
       capacity_(capacity),
       kv_format_(kv_format),
       groups_(groups),
-      reach_(static_cast<size_t>(std::clamp(groups, 0, 64))),
+      max_distance_(static_cast<size_t>(std::clamp(groups, 0, 64))),
       debug_(debug),
-      locals_(static_cast<size_t>(threads)) {
+      thread_states_(static_cast<size_t>(threads)) {
   check_capacity(capacity);
   require(kv_format == kF32 || kv_format == kBF16, "kv_format: unknown");
   require(groups >= 0 && groups <= 64, "groups: not between 0 and 64");
-  for (Local& local : locals_) local.sample.loops = kernels_->sampling;
+  for (ThreadState& state : thread_states_) state.sample.loops = kernels_->sampling;
 }
 
 // Load
 
 void Executable::add_buffer(const Buffer& buffer) {
   require(!sealed_, "the program is sealed");
-  require(buffer.offset >= 0 && buffer.stride > 0 && buffer.stride <= kMostColumns, "buffer: bad offset or stride");
+  require(buffer.offset >= 0 && buffer.stride > 0 && buffer.stride <= kMaxColumns, "buffer: bad offset or stride");
   buffers_.push_back(buffer);
 }
 
@@ -67,7 +67,7 @@ int32_t Executable::add_vector(const float* values, int64_t count) {
 int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
   require(!sealed_, "the program is sealed");
   require(outputs > 0 && inputs > 0 && half >= 0 && half < outputs, "matrix: bad shape");
-  require(outputs <= kMostWidth && inputs <= kMostWidth, "matrix: too large");
+  require(outputs <= kMaxWidth && inputs <= kMaxWidth, "matrix: too large");
   require(format >= kF32 && format <= kQ5_0, "matrix: no such format");
   require(!is_quantised(format) || (panels && inputs % kBlock == 0), "matrix: quantised ones have panels of whole blocks");
   require(half == 0 || (panels && half * 2 == outputs), "matrix: gates and ups are halves");
@@ -96,7 +96,7 @@ Rounding Executable::fill_matrix(int32_t id, const Source& source, int64_t rows,
     int64_t rows, first;
     std::vector<Rounding> rounding;  // per thread
   } job{&to, &source, rows, first, std::vector<Rounding>(static_cast<size_t>(team_.size()))};
-  // Cut where panels begin, so that no two chunks write to one.
+  // Chunks begin with a panel, so that no two write to the same one.
   const int64_t before = first % kLanes, chunks = (before + rows + kPackRows - 1) / kPackRows;
   team_.run_chunks(static_cast<int32_t>(chunks),
       [](void* context, int32_t, int32_t chunk, int thread) {
@@ -127,7 +127,7 @@ const Weight& Executable::weight(int32_t id) const {
 }
 
 void Executable::check_op(const Op& op) const {
-  for_refs(op, [&](const Ref& ref, const char* what, bool optional) { check_columns(ref, what, optional); });
+  for_each_ref(op, [&](const Ref& ref, const char* what, bool optional) { check_columns(ref, what, optional); });
   std::visit([&](const auto& o) { check(o); }, op);
 }
 
@@ -149,16 +149,17 @@ void Executable::add(Op op) {
       plane.group = attention->group;
       plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));
     }
-    int32_t& reach = reach_[static_cast<size_t>(attention->group)];
-    reach = std::max(reach, attention->window > 0 ? attention->window - 1 : INT32_MAX);
-    const int32_t share = attention->heads / attention->kv_heads;
-    if (std::none_of(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == share; }))
-      shares_.push_back({share, {}});
+    int32_t& distance = max_distance_[static_cast<size_t>(attention->group)];
+    distance = std::max(distance, attention->window > 0 ? attention->window - 1 : INT32_MAX);
+    const int32_t queries_per_kv = attention->heads / attention->kv_heads;
+    if (std::none_of(attention_plans_.begin(), attention_plans_.end(),
+                     [&](const AttentionPlan& plan) { return plan.queries_per_kv == queries_per_kv; }))
+      attention_plans_.push_back({queries_per_kv, {}});
     partial_row_floats_ = std::max(partial_row_floats_, attention->kv_heads * partial_floats(1, attention->dim_v));
-    const int64_t rows = std::max(share, kQueryRows);
+    const int64_t rows = std::max(queries_per_kv, kQueryRows);
     const int64_t floats = attention_scratch(rows, capacity_.block_size, attention->dim_k, attention->dim_v);
-    for (Local& local : locals_)
-      if (static_cast<int64_t>(local.attention.size()) < floats) local.attention.resize(static_cast<size_t>(floats));
+    for (ThreadState& state : thread_states_)
+      if (static_cast<int64_t>(state.attention.size()) < floats) state.attention.resize(static_cast<size_t>(floats));
   }
   ops_.push_back(std::move(op));
 }
@@ -185,7 +186,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
                                           weight(linear->weight).quantised_stride());
     }
   if (quantised) quantised_x_ = Memory(static_cast<size_t>(quantised));
-  actives_of_.resize(ops_.size());
+  active_of_op_.resize(ops_.size());
   if (debug_) taps_.resize(ops_.size());
   for (size_t index = 0; index < ops_.size(); ++index) {
     const int32_t count = std::holds_alternative<AttentionOp>(ops_[index]) ? 3 : takes_adapters(ops_[index]) ? 2 : 1;
@@ -202,7 +203,7 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   sealed_ = true;
 }
 
-// Checks of what a step is given: a wrong number is an error here and never a read outside.
+// Checks of a step's inputs: an index out of range is an error here, never a read out of bounds.
 
 void Executable::check_inputs(const StepCounts& c) const {
   const Capacity& cap = capacity_;
@@ -228,7 +229,7 @@ void Executable::check_inputs(const StepCounts& c) const {
     for (int32_t g = 0; g < groups_; ++g) {
       const int32_t* table = in_.block_tables + (static_cast<int64_t>(g) * cap.max_seqs + n) * cap.max_blocks_per_seq;
       // Blocks behind the group's window may have been freed.
-      const int32_t first = std::max(0, in_.kv_len[n] - count - reach_[static_cast<size_t>(g)]) / cap.block_size;
+      const int32_t first = std::max(0, in_.kv_len[n] - count - max_distance_[static_cast<size_t>(g)]) / cap.block_size;
       for (int64_t b = first; b < blocks; ++b) require(table[b] >= 0 && table[b] < cap.num_blocks, "block_tables: no such block");
     }
   }
@@ -267,8 +268,8 @@ int32_t Executable::tap_width(int32_t op) const { return out_of(ops_.at(static_c
 std::array<double, std::variant_size_v<Op>> Executable::take_seconds() {
   timed_ = true;
   std::array<double, std::variant_size_v<Op>> total{};
-  for (Local& local : locals_)
-    for (size_t kind = 0; kind < total.size(); ++kind) total[kind] += std::exchange(local.seconds[kind], 0.0);
+  for (ThreadState& state : thread_states_)
+    for (size_t kind = 0; kind < total.size(); ++kind) total[kind] += std::exchange(state.seconds[kind], 0.0);
   return total;
 }
 

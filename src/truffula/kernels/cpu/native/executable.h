@@ -1,4 +1,4 @@
-// A loaded program: weights, activations, cached keys and values, adapters, and the loop that runs the ops.
+// A loaded program: weights, activations, KV blocks, adapters, and the loop that runs the ops.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct Capacity {
   int32_t max_tokens, max_seqs, max_logit_rows, max_segments, num_blocks, block_size, max_blocks_per_seq;
 };
 
-// Ranks of the adapters at one op that the memory plan counts for every row (PLANNED_RANK of formats.py).
+// The rank per row and op that the memory plan counts for products with A (PLANNED_RANK of formats.py).
 constexpr int32_t kPlannedRank = 256;
 
 // The arrays that vary from step to step, owned by the caller (see kernels/inputs.py for shapes and meaning).
@@ -35,11 +35,11 @@ struct StepCounts {
   int32_t T = 0, N = 0, R = 0, G = 0;
 };
 
-// Throws std::invalid_argument unless a step of this size can be counted.
+// Throws std::invalid_argument when a number is out of range or products of two of them overflow.
 void check_capacity(const Capacity& capacity);
 
-// One owner. Made in this order: buffers, weights, ops; then `seal`. Every number that comes from outside is checked
-// where it enters: what fails throws std::invalid_argument and leaves nothing half done.
+// Not thread-safe. Built in this order: buffers, weights, ops, sites; then `seal`. Every argument is checked: a method that
+// throws std::invalid_argument has changed nothing.
 class Executable {
  public:
   Executable(const std::string& isa, int threads, const Capacity& capacity, int32_t kv_format, int32_t groups,
@@ -49,7 +49,7 @@ class Executable {
   void add_buffer(const Buffer& buffer);
   int32_t add_vector(const float* values, int64_t count);
   int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half);
-  // The rounding is that of this part: nothing is lost where `source` is not brought to a quantised format.
+  // Fills rows first .. first + rows. Returns the error of rounding this part to a quantised format, 0 for other formats.
   Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
   void add(Op op);
   void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab);
@@ -59,8 +59,8 @@ class Executable {
   const float* logits_row(int32_t row) const { return row_of(buffers_[static_cast<size_t>(logits_)], row); }
   int64_t logits_stride() const { return buffers_[static_cast<size_t>(logits_)].stride; }
   int32_t logit_rows() const { return counts_.R; }
-  // Chooses or scores an id for each row of the last run's logits. `args` and `out` hold at least R rows.
-  // `begin_sample` goes before: it throws when `args` are wrong, and gives the width that `out` has.
+  // `begin_sample` checks `args` (at least R rows) and returns the width of `out`; then `sample` draws or scores an id for
+  // each row of the last run's logits.
   int32_t begin_sample(const SampleArgs& args);
   void sample(const SampleArgs& args, const SampleOut& out);
   Sampler& sampler();
@@ -68,47 +68,51 @@ class Executable {
   int32_t tap_width(int32_t op) const;
 
   // Adapters
-  // A site of the program: once each, before any adapter.
+  // Binds a site to output columns of an op: once per site, before `seal`.
   void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs);
-  // An adapter in panels (kernels/cpu/pack.py), not copied: `data` stays in place until drop_adapter.
+  // Adds an adapter in panels (kernels/cpu/pack.py) and returns its slot. Not copied: the caller keeps `data` in place until
+  // `drop_adapter`.
   int32_t add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes);
   void drop_adapter(int32_t slot);
 
-  // Per kind of op, seconds of work since the last call, of all threads together. The first call begins to measure.
+  // Seconds of work per kind of op since the last call, summed over the threads. The first call starts the measurement.
   std::array<double, std::variant_size_v<Op>> take_seconds();
   Team& team() { return team_; }
   const Kernels& kernels() const { return *kernels_; }
   size_t num_ops() const { return ops_.size(); }
 
  private:
-  struct Item {
+  // Query rows t .. t + count of a sequence, with all their keys or one partition of them.
+  struct QueryTile {
     int32_t sequence, t, count, position;
-    int32_t part = kNothing;   // a single partition of it, or all
-    int64_t partial = 0;       // where its result goes, in rows of partial results
-    bool first = true;         // of its partitions
+    int32_t partition = kAbsent;
+    int64_t result_row = 0;       // of a partition: its first row in the partial results
+    bool first_partition = true;  // merging all partitions is a task of this tile
   };
-  struct Share {  // attention items for ops whose kv heads each serve so many heads
-    int32_t heads;
-    std::vector<Item> items;
-    int64_t partial_rows = 0;  // of all items that are single partitions, per kv head
+  // The query tiles of a step for all attention ops with this many query heads per KV head.
+  struct AttentionPlan {
+    int32_t queries_per_kv;
+    std::vector<QueryTile> tiles;
+    int64_t partial_rows = 0;  // rows of partial results, per KV head
   };
-  // One stage of an op: what the team goes through in order.
+  // A part of an op that ends before the next begins. The stages of all ops are the phases of the team's job.
   struct Stage {
     uint32_t op;
     int32_t number;
   };
-  // An adapter that acts at one op in this step: rows lo .. hi, and where its h lies.
-  struct Active {
+  // An adapter that acts at an op in this step, on rows lo .. hi.
+  struct ActiveAdapter {
     const AdapterOp* op;
-    int32_t lo, hi, first;  // rows; the first of its stretches
+    int32_t lo, hi;
+    int32_t first_task;  // of its shrink tasks
     float weight;
-    int64_t h;
+    int64_t h_start;
   };
-  // What one thread has of its own.
-  struct alignas(128) Local {
+  // Scratch memory and counters of one thread.
+  struct alignas(128) ThreadState {
     std::vector<float> attention;
     std::vector<Delta> deltas;
-    size_t deltas_of = SIZE_MAX;  // the op they were put together for in this step
+    size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
     SampleScratch sample;
     std::array<double, std::variant_size_v<Op>> seconds{};
   };
@@ -125,72 +129,72 @@ class Executable {
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
   void check(const TakeRowsOp&) const;
-  bool of_logits(const Ref& ref) const;
-  void same_rows(const Ref& out, std::initializer_list<const Ref*> others) const;
+  bool has_logit_rows(const Ref& ref) const;
+  void require_same_rows(const Ref& out, std::initializer_list<const Ref*> others) const;
   bool overlap(const Ref& a, const Ref& b) const;
-  void apart(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
-  void apart_or_equal(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
-  const float* vector_of(int32_t id, int64_t width, const char* why) const;
+  void require_disjoint(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
+  void require_disjoint_or_equal(const Ref& out, std::initializer_list<const Ref*> others, const char* why) const;
+  void require_vector(int32_t id, int64_t width, const char* why) const;
   void check_inputs(const StepCounts& counts) const;
   void prepare();
   void plan_adapters();
-  void plan_attention(Share& share) const;
+  void plan_attention(AttentionPlan& share) const;
   int32_t chunks_of(const Stage& stage);
   void work(int32_t phase, int32_t chunk, int thread);
   int32_t rows_of(const Ref& ref) const;
   float* row_of(const Buffer& buffer, int32_t row) const { return arena_.floats() + buffer.offset + row * buffer.stride; }
   Rows rows(const Ref& ref) const;
   bool rounded(const Ref& ref) const { return buffers_[static_cast<size_t>(ref.buffer)].rounded; }
-  const Share& share_of(const AttentionOp& op) const;
+  const AttentionPlan& plan_of(const AttentionOp& op) const;
   void keep_tap(size_t op);
 
-  // One chunk of a stage.
-  void run_op(const EmbedOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const NormOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const LinearOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const PointwiseOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const RopeRowsOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const RopeOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const AttentionOp&, const Stage&, int32_t chunk, Local&);
-  void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, Local&);
+  // Each runs one chunk of a stage.
+  void run_op(const EmbedOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const NormOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const LinearOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const PointwiseOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const RopeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   bool converts_x(const LinearOp& op) const;
   int32_t quantise_chunks(const LinearOp&) const;
   void quantise(const LinearOp&, int32_t chunk);
   void add_part(Adapter& adapter, const PartRow& row, const uint8_t* data, int64_t bytes) const;
-  int32_t shrinks_of(size_t op) const;
-  void shrink(size_t op, int32_t number);
+  int32_t num_shrink_tasks(size_t op) const;
+  void run_shrink_task(size_t op, int32_t number);
   void shrink_chunk(const Stage&, int32_t chunk);
-  const std::vector<Delta>& deltas_of(size_t op, Local&) const;
-  void attend(const AttentionOp&, bool merge, int64_t pair, Local&);
+  const std::vector<Delta>& deltas_of(size_t op, ThreadState&) const;
+  void attend(const AttentionOp&, bool merge, int64_t pair, ThreadState&);
   AttentionCall call_of(const AttentionOp& op) const;
 
   const Kernels* kernels_;
   Team team_;
   const Capacity capacity_;
   const int32_t kv_format_, groups_;
-  std::vector<int32_t> reach_;  // per KV group, how far before its own position a query of one of its ops reads keys
+  std::vector<int32_t> max_distance_;  // per KV group, from a query's position to the earliest key that its ops read
   const bool debug_;
   bool sealed_ = false;
   std::vector<Buffer> buffers_;
   std::vector<Weight> weights_;
   std::vector<Op> ops_;
   std::vector<Plane> planes_;
-  std::vector<AdapterPlace> places_;  // by site
+  std::vector<AdapterPlace> places_;  // per site
   std::vector<std::unique_ptr<Adapter>> adapters_;
   std::vector<int32_t> free_slots_;
   Memory arena_;
-  Memory quantised_x_;  // of the product at hand
+  Memory quantised_x_;  // of the current product
   StepArrays in_{};
   StepCounts counts_;
-  std::optional<Sampler> sampler_;  // once sealed
+  std::optional<Sampler> sampler_;  // set by `seal`
   int32_t logits_ = 0, token_rows_ = 0, position_rows_ = 0;
-  std::vector<Share> shares_;
-  std::vector<Local> locals_;  // per thread
+  std::vector<AttentionPlan> attention_plans_;
+  std::vector<ThreadState> thread_states_;  // per thread
   std::vector<Stage> stages_;
-  std::vector<Active> actives_;
-  std::vector<std::array<int32_t, 2>> actives_of_;  // per op: from .. to in actives_
+  std::vector<ActiveAdapter> active_adapters_;
+  std::vector<std::array<int32_t, 2>> active_of_op_;  // per op: its range in active_adapters_
   std::vector<float> h_, partials_;
-  int64_t partial_row_floats_ = 0;  // at most, over the attention ops
+  int64_t partial_row_floats_ = 0;  // the most of any attention op
   bool timed_ = false;
   std::vector<std::vector<float>> taps_;
 };

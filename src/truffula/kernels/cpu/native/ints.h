@@ -1,4 +1,4 @@
-// Bytes, 16-bit and 32-bit whole numbers of 16 outputs at once, for quantised products. As vec.h: all static.
+// Vectors of 8-, 16- and 32-bit integers for 16 outputs, for quantised products. All static, like vec.h.
 #pragma once
 
 #include "vec.h"
@@ -33,7 +33,7 @@ TF_INLINE I flip_signs(I a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((ch
 TF_INLINE I up16(I a, int n) { return {_mm512_slli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down16(I a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm512_srai_epi32(a.v, (unsigned)n)}; }
-// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
+// Without this barrier gcc turns the chain of sums into a tree, keeps all products live, and spills dozens of registers.
 TF_INLINE I in_order(I a) {
 #if !defined(TRUFFULA_EMULATED_SET)  // there it is two registers
   asm("" : "+v"(a.v));
@@ -53,7 +53,7 @@ TF_INLINE V dot_pairs(V sums, I w, I x) { return {_mm512_dpbf16_ps(sums.v, (__m5
 #endif
 TF_INLINE V floats_of(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
 TF_INLINE V load_half(const uint8_t* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}; }
-// 32 whole numbers of -127 .. 127 as bytes; their sum.
+// 32 integers of -127 .. 127 as bytes; their sum.
 TF_INLINE int32_t to_bytes(V a, V b, uint8_t* to) {
   const __m512i first = _mm512_cvtps_epi32(a.v), second = _mm512_cvtps_epi32(b.v);
   _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(first));
@@ -84,7 +84,7 @@ TF_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or
 TF_INLINE I up16(I a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
 TF_INLINE I down16(I a, int n) { return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
-// Left to itself gcc makes a tree of a chain of sums, for which it holds all products at once: dozens of spills.
+// Without this barrier gcc turns the chain of sums into a tree, keeps all products live, and spills dozens of registers.
 TF_INLINE I in_order(__m256i lo, __m256i hi) {
   asm("" : "+x"(lo), "+x"(hi));
   return {lo, hi};
@@ -120,7 +120,7 @@ TF_INLINE I all32(int32_t x) { return map_int([=](int) { return IntQuad{x, x, x,
 TF_INLINE I operator&(I a, I b) { return map_int([&](int i) { return a.q[i] & b.q[i]; }); }
 TF_INLINE I operator|(I a, I b) { return map_int([&](int i) { return a.q[i] | b.q[i]; }); }
 TF_INLINE I flip_signs(I a) { return map_int([&](int i) { return a.q[i] ^ (int32_t)0x80808080u; }); }
-// Bits that cross from one 16-bit number to the next are masked away by all who shift.
+// Bits may cross between 16-bit lanes: every caller masks them.
 TF_INLINE I up16(I a, int n) { return map_int([&](int i) { return (IntQuad)((BitQuad)a.q[i] << n); }); }
 TF_INLINE I down16(I a, int n) { return map_int([&](int i) { return (IntQuad)((BitQuad)a.q[i] >> n); }); }
 TF_INLINE I dot_bytes(I sums, I w, I x) {  // unsigned w, signed x
@@ -147,7 +147,7 @@ constexpr int kQuantTwo = 0;
 #endif
 
 #if !defined(__AVX512F__)
-// 32 whole numbers of -127 .. 127 as bytes; their sum.
+// 32 integers of -127 .. 127 as bytes; their sum.
 TF_INLINE int32_t to_bytes(V a, V b, uint8_t* to) {
   float numbers[2 * kLanes];
   store(numbers, a);

@@ -1,5 +1,5 @@
-// What a kernel table offers. Plain C structs: the tables are compiled with different instruction sets, so nothing
-// that the linker could share between them (no inline functions with linkage, no std::) may be declared here.
+// The kernel table of an instruction set. Plain C structs only: tables are compiled with different instruction sets, and
+// the linker must not merge code between them (so no inline functions with external linkage, no std::).
 #pragma once
 
 #include <stddef.h>
@@ -9,30 +9,30 @@
 
 namespace truffula {
 
-// Outputs of a panel, tokens of a key line, floats of a vector: one number, so that weights, adapters and cached keys
-// are read by the same tile.
+// Outputs of a panel, tokens of a line of keys, floats of a vector. The same for all, so that the same kernels read
+// weights, adapters and cached keys.
 constexpr int kLanes = 16;
 
-// Keys of one attention partition. Partitions are cut by position alone and merged in order.
+// Keys of one attention partition. Partitions depend on positions alone and are merged in order.
 constexpr int kPartitionKeys = 512;
 
 // Inputs of a quantised block.
 constexpr int kBlock = 32;
 
-// How numbers are stored. F32: a line holds one input of 16 outputs. BF16: inputs 2k and 2k + 1, side by side.
-// Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes; kQ4_0 and kQ4_1: 4 lines
-// whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: one line of fifth bits more); behind all blocks of
-// a panel 16 float16 scales a block, followed in kQ4_1 by 16 float16 minimums.
+// How values are stored in lines of 64 bytes. F32: one input of 16 outputs per line. BF16: inputs 2k and 2k + 1 of 16
+// outputs, interleaved. Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes; kQ4_0
+// and kQ4_1: 4 lines whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: the same and a line of fifth
+// bits). After all blocks of a panel: 16 float16 scales per block, followed in kQ4_1 by 16 float16 minimums.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5 };
 static constexpr bool is_quantised(int32_t format) { return format > kBF16; }
 
-// Most bytes of a block of a quantised row of x.
-constexpr int64_t kMostXBlockBytes = 72;
+// The most bytes of a block of a quantised row of x.
+constexpr int64_t kMaxXBlockBytes = 72;
 
-// Bytes of a row of x in bfloat16 pairs: whole blocks, zero behind the last input.
+// Bytes of a row of x in bfloat16 pairs: whole blocks, zero after the last input.
 static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBlock - 1) / kBlock * (2 * kBlock); }
 
-// Products read so many rows of converted x at once: behind the last there is memory for them, whatever it holds.
+// Products read converted x in groups of this many rows: its memory is padded to a multiple, with any content.
 constexpr int32_t kXRows = 16;
 static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
 
@@ -55,22 +55,22 @@ struct Rows {
   int64_t stride;
 };
 
-// What one adapter adds to rows lo .. hi: h [hi - lo, rank] (scaled) times B. Panel i of `b` adds to panel
-// first + i * step of the product. Neither number below falls along a list of them, so rows find theirs by bisection:
-// `reach` is the highest hi up to this one, `rest` the lowest lo from this one on.
+// Adds h [hi - lo, rank] (scaled) times B to rows lo .. hi. Panel i of `b` is added to panel first + i * step of the
+// product. `max_hi` is the largest hi up to this delta of a list, `min_lo` the smallest lo from this one on: both ascend,
+// so the deltas of given rows are found by bisection.
 struct Delta {
   const float* h;
   int64_t h_stride;
   Packed b;
   int32_t lo, hi, first, step;
-  int32_t reach, rest;
+  int32_t max_hi, min_lo;
 };
 
-// Sets `reach` and `rest` of a whole list.
+// Sets `max_hi` and `min_lo` of a whole list.
 static inline void set_bounds(Delta* deltas, int32_t count) {
-  int32_t reach = 0, rest = INT32_MAX;
-  for (int32_t i = 0; i < count; ++i) deltas[i].reach = reach = deltas[i].hi > reach ? deltas[i].hi : reach;
-  for (int32_t i = count - 1; i >= 0; --i) deltas[i].rest = rest = deltas[i].lo < rest ? deltas[i].lo : rest;
+  int32_t max_hi = 0, min_lo = INT32_MAX;
+  for (int32_t i = 0; i < count; ++i) deltas[i].max_hi = max_hi = deltas[i].hi > max_hi ? deltas[i].hi : max_hi;
+  for (int32_t i = count - 1; i >= 0; --i) deltas[i].min_lo = min_lo = deltas[i].lo < min_lo ? deltas[i].lo : min_lo;
 }
 
 // out = softcap(residual + scale * activation(clip(x W^T + deltas + bias))), see program.Epilogue for the order.
@@ -78,7 +78,7 @@ static inline void set_bounds(Delta* deltas, int32_t count) {
 struct LinearCall {
   Rows x, out, residual;
   Packed w;
-  // What `quantise` made of x for w's format: padded_rows(rows) of them, `quantised_stride` bytes apart; null: x.
+  // x as `quantise` converted it for w's format: padded_rows(rows) rows, `quantised_stride` bytes apart; null: read x.
   const uint8_t* quantised_x;
   int64_t quantised_stride;
   const float* bias;   // in packed order (16 x panels), zero in unused lanes
@@ -88,14 +88,14 @@ struct LinearCall {
   int32_t out_width;
   int32_t activation;
   int32_t glu;
-  int32_t in_blocks;   // x holds more than bfloat16 numbers: sums by kSumInputs, whose rounding errors are smaller
+  int32_t in_blocks;   // x holds float32 values: sums in blocks of kSumInputs, whose rounding errors are smaller
   int32_t round_out;
   float clip;      // below 0: none
   float scale;
   float softcap;   // 0: none
 };
 
-// Rows of x as products with a matrix of `format` read them; kBF16 in tables with `pairs` alone.
+// Converts rows of x to what products with a matrix of `format` read; kBF16 only in tables with `pairs`.
 struct QuantiseCall {
   Rows x;
   uint8_t* to;
@@ -131,8 +131,8 @@ struct RopeCall {
   int32_t heads, head_dim, start, dims, interleaved, round_out;
 };
 
-// One layer's cached keys and values. Keys: per block and kv head, lines of 16 tokens. Values: per block and kv head,
-// a row of `value_width` numbers per token.
+// One layer's KV cache. Keys: per block and KV head, lines of 16 tokens. Values: per block and KV head, a row of
+// dim_v values per token, padded to a multiple of 16.
 struct KvCache {
   uint8_t* keys;
   uint8_t* values;
@@ -148,8 +148,8 @@ struct AttentionCall {
   float scale, softcap;
 };
 
-// Query rows t .. t + count of one sequence, whose positions begin at `position`. With `parts`: partition number `part`
-// alone, whose result goes there (`attend`), or is there with those behind it (`merge_parts`).
+// Query rows t .. t + count of one sequence, from position `position` on. With `parts`: `attend` computes partition number
+// `part` alone and writes its result there; `merge_parts` reads it there, followed by those of the later partitions.
 struct AttentionItem {
   const int32_t* table;
   int32_t t, count, position, kv_head;
@@ -174,14 +174,14 @@ struct EmbedCall {
   int32_t num_deltas;
 };
 
-// Whether products of bfloat16 matrices read rows of bfloat16 pairs, where x holds such numbers; and then, whether they
-// sum in the order of those that don't.
+// Whether products of bfloat16 matrices read x as bfloat16 pairs where it holds such values, and in which order they sum:
+// that of the products without pairs, or that of tiles.
 enum Pairs : int32_t { kNoPairs = 0, kPairsInOrder = 1, kPairsByTiles = 2 };
 
 struct Kernels {
   const char* name;
   int32_t pairs;
-  int32_t fine_rows;   // products of fewer rows of converted x wait for memory
+  int32_t fine_rows;   // products of fewer rows of converted x are bound by memory
   void (*linear)(const LinearCall*, int32_t unit_lo, int32_t unit_hi);   // units of two panels
   void (*quantise)(const QuantiseCall*, int32_t row_lo, int32_t row_hi);
   void (*shrink)(const ShrinkCall*, int32_t panel_lo, int32_t panel_hi);

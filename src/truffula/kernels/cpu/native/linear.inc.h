@@ -1,267 +1,54 @@
-// Products with packed matrices. Every output is summed in one order, whatever tile it is in: a row's result depends
-// neither on the other rows nor on where it stands. Rows of bfloat16 numbers: one accumulator walks k upward (tiles have
-// an order of their own, see tiles.inc.h). Rows of float32: so within kSumInputs inputs, and these sums are added up,
-// ascending. Rounding errors grow with the length of a chain: one of all inputs is off by two to four times as much.
+// Linear layers: products, the deltas of adapters, and the epilogue; and the adapters' products with A.
 #pragma once
 
-#include "ahead.h"
-#include "quant.inc.h"
-#include "tiles.inc.h"
+#include "products.inc.h"
 #include "vec.h"
 
 namespace truffula {
 namespace {
 
+// kBlockRows: rows that are multiplied before their epilogue, a multiple of every tile's rows.
 #if defined(TRUFFULA_TILES)
 constexpr int32_t kPairs = kPairsByTiles;
 constexpr int32_t kFineRows = 96;
-#elif defined(__AVX512BF16__)
+constexpr int kBlockRows = 96;
+#else
+#if defined(__AVX512BF16__)
 constexpr int32_t kPairs = kPairsInOrder;
-constexpr int32_t kFineRows = 16;
 #else
 constexpr int32_t kPairs = kNoPairs;
+#endif
 constexpr int32_t kFineRows = 16;
-#endif
-
-#if defined(__AVX512F__)
-constexpr int kTileRows = 12;  // 12 rows x 2 panels: 24 accumulators of 32 registers
-#elif defined(__AVX2__)
-constexpr int kTileRows = 6;  // 6 rows x 1 panel of two registers: 12 accumulators of 16
-#else
-constexpr int kTileRows = 2;
-#endif
-#if defined(TRUFFULA_TILES)
-constexpr int kBlockRows = 96;  // between two epilogues: a multiple of every tile's rows
-#else
 constexpr int kBlockRows = 48;
 #endif
 constexpr int kUnitPanels = 2;
-// Even, so that a pair is never cut. On a whole model 64 is off by 6 % less and a product takes 2 % longer.
-constexpr int64_t kSumInputs = 128;
-
-// Reads ahead what will be needed next and no hardware foresees: a few hundred bytes here and there.
-TF_INLINE void prefetch(const uint8_t* data, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
-}
-
-// Where MR rows are read: a pointer to each third one. Left to itself gcc keeps one for each row, on the stack. (An array
-// of them would keep it from holding a tile's sums in registers.)
-template <int MR, class T>
-struct RowsAt {
-  const T *a, *b, *c, *d;
-  int64_t stride;
-
-  inline __attribute__((always_inline)) RowsAt(const T* x, int64_t rows_apart)
-      : a(x), b(x + 3 * rows_apart), c(x + 6 * rows_apart), d(x + 9 * rows_apart), stride(rows_apart) {}
-  inline __attribute__((always_inline)) const T* row(int r) const {
-    return (r < 3 ? a : r < 6 ? b : r < 9 ? c : d) + r % 3 * stride;
-  }
-  inline __attribute__((always_inline)) void step(int64_t by) {
-    a += by, b += by, c += by, d += by;
-    if constexpr (MR > 8) asm("" : "+r"(a), "+r"(b), "+r"(c), "+r"(d));
-  }
-};
-
-// Lines k_lo .. k_hi of NP panels times rows of x, onto acc. Of a pair the odd input comes first, as VDPBF16PS has it.
-// STREAM: panels follow each other in memory, so read `ahead`.
-template <int MR, int NP, int FORMAT, bool STREAM>
-TF_INLINE void multiply(V (&acc)[MR][NP], const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                        int64_t k_lo, int64_t k_hi, Ahead ahead = {}) {
-  RowsAt<MR, float> at(x + k_lo, stride);
-  if constexpr (FORMAT == kF32) {
-    for (int64_t k = k_lo; k < k_hi; ++k, at.step(1)) {
-      if constexpr (STREAM) read_ahead<NP>(panel + 64 * k, panel_bytes, ahead);
-      V w[NP];
-      for (int p = 0; p < NP; ++p) w[p] = load((const float*)(panel + p * panel_bytes + 64 * k));
-      for (int r = 0; r < MR; ++r) {
-        const V b = set1(*at.row(r));
-        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
-      }
-    }
-  } else {
-    const uint8_t* line = panel + 32 * k_lo;  // k_lo is even
-    int64_t k = k_lo;
-    for (; k + 1 < k_hi; k += 2, line += 64, at.step(2)) {
-      if constexpr (STREAM) read_ahead<NP>(line, panel_bytes, ahead);
-      V w[NP];
-      for (int p = 0; p < NP; ++p) w[p] = odd_of(line + p * panel_bytes);
-      for (int r = 0; r < MR; ++r) {
-        const V b = set1(at.row(r)[1]);
-        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
-      }
-      for (int p = 0; p < NP; ++p) w[p] = even_of(line + p * panel_bytes);
-      for (int r = 0; r < MR; ++r) {
-        const V b = set1(*at.row(r));
-        for (int p = 0; p < NP; ++p) acc[r][p] = fma(w[p], b, acc[r][p]);
-      }
-    }
-    if (k < k_hi)
-      for (int r = 0; r < MR; ++r)
-        for (int p = 0; p < NP; ++p)
-          acc[r][p] = fma(even_of(line + p * panel_bytes), set1(*at.row(r)), acc[r][p]);
-  }
-}
-
-// How a product is used: weights stream by, their sums in one chain or in blocks; keys and adapters lie scattered, and
-// adapters add to what is there.
-enum Use : int { kStream, kStreamBlocks, kScattered, kAddScattered };
-
-// y[r, 16 p ...] = x[r] W^T, block by block: y holds the sum of the blocks behind, for a tile fills the registers.
-template <int MR, int NP, int FORMAT>
-TF_INLINE void tile_in_blocks(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs,
-                              float* y, int64_t y_stride, Ahead ahead) {
-  int64_t k = 0;
-  do {
-    V acc[MR][NP];
-    for (int r = 0; r < MR; ++r)
-      for (int p = 0; p < NP; ++p) acc[r][p] = zero();
-    const int64_t end = k + kSumInputs < inputs ? k + kSumInputs : inputs;
-    multiply<MR, NP, FORMAT, true>(acc, x, stride, panel, panel_bytes, k, end, ahead);
-    for (int r = 0; r < MR; ++r)
-      for (int p = 0; p < NP; ++p) {
-        float* sum = y + r * y_stride + kLanes * p;
-        store(sum, k ? load(sum) + acc[r][p] : acc[r][p]);
-      }
-    k = end;
-  } while (k < inputs);
-}
-
-// y[r, 16 p ...] (+)= x[r] W^T for MR rows and NP panels.
-template <int MR, int NP, int FORMAT, Use USE>
-static void tile(const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t inputs, float* y,
-                 int64_t y_stride, Ahead ahead) {
-  if constexpr (USE == kStreamBlocks)
-    return tile_in_blocks<MR, NP, FORMAT>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);
-  V acc[MR][NP];
-  for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) acc[r][p] = USE == kAddScattered ? load(y + r * y_stride + kLanes * p) : zero();
-  multiply<MR, NP, FORMAT, USE == kStream>(acc, x, stride, panel, panel_bytes, 0, inputs, ahead);
-  for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
-}
-
-template <int NP, int FORMAT, Use USE>
-static void tile_rows(int rows, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                      int64_t inputs, float* y, int64_t y_stride, Ahead ahead) {
-#define TF_CASE(n)                                                                                             \
-  case n:                                                                                                      \
-    if constexpr (n <= kTileRows)                                                                              \
-      return tile<n, NP, FORMAT, USE>(x, stride, panel, panel_bytes, inputs, y, y_stride, ahead);              \
-    break;
-  switch (rows) {
-    TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6)
-    TF_CASE(7) TF_CASE(8) TF_CASE(9) TF_CASE(10) TF_CASE(11) TF_CASE(12)
-  }
-#undef TF_CASE
-}
-
-// One or two adjacent panels. Two at once where registers allow: with few rows, and always with 32 registers.
-template <int FORMAT, Use USE>
-static void product(int rows, int panels, const float* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                    int64_t inputs, float* y, int64_t y_stride) {
-#if defined(__AVX512F__)
-  const int most_for_two = kTileRows;
-#else
-  const int most_for_two = 2;
-#endif
-  const int tiles = tiles_of(rows, kTileRows);
-  for (int t = 0; t < tiles; ++t) {
-    const int r = first_row(rows, t, tiles, kTileRows), count = first_row(rows, t + 1, tiles, kTileRows) - r;
-    const float* from = x + r * stride;
-    float* to = y + r * y_stride;
-    // What lies scattered has nothing behind it, and two of it may be the same.
-    const Ahead ahead = USE == kStream || USE == kStreamBlocks ? ahead_of(t, tiles, panels, panel_bytes) : Ahead{0, 0};
-    if (panels == 2 && count <= most_for_two) {
-      tile_rows<2, FORMAT, USE>(count, from, stride, panel, panel_bytes, inputs, to, y_stride, ahead);
-    } else {
-      for (int p = 0; p < panels; ++p)
-        tile_rows<1, FORMAT, USE>(count, from, stride, panel + p * panel_bytes, panel_bytes, inputs, to + kLanes * p,
-                                  y_stride, ahead_alone(ahead, p));
-    }
-  }
-}
-
-template <Use USE>
-TF_INLINE void product_of(int32_t format, int rows, int panels, const float* x, int64_t stride, const uint8_t* panel,
-                          int64_t panel_bytes, int64_t inputs, float* y, int64_t y_stride) {
-  if (format == kF32) product<kF32, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
-  else product<kBF16, USE>(rows, panels, x, stride, panel, panel_bytes, inputs, y, y_stride);
-}
-
-#if defined(__AVX512BF16__) && !defined(TRUFFULA_TILES)
-// As `tile`, with rows of bfloat16 pairs: the same sums in the same order, two inputs an instruction.
-template <int MR, int NP>
-static void pair_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t lines,
-                      float* y, int64_t y_stride, Ahead ahead) {
-  V acc[MR][NP];
-  for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) acc[r][p] = zero();
-  RowsAt<MR, uint8_t> at(x, stride);
-  for (int64_t k = 0; k < lines; ++k, at.step(4)) {
-    const uint8_t* line = panel + 64 * k;
-    read_ahead<NP>(line, panel_bytes, ahead);
-    I w[NP];
-    for (int p = 0; p < NP; ++p) w[p] = line_at(line + p * panel_bytes);
-    for (int r = 0; r < MR; ++r) {
-      const I b = four_of(at.row(r));
-      for (int p = 0; p < NP; ++p) acc[r][p] = dot_pairs(acc[r][p], w[p], b);
-    }
-  }
-  for (int r = 0; r < MR; ++r)
-    for (int p = 0; p < NP; ++p) store(y + r * y_stride + kLanes * p, acc[r][p]);
-}
-
-template <int NP>
-static void pair_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                      int64_t lines, float* y, int64_t y_stride, Ahead ahead) {
-#define TF_CASE(n) \
-  case n:          \
-    return pair_tile<n, NP>(x, stride, panel, panel_bytes, lines, y, y_stride, ahead);
-  switch (rows) {
-    TF_CASE(1) TF_CASE(2) TF_CASE(3) TF_CASE(4) TF_CASE(5) TF_CASE(6)
-    TF_CASE(7) TF_CASE(8) TF_CASE(9) TF_CASE(10) TF_CASE(11) TF_CASE(12)
-  }
-#undef TF_CASE
-}
-
-static void pair_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
-                         int64_t panel_bytes, float* y, int64_t y_stride) {
-  const int tiles = tiles_of(rows, kTileRows);
-  for (int t = 0; t < tiles; ++t) {
-    const int r = first_row(rows, t, tiles, kTileRows), count = first_row(rows, t + 1, tiles, kTileRows) - r;
-    const Ahead ahead = ahead_of(t, tiles, panels, panel_bytes);
-    const auto run = panels == 2 ? pair_rows<2> : pair_rows<1>;
-    run(count, x + r * stride, stride, panel, panel_bytes, panel_bytes / 64, y + r * y_stride, y_stride, ahead);
-  }
-}
-#endif
 
 struct DeltaSpan {
   const Delta *begin, *end;
 };
 
-// Those of `count` deltas that may act on rows lo .. hi. Most act on rows that follow each other, so these are few.
+// The deltas that may act on rows lo .. hi. Segments are mostly disjoint, so these are few of `count`.
 TF_INLINE DeltaSpan deltas_at(const Delta* deltas, int count, int lo, int hi) {
   const Delta *begin = deltas, *end = deltas + count;
   for (const Delta* above = end; begin < above;) {
     const Delta* middle = begin + (above - begin) / 2;
-    if (middle->reach > lo) above = middle;
+    if (middle->max_hi > lo) above = middle;
     else begin = middle + 1;
   }
   for (const Delta* below = begin; below < end;) {
     const Delta* middle = below + (end - below) / 2;
-    if (middle->rest < hi) below = middle + 1;
+    if (middle->min_lo < hi) below = middle + 1;
     else end = middle;
   }
   return {begin, end};
 }
 
-// What adapters add to rows r .. r + rows of panels first .. first + panels, held in y.
+// Adds the deltas of rows r .. r + rows to y, which holds panels first .. first + panels of the product.
 static void add_deltas(DeltaSpan span, int r, int rows, int first, int panels, float* y, int64_t y_stride) {
   for (const Delta* delta = span.begin; delta < span.end; ++delta) {
     const int lo = delta->lo > r ? delta->lo : r;
     const int hi = delta->hi < r + rows ? delta->hi : r + rows;
-    // Panels of the unit that it acts on: both in a row, or (gate and up) one of the two.
+    // It acts on adjacent panels, or, with gates and ups, on every second one.
     const int last = delta->first + (delta->b.panels - 1) * delta->step;
     if (lo >= hi || last < first || delta->first >= first + panels) continue;
     const float* h = delta->h + (lo - delta->lo) * delta->h_stride;
@@ -284,11 +71,11 @@ static void add_deltas(DeltaSpan span, int r, int rows, int first, int panels, f
   }
 }
 
-// Columns of one row to what is stored, in the order of program.Epilogue.
+// Applies the epilogue to columns of one row, in the order of program.Epilogue, and stores them.
 TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int panel, int row, int column, int count) {
   V a = load(y);
   if (c->bias) a = a + load(c->bias + (int64_t)kLanes * panel);
-  if (c->clip >= 0.0f) a = vmin(set1(c->clip), vmax(set1(-c->clip), a));  // in this order NaN stays
+  if (c->clip >= 0.0f) a = vmin(set1(c->clip), vmax(set1(-c->clip), a));  // in this order a NaN stays one
   a = activated(a, c->activation);
   if (up) {
     V b = load(up);
@@ -302,7 +89,7 @@ TF_INLINE void finish(const LinearCall* c, const float* y, const float* up, int 
   store_n(c->out.data + row * c->out.stride + column, rounded(a, c->round_out), count);
 }
 
-// Sums of rows r .. r + rows and the unit's panels.
+// y = rows r .. r + rows of x times the panels at `panel`.
 TF_INLINE void multiply_rows(const LinearCall* c, int r, int rows, int panels, const uint8_t* panel, float* y,
                              int64_t y_stride) {
 #if defined(TRUFFULA_TILES)
@@ -347,12 +134,12 @@ static void linear(const LinearCall* c, int32_t unit_lo, int32_t unit_hi) {
   }
 }
 
-// A row's k are cut into four quarters, always: one chain of dependent sums would be slow for a single row, and every
-// row has to be summed in the same way. (0 + 1) + (2 + 3).
+// Each row is summed in four quarters of k, (0 + 1) + (2 + 3): for a single row one chain of dependent sums would be
+// slow, and every row must be summed in the same order.
 template <int FORMAT>
 static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int32_t row_hi) {
   const uint8_t* data = c->a.data + panel * c->a.panel_bytes;
-  const int64_t quarter = c->a.inputs / 8 * 2;  // even: a pair is never cut
+  const int64_t quarter = c->a.inputs / 8 * 2;  // even: no pair is split
   const V scale = set1(c->scale);
   for (int32_t r = row_lo; r < row_hi; ++r) {
     const float* x = c->x.data + r * c->x.stride;
@@ -386,7 +173,7 @@ static void shrink_rows(const ShrinkCall* c, int32_t panel, int32_t row_lo, int3
   }
 }
 
-// Several rows share what is loaded of A; quarter after quarter, so that the sums are those of a single row.
+// Four rows share the loads of A. Quarter by quarter, so that the sums are those of a single row.
 template <int FORMAT>
 static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
   constexpr int MR = 4;
@@ -400,7 +187,7 @@ static void shrink_tiles(const ShrinkCall* c, int32_t panel) {
     for (int q = 0; q < 4; ++q) {
       for (int i = 0; i < MR; ++i) sum[q][i][0] = zero();
       multiply<MR, 1, FORMAT, true>(sum[q], x, c->x.stride, data, 0, q * quarter, q < 3 ? (q + 1) * quarter : c->a.inputs,
-                                     Ahead{2048, 0});
+                                     PrefetchDistance{2048, 0});
     }
     for (int i = 0; i < MR; ++i)
       store(c->h.data + (r + i) * c->h.stride + (int64_t)kLanes * panel,

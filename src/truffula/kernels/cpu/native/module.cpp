@@ -60,12 +60,12 @@ struct Native {
   Executable executable;
   std::atomic<int64_t> process_in_call{0};  // the process of the thread that is in a call; 0: none
   nb::object inputs;
-  Held held;
+  HeldArrays held;
   std::map<int32_t, nb::object> images;  // the data of adapters, by slot
 };
 
 void seal(Native& self, const nb::object& inputs, int64_t arena_floats, int32_t logits_buffer, int64_t vocab) {
-  Held held;
+  HeldArrays held;
   const StepArrays arrays = step_arrays(held, inputs, self.cap, self.num_groups);
   self.enter()->seal(arrays, arena_floats, logits_buffer, vocab);
   self.inputs = inputs;
@@ -119,7 +119,7 @@ void pack_panels(const Any& array, const nb::ndarray<uint8_t, nb::numpy, nb::ndi
   const Source source = source_of(array);
   const auto rows = static_cast<int64_t>(array.shape(0));
   if (format != kF32 && format != kBF16) throw std::invalid_argument("panels are float32 or bfloat16");
-  if (lane < 0 || lane >= kLanes || rows > kMostWidth || source.inputs > kMostWidth)
+  if (lane < 0 || lane >= kLanes || rows > kMaxWidth || source.inputs > kMaxWidth)
     throw std::invalid_argument("a lane outside its panel, or a matrix that is too large");
   const PanelOrder order{lane + rows, 0};
   if (static_cast<int64_t>(to.size()) != order.panels() * panel_bytes(format, source.inputs))
@@ -147,7 +147,7 @@ Out<float> tap(Native& self, int32_t op) {
 nb::tuple sample(Native& self, const nb::object& samples) {
   const auto entered = self.enter();
   const int64_t rows = entered->logit_rows();
-  Held held;
+  HeldArrays held;
   const SampleArgs args = sample_args(held, samples, rows, entered->sampler().vocab());
   return sampled(rows, entered->begin_sample(args), [&](const SampleOut& out) { entered->sample(args, out); });
 }
@@ -194,7 +194,7 @@ struct FieldReader {
 
 // Calls f(a default op) for each kind of op, in the variant's order.
 template <class F>
-void for_kinds(F&& f) {
+void for_each_kind(F&& f) {
   [&]<size_t... I>(std::index_sequence<I...>) {
     (f(std::variant_alternative_t<I, Op>{}), ...);
   }(std::make_index_sequence<std::variant_size_v<Op>>());
@@ -202,7 +202,7 @@ void for_kinds(F&& f) {
 
 void add_op(Native& self, const std::string& kind, const nb::kwargs& fields) {
   bool known = false;
-  for_kinds(
+  for_each_kind(
       [&](auto op) {
         if (kind != op.kName) return;
         known = true;
@@ -217,7 +217,7 @@ void add_op(Native& self, const std::string& kind, const nb::kwargs& fields) {
 // {op: {field: words of it, or None}}.
 nb::dict op_fields() {
   nb::dict ops;
-  for_kinds(
+  for_each_kind(
       [&](auto op) {
         nb::dict fields;
         op.fields(op, [&]<class T, class... Note>(const char* name, const T&, Note&&... note) {
@@ -278,7 +278,7 @@ void bind_step(nb::class_<Native>& c) {
              const auto seconds = self.enter()->take_seconds();
              nb::dict by_op;
              size_t kind = 0;
-             for_kinds([&](const auto& op) { by_op[op.kName] = seconds[kind++]; });
+             for_each_kind([&](const auto& op) { by_op[op.kName] = seconds[kind++]; });
              return by_op;
            })
       .def_prop_ro("isa", [](const Native& self) { return std::string(self.executable.kernels().name); });

@@ -1,4 +1,4 @@
-// The program as this backend runs it: plain data, made once at load.
+// A program as plain data, built once at load.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +11,24 @@
 
 namespace truffula {
 
-constexpr int32_t kNothing = -1;
+constexpr int32_t kAbsent = -1;
 
-// The stage of an op that keeps what it wrote, for looking at.
+// The stage that copies what an op wrote (`tap`).
 constexpr int32_t kTapStage = -1;
 
-// Rows and columns of a matrix, and ranks: no more of any. Columns of a buffer: so many.
-constexpr int64_t kMostWidth = int64_t{1} << 26;
-constexpr int64_t kMostColumns = int64_t{1} << 22;
+// The most rows or columns of a matrix and the highest rank; the most columns of a buffer.
+constexpr int64_t kMaxWidth = int64_t{1} << 26;
+constexpr int64_t kMaxColumns = int64_t{1} << 22;
 
-// Query rows (tokens x heads that share a kv head) that attention works on at once.
+// Query rows (tokens x heads that share a kv head) in one attention tile.
 constexpr int32_t kQueryRows = 24;
 
-// Columns start .. start + width of a buffer; buffer kNothing means that there is none.
+// Columns start .. start + width of a buffer; buffer kAbsent: no operand.
 struct Ref {
-  int32_t buffer = kNothing, start = 0, width = 0;
+  int32_t buffer = kAbsent, start = 0, width = 0;
 };
 
-// Rows of `stride` floats from `offset` in the arena. `rounded`: its values are bfloat16 numbers.
+// Rows of `stride` floats from `offset` in the arena. `rounded`: it holds bfloat16 values.
 struct Buffer {
   int64_t offset = 0, stride = 0;
   bool logit_rows = false, rounded = false;
@@ -47,18 +47,18 @@ struct Weight {
             static_cast<int32_t>(inputs)};
   }
   int64_t quantised_stride() const {  // of a row of x as products read it, in bytes
-    return is_quantised(format) ? inputs / kBlock * kMostXBlockBytes : pair_row_bytes(inputs);
+    return is_quantised(format) ? inputs / kBlock * kMaxXBlockBytes : pair_row_bytes(inputs);
   }
   Table table() const {
     return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
   }
 };
 
-// An op as plain data. `fields` names each member once, as kernels/program.py does: from these names come the binding
-// (module.cpp), and a test compares them with the Python classes. Where a field is one of several words, `fields` gives
-// the words in the order of their numbers.
+// Ops as plain data. `fields` names each member as kernels/program.py does. The binding (module.cpp) is generated from these
+// names, and a test compares them with the Python classes. For a field with a fixed set of words `fields` gives the words,
+// in the order of their numbers.
 struct Optional {};
-constexpr Optional kOptional;  // of a Ref that may be absent
+constexpr Optional kOptional;  // marks a Ref that may be absent
 
 enum : int32_t { kFromToken = 0, kFromPosition = 1, kLayerNorm = 1, kCastFirst = 1, kInterleaved = 1 };
 constexpr const char* kSources[] = {"token", "position"};
@@ -82,7 +82,7 @@ struct EmbedOp {
 
 struct NormOp {
   Ref x, out, plus;
-  int32_t kind = 0, weight = kNothing, bias = kNothing, cast = 0, groups = 1;
+  int32_t kind = 0, weight = kAbsent, bias = kAbsent, cast = 0, groups = 1;
   float eps = 0.0f;
 
   static constexpr const char* kName = "Norm";
@@ -151,7 +151,7 @@ struct AttentionOp {
   Ref q, k, v, out;
   int32_t group = 0, key_plane = 0, value_plane = 0, heads = 0, kv_heads = 0, dim_k = 0, dim_v = 0, window = 0;
   float scale = 1.0f, softcap = 0.0f;
-  int32_t sinks = kNothing;
+  int32_t sinks = kAbsent;
 
   static constexpr const char* kName = "Attention";
   template <class Self, class F>
@@ -174,7 +174,7 @@ struct TakeRowsOp {
 
 using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, TakeRowsOp>;
 
-// What an op writes.
+// The columns that an op writes.
 inline const Ref& out_of(const Op& op) {
   return std::visit(
       [](const auto& o) -> const Ref& {
@@ -189,21 +189,21 @@ inline bool takes_adapters(const Op& op) {
   return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op);
 }
 
-// A plane of cached numbers of one layer.
+// The cached keys or values of one layer.
 struct Plane {
   Memory memory;
   int64_t block_bytes = 0;
   int32_t group = 0;
 };
 
-// Where an adapter's site acts: columns first .. first + outputs of what op number `op` computes.
+// Where a site acts: output columns first .. first + outputs of op number `op`.
 struct AdapterPlace {
-  int32_t op = kNothing;
+  int32_t op = kAbsent;
   int64_t first = 0, outputs = 0;
 };
 
-// What an adapter does at one op: each shrink makes some columns of h = scale * x A^T (a rank is padded to panels), then
-// each expand adds h B^T to some panels. At an embedding x A^T is a row of A, which lies as rows [V, rank].
+// An adapter at one op: each shrink computes some columns of h = scale * x A^T (the rank is padded to whole panels), then
+// each expand adds h B^T to some panels. At an embedding x A^T is a row of A, which is stored as rows [V, rank].
 struct AdapterShrink {
   Packed a;
   float scale;
@@ -223,7 +223,7 @@ struct AdapterOp {
 
 // Pointers into an image that the caller keeps mapped.
 struct Adapter {
-  std::vector<int32_t> op_of;  // per op of the program: an index into `ops`, or kNothing
+  std::vector<int32_t> op_of;  // per op of the program: an index into `ops`, or kAbsent
   std::vector<AdapterOp> ops;
 };
 

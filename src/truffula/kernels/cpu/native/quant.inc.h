@@ -1,23 +1,23 @@
-// Products with quantised matrices: whole numbers within a block of 32 inputs, float32 from block to block. A row of
-// x is brought to 8 bits per block first, on its own. An output's sum within a block is exact, whatever instructions
-// make it; blocks are added in ascending order to one accumulator. So a row's result depends on that row alone.
+// Products with quantised matrices: integers within a block of 32 inputs, float32 across blocks. Each row of x is first
+// quantised to 8 bits, block by block. The integer sum of a block is exact with any instruction set; blocks are added in
+// ascending order to one accumulator. So a row's result depends on that row alone.
 #pragma once
 
-#include "ahead.h"
+#include "prefetch.h"
 #include "ints.h"
 #include "vec.h"
 
 namespace truffula {
 namespace {
 
-// A block of a quantised row of x: its scale, what the format wants beside it, then its 32 numbers.
-// `beside`: where products begin (int32: minus the weights' offset times the sum), or scale * sum (float) for kQ4_1.
+// The head of a block of a quantised row of x, before its 32 values. `correction` is the start value of the block's sums
+// (int32: minus the weights' offset times the sum of the values), or for kQ4_1 scale * sum (float).
 struct BlockHead {
   float scale;
-  int32_t beside;
+  int32_t correction;
 };
 
-// Tables without 8-bit dot products read x for kQ8_0 as 16-bit numbers in the order 0 2 1 3 of each four.
+// Tables without 8-bit dot products read x for kQ8_0 as 16-bit integers, each four in the order 0 2 1 3.
 #if (defined(__AVX2__) || defined(__AVX512F__)) && !defined(__AVX512VNNI__)
 constexpr bool kWideBytes = true;
 #else
@@ -25,11 +25,11 @@ constexpr bool kWideBytes = false;
 #endif
 TF_INLINE constexpr bool wide(int format) { return kWideBytes && format == kQ8_0; }
 TF_INLINE constexpr int64_t x_block_bytes(int format) { return (int64_t)sizeof(BlockHead) + (wide(format) ? 64 : 32); }
-// Lines of 64 bytes per block, and bytes of scales behind all of them.
+// Lines of 64 bytes per block, and bytes of scales per block, which follow all lines.
 TF_INLINE constexpr int64_t lines_of(int format) { return format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4; }
 TF_INLINE constexpr int64_t scale_bytes(int format) { return format == kQ4_1 ? 64 : 32; }
 
-TF_INLINE I four_of(const uint8_t* p) {  // four numbers of x (or two wide ones), for every output
+TF_INLINE I four_of(const uint8_t* p) {  // four values of x (or two 16-bit ones) in every lane
   int32_t x;
   memcpy(&x, p, sizeof x);
   return all32(x);
@@ -40,8 +40,8 @@ TF_INLINE BlockHead head_of(const uint8_t* block) {
   return head;
 }
 
-// A block's 32 inputs as bytes: weights q + 128 times x, begun at -128 * sum(x); or, where there is no such product,
-// q in the upper half of 16 bits times x as 16 bits: 256 times the sum, which still fits.
+// Sums of a block with 8-bit weights. With an 8-bit dot product: (q + 128) * x, starting at -128 * sum(x). Without: q in
+// the upper byte of 16 bits times x in 16 bits, which gives 256 times the sum and fits 32 bits.
 template <int MR, int NP>
 TF_INLINE void byte_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, const uint8_t* lines, int64_t panel_bytes) {
 #pragma GCC unroll 8
@@ -91,8 +91,8 @@ TF_INLINE void nibbles_of(I* low, I* high, const uint8_t* lines, int j) {
   }
 }
 
-// A block's 32 inputs as nibbles 0 .. 15 (kQ5_0: 0 .. 31) times x. Without an 8-bit dot product sums of pairs are held
-// in 16 bits: 8 of them at 15 * 127 * 2 fit, of kQ5_0's 4.
+// Sums of a block with weights 0 .. 15 (kQ5_0: 0 .. 31). Without an 8-bit dot product pairs are summed in 16 bits, which
+// hold 8 pairs of at most 15 * 127 * 2, or 4 pairs of kQ5_0.
 template <int MR, int NP, int FORMAT>
 TF_INLINE void nibble_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, const uint8_t* lines,
                            int64_t panel_bytes) {
@@ -134,7 +134,7 @@ TF_INLINE void nibble_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, 
 // y[r, 16 p ...] = x[r] W^T for MR rows and NP panels.
 template <int MR, int NP, int FORMAT>
 static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t blocks,
-                       float* y, int64_t y_stride, Ahead ahead) {
+                       float* y, int64_t y_stride, PrefetchDistance ahead) {
   V acc[MR][NP];
   for (int r = 0; r < MR; ++r)
     for (int p = 0; p < NP; ++p) acc[r][p] = zero();
@@ -142,11 +142,11 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
   for (int64_t block = 0; block < blocks; ++block) {
     const uint8_t* lines = panel + block * lines_of(FORMAT) * 64;
     const uint8_t* at = x + block * x_block_bytes(FORMAT);
-    for (int j = 0; j < lines_of(FORMAT); ++j) read_ahead<NP>(lines + 64 * j, panel_bytes, ahead);
+    for (int j = 0; j < lines_of(FORMAT); ++j) prefetch_lines<NP>(lines + 64 * j, panel_bytes, ahead);
     I sums[MR][NP];
     for (int r = 0; r < MR; ++r)
       for (int p = 0; p < NP; ++p)
-        sums[r][p] = all32(FORMAT == kQ4_1 || wide(FORMAT) ? 0 : head_of(at + r * stride).beside);
+        sums[r][p] = all32(FORMAT == kQ4_1 || wide(FORMAT) ? 0 : head_of(at + r * stride).correction);
     if constexpr (FORMAT == kQ8_0) byte_sums<MR, NP>(sums, at, stride, lines, panel_bytes);
     else nibble_sums<MR, NP, FORMAT>(sums, at, stride, lines, panel_bytes);
     for (int p = 0; p < NP; ++p) {
@@ -159,7 +159,7 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
         const V least = load_half(of + 32);
         for (int r = 0; r < MR; ++r) {
           float shift;
-          memcpy(&shift, at + r * stride + offsetof(BlockHead, beside), sizeof shift);
+          memcpy(&shift, at + r * stride + offsetof(BlockHead, correction), sizeof shift);
           acc[r][p] = fma(least, set1(shift), acc[r][p]);
         }
       }
@@ -171,7 +171,7 @@ static void quant_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, i
 
 template <int NP, int FORMAT>
 static void quant_rows(int rows, const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes,
-                       int64_t blocks, float* y, int64_t y_stride, Ahead ahead) {
+                       int64_t blocks, float* y, int64_t y_stride, PrefetchDistance ahead) {
 #define TF_CASE(n)                                                                                               \
   case n:                                                                                                        \
     if constexpr (n <= kQuantRows)                                                                               \
@@ -189,13 +189,13 @@ static void quant_product(int rows, int panels, const uint8_t* x, int64_t stride
     const int r = first_row(rows, t, tiles, kQuantRows), count = first_row(rows, t + 1, tiles, kQuantRows) - r;
     const uint8_t* from = x + r * stride;
     float* to = y + r * y_stride;
-    const Ahead ahead = ahead_of(t, tiles, panels, panel_bytes);
+    const PrefetchDistance ahead = prefetch_distance(t, tiles, panels, panel_bytes);
     if (panels == 2 && count <= kQuantTwo) {
       quant_rows<2, FORMAT>(count, from, stride, panel, panel_bytes, blocks, to, y_stride, ahead);
     } else {
       for (int p = 0; p < panels; ++p)
         quant_rows<1, FORMAT>(count, from, stride, panel + p * panel_bytes, panel_bytes, blocks, to + kLanes * p,
-                              y_stride, ahead_alone(ahead, p));
+                              y_stride, single_panel(ahead, p));
     }
   }
 }
@@ -209,21 +209,21 @@ TF_INLINE void quant_product_of(const Packed* w, int rows, int panels, const uin
   else quant_product<kQ5_0>(rows, panels, x, stride, panel, bytes, blocks, y, y_stride);
 }
 
-// 32 numbers of x to 8 bits: the largest becomes 127. A number that is not finite makes the whole block NaN.
+// Quantises 32 values of x to 8 bits: the largest magnitude becomes 127. A non-finite value makes the whole block NaN.
 static void quantise_block(const float* x, int format, uint8_t* to) {
   const V a = load(x), b = load(x + kLanes);
   const V wrong = (a - a) + (b - b);
   const float most = max_of(where_nan(wrong, set1(INFINITY), vmax(vabs(a), vabs(b))));
   const bool finite = most < INFINITY, any = finite && most > 1e-30f;
   const V by = set1(any ? 127.0f / most : 0.0f);
-  uint8_t kept[kBlock], *bytes = wide(format) ? kept : to + sizeof(BlockHead);  // in place: read again at once they'd wait
+  uint8_t kept[kBlock], *bytes = wide(format) ? kept : to + sizeof(BlockHead);  // reading bytes just stored would stall
   const int32_t sum = to_bytes(finite ? nearest(a * by) : zero(), finite ? nearest(b * by) : zero(), bytes);
   BlockHead head;
   head.scale = finite ? (any ? most / 127.0f : 0.0f) : NAN;
-  head.beside = sum * (format == kQ8_0 ? -128 : format == kQ5_0 ? -16 : -8);
+  head.correction = sum * (format == kQ8_0 ? -128 : format == kQ5_0 ? -16 : -8);
   if (format == kQ4_1) {
     const float shift = head.scale * (float)sum;
-    memcpy(&head.beside, &shift, sizeof shift);
+    memcpy(&head.correction, &shift, sizeof shift);
   }
   memcpy(to, &head, sizeof head);
   if (!wide(format)) return;
@@ -237,7 +237,7 @@ static void quantise_block(const float* x, int format, uint8_t* to) {
   memcpy(to + sizeof head, pairs, sizeof pairs);
 }
 
-// Inputs 2k and 2k + 1 side by side in bfloat16, which is what the row holds already; zero to the end.
+// Stores a row of bfloat16 values as pairs of inputs 2k and 2k + 1, padded with zeros.
 static void pair_row(const float* x, int inputs, uint8_t* to) {
   uint16_t* halves = (uint16_t*)to;
   int k = 0;
@@ -258,7 +258,7 @@ static void quantise(const QuantiseCall* c, int32_t row_lo, int32_t row_hi) {
                      c->to + r * c->stride + block * x_block_bytes(c->format));
 }
 
-// One output's weights as floats.
+// Dequantises the weights of one output.
 static void unpack_lane(const uint8_t* panel, int format, int64_t inputs, int64_t lane, float* out) {
   const int64_t blocks = inputs / kBlock;
   for (int64_t block = 0; block < blocks; ++block) {

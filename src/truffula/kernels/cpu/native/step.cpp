@@ -1,4 +1,4 @@
-// How a step runs: the stages of the ops one after another, each cut into chunks that the team claims.
+// Runs a step: the stages of the ops in order, each divided into chunks that the threads claim.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -11,33 +11,34 @@
 namespace truffula {
 namespace {
 
-// Chunk number `chunk` of `count` things in `chunks`.
+// A range of indices.
 template <class Count>
 struct Span {
   Count lo, hi;
 };
 
+// Range number `chunk` of `count` indices divided into `chunks`.
 template <class Count>
 Span<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
   const int64_t n = count;
   return {static_cast<Count>(n * chunk / chunks), static_cast<Count>(n * (chunk + 1) / chunks)};
 }
 
-// One thing a chunk, while the team can count them: in a very large step several.
-int32_t chunks_for(int64_t things) { return static_cast<int32_t>(std::min<int64_t>(things, Team::kMostChunks / 2)); }
+// One chunk per task; several tasks per chunk in a step with more than a phase can have.
+int32_t chunks_for(int64_t tasks) { return static_cast<int32_t>(std::min<int64_t>(tasks, Team::kMaxChunks / 2)); }
 
-// Products of fewer rows of floats wait for memory.
+// Products of fewer float32 rows are bound by memory.
 constexpr int32_t kFineRows = 16;
-// A sequence with so few rows in a step has its keys cut into partitions that any thread may work on.
+// The keys of a sequence with at most this many rows in a step are split into partitions, for several threads.
 constexpr int32_t kSplitTokens = 4;
-constexpr int32_t kLeastRows = 4;  // worth a chunk
+constexpr int32_t kMinChunkRows = 4;
 
-int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kLeastRows - 1) / kLeastRows, 4 * team); }
+int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kMinChunkRows - 1) / kMinChunkRows, 4 * team); }
 
 }  // namespace
 
 Rows Executable::rows(const Ref& ref) const {
-  if (ref.buffer == kNothing) return {nullptr, 0};
+  if (ref.buffer == kAbsent) return {nullptr, 0};
   const Buffer& buffer = buffers_[static_cast<size_t>(ref.buffer)];
   return {arena_.floats() + buffer.offset + ref.start, buffer.stride};
 }
@@ -46,8 +47,8 @@ int32_t Executable::rows_of(const Ref& ref) const {
   return buffers_[static_cast<size_t>(ref.buffer)].logit_rows ? counts_.R : counts_.T;
 }
 
-const Executable::Share& Executable::share_of(const AttentionOp& op) const {
-  return *std::find_if(shares_.begin(), shares_.end(), [&](const Share& s) { return s.heads == op.heads / op.kv_heads; });
+const Executable::AttentionPlan& Executable::plan_of(const AttentionOp& op) const {
+  return *std::find_if(attention_plans_.begin(), attention_plans_.end(), [&](const AttentionPlan& plan) { return plan.queries_per_kv == op.heads / op.kv_heads; });
 }
 
 void Executable::run(const StepCounts& counts) {
@@ -66,7 +67,7 @@ Sampler& Executable::sampler() {
 
 int32_t Executable::begin_sample(const SampleArgs& args) {
   sampler().begin(counts_.R, args);
-  for (Local& local : locals_) local.sample.reserve(sampler_->vocab());
+  for (ThreadState& state : thread_states_) state.sample.reserve(sampler_->vocab());
   return sampler_->width(counts_.R, args);
 }
 
@@ -80,19 +81,19 @@ void Executable::sample(const SampleArgs& args, const SampleOut& out) {
     const Job& j = *static_cast<const Job*>(context);
     const int32_t count = j.self->counts_.R;
     const auto mine = span_of(count, chunk, chunks_for(count));
-    SampleScratch& scratch = j.self->locals_[static_cast<size_t>(thread)].sample;
+    SampleScratch& scratch = j.self->thread_states_[static_cast<size_t>(thread)].sample;
     for (int32_t row = mine.lo; row < mine.hi; ++row)
       j.self->sampler_->sample(j.self->logits_row(row), row, *j.args, *j.out, scratch);
   }, &job);
 }
 
-// What the team shares in this step. The only place of a step that may allocate, and only until it has seen the largest
-// (since an adapter of great rank left).
+// Plans the step's tiles, tasks and chunks. Only this part of a step allocates, when the step needs more than any before it
+// (or since an adapter with a rank above the planned one was dropped).
 void Executable::prepare() {
   plan_adapters();
-  for (Share& share : shares_) {
-    plan_attention(share);
-    const auto floats = static_cast<size_t>(share.partial_rows * partial_row_floats_);
+  for (AttentionPlan& plan : attention_plans_) {
+    plan_attention(plan);
+    const auto floats = static_cast<size_t>(plan.partial_rows * partial_row_floats_);
     if (partials_.size() < floats) partials_.resize(floats);
   }
   team_.resize(static_cast<int32_t>(stages_.size()));
@@ -100,37 +101,36 @@ void Executable::prepare() {
     team_.set(static_cast<int32_t>(phase), chunks_of(stages_[phase]));
 }
 
-// Query rows in groups that share the keys they read. Few rows over long contexts are cut into partitions, so that all
-// threads have work; how a row is summed does not change by that.
-void Executable::plan_attention(Share& share) const {
-  std::vector<Item>& items = share.items;
-  items.clear();
-  share.partial_rows = 0;
-  const int32_t tokens = std::max(1, kQueryRows / share.heads);
+// Groups query rows that read the same keys. With few rows over a long context each partition of the keys is a tile of its
+// own, so that all threads have work; the order of a row's sums is the same either way.
+void Executable::plan_attention(AttentionPlan& plan) const {
+  std::vector<QueryTile>& tiles = plan.tiles;
+  tiles.clear();
+  plan.partial_rows = 0;
+  const int32_t tokens = std::max(1, kQueryRows / plan.queries_per_kv);
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
   for (int32_t n = 0; n < counts_.N; ++n) {
     const int32_t lo = in_.q_start[n], hi = in_.q_start[n + 1];
     for (int32_t t = lo; t < hi; t += tokens) {
-      const Item whole{n, t, std::min(tokens, hi - t), in_.kv_len[n] - (hi - t)};
+      const QueryTile whole{n, t, std::min(tokens, hi - t), in_.kv_len[n] - (hi - t)};
       const int32_t parts = (whole.position + whole.count + keys - 1) / keys;
       if (parts == 1 || hi - lo > kSplitTokens) {
-        items.push_back(whole);
+        tiles.push_back(whole);
         continue;
       }
       for (int32_t part = 0; part < parts; ++part) {
-        items.push_back(whole);
-        items.back().part = part;
-        items.back().partial = share.partial_rows;
-        items.back().first = part == 0;
-        share.partial_rows += whole.count * share.heads;
+        tiles.push_back(whole);
+        tiles.back().partition = part;
+        tiles.back().result_row = plan.partial_rows;
+        tiles.back().first_partition = part == 0;
+        plan.partial_rows += whole.count * plan.queries_per_kv;
       }
     }
   }
-  // The longest first: the last to be claimed should be short. Equal ones stay in order by their place in the step, for
-  // a stable sort would allocate.
-  const auto length = [](const Item& item) { return item.part == kNothing ? item.position : 0; };
-  std::sort(items.begin(), items.end(), [&](const Item& a, const Item& b) {
-    return length(a) != length(b) ? length(a) > length(b) : a.t != b.t ? a.t < b.t : a.part < b.part;
+  // The longest first, so that the last to be claimed are short. Ties are ordered explicitly, as a stable sort allocates.
+  const auto length = [](const QueryTile& tile) { return tile.partition == kAbsent ? tile.position : 0; };
+  std::sort(tiles.begin(), tiles.end(), [&](const QueryTile& a, const QueryTile& b) {
+    return length(a) != length(b) ? length(a) > length(b) : a.t != b.t ? a.t < b.t : a.partition < b.partition;
   });
 }
 
@@ -139,20 +139,20 @@ int32_t Executable::chunks_of(const Stage& stage) {
   const int32_t team = team_.size();
   const Op& op = ops_[stage.op];
   if (const auto* linear = std::get_if<LinearOp>(&op)) {
-    if (stage.number == 0) return quantise_chunks(*linear) + chunks_for(shrinks_of(stage.op));
+    if (stage.number == 0) return quantise_chunks(*linear) + chunks_for(num_shrink_tasks(stage.op));
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
-    // Cut finer where products compute, so that a slower core doesn't hold the other up; one long stretch of weights per
-    // thread reads faster.
+    // Products that are bound by arithmetic have small chunks, so that a slow core delays the others less. Those bound by
+    // memory have one per thread, as long runs of weights are read faster.
     const int32_t fine = converts_x(*linear) ? kernels_->fine_rows : kFineRows;
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
-    const Share& share = share_of(*attention);
+    const AttentionPlan& plan = plan_of(*attention);
     if (stage.number == 0) return row_chunks(counts_.T, team);
-    if (stage.number == 2 && share.partial_rows == 0) return 0;
-    return chunks_for(static_cast<int64_t>(share.items.size()) * attention->kv_heads);
+    if (stage.number == 2 && plan.partial_rows == 0) return 0;
+    return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
   }
-  if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(shrinks_of(stage.op));
+  if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
@@ -162,25 +162,25 @@ void Executable::work(int32_t phase, int32_t chunk, int thread) {
   const FlushDenormals flush;
   const Stage& stage = stages_[static_cast<size_t>(phase)];
   if (stage.number == kTapStage) return keep_tap(stage.op);
-  Local& local = locals_[static_cast<size_t>(thread)];
-  const auto run = [&] { std::visit([&](const auto& op) { run_op(op, stage, chunk, local); }, ops_[stage.op]); };
+  ThreadState& state = thread_states_[static_cast<size_t>(thread)];
+  const auto run = [&] { std::visit([&](const auto& op) { run_op(op, stage, chunk, state); }, ops_[stage.op]); };
   if (!timed_) return run();
   const auto before = std::chrono::steady_clock::now();
   run();
-  local.seconds[ops_[stage.op].index()] += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
+  state.seconds[ops_[stage.op].index()] += std::chrono::duration<double>(std::chrono::steady_clock::now() - before).count();
 }
 
-// The adapters' part of an op's first stage: some of its stretches.
+// Runs the shrink tasks of one chunk of an op's first stage.
 void Executable::shrink_chunk(const Stage& stage, int32_t chunk) {
-  const int32_t shrinks = shrinks_of(stage.op);
+  const int32_t shrinks = num_shrink_tasks(stage.op);
   const auto mine = span_of(shrinks, chunk, chunks_for(shrinks));
-  for (int32_t number = mine.lo; number < mine.hi; ++number) shrink(stage.op, number);
+  for (int32_t number = mine.lo; number < mine.hi; ++number) run_shrink_task(stage.op, number);
 }
 
-void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Local& local) {
+void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   if (stage.number == 0) return shrink_chunk(stage, chunk);
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
-  const std::vector<Delta>& deltas = deltas_of(stage.op, local);
+  const std::vector<Delta>& deltas = deltas_of(stage.op, state);
   const EmbedCall call{weight(op.table).table(), rows(op.out), rows(op.add), op.scale, op.scale != 1.0f,
                        rounded(op.out), deltas.data(), static_cast<int32_t>(deltas.size())};
   if (op.source == kFromToken) return kernels_->embed(&call, in_.token_ids, mine.lo, mine.hi);
@@ -193,22 +193,22 @@ void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Lo
   }
 }
 
-void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Local&) {
-  const auto vector = [&](int32_t id) { return id == kNothing ? nullptr : weight(id).memory.floats(); };
+void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
+  const auto vector = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
   const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
                       op.groups,     op.kind == kLayerNorm, op.cast == kCastFirst, rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
 
-// Whether products read x in another form than float32: 8 bits for a quantised weight, or bfloat16 where the table
-// multiplies that and x holds nothing else.
+// Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16 values
+// and the table multiplies them.
 bool Executable::converts_x(const LinearOp& op) const {
   const int32_t format = weight(op.weight).format;
   return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(op.x));
 }
 
-// Chunks in which x is converted: beside the adapters', before the product.
+// Chunks of the first stage that convert x; its other chunks are shrink tasks.
 int32_t Executable::quantise_chunks(const LinearOp& op) const {
   return converts_x(op) ? row_chunks(rows_of(op.out), team_.size()) : 0;
 }
@@ -220,12 +220,12 @@ void Executable::quantise(const LinearOp& op, int32_t chunk) {
   kernels_->quantise(&call, mine.lo, mine.hi);
 }
 
-void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, Local& local) {
+void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   if (stage.number == 0) {
     const int32_t quantising = quantise_chunks(op);
     return chunk < quantising ? quantise(op, chunk) : shrink_chunk(stage, chunk - quantising);
   }
-  const std::vector<Delta>& deltas = deltas_of(stage.op, local);
+  const std::vector<Delta>& deltas = deltas_of(stage.op, state);
   LinearCall call{};
   call.x = rows(op.x);
   call.out = rows(op.out);
@@ -249,14 +249,14 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, L
   kernels_->linear(&call, mine.lo, mine.hi);
 }
 
-void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, Local&) {
+void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
                            rounded(op.out), op.param};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
 
-void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk, Local&) {
+void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   const Rows out = rows(op.out);
   const size_t pairs = op.inv_freq.size();
@@ -271,7 +271,7 @@ void Executable::run_op(const RopeRowsOp& op, const Stage& stage, int32_t chunk,
   }
 }
 
-void Executable::run_op(const RopeOp& op, const Stage& stage, int32_t chunk, Local&) {
+void Executable::run_op(const RopeOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const RopeCall call{rows(op.x), rows(op.rows), op.heads, op.head_dim, op.start, op.dims, op.layout == kInterleaved,
                       rounded(op.x)};
   const auto mine = span_of(rows_of(op.x), chunk, chunks_of(stage));
@@ -288,7 +288,7 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   call.k = rows(op.k);
   call.v = rows(op.v);
   call.out = rows(op.out);
-  call.sinks = op.sinks == kNothing ? nullptr : weight(op.sinks).memory.floats();
+  call.sinks = op.sinks == kAbsent ? nullptr : weight(op.sinks).memory.floats();
   call.heads = op.heads;
   call.window = op.window;
   call.round_out = rounded(op.out);
@@ -297,11 +297,11 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   return call;
 }
 
-void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk, Local& local) {
+void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
   if (stage.number > 0) {
-    const auto pairs = static_cast<int64_t>(share_of(op).items.size()) * op.kv_heads;
+    const auto pairs = static_cast<int64_t>(plan_of(op).tiles.size()) * op.kv_heads;
     const auto mine = span_of(pairs, chunk, chunks_for(pairs));
-    for (int64_t pair = mine.lo; pair < mine.hi; ++pair) attend(op, stage.number == 2, pair, local);
+    for (int64_t pair = mine.lo; pair < mine.hi; ++pair) attend(op, stage.number == 2, pair, state);
     return;
   }
   const AttentionCall call = call_of(op);
@@ -309,28 +309,28 @@ void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk
   kernels_->write_kv(&call, in_.slot_mapping + static_cast<int64_t>(op.group) * capacity_.max_tokens, mine.lo, mine.hi);
 }
 
-// One item and kv head; `merge` puts partitions together that were worked on apart.
-void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, Local& local) {
-  const Share& share = share_of(op);
-  const Item& item = share.items[static_cast<size_t>(pair / op.kv_heads)];
+// Attention of one tile and KV head: all its keys, or one partition of them, or (`merge`) the results of all partitions.
+void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadState& state) {
+  const AttentionPlan& plan = plan_of(op);
+  const QueryTile& tile = plan.tiles[static_cast<size_t>(pair / op.kv_heads)];
   const auto kv_head = static_cast<int32_t>(pair % op.kv_heads);
-  const bool split = item.part != kNothing;
-  // With a window the partitions wholly before it are nobody's: they are neither worked on nor merged.
+  const bool split = tile.partition != kAbsent;
+  // Partitions that lie wholly before the window are neither computed nor merged.
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
-  const int32_t first = op.window > 0 ? std::max(0, item.position - op.window + 1) / keys : 0;
-  if (merge ? !split || !item.first : split && item.part < first) return;
-  const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + item.sequence) *
+  const int32_t first = op.window > 0 ? std::max(0, tile.position - op.window + 1) / keys : 0;
+  if (merge ? !split || !tile.first_partition : split && tile.partition < first) return;
+  const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + tile.sequence) *
                                                 capacity_.max_blocks_per_seq;
-  AttentionItem made{table, item.t, item.count, item.position, kv_head, nullptr, merge ? first : item.part};
+  AttentionItem made{table, tile.t, tile.count, tile.position, kv_head, nullptr, merge ? first : tile.partition};
   if (split) {
-    const int64_t row = item.partial + (made.part - item.part) * static_cast<int64_t>(item.count) * share.heads;
-    made.parts = partials_.data() + (kv_head * share.partial_rows + row) * partial_floats(1, op.dim_v);
+    const int64_t row = tile.result_row + (made.part - tile.partition) * static_cast<int64_t>(tile.count) * plan.queries_per_kv;
+    made.parts = partials_.data() + (kv_head * plan.partial_rows + row) * partial_floats(1, op.dim_v);
   }
   const AttentionCall call = call_of(op);
-  (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, local.attention.data());
+  (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, state.attention.data());
 }
 
-void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, Local&) {
+void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const auto mine = span_of(counts_.R, chunk, chunks_of(stage));
   const Rows x = rows(op.x), out = rows(op.out);
   for (int32_t r = mine.lo; r < mine.hi; ++r)

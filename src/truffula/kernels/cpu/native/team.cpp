@@ -17,13 +17,13 @@
 namespace truffula {
 namespace {
 
-// Most waits are for a neighbour a few microseconds behind: worth spinning. A longer one is for a core that the
-// system has given to somebody else: then sleeping lets it come back sooner. (Yielding in a loop does neither.)
+// Most waits last a few microseconds, for a thread that is slightly behind: spinning is fastest. In a longer wait the
+// system has given the other thread's core to another process: sleeping frees a core for it. (Yielding in a loop does not.)
 constexpr int kSpins = 2000;
 
 constexpr int kJobShift = 40, kChunksShift = 20;
 constexpr uint64_t kField = (uint64_t{1} << kChunksShift) - 1;
-constexpr int32_t kNone = -1, kOver = -2;
+constexpr int32_t kNoChunk = -1, kJobOver = -2;
 constexpr uint32_t kJobMask = (uint32_t{1} << (64 - kJobShift)) - 1;
 
 void relax() {
@@ -43,55 +43,55 @@ Team::Team(int threads) : size_(threads), process_(process_id()) {
   resize(1);
   workers_.reserve(static_cast<size_t>(threads) - 1);
   try {
-    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
-  } catch (...) {  // the system gives no more threads: those there are must end first
-    dismiss();
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::worker_loop, this, thread);
+  } catch (...) {  // the system refused a thread: end those already started
+    stop_workers();
     throw;
   }
 }
 
-Team::~Team() { dismiss(); }
+Team::~Team() { stop_workers(); }
 
 void Team::require_own_process() const {
-  if (process_id() != process_) throw std::runtime_error("this process was forked: the model's threads are not in it");
+  if (process_id() != process_) throw std::runtime_error("this process was forked, and the model's threads exist in its parent only");
 }
 
-void Team::dismiss() {
+void Team::stop_workers() {
   if (process_id() != process_) {
-    // Forked: there is nobody to join, and what stands for a thread may by now be another's. Left alone, for good.
+    // In a forked child the threads do not exist, and their handles may name other threads: leak them.
     new std::vector<std::thread>(std::move(workers_));
     return;
   }
   stop_ = true;
   job_.fetch_add(1);
   job_.notify_all();
-  tell_news();
+  notify_waiters();
   for (std::thread& worker : workers_) worker.join();
 }
 
-// Tells those who sleep behind a phase that it may be over, or their job. The number only grows: one that came back to
-// an old value would look to a late sleeper as if nothing had happened.
-void Team::tell_news() {
-  news_.fetch_add(1);
-  news_.notify_all();
+// Wakes the threads that wait for the end of a phase or job. The counter only grows: if it returned to an old value, a
+// thread about to sleep would miss the change.
+void Team::notify_waiters() {
+  progress_.fetch_add(1);
+  progress_.notify_all();
 }
 
 void Team::resize(int32_t phases) {
   require_own_process();
   next_phases_ = phases;
   if (phases <= capacity_) return;
-  // Nobody may enter with a job that is over; who is still inside leaves at the next look.
+  // No thread can enter with an ended job; those still inside leave when they next read the job's number.
   num_phases_.store(0);
   job_.fetch_add(1);
-  tell_news();
-  while (inside_.load() > 0) relax();
+  notify_waiters();
+  while (num_inside_.load() > 0) relax();
   phases_ = std::make_unique<Phase[]>(static_cast<size_t>(phases));
   capacity_ = phases;
 }
 
 void Team::set(int32_t phase, int32_t chunks) {
-  static_assert(kMostChunks == kField);
-  if (chunks < 0 || chunks > kMostChunks) throw std::invalid_argument("a phase has too many chunks");
+  static_assert(kMaxChunks == kField);
+  if (chunks < 0 || chunks > kMaxChunks) throw std::invalid_argument("a phase has too many chunks");
   Phase& p = phases_[phase];
   p.done.store(0, std::memory_order_relaxed);
   const uint64_t job = (job_.load(std::memory_order_relaxed) + 1) & kJobMask;
@@ -106,9 +106,9 @@ void Team::run(Work work, void* context) {
   const uint32_t job = job_.fetch_add(1) + 1;
   if (size_ > 1) {
     job_.notify_all();
-    tell_news();  // to who went to sleep between the last job and this one
+    notify_waiters();  // threads that fell asleep between the jobs
   }
-  take_part(job, 0);
+  run_phases(job, 0);
 }
 
 void Team::run_chunks(int32_t chunks, Work work, void* context) {
@@ -117,45 +117,45 @@ void Team::run_chunks(int32_t chunks, Work work, void* context) {
   run(work, context);
 }
 
-// The next chunk of a phase, kNone when all are taken, kOver when the phase is another job's by now.
-int32_t Team::take(Phase& phase, uint32_t job, int32_t* chunks) {
+// Claims the next chunk of a phase. kNoChunk: all are claimed; kJobOver: the phase already belongs to another job.
+int32_t Team::claim_chunk(Phase& phase, uint32_t job, int32_t* chunks) {
   uint64_t claim = phase.claim.load(std::memory_order_acquire);
   for (;;) {
     const auto total = static_cast<int32_t>(claim >> kChunksShift & kField), next = static_cast<int32_t>(claim & kField);
     *chunks = total;
-    if (claim >> kJobShift != (job & kJobMask)) return kOver;
-    if (next >= total) return kNone;
+    if (claim >> kJobShift != (job & kJobMask)) return kJobOver;
+    if (next >= total) return kNoChunk;
     if (phase.claim.compare_exchange_weak(claim, claim + 1, std::memory_order_acq_rel)) return next;
   }
 }
 
-void Team::take_part(uint32_t job, int thread) {
+void Team::run_phases(uint32_t job, int thread) {
   for (int32_t index = 0; index < num_phases_.load(); ++index) {
     Phase& phase = phases_[index];
     int32_t chunks = 0, chunk;
-    while ((chunk = take(phase, job, &chunks)) >= 0) {
+    while ((chunk = claim_chunk(phase, job, &chunks)) >= 0) {
       work_(context_, index, chunk, thread);
-      if (phase.done.fetch_add(1) + 1 == static_cast<uint32_t>(chunks) && size_ > 1) tell_news();
+      if (phase.done.fetch_add(1) + 1 == static_cast<uint32_t>(chunks) && size_ > 1) notify_waiters();
     }
-    if (chunk == kOver) return;
+    if (chunk == kJobOver) return;
     for (int spins = 0;; ++spins) {
-      const uint32_t news = news_.load();  // before looking: what comes after it ends the sleep
+      const uint32_t news = progress_.load();  // read before `done`: a later change ends the wait
       if (phase.done.load() >= static_cast<uint32_t>(chunks)) break;
-      if (job_.load() != job) return;  // late: that job is over
+      if (job_.load() != job) return;  // the job has ended meanwhile
       if (spins < kSpins) relax();
-      else news_.wait(news);
+      else progress_.wait(news);
     }
   }
 }
 
-void Team::serve(int thread) {
+void Team::worker_loop(int thread) {
   for (uint32_t seen = 0;;) {
     for (int spins = 0; job_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) relax();
     job_.wait(seen, std::memory_order_acquire);
-    inside_.fetch_add(1);
+    num_inside_.fetch_add(1);
     seen = job_.load();
-    if (!stop_.load()) take_part(seen, thread);
-    inside_.fetch_sub(1);
+    if (!stop_.load()) run_phases(seen, thread);
+    num_inside_.fetch_sub(1);
     if (stop_.load()) return;
   }
 }

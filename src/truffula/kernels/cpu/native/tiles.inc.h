@@ -1,13 +1,13 @@
-// Products with packed matrices by tiles (Intel AMX): 16 rows of x times a panel in one instruction. A panel's lines are
-// what such an instruction wants of its second operand, so weights lie as they do for every other table.
+// Products with packed matrices in tiles (Intel AMX): 16 rows of x times a panel in one instruction. A panel's lines have
+// the layout of such an instruction's second operand, so the packing is that of all other tables.
 //
-// bfloat16: inputs come in groups of 32. Within one the products of even and of odd inputs are summed in a chain each,
-// upward, from zero; the two are added, and their sum is added to the output's. Denormals are zero. That order is this
-// table's own (TDPBF16PS in Intel's manual), the same for every row of every tile.
-// Whole numbers: sums of a block are exact, so these bits are those of all tables.
+// bfloat16: inputs are processed in groups of 32. In a group the products of even and of odd inputs are summed in one
+// ascending chain each, from zero; the two are added, and their sum is added to the output's. Denormals are zero. Only
+// this table sums in that order (TDPBF16PS in Intel's manual); it is the same for every row of every tile.
+// Integers: sums of a block are exact, so the results equal those of all tables.
 #pragma once
 
-#include "ahead.h"
+#include "prefetch.h"
 #include "quant.inc.h"
 #include "vec.h"
 
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int kTile = kXRows;            // rows and outputs of a tile
 constexpr int kTileLines = 16;           // lines of pairs in a tile of a bfloat16 panel: 32 inputs
-constexpr int kUnpackedBlocks = 32;      // of a panel with fewer bits, unpacked at a time
-constexpr int kLeastTileRows = 10;        // quantised products of fewer rows are faster as the other tables make them
+constexpr int kUnpackedBlocks = 32;      // unpacked at a time, of a panel with fewer than 8 bits
+constexpr int kLeastTileRows = 10;        // with fewer rows, quantised products are faster without tiles
 
 // Registers 0 .. 3 hold sums, 4 and 5 rows of x, 6 and 7 lines of panels.
 struct alignas(64) TileShapes {
@@ -37,25 +37,24 @@ struct alignas(64) TileShapes {
 };
 static_assert(sizeof(TileShapes) == 64, "what LDTILECFG reads");
 
-// gcc's intrinsics do not say which memory they read: what was written before has to be there.
+// gcc's intrinsics do not declare which memory they read, so earlier writes must be completed.
 #define TF_WRITTEN() __asm__ volatile("" ::: "memory")
 
 TF_INLINE void take_shapes(const TileShapes& shapes) {
 #if defined(TRUFFULA_EMULATED_SET)
   _tile_loadconfig(&shapes);
-#else  // the intrinsic names the first eight bytes, and the rest may never be written
+#else  // gcc's intrinsic declares eight bytes as read, and may drop the stores to the others
   __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
 #endif
 }
 
-// Whether products are made by tiles: bfloat16 pairs always (their sums have an order of their own), quantised ones from
-// so many rows on.
+// Whether a product uses tiles: always with bfloat16 pairs, whose sums must have one order; quantised ones with enough rows.
 TF_INLINE bool tiled(const LinearCall* c) {
   if (!c->quantised_x) return false;
   return c->w.format == kBF16 || c->rows >= kLeastTileRows;
 }
 
-// Tiles are this thread's for as long as one of these lives. Let go, they cost nothing at a task switch.
+// Configures the tile registers of this thread, and releases them at the end: then a task switch does not save them.
 class Tiles {
  public:
   explicit Tiles(const LinearCall* c) : used_(tiled(c)) {
@@ -86,10 +85,10 @@ TF_INLINE void pair_step(const uint8_t* x, int64_t stride, const uint8_t* lines,
   if constexpr (RT == 2 && NP == 2) _tile_dpbf16ps(3, 5, 7);
 }
 
-// y[r, 16 p ...] = x[r] W^T of RT tiles of rows and NP panels of `lines` lines. STREAM: what comes next is read ahead.
+// y[r, 16 p ...] = x[r] W^T of RT tiles of rows and NP panels of `lines` lines. STREAM: lines `ahead` are prefetched.
 template <int RT, int NP, bool STREAM>
 static void pair_tiles(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t panel_bytes, int64_t lines,
-                       float* y, int64_t y_stride, Ahead ahead) {
+                       float* y, int64_t y_stride, PrefetchDistance ahead) {
   _tile_zero(0);
   if constexpr (NP == 2) _tile_zero(1);
   if constexpr (RT == 2) _tile_zero(2);
@@ -97,7 +96,7 @@ static void pair_tiles(const uint8_t* x, int64_t stride, const uint8_t* panel, i
   int64_t at = 0;
   for (; at + kTileLines <= lines; at += kTileLines) {
     if constexpr (STREAM)
-      for (int i = 0; i < kTileLines; ++i) read_ahead<NP>(panel + 64 * (at + i), panel_bytes, ahead);
+      for (int i = 0; i < kTileLines; ++i) prefetch_lines<NP>(panel + 64 * (at + i), panel_bytes, ahead);
     pair_step<RT, NP>(x + 4 * at, stride, panel + 64 * at, panel_bytes);
   }
   if (at < lines) {  // the rest of the tile is zero, as x's is
@@ -114,8 +113,8 @@ static void pair_tiles(const uint8_t* x, int64_t stride, const uint8_t* panel, i
   if constexpr (RT == 2 && NP == 2) _tile_stored(3, y + kTile * y_stride + kLanes, row);
 }
 
-// Rows of x in bfloat16 pairs. Writes rows up to a whole tile of y. `first`: of this unit's rows, so that what comes next
-// is to be read ahead.
+// Rows of x in bfloat16 pairs. Writes whole tiles of y, beyond `rows` too. `first`: these are the first rows of their
+// panels, whose successors are prefetched once.
 static void pair_tile_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
                               int64_t panel_bytes, float* y, int64_t y_stride, bool first) {
   const int tiles = tiles_of(rows, 2 * kTile);
@@ -124,7 +123,7 @@ static void pair_tile_product(int rows, int panels, const uint8_t* x, int64_t st
     const uint8_t* from = x + r * stride;
     float* to = y + r * y_stride;
     const int64_t lines = panel_bytes / 64;
-    const Ahead ahead = first ? ahead_of(t, tiles, panels, panel_bytes) : Ahead{0, 0};
+    const PrefetchDistance ahead = first ? prefetch_distance(t, tiles, panels, panel_bytes) : PrefetchDistance{0, 0};
 #define TF_TILES(rt, np)                                                                                    \
   (ahead.first || ahead.second ? pair_tiles<rt, np, true>(from, stride, panel, panel_bytes, lines, to, y_stride, ahead) \
                                : pair_tiles<rt, np, false>(from, stride, panel, panel_bytes, lines, to, y_stride, ahead))
@@ -134,7 +133,7 @@ static void pair_tile_product(int rows, int panels, const uint8_t* x, int64_t st
   }
 }
 
-// Blocks of a panel as lines of bytes, where they are less than that.
+// Unpacks blocks of less than 8 bits to lines of bytes.
 template <int FORMAT>
 static void unpack_blocks(const uint8_t* lines, int blocks, uint8_t* to) {
   for (int block = 0; block < blocks; ++block, lines += 64 * lines_of(FORMAT), to += 512)
@@ -146,8 +145,8 @@ static void unpack_blocks(const uint8_t* lines, int blocks, uint8_t* to) {
     }
 }
 
-// One block's sums of 16 rows and 16 outputs: weights are signed bytes (kQ8_0), or unsigned ones whose offset is in
-// `beside`.
+// Sums of one block for 16 rows and 16 outputs. Weights are signed bytes (kQ8_0), or unsigned with their offset in
+// BlockHead::correction.
 #define TF_BYTE_STEP(sum, b)                                           \
   do {                                                                 \
     _tile_zero(sum);                                                   \
@@ -166,18 +165,18 @@ TF_INLINE void add_block(V (&acc)[kTile], const int32_t* sums, const uint8_t* x,
   for (int r = 0; r < kTile; ++r) {
     const uint8_t* head = x + r * stride;
     I sum = line_at((const uint8_t*)(sums + kLanes * r));
-    if constexpr (FORMAT != kQ8_0 && FORMAT != kQ4_1) sum = add32(sum, all32(head_of(head).beside));
+    if constexpr (FORMAT != kQ8_0 && FORMAT != kQ4_1) sum = add32(sum, all32(head_of(head).correction));
     acc[r] = fma(floats_of(sum), scale * set1(head_of(head).scale), acc[r]);
     if constexpr (FORMAT == kQ4_1) {
       float shift;
-      memcpy(&shift, head + offsetof(BlockHead, beside), sizeof shift);
+      memcpy(&shift, head + offsetof(BlockHead, correction), sizeof shift);
       acc[r] = fma(load_half(scales + 32), set1(shift), acc[r]);
     }
   }
 }
 
 // y += `blocks` blocks of 16 rows times a panel whose bytes are at `lines`. A block is scaled while the next is summed.
-// `ahead`: bytes to lines to ask memory for. Where blocks are unpacked first, that reads a whole stretch in one go.
+// `ahead`: distance in bytes to the lines that are prefetched; 0 where unpacking has read the lines already.
 template <int FORMAT>
 static void byte_tile(const uint8_t* x, int64_t stride, const uint8_t* lines, const uint8_t* scales, int blocks,
                       bool first, float* y, int64_t y_stride, int64_t ahead) {
@@ -201,7 +200,7 @@ static void byte_tile(const uint8_t* x, int64_t stride, const uint8_t* lines, co
 }
 #undef TF_BYTE_STEP
 
-// As quant_product, 16 rows at a time: writes rows up to a whole tile of y. `first`: as above.
+// `quant_product` with 16 rows at a time. Writes whole tiles of y, beyond `rows` too. `first`: as above.
 template <int FORMAT>
 static void byte_tile_product(int rows, int panels, const uint8_t* x, int64_t stride, const uint8_t* panel,
                               int64_t panel_bytes, int64_t blocks, float* y, int64_t y_stride, bool first) {

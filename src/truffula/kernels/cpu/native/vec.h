@@ -58,7 +58,7 @@ TF_INLINE V round_bf16(V a) {
   const __mmask16 ordered = _mm512_cmp_ps_mask(a.v, a.v, _CMP_ORD_Q);
   return {_mm512_mask_blend_ps(ordered, a.v, _mm512_castsi512_ps(cut))};
 }
-TF_INLINE V pow2(V n) {  // 2^n of whole numbers -126 .. 127
+TF_INLINE V pow2(V n) {  // 2^n of integers -126 .. 127
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
 TF_INLINE V nearest(V a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
@@ -132,7 +132,7 @@ TF_INLINE V round_bf16(V a) { return {round_half(a.lo), round_half(a.hi)}; }
 TF_INLINE __m256 pow2_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-TF_INLINE V pow2(V n) { return {pow2_half(n.lo), pow2_half(n.hi)}; }  // 2^n of whole numbers -126 .. 127
+TF_INLINE V pow2(V n) { return {pow2_half(n.lo), pow2_half(n.hi)}; }  // 2^n of integers -126 .. 127
 TF_INLINE V nearest(V a) {
   return {_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
           _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
@@ -213,7 +213,7 @@ TF_INLINE V round_bf16(V a) {
     return a.q[i] == a.q[i] ? cut : a.q[i];
   });
 }
-TF_INLINE V pow2(V n) {  // 2^n of whole numbers -126 .. 127
+TF_INLINE V pow2(V n) {  // 2^n of integers -126 .. 127
   return map([&](int i) { return (Quad)((__builtin_convertvector(n.q[i], IntQuad) + 127) << 23); });
 }
 TF_INLINE V nearest(V a) {  // adding 1.5 * 2^23 leaves no room for a fraction; for |a| < 2^22
@@ -288,7 +288,7 @@ TF_INLINE V vexp(V x) {
   return where_nan(x, x, result);
 }
 TF_INLINE V vsigmoid(V x) { return set1(1.0f) / (set1(1.0f) + vexp(zero() - x)); }
-// Odd, so worked out for |x|: there 1 - 2 / (e^2|x| + 1) loses nothing that float32 could hold beside 1.
+// An odd function, so computed for |x|: there 1 - 2 / (e^2|x| + 1) loses no bit that float32 holds beside 1.
 TF_INLINE V vtanh(V x) {
   const V a = vabs(x);
   const V big = set1(1.0f) - set1(2.0f) / (vexp(a + a) + set1(1.0f));
