@@ -14,7 +14,7 @@ Ref ref_of(const nb::object& columns) {
   return ref;
 }
 
-Source source_of(const Any& array) {
+Source source_of(const AnyArray& array) {
   if (array.ndim() != 2) throw std::invalid_argument("a matrix has two axes");
   Source source{array.data(), Stored::kFloat32, static_cast<int64_t>(array.shape(1))};
   if (array.dtype() == nb::dtype<uint16_t>()) source.type = Stored::kBfloat16;
@@ -24,7 +24,7 @@ Source source_of(const Any& array) {
   return source;
 }
 
-Source blocks_of(const Any& array, const std::string& kind) {
+Source blocks_of(const AnyArray& array, const std::string& kind) {
   if (array.ndim() != 3 || array.dtype() != nb::dtype<uint8_t>()) throw std::invalid_argument("blocks have three axes of uint8");
   const std::pair<const char*, Stored> kinds[] = {
       {"Q8_0", Stored::kQ8_0}, {"Q4_0", Stored::kQ4_0}, {"Q4_1", Stored::kQ4_1}, {"Q5_0", Stored::kQ5_0}};

@@ -18,11 +18,11 @@ template <class T>
 std::vector<T> numbers(const nb::object& owner, const char* name) {
   In<T> array;
   if (!nb::try_cast(owner.attr(name), array, false) || array.ndim() != 1)
-    throw std::invalid_argument(std::string(name) + ": a contiguous array of another dtype is wanted");
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous array of another dtype");
   return {array.data(), array.data() + array.size()};
 }
 
-// A sampler with the loops of one instruction set, that gets its logits from the caller.
+// A sampler for the caller's logits, with the loops of one instruction set.
 struct StandaloneSampler {
   StandaloneSampler(const std::string& isa, int32_t slots, int64_t vocab) : sampler(checked(vocab), checked_slots(slots)) {
     scratch.loops = find_table(isa)->sampling;

@@ -1,4 +1,4 @@
-// Numbers below float32's normal range count as zero in a step: softmax makes many, and each costs a hundred cycles.
+// Denormal numbers are treated as zero in a step: softmax produces many, and each costs about a hundred cycles.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -8,7 +8,7 @@
 
 namespace truffula {
 
-// While it lives, on this thread: results and operands below 1.2e-38 are zero. What was set before comes back.
+// Treats results and operands below 1.2e-38 as zero on this thread, until the destructor restores the former mode.
 class FlushDenormals {
  public:
 #if defined(__x86_64__) || defined(_M_X64)

@@ -23,7 +23,7 @@ struct Features {
   bool avx2 = false, avx512 = false, vnni = false, bf16 = false, amx = false;
 };
 
-// Linux gives a process the tiles' 8 KB of state when it asks for them (ARCH_REQ_XCOMP_PERM in arch/x86/include/uapi).
+// Linux lets a process use tiles after it has requested their 8 KB of state (ARCH_REQ_XCOMP_PERM in arch/x86/include/uapi).
 bool tiles_granted() {
 #if defined(TRUFFULA_AMX) && defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;
@@ -33,7 +33,7 @@ bool tiles_granted() {
 #endif
 }
 
-// What the processor has and the operating system keeps across a task switch (XCR0): one without the other is useless.
+// Instruction sets that the processor has and whose registers the operating system saves at a task switch (XCR0).
 Features features() {
   Features found;
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -80,7 +80,7 @@ std::vector<const Kernels*> usable_tables() {
 #endif
   found.push_back(&kPortable);
 #if defined(TRUFFULA_EMULATE)
-  // Here the instructions are made of others: tables to test, never the best.
+  // Emulated tables are for tests: listed last, so that "auto" never takes them.
   for (const Kernels* table : {&kAvx512, &kAvx512Vnni, &kAvx512Bf16, &kAmx})
     if (std::find(found.begin(), found.end(), table) == found.end()) found.push_back(table);
 #endif

@@ -1,4 +1,4 @@
-// Which function tables this machine can run.
+// Finds the kernel tables that this machine can run.
 #pragma once
 
 #include <string>
@@ -8,10 +8,10 @@
 
 namespace truffula {
 
-// Tables that this machine can run, the best first by its processor's kind; the portable one is always there.
+// The tables that this machine can run, the fastest for its kind of processor first, the portable one last.
 const std::vector<const Kernels*>& tables();
 
-// The table called `name`; "auto" is the first. Throws std::invalid_argument naming those there are.
+// The table called `name`; "auto" is the first. Throws std::invalid_argument with the usable names.
 const Kernels* find_table(const std::string& name);
 
 }  // namespace truffula

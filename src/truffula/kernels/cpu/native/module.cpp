@@ -1,4 +1,4 @@
-// The binding: what Python calls. Numpy arrays in, checked (arrays.h); no GIL while it computes.
+// The Python binding. Arrays are checked (arrays.h); computations run without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -22,7 +22,7 @@ using namespace nb::literals;
 namespace truffula {
 namespace {
 
-// What Python holds: the executable, and the arrays it reads (kept alive here).
+// The Python object: the executable, and references to the arrays that it reads.
 struct Native {
   Native(const std::string& isa, int threads, const nb::object& capacity, int32_t kv_format, int32_t groups, bool debug)
       : cap{field(capacity, "max_tokens"), field(capacity, "max_seqs"), field(capacity, "max_logit_rows"),
@@ -33,13 +33,13 @@ struct Native {
 
   static int32_t field(const nb::object& capacity, const char* name) { return nb::cast<int32_t>(capacity.attr(name)); }
 
-  // Every access to the executable goes through this: a call while another thread is in one gets a RuntimeError.
+  // Every access to the executable holds one of these. A second call from another thread raises RuntimeError.
   class CallGuard {
    public:
     explicit CallGuard(Native& native) : native_(native) {
       int64_t holder = 0;
       const int64_t here = process_id();
-      // A forked child may find a thread in a call that the child does not have: that call is over for it.
+      // In a forked child a call of a thread that exists in the parent only counts as ended.
       if (!native_.process_in_call.compare_exchange_strong(holder, here) &&
           (holder == here || !native_.process_in_call.compare_exchange_strong(holder, here)))
         throw std::runtime_error("another thread is in this executable; it takes one call at a time");
@@ -58,7 +58,7 @@ struct Native {
   Capacity cap;
   int32_t num_groups;
   Executable executable;
-  std::atomic<int64_t> process_in_call{0};  // the process of the thread that is in a call; 0: none
+  std::atomic<int64_t> process_in_call{0};  // the process whose thread is in a call; 0: none
   nb::object inputs;
   HeldArrays held;
   std::map<int32_t, nb::object> images;  // the data of adapters, by slot
@@ -76,7 +76,7 @@ void run(Native& self) {
   if (!self.inputs.is_valid()) throw std::invalid_argument("the program is not sealed");
   for (const auto& [name, object] : self.held)
     if (!self.inputs.attr(name).is(object))
-      throw std::invalid_argument(std::string(name) + " is another array than at load; fill the one there was");
+      throw std::invalid_argument(std::string(name) + " is another array than at load; fill that array instead");
   const auto count = [&](const char* name) { return nb::cast<int32_t>(self.inputs.attr(name)); };
   const StepCounts counts{count("T"), count("N"), count("R"), count("G")};
   const auto entered = self.enter();
@@ -84,8 +84,8 @@ void run(Native& self) {
   entered->run(counts);
 }
 
-// Sums of squares: of the numbers, and of what rounding them to a quantised format lost.
-nb::tuple fill(Native& self, int32_t weight, const Any& array, int64_t first, const std::string& kind) {
+// Returns the sums of squares of the values and of the errors of rounding them to a quantised format.
+nb::tuple fill(Native& self, int32_t weight, const AnyArray& array, int64_t first, const std::string& kind) {
   const Source source = kind.empty() ? source_of(array) : blocks_of(array, kind);
   const auto rows = static_cast<int64_t>(array.shape(0));
   Rounding made;
@@ -97,7 +97,7 @@ nb::tuple fill(Native& self, int32_t weight, const Any& array, int64_t first, co
   return nb::make_tuple(made.squares, made.lost);
 }
 
-// An adapter's image: its table int64 [parts, kPartColumns] and its data, which is read where it lies until it is dropped.
+// Adds an adapter's image: its table, int64 [parts, kPartColumns], and its data, which is not copied.
 int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& data) {
   if (table.ndim() != 2 || table.shape(1) != kPartColumns) throw std::invalid_argument("adapter: a table of other columns");
   In<uint8_t> bytes;
@@ -113,8 +113,8 @@ void drop_adapter(Native& self, int32_t slot) {
   self.images.erase(slot);
 }
 
-// A matrix [rows, inputs] in panels of `format`, the first row in lane `lane`, to uint8 [its bytes] of zeros.
-void pack_panels(const Any& array, const nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>& to,
+// Packs a matrix [rows, inputs] into panels of `format`, its first row in lane `lane`, over zeroed uint8 of that size.
+void pack_panels(const AnyArray& array, const nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>& to,
                  int32_t format, int64_t lane) {
   const Source source = source_of(array);
   const auto rows = static_cast<int64_t>(array.shape(0));
@@ -214,7 +214,7 @@ void add_op(Native& self, const std::string& kind, const nb::kwargs& fields) {
   if (!known) throw std::invalid_argument("there is no op " + kind);
 }
 
-// {op: {field: words of it, or None}}.
+// {op: {field: its words, or None}}.
 nb::dict op_fields() {
   nb::dict ops;
   for_each_kind(

@@ -1,4 +1,4 @@
-// Two-byte floats and back, for the files that are compiled for any machine (tables have their own, in vec.h).
+// Conversions of 16-bit floats, for files compiled without an instruction set (tables use vec.h).
 #pragma once
 
 #include <bit>
@@ -8,7 +8,7 @@ namespace truffula {
 
 inline float from_bf16(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
 
-inline uint16_t to_bf16(float value) {  // nearest, ties to even; a NaN stays one
+inline uint16_t to_bf16(float value) {  // to nearest, ties to even; a NaN stays one
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -17,12 +17,12 @@ inline uint16_t to_bf16(float value) {  // nearest, ties to even; a NaN stays on
 inline float from_f16(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, rest = half & 0x7fffu;
   if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-  // Shifted into a float's place the exponent is 112 too small; the product puts that right, for denormals too.
+  // In a float's place the exponent is 112 too small; the product corrects it, for denormals too.
   const float size = std::bit_cast<float>(rest << 13) * 0x1p112f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(size));
 }
 
-// Nearest, ties to even; what is too large becomes infinite.
+// To nearest, ties to even; values that are too large become infinite.
 inline uint16_t to_f16(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), sign = bits >> 16 & 0x8000u;
   const float size = std::bit_cast<float>(bits & 0x7fffffffu);

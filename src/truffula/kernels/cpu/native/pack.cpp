@@ -21,13 +21,13 @@ struct Reader<Stored::kFloat32> {
   static uint16_t half(const Number* p) { return to_bf16(*p); }
 };
 
-// Up to 16 rows that lie in one panel, a stretch of k at a time so that its lines stay in the nearest cache.
+// Packs up to 16 rows into one panel, 128 inputs at a time, so that the lines stay in the L1 cache.
 template <Stored TYPE>
 void pack_lanes(const typename Reader<TYPE>::Number* rows, int64_t inputs, int64_t count, uint8_t* panel, int64_t lane,
                 int32_t format) {
-  constexpr int64_t kStretch = 128;
-  for (int64_t lo = 0; lo < inputs; lo += kStretch) {
-    const int64_t hi = lo + kStretch < inputs ? lo + kStretch : inputs;
+  constexpr int64_t kInputs = 128;
+  for (int64_t lo = 0; lo < inputs; lo += kInputs) {
+    const int64_t hi = lo + kInputs < inputs ? lo + kInputs : inputs;
     for (int64_t i = 0; i < count; ++i) {
       const auto* row = rows + i * inputs;
       if (format == kF32) {
@@ -84,7 +84,7 @@ void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to
       return pack_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first, order);
     case Stored::kBfloat16:
       return pack_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first, order);
-    default:  // blocks: see pack_quantised
+    default:  // blocks are packed by pack_quantised
       return;
   }
 }

@@ -1,4 +1,4 @@
-// From matrices as files hold them to panels of 16 outputs.
+// Packs matrices as files store them into panels of 16 outputs.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,17 @@
 
 namespace truffula {
 
-// Numbers, or GGUF's blocks of 32.
+// The type of a stored matrix: numbers, or GGUF's blocks of 32.
 enum class Stored : int32_t { kFloat32, kFloat16, kBfloat16, kQ8_0, kQ4_0, kQ4_1, kQ5_0 };
 
-// A matrix as it is stored: rows of `inputs` numbers (or of whole blocks), one behind the other.
+// A stored matrix: contiguous rows of `inputs` numbers, or of whole blocks.
 struct Source {
   const void* data;
   Stored type;
   int64_t inputs;
 };
 
-// Where outputs go. `half` > 0: outputs 0 .. half are gates and the rest ups, whose panels alternate.
+// The panel and lane of each output. `half` > 0: outputs 0 .. half are gates and the rest ups, whose panels alternate.
 struct PanelOrder {
   int64_t outputs;
   int64_t half;
@@ -37,7 +37,7 @@ constexpr int64_t panel_bytes(int32_t format, int64_t inputs) {
   return 64 * (blocks * lines + (format == kQ4_1 ? blocks : (blocks + 1) / 2));
 }
 
-// Bytes of a stored block; 0 for plain numbers.
+// Bytes of a stored block; 0 for numbers.
 constexpr int64_t stored_block_bytes(Stored type) {
   switch (type) {
     case Stored::kQ8_0:
@@ -53,26 +53,26 @@ constexpr int64_t stored_block_bytes(Stored type) {
   }
 }
 
-// Rows row_lo .. row_hi of `source` become outputs first .. of the panels at `to`. Lanes nobody fills stay as they are.
+// Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not written.
 void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
                const PanelOrder& order);
 
-// What rounding to a quantised format did: sums of squares of the numbers and of what they lost. `overflow`: a scale was
-// beyond float16.
+// The error of rounding to a quantised format: sums of the squares of the values and of their errors. `overflow`: a scale
+// exceeded float16.
 struct Rounding {
   double squares = 0.0, lost = 0.0;
   bool overflow = false;
 };
 
-// Whether the numbers or blocks of `from` can become panels of the quantised `format`: floats only kQ8_0; blocks their
-// own, and those without a minimum kQ8_0 as well. Blocks lose nothing.
+// Whether `from` can be packed in the quantised `format`: numbers in kQ8_0 only; blocks, without loss, in their own format,
+// and those without a minimum in kQ8_0 too.
 bool packs_as(Stored from, int32_t format);
 
-// As pack_rows, to a quantised format; inputs are whole blocks.
+// `pack_rows` for a quantised format; inputs are whole blocks.
 void pack_quantised(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
                     const PanelOrder& order, Rounding& rounding);
 
-// Rows row_lo .. row_hi of `source` one behind the other at row `first` of `to`.
+// Copies rows row_lo .. row_hi of `source` to rows first + row_lo .. of `to`, without panels.
 void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first);
 
 }  // namespace truffula

@@ -1,4 +1,4 @@
-// Panels of quantised matrices: from blocks as GGUF stores them, without loss, or from floats.
+// Packs quantised panels: from GGUF's blocks without loss, or from numbers by rounding.
 #include <cmath>
 #include <cstring>
 
@@ -15,7 +15,7 @@ struct Block {
   int8_t q[kBlock];
 };
 
-// As ggml rounds (quantize_row_q8_0_ref): the numbers by the scale before it is rounded itself, halves away from zero.
+// Rounds as ggml does (quantize_row_q8_0_ref): values are divided by the unrounded scale, and halves round away from zero.
 void round_block(const float* x, Block& to, Rounding& rounding) {
   float most = 0.0f;
   for (int k = 0; k < kBlock; ++k) most = std::fmax(most, std::fabs(x[k]));
@@ -81,7 +81,7 @@ void make_block(const Source& source, int64_t row, int64_t block, Block& to, Rou
   }
 }
 
-// See enum Format for the lines.
+// Writes a block as enum Format describes.
 void write_block(const Block& from, uint8_t* lines, uint8_t* scales, int32_t format) {
   if (format == kQ8_0) {
     for (int j = 0; j < 8; ++j) std::memcpy(lines + 64 * j, from.q + 4 * j, 4);
@@ -116,7 +116,7 @@ void pack_quantised(const Source& source, int64_t row_lo, int64_t row_hi, uint8_
                     const PanelOrder& order, Rounding& rounding) {
   const int64_t blocks = source.inputs / kBlock, bytes = panel_bytes(format, source.inputs);
   const int64_t line_bytes = 64 * (format == kQ8_0 ? 8 : format == kQ5_0 ? 5 : 4), scale_bytes = format == kQ4_1 ? 64 : 32;
-  // kQ4_0 and kQ5_0 are kQ8_0 with smaller numbers: their zero is moved to 0.
+  // kQ4_0 and kQ5_0 are kQ8_0 with smaller numbers: subtracting the offset makes them signed.
   const int offset = format != kQ8_0 ? 0 : source.type == Stored::kQ4_0 ? 8 : source.type == Stored::kQ5_0 ? 16 : 0;
   for (int64_t row = row_lo; row < row_hi; ++row) {
     uint8_t* panel = to + order.panel_of(first + row) * bytes;

@@ -1,4 +1,4 @@
-// Ops that work on rows alone.
+// Ops that compute each row alone: norm, pointwise, rope, embed.
 #pragma once
 
 #include "linear.inc.h"
@@ -25,7 +25,7 @@ static void norm(const NormCall* c, int32_t row_lo, int32_t row_hi) {
       V squares = zero();
       for (int i = 0; i < width; i += kLanes) {
         V a = load_n(x + i, width - i) - mean;
-        if (c->layer_norm && width - i < kLanes) {  // lanes that are not there must not count as -mean
+        if (c->layer_norm && width - i < kLanes) {  // lanes after the last column must not count as -mean
           float lanes[kLanes];
           store(lanes, a);
           a = load_n(lanes, width - i);
@@ -102,7 +102,7 @@ static void rope(const RopeCall* c, int32_t row_lo, int32_t row_hi) {
   }
 }
 
-// What adapters add to rows of a table.
+// Adds the deltas of adapters to rows of a table.
 static void add_embed_deltas(const EmbedCall* c, int32_t row_lo, int32_t row_hi) {
   alignas(64) float y[kBlockRows * kUnitPanels * kLanes];
   const int64_t y_stride = kUnitPanels * kLanes;

@@ -1,11 +1,11 @@
-// The sampler. In short:
+// The sampler's methods:
 //
 //   scan        one pass over the logits: maxima of blocks of 64, the argmax, and whether all is finite.
-//   choose      exp of the scores, summed block by block; the draw finds its block by the sums, then its id inside.
-//   top-k       k block maxima reach the k-th largest one, so the k-th largest score does: blocks below it are skipped.
-//   top-p       the few hundred best usually reach the mass; else a quickselect by mass over all.
+//   draw        exp of the scores, summed block by block; the sums give the block of the draw, then its weights the id.
+//   top-k       the k-th largest score is at least the k-th largest block maximum: blocks below that are skipped.
+//   top-p       a few hundred of the best usually reach the mass; otherwise a quickselect by mass over all.
 //   min-p       a threshold.
-//   typical-p   top-p by another rank.
+//   typical-p   top-p with another rank.
 #include "sampler.h"
 
 #include <algorithm>
@@ -34,25 +34,25 @@ constexpr int64_t kUsuallyEnough = 256;  // ids that top-p tries first
 
 constexpr int64_t blocks_of(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
-// A row's values (float logits, or double scores after penalties and bias), and how they become scores. Scores never
-// fall where values rise, but distinct values may give one score: what must be ordered is ordered by score.
+// A row's values (float logits, or double values after penalties and bias), and their scores. Scores ascend with values, but
+// distinct values may have equal scores, so ids are ordered by score.
 template <class T>
 struct View {
   const T* values;
   const T* maxima;  // per block
   int64_t size;
-  double best;         // subtracted first, so that a tiny temperature cannot overflow
+  double best;         // subtracted first, against overflow with a small temperature
   double temperature;  // then divided by
 
   double score(double value) const { return (value - best) / temperature; }
   double score_of(int32_t id) const { return score(static_cast<double>(values[id])); }
 };
 
-// Where the largest value is (the lowest id of several), and whether all are finite or -Inf.
+// The largest value and its id (the lowest of several). `valid`: all values are finite or -Inf.
 struct Peak {
   int32_t id;
   double value;
-  bool sound;
+  bool valid;
 };
 
 // ------------------------------------------------------------------------------------------------ all of a vocabulary
@@ -68,22 +68,22 @@ template <class T>
 Peak scan(const T* values, int64_t size, std::vector<T>& maxima, const SampleLoops& loops) {
   const int64_t full = size / kBlock;
   maxima.resize(static_cast<size_t>(blocks_of(size)));
-  bool sound = full_maxima(loops, values, full, maxima.data()) != 0;
+  bool valid = full_maxima(loops, values, full, maxima.data()) != 0;
   if (full * kBlock < size) {
     T most = -std::numeric_limits<T>::infinity();
     for (int64_t i = full * kBlock; i < size; ++i) {
       most = values[i] > most ? values[i] : most;
-      sound = sound && !std::isnan(values[i]);
+      valid = valid && !std::isnan(values[i]);
     }
     maxima.back() = most;
   }
-  if (!sound) return {0, 0.0, false};
+  if (!valid) return {0, 0.0, false};
   const auto block = std::max_element(maxima.begin(), maxima.end());
   const T* place = std::find(values + (block - maxima.begin()) * kBlock, values + size, *block);
   return {static_cast<int32_t>(place - values), *block, *block < std::numeric_limits<T>::infinity()};
 }
 
-// `sums` gets the summed exp(score) of each block from `first` on, `weights` the last block's: zeros beyond the row.
+// Writes the sums of exp(score) of the blocks from `first` on to `sums`, and the weights of the last block to `weights`.
 template <class T>
 void weigh_blocks(const View<T>& view, int64_t first, int64_t blocks, double* weights, double* sums,
                   const SampleLoops& loops) {
@@ -101,7 +101,7 @@ void weigh_blocks(const View<T>& view, int64_t first, int64_t blocks, double* we
   }
 }
 
-// The sum of exp(score); `sums` keeps that of each block.
+// The sum of exp(score) over all ids. `sums` receives the sum of each block.
 template <class T>
 double total_weight(const View<T>& view, std::vector<double>& sums, const SampleLoops& loops) {
   double weights[kBlock], total = 0.0;
@@ -111,7 +111,7 @@ double total_weight(const View<T>& view, std::vector<double>& sums, const Sample
   return total;
 }
 
-// A score that k ids reach: the k-th largest of maxima of disjoint runs of ids. -inf where there are too few runs.
+// A score that at least k ids reach: the k-th largest of the maxima of disjoint runs of ids. -inf with fewer than k runs.
 template <class T>
 double reached_by(const View<T>& view, int64_t k, std::vector<double>& pivots) {
   pivots.clear();
@@ -183,11 +183,11 @@ void keep_top_p_of_all(const View<T>& view, const Row& row, double total, double
   }
 }
 
-// Takes away what top-k, top-p, min-p and typical-p do, each of the distribution that the one before it left. True if
-// any did: then the ids left are in `scratch.items`, ranked by score and weighed by its exp. `total` is the weight of
-// all ids, if top-p is the first.
+// Applies top-k, top-p, min-p and typical-p, each to the distribution that the one before it left. True if any is set: then
+// `scratch.items` are the ids kept, with score and exp(score). `total` is the weight of all ids, needed if top-p is the
+// first.
 template <class T>
-bool narrow(const View<T>& view, const Row& row, double total) {
+bool truncate(const View<T>& view, const Row& row, double total) {
   SampleScratch& s = row.scratch;
   const int32_t top_k = row.sampling.top_k;
   const double top_p = row.sampling.top_p, min_p = row.sampling.min_p, typical_p = row.sampling.typical_p;
@@ -222,8 +222,8 @@ bool narrow(const View<T>& view, const Row& row, double total) {
   return !all;
 }
 
-// Both draws invert the cumulative distribution, ids ascending: the first id whose cumulative weight exceeds the draw's
-// share of the total, so one of weight 0 is never chosen.
+// Both draws invert the cumulative distribution over ascending ids: they return the first id whose cumulative weight exceeds
+// the drawn fraction of the total, so an id of weight 0 is never drawn.
 template <class T>
 int32_t draw_of_all(const View<T>& view, const Row& row, double goal) {
   const std::vector<double>& sums = row.scratch.sums;
@@ -232,7 +232,7 @@ int32_t draw_of_all(const View<T>& view, const Row& row, double goal) {
   for (; b + 1 < sums.size() && !(below + sums[b] > goal); ++b) below += sums[b];
   const auto first = static_cast<int64_t>(b);
   weigh_blocks(view, first, 1, weights, &unused, row.loops);
-  int64_t last = 0;  // a block's sum has another order, and may exceed the goal where one by one falls short of it
+  int64_t last = 0;  // a block's sum is added in another order, and may exceed the goal where this sum does not
   for (int64_t i = 0; i < kBlock && !(below > goal); ++i) {
     below += weights[i];
     last = weights[i] > 0.0 ? i : last;
@@ -240,7 +240,7 @@ int32_t draw_of_all(const View<T>& view, const Row& row, double goal) {
   return static_cast<int32_t>(first * kBlock + last);
 }
 
-// The logprob of an id is its score in `view` - shift - log_sum. Written for `id`, and for the best in `scratch.order`.
+// Writes the logprobs of `id` and of the ids in `scratch.order`: score - shift - log_sum.
 template <class T>
 void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t id, bool kept, const Row& row) {
   const auto logprob = [&](int32_t i) { return static_cast<float>((view.score_of(i) - shift) - log_sum); };
@@ -254,7 +254,8 @@ void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t i
   }
 }
 
-// Of all ids. `ranked` orders them: in `view`, whose best scores 0, two near values may be equal. `total`: its weight.
+// Reports logprobs over all ids. `ranked` gives the order, as near values may have equal scores in `view`; `total` is the
+// weight of `view`.
 template <class T>
 void report_all(const View<T>& ranked, const View<T>& view, double total, int32_t id, const Row& row) {
   Items& order = row.scratch.order;
@@ -265,7 +266,7 @@ void report_all(const View<T>& ranked, const View<T>& view, double total, int32_
   write_logprobs(view, 0.0, std::log(total), id, true, row);
 }
 
-// Of the ids in `scratch.items`; any other has none.
+// Reports logprobs over the ids in `scratch.items`; the others have probability 0.
 template <class T>
 void report_items(const View<T>& view, int32_t id, const Row& row) {
   Items& items = row.scratch.items;
@@ -280,9 +281,9 @@ void report_items(const View<T>& view, int32_t id, const Row& row) {
   write_logprobs(view, best, log_sum, id, kept, row);
 }
 
-// `raw` holds the logits, `values` the same after penalties, bias and mask; both as they are, each with its peak.
+// Draws or scores, and reports logprobs. `raw` are the logits, `values` the same after penalties, bias and mask.
 template <class T>
-void choose_and_report(const View<T>& values, const Peak& peak, const View<float>& raw, const Peak& raw_peak,
+void draw_and_report(const View<T>& values, const Peak& peak, const View<float>& raw, const Peak& raw_peak,
                        const Row& row) {
   const SequenceSampling& p = row.sampling;
   SampleScratch& s = row.scratch;
@@ -291,18 +292,18 @@ void choose_and_report(const View<T>& values, const Peak& peak, const View<float
   view.best = peak.value;
   view.temperature = row.greedy() ? 1.0 : row.temperature();
   int32_t id = row.scored() ? row.args.target[r] : peak.id;
-  double total = 0.0;  // the weight of all ids in `view`, once it is needed
-  bool narrowed = false;
+  double total = 0.0;  // the weight of all ids in `view`, computed when needed
+  bool truncated = false;
   if (!row.greedy() && !row.scored()) {
-    const bool drawn_of_all = !(p.min_p > 0.0f) && !(p.typical_p < 1.0f);
-    if (!row.few(view.size) && (p.top_p < 1.0f || drawn_of_all)) total = total_weight(view, s.sums, row.loops);
-    narrowed = narrow(view, row, total);
+    const bool draws_of_all = !(p.min_p > 0.0f) && !(p.typical_p < 1.0f);
+    if (!row.few(view.size) && (p.top_p < 1.0f || draws_of_all)) total = total_weight(view, s.sums, row.loops);
+    truncated = truncate(view, row, total);
     const double uniform = philox_uniform(p.seed, p.choice, row.args.draw[r]);
-    id = narrowed ? draw_of_items(s.items, uniform) : draw_of_all(view, row, uniform * total);
+    id = truncated ? draw_of_items(s.items, uniform) : draw_of_all(view, row, uniform * total);
   }
   row.out.ids[r] = id;
   if (!row.reported()) return;
-  if (row.warped() && narrowed) {
+  if (row.warped() && truncated) {
     report_items(view, id, row);
   } else if (row.warped()) {
     const double weight = total > 0.0 ? total : total_weight(view, s.sums, row.loops);
@@ -315,7 +316,7 @@ void choose_and_report(const View<T>& values, const Peak& peak, const View<float
   }
 }
 
-// Into `scratch.scores`: the logits with penalties (of them, repetition: Keskar et al. 2019, "CTRL"), bias, bans, mask.
+// Writes the logits after penalties (repetition: Keskar et al. 2019, "CTRL"), bias, bans and mask to `scratch.scores`.
 void edit(const float* logits, int64_t vocab, const Row& row) {
   const SequenceSampling& p = row.sampling;
   const double repetition = p.repetition, frequency = p.frequency, presence = p.presence;
@@ -340,7 +341,7 @@ void edit(const float* logits, int64_t vocab, const Row& row) {
   }
 }
 
-// The model's most likely id of those that the mask allows.
+// The id with the largest logit of those that the mask allows.
 int32_t best_allowed(const float* logits, int64_t vocab, const Row& row) {
   int64_t best = -1;
   for (int64_t id = 0; id < vocab; ++id)
@@ -348,25 +349,25 @@ int32_t best_allowed(const float* logits, int64_t vocab, const Row& row) {
   return static_cast<int32_t>(best);
 }
 
-// False when the row cannot be answered.
-bool answer(const float* logits, int64_t vocab, const Row& row) {
+// Returns `finite`.
+bool sample_finite(const float* logits, int64_t vocab, const Row& row) {
   SampleScratch& s = row.scratch;
   const Peak raw_peak = scan(logits, vocab, s.maxima, row.loops);
-  if (!raw_peak.sound || raw_peak.value == -kInfinity) return false;
-  if (!row.scored() && !(row.temperature() >= 0.0)) return false;  // nothing below may meet a NaN
+  if (!raw_peak.valid || raw_peak.value == -kInfinity) return false;
+  if (!row.scored() && !(row.temperature() >= 0.0)) return false;  // the code below requires numbers
   const View<float> raw{logits, s.maxima.data(), vocab, 0.0, 1.0};
   if (row.scored() || !row.edited()) {
-    choose_and_report(raw, raw_peak, raw, raw_peak, row);
+    draw_and_report(raw, raw_peak, raw, raw_peak, row);
     return true;
   }
   edit(logits, vocab, row);
   Peak peak = scan(s.scores.data(), vocab, s.score_maxima, row.loops);
-  if (!peak.sound) return false;
-  if (peak.value == -kInfinity) {  // all are banned: the model's most likely one stays
+  if (!peak.valid) return false;
+  if (peak.value == -kInfinity) {  // all are banned: keep the id with the largest logit
     peak = {best_allowed(logits, vocab, row), 0.0, true};
     s.scores[static_cast<size_t>(peak.id)] = s.score_maxima[static_cast<size_t>(peak.id / kBlock)] = 0.0;
   }
-  choose_and_report(View<double>{s.scores.data(), s.score_maxima.data(), vocab, 0.0, 1.0}, peak, raw, raw_peak, row);
+  draw_and_report(View<double>{s.scores.data(), s.score_maxima.data(), vocab, 0.0, 1.0}, peak, raw, raw_peak, row);
   return true;
 }
 
@@ -393,7 +394,7 @@ void sample_row(const float* logits, int64_t vocab, int64_t index, const Sequenc
   const int32_t mask_row = args.target[index] < 0 ? args.mask_row[index] : -1;
   const uint32_t* mask = mask_row < 0 ? nullptr : args.mask + mask_row * mask_words(vocab);
   const SampleLoops& loops = scratch.loops ? *scratch.loops : kSampleLoops;
-  out.finite[index] = answer(logits, vocab, {sequence.sampling, sequence, args, out, scratch, loops, index, mask});
+  out.finite[index] = sample_finite(logits, vocab, {sequence.sampling, sequence, args, out, scratch, loops, index, mask});
 }
 
 }  // namespace truffula

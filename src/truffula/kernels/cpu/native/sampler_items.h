@@ -1,7 +1,7 @@
-// The sampler's work on lists of ids: what is kept, and how a distribution is cut. For sampler.cpp alone.
+// Truncation of candidate lists. Included by sampler.cpp only.
 //
-// Top-k, top-p and typical-p each keep the best of some order (higher rank first, then lower id) up to a last item.
-// Finding that one decides all: the list itself stays ordered by id, as the draw wants it, and is only filtered.
+// Top-k, top-p and typical-p keep the best items in some order (higher rank first, then lower id) up to a last one. Only
+// that item is searched for; the list stays sorted by id, as draws need it, and is filtered.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ inline void sort_best(Items& order, std::int64_t count) {
   std::sort(order.begin(), order.end(), better);
 }
 
-// Drops what is not as good as `last`.
+// Drops the items after `last` in the order of `better`.
 inline void cut_after(Items& items, SampleItem last) {
   std::erase_if(items, [last](const SampleItem& item) { return better(last, item); });
 }
@@ -43,7 +43,7 @@ inline void keep_best(Items& items, Items& order, std::int64_t count) {
   cut_after(items, order[static_cast<std::size_t>(count - 1)]);
 }
 
-// Sets each weight to exp(rank - shift), and returns their sum, ids ascending. By the block, for the vectors.
+// Sets each weight to exp(rank - shift), and returns their sum, ids ascending. In blocks, for the vector loops.
 inline double weigh_items(Items& items, double shift, const SampleLoops& loops) {
   double ranks[kSampleBlock], weights[kSampleBlock], sum = 0.0, unused = 0.0;
   for (std::size_t from = 0; from < items.size(); from += kSampleBlock) {
@@ -60,16 +60,15 @@ inline const SampleItem& median(const SampleItem& a, const SampleItem& b, const 
   return better(a, c) ? a : (better(b, c) ? c : b);
 }
 
-// The item at which the weights, best first, reach `mass`: by quickselect, so that only its surroundings are sorted.
-// nullopt where sums taken in another order might decide otherwise, where no item does, and where the quickselect goes
-// badly.
+// The item at which the weights, best first, reach `mass`, by quickselect: only items near it are sorted. nullopt when sums
+// in another order might give another item, when no item reaches it, and when the quickselect does not converge.
 inline std::optional<SampleItem> select_at_mass(Items& order, double mass) {
   constexpr std::ptrdiff_t kSorted = 512;
   constexpr int kRounds = 64;
   const double slack = static_cast<double>(order.size()) * 0x1p-52;  // bounds the rounding of a sum of so many
   const auto doubtful = [&](double sum) { return std::abs(sum - mass) <= slack; };
   auto lo = order.begin(), hi = order.end();
-  double below = 0.0;  // the weight of those better than [lo, hi)
+  double below = 0.0;  // the weight of the items better than [lo, hi)
   for (int round = 0; hi - lo > kSorted; ++round) {
     const SampleItem pivot = median(*lo, *(lo + (hi - lo) / 2), *(hi - 1));
     const auto split = std::partition(lo, hi, [&](const SampleItem& item) { return better(item, pivot); });
@@ -92,7 +91,7 @@ inline std::optional<SampleItem> select_at_mass(Items& order, double mass) {
   return std::nullopt;
 }
 
-// The same by sorting all: sums are the specification's, one by one, best first.
+// The same by sorting all items, with the specification's order of sums.
 inline std::optional<SampleItem> sort_to_mass(Items& order, double mass) {
   std::sort(order.begin(), order.end(), better);
   double sum = 0.0;
@@ -103,12 +102,12 @@ inline std::optional<SampleItem> sort_to_mass(Items& order, double mass) {
   return std::nullopt;
 }
 
-// Cuts `items` to the fewest best whose weights reach `mass`, at least one. False, and nothing done, if all do not.
+// Keeps the fewest best items whose weights reach `mass`, at least one. False, without a change, when all do not reach it.
 inline bool keep_mass(Items& items, Items& order, double mass) {
-  constexpr std::size_t kSortedAtOnce = 2048;
+  constexpr std::size_t kMaxSorted = 2048;
   order = items;
   std::optional<SampleItem> last;
-  if (order.size() > kSortedAtOnce) last = select_at_mass(order, mass);
+  if (order.size() > kMaxSorted) last = select_at_mass(order, mass);
   if (!last) last = sort_to_mass(order, mass);
   if (last) cut_after(items, *last);
   return last.has_value();

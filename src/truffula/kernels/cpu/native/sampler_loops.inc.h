@@ -1,8 +1,8 @@
-// Fills a SampleLoops for the instruction set that the including file is compiled for. Everything has internal linkage
-// and nothing is of std::, so that a file compiled for AVX-512 lends no code to one compiled for less.
+// Defines the SampleLoops of the instruction set that the including file is compiled for. Everything has internal linkage
+// and nothing is from std::, so that the linker cannot use code compiled for AVX-512 in a file compiled for less.
 //
-// The vectors are written out, because compilers leave these loops scalar: a maximum of floats must mind NaN and signed
-// zeros, and a sum its order. Widths differ, results do not: each lane is worked on alone, sums always have 8 lanes,
+// The vectors are explicit, because compilers do not vectorise these loops: they must respect NaN and signed zeros in a
+// maximum, and the order of a sum. Results do not depend on the width: lanes are independent, sums always have 8 lanes,
 // and nothing may be fused (-ffp-contract=off).
 #pragma once
 
@@ -29,8 +29,8 @@ using Vector [[gnu::vector_size(kBytes)]] = T;
 using Doubles = Vector<double>;
 using Words = Vector<uint64_t>;
 
-// exp(x) for x <= 0 (a little above does no harm), within 2 ulp; 0 from -708 down, where doubles stop being normal:
-// such a weight is less than any rounding of a sum that holds a 1. No branches.
+// exp(x) for x <= 0 (or slightly above), within 2 ulp; 0 below -708, where doubles become denormal: such a weight is
+// below the rounding of any sum with a term of 1. No branches.
 // Method: Cephes exp.c (Moshier): x = n ln 2 + r, exp(r) = 1 + 2 r P(r^2) / (Q(r^2) - r P(r^2)).
 [[gnu::always_inline]] inline void exp_nonpositive(const Doubles& x, Doubles& out) {
   constexpr double kToInteger = 0x1.8p52;  // adding it rounds to an integer, held in the low bits of the mantissa
@@ -48,14 +48,14 @@ using Words = Vector<uint64_t>;
   out = (Doubles)((Words)result & (Words)(x > lowest));
 }
 
-// One value, the same bits.
+// The same for one value, with the same bits.
 [[maybe_unused]] inline double exp_nonpositive(double x) {
   Doubles lanes = Doubles{} + x;
   exp_nonpositive(lanes, lanes);
   return lanes[0];
 }
 
-// The larger, lane by lane: maxps, which is what leaves NaN to be looked for apart.
+// The larger value of each lane: maxps, which ignores NaN, so NaN is detected separately.
 template <class V>
 [[gnu::always_inline]] inline void raise(V& most, const V& other) {
   most = other > most ? other : most;
@@ -64,7 +64,7 @@ template <class V>
 using Four [[gnu::vector_size(16)]] = float;
 using Two [[gnu::vector_size(16)]] = double;
 
-// Across the lanes of 16 bytes: by shuffles, because compilers make branches of a loop over lanes.
+// The largest lane, by shuffles, because compilers turn a loop over lanes into branches.
 inline float largest(Four v) {
   raise(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
   raise(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
@@ -82,7 +82,7 @@ int32_t maxima(const T* x, int64_t blocks, T* out) {
   constexpr int64_t lanes = kBytes / static_cast<int64_t>(sizeof(T));
   auto ordered = Lanes{} == Lanes{};  // no NaN seen
   for (int64_t b = 0; b < blocks; ++b, x += kSampleBlock) {
-    Lanes even, odd;  // two chains, so that their latency hides
+    Lanes even, odd;  // two chains, to hide their latency
     memcpy(&even, x, sizeof(even));
     memcpy(&odd, x + lanes, sizeof(odd));
     ordered &= (even == even) & (odd == odd);

@@ -1,4 +1,4 @@
-// The sampler with its sequences: each has a slot, where what it draws is counted.
+// The sampling state of all sequence slots.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +18,12 @@ class Sampler {
 
   void set_sequence(std::int32_t slot, std::unique_ptr<SequenceState> state);
 
-  // Call it before the rows of a step. Throws std::invalid_argument when `args` name a slot, id, draw or mask that does
-  // not exist; then rewinds the sequences to these draws. A step that fails after it may be begun again.
+  // Called before the rows of a step. Throws std::invalid_argument when `args` name a slot, id, draw or mask that does not
+  // exist; otherwise rewinds the sequences to these draws. A step that fails later may be repeated.
   void begin(std::int64_t rows, const SampleArgs& args);
-  // The most logprobs that a row wants besides that of its id.
+  // The largest number of top logprobs that a row requests.
   std::int32_t width(std::int64_t rows, const SampleArgs& args) const;
-  // `sample_row` of sampler.h; counts what is drawn. Distinct rows with distinct scratch may run at once.
+  // `sample_row` of sampler.h; counts the drawn token. Different rows with different scratch may run concurrently.
   void sample(const float* logits, std::int64_t row, const SampleArgs& args, const SampleOut& out,
               SampleScratch& scratch);
 

@@ -38,7 +38,7 @@ void SequenceState::rewind(std::uint32_t draw) {
   while (completion_.size() > draw) {
     const auto place = static_cast<std::size_t>(std::find(ids_.begin(), ids_.end(), completion_.back()) - ids_.begin());
     completion_.pop_back();
-    // Ids stand in order of first sight, so one that is not seen any more is the last.
+    // Ids are in order of first appearance, so an id whose count returns to 0 is the last.
     if (--counts_[place] == 0 && place >= prompt_ids_) {
       ids_.pop_back();
       counts_.pop_back();

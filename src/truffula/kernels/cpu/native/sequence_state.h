@@ -1,4 +1,4 @@
-// What the sampler keeps of each sequence: how it is sampled and, where penalties need it, the tokens it has seen.
+// The sampling state of one sequence: its parameters and, with penalties, the counts of its tokens.
 #pragma once
 
 #include <cstddef>
@@ -8,23 +8,23 @@
 
 namespace truffula {
 
-// How the tokens of one sequence are drawn: SequenceSampling of inputs.py, by the same names.
+// SequenceSampling of inputs.py, under the same names.
 struct SequenceSampling {
-  float temperature = 0.0f;                       // 0: the most likely id
+  float temperature = 0.0f;                       // 0: greedy
   float top_p = 1.0f, min_p = 0.0f, typical_p = 1.0f;
   float repetition = 1.0f, frequency = 0.0f, presence = 0.0f;
   std::int32_t top_k = 0;                         // 0: all
-  std::int32_t n_logprobs = -1, n_prompt_logprobs = -1;  // -1: none, not even that of the id
+  std::int32_t n_logprobs = -1, n_prompt_logprobs = -1;  // -1: none
   std::uint64_t seed = 0;
   std::uint32_t choice = 0, min_tokens = 0;
-  bool warped = false;                            // logprobs of the distribution drawn from, instead of the model's
+  bool warped = false;                            // logprobs are of the distribution after penalties and truncation
   std::vector<std::int32_t> bias_ids, banned_ids;
   std::vector<float> bias_values;
 
   bool penalised() const { return repetition != 1.0f || frequency != 0.0f || presence != 0.0f; }
 };
 
-// Counts are kept only with penalties: 8 bytes for each distinct id, 4 for each completion token.
+// Counts tokens only with penalties: 8 bytes per distinct id, 4 per completion token.
 class SequenceState {
  public:
   // Throws std::invalid_argument when an id is not below `vocab`, or biases and their ids are unequal in number.
@@ -33,19 +33,19 @@ class SequenceState {
 
   const SequenceSampling sampling;
 
-  // Distinct ids seen so far, and how often each is in the completion (0: only in the prompt). Empty without penalties.
+  // The distinct ids seen, and the count of each in the completion (0: only in the prompt). Empty without penalties.
   const std::vector<std::int32_t>& seen_ids() const { return ids_; }
   const std::vector<std::int32_t>& seen_counts() const { return counts_; }
 
   // Whether the first `draw` tokens of the completion are known.
   bool has(std::uint32_t draw) const { return !sampling.penalised() || draw <= completion_.size(); }
-  // Forgets the tokens from number `draw` on, and makes room for one, so that `count` cannot fail.
+  // Removes the tokens from number `draw` on, and reserves memory for one more, so that `count` cannot fail.
   void rewind(std::uint32_t draw);
   void count(std::int32_t id) noexcept;
 
  private:
   std::vector<std::int32_t> ids_, counts_, completion_;
-  std::size_t prompt_ids_ = 0;  // of ids_, the first so many are in the prompt
+  std::size_t prompt_ids_ = 0;  // this many of ids_ are in the prompt
 };
 
 }  // namespace truffula

@@ -1,4 +1,4 @@
-// The function tables, one per instruction set, and which of them this machine can run.
+// The kernel tables that were compiled, one per instruction set.
 #pragma once
 
 #include "kernels.h"
