@@ -1,9 +1,9 @@
-"""What an adapter does at a site, as parts, and ``AdapterImage``: all of its tensors as a backend's kernels read them.
+"""Adapter parts (what an adapter does at a site), and ``AdapterImage``: its tensors as a backend's kernels read them.
 
     SiteTensors (as trained) ── pack(layout) ──► PackedPart ── place, write ──► AdapterImage ──► Executable.adapter
 
-The loading worker packs; the engine maps the result and takes pointers. An image is one block of bytes and a table with
-a row per part, so that taking it in costs nothing per byte.
+The loading worker packs; the engine maps the result and passes pointers. An image is one block of bytes and a table
+with a row per part, so the cost of adding it does not depend on its size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "I32": np.dtype(np.int32),
     }
 )
-"""By the names of safetensors. A table names a dtype by its position here."""
+"""By the names of safetensors. A table refers to a dtype by its position here."""
 _DTYPE_NAMES = tuple(DTYPES)
 
 
@@ -68,21 +68,21 @@ class InputScale:
 
 @dataclass(frozen=True)
 class Bias:
-    """Adds ``values [O]``: a trained bias less the base's, or the bias of B."""
+    """Adds ``values [O]``: a trained bias minus the base's, or the bias of B."""
 
     values: Array
 
 
 @dataclass(frozen=True)
 class Replace:
-    """Takes the place of W: ``weight [O, I]``, a saved module."""
+    """Replaces W by ``weight [O, I]``: a saved module."""
 
     weight: Array
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Takes the place of some rows of a table: ``ids`` int32 ``[n]``, ``values [n, D]``, trained tokens."""
+    """Replaces rows of a table: ``ids`` int32 ``[n]``, ``values [n, D]``, trained tokens."""
 
     ids: Array
     values: Array
@@ -99,13 +99,13 @@ KINDS: Mapping[str, type[Part]] = MappingProxyType(
         "rows": Rows,
     }
 )
-"""Every kind of part by its name in an image. A table names a kind by its position here."""
+"""Every kind of part by its name in an image. A table refers to a kind by its position here."""
 LOW_RANK = "low_rank"
 
 
 @dataclass(frozen=True)
 class SiteTensors:
-    """One adapter at one site. Arrays in their stored dtype; several sites may hold the same A (a fused module)."""
+    """The parts of one adapter at one site. Arrays have their stored dtype; sites of a fused module share one A."""
 
     site: int
     parts: tuple[Part, ...]
@@ -126,7 +126,7 @@ def tensors_of(part: Part) -> tuple[Array, ...]:
     return tuple(v for f in fields(part) if isinstance(v := getattr(part, f.name), np.ndarray))
 
 
-# ---- layouts: how a backend's kernels read them
+# ---- layouts: how a backend's kernels read parts
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class AdapterLayout:
 
     @cached_property
     def name(self) -> str:
-        """What an image is packed for: storage, its version, and a hash of the places."""
+        """The storage, its version and a hash of the places: identifies what an image is packed for."""
         places = hashlib.sha256(repr(self.places).encode()).hexdigest()[:16]
         return f"{self.storage}-{_VERSIONS[self.storage]}:{places}"
 
@@ -192,9 +192,9 @@ def layout_of(program: Program, storage: Storage) -> AdapterLayout:
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One tensor as a layout stores it: ``write`` fills ``nbytes`` zeroed bytes. One object used twice is stored once.
+    """One tensor as a layout stores it: ``write`` fills ``nbytes`` zeroed bytes. An object used twice is stored once.
 
-    ``shape`` is the tensor's own, whatever its bytes are: ``nbytes`` may be more, in another order.
+    ``shape`` is that of the unpacked tensor; the bytes may be more, and in another order.
     """
 
     dtype: str
@@ -205,7 +205,7 @@ class PackedTensor:
 
 @dataclass(frozen=True)
 class PackedPart:
-    """A part whose tensors are ready to be written."""
+    """A part with its tensors in a layout."""
 
     site: int
     kind: str
@@ -214,7 +214,7 @@ class PackedPart:
 
 
 def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart]:
-    """``sites`` as ``layout`` stores them, ascending by site; nothing is copied before ``PackedTensor.write``.
+    """``sites`` as ``layout`` stores them, ascending by site. Bytes are copied by ``PackedTensor.write`` only.
 
     Raises:
         KernelError: A site that does not exist or that no op serves, a kind of part that no kernel of the layout
@@ -236,7 +236,7 @@ def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart
 
 
 def check_place(layout: AdapterLayout, site: int) -> Place:
-    """Where ``site`` acts; ``KernelError`` when it does not exist or no op serves it."""
+    """The place of ``site``. Raises ``KernelError`` when it does not exist or no op serves it."""
     if not 0 <= site < len(layout.places):
         raise KernelError(f"the adapter names site {site}; the program has {len(layout.places)}.", param="site")
     place = layout.places[site]
@@ -246,7 +246,7 @@ def check_place(layout: AdapterLayout, site: int) -> Place:
 
 
 def check_served(place: Place, part: Part) -> None:
-    """``KernelError`` (``param``: the kind or the module) unless kernels serve ``part`` and it fits its place."""
+    """Raise ``KernelError`` (``param``: the kind or the module) unless kernels serve ``part`` and its shapes fit."""
     if not isinstance(part, LowRank) or part.a.ndim == 3:
         what = "low_rank with an expert axis" if isinstance(part, LowRank) else kind_of(part)
         raise KernelError(f"site {place.module}: no kernel serves the adapter part {what!r}.", param=what)
@@ -268,7 +268,7 @@ def dtype_name(array: Array) -> str:
 
 
 class _Shared:
-    """Arrays as ``PackedTensor``: the same object for the same array. ``convert``: to float32."""
+    """Makes one ``PackedTensor`` per array, however often it is used. ``convert``: to float32."""
 
     def __init__(self, *, convert: bool) -> None:
         self._convert = convert
@@ -308,8 +308,8 @@ class AdapterImage:
     """An adapter as an executable reads it.
 
     ``generation`` is the content hash, ``nbytes`` what the budget is charged, ``layout`` the name of the layout it was
-    packed for. ``table`` is int64 ``[parts, COLUMNS]`` over ``data``, uint8, which begins on a line of 64 bytes. Memory
-    returns with the last reference to ``data``.
+    packed for. ``table`` is int64 ``[parts, COLUMNS]`` over ``data``, uint8, aligned to 64 bytes. The memory is
+    released with the last reference to ``data``.
     """
 
     generation: str
@@ -323,7 +323,7 @@ class AdapterImage:
         """Its parts as views of ``data``: of an image whose layout keeps tensors as they are (not ``panels``).
 
         Raises:
-            KernelError: A row that does not hold together; its numbers are not believed.
+            KernelError: A row of the table is inconsistent.
         """
         if self.layout.startswith("panels"):
             raise KernelError("an image in panels has no tensors to show.", param="layout")
@@ -356,7 +356,7 @@ class AdapterImage:
 
 @dataclass(frozen=True)
 class PlacedParts:
-    """Packed parts with their places in an image: the table, and what to write where."""
+    """Packed parts with their offsets in an image."""
 
     table: npt.NDArray[np.int64]
     data_bytes: int
@@ -369,7 +369,7 @@ class PlacedParts:
 
 
 def place(parts: Sequence[PackedPart]) -> PlacedParts:
-    """Give every distinct tensor its offset, in the order of the parts."""
+    """Assign an offset to every distinct tensor, in the order of the parts."""
     kinds = tuple(KINDS)
     table = np.zeros((len(parts), COLUMNS), np.int64)
     offsets: dict[int, int] = {}
@@ -390,7 +390,7 @@ def place(parts: Sequence[PackedPart]) -> PlacedParts:
 
 
 def make_image(layout: AdapterLayout, sites: Iterable[SiteTensors], *, generation: str) -> AdapterImage:
-    """An image in memory of its own; ``lora/image.py`` makes files. Raises ``KernelError``: see ``pack``."""
+    """An image in memory (``lora/image.py`` makes files). Raises ``KernelError``: see ``pack``."""
     parts = pack(layout, sites)
     placed = place(parts)
     memory = np.zeros(placed.data_bytes + ALIGN, np.uint8)
@@ -402,7 +402,7 @@ def make_image(layout: AdapterLayout, sites: Iterable[SiteTensors], *, generatio
 
 
 def require_served(image: AdapterImage, layout: AdapterLayout) -> None:
-    """``KernelError`` unless ``image`` was packed for ``layout``, of parts that its kernels serve."""
+    """Raise ``KernelError`` unless ``image`` was packed for ``layout`` and its kernels serve all parts."""
     if image.layout != layout.name:
         raise KernelError(
             f"the adapter was packed for {image.layout!r}; this executable reads {layout.name!r}. Load it again.",

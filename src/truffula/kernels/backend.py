@@ -16,7 +16,7 @@ from truffula.kernels.program import Program, WeightDecl
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """Bytes that may be used, and what sets the limit, in words."""
+    """Bytes that may be used, and the reason for this limit, for messages."""
 
     nbytes: int
     reason: str
@@ -24,9 +24,9 @@ class MemoryLimit:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, known before anything is read. A block of KV group g costs ``kv_block_bytes[g]``.
+    """Bytes by part, computed before weights are read. A block of KV group g costs ``kv_block_bytes[g]``.
 
-    ``state_bytes`` is what recurrent layers keep of all sequence slots.
+    ``state_bytes`` is the state of recurrent layers for all sequence slots.
     """
 
     weight_bytes: int
@@ -35,11 +35,11 @@ class MemoryPlan:
     kv_block_bytes: tuple[int, ...]
     state_bytes: int = 0
     weight_formats: Mapping[str, int] = field(default_factory=dict)
-    """Bytes of matrices by the format they are held in, where a backend has several."""
+    """Bytes of the weights by storage format, where a backend has several."""
 
     @property
     def fixed_bytes(self) -> int:
-        """All but the pool that KV blocks and adapters share: the scratch block of each KV group is in it."""
+        """All bytes but the pool that KV blocks and adapters share. Includes the scratch block of each KV group."""
         parts = self.weight_bytes, self.arena_bytes, self.logits_bytes, self.state_bytes
         return sum(parts) + sum(self.kv_block_bytes)
 
@@ -48,7 +48,7 @@ class MemoryPlan:
 class QuantisedArray:
     """A matrix as GGUF stores it: uint8 ``blocks [rows, blocks of a row, bytes of a block]`` of the type ``kind``.
 
-    ``unpack`` makes ``[N, bytes]`` blocks the float32 values they stand for. The blocks' scales are finite.
+    ``unpack`` dequantises ``[N, bytes]`` blocks to float32. Scales are finite.
     """
 
     kind: str
@@ -71,14 +71,14 @@ class QuantisedArray:
 
 
 def as_array(part: Array | QuantisedArray) -> Array:
-    """The numbers of a part, whatever holds them."""
+    """A part as an array, dequantised if necessary."""
     return part.dequantise() if isinstance(part, QuantisedArray) else part
 
 
 PullWeight = Callable[[WeightDecl], Sequence[Array | QuantisedArray]]
-"""Yields a weight's parts in order, as mapped arrays in their stored dtype (transforms and permutations already done);
-the caller may keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds``
-come as ``QuantisedArray``."""
+"""Returns a weight's parts in order, as mapped arrays in their stored dtype, with transforms applied. The caller may
+keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds`` are
+``QuantisedArray``."""
 
 
 class PendingStep(Protocol):
@@ -88,12 +88,12 @@ class PendingStep(Protocol):
         """Whether ``result`` would return or raise without waiting."""
 
     def result(self) -> StepOutput:
-        """What the step computed; waits for it. May be called again.
+        """The output of the step; waits for it. May be called again.
 
         Raises:
             KernelError: The step failed and drew nothing. So does every step that was submitted after it and was not
                 finished. The same step may be submitted again.
-            DeviceLost: The executable can compute nothing any more.
+            DeviceLost: The executable is unusable from now on.
         """
 
 
@@ -101,8 +101,8 @@ class Executable(Protocol):
     """A loaded model. One owner, one thread at a time. Owns weights, KV bytes, adapter bytes, logits, and the sampling
     state of each sequence slot.
 
-    What is called takes effect in order of the calls: a step sees the sequences, adapters and KV as the calls before it
-    left them, also while it is not finished.
+    Calls take effect in order: a step sees the sequences, adapters and KV as the calls before ``submit`` left them,
+    even if it finishes later.
     """
 
     depth: int
@@ -116,20 +116,20 @@ class Executable(Protocol):
     """Like ``inputs``, for the rows of logits."""
 
     layout: AdapterLayout
-    """What adapters must be packed for."""
+    """The layout that adapters must be packed for."""
 
     def prepare(self) -> None:
-        """Do what makes later steps faster (warm up, capture graphs). Once, before the first ``submit``."""
+        """Warm up and capture graphs, so that later steps are faster. Called once, before the first ``submit``."""
 
     def submit(self) -> PendingStep:
-        """Begin one forward pass over ``inputs`` and the draws that ``samples`` asks for. Raises nothing of the step's.
+        """Begin one forward pass over ``inputs`` and the draws of ``samples``. ``result`` raises the step's errors.
 
         A row with ``draw`` = d depends on the first d completion tokens of its sequence: a step that failed, or whose
         tokens were not used, may be submitted again.
         """
 
     def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
-        """Begin or resume a sequence in a slot: what it has so far, and how its further tokens are drawn."""
+        """Begin or resume a sequence in a slot, with its tokens so far and its sampling parameters."""
 
     def run(self) -> None:
         """One forward pass over ``inputs`` without sampling; only with no step unfinished (tests, ``verify``)."""
@@ -138,16 +138,16 @@ class Executable(Protocol):
         """float32 ``[R, V]`` copy of the last pass's logits; only with no step unfinished."""
 
     def tap(self, op: int) -> Array:
-        """float32 copy of what op number ``op`` wrote in the last pass; only when loaded with ``debug=True``."""
+        """float32 copy of the output of op number ``op`` in the last pass; only when loaded with ``debug=True``."""
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        """Bytes that steps with ``image`` take beside it, where the memory plan does not count them."""
+        """Bytes that steps with ``image`` need besides the image and the memory plan."""
 
     def adapter(self, image: AdapterImage) -> int:
         """Begin to make an adapter usable; returns its slot. The image is kept, and read where it lies, until
         ``drop_adapter``.
 
-        Raises ``KernelError`` for an image of another layout, or one that does not hold together.
+        Raises ``KernelError`` for an image of another layout or with an inconsistent table.
         """
 
     def adapter_ready(self, slot: int) -> bool:
@@ -174,7 +174,7 @@ class Backend(Protocol):
     block_kinds: frozenset[str]
 
     def free_memory(self) -> MemoryLimit:
-        """Memory of its device that is free now: weights, KV and adapters are planned into a share of it."""
+        """Free memory of the device: weights, KV and adapters are planned into a fraction of it."""
 
     def plan(
         self,

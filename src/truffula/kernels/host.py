@@ -1,4 +1,4 @@
-"""Memory and CPUs that this process may use, as the kernel and its control groups say."""
+"""Memory and CPUs that this process may use, by the kernel and its control groups."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def free_memory(root: Path = Path("/")) -> MemoryLimit:
 
 @dataclass(frozen=True)
 class CpuLimits:
-    """CPUs of the ``machine``, those of them in this process's ``affinity`` mask, and the smallest ``quota`` of its
-    control groups, in CPUs' worth of time; None without a quota."""
+    """CPUs of the ``machine`` and of this process's ``affinity`` mask, and the smallest CPU ``quota`` of its control
+    groups; None without a quota."""
 
     machine: int
     affinity: int
@@ -55,7 +55,7 @@ def _machine(root: Path) -> MemoryLimit:
 
 
 def _groups(root: Path) -> list[MemoryLimit]:
-    """What each control group of this process has left. File pages count as free: the kernel drops them first."""
+    """Memory left in each control group of this process. File pages count as free: the kernel drops them first."""
     limits = []
     for folder in _folders(root, "memory"):
         v2 = (folder / "memory.max").exists()
@@ -91,7 +91,7 @@ def _folders(root: Path, controller: str) -> list[Path]:
 
 
 def _quota(folder: Path) -> float | None:
-    """CPUs' worth of time per period; None without a limit."""
+    """The CPU quota of a group, in CPUs; None without a limit."""
     words = _read(folder / "cpu.max").split()
     if len(words) == 2:
         return None if words[0] == "max" else int(words[0]) / int(words[1])
@@ -105,7 +105,7 @@ def _number(path: Path) -> int | None:
 
 
 def _read(path: Path) -> str:
-    """A file of the kernel's; empty where it is absent or may not be read."""
+    """The text of a file of the kernel; empty when it is absent or unreadable."""
     try:
         return path.read_text()
     except OSError:

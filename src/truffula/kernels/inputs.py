@@ -1,4 +1,4 @@
-"""All that varies from step to step: numpy arrays of fixed capacity, owned by an executable, filled by the runner."""
+"""The inputs and outputs of a step: numpy arrays of fixed capacity, owned by an executable and filled by the runner."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Bool = npt.NDArray[np.bool_]
 NO_IDS: Int32 = np.zeros(0, np.int32)
 NO_VALUES: Float32 = np.zeros(0, np.float32)
 RELAY = -1
-"""In ``token_ids``: the token that was last drawn for the row's sequence, which the host may not know yet."""
+"""In ``token_ids``: the token last drawn for the row's sequence slot, which the host may not know yet."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """Upper bounds of a step and of the KV memory. Block 0 is scratch: it is never given to a sequence."""
+    """Upper bounds of a step and of the KV memory. Block 0 is scratch: no sequence owns it."""
 
     max_tokens: int  # T
     max_seqs: int  # N
@@ -43,8 +43,8 @@ class StepInputs:
 
     Sequence n owns rows ``q_start[n] .. q_start[n + 1]``, its keys after the step are positions 0 .. kv_len[n], found
     in ``block_tables[group, n]``, whose entries beyond those keys are not read; row t's K and V go to slot
-    ``slot_mapping[group, t]`` (block * block_size + offset). ``seq_slot[n]`` (0 .. max_seqs - 1) is the sequence's for
-    as long as it runs: the executable keeps its sampling state there. A token id may be ``RELAY``.
+    ``slot_mapping[group, t]`` (block * block_size + offset). ``seq_slot[n]`` (0 .. max_seqs - 1) is the sequence's
+    slot while it runs: the executable keeps its sampling state there. A token id may be ``RELAY``.
     ``seg[g] = (lo, hi, adapter slot)`` over T rows, ``seg_r[g] = (lo, hi)`` the same segment over R rows; base rows are
     in no segment; segments may overlap (composition), each with its ``seg_weight``. ``logit_rows`` ascends.
     """
@@ -82,9 +82,9 @@ class StepInputs:
 
 @dataclass(frozen=True)
 class SequenceSampling:
-    """How the tokens of one sequence are drawn. The defaults switch everything off: greedy, without logprobs.
+    """How the tokens of one sequence are drawn. The defaults are greedy, without logprobs.
 
-    Samplers round the floats to float32. ``n_logprobs`` -1 wants none, k the k best besides the one drawn;
+    Samplers round the floats to float32. ``n_logprobs`` -1: none; k: of the k best and of the one drawn;
     ``n_prompt_logprobs`` likewise for scored rows. ``warped``: logprobs are those of the distribution drawn from,
     instead of the model's. ``bias_values`` are added to the logits of ``bias_ids``; -inf bans an id. ``banned_ids`` are
     banned until the sequence has ``min_tokens`` completion tokens. ``seed``, ``choice`` and the number of the draw
@@ -111,13 +111,13 @@ class SequenceSampling:
 
     @property
     def penalised(self) -> bool:
-        """Whether the tokens seen so far change the distribution: only then are they counted."""
+        """Whether penalties are set; only then are tokens counted."""
         return (self.repetition, self.frequency, self.presence) != (1.0, 0.0, 0.0)
 
 
 @dataclass
 class SampleInputs:
-    """What is done with the R rows of logits. All else is the ``SequenceSampling`` of each row's sequence.
+    """How the R rows of logits are sampled, besides the ``SequenceSampling`` of each row's sequence.
 
     ``row_slot`` is the ``seq_slot`` of the row's sequence. ``target`` -1 draws a token, else scores that id by the
     model's own distribution (prompt logprobs). ``draw`` is the number of completion tokens that the sequence has before
@@ -144,7 +144,7 @@ class SampleInputs:
 class StepOutput:
     """Per row: the id (drawn, or the scored target), its logprob, and whether the row's logits were finite.
 
-    A row that is not finite has id 0. ``logprob`` is 0 where none is wanted. ``top_ids``, ``top_logprobs``
+    A row that is not finite has id 0. ``logprob`` is 0 where none was requested. ``top_ids``, ``top_logprobs``
     ``[R, kmax]`` best first, ties to the lower id, -1 / -inf beyond a row's k. A model whose output is a vector gives
     ``vectors`` ``[R, width]`` and draws nothing: ids are -1.
     """

@@ -1,4 +1,4 @@
-"""How this truffula was installed, so that advice to install something is a command that works here."""
+"""How truffula was installed, for install commands in messages that work as printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Philox4x32-10 in numpy: random numbers by address, so that a draw depends on nothing but its own coordinates.
+"""Philox4x32-10 in numpy: a counter-based generator, so that a draw depends on its key and counter only.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", sec. 3.4 and the Random123 library.
 """
@@ -32,7 +32,7 @@ def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> Word
 
 
 def uniform(seed: Any, choice: Any, draw: Any) -> npt.NDArray[np.float64]:
-    """float64 in (0, 1), never an end: word 0 of key ``seed`` (uint64), counter ``(choice, draw, 0, 0)``, plus a half.
+    """float64 in (0, 1), ends excluded: word 0 of key ``seed`` (uint64), counter ``(choice, draw, 0, 0)``, plus a half.
 
     ``seed``, ``choice`` (which completion of a request) and ``draw`` (completion tokens so far) broadcast.
     """

@@ -2,7 +2,7 @@
 
 ``model/decoder.py`` writes a ``Program`` once per model; a backend loads it once and runs it each step. Nothing here
 computes: it can be printed, checked for shapes, and compared op by op. A buffer has T rows (the tokens of a step) or
-R rows (those whose logits are wanted). Widths are columns. ``Ref`` is a range of a buffer's columns.
+R rows (those with an output). Widths are columns. ``Ref`` is a range of a buffer's columns.
 
 Rounding contract: a ``Linear`` (with its adapters and its epilogue), a ``Norm``, a ``Pointwise`` compute in float32 and
 round once, to the dtype of the buffer they write. A backend without a mixed product may round the base product first
@@ -45,7 +45,7 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for (1 + w) norms.
+    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w.
     """
 
     name: str
@@ -80,7 +80,7 @@ class ModuleSlice:
 
 @dataclass(frozen=True)
 class Site:
-    """A place adapters can change: one slice of one linear weight (or a table, later).
+    """A place where adapters act: one slice of a linear weight, or a table.
 
     ``modules[0]`` is the site's own module path as PEFT names it without ``base_model.model.``, e.g.
     ``model.layers.3.self_attn.q_proj``; further entries are fused modules that cover it with some of their rows.
@@ -121,7 +121,7 @@ class KvPlane:
 class KvGroup:
     """Planes that share block ids and block tables.
 
-    With ``window`` None a block is kept as long as its sequence. With a window w the query at position i reads keys
+    With ``window`` None blocks are kept until the sequence ends. With a window w the query at position i reads keys
     j with i - w < j <= i only, so the engine frees blocks behind that, and their table entries are -1.
     """
 
@@ -132,10 +132,10 @@ class KvGroup:
 
 @dataclass(frozen=True)
 class RecurrentState:
-    """What a recurrent layer keeps of a sequence instead of keys and values: ``width`` numbers, whatever its length.
+    """The state of a recurrent layer: ``width`` numbers per sequence, whatever its length.
 
-    It lies in the sequence's slot (``StepInputs.seq_slot``). A prefix hit will need a snapshot of it, of the same size,
-    at the hit's last block border.
+    Stored per sequence slot (``StepInputs.seq_slot``). A prefix hit needs a snapshot of it at the end of the hit's last
+    block, of the same size.
     """
 
     id: int
@@ -175,8 +175,7 @@ NO_EPILOGUE = Epilogue()
 
 @dataclass(frozen=True)
 class Probe:
-    """Where the same value shows in transformers: the ``input`` or ``output`` of ``module``; how ``verify`` pairs
-    them."""
+    """The same value in transformers: the input or output of ``module``. ``verify`` compares the two."""
 
     module: str
     side: Literal["in", "out"]
@@ -184,7 +183,7 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Op:
-    """What all ops carry: the layer they belong to (None outside layers), a readable name, and their probe."""
+    """Base of all ops: the layer (None outside layers), a readable name, and the probe."""
 
     name: str
     layer: int | None = None
@@ -227,7 +226,7 @@ class Norm(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Op):
-    """``out = epilogue(x Wᵀ + Σ_segments scale · (x Aᵀ) Bᵀ)``; ``slices`` say which columns adapters may change."""
+    """``out = epilogue(x Wᵀ + Σ_segments scale · (x Aᵀ) Bᵀ)``; ``slices`` are the columns of each site."""
 
     x: Ref
     weight: int
@@ -279,9 +278,8 @@ class Rope(Op):
 class Attention(Op):
     """Write this step's K and V to their slots, then attend causally over the sequence's blocks.
 
-    Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. A ``window`` w
-    lets
-    query i see keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
+    Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
+    ``window`` w query i attends to keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
     """
 
     q: Ref
@@ -323,8 +321,8 @@ class Logits(Op):
 
 @dataclass(frozen=True)
 class Output:
-    """What a step gives for each row that wants a result, float32: ``logits`` ``[R, V]``, which are sampled or scored,
-    or a ``vector`` ``[R, width]`` (an embedding, class scores), which is returned as it is."""
+    """The result of a step, float32: ``logits`` ``[R, V]``, which are sampled or scored, or a ``vector`` ``[R, width]``
+    (an embedding, class scores), which is returned."""
 
     kind: Literal["logits", "vector"]
     width: int
@@ -332,10 +330,9 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelInterface:
-    """What the engine, the adapters and the memory plan must know of a model, whatever computes it.
+    """A model as the engine and the adapters see it: sites, vocabulary, KV groups, states and output, without ops.
 
-    ``max_positions`` is the model's longest sequence in tokens. Ids are positions in their tuples. A model that is not
-    written in ops (one that transformers computes) has this alone.
+    ``max_positions`` is the model's longest sequence in tokens. Ids are positions in their tuples.
     """
 
     name: str
@@ -350,13 +347,13 @@ class ModelInterface:
         _require_ids_in_order(self, "sites", "kv_groups", "states")
 
     def state_bytes(self, model_itemsize: int) -> int:
-        """Bytes of one sequence's ``states``, and of a snapshot of them, where a number of the model has so many."""
+        """Bytes of one sequence's ``states``, and of a snapshot of them. ``model_itemsize``: of the model's dtype."""
         return sum(state.width * (4 if state.dtype == "float32" else model_itemsize) for state in self.states)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program(ModelInterface):
-    """A model as ops: all that a backend must know to compute it. The last op writes ``result``, a buffer of R rows."""
+    """A model as ops, which a backend computes. The last op writes ``result``, a buffer of R rows."""
 
     buffers: tuple[Buffer, ...]
     weights: tuple[WeightDecl, ...]

@@ -1,7 +1,7 @@
 """From logits to tokens: penalties, truncation, the draw, and logprobs. numpy, row by row.
 
-A row is worked on alone and in float64, so its outcome cannot depend on its neighbours, and equal logits give equal
-tokens whatever the batch. Rows that only want the most likely id are answered together.
+Each row is computed alone and in float64, so its result does not depend on the batch. Greedy rows without penalties or
+logprobs are computed together.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Sampler:
         count = len(logits)
         rows = self._rows(samples, count)
         ids = np.argmax(logits, axis=1).astype(np.int32) if count else np.zeros(0, np.int32)
-        # argmax finds NaN before anything else, then +Inf: the value there tells for the whole row.
+        # argmax returns a NaN first, then +Inf: its value shows whether the whole row is finite.
         finite = np.isfinite(logits[np.arange(count), ids])
         ids[~finite] = 0
         logprob = np.zeros(count, np.float32)
@@ -72,7 +72,7 @@ class Sampler:
             if row.n_logprobs >= 0:
                 reported = log_softmax(judged)
                 best = top(judged, row.n_logprobs)  # not of the logprobs: those of two near scores may be equal
-                with np.errstate(over="ignore"):  # what float32 can't hold (a tiny temperature) is -inf
+                with np.errstate(over="ignore"):  # below float32's range (a small temperature): -inf
                     logprob[r] = reported[ids[r]]
                     top_ids[r, : len(best)] = best
                     top_logprobs[r, : len(best)] = reported[best]
@@ -140,7 +140,7 @@ class _Sequence:
             raise KernelError(f"draw: number {draw} of a sequence that has {len(self.drawn)} tokens.", param="draw")
 
     def rewind(self, draw: int) -> None:
-        """Forget the draws from number ``draw`` on."""
+        """Remove the draws from number ``draw`` on."""
         while len(self.drawn) > draw and self.sampling.penalised:
             token = self.drawn.pop()
             self.seen[token] -= 1
@@ -150,7 +150,7 @@ class _Sequence:
 
 @dataclass(frozen=True)
 class Row:
-    """What is asked of one row. ``allowed`` [V] is its mask, None without one."""
+    """One row to sample. ``allowed`` [V] is its mask, None without one."""
 
     sequence: _Sequence
     target: int
@@ -171,7 +171,7 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Nothing but the most likely id of the model's own logits."""
+        """Whether the row needs only the argmax of its logits."""
         return (
             self.sampling.temperature == 0.0
             and self.target < 0
@@ -201,8 +201,7 @@ def warp(logits: npt.NDArray[Any], row: Row) -> tuple[Float64, Int64 | None]:
     """The row's scores after penalties, bias, mask and temperature, float64 ``[V]``, and the ids kept (ascending; None:
     all).
 
-    At least one id is always kept: when every id is banned, the model's most likely one (of those that the mask allows)
-    stays.
+    At least one id is kept: when every id is banned, the one with the largest logit of those that the mask allows.
     """
     scores = logits.astype(np.float64)
     _penalise(scores, row)
@@ -268,7 +267,7 @@ def _typical(scores: Float64, ids: Int64, typical_p: float) -> Int64:
 def _shortest(rank: Float64, weights: Float64, mass: float) -> Int64:
     """Positions by falling ``rank`` (ties to the lower) until their ``weights`` reach ``mass``; at least one.
 
-    A few hundred nearly always do: only a row that needs more has more of it sorted.
+    A few hundred nearly always suffice: more are sorted only for rows that need them.
     """
     for k in (256, 8192, len(rank)):
         order = top(rank, k)

@@ -1,4 +1,4 @@
-"""Choosing a backend and a compute dtype at start, with the reason in words."""
+"""Chooses a backend and a compute dtype at start."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from truffula.kernels.installation import CPU_TORCH, installation
 
 @dataclass(frozen=True)
 class Precision:
-    """What is asked of a backend beside the dtype. ``quantize``: the format (``q8_0``) that float matrices are rounded
-    to at load, or ``none``. ``exact``: compute on the values of quantised files, not in int8."""
+    """Options besides the dtype. ``quantize``: the format (``q8_0``) that float matrices are rounded to at load, or
+    ``none``. ``exact``: compute on the dequantised values of quantised files, not in int8."""
 
     quantize: str = "none"
     exact: bool = False
@@ -71,7 +71,7 @@ def _cpu(device: str, threads: int | None, cpu_isa: str, precision: Precision) -
 class _Choice:
     """A backend of ``--backend``. ``create`` takes device, threads, instruction set and precision.
 
-    ``auto`` takes the first that is available and may run on the device; ``cpu_only`` says that it runs on no other.
+    ``auto`` takes the first that is available and runs on the device. ``cpu_only``: it runs on the CPU only.
     """
 
     available: Callable[[], bool]
@@ -85,12 +85,11 @@ BACKENDS: Mapping[str, _Choice] = MappingProxyType(
         "reference": _Choice(_torch_is_there, _reference, cpu_only=False),
     }
 )
-"""By name, best first. A backend's own library is imported when it is asked for. The names are the command line's
-choices."""
+"""By the names that ``--backend`` accepts, the preferred first. A backend's library is imported when it is chosen."""
 
 
 def backend_names() -> tuple[str, ...]:
-    """What ``--backend`` accepts."""
+    """The values of ``--backend``."""
     return ("auto", *BACKENDS)
 
 
@@ -117,14 +116,14 @@ def select_backend(
         raise ConfigError(f"backend is {name!r}; it must be one of {', '.join(backend_names())}.", param="backend")
     device = "cpu" if device == "auto" else device
     chosen = name
-    if name == "auto":  # where none is available, the best one's error says what would help
+    if name == "auto":  # if none is available, the error of the first says what to install
         fitting = {known: choice for known, choice in BACKENDS.items() if device == "cpu" or not choice.cpu_only}
         chosen = next((known for known, choice in fitting.items() if choice.available()), next(iter(fitting)))
     return BACKENDS[chosen].create(device, threads, cpu_isa, precision)
 
 
 def fallback_warning(asked: str, chosen: Backend) -> str:
-    """Said once at start when ``auto`` had to take a slower backend than there could be; empty otherwise."""
+    """A warning when ``auto`` has chosen a slow backend; else empty."""
     if asked != "auto" or chosen.name == "cpu":
         return ""
     if (device := chosen.device) != "cpu":
@@ -134,7 +133,7 @@ def fallback_warning(asked: str, chosen: Backend) -> str:
 
 @dataclass(frozen=True)
 class DtypeChoice:
-    """The compute dtype and why, in words for the start log."""
+    """The compute dtype, and the reason for the start log."""
 
     dtype: str
     reason: str

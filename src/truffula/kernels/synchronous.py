@@ -1,4 +1,4 @@
-"""What executables share that finish a step within ``submit``."""
+"""The base of executables that finish a step within ``submit``."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class FinishedStep:
 
 
 class SynchronousExecutable(ABC):
-    """``submit`` of an executable that runs and samples in one go. ``depth`` is 1.
+    """``submit`` runs and samples before it returns; ``depth`` is 1.
 
-    A subclass gives ``run``, ``logits``, ``sample`` and ``_start_sampling``; the last token of each sequence is kept
-    here. ``output`` is the program's.
+    Subclasses implement ``run``, ``logits``, ``sample`` and ``_start_sampling``. This class keeps the last token of
+    each sequence slot, for ``RELAY``. ``output`` is the program's.
     """
 
     depth = 1

@@ -1,4 +1,4 @@
-"""Checks a program before it is loaded, so that nothing about shapes is found inside a step."""
+"""Checks a program before it is loaded, so that no step fails because of shapes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _check_tables(program: Program) -> None:
 
 @dataclass(frozen=True)
 class _Check:
-    """What the checks of one op share; ``fail`` names the op and the field."""
+    """The context of one op's checks. ``fail`` raises an error that names the op and the field."""
 
     program: Program
     index: int

@@ -1,4 +1,4 @@
-"""The native CPU backend: the program's ops in C++ on packed weights, one call a step. Needs numpy and no torch."""
+"""The native CPU backend: C++ kernels on packed weights, one call per step. Needs numpy, not torch."""
 
 from truffula.kernels.cpu.backend import CpuBackend, available, instruction_sets, why_unavailable
 

@@ -1,4 +1,4 @@
-"""The native CPU backend: what it offers, what it needs, how it loads."""
+"""The native CPU backend: its memory plan and loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
-from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, Wanted, panel_bytes
+from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, WeightOptions, panel_bytes
 from truffula.kernels.cpu.lowering import Lowering
 from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.host import free_memory
@@ -30,8 +30,8 @@ _SAMPLER_BYTES = 58
 class CpuBackend:
     """``isa`` names an instruction set of ``instruction_sets()``, or is ``auto``, the first of them.
 
-    ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are computed with as the
-    values they stand for, else in int8.
+    ``quantize`` q8_0 rounds float matrices at load. ``exact``: blocks of quantised files are dequantised, instead of
+    multiplied in int8.
     """
 
     name = "cpu"
@@ -54,8 +54,8 @@ class CpuBackend:
     def free_memory(self) -> MemoryLimit:
         return free_memory()
 
-    def _wanted(self, dtype: str) -> Wanted:
-        return Wanted(dtype, self._quantize, blocks=not self._exact)
+    def _weight_options(self, dtype: str) -> WeightOptions:
+        return WeightOptions(dtype, self._quantize, blocks=not self._exact)
 
     def plan(
         self,
@@ -65,7 +65,7 @@ class CpuBackend:
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
         """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
-        formats = planned_formats(program, self._wanted(dtype), stored_types)
+        formats = planned_formats(program, self._weight_options(dtype), stored_types)
         by_format: dict[str, int] = {}
         for decl, role in zip(program.weights, roles(program), strict=True):
             held = NAMES[formats.get(decl.id, F32)] if role.kind != "vector" else "vectors"
@@ -89,8 +89,8 @@ class CpuBackend:
         )
 
     def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:
-        """What steps need beside the buffers, at most: rows as products read them (8 bits, or pairs in bfloat16),
-        adapters' products with A (those of great rank pay for the rest), and per thread attention's and the sampler's.
+        """The most scratch memory of a step: x converted for products (8 bits, or bfloat16 pairs), adapters' products
+        with A up to the planned rank, and per thread that of attention and of the sampler.
         """
         widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
         rows = 72 * -(-widest // 32) * -(-capacity.max_tokens // _X_ROWS) * _X_ROWS if self._converts() else 0
@@ -136,10 +136,10 @@ class CpuBackend:
         )
 
     def rounding(self, program: Program, pull: PullWeight) -> Rounding:
-        """What ``quantize`` loses of ``program``'s weights; holds one of them at a time.
+        """The error of ``quantize`` on ``program``'s weights; holds one of them at a time.
 
         Raises:
-            KernelError: A weight cannot be rounded; ``load`` would refuse it too.
+            KernelError: A weight cannot be rounded; ``load`` raises it too.
         """
         capacity = Capacity(
             max_tokens=1, max_seqs=1, max_logit_rows=1, max_segments=1, num_blocks=2, block_size=1, max_blocks_per_seq=1
@@ -148,17 +148,17 @@ class CpuBackend:
         with as_kernel_errors():
             for decl, role in zip(program.weights, roles(program), strict=True):
                 native = _library().Executable(self.isa, self._threads, capacity, F32, 1, False)
-                load_one(native, decl, role, self._wanted("float32"), pull, found)
+                load_one(native, decl, role, self._weight_options("float32"), pull, found)
         return found
 
     def _native(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool
     ) -> Any:
-        """Everything of a native executable but its inputs."""
+        """A native executable with buffers, weights and ops, not yet sealed."""
         kv_format = BF16 if dtype == "bfloat16" else F32
         native = _library().Executable(self.isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
         _add_buffers(native, program, dtype, arena)
-        vectors = load_weights(native, program, self._wanted(dtype), pull)
+        vectors = load_weights(native, program, self._weight_options(dtype), pull)
         lowering = Lowering(native, program, dtype, vectors)
         for op in program.ops:
             lowering.add(op)
@@ -175,12 +175,12 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def available() -> bool:
-    """Whether the native module is there and can be loaded."""
+    """Whether the native module can be loaded."""
     return not why_unavailable()
 
 
 def why_unavailable() -> str:
-    """Why the native module can't be used, and the way out; empty when it can."""
+    """Why the native module can't be loaded and what to do; empty when it can."""
     try:
         _library()
     except MissingDependency as error:

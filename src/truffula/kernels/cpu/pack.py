@@ -1,8 +1,8 @@
-"""Adapters in panels: what the loading worker writes and the native kernels read where it lies.
+"""Packs adapters into panels, which the loading worker writes and the native kernels read without a copy.
 
-Panels of 16 outputs are the same for every instruction set (kernels.h), so an image serves them all. Of a linear
-layer, A and B are panels; B's begin where the site's columns begin inside a panel of the product, and those of a site
-over gates and ups are two runs. Of a table, A is rows: ``[V, r]``, one to gather per token.
+Panels of 16 outputs are the same for every instruction set (kernels.h), so an image serves them all. A and B
+of a linear layer are panels. B's first lane is the lane of the site's first column in the product's panels, and B of a
+site over gates and ups is two runs of panels. A of a table is stored as rows ``[V, r]``, one of which a token gathers.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[PackedPart]:
-    """``sites``, checked and ascending, in panels. bfloat16 stays bfloat16, all else becomes float32; nothing rounds.
+    """``sites``, checked and ascending, in panels. bfloat16 stays bfloat16, other dtypes become float32: no rounding.
 
-    All A of one op have one format, as an image of mixed dtypes must be summed in one order.
+    All A of one op have the same format, because an image of mixed dtypes must be summed in one order.
     """
     found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts if isinstance(p, LowRank)]
     wide = {place.op for _, place, part in found if part.a.dtype != BFLOAT16}
@@ -53,7 +53,7 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
 
 
 def runs(place: Place) -> list[tuple[int, int, int]]:
-    """Rows lo .. hi of B that lie in consecutive panels, and the first one's lane: two runs over gates and ups."""
+    """Runs of rows ``lo .. hi`` of B in consecutive panels, each with its first lane: two over gates and ups."""
     first, end, half = place.first, place.first + place.outputs, place.half
     cut = min(max(half, first), end) if half else end
     cuts = ((first, cut, 0), (cut, end, half))

@@ -1,4 +1,4 @@
-"""What each weight becomes: plain rows, panels, or a vector; and how it gets there from the mapped file."""
+"""Loads weights from mapped files into native rows, panels and vectors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from truffula.kernels.cpu.formats import (
     BLOCK_KINDS,
     F32,
     LANES,
-    Wanted,
+    WeightOptions,
     keeps_blocks,
     matrix_format,
     panel_bytes,
@@ -29,9 +29,9 @@ from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 logger = logging.getLogger(__name__)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-"""What files and adapters may hold here. Compared as dtypes: numpy works out a dtype's name each time it is asked."""
+"""The dtypes of files and adapters that are accepted. Dtypes, not names: numpy computes a name on each access."""
 _CHUNK_BYTES = 8 << 20
-"""Pages of the file are given back after so much of it: the peak stays near the packed size."""
+"""A file's pages are released after each chunk, so that the peak of memory stays near the packed size."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def roles(program: Program) -> list[Role]:
 
 
 def packed_bytes(decl: WeightDecl, role: Role, fmt: int) -> int:
-    """Bytes of a weight as this backend holds it."""
+    """Bytes of a weight after packing."""
     if role.kind == "vector":
         return 4 * decl.shape[0]
     outputs, inputs = decl.shape
@@ -89,7 +89,7 @@ def packed_bytes(decl: WeightDecl, role: Role, fmt: int) -> int:
 
 @dataclass
 class Rounding:
-    """What ``quantize`` lost. ``sums`` by tensor: of its squares, and of the squares of what rounding took from it."""
+    """The error of ``quantize``. ``sums`` by tensor: of the squares of its values, and of their rounding errors."""
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -98,7 +98,7 @@ class Rounding:
         return math.sqrt(sum(self.sums[name][1] for name in names) / sum(self.sums[name][0] for name in names))
 
     def worst(self, names: Collection[str]) -> str:
-        """The tensor of these with the largest error."""
+        """The tensor with the largest error."""
         return max(names, key=lambda name: self.error([name]))
 
     def __str__(self) -> str:
@@ -109,18 +109,18 @@ class Rounding:
         )
 
 
-def load_weights(native: Any, program: Program, wanted: Wanted, pull: PullWeight) -> list[Array | None]:
-    """Pull every weight of ``program`` in order into ``native``; its ids are the program's. Vectors come back as well.
+def load_weights(native: Any, program: Program, options: WeightOptions, pull: PullWeight) -> list[Array | None]:
+    """Pull every weight of ``program`` into ``native``, in order, under the program's ids. Returns the vectors' values.
 
-    In bfloat16 matrices are rounded to it. In float32 a matrix that is stored in bfloat16 stays so: that is exact, and
-    half as much to read per step. Blocks stay what they are (see ``matrix_format``).
+    In bfloat16 matrices are rounded to it. In float32 a matrix stored in bfloat16 stays in it: that is exact, and a
+    step reads half as much. Blocks keep their format (see ``matrix_format``).
 
     Raises:
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
     rounding = Rounding()
     made = [
-        load_one(native, decl, role, wanted, pull, rounding)
+        load_one(native, decl, role, options, pull, rounding)
         for decl, role in zip(program.weights, roles(program), strict=True)
     ]
     if rounding.sums:
@@ -129,9 +129,9 @@ def load_weights(native: Any, program: Program, wanted: Wanted, pull: PullWeight
 
 
 def load_one(
-    native: Any, decl: WeightDecl, role: Role, wanted: Wanted, pull: PullWeight, rounding: Rounding
+    native: Any, decl: WeightDecl, role: Role, options: WeightOptions, pull: PullWeight, rounding: Rounding
 ) -> Array | None:
-    """Pull one weight into ``native`` and note what it lost in ``rounding``. Returns a vector's values."""
+    """Pull one weight into ``native``; its rounding error is added to ``rounding``. Returns a vector's values."""
     parts = list(pull(decl))
     rows = sum(part.shape[0] for part in parts if part.shape)
     if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
@@ -144,16 +144,16 @@ def load_one(
             )
     if role.kind == "vector":
         values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
-        if wanted.dtype == "bfloat16" and not role.exact:
+        if options.dtype == "bfloat16" and not role.exact:
             values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         native.add_vector(values)
         return values
     kinds = {_kind(part) for part in parts}
     panels = role.kind == "panels"
-    fmt = matrix_format(kinds, wanted, decl, exact=role.exact, panels=panels)
+    fmt = matrix_format(kinds, options, decl, exact=role.exact, panels=panels)
     weight = native.add_matrix(*decl.shape, format=fmt, panels=panels, half=role.half)
-    lossless = keeps_blocks(fmt, kinds, wanted, decl, exact=role.exact, panels=panels)
-    # A pull that does not read a checkpoint may give the parts together.
+    lossless = keeps_blocks(fmt, kinds, options, decl, exact=role.exact, panels=panels)
+    # A pull that does not read a checkpoint may return the parts as one array.
     names = [part.name for part in decl.parts] if len(parts) == len(decl.parts) else [decl.name for _ in parts]
     first = 0
     for part, name in zip(parts, names, strict=True):
@@ -175,7 +175,7 @@ def _kind(part: Array | QuantisedArray) -> str:
 
 
 def chunks(part: Array | QuantisedArray) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about ``_CHUNK_BYTES``, cut where panels are when the part begins with one."""
+    """Ranges of rows of about ``_CHUNK_BYTES``: a multiple of a panel's rows."""
     rows = part.shape[0]
     step = max(1, _CHUNK_BYTES // max(1, part.nbytes // max(1, rows))) // LANES * LANES or LANES
     for lo in range(0, rows, step):
@@ -185,7 +185,7 @@ def chunks(part: Array | QuantisedArray) -> Iterator[tuple[int, int]]:
 def _fill(
     native: Any, weight: int, part: Array | QuantisedArray, lo: int, hi: int, first: int, lossless: bool
 ) -> tuple[float, float]:
-    """Rows ``lo .. hi`` of a part become rows ``first ..``; sums of squares: of numbers rounded, of what that lost."""
+    """Pack rows ``lo .. hi`` of a part as rows ``first ..``. Returns sums of squares: values, errors."""
     if isinstance(part, QuantisedArray):
         some = part.rows(lo, hi)
         if lossless:
@@ -201,17 +201,17 @@ def _fill(
 
 
 def as_bits(array: Array) -> Array:
-    """Contiguous, and bfloat16 as the uint16 that its bits are: what the binding takes."""
+    """A contiguous array, bfloat16 as uint16 bits: what the binding accepts."""
     array = np.ascontiguousarray(array)
     return array.view(np.uint16) if array.dtype == BFLOAT16 else array
 
 
-def planned_formats(program: Program, wanted: Wanted, stored_types: Mapping[str, str]) -> Mapping[int, int]:
-    """Formats to plan memory with: float32 where the files are not known to be bfloat16 or blocks."""
+def planned_formats(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> Mapping[int, int]:
+    """Formats for the memory plan: float32 unless a tensor is known to be stored in bfloat16 or blocks."""
     return {
         decl.id: matrix_format(
             {kind if kind in BLOCK_KINDS else "float32" for kind in (stored_types.get(p.name, "") for p in decl.parts)},
-            wanted, decl, exact=role.exact, panels=role.kind == "panels",
+            options, decl, exact=role.exact, panels=role.kind == "panels",
         )
         for decl, role in zip(program.weights, roles(program), strict=True)
         if len(decl.shape) > 1

@@ -23,7 +23,7 @@ class Batch:
     """Sequences with equally many rows in this step and contexts of similar length, attended in one product.
 
     ``rows`` [n·q] are their rows of the step (a slice when adjacent). ``slots`` [n·L] are the KV slots of the keys;
-    padding points at the zero slot. ``hidden`` [n, 1, q, L] is True where a query may not look.
+    padding points at the zero slot. ``hidden`` [n, 1, q, L] is True for keys that the query must not attend to.
     """
 
     rows: Tensor | slice
@@ -136,12 +136,12 @@ def _in_slices(kernel: Kernel, op: Attention, q: Tensor, k: Tensor, v: Tensor, h
 
 
 def _fused(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """torch's own: scores and softmax in float32; in bfloat16 the weights are rounded before the second product."""
+    """Scores and softmax in float32; with bfloat16 the weights are rounded before the second product."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden, scale=op.scale)
 
 
 def _spelled_out(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """What ``_fused`` does, and softcap and sinks: ``q [n, K, rows, dim_k]``, ``k`` and ``v`` ``[n, K, L, dim]``."""
+    """The same as ``_fused``, with softcap and sinks: ``q [n, K, rows, dim_k]``, ``k`` and ``v`` ``[n, K, L, dim]``."""
     scores = torch.matmul(q.float(), k.float().transpose(2, 3)).mul_(op.scale)
     if op.softcap is not None:
         scores = scores.div_(op.softcap).tanh_().mul_(op.softcap)

@@ -1,4 +1,4 @@
-"""The torch backend: what it offers, what it needs, how it loads."""
+"""The torch backend: its memory plan and loading."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _seconds(x: torch.Tensor, weights: list[torch.Tensor], repeats: int) -> floa
     for _ in range(repeats):
         for weight in weights:
             y = torch.nn.functional.linear(x, weight)
-    y[0, 0].item()  # waits for a device that computes beside this thread
+    y[0, 0].item()  # waits for an asynchronous device
     return time.perf_counter() - start
 
 

@@ -1,4 +1,4 @@
-"""The program's buffers in one step: what each op wrote, until its last reader has run."""
+"""The program's buffers during a step: the output of each op, until its last reader has run."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from truffula.kernels.synchronous import SynchronousExecutable
 
 @dataclass
 class _Step:
-    """What the ops of one step share: the row counts, this step's tensors and the attention plans made so far."""
+    """The tensors of one step that its ops share, and the attention plans made so far."""
 
     inputs: StepInputs
     token_ids: Tensor
@@ -96,7 +96,7 @@ class ReferenceExecutable(SynchronousExecutable):
 
     @torch.inference_mode()
     def run(self) -> None:
-        """One forward pass. Nothing is validated here: programs were, at load."""
+        """One forward pass. Programs are validated at load, not here."""
         step = self._step()
         for index, (call, dead) in enumerate(zip(self._bound, self._dead, strict=True)):
             call(step)

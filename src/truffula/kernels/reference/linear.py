@@ -1,4 +1,4 @@
-"""Products with weights, and what adapters add to them."""
+"""Products with weights, and the deltas of adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from truffula.kernels.reference.weights import Weight, view
 
 @dataclass(frozen=True)
 class Expand:
-    """One site's half of an adapter: shrunk rows number ``shrink`` go to output columns ``lo .. hi``."""
+    """B of one site: adds shrink number ``shrink`` times Bᵀ to output columns ``lo .. hi``."""
 
     shrink: int
     lo: int
@@ -33,7 +33,7 @@ class Expand:
 
 @dataclass(frozen=True)
 class OpAdapter:
-    """One adapter at one op: a shrink for each distinct A, then one expand per slice."""
+    """One adapter at one op: a shrink (x Aᵀ) per distinct A, then an expand (· Bᵀ) per slice."""
 
     shrinks: tuple[Tensor, ...]  # A^T [I, r] float32, transposed views
     expands: tuple[Expand, ...]
@@ -86,7 +86,7 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
     """An adapter's tensors on ``device`` by op index: on the CPU views of its image, which is in float32.
 
     Raises:
-        KernelError: See ``require_served``; and an image that does not hold together.
+        KernelError: See ``require_served``; or the image's table is inconsistent.
     """
     require_served(image, layout)
     shrinks: dict[int, list[Tensor]] = {}

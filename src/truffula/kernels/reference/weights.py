@@ -70,7 +70,7 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
     by part.
 
     Vectors end as float32 (they are small, and every op computes in float32), rounded to the served dtype on the way.
-    Cost: mapped parts cost no memory of their own; converted ones give their source pages back as they go.
+    Cost: mapped parts cost no memory of their own; source pages are released while a part is converted.
     """
     target = torch.float32 if decl.dtype == "float32" else dtype
     arrays = [as_array(part) for part in pull(decl)]

@@ -1,4 +1,4 @@
-// Philox4x32-10: random numbers by address, so that a draw depends on nothing but its own coordinates.
+// Philox4x32-10: a counter-based generator, so that a draw depends on its key and counter only.
 //
 // Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", sec. 3.4 and the Random123 library.
 #pragma once
@@ -19,7 +19,7 @@ constexpr std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> x
   return x;
 }
 
-// In (0, 1), never an end: word 0 of key `seed`, counter (choice, draw, 0, 0), plus a half. Equals philox.py's uniform
+// In the open interval (0, 1): word 0 of key `seed`, counter (choice, draw, 0, 0), plus a half. Equals philox.py's uniform
 // bit for bit: 33 bits fit a double.
 constexpr double philox_uniform(std::uint64_t seed, std::uint32_t choice, std::uint32_t draw) noexcept {
   const auto low = static_cast<std::uint32_t>(seed), high = static_cast<std::uint32_t>(seed >> 32);
