@@ -23,6 +23,7 @@ from truffula.kernels.cpu.formats import (
     panel_bytes,
     panels_of,
 )
+from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import PullWeight, as_array
+from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Linear, Program, WeightDecl
 
