@@ -1,32 +1,28 @@
-"""How fast each native kernel is, beside what the machine allows.
+"""Times each native kernel and compares it with the limits of the machine.
 
     python benchmarks/kernels.py [--rows 1,8,32] [--shape 960x576] [--format Q4_0] [--kernel linear]
     python benchmarks/kernels.py --smoke           # tiny shapes
 
-An op runs alone through an executable, as often as it takes weights (or cached keys) of more than the caches hold, each
-time other ones: so they come from memory, as in a step. Limits are measured in the same run: what the instruction table
-computes at most (loops over registers) and how fast memory, or for ops on rows that were just written the caches, can
-be read. A kernel's limit is the longer of the time its bytes and the time its arithmetic would take at those rates.
+A program repeats one op on different weights (or cached keys), more than the caches hold, so they are read from memory
+as in a step. Limits are measured in the same run: the arithmetic rate of the instruction set (loops over registers)
+and the read rate of memory, or of the caches for ops on rows just written. A kernel's limit is the larger of the times
+that its bytes and its arithmetic take at these rates.
 Needs the C++ compiler that compiled the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from comparison.limits import Limits, Raw, Timed, compile_rates
 from comparison.repeated_op import IDS, Repeated, head, repeated_attention, repeated_linear, repeated_norm
 from truffula.bench.step import read_rate
 from truffula.cli.doctor import cpu_name
@@ -42,19 +38,12 @@ from truffula.testing.programs import Part, attach, fill_step, random_adapter
 FORMATS = ("float32", "bfloat16", "Q8_0", "Q4_0", "Q4_1", "Q5_0")
 KERNELS = ("linear", "lora", "attention", "norm", "head", "sampler")
 BLOCK = 16
-ROOT = Path(__file__).resolve().parents[1]
-# the flags of CMakeLists.txt for each instruction set
-FLAGS = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
-FLAGS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-FLAGS["avx512vnni"] = [*FLAGS["avx512"], "-mavx512vnni"]
-FLAGS["avx512bf16"] = [*FLAGS["avx512vnni"], "-mavx512bf16"]
-FLAGS["amx"] = [*FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 
 
 @dataclass(frozen=True)
 class KernelBench:
-    """What is asked for. Defaults are SmolLM2-135M's; ``cold`` bytes are more than caches hold, ``seconds`` the least
-    time per figure, ``lora_format`` what LoRA is measured on."""
+    """The options. Defaults are the shapes of SmolLM2-135M; ``cold`` bytes exceed the caches, and a figure takes at
+    least ``seconds``."""
 
     shapes: tuple[tuple[int, int], ...] = ((960, 576), (576, 576), (3072, 576), (576, 1536))
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128, 512)
@@ -86,14 +75,14 @@ class KernelBench:
 TOY = KernelBench(
     shapes=((48, 32),), rows=(1, 3), vocab=70, heads=(4, 2, 8), context=20, cold=1 << 12, seconds=0.001, rank=4
 )
-"""Does it run at all?"""
+"""Sizes for a smoke test."""
 
 
 def bench_of(rows: str, shapes: Sequence[str], formats: str, kernels: str, *, tiny: bool) -> KernelBench:
-    """From the command line's words; an empty one leaves the default.
+    """The options of a command line; an empty one keeps the default.
 
     Raises:
-        ConfigError: A word that is no number, shape, format or kernel.
+        ConfigError: An invalid number, shape, format or kernel.
     """
     given: dict[str, Any] = {}
     try:
@@ -115,66 +104,6 @@ def bench_of(rows: str, shapes: Sequence[str], formats: str, kernels: str, *, ti
     return replace(TOY if tiny else KernelBench(), **given)
 
 
-@dataclass(frozen=True)
-class Raw:
-    """What was timed. ``ops``: those of the format's arithmetic, those in float32. ``rate``: bytes a second of the
-    caches that hold what is read, None where it comes from memory."""
-
-    kernel: str
-    shape: str
-    format: str
-    rows: int
-    us: float
-    nbytes: int
-    ops: tuple[float, float]
-    rate: float | None
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One line. ``us``: the least time of an op; ``limit_us``: what the measured rates allow; ``share`` of it."""
-
-    kernel: str
-    shape: str
-    format: str
-    rows: int
-    us: float
-    gb_per_s: float
-    gop_per_s: float
-    limit_us: float
-    bound: str
-    share: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of the table and the machine: operations a second by kind, bytes a second with one thread and with all."""
-
-    float_peak: float
-    pair_peak: float
-    byte_peak: float
-    word_peak: float
-    read_one: float
-    read_all: float
-
-    def peak_of(self, stored: str) -> float:
-        """What products with matrices in this format may reach."""
-        if stored in BLOCK_KINDS:
-            return self.word_peak if stored == "Q8_0" and self.word_peak else self.byte_peak
-        return self.pair_peak if stored == "bfloat16" and self.pair_peak else self.float_peak
-
-    def hold(self, raw: Raw) -> Timed:
-        """What was timed, beside its limit."""
-        read = raw.nbytes / (raw.rate or self.read_all) * 1e6
-        compute = (raw.ops[0] / self.peak_of(raw.format) + raw.ops[1] / self.float_peak) * 1e6
-        bound = "arithmetic" if compute > read else "memory" if raw.rate is None else "cache"
-        limit = max(read, compute)
-        return Timed(
-            raw.kernel, raw.shape, raw.format, raw.rows, raw.us, raw.nbytes / raw.us / 1e3, sum(raw.ops) / raw.us / 1e3,
-            limit, bound, limit / raw.us,
-        )  # fmt: skip
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", help="rows, separated by commas")
@@ -192,20 +121,6 @@ def main() -> None:
     except TruffulaError as error:
         fail(error)
         sys.exit(1)
-
-
-def _compiled_rates(isa: str) -> Any:
-    """native/rates.cpp, compiled for ``isa`` and loaded."""
-    sources = [str(ROOT / "benchmarks/native/rates.cpp"), "-I", str(ROOT / "src/truffula/kernels/cpu/native")]
-    with tempfile.TemporaryDirectory() as folder:
-        library = str(Path(folder, "rates.so"))
-        command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O3", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([*command, *FLAGS[isa], *sources, "-o", library], check=True)
-        loaded = ctypes.CDLL(library)
-    loaded.truffula_peak_rate.restype = loaded.truffula_read_rate.restype = ctypes.c_double
-    loaded.truffula_peak_rate.argtypes = [ctypes.c_int32, ctypes.c_int32]
-    loaded.truffula_read_rate.argtypes = [ctypes.c_int32, ctypes.c_int64]
-    return loaded
 
 
 def run(bench: KernelBench, *, isa: str, threads: int | None, as_json: bool) -> None:
@@ -244,18 +159,18 @@ def run(bench: KernelBench, *, isa: str, threads: int | None, as_json: bool) -> 
 
 
 class _Bencher:
-    """Loads one program after another and times its ops. ``limits`` are measured first, and bettered at the end."""
+    """Loads programs and times their ops. ``limits`` are measured before and after; the higher rates count."""
 
     def __init__(self, bench: KernelBench, backend: CpuBackend, threads: int) -> None:
         self.bench, self.backend, self.threads = bench, backend, threads
         self.isa = backend.isa
-        self.native = _compiled_rates(self.isa)
+        self.native = compile_rates(self.isa)
         self.limits = self._measured()
 
     def _measured(self) -> Limits:
         peaks = [self.native.truffula_peak_rate(kind, self.threads) for kind in range(4)]
         size = max(self.bench.cold, 1 << 16)
-        # The better of two ways to read: a limit must not be one program's weakness.
+        # The faster of two implementations, as a limit must not be too low.
         one, every = (max(self.native.truffula_read_rate(n, size), read_rate(n, size)) for n in (1, self.threads))
         return Limits(peaks[0], peaks[1], peaks[2], peaks[3], one, every)
 
@@ -267,7 +182,7 @@ class _Bencher:
         made = [raw for kernel in self.bench.kernels for raw in run[kernel]()]
         before, again = asdict(self.limits), asdict(self._measured())
         self.limits = Limits(**{name: max(rate, again[name]) for name, rate in before.items()})
-        return [self.limits.hold(raw) for raw in made]
+        return [self.limits.compare(raw) for raw in made]
 
     # --- the kernels --------------------------------------------------------------------------------------------------
 
@@ -395,7 +310,7 @@ class _Bencher:
         return self._least(executable.run) / made.count
 
     def _least(self, work: Callable[[], object]) -> float:
-        work()  # what is allocated by the first run is not part of any
+        work()  # the first run allocates memory
         best, begun, runs = float("inf"), time.perf_counter(), 0
         while runs < 3 or time.perf_counter() - begun < self.bench.seconds:
             before = time.perf_counter()
@@ -407,14 +322,14 @@ class _Bencher:
         self, kernel: str, shape: str, stored: str, rows: int, us: float, nbytes: int, ops: tuple[float, float],
         *, cached: bool = False,
     ) -> Raw:  # fmt: skip
-        """``cached``: the bytes were just written, and are read from where so many find room."""
+        """``cached``: the bytes were just written, and are read from the cache that holds this many."""
         size = min(max(nbytes, 1 << 14), 1 << 26)
         rate = self.native.truffula_read_rate(self.threads, size) if cached else None
         return Raw(kernel, shape, stored, rows, us, nbytes, ops, rate)
 
 
 def _packed(outputs: int, inputs: int, stored: str) -> int:
-    """Bytes of a weight as products read it."""
+    """Bytes of a packed weight."""
     kind = BLOCK_KINDS.get(stored, F32 if stored == "float32" else BF16)
     return panels_of(outputs) * panel_bytes(kind, inputs)
 
