@@ -1,6 +1,6 @@
-// Steps of a small program without Python, with everything a step has: prefill, long contexts in partitions, adapters, a
-// quantised product, sampling. What must hold: once the largest step has been seen nothing is allocated; every step of a
-// kind gives the same bits, whatever ran between; a table with a fault is found. Thread sanitizer sees what threads share.
+// Runs steps of a small program without Python: prefill, long contexts in partitions, adapters, a quantised product,
+// sampling. Checks that nothing is allocated after the largest step, and that equal steps give equal bits, whatever ran
+// between and with any number of threads. Thread sanitizer checks the accesses of the threads.
 #include <array>
 #include <atomic>
 #include <cstdio>
@@ -61,7 +61,7 @@ int32_t add_matrix(Executable& e, int64_t outputs, int64_t inputs, int32_t forma
   return id;
 }
 
-// Two threads' worth of everything: the table and ops 3 and 6 take adapters.
+// A program with every op. The table and ops 3 and 6 take adapters.
 void add_program(Executable& e) {
   int64_t at = 0;
   const int64_t strides[] = {64, 64, 128, 16, 64, 64, kVocab};
@@ -94,7 +94,7 @@ void add_program(Executable& e) {
 
 constexpr int64_t kArena = (64 + 64 + 128 + 16 + 64) * kTokens + (64 + kVocab) * kLogitRows;
 
-// The arrays of steps, as Python's StepInputs has them.
+// The arrays of StepInputs (kernels/inputs.py).
 struct Inputs {
   std::array<int32_t, kTokens> token_ids{}, position{}, rope_pos{}, slots{}, logit_rows{};
   std::array<int32_t, kSeqs * kTable> tables{};
@@ -110,7 +110,7 @@ struct Inputs {
             kv_len.data(), seg.data(), seg_r.data(), weight.data(), logit_rows.data()};
   }
 
-  // Sequences of so many rows behind contexts of so many keys; the first two have an adapter each.
+  // A step of sequences with `rows` rows after `contexts` keys; the first two have an adapter each.
   void fill(const std::array<int32_t, kSeqs>& rows, const std::array<int32_t, kSeqs>& contexts, int32_t slot) {
     counts = {0, kSeqs, kSeqs, 2};
     for (int32_t n = 0; n < kSeqs; ++n) {
@@ -135,7 +135,7 @@ struct Inputs {
   }
 };
 
-// An adapter at the table and at ops 3 and 6, as kernels/cpu/pack.py makes it; `image` keeps its bytes.
+// Adds an adapter at the table and at ops 3 and 6, packed as by kernels/cpu/pack.py; `image` owns its bytes.
 int32_t add_adapter(Executable& e, int64_t rank, Memory& image) {
   const int64_t place = 64 * 4 * 64 * 8;  // bytes, for any tensor of these
   image = Memory(static_cast<size_t>(6 * place));
@@ -160,7 +160,7 @@ int32_t add_adapter(Executable& e, int64_t rank, Memory& image) {
   return e.add_adapter(table.data(), static_cast<int64_t>(rows.size()), image.data(), static_cast<int64_t>(image.size()));
 }
 
-// One sequence of each way to choose. Each step draws the same token of it again.
+// Sequences with different sampling parameters. Every step draws the same token of each again.
 struct Sampling {
   std::array<int32_t, kSeqs> row_slot{0, 1, 2, 3}, target{-1, -1, -1, -1}, mask_row{-1, -1, 0, -1};
   std::array<uint32_t, kSeqs> draw{0, 3, 0, 0};
@@ -205,8 +205,8 @@ void step(Executable& e, const Inputs& inputs, Sampling& sampling, Outcome& outc
   outcome.ids = sampling.ids;
 }
 
-// How many allocations `rounds` steps made after the first of each kind; below 0 when two alike differed. `hash`: of
-// what each kind gave, the same with any threads, and in all tables with fused products.
+// Returns the number of allocations in `rounds` steps after two of each kind, or -1 when equal steps differed. `hash`
+// is that of the results, which is the same with any number of threads and in all tables with fused products.
 long drive(const char* table, int threads, int rounds, uint64_t& hash) {
   Executable e(table, threads, kCapacity, kBF16, 1, false);
   add_program(e);
@@ -229,7 +229,7 @@ long drive(const char* table, int threads, int rounds, uint64_t& hash) {
     const auto kind = static_cast<size_t>(round % 3);
     inputs.fill(kinds[kind][0], kinds[kind][1], slot);
     step(e, inputs, sampling, round < 6 ? first[kind] : now);
-    // The second round of each kind reads keys that the first wrote: from then on nothing changes.
+    // From the second step of each kind on, all keys have been written and results must not change.
     if (round >= 6 && std::memcmp(&now, &first[kind], sizeof now) != 0) return -1;
   }
   const long made = allocations.load() - before;
@@ -250,13 +250,13 @@ int main(int count, char** arguments) {
     const int threads = 1 << i;
     const long made = truffula::drive(table, threads, rounds, hashes[i]);
     if (made != 0) {
-      std::printf(made < 0 ? "%d threads: a step gave other bits than one like it\n"
+      std::printf(made < 0 ? "%d threads: equal steps gave different bits\n"
                            : "%d threads: %ld allocations in %d steps\n", threads, made, rounds);
       return 1;
     }
   }
   if (hashes[1] != hashes[0] || hashes[2] != hashes[0]) {
-    std::puts("other bits with other threads");
+    std::puts("the bits depend on the number of threads");
     return 1;
   }
   std::printf("done: %s %016llx\n", table, static_cast<unsigned long long>(hashes[0]));

@@ -1,4 +1,4 @@
-// Ops on the numbers of numbered cases, for table_driver.cpp: shapes and options follow from the number.
+// Test cases for table_driver.cpp: the number of a case determines its shape, options and values.
 #pragma once
 
 #include <sys/mman.h>
@@ -18,7 +18,7 @@
 
 namespace truffula {
 
-// An array whose last byte is followed by memory that nobody may touch.
+// An array that ends at an unmapped page.
 class Guarded {
  public:
   explicit Guarded(size_t bytes) {
@@ -45,10 +45,11 @@ class Guarded {
 using Array = std::shared_ptr<Guarded>;
 inline Array array_of(int64_t bytes) { return std::make_shared<Guarded>(static_cast<size_t>(bytes)); }
 
-// Numbers that are the same on every machine. `wild`: of all sizes, with zeros, denormals, infinities and NaN among them.
+// Pseudo-random numbers, the same on every machine. `wild`: of all magnitudes, with zeros, denormals, infinities and
+// NaN.
 struct Numbers {
   uint32_t state;
-  bool wild = false, half = false;  // half: such as bfloat16 holds
+  bool wild = false, half = false;  // half: rounded to bfloat16
 
   uint32_t bits() { return (state = state * 1664525u + 1013904223u) >> 8; }
   int32_t below(int32_t end) { return static_cast<int32_t>(bits() % static_cast<uint32_t>(end)); }
@@ -70,7 +71,7 @@ struct Numbers {
   }
 };
 
-// Rows that end where no memory is, `apart` floats from one to the next. The floats between rows hold a mark.
+// Rows in a guarded array, `apart` floats from one to the next. The floats between rows hold a mark.
 constexpr float kMark = -77.25f;
 struct RowArray {
   Array memory;
@@ -92,7 +93,7 @@ struct RowArray {
     return made;
   }
   Rows rows() const { return {memory->floats(), apart}; }
-  // The rows one behind the other; one number more when something wrote between them.
+  // The rows, concatenated; with one more number when the floats between them were overwritten.
   std::vector<float> taken() const {
     std::vector<float> all;
     bool spilt = false;
@@ -111,8 +112,8 @@ struct Case {
   std::function<std::vector<float>(const Kernels&)> run;
 };
 
-// `exact`: equal bits in every table; `rounds`: some results are rounded to bfloat16; `tiles`: a table of tiles sums in an
-// order of its own.
+// `exact`: equal bits in every table; `rounds`: some results are rounded to bfloat16; `tiles`: a table of tiles sums in
+// an order of its own.
 struct Op {
   const char* name;
   int32_t cases;

@@ -1,8 +1,8 @@
-// Every op of every instruction table that the machine has, in many shapes, without Python: one static program, so that
-// it runs where little else does, such as in an emulator of another processor (CONTRIBUTING.md). What must hold: tables
-// with fused products give equal bits, the portable one (and tiles, of bfloat16) what their roundings allow; nobody reads
-// or writes beyond a row's end (arrays end where no memory is); the start-up choice finds no fault. Each op's line ends
-// with a hash of what the first fused table made, to be compared between machines.
+// Compares every op of every instruction table of the machine, in many shapes. One static program without Python, so
+// that it runs in an emulator of another processor too (CONTRIBUTING.md). Tables with fused products must give equal
+// bits; the portable table, and tiles with bfloat16, may differ by rounding. No kernel may access memory after a row's
+// end: arrays end at an unmapped page. The hash of each op's results by the first fused table can be compared between
+// machines.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -20,7 +20,7 @@ namespace {
 
 bool equal_bits(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0 || (a != a && b != b); }
 
-// What one table made of an op's cases, against another's.
+// The differences of one table's results from another's.
 struct Tally {
   long cases = 0, unequal = 0;
   double worst = 0.0;  // of a case's largest difference, by its largest number
@@ -49,10 +49,10 @@ uint64_t hashed(uint64_t hash, const std::vector<float>& numbers) {
   return hash;
 }
 
-// Without fused products, and in bfloat16 a last place more where a sum lies between two.
+// For tables without fused products; larger in bfloat16, where a rounding may go the other way.
 double tolerance(const Op& op) { return op.rounds ? 0.02 : 1e-4; }
 
-// Whether a table's sums of an op may differ from the others' in their last places.
+// Whether a table's results of an op may differ from the others' by rounding.
 bool rounds_its_way(const Op& op, const Kernels& table) {
   return !op.exact && (&table == &kPortable || (op.tiles && table.pairs == kPairsByTiles));
 }
@@ -81,7 +81,7 @@ bool check(const Op& op, const std::vector<const Kernels*>& tables, const Kernel
   return right;
 }
 
-// The table that others are compared with: the plainest of those with fused products, or all there is.
+// The table that others are compared with: avx2, or the first where there is no avx2.
 const Kernels* fused_table() {
   for (const Kernels* table : tables())
     if (std::string(table->name) == "avx2") return table;

@@ -1,5 +1,5 @@
-// Many jobs of many phases on plain numbers: what one phase writes the next reads, whoever does which chunk. Thread
-// sanitizer sees whatever the team does not order; without it, wrong sums end the program, and a lost wake-up hangs it.
+// Runs jobs of many phases on non-atomic numbers that one phase writes and the next reads. Thread sanitizer reports
+// accesses that the team does not order; without it, wrong sums fail the program and a lost wake-up hangs it.
 #include "team.h"
 
 #include <cstdio>
@@ -14,7 +14,7 @@ struct Job {
   int32_t chunks = 0;
 };
 
-// Even phases add one to each number, chunk by chunk; odd ones have a single chunk, which adds them up.
+// Even phases add one to each number, one per chunk; odd phases have a single chunk, which compares the numbers.
 void work(void* context, int32_t phase, int32_t chunk, int) {
   Job& job = *static_cast<Job*>(context);
   if (phase % 2 == 0) {
@@ -24,7 +24,7 @@ void work(void* context, int32_t phase, int32_t chunk, int) {
   for (int32_t i = 1; i < job.chunks; ++i) job.wrong += job.numbers[static_cast<size_t>(i)] != job.numbers[0];
 }
 
-// `jobs` jobs, each with another number of phases and chunks. False when a sum was wrong.
+// Runs `jobs` jobs with varying numbers of phases and chunks. False when a number was wrong.
 bool drive(int threads, int jobs, int most_phases) {
   truffula::Team team(threads);
   for (int i = 0; i < jobs; ++i) {
@@ -54,7 +54,7 @@ int main(int count, char** arguments) {
       std::printf("%d threads: a phase did not see the one before it\n", threads);
       return 1;
     }
-  // Made and gone after no, one or a few jobs: who sleeps behind one must hear of the end.
+  // Teams that end after zero or a few jobs: sleeping threads must be woken.
   for (int i = 0; i < jobs; ++i)
     if (!drive(1 + i % 4, i % 5, 3)) return 1;
   std::puts("done");

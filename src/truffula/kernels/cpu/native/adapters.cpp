@@ -1,4 +1,5 @@
-// Adapters: added without a copy, and applied in a step. Every number of an image is checked before it becomes a pointer.
+// Adapters: added without a copy, and applied in a step. Every number of an image is checked before it becomes a
+// pointer.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -129,7 +130,8 @@ void Executable::drop_adapter(int32_t slot) {
           "adapter slot is not in use");
   adapters_[static_cast<size_t>(slot)].reset();
   free_slots_.push_back(slot);
-  // Memory beyond the planned rank was charged to the adapters that need it: release it. It is allocated again for others.
+  // Memory beyond the planned rank was charged to the adapters that need it: release it. It is allocated again for
+  // others.
   const auto planned = static_cast<size_t>(kPlannedRank) * std::max(capacity_.max_tokens, capacity_.max_logit_rows);
   if (h_.size() > planned) std::vector<float>().swap(h_);
 }

@@ -139,8 +139,8 @@ static void softmax_weights(const View* v, int row, int from, int block_lo, int 
   v->part_sum[row] = sum_of(sum);
 }
 
-// Adds one key's value to MR rows. Rows that do not attend to the key are skipped: their weight is zero, but the value may
-// be infinite, and 0 * inf is NaN.
+// Adds one key's value to MR rows. Rows that do not attend to the key are skipped: their weight is zero, but the value
+// may be infinite, and 0 * inf is NaN.
 template <int MR, int ND, bool ALL>
 TF_INLINE void add_key(V (&acc)[MR][ND], const View* v, int row, int number, const float* w, const V (&value)[ND]) {
   for (int r = 0; r < MR; ++r) {
@@ -153,8 +153,8 @@ TF_INLINE void add_key(V (&acc)[MR][ND], const View* v, int row, int number, con
   }
 }
 
-// part[row, d ..] = sum over keys lo .. hi of weight * value, for MR rows and 16 ND columns. All rows attend to most keys;
-// at both ends are keys that only some rows attend to.
+// part[row, d ..] = sum over keys lo .. hi of weight * value, for MR rows and 16 ND columns. All rows attend to most
+// keys; at both ends are keys that only some rows attend to.
 template <int MR, int ND, int FORMAT>
 static void sum_values(const View* v, int row, int from, int lo, int hi, int d) {
   const int size = v->c->cache.block_size;

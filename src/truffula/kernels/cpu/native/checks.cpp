@@ -1,5 +1,5 @@
-// Checks of an op: its buffers have the rows it needs, its widths agree, and its ids exist. After them no program can make
-// a step read or write outside the arena.
+// Checks of an op: its buffers have the rows it needs, its widths agree, and its ids exist. After them no program can
+// make a step read or write outside the arena.
 #include <stdexcept>
 
 #include "executable.h"

@@ -23,7 +23,8 @@ struct Features {
   bool avx2 = false, avx512 = false, vnni = false, bf16 = false, amx = false;
 };
 
-// Linux lets a process use tiles after it has requested their 8 KB of state (ARCH_REQ_XCOMP_PERM in arch/x86/include/uapi).
+// Linux lets a process use tiles after it has requested their 8 KB of state (ARCH_REQ_XCOMP_PERM in
+// arch/x86/include/uapi).
 bool tiles_granted() {
 #if defined(TRUFFULA_AMX) && defined(__linux__)
   constexpr int kRequest = 0x1023, kTileData = 18;

@@ -38,8 +38,8 @@ struct StepCounts {
 // Throws std::invalid_argument when a number is out of range or products of two of them overflow.
 void check_capacity(const Capacity& capacity);
 
-// Not thread-safe. Built in this order: buffers, weights, ops, sites; then `seal`. Every argument is checked: a method that
-// throws std::invalid_argument has changed nothing.
+// Not thread-safe. Built in this order: buffers, weights, ops, sites; then `seal`. Every argument is checked: a method
+// that throws std::invalid_argument has changed nothing.
 class Executable {
  public:
   Executable(const std::string& isa, int threads, const Capacity& capacity, int32_t kv_format, int32_t groups,
@@ -49,7 +49,8 @@ class Executable {
   void add_buffer(const Buffer& buffer);
   int32_t add_vector(const float* values, int64_t count);
   int32_t add_matrix(int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half);
-  // Fills rows first .. first + rows. Returns the error of rounding this part to a quantised format, 0 for other formats.
+  // Fills rows first .. first + rows. Returns the error of rounding this part to a quantised format, 0 for other
+  // formats.
   Rounding fill_matrix(int32_t weight, const Source& source, int64_t rows, int64_t first);
   void add(Op op);
   void seal(const StepArrays& arrays, int64_t arena_floats, int32_t logits_buffer, int64_t vocab);
@@ -59,8 +60,8 @@ class Executable {
   const float* logits_row(int32_t row) const { return row_of(buffers_[static_cast<size_t>(logits_)], row); }
   int64_t logits_stride() const { return buffers_[static_cast<size_t>(logits_)].stride; }
   int32_t logit_rows() const { return counts_.R; }
-  // `begin_sample` checks `args` (at least R rows) and returns the width of `out`; then `sample` draws or scores an id for
-  // each row of the last run's logits.
+  // `begin_sample` checks `args` (at least R rows) and returns the width of `out`; then `sample` draws or scores an id
+  // for each row of the last run's logits.
   int32_t begin_sample(const SampleArgs& args);
   void sample(const SampleArgs& args, const SampleOut& out);
   Sampler& sampler();
@@ -70,8 +71,8 @@ class Executable {
   // Adapters
   // Binds a site to output columns of an op: once per site, before `seal`.
   void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs);
-  // Adds an adapter in panels (kernels/cpu/pack.py) and returns its slot. Not copied: the caller keeps `data` in place until
-  // `drop_adapter`.
+  // Adds an adapter in panels (kernels/cpu/pack.py) and returns its slot. Not copied: the caller keeps `data` in place
+  // until `drop_adapter`.
   int32_t add_adapter(const int64_t* table, int64_t parts, const uint8_t* data, int64_t bytes);
   void drop_adapter(int32_t slot);
 

@@ -33,7 +33,8 @@ TF_INLINE I flip_signs(I a) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((ch
 TF_INLINE I up16(I a, int n) { return {_mm512_slli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down16(I a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm512_srai_epi32(a.v, (unsigned)n)}; }
-// Without this barrier gcc turns the chain of sums into a tree, keeps all products live, and spills dozens of registers.
+// Without this barrier gcc turns the chain of sums into a tree, keeps all products live, and spills dozens of
+// registers.
 TF_INLINE I in_order(I a) {
 #if !defined(TRUFFULA_EMULATED_SET)  // there it is two registers
   asm("" : "+v"(a.v));
@@ -84,7 +85,8 @@ TF_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or
 TF_INLINE I up16(I a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
 TF_INLINE I down16(I a, int n) { return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)}; }
 TF_INLINE I down32(I a, int n) { return {_mm256_srai_epi32(a.lo, n), _mm256_srai_epi32(a.hi, n)}; }
-// Without this barrier gcc turns the chain of sums into a tree, keeps all products live, and spills dozens of registers.
+// Without this barrier gcc turns the chain of sums into a tree, keeps all products live, and spills dozens of
+// registers.
 TF_INLINE I in_order(__m256i lo, __m256i hi) {
   asm("" : "+x"(lo), "+x"(hi));
   return {lo, hi};

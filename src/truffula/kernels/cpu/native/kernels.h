@@ -1,5 +1,5 @@
-// The kernel table of an instruction set. Plain C structs only: tables are compiled with different instruction sets, and
-// the linker must not merge code between them (so no inline functions with external linkage, no std::).
+// The kernel table of an instruction set. Plain C structs only: tables are compiled with different instruction sets,
+// and the linker must not merge code between them (so no inline functions with external linkage, no std::).
 #pragma once
 
 #include <stddef.h>
@@ -20,9 +20,9 @@ constexpr int kPartitionKeys = 512;
 constexpr int kBlock = 32;
 
 // How values are stored in lines of 64 bytes. F32: one input of 16 outputs per line. BF16: inputs 2k and 2k + 1 of 16
-// outputs, interleaved. Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes; kQ4_0
-// and kQ4_1: 4 lines whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: the same and a line of fifth
-// bits). After all blocks of a panel: 16 float16 scales per block, followed in kQ4_1 by 16 float16 minimums.
+// outputs, interleaved. Quantised: per block of 32 inputs, lines of 4 inputs of 16 outputs (kQ8_0: 8 lines of bytes;
+// kQ4_0 and kQ4_1: 4 lines whose low nibbles are inputs 0 .. 15 and high ones 16 .. 31; kQ5_0: the same and a line of
+// fifth bits). After all blocks of a panel: 16 float16 scales per block, followed in kQ4_1 by 16 float16 minimums.
 enum Format : int32_t { kF32 = 0, kBF16 = 1, kQ8_0 = 2, kQ4_0 = 3, kQ4_1 = 4, kQ5_0 = 5 };
 static constexpr bool is_quantised(int32_t format) { return format > kBF16; }
 
@@ -56,8 +56,8 @@ struct Rows {
 };
 
 // Adds h [hi - lo, rank] (scaled) times B to rows lo .. hi. Panel i of `b` is added to panel first + i * step of the
-// product. `max_hi` is the largest hi up to this delta of a list, `min_lo` the smallest lo from this one on: both ascend,
-// so the deltas of given rows are found by bisection.
+// product. `max_hi` is the largest hi up to this delta of a list, `min_lo` the smallest lo from this one on: both
+// ascend, so the deltas of given rows are found by bisection.
 struct Delta {
   const float* h;
   int64_t h_stride;
@@ -148,8 +148,9 @@ struct AttentionCall {
   float scale, softcap;
 };
 
-// Query rows t .. t + count of one sequence, from position `position` on. With `parts`: `attend` computes partition number
-// `part` alone and writes its result there; `merge_parts` reads it there, followed by those of the later partitions.
+// Query rows t .. t + count of one sequence, from position `position` on. With `parts`: `attend` computes partition
+// number `part` alone and writes its result there; `merge_parts` reads it there, followed by those of the later
+// partitions.
 struct AttentionItem {
   const int32_t* table;
   int32_t t, count, position, kv_head;
@@ -174,8 +175,8 @@ struct EmbedCall {
   int32_t num_deltas;
 };
 
-// Whether products of bfloat16 matrices read x as bfloat16 pairs where it holds such values, and in which order they sum:
-// that of the products without pairs, or that of tiles.
+// Whether products of bfloat16 matrices read x as bfloat16 pairs where it holds such values, and in which order they
+// sum: that of the products without pairs, or that of tiles.
 enum Pairs : int32_t { kNoPairs = 0, kPairsInOrder = 1, kPairsByTiles = 2 };
 
 struct Kernels {

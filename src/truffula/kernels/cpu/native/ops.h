@@ -54,9 +54,9 @@ struct Weight {
   }
 };
 
-// Ops as plain data. `fields` names each member as kernels/program.py does. The binding (module.cpp) is generated from these
-// names, and a test compares them with the Python classes. For a field with a fixed set of words `fields` gives the words,
-// in the order of their numbers.
+// Ops as plain data. `fields` names each member as kernels/program.py does. The binding (module.cpp) is generated from
+// these names, and a test compares them with the Python classes. For a field with a fixed set of words `fields` gives
+// the words, in the order of their numbers.
 struct Optional {};
 constexpr Optional kOptional;  // marks a Ref that may be absent
 
@@ -202,8 +202,8 @@ struct AdapterPlace {
   int64_t first = 0, outputs = 0;
 };
 
-// An adapter at one op: each shrink computes some columns of h = scale * x A^T (the rank is padded to whole panels), then
-// each expand adds h B^T to some panels. At an embedding x A^T is a row of A, which is stored as rows [V, rank].
+// An adapter at one op: each shrink computes some columns of h = scale * x A^T (the rank is padded to whole panels),
+// then each expand adds h B^T to some panels. At an embedding x A^T is a row of A, which is stored as rows [V, rank].
 struct AdapterShrink {
   Packed a;
   float scale;

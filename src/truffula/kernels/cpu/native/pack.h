@@ -53,19 +53,20 @@ constexpr int64_t stored_block_bytes(Stored type) {
   }
 }
 
-// Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not written.
+// Packs rows row_lo .. row_hi of `source` as outputs first + row_lo .. of the panels at `to`. Other lanes are not
+// written.
 void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
                const PanelOrder& order);
 
-// The error of rounding to a quantised format: sums of the squares of the values and of their errors. `overflow`: a scale
-// exceeded float16.
+// The error of rounding to a quantised format: sums of the squares of the values and of their errors. `overflow`: a
+// scale exceeded float16.
 struct Rounding {
   double squares = 0.0, lost = 0.0;
   bool overflow = false;
 };
 
-// Whether `from` can be packed in the quantised `format`: numbers in kQ8_0 only; blocks, without loss, in their own format,
-// and those without a minimum in kQ8_0 too.
+// Whether `from` can be packed in the quantised `format`: numbers in kQ8_0 only; blocks, without loss, in their own
+// format, and those without a minimum in kQ8_0 too.
 bool packs_as(Stored from, int32_t format);
 
 // `pack_rows` for a quantised format; inputs are whole blocks.

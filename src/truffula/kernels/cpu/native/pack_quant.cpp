@@ -15,7 +15,8 @@ struct Block {
   int8_t q[kBlock];
 };
 
-// Rounds as ggml does (quantize_row_q8_0_ref): values are divided by the unrounded scale, and halves round away from zero.
+// Rounds as ggml does (quantize_row_q8_0_ref): values are divided by the unrounded scale, and halves round away from
+// zero.
 void round_block(const float* x, Block& to, Rounding& rounding) {
   float most = 0.0f;
   for (int k = 0; k < kBlock; ++k) most = std::fmax(most, std::fabs(x[k]));

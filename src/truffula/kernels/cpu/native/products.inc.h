@@ -2,7 +2,8 @@
 // result depends neither on the other rows nor on its place among them.
 //   Rows that hold bfloat16 values: one accumulator, k ascending (AMX has its own order, see tiles.inc.h).
 //   Rows in float32: one accumulator per kSumInputs inputs, k ascending; the partial sums are added in ascending order.
-// Rounding errors grow with the length of a chain: a single chain over all inputs has errors two to four times as large.
+// Rounding errors grow with the length of a chain: a single chain over all inputs has errors two to four times as
+// large.
 #pragma once
 
 #include "prefetch.h"
@@ -28,8 +29,8 @@ TF_INLINE void prefetch(const uint8_t* data, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at, 0, 2);
 }
 
-// Reads MR rows through a pointer to every third one. With a pointer per row gcc spills them to the stack; with an array
-// of pointers it does not keep a tile's sums in registers.
+// Reads MR rows through a pointer to every third one. With a pointer per row gcc spills them to the stack; with an
+// array of pointers it does not keep a tile's sums in registers.
 template <int MR, class T>
 struct RowsAt {
   const T *a, *b, *c, *d;

@@ -1,6 +1,6 @@
 // Products with quantised matrices: integers within a block of 32 inputs, float32 across blocks. Each row of x is first
-// quantised to 8 bits, block by block. The integer sum of a block is exact with any instruction set; blocks are added in
-// ascending order to one accumulator. So a row's result depends on that row alone.
+// quantised to 8 bits, block by block. The integer sum of a block is exact with any instruction set; blocks are added
+// in ascending order to one accumulator. So a row's result depends on that row alone.
 #pragma once
 
 #include "prefetch.h"
@@ -10,8 +10,8 @@
 namespace truffula {
 namespace {
 
-// The head of a block of a quantised row of x, before its 32 values. `correction` is the start value of the block's sums
-// (int32: minus the weights' offset times the sum of the values), or for kQ4_1 scale * sum (float).
+// The head of a block of a quantised row of x, before its 32 values. `correction` is the start value of the block's
+// sums (int32: minus the weights' offset times the sum of the values), or for kQ4_1 scale * sum (float).
 struct BlockHead {
   float scale;
   int32_t correction;
@@ -40,8 +40,8 @@ TF_INLINE BlockHead head_of(const uint8_t* block) {
   return head;
 }
 
-// Sums of a block with 8-bit weights. With an 8-bit dot product: (q + 128) * x, starting at -128 * sum(x). Without: q in
-// the upper byte of 16 bits times x in 16 bits, which gives 256 times the sum and fits 32 bits.
+// Sums of a block with 8-bit weights. With an 8-bit dot product: (q + 128) * x, starting at -128 * sum(x). Without: q
+// in the upper byte of 16 bits times x in 16 bits, which gives 256 times the sum and fits 32 bits.
 template <int MR, int NP>
 TF_INLINE void byte_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, const uint8_t* lines, int64_t panel_bytes) {
 #pragma GCC unroll 8
@@ -91,8 +91,8 @@ TF_INLINE void nibbles_of(I* low, I* high, const uint8_t* lines, int j) {
   }
 }
 
-// Sums of a block with weights 0 .. 15 (kQ5_0: 0 .. 31). Without an 8-bit dot product pairs are summed in 16 bits, which
-// hold 8 pairs of at most 15 * 127 * 2, or 4 pairs of kQ5_0.
+// Sums of a block with weights 0 .. 15 (kQ5_0: 0 .. 31). Without an 8-bit dot product pairs are summed in 16 bits,
+// which hold 8 pairs of at most 15 * 127 * 2, or 4 pairs of kQ5_0.
 template <int MR, int NP, int FORMAT>
 TF_INLINE void nibble_sums(I (&sums)[MR][NP], const uint8_t* x, int64_t stride, const uint8_t* lines,
                            int64_t panel_bytes) {

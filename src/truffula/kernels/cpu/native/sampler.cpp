@@ -34,8 +34,8 @@ constexpr int64_t kUsuallyEnough = 256;  // ids that top-p tries first
 
 constexpr int64_t blocks_of(int64_t size) { return (size + kBlock - 1) / kBlock; }
 
-// A row's values (float logits, or double values after penalties and bias), and their scores. Scores ascend with values, but
-// distinct values may have equal scores, so ids are ordered by score.
+// A row's values (float logits, or double values after penalties and bias), and their scores. Scores ascend with
+// values, but distinct values may have equal scores, so ids are ordered by score.
 template <class T>
 struct View {
   const T* values;
@@ -83,7 +83,8 @@ Peak scan(const T* values, int64_t size, std::vector<T>& maxima, const SampleLoo
   return {static_cast<int32_t>(place - values), *block, *block < std::numeric_limits<T>::infinity()};
 }
 
-// Writes the sums of exp(score) of the blocks from `first` on to `sums`, and the weights of the last block to `weights`.
+// Writes the sums of exp(score) of the blocks from `first` on to `sums`, and the weights of the last block to
+// `weights`.
 template <class T>
 void weigh_blocks(const View<T>& view, int64_t first, int64_t blocks, double* weights, double* sums,
                   const SampleLoops& loops) {
@@ -111,7 +112,8 @@ double total_weight(const View<T>& view, std::vector<double>& sums, const Sample
   return total;
 }
 
-// A score that at least k ids reach: the k-th largest of the maxima of disjoint runs of ids. -inf with fewer than k runs.
+// A score that at least k ids reach: the k-th largest of the maxima of disjoint runs of ids. -inf with fewer than k
+// runs.
 template <class T>
 double reached_by(const View<T>& view, int64_t k, std::vector<double>& pivots) {
   pivots.clear();
@@ -183,9 +185,9 @@ void keep_top_p_of_all(const View<T>& view, const Row& row, double total, double
   }
 }
 
-// Applies top-k, top-p, min-p and typical-p, each to the distribution that the one before it left. True if any is set: then
-// `scratch.items` are the ids kept, with score and exp(score). `total` is the weight of all ids, needed if top-p is the
-// first.
+// Applies top-k, top-p, min-p and typical-p, each to the distribution that the one before it left. True if any is set:
+// then `scratch.items` are the ids kept, with score and exp(score). `total` is the weight of all ids, needed if top-p
+// is the first.
 template <class T>
 bool truncate(const View<T>& view, const Row& row, double total) {
   SampleScratch& s = row.scratch;
@@ -222,8 +224,8 @@ bool truncate(const View<T>& view, const Row& row, double total) {
   return !all;
 }
 
-// Both draws invert the cumulative distribution over ascending ids: they return the first id whose cumulative weight exceeds
-// the drawn fraction of the total, so an id of weight 0 is never drawn.
+// Both draws invert the cumulative distribution over ascending ids: they return the first id whose cumulative weight
+// exceeds the drawn fraction of the total, so an id of weight 0 is never drawn.
 template <class T>
 int32_t draw_of_all(const View<T>& view, const Row& row, double goal) {
   const std::vector<double>& sums = row.scratch.sums;
@@ -254,8 +256,8 @@ void write_logprobs(const View<T>& view, double shift, double log_sum, int32_t i
   }
 }
 
-// Reports logprobs over all ids. `ranked` gives the order, as near values may have equal scores in `view`; `total` is the
-// weight of `view`.
+// Reports logprobs over all ids. `ranked` gives the order, as near values may have equal scores in `view`; `total` is
+// the weight of `view`.
 template <class T>
 void report_all(const View<T>& ranked, const View<T>& view, double total, int32_t id, const Row& row) {
   Items& order = row.scratch.order;

@@ -43,8 +43,8 @@ struct SampleItem {
   std::int32_t id;
 };
 
-// Scratch memory of one thread, reused for all rows. `reserve` allocates it in advance, where bad_alloc can be reported. At
-// most 58 bytes per id, of which only what the rows use is touched.
+// Scratch memory of one thread, reused for all rows. `reserve` allocates it in advance, where bad_alloc can be
+// reported. At most 58 bytes per id, of which only what the rows use is touched.
 struct SampleScratch {
   const SampleLoops* loops = nullptr;  // null: the portable ones
   std::vector<float> maxima;           // of the logits, per block
@@ -61,11 +61,11 @@ struct SampleScratch {
 // The words of a mask over `vocab` ids.
 constexpr std::int64_t mask_words(std::int64_t vocab) { return (vocab + 31) / 32; }
 
-// Draws (or scores) the id of `row`, a row of `sequence` with these `vocab` (> 0) logits, and writes its part of `out`. Slots,
-// ids and masks in `args` must exist (Sampler::begin checks them).
+// Draws (or scores) the id of `row`, a row of `sequence` with these `vocab` (> 0) logits, and writes its part of `out`.
+// Slots, ids and masks in `args` must exist (Sampler::begin checks them).
 //
-// `finite` and the id are 0 when the logits hold NaN or +Inf, or nothing above -Inf, before or after penalties and bias,
-// and when the temperature is negative or NaN. Different rows with different scratch may run concurrently.
+// `finite` and the id are 0 when the logits hold NaN or +Inf, or nothing above -Inf, before or after penalties and
+// bias, and when the temperature is negative or NaN. Different rows with different scratch may run concurrently.
 void sample_row(const float* logits, std::int64_t vocab, std::int64_t row, const SequenceState& sequence,
                 const SampleArgs& args, const SampleOut& out, SampleScratch& scratch);
 

@@ -1,7 +1,7 @@
 // Truncation of candidate lists. Included by sampler.cpp only.
 //
-// Top-k, top-p and typical-p keep the best items in some order (higher rank first, then lower id) up to a last one. Only
-// that item is searched for; the list stays sorted by id, as draws need it, and is filtered.
+// Top-k, top-p and typical-p keep the best items in some order (higher rank first, then lower id) up to a last one.
+// Only that item is searched for; the list stays sorted by id, as draws need it, and is filtered.
 #pragma once
 
 #include <algorithm>
@@ -60,8 +60,8 @@ inline const SampleItem& median(const SampleItem& a, const SampleItem& b, const 
   return better(a, c) ? a : (better(b, c) ? c : b);
 }
 
-// The item at which the weights, best first, reach `mass`, by quickselect: only items near it are sorted. nullopt when sums
-// in another order might give another item, when no item reaches it, and when the quickselect does not converge.
+// The item at which the weights, best first, reach `mass`, by quickselect: only items near it are sorted. nullopt when
+// sums in another order might give another item, when no item reaches it, and when the quickselect does not converge.
 inline std::optional<SampleItem> select_at_mass(Items& order, double mass) {
   constexpr std::ptrdiff_t kSorted = 512;
   constexpr int kRounds = 64;
@@ -102,7 +102,8 @@ inline std::optional<SampleItem> sort_to_mass(Items& order, double mass) {
   return std::nullopt;
 }
 
-// Keeps the fewest best items whose weights reach `mass`, at least one. False, without a change, when all do not reach it.
+// Keeps the fewest best items whose weights reach `mass`, at least one. False, without a change, when all do not reach
+// it.
 inline bool keep_mass(Items& items, Items& order, double mass) {
   constexpr std::size_t kMaxSorted = 2048;
   order = items;

@@ -1,5 +1,5 @@
-// The sampler's loops over a whole vocabulary: a table per instruction set, as they gain from wider vectors. Plain C structs
-// only, for the reason given in kernels.h.
+// The sampler's loops over a whole vocabulary: a table per instruction set, as they gain from wider vectors. Plain C
+// structs only, for the reason given in kernels.h.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,6 @@
-// Defines the SampleLoops of the instruction set that the including file is compiled for. Everything has internal linkage
-// and nothing is from std::, so that the linker cannot use code compiled for AVX-512 in a file compiled for less.
+// Defines the SampleLoops of the instruction set that the including file is compiled for. Everything has internal
+// linkage and nothing is from std::, so that the linker cannot use code compiled for AVX-512 in a file compiled for
+// less.
 //
 // The vectors are explicit, because compilers do not vectorise these loops: they must respect NaN and signed zeros in a
 // maximum, and the order of a sum. Results do not depend on the width: lanes are independent, sums always have 8 lanes,

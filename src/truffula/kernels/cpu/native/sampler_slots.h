@@ -18,8 +18,8 @@ class Sampler {
 
   void set_sequence(std::int32_t slot, std::unique_ptr<SequenceState> state);
 
-  // Called before the rows of a step. Throws std::invalid_argument when `args` name a slot, id, draw or mask that does not
-  // exist; otherwise rewinds the sequences to these draws. A step that fails later may be repeated.
+  // Called before the rows of a step. Throws std::invalid_argument when `args` name a slot, id, draw or mask that does
+  // not exist; otherwise rewinds the sequences to these draws. A step that fails later may be repeated.
   void begin(std::int64_t rows, const SampleArgs& args);
   // The largest number of top logprobs that a row requests.
   std::int32_t width(std::int64_t rows, const SampleArgs& args) const;

@@ -87,8 +87,8 @@ void Executable::sample(const SampleArgs& args, const SampleOut& out) {
   }, &job);
 }
 
-// Plans the step's tiles, tasks and chunks. Only this part of a step allocates, when the step needs more than any before it
-// (or since an adapter with a rank above the planned one was dropped).
+// Plans the step's tiles, tasks and chunks. Only this part of a step allocates, when the step needs more than any
+// before it (or since an adapter with a rank above the planned one was dropped).
 void Executable::prepare() {
   plan_adapters();
   for (AttentionPlan& plan : attention_plans_) {
@@ -101,8 +101,8 @@ void Executable::prepare() {
     team_.set(static_cast<int32_t>(phase), chunks_of(stages_[phase]));
 }
 
-// Groups query rows that read the same keys. With few rows over a long context each partition of the keys is a tile of its
-// own, so that all threads have work; the order of a row's sums is the same either way.
+// Groups query rows that read the same keys. With few rows over a long context each partition of the keys is a tile of
+// its own, so that all threads have work; the order of a row's sums is the same either way.
 void Executable::plan_attention(AttentionPlan& plan) const {
   std::vector<QueryTile>& tiles = plan.tiles;
   tiles.clear();
@@ -127,7 +127,8 @@ void Executable::plan_attention(AttentionPlan& plan) const {
       }
     }
   }
-  // The longest first, so that the last to be claimed are short. Ties are ordered explicitly, as a stable sort allocates.
+  // The longest first, so that the last to be claimed are short. Ties are ordered explicitly, as a stable sort
+  // allocates.
   const auto length = [](const QueryTile& tile) { return tile.partition == kAbsent ? tile.position : 0; };
   std::sort(tiles.begin(), tiles.end(), [&](const QueryTile& a, const QueryTile& b) {
     return length(a) != length(b) ? length(a) > length(b) : a.t != b.t ? a.t < b.t : a.partition < b.partition;
@@ -141,8 +142,8 @@ int32_t Executable::chunks_of(const Stage& stage) {
   if (const auto* linear = std::get_if<LinearOp>(&op)) {
     if (stage.number == 0) return quantise_chunks(*linear) + chunks_for(num_shrink_tasks(stage.op));
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
-    // Products that are bound by arithmetic have small chunks, so that a slow core delays the others less. Those bound by
-    // memory have one per thread, as long runs of weights are read faster.
+    // Products that are bound by arithmetic have small chunks, so that a slow core delays the others less. Those bound
+    // by memory have one per thread, as long runs of weights are read faster.
     const int32_t fine = converts_x(*linear) ? kernels_->fine_rows : kFineRows;
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
@@ -201,8 +202,8 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
   kernels_->norm(&call, mine.lo, mine.hi);
 }
 
-// Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16 values
-// and the table multiplies them.
+// Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16
+// values and the table multiplies them.
 bool Executable::converts_x(const LinearOp& op) const {
   const int32_t format = weight(op.weight).format;
   return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(op.x));
@@ -309,7 +310,8 @@ void Executable::run_op(const AttentionOp& op, const Stage& stage, int32_t chunk
   kernels_->write_kv(&call, in_.slot_mapping + static_cast<int64_t>(op.group) * capacity_.max_tokens, mine.lo, mine.hi);
 }
 
-// Attention of one tile and KV head: all its keys, or one partition of them, or (`merge`) the results of all partitions.
+// Attention of one tile and KV head: all its keys, or one partition of them, or (`merge`) the results of all
+// partitions.
 void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadState& state) {
   const AttentionPlan& plan = plan_of(op);
   const QueryTile& tile = plan.tiles[static_cast<size_t>(pair / op.kv_heads)];

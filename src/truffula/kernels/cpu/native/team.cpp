@@ -18,7 +18,8 @@ namespace truffula {
 namespace {
 
 // Most waits last a few microseconds, for a thread that is slightly behind: spinning is fastest. In a longer wait the
-// system has given the other thread's core to another process: sleeping frees a core for it. (Yielding in a loop does not.)
+// system has given the other thread's core to another process: sleeping frees a core for it. (Yielding in a loop does
+// not.)
 constexpr int kSpins = 2000;
 
 constexpr int kJobShift = 40, kChunksShift = 20;

@@ -1,4 +1,5 @@
-// A pool of threads that runs jobs of phases; each phase is a number of chunks and begins when the one before has ended.
+// A pool of threads that runs jobs of phases; each phase is a number of chunks and begins when the one before has
+// ended.
 #pragma once
 
 #include <atomic>
@@ -12,11 +13,12 @@ namespace truffula {
 // The id of this process; it changes in a forked child.
 int64_t process_id();
 
-// The calling thread takes part. A phase ends when all its chunks are done, and any thread may claim any chunk: a thread
-// that the system has descheduled delays the others only while it holds a chunk. Between jobs the threads spin briefly,
-// then sleep, so an idle server uses no CPU.
+// The calling thread takes part. A phase ends when all its chunks are done, and any thread may claim any chunk: a
+// thread that the system has descheduled delays the others only while it holds a chunk. Between jobs the threads spin
+// briefly, then sleep, so an idle server uses no CPU.
 //
-// One job at a time, from one thread. The threads do not exist in a forked child: `run` throws std::runtime_error there.
+// One job at a time, from one thread. The threads do not exist in a forked child: `run` throws std::runtime_error
+// there.
 class Team {
  public:
   // Runs one chunk. Must not throw. Sees all writes of earlier phases.
@@ -43,8 +45,8 @@ class Team {
   void run_chunks(int32_t chunks, Work work, void* context);
 
  private:
-  // `claim` packs job, chunks and next chunk into one integer, so that a late thread can neither claim a chunk of a job that
-  // has ended nor miscount one of the next job.
+  // `claim` packs job, chunks and next chunk into one integer, so that a late thread can neither claim a chunk of a job
+  // that has ended nor miscount one of the next job.
   struct alignas(64) Phase {
     std::atomic<uint64_t> claim{0};
     std::atomic<uint32_t> done{0};

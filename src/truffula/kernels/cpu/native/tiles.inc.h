@@ -1,10 +1,10 @@
-// Products with packed matrices in tiles (Intel AMX): 16 rows of x times a panel in one instruction. A panel's lines have
-// the layout of such an instruction's second operand, so the packing is that of all other tables.
+// Products with packed matrices in tiles (Intel AMX): 16 rows of x times a panel in one instruction. A panel's lines
+// have the layout of such an instruction's second operand, so the packing is that of all other tables.
 //
 // bfloat16: inputs are processed in groups of 32. In a group the products of even and of odd inputs are summed in one
 // ascending chain each, from zero; the two are added, and their sum is added to the output's. Denormals are zero. Only
-// this table sums in that order (TDPBF16PS in Intel's manual); it is the same for every row of every tile.
-// Integers: sums of a block are exact, so the results equal those of all tables.
+// this table sums in that order (TDPBF16PS in Intel's manual); it is the same for every row of every tile. Integers:
+// sums of a block are exact, so the results equal those of all tables.
 #pragma once
 
 #include "prefetch.h"
@@ -48,7 +48,8 @@ TF_INLINE void take_shapes(const TileShapes& shapes) {
 #endif
 }
 
-// Whether a product uses tiles: always with bfloat16 pairs, whose sums must have one order; quantised ones with enough rows.
+// Whether a product uses tiles: always with bfloat16 pairs, whose sums must have one order; quantised ones with enough
+// rows.
 TF_INLINE bool tiled(const LinearCall* c) {
   if (!c->quantised_x) return false;
   return c->w.format == kBF16 || c->rows >= kLeastTileRows;
