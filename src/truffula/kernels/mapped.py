@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from truffula.kernels.inputs import Array
+from truffula.kernels.inputs import Array, Uint8
 
 HUGE = 2 << 20
 """Bytes of a huge page, and its alignment."""
@@ -29,7 +29,7 @@ class _Mapping:
         munmap(start, length)
 
 
-def map_file(fd: int, size: int, *, shared: bool = False) -> npt.NDArray[np.uint8]:
+def map_file(fd: int, size: int, *, shared: bool = False) -> Uint8:
     """The first ``size`` bytes of an open file, writable: for all that map it when ``shared``, else privately.
 
     On Linux the mapping begins at a multiple of ``HUGE``: only then are huge pages of the file mapped as such. It ends
@@ -57,7 +57,7 @@ def map_file(fd: int, size: int, *, shared: bool = False) -> npt.NDArray[np.uint
     return np.asarray(mapping)
 
 
-def use_huge_pages(mapped: npt.NDArray[np.uint8]) -> None:
+def use_huge_pages(mapped: Uint8) -> None:
     """Move a ``shared`` mapping of a file in memory to huge pages (Linux 6.1), except for what does not fill one.
 
     Without huge pages (another kernel, a file on disk, fragmented memory) nothing changes.

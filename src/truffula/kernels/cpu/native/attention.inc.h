@@ -3,14 +3,17 @@
 // flash decoding. So a row's result depends on its position and keys, not on the chunk, the batch or the thread.
 #pragma once
 
-#include <type_traits>
-
 #include "products.inc.h"
 #include "vec.h"
 
 namespace truffula {
 namespace {
 
+// std::bool_constant, which tables may not include.
+template <bool VALUE>
+struct BoolConstant {
+  static constexpr bool value = VALUE;
+};
 TF_INLINE int within(int n, int lo, int hi) { return n < lo ? lo : n > hi ? hi : n; }
 TF_INLINE int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
@@ -178,9 +181,9 @@ static void sum_values(const View* v, int row, int from, int lo, int hi, int d) 
       add_key<MR, ND, decltype(all)::value>(acc, v, row, key, w + key, value);
     };
     int key = begin;
-    for (; key < some; ++key) add(key, std::false_type{});
-    for (; key < others; ++key) add(key, std::true_type{});
-    for (; key < end; ++key) add(key, std::false_type{});
+    for (; key < some; ++key) add(key, BoolConstant<false>{});
+    for (; key < others; ++key) add(key, BoolConstant<true>{});
+    for (; key < end; ++key) add(key, BoolConstant<false>{});
   }
   for (int r = 0; r < MR; ++r)
     for (int i = 0; i < ND; ++i) store(v->part + (int64_t)(row + r) * v->value_width + d + kLanes * i, acc[r][i]);
