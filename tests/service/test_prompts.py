@@ -15,7 +15,6 @@ from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, Template
 from truffula.lora.sources import AdapterDirectory
 from truffula.service import Service, ServiceLimits, collect
 from truffula.service.files import LoadedTexts
-from truffula.service.prompts import MAX_PROMPT_SCORES
 from truffula.types import GenerateRequest, SamplingParams, TokenEvent
 
 
@@ -207,7 +206,7 @@ def test_a_prompt_of_ids_is_given_back_as_their_text() -> None:
 
 def test_prompt_scores_are_bounded_by_their_number() -> None:
     params = SamplingParams(prompt_logprobs=1024, max_tokens=1)
-    at_most = MAX_PROMPT_SCORES // 1025
+    at_most = ServiceLimits().max_prompt_scores // 1025
     core = service(max_model_len=2 * at_most)
     core.open(GenerateRequest(prompt=[3] * at_most, params=params))
     for length, choices in ((at_most + 1, 1), (at_most, 2)):

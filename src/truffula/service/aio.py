@@ -102,6 +102,7 @@ class AsyncService(ServiceBase):
                 await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
             self._core.check(one)
             states.append(self._core.begin(one, await self.texts.prompt(one)))
+        self._core.check_scores_of_call(states)
         self._refuse_if_ending()
         self._submissions.require_place()
         streams = [TextStream(state, self._abandon) for state in states]

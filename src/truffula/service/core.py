@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -33,13 +33,20 @@ from truffula.types import (
 
 logger = logging.getLogger(__name__)
 
+CALL_SCORES = 8
+"""The prompts of one call may have this many times ``max_prompt_scores`` together."""
+
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """The operator's bounds on one request. ``base_names`` are the words that mean the base model."""
+    """The operator's bounds on one request. ``base_names`` are the words that mean the base model.
+
+    ``max_prompt_scores`` counts prompt tokens and their alternatives in one answer: a hundred bytes each as JSON.
+    """
 
     max_choices: int = 128
     base_names: tuple[str, ...] = ()
+    max_prompt_scores: int = 2**22
 
 
 class RequestState:
@@ -245,7 +252,7 @@ class Service:
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
-        check_scores(len(prompt.ids), count, params)
+        check_scores(len(prompt.ids), count, params, self.limits.max_prompt_scores)
         end_ids = self._end_ids(request)
         engine_params = self._engine_params(params, end_ids)
         now = self._clock()
@@ -271,6 +278,23 @@ class Service:
             ChoiceState(one, params, self.tokenizer, end_ids, given_back, self._clock) for one in engine_requests
         ]
         return RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
+
+    def check_scores_of_call(self, states: Sequence[RequestState]) -> None:
+        """Raise ``InvalidRequest`` when the prompts of one call have too many scores together."""
+        limit = self.limits.max_prompt_scores * CALL_SCORES
+        asked = sum(
+            state.prompt_tokens * len(state.engine_requests) * (scores + 1)
+            for state in states
+            if (scores := state.request.params.prompt_logprobs) is not None
+        )
+        if asked > limit:
+            raise InvalidRequest(
+                f"prompt_logprobs gives {asked} scores for the {len(states)} prompts of this request; the limit is "
+                f"{limit}. Send fewer prompts in one request.",
+                param="prompt_logprobs",
+                scores=asked,
+                max_scores=limit,
+            )
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop:
