@@ -16,17 +16,17 @@ LONG_S = 0.01
 
 
 def watch(report):
-    def note(name, began):
+    def note(what, began):
         took = time.thread_time() - began
         if took > LONG_S:
-            report.write(f"{took:.3f} {name}\n")
+            report.write(f"{took:.3f} {str(what)[:200]}\n")
 
     run = asyncio.Handle._run
 
     def timed_run(handle):
         began = time.thread_time()
         run(handle)
-        note(repr(handle)[:200], began)
+        note(handle, began)
 
     collecting = [0.0]
 

@@ -57,7 +57,7 @@ async def _read(request: Request, kind: Kind) -> Read:
 
 
 async def _addressed(request: Request, read: Read) -> tuple[GenerateRequest, AdapterRef | None]:
-    """The request with who answers it, its id and its salt."""
+    """The request with its adapter, id and salt, and the adapter."""
     state, body = state_of(request), native(read)
     adapter = await answering(body, state)
     (made,) = read.requests

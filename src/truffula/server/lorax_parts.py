@@ -22,7 +22,7 @@ def finish_reason(reason: str | None, eos: bool) -> str:
 
 
 def token(piece: TokenPiece, params: Parameters) -> dict[str, Any]:
-    """One generated token. A logprob is always a finite number: clients refuse null."""
+    """One generated token. A logprob is always a finite number: clients reject null."""
     out: dict[str, Any] = {
         "id": piece.id,
         "text": piece.text,

@@ -84,7 +84,7 @@ def _choice(body: CompletionBody, prompt: int, found: Completion, choice: Comple
 
 
 class CompletionWriter:
-    """Chunks of a streamed completion; choices interleave, told apart by index."""
+    """Chunks of a streamed completion; choices interleave and are identified by their index."""
 
     def __init__(self, request: Request, body: CompletionBody, top: dict[str, Any]) -> None:
         self._body = body

@@ -69,7 +69,7 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
 class EventStream(Response):
     """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
 
-    ``frames`` yields one or more whole frames at a time and never raises for a fault of a request: that is a frame too.
+    ``frames`` yields one or more whole frames at a time and never raises an error of a request: that is a frame.
     It is closed, which ends its work, when the client leaves, or takes nothing of what waits for it for
     ``send_timeout_s``; then ``ClientGone`` is raised.
     """

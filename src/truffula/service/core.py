@@ -1,4 +1,4 @@
-"""``Service``: what a request means, before and behind the engine. No threads, no event loop, no I/O."""
+"""``Service``: requests in text to engine requests, engine events to deltas. No threads, no event loop, no I/O."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class RequestState:
     def push(self, event: TokenEvent) -> list[TextDelta]:
         """The deltas that ``event`` releases, often none. Exactly one per choice is terminal.
 
-        What raises here is a fault of ours or the engine's; ``break_off`` ends the request then.
+        An exception here is an internal error; ``break_off`` ends the request then.
         """
         engine_id = event.request_id
         if engine_id not in self.open_ids:
@@ -110,10 +110,10 @@ class RequestState:
         ends = [TokenEvent(request_id=i, finish_reason="error", error=error) for i in sorted(self.open_ids)]
         return [delta for event in ends for delta in self.push(event)]
 
-    def break_off(self, fault: Exception) -> list[TextDelta]:
-        """End every choice after ``push`` raised ``fault``; what they held back is lost, and the engine is to abort."""
-        logger.error("request %s failed", self.request_id, exc_info=fault)
-        error = TruffulaError(f"The answer could not be built: {type(fault).__name__}: {fault}.").info()
+    def break_off(self, error: Exception) -> list[TextDelta]:
+        """End every choice after ``push`` raised ``error``; what they held back is lost, and the engine is to abort."""
+        logger.error("request %s failed", self.request_id, exc_info=error)
+        info = TruffulaError(f"The answer could not be built: {type(error).__name__}: {error}.").info()
         if self._waiting is None:
             places = [one.choice for one in self.engine_requests if one.request_id in self.open_ids]
         else:
@@ -122,7 +122,7 @@ class RequestState:
         self.open_ids.clear()
         return [
             TextDelta(
-                choice=place, finish_reason="error", error=error, totals=ChoiceTotals(prompt_tokens=self.prompt_tokens)
+                choice=place, finish_reason="error", error=info, totals=ChoiceTotals(prompt_tokens=self.prompt_tokens)
             )
             for place in places
         ]
@@ -211,7 +211,7 @@ class Service:
         return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
+        """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self.directory.resolve(name, source, self.limits.base_names)
 
     def render(self, request: GenerateRequest) -> Prompt:
@@ -257,7 +257,7 @@ class Service:
         engine_params = self._engine_params(params, end_ids)
         now = self._clock()
         request_id = request.request_id or f"{self._random.getrandbits(64):016x}"
-        # A client's word need not be unique, an engine's id must be.
+        # A client's id need not be unique, an engine's must be.
         stem = f"{request_id}-{next(self._numbers)}"
         engine_requests = [
             EngineRequest(
@@ -273,10 +273,8 @@ class Service:
             )
             for choice in range(count)
         ]
-        given_back = prompt if prompt.text is not None else None
-        choices = [
-            ChoiceState(one, params, self.tokenizer, end_ids, given_back, self._clock) for one in engine_requests
-        ]
+        echoed = prompt if prompt.text is not None else None
+        choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
         return RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
 
     def check_scores_of_call(self, states: Sequence[RequestState]) -> None:

@@ -20,8 +20,8 @@ SLACK = 4
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when they are to be given
-    back. ``ignored`` names what the chat template did not use.
+    """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when the client asked for
+    the prompt. ``ignored`` names what the chat template did not use.
     """
 
     ids: list[int]
@@ -103,9 +103,9 @@ def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) ->
 def make_prompt(
     request: GenerateRequest, tokenizer: Tokenizer | None, templates: ChatTemplates, info: EngineInfo
 ) -> Prompt:
-    """Template, tokenise and truncate; ``check_fits`` measures what comes of it.
+    """Template, tokenise and truncate; ``check_fits`` checks the length.
 
-    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` for absurdly long text,
+    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` for text that cannot fit,
     ``TemplateError``, ``NoTokenizer``. A text that can't fit is refused by its length before any work is done on it.
     """
     if request.messages is not None:
