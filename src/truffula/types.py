@@ -258,7 +258,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
 
 
-class TopToken(msgspec.Struct, frozen=True):
+class TopToken(msgspec.Struct, frozen=True, gc=False):
     """One of the most likely tokens at a position. ``text`` is its own, U+FFFD where it is part of a character; ``raw``
     are its own bytes, None when the tokenizer does not provide them.
     """
@@ -269,7 +269,7 @@ class TopToken(msgspec.Struct, frozen=True):
     raw: bytes | None = None
 
 
-class TokenPiece(msgspec.Struct, frozen=True):
+class TokenPiece(msgspec.Struct, frozen=True, gc=False):
     """One token as text.
 
     ``text`` is the part of the text that this token added: a character split over tokens belongs to the last of them,

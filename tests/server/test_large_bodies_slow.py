@@ -58,7 +58,7 @@ BODIES = {
     "echo with alternatives": (COMPLETION, {**SCORED, "echo": True, "logprobs": 20}, 2),
     "streamed echo with alternatives": (COMPLETION, {**SCORED, "echo": True, "logprobs": 20, "stream": True}, 2),
     "prompt_logprobs": (COMPLETION, {**SCORED, "prompt_logprobs": 20}, 2),
-    "prompt_logprobs of 30 prompts": (COMPLETION, {**SCORED, "prompt": [[5] * 1600] * 30, "prompt_logprobs": 19}, 1),
+    "prompt_logprobs of 15 prompts": (COMPLETION, {**SCORED, "prompt": [[5] * 1600] * 15, "prompt_logprobs": 19}, 1),
     "long answers with alternatives": (CHAT, {"messages": TALK, **ANSWERS, "logprobs": True, "top_logprobs": 20}, 1),
     "details": ("/generate", {"inputs": "ab c" * 900, "parameters": DETAILS}, 4),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from live_server import MODEL, assert_canonical_error, ok, serving, tokenizer, until, write_model
+from live_server import MODEL, assert_canonical_error, events, ok, serving, tokenizer, until, write_model
 from template_bombs import BOMBS
 
 from comparison.processes import descendants
@@ -82,6 +82,20 @@ def test_a_large_body_is_answered_as_a_small_one(live):
             assert_canonical_error(large, small.status_code)
         else:
             assert large.headers["x-truffula-ignored"].endswith("wish")
+
+
+def test_a_long_answer_has_all_of_its_parts(live):
+    """The pieces of a reply join to the text; a long answer with alternatives has what its stream has."""
+    response = live.post("/tokenize", {"inputs": LONG, "add_special_tokens": False})
+    assert "".join(token["text"] for token in ok(response)) == LONG
+    assert int(response.headers["content-length"]) == len(response.content) > 2**20
+    body = {"prompt": [5, 6, 7] * 50, "echo": True, "logprobs": 20, "n": 2, "seed": 1, "max_tokens": 2}
+    whole = live.completion(**body)["choices"][0]
+    streamed = live.post("/v1/completions", {"model": MODEL, "temperature": 0, **body, "stream": True})
+    frames = [choice for frame in events(streamed)[:-1] for choice in frame["choices"] if choice["index"] == 0]
+    assert "".join(frame["text"] for frame in frames) == whole["text"]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [one for frame in frames for one in frame["logprobs"][name]] == whole["logprobs"][name]
 
 
 MANY_KEYS = dict.fromkeys(map(str, range(2000)))

@@ -33,7 +33,7 @@ from truffula.types import (
 
 logger = logging.getLogger(__name__)
 
-CALL_SCORES = 8
+CALL_SCORES = 4
 """The prompts of one call may have this many times ``max_prompt_scores`` together."""
 
 
