@@ -46,10 +46,9 @@ def request_id(given: str | None) -> str:
 class RequestScope:
     """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool = True) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self._metrics = metrics
-        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,7 +89,7 @@ class RequestScope:
         self._metrics.request_ended(record)
         # Successful probes come every second and are not worth a line.
         level = logging.DEBUG if record.path in QUIET_PATHS and record.status < 400 else logging.INFO
-        if self._access_log and access.isEnabledFor(level):
+        if access.isEnabledFor(level):
             access.log(level, "%s", AccessLine(record), extra={"fields": asdict(record)})
 
 

@@ -15,15 +15,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, Unpack
 
-import msgspec
-
 from truffula.engine.client import EngineClient
 from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError
 from truffula.service.base import ServiceBase, ServiceOptions
 from truffula.service.core import RequestState
 from truffula.service.fold import choice_error, collect
 from truffula.service.prompt_maker import PromptMaker
-from truffula.service.prompts import Prompt
 from truffula.service.streams import TextStream
 from truffula.service.workers import TextWorkers
 from truffula.types import (
@@ -134,10 +131,6 @@ class AsyncService(ServiceBase):
                         raise error
                 gathered += deltas
         return collect(gathered)
-
-    async def render(self, request: GenerateRequest) -> Prompt:
-        """A chat or prompt as the model would see it, however long; nothing is submitted."""
-        return await self.texts.prompt(msgspec.structs.replace(request, echo=True))
 
     async def look_up(self, work: Callable[..., T], *args: Any) -> T:
         """The result of ``work``, which asks the file system, from a thread that does nothing else."""

@@ -214,10 +214,6 @@ class Service:
         """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self.directory.resolve(name, source, self.limits.base_names)
 
-    def render(self, request: GenerateRequest) -> Prompt:
-        """The request's prompt, text and ids, as the model would see it; not measured against the model's length."""
-        return make_prompt(msgspec.structs.replace(request, echo=True), self.tokenizer, self.templates, self.info)
-
     def is_plain(self, request: GenerateRequest) -> bool:
         """Whether the chat template of ``request`` can be rendered without limits; True where there is none to use."""
         try:
