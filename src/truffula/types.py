@@ -1,12 +1,14 @@
 """The types that layers and processes exchange. The engine's types hold token ids only, the service's hold text.
 
-All are frozen and msgspec-encodable, so both transports use the same objects.
+All are frozen, and those that other processes get are msgspec-encodable, so both transports use the same objects.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
@@ -256,7 +258,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float | None = None
 
 
-class TopToken(msgspec.Struct, frozen=True):
+class TopToken(msgspec.Struct, frozen=True, gc=False):
     """One of the most likely tokens at a position. ``text`` is its own, U+FFFD where it is part of a character; ``raw``
     are its own bytes, None when the tokenizer does not provide them.
     """
@@ -267,7 +269,7 @@ class TopToken(msgspec.Struct, frozen=True):
     raw: bytes | None = None
 
 
-class TokenPiece(msgspec.Struct, frozen=True):
+class TokenPiece(msgspec.Struct, frozen=True, gc=False):
     """One token as text.
 
     ``text`` is the part of the text that this token added: a character split over tokens belongs to the last of them,
@@ -288,13 +290,22 @@ class TokenPiece(msgspec.Struct, frozen=True):
     raw: bytes | None = None
 
 
-class PromptPart(msgspec.Struct, frozen=True, kw_only=True):
-    """The prompt in a response. Joined ``tokens[].text`` == ``text``; tokens that the tokenizer added (BOS) have text
-    "" and are special.
+@dataclass(frozen=True)
+class PromptPart:
+    """The prompt of a request whose client asked for it.
+
+    ``make_tokens`` makes ``tokens``; it takes long where each has many alternatives. ``entries`` counts tokens and
+    alternatives.
     """
 
-    text: str = ""
-    tokens: list[TokenPiece] = []
+    text: str
+    entries: int
+    make_tokens: Callable[[], list[TokenPiece]] = field(repr=False, compare=False)
+
+    @cached_property
+    def tokens(self) -> list[TokenPiece]:
+        """Joined, their texts are ``text``; tokens that the tokenizer added (BOS) have text "" and are special."""
+        return self.make_tokens()
 
 
 class ChoiceTotals(msgspec.Struct, frozen=True, kw_only=True):

@@ -154,7 +154,7 @@ def test_a_whole_body_of_another_dialect_gets_the_word_and_not_a_missing_field(l
 def test_values_that_ask_for_nothing_pass_and_are_not_listed(live, route):
     path, body, _ = BODIES[route]
     own = ChatBody.model_fields | CompletionBody.model_fields | dict.fromkeys(NATIVE.levels["parameters."])
-    tables = {name: row.neutral for row in ALIASES for name in row.names} | dict(UNSUPPORTED) | dict(INERT)
+    tables = {name: row.no_effect for row in ALIASES for name in row.names} | dict(UNSUPPORTED) | dict(INERT)
     for values in (dict.fromkeys(tables), {name: values[0] for name, values in tables.items() if values}):
         sent = {name: value for name, value in values.items() if name not in own and name not in ("inputs", "messages")}
         response = live.post(path, {**body, **sent})

@@ -1,7 +1,12 @@
 """No body of legal size delays another stream by more than 50 ms beyond its idle gap, or ``/health`` by more than 100.
 
-Times are asserted here only. Other programs of the machine delay streams too, so a body has several tries, and the idle
-gap is measured around each: what a body causes, it causes every time.
+Times are asserted here only, and on a machine that may compute other things too:
+
+- The processor time of each callback of the server's event loop and of each garbage collection is measured in the
+  server (``watched_server.py``) and may never be above the limit. Other programs do not change it.
+- The client's waits are measured in a process of its own (``bystander.py``), which also measures how late its sleeps
+  end. From a wait, that and the longest idle gap (of the time before the body) are subtracted. A body has ``TRIES``
+  tries, since several processes in a row may have to wait for the machine: what a body causes, it causes every time.
 """
 
 import contextlib
@@ -11,16 +16,21 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from live_server import until, write_model
 
-GAP_S, HEALTH_S, TRIES = 0.05, 0.1, 6
+GAP_S, HEALTH_S, TRIES, IDLE_S = 0.05, 0.1, 4, 3.0
+HERE = Path(__file__).parent
 TALK = [{"role": "user", "content": "a"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TRUE = [True] * 340_000
 BIAS = {str(i): 1.0 for i in range(32_000)}
+SCORED = {"prompt": [5] * 4000, "max_tokens": 1}
+ANSWERS = {"n": 16, "max_tokens": 300, "ignore_eos": True, "temperature": 1}
+DETAILS = {"max_new_tokens": 2, "details": True, "decoder_input_details": True, "top_n_tokens": 20}
 # name: (path, body, how many at the same time)
 BODIES = {
     "prompt of booleans": (COMPLETION, {"prompt": TRUE}, 1),
@@ -44,77 +54,54 @@ BODIES = {
     "parts that are no parts": (CHAT, {"messages": [{"role": "user", "content": [1] * 300_000}]}, 1),
     "documents that are none": (CHAT, {"messages": TALK, "documents": [1] * 300_000}, 1),
     "echo": (COMPLETION, {"prompt": "ab c" * 900, "echo": True, "n": 16, "max_tokens": 1}, 1),
+    "2,048 sequences": (COMPLETION, {"prompt": ["a"] * 128, "n": 16, "max_tokens": 1}, 1),
+    "echo with alternatives": (COMPLETION, {**SCORED, "echo": True, "logprobs": 20}, 2),
+    "streamed echo with alternatives": (COMPLETION, {**SCORED, "echo": True, "logprobs": 20, "stream": True}, 2),
+    "prompt_logprobs": (COMPLETION, {**SCORED, "prompt_logprobs": 20}, 2),
+    "prompt_logprobs of 15 prompts": (COMPLETION, {**SCORED, "prompt": [[5] * 1600] * 15, "prompt_logprobs": 19}, 1),
+    "long answers with alternatives": (CHAT, {"messages": TALK, **ANSWERS, "logprobs": True, "top_logprobs": 20}, 1),
+    "details": ("/generate", {"inputs": "ab c" * 900, "parameters": DETAILS}, 4),
 }  # fmt: skip
 
 
-class Bystander:
-    """A client that streams, and one that asks for ``/health``; each keeps its longest wait since ``reset``."""
+class Watched:
+    """A server and its bystander."""
 
-    def __init__(self, port):
-        self.port, self.ended = port, threading.Event()
-        self.gap = self.health = 0.0
-        self.last = None
-        self.threads = [threading.Thread(target=work) for work in (self._stream, self._ask)]
-        for thread in self.threads:
-            thread.start()
+    def __init__(self, port, bystander, report):
+        self.port, self._bystander, self._report = port, bystander, report
 
-    def reset(self):
-        self.gap = self.health = 0.0
+    def waits(self):
+        """The bystander's longest waits since the last call."""
+        self._bystander.stdin.write("\n")
+        self._bystander.stdin.flush()
+        return json.loads(self._bystander.stdout.readline())
 
-    def _stream(self):
-        body = {"prompt": "Once", "max_tokens": 3500, "stream": True, "ignore_eos": True}
-        while not self.ended.is_set():
-            self.last = None
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)) as connection:
-                connection.request("POST", COMPLETION, json.dumps(body), {"content-type": "application/json"})
-                response = connection.getresponse()
-                while not self.ended.is_set() and (line := response.readline()):
-                    if line.startswith(b"data: {"):
-                        now = time.monotonic()
-                        self.gap = max(self.gap, now - (self.last or now))
-                        self.last = now
-
-    def _ask(self):
-        while not self.ended.is_set():
-            began = time.monotonic()
-            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)) as connection:
-                connection.request("GET", "/health")
-                assert connection.getresponse().status == 200
-            self.health = max(self.health, time.monotonic() - began)
-            time.sleep(0.01)
-
-    def close(self):
-        self.ended.set()
-        for thread in self.threads:
-            thread.join()
+    def long_callbacks(self):
+        """``(processor time in seconds, name)`` of those since the last call, the longest first."""
+        lines = [line.split(" ", 1) for line in self._report.read_text().splitlines()]
+        self._report.write_text("")
+        return sorted(((float(took), name) for took, name in lines), reverse=True)
 
 
 @pytest.fixture(scope="module")
-def bystander(tmp_path_factory):
+def watched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("large")
     model = write_model(folder / "model", max_position_embeddings=4096, vocab_size=32_000)
-    log = folder / "log"
-    command = [
-        sys.executable,
-        "-m",
-        "truffula",
-        "serve",
-        str(model),
-        "--port",
-        "0",
-        "--memory",
-        "1GiB",
-        "--threads",
-        "1",
-    ]
+    log, report = folder / "log", folder / "report"
+    command = [sys.executable, str(HERE / "watched_server.py"), str(report), "serve", str(model)]
+    command += ["--port", "0", "--memory", "1GiB", "--threads", "1"]
     with log.open("w") as said, subprocess.Popen(command, stderr=said) as process:
         try:
             until(lambda: "ready at " in log.read_text(), patience_s=120)
             port = urlsplit(log.read_text().split("ready at ")[1].split()[0]).port
-            made = Bystander(port)
-            until(lambda: made.last)
-            yield made
-            made.close()
+            script = [sys.executable, str(HERE / "bystander.py"), str(port)]
+            pipe = subprocess.PIPE
+            with subprocess.Popen(script, stdin=pipe, stdout=pipe, text=True) as bystander:
+                made = Watched(port, bystander, report)
+                until(lambda: made.waits()["gap"])
+                made.long_callbacks()  # of the start
+                yield made
+                bystander.terminate()
         finally:
             process.terminate()
             process.wait(60)
@@ -128,23 +115,25 @@ def post(port, path, body):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BODIES)
-def test_a_large_body_delays_no_other_stream(bystander, name):
+def test_a_large_body_delays_no_other_stream(watched, name):
     path, value, count = BODIES[name]
     body = json.dumps(value).encode()
     assert len(body) <= 2 * 2**20
-    seen = []
+    tries = []
     for _ in range(TRIES):
-        bystander.reset()
-        began = time.monotonic()
-        threads = [threading.Thread(target=post, args=(bystander.port, path, body)) for _ in range(count)]
+        watched.waits()
+        time.sleep(IDLE_S)
+        idle = watched.waits()
+        threads = [threading.Thread(target=post, args=(watched.port, path, body)) for _ in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        took, gap, health = time.monotonic() - began, bystander.gap, bystander.health
-        bystander.reset()
-        time.sleep(min(took, 5.0) + 0.5)
-        seen.append({"gap": gap, "idle": bystander.gap, "health": health})
-        if gap <= bystander.gap + GAP_S and health <= HEALTH_S:
+        waits = watched.waits()
+        long = watched.long_callbacks()
+        assert [one for one in long if one[0] > GAP_S] == []
+        gap, health = waits["gap"] - idle["gap"] - waits["machine"], waits["health"] - waits["machine"]
+        tries.append({"gap": gap, "health": health, "idle": idle, "waits": waits, "long": long[:5]})
+        if gap <= GAP_S and health <= HEALTH_S:
             return
-    raise AssertionError(seen)
+    raise AssertionError(tries)

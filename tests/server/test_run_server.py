@@ -21,7 +21,6 @@ from truffula.bench.server import free_port
 from truffula.config import ServerConfig, load_config
 from truffula.errors import ConfigError, EngineDied, TruffulaError
 from truffula.server.launch import bind, launch
-from truffula.server.serve import LoadingApp
 
 
 def test_a_port_in_use_is_said_before_anything_loads(tmp_path):
@@ -61,13 +60,13 @@ def test_it_answers_503_while_it_loads(model_folder):
     )
     listening = bind(resolved.server)
     server = made_server(resolved, listening)
-    load = server.loading._load
+    load = server.loading.load
 
     def slow():
         assert held.wait(60)
         return load()
 
-    server.loading = server.config.app = LoadingApp(slow, lambda: None)
+    server.loading.load = slow
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     with httpx.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as client:

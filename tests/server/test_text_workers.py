@@ -1,15 +1,20 @@
 """Large bodies, templates that are not plain, tokenizers that fail: read in another process, answered alike."""
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from live_server import MODEL, assert_canonical_error, ok, serving, tokenizer, write_model
+from live_server import MODEL, assert_canonical_error, events, ok, serving, tokenizer, until, write_model
 from template_bombs import BOMBS
 
+from comparison.processes import descendants
 from truffula.errors import Overloaded
 from truffula.service.workers import MAX_WAITING_PER_CLIENT, _Lane
 from truffula.text.chat_template import ChatTemplates
@@ -79,6 +84,20 @@ def test_a_large_body_is_answered_as_a_small_one(live):
             assert large.headers["x-truffula-ignored"].endswith("wish")
 
 
+def test_a_long_answer_has_all_of_its_parts(live):
+    """The pieces of a reply join to the text; a long answer with alternatives has what its stream has."""
+    response = live.post("/tokenize", {"inputs": LONG, "add_special_tokens": False})
+    assert "".join(token["text"] for token in ok(response)) == LONG
+    assert int(response.headers["content-length"]) == len(response.content) > 2**20
+    body = {"prompt": [5, 6, 7] * 50, "echo": True, "logprobs": 20, "n": 2, "seed": 1, "max_tokens": 2}
+    whole = live.completion(**body)["choices"][0]
+    streamed = live.post("/v1/completions", {"model": MODEL, "temperature": 0, **body, "stream": True})
+    frames = [choice for frame in events(streamed)[:-1] for choice in frame["choices"] if choice["index"] == 0]
+    assert "".join(frame["text"] for frame in frames) == whole["text"]
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [one for frame in frames for one in frame["logprobs"][name]] == whole["logprobs"][name]
+
+
 MANY_KEYS = dict.fromkeys(map(str, range(2000)))
 
 
@@ -139,6 +158,46 @@ def test_a_tokenizer_that_panics_is_an_error_of_the_request(tmp_path):
         assert live.client.get("/health").status_code == 200
 
 
+def test_a_tokenizer_that_panics_when_it_is_read_ends_the_start(tmp_path):
+    model = write_model(tmp_path / "model")
+    made = json.loads((model / "tokenizer.json").read_text())
+    made["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (model / "tokenizer.json").write_text(json.dumps(made))
+    command = [sys.executable, "-m", "truffula", "serve", str(model), "--port", "0", "--memory", "1GiB"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 1
+    assert "tokenizer.json cannot be read" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_sigterm_ends_a_server_whose_template_is_running(tmp_path):
+    """The template computes without end; the text worker's limits are far away, and the drain is short."""
+    model = with_template(tmp_path / "model", BOMBS["nested loops"])
+    options = ["--port", "0", "--memory", "1GiB", "--drain-timeout", "1"]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen([sys.executable, "-m", "truffula", "serve", str(model), *options], stderr=log) as process,
+    ):
+        try:
+            until(lambda: "ready at " in (tmp_path / "log").read_text())
+            url = (tmp_path / "log").read_text().split("ready at ")[1].split()[0]
+            with socket.create_connection(("127.0.0.1", urlsplit(url).port), timeout=30) as connection:
+                body = json.dumps({"messages": TALK}).encode()
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+                connection.sendall(head.encode() + body)
+                until(lambda: any(is_text_worker(pid) for pid in descendants(process.pid)))
+                workers = [pid for pid in descendants(process.pid) if is_text_worker(pid)]
+                process.terminate()
+                assert process.wait(60) == 0
+            assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+        finally:
+            process.kill()
+
+
+def is_text_worker(pid):
+    with contextlib.suppress(OSError):
+        return b"truffula.text.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 def test_clients_take_turns_and_too_many_calls_are_refused():
     async def main():
         lane = _Lane(["worker"], None)
@@ -172,6 +231,7 @@ def test_clients_take_turns_and_too_many_calls_are_refused():
     [
         ("POST /v1/completions HTTP/1.1\r\ncontent-length: 4\r\ntransfer-encoding: chunked", 400),
         ("GET /v1/models HTTP/9.9", 505),
+        ("PRI * HTTP/2.0", 505),  # HTTP/2 by prior knowledge
     ],
 )
 def test_a_head_that_can_be_read_in_two_ways_ends_its_connection(live, head, status):

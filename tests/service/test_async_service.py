@@ -377,7 +377,7 @@ def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> N
         stream = await service.open(GenerateRequest(prompt=text, truncate=50, params=GREEDY))
         assert stream.prompt_tokens == 50
         await stream.aclose()
-        rendered = await service.render(GenerateRequest(messages=[{"role": "user", "content": "hi"}]))
+        rendered = await service.texts.prompt(GenerateRequest(messages=[{"role": "user", "content": "hi"}], echo=True))
         assert rendered.text == "<|role|>user\nhi<|role|>assistant\n"
         assert rendered.ids == byte_level().encode(rendered.text)
         assert service.has_chat_template

@@ -15,7 +15,6 @@ from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, Template
 from truffula.lora.sources import AdapterDirectory
 from truffula.service import Service, ServiceLimits, collect
 from truffula.service.files import LoadedTexts
-from truffula.service.prompts import MAX_PROMPT_SCORES
 from truffula.types import GenerateRequest, SamplingParams, TokenEvent
 
 
@@ -207,7 +206,7 @@ def test_a_prompt_of_ids_is_given_back_as_their_text() -> None:
 
 def test_prompt_scores_are_bounded_by_their_number() -> None:
     params = SamplingParams(prompt_logprobs=1024, max_tokens=1)
-    at_most = MAX_PROMPT_SCORES // 1025
+    at_most = ServiceLimits().max_prompt_scores // 1025
     core = service(max_model_len=2 * at_most)
     core.open(GenerateRequest(prompt=[3] * at_most, params=params))
     for length, choices in ((at_most + 1, 1), (at_most, 2)):
@@ -215,3 +214,13 @@ def test_prompt_scores_are_bounded_by_their_number() -> None:
         with pytest.raises(InvalidRequest) as caught:
             core.open(GenerateRequest(prompt=[3] * length, params=asked))
         assert caught.value.param == "prompt_logprobs"
+
+
+def test_prompt_scores_of_one_call_are_bounded_together() -> None:
+    core = Service(tiny_info(), texts=texts_with(byte_level()), limits=ServiceLimits(max_prompt_scores=100))
+    request = GenerateRequest(prompt=[3] * 25, params=SamplingParams(prompt_logprobs=1, n=2))
+    states = [core.open(request) for _ in range(5)]
+    core.check_scores_of_call(states[:4])
+    with pytest.raises(InvalidRequest, match=r"500 scores for the 5 prompts .* the limit is 400") as caught:
+        core.check_scores_of_call(states)
+    assert caught.value.param == "prompt_logprobs"

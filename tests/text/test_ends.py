@@ -111,6 +111,15 @@ def test_an_end_beyond_the_models_ids_is_reported_and_ends_nothing() -> None:
     assert any("tokenizer_config.json eos_token names '<|im_end|>'" in text for text in found.warnings)
 
 
+def test_many_ends_are_reported_in_one_line_each() -> None:
+    many = [EndToken(i, "generation_config.json eos_token_id") for i in range(3000)]
+    found = EndTokens([], many, tokenizer=None, templates=ChatTemplates({}, {}), vocab_size=1000)
+    assert len(found.ids) == 1000
+    (warning,) = found.warnings
+    assert "token 1000 and 1999 more tokens, beyond the model's 1000 ids" in warning
+    assert describe(found.all).endswith(" and 980 more")
+
+
 def test_without_a_tokenizer_the_ids_count() -> None:
     found = ends_of(None, None, [EndToken(7, "config.json eos_token_id")], named=[EndToken(5, "by key", "<x>")])
     assert describe(found.all) == "<x> (5, by key), 7 (config.json eos_token_id)"

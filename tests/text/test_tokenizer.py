@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, sentence_piece_json
@@ -13,6 +14,14 @@ from truffula.errors import CheckpointError, InvalidRequest
 from truffula.text.pieces import byte_alphabet
 from truffula.text.tokenizer import Tokenizer, check_text, load_tokenizer
 from truffula.weights.gguf_tokenizer import read_tokenizer
+
+NESTED = b'{"a":' * 50_000 + b"1" + b"}" * 50_000
+PRECOMPILED = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+"""The library panics on it."""
+
+
+def with_rule(name: str, rule: dict[str, Any]) -> bytes:
+    return json.dumps(json.loads(byte_level_json()) | {name: rule}).encode()
 
 
 def test_a_folder_without_a_tokenizer_has_none() -> None:
@@ -25,6 +34,10 @@ def test_a_folder_without_a_tokenizer_has_none() -> None:
         ({"tokenizer.json": b"not json"}, "tokenizer.json"),
         ({"tokenizer.json": byte_level_json(), "tokenizer_config.json": b"[1]"}, "tokenizer_config.json"),
         ({"tokenizer.json": byte_level_json(), "special_tokens_map.json": b"{"}, "special_tokens_map.json"),
+        ({"tokenizer.json": byte_level_json(), "tokenizer_config.json": NESTED}, "tokenizer_config.json"),
+        ({"tokenizer.json": byte_level_json(), "chat_template.json": NESTED}, "chat_template.json"),
+        ({"tokenizer.json": NESTED}, "tokenizer.json"),
+        ({"tokenizer.json": with_rule("normalizer", PRECOMPILED)}, "tokenizer.json"),
         ({"tokenizer.json": byte_level_json(), "chat_template.jinja": b"\xff\xfe"}, "chat_template.jinja"),
     ],
 )

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import InvalidRequest
-from truffula.server.field_names import is_neutral, squeezed
+from truffula.server.field_names import has_no_effect, squeezed
 
 EMPTY: tuple[Any, ...] = ("", False, [], {}, [""])
 """Values by which no adapter is named, beside null."""
@@ -22,16 +22,16 @@ EMPTY: tuple[Any, ...] = ("", False, [], {}, [""])
 class AdapterField:
     """``names_one``: a string in the field is an adapter's name, and is honoured as one.
 
-    ``neutral`` are values without effect when another field names the adapter.
+    ``no_effect`` are values without effect when another field names the adapter.
     """
 
     names_one: bool = True
-    neutral: tuple[Any, ...] = ()
+    no_effect: tuple[Any, ...] = ()
 
 
 _NAME = AdapterField()
 _OTHER = AdapterField(names_one=False)
-_SCALE = AdapterField(names_one=False, neutral=(1, [1]))
+_SCALE = AdapterField(names_one=False, no_effect=(1, [1]))
 ADAPTER_FIELDS: Mapping[str, AdapterField] = MappingProxyType(
     {
         "adapter_id": _NAME,  # LoRAX, TGI
@@ -102,7 +102,7 @@ def adapter_named(place: str, name: str, value: Any, use: str) -> str | None:
     is where the field stands, ``use`` the field that names an adapter on this route.
     """
     row = _BY_SQUEEZED.get(squeezed(name), _OTHER)
-    if is_neutral(value, EMPTY + row.neutral):
+    if has_no_effect(value, EMPTY + row.no_effect):
         return None
     one = value[0] if isinstance(value, list) and len(value) == 1 else value
     if row.names_one and isinstance(one, str):

@@ -24,7 +24,7 @@ from truffula.server.middleware import BodyLimit, HttpRules, OpenLimit, RequestS
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
 from truffula.server.state import ServerState, record_of
-from truffula.server.unserved import refusal
+from truffula.server.unserved import unserved
 from truffula.service import AsyncService
 
 _TALK = [{"role": "user", "content": "Hello"}]
@@ -142,7 +142,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
         )
         reply.headers["allow"] = allowed
         return reply
-    return _reply(request, refusal(path, {route.path for route in routes}))
+    return _reply(request, unserved(path, {route.path for route in routes}))
 
 
 def _reply(request: Request, error: TruffulaError) -> Response:

@@ -39,21 +39,21 @@ def bearer(value: str) -> str | None:
 
 
 def tenant_of(key: str) -> str:
-    """A digest that stands for the key where the key itself has no business."""
+    """A digest that identifies the key in place of the key itself."""
     return hashlib.blake2b(key.encode("latin-1"), digest_size=16, person=b"truffula-tenant").hexdigest()
 
 
 def prefix_salt(request: Request, given: str | None, by_key: bool) -> str:
-    """The salt of a request's prefix-cache blocks: the client's own, behind its key's digest where keys separate.
+    """The salt of a request's prefix-cache blocks: the client's own, after its key's digest if ``by_key``.
 
-    Digests are of one length, so no client's word can imitate another key's.
+    Digests have one length, so a client's salt cannot imitate that of another key.
     """
     tenant: str | None = getattr(request.state, "tenant", None)
     return f"{tenant}:{given or ''}" if by_key and tenant is not None else given or ""
 
 
 def client_of(request: Request) -> str:
-    """Who sends a request: the digest of its key, else its address. Clients take turns with what is scarce."""
+    """The sender of a request: the digest of its key, else its address."""
     tenant: str | None = getattr(request.state, "tenant", None)
     return tenant or (request.client.host if request.client is not None else "")
 
@@ -132,15 +132,15 @@ class WebRules:
         origin, host = headers.get(b"origin"), headers.get(b"host", "")
         closed = scope["path"] in self._closed
         probed = scope["path"] in OPEN_PATHS and not closed
-        error = None if probed else self._refusal(origin, host, closed)
+        error = None if probed else self._violation(origin, host, closed)
         if error is None:
             await (self.app if closed else self._cors)(scope, receive, send)
         else:
             scope["state"]["record"].error_code = error.code
             await send_reply(send, *render(error, dialect_of(scope["path"])))
 
-    def _refusal(self, origin: str | None, host: str, closed: bool) -> Forbidden | None:
-        if self._hosts is not None and not self._is_ours(host):
+    def _violation(self, origin: str | None, host: str, closed: bool) -> Forbidden | None:
+        if self._hosts is not None and not self._is_own_host(host):
             return Forbidden(
                 f"The host name {host[:80]!r} is not one of this server's. Use an address or localhost, or start the "
                 "server with --allowed-host NAME or --api-key.",
@@ -161,7 +161,7 @@ class WebRules:
             param="origin",
         )
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_own_host(self, host: str) -> bool:
         name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         name = name.lower().rstrip(".")
         assert self._hosts is not None

@@ -49,7 +49,7 @@ class Body(BaseModel):
 
     ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on native
     routes). ``route_fields`` says which fields of other routes and servers a route refuses. With ``refuses_foreign``
-    those are all of them in this object, so the values of those still in it ask for nothing.
+    those are all of them in this object, so those that are left have values without effect.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
@@ -132,8 +132,8 @@ async def raw_body(request: Request) -> bytes:
 def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
     """``value`` as a body; ``InvalidRequest`` names the first wrong field.
 
-    Lengths are looked at first, and lists are read up to their first wrong item: what is wrong is refused soon, however
-    much there is of it.
+    Lengths are checked first, and lists are validated up to their first invalid item, so that an invalid body is
+    rejected quickly, however long it is.
     """
     limits.check_lengths(value)
     if model.route_fields is not None:
@@ -176,7 +176,7 @@ def note_ignored(request: Request, names: Sequence[str]) -> None:
 
 
 def safe_header(text: str, limit: int = 256) -> str:
-    """``text`` as a header value, printable ASCII and bounded: a client's words must not break a head."""
+    """``text`` as a header value, printable ASCII and bounded, since clients choose it."""
     short = text if len(text) <= limit else f"{text[: limit - 3]}..."
     return "".join(c if " " <= c <= "~" else "?" for c in short).strip()
 

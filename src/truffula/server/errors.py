@@ -2,8 +2,8 @@
 
 *Native* is LoRAX's and TGI's dialect (``/generate`` and friends): ``{"error": str, "error_type": str}``.
 *OpenAI* is everything under ``/v1/``: ``{"error": {"message", "type", "param", "code"}}``.
-*Anthropic* and *Ollama* have no routes here; their clients read why in their own form.
-The status is fixed by the fault, never by whether the client streams.
+*Anthropic* and *Ollama* have no routes here; their clients get errors in their own form.
+The status depends on the error only, not on whether the client streams.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Dialect = Literal["native", "openai", "anthropic", "ollama"]
 
 
 class MalformedBody(TruffulaError):
-    """The body is no JSON object, or holds what JSON cannot say (NaN, 1e400, half a surrogate pair)."""
+    """The body is not a JSON object, or contains what JSON cannot represent (NaN, 1e400, half a surrogate pair)."""
 
     code = "malformed_json"
 
@@ -75,14 +75,14 @@ class Unhealthy(TruffulaError):
 
 
 class Aborted(TruffulaError):
-    """The server ended the request before its last token; no client of ours sees this for its own leaving."""
+    """The server ended the request before its last token. A client that disconnects does not see it."""
 
     code = "aborted"
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """How one code leaves the server. ``prefix`` is what callers of LoRAX and TGI match error messages on."""
+    """Status and type of one error code per dialect. Clients of LoRAX and TGI look for ``prefix`` in messages."""
 
     native_status: int
     native_type: str
@@ -93,7 +93,7 @@ class ErrorRow:
 
 
 _BAD = "invalid_request_error"
-_OURS = "server_error"
+_SERVER = "server_error"
 _INPUT = "Input validation error: "
 _RUN = "Request failed during generation: "
 _FULL = "Model is overloaded: "
@@ -107,7 +107,7 @@ _BRANCHES: Mapping[str, str] = MappingProxyType(
         "list[dict[str,any]]": "a list of parts",
     }
 )
-_FAULT = ErrorRow(500, "generation", _RUN, 500, _OURS, "internal_error")
+_INTERNAL = ErrorRow(500, "generation", _RUN, 500, _SERVER, "internal_error")
 
 TABLE: Mapping[str, ErrorRow] = MappingProxyType(
     {
@@ -128,29 +128,29 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "model_not_found": ErrorRow(424, "generation", _RUN, 404, _BAD, "model_not_found"),
         "adapter_not_found": ErrorRow(424, "generation", _RUN, 404, _BAD, "model_not_found"),
         "adapter_invalid": ErrorRow(424, "generation", _RUN, 400, _BAD, "adapter_invalid"),
-        "adapter_load_failed": ErrorRow(424, "generation", _RUN, 503, _OURS, "adapter_load_failed"),
+        "adapter_load_failed": ErrorRow(424, "generation", _RUN, 503, _SERVER, "adapter_load_failed"),
         "insufficient_memory": ErrorRow(424, "generation", _RUN, 400, _BAD, "insufficient_memory"),
         "overloaded": ErrorRow(429, "overloaded", _FULL, 429, "rate_limit_error", "overloaded"),
-        "queue_timeout": ErrorRow(503, "overloaded", _FULL, 503, _OURS, "queue_timeout"),
-        "shutting_down": ErrorRow(503, "overloaded", _FULL, 503, _OURS, "shutting_down"),
-        "deadline_exceeded": ErrorRow(504, "generation", _RUN, 504, _OURS, "deadline_exceeded"),
-        "engine_died": ErrorRow(503, "incomplete_generation", _CUT, 503, _OURS, "engine_died"),
-        "checkpoint_changed": ErrorRow(503, "incomplete_generation", _CUT, 503, _OURS, "checkpoint_changed"),
-        "aborted": ErrorRow(500, "incomplete_generation", _CUT, 500, _OURS, "aborted"),
-        "generation_failed": ErrorRow(424, "generation", _RUN, 500, _OURS, "generation_failed"),
+        "queue_timeout": ErrorRow(503, "overloaded", _FULL, 503, _SERVER, "queue_timeout"),
+        "shutting_down": ErrorRow(503, "overloaded", _FULL, 503, _SERVER, "shutting_down"),
+        "deadline_exceeded": ErrorRow(504, "generation", _RUN, 504, _SERVER, "deadline_exceeded"),
+        "engine_died": ErrorRow(503, "incomplete_generation", _CUT, 503, _SERVER, "engine_died"),
+        "checkpoint_changed": ErrorRow(503, "incomplete_generation", _CUT, 503, _SERVER, "checkpoint_changed"),
+        "aborted": ErrorRow(500, "incomplete_generation", _CUT, 500, _SERVER, "aborted"),
+        "generation_failed": ErrorRow(424, "generation", _RUN, 500, _SERVER, "generation_failed"),
         "no_tokenizer": ErrorRow(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
-        "unhealthy": ErrorRow(503, "healthcheck", "", 503, _OURS, "unhealthy"),
+        "unhealthy": ErrorRow(503, "healthcheck", "", 503, _SERVER, "unhealthy"),
         # These end a start; a client sees one only when the server has a bug.
-        "internal_error": _FAULT,
-        "config_invalid": _FAULT,
-        "process_failed": _FAULT,
-        "model_unsupported": _FAULT,
-        "checkpoint_invalid": _FAULT,
-        "checkpoint_tying": _FAULT,
-        "missing_dependency": _FAULT,
-        "kernel_error": _FAULT,
-        "device_lost": _FAULT,
-        "wire_error": _FAULT,
+        "internal_error": _INTERNAL,
+        "config_invalid": _INTERNAL,
+        "process_failed": _INTERNAL,
+        "model_unsupported": _INTERNAL,
+        "checkpoint_invalid": _INTERNAL,
+        "checkpoint_tying": _INTERNAL,
+        "missing_dependency": _INTERNAL,
+        "kernel_error": _INTERNAL,
+        "device_lost": _INTERNAL,
+        "wire_error": _INTERNAL,
     }
 )
 
@@ -178,8 +178,8 @@ def dialect_of(path: str) -> Dialect:
 
 
 def row_of(code: str) -> ErrorRow:
-    """The table's row; a code of a newer peer is a fault of ours."""
-    return TABLE.get(code, _FAULT)
+    """The table's row; an unknown code, such as a newer peer's, is an internal error."""
+    return TABLE.get(code, _INTERNAL)
 
 
 def status_of(error: TruffulaError, dialect: Dialect) -> int:
@@ -225,7 +225,7 @@ def render(error: TruffulaError, dialect: Dialect) -> tuple[int, dict[str, str],
 
 
 def from_validation(error: ValidationError, *, inside: str = "") -> InvalidRequest:
-    """Pydantic's list as one error naming the first field at fault; inputs are never echoed whole."""
+    """Pydantic's list as one error that names the first invalid field; inputs are never repeated whole."""
     found = error.errors(include_url=False, include_context=False)
     where = _place(found[0]["loc"])
     words: list[str] = []
@@ -254,7 +254,7 @@ def _shown(value: Any) -> str:
 
 
 def _place(loc: tuple[int | str, ...]) -> str:
-    """``messages[0].content``: pydantic's path up to the first union, whose branches are no business of a client."""
+    """``messages[0].content``: pydantic's path up to the first union, whose branches are internal."""
     out = ""
     for part in loc:
         if isinstance(part, int):
@@ -271,5 +271,5 @@ def _is_branch(part: str) -> bool:
 
 
 def _clean(text: str) -> str:
-    """Lone surrogates cannot be encoded; an error about them must still reach its client."""
+    """``text`` without lone surrogates, which cannot be encoded."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 
 from truffula.errors import InvalidRequest
 from truffula.server.adapter_fields import adapter_named, is_adapter_field
-from truffula.server.field_names import ALIASES, HOLDERS, INERT, UNSUPPORTED, Aliases, is_neutral, squeezed
+from truffula.server.field_names import ALIASES, HOLDERS, INERT, UNSUPPORTED, Aliases, has_no_effect, squeezed
 
 MAX_DEPTH = 4
 """How many objects inside each other are searched for fields."""
@@ -22,8 +22,8 @@ MAX_DEPTH = 4
 _ALIASES: Mapping[str, Aliases] = MappingProxyType(
     {squeezed(name): row for row in reversed(ALIASES) for name in row.names}  # a name's first row wins
 )
-_UNSUPPORTED = MappingProxyType({squeezed(name): neutral for name, neutral in UNSUPPORTED.items()})
-_INERT = MappingProxyType({squeezed(name): neutral for name, neutral in INERT.items()})
+_UNSUPPORTED = MappingProxyType({squeezed(name): values for name, values in UNSUPPORTED.items()})
+_INERT = MappingProxyType({squeezed(name): values for name, values in INERT.items()})
 _KNOWN = _ALIASES.keys() | _UNSUPPORTED.keys()
 _HOLDERS = frozenset(squeezed(name) for name in HOLDERS)
 
@@ -31,11 +31,11 @@ _HOLDERS = frozenset(squeezed(name) for name in HOLDERS)
 def is_ignored(name: str, value: Any) -> bool:
     """Whether a field that passed ``RouteFields.check`` and that no route reads belongs in ``x-truffula-ignored``.
 
-    An unknown one does; a known one that has no effect on the text does unless its value asks for nothing.
+    An unknown one does; a known one without effect on the text does unless its value has no meaning either.
     """
     key = squeezed(name)
     if key in _INERT:
-        return not is_neutral(value, _INERT[key])
+        return not has_no_effect(value, _INERT[key])
     return key not in _ALIASES and key not in _UNSUPPORTED and not is_adapter_field(name)
 
 
@@ -95,7 +95,7 @@ class RouteFields:
             if is_adapter_field(inner) or (holds_fields and inner == "model" and isinstance(given, str)):
                 named = given if inner == "model" else adapter_named(inside, inner, given, self.adapter)
                 if named and named not in base_names:
-                    raise self._refusal(inside, f"name the adapter in {self.adapter}")
+                    raise self._unsupported(inside, f"name the adapter in {self.adapter}")
             elif holds_fields and given is not None:
                 self._check_field(inner, given, f"{place}.")
             if isinstance(given, dict):
@@ -107,16 +107,16 @@ class RouteFields:
         if key not in _KNOWN and key not in self._paths:
             return
         place = f"{prefix}{name[:64]}"
-        if key in _UNSUPPORTED and not is_neutral(value, _UNSUPPORTED[key]):
+        if key in _UNSUPPORTED and not has_no_effect(value, _UNSUPPORTED[key]):
             raise InvalidRequest(f"{place} is not supported by this server; leave it out.", param=place)
         row, path = _ALIASES.get(key), self.path_of(name)
-        if key in _UNSUPPORTED or is_neutral(value, row.neutral if row else ()):
+        if key in _UNSUPPORTED or has_no_effect(value, row.no_effect if row else ()):
             return
         if path is None:
-            raise self._refusal(place, row.advice if row else "leave it out")
+            raise self._unsupported(place, row.advice if row else "leave it out")
         outside = "." in place and "." not in path
-        raise self._refusal(place, f"use {path}{' at the top level of the body' if outside else ''}")
+        raise self._unsupported(place, f"use {path}{' at the top level of the body' if outside else ''}")
 
-    def _refusal(self, place: str, advice: str) -> InvalidRequest:
+    def _unsupported(self, place: str, advice: str) -> InvalidRequest:
         """The error for the field at ``place``, whose name is the client's and stays as it was sent (``verbatim``)."""
         return InvalidRequest(f"{place} has no effect on {self.where}; {advice}.", param=place, verbatim=True)

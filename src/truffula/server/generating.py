@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -24,6 +24,7 @@ from truffula.service import TextStream, collect
 from truffula.service.fold import choice_error
 from truffula.types import AdapterRef, ChoiceTotals, Completion, GenerateRequest, TextDelta
 
+T = TypeVar("T")
 # One wake of the event loop: deltas with the index of the prompt they belong to.
 Batch = list[tuple[int, TextDelta]]
 
@@ -156,20 +157,31 @@ def error_of(delta: TextDelta) -> TruffulaError | None:
     return choice_error(delta) if delta.error is None else TruffulaError.from_info(delta.error)
 
 
-async def whole(request: Request, requests: Sequence[GenerateRequest]) -> list[Completion]:
-    """One answer a request: the fold of the deltas a stream would show. A client that leaves aborts it."""
-    return await unless_gone(request.receive, _fold(request, requests))
+async def whole(request: Request, requests: Sequence[GenerateRequest], make: Callable[[list[Completion]], T]) -> T:
+    """What ``make`` makes of one completion per request, each the fold of the deltas that a stream would show.
+
+    A client that leaves aborts it. ``make`` runs in a thread when the answer is long.
+    """
+    return await unless_gone(request.receive, _fold(request, requests, make))
 
 
-async def _fold(request: Request, requests: Sequence[GenerateRequest]) -> list[Completion]:
+async def _fold(request: Request, requests: Sequence[GenerateRequest], make: Callable[[list[Completion]], T]) -> T:
     parts: list[list[TextDelta]] = [[] for _ in requests]
+    size = 0
     async with aclosing(run(request, requests)) as batches:
         async for batch in batches:
             for prompt, delta in batch:
                 if (error := error_of(delta)) is not None:
                     raise error
                 parts[prompt].append(delta)
-    return [collect(deltas) for deltas in parts]
+                size += entries(delta)
+    return await state_of(request).service.texts.in_thread(size, lambda: make([collect(deltas) for deltas in parts]))
+
+
+def entries(delta: TextDelta) -> int:
+    """How many tokens and alternatives ``delta`` has, those of the prompt included."""
+    found = 0 if delta.prompt is None else delta.prompt.entries
+    return found + sum(1 + len(piece.top) for piece in delta.tokens)
 
 
 async def stream(
@@ -188,6 +200,7 @@ async def stream(
 
 async def _frames(request: Request, requests: Sequence[GenerateRequest], writer: Writer) -> AsyncGenerator[bytes, None]:
     begun = False
+    texts = state_of(request).service.texts
     async with aclosing(run(request, requests)) as batches:
         try:
             async for batch in batches:
@@ -201,7 +214,7 @@ async def _frames(request: Request, requests: Sequence[GenerateRequest], writer:
                         record_of(request).error_code = error.code
                         yield b"".join(out) + writer.fail(error)
                         return
-                    out.append(writer.delta(prompt, delta))
+                    out.append(await texts.in_thread(entries(delta), partial(writer.delta, prompt, delta)))
                 if chunk := b"".join(out):
                     yield chunk
         except TruffulaError as error:

@@ -21,7 +21,7 @@ from truffula.server.openai_completions import complete
 from truffula.server.prepare import Kind, Read, read_requests
 from truffula.server.replies import json_reply
 from truffula.server.state import record_of, state_of
-from truffula.types import AdapterRef, GenerateRequest
+from truffula.types import AdapterRef, Completion, GenerateRequest
 
 
 async def compatible(request: Request) -> Response:
@@ -57,7 +57,7 @@ async def _read(request: Request, kind: Kind) -> Read:
 
 
 async def _addressed(request: Request, read: Read) -> tuple[GenerateRequest, AdapterRef | None]:
-    """The request with who answers it, its id and its salt."""
+    """The request with its adapter, id and salt, and the adapter."""
     state, body = state_of(request), native(read)
     adapter = await answering(body, state)
     (made,) = read.requests
@@ -75,21 +75,24 @@ async def _whole(request: Request, read: Read, *, as_list: bool) -> Response:
     started = time.monotonic()
     body = native(read)
     made, adapter = await _addressed(request, read)
-    (found,) = await whole(request, [made])
-    choice, *others = best_first(found.choices)
-    full = body.inputs if body.params.return_full_text else ""
-    reply: dict[str, Any] = {"generated_text": full + choice.text}
-    if body.params.wants_details:
-        reply["details"] = details(choice, others, found.prompt, body)
-    headers = reply_headers(
-        len(body.inputs),
-        adapter,
-        record_of(request),
-        state_of(request),
-        total_s=time.monotonic() - started,
-        completion_tokens=choice.totals.completion_tokens,
-    )
-    return json_reply([reply] if as_list else reply, headers=headers)
+
+    def answer(found: list[Completion]) -> Response:
+        choice, *others = best_first(found[0].choices)
+        full = body.inputs if body.params.return_full_text else ""
+        reply: dict[str, Any] = {"generated_text": full + choice.text}
+        if body.params.wants_details:
+            reply["details"] = details(choice, others, found[0].prompt, body)
+        headers = reply_headers(
+            len(body.inputs),
+            adapter,
+            record_of(request),
+            state_of(request),
+            total_s=time.monotonic() - started,
+            completion_tokens=choice.totals.completion_tokens,
+        )
+        return json_reply([reply] if as_list else reply, headers=headers)
+
+    return await whole(request, [made], answer)
 
 
 async def _stream(request: Request, read: Read) -> Response:

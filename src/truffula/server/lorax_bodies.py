@@ -171,7 +171,7 @@ class GenerateBody(Body):
         return self.params.adapter_source
 
     def request(self, limits: RequestLimits, *, streams: bool) -> GenerateRequest:
-        """The body as a request in text, without who answers it. Raises ``InvalidRequest``."""
+        """The body as a request in text, without its adapter. Raises ``InvalidRequest``."""
         params = self.params
         params.check(stream=streams, limits=limits)
         chat = [{"role": "user", "content": self.inputs}] if params.apply_chat_template else None

@@ -9,6 +9,7 @@ from truffula.errors import TruffulaError
 from truffula.server.errors import error_body
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.openai_parts import finite
+from truffula.server.replies import encoded
 from truffula.server.sse import frame
 from truffula.types import ChoiceTotals, CompletionChoice, PromptPart, TextDelta, TokenPiece
 
@@ -21,7 +22,7 @@ def finish_reason(reason: str | None, eos: bool) -> str:
 
 
 def token(piece: TokenPiece, params: Parameters) -> dict[str, Any]:
-    """One generated token. A logprob is always a finite number: clients refuse null."""
+    """One generated token. A logprob is always a finite number: clients reject null."""
     out: dict[str, Any] = {
         "id": piece.id,
         "text": piece.text,
@@ -79,7 +80,7 @@ def details(
     if others:
         full = body.inputs if params.return_full_text else ""
         out["best_of_sequences"] = [
-            {"generated_text": full + other.text, **_sequence(other, prompt, params)} for other in others
+            encoded({"generated_text": full + other.text, **_sequence(other, prompt, params)}) for other in others
         ]
     return out
 

@@ -1,4 +1,4 @@
-"""What surrounds every request, as plain ASGI: its id, its one log line, its metrics, the body limit, the last net.
+"""Middleware of every request, as plain ASGI: id, log line, metrics, limits, and a reply for unexpected exceptions.
 
 Starlette's ``BaseHTTPMiddleware`` is not used: it copies every chunk of a stream through a queue and hides disconnects.
 """
@@ -46,10 +46,9 @@ def request_id(given: str | None) -> str:
 class RequestScope:
     """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, access_log: bool = True) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self._metrics = metrics
-        self._access_log = access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -88,9 +87,9 @@ class RequestScope:
         route = scope.get("route")
         record.route = getattr(route, "path", "") or record.route
         self._metrics.request_ended(record)
-        # Probes come every second and say nothing while all is well.
+        # Successful probes come every second and are not worth a line.
         level = logging.DEBUG if record.path in QUIET_PATHS and record.status < 400 else logging.INFO
-        if self._access_log and access.isEnabledFor(level):
+        if access.isEnabledFor(level):
             access.log(level, "%s", AccessLine(record), extra={"fields": asdict(record)})
 
 
@@ -123,7 +122,7 @@ def _ms(seconds: float | None) -> str:
 
 
 def _one_line(text: str) -> str:
-    """A client's words on our line: nothing that could start another one or look like another field."""
+    """``text``, which a client chose, without characters that could start another line or field of the log."""
     return "".join(c if c.isprintable() and c not in ' "' else "?" for c in text[:200])
 
 
@@ -213,7 +212,7 @@ class BodyLimit:
         if body is None:
             return
         if isinstance(body, TruffulaError):
-            await self._refuse(body, scope, receive, send)
+            await self._reject(body, scope, receive, send)
             return
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
@@ -247,7 +246,7 @@ class BodyLimit:
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The body is larger than {self._limit} bytes, this server's limit.", limit=self._limit)
 
-    async def _refuse(self, error: TruffulaError, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _reject(self, error: TruffulaError, scope: Scope, receive: Receive, send: Send) -> None:
         scope["state"]["record"].error_code = error.code
         status, headers, body = render(error, dialect_of(scope["path"]))
         pairs = [(k.encode(), v.encode()) for k, v in headers.items()]

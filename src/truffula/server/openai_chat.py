@@ -23,10 +23,10 @@ from truffula.server.openai_parts import (
 )
 from truffula.server.openai_requests import addressed
 from truffula.server.prepare import Read, read_requests
-from truffula.server.replies import json_reply
+from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import DONE, frame
 from truffula.server.state import ServerState, record_of, state_of
-from truffula.types import CompletionChoice, TextDelta
+from truffula.types import Completion, CompletionChoice, TextDelta
 
 
 async def chat_completions(request: Request) -> Response:
@@ -45,12 +45,15 @@ async def chat(request: Request, read: Read, state: ServerState) -> Response:
         return await stream(
             request, [one], ChatWriter(request, body, head("chat.completion.chunk", "chatcmpl", model, state))
         )
-    (found,) = await whole(request, [one])
     reply = head("chat.completion", "chatcmpl", model, state)
-    reply["choices"] = [_choice(body, choice) for choice in found.choices]
+    return await whole(request, [one], lambda found: _reply(body, reply, found[0]))
+
+
+def _reply(body: ChatBody, reply: dict[str, Any], found: Completion) -> Response:
+    reply["choices"] = [encoded(_choice(body, choice)) for choice in found.choices]
     reply["usage"] = usage_of([found])
     if body.prompt_logprobs is not None:
-        reply["prompt_logprobs"] = prompt_logprobs(found.prompt)
+        reply["prompt_logprobs"] = encoded(prompt_logprobs(found.prompt))
     if body.return_token_ids:
         reply["prompt_token_ids"] = prompt_ids(found.prompt)
     return json_reply(reply)

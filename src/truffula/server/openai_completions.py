@@ -25,7 +25,7 @@ from truffula.server.openai_parts import (
 )
 from truffula.server.openai_requests import addressed
 from truffula.server.prepare import Read, read_requests
-from truffula.server.replies import json_reply
+from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import DONE, frame
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta, TokenPiece
@@ -46,17 +46,20 @@ async def complete(request: Request, read: Read, state: ServerState) -> Response
     top = head("text_completion", "cmpl", asked_model(body, state), state)
     if body.stream:
         return await stream(request, requests, CompletionWriter(request, body, top))
-    found = await whole(request, requests)
-    choices = [_choice(body, i, one, choice) for i, one in enumerate(found) for choice in one.choices]
-    headers = reply_headers(
-        read.characters,
-        requests[0].adapter,
-        record_of(request),
-        state,
-        total_s=time.monotonic() - started,
-        completion_tokens=sum(one.completion_tokens for one in found),
-    )
-    return json_reply({**top, "choices": choices, "usage": usage_of(found)}, headers=headers)
+
+    def reply(found: list[Completion]) -> Response:
+        choices = [encoded(_choice(body, i, one, choice)) for i, one in enumerate(found) for choice in one.choices]
+        headers = reply_headers(
+            read.characters,
+            requests[0].adapter,
+            record_of(request),
+            state,
+            total_s=time.monotonic() - started,
+            completion_tokens=sum(one.completion_tokens for one in found),
+        )
+        return json_reply({**top, "choices": choices, "usage": usage_of(found)}, headers=headers)
+
+    return await whole(request, requests, reply)
 
 
 def _choice(body: CompletionBody, prompt: int, found: Completion, choice: CompletionChoice) -> dict[str, Any]:
@@ -81,7 +84,7 @@ def _choice(body: CompletionBody, prompt: int, found: Completion, choice: Comple
 
 
 class CompletionWriter:
-    """Chunks of a streamed completion; choices interleave, told apart by index."""
+    """Chunks of a streamed completion; choices interleave and are identified by their index."""
 
     def __init__(self, request: Request, body: CompletionBody, top: dict[str, Any]) -> None:
         self._body = body

@@ -14,7 +14,7 @@ from truffula.server.state import ServerState
 from truffula.text.pieces import is_utf8
 from truffula.types import Completion, PromptPart, TextDelta, TokenPiece, TopToken
 
-LEAST_LOGPROB = -9999.0  # JSON has no infinity, and clients refuse null here
+LEAST_LOGPROB = -9999.0  # JSON has no infinity, and clients reject null here
 
 
 def head(kind: str, prefix: str, model: str, state: ServerState) -> dict[str, Any]:

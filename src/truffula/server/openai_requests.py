@@ -1,4 +1,4 @@
-"""From OpenAI bodies to ``GenerateRequest``s: limits, the model rule, who answers."""
+"""From OpenAI bodies to ``GenerateRequest``s: limits, truncation, adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from truffula.types import GenerateRequest, SamplingParams
 
 
 def completion_requests(body: CompletionBody, limits: RequestLimits) -> list[GenerateRequest]:
-    """One a prompt, in order; ``addressed`` adds who answers."""
+    """One request per prompt, in order; ``addressed`` adds the adapter."""
     body.check()
     check_limits(body, body.logprobs, "logprobs", limits)
     params = body.sampling(
@@ -35,7 +35,7 @@ def completion_requests(body: CompletionBody, limits: RequestLimits) -> list[Gen
 
 
 def chat_requests(body: ChatBody, limits: RequestLimits) -> list[GenerateRequest]:
-    """The one request of a chat; ``addressed`` adds who answers."""
+    """The request of a chat, in a list; ``addressed`` adds the adapter."""
     body.check()
     top = None if not body.logprobs else body.top_logprobs or 0
     check_limits(body, top, "top_logprobs", limits)
@@ -72,7 +72,7 @@ def common(body: OpenAIBody, params: SamplingParams, limits: RequestLimits) -> d
 async def addressed(
     request: Request, body: OpenAIBody, made: Sequence[GenerateRequest], state: ServerState
 ) -> list[GenerateRequest]:
-    """``made`` with the adapter that answers, the request's id and its salt; notes them for log and metrics."""
+    """``made`` with adapter, request id and salt, which are also recorded for log and metrics."""
     adapter = await answering(body, state)
     given = body.request_id or body.rid
     if given is not None:

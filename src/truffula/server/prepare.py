@@ -45,7 +45,7 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Read:
-    """A body, its requests without who answers them, and how many characters their texts have."""
+    """A body, its requests without their adapter, and how many characters their texts have."""
 
     body: Body
     requests: list[GenerateRequest]

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -52,6 +54,12 @@ from truffula.types import EngineInfo, SamplingParams
 
 BACKLOG = 2048
 """Connections that the kernel queues until they are accepted."""
+MAX_PROMPT_SCORES = 2**17
+"""Of one prompt. All streams wait while the scores of a prompt are decoded: 40 ms at this number."""
+FULL_COLLECTIONS = 1000
+"""A collection of all objects, during which every stream waits, comes with so many of the younger ones."""
+SWITCH_INTERVAL_S = 0.001
+"""How long a thread that works on a text may keep the event loop from running; Python's default is 5 ms."""
 ENGINE_CHECK_S = 1.0
 """Seconds between checks whether the engine may still serve."""
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
@@ -81,7 +89,6 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             templates = {"default": read_template(config.chat_template)}
         path = handle.model_path()
         texts = None if path is None else load_texts(path)
-        trim_memory()  # of loading the tokenizer, before requests wait for this process
         undo.pop_all()
     client = handle.client()
     with ExitStack() as undo:
@@ -89,6 +96,7 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
         limits = ServiceLimits(
             max_choices=max(config.max_n, config.max_best_of),
             base_names=tuple(name for name in (client.info.model, config.served_model_name) if name),
+            max_prompt_scores=MAX_PROMPT_SCORES,
         )
         texts = texts_of(client.info, texts)
         workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
@@ -107,6 +115,7 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
         asgi = create_app(service, config, directory, metrics, defaults=defaults)
         warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
         undo.pop_all()
+    trim_memory()  # before requests wait for this process
     return App(service, asgi, lambda: announce(resolved, service.info, directory, url, warnings))
 
 
@@ -169,7 +178,7 @@ class LoadingApp:
     """The ASGI application: 503 while the model loads, then ``App``. A failed load ends the server with its error."""
 
     def __init__(self, load: Callable[[], App], on_failure: Callable[[], None]) -> None:
-        self._load = load
+        self.load = load
         self._on_failure = on_failure
         self.loop: asyncio.AbstractEventLoop | None = None
         self._asgi: ASGIApp | None = None  # of ``app``, while it takes requests
@@ -241,7 +250,7 @@ class LoadingApp:
             found: App | None = None
             error: Exception | None = None
             try:
-                found = self._load()
+                found = self.load()
             except BaseException as raised:  # noqa: BLE001  (passed to the loop, which raises it)
                 error = raised if isinstance(raised, Exception) else internal_error(raised)  # such as a Rust panic
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
@@ -325,6 +334,16 @@ def run_server(resolved: Resolved, listening: socket.socket, handle: EngineHandl
         TruffulaError: What kept the engine from starting, or why it is not restarted any more.
     """
     server = make_server(resolved, listening, handle, directory)
+    load = server.loading.load
+
+    def load_and_freeze() -> App:
+        app = load()
+        gc.freeze()  # what a start makes stays: later collections skip it, so that they are short
+        return app
+
+    server.loading.load = load_and_freeze
+    gc.set_threshold(*gc.get_threshold()[:2], FULL_COLLECTIONS)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     try:
         server.run(sockets=[listening])
     finally:

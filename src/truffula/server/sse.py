@@ -66,10 +66,23 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def within(send: Send, seconds: float) -> Send:
+    """``send``, which waits while the client's buffers are full; it raises ``ClientGone`` after ``seconds``."""
+
+    async def bounded(message: Message) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await send(message)
+        except TimeoutError as error:
+            raise ClientGone from error
+
+    return bounded
+
+
 class EventStream(Response):
     """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
 
-    ``frames`` yields one or more whole frames at a time and never raises for a fault of a request: that is a frame too.
+    ``frames`` yields one or more whole frames at a time and never raises an error of a request: that is a frame.
     It is closed, which ends its work, when the client leaves, or takes nothing of what waits for it for
     ``send_timeout_s``; then ``ClientGone`` is raised.
     """
@@ -92,21 +105,9 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(self._within(send)))
+            await unless_gone(receive, self._send_all(within(send, self._send_timeout_s)))
         finally:
             await self._frames.aclose()
-
-    def _within(self, send: Send) -> Send:
-        """``send``, which waits while the client's buffers are full, with an end to the waiting."""
-
-        async def bounded(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._send_timeout_s):
-                    await send(message)
-            except TimeoutError as error:
-                raise ClientGone from error
-
-        return bounded
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})

@@ -1,4 +1,4 @@
-"""What the routes share: one object on ``app.state``, made by ``create_app``."""
+"""``ServerState``: what the routes share, on ``app.state``, made by ``create_app``."""
 
 from __future__ import annotations
 

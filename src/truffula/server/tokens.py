@@ -21,6 +21,7 @@ from truffula.server.body import Body, decode_object, note_ignored, raw_body, va
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
 from truffula.server.openai_bodies import ChatMessage
+from truffula.server.replies import Reply, split
 from truffula.server.state import state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import MAX_TRUNCATED_CHARS, make_prompt, need_tokenizer
@@ -55,8 +56,9 @@ class Job(NamedTuple):
     limits: RequestLimits
 
 
-class _Reply(msgspec.Struct, frozen=True, array_like=True):
-    body: bytes
+class _Head(msgspec.Struct, frozen=True, array_like=True):
+    """Of a body: its keys without effect, and the model that it names."""
+
     unknown: list[str]
     model: str | None
 
@@ -86,26 +88,29 @@ async def _answer(request: Request, kind: Kind) -> Response:
         chat = isinstance(value.get("messages"), list)
         large = chat and not core.is_plain(GenerateRequest(messages=value["messages"]))
     if large and texts.has_workers:
-        (packed,) = await texts.in_worker(JOB, Job(kind, raw, state.limits), client_of(request))
-        reply = msgspec.msgpack.decode(packed, type=_Reply)
+        packed, *parts = await texts.in_worker(JOB, Job(kind, raw, state.limits), client_of(request))
+        head = msgspec.msgpack.decode(packed, type=_Head)
     else:
         model = Texts(core.tokenizer, core.templates, core.info)
-        reply = await texts.in_thread(len(raw), partial(_reply, kind, raw, state.limits, model))
-    await state.named_model(reply.model)
-    note_ignored(request, reply.unknown)
-    return Response(reply.body, media_type="application/json")
+        head, reply = await texts.in_thread(len(raw), partial(_reply, kind, raw, state.limits, model))
+        parts = [reply]
+    await state.named_model(head.model)
+    note_ignored(request, head.unknown)
+    return Reply(parts)
 
 
 def reply_job(worker: Worker, job: Job) -> Iterator[bytes]:
-    """In a text worker: the reply to a body."""
+    """In a text worker: the head of a body, then the reply in pieces."""
     tokenizer, templates = texts_of_worker(worker)
-    yield msgspec.msgpack.encode(_reply(job.kind, job.raw, job.limits, Texts(tokenizer, templates, worker.setup.info)))
+    head, reply = _reply(job.kind, job.raw, job.limits, Texts(tokenizer, templates, worker.setup.info))
+    yield msgspec.msgpack.encode(head)
+    yield from split(reply)
 
 
-def _reply(kind: Kind, raw: bytes, limits: RequestLimits, texts: Texts) -> _Reply:
+def _reply(kind: Kind, raw: bytes, limits: RequestLimits, texts: Texts) -> tuple[_Head, bytes]:
     model, make = _ROUTES[kind]
     body: Any = validate(model, decode_object(raw), limits)
-    return _Reply(msgspec.json.encode(make(body, texts, limits)), body.unknown(), body.model)
+    return _Head(body.unknown(), body.model), msgspec.json.encode(make(body, texts, limits))
 
 
 def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> Any:

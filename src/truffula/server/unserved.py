@@ -17,7 +17,7 @@ _EMBEDDING_PATHS = ("/v1/embeddings", "/embeddings", "/embed", "/embed_all", "/e
 _CLASSIFY_PATHS = ("/classify", "/classify_batch", "/v1/classify", "/predict")
 
 
-def refusal(path: str, served: Collection[str]) -> TruffulaError:
+def unserved(path: str, served: Collection[str]) -> TruffulaError:
     """The error for a ``path`` that no route of ``served`` (paths) has."""
     if path in _EMBEDDING_PATHS:
         return NoEmbeddings(_EMBEDDINGS)

@@ -1,4 +1,4 @@
-"""``AsyncService``: the service under an event loop. The servers' only door to the engine.
+"""``AsyncService``: the service under an event loop. Servers use the engine through it only.
 
 All events of a step cross to the loop in one call, and when the loop lags behind, those of several steps. On the loop
 they become deltas and wake the streams they belong to. The transport's own thread makes that call; for an engine that
@@ -15,15 +15,12 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, Unpack
 
-import msgspec
-
 from truffula.engine.client import EngineClient
 from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError
 from truffula.service.base import ServiceBase, ServiceOptions
 from truffula.service.core import RequestState
 from truffula.service.fold import choice_error, collect
 from truffula.service.prompt_maker import PromptMaker
-from truffula.service.prompts import Prompt
 from truffula.service.streams import TextStream
 from truffula.service.workers import TextWorkers
 from truffula.types import (
@@ -63,7 +60,7 @@ class AsyncService(ServiceBase):
         self._arrived: list[TokenEvent] = []
         self._draining = False
         self._broken: ErrorInfo | None = None
-        self._idle: list[asyncio.Future[None]] = []
+        self._until_idle: list[asyncio.Future[None]] = []
 
     async def start(self) -> None:
         """Take the running loop, and listen to the engine's events."""
@@ -76,7 +73,7 @@ class AsyncService(ServiceBase):
         self._thread.start()
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
+        """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self._core.resolve_adapter(name, source)
 
     def adapter_names(self) -> list[str]:
@@ -94,7 +91,7 @@ class AsyncService(ServiceBase):
         Raises ``InvalidRequest`` and its kinds, ``NoTokenizer``, ``Overloaded``, ``ShuttingDown``, ``EngineDied``. Long
         texts are tokenised in a thread.
         """
-        self._refuse_if_ending()
+        self._require_running()
         self._submissions.require_place()
         states: list[RequestState] = []
         for one in requests:
@@ -102,7 +99,8 @@ class AsyncService(ServiceBase):
                 await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
             self._core.check(one)
             states.append(self._core.begin(one, await self.texts.prompt(one)))
-        self._refuse_if_ending()
+        self._core.check_scores_of_call(states)
+        self._require_running()
         self._submissions.require_place()
         streams = [TextStream(state, self._abandon) for state in states]
         for state, stream in zip(states, streams, strict=True):
@@ -134,10 +132,6 @@ class AsyncService(ServiceBase):
                 gathered += deltas
         return collect(gathered)
 
-    async def render(self, request: GenerateRequest) -> Prompt:
-        """A chat or prompt as the model would see it, however long; nothing is submitted."""
-        return await self.texts.prompt(msgspec.structs.replace(request, echo=True))
-
     async def look_up(self, work: Callable[..., T], *args: Any) -> T:
         """The result of ``work``, which asks the file system, from a thread that does nothing else."""
         return await asyncio.get_running_loop().run_in_executor(self._lookup_threads, work, *args)
@@ -160,7 +154,7 @@ class AsyncService(ServiceBase):
         return self._client.restarts()
 
     def lost(self) -> TruffulaError | None:
-        """Why no request will be answered ever again, though nobody closed the service; None while one may."""
+        """The error after which no request can be answered any more; None while the engine runs or restarts."""
         return self._client.lost() or (None if self._broken is None else TruffulaError.from_info(self._broken))
 
     @property
@@ -181,7 +175,7 @@ class AsyncService(ServiceBase):
         until = time.monotonic() + timeout_s
         while self._active and (left := until - time.monotonic()) > 0:
             waiter = asyncio.get_running_loop().create_future()
-            self._idle.append(waiter)
+            self._until_idle.append(waiter)
             await asyncio.wait([waiter], timeout=left)
         ended = not self._active
         self._fail_all(ShuttingDown("The server ended before the request did.").info())
@@ -201,7 +195,7 @@ class AsyncService(ServiceBase):
         self._lookup_threads.shutdown(wait=False, cancel_futures=True)
         self._commands.shutdown(wait=False, cancel_futures=True)
 
-    def _refuse_if_ending(self) -> None:
+    def _require_running(self) -> None:
         if self._draining:
             raise ShuttingDown("The server is shutting down and accepts no new requests.")
         if self._broken is not None:
@@ -210,12 +204,12 @@ class AsyncService(ServiceBase):
             raise RuntimeError("AsyncService.start() comes first")
 
     def _wake(self) -> None:
-        """In a thread of the engine's: events wait."""
+        """Called in a thread of the engine's client when events are waiting."""
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(self._take)
         except RuntimeError:
-            if not self._loop.is_closed():  # else nobody is left to hear of them
+            if not self._loop.is_closed():  # else the server has ended
                 raise
 
     def _take(self) -> None:
@@ -267,8 +261,8 @@ class AsyncService(ServiceBase):
             stream, state = found
             try:
                 deltas = state.push(event)
-            except Exception as fault:  # noqa: BLE001  it is this request's alone; the others' events go on
-                deltas = state.break_off(fault)
+            except Exception as error:  # noqa: BLE001  it fails its own request only
+                deltas = state.break_off(error)
                 self._forget(state)
             if event.request_id not in state.open_ids:
                 self._streams.pop(event.request_id, None)
@@ -298,7 +292,7 @@ class AsyncService(ServiceBase):
                 self._submissions.abort(open_ids)
 
     def _abandon(self, state: RequestState) -> None:
-        """The client has gone: nothing of ``state`` is wanted any more."""
+        """Abort what still runs of ``state``, whose client has left."""
         if state in self._active:
             open_ids = sorted(state.open_ids)
             self._forget(state)
@@ -312,7 +306,7 @@ class AsyncService(ServiceBase):
     def _ended(self, state: RequestState) -> None:
         self._active.discard(state)
         if not self._active:
-            for waiter in self._idle:
+            for waiter in self._until_idle:
                 if not waiter.done():
                     waiter.set_result(None)
-            self._idle = []
+            self._until_idle = []

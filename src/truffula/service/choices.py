@@ -39,7 +39,7 @@ class ChoiceState:
     Args:
         request: As submitted.
         params: As asked for (with ``stop``; ``logprobs`` None where the engine is only asked for them to rank).
-        given_back: The prompt, when the client wants it back.
+        echoed: The prompt, when the client asked for it.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class ChoiceState:
         params: SamplingParams,
         tokenizer: Tokenizer | None,
         eos_ids: frozenset[int],
-        given_back: Prompt | None = None,
+        echoed: Prompt | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._request = request
         self._params = params
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
-        self._given_back = given_back
+        self._echoed = echoed
         self._clock = clock
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
         self._skipped = tokenizer.special_ids if tokenizer is not None and params.skip_special_tokens else frozenset()
@@ -110,10 +110,10 @@ class ChoiceState:
         return self._logprob_sum / self._logprob_count if self._logprob_count else None
 
     def _prompt(self, event: TokenEvent) -> PromptPart | None:
-        if self._given_back is None or event.finish_reason in ("error", "abort"):
+        if self._echoed is None or event.finish_reason in ("error", "abort"):
             return None
-        found = prompt_part(self._given_back, event.prompt_logprobs, self._tokenizer)
-        self._given_back = None
+        found = prompt_part(self._echoed, event.prompt_logprobs, self._tokenizer)
+        self._echoed = None
         return found
 
     def _take(self, token_id: int, index: int, event: TokenEvent, *, ended: bool) -> StopMatch | None:
@@ -274,6 +274,6 @@ def merged(deltas: Sequence[TextDelta], choice: int) -> TextDelta:
 
 
 def rank(delta: TextDelta) -> float:
-    """Sort key of ``best_of``: the likeliest by mean logprob first."""
+    """Sort key of ``best_of``: the highest mean logprob first."""
     mean = delta.totals.mean_logprob if delta.totals is not None else None
     return math.inf if mean is None or math.isnan(mean) else -mean

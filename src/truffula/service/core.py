@@ -1,4 +1,4 @@
-"""``Service``: what a request means, before and behind the engine. No threads, no event loop, no I/O."""
+"""``Service``: requests in text to engine requests, engine events to deltas. No threads, no event loop, no I/O."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -33,13 +33,20 @@ from truffula.types import (
 
 logger = logging.getLogger(__name__)
 
+CALL_SCORES = 4
+"""The prompts of one call may have this many times ``max_prompt_scores`` together."""
+
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """The operator's bounds on one request. ``base_names`` are the words that mean the base model."""
+    """The operator's bounds on one request. ``base_names`` are the words that mean the base model.
+
+    ``max_prompt_scores`` counts prompt tokens and their alternatives in one answer: a hundred bytes each as JSON.
+    """
 
     max_choices: int = 128
     base_names: tuple[str, ...] = ()
+    max_prompt_scores: int = 2**22
 
 
 class RequestState:
@@ -83,7 +90,7 @@ class RequestState:
     def push(self, event: TokenEvent) -> list[TextDelta]:
         """The deltas that ``event`` releases, often none. Exactly one per choice is terminal.
 
-        What raises here is a fault of ours or the engine's; ``break_off`` ends the request then.
+        An exception here is an internal error; ``break_off`` ends the request then.
         """
         engine_id = event.request_id
         if engine_id not in self.open_ids:
@@ -103,10 +110,10 @@ class RequestState:
         ends = [TokenEvent(request_id=i, finish_reason="error", error=error) for i in sorted(self.open_ids)]
         return [delta for event in ends for delta in self.push(event)]
 
-    def break_off(self, fault: Exception) -> list[TextDelta]:
-        """End every choice after ``push`` raised ``fault``; what they held back is lost, and the engine is to abort."""
-        logger.error("request %s failed", self.request_id, exc_info=fault)
-        error = TruffulaError(f"The answer could not be built: {type(fault).__name__}: {fault}.").info()
+    def break_off(self, error: Exception) -> list[TextDelta]:
+        """End every choice after ``push`` raised ``error``; what they held back is lost, and the engine is to abort."""
+        logger.error("request %s failed", self.request_id, exc_info=error)
+        info = TruffulaError(f"The answer could not be built: {type(error).__name__}: {error}.").info()
         if self._waiting is None:
             places = [one.choice for one in self.engine_requests if one.request_id in self.open_ids]
         else:
@@ -115,7 +122,7 @@ class RequestState:
         self.open_ids.clear()
         return [
             TextDelta(
-                choice=place, finish_reason="error", error=error, totals=ChoiceTotals(prompt_tokens=self.prompt_tokens)
+                choice=place, finish_reason="error", error=info, totals=ChoiceTotals(prompt_tokens=self.prompt_tokens)
             )
             for place in places
         ]
@@ -204,12 +211,8 @@ class Service:
         return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
 
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        """Who answers: None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
+        """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self.directory.resolve(name, source, self.limits.base_names)
-
-    def render(self, request: GenerateRequest) -> Prompt:
-        """The request's prompt, text and ids, as the model would see it; not measured against the model's length."""
-        return make_prompt(msgspec.structs.replace(request, echo=True), self.tokenizer, self.templates, self.info)
 
     def is_plain(self, request: GenerateRequest) -> bool:
         """Whether the chat template of ``request`` can be rendered without limits; True where there is none to use."""
@@ -245,12 +248,12 @@ class Service:
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
-        check_scores(len(prompt.ids), count, params)
+        check_scores(len(prompt.ids), count, params, self.limits.max_prompt_scores)
         end_ids = self._end_ids(request)
         engine_params = self._engine_params(params, end_ids)
         now = self._clock()
         request_id = request.request_id or f"{self._random.getrandbits(64):016x}"
-        # A client's word need not be unique, an engine's id must be.
+        # A client's id need not be unique, an engine's must be.
         stem = f"{request_id}-{next(self._numbers)}"
         engine_requests = [
             EngineRequest(
@@ -266,11 +269,26 @@ class Service:
             )
             for choice in range(count)
         ]
-        given_back = prompt if prompt.text is not None else None
-        choices = [
-            ChoiceState(one, params, self.tokenizer, end_ids, given_back, self._clock) for one in engine_requests
-        ]
+        echoed = prompt if prompt.text is not None else None
+        choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
         return RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
+
+    def check_scores_of_call(self, states: Sequence[RequestState]) -> None:
+        """Raise ``InvalidRequest`` when the prompts of one call have too many scores together."""
+        limit = self.limits.max_prompt_scores * CALL_SCORES
+        asked = sum(
+            state.prompt_tokens * len(state.engine_requests) * (scores + 1)
+            for state in states
+            if (scores := state.request.params.prompt_logprobs) is not None
+        )
+        if asked > limit:
+            raise InvalidRequest(
+                f"prompt_logprobs gives {asked} scores for the {len(states)} prompts of this request; the limit is "
+                f"{limit}. Send fewer prompts in one request.",
+                param="prompt_logprobs",
+                scores=asked,
+                max_scores=limit,
+            )
 
     def _check_params(self, params: SamplingParams) -> None:
         if params.stop:

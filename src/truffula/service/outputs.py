@@ -1,4 +1,4 @@
-"""What ``LLM`` returns: the fold of a request's deltas, in the words of the offline API."""
+"""What ``LLM`` returns: the fold of a request's deltas, in the types of the offline API."""
 
 from __future__ import annotations
 

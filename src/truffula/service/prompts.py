@@ -13,8 +13,6 @@ from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingPara
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21
-# Prompt tokens and their alternatives in one answer: a hundred bytes each as JSON.
-MAX_PROMPT_SCORES = 2**22
 # Normalisers may shorten a text a little (composition, blanks), so the bound by the longest token is taken with room to
 # spare.
 SLACK = 4
@@ -22,8 +20,8 @@ SLACK = 4
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when they are to be given
-    back. ``ignored`` names what the chat template did not use.
+    """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when the client asked for
+    the prompt. ``ignored`` names what the chat template did not use.
     """
 
     ids: list[int]
@@ -105,9 +103,9 @@ def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) ->
 def make_prompt(
     request: GenerateRequest, tokenizer: Tokenizer | None, templates: ChatTemplates, info: EngineInfo
 ) -> Prompt:
-    """Template, tokenise and truncate; ``check_fits`` measures what comes of it.
+    """Template, tokenise and truncate; ``check_fits`` checks the length.
 
-    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` for absurdly long text,
+    Raises ``InvalidRequest`` (empty, an id outside the vocabulary), ``PromptTooLong`` for text that cannot fit,
     ``TemplateError``, ``NoTokenizer``. A text that can't fit is refused by its length before any work is done on it.
     """
     if request.messages is not None:
@@ -197,14 +195,18 @@ def id_pieces(ids: Sequence[int], tokenizer: Tokenizer | None) -> list[TokenPiec
 def prompt_part(
     prompt: Prompt, scores: Sequence[tuple[float, list[tuple[int, float]]] | None] | None, tokenizer: Tokenizer | None
 ) -> PromptPart:
-    """The prompt as it is given back, each token with its score when there are any."""
+    """The prompt for the answer, each token with its score when there are any."""
     pieces = prompt.pieces or []
-    if scores is not None:
-        pieces = [
+
+    def tokens() -> list[TokenPiece]:
+        return [
             piece if score is None else _scored(piece, score[0], top_pieces(score[1], tokenizer))
-            for piece, score in zip(pieces, scores, strict=True)
+            for piece, score in zip(pieces, scores or (), strict=True)
         ]
-    return PromptPart(text=prompt.text or "", tokens=pieces)
+
+    if scores is None:
+        return PromptPart(prompt.text or "", len(pieces), lambda: pieces)
+    return PromptPart(prompt.text or "", sum(1 if one is None else 1 + len(one[1]) for one in scores), tokens)
 
 
 def _scored(piece: TokenPiece, logprob: float, top: list[TopToken]) -> TokenPiece:
@@ -262,16 +264,16 @@ def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
     )
 
 
-def check_scores(prompt: int, count: int, params: SamplingParams) -> None:
-    """Raise ``InvalidRequest`` when ``count`` times ``prompt`` tokens with alternatives are too much to answer."""
+def check_scores(prompt: int, count: int, params: SamplingParams, limit: int) -> None:
+    """Raise ``InvalidRequest`` for more than ``limit`` scores of the ``prompt`` tokens in ``count`` choices."""
     if params.prompt_logprobs is None:
         return
     asked = prompt * count * (params.prompt_logprobs + 1)
-    if asked > MAX_PROMPT_SCORES:
+    if asked > limit:
         raise InvalidRequest(
             f"prompt_logprobs is {params.prompt_logprobs} for {prompt} prompt tokens and {count} choices: {asked} "
-            f"scores; at most {MAX_PROMPT_SCORES} are given. Ask for fewer alternatives.",
+            f"scores; the limit is {limit}. Ask for fewer alternatives.",
             param="prompt_logprobs",
             scores=asked,
-            max_scores=MAX_PROMPT_SCORES,
+            max_scores=limit,
         )

@@ -25,7 +25,7 @@ class TextStream:
         self._waiter: asyncio.Future[None] | None = None
         self._begun = False
         self._closed = False
-        self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # told of deltas before anybody reads them
+        self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # called with deltas before they are read
 
     @property
     def request_id(self) -> str:

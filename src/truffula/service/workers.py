@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +47,6 @@ class TextWorkers:
         self._light = _Lane([TextWorker(setup)], None)
         self._heavy = _Lane([TextWorker(nicer) for _ in range(count)], HEAVY_IDLE_S)
         self._threads = ThreadPoolExecutor(1 + count, thread_name_prefix="truffula-text-worker")
-        self._closed = threading.Event()
 
     @property
     def pids(self) -> list[int]:

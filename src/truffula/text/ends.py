@@ -13,6 +13,7 @@ from truffula.types import EndToken
 
 Render = Callable[[ChatTemplates, str, list[dict[str, Any]]], str]
 """Renders a chat by one of the templates, given by its source. Raises ``TemplateError``, ``InvalidRequest``."""
+MAX_SHOWN = 20
 IN_CHATS = "the chat template; in chat requests"
 # An assistant's message, to find what a template writes after it. No template contains it.
 _ANSWER = "TRUFFULA ANSWERS HERE"
@@ -47,15 +48,19 @@ class EndTokens:
         self._of_templates: dict[str, EndToken | None] = {}
         self.warnings: list[str] = []
         found: dict[int, EndToken] = {}
+        beyond: dict[str, list[EndToken]] = {}  # by source
         for token in (*named, *configured):
             if token.id >= vocab_size:
-                self.warnings.append(
-                    f"{token.source} names {token.text!r}, token {token.id}, beyond the model's {vocab_size} ids: it "
-                    "cannot end a completion."
-                )
+                beyond.setdefault(token.source, []).append(token)
             elif token.id not in found:
                 text = tokenizer.text_of(token.id) if tokenizer is not None else token.text
                 found[token.id] = EndToken(token.id, token.source, text)
+        for source, tokens in beyond.items():
+            more = f" and {len(tokens) - 1} more tokens" if len(tokens) > 1 else ""
+            self.warnings.append(
+                f"{source} names {tokens[0].text!r}, token {tokens[0].id}{more}, beyond the model's {vocab_size} ids: "
+                f"{'they' if more else 'it'} cannot end a completion."
+            )
         self.always = list(found.values())
         self.ids = frozenset(found)
         default = self.of_template(templates.default)
@@ -109,8 +114,10 @@ def _render_here(templates: ChatTemplates, source: str, messages: list[dict[str,
 
 
 def describe(tokens: Sequence[EndToken]) -> str:
-    """``<|im_end|> (2, tokenizer_config.json eos_token), …``, for logs and reports."""
-    return ", ".join(
+    """``<|im_end|> (2, tokenizer_config.json eos_token), …``, for logs and reports; at most ``MAX_SHOWN`` of them."""
+    shown = [
         f"{token.text} ({token.id}, {token.source})" if token.text else f"{token.id} ({token.source})"
-        for token in tokens
-    )
+        for token in tokens[:MAX_SHOWN]
+    ]
+    more = len(tokens) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

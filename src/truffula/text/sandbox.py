@@ -38,7 +38,7 @@ def template_environment() -> ImmutableSandboxedEnvironment:
 
 
 def raise_exception(message: str) -> None:
-    """For templates: refuse the messages."""
+    """For templates: reject the messages."""
     raise jinja2.exceptions.TemplateError(message)
 
 

@@ -55,7 +55,7 @@ def special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) ->
             tokens = [_token(value, "additional_special_tokens", file) for value in extra]
             found.extra += [token for token in tokens if token is not None and token.content not in known]
         elif extra is not None:
-            raise _refuse(file, "additional_special_tokens", extra, "a list of tokens")
+            raise _invalid(file, "additional_special_tokens", extra, "a list of tokens")
     return found
 
 
@@ -99,17 +99,17 @@ def _declared(
     if "added_tokens_decoder" in config:
         listed = config["added_tokens_decoder"] or {}
         if not isinstance(listed, Mapping):
-            raise _refuse(CONFIG, "added_tokens_decoder", listed, "an object of tokens by id")
+            raise _invalid(CONFIG, "added_tokens_decoder", listed, "an object of tokens by id")
         for index, entry in listed.items():
             if not str(index).isdecimal() or len(str(index)) > 10 or not isinstance(entry, Mapping):
-                raise _refuse(CONFIG, f"added_tokens_decoder[{index!r}]", entry, "an object with content, by an id")
+                raise _invalid(CONFIG, f"added_tokens_decoder[{index!r}]", entry, "an object with content, by an id")
             token = _token(entry, f"added_tokens_decoder[{index!r}]", CONFIG, special=bool(entry.get("special", False)))
             if token is not None:
                 found[int(index)] = token
         return found, CONFIG
     for content, index in legacy.items():
         if isinstance(index, bool) or not isinstance(index, int) or not content:
-            raise _refuse(ADDED, content, index, "a token id")
+            raise _invalid(ADDED, content, index, "a token id")
         is_special = content in special
         found[index] = AddedToken(content, normalized=not is_special, special=is_special)
     return found, ADDED
@@ -125,11 +125,11 @@ def _token(value: Any, name: str, file: str, *, special: bool = True) -> AddedTo
     if content is None or content == "":
         return None
     if not isinstance(content, str):
-        raise _refuse(file, name, value, "text, or an object with content")
+        raise _invalid(file, name, value, "text, or an object with content")
     return AddedToken(content, special=special, **flags)
 
 
-def _refuse(file: str, name: str, value: Any, wanted: str) -> CheckpointError:
+def _invalid(file: str, name: str, value: Any, wanted: str) -> CheckpointError:
     more = ""
     if name == "eos_token" and isinstance(value, list):
         more = " Put further end tokens into eos_token_id of generation_config.json."
