@@ -1,14 +1,17 @@
-"""Texts that a user reads use the standard terms of the field: error messages, log lines, help, README, docs.
+"""What a user or a developer reads uses the standard terms of the field: messages, help and docs, and in the code
+comments, docstrings and names.
 
-The list holds words over which readers have stumbled: metaphors, personification and relative clauses without a noun.
-A failure names the text; write what an experienced engineer of this field would write. Extend the list when a reader
+The lists hold words over which readers have stumbled: metaphors, personification and relative clauses without a noun.
+A failure names the text; write what an experienced engineer of this field would write. Extend the lists when a reader
 stumbles.
 """
 
 from __future__ import annotations
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +36,61 @@ WORDS = re.compile(
     r"|takes (a free|no flags|no new))\b|; there are $|'s; in truffula",
     re.IGNORECASE,
 )
+
+COMMENT_WORDS = re.compile(
+    r"\b(nobody|somebody|anybody|everybody|whoever|who (comes|waits|asks|answers|wants)|what there is|twins?|guests?"
+    r"|heart|behind the door|(is|are|not) ours|goes on|go on|to be had|could be had|can't be had|given back|gives? back"
+    r"|giving back|let go|lets go|turns? up|(say|know|ask)s? nothing|asks? for nothing|life of|becomes of|what became"
+    r"|(answered|closing|closed|ended|ends|unlinked|dropped|refused|again|begun|known|gone|returns?|told) at once"
+    r"|his own|for him|at fault|told apart|makes? sure|whatever comes|on this bill|no word why)\b",
+    re.IGNORECASE,
+)
+"""Of comments and docstrings. *At once* is right where several things happen together; for time write *immediately*."""
+NAMES = frozenset(
+    {
+        *("roster", "grants", "turns", "rescue", "startable", "tickets", "located", "crosses", "uncrossable", "manner"),
+        *("twins", "guests", "guest", "beside", "spool", "offered", "want", "claim", "disclaim", "settle", "tend"),
+        *("hold", "let_go", "pump", "attend", "lose", "judged", "judge_adapter", "puller", "collecting_later"),
+        *("entered", "truth", "neutral", "selectors", "heard", "weigh", "learn"),
+    }
+)
+"""Names of functions, classes, arguments and modules that had a meaning of their own here."""
+NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
+SOURCES = sorted(SRC.rglob("*.py"))
+
+
+def comments(path: Path) -> Iterator[tuple[int, str]]:
+    """Comments and docstrings of a Python file, comments of a C++ file, with their lines."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        for match in re.finditer(r"(?:^[ \t]*//.*\n)+|//.*$", text, re.MULTILINE):
+            yield text.count("\n", 0, match.start()) + 1, re.sub(r"\s*//\s*", " ", match[0])
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, " ".join(node.value.value.split())
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *NATIVE], ids=lambda path: path.relative_to(SRC).as_posix())
+def test_comments_are_in_plain_words(path: Path) -> None:
+    found = [f"{path.name}:{line}: {match[0]!r} in {text[max(0, match.start() - 60) : match.end() + 60]!r}"
+             for line, text in comments(path) for match in COMMENT_WORDS.finditer(text)]  # fmt: skip
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(SRC).as_posix())
+def test_names_are_in_plain_words(path: Path) -> None:
+    names = {(1, path.stem)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add((node.lineno, node.name))
+        elif isinstance(node, ast.arg):
+            names.add((node.lineno, node.arg))
+    found = [f"{path.name}:{line}: {name}" for line, name in sorted(names) if name.strip("_").lower() in NAMES]
+    assert not found, "\n".join(found)
 
 
 def texts(path: Path) -> Iterator[tuple[int, str]]:

@@ -127,11 +127,11 @@ async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:
     """The deltas of many streams as they come. The first stream's exception ends all."""
     queue: asyncio.Queue[tuple[int, list[TextDelta]]] = asyncio.Queue()
 
-    async def pump(index: int, stream: TextStream) -> None:
+    async def forward(index: int, stream: TextStream) -> None:
         async for found in stream:
             queue.put_nowait((index, found))
 
-    tasks = [asyncio.ensure_future(pump(i, stream)) for i, stream in enumerate(streams)]
+    tasks = [asyncio.ensure_future(forward(i, stream)) for i, stream in enumerate(streams)]
     for i, task in enumerate(tasks):
         task.add_done_callback(lambda _, i=i: queue.put_nowait((i, [])))  # type: ignore[misc]
     try:
