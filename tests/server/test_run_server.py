@@ -208,7 +208,7 @@ def test_the_engines_process_logs_as_the_server_does(model_folder, adapter_folde
         live.completion(model="pirate", prompt="a", max_tokens=1)
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line.startswith("{")]
     said = {(line["logger"], line["level"]): line["message"] for line in lines}
-    assert "pirate" in said["truffula.lora.pool", "info"]
+    assert any("pirate" in text for (name, _), text in said.items() if name.startswith("truffula.lora."))
     assert ("truffula.engine.build", "info") in said
 
 

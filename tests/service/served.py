@@ -8,11 +8,13 @@ from typing import Any
 
 from tiny_tokenizers import byte_level_json
 
+from truffula.service import AsyncService, collect
 from truffula.service.files import LoadedTexts
+from truffula.service.fold import choice_error
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 from truffula.text.tokenizer import Tokenizer
-from truffula.types import EndToken, EngineInfo
+from truffula.types import Completion, EndToken, EngineInfo, GenerateRequest, TextDelta
 
 VOCAB = 430
 TEMPLATE = (
@@ -59,3 +61,14 @@ def tiny_info(**changes: object) -> EngineInfo:
         "eos_token_ids": [1], "end_tokens": [EndToken(1, "config.json eos_token_id")],
     }  # fmt: skip
     return EngineInfo(**(given | changes))
+
+
+async def complete(service: AsyncService, request: GenerateRequest) -> Completion:
+    """The whole answer. An error of any choice is raised."""
+    gathered: list[TextDelta] = []
+    async with await service.open(request) as stream:
+        async for deltas in stream:
+            for error in filter(None, map(choice_error, deltas)):
+                raise error
+            gathered += deltas
+    return collect(gathered)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from served import OPTIONS, write_adapter, write_model
+from served import OPTIONS, complete, write_adapter, write_model
 from tiny_tokenizers import byte_level
 
 from truffula import LLM
@@ -94,7 +94,7 @@ def test_many_requests_at_once_each_get_what_they_get_alone(folders: dict[str, P
             GenerateRequest(prompt=p, params=GREEDY, adapter=service.resolve_adapter(n))
             for p, n in zip(prompts, names, strict=True)
         ]
-        whole = await asyncio.gather(*map(service.complete, requests))
+        whole = await asyncio.gather(*(complete(service, one) for one in requests))
         assert [c.choices[0].text for c in whole] == [out.text for out in expected]
 
         async def streamed(request: GenerateRequest) -> Any:
@@ -120,11 +120,11 @@ def test_errors_are_raised_from_the_first_step_of_a_stream(folders: dict[str, Pa
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
         with pytest.raises(AdapterError):
-            await service.complete(broken)
+            await complete(service, broken)
         with pytest.raises(AdapterNotFound):
             service.resolve_adapter("nobody")
         with pytest.raises(QueueTimeout):
-            await service.complete(GenerateRequest(prompt="a", params=GREEDY, queue_timeout_s=0.0))
+            await complete(service, GenerateRequest(prompt="a", params=GREEDY, queue_timeout_s=0.0))
         assert service.active == 0
         assert service.healthy()
 
@@ -145,7 +145,7 @@ async def close_it(service: AsyncService) -> None:
 
 async def cancel_the_task(service: AsyncService) -> None:
     before = service.stats().generated_tokens
-    task = asyncio.ensure_future(service.complete(GenerateRequest(prompt="b", params=LONG)))
+    task = asyncio.ensure_future(complete(service, GenerateRequest(prompt="b", params=LONG)))
     while service.stats().generated_tokens == before:  # until it runs
         await asyncio.sleep(0)
     task.cancel()
@@ -186,7 +186,7 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(folders: dict[str, Path],
 
     async def test(service: AsyncService) -> None:
         params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, stop=(stop,))
-        answer = await service.complete(GenerateRequest(prompt="the Lorax", params=params))
+        answer = await complete(service, GenerateRequest(prompt="the Lorax", params=params))
         (choice,) = answer.choices
         assert (choice.text, choice.finish_reason, choice.stop_reason) == (text[: text.index(stop)], "stop", stop)
         assert choice.totals.times is not None
@@ -198,7 +198,7 @@ def test_a_stop_string_ends_the_sequence_in_the_engine(folders: dict[str, Path],
 
 def test_draining_refuses_the_new_and_waits_for_the_running(folders: dict[str, Path]) -> None:
     async def test(service: AsyncService) -> None:
-        running = asyncio.ensure_future(service.complete(GenerateRequest(prompt="a", params=GREEDY)))
+        running = asyncio.ensure_future(complete(service, GenerateRequest(prompt="a", params=GREEDY)))
         while not service.active:
             await asyncio.sleep(0)
         drained = asyncio.ensure_future(service.drain(30))
@@ -246,7 +246,7 @@ class Dying:
 
 def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> None:
     async def test(service: AsyncService) -> None:
-        requests = [service.complete(GenerateRequest(prompt=p, params=LONG)) for p in ("a", "b")]
+        requests = [complete(service, GenerateRequest(prompt=p, params=LONG)) for p in ("a", "b")]
         found = await asyncio.gather(*requests, return_exceptions=True)
         assert [type(error) for error in found] == [EngineDied, EngineDied]
         assert not service.healthy()
@@ -288,7 +288,7 @@ def test_a_token_needs_no_thread_between_the_transport_and_the_loop(folders: dic
     """Each would cost every token a switch; a thread asks only an engine that steps while it is asked."""
 
     async def names(service: AsyncService) -> set[str]:
-        await service.complete(GenerateRequest(prompt="a", params=GREEDY))
+        await complete(service, GenerateRequest(prompt="a", params=GREEDY))
         return {thread.name for thread in threading.enumerate() if thread not in before}
 
     before = threading.enumerate()
@@ -320,8 +320,8 @@ def test_an_event_that_makes_no_sense_ends_its_request_alone(folders: dict[str, 
     async def test(service: AsyncService) -> None:
         params = SamplingParams(max_tokens=100, ignore_eos=True, n=2, best_of=best_of)
         bad = GenerateRequest(prompt="a", params=params, request_id="bad")
-        good = [service.complete(GenerateRequest(prompt=p, params=GREEDY)) for p in ("a", "b")]
-        found = await asyncio.gather(service.complete(bad), *good, return_exceptions=True)
+        good = [complete(service, GenerateRequest(prompt=p, params=GREEDY)) for p in ("a", "b")]
+        found = await asyncio.gather(complete(service, bad), *good, return_exceptions=True)
         assert isinstance(found[0], TruffulaError)
         assert found[0].code == "internal_error"
         assert [len(answer.choices[0].tokens) for answer in found[1:]] == [10, 10]  # type: ignore[union-attr]
@@ -363,7 +363,7 @@ def test_a_dead_engine_ends_every_request_and_the_next_one_is_served(folders: di
             assert last.error.code == "engine_died"
         while not service.healthy():
             await asyncio.sleep(0.05)
-        answer = await service.complete(GenerateRequest(prompt="a", params=GREEDY))
+        answer = await complete(service, GenerateRequest(prompt="a", params=GREEDY))
         assert len(answer.choices[0].tokens) == 10
 
     run(folders, test, transport="process", **ROOM)
@@ -408,7 +408,7 @@ def test_an_idle_service_does_not_poll_an_engine_in_line(folders: dict[str, Path
             return self._client.events(timeout)
 
     async def test(service: AsyncService) -> None:
-        await service.complete(GenerateRequest(prompt="a", params=GREEDY))
+        await complete(service, GenerateRequest(prompt="a", params=GREEDY))
         await quiet(service)
         before = len(calls)
         await asyncio.sleep(0.05)

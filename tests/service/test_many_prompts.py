@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import OPTIONS, write_model
+from served import OPTIONS, complete, write_model
 
 from truffula import LLM, SamplingParams
 from truffula.config import EngineConfig
@@ -177,7 +177,7 @@ def test_a_call_of_any_size_leaves_places_for_others_and_only_a_full_engine_refu
 
     async def test(service: AsyncService) -> None:
         large = [await service.open(GenerateRequest(prompt=[5, 6], params=long)) for _ in range(3)]
-        answer = await service.complete(GenerateRequest(prompt=[5, 6], params=SHORT))
+        answer = await complete(service, GenerateRequest(prompt=[5, 6], params=SHORT))
         assert len(answer.choices[0].tokens) == 2
         large.append(await service.open(GenerateRequest(prompt=[5, 6], params=long)))
         with pytest.raises(Overloaded):
@@ -186,7 +186,7 @@ def test_a_call_of_any_size_leaves_places_for_others_and_only_a_full_engine_refu
             await stream.aclose()
         while service._submissions.free <= 0:  # until the engine has reported the first end
             await asyncio.sleep(0)
-        await service.complete(GenerateRequest(prompt=[5, 6], params=SHORT))
+        await complete(service, GenerateRequest(prompt=[5, 6], params=SHORT))
 
     client = service_test(model, test)
     assert client.most == PLACES

@@ -19,7 +19,6 @@ from truffula.engine.client import EngineClient
 from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError
 from truffula.service.base import ServiceBase, ServiceOptions
 from truffula.service.core import RequestState
-from truffula.service.fold import choice_error, collect
 from truffula.service.prompt_maker import PromptMaker
 from truffula.service.streams import TextStream
 from truffula.service.workers import TextWorkers
@@ -27,7 +26,6 @@ from truffula.types import (
     AdapterCommand,
     AdapterRef,
     AdapterState,
-    Completion,
     EngineRestarts,
     EngineStats,
     GenerateRequest,
@@ -119,18 +117,6 @@ class AsyncService(ServiceBase):
         async with await self.open(request) as stream:
             async for deltas in stream:
                 yield deltas
-
-    async def complete(self, request: GenerateRequest) -> Completion:
-        """The whole answer. An error of any choice is raised. Cancelling the task aborts in the engine."""
-        gathered: list[TextDelta] = []
-        async with await self.open(request) as stream:
-            async for deltas in stream:
-                for delta in deltas:
-                    error = choice_error(delta)
-                    if error is not None:
-                        raise error
-                gathered += deltas
-        return collect(gathered)
 
     async def look_up(self, work: Callable[..., T], *args: Any) -> T:
         """The result of ``work``, which asks the file system, from a thread that does nothing else."""
