@@ -6,6 +6,7 @@ llama3 and yarn can make a few units of it. Anything else in the formulas shows 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from truffula.errors import UnsupportedModel
 from truffula.model.read import read_config
 from truffula.testing.tiny import tiny_config
 
@@ -96,3 +98,21 @@ def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
 
 def test_every_kind_transformers_computes_is_supported_or_refused_by_name() -> None:
     assert set(ROPE_INIT_FUNCTIONS) == {"linear", "llama3", "yarn", "dynamic", "longrope", "proportional"}
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"type": "linear", "factor": 1e-45},
+        {"type": "linear", "factor": 1e-60},
+        {"rope_type": "factors", "factors": [1.0, 1e-40, 1.0, 1e-60]},
+        {"rope_type": "llama3", "factor": 1e-60, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 1e-60, "original_max_position_embeddings": 64},
+    ],
+    ids=lambda scaling: str(scaling)[:40],
+)  # fmt: skip
+def test_parameters_that_make_a_frequency_infinite_are_refused(scaling: dict[str, Any]) -> None:
+    with warnings.catch_warnings(), pytest.raises(UnsupportedModel, match=r"rope|factor"):
+        warnings.simplefilter("error")
+        read_config(tiny_config(head_dim=8, rope_theta=10000.0, rope_scaling=scaling))

@@ -167,7 +167,19 @@ def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float
 
 
 def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
-    """Frequencies ``[dims / 2]`` of checked parameters for heads of width ``head_dim``."""
+    """Frequencies ``[dims / 2]`` of checked parameters for heads of width ``head_dim``.
+
+    Raises:
+        UnsupportedModel: A parameter is missing or not supported, or they make a frequency infinite.
+    """
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked below, in words
+        table = _rope_table(parameters, head_dim, view)
+    if not np.isfinite([*table.inv_freq, table.factor]).all():
+        raise view.error(parameters.label, "makes a rotary frequency infinite in float32.", parameters.kind)
+    return table
+
+
+def _rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
     # The default table of these architectures rotates the whole head; only the scaled types read the partial factor.
     if parameters.partial != 1.0:
         raise view.error("partial_rotary_factor", "partial rotary embeddings are not supported.", parameters.partial)
