@@ -75,9 +75,9 @@ def of_low_ranks(seed: int = 0, count: int = 5) -> SimpleNamespace:
         dtype, rank = DTYPES[n % 3], 1 + int(n) % 4
         a = rng.normal(size=(rank, 3 + n)).astype(dtype)
         sites.append(low_rank(int(2 * n), a, rng.normal(size=(7 + n, rank)).astype(dtype), float(n) / 3))
-    (twin,) = sites[0].parts
-    assert isinstance(twin, LowRank)
-    sites.append(low_rank(99, twin.a, np.asarray(twin.b[:2]), -1.5))
+    (shared,) = sites[0].parts
+    assert isinstance(shared, LowRank)
+    sites.append(low_rank(99, shared.a, np.asarray(shared.b[:2]), -1.5))
     return adapter_of(sites)
 
 

@@ -6,7 +6,6 @@ Both transports drive it the same way: ``add``, ``abort`` and ``command`` betwee
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import select
 import sys
@@ -149,8 +148,10 @@ class Engine:
         """Wait for all unfinished steps and ignore what they computed: they are planned again."""
         while self._submitted:
             plan, step = self._submitted.pop()
-            with contextlib.suppress(Exception):
+            try:
                 step.result()
+            except Exception as error:
+                logger.debug("step %d, which is discarded, failed", plan.step, exc_info=error)
             self._scheduler.discard(plan, self._clock())
 
     def _check_files(self) -> None:
