@@ -86,6 +86,7 @@ def test_words_are_the_same():
     [
         (Embed(name="image rows", table=0, out=ROWS, source="extra"), "op 'image rows': .*source is extra"),
         (Rope(name="rope", x=ROWS, rows=ROWS, heads=1, head_dim=2**40, start=0, dims=16), "op 'rope': .*head_dim is"),
+        (Linear(name="linear", x=ROWS, weight=None, out=ROWS), "op 'linear': .*weight is None"),  # type: ignore[arg-type]
         (Norm(name="norm", x=Ref(2**40, 0, 16), out=ROWS, kind="rms", eps=1.0), "op 'norm'"),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -177,7 +177,12 @@ struct FieldReader {
   template <class T, class... Optional>
   void operator()(const char* name, T& field, Optional...) {
     const nb::object value = take(name);
-    if (value.is_none()) return;
+    if (value.is_none()) {
+      // An id that an op must have would otherwise be that of weight 0.
+      if constexpr (std::is_same_v<T, int32_t>)
+        if (field != kAbsent) fail(name, "is None");
+      return;
+    }
     if constexpr (std::is_same_v<T, Ref>) field = ref_of(value);
     else if (!nb::try_cast(value, field)) fail(name, "is a value that its C++ type does not hold");
   }
