@@ -39,7 +39,7 @@ from truffula.weights.watch import FileWatch, require_same_model, require_unchan
 
 logger = logging.getLogger(__name__)
 
-SCORING_BYTES = 64 * 2**20
+SCORING_BYTES = 16 * 2**20
 """Logits of a step that prompt logprobs may use, besides one row per sequence."""
 
 
