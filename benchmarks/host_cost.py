@@ -30,7 +30,8 @@ from truffula.engine.limits import EngineLimits
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs, StepOutput
 from truffula.kernels.synchronous import FinishedStep
 from truffula.lora.pool import AdapterPool
-from truffula.types import EngineParams, EngineRequest
+from truffula.params import EngineParams
+from truffula.types import EngineRequest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "lora"))
 from inline_loader import InlineLoader

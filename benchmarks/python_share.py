@@ -25,8 +25,9 @@ from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.engine.build import build_engine
 from truffula.engine.engine import close_engine
+from truffula.params import EngineParams
 from truffula.testing.tiny import write_tiny_checkpoint
-from truffula.types import AdapterRef, EngineParams, EngineRequest
+from truffula.types import AdapterRef, EngineRequest
 
 PROMPT = 105
 

@@ -21,9 +21,10 @@ from truffula import LLM, SamplingParams
 from truffula.bench.server import TruffulaServer
 from truffula.cli.output import out, progress
 from truffula.cli.side_by_side import show
-from truffula.config import EngineConfig, ServerConfig, load_config
+from truffula.config import EngineConfig, ServerConfig
 from truffula.errors import ConfigError, TruffulaError
 from truffula.server.launch import bind
+from truffula.settings import load_config
 from truffula.weights.sources import resolve_source
 
 ADAPTERS = Path(__file__).resolve().parent / "adapters"

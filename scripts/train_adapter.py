@@ -287,8 +287,8 @@ def load_base(args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedToke
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from truffula.config import load_config
     from truffula.errors import TruffulaError
+    from truffula.settings import load_config
     from truffula.weights.sources import resolve_source
 
     said: set[str] = set()
@@ -327,7 +327,7 @@ def faster_dtype(device: str) -> str:
 
 
 def train(args: argparse.Namespace, rows: Sequence[Row]) -> None:
-    from truffula.config import prepare_compute
+    from truffula.environment import prepare_compute
 
     prepare_compute()  # before torch: its threads sleep while they wait, which matters beside other work
     import torch

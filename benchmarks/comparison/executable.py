@@ -13,7 +13,8 @@ import sys
 import time
 from typing import Any
 
-from truffula.config import EngineConfig, prepare_compute
+from truffula.config import EngineConfig
+from truffula.environment import prepare_compute
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ from truffula.bench.client import Dialect, OpenAI, Target, closed_loop
 from truffula.bench.load import Load
 from truffula.bench.results import LoadResult, Stream
 from truffula.bench.server import Server, TruffulaServer, child_error, free_port
-from truffula.config import EngineConfig, load_config
+from truffula.config import EngineConfig
 from truffula.errors import ConfigError
+from truffula.settings import load_config
 
 EXECUTABLE = Path(__file__).with_name("executable.py")
 SLOT_TOKENS = 512

@@ -16,11 +16,12 @@ __all__ = ["LLM", "AdapterRef", "SamplingParams", "TruffulaError", "__version__"
 if TYPE_CHECKING:
     from truffula.errors import TruffulaError
     from truffula.llm import LLM
-    from truffula.types import AdapterRef, SamplingParams
+    from truffula.params import SamplingParams
+    from truffula.types import AdapterRef
 
 _HOMES = {
     "LLM": "truffula.llm",
-    "SamplingParams": "truffula.types",
+    "SamplingParams": "truffula.params",
     "AdapterRef": "truffula.types",
     "TruffulaError": "truffula.errors",
 }

@@ -13,19 +13,11 @@ from truffula.config import EngineConfig
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterDirectory
+from truffula.params import SamplingParams
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
-from truffula.types import (
-    AdapterCommand,
-    AdapterRef,
-    AdapterState,
-    EngineInfo,
-    EngineStats,
-    GenerateRequest,
-    SamplingParams,
-    TextDelta,
-)
+from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineInfo, EngineStats, GenerateRequest, TextDelta
 
 Prompt = str | Sequence[int]
 Adapter = str | Path | AdapterRef | None

@@ -1,4 +1,4 @@
-"""One option: its names, the values it allows, and how they are parsed and shown. ``config.py`` holds the table."""
+"""One option: its names, the values it allows, and how they are parsed and shown. ``config.py`` lists them all."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+from truffula.environment import PREFIX, expanded
 from truffula.errors import ConfigError
 
 Kind = Literal["text", "path", "integer", "seconds", "size", "switch", "list", "paths", "mapping"]
-PREFIX = "TRUFFULA_"
 UNITS = MappingProxyType(
     {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     | {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -29,21 +29,22 @@ PLACES = MappingProxyType(
 
 @dataclass(frozen=True)
 class Option:
-    """One row of the table.
+    """One option.
 
     ``group`` is the config class that holds the option (engine or server), ``topic`` its section of the help. ``help``
-    is a phrase without a full stop. ``metavar`` replaces the placeholder of the kind. ``unset`` describes the value
-    that is used when the option is not set. ``must_be`` is what must exist at a path, one of ``PLACES``. ``note`` is
-    appended to the error for a wrong value. ``foreign`` are variables of other tools, read when truffula's own variable
-    is not set.
+    is a phrase without a full stop. ``nullable``: whether ``none`` is a value, for no limit. ``metavar``
+    replaces the placeholder of the kind. ``unset`` describes the value that is used when the option is not set.
+    ``must_be`` is what must exist at a path, one of ``PLACES``. ``note`` is appended to the error for a wrong value.
+    ``foreign`` are variables of other tools, read when truffula's own variable is not set.
     """
 
     field: str
     group: str
     kind: Kind
+    nullable: bool
     default: Any
+    topic: str
     help: str
-    topic: str = "Advanced"
     metavar: str = ""
     short: str = ""
     unset: str = ""
@@ -52,9 +53,7 @@ class Option:
     low: float = -math.inf
     high: float = math.inf
     choices: tuple[str, ...] = ()
-    nullable: bool = False
     secret: bool = False
-    singular: str = ""
     foreign: tuple[str, ...] = ()
 
     @property
@@ -67,12 +66,17 @@ class Option:
         return re.sub(r"_(bytes|s)$", "", self.field)
 
     @property
+    def singular(self) -> str:
+        """The name for one value, ``adapter`` of ``adapters``."""
+        return self.name.removesuffix("s") if self.repeatable else self.name
+
+    @property
     def env(self) -> str:
         return PREFIX + self.name.upper()
 
     @property
     def flag(self) -> str:
-        return "--" + (self.singular or self.name).replace("_", "-")
+        return "--" + self.singular.replace("_", "-")
 
     @property
     def placeholder(self) -> str:
@@ -146,6 +150,13 @@ class Option:
         return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def kind_of(field: str, hint: Any) -> tuple[Kind, bool]:
+    """The kind of a field of type ``hint``, and whether it may be None. An int or float has its unit in its name."""
+    nullable = type(None) in get_args(hint)
+    kind = _KIND_OF_TYPE[get_args(hint)[0] if nullable else hint]
+    return "size" if field.endswith("_bytes") else kind, nullable
+
+
 def parse_size(text: str | int) -> int:
     """Bytes from ``4GiB``, ``1.5 GB``, ``512MiB`` or a plain number; ``ValueError`` otherwise."""
     if isinstance(text, bool) or not isinstance(text, str | int):
@@ -163,28 +174,6 @@ def format_size(nbytes: int) -> str:
         if abs(nbytes) >= step:
             return f"{nbytes / step:.2f}".rstrip("0").rstrip(".") + f" {unit}"
     return f"{nbytes} B"
-
-
-def expanded(text: str | Path) -> Path:
-    """``text`` as a path, with a leading ``~`` or ``~user`` replaced by the home folder.
-
-    It is unchanged when the user does not exist, so that the error is that of a path that does not exist.
-    """
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
-
-
-def home_folder(instead: str) -> Path:
-    """The user's home folder. Raises ``ConfigError`` when there is none; ``instead`` is the option to set instead."""
-    try:
-        return Path.home()
-    except RuntimeError as error:
-        raise ConfigError(
-            f"This user has no home folder: HOME is not set, and the system does not list the user. Set HOME or "
-            f"{instead}."
-        ) from error
 
 
 def _text(raw: Any) -> str:
@@ -282,5 +271,17 @@ _KINDS: Mapping[str, _KindSpec] = MappingProxyType(
         "mapping": _KindSpec(
             _mapping, "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas", "NAME=FOLDER"
         ),
+    }
+)
+_KIND_OF_TYPE: Mapping[Any, Kind] = MappingProxyType(
+    {
+        str: "text",
+        Path: "path",
+        int: "integer",
+        float: "seconds",
+        bool: "switch",
+        tuple[str, ...]: "list",
+        tuple[Path, ...]: "paths",
+        Mapping[str, str]: "mapping",
     }
 )

@@ -5,147 +5,19 @@ All are frozen, and those that other processes get are msgspec-encodable, so bot
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import msgspec
 
-from truffula.errors import ErrorInfo, InvalidRequest
+from truffula.errors import ErrorInfo
+from truffula.params import EngineParams, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Progress = Callable[[str, int, int | None], None]
 """A callback (stage, done, total or None) for the progress of a start, in bytes while downloading and loading."""
-MAX_SEED = 2**64 - 1
-
-
-def _number(
-    name: str, value: float, low: float, high: float, *, low_open: bool = False, high_open: bool = False
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise InvalidRequest(f"{name} must be a finite number, got {value!r}.", param=name, value=repr(value))
-    if value < low or value > high or (low_open and value == low) or (high_open and value == high):
-        left, right = ("(" if low_open else "["), (")" if high_open else "]")
-        raise InvalidRequest(f"{name} is {value}, outside {left}{low:g}, {high:g}{right}.", param=name, value=value)
-
-
-def _integer(name: str, value: int, low: int, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidRequest(f"{name} must be an integer, got {value!r}.", param=name, value=repr(value))
-    if value < low or value > high:
-        upto = "" if high == math.inf else f" and at most {int(high)}"
-        raise InvalidRequest(f"{name} is {value}; it must be at least {low}{upto}.", param=name, value=value)
-
-
-def _check_bias(bias: Mapping[int, float]) -> None:
-    """Raise ``InvalidRequest`` for the first invalid entry. Fast when all are valid."""
-    if not bias:
-        return
-    fine = set(map(type, bias)) == {int} and set(map(type, bias.values())) <= {int, float}
-    if fine and min(bias) >= 0 and all(-100.0 <= value <= 100.0 for value in bias.values()):
-        return
-    for token, value in bias.items():
-        _integer("logit_bias", token, 0)
-        _number("logit_bias", value, -100.0, 100.0)
-
-
-class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The parameters of the engine, which does not handle text: how tokens are sampled and when a sequence ends.
-
-    The fields are documented with ``SamplingParams``.
-    """
-
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    typical_p: float = 1.0
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logprobs_of: Literal["raw", "warped"] = "raw"
-
-    def __post_init__(self) -> None:
-        given: object = self.stop_token_ids
-        if isinstance(given, list):  # callers may give a list
-            msgspec.structs.force_setattr(self, "stop_token_ids", tuple(given))
-        if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 0)
-        _integer("min_tokens", self.min_tokens, 0)
-        _number("temperature", self.temperature, 0.0, 1e6)
-        _integer("top_k", self.top_k, 0, 2**31 - 1)
-        _number("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _number("min_p", self.min_p, 0.0, 1.0)
-        _number("typical_p", self.typical_p, 0.0, 1.0, low_open=True)
-        _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _check_bias(self.logit_bias)
-        if self.seed is not None:
-            _integer("seed", self.seed, 0, MAX_SEED)
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, 1024)
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidRequest(
-                f"min_tokens is {self.min_tokens}, above max_tokens = {self.max_tokens}.", param="min_tokens"
-            )
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-
-class SamplingParams(EngineParams, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The parameters of a completion and of its output. Invalid values raise ``InvalidRequest`` naming the field.
-
-    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``max_tokens`` None is up to the model's length. ``logprobs`` k
-    gives, per generated token, the k most likely ids and the chosen one; 0 only the chosen one. ``logprobs_of`` selects
-    the distribution: ``raw`` (the model's) or ``warped`` (after penalties, bias, temperature and truncation, as LoRAX
-    reports). With ``seed`` None, the service draws a seed per request. Order of operations on the logits: repetition,
-    frequency and presence, bias, temperature, top-k, top-p, min-p, typical-p. Only the service uses ``stop``,
-    ``include_stop``, ``skip_special_tokens``, ``n`` and ``best_of``.
-    """
-
-    stop: tuple[str, ...] = ()
-    include_stop: bool = False
-    skip_special_tokens: bool = True
-    n: int = 1
-    best_of: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("stop", "stop_token_ids"):  # callers may give one string, or a list
-            given: object = getattr(self, name)
-            if isinstance(given, str | list):
-                msgspec.structs.force_setattr(self, name, (given,) if isinstance(given, str) else tuple(given))
-        EngineParams.__post_init__(self)
-        for text in self.stop:
-            if not isinstance(text, str) or not text:
-                raise InvalidRequest(
-                    "stop holds an empty string, which would match immediately; leave it out.", param="stop"
-                )
-        _integer("n", self.n, 1)
-        if self.best_of is not None:
-            _integer("best_of", self.best_of, 1)
-            if self.best_of < self.n:
-                raise InvalidRequest(f"best_of is {self.best_of}, below n = {self.n}.", param="best_of", n=self.n)
-
-    def for_engine(self, *, seed: int, logprobs: int | None, stop_token_ids: tuple[int, ...]) -> EngineParams:
-        """The engine's part of these parameters, with the values that the service determines."""
-        kept = {name: getattr(self, name) for name in EngineParams.__struct_fields__}
-        return EngineParams(**kept | {"seed": seed, "logprobs": logprobs, "stop_token_ids": stop_token_ids})
 
 
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):

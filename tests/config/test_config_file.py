@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from command import here
 
-from truffula.config import OPTIONS, load_config, load_settings
+from truffula.config import OPTIONS
 from truffula.errors import ConfigError
+from truffula.settings import load_config, load_settings
 
 TOML = """\
 # what the container serves

@@ -9,18 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from truffula.config import (
-    OPTIONS,
-    EngineConfig,
-    ServerConfig,
-    load_config,
-    load_settings,
-    options_of,
-    parse_size,
-    require_paths,
-)
+from truffula.config import OPTIONS, EngineConfig, ServerConfig, options_of
 from truffula.errors import ConfigError
 from truffula.kernels.select import backend_names
+from truffula.option import parse_size
+from truffula.settings import load_config, load_settings, require_paths
 
 
 def origins(cli: dict, env: dict) -> dict:

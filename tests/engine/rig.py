@@ -23,7 +23,8 @@ from truffula.kernels.inputs import Capacity
 from truffula.lora.image import ImageWriter
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import LoadResponse
-from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
+from truffula.params import EngineParams
+from truffula.types import AdapterRef, EngineRequest, TokenEvent
 
 VOCAB = 97
 EOS = 96

@@ -6,7 +6,8 @@ import pytest
 from rig import EOS, VOCAB, HandLoader, Rig, alone, limits, request
 
 from truffula.errors import AdapterNotFound
-from truffula.types import AdapterCommand, AdapterRef, EngineParams
+from truffula.params import EngineParams
+from truffula.types import AdapterCommand, AdapterRef
 
 PROMPT = [1, 2, 3, 4, 5]
 

@@ -30,13 +30,25 @@ LAYERS = [
     "weights",
     "kernels",
 ]
-BOTTOM = {"types", "config", "config_file", "option", "errors", "frames", "logs", "metrics", "__init__"}
+BOTTOM = {
+    "types",
+    "config",
+    "environment",
+    "option",
+    "settings",
+    "errors",
+    "frames",
+    "logs",
+    "metrics",
+    "params",
+    "__init__",
+}
 NATIVE = sorted((SRC / "kernels" / "cpu" / "native").iterdir())
 TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "testing/")
 LONG_FILE, LONG_FUNCTION = 600, 100
 MOST_LINES = 36_400
 """Lines of Python in the wheel. The goal is 23,000: lower this number when the sum falls, never raise it."""
-PUBLIC = {"LLM": "llm", "SamplingParams": "types", "AdapterRef": "types", "TruffulaError": "errors"}
+PUBLIC = {"LLM": "llm", "SamplingParams": "params", "AdapterRef": "types", "TruffulaError": "errors"}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 
 
@@ -114,13 +126,11 @@ def test_torch_is_a_backend_not_the_language(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_environment_is_read_in_one_place(path: Path) -> None:
-    if relative(path) == "config.py":
+    if relative(path) == "environment.py":
         return
     for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
-            pytest.fail(
-                f"{relative(path)}:{node.lineno} reads the environment; config.py alone does, and passes values down"
-            )
+            pytest.fail(f"{relative(path)}:{node.lineno} reads the environment; let environment.py do it")
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -15,9 +15,10 @@ from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
 from truffula.engine.engine import Engine
 from truffula.lora.sources import AdapterDirectory
+from truffula.params import EngineParams
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
-from truffula.types import EngineParams, EngineRequest, TokenEvent
+from truffula.types import EngineRequest, TokenEvent
 
 PATIENCE_S = 120.0
 SLOW = {"(" + "(.*l)*(.*p)*(.*r)*" * 40 + f")*z{n}": 3 for n in range(15)}  # more computing time than patterns may take

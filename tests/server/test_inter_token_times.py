@@ -3,8 +3,9 @@
 import asyncio
 
 from truffula.metrics import Metrics, RequestRecord
+from truffula.params import SamplingParams
 from truffula.server.generating import run
-from truffula.types import GenerateRequest, SamplingParams
+from truffula.types import GenerateRequest
 
 
 class Watched:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from truffula.config import load_config
 from truffula.engine.client import EngineClient, EngineHandle
 from truffula.errors import CheckpointChanged
 from truffula.server.launch import adapter_directory, start_server_engine
 from truffula.server.serve import App, load_app
+from truffula.settings import load_config
 from truffula.testing.tiny import write_tiny_checkpoint
 
 

@@ -18,9 +18,10 @@ from live_server import assert_canonical_error, health_of, made_server, ok, serv
 from comparison.processes import descendants
 from processes import frozen, watched
 from truffula.bench.server import free_port
-from truffula.config import ServerConfig, load_config
+from truffula.config import ServerConfig
 from truffula.errors import ConfigError, EngineDied, TruffulaError
 from truffula.server.launch import bind, launch
+from truffula.settings import load_config
 
 
 def test_a_port_in_use_is_said_before_anything_loads(tmp_path):

@@ -27,9 +27,10 @@ from truffula.errors import (
     TruffulaError,
 )
 from truffula.lora.sources import AdapterDirectory
+from truffula.params import SamplingParams
 from truffula.service import AsyncService, ServiceLimits, collect
 from truffula.service.sync import SyncService
-from truffula.types import AdapterCommand, GenerateRequest, SamplingParams, TokenEvent
+from truffula.types import AdapterCommand, GenerateRequest, TokenEvent
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 LONG = SamplingParams(max_tokens=4000, ignore_eos=True)  # outlasts a busy machine's pauses

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer as Library
 
 from examples import examples
 from truffula.errors import EngineDied
+from truffula.params import SamplingParams
 from truffula.service import Service, collect
 from truffula.service.files import LoadedTexts
 from truffula.text.tokenizer import Tokenizer
-from truffula.types import Completion, GenerateRequest, RequestTimes, SamplingParams, TextDelta, TokenEvent
+from truffula.types import Completion, GenerateRequest, RequestTimes, TextDelta, TokenEvent
 
 EOS = 1
 

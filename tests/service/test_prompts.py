@@ -13,9 +13,10 @@ from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, w
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, TemplateError, TruffulaError
 from truffula.lora.sources import AdapterDirectory
+from truffula.params import SamplingParams
 from truffula.service import Service, ServiceLimits, collect
 from truffula.service.files import LoadedTexts
-from truffula.types import GenerateRequest, SamplingParams, TokenEvent
+from truffula.types import GenerateRequest, TokenEvent
 
 
 def service(tokenizer: Any = None, **info: Any) -> Service:

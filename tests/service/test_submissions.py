@@ -10,8 +10,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from truffula.params import EngineParams
 from truffula.service.submissions import Submissions
-from truffula.types import EngineParams, EngineRequest
+from truffula.types import EngineRequest
 
 RUNNING, WAITING = 2, 4
 PLACES, SHARE = 6, 2

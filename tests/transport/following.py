@@ -10,7 +10,8 @@ from typing import Any
 
 from truffula.config import EngineConfig
 from truffula.engine.client import EngineClient
-from truffula.types import AdapterRef, EngineParams, EngineRequest, TokenEvent
+from truffula.params import EngineParams
+from truffula.types import AdapterRef, EngineRequest, TokenEvent
 
 PATIENCE_S = 90.0
 

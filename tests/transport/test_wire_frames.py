@@ -17,16 +17,8 @@ from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, WireError
 from truffula.frames import Disconnected, Frame, FrameReader, Hello, encode
-from truffula.types import (
-    AdapterCommand,
-    AdapterRef,
-    AdapterState,
-    EngineParams,
-    EngineRequest,
-    EngineStats,
-    SamplingParams,
-    TokenEvent,
-)
+from truffula.params import EngineParams, SamplingParams
+from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
 
 
 def engine_reader() -> FrameReader:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
-from truffula.config import EngineConfig, installed_environment, options_of
+from truffula.config import EngineConfig, options_of
+from truffula.environment import installed_environment
 from truffula.errors import ErrorInfo, ProcessFailed, TruffulaError
 
 if TYPE_CHECKING:

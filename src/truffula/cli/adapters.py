@@ -10,8 +10,8 @@ from rich.markup import escape
 from truffula.cli.chat_models import administer, load_on
 from truffula.cli.output import note, out, table
 from truffula.cli.server_client import ServerClient
-from truffula.config import format_size
 from truffula.errors import TruffulaError
+from truffula.option import format_size
 
 ROUTE = "/v1/adapters"
 

@@ -11,7 +11,7 @@ from truffula.cli.bench_app import app as bench_app
 from truffula.cli.help import GLUE, App
 from truffula.cli.open_model import open_chat_model
 from truffula.cli.options import AsJson, ConfigFile, Model, ModelOrVariable, resolve, with_options
-from truffula.config import require_paths
+from truffula.settings import require_paths
 
 START, MODELS, SERVER, TOOLS = "Start here", "Models", "A running server", "This machine"
 app = App(
@@ -129,7 +129,7 @@ def generate(
 ) -> None:
     """Answer one prompt; with several --adapter, the answers stream side by side from one batch."""
     from truffula.cli.generate import is_prompt, read_prompt, read_prompts, run_batch, run_generate
-    from truffula.types import SamplingParams
+    from truffula.params import SamplingParams
 
     if prompts is not None:
         texts = read_prompts(prompts, prompt, url)
@@ -166,7 +166,7 @@ def chat(
     /help lists the commands: /adapter NAME switches in the middle of a conversation, /load FOLDER adds an adapter.
     """
     from truffula.cli.chat import run_chat
-    from truffula.types import SamplingParams
+    from truffula.params import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     with open_chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from truffula.bench.step import SMOLLM2, StepBench, measure, read_rate
 from truffula.cli.doctor import cpu_name
 from truffula.cli.output import out, table
-from truffula.config import prepare_compute
+from truffula.environment import prepare_compute
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.select import Precision, choose_dtype, select_backend
 from truffula.testing.programs import decoder_program

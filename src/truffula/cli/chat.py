@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from truffula.cli.chat_models import BASE, ChatModel, split_adapter
 from truffula.cli.line_editor import LineEditor
 from truffula.cli.output import fail, note, write
-from truffula.config import state_folder
+from truffula.environment import expanded, state_folder
 from truffula.errors import (
     AdapterNotFound,
     ConfigError,
@@ -22,8 +22,8 @@ from truffula.errors import (
     did_you_mean,
     nearest,
 )
-from truffula.option import expanded
-from truffula.types import SamplingParams, TextDelta
+from truffula.params import SamplingParams
+from truffula.types import TextDelta
 
 FENCE = '"""'
 TOO_LONG = ("prompt_too_long", "context_length_exceeded")

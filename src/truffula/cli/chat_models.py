@@ -10,9 +10,10 @@ from typing import Any, Protocol
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
 from truffula.config import EngineConfig
+from truffula.environment import expanded
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError
-from truffula.option import expanded
-from truffula.types import SamplingParams, TextDelta
+from truffula.params import SamplingParams
+from truffula.types import TextDelta
 
 BASE = "base"
 Message = Mapping[str, str]

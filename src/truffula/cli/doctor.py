@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 
 from truffula.cli.output import out, table
-from truffula.config import format_size
 from truffula.errors import TruffulaError
+from truffula.option import format_size
 
 if TYPE_CHECKING:
     from truffula.kernels.host import CpuLimits
@@ -116,10 +116,10 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
 
 def _native() -> list[Finding]:
     """Findings about the native module: instruction sets, threads and the compiler that builds it."""
-    from truffula.config import load_settings
     from truffula.kernels.cpu import instruction_sets, why_unavailable
     from truffula.kernels.host import usable_cpus
     from truffula.kernels.installation import installation
+    from truffula.settings import load_settings
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if why := why_unavailable():
@@ -178,8 +178,8 @@ def _packages() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    from truffula.config import load_setting
     from truffula.kernels.select import backend_names, fallback_warning, select_backend
+    from truffula.settings import load_setting
 
     isa = load_setting("cpu_isa").value
     findings = []
@@ -198,8 +198,8 @@ def _backends() -> list[Finding]:
 
 def _dtypes() -> list[Finding]:
     """The compute dtype that ``serve`` would choose for each stored dtype, and why."""
-    from truffula.config import load_settings
     from truffula.kernels.select import Precision, choose_dtype, select_backend
+    from truffula.settings import load_settings
 
     given = {s.option.name: s.value for s in load_settings({})}
     try:
@@ -216,7 +216,7 @@ def _dtypes() -> list[Finding]:
 
 
 def _settings() -> list[Finding]:
-    from truffula.config import load_settings
+    from truffula.settings import load_settings
 
     given = [s for s in load_settings({}) if s.origin in ("environment", "file")]
     return [Finding(f"set by {s.source}", f"{s.option.name} = {s.shown}", "note") for s in given]

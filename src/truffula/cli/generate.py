@@ -12,10 +12,10 @@ from truffula.cli.chat_models import ChatModel, LocalModel, Prompt
 from truffula.cli.line_editor import read_text
 from truffula.cli.output import note, out, write
 from truffula.cli.side_by_side import Answer, show
-from truffula.config import load_settings
 from truffula.errors import ConfigError
+from truffula.params import SamplingParams
 from truffula.service.progress import ProgressBar
-from truffula.types import SamplingParams
+from truffula.settings import load_settings
 
 
 def is_prompt(only: str | None) -> bool:

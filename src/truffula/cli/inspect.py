@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from truffula.cli.output import out, progress, table, warn
-from truffula.config import OPTIONS, format_size
+from truffula.config import OPTIONS
+from truffula.environment import expanded
 from truffula.errors import CheckpointError, ConfigError, TruffulaError
-from truffula.option import expanded
+from truffula.option import format_size
 
 if TYPE_CHECKING:
     from truffula.lora.peft import AdapterReport

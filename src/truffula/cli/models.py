@@ -10,7 +10,8 @@ from typing import Any
 from rich.markup import escape
 
 from truffula.cli.output import out, print_table, progress, table
-from truffula.config import format_size, load_setting, require_paths
+from truffula.option import format_size
+from truffula.settings import load_setting, require_paths
 from truffula.weights.cache import cached_models
 
 

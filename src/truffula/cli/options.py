@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from truffula.cli.help import GLUE
-from truffula.config import CONFIG_VARIABLE, OPTIONS, Resolved, load_config, require_paths
+from truffula.config import OPTIONS
 from truffula.option import Option
+from truffula.settings import CONFIG_VARIABLE, Resolved, load_config, require_paths
 
 Command = Callable[..., None]
 TOPICS = (

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from truffula.config import format_size
 from truffula.errors import TruffulaError
+from truffula.option import format_size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from truffula.cli.output import out
-from truffula.config import format_size
+from truffula.option import format_size
 
 if TYPE_CHECKING:
     from truffula.cli.server_client import ServerClient

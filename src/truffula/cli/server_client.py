@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from truffula.config import load_setting
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError
+from truffula.settings import load_setting
 
 if TYPE_CHECKING:
     import httpx

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from truffula.cli.options import TOPICS, place
 from truffula.cli.output import out, print_table, table
-from truffula.config import load_settings
+from truffula.settings import load_settings
 
 
 def run_config(config_file: Path | None, *, as_json: bool) -> None:

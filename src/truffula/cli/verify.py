@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from truffula.cli.output import out, progress, table, warn
-from truffula.config import EngineConfig, prepare_compute
+from truffula.config import EngineConfig
+from truffula.environment import prepare_compute
 from truffula.errors import AdapterNotFound, MissingDependency, TruffulaError
 from truffula.lora.foreign import describe_folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from truffula.config import EngineConfig, format_size
+from truffula.config import EngineConfig
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.kv_layout import KvLayout
@@ -31,6 +31,7 @@ from truffula.lora.pool import AdapterPool
 from truffula.lora.tables import base_tables
 from truffula.lora.worker import LoadLimits
 from truffula.model.load import ModelPlan, WeightReader, plan_model
+from truffula.option import format_size
 from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint

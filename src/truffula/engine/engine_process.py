@@ -9,8 +9,9 @@ import subprocess
 import sys
 import time
 
-from truffula.config import EngineConfig, engine_environment
+from truffula.config import EngineConfig
 from truffula.engine import wire
+from truffula.environment import engine_environment
 from truffula.frames import Disconnected
 from truffula.types import EngineStats
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from truffula.config import format_size
 from truffula.engine.kv_layout import KvLayout
 from truffula.errors import InsufficientMemory
 from truffula.kernels.backend import Backend, MemoryLimit, MemoryPlan
+from truffula.option import format_size
 
 DEFAULT_SHARE = 0.85
 """Of the memory that is free at the start: the rest is for the loading worker, the API process and the page cache."""

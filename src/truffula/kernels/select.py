@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from truffula.config import prepare_compute
+from truffula.environment import prepare_compute
 from truffula.errors import ConfigError, MissingDependency
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu import CpuBackend, why_unavailable

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import msgspec
 
+from truffula.environment import expanded
 from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
 from truffula.lora.foreign import (
@@ -35,7 +36,6 @@ from truffula.lora.foreign import (
     subfolders_with_adapters,
 )
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
-from truffula.option import expanded
 from truffula.types import AdapterRef
 
 SOURCES = ("local", "hub")

@@ -11,12 +11,14 @@ import logging
 import resource
 import socket
 
-from truffula.config import Resolved, ServerConfig, format_size
+from truffula.config import ServerConfig
 from truffula.engine.client import EngineHandle, Transport, start_engine
 from truffula.errors import ConfigError
 from truffula.kernels.trim import defer_gc
 from truffula.logs import LogSettings, setup_logs
 from truffula.lora.sources import AdapterDirectory
+from truffula.option import format_size
+from truffula.settings import Resolved
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
+from truffula.params import SamplingParams
 from truffula.server.answering import answering
 from truffula.server.auth import prefix_salt
 from truffula.server.generating import mark
@@ -16,7 +17,7 @@ from truffula.server.limits import RequestLimits
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
 from truffula.server.state import ServerState, record_of
-from truffula.types import GenerateRequest, SamplingParams
+from truffula.types import GenerateRequest
 
 
 def completion_requests(body: CompletionBody, limits: RequestLimits) -> list[GenerateRequest]:

@@ -28,12 +28,13 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from truffula.config import Resolved, format_size
 from truffula.engine.client import EngineHandle
 from truffula.errors import ConfigError, InvalidRequest, internal_error
 from truffula.kernels.trim import trim_memory
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
+from truffula.option import format_size
+from truffula.params import SamplingParams
 from truffula.server.app import create_app
 from truffula.server.connections import (
     ACCEPT_BURST,
@@ -47,10 +48,11 @@ from truffula.server.middleware import send_reply
 from truffula.service import AsyncService, ServiceLimits
 from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
+from truffula.settings import Resolved
 from truffula.text.chat_template import read_template
 from truffula.text.ends import describe
 from truffula.text.worker import Setup
-from truffula.types import EngineInfo, SamplingParams
+from truffula.types import EngineInfo
 
 BACKLOG = 2048
 """Connections that the kernel queues until they are accepted."""

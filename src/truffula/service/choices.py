@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from truffula.errors import ErrorInfo
+from truffula.params import SamplingParams
 from truffula.service.prompts import Prompt, prompt_part, top_pieces
 from truffula.text.stops import StopMatch, StopMatcher, stop_table
 from truffula.text.tokenizer import Tokenizer
@@ -19,7 +20,6 @@ from truffula.types import (
     FinishReason,
     PromptPart,
     RequestTimes,
-    SamplingParams,
     TextDelta,
     TokenEvent,
     TokenPiece,

@@ -13,23 +13,14 @@ import msgspec
 
 from truffula.errors import ErrorInfo, InvalidRequest, TemplateError, TruffulaError
 from truffula.lora.sources import AdapterDirectory
+from truffula.params import EngineParams, SamplingParams
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens, Render
 from truffula.text.tokenizer import check_text
-from truffula.types import (
-    AdapterRef,
-    ChoiceTotals,
-    EngineInfo,
-    EngineParams,
-    EngineRequest,
-    GenerateRequest,
-    SamplingParams,
-    TextDelta,
-    TokenEvent,
-)
+from truffula.types import AdapterRef, ChoiceTotals, EngineInfo, EngineRequest, GenerateRequest, TextDelta, TokenEvent
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from truffula.types import Completion, CompletionChoice, FinishReason, GenerateRequest, SamplingParams, TokenPiece
+from truffula.params import SamplingParams
+from truffula.types import Completion, CompletionChoice, FinishReason, GenerateRequest, TokenPiece
 
 Logprobs = dict[int, float]
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong
+from truffula.params import SamplingParams
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.template_probe import Kind
 from truffula.text.tokenizer import Encoded, Tokenizer, check_text
-from truffula.types import EngineInfo, GenerateRequest, PromptPart, SamplingParams, TokenPiece, TopToken
+from truffula.types import EngineInfo, GenerateRequest, PromptPart, TokenPiece, TopToken
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import msgspec
 
 from truffula.errors import CheckpointChanged
+from truffula.params import SamplingParams
 from truffula.service.files import digest_of
 from truffula.service.prompts import Prompt, left_out, make_prompt, prompt_text
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
 from truffula.text.worker import Worker
-from truffula.types import GenerateRequest, SamplingParams, TokenPiece
+from truffula.types import GenerateRequest, TokenPiece
 from truffula.weights.texts import read_texts
 
 RENDER_JOB = "truffula.service.text_jobs:render"

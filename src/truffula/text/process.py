@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from truffula.config import text_worker_environment
+from truffula.environment import text_worker_environment
 from truffula.errors import ErrorInfo, TruffulaError
 from truffula.text.worker import END, FAILED, PART, READY, Call, Setup, receive, send
 

