@@ -213,7 +213,7 @@ class LLM:
         ``request``: further fields of ``truffula.types.GenerateRequest``.
         """
         requests = self._requests([{**_given(prompt), **request}], params, adapter)
-        return self._deltas(requests)
+        return (delta for _, delta in self._stream(requests))
 
     def stream_each(
         self,
@@ -223,12 +223,7 @@ class LLM:
         adapters: Adapter | Sequence[Adapter] = None,
     ) -> Iterator[tuple[int, TextDelta]]:
         """The deltas of several completions in one batch, as (index of the prompt, delta)."""
-        requests = self._requests([_given(prompt) for prompt in prompts], params, adapters)
-        for position, found in self._service.stream(requests):
-            if isinstance(found, TruffulaError):
-                raise found
-            for delta in found:
-                yield position, delta
+        return self._stream(self._requests([_given(prompt) for prompt in prompts], params, adapters))
 
     def close(self) -> None:
         """Free the model. Idempotent."""
@@ -240,10 +235,11 @@ class LLM:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _deltas(self, requests: list[GenerateRequest]) -> Iterator[TextDelta]:
-        for _, found in self._service.stream(requests):
-            assert not isinstance(found, TruffulaError)
-            yield from found
+    def _stream(self, requests: list[GenerateRequest]) -> Iterator[tuple[int, TextDelta]]:
+        for position, found in self._service.stream(requests):
+            assert not isinstance(found, TruffulaError)  # errors are raised, as return_errors is not set
+            for delta in found:
+                yield position, delta
 
     def _run(
         self,
@@ -256,14 +252,17 @@ class LLM:
         if errors not in ("raise", "return"):
             raise InvalidRequest(f"errors is {errors!r}; it must be 'raise' or 'return'.", param="errors")
         requests = self._requests(given, params, adapters)
+        outputs: list[Any] = [None] * len(requests)
         with contextlib.closing(ProgressBar()) as bar:
-            report = bar if progress is True else _when_done(progress) if callable(progress) else None
-            found = self._service.completions(requests, progress=report, return_errors=errors == "return")
-            outputs = {
-                index: answer if isinstance(answer, TruffulaError) else request_output(requests[index], answer)
-                for index, answer in found
-            }
-        return [outputs[index] for index in range(len(requests))]
+            report = bar if progress is True else None
+            answers = self._service.completions(requests, progress=report, return_errors=errors == "return")
+            for done, (index, answer) in enumerate(answers, 1):
+                outputs[index] = (
+                    answer if isinstance(answer, TruffulaError) else request_output(requests[index], answer)
+                )
+                if callable(progress):
+                    progress(done, len(requests))
+        return outputs
 
     def _requests(
         self,
@@ -282,19 +281,6 @@ class LLM:
             ]
         except TypeError as error:
             raise InvalidRequest(f"The request is invalid: {error}") from error
-
-
-def _when_done(callback: Callable[[int, int], None]) -> Callable[[int, int, int], None]:
-    """A progress callback that calls ``callback`` with (prompts done, prompts) when a prompt is done."""
-    reported = 0
-
-    def report(done: int, total: int, tokens: int) -> None:
-        nonlocal reported
-        if done > reported:
-            reported = done
-            callback(done, total)
-
-    return report
 
 
 def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:

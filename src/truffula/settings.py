@@ -6,9 +6,7 @@ A configuration file is TOML, YAML or JSON: one table of options by name.
 
 from __future__ import annotations
 
-import json
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,8 +177,12 @@ def _parse_file(path: Path, text: str) -> Any:
     """The content of a file, by its suffix. Raises ``ValueError`` when it is malformed."""
     suffix = path.suffix.lower()
     if suffix == ".toml":
+        import tomllib
+
         return tomllib.loads(text)
     if suffix == ".json":
+        import json
+
         return json.loads(text, object_pairs_hook=lambda pairs: _table(path, pairs))
     if suffix in (".yaml", ".yml"):
         return _parse_yaml(path, text)
