@@ -151,10 +151,12 @@ class Option:
 
 
 def kind_of(field: str, hint: Any) -> tuple[Kind, bool]:
-    """The kind of a field of type ``hint``, and whether it may be None. An int or float has its unit in its name."""
+    """The kind of a field of type ``hint``, and whether it may be None. A field in bytes is a size."""
     nullable = type(None) in get_args(hint)
-    kind = _KIND_OF_TYPE[get_args(hint)[0] if nullable else hint]
-    return "size" if field.endswith("_bytes") else kind, nullable
+    own = get_args(hint)[0] if nullable else hint
+    if field.endswith("_bytes"):
+        return "size", nullable
+    return next(kind for kind, spec in _KINDS.items() if spec.type == own), nullable
 
 
 def parse_size(text: str | int) -> int:
@@ -251,37 +253,29 @@ def _mapping(raw: Any) -> Mapping[str, str]:
 
 
 class _KindSpec(NamedTuple):
-    """A kind of option: parser (``ValueError`` for a wrong value), description in errors, placeholder in help."""
+    """A kind of option: type of its field, parser (``ValueError`` for a wrong value), its words in errors and help."""
 
+    type: Any
     parse: Callable[[Any], Any]
     expected: str
     metavar: str
 
 
-_KINDS: Mapping[str, _KindSpec] = MappingProxyType(
+_KINDS: Mapping[Kind, _KindSpec] = MappingProxyType(
     {
-        "text": _KindSpec(_text, "text", "TEXT"),
-        "path": _KindSpec(_path, "a path", "PATH"),
-        "integer": _KindSpec(_integer, "an integer", "N"),
-        "seconds": _KindSpec(_seconds, "a number of seconds", "SECONDS"),
-        "size": _KindSpec(parse_size, "bytes, such as 512MiB, 4GiB or 2000000000", "SIZE"),
-        "switch": _KindSpec(_switch, "one of 1, 0, true, false, yes, no, on, off", ""),
-        "list": _KindSpec(_list, "text, several separated by commas", "TEXT"),
-        "paths": _KindSpec(_paths, "a path, several separated by commas", "FOLDER"),
+        "text": _KindSpec(str, _text, "text", "TEXT"),
+        "path": _KindSpec(Path, _path, "a path", "PATH"),
+        "integer": _KindSpec(int, _integer, "an integer", "N"),
+        "seconds": _KindSpec(float, _seconds, "a number of seconds", "SECONDS"),
+        "size": _KindSpec(int, parse_size, "bytes, such as 512MiB, 4GiB or 2000000000", "SIZE"),
+        "switch": _KindSpec(bool, _switch, "one of 1, 0, true, false, yes, no, on, off", ""),
+        "list": _KindSpec(tuple[str, ...], _list, "text, several separated by commas", "TEXT"),
+        "paths": _KindSpec(tuple[Path, ...], _paths, "a path, several separated by commas", "FOLDER"),
         "mapping": _KindSpec(
-            _mapping, "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas", "NAME=FOLDER"
+            Mapping[str, str],
+            _mapping,
+            "NAME=FOLDER, NAME=ORG/REPO or a folder alone, several separated by commas",
+            "NAME=FOLDER",
         ),
-    }
-)
-_KIND_OF_TYPE: Mapping[Any, Kind] = MappingProxyType(
-    {
-        str: "text",
-        Path: "path",
-        int: "integer",
-        float: "seconds",
-        bool: "switch",
-        tuple[str, ...]: "list",
-        tuple[Path, ...]: "paths",
-        Mapping[str, str]: "mapping",
     }
 )
