@@ -32,10 +32,10 @@ class Option:
     """One option.
 
     ``group`` is the config class that holds the option (engine or server), ``topic`` its section of the help. ``help``
-    is a phrase without a full stop. ``nullable``: whether ``none`` is a value, for no limit. ``metavar``
-    replaces the placeholder of the kind. ``unset`` describes the value that is used when the option is not set.
-    ``must_be`` is what must exist at a path, one of ``PLACES``. ``note`` is appended to the error for a wrong value.
-    ``foreign`` are variables of other tools, read when truffula's own variable is not set.
+    is a phrase without a full stop. ``nullable``: whether ``none`` is a value, for no limit. ``metavar`` replaces the
+    placeholder of the kind. ``unset`` describes the value that is used when the option is not set. ``must_be`` is what
+    must exist at a path, one of ``PLACES``. ``note`` is appended to the error for a wrong value. ``foreign`` are
+    variables of other tools, read when truffula's own variable is not set.
     """
 
     field: str
@@ -91,11 +91,9 @@ class Option:
     @property
     def expected(self) -> str:
         """The description of allowed values in error messages."""
-        words = _KINDS[self.kind].expected
-        if self.must_be:
-            words = PLACES[self.must_be]
         if self.choices:
-            words = self.choices[0] if len(self.choices) == 1 else "one of " + ", ".join(self.choices)
+            return "one of " + ", ".join(self.choices)
+        words = PLACES[self.must_be] if self.must_be else _KINDS[self.kind].expected
         if self.low > -math.inf:
             words += f", at least {self.low:.12g}"
         if self.high < math.inf:
@@ -110,9 +108,8 @@ class Option:
             value = None if self.nullable and raw in (None, "none") else _KINDS[self.kind].parse(raw)
         except (ValueError, TypeError, OverflowError):
             raise self.error(raw, where) from None
-        if value is not None and self.kind in ("integer", "seconds", "size") and not self.low <= value <= self.high:
-            raise self.error(raw, where)
-        if self.choices and value is not None and value not in self.choices:
+        outside = isinstance(value, int | float) and not self.low <= value <= self.high
+        if outside or (self.choices and value not in (None, *self.choices)):
             raise self.error(raw, where)
         return value
 
@@ -120,9 +117,8 @@ class Option:
         """The error for a wrong value; ``where`` is its variable, flag, field or line of a file."""
         joined = ",".join(map(str, raw)) if isinstance(raw, list | tuple) else raw
         shown = "(hidden)" if self.secret else repr(joined)
-        note = f" {self.note}" if self.note else ""
-        text = f"{where} is {shown}; it must be {self.expected}.{note}"
-        return ConfigError(text, param=self.name, expected=self.expected)
+        text = f"{where} is {shown}; it must be {self.expected}. {self.note}"
+        return ConfigError(text.rstrip(), param=self.name, expected=self.expected)
 
     def require_paths(self, value: Any, where: str) -> None:
         """Raise ``ConfigError`` when a path of this option's ``value`` is not the required kind of file or folder."""
