@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
+
 from comparison.rounds import Result
 
 
@@ -79,7 +81,7 @@ def report(results: Sequence[Result], machine: dict[str, Any], repeats: int) -> 
         figure = [asdict(one) for one in figures(result)]
         rows.append(
             {
-                "row": asdict(result.row), "unit": result.row.unit, "figures": figure, "rounds": rounds,
+                "row": msgspec.to_builtins(result.row), "unit": result.row.unit, "figures": figure, "rounds": rounds,
                 "absent": result.absent, "seconds": round(result.seconds, 1),
             }
         )  # fmt: skip

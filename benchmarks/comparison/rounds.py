@@ -13,9 +13,11 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+import msgspec
 
 from comparison.memory import resident
 from comparison.peers import (
@@ -106,7 +108,7 @@ def _failed(contestant: Contestant, error: Exception) -> str:
 def _served(contestant: Contestant, row: Row, place: Place, number: int) -> Round:
     names = adapter_names(contestant, row, place)
     with session(contestant, row, place) as running:
-        _checked(running, replace(row, requests=1), names, -1 - number)
+        _checked(running, msgspec.structs.replace(row, requests=1), names, -1 - number)
         measured = [_checked(running, row, names, number * row.runs + i) for i in range(row.runs)]
     runs = tuple(one.summary() for one in measured)
     if row.measure == "throughput":

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from truffula.bench.load import Load
 from truffula.errors import ConfigError
 
+Measure = Literal["throughput", "ttft", "decode", "prefill", "memory", "start"]
+Peer = Literal["truffula", "openai", "llama-server", "llama-bench", "vllm", "openvino", "hf-peft"]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 # what is measured → its unit, and whether more of it is better
-MEASURES: Mapping[str, tuple[str, bool]] = {
+MEASURES: Mapping[Measure, tuple[str, bool]] = {
     "throughput": ("output tok/s", True),
     "ttft": ("ms to first token", False),
     "decode": ("tok/s, one row, no server", True),
@@ -21,7 +25,7 @@ MEASURES: Mapping[str, tuple[str, bool]] = {
     "start": ("ms from start to first token", False),
 }
 # peer → what can be measured of it
-PEERS: Mapping[str, tuple[str, ...]] = {
+PEERS: Mapping[Peer, tuple[Measure, ...]] = {
     "truffula": tuple(MEASURES),
     "openai": ("throughput", "ttft"),
     "llama-server": ("throughput", "ttft", "memory", "start"),
@@ -30,46 +34,61 @@ PEERS: Mapping[str, tuple[str, ...]] = {
     "openvino": ("throughput", "ttft"),
     "hf-peft": ("throughput",),
 }
-MIXES = ("none", "shared", "distinct")
 BUILT_IN = Path(__file__).with_name("scenarios.toml")
 
 
-@dataclass(frozen=True)
-class Contestant:
+class Contestant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One participant. ``model`` is a path, below the folder of the peers' files when it is relative; of an
     ``openai`` peer it is the model's name at ``url``. ``options`` are truffula's engine options; ``flags`` go to a
     peer's server as they are.
     """
 
-    peer: str
+    peer: Peer
     model: str = ""
     name: str = ""
     url: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = {}
     flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.peer == "openai") != bool(self.url):
+            raise ValueError(f"url is {self.url!r}: openai peers need one, and truffula starts the others itself")
+        if self.peer != "openai" and not self.model:
+            raise ValueError(f"{self.peer} needs a model")
+        if self.options and self.peer != "truffula":
+            raise ValueError(f"options are truffula's; give {self.peer} flags")
+        if self.flags and self.peer not in ("llama-server", "llama-bench", "vllm"):
+            raise ValueError(f"{self.peer} does not accept flags")
 
     @property
     def title(self) -> str:
         return self.name or self.peer
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"contestants": "contestant"}):
     """One line of the comparison: ``contestants`` in turn, the first against each of the others."""
 
     name: str
     what: str
-    measure: str
-    contestants: tuple[Contestant, ...]
+    measure: Measure
+    contestants: Annotated[tuple[Contestant, ...], msgspec.Meta(min_length=1)]
     scenario: str = ""
-    clients: int = 1
-    requests: int = 1
-    adapters: str = "none"
-    prompt_tokens: int = 105
-    max_tokens: int = 64
+    clients: Positive = 1
+    requests: Positive = 1
+    adapters: Literal["none", "shared", "distinct"] = "none"
+    prompt_tokens: Positive = 105
+    max_tokens: Positive = 64
     vocab_size: int = 1000
-    runs: int = 1
+    runs: Positive = 1
     adapter_dir: str = "adapters/smollm2"
+
+    def __post_init__(self) -> None:
+        if len({c.title for c in self.contestants}) < len(self.contestants):
+            raise ValueError("two contestants have the same name; give them one")
+        for contestant in self.contestants:
+            can = PEERS[contestant.peer]
+            if self.measure not in can:
+                raise ValueError(f"{self.measure!r} can't be measured of {contestant.peer}, only {', '.join(can)}")
 
     @property
     def unit(self) -> str:
@@ -90,24 +109,23 @@ class Row:
         )
 
 
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    row: Annotated[tuple[Row, ...], msgspec.Meta(min_length=1)]
+
+
 def read_scenarios(path: Path = BUILT_IN) -> tuple[Row, ...]:
     """All rows of a file.
 
     Raises:
-        ConfigError: It can't be read, or a row has a field that is unknown, missing or wrong; named with its row.
+        ConfigError: It can't be read, or a field is unknown, missing or wrong; the error says where.
     """
     try:
-        rows = tomllib.loads(path.read_text(encoding="utf-8")).get("row", [])
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        rows = msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), _File).row
+    except (OSError, ValueError) as error:
         raise ConfigError(f"The scenario file {path} can't be read: {error}", param="scenario_file") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ConfigError(f"row in {path} must be a list of tables: write [[row]].", param="scenario_file")
-    made = tuple(_row(row, f"row {i + 1} of {path.name}") for i, row in enumerate(rows))
-    if not made:
-        raise ConfigError(f"{path} has no [[row]].", param="scenario_file")
-    if len({row.name for row in made}) < len(made):
+    if len({row.name for row in rows}) < len(rows):
         raise ConfigError(f"Two rows of {path} have the same name.", param="name")
-    return made
+    return rows
 
 
 def chosen(rows: tuple[Row, ...], names: Iterable[str]) -> tuple[Row, ...]:
@@ -118,69 +136,3 @@ def chosen(rows: tuple[Row, ...], names: Iterable[str]) -> tuple[Row, ...]:
         if name not in known:
             raise ConfigError(f"Unknown scenario {name!r}; available: {', '.join(sorted(known))}.", param="scenario")
     return tuple(row for row in rows if not wanted or {row.name, row.scenario} & set(wanted))
-
-
-def _row(given: Mapping[str, Any], where: str) -> Row:
-    where = f"{given['name']!r}" if isinstance(given.get("name"), str) else where
-    listed = given.get("contestant", [])
-    if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
-        raise ConfigError(f"contestant of {where} must be a list of tables.", param="contestant")
-    contestants = tuple(_contestant(item, where) for item in listed)
-    _check_fields(given, Row, where, extra="contestant", hidden="contestants", required=("name", "what", "measure"))
-    row = Row(**{k: v for k, v in given.items() if k != "contestant"}, contestants=contestants)
-    _one_of(row.measure, MEASURES, "measure", where)
-    _one_of(row.adapters, MIXES, "adapters", where)
-    for name in ("clients", "requests", "prompt_tokens", "max_tokens", "runs"):
-        if getattr(row, name) < 1:
-            raise ConfigError(f"{where}: {name} is {getattr(row, name)}; it must be 1 or more.", param=name)
-    if not contestants:
-        raise ConfigError(f"{where} has no [[row.contestant]].", param="contestant")
-    if len({c.title for c in contestants}) < len(contestants):
-        raise ConfigError(f"{where}: two contestants have the same name; give them one.", param="name")
-    for contestant in contestants:
-        if row.measure not in PEERS[contestant.peer]:
-            can = ", ".join(PEERS[contestant.peer])
-            raise ConfigError(
-                f"{where}: {row.measure!r} can't be measured of {contestant.peer}, only {can}.", param="measure"
-            )
-    return row
-
-
-def _contestant(given: Mapping[str, Any], where: str) -> Contestant:
-    _check_fields(given, Contestant, where, required=("peer",))
-    made = Contestant(**{**given, "flags": tuple(given.get("flags", ()))})
-    _one_of(made.peer, PEERS, "peer", where)
-    if made.peer == "openai" and not made.url:
-        raise ConfigError(f"{where}: an openai peer needs the url of its server.", param="url")
-    if made.peer != "openai" and made.url:
-        raise ConfigError(f"{where}: url is for openai peers; {made.peer} is started here.", param="url")
-    if made.peer != "openai" and not made.model:
-        raise ConfigError(f"{where}: {made.peer} needs a model.", param="model")
-    if made.options and made.peer != "truffula":
-        raise ConfigError(f"{where}: options are truffula's; give {made.peer} flags.", param="options")
-    if made.flags and made.peer not in ("llama-server", "llama-bench", "vllm"):
-        raise ConfigError(f"{where}: {made.peer} does not accept flags.", param="flags")
-    return made
-
-
-def _check_fields(
-    given: Mapping[str, Any], kind: type, where: str, *, required: tuple[str, ...], extra: str = "", hidden: str = ""
-) -> None:
-    """Every key of ``given`` is a field of ``kind`` and of the type of its default; ``required`` ones are there."""
-    known = {f.name: f for f in fields(kind) if f.name != hidden}
-    for name in required:
-        if name not in given:
-            raise ConfigError(f"{where} has no {name}.", param=name)
-    for name, value in given.items():
-        if name == extra:
-            continue
-        if name not in known:
-            raise ConfigError(f"{where}: unknown field {name!r}; available: {', '.join(known)}.", param=name)
-        wanted = {"str": str, "int": int, "Mapping[str, Any]": dict, "tuple[str, ...]": list}[str(known[name].type)]
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            raise ConfigError(f"{where}: {name} is {value!r}; it must be a {wanted.__name__}.", param=name)
-
-
-def _one_of(value: str, known: Iterable[str], name: str, where: str) -> None:
-    if value not in known:
-        raise ConfigError(f"{where}: {name} is {value!r}; it must be one of {', '.join(known)}.", param=name)

@@ -120,15 +120,6 @@ class Option:
         text = f"{where} is {shown}; it must be {self.expected}. {self.note}"
         return ConfigError(text.rstrip(), param=self.name, expected=self.expected)
 
-    def require_paths(self, value: Any, where: str) -> None:
-        """Raise ``ConfigError`` when a path of this option's ``value`` is not the required kind of file or folder."""
-        if not self.must_be:
-            return
-        for path in value if isinstance(value, tuple) else () if value is None else (value,):
-            right = path.is_file() if self.must_be == "file" else path.is_dir()
-            if not right and not (self.must_be == "new folder" and not path.exists()):
-                raise self.error(str(path), where)
-
     def show(self, value: Any) -> str:
         """The value as ``config --show`` prints it; of secrets, only their number."""
         if self.secret:

@@ -57,10 +57,11 @@ def load_config(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) ->
     Raises:
         ConfigError: As ``load_settings``, or no model was given.
     """
+    env = variables(env)
     settings = load_settings(cli, env)
     values = {setting.option.field: setting.value for setting in settings}
     if "model" not in values:
-        raise _no_model(variables(env))
+        raise _no_model(env)
     engine = EngineConfig(**{o.field: values[o.field] for o in options_of(EngineConfig)})
     server = ServerConfig(**{o.field: values[o.field] for o in options_of(ServerConfig)})
     return Resolved(engine, server, settings)
@@ -100,7 +101,13 @@ def load_setting(name: str, given: Any = None) -> Setting:
 def require_paths(settings: Iterable[Setting]) -> None:
     """Raise ``ConfigError`` for the first setting whose path is not the required kind of file or folder."""
     for setting in settings:
-        setting.option.require_paths(setting.value, setting.source or setting.option.name)
+        option = setting.option
+        if not option.must_be or setting.value is None:
+            continue
+        for path in setting.value if isinstance(setting.value, tuple) else [setting.value]:
+            allowed = path.is_file() if option.must_be == "file" else path.is_dir()
+            if not allowed and not (option.must_be == "new folder" and not path.exists()):
+                raise option.error(str(path), setting.source or option.name)
 
 
 def _setting(
