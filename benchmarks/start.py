@@ -15,41 +15,25 @@ import argparse
 import contextlib
 import http.client
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from truffula.bench.server import free_port
+from truffula.environment import installed_environment
 from truffula.testing.tiny import write_tiny_checkpoint
 
 POLL_S = 0.005
 NAME = "measured"
-TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def family(pid: int) -> list[int]:
-    """``pid`` and all its descendants."""
-    found = [pid]
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
-            found += family(int(child))
-    return found
-
-
-def cpu_seconds(pid: int) -> float:
-    """Of a living process, with the children it has waited for."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:15])) / TICKS
-
-
-def command_of(pid: int) -> str:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return next((w for w in words if w.startswith("truffula.")), "truffula serve")
+def name_of(process: psutil.Process) -> str:
+    return next((word for word in process.cmdline() if word.startswith("truffula.")), "truffula serve")
 
 
 def ask(port: int, path: str, body: dict[str, object] | None = None) -> int:
@@ -65,17 +49,15 @@ def ask(port: int, path: str, body: dict[str, object] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def server(arguments: list[str]) -> Iterator[tuple[int, int]]:
-    """Started, not waited for: its process id and port."""
+def server(arguments: list[str]) -> Iterator[tuple[psutil.Popen, int]]:
+    """Started, not waited for: its process and port."""
     port = free_port()
     command = [sys.executable, "-m", "truffula", "serve", *arguments]
     command += ["--port", str(port), "--served-model-name", NAME]
-    # As it is installed: the interpreter keeps what it has compiled.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = psutil.Popen(command, stdout=log, stderr=log, env=installed_environment())
         try:
-            yield process.pid, port
+            yield process, port
         finally:
             process.terminate()
             process.wait()
@@ -83,12 +65,12 @@ def server(arguments: list[str]) -> Iterator[tuple[int, int]]:
 
 def first_token(
     arguments: list[str], prompt: str | list[int], rest_s: float = 0.0
-) -> tuple[float, float, float, dict[str, dict[str, float]]]:
-    """Wall seconds to healthy, to the first token; CPU seconds; memory by process, after ``rest_s`` seconds of rest."""
+) -> tuple[float, float, float, dict[str, float]]:
+    """Wall seconds to healthy, to the first token; CPU seconds; MB of PSS by process after ``rest_s`` of rest."""
     began = time.monotonic()
-    with server(arguments) as (pid, port):
+    with server(arguments) as (process, port):
         while ask(port, "/health") != 200:
-            if not Path(f"/proc/{pid}/task/{pid}/children").exists() or time.monotonic() - began > 120:
+            if process.poll() is not None or time.monotonic() - began > 120:
                 sys.exit("the server did not start")
             time.sleep(POLL_S)
         healthy = time.monotonic() - began
@@ -96,17 +78,12 @@ def first_token(
         done = time.monotonic() - began
         if status != 200:
             sys.exit(f"the first request was answered with {status}")
-        cpu = sum(map(cpu_seconds, family(pid)))
+        family = [process, *process.children(recursive=True)]
+        cpu = sum(sum(one.cpu_times()[:4]) for one in family)  # own and waited-for children, user and system
         if rest_s:
             time.sleep(rest_s)
-        memory = {f"{command_of(p)} {p}": rollup(p) for p in family(pid)} if rest_s else {}
+        memory = {f"{name_of(one)} {one.pid}": one.memory_full_info().pss / 2**20 for one in family if rest_s}
     return healthy, done, cpu, memory
-
-
-def rollup(pid: int) -> dict[str, float]:
-    """Megabytes by the system's names."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
 
 
 def main() -> None:
@@ -129,10 +106,9 @@ def main() -> None:
     ):
         median = statistics.median(values)
         print(f"{name:12s} {median:.2f} s (least {min(values):.2f}, most {max(values):.2f})")
-    for name, found in memory.items():
-        parts = ", ".join(f"{key} {found[key]:.1f}" for key in ("Pss_Anon", "Pss_File", "Pss_Shmem"))
-        print(f"{name:28s} PSS {found['Pss']:.1f} MB ({parts})")
-    print(f"together     PSS {sum(found['Pss'] for found in memory.values()):.1f} MB")
+    for name, megabytes in memory.items():
+        print(f"{name:28s} PSS {megabytes:.1f} MB")
+    print(f"together     PSS {sum(memory.values()):.1f} MB")
 
 
 if __name__ == "__main__":

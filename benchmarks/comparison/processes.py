@@ -1,4 +1,4 @@
-"""A child that answers lines, and the processes below one."""
+"""A child that answers lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import json
 import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
 
 from truffula.bench.server import Child, child_error
@@ -45,17 +44,3 @@ class LineChild(Child):
     def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:
         assert pipe is not None  # opened as a pipe above
         return pipe
-
-
-def descendants(pid: int) -> list[int]:
-    """``pid`` and the processes below it, by the parents that Linux's /proc names; only ``pid`` elsewhere."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found, waiting = [], [pid]
-    while waiting:
-        found.append(waiting.pop())
-        waiting += children.get(found[-1], [])
-    return found

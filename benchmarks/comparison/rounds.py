@@ -32,7 +32,6 @@ from comparison.peers import (
     session,
     version,
 )
-from comparison.processes import descendants
 from comparison.scenarios import Contestant, Row
 from truffula.bench.client import Dialect
 from truffula.bench.results import LoadResult, Stream
@@ -154,7 +153,7 @@ def _memory(contestant: Contestant, row: Row, place: Place, number: int) -> Roun
     with session(contestant, row, place) as running:
         assert isinstance(running, HttpSession) and running.server is not None  # memory is measured of servers we start
         _checked(running, row, names, number)
-        seen = resident(descendants(running.server.pid), place.path(contestant.model))
+        seen = resident(running.server.pid, place.path(contestant.model))
         weights, kv = held(contestant, place, running.server)
     beside = seen.pss - seen.model_file - weights - kv
     if beside <= 0:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from pathlib import Path
 
 import pytest
 
-from comparison.memory import parse_smaps, resident
+from comparison.memory import resident
 from comparison.peers import parse_llama_bench, parse_llama_log, written_bytes
 from truffula.errors import ConfigError
 from truffula.metrics import Metrics
@@ -24,19 +25,6 @@ LOG = """
 0.01 I llama_context:        CPU  output buffer size =     0.19 MiB
 0.01 I llama_kv_cache:        CPU KV buffer size =    45.00 MiB
 0.01 I sched_reserve:        CPU compute buffer size =    16.64 MiB
-"""
-SMAPS = """00400000-00500000 r-xp 00000000 08:02 1 /usr/bin/server
-Size:               1024 kB
-Pss:                 100 kB
-Pss_Dirty:            50 kB
-Anonymous:             4 kB
-7f00-7f10 rw-p 00000000 00:00 0
-Pss:                2000 kB
-Anonymous:          2000 kB
-VmFlags: rd wr
-7f20-7f30 r--s 00000000 08:02 9 /data/my model/weights.gguf
-Pss:                3000 kB
-Anonymous:             0 kB
 """
 
 
@@ -71,16 +59,16 @@ def test_metrics_without_kv_blocks_are_refused() -> None:
         written_bytes("truffula_kv_used_bytes 3.0\n")
 
 
-@pytest.mark.parametrize("model", ["/data/my model/weights.gguf", "/data/my model"])
-def test_smaps_tells_the_models_files_apart(model: str) -> None:
-    found = parse_smaps(SMAPS, model)
-    assert (found.pss, found.anonymous, found.model_file) == (5100 * 1024, 2004 * 1024, 3000 * 1024)
-
-
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what processes hold in /proc")
-def test_memory_of_this_process_grows_by_what_it_touches() -> None:
-    before = resident([os.getpid()], Path("/nowhere"))
+def test_memory_of_this_process_grows_by_what_it_touches(tmp_path: Path) -> None:
+    model = tmp_path / "my model"
+    model.mkdir()
+    before = resident(os.getpid(), model)
     held = bytearray(os.urandom(1 << 16) * (1 << 9))  # 32 MiB
-    after = resident([os.getpid()], Path("/nowhere"))
+    (model / "weights").write_bytes(held)
+    with (model / "weights").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert mapped[:] == held
+        after = resident(os.getpid(), model)
     assert after.anonymous - before.anonymous == pytest.approx(len(held), rel=0.25)
-    assert after.pss >= after.anonymous
+    assert after.pss - before.pss == pytest.approx(2 * len(held), rel=0.25)
+    assert (before.model_file, after.model_file) == (0, pytest.approx(len(held), rel=0.05))

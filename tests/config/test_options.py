@@ -43,18 +43,13 @@ def test_every_option_has_one_name_one_variable_and_help():
         assert row.help and re.fullmatch(r"TRUFFULA_[A-Z_]+", row.env) and re.fullmatch(r"--[a-z-]+", row.flag)
 
 
-def test_an_unknown_variable_is_called_unknown():
-    with pytest.raises(ConfigError) as caught:
-        load_config({"model": "m"}, {"TRUFFULA_PROT": "1"})
-    assert str(caught.value) == "Unknown environment variable TRUFFULA_PROT. Did you mean TRUFFULA_PORT?"
-
-
 @pytest.mark.parametrize(
     ("name", "near"), [("TRUFFULA_MAX_RUNING", "TRUFFULA_MAX_RUNNING"), ("TRUFFULA_PROT", "TRUFFULA_PORT")]
 )
 def test_an_unknown_variable_is_refused_with_the_nearest_known(name: str, near: str):
-    with pytest.raises(ConfigError, match=rf"{name}.*Did you mean {near}\?") as caught:
+    with pytest.raises(ConfigError) as caught:
         load_config({"model": "m"}, {name: "1"})
+    assert str(caught.value) == f"Unknown environment variable {name}. Did you mean {near}?"
     assert caught.value.param == name
 
 
@@ -142,17 +137,6 @@ def test_lists_are_separated_by_commas_wherever_they_come_from():
     assert load_config({"model": "m", "cors_origins": [""]}, {}).server.cors_origins == ()
 
 
-@pytest.mark.parametrize("empty", ["", " ", "a,,b", "a,"])
-def test_an_empty_key_never_leaves_a_server_open(empty: str):
-    for cli, env, where in (
-        ({"api_keys": [empty]}, {}, "--api-key"),
-        ({"api_keys": ["a", empty]}, {}, "--api-key"),
-        ({}, {"TRUFFULA_API_KEYS": empty}, "TRUFFULA_API_KEYS"),
-    ):
-        with pytest.raises(ConfigError, match=f"^{where} is empty. Set a key, or leave it out to serve without keys.$"):
-            load_config({"model": "m", **cli}, env)
-
-
 def test_the_choices_of_the_backend_are_those_that_can_be_selected():
     assert OPTIONS["backend"].choices == backend_names()
 
@@ -222,7 +206,7 @@ def test_what_only_looks_like_a_service_is_still_refused(name: str):
         load_config({"model": "m"}, {name: "8000"})
 
 
-@pytest.mark.parametrize("empty", ["", " ", "key,", ",key", "key, ,other"])
+@pytest.mark.parametrize("empty", ["", " ", "key,", ",key", "key, ,other", "a,,b"])
 def test_an_empty_api_key_is_an_error_that_names_where_it_was_given(empty):
     """It comes of an unset variable (``--api-key "$KEY"``), and the server would ask for no key at all."""
     with pytest.raises(ConfigError, match=r"^TRUFFULA_API_KEYS is empty") as caught:
