@@ -90,5 +90,8 @@ def text_worker_environment() -> dict[str, str]:
 
 
 def installed_environment() -> dict[str, str]:
-    """The environment of a child process that is measured as installed, with a cache of compiled Python files."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    """The environment of a child process that is measured as installed: with a cache of compiled Python files, and no
+    options but those of its command line.
+    """
+    left_out = ("PYTHONDONTWRITEBYTECODE", PREFIX)
+    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
