@@ -21,6 +21,11 @@ def running(pid: int) -> bool:
         return False
 
 
+def descendants(pid: int) -> list[int]:
+    """``pid`` and the processes below it."""
+    return [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+
+
 @contextlib.contextmanager
 def frozen(pid: int) -> Iterator[None]:
     """Stopped until the end, or until it is killed."""

@@ -15,8 +15,7 @@ import httpx
 import pytest
 from live_server import assert_canonical_error, health_of, made_server, ok, serving, until, write_model
 
-from comparison.processes import descendants
-from processes import frozen, watched
+from processes import descendants, frozen, watched
 from truffula.bench.server import free_port
 from truffula.config import ServerConfig
 from truffula.errors import ConfigError, EngineDied, TruffulaError

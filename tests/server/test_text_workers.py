@@ -14,7 +14,7 @@ import pytest
 from live_server import MODEL, assert_canonical_error, events, ok, serving, tokenizer, until, write_model
 from template_bombs import BOMBS
 
-from comparison.processes import descendants
+from processes import descendants
 from truffula.errors import Overloaded
 from truffula.service.workers import MAX_WAITING_PER_CLIENT, _Lane
 from truffula.text.chat_template import ChatTemplates
