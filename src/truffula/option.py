@@ -205,17 +205,19 @@ def _has_empty(raw: Any) -> bool:
     return any(not part.strip() for item in items if isinstance(item, str) for part in item.split(","))
 
 
-def _list(raw: Any) -> tuple[str, ...]:
-    """The items of text separated by commas, or of a list of such texts."""
+def _items(raw: Any) -> Iterable[Any]:
     if isinstance(raw, Mapping):
         raise ValueError(raw)
-    items: Iterable[Any] = [raw] if isinstance(raw, str) else raw
-    return tuple(part.strip() for item in items if item != "" for part in _text(item).split(",") if part.strip())
+    return [raw] if isinstance(raw, str | Path) else raw
+
+
+def _list(raw: Any) -> tuple[str, ...]:
+    """The items of text separated by commas, or of a list of such texts."""
+    return tuple(part.strip() for item in _items(raw) if item != "" for part in _text(item).split(",") if part.strip())
 
 
 def _paths(raw: Any) -> tuple[Path, ...]:
-    items: Iterable[Any] = [raw] if isinstance(raw, str | Path) else raw
-    return tuple(_path(part) for item in items for part in ([item] if isinstance(item, Path) else _list(item)))
+    return tuple(_path(part) for item in _items(raw) for part in ([item] if isinstance(item, Path) else _list(item)))
 
 
 def _named_source(item: str) -> tuple[str, str]:
