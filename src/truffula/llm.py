@@ -9,6 +9,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import msgspec
+
 from truffula.config import EngineConfig
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
@@ -163,9 +165,7 @@ class LLM:
 
         Returns: One ``RequestOutput`` per prompt, in order; a list also for a single prompt.
         """
-        if not hasattr(prompts, "__len__"):
-            raise InvalidRequest(f"prompts is a {type(prompts).__name__}; expected text or a list.", param="prompts")
-        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else list(prompts)
+        listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _listed(prompts, "prompts")
         prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
         return self._run([{"prompt": prompt} for prompt in prepared], params, adapters, errors, progress)
 
@@ -189,16 +189,16 @@ class LLM:
         ``continue_final_message`` continues the last message instead of answering it. The other
         arguments are as in ``generate``.
         """
-        several = bool(messages) and all(isinstance(item, list | tuple) for item in messages)
+        listed = _listed(messages, "messages")
+        talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
         shared = {
-            "tools": list(tools) if tools is not None else None,
-            "template_kwargs": dict(template_kwargs or {}),
+            "tools": tools,
+            "template_kwargs": template_kwargs or {},
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             "continue_final_message": continue_final_message,
         }
-        talks = messages if several else [messages]
-        return self._run([{"messages": list(talk), **shared} for talk in talks], params, adapters, errors, progress)
+        return self._run([{"messages": talk, **shared} for talk in talks], params, adapters, errors, progress)
 
     def stream(
         self,
@@ -223,7 +223,8 @@ class LLM:
         adapters: Adapter | Sequence[Adapter] = None,
     ) -> Iterator[tuple[int, TextDelta]]:
         """The deltas of several completions in one batch, as (index of the prompt, delta)."""
-        return self._stream(self._requests([_given(prompt) for prompt in prompts], params, adapters))
+        given = [_given(prompt) for prompt in _listed(prompts, "prompts")]
+        return self._stream(self._requests(given, params, adapters))
 
     def close(self) -> None:
         """Free the model. Idempotent."""
@@ -276,18 +277,18 @@ class LLM:
         refs = [self.adapters.resolve(adapter) for adapter in every_adapter]
         try:
             return [
-                GenerateRequest(**one, params=p, adapter=ref, return_prompt_tokens=True)
+                msgspec.convert({**one, "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest)
                 for one, p, ref in zip(given, every_params, refs, strict=True)
             ]
-        except TypeError as error:
-            raise InvalidRequest(f"The request is invalid: {error}") from error
+        except msgspec.ValidationError as error:
+            raise InvalidRequest(f"The request is invalid: {error}.") from error
 
 
 def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
     """One value for each of ``count`` prompts: ``value`` repeated, or its items."""
     if isinstance(value, single):
         return [value] * count
-    items = list(value)
+    items = _listed(value, name)
     if len(items) != count:
         raise InvalidRequest(f"{name} has {len(items)} items for {count} prompts.", param=name)
     for item in items:
@@ -300,13 +301,22 @@ def _given(prompt: Prompt | Messages) -> dict[str, Any]:
     """A prompt of any form as fields of a ``GenerateRequest``."""
     if isinstance(prompt, str):
         return {"prompt": prompt}
-    chat = bool(prompt) and all(isinstance(item, Mapping) for item in prompt)
-    return {"messages": list(prompt)} if chat else {"prompt": _ids(prompt, 0)}
+    listed = _listed(prompt, "prompt")
+    chat = listed and all(isinstance(item, Mapping) for item in listed)
+    return {"messages": listed} if chat else {"prompt": _ids(listed, 0)}
+
+
+def _listed(value: Any, name: str) -> list[Any]:
+    """The items of ``value``: a list, a tuple, a numpy array."""
+    if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
+        raise InvalidRequest(f"{name} is a {type(value).__name__}; expected a list.", param=name)
+    return list(value)
 
 
 def _is_ids(prompts: Any) -> bool:
     """Whether ``prompts`` is one prompt of token ids instead of a list of prompts."""
-    return len(prompts) > 0 and not isinstance(prompts[0], str) and not hasattr(prompts[0], "__len__")
+    listed = _listed(prompts, "prompts")
+    return bool(listed) and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__")
 
 
 def _ids(prompt: Any, at: int) -> list[int]:

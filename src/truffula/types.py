@@ -96,7 +96,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     times: RequestTimes | None = None
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One request in text, made by every API dialect, the command line and ``LLM``.
 
     Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (OpenAI's form; the model's chat

@@ -24,6 +24,7 @@ from truffula.service import collect
 from truffula.testing.oracle import Oracle
 from truffula.types import TextDelta
 
+CHAT = [{"role": "user", "content": "hi"}]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
@@ -222,6 +223,17 @@ def test_an_error_is_raised_or_returned_in_its_place(llm: LLM, folders: dict[str
         lambda llm: llm.generate([[]]),
         lambda llm: llm.chat([]),
         lambda llm: llm.chat("hello"),
+        lambda llm: llm.generate({"a": 1}),
+        lambda llm: llm.generate("a", 5),
+        lambda llm: llm.generate("a", adapters=5),
+        lambda llm: llm.chat(None),
+        lambda llm: llm.chat(CHAT, tools=[5]),
+        lambda llm: llm.chat(CHAT, template_kwargs=[1]),
+        lambda llm: llm.chat(CHAT, chat_template=5),
+        lambda llm: llm.stream("a", echo="yes"),
+        lambda llm: llm.stream("a", deadline_s="soon"),
+        lambda llm: llm.stream(5),
+        lambda llm: llm.stream_each(5),
         lambda llm: next(llm.stream("a", nonsense=1)),
     ],
 )
