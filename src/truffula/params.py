@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
@@ -11,8 +12,6 @@ from msgspec import Meta
 from truffula.errors import InvalidRequest
 
 MAX_SEED = 2**64 - 1
-
-
 Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Fraction = Annotated[float, Meta(gt=0.0, le=1.0)]
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
@@ -30,28 +29,41 @@ def _validate(params: EngineParams) -> None:
     try:
         checked = msgspec.structs.asdict(msgspec.convert(given, _record(type(params))))
     except msgspec.ValidationError:
-        checked = {f.name: _checked(f.name, given[f.name], f.type) for f in msgspec.structs.fields(params)}
+        fields = msgspec.structs.fields(params)
+        checked = {field.name: _checked(field.name, _plain(given[field.name]), field.type) for field in fields}
+        given = {}
     for name, value in checked.items():
-        if type(value) is not type(given[name]):
+        if type(value) is not type(given.get(name)):
             msgspec.structs.force_setattr(params, name, value)
 
 
 def _checked(name: str, value: Any, expected: Any) -> Any:
     """``value`` as ``expected``. Raises ``InvalidRequest``, of a collection for its first invalid entry."""
     try:
-        # numpy's float64 is a float, which msgspec does not accept.
-        return msgspec.convert(float(value) if isinstance(value, float) else value, expected)
+        return msgspec.convert(value, expected)
     except msgspec.ValidationError as error:
-        if isinstance(value, dict) and len(value) > 1:
-            for entry in value.items():
-                _checked(name, dict([entry]), expected)
-        if isinstance(value, list | tuple) and len(value) > 1:
-            for item in value:
-                _checked(name, [item], expected)
+        if isinstance(value, dict | list) and len(value) > 1:
+            entries = list(value.items() if isinstance(value, dict) else value)
+            middle = len(entries) // 2
+            for half in (entries[:middle], entries[middle:]):
+                _checked(name, type(value)(half), expected)
         reason = str(error).partition(" - at ")[0]
         if get_origin(expected) is Literal:
             reason = f"expected one of {', '.join(get_args(expected))}"
         raise InvalidRequest(f"{name} is {value!r}; {reason[0].lower() + reason[1:]}.", param=name) from None
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with numpy's numbers as Python's, which alone msgspec accepts."""
+    if type(value) in (int, float, bool, str):
+        return value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 class EngineParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

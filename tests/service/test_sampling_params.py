@@ -60,6 +60,10 @@ def test_a_list_or_one_text_or_a_number_of_numpy_is_taken() -> None:
     params = SamplingParams(stop="end", stop_token_ids=[1, 2], temperature=np.float64(0.5))
     assert (params.stop, params.stop_token_ids, params.temperature) == (("end",), (1, 2), 0.5)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    given = {"seed": np.int64(3), "stop_token_ids": list(np.array([1, 2])), "logit_bias": {np.int32(1): np.float32(2)}}
+    params = SamplingParams(**given)
+    assert (params.seed, params.stop_token_ids, params.logit_bias) == (3, (1, 2), {1: 2.0})
+    assert msgspec.json.encode(params)
 
 
 def test_contradictions_are_refused() -> None:
