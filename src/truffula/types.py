@@ -186,6 +186,15 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     queue_deadline: float | None = None
     deadline: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("request_id", "salt"):  # both cross to the engine's process as UTF-8
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise InvalidRequest(
+                    f"{name} contains a lone surrogate, which is half of a UTF-16 pair and not text.", param=name
+                ) from None
+
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds. ``queue_s`` from arrival to admission (``load_s`` of it waiting for the adapter), ``ttft_s`` to the

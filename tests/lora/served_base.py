@@ -31,7 +31,7 @@ class Served:
         self.path = path
         checkpoint = open_checkpoint(path)
         plan = plan_model(checkpoint)
-        self.tables = base_tables(plan.program, checkpoint)
+        self.tables = base_tables(plan.tables, checkpoint)
         pull = WeightReader(checkpoint, plan)
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE

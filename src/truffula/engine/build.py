@@ -206,7 +206,7 @@ def _assemble(
             plan.interface.sites,
             model=config.model,
             layout=executable.layout,
-            tables=base_tables(plan.program, checkpoint),
+            tables=base_tables(plan.tables, checkpoint),
             limits=LoadLimits(
                 image_bytes=budget.limit_of(OWNER),
                 file_bytes=config.max_adapter_file_bytes,

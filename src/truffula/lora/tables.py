@@ -16,7 +16,6 @@ import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.backend import Array
-from truffula.kernels.program import Embed, Logits, Program
 from truffula.types import FileStamp
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.safetensors import DTYPES
@@ -65,17 +64,11 @@ class BaseTable:
             os.close(fd)
 
 
-def base_tables(program: Program, checkpoint: Checkpoint) -> dict[str, BaseTable]:
-    """The tables of the sites of kind ``embed`` and ``head``; those of a tied base are the same."""
+def base_tables(names: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, BaseTable]:
+    """The base's tables by kind of site. ``names`` are their tensors (``ModelPlan.tables``)."""
     stamps = {file.path: file.opened for file in checkpoint.files}
-    made = {}
-    for op in program.ops:
-        if isinstance(op, Logits) or (isinstance(op, Embed) and op.source == "token"):
-            weight = op.weight if isinstance(op, Logits) else op.table
-            info = checkpoint.tensors[program.weights[weight].parts[0].name]
-            kind = "head" if isinstance(op, Logits) else "embed"
-            made[kind] = BaseTable(stamps[info.file], info.dtype, info.shape, info.offset)
-    return made
+    infos = {kind: checkpoint.tensors[name] for kind, name in names.items()}
+    return {kind: BaseTable(stamps[i.file], i.dtype, i.shape, i.offset) for kind, i in infos.items()}
 
 
 def check_copies(copies: Mapping[str, tuple[str, Array]], tables: Mapping[str, BaseTable]) -> None:
