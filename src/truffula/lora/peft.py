@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import AdapterError, CheckpointError, ErrorInfo, InsufficientMemory, TruffulaError
+from truffula.errors import AdapterError, ErrorInfo, InsufficientMemory, TruffulaError
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
-from truffula.lora.folder import AdapterFolder
+from truffula.lora.folder import AdapterFiles, open_adapter
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
-from truffula.lora.paths import TENSORS, OpenFolder
+from truffula.lora.paths import OpenFolder
 from truffula.lora.tables import check_copies
 from truffula.weights.finite import first_non_finite
 
@@ -72,10 +72,9 @@ def validate_adapter(
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
     of the file: a caller that copies them compares the folder's fingerprint before and after.
     """
-    files = AdapterFolder(folder, max_file_bytes)
-    try:
+    with open_adapter(folder, max_file_bytes) as files:
         config = parse_config(files.config_bytes)
-        parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base)
+        parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base)
         check_size(stored_bytes(parsed.pairs), max_bytes)
         copies = {kind: (key, files.tensors.read(key)) for kind, key in parsed.copies.items()}
         check_copies(copies, base.tables)
@@ -91,10 +90,6 @@ def validate_adapter(
             report=(*field_rows(config), _tensor_row(parsed)),
             warnings=tuple(warnings),
         )
-    except CheckpointError as error:
-        raise AdapterError(files.without_path(error.message), param=TENSORS) from error
-    finally:
-        files.close()
 
 
 def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: BaseFacts | None = None) -> AdapterReport:
@@ -103,24 +98,21 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
     Raises only when there is nothing to report on (no folder, no files, a configuration that is not a JSON object); any
     other error is in the report.
     """
-    files = AdapterFolder(folder)
-    try:
+    with open_adapter(folder) as files:
         config = parse_config(files.config_bytes)
         rows = field_rows(config)
         try:
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base or BaseFacts())
+            parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
         nbytes = stored_bytes(parsed.pairs)
         report = (*rows, _tensor_row(parsed))
         return AdapterReport(report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs))
-    finally:
-        files.close()
 
 
-def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
+def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
     """The report without a base."""
     read_settings(config)
     infos = files.tensors.tensors
@@ -131,7 +123,7 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
-    warnings = (*left_out_warnings(plan), *extra_file_warnings(files.opened, config, sites=None, model=None))
+    warnings = (*left_out_warnings(plan), *extra_file_warnings(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 
@@ -151,7 +143,7 @@ def check_size(needed: int, max_bytes: int | None) -> None:
         )
 
 
-def _read_tensors(files: AdapterFolder, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:
+def _read_tensors(files: AdapterFiles, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:
     """Tensors by key, finite; and the modules whose addition is zero. All of them being zero is an error."""
     tensors: dict[str, Array] = {}
     zero: list[str] = []
