@@ -44,8 +44,9 @@ class Served:
     def add(self, adapter: Path) -> int:
         validated = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
         image = self.path.parent / "image"
-        ImageWriter(validated, self.executable.layout).write(image)
-        mapped = map_image(image)
+        writer = ImageWriter(validated.generation, validated.rank, validated.sites, self.executable.layout)
+        writer.write(image)
+        mapped = map_image(image, writer.header)
         image.unlink()
         return self.executable.adapter(mapped)
 

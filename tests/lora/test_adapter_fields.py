@@ -179,7 +179,7 @@ def test_every_other_method_of_the_installed_peft_is_refused_by_its_name() -> No
 
 def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"peft_type": "LOHA", "r": 4, "alpha": 8}, tiny_tensors(llama_sites(), PLAIN))
-    with pytest.raises(AdapterError, match=r"LOHA.*Hadamard") as caught:
+    with pytest.raises(AdapterError, match=r"LOHA.*save_as_lora") as caught:
         validate(tmp_path)
     assert caught.value.param == "peft_type"
 
@@ -187,10 +187,10 @@ def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "NaN"),
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": Infinity}', "Infinity"),
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": -Infinity}', "Infinity"),
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e400}', "too large"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": Infinity}', "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": -Infinity}', "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e400}', "not valid JSON"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[1, 2]", "not a JSON object"),
         (b"{", "not valid JSON"),

@@ -111,11 +111,13 @@ def test_an_adapter_is_validated_and_written_in_another_process(make: Make, tmp_
     loader = make()
     ticket = loader.start(adapter(tmp_path / "a"))
     result = one(loader)
-    assert result.ticket == ticket and result.error is None and result.image_path is not None
-    image = map_image(Path(result.image_path))
+    assert (
+        result.ticket == ticket and result.error is None and result.image_path is not None and result.image is not None
+    )
+    image = map_image(Path(result.image_path), result.image)
     expected = validate(tmp_path / "a")
-    assert result.generation == image.generation == expected.generation
-    assert (result.rank, result.nbytes) == (4, image.nbytes)
+    assert image.generation == expected.generation
+    assert (image.rank, image.nbytes) == (4, Path(result.image_path).stat().st_size)
     for mine, other in zip(pairs(image.sites()), pairs(expected.sites), strict=True):
         assert (mine.site, mine.scale) == (other.site, other.scale)
         assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b)
@@ -135,8 +137,8 @@ def test_the_worker_packs_for_the_engines_kernels(make: Make, tmp_path: Path, ba
     loader = make(layout=layout)
     loader.start(adapter(tmp_path / "a"))
     result = one(loader)
-    assert result.error is None and result.image_path is not None
-    image = map_image(Path(result.image_path))
+    assert result.error is None and result.image_path is not None and result.image is not None
+    image = map_image(Path(result.image_path), result.image)
     own = make_image(layout, validate(tmp_path / "a").sites, generation=image.generation)
     assert image.layout == layout.name
     assert np.array_equal(image.table, own.table) and np.array_equal(image.data, own.data)
@@ -439,7 +441,7 @@ def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path
         found = directory.resolve(name)
         assert found is not None
         loader.start(found)
-    assert {result.generation for result in collect(loader, 2).values()} == {
+    assert {result.image.generation for result in collect(loader, 2).values() if result.image} == {
         validate(tmp_path / "served/v1").generation
     }
 
@@ -454,7 +456,7 @@ def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Pa
     good = loader.start(AdapterRef(name="org/pirate", kind="hub", locator="org/pirate"))
     lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
     results = collect(loader, 2)
-    assert results[good].error is None and results[good].generation == validate(tmp_path / "a").generation
+    assert results[good].image is not None and results[good].image.generation == validate(tmp_path / "a").generation
     assert results[good].commit == "0" * 40
     error = results[lacking].error
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message

@@ -57,7 +57,7 @@ def open_adapter(folder: Path | OpenFolder, max_file_bytes: int | None = None) -
         except CheckpointError as error:
             raise AdapterError(_without_path(error.message, folder.path), param=TENSORS) from error
         except OSError as error:
-            raise AdapterLoadError(f"The adapter cannot be read: {error.strerror or error}.", param="adapter") from error
+            raise _unreadable("The adapter", "adapter", error) from error
 
 
 def open_folder(path: Path, root: Path | None = None) -> OpenFolder:

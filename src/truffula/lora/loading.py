@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -41,30 +40,6 @@ STARTUP_S = 60.0
 MAX_DEATHS = 2
 """Workers that may be killed from outside during one load before it counts as the adapter's failure."""
 _STDERR_BYTES = 4096
-
-
-class AdapterLoader(Protocol):
-    """Loads adapters, in other processes. No call waits: responses come through ``poll``."""
-
-    def start(self, ref: AdapterRef) -> int:
-        """Queue one load; returns its ticket."""
-
-    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
-        """Loads that ended since the last call: each ticket once, cancelled ones never. ``paused``: until the next call
-        no queued load is begun.
-        """
-
-    def poll_fds(self) -> dict[int, int]:
-        """File descriptors and ``select.poll`` events that announce work for ``poll``."""
-
-    def poll_timeout(self) -> float | None:
-        """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
-
-    def cancel(self, ticket: int) -> None:
-        """Forget a load; a running one is ended when that is cheap. Unknown tickets are ignored."""
-
-    def close(self) -> None:
-        """End everything. Idempotent."""
 
 
 class _Worker:
@@ -163,7 +138,7 @@ class _Worker:
 
 
 class LoadingWorker:
-    """The ``AdapterLoader`` of a serving engine. One thread; no call blocks.
+    """Loads adapters in other processes. One thread; no call blocks: responses come through ``poll``.
 
     Args:
         sites: The program's; sent to each worker once.
@@ -221,12 +196,16 @@ class LoadingWorker:
         self._closed = False
 
     def start(self, ref: AdapterRef) -> int:
+        """Queue one load; returns its ticket."""
         self._next_ticket += 1
         self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
         self._dispatch()
         return self._next_ticket
 
     def poll(self, *, paused: bool = False) -> list[LoadResponse]:
+        """Loads that ended since the last call: each ticket once, cancelled ones never. ``paused``: until the next call
+        no queued load is begun.
+        """
         if self._closed:
             return []
         self._paused = paused
@@ -239,12 +218,15 @@ class LoadingWorker:
         return responses
 
     def poll_fds(self) -> dict[int, int]:
+        """File descriptors and ``select.poll`` events that announce work for ``poll``."""
         return dict(worker.poll_events() for worker in self._workers if worker.request is not None)
 
     def poll_timeout(self) -> float | None:
+        """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
         return 0.0 if self._responses else None
 
     def cancel(self, ticket: int) -> None:
+        """Forget a load; a running one ends without a response. Unknown tickets are ignored."""
         self._queue = deque(request for request in self._queue if request.ticket != ticket)
         self._deaths.pop(ticket, None)
         for worker in self._workers:
@@ -252,6 +234,7 @@ class LoadingWorker:
                 worker.cancelled = True  # it finishes: a restart would cost more than the rest of a load
 
     def close(self) -> None:
+        """End everything. Idempotent."""
         if self._closed:
             return
         self._closed = True

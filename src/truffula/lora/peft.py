@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import AdapterError, ErrorInfo, InsufficientMemory, TruffulaError
+from truffula.errors import AdapterError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
 from truffula.lora.folder import AdapterFiles, open_adapter
+from truffula.lora.image import check_size
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
@@ -130,17 +131,6 @@ def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[Fi
 def stored_bytes(pairs: Sequence[Pair]) -> int:
     """Bytes of the file's tensors that are served."""
     return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
-
-
-def check_size(needed: int, max_bytes: int | None) -> None:
-    """``InsufficientMemory`` when an adapter takes more bytes than it may."""
-    if max_bytes is not None and needed > max_bytes:
-        raise InsufficientMemory(
-            f"The adapter takes {needed} bytes and adapters may use {max_bytes}. "
-            "Give the server more memory (--memory, --adapter-memory).",
-            requested_bytes=needed,
-            limit_bytes=max_bytes,
-        )
 
 
 def _read_tensors(files: AdapterFiles, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:

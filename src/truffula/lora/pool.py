@@ -20,20 +20,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from truffula.errors import (
-    AdapterLoadError,
-    AdapterNotFound,
-    InsufficientMemory,
-    ShuttingDown,
-    TruffulaError,
-)
+from truffula.errors import AdapterLoadError, AdapterNotFound, InsufficientMemory, ShuttingDown, TruffulaError
 from truffula.kernels.backend import Executable
 from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations
 from truffula.lora.generations import AdapterLease as AdapterLease
 from truffula.lora.generations import AdapterStatus as AdapterStatus
 from truffula.lora.image import map_image
-from truffula.lora.loading import AdapterLoader
-from truffula.lora.loads import AdapterLoads, AdapterSource, Load, SourceState, source_of, source_state, unlink_image
+from truffula.lora.loading import LoadingWorker
+from truffula.lora.loads import AdapterLoads, AdapterSource, SourceState, source_of, source_state, unlink_image
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
@@ -77,7 +71,7 @@ class AdapterPool:
     def __init__(
         self,
         executable: Executable,
-        loader: AdapterLoader,
+        loader: LoadingWorker,
         budget: Budget,
         clock: Callable[[], float],
         *,
@@ -183,12 +177,14 @@ class AdapterPool:
 
     def poll_fds(self) -> dict[int, int]:
         """File descriptors and events (``select.poll``) that announce work for ``poll``."""
-        return self.loads.poll_fds()
+        return self.loads.loader.poll_fds()
 
     def poll_timeout(self) -> float | None:
         """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
+        if self.loads.has_responses():
+            return 0.0
         retried = self._generations.uploading or (self.loads and self._above_mapped_limit())
-        return RETRY_POLL_S if retried and not self.loads.has_responses() else self.loads.poll_timeout()
+        return RETRY_POLL_S if retried else self.loads.loader.poll_timeout()
 
     def states(self) -> list[AdapterState]:
         """One row per name and generation, loads and failures included, by name."""
@@ -307,34 +303,30 @@ class AdapterPool:
     def _map_one(self, now: float) -> None:
         """Record failed loads, and map the image of one that succeeded."""
         while (ended := self.loads.next_response()) is not None:
-            load, response = ended
+            ref, response = ended
             try:
                 entry = self._map(response, now)
             except TruffulaError as error:
-                self.loads.fail(source_state(load.ref), load.ref.name, error.info(), now)
+                self.loads.fail(source_state(ref), ref.name, error.info(), now)
                 continue
-            self.loads.complete(load.ref, response)
-            self._attach(load, entry, response.commit)
+            self.loads.complete(ref, response, entry.image)
+            self._attach(ref, entry, response.commit)
             return
 
     def _map(self, response: LoadResponse, now: float) -> Generation:
         """Map a response's image, or find the generation of equal bytes; its file is unlinked in any case."""
-        if response.error is not None or response.image_path is None:
+        if response.image is None or response.image_path is None:
             raise TruffulaError.from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
         try:
-            known = self._generations.get(response.generation)
+            known = self._generations.get(response.image.generation)
             if known is not None:
                 self._generations.touch(known, now)
                 return known
-            image = map_image(Path(response.image_path))
+            image = map_image(Path(response.image_path), response.image)
         except OSError as error:
             raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
         finally:
             unlink_image(response)
-        if image.generation != response.generation:
-            raise AdapterLoadError(
-                "The prepared adapter file is not of the adapter that was loaded; send the request again."
-            )
         return self._generations.add(image, now)
 
     # Generations
@@ -364,7 +356,7 @@ class AdapterPool:
             with contextlib.suppress(TruffulaError):  # recorded as the failure of its sources
                 self._ensure_resident(entry)
         unused = not entry.leases and entry.used_at < self._polled[0]
-        if entry.account == "mapped" and unused and (blocks_loads or not entry.pinned):
+        if entry.slot is None and unused and (blocks_loads or not entry.pinned):
             self._drop(entry)
 
     def _loaded(self, state: SourceState) -> _LoadedSource | None:
@@ -372,15 +364,15 @@ class AdapterPool:
         loaded = self._sources.get(state[0])
         return loaded if loaded is not None and state[1] in loaded.fingerprints else None
 
-    def _attach(self, load: Load, entry: Generation, commit: str) -> None:
+    def _attach(self, ref: AdapterRef, entry: Generation, commit: str) -> None:
         """Make this the generation of the source; a former one that no other source has is retired."""
-        source, fingerprint = source_state(load.ref)
+        source, fingerprint = source_state(ref)
         loaded = self._sources.get(source)
         if loaded is not None and loaded.generation != entry.id:
             self._detach(source)
         loaded = self._sources.setdefault(source, _LoadedSource(entry.id, set(), set()))
         loaded.fingerprints.add(fingerprint)
-        loaded.names.add(load.ref.name)
+        loaded.names.add(ref.name)
         entry.sources.add(source)
         entry.commit = commit or entry.commit
         self._update_pin(source)
@@ -404,8 +396,7 @@ class AdapterPool:
             self._generations.touch(entry, entry.used_at)
 
     def _drop_if_retired(self, entry: Generation) -> None:
-        uploading = entry.slot is not None and not entry.uploaded  # the executable reads the image: dropped later
-        if not entry.sources and not entry.leases and not uploading:
+        if not entry.sources and not entry.leases and entry.account != "uploading":  # then it is dropped later
             self._drop(entry)
 
     def _drop(self, entry: Generation) -> None:
@@ -443,6 +434,6 @@ class AdapterPool:
         self._generations.check()
         for entry in self._generations:
             assert all(self._sources[source].generation == entry.id for source in entry.sources)
-            assert entry.sources or entry.leases or not entry.uploaded, "an unreachable generation"
+            assert entry.sources or entry.leases or not entry.resident, "an unreachable generation"
             assert entry.pinned == (not self._pins.isdisjoint(entry.sources)), "a wrong pin"
         assert set(self._sources) == {source for entry in self._generations for source in entry.sources}

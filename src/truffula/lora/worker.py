@@ -32,9 +32,9 @@ from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.folder import open_folder
 from truffula.lora.hub import download
-from truffula.lora.image import ImageWriter
+from truffula.lora.image import ImageHeader, ImageWriter, check_size
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
-from truffula.lora.peft import BaseFacts, check_size, validate_adapter
+from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.staging import remove_abandoned, sweep
 from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
@@ -79,17 +79,15 @@ class LoadRequest(Frame, frozen=True, kw_only=True):
 
 
 class LoadResponse(Frame, frozen=True, kw_only=True):
-    """The result of one load: an image to map (the receiver maps it, then unlinks it), or the error.
+    """The result of one load: an image and its file (the receiver maps it, then unlinks it), or the error.
 
     ``last``: the worker ends after this response, because it has reached its memory limit.
     """
 
     ticket: int
     image_path: str | None = None
+    image: ImageHeader | None = None
     error: ErrorInfo | None = None
-    generation: str = ""
-    nbytes: int = 0
-    rank: int = 0
     commit: str = ""  # of an adapter of the Hub
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -180,9 +178,9 @@ def load(
                 max_bytes=setup.limits.image_bytes,
                 max_file_bytes=setup.limits.file_bytes,
             )
-            image = ImageWriter(adapter, setup.layout)
-            check_size(image.nbytes, setup.limits.image_bytes)
-            path = _new_file(request, staging, image.nbytes)
+            image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
+            check_size(image.header.nbytes, setup.limits.image_bytes)
+            path = _new_file(request, staging, image.header.nbytes)
             image.write(path)
             if opened.fingerprint() != before:
                 # The image was copied from the mapped file, which may have been written to after it was checked.
@@ -206,9 +204,7 @@ def load(
     return LoadResponse(
         ticket=request.ticket,
         image_path=str(path),
-        generation=adapter.generation,
-        nbytes=image.nbytes,
-        rank=adapter.rank,
+        image=image.header,
         commit=folder.name if request.ref.kind == "hub" else "",  # the cache names a snapshot by its commit
         warnings=adapter.warnings,
         seconds=time.monotonic() - started,
