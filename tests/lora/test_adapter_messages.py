@@ -162,7 +162,7 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     ),
     ("half a pair of an embedding", beside("model.embed_tokens.lora_embedding_A", ONES), ["Incomplete pair"]),
     ("a saved head", beside("lm_head.weight", ONES), ["save_embedding_layers=False"]),
-    ("a saved norm", beside("model.norm.weight", ONES), ["modules_to_save", "Train without"]),
+    ("a saved norm", beside("model.norm.weight", ONES), ["modules_to_save", "train without it"]),
     ("DoRA's tensors", beside("model.layers.0.self_attn.q_proj.lora_magnitude_vector", ONES[0]), ["DoRA", "merge"]),
     (
         "half a pair",

@@ -63,7 +63,6 @@ def refuse_wrapped(keys: Sequence[str]) -> None:
         f"under these names either. Save the adapter again ({'; '.join(ways)}), or rename them, in the adapter's "
         f"folder: {command}",
         param=min(carrying),
-        recognised="wrapper",
     )
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from truffula.errors import AdapterError
-from truffula.lora.fields import MERGE
+from truffula.lora.fields import FIELDS
 from truffula.lora.foreign import MLX, refuse_wrapped
 from truffula.lora.roots import other_part
 
@@ -31,49 +31,30 @@ _HALF = re.compile(
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
 _TABLE_COPY = re.compile(r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in))\.base_layer\.weight\Z")
 
-# Ending → the field of adapter_config.json that writes it, what it is, and the way out.
-_UNSERVED = (
-    (
-        r"\.lora_magnitude_vector(\..+)?$",
-        "use_dora",
-        "DoRA's magnitude vectors",
-        f"Train with use_dora=false, or {MERGE}.",
-    ),
-    (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias", "a bias on B", f"Train with lora_bias=false, or {MERGE}."),
-    (r"\.lora_diag(\..+)?$", "kasa_config", "KaSA's diagonal", f"Train plain LoRA, or {MERGE}."),
-    (r"\.(base_layer\.)?bias$", "bias", "a trained bias", f"Train with bias='none', or {MERGE}."),
-    (
-        r"\.token_adapter\.trainable_tokens_delta$",
-        "trainable_token_indices",
-        "a set of trained token embeddings",
-        "Train without trainable_token_indices.",
-    ),
-    (
-        r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$",
-        "target_parameters",
-        "LoRA on fused experts",
-        "Name modules in target_modules instead.",
-    ),
-    (
-        r"\.modules_to_save\.",
-        "modules_to_save",
-        "a fully trained module",
-        "Train without modules_to_save; name linear layers in target_modules instead.",
-    ),
-)
-_FOREIGN = (
-    (r"(^|\.)lora_(unet|te\d?|transformer)_", "a kohya or diffusers adapter (of an image model)", ""),
-    (r"\.lora_(down|up)\.weight$|\.alpha$", "a kohya-style adapter (lora_down, lora_up, alpha)", ""),
-    (r"\.lora_[ab](\.weight)?$", "an adapter of another trainer (lora_a, lora_b), such as MLX or torchtune", f" {MLX}"),
-    (r"\.lora\.(down|up)\.weight$|\.processor\.", "a diffusers adapter (of an image model)", ""),
-    (r"\.lora_E$|\.lora_[AB]$", "AdaLoRA", ""),
-    (r"vera_(lambda|A|B)", "VeRA", ""),
-    (r"\.hada_w\d", "LoHa", ""),
-    (r"\.lokr_w\d", "LoKr", ""),
-    (r"\.ia3_l", "IA3", ""),
-    (r"\.(oft|boft)_", "OFT or BOFT", ""),
-    (r"^prompt_embeddings", "prompt or prefix tuning", ""),
-)
+# Pattern → the field of adapter_config.json that writes such tensors.
+_UNSERVED = {
+    r"\.lora_magnitude_vector(\..+)?$": "use_dora",
+    r"\.lora_B(\.[^.]+)?\.bias$": "lora_bias",
+    r"\.lora_diag(\..+)?$": "kasa_config",
+    r"\.(base_layer\.)?bias$": "bias",
+    r"\.token_adapter\.trainable_tokens_delta$": "trainable_token_indices",
+    r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$": "target_parameters",
+    r"\.modules_to_save\.": "modules_to_save",
+}
+# Pattern → what has such tensors, in other formats and methods.
+_FOREIGN = {
+    r"(^|\.)lora_(unet|te\d?|transformer)_": "a kohya or diffusers adapter (of an image model)",
+    r"\.lora_(down|up)\.weight$|\.alpha$": "a kohya-style adapter (lora_down, lora_up, alpha)",
+    r"\.lora_[ab](\.weight)?$": f"an adapter of another trainer, such as MLX or torchtune (lora_a, lora_b). {MLX}",
+    r"\.lora\.(down|up)\.weight$|\.processor\.": "a diffusers adapter (of an image model)",
+    r"\.lora_E$|\.lora_[AB]$": "AdaLoRA",
+    r"vera_(lambda|A|B)": "VeRA",
+    r"\.hada_w\d": "LoHa",
+    r"\.lokr_w\d": "LoKr",
+    r"\.ia3_l": "IA3",
+    r"\.(oft|boft)_": "OFT or BOFT",
+    r"^prompt_embeddings": "prompt or prefix tuning",
+}
 _BASE_COPY = re.compile(r"(?P<module>[^.]+)\.base_layer\.weight$")
 _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
 
@@ -183,35 +164,31 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
 
 def _unexpected(keys: list[str], count: int) -> AdapterError:
     """The error for keys that are not halves of pairs, with what they seem to be."""
-    for ending, name, what, way in _UNSERVED:
-        hits = [key for key in keys if re.search(ending, key)]
-        if hits:
-            return AdapterError(
-                f"The file contains {what} ({name}), which is not served yet: {listed(hits)}. {way}",
-                param=name,
-                key=hits[0],
-            )
+    for pattern, name in _UNSERVED.items():
+        if hits := [key for key in keys if re.search(pattern, key)]:
+            return _unserved(name, hits)
     if copies := [key for key in keys if _BASE_COPY.search(key)]:
-        return _base_copies(copies)
-    for ending, what, way in _FOREIGN:
-        hits = [key for key in keys if re.search(ending, key)]
-        if hits:
+        leaves = {found["module"] for key in copies if (found := _BASE_COPY.search(key))}
+        return AdapterError(
+            f"The file contains the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, "
+            f"beside the adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the "
+            "PEFT model's save_pretrained, which leaves them out.",
+            param=min(copies),
+        )
+    for pattern, what in _FOREIGN.items():
+        if hits := [key for key in keys if re.search(pattern, key)]:
             return AdapterError(
-                f"This looks like {what}, not a PEFT LoRA adapter: {listed(hits)}.{way}",
+                f"The tensors {listed(hits)} are not of a PEFT LoRA adapter. They look like {what.rstrip('.')}.",
                 param=min(hits),
-                recognised=what,
             )
     return _whole_weights(keys, count)
 
 
-def _base_copies(copies: list[str]) -> AdapterError:
-    leaves = sorted({found["module"] for key in copies if (found := _BASE_COPY.search(key))})
+def _unserved(field: str, keys: list[str]) -> AdapterError:
+    """The error for tensors of a field that is not served."""
+    note = FIELDS[field].note
     return AdapterError(
-        f"The file contains the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, beside "
-        f"the adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the PEFT "
-        "model's save_pretrained, which leaves them out.",
-        param=min(copies),
-        recognised="unmerged model",
+        f"The file contains tensors of {field} ({listed(keys)}). {note[0].upper()}{note[1:]}.", param=field, key=keys[0]
     )
 
 
@@ -224,7 +201,6 @@ def _whole_weights(keys: list[str], count: int) -> AdapterError:
             "rename the file to model.safetensors, put the model's config.json and tokenizer beside it, and run "
             "truffula serve FOLDER.",
             param=min(keys),
-            recognised="full model",
         )
     if tables:
         return AdapterError(
@@ -235,12 +211,7 @@ def _whole_weights(keys: list[str], count: int) -> AdapterError:
         )
     weights = [key for key in keys if key.endswith((".weight", ".bias"))]
     if weights and len(keys) < count:
-        return AdapterError(
-            f"The file contains fully trained modules (modules_to_save), which are not served yet: {listed(weights)}. "
-            "Train without modules_to_save; name linear layers in target_modules instead.",
-            param="modules_to_save",
-            key=weights[0],
-        )
+        return _unserved("modules_to_save", weights)
     return AdapterError(
         f"The file contains tensors that no PEFT LoRA adapter has: {listed(keys)}. Save it with PEFT's "
         "save_pretrained.",
