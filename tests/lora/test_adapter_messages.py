@@ -202,13 +202,13 @@ MESSAGES: list[tuple[str, Make, list[str]]] = [
     (
         "a broken pattern",
         configured(target_modules=r"model\.layers\.(q_proj"),
-        ["target_modules", "missing ), unterminated subpattern", "at character 16", "'(q_proj'"],
+        ["target_modules", "missing ), unterminated subpattern", "at position 15"],
     ),
-    ("a pattern broken at its end", configured(target_modules="q_proj["), ["at character 7, '['"]),
+    ("a pattern broken at its end", configured(target_modules="q_proj["), ["at position 6"]),
     (
         "a broken rank pattern",
         configured(rank_pattern={"q_proj(": 4}),
-        ["rank_pattern", "'q_proj('", "at character 7, '('"],
+        ["rank_pattern", "'q_proj('", "at position 6"],
     ),
     ("a pattern that ends too early", configured(alpha_pattern={"q_proj\\": 4}), ["alpha_pattern", "pattern"]),
 ]

@@ -20,10 +20,9 @@ from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
 from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, matching_limit
+from truffula.lora.patterns import PatternTable, Targets, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
 from truffula.lora.tables import FLOATS, BaseTable
-from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
 
 _LAYER = re.compile(r"\.(\d+)\.")
