@@ -13,7 +13,7 @@ from pathlib import Path
 
 from truffula.errors import AdapterError, AdapterLoadError, AdapterNotFound, CheckpointError
 from truffula.lora.fields import MAX_CONFIG_BYTES
-from truffula.lora.foreign import describe_names, subfolders_with_adapters
+from truffula.lora.foreign import describe_folder, describe_names
 from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
 from truffula.weights.safetensors import SafetensorsFile
 
@@ -76,9 +76,8 @@ def open_folder(path: Path, root: Path | None = None) -> OpenFolder:
 
 def _describe(folder: OpenFolder) -> tuple[str, str] | None:
     """Why the folder is not an adapter, and the name of the missing file; None when both files are in it."""
-    names = folder.names()
     # Below a root the path is not safe: the folder may have been replaced by a link.
-    return describe_names(names, subfolders_with_adapters(folder.path) if folder.root is None else ())
+    return describe_folder(folder.path) if folder.root is None else describe_names(folder.names())
 
 
 def _open(folder: OpenFolder, name: str, max_bytes: int | None) -> int:

@@ -14,6 +14,7 @@ MLX = (
     "lora_alpha = scale * rank. docs/adapters.md has a script that converts an MLX folder."
 )
 _PAIR_FILES = (CONFIG, TENSORS)
+_ADAPTER_FILES = ("adapter_model", "adapters.safetensors")
 _GGUF = (
     "LoRA adapters in GGUF are not served: give the PEFT folder that it was converted from, with "
     f"{CONFIG} and {TENSORS}."
@@ -88,9 +89,10 @@ def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) 
     return _seems(names, latest_first(adapters_inside)) or _lacks(names), missing_file
 
 
-def looks_like_adapter(names: Collection[str]) -> bool:
-    """Whether a folder with these names was meant as an adapter, complete or not."""
-    return any(name == CONFIG or name.startswith(("adapter_model", "adapters.safetensors")) for name in names)
+def meant_as_adapter(folder: Path) -> bool:
+    """Whether a folder was meant as an adapter, complete or not, or contains some. Raises ``OSError``."""
+    named = any(path.name == CONFIG or path.name.startswith(_ADAPTER_FILES) for path in folder.iterdir())
+    return named or bool(subfolders_with_adapters(folder))
 
 
 def _seems(names: Collection[str], inside: list[str]) -> str | None:
