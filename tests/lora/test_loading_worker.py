@@ -44,10 +44,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made: list[LoadingWorker] = []
     (tmp_path / "staging").mkdir()
 
-    def build(**options: Any) -> LoadingWorker:
-        made.append(
-            LoadingWorker(llama_sites(), model="tiny-base", staging_roots=[tmp_path / "staging"], **options),
-        )
+    def build(max_workers: int = 3, clock: Callable[[], float] = time.monotonic, **options: Any) -> LoadingWorker:
+        setup = Setup(sites=llama_sites(), model="tiny-base", **options)
+        made.append(LoadingWorker(setup, max_workers=max_workers, clock=clock, staging_roots=[tmp_path / "staging"]))
         return made[-1]
 
     yield build
@@ -230,7 +229,7 @@ def test_a_blocked_source_does_not_hold_up_the_others(make: Make, tmp_path: Path
 
 
 def test_downloads_never_take_the_last_worker(make: Make, tmp_path: Path) -> None:
-    loader = make(max_workers=2, offline=True, cache_dir=tmp_path / "cache")
+    loader = make(max_workers=2, offline=True, cache_dir=str(tmp_path / "cache"))
     stop(loader)
     hub = [loader.start(AdapterRef(name="x", kind="hub", locator=f"org/x{n}")) for n in range(3)]
     local = loader.start(adapter(tmp_path / "a"))
@@ -335,8 +334,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from lora_bases import llama_sites
 from truffula.lora.loading import LoadingWorker
+from truffula.lora.worker import Setup
 from truffula.types import AdapterRef
-loader = LoadingWorker(llama_sites(), model="x", staging_roots=[Path({str(tmp_path)!r})])
+loader = LoadingWorker(Setup(sites=llama_sites(), model="x"), staging_roots=[Path({str(tmp_path)!r})])
 loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
 while {loads} and not loader.poll():
     time.sleep(0.002)
@@ -376,7 +376,7 @@ def test_staging_folders_of_ended_engines_are_removed_and_others_are_not(make: M
 
 def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None:
     loader = make()
-    inline = InlineLoader(llama_sites(), model="tiny-base", staging_roots=[tmp_path / "staging"])
+    inline = InlineLoader(Setup(sites=llama_sites(), model="tiny-base"), staging_roots=[tmp_path / "staging"])
     inline.start(adapter(tmp_path / "a"))
     inline.cancel(inline.start(adapter(tmp_path / "a")))
     loader.start(ref(tmp_path / "a"))
@@ -391,7 +391,7 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
     """The bytes that are hashed, validated and copied must be the same."""
     request = LoadRequest(ticket=1, ref=adapter(tmp_path / "a", seed=1))
     staging = Staging([tmp_path])
-    setup = Setup(sites=list(llama_sites()), model="x", limits=LoadLimits())
+    setup = Setup(sites=llama_sites(), model="x")
     result = load(request, setup, staging.folders, on_files=lambda nbytes: adapter(tmp_path / "a", seed=2) and None)
     assert result.error is not None and result.error.code == AdapterLoadError.code and "changed" in result.error.message
     assert list(staging.folders[0].iterdir()) == []
@@ -452,7 +452,7 @@ def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path
 def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "a", llama_sites())
     cached(tmp_path / "cache", "org/pirate", tmp_path / "a")
-    loader = make(offline=True, cache_dir=tmp_path / "cache")
+    loader = make(offline=True, cache_dir=str(tmp_path / "cache"))
     good = loader.start(AdapterRef(name="org/pirate", kind="hub", locator="org/pirate"))
     lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
     results = collect(loader, 2)

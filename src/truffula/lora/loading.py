@@ -19,22 +19,21 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from truffula.errors import AdapterLoadError, WireError
 from truffula.frames import Channel, Disconnected
-from truffula.kernels.adapters import STORED, AdapterLayout
-from truffula.kernels.program import Site
 from truffula.lora.staging import Staging
-from truffula.lora.tables import BaseTable
 from truffula.lora.worker import VERSION, LoadLimits, LoadRequest, LoadResponse, Setup
 from truffula.types import AdapterRef
 
 logger = logging.getLogger(__name__)
 
+NICE = 10
+"""Added to the niceness of the workers."""
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
 MAX_DEATHS = 2
@@ -45,26 +44,21 @@ _STDERR_BYTES = 4096
 class _Worker:
     """One worker process and its socket. ``request`` is its current load."""
 
-    def __init__(self, setup: Setup, nice: int, folders: Sequence[Path]) -> None:
+    def __init__(self, setup: Setup, folders: Sequence[Path]) -> None:
         near, far = socket.socketpair()
-        arguments = [str(far.fileno()), *map(str, folders)]
-        try:
+        with contextlib.ExitStack() as undo, far:
+            undo.callback(near.close)
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "truffula.lora.worker", *arguments],
+                [sys.executable, "-P", "-m", "truffula.lora.worker", str(far.fileno()), *map(str, folders)],
                 pass_fds=(far.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # the engine handles a terminal's Ctrl-C
             )
-        except BaseException:
-            near.close()
-            raise
-        finally:
-            far.close()
+            undo.pop_all()
         with contextlib.suppress(OSError):  # the process has ended already
-            priority = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, priority + nice)
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
         assert self.process.stderr is not None
         os.set_blocking(self.process.stderr.fileno(), False)
         self._channel = Channel(near, msgspec.msgpack.Decoder(LoadResponse).decode, VERSION)
@@ -141,14 +135,8 @@ class LoadingWorker:
     """Loads adapters in other processes. One thread; no call blocks: responses come through ``poll``.
 
     Args:
-        sites: The program's; sent to each worker once.
-        model: The base's name, for messages.
-        layout: The executable's layout of adapters; sent to each worker once.
-        tables: Where the base's tables are stored, by kind of site.
-        limits: Of one load.
+        setup: The base, the layout and the limits of all loads; sent to each worker once.
         max_workers: Processes at most.
-        nice: Added to the workers' niceness.
-        offline, cache_dir: For adapters of the Hub.
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
@@ -158,34 +146,17 @@ class LoadingWorker:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        setup: Setup,
         *,
-        model: str,
-        layout: AdapterLayout = STORED,
-        tables: Mapping[str, BaseTable] | None = None,
-        limits: LoadLimits | None = None,
         max_workers: int = 3,
-        nice: int = 10,
-        offline: bool = False,
-        cache_dir: Path | None = None,
         staging_roots: Sequence[Path] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = limits or LoadLimits()
+        self._setup = setup
         self._max_workers = max_workers
-        self._nice = nice
         self._clock = clock
         self._staging_roots = staging_roots
         self._staging: Staging | None = None
-        self._setup = Setup(
-            sites=list(sites),
-            model=model,
-            layout=layout,
-            tables=dict(tables or {}),
-            limits=self._limits,
-            offline=offline,
-            cache_dir=str(cache_dir) if cache_dir is not None else None,
-        )
         self._queue: deque[LoadRequest] = deque()
         self._paused = False
         self._deaths: dict[int, int] = {}  # by ticket
@@ -270,7 +241,7 @@ class LoadingWorker:
                     self._on_response(worker, response, now)
             code = worker.process.returncode
             killed = code is not None and code < 0 and code != -signal.SIGXCPU
-            self._on_worker_death(worker, worker.describe_exit(self._limits), retry=killed)
+            self._on_worker_death(worker, worker.describe_exit(self._setup.limits), retry=killed)
         elif worker.request is not None and now > worker.deadline:
             self._on_worker_death(worker, f"it took longer than {self._seconds(worker.request):g} s")
         elif worker.request is None and now - worker.idle_since > IDLE_WORKER_S:
@@ -354,12 +325,13 @@ class LoadingWorker:
     def _start_worker(self) -> _Worker:
         if self._staging is None:
             self._staging = Staging(self._staging_roots)
-        worker = _Worker(self._setup, self._nice, self._staging.folders)
+        worker = _Worker(self._setup, self._staging.folders)
         self._workers.append(worker)
         return worker
 
     def _seconds(self, request: LoadRequest) -> float:
-        return self._limits.download_s if request.ref.kind == "hub" else self._limits.wall_s
+        limits = self._setup.limits
+        return limits.download_s if request.ref.kind == "hub" else limits.wall_s
 
 
 def _failed(request: LoadRequest, reason: str, stderr: str) -> LoadResponse:

@@ -39,7 +39,7 @@ from truffula.lora.staging import remove_abandoned, sweep
 from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
-VERSION = 2
+VERSION = 3
 CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
 _SPARE_BYTES = 1 << 20
 
@@ -60,11 +60,15 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setup(Frame, frozen=True, kw_only=True):
-    """The first frame to a worker: the base, the layout and the limits of all its loads."""
+    """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    sites: list[Site]
+    ``model`` is the base's name, for messages; ``tables`` where its tables are stored, by kind of site; ``layout`` the
+    executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub.
+    """
+
+    sites: Sequence[Site]
     model: str
-    limits: LoadLimits
+    limits: LoadLimits = LoadLimits()
     layout: AdapterLayout = STORED
     tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
     offline: bool = False
