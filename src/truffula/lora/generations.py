@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.backend import AdapterImage, Executable
-from truffula.lora.image import check_size
-from truffula.lora.loads import AdapterSource
+from truffula.lora.image import check_size, map_image
+from truffula.lora.loads import AdapterSource, unlink_image
+from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterState
 
 OWNER = "adapters"
@@ -111,23 +113,45 @@ class Generations:
         self._entries: dict[str, Generation] = {}
         self._by_account: dict[Account, dict[str, Generation]] = defaultdict(dict)  # least recently used first
         self._bytes: Counter[Account] = Counter()
+        self.pins: set[AdapterSource] = set()  # whose generation stays resident
         self._stamp = 0.0
 
     def get(self, generation: str) -> Generation | None:
         return self._entries.get(generation)
 
     def __getitem__(self, generation: str) -> Generation:
-        return self._entries[generation]
+        """Raises ``AdapterLoadError`` when it is not mapped."""
+        entry = self._entries.get(generation)
+        if entry is None:
+            raise AdapterLoadError(
+                f"Adapter generation {generation[:12]} is no longer loaded; send the request again.",
+                generation=generation,
+            )
+        return entry
 
     def __iter__(self) -> Iterator[Generation]:
         return iter(list(self._entries.values()))
 
     # Residency
 
-    def add(self, image: AdapterImage, now: float) -> Generation:
-        """A newly mapped image, without a slot."""
-        entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
-        self._entries[image.generation] = entry
+    def add(self, response: LoadResponse, now: float) -> Generation:
+        """The generation that was loaded: newly mapped, without a slot, unless one of equal bytes is mapped.
+
+        The file is unlinked in any case. Raises the error that ended the load, or ``AdapterLoadError``.
+        """
+        header, path = response.image, response.image_path
+        if header is None or path is None:
+            raise TruffulaError.from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
+        try:
+            entry = self._entries.get(header.generation)
+            if entry is None:
+                image = map_image(Path(path), header)
+                entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
+                self._entries[entry.id] = entry
+        except OSError as error:
+            raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
+        finally:
+            unlink_image(response)
         self.touch(entry, now)
         return entry
 
@@ -180,6 +204,7 @@ class Generations:
     def touch(self, entry: Generation, now: float) -> None:
         """Record a use or a change of state, and count its bytes accordingly. Stamps never decrease."""
         entry.used_at = self._stamp = max(self._stamp, now)
+        entry.pinned = not self.pins.isdisjoint(entry.sources)
         self._count(entry, entry.account)
 
     def _count(self, entry: Generation, account: Account | None) -> None:
@@ -257,5 +282,6 @@ class Generations:
         assert stamps == sorted(stamps), "the idle list is out of order"
         assert self._budget.used(OWNER) == self.resident_bytes
         for entry in entries:
+            assert entry.pinned == (not self.pins.isdisjoint(entry.sources)), "a wrong pin"
             assert entry.leases >= entry.resident_leases >= 0, "a lease was released twice"
             assert not entry.resident_leases or entry.resident, "a resident lease without a slot"

@@ -53,11 +53,9 @@ class Pair:
 
 @dataclass
 class ParsedAdapter:
-    """An adapter's pairs, matched with the base from metadata alone. ``root`` is the path of the text model in its
-    names."""
+    """An adapter's pairs, matched with the base from metadata alone."""
 
     settings: LoraSettings
-    root: str
     pairs: list[Pair] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)  # kind of a base table -> the key of its copy
     warnings: list[str] = field(default_factory=list)
@@ -95,8 +93,13 @@ class Sites:
 
 
 @matching_limit()
-def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
-                   all_sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:  # fmt: skip
+def parse_metadata(
+    folder: OpenFolder,
+    infos: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    all_sites: Sequence[Site],
+    base: BaseFacts,
+) -> ParsedAdapter:
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
 
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
@@ -105,7 +108,7 @@ def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
     plan = plan_keys(list(infos))
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
-    parsed = ParsedAdapter(settings, sites.root)
+    parsed = ParsedAdapter(settings)
     ranks = PatternTable(settings.rank_pattern, "rank_pattern")
     alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
     origin = _origin(config)
@@ -189,10 +192,8 @@ def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) ->
                 "linear layer as lora_A.weight and lora_B.weight. The adapter was made for another base.",
                 param=plan.a[module],
             )
-        edges = [0, *(part.hi for _, part in parts)]
-        if any(part.lo != edge or part.of != parts[0][1].of for (_, part), edge in zip(parts, edges, strict=False)) or (
-            edges[-1] != parts[0][1].of
-        ):
+        starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
+        if [*starts, parts[0][1].of] != [0, *ends]:  # with a gap, or an overlap
             raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
 
 

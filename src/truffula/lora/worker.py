@@ -236,7 +236,7 @@ def _find(ref: AdapterRef, setup: Setup) -> Path:
     return download(
         ref.locator,
         ref.revision,
-        cache_dir=Path(setup.cache_dir) if setup.cache_dir is not None else None,
+        cache_dir=setup.cache_dir,
         offline=setup.offline,
         max_file_bytes=setup.limits.file_bytes,
     )
@@ -267,31 +267,25 @@ def _new_file(request: LoadRequest, staging: Sequence[Path], nbytes: int) -> Pat
 
 
 def _data_bytes() -> int:
-    """Private writable memory of this process (VmData); 0 where the system does not report it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
+    """Private writable memory of this process (VmData)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
 
 
 def _limit_memory(data_bytes: int) -> None:
-    """From here on, allocations that take this process's data above ``data_bytes`` raise ``MemoryError``.
-
-    Where the system does not offer the limit, the sizes that are checked before anything is read still hold.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    soft = data_bytes if hard == resource.RLIM_INFINITY else min(data_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    """From here on, allocations that take this process's data above ``data_bytes`` raise ``MemoryError``."""
+    _limit(resource.RLIMIT_DATA, data_bytes)
 
 
 def _limit_cpu(limits: LoadLimits) -> None:
     """Allow ``cpu_s`` seconds of computing for the next load; past them the system ends the process by SIGXCPU."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    if hard != resource.RLIM_INFINITY:
-        soft = min(soft, hard)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s))
+
+
+def _limit(kind: int, soft: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 if __name__ == "__main__":
