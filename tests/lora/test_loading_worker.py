@@ -27,6 +27,7 @@ from truffula.kernels.adapters import AdapterLayout, Place, make_image
 from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
 from truffula.lora.loading import IDLE_WORKER_S, LoadingWorker
+from truffula.lora.loads import AdapterLoads
 from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
@@ -265,15 +266,24 @@ def test_needing_too_much_memory_is_an_error_of_that_adapter(make: Make, tmp_pat
 def test_a_cancelled_load_never_answers_and_leaves_no_file(make: Make, tmp_path: Path) -> None:
     loader = make(max_workers=1)
     pid = stop(loader)
-    running, queued = loader.start(adapter(tmp_path / "a")), loader.start(adapter(tmp_path / "b"))
-    loader.cancel(running)
-    loader.cancel(queued)
-    loader.cancel(999)
+    loads = AdapterLoads(loader, failure_ttl_s=10.0)
+    for name in ("running", "queued", "last"):
+        loads.begin(adapter(tmp_path / name))
+    assert [source[1] for name in ("running", "queued") for source in loads.cancel(name)] == [
+        str(tmp_path / "running"),
+        str(tmp_path / "queued"),
+    ]
     os.kill(pid, signal.SIGCONT)
-    last = loader.start(adapter(tmp_path / "c"))
-    assert set(collect(loader, 1)) == {last}
+
+    def next_response() -> tuple[AdapterRef, LoadResponse] | None:
+        loads.poll(0.0, paused=False)
+        return loads.next_response()
+
+    ended, response = until(next_response, "a load")
+    assert ended.name == "last" and response.image_path is not None
     (folder,) = (tmp_path / "staging").iterdir()
-    assert [path.name.partition("-")[0] for path in folder.iterdir()] == [str(last)]
+    assert [str(path) for path in folder.iterdir()] == [response.image_path]
+    Path(response.image_path).unlink()
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_output(make: Make, tmp_path: Path, monkeypatch: Any) -> None:

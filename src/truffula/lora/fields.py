@@ -66,6 +66,7 @@ _Rank = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
 _Alpha = Annotated[float, msgspec.Meta(ge=-MAX_ALPHA, le=MAX_ALPHA)]
 _Flag = bool | None
 _Names = str | list[str] | None
+_Layers = int | list[int] | None
 _Init = bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None
 
 MERGE = "merge it into its base (PEFT's merge_and_unload) and serve that as a model"
@@ -85,7 +86,7 @@ FIELDS: Mapping[str, Field] = {
     "alpha_pattern": Field("serve", _FIRST_PATTERN, dict[str, _Alpha] | None),
     "target_modules": Field("check", "must name exactly the modules that have tensors", _Names),
     "exclude_modules": Field("check", "takes precedence over target_modules", _Names),
-    "layers_to_transform": Field("check", "limits target_modules to these layers", int | list[int] | None),
+    "layers_to_transform": Field("check", "limits target_modules to these layers", _Layers),
     "layers_pattern": Field("check", "name of the list of layers", _Names),
     "init_lora_weights": Field(
         "check",
@@ -223,19 +224,18 @@ def _contradictions(config: Mapping[str, Any]) -> list[FieldRow]:
     return rows
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """The fields that are served or checked, validated."""
+class LoraSettings(msgspec.Struct, frozen=True):
+    """The fields that are served or checked."""
 
-    r: int
-    lora_alpha: float
-    use_rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    target_modules: str | tuple[str, ...] | None
-    exclude_modules: str | tuple[str, ...]
-    layers_to_transform: int | tuple[int, ...] | None
-    layers_pattern: tuple[str, ...]
+    r: _Rank
+    lora_alpha: _Alpha
+    use_rslora: _Flag = None
+    rank_pattern: dict[str, _Rank] | None = None
+    alpha_pattern: dict[str, _Alpha] | None = None
+    target_modules: _Names = None
+    exclude_modules: _Names = None
+    layers_to_transform: _Layers = None
+    layers_pattern: _Names = None
 
 
 def read_settings(config: Mapping[str, Any]) -> LoraSettings:
@@ -254,20 +254,4 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
                           for row in refused[:10])  # fmt: skip
         raise AdapterError(f"adapter_config.json cannot be served: {lines}.", param=refused[0].field)
 
-    def names(field: str) -> Any:
-        value = config.get(field)
-        return tuple(value) if isinstance(value, list) else value
-
-    pattern = config.get("layers_pattern") or ()
-    layers = config.get("layers_to_transform")
-    return LoraSettings(
-        r=config["r"],
-        lora_alpha=config["lora_alpha"],
-        use_rslora=bool(config.get("use_rslora")),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-        target_modules=names("target_modules"),
-        exclude_modules=names("exclude_modules") or (),
-        layers_to_transform=tuple(layers) if isinstance(layers, list) else layers,
-        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
-    )
+    return msgspec.convert(config, LoraSettings)

@@ -136,40 +136,29 @@ def _seems(names: Collection[str], inside: list[str]) -> str | None:
 
 
 def _lacks(names: Collection[str]) -> str:
-    if not names:
-        return f"The folder is empty: an adapter is a folder with {CONFIG} and {TENSORS}."
     if TENSORS in names:
-        return (
-            f"There is {TENSORS} but no {CONFIG}, which defines the adapter's rank and scale. Copy it from where the "
-            "adapter was trained; PEFT's save_pretrained writes both."
-        )
-    if CONFIG in names:
-        return (
-            f"There is {CONFIG} but no {TENSORS} beside it: the adapter's weights are missing. PEFT's save_pretrained "
-            "writes both."
-        )
-    return (
-        f"There is no {CONFIG} in the folder: an adapter is a folder with {CONFIG} and {TENSORS}, as PEFT's "
-        "save_pretrained writes them."
-    )
+        what = f"There is {TENSORS} but no {CONFIG}, which defines the adapter's rank and scale"
+    elif CONFIG in names:
+        what = f"There is {CONFIG} but no {TENSORS} beside it: the adapter's weights are missing"
+    else:
+        what = f"There is no {CONFIG} in the folder" if names else "The folder is empty"
+    return f"{what}. An adapter is a folder with {CONFIG} and {TENSORS}, as PEFT's save_pretrained writes them."
 
 
 def describe_file(path: Path) -> str:
     """Why a file is not an adapter, and what to give instead."""
     name = path.name
-    folder = "the folder that holds it" if str(path.parent) in ("", ".") else str(path.parent)
+    if name in _PAIR_FILES:
+        folder = "the folder that holds it" if str(path.parent) in ("", ".") else str(path.parent)
+        return f"{path} is a file of an adapter. Give its folder: {folder}."
     if name.endswith(".gguf"):
         return f"{path} is a GGUF file. {_GGUF}"
+    what = "a file"
     if name.endswith(_ARCHIVES):
-        return f"{path} is an archive. Unpack it and give the folder with {CONFIG} and {TENSORS}."
-    if name in _PAIR_FILES:
-        return f"{path} is a file of an adapter. Give its folder: {folder}."
-    if name.endswith(_PICKLES):
-        return (
-            f"{path} is a pickle, which can run code when it is read; it is never read. Give a PEFT folder with "
-            f"{CONFIG} and {TENSORS} (save_pretrained writes safetensors)."
-        )
-    return f"{path} is a file; an adapter is a folder with {CONFIG} and {TENSORS}."
+        what = "an archive. Unpack it"
+    elif name.endswith(_PICKLES):
+        what = "a pickle, which can run code when it is read; it is never read. Save the adapter as safetensors"
+    return f"{path} is {what}. Give the adapter's folder, with {CONFIG} and {TENSORS}."
 
 
 def close_path(path: Path) -> str:

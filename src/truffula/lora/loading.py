@@ -65,7 +65,6 @@ class _Worker:
         self._stderr = bytearray()
         self._eof = False
         self.request: LoadRequest | None = None
-        self.cancelled = False
         self.exhausted = False
         self.deadline = self.idle_since = float("inf")
         self.send(setup)
@@ -174,8 +173,8 @@ class LoadingWorker:
         return self._next_ticket
 
     def poll(self, *, paused: bool = False) -> list[LoadResponse]:
-        """Loads that ended since the last call: each ticket once, cancelled ones never. ``paused``: until the next call
-        no queued load is begun.
+        """Loads that ended since the last call, each ticket once. ``paused``: until the next call no queued load is
+        begun.
         """
         if self._closed:
             return []
@@ -197,12 +196,10 @@ class LoadingWorker:
         return 0.0 if self._responses else None
 
     def cancel(self, ticket: int) -> None:
-        """Forget a load; a running one ends without a response. Unknown tickets are ignored."""
+        """Remove a load from the queue. One that a worker has begun ends and is reported: a restart would cost more
+        than the rest of a load.
+        """
         self._queue = deque(request for request in self._queue if request.ticket != ticket)
-        self._deaths.pop(ticket, None)
-        for worker in self._workers:
-            if worker.request is not None and worker.request.ticket == ticket:
-                worker.cancelled = True  # it finishes: a restart would cost more than the rest of a load
 
     def close(self) -> None:
         """End everything. Idempotent."""
@@ -260,10 +257,7 @@ class LoadingWorker:
         worker.idle_since = now
         worker.exhausted = response.last
         self._deaths.pop(request.ticket, None)
-        if worker.cancelled:
-            self._staging.discard(request.ticket)
-        else:
-            self._responses.append(response)
+        self._responses.append(response)
 
     def _on_worker_death(self, worker: _Worker, reason: str, *, retry: bool = False) -> None:
         """Remove a worker that died, hangs or breaks the protocol. Its load fails; the others are not affected.
@@ -280,7 +274,7 @@ class LoadingWorker:
         assert self._staging is not None
         self._staging.discard(request.ticket)
         deaths = self._deaths.pop(request.ticket, 0) + 1
-        retry = retry and deaths < MAX_DEATHS and not worker.cancelled
+        retry = retry and deaths < MAX_DEATHS
         outcome = "is tried again" if retry else "failed with it"
         logger.error(
             "loading worker %d died: %s; loading adapter %r %s%s",
@@ -289,7 +283,7 @@ class LoadingWorker:
         if retry:
             self._deaths[request.ticket] = deaths
             self._queue.appendleft(request)
-        elif not worker.cancelled:
+        else:
             self._responses.append(_failed(request, reason, stderr))
 
     def _stop(self, worker: _Worker) -> None:
@@ -318,7 +312,6 @@ class LoadingWorker:
                     continue
                 startup_s = STARTUP_S
             worker.request = request
-            worker.cancelled = False
             worker.deadline = self._clock() + startup_s + self._seconds(request)
             worker.send(request)
 

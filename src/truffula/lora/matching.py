@@ -109,8 +109,8 @@ def parse_metadata(
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
     parsed = ParsedAdapter(settings)
-    ranks = PatternTable(settings.rank_pattern, "rank_pattern")
-    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
+    ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
+    alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
     origin = _origin(config)
     _check_modules(plan, sites, base, origin)
     for module, key in plan.a.items():
@@ -277,7 +277,7 @@ def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Ke
             key=stray[0],
         )
     fused = sites.fused_leaves & {_leaf(pair.module) for pair in parsed.pairs}
-    if isinstance(parsed.settings.target_modules, tuple):
+    if isinstance(parsed.settings.target_modules, list):
         fused |= sites.fused_leaves & {_leaf(entry) for entry in parsed.settings.target_modules}
     missing = [
         sites.name_of(site, site.modules[0])

@@ -14,12 +14,11 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
 
-def fingerprint(folder: Path) -> str:
-    """Sizes, times and inodes of both files: it changes when a file of the adapter does. Reads no file."""
-    return _fingerprint(lambda name: (folder / name).stat())
+def fingerprint(stat_of: Callable[[str], os.stat_result]) -> str:
+    """Sizes, times and inodes of both files: it changes when a file of the adapter does. Reads no file.
 
-
-def _fingerprint(stat_of: Callable[[str], os.stat_result]) -> str:
+    ``stat_of`` is the ``stat`` of a file by its name, such as ``OpenFolder.stat``.
+    """
     stamps = []
     for name in (CONFIG, TENSORS):
         try:
@@ -76,10 +75,6 @@ class OpenFolder:
             return os.fstat(fd)
         finally:
             os.close(fd)
-
-    def fingerprint(self) -> str:
-        """As the function ``fingerprint``, of the files that ``open`` opens."""
-        return _fingerprint(self.stat)
 
     def close(self) -> None:
         """Idempotent."""

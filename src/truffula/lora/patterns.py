@@ -111,7 +111,9 @@ class Targets:
         self._linear = linear if isinstance(target, str) and target.lower() == "all-linear" else None
         self._include = compiled(target, "target_modules") if isinstance(target, str) and self._linear is None else None
         self._exclude = compiled(exclude, "exclude_modules") if isinstance(exclude, str) else None
-        for pattern in settings.layers_pattern:
+        given = settings.layers_pattern or []
+        self._layer_lists = [given] if isinstance(given, str) else given
+        for pattern in self._layer_lists:
             if not _PLAIN.match(pattern):
                 raise AdapterError(
                     f"layers_pattern: {pattern[:60]!r} is not a plain name such as 'layers' or 'model.layers'.",
@@ -132,20 +134,20 @@ class Targets:
     def unused_entries(self, modules: frozenset[str]) -> list[str]:
         """Entries of a target list that name none of ``modules``."""
         entries = self._settings.target_modules
-        if not isinstance(entries, tuple):
+        if not isinstance(entries, list):
             return []
         return [entry for entry in entries if not any(is_named(module, (entry,)) for module in modules)]
 
     def _excluded(self, module: str) -> bool:
         if self._exclude is not None:
             return self._exclude.fullmatch(module) is not None
-        return is_named(module, self._settings.exclude_modules)
+        return is_named(module, self._settings.exclude_modules or ())
 
     def _in_layers(self, module: str) -> bool:
         layers = self._settings.layers_to_transform
-        if layers is None or layers == ():
+        if layers is None or layers == []:
             return True
-        patterns = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in self._settings.layers_pattern]
+        patterns = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in self._layer_lists]
         found = next((hit for pattern in patterns or [_FIRST_INDEX] if (hit := pattern.match(module))), None)
         return found is not None and int(found[1]) in ((layers,) if isinstance(layers, int) else layers)
 

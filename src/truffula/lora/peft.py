@@ -8,7 +8,7 @@ unchanged, and a scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -170,12 +170,11 @@ def _is_zero(array: Array) -> bool:
 
 
 def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteTensors, ...]:
-    def of_pair(pair: Pair) -> Iterator[SiteTensors]:
+    made: list[SiteTensors] = []
+    for pair in pairs:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
-        for site, part in pair.parts:
-            yield low_rank(site.id, a, b[part.lo : part.hi], pair.scale)
-
-    return tuple(sorted((s for pair in pairs for s in of_pair(pair)), key=lambda s: s.site))
+        made += [low_rank(site.id, a, b[part.lo : part.hi], pair.scale) for site, part in pair.parts]
+    return tuple(sorted(made, key=lambda s: s.site))
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -357,4 +357,5 @@ def _why_refused(folder: Path) -> str | None:
 def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
     if ref.kind != "local":
         return ref
-    return msgspec.structs.replace(ref, fingerprint=fingerprint(Path(ref.locator)))
+    folder = Path(ref.locator)
+    return msgspec.structs.replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))

@@ -33,7 +33,7 @@ from truffula.kernels.program import Site
 from truffula.lora.folder import open_folder
 from truffula.lora.hub import download
 from truffula.lora.image import ImageHeader, ImageWriter, check_size
-from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
+from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.staging import remove_abandoned, sweep
 from truffula.lora.tables import BaseTable
@@ -173,7 +173,7 @@ def load(
         folder = _find(request.ref, setup)
         root = Path(request.ref.root) if request.ref.root else None
         with contextlib.closing(open_folder(folder, root)) as opened:
-            before = opened.fingerprint()
+            before = fingerprint(opened.stat)
             on_files(_files_nbytes(opened))
             adapter = validate_adapter(
                 opened,
@@ -186,7 +186,7 @@ def load(
             check_size(image.header.nbytes, setup.limits.image_bytes)
             path = _new_file(request, staging, image.header.nbytes)
             image.write(path)
-            if opened.fingerprint() != before:
+            if fingerprint(opened.stat) != before:
                 # The image was copied from the mapped file, which may have been written to after it was checked.
                 path.unlink()
                 raise AdapterLoadError(
