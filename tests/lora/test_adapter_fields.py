@@ -123,10 +123,10 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(tmp_path: Path, field
 @pytest.mark.parametrize(("field", "value"), ACCEPTED, ids=lambda x: str(x)[:30])
 def test_a_field_that_changes_nothing_is_accepted_and_reported(tmp_path: Path, field: str, value: Any) -> None:
     write_adapter(tmp_path, PLAIN | {field: value}, tiny_tensors(llama_sites(), PLAIN))
-    adapter = validate(tmp_path)
-    row = next(row for row in adapter.report if row.field == field)
-    assert row.verdict != "refuse"
-    assert inspect_adapter(tmp_path, llama_sites()).rows == adapter.report
+    validate(tmp_path)
+    report = inspect_adapter(tmp_path, llama_sites())
+    assert report.error is None
+    assert next(row.verdict for row in report.rows if row.field == field) != "refuse"
 
 
 def test_every_refused_field_is_named_at_once(tmp_path: Path) -> None:

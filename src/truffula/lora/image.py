@@ -17,28 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import AdapterLoadError, InsufficientMemory
-from truffula.kernels.adapters import (
-    ALIGN,
-    COLUMNS,
-    DTYPE,
-    DTYPES,
-    KIND,
-    KINDS,
-    MAX_TENSORS,
-    NBYTES,
-    OFFSET,
-    SCALE,
-    SHAPE,
-    SITE,
-    STORED,
-    TENSOR_COLUMNS,
-    TENSORS,
-    AdapterImage,
-    AdapterLayout,
-    SiteTensors,
-    pack,
-    place,
-)
+from truffula.kernels import adapters
+from truffula.kernels.adapters import ALIGN, COLUMNS, STORED, AdapterImage, AdapterLayout, SiteTensors, pack, place
 from truffula.kernels.mapped import map_file, use_huge_pages
 
 MAX_SCALE = 1e30  # far within float32; the comparison also fails for NaN and infinity
@@ -138,13 +118,15 @@ def _damaged(what: str) -> AdapterLoadError:
 
 def _check_table(table: npt.NDArray[np.int64], header: ImageHeader) -> None:
     """Check that every number is in its range and every tensor in the data."""
-    tensors = table[:, TENSORS:].reshape(len(table), MAX_TENSORS, TENSOR_COLUMNS)
-    offset, nbytes, shape = tensors[..., OFFSET], tensors[..., NBYTES], tensors[..., SHAPE:]
+    site, kind, scale = table[:, adapters.SITE], table[:, adapters.KIND], table[:, adapters.SCALE].view(np.float64)
+    tensors = table[:, adapters.TENSORS :].reshape(len(table), adapters.MAX_TENSORS, adapters.TENSOR_COLUMNS)
+    dtype, offset = tensors[..., adapters.DTYPE], tensors[..., adapters.OFFSET]
+    nbytes, shape = tensors[..., adapters.NBYTES], tensors[..., adapters.SHAPE :]
     fits = (
-        ((table[:, KIND] >= 0) & (table[:, KIND] < len(KINDS))).all()
-        and ((table[:, SITE] >= 0) & (np.diff(table[:, SITE], prepend=0) >= 0)).all()
-        and bool((np.abs(table[:, SCALE].view(np.float64)) <= MAX_SCALE).all())
-        and ((tensors[..., DTYPE] >= 0) & (tensors[..., DTYPE] < len(DTYPES))).all()
+        ((kind >= 0) & (kind < len(adapters.KINDS))).all()
+        and ((site >= 0) & (np.diff(site, prepend=0) >= 0)).all()
+        and bool((np.abs(scale) <= MAX_SCALE).all())
+        and ((dtype >= 0) & (dtype < len(adapters.DTYPES))).all()
         and ((offset >= 0) & (offset % ALIGN == 0) & (offset <= header.data_bytes)).all()
         and ((nbytes >= 0) & (nbytes <= header.data_bytes - offset)).all()
         and ((shape >= 0) & (shape < 1 << 31)).all()

@@ -35,15 +35,12 @@ _ZERO_CHUNK = 1 << 20
 class PeftAdapter:
     """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules, ``nbytes`` of its tensors as stored;
-    ``report`` a row per field and one for the tensors, ``warnings`` are for the operator.
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``warnings`` are for the operator.
     """
 
     generation: str
     rank: int
-    nbytes: int
     sites: tuple[SiteTensors, ...]
-    report: tuple[FieldRow, ...]
     warnings: tuple[str, ...]
 
 
@@ -86,9 +83,7 @@ def validate_adapter(
         return PeftAdapter(
             generation=files.generation(),
             rank=parsed.rank,
-            nbytes=stored_bytes(parsed.pairs),
             sites=_site_tensors(parsed.pairs, tensors),
-            report=(*field_rows(config), _tensor_row(parsed)),
             warnings=tuple(warnings),
         )
 
