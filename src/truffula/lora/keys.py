@@ -61,15 +61,15 @@ _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weig
 @dataclass
 class KeyPlan:
     """Every key accounted for: ``a`` and ``b`` by module path, ``embeddings`` the modules whose halves are of a table,
-    ``copies`` of base tables by module path, ``unused`` those without effect when generating, ``left_out`` those of
-    image and audio parts, which text does not pass through."""
+    ``copies`` of base tables by module path, ``unused`` those without effect when generating, ``left_out`` one by
+    module of image and audio parts, which text does not pass through."""
 
     a: dict[str, str] = field(default_factory=dict)
     b: dict[str, str] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     copies: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -79,15 +79,14 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(name if len(name) <= 160 else name[:157] + "..." for name in every[:SHOWN]) + more
 
 
-def module_of(key: str) -> str:
+def _module_of(key: str) -> str:
     """The module path of any adapter key."""
     return re.split(r"\.(?:lora_|base_layer\.|weight$|bias$)", key.removeprefix(PREFIX), maxsplit=1)[0]
 
 
 def left_out_words(plan: KeyPlan) -> str:
     """The parts that ``left_out`` keys belong to, with their numbers of modules: ``54 modules of vision_tower``."""
-    modules = {module_of(key) for key in plan.left_out}
-    parts = Counter(other_part(f"{module}.") for module in modules)
+    parts = Counter(other_part(f"{module}.") for module in plan.left_out)
     return ", ".join(f"{count} module{'s' * (count != 1)} of {part}" for part, count in sorted(parts.items(), key=str))
 
 
@@ -107,7 +106,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
     for key in keys:
         path = key.removeprefix(PREFIX)
         if other_part(path) is not None:
-            plan.left_out.append(key)
+            plan.left_out[_module_of(key)] = key
             continue
         found = _HALF.match(path)
         if found is None or re.search(r"(^|\.)experts(\.base_layer)?\Z", found["module"]):
@@ -155,7 +154,7 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
         raise AdapterError(
             f"The adapter adapts only {left_out_words(plan)}. Text does not pass through these, and this server takes "
             "text only, so the adapter would change nothing. Train with the language model's layers in target_modules.",
-            param=min(plan.left_out),
+            param=min(plan.left_out.values()),
         )
 
 

@@ -163,7 +163,6 @@ class LoadingWorker:
         self._ending: list[subprocess.Popen[bytes]] = []
         self._responses: list[LoadResponse] = []
         self._next_ticket = 0
-        self._closed = False
 
     def start(self, ref: AdapterRef) -> int:
         """Queue one load; returns its ticket."""
@@ -176,8 +175,6 @@ class LoadingWorker:
         """Loads that ended since the last call, each ticket once. ``paused``: until the next call no queued load is
         begun.
         """
-        if self._closed:
-            return []
         self._paused = paused
         now = self._clock()
         for worker in list(self._workers):
@@ -203,9 +200,6 @@ class LoadingWorker:
 
     def close(self) -> None:
         """End everything. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
         self._queue.clear()
         for worker in list(self._workers):
             self._stop(worker)

@@ -18,7 +18,7 @@ from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
-from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
+from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
 from truffula.lora.patterns import PatternTable, Targets, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
@@ -130,7 +130,7 @@ def parse_metadata(
                 f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
                 "counts. PEFT sorts patterns when it saves, so training may have used the other."
             )
-        if unused := table.unused(_left_out(plan)):
+        if unused := table.unused(plan.left_out):
             parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
         parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
@@ -166,10 +166,6 @@ def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
                 param=key,
                 dtype=infos[key].dtype,
             )
-
-
-def _left_out(plan: KeyPlan) -> set[str]:
-    return {module_of(key) for key in plan.left_out}
 
 
 def _origin(config: Mapping[str, Any]) -> str:
@@ -291,7 +287,7 @@ def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Ke
             param="target_modules",
             modules=sorted(missing)[:10],
         )
-    if unused := targets.unused_entries(sites.names | _left_out(plan)):
+    if unused := targets.unused_entries(sites.names | plan.left_out.keys()):
         parsed.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
 
 

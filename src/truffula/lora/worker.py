@@ -193,18 +193,21 @@ def load(
                     "The adapter's files changed while they were read; send the request again.", param="adapter"
                 )
     except TruffulaError as error:
-        return _failed(request, error.info(), started)
+        return LoadResponse(ticket=request.ticket, error=error.info())
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        what = f"The adapter cannot be written to shared memory or the temporary folder: {reason}."
-        return _failed(request, AdapterLoadError(what).info(), started)
+        failed = AdapterLoadError(f"The adapter cannot be written to shared memory or the temporary folder: {reason}.")
+        return LoadResponse(ticket=request.ticket, error=failed.info())
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  of a library, or a bug here: only this load fails
         traceback.print_exception(error, file=sys.stderr)
-        kind = type(error).__name__
-        what = f"Loading adapter {request.ref.name!r} failed unexpectedly ({kind}); the log has the traceback."
-        return _failed(request, AdapterLoadError(what, unexpected=True).info(), started)
+        failed = AdapterLoadError(
+            f"Loading adapter {request.ref.name!r} failed unexpectedly ({type(error).__name__}); the log has the "
+            "traceback.",
+            unexpected=True,
+        )
+        return LoadResponse(ticket=request.ticket, error=failed.info())
     return LoadResponse(
         ticket=request.ticket,
         image_path=str(path),
@@ -222,11 +225,7 @@ def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
         f"Loading the adapter takes more than the {limit} bytes of memory that a loading worker may use beside the "
         "adapter's files (--adapter-worker-memory)."
     )
-    return _failed(request, AdapterLoadError(what, limit_bytes=limit).info(), time.monotonic())
-
-
-def _failed(request: LoadRequest, error: ErrorInfo, started: float) -> LoadResponse:
-    return LoadResponse(ticket=request.ticket, error=error, seconds=time.monotonic() - started)
+    return LoadResponse(ticket=request.ticket, error=AdapterLoadError(what, limit_bytes=limit).info())
 
 
 def _find(ref: AdapterRef, setup: Setup) -> Path:
