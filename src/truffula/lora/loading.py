@@ -36,8 +36,6 @@ NICE = 10
 """Added to the niceness of the workers."""
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
-MAX_DEATHS = 2
-"""Workers that may be killed from outside during one load before it counts as the adapter's failure."""
 _STDERR_BYTES = 4096
 
 
@@ -158,7 +156,7 @@ class LoadingWorker:
         self._staging: Staging | None = None
         self._queue: deque[LoadRequest] = deque()
         self._paused = False
-        self._deaths: dict[int, int] = {}  # by ticket
+        self._retried: set[int] = set()  # tickets of open loads
         self._workers: list[_Worker] = []
         self._ending: list[subprocess.Popen[bytes]] = []
         self._responses: list[LoadResponse] = []
@@ -250,7 +248,7 @@ class LoadingWorker:
         worker.request = None
         worker.idle_since = now
         worker.exhausted = response.last
-        self._deaths.pop(request.ticket, None)
+        self._retried.discard(request.ticket)
         self._responses.append(response)
 
     def _on_worker_death(self, worker: _Worker, reason: str, *, retry: bool = False) -> None:
@@ -267,17 +265,17 @@ class LoadingWorker:
             return
         assert self._staging is not None
         self._staging.discard(request.ticket)
-        deaths = self._deaths.pop(request.ticket, 0) + 1
-        retry = retry and deaths < MAX_DEATHS
+        retry = retry and request.ticket not in self._retried
         outcome = "is tried again" if retry else "failed with it"
         logger.error(
             "loading worker %d died: %s; loading adapter %r %s%s",
             worker.process.pid, reason, request.ref.name, outcome, output,
         )  # fmt: skip
         if retry:
-            self._deaths[request.ticket] = deaths
+            self._retried.add(request.ticket)
             self._queue.appendleft(request)
         else:
+            self._retried.discard(request.ticket)
             self._responses.append(_failed(request, reason, stderr))
 
     def _stop(self, worker: _Worker) -> None:
