@@ -165,7 +165,6 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         raise AdapterError(
             f"adapter_config.json has {len(raw)} bytes; the limit is {MAX_CONFIG_BYTES}.", param="config"
         )
-
     try:
         config = msgspec.json.decode(raw)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -190,7 +189,8 @@ def _field_row(name: str, value: Any) -> FieldRow:
     try:
         msgspec.convert(value, field.kind)
     except msgspec.ValidationError as error:
-        advice = next((text for start, text in _INITS.items() if str(value).startswith(start)), field.note)
+        inits = _INITS if name == "init_lora_weights" else {}
+        advice = next((text for start, text in inits.items() if str(value).startswith(start)), field.note)
         return FieldRow(name, _short(value), "refuse", f"{str(error)[:200]}; {advice}")
     if field.verdict == "refuse" and field.harmless(value):
         return FieldRow(name, _short(value), "ignore", "has no effect on the text")
@@ -253,5 +253,4 @@ def read_settings(config: Mapping[str, Any]) -> LoraSettings:
         lines = "; ".join(f"{row.field} = {row.value}: {row.note}" if row.value else f"{row.field}: {row.note}"
                           for row in refused[:10])  # fmt: skip
         raise AdapterError(f"adapter_config.json cannot be served: {lines}.", param=refused[0].field)
-
     return msgspec.convert(config, LoraSettings)
