@@ -50,8 +50,7 @@ class AdapterLoads:
     def __init__(self, loader: LoadingWorker, failure_ttl_s: float) -> None:
         self.loader = loader
         self._failure_ttl_s = failure_ttl_s
-        self._tickets: dict[SourceState, int] = {}
-        self._open: dict[int, AdapterRef] = {}  # by ticket
+        self._open: dict[SourceState, tuple[int, AdapterRef]] = {}  # with their tickets
         self._responses: deque[LoadResponse] = deque()
         self._failures: dict[SourceState, _Failure] = {}
         self.completed = 0
@@ -63,25 +62,21 @@ class AdapterLoads:
 
     def __contains__(self, state: SourceState) -> bool:
         """Whether this state is being loaded."""
-        return state in self._tickets
+        return state in self._open
 
     def begin(self, ref: AdapterRef) -> None:
         """Begin a load unless this state is being loaded already."""
         state = source_state(ref)
-        if state not in self._tickets:
-            self._tickets[state] = ticket = self.loader.start(ref)
-            self._open[ticket] = ref
+        if state not in self._open:
+            self._open[state] = self.loader.start(ref), ref
 
     def cancel(self, name: str) -> list[AdapterSource]:
         """Cancel the loads that ``name`` asked for; returns their sources."""
-        refs = {ticket: ref for ticket, ref in self._open.items() if ref.name == name}
-        for ticket, ref in refs.items():
+        states = [state for state, (_, ref) in self._open.items() if ref.name == name]
+        for state in states:
+            ticket, _ = self._open.pop(state)
             self.loader.cancel(ticket)
-            self._close(ticket, ref)
-        return [source_of(ref) for ref in refs.values()]
-
-    def _close(self, ticket: int, ref: AdapterRef) -> None:
-        del self._open[ticket], self._tickets[source_state(ref)]
+        return [source for source, _ in states]
 
     def poll(self, now: float, *, paused: bool) -> None:
         """Collect the loader's responses and forget expired failures. ``paused``: the loader begins no queued load."""
@@ -97,10 +92,10 @@ class AdapterLoads:
         """The next load that ended, which is no longer open from here on; None when there is none."""
         while self._responses:
             response = self._responses.popleft()
-            ref = self._open.get(response.ticket)
-            if ref is not None:
-                self._close(response.ticket, ref)
-                return ref, response
+            for state, (ticket, ref) in self._open.items():
+                if ticket == response.ticket:
+                    del self._open[state]
+                    return ref, response
             unlink_image(response)  # it was cancelled in the meantime
         return None
 
@@ -139,7 +134,7 @@ class AdapterLoads:
 
     def states(self) -> list[AdapterState]:
         """One row per open load and per failure."""
-        rows = [AdapterState(name=ref.name, status="loading") for ref in self._open.values()]
+        rows = [AdapterState(name=ref.name, status="loading") for _, ref in self._open.values()]
         return rows + [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
 
     def close(self) -> None:
@@ -148,7 +143,6 @@ class AdapterLoads:
             unlink_image(response)
         self._responses.clear()
         self._open.clear()
-        self._tickets.clear()
         self.loader.close()
 
 
