@@ -30,6 +30,7 @@ from truffula.engine.limits import EngineLimits
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs, StepOutput
 from truffula.kernels.synchronous import FinishedStep
 from truffula.lora.pool import AdapterPool
+from truffula.lora.worker import Setup
 from truffula.params import EngineParams
 from truffula.types import EngineRequest
 
@@ -81,7 +82,7 @@ def engine_of(rows: int, context: int, params: dict[str, Any]) -> Engine:
         kv_block_bytes=(1,),
     )  # fmt: skip
     model, budget = NullModel(capacity), MemoryBudget(1 << 40)
-    pool = AdapterPool(model, InlineLoader([], model="none"), budget, time.monotonic)  # type: ignore[arg-type]
+    pool = AdapterPool(model, InlineLoader(Setup(sites=[], model="none")), budget, time.monotonic)  # type: ignore[arg-type]
     engine = Engine(model, limits, pool, budget)  # type: ignore[arg-type]
     random = np.random.default_rng(0)
     for i in range(rows):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from truffula.errors import ErrorInfo
+from truffula.errors import ErrorInfo, InvalidRequest
 from truffula.params import EngineParams, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -57,6 +57,15 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     arrival: float = 0.0
     queue_deadline: float | None = None
     deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("request_id", "salt"):  # both cross to the engine's process as UTF-8
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError:
+                raise InvalidRequest(
+                    f"{name} contains a lone surrogate, which is half of a UTF-16 pair and not text.", param=name
+                ) from None
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,7 +57,7 @@ class StubAdapter:
 
 
 class HandLoader:
-    """An ``AdapterLoader`` whose loads end when the test says. ``automatic``: on the next poll.
+    """A ``LoadingWorker`` without processes, whose loads end when the test says. ``automatic``: on the next poll.
 
     The generation is locator and fingerprint, so a source has the same adapter in every test. Locators and
     fingerprints that begin with ``bad`` fail.
@@ -120,11 +120,9 @@ class HandLoader:
             return LoadResponse(ticket=ticket, error=ErrorInfo(code=AdapterLoadError.code, message="scripted"))
         stub = StubAdapter(f"{ref.locator}@{ref.fingerprint}", self.nbytes)
         path = self._folder / str(ticket)
-        writer = ImageWriter(stub)
+        writer = ImageWriter(stub.generation, stub.rank, stub.sites)
         writer.write(path)
-        return LoadResponse(
-            ticket=ticket, image_path=str(path), generation=stub.generation, nbytes=writer.nbytes, rank=1
-        )
+        return LoadResponse(ticket=ticket, image_path=str(path), image=writer.header)
 
 
 def limits(**changes) -> EngineLimits:

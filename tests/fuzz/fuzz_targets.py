@@ -146,7 +146,7 @@ def adapter(folder: Path) -> None:
         assert isinstance(part, LowRank)
         assert first_non_finite(part.a) is None and first_non_finite(part.b) is None
         assert part.a.shape[0] == part.b.shape[1] and np.isfinite(part.scale)
-    ImageWriter(adapter).write(folder / "image")
+    ImageWriter(adapter.generation, adapter.rank, adapter.sites).write(folder / "image")
 
 
 # --- what they begin with

@@ -6,10 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
-from truffula.kernels.adapters import STORED, AdapterLayout
-from truffula.kernels.program import Site
 from truffula.lora.staging import Staging
-from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load, out_of_memory
+from truffula.lora.worker import LoadRequest, LoadResponse, Setup, load, out_of_memory
 from truffula.types import AdapterRef
 
 
@@ -19,26 +17,9 @@ class InlineLoader:
     Of the limits only the sizes are enforced.
     """
 
-    def __init__(
-        self,
-        sites: Sequence[Site],
-        *,
-        model: str,
-        layout: AdapterLayout = STORED,
-        limits: LoadLimits | None = None,
-        offline: bool = False,
-        cache_dir: Path | None = None,
-        staging_roots: Sequence[Path] | None = None,
-    ) -> None:
+    def __init__(self, setup: Setup, *, staging_roots: Sequence[Path] | None = None) -> None:
         self.staging = Staging(staging_roots)
-        self._setup = Setup(
-            sites=list(sites),
-            layout=layout,
-            model=model,
-            limits=limits or LoadLimits(),
-            offline=offline,
-            cache_dir=str(cache_dir) if cache_dir is not None else None,
-        )
+        self._setup = setup
         self._queue: deque[LoadRequest] = deque()
         self._next_ticket = 0
 

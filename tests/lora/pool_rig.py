@@ -15,6 +15,7 @@ from truffula.engine.budget import MemoryBudget
 from truffula.errors import KernelError, TruffulaError
 from truffula.kernels.backend import AdapterImage
 from truffula.lora.pool import AdapterPool, AdapterStatus
+from truffula.lora.worker import Setup
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
@@ -73,9 +74,8 @@ class Rig:
         self.clock = Clock()
         self.table = Table()
         self.budget = MemoryBudget(limit)
-        self.loader = InlineLoader(
-            llama_sites(), model="tiny-base", staging_roots=[folder], offline=True, cache_dir=folder / "hub"
-        )
+        setup = Setup(sites=llama_sites(), model="tiny-base", offline=True, cache_dir=str(folder / "hub"))
+        self.loader = InlineLoader(setup, staging_roots=[folder])
         self.pool = AdapterPool(self.table, self.loader, self.budget, self.clock, mapped_limit=mapped)
 
     def write(self, name: str, seed: int = 0, rank: int = 4) -> AdapterRef:

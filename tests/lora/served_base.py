@@ -31,7 +31,7 @@ class Served:
         self.path = path
         checkpoint = open_checkpoint(path)
         plan = plan_model(checkpoint)
-        self.tables = base_tables(plan.program, checkpoint)
+        self.tables = base_tables(plan.tables, checkpoint)
         pull = WeightReader(checkpoint, plan)
         self.program: Program = plan.program
         self.tied = plan.tying.tie is not Tie.SEPARATE
@@ -44,8 +44,9 @@ class Served:
     def add(self, adapter: Path) -> int:
         validated = validate_adapter(adapter, self.program.sites, base=BaseFacts("tiny-base", self.tables))
         image = self.path.parent / "image"
-        ImageWriter(validated, self.executable.layout).write(image)
-        mapped = map_image(image)
+        writer = ImageWriter(validated.generation, validated.rank, validated.sites, self.executable.layout)
+        writer.write(image)
+        mapped = map_image(image, writer.header)
         image.unlink()
         return self.executable.adapter(mapped)
 

@@ -123,10 +123,10 @@ def test_a_field_that_is_not_served_is_refused_by_its_name(tmp_path: Path, field
 @pytest.mark.parametrize(("field", "value"), ACCEPTED, ids=lambda x: str(x)[:30])
 def test_a_field_that_changes_nothing_is_accepted_and_reported(tmp_path: Path, field: str, value: Any) -> None:
     write_adapter(tmp_path, PLAIN | {field: value}, tiny_tensors(llama_sites(), PLAIN))
-    adapter = validate(tmp_path)
-    row = next(row for row in adapter.report if row.field == field)
-    assert row.verdict != "refuse"
-    assert inspect_adapter(tmp_path, llama_sites()).rows == adapter.report
+    validate(tmp_path)
+    report = inspect_adapter(tmp_path, llama_sites())
+    assert report.error is None
+    assert next(row.verdict for row in report.rows if row.field == field) != "refuse"
 
 
 def test_every_refused_field_is_named_at_once(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_every_other_method_of_the_installed_peft_is_refused_by_its_name() -> No
 
 def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) -> None:
     write_adapter(tmp_path, {"peft_type": "LOHA", "r": 4, "alpha": 8}, tiny_tensors(llama_sites(), PLAIN))
-    with pytest.raises(AdapterError, match=r"LOHA.*Hadamard") as caught:
+    with pytest.raises(AdapterError, match=r"LOHA.*save_as_lora") as caught:
         validate(tmp_path)
     assert caught.value.param == "peft_type"
 
@@ -187,10 +187,10 @@ def test_another_method_is_named_rather_than_its_unknown_fields(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "NaN"),
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": Infinity}', "Infinity"),
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": -Infinity}', "Infinity"),
-        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e400}', "too large"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}', "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": Infinity}', "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": -Infinity}', "not valid JSON"),
+        (b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e400}', "not valid JSON"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[1, 2]", "not a JSON object"),
         (b"{", "not valid JSON"),

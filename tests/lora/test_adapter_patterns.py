@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from examples import examples
 from truffula.errors import AdapterError
-from truffula.lora.patterns import PatternTable, Suffix, compiled, matching_limit
+from truffula.lora.patterns import PatternTable, compiled, matching_limit
 
 
 @settings(max_examples=examples(100, 200), deadline=None)
 @given(st.text("ab._-1", max_size=6), st.text("ab._-1\n", max_size=8))
 def test_plain_suffixes_agree_with_pefts_expression(source: str, module: str) -> None:
     expected = re.match(rf"(.*\.)?({source})$", module) is not None
-    assert Suffix(source, "rank_pattern").match(module) == expected
+    assert PatternTable({source: True}, "rank_pattern").value(module, False) == expected
 
 
 @pytest.mark.parametrize("source", [r"(a+)+$", r"(.*.*.*.*.*.*.*)x", r"(a|aa|aaa)*c", r"(.|a|b)*?c"])
@@ -36,7 +36,7 @@ def test_a_pattern_that_backtracks_without_end_is_an_error(source: str) -> None:
         (r"(unclosed", "not a valid regular expression"),
         (r"a{2,1}", "not a valid regular expression"),
         (r"a{99999999999999}", "not a valid regular expression"),
-        ("(" * 5000 + ")" * 5000, "nested too deeply"),
+        ("(" * 5000 + ")" * 5000, "not a valid regular expression"),
         ("a" * 20_000, "characters"),
     ],
 )

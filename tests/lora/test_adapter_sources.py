@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,21 @@ def test_a_changed_folder_has_another_fingerprint(tmp_path: Path) -> None:
     assert first == again
     adapter(tmp_path / "a", seed=2, rank=5)
     assert directory.resolve("a") != first
+
+
+def test_folders_whose_path_is_not_utf_8_are_refused_or_unknown(tmp_path: Path) -> None:
+    """A loading worker's frames cannot hold them."""
+    odd = tmp_path / os.fsdecode(b"\xff")
+    adapter(odd / "a")
+    for given in ({"adapters": {"a": odd / "a"}}, {"adapter_dir": odd}, {"allow_local": (odd,)}):
+        with pytest.raises(ConfigError, match="not UTF-8; rename"):
+            AdapterDirectory(**given)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        AdapterDirectory().locate("a", odd / "a")
+    (tmp_path / "link").symlink_to(odd / "a")
+    for given in ({"adapter_dir": tmp_path}, {"allow_local": (tmp_path,), "default_source": "local"}):
+        with pytest.raises(AdapterNotFound):
+            AdapterDirectory(**given).resolve("link")  # type: ignore[arg-type]
 
 
 EVIL = [

@@ -34,7 +34,7 @@ def engine(tmp_path: Path) -> Any:
 
 def workers(engine: Engine) -> list[int]:
     """Of this engine's own loader: other engines of this process may have some too."""
-    pids: list[int] = engine._adapters.loads._loader.pids()  # type: ignore[attr-defined]
+    pids: list[int] = engine._adapters.loads.loader.pids()
     return pids
 
 

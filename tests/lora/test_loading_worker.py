@@ -27,6 +27,7 @@ from truffula.kernels.adapters import AdapterLayout, Place, make_image
 from truffula.kernels.backend import Backend
 from truffula.lora.image import map_image
 from truffula.lora.loading import IDLE_WORKER_S, LoadingWorker
+from truffula.lora.loads import AdapterLoads
 from truffula.lora.sources import AdapterDirectory
 from truffula.lora.staging import PREFIX, Staging, remove_abandoned
 from truffula.lora.worker import LoadLimits, LoadRequest, LoadResponse, Setup, load
@@ -44,10 +45,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
     made: list[LoadingWorker] = []
     (tmp_path / "staging").mkdir()
 
-    def build(**options: Any) -> LoadingWorker:
-        made.append(
-            LoadingWorker(llama_sites(), model="tiny-base", staging_roots=[tmp_path / "staging"], **options),
-        )
+    def build(max_workers: int = 3, clock: Callable[[], float] = time.monotonic, **options: Any) -> LoadingWorker:
+        setup = Setup(sites=llama_sites(), model="tiny-base", **options)
+        made.append(LoadingWorker(setup, max_workers=max_workers, clock=clock, staging_roots=[tmp_path / "staging"]))
         return made[-1]
 
     yield build
@@ -111,11 +111,13 @@ def test_an_adapter_is_validated_and_written_in_another_process(make: Make, tmp_
     loader = make()
     ticket = loader.start(adapter(tmp_path / "a"))
     result = one(loader)
-    assert result.ticket == ticket and result.error is None and result.image_path is not None
-    image = map_image(Path(result.image_path))
+    assert (
+        result.ticket == ticket and result.error is None and result.image_path is not None and result.image is not None
+    )
+    image = map_image(Path(result.image_path), result.image)
     expected = validate(tmp_path / "a")
-    assert result.generation == image.generation == expected.generation
-    assert (result.rank, result.nbytes) == (4, image.nbytes)
+    assert image.generation == expected.generation
+    assert (image.rank, image.nbytes) == (4, Path(result.image_path).stat().st_size)
     for mine, other in zip(pairs(image.sites()), pairs(expected.sites), strict=True):
         assert (mine.site, mine.scale) == (other.site, other.scale)
         assert np.array_equal(mine.a, other.a) and np.array_equal(mine.b, other.b)
@@ -135,8 +137,8 @@ def test_the_worker_packs_for_the_engines_kernels(make: Make, tmp_path: Path, ba
     loader = make(layout=layout)
     loader.start(adapter(tmp_path / "a"))
     result = one(loader)
-    assert result.error is None and result.image_path is not None
-    image = map_image(Path(result.image_path))
+    assert result.error is None and result.image_path is not None and result.image is not None
+    image = map_image(Path(result.image_path), result.image)
     own = make_image(layout, validate(tmp_path / "a").sites, generation=image.generation)
     assert image.layout == layout.name
     assert np.array_equal(image.table, own.table) and np.array_equal(image.data, own.data)
@@ -228,7 +230,7 @@ def test_a_blocked_source_does_not_hold_up_the_others(make: Make, tmp_path: Path
 
 
 def test_downloads_never_take_the_last_worker(make: Make, tmp_path: Path) -> None:
-    loader = make(max_workers=2, offline=True, cache_dir=tmp_path / "cache")
+    loader = make(max_workers=2, offline=True, cache_dir=str(tmp_path / "cache"))
     stop(loader)
     hub = [loader.start(AdapterRef(name="x", kind="hub", locator=f"org/x{n}")) for n in range(3)]
     local = loader.start(adapter(tmp_path / "a"))
@@ -264,15 +266,24 @@ def test_needing_too_much_memory_is_an_error_of_that_adapter(make: Make, tmp_pat
 def test_a_cancelled_load_never_answers_and_leaves_no_file(make: Make, tmp_path: Path) -> None:
     loader = make(max_workers=1)
     pid = stop(loader)
-    running, queued = loader.start(adapter(tmp_path / "a")), loader.start(adapter(tmp_path / "b"))
-    loader.cancel(running)
-    loader.cancel(queued)
-    loader.cancel(999)
+    loads = AdapterLoads(loader, failure_ttl_s=10.0)
+    for name in ("running", "queued", "last"):
+        loads.begin(adapter(tmp_path / name))
+    assert [source[1] for name in ("running", "queued") for source in loads.cancel(name)] == [
+        str(tmp_path / "running"),
+        str(tmp_path / "queued"),
+    ]
     os.kill(pid, signal.SIGCONT)
-    last = loader.start(adapter(tmp_path / "c"))
-    assert set(collect(loader, 1)) == {last}
+
+    def next_response() -> tuple[AdapterRef, LoadResponse] | None:
+        loads.poll(0.0, paused=False)
+        return loads.next_response()
+
+    ended, response = until(next_response, "a load")
+    assert ended.name == "last" and response.image_path is not None
     (folder,) = (tmp_path / "staging").iterdir()
-    assert [path.name.partition("-")[0] for path in folder.iterdir()] == [str(last)]
+    assert [str(path) for path in folder.iterdir()] == [response.image_path]
+    Path(response.image_path).unlink()
 
 
 def test_a_worker_that_cannot_start_is_reported_with_its_output(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
@@ -333,8 +344,9 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from lora_bases import llama_sites
 from truffula.lora.loading import LoadingWorker
+from truffula.lora.worker import Setup
 from truffula.types import AdapterRef
-loader = LoadingWorker(llama_sites(), model="x", staging_roots=[Path({str(tmp_path)!r})])
+loader = LoadingWorker(Setup(sites=llama_sites(), model="x"), staging_roots=[Path({str(tmp_path)!r})])
 loader.start(AdapterRef(name="a", locator={str(tmp_path / "a")!r}))
 while {loads} and not loader.poll():
     time.sleep(0.002)
@@ -374,7 +386,7 @@ def test_staging_folders_of_ended_engines_are_removed_and_others_are_not(make: M
 
 def test_inline_loading_gives_the_same_image(make: Make, tmp_path: Path) -> None:
     loader = make()
-    inline = InlineLoader(llama_sites(), model="tiny-base", staging_roots=[tmp_path / "staging"])
+    inline = InlineLoader(Setup(sites=llama_sites(), model="tiny-base"), staging_roots=[tmp_path / "staging"])
     inline.start(adapter(tmp_path / "a"))
     inline.cancel(inline.start(adapter(tmp_path / "a")))
     loader.start(ref(tmp_path / "a"))
@@ -389,7 +401,7 @@ def test_a_folder_that_changes_while_it_is_read_is_not_served(tmp_path: Path) ->
     """The bytes that are hashed, validated and copied must be the same."""
     request = LoadRequest(ticket=1, ref=adapter(tmp_path / "a", seed=1))
     staging = Staging([tmp_path])
-    setup = Setup(sites=list(llama_sites()), model="x", limits=LoadLimits())
+    setup = Setup(sites=llama_sites(), model="x")
     result = load(request, setup, staging.folders, on_files=lambda nbytes: adapter(tmp_path / "a", seed=2) and None)
     assert result.error is not None and result.error.code == AdapterLoadError.code and "changed" in result.error.message
     assert list(staging.folders[0].iterdir()) == []
@@ -439,7 +451,7 @@ def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path
         found = directory.resolve(name)
         assert found is not None
         loader.start(found)
-    assert {result.generation for result in collect(loader, 2).values()} == {
+    assert {result.image.generation for result in collect(loader, 2).values() if result.image} == {
         validate(tmp_path / "served/v1").generation
     }
 
@@ -450,11 +462,11 @@ def test_a_link_inside_the_adapter_folder_is_followed(make: Make, tmp_path: Path
 def test_an_adapter_in_the_hubs_cache_is_served_offline(make: Make, tmp_path: Path) -> None:
     write_tiny_adapter(tmp_path / "a", llama_sites())
     cached(tmp_path / "cache", "org/pirate", tmp_path / "a")
-    loader = make(offline=True, cache_dir=tmp_path / "cache")
+    loader = make(offline=True, cache_dir=str(tmp_path / "cache"))
     good = loader.start(AdapterRef(name="org/pirate", kind="hub", locator="org/pirate"))
     lacking = loader.start(AdapterRef(name="org/other", kind="hub", locator="org/other"))
     results = collect(loader, 2)
-    assert results[good].error is None and results[good].generation == validate(tmp_path / "a").generation
+    assert results[good].image is not None and results[good].image.generation == validate(tmp_path / "a").generation
     assert results[good].commit == "0" * 40
     error = results[lacking].error
     assert error is not None and "offline" in error.message and str(tmp_path) not in error.message

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -61,6 +62,13 @@ def alone(tiny_model: Path) -> dict[str, Answer]:
 def scores(answer: Answer) -> np.ndarray:
     prompt = [entry[0] for entry in answer.prompt_logprobs or [] if entry is not None]
     return np.array([*answer.logprobs, *prompt])
+
+
+@pytest.mark.parametrize("field", ["salt", "request_id"])
+def test_text_that_cannot_cross_to_a_process_is_refused_before_any_transport(field: str):
+    with pytest.raises(InvalidRequest, match=f"^{field} contains a lone surrogate") as caught:
+        msgspec.structs.replace(ask("salted", [3, 4, 5]), **{field: "a\ud800"})
+    assert caught.value.param == field
 
 
 def test_the_same_requests_give_the_same_events(client: EngineClient, alone: dict[str, Answer]):

@@ -61,11 +61,11 @@ def _resolve(source: str) -> Source:
 
 def _is_adapter(path: Path) -> bool:
     """Whether ``path`` is an adapter, complete or not."""
-    from truffula.lora.foreign import looks_like_adapter, subfolders_with_adapters
+    from truffula.lora.foreign import meant_as_adapter
 
     if not path.is_dir() or (path / "config.json").is_file():
         return (path / "adapter_config.json").is_file()
-    return looks_like_adapter({file.name for file in path.iterdir()}) or bool(subfolders_with_adapters(path))
+    return meant_as_adapter(path)
 
 
 def _model(path: Path, *, rounded: bool, as_json: bool) -> None:

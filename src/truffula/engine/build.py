@@ -29,7 +29,7 @@ from truffula.lora.generations import OWNER
 from truffula.lora.loading import LoadingWorker
 from truffula.lora.pool import AdapterPool
 from truffula.lora.tables import base_tables
-from truffula.lora.worker import LoadLimits
+from truffula.lora.worker import LoadLimits, Setup
 from truffula.model.load import ModelPlan, WeightReader, plan_model
 from truffula.option import format_size
 from truffula.types import EngineInfo, Progress
@@ -203,11 +203,11 @@ def _assemble(
     with ExitStack() as undo:
         watch = FileWatch(checkpoint.files)
         undo.callback(watch.close)
-        loader = LoadingWorker(
-            plan.interface.sites,
+        setup = Setup(
+            sites=plan.interface.sites,
             model=config.model,
             layout=executable.layout,
-            tables=base_tables(plan.program, checkpoint),
+            tables=base_tables(plan.tables, checkpoint),
             limits=LoadLimits(
                 image_bytes=budget.limit_of(OWNER),
                 file_bytes=config.max_adapter_file_bytes,
@@ -217,8 +217,9 @@ def _assemble(
                 download_s=config.adapter_download_timeout_s,
             ),
             offline=config.offline,
-            cache_dir=config.cache_dir,
+            cache_dir=None if config.cache_dir is None else str(config.cache_dir),
         )
+        loader = LoadingWorker(setup)
         undo.callback(loader.close)
         adapters = AdapterPool(executable, loader, budget, time.monotonic, failure_ttl_s=config.adapter_failure_ttl_s)
         engine = Engine(executable, settings.limits, adapters, budget, watch=watch)

@@ -14,20 +14,33 @@ MLX = (
     "lora_alpha = scale * rank. docs/adapters.md has a script that converts an MLX folder."
 )
 _PAIR_FILES = (CONFIG, TENSORS)
+_ADAPTER_FILES = ("adapter_model", "adapters.safetensors")
 _GGUF = (
     "LoRA adapters in GGUF are not served: give the PEFT folder that it was converted from, with "
     f"{CONFIG} and {TENSORS}."
 )
 
-# A component of a tensor's name → what adds it, and how the adapter is saved without it.
+# What wrappers add to a tensor's name → the wrapper, and how the adapter is saved without it.
 _WRAPPERS = {
-    "_orig_mod": ("torch.compile", "model._orig_mod.save_pretrained(FOLDER)"),
-    "module": ("DistributedDataParallel, DataParallel or DeepSpeed", "model.module.save_pretrained(FOLDER)"),
-    "_fsdp_wrapped_module": ("FSDP", "with a FULL_STATE_DICT, from accelerator.get_state_dict"),
-    "_checkpoint_wrapped_module": ("activation checkpointing (checkpoint_wrapper)", "with the unwrapped model"),
-    "_forward_module": ("Lightning Fabric", "fabric_model.module.save_pretrained(FOLDER)"),
+    r"\b_orig_mod\.": ("a wrapper of torch.compile", "model._orig_mod.save_pretrained(FOLDER)"),
+    r"\bmodule\.": (
+        "a wrapper of DistributedDataParallel, DataParallel or DeepSpeed",
+        "model.module.save_pretrained(FOLDER)",
+    ),
+    r"\b_fsdp_wrapped_module\.": (
+        "a wrapper of FSDP",
+        "with a FULL_STATE_DICT, from accelerator.get_state_dict",
+    ),
+    r"\b_checkpoint_wrapped_module\.": (
+        "a wrapper of activation checkpointing (checkpoint_wrapper)",
+        "with the unwrapped model",
+    ),
+    r"\b_forward_module\.": ("a wrapper of Lightning Fabric", "fabric_model.module.save_pretrained(FOLDER)"),
+    r"\bbase_model\.model\.(?=base_model\.model\.)": (
+        "a PEFT model that was wrapped by PEFT twice",
+        "get_peft_model once, on the plain model",
+    ),
 }
-_PEFT_TWICE = "base_model.model.base_model.model."
 _SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors\Z")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".7z", ".rar", ".gz")
@@ -44,26 +57,20 @@ def _rewrite(tensors: str, module: str = "glob") -> str:
 
 def refuse_wrapped(keys: Sequence[str]) -> None:
     """Raises ``AdapterError`` when tensor names hold what a training wrapper adds, with the command that removes it."""
-    words = {key: _WRAPPERS.keys() & key.partition(".lora_")[0].split(".") for key in keys}
-    found = set().union(*words.values())
-    twice = [key for key in keys if _PEFT_TWICE in key]
-    if not found and not twice:
+    paths = {key: key.partition(".lora_")[0] + "." for key in keys}
+    found = [pattern for pattern in _WRAPPERS if any(re.search(pattern, path) for path in paths.values())]
+    if not found:
         return
-    carrying = [key for key in keys if words[key]] or twice
-    added = [f"'{word}.'" for word in sorted(found)] + [f"'{_PEFT_TWICE}'"] * bool(twice)
-    wrappers = [f"a wrapper of {_WRAPPERS[word][0]}" for word in sorted(found)]
-    wrappers += ["a PEFT model that was wrapped by PEFT twice"] * bool(twice)
-    ways = [_WRAPPERS[word][1] for word in sorted(found)] + ["get_peft_model once, on the plain model"] * bool(twice)
-    path = f"'.'.join(p for p in k.split('.') if p not in {sorted(found)})" if found else "k"
-    path += f".replace('{_PEFT_TWICE}', 'base_model.model.')" if twice else ""
-    command = _rewrite(f"{{{path}: v for k, v in s.load_file('{TENSORS}').items()}}")
+    pattern = "|".join(found)
+    carrying = [key for key, path in paths.items() if re.search(pattern, path)]
+    wrappers = " and ".join(_WRAPPERS[each][0] for each in found)
+    ways = "; ".join(_WRAPPERS[each][1] for each in found)
+    command = _rewrite(f"{{re.sub(r'{pattern}', '', k): v for k, v in s.load_file('{TENSORS}').items()}}", "re")
     raise AdapterError(
-        f"{len(carrying)} of {len(keys)} tensor names contain {' and '.join(added)}: the adapter was written from "
-        f"inside {' and '.join(wrappers)} ({min(carrying)[:200]}). The tensors are usable, but PEFT does not find them "
-        f"under these names either. Save the adapter again ({'; '.join(ways)}), or rename them, in the adapter's "
-        f"folder: {command}",
+        f"{len(carrying)} of {len(keys)} tensor names were written from inside {wrappers} ({min(carrying)[:200]}). The "
+        f"tensors are usable, but PEFT does not find them under these names either. Save the adapter again ({ways}), "
+        f"or rename them, in the adapter's folder: {command}",
         param=min(carrying),
-        recognised="wrapper",
     )
 
 
@@ -89,9 +96,10 @@ def describe_names(names: Collection[str], adapters_inside: Iterable[str] = ()) 
     return _seems(names, latest_first(adapters_inside)) or _lacks(names), missing_file
 
 
-def looks_like_adapter(names: Collection[str]) -> bool:
-    """Whether a folder with these names was meant as an adapter, complete or not."""
-    return any(name == CONFIG or name.startswith(("adapter_model", "adapters.safetensors")) for name in names)
+def meant_as_adapter(folder: Path) -> bool:
+    """Whether a folder was meant as an adapter, complete or not, or contains some. Raises ``OSError``."""
+    named = any(path.name == CONFIG or path.name.startswith(_ADAPTER_FILES) for path in folder.iterdir())
+    return named or bool(subfolders_with_adapters(folder))
 
 
 def _seems(names: Collection[str], inside: list[str]) -> str | None:
@@ -135,40 +143,29 @@ def _seems(names: Collection[str], inside: list[str]) -> str | None:
 
 
 def _lacks(names: Collection[str]) -> str:
-    if not names:
-        return f"The folder is empty: an adapter is a folder with {CONFIG} and {TENSORS}."
     if TENSORS in names:
-        return (
-            f"There is {TENSORS} but no {CONFIG}, which defines the adapter's rank and scale. Copy it from where the "
-            "adapter was trained; PEFT's save_pretrained writes both."
-        )
-    if CONFIG in names:
-        return (
-            f"There is {CONFIG} but no {TENSORS} beside it: the adapter's weights are missing. PEFT's save_pretrained "
-            "writes both."
-        )
-    return (
-        f"There is no {CONFIG} in the folder: an adapter is a folder with {CONFIG} and {TENSORS}, as PEFT's "
-        "save_pretrained writes them."
-    )
+        what = f"There is {TENSORS} but no {CONFIG}, which defines the adapter's rank and scale"
+    elif CONFIG in names:
+        what = f"There is {CONFIG} but no {TENSORS} beside it: the adapter's weights are missing"
+    else:
+        what = f"There is no {CONFIG} in the folder" if names else "The folder is empty"
+    return f"{what}. An adapter is a folder with {CONFIG} and {TENSORS}, as PEFT's save_pretrained writes them."
 
 
 def describe_file(path: Path) -> str:
     """Why a file is not an adapter, and what to give instead."""
     name = path.name
-    folder = "the folder that holds it" if str(path.parent) in ("", ".") else str(path.parent)
+    if name in _PAIR_FILES:
+        folder = "the folder that holds it" if str(path.parent) in ("", ".") else str(path.parent)
+        return f"{path} is a file of an adapter. Give its folder: {folder}."
     if name.endswith(".gguf"):
         return f"{path} is a GGUF file. {_GGUF}"
+    what = "a file"
     if name.endswith(_ARCHIVES):
-        return f"{path} is an archive. Unpack it and give the folder with {CONFIG} and {TENSORS}."
-    if name in _PAIR_FILES:
-        return f"{path} is a file of an adapter. Give its folder: {folder}."
-    if name.endswith(_PICKLES):
-        return (
-            f"{path} is a pickle, which can run code when it is read; it is never read. Give a PEFT folder with "
-            f"{CONFIG} and {TENSORS} (save_pretrained writes safetensors)."
-        )
-    return f"{path} is a file; an adapter is a folder with {CONFIG} and {TENSORS}."
+        what = "an archive. Unpack it"
+    elif name.endswith(_PICKLES):
+        what = "a pickle, which can run code when it is read; it is never read. Save the adapter as safetensors"
+    return f"{path} is {what}. Give the adapter's folder, with {CONFIG} and {TENSORS}."
 
 
 def close_path(path: Path) -> str:

@@ -9,21 +9,24 @@ the executable sees the image; a mapped image without a slot is not charged.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from truffula.errors import AdapterLoadError, ErrorInfo, InsufficientMemory, TruffulaError
+from truffula.errors import AdapterLoadError, ErrorInfo, TruffulaError
 from truffula.kernels.backend import AdapterImage, Executable
-from truffula.lora.loads import AdapterSource
+from truffula.lora.image import check_size, map_image
+from truffula.lora.loads import AdapterSource, unlink_image
+from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterState
 
 OWNER = "adapters"
 NO_SLOT = -1
 
-Account = Literal["mapped", "idle", "in use"]
-"""Where a generation's bytes are counted: without a slot, in a slot and evictable, in a slot and not evictable."""
+Account = Literal["mapped", "uploading", "in use", "idle"]
+"""Where a generation is counted: without a slot; in a slot that is being filled, is leased or pinned, or evictable."""
 
 
 class Budget(Protocol):
@@ -63,29 +66,36 @@ class Generation:
     sources: set[AdapterSource] = field(default_factory=set)  # that have these bytes now; none: it is retired
     names: list[str] = field(default_factory=list)  # by which a retired one was last known
     slot: int | None = None
-    uploaded: bool = False
+    resident: bool = False  # in its slot, and uploaded
     leases: int = 0
     resident_leases: int = 0  # of ``leases``
     pinned: bool = False
     commit: str = ""
-    account: Account | None = None
+    counted: Account | None = None
 
     @property
     def id(self) -> str:
         return self.image.generation
 
     @property
-    def resident(self) -> bool:
-        return self.slot is not None and self.uploaded
+    def account(self) -> Account:
+        if self.slot is None:
+            return "mapped"
+        if not self.resident:
+            return "uploading"
+        return "in use" if self.resident_leases or self.pinned else "idle"
+
+    def nbytes_in(self, account: Account) -> int:
+        """What an account counts for it: its image is outside the budget while it has no slot."""
+        return self.image.nbytes if account == "mapped" else self.nbytes
 
     def state(self, name: str) -> AdapterState:
         """Its row under one of its names."""
-        status: Literal["ready", "uploading", "resident"]
-        status = "ready" if self.slot is None else "resident" if self.uploaded else "uploading"
+        loaded: Literal["ready", "uploading"] = "ready" if self.slot is None else "uploading"
         return AdapterState(
             name=name,
             generation=self.id,
-            status=status if self.sources else "retired",
+            status="retired" if not self.sources else "resident" if self.resident else loaded,
             nbytes=self.nbytes,
             rank=self.image.rank,
             commit=self.commit,
@@ -101,27 +111,47 @@ class Generations:
         self._executable = executable
         self._budget = budget
         self._entries: dict[str, Generation] = {}
-        self._mapped: dict[str, Generation] = {}  # without a slot
-        self._idle: OrderedDict[str, Generation] = OrderedDict()  # may be evicted, least recently used first
-        self._uploading: dict[str, Generation] = {}
+        self._by_account: dict[Account, dict[str, Generation]] = defaultdict(dict)  # least recently used first
         self._bytes: Counter[Account] = Counter()
+        self.pins: set[AdapterSource] = set()  # whose generation stays resident
         self._stamp = 0.0
 
     def get(self, generation: str) -> Generation | None:
         return self._entries.get(generation)
 
     def __getitem__(self, generation: str) -> Generation:
-        return self._entries[generation]
+        """Raises ``AdapterLoadError`` when it is not mapped."""
+        entry = self._entries.get(generation)
+        if entry is None:
+            raise AdapterLoadError(
+                f"Adapter generation {generation[:12]} is no longer loaded; send the request again.",
+                generation=generation,
+            )
+        return entry
 
     def __iter__(self) -> Iterator[Generation]:
         return iter(list(self._entries.values()))
 
     # Residency
 
-    def add(self, image: AdapterImage, now: float) -> Generation:
-        """A newly mapped image, without a slot."""
-        entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
-        self._entries[image.generation] = entry
+    def add(self, response: LoadResponse, now: float) -> Generation:
+        """The generation that was loaded: newly mapped, without a slot, unless one of equal bytes is mapped.
+
+        The file is unlinked in any case. Raises the error that ended the load, or ``AdapterLoadError``.
+        """
+        header, path = response.image, response.image_path
+        if header is None or path is None:
+            raise TruffulaError.from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
+        try:
+            entry = self._entries.get(header.generation)
+            if entry is None:
+                image = map_image(Path(path), header)
+                entry = Generation(image, image.nbytes + self._executable.adapter_bytes(image), now)
+                self._entries[entry.id] = entry
+        except OSError as error:
+            raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
+        finally:
+            unlink_image(response)
         self.touch(entry, now)
         return entry
 
@@ -132,13 +162,7 @@ class Generations:
         ``AdapterLoadError`` where it is not a ``TruffulaError``.
         """
         limit = self._budget.limit_of(OWNER)
-        if entry.nbytes > limit:
-            raise InsufficientMemory(
-                f"The adapter takes {entry.nbytes} bytes and adapters may use {limit}. "
-                "Give the server more memory (--memory, --adapter-memory).",
-                requested_bytes=entry.nbytes,
-                limit_bytes=limit,
-            )
+        check_size(entry.nbytes, limit)
         if self.leased_bytes + entry.nbytes > limit or not self._budget.reserve(OWNER, entry.nbytes):
             return False
         try:
@@ -149,54 +173,48 @@ class Generations:
         except (MemoryError, RuntimeError, ValueError) as error:  # a backend that is out of memory
             self._budget.release(OWNER, entry.nbytes)
             raise AdapterLoadError(f"The backend cannot take the adapter: {error}.") from error
-        self._uploading[entry.id] = entry
+        self.touch(entry, entry.used_at)
         self.check_uploads()
         return True
 
     def check_uploads(self) -> list[Generation]:
         """Mark the generations whose upload has finished, and return them."""
-        entries = list(self._uploading.values())
-        for entry in entries:
-            assert entry.slot is not None
-            entry.uploaded = self._executable.adapter_ready(entry.slot)
-            if entry.uploaded:
-                del self._uploading[entry.id]
+        entries = list(self._by_account["uploading"].values())
+        ready = [entry for entry in entries if entry.slot is not None and self._executable.adapter_ready(entry.slot)]
+        for entry in ready:
+            entry.resident = True
             self.touch(entry, entry.used_at)
-        return [entry for entry in entries if entry.uploaded]
+        return ready
 
     def evict(self, entry: Generation) -> None:
         """Release its slot and bytes; the image stays mapped."""
         if entry.slot is not None:
             self._executable.drop_adapter(entry.slot)
             entry.slot = None
-            entry.uploaded = False
-            self._uploading.pop(entry.id, None)
+            entry.resident = False
             self._budget.release(OWNER, entry.nbytes)
             self.touch(entry, entry.used_at)
 
     def drop(self, entry: Generation) -> None:
         """Evict and unmap it."""
         self.evict(entry)
-        self._set_account(entry, None)
+        self._count(entry, None)
         del self._entries[entry.id]
 
     def touch(self, entry: Generation, now: float) -> None:
         """Record a use or a change of state, and count its bytes accordingly. Stamps never decrease."""
         entry.used_at = self._stamp = max(self._stamp, now)
-        idle = entry.uploaded and not entry.resident_leases and not entry.pinned
-        self._set_account(entry, "mapped" if entry.slot is None else "idle" if idle else "in use")
+        entry.pinned = not self.pins.isdisjoint(entry.sources)
+        self._count(entry, entry.account)
 
-    def _set_account(self, entry: Generation, account: Account | None) -> None:
-        for counted, sign in ((entry.account, -1), (account, 1)):
-            if counted is not None:
-                self._bytes[counted] += sign * (entry.image.nbytes if counted == "mapped" else entry.nbytes)
-        entry.account = account
-        self._mapped.pop(entry.id, None)
-        self._idle.pop(entry.id, None)
-        if account == "mapped":
-            self._mapped[entry.id] = entry
-        elif account == "idle":
-            self._idle[entry.id] = entry
+    def _count(self, entry: Generation, account: Account | None) -> None:
+        if entry.counted is not None:
+            del self._by_account[entry.counted][entry.id]
+            self._bytes[entry.counted] -= entry.nbytes_in(entry.counted)
+        entry.counted = account
+        if account is not None:
+            self._by_account[account][entry.id] = entry
+            self._bytes[account] += entry.nbytes_in(account)
 
     # Leases
 
@@ -222,15 +240,15 @@ class Generations:
 
     def oldest(self) -> Generation | None:
         """The idle generation that was not used for longest."""
-        return next(iter(self._idle.values()), None)
+        return next(iter(self._by_account["idle"].values()), None)
 
     def mapped(self) -> list[Generation]:
         """Those without a slot."""
-        return list(self._mapped.values())
+        return list(self._by_account["mapped"].values())
 
     @property
     def uploading(self) -> bool:
-        return bool(self._uploading)
+        return bool(self._by_account["uploading"])
 
     @property
     def mapped_bytes(self) -> int:
@@ -240,32 +258,30 @@ class Generations:
     @property
     def leased_bytes(self) -> int:
         """Charged bytes that no eviction can free: of leased, pinned and uploading generations."""
-        return self._bytes["in use"]
+        return self._bytes["in use"] + self._bytes["uploading"]
 
     @property
     def resident_bytes(self) -> int:
         """What the budget is charged."""
-        return self._bytes["in use"] + self._bytes["idle"]
+        return self.leased_bytes + self._bytes["idle"]
 
     @property
     def resident(self) -> int:
         """Generations with a slot."""
-        return len(self._entries) - len(self._mapped)
+        return len(self._entries) - len(self._by_account["mapped"])
 
     def check(self) -> None:
         """Raise AssertionError when a total, an index or a lease count is wrong."""
         entries = self._entries.values()
         slots = [entry.slot for entry in entries if entry.slot is not None]
         assert len(slots) == len(set(slots)) == self.resident, "two generations in one slot"
-        assert self._mapped.keys() == {e.id for e in entries if e.slot is None}, "the mapped ones are wrong"
-        assert self._uploading.keys() == {e.id for e in entries if e.slot is not None and not e.uploaded}
-        idle = {e.id for e in entries if e.uploaded and not e.resident_leases and not e.pinned}
-        assert self._idle.keys() == idle, "the idle list is wrong"
-        stamps = [entry.used_at for entry in self._idle.values()]
+        for account, counted in self._by_account.items():
+            assert counted.keys() == {entry.id for entry in entries if entry.account == account}, f"{account} is wrong"
+            assert self._bytes[account] == sum(entry.nbytes_in(account) for entry in counted.values())
+        stamps = [entry.used_at for entry in self._by_account["idle"].values()]
         assert stamps == sorted(stamps), "the idle list is out of order"
-        assert self._budget.used(OWNER) == self.resident_bytes == sum(e.nbytes for e in entries if e.slot is not None)
-        assert self.mapped_bytes == sum(e.image.nbytes for e in entries if e.slot is None)
-        assert self.leased_bytes == self.resident_bytes - sum(self._entries[i].nbytes for i in idle)
+        assert self._budget.used(OWNER) == self.resident_bytes
         for entry in entries:
+            assert entry.pinned == (not self.pins.isdisjoint(entry.sources)), "a wrong pin"
             assert entry.leases >= entry.resident_leases >= 0, "a lease was released twice"
             assert not entry.resident_leases or entry.resident, "a resident lease without a slot"

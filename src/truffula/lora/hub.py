@@ -15,7 +15,9 @@ from truffula.lora.paths import CONFIG, TENSORS
 from truffula.weights.hub import HubError, explain
 
 
-def download(repo: str, revision: str | None, *, cache_dir: Path | None, offline: bool, max_file_bytes: int) -> Path:
+def download(
+    repo: str, revision: str | None, *, cache_dir: Path | str | None, offline: bool, max_file_bytes: int
+) -> Path:
     """Download one adapter's files into the cache; returns their folder (a snapshot: its files are links to blobs).
 
     The files that are checked and those that are downloaded are of one commit. The small files that

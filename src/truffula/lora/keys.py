@@ -15,12 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from truffula.errors import AdapterError
-from truffula.lora.fields import MERGE
+from truffula.lora.fields import FIELDS
 from truffula.lora.foreign import MLX, refuse_wrapped
 from truffula.lora.roots import other_part
 
 PREFIX = "base_model.model."
-MAX_KEYS = 200_000
 MAX_KEY_CHARS = 4096
 SHOWN = 10
 
@@ -31,49 +30,30 @@ _HALF = re.compile(
 _TRAINING = re.compile(r".+\.lora_(velora_embed|monteclora_sampler\b.*)(\..+)?\Z")
 _TABLE_COPY = re.compile(r"(?P<module>(.+\.)?(embed_tokens|lm_head|wte|embed_in))\.base_layer\.weight\Z")
 
-# Ending → the field of adapter_config.json that writes it, what it is, and the way out.
-_UNSERVED = (
-    (
-        r"\.lora_magnitude_vector(\..+)?$",
-        "use_dora",
-        "DoRA's magnitude vectors",
-        f"Train with use_dora=false, or {MERGE}.",
-    ),
-    (r"\.lora_B(\.[^.]+)?\.bias$", "lora_bias", "a bias on B", f"Train with lora_bias=false, or {MERGE}."),
-    (r"\.lora_diag(\..+)?$", "kasa_config", "KaSA's diagonal", f"Train plain LoRA, or {MERGE}."),
-    (r"\.(base_layer\.)?bias$", "bias", "a trained bias", f"Train with bias='none', or {MERGE}."),
-    (
-        r"\.token_adapter\.trainable_tokens_delta$",
-        "trainable_token_indices",
-        "a set of trained token embeddings",
-        "Train without trainable_token_indices.",
-    ),
-    (
-        r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$",
-        "target_parameters",
-        "LoRA on fused experts",
-        "Name modules in target_modules instead.",
-    ),
-    (
-        r"\.modules_to_save\.",
-        "modules_to_save",
-        "a fully trained module",
-        "Train without modules_to_save; name linear layers in target_modules instead.",
-    ),
-)
-_FOREIGN = (
-    (r"(^|\.)lora_(unet|te\d?|transformer)_", "a kohya or diffusers adapter (of an image model)", ""),
-    (r"\.lora_(down|up)\.weight$|\.alpha$", "a kohya-style adapter (lora_down, lora_up, alpha)", ""),
-    (r"\.lora_[ab](\.weight)?$", "an adapter of another trainer (lora_a, lora_b), such as MLX or torchtune", f" {MLX}"),
-    (r"\.lora\.(down|up)\.weight$|\.processor\.", "a diffusers adapter (of an image model)", ""),
-    (r"\.lora_E$|\.lora_[AB]$", "AdaLoRA", ""),
-    (r"vera_(lambda|A|B)", "VeRA", ""),
-    (r"\.hada_w\d", "LoHa", ""),
-    (r"\.lokr_w\d", "LoKr", ""),
-    (r"\.ia3_l", "IA3", ""),
-    (r"\.(oft|boft)_", "OFT or BOFT", ""),
-    (r"^prompt_embeddings", "prompt or prefix tuning", ""),
-)
+# Pattern → the field of adapter_config.json that writes such tensors.
+_UNSERVED = {
+    r"\.lora_magnitude_vector(\..+)?$": "use_dora",
+    r"\.lora_B(\.[^.]+)?\.bias$": "lora_bias",
+    r"\.lora_diag(\..+)?$": "kasa_config",
+    r"\.(base_layer\.)?bias$": "bias",
+    r"\.token_adapter\.trainable_tokens_delta$": "trainable_token_indices",
+    r"\.experts(\.base_layer)?\.lora_[AB](\.[^.]+)?\.weight$": "target_parameters",
+    r"\.modules_to_save\.": "modules_to_save",
+}
+# Pattern → what has such tensors, in other formats and methods.
+_FOREIGN = {
+    r"(^|\.)lora_(unet|te\d?|transformer)_": "a kohya or diffusers adapter (of an image model)",
+    r"\.lora_(down|up)\.weight$|\.alpha$": "a kohya-style adapter (lora_down, lora_up, alpha)",
+    r"\.lora_[ab](\.weight)?$": f"an adapter of another trainer, such as MLX or torchtune (lora_a, lora_b). {MLX}",
+    r"\.lora\.(down|up)\.weight$|\.processor\.": "a diffusers adapter (of an image model)",
+    r"\.lora_E$|\.lora_[AB]$": "AdaLoRA",
+    r"vera_(lambda|A|B)": "VeRA",
+    r"\.hada_w\d": "LoHa",
+    r"\.lokr_w\d": "LoKr",
+    r"\.ia3_l": "IA3",
+    r"\.(oft|boft)_": "OFT or BOFT",
+    r"^prompt_embeddings": "prompt or prefix tuning",
+}
 _BASE_COPY = re.compile(r"(?P<module>[^.]+)\.base_layer\.weight$")
 _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weight")
 
@@ -81,15 +61,15 @@ _TABLES = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "embed_in.weig
 @dataclass
 class KeyPlan:
     """Every key accounted for: ``a`` and ``b`` by module path, ``embeddings`` the modules whose halves are of a table,
-    ``copies`` of base tables by module path, ``unused`` those without effect when generating, ``left_out`` those of
-    image and audio parts, which text does not pass through."""
+    ``copies`` of base tables by module path, ``unused`` those without effect when generating, ``left_out`` one by
+    module of image and audio parts, which text does not pass through."""
 
     a: dict[str, str] = field(default_factory=dict)
     b: dict[str, str] = field(default_factory=dict)
     embeddings: set[str] = field(default_factory=set)
     copies: dict[str, str] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def listed(names: Iterable[str]) -> str:
@@ -99,15 +79,14 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(name if len(name) <= 160 else name[:157] + "..." for name in every[:SHOWN]) + more
 
 
-def module_of(key: str) -> str:
+def _module_of(key: str) -> str:
     """The module path of any adapter key."""
     return re.split(r"\.(?:lora_|base_layer\.|weight$|bias$)", key.removeprefix(PREFIX), maxsplit=1)[0]
 
 
 def left_out_words(plan: KeyPlan) -> str:
     """The parts that ``left_out`` keys belong to, with their numbers of modules: ``54 modules of vision_tower``."""
-    modules = {module_of(key) for key in plan.left_out}
-    parts = Counter(other_part(f"{module}.") for module in modules)
+    parts = Counter(other_part(f"{module}.") for module in plan.left_out)
     return ", ".join(f"{count} module{'s' * (count != 1)} of {part}" for part, count in sorted(parts.items(), key=str))
 
 
@@ -118,8 +97,6 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
             "adapter_model.safetensors contains no tensors: the adapter was saved without its weights. Save it again.",
             param="adapter_model.safetensors",
         )
-    if len(keys) > MAX_KEYS:
-        raise AdapterError(f"adapter_model.safetensors contains {len(keys)} tensors; the limit is {MAX_KEYS}.")
     if long := next((key for key in keys if len(key) > MAX_KEY_CHARS), None):
         raise AdapterError(f"A tensor's name has {len(long)} characters: {long[:80]}...", param=long[:80])
     refuse_wrapped(keys)
@@ -129,7 +106,7 @@ def plan_keys(keys: Sequence[str]) -> KeyPlan:
     for key in keys:
         path = key.removeprefix(PREFIX)
         if other_part(path) is not None:
-            plan.left_out.append(key)
+            plan.left_out[_module_of(key)] = key
             continue
         found = _HALF.match(path)
         if found is None or re.search(r"(^|\.)experts(\.base_layer)?\Z", found["module"]):
@@ -177,41 +154,37 @@ def _check_pairs(plan: KeyPlan, infixes: dict[str | None, str]) -> None:
         raise AdapterError(
             f"The adapter adapts only {left_out_words(plan)}. Text does not pass through these, and this server takes "
             "text only, so the adapter would change nothing. Train with the language model's layers in target_modules.",
-            param=min(plan.left_out),
+            param=min(plan.left_out.values()),
         )
 
 
 def _unexpected(keys: list[str], count: int) -> AdapterError:
     """The error for keys that are not halves of pairs, with what they seem to be."""
-    for ending, name, what, way in _UNSERVED:
-        hits = [key for key in keys if re.search(ending, key)]
-        if hits:
-            return AdapterError(
-                f"The file contains {what} ({name}), which is not served yet: {listed(hits)}. {way}",
-                param=name,
-                key=hits[0],
-            )
+    for pattern, name in _UNSERVED.items():
+        if hits := [key for key in keys if re.search(pattern, key)]:
+            return _unserved(name, hits)
     if copies := [key for key in keys if _BASE_COPY.search(key)]:
-        return _base_copies(copies)
-    for ending, what, way in _FOREIGN:
-        hits = [key for key in keys if re.search(ending, key)]
-        if hits:
+        leaves = {found["module"] for key in copies if (found := _BASE_COPY.search(key))}
+        return AdapterError(
+            f"The file contains the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, "
+            f"beside the adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the "
+            "PEFT model's save_pretrained, which leaves them out.",
+            param=min(copies),
+        )
+    for pattern, what in _FOREIGN.items():
+        if hits := [key for key in keys if re.search(pattern, key)]:
             return AdapterError(
-                f"This looks like {what}, not a PEFT LoRA adapter: {listed(hits)}.{way}",
+                f"The tensors {listed(hits)} are not of a PEFT LoRA adapter. They look like {what.rstrip('.')}.",
                 param=min(hits),
-                recognised=what,
             )
     return _whole_weights(keys, count)
 
 
-def _base_copies(copies: list[str]) -> AdapterError:
-    leaves = sorted({found["module"] for key in copies if (found := _BASE_COPY.search(key))})
+def _unserved(field: str, keys: list[str]) -> AdapterError:
+    """The error for tensors of a field that is not served."""
+    note = FIELDS[field].note
     return AdapterError(
-        f"The file contains the base_layer copy of {listed(leaves)}: the base model's own weights, unmerged, beside "
-        f"the adapter ({listed(copies)}). It was written from model.state_dict(). Save the adapter with the PEFT "
-        "model's save_pretrained, which leaves them out.",
-        param=min(copies),
-        recognised="unmerged model",
+        f"The file contains tensors of {field} ({listed(keys)}). {note[0].upper()}{note[1:]}.", param=field, key=keys[0]
     )
 
 
@@ -224,7 +197,6 @@ def _whole_weights(keys: list[str], count: int) -> AdapterError:
             "rename the file to model.safetensors, put the model's config.json and tokenizer beside it, and run "
             "truffula serve FOLDER.",
             param=min(keys),
-            recognised="full model",
         )
     if tables:
         return AdapterError(
@@ -235,12 +207,7 @@ def _whole_weights(keys: list[str], count: int) -> AdapterError:
         )
     weights = [key for key in keys if key.endswith((".weight", ".bias"))]
     if weights and len(keys) < count:
-        return AdapterError(
-            f"The file contains fully trained modules (modules_to_save), which are not served yet: {listed(weights)}. "
-            "Train without modules_to_save; name linear layers in target_modules instead.",
-            param="modules_to_save",
-            key=weights[0],
-        )
+        return _unserved("modules_to_save", weights)
     return AdapterError(
         f"The file contains tensors that no PEFT LoRA adapter has: {listed(keys)}. Save it with PEFT's "
         "save_pretrained.",

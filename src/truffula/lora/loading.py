@@ -19,84 +19,50 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
 from truffula.errors import AdapterLoadError, WireError
 from truffula.frames import Channel, Disconnected
-from truffula.kernels.adapters import STORED, AdapterLayout
-from truffula.kernels.program import Site
 from truffula.lora.staging import Staging
-from truffula.lora.tables import BaseTable
 from truffula.lora.worker import VERSION, LoadLimits, LoadRequest, LoadResponse, Setup
 from truffula.types import AdapterRef
 
 logger = logging.getLogger(__name__)
 
+NICE = 10
+"""Added to the niceness of the workers."""
 IDLE_WORKER_S = 60.0
 STARTUP_S = 60.0
-MAX_DEATHS = 2
-"""Workers that may be killed from outside during one load before it counts as the adapter's failure."""
 _STDERR_BYTES = 4096
-
-
-class AdapterLoader(Protocol):
-    """Loads adapters, in other processes. No call waits: responses come through ``poll``."""
-
-    def start(self, ref: AdapterRef) -> int:
-        """Queue one load; returns its ticket."""
-
-    def poll(self, *, paused: bool = False) -> list[LoadResponse]:
-        """Loads that ended since the last call: each ticket once, cancelled ones never. ``paused``: until the next call
-        no queued load is begun.
-        """
-
-    def poll_fds(self) -> dict[int, int]:
-        """File descriptors and ``select.poll`` events that announce work for ``poll``."""
-
-    def poll_timeout(self) -> float | None:
-        """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
-
-    def cancel(self, ticket: int) -> None:
-        """Forget a load; a running one is ended when that is cheap. Unknown tickets are ignored."""
-
-    def close(self) -> None:
-        """End everything. Idempotent."""
 
 
 class _Worker:
     """One worker process and its socket. ``request`` is its current load."""
 
-    def __init__(self, setup: Setup, nice: int, folders: Sequence[Path]) -> None:
+    def __init__(self, setup: Setup, folders: Sequence[Path]) -> None:
         near, far = socket.socketpair()
-        arguments = [str(far.fileno()), *map(str, folders)]
-        try:
+        with contextlib.ExitStack() as undo, far:
+            undo.callback(near.close)
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "truffula.lora.worker", *arguments],
+                [sys.executable, "-P", "-m", "truffula.lora.worker", str(far.fileno()), *map(str, folders)],
                 pass_fds=(far.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 start_new_session=True,  # the engine handles a terminal's Ctrl-C
             )
-        except BaseException:
-            near.close()
-            raise
-        finally:
-            far.close()
+            undo.pop_all()
         with contextlib.suppress(OSError):  # the process has ended already
-            priority = os.getpriority(os.PRIO_PROCESS, 0)
-            os.setpriority(os.PRIO_PROCESS, self.process.pid, priority + nice)
+            os.setpriority(os.PRIO_PROCESS, self.process.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)
         assert self.process.stderr is not None
         os.set_blocking(self.process.stderr.fileno(), False)
         self._channel = Channel(near, msgspec.msgpack.Decoder(LoadResponse).decode, VERSION)
         self._stderr = bytearray()
         self._eof = False
         self.request: LoadRequest | None = None
-        self.cancelled = False
         self.exhausted = False
         self.deadline = self.idle_since = float("inf")
         self.send(setup)
@@ -163,17 +129,11 @@ class _Worker:
 
 
 class LoadingWorker:
-    """The ``AdapterLoader`` of a serving engine. One thread; no call blocks.
+    """Loads adapters in other processes. One thread; no call blocks: responses come through ``poll``.
 
     Args:
-        sites: The program's; sent to each worker once.
-        model: The base's name, for messages.
-        layout: The executable's layout of adapters; sent to each worker once.
-        tables: Where the base's tables are stored, by kind of site.
-        limits: Of one load.
+        setup: The base, the layout and the limits of all loads; sent to each worker once.
         max_workers: Processes at most.
-        nice: Added to the workers' niceness.
-        offline, cache_dir: For adapters of the Hub.
         staging_roots: Where to make the staging folders; None: in shared memory and the temporary folder.
         clock: Monotonic seconds.
 
@@ -183,52 +143,36 @@ class LoadingWorker:
 
     def __init__(
         self,
-        sites: Sequence[Site],
+        setup: Setup,
         *,
-        model: str,
-        layout: AdapterLayout = STORED,
-        tables: Mapping[str, BaseTable] | None = None,
-        limits: LoadLimits | None = None,
         max_workers: int = 3,
-        nice: int = 10,
-        offline: bool = False,
-        cache_dir: Path | None = None,
         staging_roots: Sequence[Path] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._limits = limits or LoadLimits()
+        self._setup = setup
         self._max_workers = max_workers
-        self._nice = nice
         self._clock = clock
         self._staging_roots = staging_roots
         self._staging: Staging | None = None
-        self._setup = Setup(
-            sites=list(sites),
-            model=model,
-            layout=layout,
-            tables=dict(tables or {}),
-            limits=self._limits,
-            offline=offline,
-            cache_dir=str(cache_dir) if cache_dir is not None else None,
-        )
         self._queue: deque[LoadRequest] = deque()
         self._paused = False
-        self._deaths: dict[int, int] = {}  # by ticket
+        self._retried: set[int] = set()  # tickets of open loads
         self._workers: list[_Worker] = []
         self._ending: list[subprocess.Popen[bytes]] = []
         self._responses: list[LoadResponse] = []
         self._next_ticket = 0
-        self._closed = False
 
     def start(self, ref: AdapterRef) -> int:
+        """Queue one load; returns its ticket."""
         self._next_ticket += 1
         self._queue.append(LoadRequest(ticket=self._next_ticket, ref=ref))
         self._dispatch()
         return self._next_ticket
 
     def poll(self, *, paused: bool = False) -> list[LoadResponse]:
-        if self._closed:
-            return []
+        """Loads that ended since the last call, each ticket once. ``paused``: until the next call no queued load is
+        begun.
+        """
         self._paused = paused
         now = self._clock()
         for worker in list(self._workers):
@@ -239,22 +183,21 @@ class LoadingWorker:
         return responses
 
     def poll_fds(self) -> dict[int, int]:
+        """File descriptors and ``select.poll`` events that announce work for ``poll``."""
         return dict(worker.poll_events() for worker in self._workers if worker.request is not None)
 
     def poll_timeout(self) -> float | None:
+        """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
         return 0.0 if self._responses else None
 
     def cancel(self, ticket: int) -> None:
+        """Remove a load from the queue. One that a worker has begun ends and is reported: a restart would cost more
+        than the rest of a load.
+        """
         self._queue = deque(request for request in self._queue if request.ticket != ticket)
-        self._deaths.pop(ticket, None)
-        for worker in self._workers:
-            if worker.request is not None and worker.request.ticket == ticket:
-                worker.cancelled = True  # it finishes: a restart would cost more than the rest of a load
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        """End everything. Idempotent."""
         self._queue.clear()
         for worker in list(self._workers):
             self._stop(worker)
@@ -287,7 +230,7 @@ class LoadingWorker:
                     self._on_response(worker, response, now)
             code = worker.process.returncode
             killed = code is not None and code < 0 and code != -signal.SIGXCPU
-            self._on_worker_death(worker, worker.describe_exit(self._limits), retry=killed)
+            self._on_worker_death(worker, worker.describe_exit(self._setup.limits), retry=killed)
         elif worker.request is not None and now > worker.deadline:
             self._on_worker_death(worker, f"it took longer than {self._seconds(worker.request):g} s")
         elif worker.request is None and now - worker.idle_since > IDLE_WORKER_S:
@@ -305,11 +248,8 @@ class LoadingWorker:
         worker.request = None
         worker.idle_since = now
         worker.exhausted = response.last
-        self._deaths.pop(request.ticket, None)
-        if worker.cancelled:
-            self._staging.discard(request.ticket)
-        else:
-            self._responses.append(response)
+        self._retried.discard(request.ticket)
+        self._responses.append(response)
 
     def _on_worker_death(self, worker: _Worker, reason: str, *, retry: bool = False) -> None:
         """Remove a worker that died, hangs or breaks the protocol. Its load fails; the others are not affected.
@@ -325,17 +265,17 @@ class LoadingWorker:
             return
         assert self._staging is not None
         self._staging.discard(request.ticket)
-        deaths = self._deaths.pop(request.ticket, 0) + 1
-        retry = retry and deaths < MAX_DEATHS and not worker.cancelled
+        retry = retry and request.ticket not in self._retried
         outcome = "is tried again" if retry else "failed with it"
         logger.error(
             "loading worker %d died: %s; loading adapter %r %s%s",
             worker.process.pid, reason, request.ref.name, outcome, output,
         )  # fmt: skip
         if retry:
-            self._deaths[request.ticket] = deaths
+            self._retried.add(request.ticket)
             self._queue.appendleft(request)
-        elif not worker.cancelled:
+        else:
+            self._retried.discard(request.ticket)
             self._responses.append(_failed(request, reason, stderr))
 
     def _stop(self, worker: _Worker) -> None:
@@ -364,19 +304,19 @@ class LoadingWorker:
                     continue
                 startup_s = STARTUP_S
             worker.request = request
-            worker.cancelled = False
             worker.deadline = self._clock() + startup_s + self._seconds(request)
             worker.send(request)
 
     def _start_worker(self) -> _Worker:
         if self._staging is None:
             self._staging = Staging(self._staging_roots)
-        worker = _Worker(self._setup, self._nice, self._staging.folders)
+        worker = _Worker(self._setup, self._staging.folders)
         self._workers.append(worker)
         return worker
 
     def _seconds(self, request: LoadRequest) -> float:
-        return self._limits.download_s if request.ref.kind == "hub" else self._limits.wall_s
+        limits = self._setup.limits
+        return limits.download_s if request.ref.kind == "hub" else limits.wall_s
 
 
 def _failed(request: LoadRequest, reason: str, stderr: str) -> LoadResponse:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from truffula.errors import ErrorInfo
-from truffula.lora.loading import AdapterLoader
+from truffula.kernels.backend import AdapterImage
+from truffula.lora.loading import LoadingWorker
 from truffula.lora.worker import LoadResponse
 from truffula.types import AdapterRef, AdapterState
 
@@ -33,14 +34,6 @@ def source_state(ref: AdapterRef) -> SourceState:
 
 
 @dataclass(frozen=True)
-class Load:
-    """A load whose image is not mapped yet."""
-
-    ref: AdapterRef
-    ticket: int
-
-
-@dataclass(frozen=True)
 class _Failure:
     name: str
     error: ErrorInfo
@@ -54,10 +47,10 @@ class AdapterLoads:
     ``failed`` also counts adapters that the executable rejected.
     """
 
-    def __init__(self, loader: AdapterLoader, failure_ttl_s: float) -> None:
-        self._loader = loader
+    def __init__(self, loader: LoadingWorker, failure_ttl_s: float) -> None:
+        self.loader = loader
         self._failure_ttl_s = failure_ttl_s
-        self._open: dict[SourceState, Load] = {}
+        self._open: dict[SourceState, tuple[int, AdapterRef]] = {}  # with their tickets
         self._responses: deque[LoadResponse] = deque()
         self._failures: dict[SourceState, _Failure] = {}
         self.completed = 0
@@ -75,18 +68,19 @@ class AdapterLoads:
         """Begin a load unless this state is being loaded already."""
         state = source_state(ref)
         if state not in self._open:
-            self._open[state] = Load(ref, self._loader.start(ref))
+            self._open[state] = self.loader.start(ref), ref
 
     def cancel(self, name: str) -> list[AdapterSource]:
         """Cancel the loads that ``name`` asked for; returns their sources."""
-        states = [state for state, load in self._open.items() if load.ref.name == name]
+        states = [state for state, (_, ref) in self._open.items() if ref.name == name]
         for state in states:
-            self._loader.cancel(self._open.pop(state).ticket)
+            ticket, _ = self._open.pop(state)
+            self.loader.cancel(ticket)
         return [source for source, _ in states]
 
     def poll(self, now: float, *, paused: bool) -> None:
         """Collect the loader's responses and forget expired failures. ``paused``: the loader begins no queued load."""
-        self._responses += self._loader.poll(paused=paused)
+        self._responses += self.loader.poll(paused=paused)
         for state in [state for state, failure in self._failures.items() if now >= failure.expires]:
             del self._failures[state]
 
@@ -94,19 +88,18 @@ class AdapterLoads:
         """Whether ``next_response`` may return one."""
         return bool(self._responses)
 
-    def next_response(self) -> tuple[Load, LoadResponse] | None:
+    def next_response(self) -> tuple[AdapterRef, LoadResponse] | None:
         """The next load that ended, which is no longer open from here on; None when there is none."""
-        open_loads = {load.ticket: load for load in self._open.values()}
         while self._responses:
             response = self._responses.popleft()
-            load = open_loads.get(response.ticket)
-            if load is not None:
-                del self._open[source_state(load.ref)]
-                return load, response
+            for state, (ticket, ref) in self._open.items():
+                if ticket == response.ticket:
+                    del self._open[state]
+                    return ref, response
             unlink_image(response)  # it was cancelled in the meantime
         return None
 
-    def complete(self, ref: AdapterRef, response: LoadResponse) -> None:
+    def complete(self, ref: AdapterRef, response: LoadResponse, image: AdapterImage) -> None:
         """Count and log a load whose image is mapped."""
         self.completed += 1
         known = ref.name in self.completed_by_name or len(self.completed_by_name) < MAX_COUNTED_NAMES
@@ -114,7 +107,7 @@ class AdapterLoads:
         where = f"{ref.locator}@{response.commit}" if response.commit else ref.locator
         logger.info(
             "adapter %r (%s) loaded in %.2f s: rank %d, %d bytes, generation %s",
-            ref.name, where, response.seconds, response.rank, response.nbytes, response.generation[:12],
+            ref.name, where, response.seconds, image.rank, image.nbytes, image.generation[:12],
         )  # fmt: skip
         for warning in response.warnings:
             logger.warning("adapter %r (%s): %s", ref.name, ref.locator, warning)
@@ -139,19 +132,9 @@ class AdapterLoads:
             del self._failures[state]
         return bool(states)
 
-    # Waiting
-
-    def poll_fds(self) -> dict[int, int]:
-        """File descriptors and events (``select.poll``) that announce a response."""
-        return self._loader.poll_fds()
-
-    def poll_timeout(self) -> float | None:
-        """Seconds until there is a response without an event on ``poll_fds``; None: never."""
-        return 0.0 if self._responses else self._loader.poll_timeout()
-
     def states(self) -> list[AdapterState]:
         """One row per open load and per failure."""
-        rows = [AdapterState(name=load.ref.name, status="loading") for load in self._open.values()]
+        rows = [AdapterState(name=ref.name, status="loading") for _, ref in self._open.values()]
         return rows + [AdapterState(name=f.name, status="failed", error=f.error) for f in self._failures.values()]
 
     def close(self) -> None:
@@ -160,7 +143,7 @@ class AdapterLoads:
             unlink_image(response)
         self._responses.clear()
         self._open.clear()
-        self._loader.close()
+        self.loader.close()
 
 
 def unlink_image(response: LoadResponse) -> None:

@@ -18,12 +18,11 @@ from truffula.errors import AdapterError
 from truffula.kernels.program import ModuleSlice, Site
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import LoraSettings, read_settings
-from truffula.lora.keys import KeyPlan, left_out_words, listed, module_of, plan_keys
+from truffula.lora.keys import KeyPlan, left_out_words, listed, plan_keys
 from truffula.lora.paths import OpenFolder
-from truffula.lora.patterns import PatternTable, matching_limit
+from truffula.lora.patterns import PatternTable, Targets, matching_limit
 from truffula.lora.roots import TEXT_ROOTS, root_used, tail_of, text_root_of
 from truffula.lora.tables import FLOATS, BaseTable
-from truffula.lora.targets import Targets
 from truffula.weights.checkpoint import TensorInfo
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -54,11 +53,9 @@ class Pair:
 
 @dataclass
 class ParsedAdapter:
-    """An adapter's pairs, matched with the base from metadata alone. ``root`` is the path of the text model in its
-    names."""
+    """An adapter's pairs, matched with the base from metadata alone."""
 
     settings: LoraSettings
-    root: str
     pairs: list[Pair] = field(default_factory=list)
     copies: dict[str, str] = field(default_factory=dict)  # kind of a base table -> the key of its copy
     warnings: list[str] = field(default_factory=list)
@@ -96,8 +93,13 @@ class Sites:
 
 
 @matching_limit()
-def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: Mapping[str, Any],
-                   all_sites: Sequence[Site], base: BaseFacts) -> ParsedAdapter:  # fmt: skip
+def parse_metadata(
+    folder: OpenFolder,
+    infos: Mapping[str, TensorInfo],
+    config: Mapping[str, Any],
+    all_sites: Sequence[Site],
+    base: BaseFacts,
+) -> ParsedAdapter:
     """Match the tensors ``infos`` and ``config`` of the adapter in ``folder`` with a base's sites.
 
     Raises ``AdapterError`` (``param``: the field or the tensor) where they don't fit each other or the base.
@@ -106,9 +108,9 @@ def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
     plan = plan_keys(list(infos))
     check_values(infos, plan)
     sites = Sites(all_sites, plan.a)
-    parsed = ParsedAdapter(settings, sites.root)
-    ranks = PatternTable(settings.rank_pattern, "rank_pattern")
-    alphas = PatternTable(settings.alpha_pattern, "alpha_pattern")
+    parsed = ParsedAdapter(settings)
+    ranks = PatternTable(settings.rank_pattern or {}, "rank_pattern")
+    alphas = PatternTable(settings.alpha_pattern or {}, "alpha_pattern")
     origin = _origin(config)
     _check_modules(plan, sites, base, origin)
     for module, key in plan.a.items():
@@ -128,7 +130,7 @@ def parse_metadata(folder: OpenFolder, infos: Mapping[str, TensorInfo], config: 
                 f"{name}: {winner!r} and {loser!r} both match {module} with different values; the first in the file "
                 "counts. PEFT sorts patterns when it saves, so training may have used the other."
             )
-        if unused := table.unused(_left_out(plan)):
+        if unused := table.unused(plan.left_out):
             parsed.warnings.append(f"{name}: matches no module of the adapter: {listed(unused)}.")
     if plan.unused:
         parsed.warnings.append(f"Buffers that are used only in training: {listed(plan.unused)}.")
@@ -166,10 +168,6 @@ def check_values(infos: Mapping[str, TensorInfo], plan: KeyPlan) -> None:
             )
 
 
-def _left_out(plan: KeyPlan) -> set[str]:
-    return {module_of(key) for key in plan.left_out}
-
-
 def _origin(config: Mapping[str, Any]) -> str:
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip():
@@ -190,10 +188,8 @@ def _check_modules(plan: KeyPlan, sites: Sites, base: BaseFacts, origin: str) ->
                 "linear layer as lora_A.weight and lora_B.weight. The adapter was made for another base.",
                 param=plan.a[module],
             )
-        edges = [0, *(part.hi for _, part in parts)]
-        if any(part.lo != edge or part.of != parts[0][1].of for (_, part), edge in zip(parts, edges, strict=False)) or (
-            edges[-1] != parts[0][1].of
-        ):
+        starts, ends = [part.lo for _, part in parts], [part.hi for _, part in parts]
+        if [*starts, parts[0][1].of] != [0, *ends]:  # with a gap, or an overlap
             raise AdapterError(f"{module} cannot be adapted as one module in {base.model}.", param=plan.a[module])
 
 
@@ -277,7 +273,7 @@ def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Ke
             key=stray[0],
         )
     fused = sites.fused_leaves & {_leaf(pair.module) for pair in parsed.pairs}
-    if isinstance(parsed.settings.target_modules, tuple):
+    if isinstance(parsed.settings.target_modules, list):
         fused |= sites.fused_leaves & {_leaf(entry) for entry in parsed.settings.target_modules}
     missing = [
         sites.name_of(site, site.modules[0])
@@ -291,7 +287,7 @@ def _cross_check(parsed: ParsedAdapter, targets: Targets, sites: Sites, plan: Ke
             param="target_modules",
             modules=sorted(missing)[:10],
         )
-    if unused := targets.unused_entries(sites.names | _left_out(plan)):
+    if unused := targets.unused_entries(sites.names | plan.left_out.keys()):
         parsed.warnings.append(f"target_modules names no module of the base: {listed(unused)}.")
 
 

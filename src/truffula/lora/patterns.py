@@ -1,8 +1,8 @@
-"""Regular expressions from untrusted files, matched by Python's ``re`` as PEFT does, under a limit of computing time.
+"""Which modules the names and regular expressions of a configuration mean, by PEFT's rules.
 
-An adapter's configuration holds patterns (``target_modules`` as a string, the keys of ``rank_pattern``), and a short
-hostile one can keep a backtracking engine busy for ever. ``re`` handles signals while it matches, so a timer of CPU
-time ends it with an error of that adapter.
+They are matched by Python's ``re`` as PEFT does (``peft.tuners.tuners_utils.check_target_module_exists``), under a
+limit of computing time: the file is not trusted, and a short hostile pattern can keep a backtracking engine busy for
+ever. ``re`` handles signals while it matches, so a timer of CPU time ends it with an error of that adapter.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from types import FrameType
 from typing import Any
 
 from truffula.errors import AdapterError
+from truffula.lora.fields import LoraSettings
 
 MAX_PATTERN_CHARS = 16_384
 MATCHING_CPU_S = 5.0
-"""Of one adapter's patterns together: a thousand modules times a thousand patterns take about one."""
+"""Of one adapter's patterns together: a thousand modules times a thousand patterns take less than one."""
 
-_PLAIN = re.compile(r"[A-Za-z0-9_.\-]*\Z")
+# The first numbered segment, and there must be two names before it, as PEFT has it.
+_FIRST_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+_PLAIN = re.compile(r"[A-Za-z0-9_.]+\Z")
 
 
 @contextlib.contextmanager
@@ -47,54 +50,24 @@ def matching_limit(cpu_s: float = MATCHING_CPU_S) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def compiled(source: str, field: str, before: str = "", after: str = "") -> re.Pattern[str]:
-    """``source`` between ``before`` and ``after``, compiled.
+def compiled(source: str, field: str, template: str = "{}") -> re.Pattern[str]:
+    """``source`` compiled, within ``template``.
 
     Raises:
         AdapterError: It is too long, or not a valid pattern; the error says where, and ``param`` is ``field``.
     """
-    if len(source) > MAX_PATTERN_CHARS:
-        raise _refused(source, field, f"{len(source)} characters; the limit is {MAX_PATTERN_CHARS}")
     try:
+        if len(source) > MAX_PATTERN_CHARS:
+            raise OverflowError(f"{len(source)} characters; the limit is {MAX_PATTERN_CHARS}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # sets that a later Python may interpret differently
-            return re.compile(before + source + after)
-    except re.error as error:
-        raise _refused(
-            source, field, f"not a valid regular expression: {_where(source, len(before), error)}"
+            re.compile(source)  # alone, so that the position in an error is within it
+            return re.compile(template.format(source))
+    except (re.error, OverflowError, RecursionError) as error:
+        shown = source if len(source) <= 80 else source[:77] + "..."
+        raise AdapterError(
+            f"{field}: {shown!r} is not a valid regular expression: {error}.", param=field, pattern=shown
         ) from error
-    except OverflowError as error:
-        raise _refused(source, field, f"not a valid regular expression: {error}") from error
-    except RecursionError as error:
-        raise _refused(source, field, "nested too deeply") from error
-
-
-def _refused(source: str, field: str, reason: str) -> AdapterError:
-    shown = source if len(source) <= 80 else source[:77] + "..."
-    return AdapterError(f"{field}: pattern {shown!r}: {reason}.", param=field, pattern=shown)
-
-
-def _where(source: str, shift: int, error: re.error) -> str:
-    """What is wrong in ``source`` and where; the engine saw ``shift`` more characters in front of it."""
-    try:
-        re.compile(source)
-    except re.error as own:
-        error, shift = own, 0  # its position is within ``source``
-    at = min(max((error.pos or 0) - shift, 0), len(source))
-    return f"{error.msg} at character {at + 1}, {source[at : at + 20]!r}" if source[at:] else f"{error.msg} at its end"
-
-
-class Suffix:
-    """A pattern of ``rank_pattern``/``alpha_pattern`` as PEFT reads it: ``re.match(r"(.*\\.)?(p)$", module)``."""
-
-    def __init__(self, source: str, field: str) -> None:
-        self.source = source
-        self._pattern = compiled(source, field, r"(.*\.)?(", ")$")
-        # Most patterns are plain names: comparing the module's end with their last part is faster.
-        self._end = source.rpartition(".")[2] if _PLAIN.match(source) else ""
-
-    def match(self, module: str) -> bool:
-        return module.endswith(self._end) and self._pattern.match(module) is not None
 
 
 class PatternTable:
@@ -105,24 +78,80 @@ class PatternTable:
     """
 
     def __init__(self, entries: Mapping[str, Any], field: str) -> None:
-        self._rows = [(Suffix(source, field), value) for source, value in entries.items()]
+        self._entries = entries
+        self._patterns = {source: compiled(source, field, r"(.*\.)?({})$") for source in entries}
         self._used: set[str] = set()
         self.conflicts: list[tuple[str, str, str]] = []  # module, the pattern that won, the one that lost
 
     def value(self, module: str, default: Any) -> Any:
         """The value for ``module``, or ``default``."""
-        hits = [(row.source, value) for row, value in self._rows if row.match(module)]
+        hits = [source for source, pattern in self._patterns.items() if pattern.match(module)]
         if not hits:
             return default
-        winner, chosen = hits[0]
-        self._used.add(winner)
-        for loser, value in hits[1:]:
-            self._used.add(loser)
-            if value != chosen:
-                self.conflicts.append((module, winner, loser))
+        self._used.update(hits)
+        chosen = self._entries[hits[0]]
+        self.conflicts += [(module, hits[0], loser) for loser in hits[1:] if self._entries[loser] != chosen]
         return chosen
 
     def unused(self, others: Collection[str] = ()) -> list[str]:
         """Patterns that have hit no module so far, nor one of ``others``."""
-        left = [row for row, _ in self._rows if row.source not in self._used]
-        return [row.source for row in left if not any(row.match(module) for module in others)]
+        left = [source for source in self._entries if source not in self._used]
+        return [source for source in left if not any(self._patterns[source].match(module) for module in others)]
+
+
+class Targets:
+    """``targeted(module)`` for module paths without ``base_model.model.``.
+
+    ``linear`` modules are those that ``all-linear`` means: every linear layer but the output head.
+    """
+
+    def __init__(self, settings: LoraSettings, linear: frozenset[str]) -> None:
+        self._settings = settings
+        target, exclude = settings.target_modules, settings.exclude_modules
+        self._linear = linear if isinstance(target, str) and target.lower() == "all-linear" else None
+        self._include = compiled(target, "target_modules") if isinstance(target, str) and self._linear is None else None
+        self._exclude = compiled(exclude, "exclude_modules") if isinstance(exclude, str) else None
+        given = settings.layers_pattern or []
+        self._layer_lists = [given] if isinstance(given, str) else given
+        for pattern in self._layer_lists:
+            if not _PLAIN.match(pattern):
+                raise AdapterError(
+                    f"layers_pattern: {pattern[:60]!r} is not a plain name such as 'layers' or 'model.layers'.",
+                    param="layers_pattern",
+                )
+
+    def targeted(self, module: str) -> bool:
+        if self._excluded(module):
+            return False
+        if self._include is not None:
+            return self._include.fullmatch(module) is not None
+        if self._linear is not None:
+            return module in self._linear
+        entries = self._settings.target_modules or ()
+        # A full name is exempt from layers_to_transform.
+        return module in entries or (is_named(module, entries) and self._in_layers(module))
+
+    def unused_entries(self, modules: frozenset[str]) -> list[str]:
+        """Entries of a target list that name none of ``modules``."""
+        entries = self._settings.target_modules
+        if not isinstance(entries, list):
+            return []
+        return [entry for entry in entries if not any(is_named(module, (entry,)) for module in modules)]
+
+    def _excluded(self, module: str) -> bool:
+        if self._exclude is not None:
+            return self._exclude.fullmatch(module) is not None
+        return is_named(module, self._settings.exclude_modules or ())
+
+    def _in_layers(self, module: str) -> bool:
+        layers = self._settings.layers_to_transform
+        if layers is None or layers == []:
+            return True
+        patterns = [re.compile(rf"(?:^|.*?\.){name}\.(\d+)\.") for name in self._layer_lists]
+        found = next((hit for pattern in patterns or [_FIRST_INDEX] if (hit := pattern.match(module))), None)
+        return found is not None and int(found[1]) in ((layers,) if isinstance(layers, int) else layers)
+
+
+def is_named(module: str, entries: Collection[str]) -> bool:
+    """Whether an entry of a list is ``module`` or the end of it, at a dot."""
+    return any(module == entry or module.endswith(f".{entry}") for entry in entries)

@@ -8,22 +8,23 @@ unchanged, and a scale.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import AdapterError, CheckpointError, ErrorInfo, InsufficientMemory, TruffulaError
+from truffula.errors import AdapterError, ErrorInfo, TruffulaError
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Site
 from truffula.lora.extra_files import extra_file_warnings
 from truffula.lora.fields import FieldRow, field_rows, parse_config, read_settings
-from truffula.lora.folder import AdapterFolder
+from truffula.lora.folder import AdapterFiles, open_adapter
+from truffula.lora.image import check_size
 from truffula.lora.keys import listed, plan_keys
 from truffula.lora.matching import BaseFacts as BaseFacts
 from truffula.lora.matching import Pair, ParsedAdapter, check_values, left_out_warnings, parse_metadata
-from truffula.lora.paths import TENSORS, OpenFolder
+from truffula.lora.paths import OpenFolder
 from truffula.lora.tables import check_copies
 from truffula.weights.finite import first_non_finite
 
@@ -34,15 +35,12 @@ _ZERO_CHUNK = 1 << 20
 class PeftAdapter:
     """A valid adapter. ``sites`` hold views of the mapped file: an image copies them.
 
-    ``generation`` is the hash of both files, ``rank`` the largest of its modules, ``nbytes`` of its tensors as stored;
-    ``report`` a row per field and one for the tensors, ``warnings`` are for the operator.
+    ``generation`` is the hash of both files, ``rank`` the largest of its modules; ``warnings`` are for the operator.
     """
 
     generation: str
     rank: int
-    nbytes: int
     sites: tuple[SiteTensors, ...]
-    report: tuple[FieldRow, ...]
     warnings: tuple[str, ...]
 
 
@@ -72,10 +70,9 @@ def validate_adapter(
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
     of the file: a caller that copies them compares the folder's fingerprint before and after.
     """
-    files = AdapterFolder(folder, max_file_bytes)
-    try:
+    with open_adapter(folder, max_file_bytes) as files:
         config = parse_config(files.config_bytes)
-        parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base)
+        parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base)
         check_size(stored_bytes(parsed.pairs), max_bytes)
         copies = {kind: (key, files.tensors.read(key)) for kind, key in parsed.copies.items()}
         check_copies(copies, base.tables)
@@ -86,15 +83,9 @@ def validate_adapter(
         return PeftAdapter(
             generation=files.generation(),
             rank=parsed.rank,
-            nbytes=stored_bytes(parsed.pairs),
             sites=_site_tensors(parsed.pairs, tensors),
-            report=(*field_rows(config), _tensor_row(parsed)),
             warnings=tuple(warnings),
         )
-    except CheckpointError as error:
-        raise AdapterError(files.without_path(error.message), param=TENSORS) from error
-    finally:
-        files.close()
 
 
 def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: BaseFacts | None = None) -> AdapterReport:
@@ -103,24 +94,21 @@ def inspect_adapter(folder: Path, sites: Sequence[Site] | None = None, base: Bas
     Raises only when there is nothing to report on (no folder, no files, a configuration that is not a JSON object); any
     other error is in the report.
     """
-    files = AdapterFolder(folder)
-    try:
+    with open_adapter(folder) as files:
         config = parse_config(files.config_bytes)
         rows = field_rows(config)
         try:
             if sites is None:
                 return _inspect_alone(files, config, rows)
-            parsed = parse_metadata(files.opened, files.tensors.tensors, config, sites, base or BaseFacts())
+            parsed = parse_metadata(files.folder, files.tensors.tensors, config, sites, base or BaseFacts())
         except TruffulaError as error:
             return AdapterReport(tuple(rows), (), error.info())
         nbytes = stored_bytes(parsed.pairs)
         report = (*rows, _tensor_row(parsed))
         return AdapterReport(report, tuple(parsed.warnings), None, parsed.rank, nbytes, len(parsed.pairs))
-    finally:
-        files.close()
 
 
-def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
+def _inspect_alone(files: AdapterFiles, config: Mapping[str, Any], rows: list[FieldRow]) -> AdapterReport:
     """The report without a base."""
     read_settings(config)
     infos = files.tensors.tensors
@@ -131,7 +119,7 @@ def _inspect_alone(files: AdapterFolder, config: Mapping[str, Any], rows: list[F
     row = FieldRow(
         "tensors", f"{len(plan.a)} pairs, {nbytes} bytes", "check", f"ranks {_numbers(ranks)}; not compared with a base"
     )
-    warnings = (*left_out_warnings(plan), *extra_file_warnings(files.opened, config, sites=None, model=None))
+    warnings = (*left_out_warnings(plan), *extra_file_warnings(files.folder, config, sites=None, model=None))
     return AdapterReport((*rows, row), warnings, None, max(ranks, default=0), nbytes, len(plan.a))
 
 
@@ -140,18 +128,7 @@ def stored_bytes(pairs: Sequence[Pair]) -> int:
     return sum(pair.a.nbytes + pair.b.nbytes for pair in pairs)
 
 
-def check_size(needed: int, max_bytes: int | None) -> None:
-    """``InsufficientMemory`` when an adapter takes more bytes than it may."""
-    if max_bytes is not None and needed > max_bytes:
-        raise InsufficientMemory(
-            f"The adapter takes {needed} bytes and adapters may use {max_bytes}. "
-            "Give the server more memory (--memory, --adapter-memory).",
-            requested_bytes=needed,
-            limit_bytes=max_bytes,
-        )
-
-
-def _read_tensors(files: AdapterFolder, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:
+def _read_tensors(files: AdapterFiles, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:
     """Tensors by key, finite; and the modules whose addition is zero. All of them being zero is an error."""
     tensors: dict[str, Array] = {}
     zero: list[str] = []
@@ -188,12 +165,11 @@ def _is_zero(array: Array) -> bool:
 
 
 def _site_tensors(pairs: Sequence[Pair], tensors: Mapping[str, Array]) -> tuple[SiteTensors, ...]:
-    def of_pair(pair: Pair) -> Iterator[SiteTensors]:
+    made: list[SiteTensors] = []
+    for pair in pairs:
         a, b = tensors[pair.a.name], tensors[pair.b.name]
-        for site, part in pair.parts:
-            yield low_rank(site.id, a, b[part.lo : part.hi], pair.scale)
-
-    return tuple(sorted((s for pair in pairs for s in of_pair(pair)), key=lambda s: s.site))
+        made += [low_rank(site.id, a, b[part.lo : part.hi], pair.scale) for site, part in pair.parts]
+    return tuple(sorted(made, key=lambda s: s.site))
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -18,23 +18,14 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from truffula.errors import (
-    AdapterLoadError,
-    AdapterNotFound,
-    InsufficientMemory,
-    ShuttingDown,
-    TruffulaError,
-)
+from truffula.errors import AdapterNotFound, InsufficientMemory, ShuttingDown, TruffulaError
 from truffula.kernels.backend import Executable
 from truffula.lora.generations import NO_SLOT, OWNER, Budget, Generation, Generations
 from truffula.lora.generations import AdapterLease as AdapterLease
 from truffula.lora.generations import AdapterStatus as AdapterStatus
-from truffula.lora.image import map_image
-from truffula.lora.loading import AdapterLoader
-from truffula.lora.loads import AdapterLoads, AdapterSource, Load, SourceState, source_of, source_state, unlink_image
-from truffula.lora.worker import LoadResponse
+from truffula.lora.loading import LoadingWorker
+from truffula.lora.loads import AdapterLoads, AdapterSource, SourceState, source_of, source_state
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 MAX_NAMES = 32
@@ -49,9 +40,9 @@ RETRY_POLL_S = 0.002
 class _LoadedSource:
     """A source whose bytes are mapped: its generation, the fingerprints they were read under, and the names used."""
 
-    generation: str
-    fingerprints: set[str]
-    names: set[str]
+    generation: Generation
+    fingerprints: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -77,19 +68,17 @@ class AdapterPool:
     def __init__(
         self,
         executable: Executable,
-        loader: AdapterLoader,
+        loader: LoadingWorker,
         budget: Budget,
         clock: Callable[[], float],
         *,
         failure_ttl_s: float = 10.0,
         mapped_limit: int | None = None,
     ) -> None:
-        self._budget = budget
         self._clock = clock
         self._mapped_limit = budget.limit_of(OWNER) // 8 if mapped_limit is None else mapped_limit
         self._generations = Generations(executable, budget)
         self._sources: dict[AdapterSource, _LoadedSource] = {}
-        self._pins: set[AdapterSource] = set()
         self._commands: list[_LoadCommand] = []
         self._may_upload = True  # nothing was given to the executable since the last poll
         self._polled = (float("-inf"), float("-inf"))  # the last poll but one, the last poll
@@ -109,10 +98,9 @@ class AdapterPool:
         if loaded is not None:
             if len(loaded.names) < MAX_NAMES:
                 loaded.names.add(ref.name)
-            self._generations.touch(self._generations[loaded.generation], now)
-            return AdapterStatus("ready", loaded.generation)
-        error = self.loads.error(state, now)
-        if error is not None:
+            self._generations.touch(loaded.generation, now)
+            return AdapterStatus("ready", loaded.generation.id)
+        if (error := self.loads.error(state, now)) is not None:
             return AdapterStatus("failed", error=error)
         self.loads.begin(ref)
         return AdapterStatus("loading")
@@ -131,23 +119,15 @@ class AdapterPool:
         Raises ``InsufficientMemory`` when its bytes never fit, ``AdapterLoadError`` (or the executable's
         ``KernelError``) when it is no longer loaded or cannot be used.
         """
-        entry = self._generations.get(generation)
-        if entry is None:
-            raise AdapterLoadError(
-                f"Adapter generation {generation[:12]} is no longer loaded; send the request again.",
-                generation=generation,
-            )
-        if not self._ensure_resident(entry):
+        entry = self._generations[generation]
+        if not self._ensure_resident(entry) or entry.slot is None:
             return None
-        assert entry.slot is not None
         lease = self._generations.lease(entry, entry.slot)
         self._generations.touch(entry, self._clock())
         return lease
 
     def is_pending(self, generation: str) -> bool:
-        """Whether ``acquire`` gave None because its upload has not ended, or this step has begun another one: it
-        only has to wait, and needs no memory freed for it.
-        """
+        """Whether ``acquire`` gave None only because an upload has not ended, its own or another of this step."""
         entry = self._generations.get(generation)
         return entry is not None and not entry.resident and (entry.slot is not None or not self._may_upload)
 
@@ -165,8 +145,7 @@ class AdapterPool:
     # For the engine
 
     def poll(self, now: float, *, idle: bool = False) -> None:
-        """Map at most one loaded adapter, drop unused images, advance commands, begin loads. Never raises for an
-        adapter.
+        """Map at most one loaded adapter, drop unused images, advance commands, begin loads. No adapter makes it raise.
 
         ``idle``: no request is left, so that waiting frees no memory for a command.
         """
@@ -183,12 +162,14 @@ class AdapterPool:
 
     def poll_fds(self) -> dict[int, int]:
         """File descriptors and events (``select.poll``) that announce work for ``poll``."""
-        return self.loads.poll_fds()
+        return self.loads.loader.poll_fds()
 
     def poll_timeout(self) -> float | None:
         """Seconds until ``poll`` has work without an event on ``poll_fds``; None: never."""
+        if self.loads.has_responses():
+            return 0.0
         retried = self._generations.uploading or (self.loads and self._above_mapped_limit())
-        return RETRY_POLL_S if retried and not self.loads.has_responses() else self.loads.poll_timeout()
+        return RETRY_POLL_S if retried else self.loads.loader.poll_timeout()
 
     def states(self) -> list[AdapterState]:
         """One row per name and generation, loads and failures included, by name."""
@@ -220,19 +201,20 @@ class AdapterPool:
         if command.action == "load" and ref is not None:
             return self._load(ref, command.pinned, now)
         done: Future[list[AdapterState]] = Future()
-        if command.action == "unload" and ref is not None and not self._unload(ref.name):
-            done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))
+        if command.action == "list" or ref is None:
+            done.set_result(self.states())
+        elif self._unload(ref.name):
+            done.set_result([state for state in self.states() if state.name == ref.name])
         else:
-            every = command.action == "list" or ref is None
-            done.set_result([state for state in self.states() if every or (ref and state.name == ref.name)])
+            done.set_exception(AdapterNotFound(f"Adapter {ref.name!r} is not loaded.", param="adapter"))
         return done
 
     def _load(self, ref: AdapterRef, pinned: bool, now: float) -> Future[list[AdapterState]]:
         """Load even what failed recently. ``pinned``: keep it resident, through reloads, until it is unloaded."""
         source = source_of(ref)
         if pinned:
-            self._pins.add(source)
-            self._update_pin(source)
+            self._generations.pins.add(source)
+            self._recount(source)
         self.loads.forget_failures(source=source)
         self.lookup(ref, now)
         command = _LoadCommand(ref)
@@ -243,23 +225,21 @@ class AdapterPool:
     def _unload(self, name: str) -> bool:
         """Forget ``name``: new requests load it again, running ones keep it. False when it is not known."""
         cancelled = self.loads.cancel(name)
-        self._pins.difference_update(cancelled)
         failed = self.loads.forget_failures(name=name)
-        named = [(source, loaded) for source, loaded in self._sources.items() if name in loaded.names]
-        for source, loaded in named:
-            self._pins.discard(source)
-            if loaded.names == {name}:
+        named = [source for source, loaded in self._sources.items() if name in loaded.names]
+        self._generations.pins.difference_update(cancelled, named)
+        for source in named:
+            if self._sources[source].names == {name}:
                 self._detach(source)
             else:
-                loaded.names.discard(name)
-                self._update_pin(source)
+                self._sources[source].names.discard(name)
+                self._recount(source)
         return bool(cancelled or failed or named)
 
     def _advance(self, command: _LoadCommand, now: float, idle: bool) -> None:
         """Complete a load command whose adapter is resident or has failed."""
         try:
-            state = self._progress(command, now, idle)
-            if state is None:
+            if (state := self._progress(command, now, idle)) is None:
                 return
             command.future.set_result([state])
         except TruffulaError as error:
@@ -279,11 +259,11 @@ class AdapterPool:
         loaded = self._sources.get(source_of(ref))
         if loaded is None:
             raise AdapterNotFound(f"Adapter {ref.name!r} was unloaded while it was loading.", param="adapter")
-        if command.lease is None or command.lease.generation != loaded.generation:
-            former, command.lease = command.lease, self.retain(loaded.generation)
+        entry = loaded.generation
+        if command.lease is None or command.lease.generation != entry.id:
+            former, command.lease = command.lease, self.retain(entry.id)
             if former is not None:
                 self.release(former)
-        entry = self._generations[loaded.generation]
         if self._ensure_resident(entry):
             return entry.state(ref.name)
         if self.is_pending(entry.id):
@@ -307,35 +287,14 @@ class AdapterPool:
     def _map_one(self, now: float) -> None:
         """Record failed loads, and map the image of one that succeeded."""
         while (ended := self.loads.next_response()) is not None:
-            load, response = ended
+            ref, response = ended
             try:
-                entry = self._map(response, now)
+                entry = self._generations.add(response, now)
             except TruffulaError as error:
-                self.loads.fail(source_state(load.ref), load.ref.name, error.info(), now)
-                continue
-            self.loads.complete(load.ref, response)
-            self._attach(load, entry, response.commit)
-            return
-
-    def _map(self, response: LoadResponse, now: float) -> Generation:
-        """Map a response's image, or find the generation of equal bytes; its file is unlinked in any case."""
-        if response.error is not None or response.image_path is None:
-            raise TruffulaError.from_info(response.error or AdapterLoadError("The loader gave no reason.").info())
-        try:
-            known = self._generations.get(response.generation)
-            if known is not None:
-                self._generations.touch(known, now)
-                return known
-            image = map_image(Path(response.image_path))
-        except OSError as error:
-            raise AdapterLoadError(f"The prepared adapter file cannot be mapped: {error}.") from error
-        finally:
-            unlink_image(response)
-        if image.generation != response.generation:
-            raise AdapterLoadError(
-                "The prepared adapter file is not of the adapter that was loaded; send the request again."
-            )
-        return self._generations.add(image, now)
+                self.loads.fail(source_state(ref), ref.name, error.info(), now)
+            else:
+                self.loads.complete(ref, response, entry.image)
+                return self._attach(ref, entry, response.commit)
 
     # Generations
 
@@ -354,17 +313,15 @@ class AdapterPool:
         return entry.resident
 
     def _upload_or_drop(self, entry: Generation) -> None:
-        """Upload a mapped image that is pinned, or leased and blocks a load by its size; drop an unused one.
-
-        A pin keeps memory that was granted. A pinned adapter that gets none, because others are pinned, must not
-        prevent all loading.
+        """Upload a mapped image that is pinned, or leased and blocks a load by its size; drop an unused one, also a
+        pinned one that blocks loads, because others leave no memory for it.
         """
         blocks_loads = bool(self.loads) and self._above_mapped_limit()
         if entry.pinned or (blocks_loads and entry.leases):
             with contextlib.suppress(TruffulaError):  # recorded as the failure of its sources
                 self._ensure_resident(entry)
         unused = not entry.leases and entry.used_at < self._polled[0]
-        if entry.account == "mapped" and unused and (blocks_loads or not entry.pinned):
+        if entry.slot is None and unused and (blocks_loads or not entry.pinned):
             self._drop(entry)
 
     def _loaded(self, state: SourceState) -> _LoadedSource | None:
@@ -372,40 +329,35 @@ class AdapterPool:
         loaded = self._sources.get(state[0])
         return loaded if loaded is not None and state[1] in loaded.fingerprints else None
 
-    def _attach(self, load: Load, entry: Generation, commit: str) -> None:
+    def _attach(self, ref: AdapterRef, entry: Generation, commit: str) -> None:
         """Make this the generation of the source; a former one that no other source has is retired."""
-        source, fingerprint = source_state(load.ref)
+        source, fingerprint = source_state(ref)
         loaded = self._sources.get(source)
-        if loaded is not None and loaded.generation != entry.id:
+        if loaded is not None and loaded.generation is not entry:
             self._detach(source)
-        loaded = self._sources.setdefault(source, _LoadedSource(entry.id, set(), set()))
+        loaded = self._sources.setdefault(source, _LoadedSource(entry))
         loaded.fingerprints.add(fingerprint)
-        loaded.names.add(load.ref.name)
+        loaded.names.add(ref.name)
         entry.sources.add(source)
         entry.commit = commit or entry.commit
-        self._update_pin(source)
+        self._recount(source)
 
     def _detach(self, source: AdapterSource) -> None:
         """Forget the generation of this source; one that no other source has is retired."""
-        loaded = self._sources[source]
-        entry = self._generations[loaded.generation]
+        loaded = self._sources.pop(source)
+        entry = loaded.generation
         entry.names = sorted(loaded.names)
         entry.sources.discard(source)
-        self._update_pin(source)
-        del self._sources[source]
+        self._generations.touch(entry, entry.used_at)
         self._drop_if_retired(entry)
 
-    def _update_pin(self, source: AdapterSource) -> None:
-        """Pin or unpin the generation of this source."""
-        loaded = self._sources.get(source)
-        if loaded is not None:
-            entry = self._generations[loaded.generation]
-            entry.pinned = not self._pins.isdisjoint(entry.sources)
-            self._generations.touch(entry, entry.used_at)
+    def _recount(self, source: AdapterSource) -> None:
+        """Count the bytes of the source's generation again, since a pin or its sources have changed."""
+        if (loaded := self._sources.get(source)) is not None:
+            self._generations.touch(loaded.generation, loaded.generation.used_at)
 
     def _drop_if_retired(self, entry: Generation) -> None:
-        uploading = entry.slot is not None and not entry.uploaded  # the executable reads the image: dropped later
-        if not entry.sources and not entry.leases and not uploading:
+        if not entry.sources and not entry.leases and entry.account != "uploading":  # then it is dropped later
             self._drop(entry)
 
     def _drop(self, entry: Generation) -> None:
@@ -420,8 +372,7 @@ class AdapterPool:
         return None if entry is None else entry.used_at
 
     def evict_oldest(self) -> int:
-        entry = self._generations.oldest()
-        if entry is None:
+        if (entry := self._generations.oldest()) is None:
             return 0
         self._generations.evict(entry)
         self.evictions += 1
@@ -442,7 +393,6 @@ class AdapterPool:
         """Raise AssertionError when the sources and the generations disagree. For tests and for an idle engine."""
         self._generations.check()
         for entry in self._generations:
-            assert all(self._sources[source].generation == entry.id for source in entry.sources)
-            assert entry.sources or entry.leases or not entry.uploaded, "an unreachable generation"
-            assert entry.pinned == (not self._pins.isdisjoint(entry.sources)), "a wrong pin"
+            assert all(self._sources[source].generation is entry for source in entry.sources)
+            assert entry.sources or entry.leases or not entry.resident, "an unreachable generation"
         assert set(self._sources) == {source for entry in self._generations for source in entry.sources}

@@ -28,13 +28,7 @@ import msgspec
 from truffula.environment import expanded
 from truffula.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.fields import MAX_CONFIG_BYTES, parse_config, read_settings
-from truffula.lora.foreign import (
-    close_path,
-    describe_file,
-    describe_folder,
-    looks_like_adapter,
-    subfolders_with_adapters,
-)
+from truffula.lora.foreign import close_path, describe_file, describe_folder, meant_as_adapter
 from truffula.lora.paths import CONFIG, TENSORS, fingerprint
 from truffula.types import AdapterRef
 
@@ -81,8 +75,20 @@ def _has_no_links(folder: Path) -> bool:
         return False
 
 
-def _is_below(path: Path, root: Path) -> bool:
-    return path == root or root in path.parents
+def _resolved(folder: Path) -> Path:
+    """``folder`` without links. Raises ``ConfigError`` when its path is not UTF-8, as an adapter's must be."""
+    real = folder.resolve()
+    if not _is_utf8(real):
+        raise ConfigError(f"The folder {str(folder)!r} has a path that is not UTF-8; rename it.", param="adapters")
+    return real
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether frames to a loading worker can hold ``path``."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -132,8 +138,8 @@ class AdapterDirectory:
             raise ConfigError(f"The adapter folder {adapter_dir} {why}.", param="adapter_dir")
         self._named = {name: _parse_source(name, source) for name, source in (adapters or {}).items()}
         self._added: dict[str, AdapterRef] = {}
-        self._dir = adapter_dir.resolve() if adapter_dir is not None else None
-        self._allow_local = tuple(path.resolve() for path in allow_local)
+        self._dir = _resolved(adapter_dir) if adapter_dir is not None else None
+        self._allow_local = tuple(map(_resolved, allow_local))
         self._allow_hub = allow_hub
         self._default_source = default_source
 
@@ -194,10 +200,8 @@ class AdapterDirectory:
         Reads the names of files and ``adapter_config.json``, of each named folder and of each subfolder of the adapter
         folder; no tensors.
         """
-        found: list[str] = []
-        for name, ref in self._named.items():
-            if (text := _named_warning(ref)) is not None:
-                found.append(f"adapter {name!r}: {text}")
+        texts = {name: _named_warning(ref) for name, ref in self._named.items()}
+        found = [f"adapter {name!r}: {text}" for name, text in texts.items() if text is not None]
         try:
             return [*found, *self._dir_warnings()]
         except OSError as error:
@@ -224,16 +228,14 @@ class AdapterDirectory:
     def _why_not_served(self, folder: Path, listed: Collection[str]) -> str | None:
         """Why a subfolder that was meant as an adapter, or contains some, is not served; None for any other."""
         try:
-            lacking = describe_folder(folder)
-            if lacking is None:
-                inside = folder.name in listed or self._in_dir(folder.name) is not None
-                return _refused_config(folder) if inside else f"its files are links to places outside of {self._dir}"
-            meant = looks_like_adapter({path.name for path in folder.iterdir()}) or bool(
-                subfolders_with_adapters(folder)
-            )
+            if not meant_as_adapter(folder):
+                return None
         except OSError as error:
             return f"it cannot be read: {error.strerror or error}"
-        return lacking[0] if meant else None
+        why = _why_refused(folder)
+        if why is None and folder.name not in listed and self._in_dir(folder.name) is None:
+            return f"its files are links to places outside of {self._dir}"
+        return why
 
     def _listed(self) -> frozenset[str]:
         """The folder's adapters. Listed again when the folder itself has changed, and after ``LISTING_S``, since a file
@@ -270,8 +272,8 @@ class AdapterDirectory:
         try:
             folder = path.resolve(strict=True)
             files = [(folder / file).resolve() for file in (CONFIG, TENSORS)]
-            inside = _is_below(folder, self._dir) and all(_is_below(file, self._dir) for file in files)
-            return folder if inside and folder != self._dir and files[0].is_file() else None
+            inside = self._dir in folder.parents and all(file.is_relative_to(self._dir) for file in files)
+            return folder if inside and files[0].is_file() and _is_utf8(folder) else None
         except (OSError, RuntimeError, ValueError):  # vanished, a loop of links, a name the system does not take
             return None
 
@@ -279,7 +281,7 @@ class AdapterDirectory:
         for root in self._allow_local:
             try:
                 folder = (root / name).resolve(strict=True)  # an absolute name replaces the root
-                if _is_below(folder, root) and (folder / CONFIG).is_file():
+                if folder.is_relative_to(root) and (folder / CONFIG).is_file() and _is_utf8(folder):
                     # One name per folder, however it was spelt: names are keys of the pool's and the metrics' tables.
                     own = str(folder.relative_to(root)) if folder != root else root.name
                     return _with_fingerprint(AdapterRef(name=own, kind="local", locator=str(folder), root=str(root)))
@@ -312,7 +314,7 @@ def _parse_source(name: str, source: Path | str) -> AdapterRef:
         )
     folder = expanded(source)
     if folder.is_dir():
-        return AdapterRef(name=name, kind="local", locator=str(folder.resolve()))
+        return AdapterRef(name=name, kind="local", locator=str(_resolved(folder)))
     text = str(source)
     who = "" if text == name else f"Adapter {name!r}: "
     if folder.is_file():
@@ -334,27 +336,26 @@ def _named_warning(ref: AdapterRef) -> str | None:
         if not folder.parent.is_dir():
             return None
         return f"there is no folder {folder} here, so it is fetched from the Hub when it is used.{close_path(folder)}"
-    try:
-        lacking = describe_folder(Path(ref.locator))
-        refused = _refused_config(Path(ref.locator)) if lacking is None else None
-    except OSError as error:
-        return f"{ref.locator} cannot be read: {error.strerror or error}"
-    if refused is not None:
-        return f"{ref.locator} cannot be served: {refused}"
-    return None if lacking is None else f"{ref.locator}: {lacking[0]}"
+    why = _why_refused(Path(ref.locator))
+    return None if why is None else f"{ref.locator} cannot be served: {why}"
 
 
-def _refused_config(folder: Path) -> str | None:
-    """Why the adapter in ``folder`` will be refused, from its ``adapter_config.json`` alone."""
+def _why_refused(folder: Path) -> str | None:
+    """Why the adapter in ``folder`` will be refused, from file names and ``adapter_config.json`` alone."""
     try:
+        if (lacking := describe_folder(folder)) is not None:
+            return lacking[0]
         with (folder / CONFIG).open("rb") as file:
             read_settings(parse_config(file.read(MAX_CONFIG_BYTES + 1)))
     except AdapterError as error:
         return error.message
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
     return None
 
 
 def _with_fingerprint(ref: AdapterRef) -> AdapterRef:
     if ref.kind != "local":
         return ref
-    return msgspec.structs.replace(ref, fingerprint=fingerprint(Path(ref.locator)))
+    folder = Path(ref.locator)
+    return msgspec.structs.replace(ref, fingerprint=fingerprint(lambda name: (folder / name).stat()))

@@ -16,14 +16,13 @@ import numpy as np
 
 from truffula.errors import AdapterError
 from truffula.kernels.backend import Array
-from truffula.kernels.program import Embed, Logits, Program
 from truffula.types import FileStamp
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.safetensors import DTYPES
 from truffula.weights.watch import stamp_of
 
 FLOATS = ("F32", "F16", "BF16")
-_CHUNK_BYTES = 8 << 20
+_CHUNK_ROWS = 1024
 _WAY_OUT = "Save the adapter with save_embedding_layers=False, which leaves the copy out."
 
 
@@ -45,37 +44,24 @@ class BaseTable:
             raise _refused(key, f"has shape {list(copy.shape)}; the base's table has {list(self.shape)}")
         if self.dtype not in FLOATS:
             raise _refused(key, f"cannot be compared with the base's table, which is stored as {self.dtype}")
-        dtype = DTYPES[self.dtype]
-        row_bytes = self.shape[1] * dtype.itemsize
-        rows = max(1, _CHUNK_BYTES // row_bytes)
         try:
-            fd = os.open(self.file.path, os.O_RDONLY | os.O_CLOEXEC)
+            with open(self.file.path, "rb") as file:  # noqa: PTH123  a path as a string
+                if stamp_of(Path(self.file.path), os.fstat(file.fileno())) != self.file:
+                    raise _refused(key, "cannot be compared: the base's file was replaced since it was loaded")
+                own = np.memmap(file, DTYPES[self.dtype], "r", self.offset, self.shape)
         except OSError as error:
             raise _refused(key, f"cannot be compared: the base's file cannot be read ({error.strerror})") from error
-        try:
-            if stamp_of(Path(self.file.path), os.fstat(fd)) != self.file:
-                raise _refused(key, "cannot be compared: the base's file was replaced since it was loaded")
-            for lo in range(0, self.shape[0], rows):
-                count = min(rows, self.shape[0] - lo)
-                stored = os.pread(fd, count * row_bytes, self.offset + lo * row_bytes)
-                own = np.frombuffer(stored, dtype).reshape(count, self.shape[1]).astype(copy.dtype)
-                if not np.array_equal(own, copy[lo : lo + count]):
-                    raise _refused(key, "differs from the base's table: a trained table, which is not served yet")
-        finally:
-            os.close(fd)
+        for row in range(0, len(own), _CHUNK_ROWS):
+            chunk = slice(row, row + _CHUNK_ROWS)
+            if not np.array_equal(own[chunk].astype(copy.dtype), copy[chunk]):
+                raise _refused(key, "differs from the base's table: a trained table, which is not served yet")
 
 
-def base_tables(program: Program, checkpoint: Checkpoint) -> dict[str, BaseTable]:
-    """The tables of the sites of kind ``embed`` and ``head``; those of a tied base are the same."""
+def base_tables(names: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, BaseTable]:
+    """The base's tables by kind of site. ``names`` are their tensors (``ModelPlan.tables``)."""
     stamps = {file.path: file.opened for file in checkpoint.files}
-    made = {}
-    for op in program.ops:
-        if isinstance(op, Logits) or (isinstance(op, Embed) and op.source == "token"):
-            weight = op.weight if isinstance(op, Logits) else op.table
-            info = checkpoint.tensors[program.weights[weight].parts[0].name]
-            kind = "head" if isinstance(op, Logits) else "embed"
-            made[kind] = BaseTable(stamps[info.file], info.dtype, info.shape, info.offset)
-    return made
+    infos = {kind: checkpoint.tensors[name] for kind, name in names.items()}
+    return {kind: BaseTable(stamps[i.file], i.dtype, i.shape, i.offset) for kind, i in infos.items()}
 
 
 def check_copies(copies: Mapping[str, tuple[str, Array]], tables: Mapping[str, BaseTable]) -> None:

@@ -32,14 +32,14 @@ from truffula.kernels.adapters import STORED, AdapterLayout
 from truffula.kernels.program import Site
 from truffula.lora.folder import open_folder
 from truffula.lora.hub import download
-from truffula.lora.image import ImageWriter
-from truffula.lora.paths import CONFIG, TENSORS, OpenFolder
-from truffula.lora.peft import BaseFacts, check_size, validate_adapter
+from truffula.lora.image import ImageHeader, ImageWriter, check_size
+from truffula.lora.paths import CONFIG, TENSORS, OpenFolder, fingerprint
+from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.lora.staging import remove_abandoned, sweep
 from truffula.lora.tables import BaseTable
 from truffula.types import AdapterRef
 
-VERSION = 2
+VERSION = 3
 CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
 _SPARE_BYTES = 1 << 20
 
@@ -60,11 +60,15 @@ class LoadLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Setup(Frame, frozen=True, kw_only=True):
-    """The first frame to a worker: the base, the layout and the limits of all its loads."""
+    """The first frame to a worker: the base, the layout and the limits of all its loads.
 
-    sites: list[Site]
+    ``model`` is the base's name, for messages; ``tables`` where its tables are stored, by kind of site; ``layout`` the
+    executable's. ``offline`` and ``cache_dir`` are for adapters of the Hub.
+    """
+
+    sites: Sequence[Site]
     model: str
-    limits: LoadLimits
+    limits: LoadLimits = LoadLimits()
     layout: AdapterLayout = STORED
     tables: dict[str, BaseTable] = msgspec.field(default_factory=dict)
     offline: bool = False
@@ -79,17 +83,15 @@ class LoadRequest(Frame, frozen=True, kw_only=True):
 
 
 class LoadResponse(Frame, frozen=True, kw_only=True):
-    """The result of one load: an image to map (the receiver maps it, then unlinks it), or the error.
+    """The result of one load: an image and its file (the receiver maps it, then unlinks it), or the error.
 
     ``last``: the worker ends after this response, because it has reached its memory limit.
     """
 
     ticket: int
     image_path: str | None = None
+    image: ImageHeader | None = None
     error: ErrorInfo | None = None
-    generation: str = ""
-    nbytes: int = 0
-    rank: int = 0
     commit: str = ""  # of an adapter of the Hub
     warnings: tuple[str, ...] = ()
     seconds: float = 0.0
@@ -171,7 +173,7 @@ def load(
         folder = _find(request.ref, setup)
         root = Path(request.ref.root) if request.ref.root else None
         with contextlib.closing(open_folder(folder, root)) as opened:
-            before = opened.fingerprint()
+            before = fingerprint(opened.stat)
             on_files(_files_nbytes(opened))
             adapter = validate_adapter(
                 opened,
@@ -180,35 +182,36 @@ def load(
                 max_bytes=setup.limits.image_bytes,
                 max_file_bytes=setup.limits.file_bytes,
             )
-            image = ImageWriter(adapter, setup.layout)
-            check_size(image.nbytes, setup.limits.image_bytes)
-            path = _new_file(request, staging, image.nbytes)
+            image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
+            check_size(image.header.nbytes, setup.limits.image_bytes)
+            path = _new_file(request, staging, image.header.nbytes)
             image.write(path)
-            if opened.fingerprint() != before:
+            if fingerprint(opened.stat) != before:
                 # The image was copied from the mapped file, which may have been written to after it was checked.
                 path.unlink()
                 raise AdapterLoadError(
                     "The adapter's files changed while they were read; send the request again.", param="adapter"
                 )
     except TruffulaError as error:
-        return _failed(request, error.info(), started)
+        return LoadResponse(ticket=request.ticket, error=error.info())
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        what = f"The adapter cannot be written to shared memory or the temporary folder: {reason}."
-        return _failed(request, AdapterLoadError(what).info(), started)
+        failed = AdapterLoadError(f"The adapter cannot be written to shared memory or the temporary folder: {reason}.")
+        return LoadResponse(ticket=request.ticket, error=failed.info())
     except MemoryError:
         raise
     except Exception as error:  # noqa: BLE001  of a library, or a bug here: only this load fails
         traceback.print_exception(error, file=sys.stderr)
-        kind = type(error).__name__
-        what = f"Loading adapter {request.ref.name!r} failed unexpectedly ({kind}); the log has the traceback."
-        return _failed(request, AdapterLoadError(what, unexpected=True).info(), started)
+        failed = AdapterLoadError(
+            f"Loading adapter {request.ref.name!r} failed unexpectedly ({type(error).__name__}); the log has the "
+            "traceback.",
+            unexpected=True,
+        )
+        return LoadResponse(ticket=request.ticket, error=failed.info())
     return LoadResponse(
         ticket=request.ticket,
         image_path=str(path),
-        generation=adapter.generation,
-        nbytes=image.nbytes,
-        rank=adapter.rank,
+        image=image.header,
         commit=folder.name if request.ref.kind == "hub" else "",  # the cache names a snapshot by its commit
         warnings=adapter.warnings,
         seconds=time.monotonic() - started,
@@ -222,11 +225,7 @@ def out_of_memory(request: LoadRequest, setup: Setup) -> LoadResponse:
         f"Loading the adapter takes more than the {limit} bytes of memory that a loading worker may use beside the "
         "adapter's files (--adapter-worker-memory)."
     )
-    return _failed(request, AdapterLoadError(what, limit_bytes=limit).info(), time.monotonic())
-
-
-def _failed(request: LoadRequest, error: ErrorInfo, started: float) -> LoadResponse:
-    return LoadResponse(ticket=request.ticket, error=error, seconds=time.monotonic() - started)
+    return LoadResponse(ticket=request.ticket, error=AdapterLoadError(what, limit_bytes=limit).info())
 
 
 def _find(ref: AdapterRef, setup: Setup) -> Path:
@@ -236,7 +235,7 @@ def _find(ref: AdapterRef, setup: Setup) -> Path:
     return download(
         ref.locator,
         ref.revision,
-        cache_dir=Path(setup.cache_dir) if setup.cache_dir is not None else None,
+        cache_dir=setup.cache_dir,
         offline=setup.offline,
         max_file_bytes=setup.limits.file_bytes,
     )
@@ -267,31 +266,25 @@ def _new_file(request: LoadRequest, staging: Sequence[Path], nbytes: int) -> Pat
 
 
 def _data_bytes() -> int:
-    """Private writable memory of this process (VmData); 0 where the system does not report it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmData"))
+    """Private writable memory of this process (VmData)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmData"))
 
 
 def _limit_memory(data_bytes: int) -> None:
-    """From here on, allocations that take this process's data above ``data_bytes`` raise ``MemoryError``.
-
-    Where the system does not offer the limit, the sizes that are checked before anything is read still hold.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    soft = data_bytes if hard == resource.RLIM_INFINITY else min(data_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    """From here on, allocations that take this process's data above ``data_bytes`` raise ``MemoryError``."""
+    _limit(resource.RLIMIT_DATA, data_bytes)
 
 
 def _limit_cpu(limits: LoadLimits) -> None:
     """Allow ``cpu_s`` seconds of computing for the next load; past them the system ends the process by SIGXCPU."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    soft = math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s)
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    if hard != resource.RLIM_INFINITY:
-        soft = min(soft, hard)
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+    _limit(resource.RLIMIT_CPU, math.ceil(usage.ru_utime + usage.ru_stime + limits.cpu_s))
+
+
+def _limit(kind: int, soft: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def verify_model(
         capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
         executable = _load(chosen, checkpoint, plan, program, dtype, capacity, change)
         try:
-            tables = base_tables(plan.program, checkpoint)
+            tables = base_tables(plan.tables, checkpoint)
             slot = None if adapter is None else attach_folder(executable, adapter, program, tables, change)
             oracle = oracle or Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
             comparison = _Comparison(program)

@@ -156,7 +156,7 @@ def _served(
         pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds)
         executable = backend.load(plan.program, dtype, lambda decl: change_weight(decl, pull(decl)), capacity)
         try:
-            tables = base_tables(plan.program, checkpoint)
+            tables = base_tables(plan.tables, checkpoint)
             slot = None if adapter is None else attach_folder(executable, adapter, plan.interface, tables)
             for ids in sequences:
                 chosen = Driver(executable, capacity, slot).greedy(ids, new_tokens)[0] if new_tokens else []
