@@ -16,6 +16,7 @@ from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
+from truffula.service.core import Service
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -124,7 +125,7 @@ class LLM:
         client = connect(config, transport, progress)
         try:
             templates = None if chat_template is None else {"default": chat_template}
-            self._service = SyncService(client, templates=templates)
+            self._service = SyncService(client, Service(client.info, templates=templates))
         except BaseException:
             client.close()
             raise
@@ -133,12 +134,12 @@ class LLM:
     @property
     def info(self) -> EngineInfo:
         """Facts about the loaded model."""
-        return self._service.info
+        return self._service.core.info
 
     @property
     def has_chat_template(self) -> bool:
         """Whether ``chat`` can be used without ``chat_template``."""
-        return self._service.has_chat_template
+        return self._service.core.has_chat_template
 
     def stats(self) -> EngineStats:
         return self._service.stats()

@@ -24,11 +24,11 @@ def wait_idle(live):
     """Until nothing runs and no block or lease is held; the test's own timeout bounds it."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        stats = live.service.stats()
+        stats = live.service.known_stats()
         if not live.service.active and not stats.running and not stats.waiting and not stats.used_blocks:
             return stats
         time.sleep(0.01)
-    raise AssertionError(f"still busy: {live.service.active} active, {live.service.stats()}")
+    raise AssertionError(f"still busy: {live.service.active} active, {live.service.known_stats()}")
 
 
 class Held:

@@ -43,7 +43,7 @@ def threads(monkeypatch):
     ids=lambda v: str(v)[:40],
 )
 def test_no_look_up_on_the_loop(live, threads, method, path, body):
-    live.service._core.directory._listing = None  # as after a second
+    live.service.core.directory._listing = None  # as after a second
     ok(live.client.request(method, path, json=body))
     assert threads
     assert all(name.startswith("truffula-lookup") for name in threads), threads

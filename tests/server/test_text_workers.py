@@ -16,7 +16,7 @@ from template_bombs import BOMBS
 
 from processes import descendants
 from truffula.errors import Overloaded
-from truffula.service.workers import MAX_WAITING_PER_CLIENT, _Lane
+from truffula.service.workers import MAX_WAITING_PER_CLIENT, WorkerPool
 from truffula.text.chat_template import ChatTemplates
 
 LONG = "The Lorax spoke for the trees. " * 4000
@@ -200,28 +200,28 @@ def is_text_worker(pid):
 
 def test_clients_take_turns_and_too_many_calls_are_refused():
     async def main():
-        lane = _Lane(["worker"], None)
-        assert await lane.acquire("a") == "worker"
+        pool = WorkerPool(["worker"])
+        assert await pool.acquire("a") == "worker"
         order = []
 
         async def call(client):
-            worker = await lane.acquire(client)
+            worker = await pool.acquire(client)
             order.append(client)
-            lane.release(worker)
+            pool.release(worker)
 
         greedy = [asyncio.ensure_future(call("a")) for _ in range(MAX_WAITING_PER_CLIENT)]
         await asyncio.sleep(0)
         with pytest.raises(Overloaded) as caught:
-            await lane.acquire("a")
+            await pool.acquire("a")
         assert caught.value.data["retry_after_s"] >= 1
         modest = asyncio.ensure_future(call("b"))
         await asyncio.sleep(0)
         random.Random(1).choice(greedy[1:]).cancel()
-        lane.release("worker")
+        pool.release("worker")
         await asyncio.gather(*greedy, modest, return_exceptions=True)
         assert order.index("b") <= 1
         assert len(order) == MAX_WAITING_PER_CLIENT  # one of the nine was cancelled
-        assert await lane.acquire("c") == "worker"
+        assert await pool.acquire("c") == "worker"
 
     asyncio.run(main())
 

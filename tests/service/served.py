@@ -9,12 +9,12 @@ from typing import Any
 from tiny_tokenizers import byte_level_json
 
 from truffula.service import AsyncService, collect
+from truffula.service.choices import choice_error
 from truffula.service.files import LoadedTexts
-from truffula.service.fold import choice_error
 from truffula.testing.adapters import write_tiny_adapter
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 from truffula.text.tokenizer import Tokenizer
-from truffula.types import Completion, EndToken, EngineInfo, GenerateRequest, TextDelta
+from truffula.types import Completion, EndToken, EngineInfo, EngineStats, GenerateRequest, TextDelta
 
 VOCAB = 430
 TEMPLATE = (
@@ -72,3 +72,10 @@ async def complete(service: AsyncService, request: GenerateRequest) -> Completio
                 raise error
             gathered += deltas
     return collect(gathered)
+
+
+def stats_of(service: AsyncService) -> EngineStats:
+    """The latest heartbeat of an engine that is alive."""
+    stats = service.known_stats()
+    assert stats is not None
+    return stats

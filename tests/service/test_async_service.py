@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from served import OPTIONS, complete, write_adapter, write_model
+from served import OPTIONS, complete, stats_of, write_adapter, write_model
 from tiny_tokenizers import byte_level
 
 from truffula import LLM
@@ -28,7 +27,7 @@ from truffula.errors import (
 )
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
-from truffula.service import AsyncService, ServiceLimits, collect
+from truffula.service import AsyncService, Service, ServiceLimits, collect
 from truffula.service.sync import SyncService
 from truffula.types import AdapterCommand, GenerateRequest, TokenEvent
 
@@ -63,7 +62,8 @@ def run(
     async def main() -> None:
         client = wrap(connect(EngineConfig(model=str(folders["model"]), **(OPTIONS | options)), transport))
         directory = AdapterDirectory({"one": folders["one"], "broken": folders["model"]})
-        service = AsyncService(client, directory=directory, limits=ServiceLimits(base_names=("tiny",)))
+        limits = ServiceLimits(base_names=("tiny",))
+        service = AsyncService(client, Service(client.info, directory=directory, limits=limits))
         await service.start()
         try:
             await asyncio.wait_for(test(service), 60)
@@ -76,7 +76,7 @@ def run(
 async def quiet(service: AsyncService) -> None:
     """Wait until the engine holds nothing of any request."""
     while True:
-        stats = service.stats()
+        stats = stats_of(service)
         if not (stats.running or stats.waiting or stats.used_blocks or service.active):
             return
         await asyncio.sleep(0.01)
@@ -92,14 +92,14 @@ def test_many_requests_at_once_each_get_what_they_get_alone(folders: dict[str, P
 
     async def test(service: AsyncService) -> None:
         requests = [
-            GenerateRequest(prompt=p, params=GREEDY, adapter=service.resolve_adapter(n))
+            GenerateRequest(prompt=p, params=GREEDY, adapter=service.core.resolve_adapter(n))
             for p, n in zip(prompts, names, strict=True)
         ]
         whole = await asyncio.gather(*(complete(service, one) for one in requests))
         assert [c.choices[0].text for c in whole] == [out.text for out in expected]
 
         async def streamed(request: GenerateRequest) -> Any:
-            async with aclosing(service.stream(request)) as stream:
+            async with await service.open(request) as stream:
                 return collect([delta async for deltas in stream for delta in deltas])
 
         folded = await asyncio.gather(*map(streamed, requests))
@@ -114,7 +114,7 @@ def test_errors_are_raised_from_the_first_step_of_a_stream(folders: dict[str, Pa
     async def test(service: AsyncService) -> None:
         with pytest.raises(PromptTooLong):
             await service.open(GenerateRequest(prompt="long " * 200))
-        broken = GenerateRequest(prompt="a", params=GREEDY, adapter=service.resolve_adapter("broken"))
+        broken = GenerateRequest(prompt="a", params=GREEDY, adapter=service.core.resolve_adapter("broken"))
         stream = await service.open(broken)
         with pytest.raises(AdapterError):
             await anext(stream)
@@ -123,7 +123,7 @@ def test_errors_are_raised_from_the_first_step_of_a_stream(folders: dict[str, Pa
         with pytest.raises(AdapterError):
             await complete(service, broken)
         with pytest.raises(AdapterNotFound):
-            service.resolve_adapter("nobody")
+            service.core.resolve_adapter("nobody")
         with pytest.raises(QueueTimeout):
             await complete(service, GenerateRequest(prompt="a", params=GREEDY, queue_timeout_s=0.0))
         assert service.active == 0
@@ -145,18 +145,18 @@ async def close_it(service: AsyncService) -> None:
 
 
 async def cancel_the_task(service: AsyncService) -> None:
-    before = service.stats().generated_tokens
+    before = stats_of(service).generated_tokens
     task = asyncio.ensure_future(complete(service, GenerateRequest(prompt="b", params=LONG)))
-    while service.stats().generated_tokens == before:  # until it runs
+    while stats_of(service).generated_tokens == before:  # until it runs
         await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
 
 
-async def leave_the_generator(service: AsyncService) -> None:
-    async with aclosing(service.stream(GenerateRequest(prompt="d", params=LONG))) as generator:
-        await anext(generator)
+async def leave_its_block(service: AsyncService) -> None:
+    async with await service.open(GenerateRequest(prompt="d", params=LONG)) as stream:
+        await anext(stream)
 
 
 async def never_read_it(service: AsyncService) -> None:
@@ -169,14 +169,14 @@ def test_a_client_that_leaves_is_ended_within_a_step(folders: dict[str, Path]) -
 
     async def test(service: AsyncService) -> None:
         leave: Leaving
-        for leave in (close_it, cancel_the_task, leave_the_generator, never_read_it):
-            before = service.stats().generated_tokens
+        for leave in (close_it, cancel_the_task, leave_its_block, never_read_it):
+            before = stats_of(service).generated_tokens
             await leave(service)
             assert service.active == 0
-            told = service.stats().generated_tokens  # as of the last step that has ended
+            told = stats_of(service).generated_tokens  # as of the last step that has ended
             await quiet(service)
             assert told - before < 4000, "it had ended by itself"
-            assert service.stats().generated_tokens - told <= 1, leave.__name__
+            assert stats_of(service).generated_tokens - told <= 1, leave.__name__
 
     run(folders, test, **ROOM)
 
@@ -271,13 +271,13 @@ def test_text_of_unknown_size_is_not_worked_on_in_the_loop(folders: dict[str, Pa
 
     async def test(service: AsyncService) -> None:
         seen: list[str] = []
-        make = service._core.prompt
+        make = service.core.prompt
 
         def watched(request: GenerateRequest) -> Any:
             seen.append(threading.current_thread().name)
             return make(request)
 
-        service._core.prompt = watched  # type: ignore[method-assign]
+        service.core.prompt = watched  # type: ignore[method-assign]
         for case in cases:
             await (await service.open(GenerateRequest(params=GREEDY, truncate=9, **case))).aclose()
         assert all(name.startswith("truffula-text") for name in seen), seen
@@ -338,7 +338,7 @@ def test_it_ends_alone_in_the_callers_thread_too(folders: dict[str, Path]) -> No
     try:
         params = SamplingParams(max_tokens=100, ignore_eos=True, n=2)
         bad = GenerateRequest(prompt="a", params=params, request_id="bad")
-        found = service.run([bad, GenerateRequest(prompt="b", params=GREEDY)], return_errors=True)
+        found = dict(service.completions([bad, GenerateRequest(prompt="b", params=GREEDY)], return_errors=True))
         assert isinstance(found[0], TruffulaError)
         assert found[0].code == "internal_error"
         assert not isinstance(found[1], TruffulaError)
@@ -381,19 +381,19 @@ def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> N
         rendered = await service.texts.prompt(GenerateRequest(messages=[{"role": "user", "content": "hi"}], echo=True))
         assert rendered.text == "<|role|>user\nhi<|role|>assistant\n"
         assert rendered.ids == byte_level().encode(rendered.text)
-        assert service.has_chat_template
+        assert service.core.has_chat_template
 
     run(folders, test)
 
 
 def test_adapters_are_administered_without_holding_up_the_loop(folders: dict[str, Path]) -> None:
     async def test(service: AsyncService) -> None:
-        assert service.adapter_names() == ["broken", "one"]
-        ref = service.resolve_adapter("one")
+        assert service.core.directory.names() == ["broken", "one"]
+        ref = service.core.resolve_adapter("one")
         (state,) = await service.adapters(AdapterCommand(action="load", ref=ref))
         assert (state.name, state.status) == ("one", "resident")
         with pytest.raises(AdapterError):
-            await service.adapters(AdapterCommand(action="load", ref=service.resolve_adapter("broken")))
+            await service.adapters(AdapterCommand(action="load", ref=service.core.resolve_adapter("broken")))
         await service.adapters(AdapterCommand(action="unload", ref=ref))
 
     run(folders, test)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import OPTIONS, complete, write_model
+from served import OPTIONS, complete, stats_of, write_model
 
 from truffula import LLM, SamplingParams
 from truffula.config import EngineConfig
@@ -164,7 +164,7 @@ def test_several_prompts_are_submitted_together_or_not_at_all(model: Path) -> No
         with pytest.raises(PromptTooLong):
             await service.open_all([good, good, bad])
         assert service.active == 0
-        assert service.stats().steps == 0
+        assert stats_of(service).steps == 0
         streams = await service.open_all([good, good])
         found = [[d async for deltas in stream for d in deltas] for stream in streams]
         assert [sum(len(d.tokens) for d in deltas) for deltas in found] == [2, 2]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from served import tiny_info
 from template_bombs import BOMBS
 
-from truffula.errors import TemplateError, TruffulaError
-from truffula.service.text_jobs import RENDER_JOB, TemplateJob, template_job, unpack_rendered
+from truffula.errors import InvalidRequest, TemplateError, TruffulaError
+from truffula.service.prompts import render_job, unpack_rendered
 from truffula.text.chat_template import ChatTemplates
-from truffula.text.process import TextWorker, WorkerStopped
-from truffula.text.worker import Setup
+from truffula.text.process import Setup, TextWorker, WorkerStopped
 from truffula.types import GenerateRequest
 
 CHAT = GenerateRequest(messages=[{"role": "user", "content": "hi"}])
@@ -21,19 +21,21 @@ PLAIN = "{% for m in messages %}{{ m.content }}!{% endfor %}"
 
 @pytest.fixture
 def worker() -> Iterator[TextWorker]:
-    setup = Setup(info=tiny_info(), texts_path=None, texts_digest="", templates=None, memory_bytes=2**28)
+    setup = Setup(
+        info=tiny_info(), texts_path=None, texts_digest="", templates={}, special_tokens={}, memory_bytes=2**28
+    )
     made = TextWorker(setup)
     yield made
     made.close()
 
 
-def job(source: str) -> TemplateJob:
-    return template_job(CHAT, ChatTemplates({"default": source}, {}))
-
-
 def rendered(worker: TextWorker, source: str, seconds: float = 5.0) -> str:
-    (packed,) = worker.call(RENDER_JOB, job(source), seconds)
+    (packed,) = worker.call(render_job, msgspec.structs.replace(CHAT, chat_template=source), seconds)
     return unpack_rendered(packed)[0]
+
+
+def of_this_file(worker: object, argument: object) -> Iterator[bytes]:
+    raise NotImplementedError
 
 
 SOON = ("multiplied text", "doubled list", "quotient of large integers", "many expressions to compile")
@@ -47,7 +49,6 @@ def test_a_bomb_exceeds_no_limit_or_ends_as_an_error(worker: TextWorker, bomb: s
         assert len(rendered(worker, BOMBS[bomb], seconds=1.0)) <= 4_000_000
     except (TemplateError, WorkerStopped) as error:
         assert error.message
-    worker.close()  # the templates of a worker are those of its first call
     assert rendered(worker, PLAIN) == "hi!"
 
 
@@ -61,8 +62,11 @@ def test_limits_are_named(worker: TextWorker) -> None:
 def test_errors_of_a_call_are_raised_and_the_process_stays(worker: TextWorker) -> None:
     assert rendered(worker, PLAIN) == "hi!"
     pid = worker.pid
-    with pytest.raises(TruffulaError, match="No module named"):
-        worker.call("truffula.nothing:at_all", None, 1.0)
+    with pytest.raises(TruffulaError, match="No module named"):  # the worker does not see this test's folder
+        worker.call(of_this_file, None, 1.0)
+    with pytest.raises(InvalidRequest, match="messages"):
+        worker.call(render_job, GenerateRequest(messages=[3], chat_template=PLAIN), 1.0)
+    assert worker.pid == pid
     worker.close()
     assert worker.pid is None
     assert rendered(worker, PLAIN) == "hi!"

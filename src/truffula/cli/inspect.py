@@ -122,21 +122,14 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
 def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
     """The end tokens, and the warnings about weights and text files."""
     from truffula.service.files import load_texts, without_tokenizer
-    from truffula.text.chat_template import ChatTemplates
     from truffula.text.ends import EndTokens
 
     texts = load_texts(path)
-    tokenizer = texts.tokenizer
-    templates = (
-        ChatTemplates({}, {})
-        if tokenizer is None
-        else ChatTemplates(tokenizer.chat_templates, tokenizer.special_tokens)
-    )
     ends = EndTokens(
         texts.end_tokens,
         plan.end_tokens,
-        tokenizer=tokenizer,
-        templates=templates,
+        tokenizer=texts.tokenizer,
+        templates=texts.chat_templates(),
         vocab_size=plan.interface.vocab_size,
     )
     return ends.all, [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]

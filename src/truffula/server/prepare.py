@@ -25,13 +25,11 @@ from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openai_requests import chat_requests, completion_requests
 from truffula.server.state import state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
-from truffula.service.prompts import make_prompt
-from truffula.service.text_jobs import pack_prompt, texts_of_worker
+from truffula.service.prompts import prompt_job
 from truffula.text.worker import Worker
 from truffula.types import GenerateRequest
 
 Kind = Literal["chat", "completion", "native", "native_whole", "native_stream", "invocations"]
-JOB = "truffula.server.prepare:prepare"
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, with what stands for those that a body must
 # have.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
@@ -76,7 +74,7 @@ async def read_requests(request: Request, kind: Kind) -> Read:
         body, made = read_value(kind, decode_object(raw), state.limits)
         note_unknown(request, body)
         return Read(body, made, _characters(made))
-    head, *prompts = await state.service.texts.in_worker(JOB, Job(kind, raw, state.limits), client_of(request))
+    head, *prompts = await state.service.texts.in_worker(prepare, Job(kind, raw, state.limits), client_of(request))
     found = msgspec.msgpack.decode(head, type=_Head)
     light = json.loads(found.body)
     stand_ins = {name: value for name, value in _LEFT_OUT.items() if value is not None and name in light}
@@ -120,9 +118,8 @@ def prepare(worker: Worker, job: Job) -> Iterator[bytes]:
     )
     light = json.dumps(_light(value, type(body))).encode()
     yield msgspec.msgpack.encode(_Head(type(body).__name__, light, body.unknown(), _characters(made), request))
-    tokenizer, templates = texts_of_worker(worker)
     for one in made:
-        yield pack_prompt(make_prompt(one, tokenizer, templates, worker.setup.info))
+        yield from prompt_job(worker, one)
 
 
 def _light(value: Mapping[str, Any], model: type[Body]) -> dict[str, Any]:

@@ -45,12 +45,13 @@ from truffula.server.connections import (
 )
 from truffula.server.errors import Unhealthy, dialect_of, render
 from truffula.server.middleware import send_reply
-from truffula.service import AsyncService, ServiceLimits
+from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
 from truffula.settings import Resolved
 from truffula.text.chat_template import read_template
 from truffula.text.ends import describe
+from truffula.text.process import Setup
 from truffula.text.worker import Setup
 from truffula.types import EngineInfo
 
@@ -103,9 +104,15 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
         texts = texts_of(client.info, texts)
         workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
         undo.callback(workers.close)
-        service = AsyncService(
-            client, directory=directory, limits=limits, texts=texts, templates=templates, workers=workers
+        core = Service(
+            client.info,
+            texts=texts,
+            directory=directory,
+            limits=limits,
+            templates=templates,
+            render=workers.render_at_start,
         )
+        service = AsyncService(client, core, workers=workers)
         metrics = Metrics(
             service.known_stats,
             restarts=service.restarts,
@@ -113,7 +120,7 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             lorax_names=config.lorax_metrics,
             named=config.adapters,
         )
-        defaults = sampling_defaults(service.generation_config if config.generation_defaults else {})
+        defaults = sampling_defaults(core.generation_config if config.generation_defaults else {})
         asgi = create_app(service, config, directory, metrics, defaults=defaults)
         warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
         undo.pop_all()
@@ -125,11 +132,13 @@ def text_workers(
     info: EngineInfo, texts: LoadedTexts, templates: dict[str, str] | None, memory_bytes: int
 ) -> TextWorkers:
     """Text workers for the model that ``info`` describes; their processes start when they are needed."""
+    known = texts.chat_templates(templates)
     setup = Setup(
         info=info,
         texts_path=None if texts.path is None else str(texts.path),
         texts_digest=texts.digest,
-        templates=templates,
+        templates=dict(known.sources),
+        special_tokens=dict(known.special_tokens),
         memory_bytes=memory_bytes,
     )
     return TextWorkers(setup)

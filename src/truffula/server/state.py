@@ -74,7 +74,7 @@ class ServerState:
         if not name or name == self.model_id:
             return None
         try:
-            return await self.service.look_up(self.service.resolve_adapter, name, source)
+            return await self.service.look_up(self.service.core.resolve_adapter, name, source)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
 
@@ -85,7 +85,7 @@ class ServerState:
             found = {}
             for name in names:
                 with contextlib.suppress(AdapterNotFound):  # removed since it was listed
-                    if (ref := self.service.resolve_adapter(name)) is not None:
+                    if (ref := self.service.core.resolve_adapter(name)) is not None:
                         found[name] = ref.locator
             return found
 
@@ -108,7 +108,7 @@ class ServerState:
 
     async def adapter_names(self) -> list[str]:
         """Names a client may use now, sorted."""
-        found = await self.service.look_up(self.service.adapter_names)
+        found = await self.service.look_up(self.service.core.directory.names)
         return sorted(set(found) - {self.model_id})
 
     async def named_model(self, model: str | None, source: str | None = None) -> AdapterRef | None:

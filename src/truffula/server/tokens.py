@@ -25,14 +25,12 @@ from truffula.server.replies import Reply, split
 from truffula.server.state import state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import MAX_TRUNCATED_CHARS, make_prompt, need_tokenizer
-from truffula.service.text_jobs import texts_of_worker
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.text.worker import Worker
 from truffula.types import EngineInfo, GenerateRequest
 
 Kind = Literal["tokenize", "detokenize", "chat_tokenize"]
-JOB = "truffula.server.tokens:reply_job"
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ async def _answer(request: Request, kind: Kind) -> Response:
         chat = isinstance(value.get("messages"), list)
         large = chat and not core.is_plain(GenerateRequest(messages=value["messages"]))
     if large and texts.has_workers:
-        packed, *parts = await texts.in_worker(JOB, Job(kind, raw, state.limits), client_of(request))
+        packed, *parts = await texts.in_worker(reply_job, Job(kind, raw, state.limits), client_of(request))
         head = msgspec.msgpack.decode(packed, type=_Head)
     else:
         model = Texts(core.tokenizer, core.templates, core.info)
@@ -101,8 +99,8 @@ async def _answer(request: Request, kind: Kind) -> Response:
 
 def reply_job(worker: Worker, job: Job) -> Iterator[bytes]:
     """In a text worker: the head of a body, then the reply in pieces."""
-    tokenizer, templates = texts_of_worker(worker)
-    head, reply = _reply(job.kind, job.raw, job.limits, Texts(tokenizer, templates, worker.setup.info))
+    texts = Texts(worker.tokenizer, worker.templates, worker.setup.info)
+    head, reply = _reply(job.kind, job.raw, job.limits, texts)
     yield msgspec.msgpack.encode(head)
     yield from split(reply)
 

@@ -6,8 +6,8 @@ Used by ``llm.py`` and ``server/``. ``Service`` is the core: a pure state machin
 """
 
 from truffula.service.aio import AsyncService
+from truffula.service.choices import collect
 from truffula.service.core import RequestState, Service, ServiceLimits
-from truffula.service.fold import collect
 from truffula.service.streams import TextStream
 from truffula.service.sync import SyncService
 

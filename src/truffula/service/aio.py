@@ -1,8 +1,8 @@
 """``AsyncService``: the service under an event loop. Servers use the engine through it only.
 
-All events of a step cross to the loop in one call, and when the loop lags behind, those of several steps. On the loop
-they become deltas and wake the streams they belong to. The transport's own thread makes that call; for an engine that
-steps only inside ``events``, a dispatcher thread waits there. Nothing here polls.
+All events of a step cross to the loop in one call. On the loop they become deltas and wake the streams they belong to.
+The transport's own thread makes that call; for an engine that steps only inside ``events``, a dispatcher thread waits
+there. Nothing here polls.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar, Unpack
+from typing import Any, TypeVar
 
 from truffula.engine.client import EngineClient
-from truffula.errors import EngineDied, ErrorInfo, ShuttingDown, TruffulaError
-from truffula.service.base import ServiceBase, ServiceOptions
-from truffula.service.core import RequestState
+from truffula.errors import EngineDied, ShuttingDown, TruffulaError
+from truffula.service.core import RequestState, Service
 from truffula.service.prompt_maker import PromptMaker
 from truffula.service.streams import TextStream
+from truffula.service.submissions import Submissions
 from truffula.service.workers import TextWorkers
 from truffula.types import (
     AdapterCommand,
-    AdapterRef,
     AdapterState,
+    EngineInfo,
     EngineRestarts,
     EngineStats,
     GenerateRequest,
-    TextDelta,
     TokenEvent,
 )
 
@@ -37,28 +36,33 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class AsyncService(ServiceBase):
-    """Made anywhere; ``await start()`` on the loop that will use it, ``await close()`` at the end."""
+class AsyncService:
+    """A started engine, which the service owns from here on, and ``core``, the meaning of requests.
+
+    Made anywhere; ``await start()`` on the loop that will use it, ``await close()`` at the end.
+    """
 
     def __init__(
-        self, client: EngineClient, *, workers: TextWorkers | None = None, **options: Unpack[ServiceOptions]
+        self, client: EngineClient, core: Service | None = None, *, workers: TextWorkers | None = None
     ) -> None:
-        if workers is not None:
-            options["render"] = workers.render_at_start
-        super().__init__(client, **options)
+        self.core = core or Service(client.info)
+        self.texts = PromptMaker(self.core, workers)
+        self._client = client
+        self._submissions = Submissions(client)
         self._streams: dict[str, tuple[TextStream, RequestState]] = {}
         self._active: set[RequestState] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self.texts = PromptMaker(self._core, workers)
         self._lookup_threads = ThreadPoolExecutor(4, thread_name_prefix="truffula-lookup")
         self._commands = ThreadPoolExecutor(8, thread_name_prefix="truffula-adapters")
-        self._stopping = threading.Event()
-        self._lock = threading.Lock()
-        self._arrived: list[TokenEvent] = []
         self._draining = False
-        self._broken: ErrorInfo | None = None
+        self._broken: EngineDied | None = None
         self._until_idle: list[asyncio.Future[None]] = []
+
+    @property
+    def info(self) -> EngineInfo:
+        """What was loaded, and how."""
+        return self.core.info
 
     async def start(self) -> None:
         """Take the running loop, and listen to the engine's events."""
@@ -69,14 +73,6 @@ class AsyncService(ServiceBase):
             return  # a thread between would cost each token a switch more
         self._thread = threading.Thread(target=self._dispatch, name="truffula-events", daemon=True)
         self._thread.start()
-
-    def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
-        """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
-        return self._core.resolve_adapter(name, source)
-
-    def adapter_names(self) -> list[str]:
-        """Names a client may use now, sorted."""
-        return self._core.directory.names()
 
     async def open(self, request: GenerateRequest) -> TextStream:
         """The stream of one request; raises as ``open_all``."""
@@ -95,9 +91,9 @@ class AsyncService(ServiceBase):
         for one in requests:
             if states:
                 await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
-            self._core.check(one)
-            states.append(self._core.begin(one, await self.texts.prompt(one)))
-        self._core.check_scores_of_call(states)
+            self.core.check(one)
+            states.append(self.core.begin(one, await self.texts.prompt(one)))
+        self.core.check_scores_of_call(states)
         self._require_running()
         self._submissions.require_place()
         streams = [TextStream(state, self._abandon) for state in states]
@@ -111,12 +107,6 @@ class AsyncService(ServiceBase):
                 self._forget(state)
             raise
         return streams
-
-    async def stream(self, request: GenerateRequest) -> AsyncGenerator[list[TextDelta], None]:
-        """``open`` as an async generator; close it (``contextlib.aclosing``) to abort."""
-        async with await self.open(request) as stream:
-            async for deltas in stream:
-                yield deltas
 
     async def look_up(self, work: Callable[..., T], *args: Any) -> T:
         """The result of ``work``, which asks the file system, from a thread that does nothing else."""
@@ -141,7 +131,7 @@ class AsyncService(ServiceBase):
 
     def lost(self) -> TruffulaError | None:
         """The error after which no request can be answered any more; None while the engine runs or restarts."""
-        return self._client.lost() or (None if self._broken is None else TruffulaError.from_info(self._broken))
+        return self._client.lost() or self._broken
 
     @property
     def draining(self) -> bool:
@@ -164,14 +154,13 @@ class AsyncService(ServiceBase):
             self._until_idle.append(waiter)
             await asyncio.wait([waiter], timeout=left)
         ended = not self._active
-        self._fail_all(ShuttingDown("The server ended before the request did.").info())
+        self._fail_all(ShuttingDown("The server ended before the request did."))
         return ended
 
     async def close(self) -> None:
-        """End what runs, stop the dispatcher, close the client. Idempotent."""
+        """End what runs, close the client, and wait for the dispatcher. Idempotent."""
         self._draining = True
-        self._fail_all(ShuttingDown("The server ended before the request did.").info())
-        self._stopping.set()
+        self._fail_all(ShuttingDown("The server ended before the request did."))
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._client.close)
         self._client.listen(None)
@@ -206,35 +195,19 @@ class AsyncService(ServiceBase):
             events = self._client.events(0)
         except Exception as error:
             logger.exception("the engine's events can't be read")
-            self._break(EngineDied(f"The engine's events can't be read any more: {error}").info())
+            self._break(error)
             return
         self._pass_on(events)
 
     def _dispatch(self) -> None:
-        """The dispatcher thread: events of the engine, to the loop."""
+        """The dispatcher thread: events of the engine, to the loop, until the client is closed."""
         assert self._loop is not None
         try:
-            while not self._stopping.is_set():
-                events = self._client.events(None)  # closing the client ends the wait
-                if not events:
-                    continue
-                with self._lock:
-                    wake = not self._arrived
-                    self._arrived += events
-                if wake:
-                    self._loop.call_soon_threadsafe(self._deliver)
+            while events := self._client.events(None):
+                self._loop.call_soon_threadsafe(self._pass_on, events)
         except Exception as error:
-            if self._stopping.is_set():
-                return
             logger.exception("the dispatcher ended")
-            info = EngineDied(f"The engine's events can't be read any more: {error}").info()
-            self._loop.call_soon_threadsafe(self._break, info)
-
-    def _deliver(self) -> None:
-        """On the loop: the events that the dispatcher has brought."""
-        with self._lock:
-            events, self._arrived = self._arrived, []
-        self._pass_on(events)
+            self._loop.call_soon_threadsafe(self._break, error)
 
     def _pass_on(self, events: list[TokenEvent]) -> None:
         """On the loop: events become deltas of their streams, and sequences that wait get the places of those ended."""
@@ -245,33 +218,24 @@ class AsyncService(ServiceBase):
             if found is None:
                 continue  # ended for its client already: a stop string, an abort
             stream, state = found
-            try:
-                deltas = state.push(event)
-            except Exception as error:  # noqa: BLE001  it fails its own request only
-                deltas = state.break_off(error)
+            deltas = state.push(event)
+            aborts += state.take_aborts()
+            if state.done:
                 self._forget(state)
-            if event.request_id not in state.open_ids:
-                self._streams.pop(event.request_id, None)
-                aborts += state.take_aborts()
-                if state.done:
-                    self._ended(state)
             if deltas or state.done:
                 stream.feed(deltas)
         self._submissions.abort(aborts)
 
-    def _break(self, info: ErrorInfo) -> None:
-        self._broken = info
-        self._fail_all(info)
+    def _break(self, error: Exception) -> None:
+        self._broken = EngineDied(f"The engine's events can't be read any more: {error}")
+        self._fail_all(self._broken)
 
-    def _fail_all(self, info: ErrorInfo) -> None:
+    def _fail_all(self, error: TruffulaError) -> None:
         """End every open request for its client, and in the engine."""
         streams = {id(state): (stream, state) for stream, state in self._streams.values()}
         for stream, state in streams.values():
             open_ids = sorted(state.open_ids)
-            try:
-                deltas = state.fail(info)
-            except Exception as error:  # noqa: BLE001  the other streams must end too
-                deltas = state.break_off(error)
+            deltas = state.fail(error.info())
             self._forget(state)
             stream.feed(deltas)
             if self._broken is None:
@@ -287,9 +251,6 @@ class AsyncService(ServiceBase):
     def _forget(self, state: RequestState) -> None:
         for one in state.engine_requests:
             self._streams.pop(one.request_id, None)
-        self._ended(state)
-
-    def _ended(self, state: RequestState) -> None:
         self._active.discard(state)
         if not self._active:
             for waiter in self._until_idle:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
-from truffula.errors import ErrorInfo
+from truffula.errors import ErrorInfo, TruffulaError
 from truffula.params import SamplingParams
 from truffula.service.prompts import Prompt, prompt_part, top_pieces
 from truffula.text.stops import StopMatch, StopMatcher, stop_table
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import (
     ChoiceTotals,
+    Completion,
+    CompletionChoice,
     EngineRequest,
     FinishReason,
     PromptPart,
@@ -100,14 +102,6 @@ class ChoiceState:
         if not released and prompt is None:
             return None
         return TextDelta(choice=self._request.choice, text=_join(released), tokens=released, prompt=prompt)
-
-    def fail(self, error: ErrorInfo) -> TextDelta | None:
-        """The end that the service gives it (an engine that is gone, a server that closes)."""
-        return self.push(TokenEvent(request_id=self._request.request_id, finish_reason="error", error=error))
-
-    @property
-    def mean_logprob(self) -> float | None:
-        return self._logprob_sum / self._logprob_count if self._logprob_count else None
 
     def _prompt(self, event: TokenEvent) -> PromptPart | None:
         if self._echoed is None or event.finish_reason in ("error", "abort"):
@@ -231,7 +225,7 @@ class ChoiceState:
             completion_tokens=self._count,
             cached_tokens=self._cached,
             seed=None if self._params.greedy else self._request.params.seed,
-            mean_logprob=self.mean_logprob,
+            mean_logprob=self._logprob_sum / self._logprob_count if self._logprob_count else None,
             times=times,
         )
 
@@ -271,6 +265,44 @@ def merged(deltas: Sequence[TextDelta], choice: int) -> TextDelta:
         tokens=[piece for delta in deltas for piece in delta.tokens],
         prompt=next((delta.prompt for delta in deltas if delta.prompt is not None), None),
     )
+
+
+def collect(deltas: Iterable[TextDelta]) -> Completion:
+    """Every delta of one request, in order (choices may interleave), as one answer. Each choice must have ended.
+
+    A JSON reply is the fold of the same deltas that a stream shows.
+    """
+    parts: dict[int, list[TextDelta]] = {}
+    for delta in deltas:
+        parts.setdefault(delta.choice, []).append(delta)
+    whole = [merged(parts[index], index) for index in sorted(parts)]
+    choices = []
+    for one in whole:
+        assert one.finish_reason is not None, "a choice is folded before its end"
+        choices.append(
+            CompletionChoice(
+                index=one.choice,
+                text=one.text,
+                tokens=one.tokens,
+                finish_reason=one.finish_reason,
+                stop_reason=one.stop_reason,
+                eos=one.eos,
+                error=one.error,
+                totals=one.totals or ChoiceTotals(),
+            )
+        )
+    return Completion(
+        choices=choices,
+        prompt=next((one.prompt for one in whole if one.prompt is not None), None),
+        prompt_tokens=max((choice.totals.prompt_tokens for choice in choices), default=0),
+        completion_tokens=sum(choice.totals.completion_tokens for choice in choices),
+        cached_tokens=max((choice.totals.cached_tokens for choice in choices), default=0),
+    )
+
+
+def choice_error(delta: TextDelta) -> TruffulaError | None:
+    """The error that ended a choice; None while it is generated and after any other end."""
+    return TruffulaError.from_info(delta.error) if delta.finish_reason == "error" else None
 
 
 def rank(delta: TextDelta) -> float:

@@ -17,7 +17,6 @@ from truffula.params import EngineParams, SamplingParams
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
-from truffula.text.chat_template import ChatTemplates
 from truffula.text.ends import EndTokens, Render
 from truffula.text.tokenizer import check_text
 from truffula.types import AdapterRef, ChoiceTotals, EngineInfo, EngineRequest, GenerateRequest, TextDelta, TokenEvent
@@ -81,14 +80,26 @@ class RequestState:
     def push(self, event: TokenEvent) -> list[TextDelta]:
         """The deltas that ``event`` releases, often none. Exactly one per choice is terminal.
 
-        An exception here is an internal error; ``break_off`` ends the request then.
+        An internal error ends every choice of this request, and no other request.
         """
-        engine_id = event.request_id
-        if engine_id not in self.open_ids:
+        if event.request_id not in self.open_ids:
             return []
+        try:
+            return self._push(event)
+        except Exception as error:
+            logger.exception("request %s failed", self.request_id)
+            return self._end_all(error)
+
+    def fail(self, error: ErrorInfo) -> list[TextDelta]:
+        """End every choice that is open with ``error``."""
+        ends = [TokenEvent(request_id=i, finish_reason="error", error=error) for i in sorted(self.open_ids)]
+        return [delta for event in ends for delta in self.push(event)]
+
+    def _push(self, event: TokenEvent) -> list[TextDelta]:
+        engine_id = event.request_id
         choice = self._choices[engine_id]
         delta = choice.push(event)
-        if choice.finished and engine_id in self.open_ids:
+        if choice.finished:
             self.open_ids.discard(engine_id)
             if event.finish_reason is None:
                 self._aborts.append(engine_id)
@@ -96,27 +107,16 @@ class RequestState:
             return []
         return [delta] if self._waiting is None else self._gather(engine_id, delta)
 
-    def fail(self, error: ErrorInfo) -> list[TextDelta]:
-        """End every choice that is open with ``error``."""
-        ends = [TokenEvent(request_id=i, finish_reason="error", error=error) for i in sorted(self.open_ids)]
-        return [delta for event in ends for delta in self.push(event)]
-
-    def break_off(self, error: Exception) -> list[TextDelta]:
-        """End every choice after ``push`` raised ``error``; what they held back is lost, and the engine is to abort."""
-        logger.error("request %s failed", self.request_id, exc_info=error)
+    def _end_all(self, error: Exception) -> list[TextDelta]:
+        """End every choice after ``error``; what they held back is lost, and the engine is to abort."""
         info = TruffulaError(f"The answer could not be built: {type(error).__name__}: {error}.").info()
-        if self._waiting is None:
-            places = [one.choice for one in self.engine_requests if one.request_id in self.open_ids]
-        else:
+        places = [one.choice for one in self.engine_requests if one.request_id in self.open_ids]
+        if self._waiting is not None:
             places = list(range(self.request.params.n))
         self._aborts += sorted(self.open_ids)
         self.open_ids.clear()
-        return [
-            TextDelta(
-                choice=place, finish_reason="error", error=info, totals=ChoiceTotals(prompt_tokens=self.prompt_tokens)
-            )
-            for place in places
-        ]
+        totals = ChoiceTotals(prompt_tokens=self.prompt_tokens)
+        return [TextDelta(choice=place, finish_reason="error", error=info, totals=totals) for place in places]
 
     def _gather(self, engine_id: str, delta: TextDelta) -> list[TextDelta]:
         assert self._waiting is not None
@@ -160,8 +160,7 @@ class Service:
         self._clock = clock
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
-        sources = templates if templates is not None else tokenizer.chat_templates if tokenizer is not None else {}
-        self.templates = ChatTemplates(sources, tokenizer.special_tokens if tokenizer is not None else {})
+        self.templates = texts.chat_templates(templates)
         self._engine_ends = frozenset(info.eos_token_ids)
         self._ends = EndTokens(
             texts.end_tokens,
@@ -201,12 +200,19 @@ class Service:
         turn_end = self._ends.of_template(source)
         return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether messages can be rendered without a template of the request."""
+        return self.tokenizer is not None and bool(self.templates)
+
     def resolve_adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """The adapter ``name``; None is the base (None, "" and ``limits.base_names``). Raises ``AdapterNotFound``."""
         return self.directory.resolve(name, source, self.limits.base_names)
 
     def is_plain(self, request: GenerateRequest) -> bool:
-        """Whether the chat template of ``request`` can be rendered without limits; True where there is none to use."""
+        """Whether the prompt of ``request`` is made without a template, or by one that needs no limits."""
+        if request.messages is None:
+            return True
         try:
             source = self.templates.choose(request.chat_template, with_tools=bool(request.tools))
         except TemplateError:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from truffula.text.tokenizer import Tokenizer, load_tokenizer
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
 from truffula.types import EndToken, EngineInfo, FileStamp
 from truffula.weights.texts import read_texts
 from truffula.weights.watch import require_loaded, stamp, stamped_texts
@@ -32,6 +32,13 @@ class LoadedTexts:
     stamps: tuple[FileStamp, ...] = ()
     digest: str = ""
 
+    def chat_templates(self, replaced: Mapping[str, str] | None = None) -> ChatTemplates:
+        """The model's chat templates, or those in ``replaced`` (name → source), with the tokens that they write."""
+        if self.tokenizer is None:
+            return ChatTemplates(replaced or {}, {})
+        sources = self.tokenizer.chat_templates if replaced is None else replaced
+        return ChatTemplates(sources, self.tokenizer.special_tokens)
+
 
 def load_texts(path: Path) -> LoadedTexts:
     """Of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` for files that cannot be read."""
@@ -49,11 +56,6 @@ def load_texts(path: Path) -> LoadedTexts:
         stamps,
         digest_of(found.tokenizer),
     )
-
-
-def digest_of(files: Mapping[str, bytes]) -> str:
-    """A checksum of a tokenizer's files (name → content)."""
-    return " ".join(f"{name}:{len(files[name])}:{zlib.crc32(files[name]):08x}" for name in sorted(files))
 
 
 def without_tokenizer(reason: str) -> list[str]:

@@ -5,7 +5,7 @@
 | short texts, short chats with a plain template | on the event loop |
 | longer ones, up to ``HEAVY_CHARS`` | in a thread |
 | chats with a template that is not plain | in a light text worker |
-| longer texts | in a heavy text worker |
+| longer texts and chats | in a heavy text worker |
 """
 
 from __future__ import annotations
@@ -20,17 +20,9 @@ import msgspec
 
 from truffula.errors import InvalidRequest
 from truffula.service.core import Service
-from truffula.service.prompts import Prompt
-from truffula.service.text_jobs import (
-    PROMPT_JOB,
-    RENDER_JOB,
-    for_worker,
-    template_job,
-    unpack_prompt,
-    unpack_rendered,
-)
+from truffula.service.prompts import Prompt, prompt_job, render_job, unpack_prompt, unpack_rendered
 from truffula.service.workers import TEMPLATE_SECONDS, TextWorkers, template_stopped
-from truffula.text.process import WorkerStopped
+from truffula.text.process import Job, WorkerStopped
 from truffula.types import GenerateRequest
 
 T = TypeVar("T")
@@ -59,27 +51,30 @@ class PromptMaker:
         """The request's prompt. Raises as ``make_prompt``, and ``Overloaded``."""
         if request.prepared is not None:
             return unpack_prompt(request.prepared)
-        ignored: tuple[str, ...] = ()
-        if self._workers is not None and request.messages is not None and not self.core.is_plain(request):
-            text, ignored = await self._rendered(request, self._workers)
-            special = bool(request.add_special_tokens)
-            request = msgspec.structs.replace(request, messages=None, prompt=text, add_special_tokens=special)
         size = chars_of(request)
-        if self._workers is not None and size > HEAVY_CHARS:
-            (packed,) = await self.in_worker(PROMPT_JOB, for_worker(request), request.salt)
-            prompt = unpack_prompt(packed)
-        else:
-            prompt = await self.in_thread(size, lambda: self.core.prompt(request))
-        return replace(prompt, ignored=ignored) if ignored else prompt
+        if self._workers is None or (size <= HEAVY_CHARS and self.core.is_plain(request)):
+            return await self.in_thread(size, lambda: self.core.prompt(request))
+        if size > HEAVY_CHARS:
+            (packed,) = await self.in_worker(prompt_job, request, request.salt)
+            return unpack_prompt(packed)
+        light = self._workers.light
+        try:
+            (packed,) = await light.run(render_job, request, client=request.salt, seconds=TEMPLATE_SECONDS)
+        except WorkerStopped as error:
+            raise template_stopped(error) from error
+        text, ignored = unpack_rendered(packed)
+        special = bool(request.add_special_tokens)
+        rendered = msgspec.structs.replace(request, messages=None, prompt=text, add_special_tokens=special)
+        return replace(await self.prompt(rendered), ignored=ignored)
 
-    async def in_worker(self, function: str, argument: Any, client: str) -> list[bytes]:
-        """What ``function`` (``text/worker.py``) yields for a large text, within a worker's limits.
+    async def in_worker(self, job: Job, argument: Any, client: str) -> list[bytes]:
+        """What ``job`` yields for a large text, within a heavy worker's limits.
 
         Raises ``InvalidRequest`` when it exceeds them, ``Overloaded`` when too many calls wait.
         """
         assert self._workers is not None
         try:
-            return await self._workers.run(function, argument, client=client, heavy=True, seconds=HEAVY_SECONDS)
+            return await self._workers.heavy.run(job, argument, client=client, seconds=HEAVY_SECONDS)
         except WorkerStopped as error:
             raise InvalidRequest(
                 f"Reading this request was stopped: {error.message}. Send a shorter text.", param="prompt"
@@ -95,16 +90,6 @@ class PromptMaker:
         if self._workers is not None:
             self._workers.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def _rendered(self, request: GenerateRequest, workers: TextWorkers) -> tuple[str, tuple[str, ...]]:
-        """The text of a chat and what its template leaves out, from a text worker."""
-        job = template_job(request, self.core.templates)
-        heavy = chars_of(request) > HEAVY_CHARS
-        try:
-            (packed,) = await workers.run(RENDER_JOB, job, client=request.salt, heavy=heavy, seconds=TEMPLATE_SECONDS)
-        except WorkerStopped as error:
-            raise template_stopped(error) from error
-        return unpack_rendered(packed)
 
 
 def chars_of(request: GenerateRequest) -> int:

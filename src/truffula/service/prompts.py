@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong
 from truffula.params import SamplingParams
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.template_probe import Kind
 from truffula.text.tokenizer import Encoded, Tokenizer, check_text
+from truffula.text.worker import Worker
 from truffula.types import EngineInfo, GenerateRequest, PromptPart, TokenPiece, TopToken
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
@@ -141,6 +144,29 @@ def make_prompt(
     if not wants_pieces:
         return Prompt(ids, ignored=ignored)
     return Prompt(ids, "".join(piece.text for piece in pieces or []), pieces, ignored)
+
+
+def render_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:
+    """In a text worker: a chat's text and what its template leaves out, for ``unpack_rendered``. Needs no tokenizer."""
+    text = prompt_text(request, worker.templates) or ""
+    yield msgspec.msgpack.encode((text, left_out(request, worker.templates, text)))
+
+
+def unpack_rendered(raw: bytes) -> tuple[str, tuple[str, ...]]:
+    """The text, and the names of what the template does not use."""
+    return msgspec.msgpack.decode(raw, type=tuple[str, tuple[str, ...]])
+
+
+def prompt_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:
+    """In a text worker: the request's prompt, for ``unpack_prompt``. One that does not fit is not sent."""
+    info = worker.setup.info
+    made = make_prompt(request, worker.tokenizer, worker.templates, info)
+    check_fits(len(made.ids), request.params, info)
+    yield msgspec.msgpack.encode(made)
+
+
+def unpack_prompt(raw: bytes) -> Prompt:
+    return msgspec.msgpack.decode(raw, type=Prompt)
 
 
 def checked_ids(ids: Sequence[int], param: str, vocab_size: int) -> list[int]:

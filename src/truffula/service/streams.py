@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from truffula.service.choices import choice_error
 from truffula.service.core import RequestState
-from truffula.service.fold import choice_error
 from truffula.types import TextDelta
 
 

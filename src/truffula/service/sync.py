@@ -6,19 +6,19 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Unpack
 
 from truffula.engine.client import EngineClient
 from truffula.engine.interrupts import uninterrupted
 from truffula.errors import ShuttingDown, TruffulaError
-from truffula.service.base import ServiceBase, ServiceOptions
-from truffula.service.core import RequestState
-from truffula.service.fold import choice_error, collect
+from truffula.service.choices import choice_error, collect
+from truffula.service.core import RequestState, Service
+from truffula.service.submissions import Submissions
 from truffula.types import (
     AdapterCommand,
     AdapterState,
     Completion,
     EngineRequest,
+    EngineStats,
     GenerateRequest,
     TextDelta,
     TokenEvent,
@@ -49,24 +49,21 @@ class _Call:
         return bool(self.opened) or self.next < len(self.requests)
 
 
-class SyncService(ServiceBase):
-    """Runs requests to their end.
+class SyncService:
+    """Runs requests to their end, on a started engine that the service owns from here on; ``core`` gives them meaning.
 
     Several calls may be open at a time, from several threads or as iterators that take turns in one: their requests
     share the engine's batch. One waiting thread reads the engine's events, its own and the other calls'.
     """
 
-    def __init__(self, client: EngineClient, **options: Unpack[ServiceOptions]) -> None:
-        super().__init__(client, **options)
+    def __init__(self, client: EngineClient, core: Service | None = None) -> None:
+        self.core = core or Service(client.info)
+        self._client = client
+        self._submissions = Submissions(client)
         self._changed = threading.Condition()  # guards the fields below, the submissions and the calls
         self._calls: dict[str, _Call] = {}  # by engine id
         self._reader: _Call | None = None  # the call whose thread reads the engine's events
         self._closed = False
-
-    def run(self, requests: Sequence[GenerateRequest], *, return_errors: bool = False) -> list[Answer]:
-        """The answers to all requests, in their order. Args: as of ``completions``."""
-        answers = dict(self.completions(requests, return_errors=return_errors))
-        return [answers[index] for index in range(len(requests))]
 
     def completions(
         self,
@@ -129,6 +126,10 @@ class SyncService(ServiceBase):
         finally:
             self._leave(call)
 
+    def stats(self) -> EngineStats:
+        """The engine's latest heartbeat."""
+        return self._client.stats()
+
     def adapters(self, command: AdapterCommand) -> list[AdapterState]:
         """Execute a command; raises ``TruffulaError``."""
         return self._client.adapters(command)
@@ -141,7 +142,7 @@ class SyncService(ServiceBase):
     def _check_all(self, call: _Call) -> None:
         """Open every request, and keep the first ones for ``_fill``. Raises the error of the first that is refused."""
         for index, request in enumerate(call.requests):
-            state = self._core.open(request)
+            state = self.core.open(request)
             self._log_ignored(call, state)
             if index < self._submissions.share:
                 call.opened.append((index, state))
@@ -154,7 +155,7 @@ class SyncService(ServiceBase):
         while call.next < len(call.requests) and sum(len(s.engine_requests) for _, s in call.opened) < room:
             index, call.next = call.next, call.next + 1
             try:
-                state = self._core.open(call.requests[index])
+                state = self.core.open(call.requests[index])
             except TruffulaError as error:
                 yield index, error
                 continue
@@ -211,26 +212,21 @@ class SyncService(ServiceBase):
             if call is None:
                 continue
             index, state = call.states[event.request_id]
-            try:
-                deltas = state.push(event)
-            except Exception as error:  # noqa: BLE001  it fails its own request only
-                deltas = state.break_off(error)
-            if deltas:
+            if deltas := state.push(event):
                 call.inbox.append((index, deltas))
             aborts += state.take_aborts()
             if event.finish_reason is not None:  # last: until then its caller waits for the deltas above
-                self._forget(call, [event.request_id])
+                self._forget(event.request_id)
         self._submissions.ended([event.request_id for event in events if event.finish_reason is not None])
         self._abort(aborts)
 
     def _abort(self, request_ids: Sequence[str]) -> None:
         for request_id in self._submissions.abort(request_ids):
-            self._forget(self._calls[request_id], [request_id])
+            self._forget(request_id)
 
-    def _forget(self, call: _Call, request_ids: Sequence[str]) -> None:
-        for request_id in request_ids:
-            call.states.pop(request_id, None)
-            self._calls.pop(request_id, None)
+    def _forget(self, request_id: str) -> None:
+        call = self._calls.pop(request_id)
+        del call.states[request_id]
 
     def _leave(self, call: _Call) -> None:
         """Abort what still runs, and wait for its end, so that nothing of it stays in the engine."""

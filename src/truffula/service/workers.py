@@ -1,9 +1,4 @@
-"""``TextWorkers``: the server's text workers, and which client's call runs next.
-
-Calls of two kinds never wait for each other: *light* ones (a short chat whose template is not plain) and *heavy* ones
-(large bodies, long texts). Within a kind clients take turns, each may have a few calls waiting, and the number that
-wait in all is bounded: further calls are refused, so that none waits for long.
-"""
+"""``TextWorkers``: the server's text workers, and which client's call runs next."""
 
 from __future__ import annotations
 
@@ -18,10 +13,9 @@ from typing import Any
 from msgspec.structs import replace
 
 from truffula.errors import Overloaded, TemplateError
-from truffula.service.text_jobs import RENDER_JOB, template_job, unpack_rendered
+from truffula.service.prompts import render_job, unpack_rendered
 from truffula.text.chat_template import ChatTemplates
-from truffula.text.process import TextWorker, WorkerStopped
-from truffula.text.worker import Setup
+from truffula.text.process import Job, Setup, TextWorker, WorkerStopped
 from truffula.types import GenerateRequest
 
 MAX_WAITING, MAX_WAITING_PER_CLIENT = 64, 8
@@ -34,39 +28,20 @@ log = logging.getLogger(__name__)
 
 
 class TextWorkers:
-    """Owns the workers. ``run`` is for the event loop, ``call`` for a thread before the loop runs, ``close`` for any.
+    """Two pools whose calls never wait for each other's.
 
     Args:
         setup: Of each worker.
         heavy: Number of workers for heavy calls; None: one per four processors.
+
+    ``light`` is for short chats whose template is not plain, ``heavy`` for large bodies and long texts.
     """
 
     def __init__(self, setup: Setup, *, heavy: int | None = None) -> None:
         count = heavy or max(1, (os.cpu_count() or 1) // 4)
         nicer = replace(setup, niceness=HEAVY_NICENESS)
-        self._light = _Lane([TextWorker(setup)], None)
-        self._heavy = _Lane([TextWorker(nicer) for _ in range(count)], HEAVY_IDLE_S)
-        self._threads = ThreadPoolExecutor(1 + count, thread_name_prefix="truffula-text-worker")
-
-    @property
-    def pids(self) -> list[int]:
-        """Of the processes that run now."""
-        return [pid for lane in (self._light, self._heavy) for one in lane.workers if (pid := one.pid) is not None]
-
-    async def run(self, function: str, argument: Any, *, client: str, heavy: bool, seconds: float) -> list[bytes]:
-        """What ``function`` yields in a worker, as ``TextWorker.call``; also raises ``Overloaded``."""
-        lane = self._heavy if heavy else self._light
-        loop = asyncio.get_running_loop()
-        worker = await lane.acquire(client)
-        running = loop.run_in_executor(self._threads, worker.call, function, argument, seconds)
-
-        def ended(call: asyncio.Future[list[bytes]]) -> None:
-            call.exception()  # of a call whose client has left, too
-            lane.release(worker)
-
-        # The worker is free when the call has ended, not when its client has left.
-        running.add_done_callback(ended)
-        return await asyncio.shield(running)
+        self.light = WorkerPool([TextWorker(setup)])
+        self.heavy = WorkerPool([TextWorker(nicer) for _ in range(count)], HEAVY_IDLE_S)
 
     def render_at_start(self, templates: ChatTemplates, source: str, messages: list[dict[str, Any]]) -> str:
         """The chat rendered by the template ``source``, in the caller's thread, before the event loop uses the workers.
@@ -77,7 +52,7 @@ class TextWorkers:
             return templates.render(messages, add_generation_prompt=False, template=source)
         request = GenerateRequest(messages=messages, add_generation_prompt=False, chat_template=source)
         try:
-            (packed,) = self._light.workers[0].call(RENDER_JOB, template_job(request, templates), TEMPLATE_SECONDS)
+            (packed,) = self.light.workers[0].call(render_job, request, TEMPLATE_SECONDS)
         except WorkerStopped as error:
             log.warning("%s", template_stopped(error).message)
             raise template_stopped(error) from error
@@ -85,9 +60,8 @@ class TextWorkers:
 
     def close(self) -> None:
         """End the workers; calls that run end with ``WorkerStopped``. Idempotent."""
-        for lane in (self._light, self._heavy):
-            lane.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.light.close()
+        self.heavy.close()
 
 
 def template_stopped(error: WorkerStopped) -> TemplateError:
@@ -95,15 +69,37 @@ def template_stopped(error: WorkerStopped) -> TemplateError:
     return TemplateError(f"The chat template was stopped: {error.message}.", param="messages")
 
 
-class _Lane:
-    """Workers of one kind and the calls that wait for them, by client. Owned by the event loop's thread."""
+class WorkerPool:
+    """Workers and the calls that wait for them. Owned by the event loop's thread; ``close`` is for any.
 
-    def __init__(self, workers: Sequence[TextWorker], idle_s: float | None) -> None:
+    Clients take turns, each may have a few calls waiting, and the number that wait in all is bounded: further calls are
+    refused, so that none waits for long.
+
+    Args:
+        idle_s: A worker's process ends after this time without a call; None: it stays.
+    """
+
+    def __init__(self, workers: Sequence[TextWorker], idle_s: float | None = None) -> None:
         self.workers = tuple(workers)
-        self._free = deque(self.workers)
+        self._free = list(self.workers)
         self._idle_s = idle_s
         self._timers: dict[TextWorker, asyncio.TimerHandle] = {}
-        self._waiting: OrderedDict[str, deque[asyncio.Future[TextWorker]]] = OrderedDict()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[TextWorker]]] = OrderedDict()  # the next client first
+        self._threads = ThreadPoolExecutor(len(self.workers), thread_name_prefix="truffula-text-worker")
+
+    async def run(self, job: Job, argument: Any, *, client: str, seconds: float) -> list[bytes]:
+        """What ``job`` yields in a worker, as ``TextWorker.call``; also raises ``Overloaded``."""
+        loop = asyncio.get_running_loop()
+        worker = await self.acquire(client)
+        running = loop.run_in_executor(self._threads, worker.call, job, argument, seconds)
+
+        def ended(call: asyncio.Future[list[bytes]]) -> None:
+            call.exception()  # of a call whose client has left, too
+            self.release(worker)
+
+        # The worker is free when the call has ended, not when its client has left.
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)
 
     async def acquire(self, client: str) -> TextWorker:
         """The next free worker, when it is the client's turn. Raises ``Overloaded``."""
@@ -142,14 +138,16 @@ class _Lane:
         if self._idle_s is not None and worker.pid is not None:
             self._timers[worker] = asyncio.get_running_loop().call_later(self._idle_s, self._end_idle, worker)
 
+    def close(self) -> None:
+        """End the workers. Idempotent."""
+        for timer in self._timers.values():
+            timer.cancel()
+        for worker in self.workers:
+            worker.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     def _end_idle(self, worker: TextWorker) -> None:
         del self._timers[worker]
         self._free.remove(worker)
         closing = asyncio.get_running_loop().run_in_executor(None, worker.close)
         closing.add_done_callback(lambda _: self.release(worker))
-
-    def close(self) -> None:
-        for timer in self._timers.values():
-            timer.cancel()
-        for worker in self.workers:
-            worker.close()

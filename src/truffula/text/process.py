@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import signal
-import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import msgspec
 
 from truffula.environment import text_worker_environment
 from truffula.errors import ErrorInfo, TruffulaError
-from truffula.text.worker import END, FAILED, PART, READY, Call, Setup, receive, send
+from truffula.types import EngineInfo
 
+Job = Callable[[Any, Any], Iterator[bytes]]
+"""A module's function of a ``Worker`` and an argument, which a text worker imports and calls."""
+READY, PART, END, FAILED = b"R", b"P", b"E", b"F"
+"""The first byte of what a worker sends; a part of a result, or an ``ErrorInfo``, follows."""
 START_TIMEOUT_S = 60.0
 WALL_SECONDS = 10.0
 """Limit of a call's duration per second of its processor time: a busy machine gives it little."""
 GRACE_S = 1.0
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is started with.
+
+    Attributes:
+        info: Of the engine.
+        texts_path: Where the model's text files are; None where it has none.
+        texts_digest: Their digest when the server read them.
+        templates: The model's chat templates, name → source.
+        special_tokens: What these may write, name → text.
+        memory_bytes: What the worker may allocate beyond what it has after its start.
+        niceness: Added to the process's own.
+    """
+
+    info: EngineInfo
+    texts_path: str | None
+    texts_digest: str
+    templates: dict[str, str]
+    special_tokens: dict[str, str]
+    memory_bytes: int
+    niceness: int = 0
 
 
 class WorkerStopped(TruffulaError):
@@ -36,27 +62,26 @@ class TextWorker:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self._setup = msgspec.msgpack.encode(setup)
-        self._memory_bytes = setup.memory_bytes
+        self._setup = setup
         self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
+        self._connection: Connection | None = None
 
     @property
     def pid(self) -> int | None:
         """Of the process; None while there is none."""
         return None if self._process is None else self._process.pid
 
-    def call(self, function: str, argument: Any, seconds: float) -> list[bytes]:
-        """What ``function`` (``module:name``) yields for ``argument``.
+    def call(self, job: Job, argument: Any, seconds: float) -> list[bytes]:
+        """What ``job`` yields for ``argument``.
 
         Raises:
             WorkerStopped: It took longer than ``seconds`` of processor time, or more memory than allowed.
             TruffulaError: What the function raised.
         """
         try:
-            sock = self._started()
-            call = msgspec.msgpack.encode(Call(function, pickle.dumps(argument), seconds))
-            return self._exchange(sock, call, WALL_SECONDS * seconds)
+            connection = self._connection or self._start()
+            connection.send((job, argument, seconds))
+            return _parts(connection, time.monotonic() + WALL_SECONDS * seconds)
         except TimeoutError:
             self.close()
             raise WorkerStopped(f"it took longer than {WALL_SECONDS * seconds:g} s") from None
@@ -65,33 +90,12 @@ class TextWorker:
 
     def close(self) -> int | None:
         """Kill the process, if there is one. Idempotent. Returns its exit status."""
+        self._connection = None  # closed with its last reference: a call in another thread may still read it
         process, self._process = self._process, None
-        sock, self._socket = self._socket, None
-        status = None
-        if process is not None:
-            process.kill()
-            status = process.wait()
-        if sock is not None:
-            sock.close()
-        return status
-
-    def _exchange(self, sock: socket.socket, call: bytes, seconds: float) -> list[bytes]:
-        deadline = time.monotonic() + seconds
-        sock.settimeout(seconds)
-        send(sock, b"C", call)
-        parts: list[bytes] = []
-        while True:
-            sock.settimeout(max(0.001, deadline - time.monotonic()))
-            frame = receive(sock)
-            if frame is None:
-                raise EOFError
-            kind, body = frame
-            if kind == PART:
-                parts.append(body)
-            elif kind == END:
-                return parts
-            elif kind == FAILED:
-                raise TruffulaError.from_info(msgspec.msgpack.decode(body, type=ErrorInfo))
+        if process is None:
+            return None
+        process.kill()
+        return process.wait()
 
     def _ended(self, seconds: float) -> WorkerStopped:
         """Clean up after a process that has ended during a call, and say why."""
@@ -103,28 +107,37 @@ class TextWorker:
         status = self.close()
         if status == -signal.SIGXCPU:
             return WorkerStopped(f"it took longer than {seconds:g} s of processor time")
-        return WorkerStopped(f"it took more than {self._memory_bytes >> 20} MiB of memory (exit status {status})")
+        limit = self._setup.memory_bytes >> 20
+        return WorkerStopped(f"it took more than {limit} MiB of memory (exit status {status})")
 
-    def _started(self) -> socket.socket:
-        if self._socket is not None:
-            return self._socket
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
+    def _start(self) -> Connection:
+        connection, theirs = Pipe()
+        with theirs:
             # -P: the folder that the server was started in must not shadow modules.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "truffula.text.worker", "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
                 env=text_worker_environment(),
             )  # fmt: skip
-        except BaseException:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        self._socket = ours
-        ours.settimeout(START_TIMEOUT_S)
-        send(ours, b"S", self._setup)
-        frame = receive(ours)
-        if frame is None or frame[0] != READY:
-            raise OSError("the text worker ended while it started")
-        return ours
+        connection.send(self._setup)
+        if _receive(connection, time.monotonic() + START_TIMEOUT_S) != READY:
+            raise OSError("the text worker sent something else before it was ready")
+        self._connection = connection
+        return connection
+
+
+def _parts(connection: Connection, deadline: float) -> list[bytes]:
+    """The parts of a call's result, until its end."""
+    parts: list[bytes] = []
+    while (frame := _receive(connection, deadline)) != END:
+        if frame[:1] == FAILED:
+            raise TruffulaError.from_info(msgspec.msgpack.decode(frame[1:], type=ErrorInfo))
+        parts.append(frame[1:])
+    return parts
+
+
+def _receive(connection: Connection, deadline: float) -> bytes:
+    """The next frame. Raises ``TimeoutError``, and ``EOFError`` when the worker has ended."""
+    if not connection.poll(max(0.0, deadline - time.monotonic())):
+        raise TimeoutError
+    return connection.recv_bytes()

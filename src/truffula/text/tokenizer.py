@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -224,6 +225,11 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
         if eos is not None and eos not in {token.id for token in ends}:
             ends.append(EndToken(eos, f"{special.sources['eos_token']} eos_token", named["eos_token"]))
     return Tokenizer(library, config, named, ends, warnings, decoder=rules.decoder)
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """A checksum of a tokenizer's files (name → content)."""
+    return " ".join(f"{name}:{len(files[name])}:{zlib.crc32(files[name]):08x}" for name in sorted(files))
 
 
 class _Rules(msgspec.Struct):

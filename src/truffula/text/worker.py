@@ -1,95 +1,60 @@
 """A text worker: ``python -m truffula.text.worker --fd N``, started by ``text/process.py``.
 
 It runs one function at a time for the server: on text of any size, and on code of a model's folder (chat templates,
-tokenizers). It has a limit of memory and is killed when a call takes too long. A function is named by its module and
-gets the ``Worker`` and one argument; what it yields is sent as it comes. The process ends when its socket does.
+tokenizers). It has a limit of memory and is killed when a call takes too long. A function gets the ``Worker`` and one
+argument; what it yields is sent as it comes. The process ends when its connection does.
+
+Setup and calls arrive pickled: a worker trusts the server. The server trusts no worker and decodes what comes back.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import pickle
 import resource
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from truffula.errors import TruffulaError, internal_error
-from truffula.types import EngineInfo
-
-READY, PART, END, FAILED = b"R", b"P", b"E", b"F"
-_HEAD_BYTES = 5
-
-
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker is started with.
-
-    Attributes:
-        info: Of the engine; ``texts_path`` is where the model's text files are, ``texts_digest`` their digest when the
-            server read them, and ``templates`` replaces their chat templates.
-        memory_bytes: What the worker may allocate beyond what it has after its start.
-        niceness: Added to the process's own.
-    """
-
-    info: EngineInfo
-    texts_path: str | None
-    texts_digest: str
-    templates: dict[str, str] | None
-    memory_bytes: int
-    niceness: int = 0
+from truffula.errors import CheckpointChanged, TruffulaError, internal_error
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.process import END, FAILED, PART, READY, Setup
+from truffula.text.tokenizer import Tokenizer, digest_of, load_tokenizer
+from truffula.weights.texts import read_texts
 
 
 @dataclass
 class Worker:
-    """What a function gets: the ``setup``, and ``kept``, where functions keep what they made for later calls."""
+    """What a function gets: the ``setup``, and the model's texts, which are kept for later calls."""
 
     setup: Setup
-    kept: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def templates(self) -> ChatTemplates:
+        return ChatTemplates(self.setup.templates, self.setup.special_tokens)
 
-class Call(msgspec.Struct, frozen=True):
-    """``function`` is ``module:name`` of a function ``(Worker, argument) -> Iterator[bytes]``; ``argument`` is pickled:
-    a worker trusts the server, which trusts no worker and decodes what comes back. The system ends the process after
-    ``seconds`` of processor time (rounded up to a second).
-    """
-
-    function: str
-    argument: bytes
-    seconds: float
-
-
-def send(sock: socket.socket, kind: bytes, body: bytes = b"") -> None:
-    """Send one frame: its kind, the length of its body in 4 bytes, its body."""
-    sock.sendall(kind + len(body).to_bytes(4, "big"))
-    sock.sendall(body)
-
-
-def receive(sock: socket.socket) -> tuple[bytes, bytes] | None:
-    """The next frame's kind and body; None when the peer has closed."""
-    head = _read(sock, _HEAD_BYTES)
-    if head is None:
-        return None
-    body = _read(sock, int.from_bytes(head[1:], "big"))
-    return None if body is None else (head[:1], body)
-
-
-def _read(sock: socket.socket, nbytes: int) -> bytes | None:
-    data = bytearray(nbytes)
-    view = memoryview(data)
-    while view:
-        count = sock.recv_into(view)
-        if not count:
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """Raises ``CheckpointChanged`` when the files are not those that the server has read."""
+        path = self.setup.texts_path
+        texts = None if path is None else read_texts(Path(path))
+        if texts is None or not texts.tokenizer:
             return None
-        view = view[count:]
-    return bytes(data)
+        if digest_of(texts.tokenizer) != self.setup.texts_digest:
+            raise CheckpointChanged(
+                f"The tokenizer of {path} was replaced while it was served, so long texts cannot be tokenized as "
+                "before. Restart the server to serve the files that are there now.",
+                param=path,
+            )
+        return load_tokenizer(texts.tokenizer, texts.end_tokens)
 
 
 def _limit_memory(extra: int) -> None:
@@ -102,53 +67,49 @@ def _limit_memory(extra: int) -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """Let this process use ``seconds`` more of processor time; then SIGXCPU ends it."""
+    """Let this process use ``seconds`` more of processor time, rounded up to a second; then SIGXCPU ends it."""
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
     wanted = math.ceil(time.process_time() + seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def serve(sock: socket.socket) -> None:
-    """Answer calls until the socket closes."""
-    first = receive(sock)
-    if first is None:
-        return
-    setup = msgspec.msgpack.decode(first[1], type=Setup)
+def serve(connection: Connection) -> None:
+    """Answer calls until the connection closes."""
+    setup: Setup = connection.recv()
     os.nice(setup.niceness)
     if sys.platform == "linux":
         _limit_memory(setup.memory_bytes)
     worker = Worker(setup)
-    send(sock, READY)
-    while (frame := receive(sock)) is not None:
-        call = msgspec.msgpack.decode(frame[1], type=Call)
-        module, _, name = call.function.partition(":")
-        _limit_time(call.seconds)
+    connection.send_bytes(READY)
+    while True:
         try:
-            function: Callable[[Worker, Any], Iterator[bytes]] = getattr(importlib.import_module(module), name)
-            for part in function(worker, pickle.loads(call.argument)):
-                send(sock, PART, part)
-            send(sock, END)
+            call = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, argument, seconds = pickle.loads(call)
+            _limit_time(seconds)
+            for part in function(worker, argument):
+                connection.send_bytes(PART + part)
+            connection.send_bytes(END)
         except MemoryError:
             return  # what is left of this process is in an unknown state; the server starts another
         except BaseException as error:  # noqa: BLE001  # the caller gets it; a Rust panic is no Exception
-            send(sock, FAILED, msgspec.msgpack.encode(_described(error).info()))
-
-
-def _described(error: BaseException) -> TruffulaError:
-    return error if isinstance(error, TruffulaError) else internal_error(error)
+            found = error if isinstance(error, TruffulaError) else internal_error(error)
+            connection.send_bytes(FAILED + msgspec.msgpack.encode(found.info()))
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    import argparse  # the server imports this module, too
+    import argparse  # the functions' modules import this one, too
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
-    # Signals meant for the whole process group are the server's, which closes the socket.
+    # Signals meant for the whole process group are the server's, which closes the connection.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with socket.socket(fileno=parser.parse_args(arguments).fd) as sock:
-        serve(sock)
+    with Connection(parser.parse_args(arguments).fd) as connection:
+        serve(connection)
 
 
 if __name__ == "__main__":
