@@ -64,8 +64,8 @@ TALK: list[dict[str, Any]] = [
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-def templates(source: str, **limits: Any) -> ChatTemplates:
-    return ChatTemplates({"default": source}, SPECIAL, **limits)
+def templates(source: str) -> ChatTemplates:
+    return ChatTemplates({"default": source}, SPECIAL)
 
 
 def theirs(source: str, messages: list[dict[str, Any]], **given: Any) -> str:
@@ -183,4 +183,4 @@ def test_a_long_conversation_is_rendered_and_its_length_is_limited() -> None:
     text = templates(CHATML).render(messages)
     assert text == theirs(CHATML, messages, add_generation_prompt=True)
     with pytest.raises(TemplateError, match="characters"):
-        templates(CHATML, max_chars=10_000).render(messages)
+        templates("{% for i in range(2001) %}{{ messages[0].content }}{% endfor %}").render(messages)

@@ -137,8 +137,8 @@ def text_workers(
         info=info,
         texts_path=None if texts.path is None else str(texts.path),
         texts_digest=texts.digest,
-        templates=dict(known.sources),
-        special_tokens=dict(known.special_tokens),
+        templates=known.sources,
+        special_tokens=known.special_tokens,
         memory_bytes=memory_bytes,
     )
     return TextWorkers(setup)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from jinja2 import meta
 from truffula.errors import ConfigError, InvalidRequest, TemplateError
 from truffula.text.plain_template import MAX_SOURCE_CHARS, is_plain
 from truffula.text.sandbox import template_environment
-from truffula.text.template_probe import Kind, Place, Words, is_written_once_more
+from truffula.text.template_probe import Kind, Place, is_written_once_more, missing_from, put_words
 
 MAX_SOURCE = 400_000
+MAX_CHARS = 4_000_000
 MAX_DEPTH = 64
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
@@ -34,79 +36,82 @@ class LeftOut:
     variables: tuple[str, ...]
 
 
+class _Template:
+    """One source, parsed and compiled when first used."""
+
+    def __init__(self, environment: jinja2.Environment, source: str) -> None:
+        self._environment = environment
+        self._source = source
+
+    @cached_property
+    def is_plain(self) -> bool:
+        try:
+            return len(self._source) <= MAX_SOURCE_CHARS and is_plain(self._environment.parse(self._source))
+        except (jinja2.TemplateError, RecursionError):
+            return True  # rendering raises the same error
+
+    @cached_property
+    def variables(self) -> set[str]:
+        """Names of those that it looks up. Raises as ``compiled``."""
+        _ = self.compiled
+        return meta.find_undeclared_variables(self._environment.parse(self._source))
+
+    @cached_property
+    def compiled(self) -> jinja2.Template:
+        """Raises ``TemplateError`` for a source that is too long or no Jinja."""
+        if len(self._source) > MAX_SOURCE:
+            raise TemplateError(f"The chat template has {len(self._source)} characters; the limit is {MAX_SOURCE}.")
+        try:
+            return self._environment.from_string(self._source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(
+                f"The chat template is not valid Jinja, line {error.lineno}: {error.message}"
+            ) from error
+        except (RecursionError, MemoryError, SyntaxError, ValueError, jinja2.TemplateError) as error:
+            raise TemplateError(f"The chat template cannot be compiled: {error}") from error
+
+
 class ChatTemplates:
     """The templates of one model, compiled when first used. Safe to use from several threads.
 
     Args:
         sources: Name → Jinja source, as in tokenizer_config.json (``default``, ``tool_use``, …).
         special_tokens: ``bos_token`` and so on, which templates may write.
-        max_chars: Limit of what one rendering writes.
 
     What a template may use is what transformers gives it: ``raise_exception``, ``strftime_now``, ``tojson`` without
-    HTML escapes, loop controls, ``generation`` blocks, trimmed blocks. Nothing else limits what a template does: see
-    ``sandbox``.
+    HTML escapes, loop controls, ``generation`` blocks, trimmed blocks. It may write ``MAX_CHARS``. Nothing else limits
+    what a template does: see ``sandbox``.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, str],
-        special_tokens: Mapping[str, str],
-        *,
-        max_chars: int = 4_000_000,
-    ) -> None:
-        self._sources = dict(sources)
-        self._special = dict(special_tokens)
-        self._max_chars = max_chars
+    def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str]) -> None:
+        self.sources = dict(sources)
+        self.special_tokens = dict(special_tokens)
         self._environment = template_environment()
-        self._plain: dict[str, bool] = {}
-        self._compiled: dict[str, jinja2.Template] = {}
-        self._reads: dict[str, frozenset[str]] = {}  # the names of the variables that each looks up
+        self._own = {source: _Template(self._environment, source) for source in sources.values()}
 
     def __bool__(self) -> bool:
-        return bool(self._sources)
-
-    @property
-    def sources(self) -> Mapping[str, str]:
-        """Name → source."""
-        return self._sources
-
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        return self._special
-
-    @property
-    def default(self) -> str | None:
-        """The source that a request without tools and without a template of its own is rendered with."""
-        return self._sources.get("default")
+        return bool(self.sources)
 
     def owns(self, source: str) -> bool:
         """Whether ``source`` is one of the model's."""
-        return source in self._sources.values()
+        return source in self._own
 
     def is_plain(self, source: str) -> bool:
         """Whether ``source`` can be rendered without limits on time and memory (``plain_template``)."""
-        if source not in self._plain:
-            try:
-                found = len(source) <= MAX_SOURCE_CHARS and is_plain(self._environment.parse(source))
-            except (jinja2.TemplateError, RecursionError):
-                found = True  # rendering raises the same error
-            if not self.owns(source):
-                return found
-            self._plain[source] = found
-        return self._plain[source]
+        return self._template(source).is_plain
 
     def choose(self, override: str | None, *, with_tools: bool) -> str:
         """The source to render: ``override`` (a source, or the name of one of the model's), else the model's for this
         use.
         """
         if override is not None:
-            return self._sources.get(override, override)
-        if with_tools and "tool_use" in self._sources:
-            return self._sources["tool_use"]
-        if "default" in self._sources:
-            return self._sources["default"]
-        if self._sources:
-            names = ", ".join(sorted(self._sources))
+            return self.sources.get(override, override)
+        if with_tools and "tool_use" in self.sources:
+            return self.sources["tool_use"]
+        if "default" in self.sources:
+            return self.sources["default"]
+        if self.sources:
+            names = ", ".join(sorted(self.sources))
             raise TemplateError(
                 f"The model has several chat templates and none is the default: name one of {names}.", names=names
             )
@@ -164,18 +169,20 @@ class ChatTemplates:
         reads them, so nothing counts as left out.
         """
         source = self.choose(template, with_tools=bool(tools))
-        unread = self._unread(source, variables) if variables else ()
+        unread: tuple[str, ...] = ()
+        if variables:
+            reads = self._template(source).variables
+            unread = tuple(name for name in variables if name not in reads)
 
         def missing(only: Kind | None) -> list[Place]:
-            words = Words(only)
             context = self._context(source, messages, tools, documents, variables, add_generation_prompt=True)
-            words.put(context["messages"], context["tools"], context["documents"])
-            if [place.kind for place in words.places] == ["system message"]:
+            places = put_words(context["messages"], context["tools"], context["documents"], only)
+            if [place.kind for place in places] == ["system message"]:
                 others = (message["content"] for message in context["messages"])
-                if is_written_once_more(words.places[0].text, prompt, (source, *others)):
+                if is_written_once_more(places[0].text, prompt, (source, *others)):
                     return []
             try:
-                return words.missing_from(self._run(source, context)) if words.places else []
+                return missing_from(self._run(source, context), places) if places else []
             except TemplateError:
                 return []
 
@@ -200,7 +207,7 @@ class ChatTemplates:
         chat = conversation(messages, knows_developer="developer" in source)
         context: dict[str, Any] = plain(
             {
-                **self._special,
+                **self.special_tokens,
                 **(variables or {}),
                 "tools": list(tools) if tools else None,
                 "documents": list(documents) if documents else None,
@@ -211,43 +218,19 @@ class ChatTemplates:
         context["messages"] = chat
         return context
 
-    def _unread(self, source: str, variables: Mapping[str, Any]) -> tuple[str, ...]:
-        """Those of ``variables`` that the template never looks up."""
-        self._template(source)  # raises for one that is too long or no Jinja
-        reads = self._reads.get(source)
-        if reads is None:
-            reads = frozenset(meta.find_undeclared_variables(self._environment.parse(source)))
-            if source in self._sources.values():
-                self._reads[source] = reads
-        return tuple(name for name in variables if name not in reads)
-
-    def _template(self, source: str) -> jinja2.Template:
-        found = self._compiled.get(source)
-        if found is None:
-            if len(source) > MAX_SOURCE:
-                raise TemplateError(f"The chat template has {len(source)} characters; the limit is {MAX_SOURCE}.")
-            try:
-                found = self._environment.from_string(source)
-            except jinja2.TemplateSyntaxError as error:
-                raise TemplateError(
-                    f"The chat template is not valid Jinja, line {error.lineno}: {error.message}"
-                ) from error
-            except (RecursionError, MemoryError, SyntaxError, ValueError, jinja2.TemplateError) as error:
-                raise TemplateError(f"The chat template cannot be compiled: {error}") from error
-            if source in self._sources.values():
-                self._compiled[source] = found
-        return found
+    def _template(self, source: str) -> _Template:
+        return self._own.get(source) or _Template(self._environment, source)
 
     def _run(self, source: str, context: dict[str, Any]) -> str:
-        template = self._template(source)
+        template = self._template(source).compiled
         parts: list[str] = []
         length = 0
         try:
             for part in template.generate(context):
                 length += len(part)
-                if length > self._max_chars:
+                if length > MAX_CHARS:
                     raise TemplateError(
-                        f"The chat template was stopped: it wrote more than {self._max_chars} characters.",
+                        f"The chat template was stopped: it wrote more than {MAX_CHARS} characters.",
                         param="messages",
                     )
                 parts.append(part)
@@ -267,7 +250,7 @@ def read_template(path: Path) -> str:
     """The operator's own template. Raises ``ConfigError`` where the file is no text or no valid Jinja."""
     try:
         source = path.read_text(encoding="utf-8")
-        ChatTemplates({}, {})._template(source)
+        _ = _Template(template_environment(), source).compiled
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The chat template {path} cannot be read: {error}.", param="chat_template") from error
     except TemplateError as error:

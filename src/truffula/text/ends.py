@@ -63,7 +63,7 @@ class EndTokens:
             )
         self.always = list(found.values())
         self.ids = frozenset(found)
-        default = self.of_template(templates.default)
+        default = self.of_template(templates.sources.get("default"))
         for source in templates.sources.values():
             self.of_template(source)  # now: it may take a while, and requests should not wait for it
         self.all = [*self.always, *([default] if default is not None and default.id not in self.ids else [])]

@@ -7,11 +7,20 @@ that text belongs to a place the template leaves out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 Kind = Literal["tool message", "tool calls", "documents", "tools", "name", "system message"]
+_KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "tool": "tool message",
+        "function": "tool message",
+        "system": "system message",
+        "developer": "system message",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -24,60 +33,51 @@ class Place:
     text: str
 
 
-class Words:
-    """Replaces the texts in a conversation (in place) by words and keeps which stands for what.
+def put_words(
+    chat: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    documents: Sequence[dict[str, Any]] | None,
+    only: Kind | None = None,
+) -> list[Place]:
+    """Put words into what a template might leave out, in place. The text of users and assistants stays as it is.
 
     ``only`` restricts it to one kind: all words together may lead a template another way (a call whose function it
     looks up among the tools), so each kind that is missing is looked for once more by itself.
     """
+    places: list[Place] = []
 
-    def __init__(self, only: Kind | None = None) -> None:
-        self._only = only
-        self.places: list[Place] = []
-
-    def _word(self, kind: Kind, param: str, text: str) -> str:
+    def word(kind: Kind, param: str, text: str) -> str:
         """A new word for ``text``, or ``text`` itself where its kind is not asked about."""
-        if self._only not in (None, kind):
+        if only not in (None, kind):
             return text
-        word = f"trufflprobe{len(self.places)}x"
-        self.places.append(Place(word, kind, param, text))
-        return word
+        places.append(Place(f"trufflprobe{len(places)}x", kind, param, text))
+        return places[-1].word
 
-    def put(
-        self,
-        chat: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None,
-        documents: Sequence[dict[str, Any]] | None,
-    ) -> None:
-        """Put words into what a template might leave out. The text of users and assistants stays as it is."""
-        for index, message in enumerate(chat):
-            self._put_message(message, f"messages[{index}]")
-        for index, tool in enumerate(tools or ()):
-            inner = tool.get("function", tool)
-            if isinstance(inner, dict) and isinstance(inner.get("name"), str):
-                inner["name"] = self._word("tools", f"tools[{index}]", inner["name"])
-        for index, document in enumerate(documents or ()):
-            word = self._word("documents", f"documents[{index}]", "") if has_text(document) else ""
-            if word:
-                replace_texts(document, word)
-
-    def _put_message(self, message: dict[str, Any], where: str) -> None:
-        role = message["role"]
-        kinds: dict[str, Kind] = {"tool": "tool message", "function": "tool message"}
-        kinds |= {"system": "system message", "developer": "system message"}
-        if role in kinds and message["content"].strip():
-            message["content"] = self._word(kinds[role], f"{where}.content", message["content"])
+    for index, message in enumerate(chat):
+        where = f"messages[{index}]"
+        kind = _KINDS.get(message["role"])
+        if kind is not None and message["content"].strip():
+            message["content"] = word(kind, f"{where}.content", message["content"])
         if isinstance(message.get("name"), str):
-            message["name"] = self._word("name", f"{where}.name", message["name"])
+            message["name"] = word("name", f"{where}.name", message["name"])
         for call in message.get("tool_calls") or ():
             function = call["function"]
             if isinstance(function.get("name"), str):
-                function["name"] = self._word("tool calls", f"{where}.tool_calls", function["name"])
+                function["name"] = word("tool calls", f"{where}.tool_calls", function["name"])
+    for index, tool in enumerate(tools or ()):
+        inner = tool.get("function", tool)
+        if isinstance(inner, dict) and isinstance(inner.get("name"), str):
+            inner["name"] = word("tools", f"tools[{index}]", inner["name"])
+    for index, document in enumerate(documents or ()):
+        if has_text(document) and (instead := word("documents", f"documents[{index}]", "")):
+            replace_texts(document, instead)
+    return places
 
-    def missing_from(self, text: str) -> list[Place]:
-        """The places whose word is not in ``text``, in whatever case it was written."""
-        folded = text.casefold()
-        return [place for place in self.places if place.word not in folded]
+
+def missing_from(text: str, places: Iterable[Place]) -> list[Place]:
+    """The places whose word is not in ``text``, in whatever case it was written."""
+    folded = text.casefold()
+    return [place for place in places if place.word not in folded]
 
 
 def is_written_once_more(text: str, prompt: str, others: Iterable[str]) -> bool:
