@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from examples import examples
-from truffula.text.stops import StopMatch, StopMatcher, StopTable
+from truffula.text.stops import StopMatch, StopMatcher
 
 few = st.text("abé", min_size=1, max_size=5)
 stops_of = st.lists(few, min_size=1, max_size=4)
@@ -33,7 +33,7 @@ def could_become(tail: str, stops: list[str]) -> int:
 @example(chunks=["aab", "aabaa", "b"], stops=["aabaab"])
 @example(chunks=["abc"], stops=["b", "abc"])
 def test_any_chunking_matches_what_find_says(chunks: list[str], stops: list[str]) -> None:
-    matcher = StopMatcher(StopTable(stops))
+    matcher = StopMatcher(stops)
     text = ""
     for chunk in chunks:
         text += chunk
@@ -48,7 +48,7 @@ def test_any_chunking_matches_what_find_says(chunks: list[str], stops: list[str]
 def test_a_long_stop_costs_no_more_per_character() -> None:
     """Linear in text and stop: with a suffix compared anew at each character this would take hours."""
     stop = "a" * 200_000 + "b"
-    matcher = StopMatcher(StopTable([stop]))
+    matcher = StopMatcher([stop])
     assert matcher.feed("a" * 400_000) is None
     assert matcher.holding == 200_000
     assert matcher.feed("b") == StopMatch(stop, 200_000, 400_001)

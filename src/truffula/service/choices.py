@@ -12,7 +12,7 @@ import msgspec
 from truffula.errors import ErrorInfo, TruffulaError
 from truffula.params import SamplingParams
 from truffula.service.prompts import Prompt, prompt_part, top_pieces
-from truffula.text.stops import StopMatch, StopMatcher, stop_table
+from truffula.text.stops import StopMatch, StopMatcher
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import (
     ChoiceTotals,
@@ -62,7 +62,7 @@ class ChoiceState:
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
         self._skipped = tokenizer.special_ids if tokenizer is not None and params.skip_special_tokens else frozenset()
         self._special = tokenizer.special_ids if tokenizer is not None else frozenset()
-        self._stops = StopMatcher(stop_table(params.stop)) if params.stop else None
+        self._stops = StopMatcher(params.stop) if params.stop else None
         # Decodes the text that stop strings are looked for in, where it is not the text shown.
         self._full = tokenizer.detokenizer() if tokenizer is not None and self._stops and self._skipped else None
         self._unmatched = 0  # characters before min_tokens, which the matcher has not seen

@@ -33,20 +33,14 @@ Answer = Completion | TruffulaError
 class _Call:
     """One call of ``stream``: its requests that are open, by engine id, and the deltas that its caller has not taken.
 
-    ``opened`` are requests that were tokenised and not submitted yet; those from ``next`` on were not tokenised.
+    ``waiting`` are the requests that were not submitted yet, with their index; the first ones may be opened already.
     """
 
     def __init__(self, requests: Sequence[GenerateRequest]) -> None:
-        self.requests = requests
-        self.opened: deque[tuple[int, RequestState]] = deque()
-        self.next = 0
+        self.waiting: deque[tuple[int, GenerateRequest | RequestState]] = deque(enumerate(requests))
         self.states: dict[str, tuple[int, RequestState]] = {}
         self.inbox: deque[tuple[int, list[TextDelta]]] = deque()
         self.ignored: set[str] = set()
-
-    @property
-    def unsubmitted(self) -> bool:
-        return bool(self.opened) or self.next < len(self.requests)
 
 
 class SyncService:
@@ -114,7 +108,7 @@ class SyncService:
         if not return_errors:
             self._check_all(call)
         try:
-            while call.unsubmitted or call.states or call.inbox:
+            while call.waiting or call.states or call.inbox:
                 yield from self._fill(call)
                 self._wait(call)
                 while call.inbox:
@@ -141,46 +135,48 @@ class SyncService:
 
     def _check_all(self, call: _Call) -> None:
         """Open every request, and keep the first ones for ``_fill``. Raises the error of the first that is refused."""
-        for index, request in enumerate(call.requests):
-            state = self.core.open(request)
-            self._log_ignored(call, state)
-            if index < self._submissions.share:
-                call.opened.append((index, state))
-        call.next = len(call.opened)
+        for at, (index, request) in enumerate(call.waiting):
+            state = self._open(call, request)
+            if at < self._submissions.share:
+                call.waiting[at] = index, state
 
     def _fill(self, call: _Call) -> Iterator[Found]:
         """Submit further requests of ``call`` while the engine has places for them; yields those that are refused."""
         with self._changed:
             room = self._room(call)
-        while call.next < len(call.requests) and sum(len(s.engine_requests) for _, s in call.opened) < room:
-            index, call.next = call.next, call.next + 1
+        opened: list[tuple[int, RequestState]] = []
+        while call.waiting and room > 0:
+            index, request = call.waiting.popleft()
             try:
-                state = self.core.open(call.requests[index])
+                state = self._open(call, request)
             except TruffulaError as error:
                 yield index, error
                 continue
-            self._log_ignored(call, state)
-            call.opened.append((index, state))
+            opened.append((index, state))
+            room -= len(state.engine_requests)
+        if not opened:
+            return
         with uninterrupted(), self._changed:
             submitted: list[EngineRequest] = []
-            room = self._room(call)
-            while call.opened and len(submitted) < room:
-                index, state = call.opened.popleft()
+            for index, state in opened:
                 submitted += state.engine_requests
                 call.states.update((one.request_id, (index, state)) for one in state.engine_requests)
                 self._calls.update((one.request_id, call) for one in state.engine_requests)
-            if submitted:
-                self._submissions.add(submitted)
+            self._submissions.add(submitted)
+
+    def _open(self, call: _Call, request: GenerateRequest | RequestState) -> RequestState:
+        """The state of ``request``; what the chat template ignores is logged once per call."""
+        if isinstance(request, RequestState):
+            return request
+        state = self.core.open(request)
+        if new := set(state.ignored) - call.ignored:
+            call.ignored |= new
+            logger.warning("the chat template does not use %s", ", ".join(sorted(new)))
+        return state
 
     def _room(self, call: _Call) -> int:
         """How many further sequences of ``call`` the engine has places for."""
         return min(self._submissions.share - len(call.states), self._submissions.free)
-
-    def _log_ignored(self, call: _Call, state: RequestState) -> None:
-        new = set(state.ignored) - call.ignored
-        if new:
-            call.ignored |= new
-            logger.warning("the chat template does not use %s", ", ".join(sorted(new)))
 
     def _wait(self, call: _Call) -> None:
         """Wait until ``call`` has deltas, all its requests have ended, or the engine has a place for its next one."""
@@ -201,8 +197,9 @@ class SyncService:
                     self._changed.notify_all()
 
     def _ready(self, call: _Call) -> bool:
-        fillable = call.unsubmitted and self._room(call) > 0
-        return bool(call.inbox) or fillable or (not call.states and not call.unsubmitted)
+        if call.inbox or not (call.states or call.waiting):
+            return True
+        return bool(call.waiting) and self._room(call) > 0
 
     def _deliver(self, events: Sequence[TokenEvent]) -> None:
         """Pass the engine's events to the calls that they belong to."""
@@ -230,9 +227,7 @@ class SyncService:
 
     def _leave(self, call: _Call) -> None:
         """Abort what still runs, and wait for its end, so that nothing of it stays in the engine."""
-        call.requests = ()
-        call.opened.clear()
-        call.next = 0
+        call.waiting.clear()
         with uninterrupted(), self._changed:
             self._abort(list(call.states))
         while call.states:

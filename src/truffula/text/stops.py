@@ -16,22 +16,6 @@ class StopMatch:
     end: int
 
 
-class StopTable:
-    """The stop strings of a request and their automata, which its choices share."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        # Longest first, so that of two stops ending at the same character the longer is met first.
-        self.stops = tuple(sorted(dict.fromkeys(stops), key=len, reverse=True))
-        self.borders = tuple(_borders(stop) for stop in self.stops)
-        self.firsts = tuple({stop[0] for stop in self.stops})
-
-
-@lru_cache(maxsize=16)
-def stop_table(stops: tuple[str, ...]) -> StopTable:
-    """The table of ``stops``, made once for all choices and prompts of an HTTP request."""
-    return StopTable(stops)
-
-
 class StopMatcher:
     """Feed text in any pieces; the match is the one that is complete first, and of those the longest.
 
@@ -42,18 +26,21 @@ class StopMatcher:
     One Knuth-Morris-Pratt automaton per stop: O(1) amortised per character and stop, however long the stops are.
     """
 
-    def __init__(self, table: StopTable) -> None:
-        self._table = table
-        self._states = [0] * len(table.stops)
+    def __init__(self, stops: Sequence[str]) -> None:
+        # Longest first, so that of two stops ending at the same character the longer is met first.
+        self._stops = sorted(dict.fromkeys(stops), key=len, reverse=True)
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._firsts = {stop[0] for stop in self._stops}
+        self._states = [0] * len(self._stops)
         self._fed = 0
         self.holding = 0
 
     def feed(self, text: str) -> StopMatch | None:
         """Take ``text``; the first complete stop, or None. After a match the matcher is spent."""
-        if not self.holding and not any(first in text for first in self._table.firsts):
+        if not self.holding and not any(first in text for first in self._firsts):
             self._fed += len(text)  # the common case, without a loop over characters
             return None
-        states, stops, borders = self._states, self._table.stops, self._table.borders
+        states, stops, borders = self._states, self._stops, self._borders
         for at, char in enumerate(text):
             for index, stop in enumerate(stops):
                 state, border = states[index], borders[index]
@@ -70,8 +57,11 @@ class StopMatcher:
         return None
 
 
+@lru_cache(maxsize=64)
 def _borders(stop: str) -> tuple[int, ...]:
-    """For each prefix of ``stop``, the length of its longest proper border."""
+    """For each prefix of ``stop``, the length of its longest proper border. Computed once for all choices and prompts
+    of a request.
+    """
     table = [0] * len(stop)
     length = 0
     for at in range(1, len(stop)):
