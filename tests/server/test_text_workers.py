@@ -18,6 +18,7 @@ from processes import descendants
 from truffula.errors import Overloaded
 from truffula.service.workers import MAX_WAITING_PER_CLIENT, WorkerPool
 from truffula.text.chat_template import ChatTemplates
+from truffula.types import GenerateRequest
 
 LONG = "The Lorax spoke for the trees. " * 4000
 NOT_PLAIN = (
@@ -123,7 +124,7 @@ def test_a_template_that_is_not_plain_is_rendered_as_by_the_library(tmp_path):
     with serving(with_template(tmp_path / "model", NOT_PLAIN)) as live:
         core = live.service.texts.core
         assert not core.templates.is_plain(NOT_PLAIN)
-        expected = ChatTemplates({"default": NOT_PLAIN}, {}).render(TALK)
+        expected = ChatTemplates({"default": NOT_PLAIN}, {}).render(GenerateRequest(messages=TALK))
         answer = ok(live.post("/chat_tokenize", {"messages": TALK}))
         assert answer["templated_text"] == expected
         body = {"messages": TALK, "max_tokens": 2, "return_token_ids": True}

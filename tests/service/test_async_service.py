@@ -203,7 +203,7 @@ def test_draining_refuses_the_new_and_waits_for_the_running(folders: dict[str, P
         while not service.active:
             await asyncio.sleep(0)
         drained = asyncio.ensure_future(service.drain(30))
-        while not service.draining:
+        while service.healthy():
             await asyncio.sleep(0)
         assert not service.healthy()
         with pytest.raises(ShuttingDown):
@@ -376,7 +376,7 @@ def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> N
         with pytest.raises(PromptTooLong):
             await service.open(GenerateRequest(prompt=text))
         stream = await service.open(GenerateRequest(prompt=text, truncate=50, params=GREEDY))
-        assert stream.prompt_tokens == 50
+        assert stream.state.prompt_tokens == 50
         await stream.aclose()
         rendered = await service.texts.prompt(GenerateRequest(messages=[{"role": "user", "content": "hi"}], echo=True))
         assert rendered.text == "<|role|>user\nhi<|role|>assistant\n"

@@ -127,11 +127,20 @@ def test_messages_without_a_template_are_a_template_error() -> None:
 
 def test_an_absent_seed_is_drawn_and_told_and_a_given_one_kept() -> None:
     core = service()
-    drawn = [core.open(GenerateRequest(prompt=[5])) for _ in range(3)]
-    assert len({state.seed for state in drawn}) == 3
-    assert [state.engine_requests[0].params.seed for state in drawn] == [state.seed for state in drawn]
-    assert core.open(GenerateRequest(prompt=[5], params=SamplingParams(seed=2**64 - 1))).seed == 2**64 - 1
-    assert core.open(GenerateRequest(prompt=[5], params=SamplingParams(temperature=0))).seed is None
+
+    def seed(**params: Any) -> tuple[int, int | None]:
+        """The engine's, and the one that the client is told."""
+        state = core.open(GenerateRequest(prompt=[5], params=SamplingParams(**params)))
+        (sent,) = state.engine_requests
+        (end,) = state.push(TokenEvent(request_id=sent.request_id, finish_reason="length"))
+        assert end.totals is not None
+        return sent.params.seed, end.totals.seed
+
+    drawn = [seed() for _ in range(3)]
+    assert len(set(drawn)) == 3
+    assert all(sent == told for sent, told in drawn)
+    assert seed(seed=2**64 - 1) == (2**64 - 1, 2**64 - 1)
+    assert seed(temperature=0)[1] is None
 
 
 def test_request_ids_of_clients_may_repeat_and_those_of_the_engine_never_do() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from chats import chat
 
 from truffula.errors import InvalidRequest, TemplateError
 from truffula.text.chat_template import ChatTemplates
@@ -81,7 +82,7 @@ def test_templates_render_as_in_transformers(source: str, generation: bool) -> N
     tool = {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "description": "ü<>"}}}
     for messages in (TALK, TALK[1:], TALK[:2]):
         ours = templates(source).render(
-            messages, tools=[tool], add_generation_prompt=generation, variables={"mood": "glad"}
+            chat(messages, tools=[tool], add_generation_prompt=generation, variables={"mood": "glad"})
         )
         assert ours == theirs(source, messages, tools=[tool], add_generation_prompt=generation, mood="glad")
 
@@ -92,7 +93,7 @@ def test_templates_render_as_in_transformers(source: str, generation: bool) -> N
 @pytest.mark.parametrize("last", ["The Lorax", "The Lorax ", "  The Lorax"])
 def test_a_final_message_is_left_open_as_in_transformers(source: str, last: str) -> None:
     messages = [{"role": "user", "content": "Who speaks?"}, {"role": "assistant", "content": last}]
-    ours = templates(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+    ours = templates(source).render(chat(messages, add_generation_prompt=False, continue_final_message=True))
     assert ours == theirs(source, messages, continue_final_message=True)
     assert ours.rstrip().endswith("The Lorax")
 
@@ -100,12 +101,14 @@ def test_a_final_message_is_left_open_as_in_transformers(source: str, last: str)
 def test_a_final_message_that_the_template_drops_is_refused() -> None:
     with pytest.raises(TemplateError, match="leaves the end of the final message out"):
         templates("{{ messages[0].content }}").render(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-            add_generation_prompt=False,
-            continue_final_message=True,
+            chat(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                add_generation_prompt=False,
+                continue_final_message=True,
+            )
         )
     with pytest.raises(InvalidRequest, match="exclude each other"):
-        templates(CHATML).render(TALK[:2], continue_final_message=True)
+        templates(CHATML).render(chat(TALK[:2], continue_final_message=True))
 
 
 def test_what_a_dialect_may_send_becomes_what_a_template_expects() -> None:
@@ -115,10 +118,10 @@ def test_what_a_dialect_may_send_becomes_what_a_template_expects() -> None:
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 3}'}}]},
         {"role": "assistant", "content": "c", "tool_calls": []},
     ]
-    assert templates(source).render(messages) == "system=a\nb;assistant=3;assistant=c;"
+    assert templates(source).render(chat(messages)) == "system=a\nb;assistant=3;assistant=c;"
     knows = source + "{# developer #}"
-    assert templates(knows).render(messages[:1]) == "developer=a\nb;"
-    assert templates("{{ 'x' if 'tool_calls' in messages[0] else 'y' }}").render(messages[2:]) == "y"
+    assert templates(knows).render(chat(messages[:1])) == "developer=a\nb;"
+    assert templates("{{ 'x' if 'tool_calls' in messages[0] else 'y' }}").render(chat(messages[2:])) == "y"
 
 
 @pytest.mark.parametrize(
@@ -138,7 +141,7 @@ def test_what_a_dialect_may_send_becomes_what_a_template_expects() -> None:
 )  # fmt: skip
 def test_messages_that_are_no_conversation_in_text_are_refused_by_place(messages: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        templates(CHATML).render(messages)
+        templates(CHATML).render(chat(messages))
     assert caught.value.param == param
     assert caught.value.code == "invalid_request"
 
@@ -146,17 +149,17 @@ def test_messages_that_are_no_conversation_in_text_are_refused_by_place(messages
 def test_the_template_is_chosen_by_name_and_use() -> None:
     both = ChatTemplates({"default": "plain", "tool_use": "tools", "rag": "rag"}, {})
     user = [{"role": "user", "content": "x"}]
-    assert both.render(user) == "plain"
-    assert both.render(user, tools=[{"type": "function"}]) == "tools"
-    assert both.render(user, tools=[{"type": "function"}], template="default") == "plain"
-    assert both.render(user, template="rag") == "rag"
-    assert both.render(user, template="{{ messages[0].content }}{{ enable }}", variables={"enable": 1}) == "x1"
+    assert both.render(chat(user)) == "plain"
+    assert both.render(chat(user, tools=[{"type": "function"}])) == "tools"
+    assert both.render(chat(user, tools=[{"type": "function"}], template="default")) == "plain"
+    assert both.render(chat(user, template="rag")) == "rag"
+    assert both.render(chat(user, template="{{ messages[0].content }}{{ enable }}", variables={"enable": 1})) == "x1"
     with pytest.raises(TemplateError, match="name one of a, b"):
-        ChatTemplates({"a": "", "b": ""}, {}).render(user)
+        ChatTemplates({"a": "", "b": ""}, {}).render(chat(user))
     with pytest.raises(TemplateError, match="no chat template"):
-        ChatTemplates({}, {}).render(user)
+        ChatTemplates({}, {}).render(chat(user))
     with pytest.raises(InvalidRequest, match="messages"):
-        both.render(user, variables={"messages": []})
+        both.render(chat(user, variables={"messages": []}))
 
 
 @pytest.mark.parametrize(
@@ -175,12 +178,12 @@ def test_the_template_is_chosen_by_name_and_use() -> None:
 )  # fmt: skip
 def test_a_template_that_fails_says_why(source: str, says: str) -> None:
     with pytest.raises(TemplateError, match=says):
-        templates(source).render([{"role": "user", "content": "hi"}])
+        templates(source).render(chat([{"role": "user", "content": "hi"}]))
 
 
 def test_a_long_conversation_is_rendered_and_its_length_is_limited() -> None:
     messages = [{"role": ("user", "assistant")[i % 2], "content": "word " * 400} for i in range(400)]
-    text = templates(CHATML).render(messages)
+    text = templates(CHATML).render(chat(messages))
     assert text == theirs(CHATML, messages, add_generation_prompt=True)
     with pytest.raises(TemplateError, match="characters"):
-        templates("{% for i in range(2001) %}{{ messages[0].content }}{% endfor %}").render(messages)
+        templates("{% for i in range(2001) %}{{ messages[0].content }}{% endfor %}").render(chat(messages))

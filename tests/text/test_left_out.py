@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from chats import chat
 
 from truffula.errors import TemplateError
 from truffula.text.chat_template import ChatTemplates
@@ -29,8 +30,8 @@ EVERYTHING = (
 )
 
 
-def left_out(template: str, messages: Any = TALK, **more: Any) -> list[tuple[str, str]]:
-    found = ChatTemplates({"default": template}, {}).left_out(messages, **more)
+def left_out(template: str, messages: Any = TALK, prompt: str = "", **more: Any) -> list[tuple[str, str]]:
+    found = ChatTemplates({"default": template}, {}).left_out(chat(messages, **more), prompt)
     return [(place.kind, place.param) for place in found.places]
 
 
@@ -123,14 +124,14 @@ USERS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif
 def test_the_prompt_at_hand_gives_the_same_answer(template: str, system: str, user: str) -> None:
     """Where the template has the system message's words itself, or the user says them, they prove nothing."""
     talk = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    prompt = ChatTemplates({"default": template}, {}).render(talk)
+    prompt = ChatTemplates({"default": template}, {}).render(chat(talk))
     expected = [("system message", "messages[0].content")] if USERS in template else []
     assert left_out(template, talk, prompt=prompt) == left_out(template, talk) == expected
 
 
 def test_a_system_message_that_is_in_the_prompt_is_not_asked_about() -> None:
     template = "{% if 'kind' in messages[0].content %}{{ messages[0].content }}{% endif %}"
-    prompt = ChatTemplates({"default": template}, {}).render(TALK[:1])
+    prompt = ChatTemplates({"default": template}, {}).render(chat(TALK[:1]))
     assert left_out(template, TALK[:1]) == [("system message", "messages[0].content")], "no word is kind"
     assert left_out(template, TALK[:1], prompt=prompt) == []
 
@@ -161,7 +162,7 @@ def test_words_that_lead_a_template_another_way_are_asked_about_by_themselves() 
 def test_variables_that_a_template_never_mentions() -> None:
     template = "{% if enable_thinking is defined and not enable_thinking %}-{% endif %}{% set mine = 1 %}" + PLAIN
     variables = {"enable_thinking": True, "thinking": True, "mine": 2}
-    found = ChatTemplates({"default": template}, {}).left_out([TALK[-1]], variables=variables)
+    found = ChatTemplates({"default": template}, {}).left_out(chat([TALK[-1]], variables=variables))
     assert (found.places, found.variables) == ((), ("thinking", "mine")), "the template overwrites the last"
 
 
@@ -173,4 +174,4 @@ def test_the_conversation_is_not_changed() -> None:
 
 def test_a_broken_template_is_refused_as_in_rendering() -> None:
     with pytest.raises(TemplateError, match="not valid Jinja"):
-        ChatTemplates({"default": "{% if %}"}, {}).left_out(TALK, variables={"x": 1})
+        ChatTemplates({"default": "{% if %}"}, {}).left_out(chat(TALK, variables={"x": 1}))

@@ -101,8 +101,8 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
         streams = await state.service.open_all(requests)
         for i, one in enumerate(streams):
             one.on_arrival = partial(watch.arrived, i)
-            record.prompt_tokens += one.prompt_tokens
-            note_ignored(request, [_field_of(name) for name in one.ignored])
+            record.prompt_tokens += one.state.prompt_tokens
+            note_ignored(request, [_field_of(name) for name in one.state.ignored])
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:

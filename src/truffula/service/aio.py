@@ -49,8 +49,8 @@ class AsyncService:
         self.texts = PromptMaker(self.core, workers)
         self._client = client
         self._submissions = Submissions(client)
-        self._streams: dict[str, tuple[TextStream, RequestState]] = {}
-        self._active: set[RequestState] = set()
+        self._active: set[TextStream] = set()
+        self._by_id: dict[str, TextStream] = {}  # those of ``_active``, by the ids of their engine requests
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._lookup_threads = ThreadPoolExecutor(4, thread_name_prefix="truffula-lookup")
@@ -97,14 +97,14 @@ class AsyncService:
         self._require_running()
         self._submissions.require_place()
         streams = [TextStream(state, self._abandon) for state in states]
-        for state, stream in zip(states, streams, strict=True):
-            self._streams.update((one.request_id, (stream, state)) for one in state.engine_requests)
-            self._active.add(state)
+        self._active.update(streams)
+        for stream in streams:
+            self._by_id |= dict.fromkeys(stream.state.open_ids, stream)
         try:
             self._submissions.add([one for state in states for one in state.engine_requests])
         except BaseException:
-            for state in states:
-                self._forget(state)
+            for stream in streams:
+                self._forget(stream)
             raise
         return streams
 
@@ -132,10 +132,6 @@ class AsyncService:
     def lost(self) -> TruffulaError | None:
         """The error after which no request can be answered any more; None while the engine runs or restarts."""
         return self._client.lost() or self._broken
-
-    @property
-    def draining(self) -> bool:
-        return self._draining
 
     @property
     def active(self) -> int:
@@ -214,15 +210,14 @@ class AsyncService:
         self._submissions.ended([event.request_id for event in events if event.finish_reason is not None])
         aborts: list[str] = []
         for event in events:
-            found = self._streams.get(event.request_id)
-            if found is None:
+            stream = self._by_id.get(event.request_id)
+            if stream is None:
                 continue  # ended for its client already: a stop string, an abort
-            stream, state = found
-            deltas = state.push(event)
-            aborts += state.take_aborts()
-            if state.done:
-                self._forget(state)
-            if deltas or state.done:
+            deltas = stream.state.push(event)
+            aborts += stream.state.take_aborts()
+            if stream.state.done:
+                self._forget(stream)
+            if deltas or stream.state.done:
                 stream.feed(deltas)
         self._submissions.abort(aborts)
 
@@ -232,26 +227,24 @@ class AsyncService:
 
     def _fail_all(self, error: TruffulaError) -> None:
         """End every open request for its client, and in the engine."""
-        streams = {id(state): (stream, state) for stream, state in self._streams.values()}
-        for stream, state in streams.values():
-            open_ids = sorted(state.open_ids)
-            deltas = state.fail(error.info())
-            self._forget(state)
+        for stream in list(self._active):
+            open_ids = sorted(stream.state.open_ids)
+            deltas = stream.state.fail(error.info())
+            self._forget(stream)
             stream.feed(deltas)
             if self._broken is None:
                 self._submissions.abort(open_ids)
 
-    def _abandon(self, state: RequestState) -> None:
-        """Abort what still runs of ``state``, whose client has left."""
-        if state in self._active:
-            open_ids = sorted(state.open_ids)
-            self._forget(state)
-            self._submissions.abort(open_ids)
+    def _abandon(self, stream: TextStream) -> None:
+        """Abort what still runs of ``stream``, whose client has left."""
+        if stream in self._active:
+            self._forget(stream)
+            self._submissions.abort(sorted(stream.state.open_ids))
 
-    def _forget(self, state: RequestState) -> None:
-        for one in state.engine_requests:
-            self._streams.pop(one.request_id, None)
-        self._active.discard(state)
+    def _forget(self, stream: TextStream) -> None:
+        for one in stream.state.engine_requests:
+            self._by_id.pop(one.request_id, None)
+        self._active.discard(stream)
         if not self._active:
             for waiter in self._until_idle:
                 if not waiter.done():

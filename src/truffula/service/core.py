@@ -42,9 +42,8 @@ class ServiceLimits:
 class RequestState:
     """One request between its engine sequences and its client. Push the events of ``engine_requests`` in any order.
 
-    ``prompt_tokens`` counts what the engine gets; ``seed`` is the one in use (None: greedy). ``open_ids`` are engine
-    requests that have not ended; ``take_aborts`` those that ended early for the client (a stop string) and must be
-    ended in the engine.
+    ``prompt_tokens`` counts what the engine gets. ``open_ids`` are engine requests that have not ended; ``take_aborts``
+    those that ended early for the client (a stop string) and must be ended in the engine.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class RequestState:
         self.request_id = request_id
         self.engine_requests = engine_requests
         self.prompt_tokens = prompt_tokens
-        self.seed = None if request.params.greedy else engine_requests[0].params.seed
         self._choices = dict(zip((r.request_id for r in engine_requests), choices, strict=True))
         self.open_ids = set(self._choices)
         self._aborts: list[str] = []
@@ -196,8 +194,7 @@ class Service:
         """Ids that end a completion of ``request`` unless it ignores them."""
         if request.messages is None:
             return self._ends.ids
-        source = self.templates.choose(request.chat_template, with_tools=bool(request.tools))
-        turn_end = self._ends.of_template(source)
+        turn_end = self._ends.of_template(self.templates.choose(request))
         return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
 
     @property
@@ -214,10 +211,9 @@ class Service:
         if request.messages is None:
             return True
         try:
-            source = self.templates.choose(request.chat_template, with_tools=bool(request.tools))
+            return self.templates.is_plain(self.templates.choose(request))
         except TemplateError:
             return True  # rendering raises it again
-        return self.templates.is_plain(source)
 
     def prompt(self, request: GenerateRequest) -> Prompt:
         """Template, tokenize and truncate. Raises as ``make_prompt``."""

@@ -50,15 +50,7 @@ def prompt_text(request: GenerateRequest, templates: ChatTemplates) -> str | Non
         what = "neither" if request.prompt is None else "both"
         raise InvalidRequest(f"A request has either a prompt or messages; this one has {what}.", param="prompt")
     if request.messages is not None:
-        text = templates.render(
-            request.messages,
-            tools=request.tools,
-            documents=request.documents,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            template=request.chat_template,
-            variables=request.template_kwargs,
-        )
+        text = templates.render(request)
         check_text(text, "messages")
         return text
     if isinstance(request.prompt, str):
@@ -85,14 +77,7 @@ def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) ->
     """
     if request.messages is None:
         return ()
-    found = templates.left_out(
-        request.messages,
-        tools=request.tools,
-        documents=request.documents,
-        template=request.chat_template,
-        variables=request.template_kwargs,
-        prompt=prompt,
-    )
+    found = templates.left_out(request, prompt)
     for place in found.places:
         if place.kind == "tool message":
             raise InvalidRequest(

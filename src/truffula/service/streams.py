@@ -18,8 +18,8 @@ class TextStream:
     what still runs, within a step. One consumer.
     """
 
-    def __init__(self, state: RequestState, abandon: Callable[[RequestState], None]) -> None:
-        self._state = state
+    def __init__(self, state: RequestState, abandon: Callable[[TextStream], None]) -> None:
+        self.state = state
         self._abandon = abandon
         self._ready: list[TextDelta] = []
         self._waiter: asyncio.Future[None] | None = None
@@ -27,30 +27,13 @@ class TextStream:
         self._closed = False
         self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # called with deltas before they are read
 
-    @property
-    def request_id(self) -> str:
-        return self._state.request_id
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self._state.prompt_tokens
-
-    @property
-    def ignored(self) -> tuple[str, ...]:
-        """Names of what the request asks for and the chat template does not use."""
-        return self._state.ignored
-
-    @property
-    def seed(self) -> int | None:
-        return self._state.seed
-
     def feed(self, deltas: list[TextDelta]) -> None:
         """Called on the loop with what the request's events released."""
         self._ready += deltas
         if deltas and self.on_arrival is not None:
             self.on_arrival(deltas)
         waiter = self._waiter
-        if waiter is not None and not waiter.done() and (self._ready or self._state.done):
+        if waiter is not None and not waiter.done() and (self._ready or self.state.done):
             waiter.set_result(None)
 
     def __aiter__(self) -> TextStream:
@@ -58,7 +41,7 @@ class TextStream:
 
     async def __anext__(self) -> list[TextDelta]:
         while not self._ready:
-            if self._closed or self._state.done:
+            if self._closed or self.state.done:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -84,7 +67,7 @@ class TextStream:
             return
         self._closed = True
         self._ready = []
-        self._abandon(self._state)
+        self._abandon(self)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

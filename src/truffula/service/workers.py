@@ -43,14 +43,10 @@ class TextWorkers:
         self.light = WorkerPool([TextWorker(setup)])
         self.heavy = WorkerPool([TextWorker(nicer) for _ in range(count)], HEAVY_IDLE_S)
 
-    def render_at_start(self, templates: ChatTemplates, source: str, messages: list[dict[str, Any]]) -> str:
-        """The chat rendered by the template ``source``, in the caller's thread, before the event loop uses the workers.
-
-        Raises ``TemplateError``.
-        """
-        if templates.is_plain(source):
-            return templates.render(messages, add_generation_prompt=False, template=source)
-        request = GenerateRequest(messages=messages, add_generation_prompt=False, chat_template=source)
+    def render_at_start(self, templates: ChatTemplates, request: GenerateRequest) -> str:
+        """As ``templates.render``, in the caller's thread, before the event loop uses the workers."""
+        if templates.is_plain(templates.choose(request)):
+            return templates.render(request)
         try:
             (packed,) = self.light.workers[0].call(render_job, request, TEMPLATE_SECONDS)
         except WorkerStopped as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from truffula.errors import ConfigError, InvalidRequest, TemplateError
 from truffula.text.plain_template import MAX_SOURCE_CHARS, is_plain
 from truffula.text.sandbox import template_environment
 from truffula.text.template_probe import Kind, Place, is_written_once_more, missing_from, put_words
+from truffula.types import GenerateRequest
 
 MAX_SOURCE = 400_000
 MAX_CHARS = 4_000_000
@@ -100,13 +101,13 @@ class ChatTemplates:
         """Whether ``source`` can be rendered without limits on time and memory (``plain_template``)."""
         return self._template(source).is_plain
 
-    def choose(self, override: str | None, *, with_tools: bool) -> str:
-        """The source to render: ``override`` (a source, or the name of one of the model's), else the model's for this
-        use.
+    def choose(self, request: GenerateRequest) -> str:
+        """The source to render: the request's own (a source, or the name of one of the model's), else the model's for
+        this use. Raises ``TemplateError`` where there is none.
         """
-        if override is not None:
-            return self.sources.get(override, override)
-        if with_tools and "tool_use" in self.sources:
+        if request.chat_template is not None:
+            return self.sources.get(request.chat_template, request.chat_template)
+        if request.tools and "tool_use" in self.sources:
             return self.sources["tool_use"]
         if "default" in self.sources:
             return self.sources["default"]
@@ -121,46 +122,25 @@ class ChatTemplates:
             param="messages",
         )
 
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        template: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """The prompt's text.
+    def render(self, request: GenerateRequest) -> str:
+        """The text of the request's messages. ``continue_final_message`` leaves the last one open.
 
-        ``variables`` are the template's further switches (``enable_thinking``, …). ``continue_final_message`` leaves
-        the last message open, so that the model continues it. Raises ``InvalidRequest`` for messages that aren't a
-        conversation in text, ``TemplateError`` when the template refuses them, is wrong, or takes more than its limits.
+        Raises ``InvalidRequest`` for messages that aren't a conversation in text, ``TemplateError`` when the template
+        refuses them, is wrong, or takes more than its limits.
         """
-        source = self.choose(template, with_tools=bool(tools))
-        context = self._context(source, messages, tools, documents, variables, add_generation_prompt)
-        chat = context["messages"]
-        if continue_final_message:
-            if add_generation_prompt:
-                raise InvalidRequest(
-                    "continue_final_message and add_generation_prompt exclude each other.",
-                    param="continue_final_message",
-                )
-            chat[-1]["content"] = str(chat[-1]["content"]) + MARK
-        text = self._run(source, context)
-        return _cut_at_mark(text) if continue_final_message else text
+        source = self.choose(request)
+        context = self._context(source, request)
+        if not request.continue_final_message:
+            return self._run(source, context)
+        if request.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other.", param="continue_final_message"
+            )
+        last = context["messages"][-1]
+        last["content"] += MARK
+        return _cut_at_mark(self._run(source, context))
 
-    def left_out(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        template: str | None = None,
-        variables: Mapping[str, Any] | None = None,
-        prompt: str = "",
-    ) -> LeftOut:
+    def left_out(self, request: GenerateRequest, prompt: str = "") -> LeftOut:
         """What the template does not write into the prompt of these messages, and which variables it never mentions.
 
         Costs a second rendering where there is something that it might leave out, and one more for each kind that it
@@ -168,14 +148,14 @@ class ChatTemplates:
         message, which is in the prompt as it is. A template that refuses the words which are put in place of the texts
         reads them, so nothing counts as left out.
         """
-        source = self.choose(template, with_tools=bool(tools))
+        source = self.choose(request)
         unread: tuple[str, ...] = ()
-        if variables:
+        if request.template_kwargs:
             reads = self._template(source).variables
-            unread = tuple(name for name in variables if name not in reads)
+            unread = tuple(name for name in request.template_kwargs if name not in reads)
 
         def missing(only: Kind | None) -> list[Place]:
-            context = self._context(source, messages, tools, documents, variables, add_generation_prompt=True)
+            context = self._context(source, request)
             places = put_words(context["messages"], context["tools"], context["documents"], only)
             if [place.kind for place in places] == ["system message"]:
                 others = (message["content"] for message in context["messages"])
@@ -189,34 +169,22 @@ class ChatTemplates:
         kinds = dict.fromkeys(place.kind for place in missing(None))
         return LeftOut(tuple(place for kind in kinds for place in missing(kind)), unread)
 
-    def _context(
-        self,
-        source: str,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        documents: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
-        add_generation_prompt: bool,
-    ) -> dict[str, Any]:
+    def _context(self, source: str, request: GenerateRequest) -> dict[str, Any]:
         """What the template is given, made of copies. Raises ``InvalidRequest`` for what is no conversation in text."""
-        for name in variables or {}:
+        for name in request.template_kwargs:
             if name in RESERVED:
                 raise InvalidRequest(
                     f"template_kwargs may not set {name}: use the field of that name.", param="template_kwargs"
                 )
-        chat = conversation(messages, knows_developer="developer" in source)
-        context: dict[str, Any] = plain(
-            {
-                **self.special_tokens,
-                **(variables or {}),
-                "tools": list(tools) if tools else None,
-                "documents": list(documents) if documents else None,
-                "add_generation_prompt": add_generation_prompt,
-            },
-            "template_kwargs",
-        )
-        context["messages"] = chat
-        return context
+        chat = conversation(request.messages, knows_developer="developer" in source)
+        others = {
+            **self.special_tokens,
+            **request.template_kwargs,
+            "tools": request.tools or None,
+            "documents": request.documents or None,
+            "add_generation_prompt": request.add_generation_prompt,
+        }
+        return {**plain(others, "template_kwargs"), "messages": chat}
 
     def _template(self, source: str) -> _Template:
         return self._own.get(source) or _Template(self._environment, source)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 from truffula.errors import InvalidRequest, TemplateError
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer
-from truffula.types import EndToken
+from truffula.types import EndToken, GenerateRequest
 
-Render = Callable[[ChatTemplates, str, list[dict[str, Any]]], str]
-"""Renders a chat by one of the templates, given by its source. Raises ``TemplateError``, ``InvalidRequest``."""
+Render = Callable[[ChatTemplates, GenerateRequest], str]
+"""Renders a chat as ``ChatTemplates.render``."""
 MAX_SHOWN = 20
 IN_CHATS = "the chat template; in chat requests"
 # An assistant's message, to find what a template writes after it. No template contains it.
@@ -27,7 +26,7 @@ class EndTokens:
         named: What the tokenizer's files say.
         configured: What config.json and generation_config.json say.
         vocab_size: Ids that the model can generate.
-        render: Renders chats, in place of ``templates``.
+        render: Renders chats, in place of ``ChatTemplates.render``.
 
     ``warnings`` are for the operator: tokens that can't end a completion, a default template whose turn end is no
     token, a model without end tokens.
@@ -44,7 +43,7 @@ class EndTokens:
         render: Render | None = None,
     ) -> None:
         self._tokenizer, self._templates, self._vocab_size = tokenizer, templates, vocab_size
-        self._render = render or _render_here
+        self._render = render or ChatTemplates.render
         self._of_templates: dict[str, EndToken | None] = {}
         self.warnings: list[str] = []
         found: dict[int, EndToken] = {}
@@ -102,15 +101,12 @@ class EndTokens:
         """What the template writes after an answer, stripped; "" where it refuses the conversation."""
         question = {"role": "user", "content": "Hello"}
         messages = [question, {"role": "assistant", "content": _ANSWER}, *([question] if continued else [])]
+        chat = GenerateRequest(messages=messages, chat_template=source, add_generation_prompt=False)
         try:
-            text = self._render(self._templates, source, messages)
+            text = self._render(self._templates, chat)
         except (TemplateError, InvalidRequest):
             return ""
         return text.rpartition(_ANSWER)[2].strip() if _ANSWER in text else ""
-
-
-def _render_here(templates: ChatTemplates, source: str, messages: list[dict[str, Any]]) -> str:
-    return templates.render(messages, add_generation_prompt=False, template=source)
 
 
 def describe(tokens: Sequence[EndToken]) -> str:
