@@ -108,15 +108,16 @@ def test_an_end_beyond_the_models_ids_is_reported_and_ends_nothing() -> None:
     made = tokenizer("<|im_end|>")
     found = ends_of(made, CHATML, vocab_size=made.eos_id)
     assert found.all == []
-    assert any("tokenizer_config.json eos_token names '<|im_end|>'" in text for text in found.warnings)
+    assert any(f"<|im_end|> ({made.eos_id}, tokenizer_config.json eos_token)" in text for text in found.warnings)
 
 
-def test_many_ends_are_reported_in_one_line_each() -> None:
+def test_many_ends_are_reported_in_one_line() -> None:
     many = [EndToken(i, "generation_config.json eos_token_id") for i in range(3000)]
     found = EndTokens([], many, tokenizer=None, templates=ChatTemplates({}, {}), vocab_size=1000)
     assert len(found.ids) == 1000
     (warning,) = found.warnings
-    assert "token 1000 and 1999 more tokens, beyond the model's 1000 ids" in warning
+    assert "beyond the model's 1000 ids" in warning and "1000 (generation_config.json eos_token_id)" in warning
+    assert warning.endswith(" and 1980 more.")
     assert describe(found.all).endswith(" and 980 more")
 
 

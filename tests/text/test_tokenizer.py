@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders
 
 from truffula.errors import CheckpointError, InvalidRequest
-from truffula.text.pieces import byte_alphabet
+from truffula.text.detokenizer import byte_alphabet
 from truffula.text.tokenizer import Tokenizer, check_text, load_tokenizer
 from truffula.weights.gguf_tokenizer import read_tokenizer
 

@@ -11,7 +11,7 @@ from truffula import __version__
 from truffula.metrics import RequestRecord
 from truffula.server.openai_bodies import OpenAIBody
 from truffula.server.state import ServerState
-from truffula.text.pieces import is_utf8
+from truffula.text.detokenizer import is_utf8
 from truffula.types import Completion, PromptPart, TextDelta, TokenPiece, TopToken
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity, and clients reject null here

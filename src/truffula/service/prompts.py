@@ -212,17 +212,15 @@ def prompt_part(
 
     def tokens() -> list[TokenPiece]:
         return [
-            piece if score is None else _scored(piece, score[0], top_pieces(score[1], tokenizer))
+            piece
+            if score is None
+            else msgspec.structs.replace(piece, logprob=score[0], top=top_pieces(score[1], tokenizer))
             for piece, score in zip(pieces, scores or (), strict=True)
         ]
 
     if scores is None:
         return PromptPart(prompt.text or "", len(pieces), lambda: pieces)
     return PromptPart(prompt.text or "", sum(1 if one is None else 1 + len(one[1]) for one in scores), tokens)
-
-
-def _scored(piece: TokenPiece, logprob: float, top: list[TopToken]) -> TokenPiece:
-    return TokenPiece(piece.id, piece.text, logprob, piece.special, piece.shown, top)
 
 
 def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[TopToken]:

@@ -47,18 +47,16 @@ class EndTokens:
         self._of_templates: dict[str, EndToken | None] = {}
         self.warnings: list[str] = []
         found: dict[int, EndToken] = {}
-        beyond: dict[str, list[EndToken]] = {}  # by source
+        beyond: list[EndToken] = []
         for token in (*named, *configured):
             if token.id >= vocab_size:
-                beyond.setdefault(token.source, []).append(token)
+                beyond.append(token)
             elif token.id not in found:
                 text = tokenizer.text_of(token.id) if tokenizer is not None else token.text
                 found[token.id] = EndToken(token.id, token.source, text)
-        for source, tokens in beyond.items():
-            more = f" and {len(tokens) - 1} more tokens" if len(tokens) > 1 else ""
+        if beyond:
             self.warnings.append(
-                f"{source} names {tokens[0].text!r}, token {tokens[0].id}{more}, beyond the model's {vocab_size} ids: "
-                f"{'they' if more else 'it'} cannot end a completion."
+                f"Tokens beyond the model's {vocab_size} ids cannot end a completion: {describe(beyond)}."
             )
         self.always = list(found.values())
         self.ids = frozenset(found)

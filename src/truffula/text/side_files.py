@@ -37,24 +37,23 @@ def special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) ->
     if "added_tokens_decoder" not in config:
         sources.append((MAP, special_map))
     for file, source in sources:
-        for name, value in source.items():
-            if name in NAMED_TOKENS or (name.endswith("_token") and isinstance(value, str | Mapping)):
-                token = _token(value, name, file)
-            else:
-                continue
-            if token is not None:
-                found.named[name], found.sources[name] = token, file
+        named = {
+            name: value
+            for name, value in source.items()
+            if name in NAMED_TOKENS or (name.endswith("_token") and isinstance(value, str | Mapping))
+        }
         extra = next((source[name] for name in _EXTRA if source.get(name)), None)
         if isinstance(extra, Mapping):
-            for name, value in extra.items():
-                token = _token(value, name, file)
-                if token is not None:
-                    found.named[name], found.sources[name] = token, file
-        elif isinstance(extra, list):
+            named |= extra
+        for name, value in named.items():
+            token = _token(value, name, file)
+            if token is not None:
+                found.named[name], found.sources[name] = token, file
+        if isinstance(extra, list):
             known = {token.content for token in found.extra}
             tokens = [_token(value, "additional_special_tokens", file) for value in extra]
             found.extra += [token for token in tokens if token is not None and token.content not in known]
-        elif extra is not None:
+        elif extra is not None and not isinstance(extra, Mapping):
             raise _invalid(file, "additional_special_tokens", extra, "a list of tokens")
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +13,17 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer as Library
 
-from truffula.errors import CheckpointError, InvalidRequest, is_rust_panic
-from truffula.text.detokenizer import REPLACEMENT, ByteDetokenizer, Detokenizer, WindowDetokenizer
+from truffula.errors import CheckpointError, InvalidRequest, TruffulaError, is_rust_panic
+from truffula.text.detokenizer import (
+    BYTE_TOKEN,
+    REPLACEMENT,
+    ByteDetokenizer,
+    Detokenizer,
+    WindowDetokenizer,
+    byte_rule,
+    is_utf8,
+)
 from truffula.text.expansion import check_expansion
-from truffula.text.pieces import BYTE_TOKEN, byte_rule, is_utf8
 from truffula.text.side_files import ADDED, CONFIG, MAP, add_tokens, special_tokens
 from truffula.types import EndToken
 
@@ -50,16 +57,18 @@ def check_text(text: str, param: str) -> None:
 
 
 @contextmanager
-def _panics_as_errors(what: str) -> Iterator[None]:
-    """Raises ``InvalidRequest`` where the library fails or panics (a ``BaseException``) within the block."""
+def _library_errors(kind: type[TruffulaError], what: str, param: str) -> Iterator[None]:
+    """Raises ``kind`` where the library fails or panics (a ``BaseException``) within the block."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
-        raise InvalidRequest(
-            f"The model's tokenizer (tokenizer.json) failed to {what}: {str(error)[:300]}", param="prompt"
-        ) from error
+        raise kind(f"{what}: {str(error)[:500]}", param=param) from error
+
+
+def _request_errors(what: str) -> AbstractContextManager[None]:
+    return _library_errors(InvalidRequest, f"The model's tokenizer (tokenizer.json) failed to {what}", "prompt")
 
 
 class Tokenizer:
@@ -109,14 +118,14 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``. Special tokens written out in it become their ids. The GIL is free meanwhile."""
-        with _panics_as_errors("tokenize this text"):
+        with _request_errors("tokenize this text"):
             # encode_batch_fast is encode without offsets, in half the time.
             encoding = self._library.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         ids: list[int] = encoding.ids
         return ids
 
     def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> Encoded:
-        with _panics_as_errors("tokenize this text"):
+        with _request_errors("tokenize this text"):
             encoding = self._library.encode(text, add_special_tokens=add_special_tokens)
         return Encoded(encoding.ids, encoding.offsets, [mask == 1 for mask in encoding.special_tokens_mask])
 
@@ -137,7 +146,7 @@ class Tokenizer:
         return ByteDetokenizer(self._piece_bytes, self._rule.strip)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        with _panics_as_errors("decode these tokens"):
+        with _request_errors("decode these tokens"):
             text: str = self._library.decode(ids, skip_special_tokens=False)
         return text
 
@@ -198,16 +207,10 @@ def load_tokenizer(files: Mapping[str, bytes], end_tokens: Sequence[EndToken] = 
     source = files.get("tokenizer.json")
     if source is None:
         return None
-    try:
+    unreadable = "tokenizer.json cannot be read (take the file again from where the model comes from)"
+    with _library_errors(CheckpointError, unreadable, "tokenizer.json"):
         library = Library.from_buffer(source)
-    except BaseException as error:  # bare Exception, or a Rust panic
-        if not isinstance(error, Exception) and not is_rust_panic(error):
-            raise
-        raise CheckpointError(
-            f"tokenizer.json cannot be read: {str(error)[:500]}. Take the file again from where the model comes from.",
-            param="tokenizer.json",
-        ) from error
-    rules = _rules(source)
+        rules = msgspec.json.decode(source, type=_Rules)
     check_expansion(rules.normalizer, rules.decoder)
     library.no_padding()
     library.no_truncation()
@@ -239,13 +242,6 @@ class _Rules(msgspec.Struct):
     decoder: Any = None
 
 
-def _rules(source: bytes) -> _Rules:
-    try:
-        return msgspec.json.decode(source, type=_Rules)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise CheckpointError(f"tokenizer.json cannot be read: {error}", param="tokenizer.json") from error
-
-
 def _text(files: Mapping[str, bytes], name: str) -> str:
     try:
         return files[name].decode()
@@ -259,9 +255,7 @@ def _object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_text(files, name))
-    except RecursionError as error:
-        raise CheckpointError(f"{name} is nested too deeply.", param=name) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not JSON: {error}", param=name) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{name} holds a {type(value).__name__}, not an object.", param=name)
