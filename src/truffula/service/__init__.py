@@ -5,10 +5,9 @@ Used by ``llm.py`` and ``server/``. ``Service`` is the core: a pure state machin
 ``AsyncService`` from an event loop.
 """
 
-from truffula.service.aio import AsyncService
+from truffula.service.aio import AsyncService, TextStream
 from truffula.service.choices import collect
 from truffula.service.core import RequestState, Service, ServiceLimits
-from truffula.service.streams import TextStream
 from truffula.service.sync import SyncService
 
 __all__ = ["AsyncService", "RequestState", "Service", "ServiceLimits", "SyncService", "TextStream", "collect"]

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 from truffula.engine.client import EngineClient
 from truffula.errors import EngineDied, ShuttingDown, TruffulaError
+from truffula.service.choices import choice_error
 from truffula.service.core import RequestState, Service
 from truffula.service.prompt_maker import PromptMaker
-from truffula.service.streams import TextStream
 from truffula.service.submissions import Submissions
 from truffula.service.workers import TextWorkers
 from truffula.types import (
@@ -29,11 +29,80 @@ from truffula.types import (
     EngineRestarts,
     EngineStats,
     GenerateRequest,
+    TextDelta,
     TokenEvent,
 )
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
+
+
+class TextStream:
+    """One running request: ``async for deltas in stream``; each item is a non-empty list, choices may interleave.
+
+    An error that strikes before the first delta is raised from the first ``__anext__`` (so that a server can still
+    answer with a status); a later one is a terminal delta with ``error``. ``aclose`` (or leaving ``async with``) aborts
+    what still runs, within a step. One consumer.
+    """
+
+    def __init__(self, state: RequestState, abandon: Callable[[TextStream], None]) -> None:
+        self.state = state
+        self._abandon = abandon
+        self._ready: list[TextDelta] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._begun = False
+        self._closed = False
+        self.on_arrival: Callable[[list[TextDelta]], None] | None = None  # called with deltas before they are read
+
+    def feed(self, deltas: list[TextDelta]) -> None:
+        """Called on the loop with what the request's events released."""
+        self._ready += deltas
+        if deltas and self.on_arrival is not None:
+            self.on_arrival(deltas)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and (self._ready or self.state.done):
+            waiter.set_result(None)
+
+    def __aiter__(self) -> TextStream:
+        return self
+
+    async def __anext__(self) -> list[TextDelta]:
+        while not self._ready:
+            if self._closed or self.state.done:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            except BaseException:
+                await self.aclose()
+                raise
+            finally:
+                self._waiter = None
+        deltas, self._ready = self._ready, []
+        if not self._begun:
+            for delta in deltas:
+                error = choice_error(delta)
+                if error is not None:
+                    await self.aclose()
+                    raise error
+            self._begun = True
+        return deltas
+
+    async def aclose(self) -> None:
+        """Abort what still runs. Idempotent; what was not read is lost."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ready = []
+        self._abandon(self)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def __aenter__(self) -> TextStream:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
 
 
 class AsyncService:
@@ -100,12 +169,7 @@ class AsyncService:
         self._active.update(streams)
         for stream in streams:
             self._by_id |= dict.fromkeys(stream.state.open_ids, stream)
-        try:
-            self._submissions.add([one for state in states for one in state.engine_requests])
-        except BaseException:
-            for stream in streams:
-                self._forget(stream)
-            raise
+        self._submissions.add([one for state in states for one in state.engine_requests])
         return streams
 
     async def look_up(self, work: Callable[..., T], *args: Any) -> T:

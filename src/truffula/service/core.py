@@ -234,7 +234,12 @@ class Service:
         if count > self.limits.max_choices:
             name = "best_of" if (params.best_of or 1) > params.n else "n"
             raise InvalidRequest(f"{name} is {count}; the limit is {self.limits.max_choices}.", param=name)
-        self._check_params(params)
+        if params.stop:
+            need_tokenizer(self.tokenizer, self.info)
+        for stop in params.stop:
+            check_text(stop, "stop")
+        checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
+        checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
     def begin(self, request: GenerateRequest, prompt: Prompt) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
@@ -282,14 +287,6 @@ class Service:
                 scores=asked,
                 max_scores=limit,
             )
-
-    def _check_params(self, params: SamplingParams) -> None:
-        if params.stop:
-            need_tokenizer(self.tokenizer, self.info)
-        for stop in params.stop:
-            check_text(stop, "stop")
-        checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
-        checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
     def _engine_params(self, params: SamplingParams, end_ids: frozenset[int]) -> EngineParams:
         """The engine's part: a seed, the end tokens that it does not know, and logprobs to find the best choice."""

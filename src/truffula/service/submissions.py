@@ -52,22 +52,11 @@ class Submissions:
             )  # fmt: skip
 
     def add(self, requests: Sequence[EngineRequest]) -> None:
-        """Submit ``requests`` together, those beyond the call's share as the first ones end.
-
-        Raises:
-            InvalidRequest: A request id is in use; nothing was submitted.
-        """
+        """Submit ``requests`` together, those beyond the call's share as the first ones end."""
         call = _Call(requests)
         self._calls |= dict.fromkeys(call.waiting, call)
         self._turns[call] = None
-        try:
-            self._fill()
-        except BaseException:
-            self._running -= len(call.running)
-            self._turns.pop(call, None)
-            for one in requests:
-                del self._calls[one.request_id]
-            raise
+        self._fill()
 
     def ended(self, request_ids: Iterable[str]) -> None:
         """The engine has ended these; their places go to sequences that wait."""

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 REPLACEMENT = "\ufffd"
@@ -84,21 +84,8 @@ def byte_rule(decoder: Any) -> ByteRule | None:
     return ByteRule(sentence_piece(space), strip["start"])
 
 
-class Detokenizer(Protocol):
-    """One per running choice. ``push`` ids in order; the text that became certain comes back."""
-
-    def push(self, token_id: int) -> str: ...
-
-    @property
-    def pending(self) -> bool:
-        """Whether pushed tokens hold the beginning of a character."""
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole, as in a full decode. Once."""
-
-
 class ByteDetokenizer:
-    """For decoders that concatenate bytes (``byte_rule``): a table and an incremental UTF-8 decoder.
+    """For decoders that concatenate bytes (``byte_rule``): a table and an incremental UTF-8 decoder. One per choice.
 
     An ill-formed sequence gives one U+FFFD per maximal subpart (Unicode 15, 3.9), as Rust's ``from_utf8_lossy`` does.
     The library's ``ByteFallback`` instead turns a *whole run* of byte tokens into U+FFFD when any of it is ill-formed;
@@ -111,6 +98,7 @@ class ByteDetokenizer:
         self._strip = strip
 
     def push(self, token_id: int) -> str:
+        """The text that became certain with this token."""
         text = self._decoder.decode(self._to_bytes(token_id))
         return self._stripped(text) if self._strip and text else text
 
@@ -123,14 +111,16 @@ class ByteDetokenizer:
 
     @property
     def pending(self) -> bool:
+        """Whether pushed tokens hold the beginning of a character."""
         return bool(self._decoder.getstate()[0])
 
     def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole, as in a full decode. Once."""
         return self._decoder.decode(b"", final=True)
 
 
 class WindowDetokenizer:
-    """For any other decoder: decode a short window with and without the new token, and give the difference.
+    """As ``ByteDetokenizer`` for any other decoder: the difference of a short window with and without the new token.
 
     The window starts at the last token whose text is out, so that what a decoder does at the *start* of a text (strip a
     space, join a ``##`` piece) happens to both texts alike. Each push decodes a handful of tokens, however long the
@@ -161,3 +151,6 @@ class WindowDetokenizer:
         text = self._decode(self._ids)[len(self._decode(self._ids[: self._shown])) :]
         self._shown = len(self._ids)
         return text
+
+
+Detokenizer = ByteDetokenizer | WindowDetokenizer

@@ -104,7 +104,6 @@ class Tokenizer:
         self.chat_templates = _templates(config)
         self._rule = byte_rule(decoder)
         self._bytes: dict[int, bytes] = {}
-        self._texts: dict[int, str] = {}
 
     def _named(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -165,14 +164,7 @@ class Tokenizer:
 
     def text_of(self, token_id: int) -> str:
         """A token's text by itself, its leading space kept; U+FFFD where it is part of a character."""
-        found = self._texts.get(token_id)
-        if found is None:
-            if self._rule is None:
-                found = self._decode([token_id])
-            else:
-                found = self._piece_bytes(token_id).decode(errors="replace")
-            self._texts[token_id] = found
-        return found
+        return self._decode([token_id]) if self._rule is None else self._piece_bytes(token_id).decode(errors="replace")
 
     def bytes_of(self, token_id: int) -> bytes | None:
         """A token's own bytes; those of an id without a token are none. None where the decoder does not tell them."""
