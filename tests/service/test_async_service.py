@@ -416,3 +416,19 @@ def test_an_idle_service_does_not_poll_an_engine_in_line(folders: dict[str, Path
         assert len(calls) - before <= 1
 
     run(folders, test, transport="inline", wrap=lambda client: Counting(client, -1))
+
+
+def test_an_engine_that_has_failed_is_not_asked_again(folders: dict[str, Path]) -> None:
+    def fail() -> None:
+        raise RuntimeError("the step failed")
+
+    async def test(service: AsyncService) -> None:
+        client: Any = service._client
+        client._engine.step = fail
+        with pytest.raises(TruffulaError):
+            await complete(service, GenerateRequest(prompt="a", params=GREEDY))
+        assert service._thread is not None
+        await asyncio.to_thread(service._thread.join, 30)
+        assert not service._thread.is_alive()
+
+    run(folders, test, transport="inline")

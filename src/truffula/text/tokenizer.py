@@ -104,6 +104,7 @@ class Tokenizer:
         self.chat_templates = _templates(config)
         self._rule = byte_rule(decoder)
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
 
     def _named(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -164,7 +165,11 @@ class Tokenizer:
 
     def text_of(self, token_id: int) -> str:
         """A token's text by itself, its leading space kept; U+FFFD where it is part of a character."""
-        return self._decode([token_id]) if self._rule is None else self._piece_bytes(token_id).decode(errors="replace")
+        if self._rule is not None:
+            return self._piece_bytes(token_id).decode(errors="replace")
+        if token_id not in self._texts:
+            self._texts[token_id] = self._decode([token_id])
+        return self._texts[token_id]
 
     def bytes_of(self, token_id: int) -> bytes | None:
         """A token's own bytes; those of an id without a token are none. None where the decoder does not tell them."""
