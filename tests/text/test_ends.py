@@ -73,14 +73,13 @@ def test_the_token_after_every_answer(template: str) -> None:
     wanted = TEMPLATES[template]
     assert found.always == []
     assert [(token.text, token.source) for token in found.all] == ([(wanted, IN_CHATS)] if wanted else [])
-    assert found.of_template(template) == (found.all[0] if wanted else None)
+    assert found.turn_ends.get(template) == (found.all[0] if wanted else None)
     assert any("No file of the model names an end token" in text for text in found.warnings) is (wanted is None)
 
 
 def test_a_template_that_is_not_the_models_adds_none() -> None:
     found = ends_of(tokenizer(), CHATML)
-    assert found.of_template(CHATML + " ") is None
-    assert found.of_template(None) is None
+    assert CHATML + " " not in found.turn_ends
 
 
 def test_an_end_that_the_files_name_keeps_its_source() -> None:

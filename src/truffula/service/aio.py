@@ -8,9 +8,9 @@ there. Nothing here polls.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -126,7 +126,8 @@ class AsyncService:
         self._commands = ThreadPoolExecutor(8, thread_name_prefix="truffula-adapters")
         self._draining = False
         self._broken: EngineDied | None = None
-        self._until_idle: list[asyncio.Future[None]] = []
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     @property
     def info(self) -> EngineInfo:
@@ -167,6 +168,7 @@ class AsyncService:
         self._submissions.require_place()
         streams = [TextStream(state, self._abandon) for state in states]
         self._active.update(streams)
+        self._idle.clear()
         for stream in streams:
             self._by_id |= dict.fromkeys(stream.state.open_ids, stream)
         self._submissions.add([one for state in states for one in state.engine_requests])
@@ -208,11 +210,8 @@ class AsyncService:
         What is left then ends with ``ShuttingDown``.
         """
         self._draining = True
-        until = time.monotonic() + timeout_s
-        while self._active and (left := until - time.monotonic()) > 0:
-            waiter = asyncio.get_running_loop().create_future()
-            self._until_idle.append(waiter)
-            await asyncio.wait([waiter], timeout=left)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
         ended = not self._active
         self._fail_all(ShuttingDown("The server ended before the request did."))
         return ended
@@ -310,7 +309,4 @@ class AsyncService:
             self._by_id.pop(one.request_id, None)
         self._active.discard(stream)
         if not self._active:
-            for waiter in self._until_idle:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self._until_idle = []
+            self._idle.set()

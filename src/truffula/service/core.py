@@ -16,7 +16,7 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.params import EngineParams, SamplingParams
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
-from truffula.service.prompts import Prompt, check_fits, check_scores, checked_ids, make_prompt, need_tokenizer
+from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
 from truffula.text.ends import EndTokens, Render
 from truffula.text.tokenizer import check_text
 from truffula.types import AdapterRef, ChoiceTotals, EngineInfo, EngineRequest, GenerateRequest, TextDelta, TokenEvent
@@ -194,7 +194,7 @@ class Service:
         """Ids that end a completion of ``request`` unless it ignores them."""
         if request.messages is None:
             return self._ends.ids
-        turn_end = self._ends.of_template(self.templates.choose(request))
+        turn_end = self._ends.turn_ends.get(self.templates.choose(request))
         return self._ends.ids if turn_end is None else self._ends.ids | {turn_end.id}
 
     @property
@@ -246,7 +246,6 @@ class Service:
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
-        check_scores(len(prompt.ids), count, params, self.limits.max_prompt_scores)
         end_ids = self._end_ids(request)
         engine_params = self._engine_params(params, end_ids)
         now = self._clock()
@@ -269,11 +268,15 @@ class Service:
         ]
         echoed = prompt if prompt.text is not None else None
         choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
-        return RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
+        state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
+        self._check_scores([state], self.limits.max_prompt_scores)
+        return state
 
     def check_scores_of_call(self, states: Sequence[RequestState]) -> None:
         """Raise ``InvalidRequest`` when the prompts of one call have too many scores together."""
-        limit = self.limits.max_prompt_scores * CALL_SCORES
+        self._check_scores(states, self.limits.max_prompt_scores * CALL_SCORES)
+
+    def _check_scores(self, states: Sequence[RequestState], limit: int) -> None:
         asked = sum(
             state.prompt_tokens * len(state.engine_requests) * (scores + 1)
             for state in states
@@ -281,8 +284,8 @@ class Service:
         )
         if asked > limit:
             raise InvalidRequest(
-                f"prompt_logprobs gives {asked} scores for the {len(states)} prompts of this request; the limit is "
-                f"{limit}. Send fewer prompts in one request.",
+                f"prompt_logprobs asks for {asked} scores of prompt tokens and their alternatives, in all choices; the "
+                f"limit is {limit}. Ask for fewer alternatives, or send fewer or shorter prompts.",
                 param="prompt_logprobs",
                 scores=asked,
                 max_scores=limit,

@@ -272,18 +272,3 @@ def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
         max_tokens=params.max_tokens,
         max_model_len=info.max_model_len,
     )
-
-
-def check_scores(prompt: int, count: int, params: SamplingParams, limit: int) -> None:
-    """Raise ``InvalidRequest`` for more than ``limit`` scores of the ``prompt`` tokens in ``count`` choices."""
-    if params.prompt_logprobs is None:
-        return
-    asked = prompt * count * (params.prompt_logprobs + 1)
-    if asked > limit:
-        raise InvalidRequest(
-            f"prompt_logprobs is {params.prompt_logprobs} for {prompt} prompt tokens and {count} choices: {asked} "
-            f"scores; the limit is {limit}. Ask for fewer alternatives.",
-            param="prompt_logprobs",
-            scores=asked,
-            max_scores=limit,
-        )

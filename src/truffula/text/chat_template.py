@@ -93,10 +93,6 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self.sources)
 
-    def owns(self, source: str) -> bool:
-        """Whether ``source`` is one of the model's."""
-        return source in self._own
-
     def is_plain(self, source: str) -> bool:
         """Whether ``source`` can be rendered without limits on time and memory (``plain_template``)."""
         return self._template(source).is_plain

@@ -28,6 +28,8 @@ class EndTokens:
         vocab_size: Ids that the model can generate.
         render: Renders chats, in place of ``ChatTemplates.render``.
 
+    ``turn_ends`` are the tokens that the model's own templates write after every answer, by source. Such a token is the
+    same where the conversation ends and where it continues: one that only begins the next turn does not count.
     ``warnings`` are for the operator: tokens that can't end a completion, a default template whose turn end is no
     token, a model without end tokens.
     """
@@ -44,7 +46,6 @@ class EndTokens:
     ) -> None:
         self._tokenizer, self._templates, self._vocab_size = tokenizer, templates, vocab_size
         self._render = render or ChatTemplates.render
-        self._of_templates: dict[str, EndToken | None] = {}
         self.warnings: list[str] = []
         found: dict[int, EndToken] = {}
         beyond: list[EndToken] = []
@@ -60,28 +61,18 @@ class EndTokens:
             )
         self.always = list(found.values())
         self.ids = frozenset(found)
-        default = self.of_template(templates.sources.get("default"))
+        self.turn_ends: dict[str, EndToken] = {}
         for source in templates.sources.values():
-            self.of_template(source)  # now: it may take a while, and requests should not wait for it
+            if tokenizer is not None and (turn_end := self._turn_end(source, tokenizer)) is not None:
+                self.turn_ends[source] = turn_end
+        default = self.turn_ends.get(templates.sources.get("default", ""))
         self.all = [*self.always, *([default] if default is not None and default.id not in self.ids else [])]
         if not self.all:
             self.warnings.append(
                 "No file of the model names an end token: completions end by length or by a stop string."
             )
 
-    def of_template(self, source: str | None) -> EndToken | None:
-        """The token that the model's own template ``source`` writes after every answer; None for another template.
-
-        The token must be the same where the conversation ends and where it continues: one that only begins the next
-        turn does not count.
-        """
-        if self._tokenizer is None or source is None or not self._templates.owns(source):
-            return None
-        if source not in self._of_templates:
-            self._of_templates[source] = self._find(source, self._tokenizer)
-        return self._of_templates[source]
-
-    def _find(self, source: str, tokenizer: Tokenizer) -> EndToken | None:
+    def _turn_end(self, source: str, tokenizer: Tokenizer) -> EndToken | None:
         after = [self._after_answer(source, continued) for continued in (False, True)]
         first, again = (tokenizer.encode(text, add_special_tokens=False)[:1] for text in after)
         if first and first == again and first[0] in tokenizer.added_ids and first[0] < self._vocab_size:

@@ -135,9 +135,8 @@ class Tokenizer:
             ids = [token_id for token_id in ids if token_id not in self.special_ids]
         if self._rule is None:
             return self._decode(ids)
-        text = b"".join(map(self._piece_bytes, ids)).decode(errors="replace")
-        spaces = len(text) - len(text.lstrip(" "))
-        return text[min(self._rule.strip, spaces) :]
+        machine = self.detokenizer()
+        return "".join(map(machine.push, ids)) + machine.flush()
 
     def detokenizer(self) -> Detokenizer:
         """A fresh incremental decoder. Special tokens to be skipped must not be pushed."""
