@@ -266,7 +266,7 @@ class Service:
             )
             for choice in range(count)
         ]
-        echoed = prompt if prompt.text is not None else None
+        echoed = prompt if prompt.pieces is not None else None
         choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
         state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
         self._check_scores([state], self.limits.max_prompt_scores)

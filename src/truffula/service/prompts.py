@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 
@@ -24,14 +25,18 @@ SLACK = 4
 
 @dataclass(frozen=True)
 class Prompt:
-    """``ids`` go to the engine. ``text`` and ``pieces`` (joined: ``text``) are made only when the client asked for
-    the prompt. ``ignored`` names what the chat template did not use.
+    """``ids`` go to the engine. ``pieces`` are made only when the client asked for the prompt. ``ignored`` names what
+    the chat template did not use.
     """
 
     ids: list[int]
-    text: str | None = None
     pieces: list[TokenPiece] | None = None
     ignored: tuple[str, ...] = ()
+
+    @cached_property
+    def text(self) -> str:
+        """Of ``pieces``."""
+        return "".join(piece.text for piece in self.pieces or [])
 
 
 def need_tokenizer(tokenizer: Tokenizer | None, info: EngineInfo) -> Tokenizer:
@@ -125,10 +130,12 @@ def make_prompt(
             pieces = id_pieces(ids, tokenizer)
     if not ids:
         raise InvalidRequest("The prompt is empty, and the model has no token that begins a text.", param="prompt")
-    ids, pieces = _truncate(ids, pieces, request.truncate)
-    if not wants_pieces:
-        return Prompt(ids, ignored=ignored)
-    return Prompt(ids, "".join(piece.text for piece in pieces or []), pieces, ignored)
+    keep = request.truncate
+    if keep is not None:
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise InvalidRequest(f"truncate is {keep!r}; it must be at least 1.", param="truncate")
+        ids, pieces = ids[-keep:], None if pieces is None else pieces[-keep:]
+    return Prompt(ids, (pieces or []) if wants_pieces else None, ignored)
 
 
 def render_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:
@@ -219,8 +226,8 @@ def prompt_part(
         ]
 
     if scores is None:
-        return PromptPart(prompt.text or "", len(pieces), lambda: pieces)
-    return PromptPart(prompt.text or "", sum(1 if one is None else 1 + len(one[1]) for one in scores), tokens)
+        return PromptPart(prompt.text, len(pieces), lambda: pieces)
+    return PromptPart(prompt.text, sum(1 if one is None else 1 + len(one[1]) for one in scores), tokens)
 
 
 def top_pieces(top: Sequence[tuple[int, float]], tokenizer: Tokenizer | None) -> list[TopToken]:
@@ -245,16 +252,6 @@ def _check_length(text: str, request: GenerateRequest, tokenizer: Tokenizer, inf
             max_chars=bound,
             max_model_len=info.max_model_len,
         )
-
-
-def _truncate(
-    ids: list[int], pieces: list[TokenPiece] | None, keep: int | None
-) -> tuple[list[int], list[TokenPiece] | None]:
-    if keep is None:
-        return ids, pieces
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise InvalidRequest(f"truncate is {keep!r}; it must be at least 1.", param="truncate")
-    return ids[-keep:], None if pieces is None else pieces[-keep:]
 
 
 def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
