@@ -52,7 +52,6 @@ from truffula.settings import Resolved
 from truffula.text.chat_template import read_template
 from truffula.text.ends import describe
 from truffula.text.process import Setup
-from truffula.text.worker import Setup
 from truffula.types import EngineInfo
 
 BACKLOG = 2048
