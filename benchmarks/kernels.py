@@ -30,7 +30,8 @@ from truffula.cli.output import fail, out, table
 from truffula.errors import ConfigError, MissingDependency, TruffulaError
 from truffula.kernels.cpu import CpuBackend, why_unavailable
 from truffula.kernels.cpu.executable import CpuExecutable
-from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, panel_bytes, panels_of
+from truffula.kernels.cpu.formats import BLOCK_KINDS
+from truffula.kernels.cpu.library import library
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import NO_IDS, Capacity, SequenceSampling
 from truffula.testing.programs import Part, attach, fill_step, random_adapter
@@ -209,7 +210,7 @@ class _Bencher:
             executable = self._load(made, stored, max(self.bench.rows), segments=max(counts))
             adapter = random_adapter(made.program, rank=rank, dtype="bfloat16")
             slots = [attach(executable, adapter) for _ in range(max(counts))]
-            one = panels_of(rank) * panel_bytes(BF16, inputs) + panels_of(outputs) * panel_bytes(BF16, rank)
+            one = _packed(rank, inputs, "bfloat16") + _packed(outputs, rank, "bfloat16")
             for name, all_rows in (("one adapter", self.bench.rows), ("adapter a row", counts)):
                 for rows in all_rows:
                     using = [slots[i if name != "one adapter" else 0] for i in range(rows)]
@@ -330,8 +331,9 @@ class _Bencher:
 
 def _packed(outputs: int, inputs: int, stored: str) -> int:
     """Bytes of a packed weight."""
-    kind = BLOCK_KINDS.get(stored, F32 if stored == "float32" else BF16)
-    return panels_of(outputs) * panel_bytes(kind, inputs)
+    kind = stored.lower() if stored in BLOCK_KINDS or stored == "float32" else "bfloat16"
+    nbytes: int = library().matrix_bytes(outputs, inputs, kind)
+    return nbytes
 
 
 def _part(

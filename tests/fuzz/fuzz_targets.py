@@ -17,7 +17,7 @@ from fuzz_mutations import Case
 
 from truffula.errors import CheckpointError, TruffulaError
 from truffula.kernels.adapters import LowRank
-from truffula.kernels.cpu.backend import CpuBackend, available
+from truffula.kernels.cpu import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.mapped import release_pages
 from truffula.lora.image import ImageWriter

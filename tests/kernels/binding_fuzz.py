@@ -109,6 +109,7 @@ samplings = st.builds(
 )  # fmt: skip
 
 
+formats = st.sampled_from(["float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0", "", "Q8_0"])
 numbers32 = st.one_of(st.integers(-1, 5), NASTY)
 
 
@@ -166,20 +167,22 @@ def tables(draw: Any) -> np.ndarray:
 CALLS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "add_buffer": {"offset": numbers, "stride": numbers, "logit_rows": booleans, "rounded": booleans},
     "add_vector": {"values": st.sampled_from([np.ones(16, np.float32), np.ones(0, np.float32), np.ones((4, 4))])},
-    "add_matrix": {"outputs": numbers, "inputs": numbers, "format": small, "panels": booleans, "half": numbers},
+    "add_matrix": {"outputs": numbers, "inputs": numbers, "format": formats, "panels": booleans, "half": numbers},
     "fill": {"weight": ids, "array": matrices, "first": numbers},
     "Embed": {"table": ids, "out": columns, "add": maybe, "source": words, "offset": numbers, "scale": floats},
     "Norm": {"x": columns, "out": columns, "plus": maybe, "weight": maybe_id, "bias": maybe_id, "groups": ids,
              "kind": words, "cast": words, "eps": floats},
     "Linear": {"x": columns, "out": columns, "residual": maybe, "weight": ids,
-               "bias": st.sampled_from([[], [1.0] * 16, [1.0] * 32]), "clip": floats, "scale": floats,
+               "bias": maybe_id, "clip": floats, "scale": floats,
                "softcap": floats, "activation": words, "glu": booleans},
-    "Pointwise": {"x": columns, "y": maybe, "out": columns, "kind": words, "activation": words, "param": floats},
+    "Pointwise": {"x": columns, "y": maybe, "out": columns, "kind": words, "activation": words,
+                  "params": st.sampled_from([[], [0.0], [float("nan"), 1.0], [2.0] * 40])},
     "RopeRows": {"inv_freq": st.sampled_from([[], [1.0] * 4, [1.0] * 8]), "factor": floats, "out": columns},
     "Rope": {"x": columns, "rows": columns, "heads": ids, "head_dim": numbers, "start": ids, "dims": numbers,
              "layout": words},
-    "Attention": {"q": columns, "k": columns, "v": columns, "out": columns, "group": ids, "key_plane": ids,
-                  "value_plane": ids, "heads": numbers, "kv_heads": numbers, "dim_k": numbers, "dim_v": numbers,
+    "Attention": {"q": columns, "k": columns, "v": columns, "out": columns, "group": ids,
+                  "planes": st.lists(ids, min_size=1, max_size=3), "heads": numbers, "kv_heads": numbers,
+                  "dim_k": numbers, "dim_v": numbers,
                   "scale": floats, "window": numbers, "softcap": floats, "sinks": maybe_id},
     "TakeRows": {"x": columns, "out": columns},
     "seal": {"inputs": st.just("inputs"), "arena_floats": st.one_of(numbers, st.just(4096), st.just(4096)),
@@ -203,26 +206,26 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
                   "kind": "layer", "cast": "last", "eps": 1.0}),
     ("Norm", {"x": (4, 0, 15), "out": (4, 0, 15), "plus": None, "weight": None, "bias": None, "groups": 3,
                   "kind": "rms", "cast": "first", "eps": 1.0}),
-    ("Linear", {"x": (0, 0, 16), "out": (1, 0, 16), "residual": (2, 0, 16), "weight": 2, "bias": [1.0] * 16,
+    ("Linear", {"x": (0, 0, 16), "out": (1, 0, 16), "residual": (2, 0, 16), "weight": 2, "bias": 0,
                     "clip": 1.0, "scale": 2.0, "softcap": 3.0, "activation": "silu", "glu": False}),
-    ("Linear", {"x": (1, 16, 16), "out": (2, 24, 8), "residual": None, "weight": 3, "bias": [1.0] * 32,
+    ("Linear", {"x": (1, 16, 16), "out": (2, 24, 8), "residual": None, "weight": 3, "bias": 0,
                     "clip": 0.0, "scale": 1.0, "softcap": 0.0, "activation": "gelu", "glu": True}),
-    ("Linear", {"x": (4, 0, 16), "out": (5, 0, 16), "residual": None, "weight": 4, "bias": [], "clip": 0.0,
+    ("Linear", {"x": (4, 0, 16), "out": (5, 0, 16), "residual": None, "weight": 4, "bias": None, "clip": 0.0,
                     "scale": 1.0, "softcap": 0.0, "activation": "none", "glu": True}),
-    ("Linear", {"x": (4, 16, 16), "out": (5, 16, 16), "residual": None, "weight": 5, "bias": [], "clip": 0.0,
+    ("Linear", {"x": (4, 16, 16), "out": (5, 16, 16), "residual": None, "weight": 5, "bias": None, "clip": 0.0,
                     "scale": 1.0, "softcap": 0.0, "activation": "none", "glu": False}),
     ("Pointwise", {"x": (0, 0, 32), "y": (1, 0, 32), "out": (2, 0, 32), "kind": "add", "activation": "none",
-                   "param": 0.0}),
+                   "params": []}),
     ("Pointwise", {"x": (4, 1, 17), "y": None, "out": (5, 15, 17), "kind": "act", "activation": "gelu_tanh",
-                   "param": 0.0}),
+                   "params": []}),
     ("RopeRows", {"inv_freq": [1.0] * 4, "factor": 1.0, "out": (3, 24, 8)}),
     ("Rope", {"x": (0, 0, 32), "rows": (3, 24, 8), "heads": 2, "head_dim": 16, "start": 8, "dims": 8,
                   "layout": "half"}),
-    ("Attention", {"q": (0, 0, 16), "k": (1, 0, 8), "v": (1, 8, 5), "out": (2, 0, 10), "group": 0, "key_plane": 0,
-                       "value_plane": 1, "heads": 2, "kv_heads": 1, "dim_k": 8, "dim_v": 5, "scale": 1.0, "window": 3,
+    ("Attention", {"q": (0, 0, 16), "k": (1, 0, 8), "v": (1, 8, 5), "out": (2, 0, 10), "group": 0,
+                       "planes": [0, 1], "heads": 2, "kv_heads": 1, "dim_k": 8, "dim_v": 5, "scale": 1.0, "window": 3,
                        "softcap": 1.0, "sinks": None}),
     ("Attention", {"q": (0, 0, 16), "k": (1, 0, 16), "v": (1, 16, 16), "out": (2, 0, 16), "group": 0,
-                       "key_plane": 2, "value_plane": 3, "heads": 16, "kv_heads": 16, "dim_k": 1, "dim_v": 1,
+                       "planes": [2, 3], "heads": 16, "kv_heads": 16, "dim_k": 1, "dim_v": 1,
                        "scale": 1.0, "window": 0, "softcap": 0.0, "sinks": 0}),
     ("TakeRows", {"x": (0, 0, 16), "out": (4, 0, 16)}),
     *(("add_site", {"site": op % 3, "op": op, "first": 0, "outputs": 16}) for op in range(6)),
@@ -265,14 +268,16 @@ def attempt(native: Any, inputs: StepInputs, name: str, arguments: dict[str, Any
 def prepared(isa: str, debug: bool) -> tuple[Any, StepInputs]:
     """An executable with buffers 0..3 of token rows and 4, 5 of logit rows, and one weight of each kind, filled."""
     inputs = StepInputs.allocate(CAPACITY, 1)
-    native = _native.Executable(isa, 2, CAPACITY, 0, 1, debug)
+    native = _native.Executable(isa, 2, CAPACITY, "float32", 1, debug)
     at = 0
     for number in range(6):
         rows = CAPACITY.max_logit_rows if number >= 4 else CAPACITY.max_tokens
         native.add_buffer(offset=at, stride=32, logit_rows=number >= 4, rounded=number % 2 == 1)
         at += rows * 32
     native.add_vector(np.ones(16, np.float32))
-    for fmt, panels, half in ((0, False, 0), (1, True, 0), (0, True, 8), (1, True, 16), (0, True, 0)):
+    kinds = (("float32", False, 0), ("bfloat16", True, 0), ("float32", True, 8), ("bfloat16", True, 16),
+             ("float32", True, 0))  # fmt: skip
+    for fmt, panels, half in kinds:
         outputs = 2 * half or 16
         weight = native.add_matrix(outputs, 16, fmt, panels, half)
         native.fill(weight, np.ones((outputs, 16), np.float32), 0)
@@ -313,10 +318,10 @@ def fuzz_calls(examples: int, isa: str) -> None:
     )  # fmt: skip
 
     @settled(examples)
-    @given(capacities, st.integers(-1, 5), small, small, booleans, st.lists(call, max_size=12),
+    @given(capacities, st.integers(-1, 5), formats, small, booleans, st.lists(call, max_size=12),
            st.dictionaries(st.sampled_from(ARRAYS), odd, max_size=2))  # fmt: skip
     def calls(
-        sizes: dict[str, int], threads: int, fmt: int, groups: int, debug: bool, made: list[Any], odd: dict[str, Any]
+        sizes: dict[str, int], threads: int, fmt: str, groups: int, debug: bool, made: list[Any], odd: dict[str, Any]
     ) -> None:
         try:
             native = _native.Executable(isa, threads, SimpleNamespace(**sizes), fmt, groups, debug)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from truffula.kernels.backend import Backend
-from truffula.kernels.cpu.backend import CpuBackend, available, instruction_sets
+from truffula.kernels.cpu import CpuBackend, available, instruction_sets
 from truffula.kernels.inputs import Float32, Int32, SampleInputs, SequenceSampling, StepOutput
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.sampling import Sampler

@@ -13,7 +13,7 @@ from one_op import OneOp
 from truffula.errors import ConfigError, KernelError
 from truffula.kernels.adapters import low_rank
 from truffula.kernels.backend import QuantisedArray
-from truffula.kernels.cpu.backend import CpuBackend, available, instruction_sets
+from truffula.kernels.cpu import CpuBackend, available, instruction_sets
 from truffula.kernels.program import Embed, Epilogue, Linear, ModuleSlice, Site, SiteSlice
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.select import Precision, select_backend

@@ -20,7 +20,7 @@ from llama_program import Shape, llama_program
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import OFFSET, TENSORS, make_image
-from truffula.kernels.cpu.backend import CpuBackend, available
+from truffula.kernels.cpu import CpuBackend, available
 from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.testing.programs import Part, attach, pull_from, random_adapter, random_weights
 from truffula.testing.self_check import difference
@@ -221,15 +221,15 @@ def test_a_step_of_more_pieces_than_a_team_counts():
         max_tokens=tokens, max_seqs=tokens, max_logit_rows=1, max_segments=0, num_blocks=tokens, block_size=1,
         max_blocks_per_seq=1,
     )  # fmt: skip
-    native = _native.Executable("auto", 2, capacity, 1, 1, True)
+    native = _native.Executable("auto", 2, capacity, "bfloat16", 1, True)
     for number, rows in enumerate((tokens, tokens, 1)):
         native.add_buffer(offset=number * tokens * heads, stride=heads, logit_rows=rows == 1, rounded=True)
     table = np.arange(5 * heads, dtype=np.float32).reshape(5, heads)
-    native.fill(native.add_matrix(5, heads, format=0, panels=False, half=0), table, 0)
+    native.fill(native.add_matrix(5, heads, format="float32", panels=False, half=0), table, 0)
     everything = (0, 0, heads)
     native.add("Embed", table=0, out=everything, add=None, source="token", offset=0, scale=1.0)
     native.add(
-        "Attention", q=everything, k=everything, v=everything, out=(1, 0, heads), group=0, key_plane=0, value_plane=1,
+        "Attention", q=everything, k=everything, v=everything, out=(1, 0, heads), group=0, planes=[0, 1],
         heads=heads, kv_heads=heads, dim_k=1, dim_v=1, scale=1.0, window=0, softcap=0.0, sinks=None,
     )  # fmt: skip
     inputs = StepInputs.allocate(capacity, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -10,8 +11,8 @@ from kernel_backends import needs_native
 from llama_program import llama_program
 
 from truffula.errors import KernelError
-from truffula.kernels.cpu.backend import available
-from truffula.kernels.cpu.lowering import Lowering
+from truffula.kernels.cpu import available
+from truffula.kernels.cpu.lowering import add_ops, lower
 from truffula.kernels.program import (
     Attention,
     Embed,
@@ -48,18 +49,13 @@ REFUSED = {("Embed", "source"): {"extra"}}
 """Words that the native backend does not have yet."""
 
 
-def lowering() -> Lowering:
-    program = llama_program()
-    return Lowering(None, program, "float32", [None] * len(program.weights))
-
-
 def test_every_op_is_in_this_test():
     assert {type(op) for op in ONE_OF_EACH} == set(Op.__subclasses__())
 
 
 @pytest.mark.parametrize("op", ONE_OF_EACH, ids=lambda op: op.name)
 def test_fields_have_the_same_names(op):
-    kind, fields = lowering().lower(op)
+    kind, fields = lower(op, llama_program(), "float32")
     assert set(fields) == set(_native.op_fields()[kind])
 
 
@@ -92,7 +88,6 @@ def test_words_are_the_same():
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_a_value_that_is_not_served_is_named(op, message):
-    native = _native.Executable("auto", 1, CAPACITY, 0, 1, False)
-    program = llama_program()
+    native = _native.Executable("auto", 1, CAPACITY, "float32", 1, False)
     with pytest.raises(KernelError, match=message):
-        Lowering(native, program, "float32", [None] * len(program.weights)).add(op)
+        add_ops(native, replace(llama_program(), ops=(op,)), "float32")

@@ -16,7 +16,7 @@ from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
 from truffula.errors import CheckpointError, ConfigError
 from truffula.kernels.backend import QuantisedArray
-from truffula.kernels.cpu.backend import CpuBackend, available
+from truffula.kernels.cpu import CpuBackend, available
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Linear
 from truffula.kernels.reference import ReferenceBackend

@@ -195,7 +195,7 @@ def int8_products(plan: ModelPlan) -> str:
     """The weights that the cpu backend multiplies in int8 by default."""
     from truffula.kernels.cpu.formats import BLOCK_KINDS
 
-    formats = sorted(set(plan.stored_types.values()) & BLOCK_KINDS.keys())
+    formats = sorted(set(plan.stored_types.values()).intersection(BLOCK_KINDS))
     return f"matrix products with {', '.join(formats)} weights; --exact computes on their values" if formats else "none"
 
 

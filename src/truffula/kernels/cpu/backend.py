@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from truffula.errors import ConfigError, KernelError, MissingDependency
+from truffula.errors import ConfigError, KernelError
 from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
-from truffula.kernels.cpu.executable import CpuExecutable, as_kernel_errors
-from truffula.kernels.cpu.formats import BF16, BLOCK_KINDS, F32, LANES, NAMES, PLANNED_RANK, WeightOptions, panel_bytes
-from truffula.kernels.cpu.lowering import Lowering
+from truffula.kernels.cpu.executable import CpuExecutable
+from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
+from truffula.kernels.cpu.library import as_kernel_errors, instruction_sets, library
+from truffula.kernels.cpu.lowering import add_ops
 from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, packed_bytes, planned_formats, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
-from truffula.kernels.installation import installation
-from truffula.kernels.program import Attention, Linear, Program
+from truffula.kernels.program import Attention, Linear, Logits, Program
 from truffula.kernels.validate import validate
 
 DTYPES: tuple[str, ...] = ("bfloat16", "float32")
-_X_ROWS = 16  # kXRows of kernels.h: rows as products read them have memory to a multiple of it
-_SAMPLER_BYTES = 58
-"""Per id of the vocabulary and thread, at most (sampler.h)."""
 
 
 class CpuBackend:
@@ -67,19 +63,19 @@ class CpuBackend:
         """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
         formats = planned_formats(program, self._weight_options(dtype), stored_types)
         by_format: dict[str, int] = {}
-        for decl, role in zip(program.weights, roles(program), strict=True):
-            held = NAMES[formats.get(decl.id, F32)] if role.kind != "vector" else "vectors"
-            by_format[held] = by_format.get(held, 0) + packed_bytes(decl, role, formats.get(decl.id, F32))
+        for decl, role, fmt in zip(program.weights, roles(program), formats, strict=True):
+            held = "vectors" if role.kind == "vector" else fmt
+            by_format[held] = by_format.get(held, 0) + packed_bytes(decl, role, fmt)
         arena = plan_arena(program, capacity, reuse=True)
         logits = 4 * capacity.max_logit_rows * program.vocab_size
         return MemoryPlan(
             weight_bytes=sum(by_format.values()),
             weight_formats=by_format,
-            arena_bytes=max(0, 4 * arena.floats - logits) + self._scratch_bytes(program, capacity),
+            arena_bytes=max(0, 4 * arena.floats - logits) + self._scratch_bytes(program, capacity, formats),
             logits_bytes=2 * logits,
             kv_block_bytes=tuple(
                 sum(
-                    _kv_block_bytes(op, dtype, capacity.block_size)
+                    library().kv_block_bytes(*_attention_shape(op), capacity.block_size, dtype)
                     for op in program.ops
                     if isinstance(op, Attention) and op.group == group.id
                 )
@@ -88,20 +84,24 @@ class CpuBackend:
             state_bytes=capacity.max_seqs * program.state_bytes(2 if dtype == "bfloat16" else 4),
         )
 
-    def _scratch_bytes(self, program: Program, capacity: Capacity) -> int:
-        """The most scratch memory of a step: x converted for products (8 bits, or bfloat16 pairs), adapters' products
-        with A up to the planned rank, and per thread that of attention and of the sampler.
+    def _scratch_bytes(self, program: Program, capacity: Capacity, formats: Sequence[str]) -> int:
+        """The most scratch memory of a step: x converted for products, adapters' products with A up to the planned
+        rank, and per thread that of attention and of the sampler.
         """
-        widest = max((program.weights[op.weight].shape[1] for op in program.ops if isinstance(op, Linear)), default=0)
-        rows = 72 * -(-widest // 32) * -(-capacity.max_tokens // _X_ROWS) * _X_ROWS if self._converts() else 0
-        attention = max(
-            (_attention_scratch(op, capacity) for op in program.ops if isinstance(op, Attention)), default=0
-        )
-        products = 4 * PLANNED_RANK * max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
-        return rows + products + self._threads * (attention + _SAMPLER_BYTES * program.vocab_size)
-
-    def _converts(self) -> bool:
-        return bool(self.block_kinds) or self._quantize != "none" or self.isa in ("avx512bf16", "amx")
+        native = library()
+        converted = attention = 0
+        for op in program.ops:
+            if isinstance(op, Linear | Logits):
+                rows = capacity.max_logit_rows if isinstance(op, Logits) else capacity.max_tokens
+                inputs = program.weights[op.weight].shape[1]
+                converted = max(converted, native.converted_bytes(self.isa, rows, inputs, formats[op.weight]))
+            elif isinstance(op, Attention):
+                nbytes = native.attention_scratch_bytes(*_attention_shape(op), capacity.block_size)
+                attention = max(attention, nbytes)
+        rows = max(capacity.max_tokens, capacity.max_logit_rows) if program.sites else 0
+        products = 4 * int(native.PLANNED_RANK) * rows
+        sampling = int(native.SAMPLE_SCRATCH_BYTES) * program.vocab_size
+        return converted + products + self._threads * (attention + sampling)
 
     def adapter_layout(self, program: Program) -> AdapterLayout:
         return layout_of(program, "panels")
@@ -147,7 +147,7 @@ class CpuBackend:
         found = Rounding()
         with as_kernel_errors():
             for decl, role in zip(program.weights, roles(program), strict=True):
-                native = _library().Executable(self.isa, self._threads, capacity, F32, 1, False)
+                native = library().Executable(self.isa, self._threads, capacity, "float32", 1, False)
                 load_one(native, decl, role, self._weight_options("float32"), pull, found)
         return found
 
@@ -155,76 +155,14 @@ class CpuBackend:
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool
     ) -> Any:
         """A native executable with buffers, weights and ops, not yet sealed."""
-        kv_format = BF16 if dtype == "bfloat16" else F32
-        native = _library().Executable(self.isa, self._threads, capacity, kv_format, len(program.kv_groups), debug)
-        _add_buffers(native, program, dtype, arena)
-        vectors = load_weights(native, program, self._weight_options(dtype), pull)
-        lowering = Lowering(native, program, dtype, vectors)
-        for op in program.ops:
-            lowering.add(op)
+        native = library().Executable(self.isa, self._threads, capacity, dtype, len(program.kv_groups), debug)
+        for buffer, offset, stride in zip(program.buffers, arena.offsets, arena.strides, strict=True):
+            rounded = dtype == "bfloat16" and buffer.dtype == "model"
+            native.add_buffer(offset=offset, stride=stride, logit_rows=buffer.rows == "R", rounded=rounded)
+        load_weights(native, program, self._weight_options(dtype), pull)
+        add_ops(native, program, dtype)
         return native
 
 
-def instruction_sets() -> tuple[str, ...]:
-    """The compiled instruction sets that this machine can run, the fastest of its kind of processor first.
-
-    Raises:
-        MissingDependency: The native module was not built, or can't be loaded.
-    """
-    return tuple(_library().table_names())
-
-
-def available() -> bool:
-    """Whether the native module can be loaded."""
-    return not why_unavailable()
-
-
-def why_unavailable() -> str:
-    """Why the native module can't be loaded and what to do; empty when it can."""
-    try:
-        _library()
-    except MissingDependency as error:
-        return error.message.removesuffix(".")
-    return ""
-
-
-def _library() -> Any:
-    name = "truffula.kernels.cpu._native"
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == name
-        reason = (
-            "truffula was installed without its native CPU kernels, because no C++20 compiler (such as g++) was found "
-            "or compiling failed"
-            if absent
-            else f"truffula's native CPU kernels cannot be loaded ({error})"
-        )
-        raise MissingDependency(
-            f"{reason}; with a compiler, compile them with: {installation().compile_again()}.",
-            param="backend",
-        ) from error
-
-
-def _add_buffers(native: Any, program: Program, dtype: str, arena: ArenaPlan) -> None:
-    for buffer, offset, stride in zip(program.buffers, arena.offsets, arena.strides, strict=True):
-        native.add_buffer(
-            offset=offset, stride=stride, logit_rows=buffer.rows == "R",
-            rounded=dtype == "bfloat16" and buffer.dtype == "model",
-        )  # fmt: skip
-
-
-def _attention_scratch(op: Attention, capacity: Capacity) -> int:
-    """Bytes per thread, as kernels.h counts them (``attention_scratch``)."""
-    rows = max(op.heads // op.kv_heads, 24)
-    lanes = -(-capacity.block_size // LANES) * LANES
-    scores = lanes * max(1, 512 // capacity.block_size) + op.dim_k
-    return 4 * rows * (scores + 2 * (-(-op.dim_v // LANES) * LANES + 2))
-
-
-def _kv_block_bytes(op: Attention, dtype: str, block_size: int) -> int:
-    fmt = BF16 if dtype == "bfloat16" else F32
-    lanes, value_width = -(-block_size // LANES), -(-op.dim_v // LANES) * LANES
-    keys = op.kv_heads * lanes * panel_bytes(fmt, op.dim_k)
-    values = op.kv_heads * block_size * value_width * (4 if fmt == F32 else 2)
-    return keys + values
+def _attention_shape(op: Attention) -> tuple[int, int, int, int]:
+    return op.heads, op.kv_heads, op.dim_k, op.dim_v

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,7 @@ from truffula.kernels.adapters import (
     require_served,
 )
 from truffula.kernels.cpu.arena import ArenaPlan
-from truffula.kernels.cpu.formats import LANES, PLANNED_RANK
+from truffula.kernels.cpu.library import as_kernel_errors, library
 from truffula.kernels.inputs import Array, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import Program
 from truffula.kernels.synchronous import SynchronousExecutable
@@ -86,9 +84,10 @@ class CpuExecutable(SynchronousExecutable):
         table, ops = image.table, self._op_of_site[image.table[:, SITE]]
         ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
         shrinks = np.unique(np.stack([ops, offsets, table[:, SCALE], ranks]), axis=1)
-        widest = int(np.bincount(shrinks[0], -(-shrinks[3] // LANES)).max(initial=0)) * LANES
+        lanes, planned_rank = int(library().LANES), int(library().PLANNED_RANK)
+        widest = int(np.bincount(shrinks[0], -(-shrinks[3] // lanes)).max(initial=0)) * lanes
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
-        return 4 * rows * max(0, widest - PLANNED_RANK)
+        return 4 * rows * max(0, widest - planned_rank)
 
     def adapter(self, image: AdapterImage) -> int:
         require_served(image, self.layout)
@@ -108,12 +107,3 @@ class CpuExecutable(SynchronousExecutable):
             return
         self._native = None
         self._slots.clear()
-
-
-@contextmanager
-def as_kernel_errors() -> Iterator[None]:
-    """Raise the native module's exceptions as ``KernelError``."""
-    try:
-        yield
-    except (ValueError, RuntimeError, MemoryError) as error:
-        raise KernelError(f"cpu backend: {error}.") from error

@@ -7,12 +7,8 @@ site over gates and ups is two runs of panels. A of a table is stored as rows ``
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from types import MappingProxyType
 
 from truffula.kernels.adapters import (
     DTYPES,
@@ -25,11 +21,11 @@ from truffula.kernels.adapters import (
     SiteTensors,
     check_place,
 )
-from truffula.kernels.cpu.formats import BF16, F32, LANES, panel_bytes, panels_of
+from truffula.kernels.cpu.library import library
 from truffula.kernels.cpu.weights import BFLOAT16, as_bits
-from truffula.kernels.inputs import Array
+from truffula.kernels.inputs import Array, Uint8
 
-Bytes = npt.NDArray[np.uint8]
+_FORMATS = MappingProxyType({"F32": "float32", "BF16": "bfloat16"})
 
 
 def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[PackedPart]:
@@ -39,15 +35,14 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
     """
     found = [(s.site, check_place(layout, s.site), p) for s in sites for p in s.parts if isinstance(p, LowRank)]
     wide = {place.op for _, place, part in found if part.a.dtype != BFLOAT16}
-    shared: dict[tuple[int, int, bool], PackedTensor] = {}
+    shared: dict[tuple[int, str, bool], PackedTensor] = {}
     made = []
     for site, place, part in found:
-        fmt = F32 if place.op in wide else BF16
-        key = (id(part.a), fmt, place.gathers)
+        dtype = "F32" if place.op in wide else "BF16"
+        key = (id(part.a), dtype, place.gathers)
         if key not in shared:
-            shared[key] = _table_rows(part.a, fmt) if place.gathers else _panels(part.a, fmt, [(0, len(part.a), 0)])
-        b_format = BF16 if part.b.dtype == BFLOAT16 else F32
-        b = _panels(part.b, b_format, runs(place))
+            shared[key] = _table_rows(part.a, dtype) if place.gathers else _panels(part.a, dtype, [(0, len(part.a), 0)])
+        b = _panels(part.b, "BF16" if part.b.dtype == BFLOAT16 else "F32", runs(place))
         made.append(PackedPart(site, LOW_RANK, part.scale, (shared[key], b)))
     return made
 
@@ -57,27 +52,24 @@ def runs(place: Place) -> list[tuple[int, int, int]]:
     first, end, half = place.first, place.first + place.outputs, place.half
     cut = min(max(half, first), end) if half else end
     cuts = ((first, cut, 0), (cut, end, half))
-    return [(lo - first, hi - first, (lo - base) % LANES) for lo, hi, base in cuts if lo < hi]
+    return [(lo - first, hi - first, (lo - base) % library().LANES) for lo, hi, base in cuts if lo < hi]
 
 
-def _panels(array: Array, fmt: int, spans: Sequence[tuple[int, int, int]]) -> PackedTensor:
-    width = panel_bytes(fmt, array.shape[1])
-    sizes = [panels_of(lane + hi - lo) * width for lo, hi, lane in spans]
-    native: Any = importlib.import_module("truffula.kernels.cpu._native")
+def _panels(array: Array, dtype: str, spans: Sequence[tuple[int, int, int]]) -> PackedTensor:
+    native, fmt = library(), _FORMATS[dtype]
+    sizes = [native.matrix_bytes(lane + hi - lo, array.shape[1], fmt) for lo, hi, lane in spans]
 
-    def write(to: Bytes) -> None:
+    def write(to: Uint8) -> None:
         at = 0
         for (lo, hi, lane), size in zip(spans, sizes, strict=True):
             native.pack_panels(as_bits(array[lo:hi]), to[at : at + size], format=fmt, lane=lane)
             at += size
 
-    return PackedTensor("BF16" if fmt == BF16 else "F32", array.shape, sum(sizes), write)
+    return PackedTensor(dtype, array.shape, sum(sizes), write)
 
 
-def _table_rows(array: Array, fmt: int) -> PackedTensor:
-    dtype = "BF16" if fmt == BF16 else "F32"
-
-    def write(to: Bytes) -> None:
+def _table_rows(array: Array, dtype: str) -> PackedTensor:
+    def write(to: Uint8) -> None:
         to.view(DTYPES[dtype]).reshape(array.shape[::-1])[...] = array.T
 
     return PackedTensor(dtype, array.shape, array.size * DTYPES[dtype].itemsize, write)

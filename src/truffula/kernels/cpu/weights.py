@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,16 +13,8 @@ import numpy as np
 
 from truffula.errors import KernelError
 from truffula.kernels.backend import PullWeight, QuantisedArray, as_array
-from truffula.kernels.cpu.formats import (
-    BLOCK_KINDS,
-    F32,
-    LANES,
-    WeightOptions,
-    keeps_blocks,
-    matrix_format,
-    panel_bytes,
-    panels_of,
-)
+from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
+from truffula.kernels.cpu.library import library
 from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
@@ -37,11 +29,14 @@ _CHUNK_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Role:
-    """How ops use a weight. ``half`` > 0: rows 0 .. half are gates, the rest ups, and their panels alternate."""
+    """How ops use a weight. ``half`` > 0: rows 0 .. half are gates, the rest ups, and their panels alternate.
+
+    ``exact``: kept in float32 whatever the model's dtype.
+    """
 
     kind: Literal["vector", "rows", "panels"]
-    half: int = 0
-    exact: bool = False  # kept in float32 whatever the model's dtype
+    half: int
+    exact: bool
 
 
 def roles(program: Program) -> list[Role]:
@@ -50,42 +45,48 @@ def roles(program: Program) -> list[Role]:
     Raises:
         KernelError: A weight is used both as gate and up halves and as a whole.
     """
-    halves: dict[int, set[int]] = {}
-    exact: set[int] = set()
-    for op in program.ops:
-        if isinstance(op, Linear):
-            outputs = program.weights[op.weight].shape[0]
-            halves.setdefault(op.weight, set()).add(outputs // 2 if op.epilogue.glu else 0)
-            if op.compute == "float32":
-                exact.add(op.weight)
-        elif isinstance(op, Logits):
-            halves.setdefault(op.weight, set()).add(0)
-    tables = {op.table for op in program.ops if isinstance(op, Embed)}
+    products = [op for op in program.ops if isinstance(op, Linear | Logits)]
+    halves: dict[int, set[int]] = {op.table: {0} for op in program.ops if isinstance(op, Embed)}
+    for op in products:
+        glu = isinstance(op, Linear) and op.epilogue.glu
+        halves.setdefault(op.weight, set()).add(program.weights[op.weight].shape[0] // 2 if glu else 0)
+    multiplied = {op.weight for op in products}
+    exact = {op.weight for op in products if isinstance(op, Linear) and op.compute == "float32"}
     made = []
     for decl in program.weights:
-        if len(decl.shape) == 1:
-            made.append(Role("vector", exact=decl.dtype == "float32"))
-            continue
-        used = halves.get(decl.id, set())
+        used = halves.get(decl.id, {0})
         if len(used) > 1:
-            raise KernelError(f"{decl.name} is used both with and without a gate.", param=decl.name)
-        if used == {0} or not used or decl.id not in tables:
-            half = used.pop() if used else 0
-            kind: Literal["rows", "panels"] = "panels" if decl.id in halves else "rows"
-            made.append(Role(kind, half, exact=decl.dtype == "float32" or decl.id in exact))
-        else:
-            raise KernelError(f"{decl.name} is a table and a gate: not supported.", param=decl.name)
+            raise KernelError(f"{decl.name} is used both as gate and up halves and as a whole.", param=decl.name)
+        kind: Literal["rows", "panels"] = "panels" if decl.id in multiplied else "rows"
+        keep = decl.dtype == "float32" or decl.id in exact
+        made.append(Role(kind if len(decl.shape) > 1 else "vector", max(used), keep))
     return made
 
 
-def packed_bytes(decl: WeightDecl, role: Role, fmt: int) -> int:
+def packed_bytes(decl: WeightDecl, role: Role, fmt: str) -> int:
     """Bytes of a weight after packing."""
     if role.kind == "vector":
         return 4 * decl.shape[0]
-    outputs, inputs = decl.shape
-    if role.kind == "rows":
-        return outputs * inputs * (4 if fmt == F32 else 2)
-    return panels_of(outputs, role.half) * panel_bytes(fmt, inputs)
+    nbytes: int = library().matrix_bytes(*decl.shape, fmt, panels=role.kind == "panels", half=role.half)
+    return nbytes
+
+
+def format_of(stored: Set[str], options: WeightOptions, decl: WeightDecl, role: Role) -> tuple[str, bool]:
+    """``WeightOptions.matrix_format`` of a weight; a vector is in float32."""
+    if role.kind == "vector":
+        return "float32", False
+    quantisable = role.kind == "panels" and decl.shape[1] % library().BLOCK == 0
+    return options.matrix_format(stored, exact=role.exact, quantisable=quantisable)
+
+
+def planned_formats(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[str]:
+    """The format of each weight for the memory plan: float32 unless a tensor is known to be stored in bfloat16 or
+    blocks."""
+    made = []
+    for decl, role in zip(program.weights, roles(program), strict=True):
+        types = [stored_types.get(part.name, "") for part in decl.parts]
+        made.append(format_of({t if t in BLOCK_KINDS else "float32" for t in types}, options, decl, role)[0])
+    return made
 
 
 @dataclass
@@ -110,29 +111,26 @@ class Rounding:
         )
 
 
-def load_weights(native: Any, program: Program, options: WeightOptions, pull: PullWeight) -> list[Array | None]:
-    """Pull every weight of ``program`` into ``native``, in order, under the program's ids. Returns the vectors' values.
+def load_weights(native: Any, program: Program, options: WeightOptions, pull: PullWeight) -> None:
+    """Pull every weight of ``program`` into ``native``, in order, under the program's ids.
 
     In bfloat16 matrices are rounded to it. In float32 a matrix stored in bfloat16 stays in it: that is exact, and a
-    step reads half as much. Blocks keep their format (see ``matrix_format``).
+    step reads half as much. Blocks keep their format (see ``WeightOptions.matrix_format``).
 
     Raises:
         KernelError: Parts that do not make the declared shape, or a dtype that is not float32, float16 or bfloat16.
     """
     rounding = Rounding()
-    made = [
+    for decl, role in zip(program.weights, roles(program), strict=True):
         load_one(native, decl, role, options, pull, rounding)
-        for decl, role in zip(program.weights, roles(program), strict=True)
-    ]
     if rounding.sums:
         logger.info("%s", rounding)
-    return made
 
 
 def load_one(
     native: Any, decl: WeightDecl, role: Role, options: WeightOptions, pull: PullWeight, rounding: Rounding
-) -> Array | None:
-    """Pull one weight into ``native``; its rounding error is added to ``rounding``. Returns a vector's values."""
+) -> None:
+    """Pull one weight into ``native``; its rounding error is added to ``rounding``."""
     parts = list(pull(decl))
     rows = sum(part.shape[0] for part in parts if part.shape)
     if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
@@ -148,56 +146,38 @@ def load_one(
         if options.dtype == "bfloat16" and not role.exact:
             values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
         native.add_vector(values)
-        return values
-    kinds = {_kind(part) for part in parts}
-    panels = role.kind == "panels"
-    fmt = matrix_format(kinds, options, decl, exact=role.exact, panels=panels)
-    weight = native.add_matrix(*decl.shape, format=fmt, panels=panels, half=role.half)
-    lossless = keeps_blocks(fmt, kinds, options, decl, exact=role.exact, panels=panels)
+        return
+    kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
+    fmt, as_blocks = format_of(kinds, options, decl, role)
+    weight = native.add_matrix(*decl.shape, format=fmt, panels=role.kind == "panels", half=role.half)
     # A pull that does not read a checkpoint may return the parts as one array.
     names = [part.name for part in decl.parts] if len(parts) == len(decl.parts) else [decl.name for _ in parts]
     first = 0
     for part, name in zip(parts, names, strict=True):
-        squares = lost = 0.0
-        for lo, hi in chunks(part):
-            try:
-                more = _fill(native, weight, part, lo, hi, first + lo, lossless)
-            except ValueError as error:
-                raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
-            squares, lost = squares + more[0], lost + more[1]
+        try:
+            squares, lost = _fill(native, weight, part, first, as_blocks=as_blocks)
+        except ValueError as error:
+            raise KernelError(f"{decl.name}: {error}.", param=decl.name) from error
         first += part.shape[0]
         if squares:
             rounding.sums[name] = squares, lost
-    return None
-
-
-def _kind(part: Array | QuantisedArray) -> str:
-    return part.kind if isinstance(part, QuantisedArray) else part.dtype.name
-
-
-def chunks(part: Array | QuantisedArray) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about ``_CHUNK_BYTES``: a multiple of a panel's rows."""
-    rows = part.shape[0]
-    step = max(1, _CHUNK_BYTES // max(1, part.nbytes // max(1, rows))) // LANES * LANES or LANES
-    for lo in range(0, rows, step):
-        yield lo, min(lo + step, rows)
 
 
 def _fill(
-    native: Any, weight: int, part: Array | QuantisedArray, lo: int, hi: int, first: int, lossless: bool
+    native: Any, weight: int, part: Array | QuantisedArray, first: int, *, as_blocks: bool
 ) -> tuple[float, float]:
-    """Pack rows ``lo .. hi`` of a part as rows ``first ..``. Returns sums of squares: values, errors."""
-    if isinstance(part, QuantisedArray):
-        some = part.rows(lo, hi)
-        if lossless:
-            native.fill(weight, np.ascontiguousarray(some.blocks), first, some.kind)
-            release_pages(some.blocks)
-            return 0.0, 0.0
-        source, values = some.blocks, some.dequantise()
-    else:
-        source = values = part[lo:hi]
-    squares, lost = native.fill(weight, as_bits(values), first)
-    release_pages(source)
+    """Pack a part as rows ``first ..``. Returns sums of squares: values, rounding errors."""
+    squares = lost = 0.0
+    step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
+    for lo in range(0, part.shape[0], step):
+        some = part.rows(lo, lo + step) if isinstance(part, QuantisedArray) else part[lo : lo + step]
+        source = some.blocks if isinstance(some, QuantisedArray) else some
+        if as_blocks and isinstance(some, QuantisedArray):
+            more = native.fill(weight, np.ascontiguousarray(source), first + lo, some.kind)
+        else:
+            more = native.fill(weight, as_bits(as_array(some)), first + lo)
+        squares, lost = squares + more[0], lost + more[1]
+        release_pages(source)
     return squares, lost
 
 
@@ -205,15 +185,3 @@ def as_bits(array: Array) -> Array:
     """A contiguous array, bfloat16 as uint16 bits: what the binding accepts."""
     array = np.ascontiguousarray(array)
     return array.view(np.uint16) if array.dtype == BFLOAT16 else array
-
-
-def planned_formats(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> Mapping[int, int]:
-    """Formats for the memory plan: float32 unless a tensor is known to be stored in bfloat16 or blocks."""
-    return {
-        decl.id: matrix_format(
-            {kind if kind in BLOCK_KINDS else "float32" for kind in (stored_types.get(p.name, "") for p in decl.parts)},
-            options, decl, exact=role.exact, panels=role.kind == "panels",
-        )
-        for decl, role in zip(program.weights, roles(program), strict=True)
-        if len(decl.shape) > 1
-    }  # fmt: skip

@@ -1,6 +1,8 @@
 #include "arrays.h"
 
+#include <algorithm>
 #include <cstring>
+#include <iterator>
 
 namespace truffula {
 
@@ -12,6 +14,12 @@ Ref ref_of(const nb::object& columns) {
       !nb::try_cast(t[2], ref.width))
     throw std::invalid_argument("columns are (buffer, start, width), each below 2^31");
   return ref;
+}
+
+int32_t format_named(const std::string& name) {
+  const auto found = std::find(std::begin(kFormats), std::end(kFormats), name);
+  if (found == std::end(kFormats)) throw std::invalid_argument("there is no format " + name);
+  return static_cast<int32_t>(found - kFormats);
 }
 
 Source source_of(const AnyArray& array) {

@@ -25,6 +25,9 @@ using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 // Columns are (buffer, start, width), or None.
 Ref ref_of(const nb::object& columns);
 
+// The storage format called `name` (kFormats).
+int32_t format_named(const std::string& name);
+
 // A matrix [rows, inputs] of float32, float16, or uint16 (bfloat16's bits).
 Source source_of(const AnyArray& array);
 

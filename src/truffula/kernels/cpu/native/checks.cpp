@@ -75,7 +75,7 @@ void Executable::check(const LinearOp& op) const {
   require(op.glu == (w.order.half > 0), "linear: gate and up panels");
   require(op.out.width == (op.glu ? w.order.half : w.outputs), "linear: width");
   require(absent_or(op.residual, op.out.width), "linear: residual");
-  require(op.bias.empty() || op.bias.size() == static_cast<size_t>(w.order.panels() * kLanes), "linear: bias");
+  require_vector(op.bias, w.outputs, "linear: bias");
   require(is_activation(op.activation), "linear: activation");
   require_disjoint(op.out, {&op.x}, "linear: x lies where out is written");
   require_disjoint_or_equal(op.out, {&op.residual}, "linear: residual lies partly where out is written");

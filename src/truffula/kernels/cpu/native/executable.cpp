@@ -77,9 +77,7 @@ int32_t Executable::add_matrix(int64_t outputs, int64_t inputs, int32_t format, 
   made.format = format;
   made.panels = panels;
   made.order = {outputs, half};
-  const int64_t bytes = panels ? made.order.panels() * panel_bytes(format, inputs)
-                               : outputs * inputs * (format == kF32 ? 4 : 2);
-  made.memory = Memory(static_cast<size_t>(bytes) + 64);
+  made.memory = Memory(static_cast<size_t>(matrix_bytes(format, inputs, panels, made.order)) + 64);
   weights_.push_back(std::move(made));
   return static_cast<int32_t>(weights_.size()) - 1;
 }
@@ -134,30 +132,35 @@ void Executable::check_op(const Op& op) const {
 void Executable::add(Op op) {
   require(!sealed_, "the program is sealed");
   check_op(op);
-  if (const auto* attention = std::get_if<AttentionOp>(&op)) {
-    const int64_t lanes = (capacity_.block_size + kLanes - 1) / kLanes;
-    const int64_t value_width = (attention->dim_v + kLanes - 1) / kLanes * kLanes * (kv_format_ == kF32 ? 4 : 2);
-    const int64_t bytes[2] = {attention->kv_heads * lanes * panel_bytes(kv_format_, attention->dim_k),
-                              attention->kv_heads * capacity_.block_size * value_width};
-    const int32_t ids[2] = {attention->key_plane, attention->value_plane};
-    for (int i = 0; i < 2; ++i) {
-      require(ids[i] >= 0 && ids[i] < (1 << 20), "attention: planes");
-      if (static_cast<size_t>(ids[i]) >= planes_.size()) planes_.resize(static_cast<size_t>(ids[i]) + 1);
-      Plane& plane = planes_[static_cast<size_t>(ids[i])];
+  if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->bias != kAbsent) {
+    const Weight &bias = weight(linear->bias), &matrix = weight(linear->weight);
+    linear->packed_bias.assign(static_cast<size_t>(matrix.order.panels() * kLanes), 0.0f);
+    for (int64_t output = 0; output < matrix.outputs; ++output) {
+      const int64_t at = matrix.order.panel_of(output) * kLanes + matrix.order.lane_of(output);
+      linear->packed_bias[static_cast<size_t>(at)] = bias.memory.floats()[output];
+    }
+  }
+  if (auto* attention = std::get_if<AttentionOp>(&op)) {
+    attention->window = std::clamp<int64_t>(attention->window, 0, INT32_MAX);
+    const std::array<int64_t, 2> bytes = kv_block_bytes(*attention, kv_format_, capacity_.block_size);
+    for (size_t i = 0; i < 2; ++i) {
+      const int32_t id = attention->planes[i];
+      require(id >= 0 && id < (1 << 20), "attention: planes");
+      if (static_cast<size_t>(id) >= planes_.size()) planes_.resize(static_cast<size_t>(id) + 1);
+      Plane& plane = planes_[static_cast<size_t>(id)];
       require(plane.block_bytes == 0, "attention: a plane serves one op");
       plane.block_bytes = bytes[i];
       plane.group = attention->group;
       plane.memory = Memory(static_cast<size_t>(bytes[i]) * static_cast<size_t>(capacity_.num_blocks));
     }
     int32_t& distance = max_distance_[static_cast<size_t>(attention->group)];
-    distance = std::max(distance, attention->window > 0 ? attention->window - 1 : INT32_MAX);
+    distance = std::max(distance, attention->window > 0 ? static_cast<int32_t>(attention->window) - 1 : INT32_MAX);
     const int32_t queries_per_kv = attention->heads / attention->kv_heads;
     if (std::none_of(attention_plans_.begin(), attention_plans_.end(),
                      [&](const AttentionPlan& plan) { return plan.queries_per_kv == queries_per_kv; }))
       attention_plans_.push_back({queries_per_kv, {}});
     partial_row_floats_ = std::max(partial_row_floats_, attention->kv_heads * partial_floats(1, attention->dim_v));
-    const int64_t rows = std::max(queries_per_kv, kQueryRows);
-    const int64_t floats = attention_scratch(rows, capacity_.block_size, attention->dim_k, attention->dim_v);
+    const int64_t floats = attention_scratch_of(*attention, capacity_.block_size);
     for (ThreadState& state : thread_states_)
       if (static_cast<int64_t>(state.attention.size()) < floats) state.attention.resize(static_cast<size_t>(floats));
   }

@@ -21,9 +21,6 @@ struct Capacity {
   int32_t max_tokens, max_seqs, max_logit_rows, max_segments, num_blocks, block_size, max_blocks_per_seq;
 };
 
-// The rank per row and op that the memory plan counts for products with A (PLANNED_RANK of formats.py).
-constexpr int32_t kPlannedRank = 256;
-
 // The arrays that vary from step to step, owned by the caller (see kernels/inputs.py for shapes and meaning).
 struct StepArrays {
   const int32_t *token_ids, *position, *rope_pos, *slot_mapping, *block_tables, *q_start, *kv_len, *seg, *seg_r;

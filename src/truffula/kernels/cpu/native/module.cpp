@@ -1,5 +1,6 @@
 // The Python binding. Arrays are checked (arrays.h); computations run without the GIL.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -24,12 +25,13 @@ namespace {
 
 // The Python object: the executable, and references to the arrays that it reads.
 struct Native {
-  Native(const std::string& isa, int threads, const nb::object& capacity, int32_t kv_format, int32_t groups, bool debug)
+  Native(const std::string& isa, int threads, const nb::object& capacity, const std::string& kv_format, int32_t groups,
+         bool debug)
       : cap{field(capacity, "max_tokens"), field(capacity, "max_seqs"), field(capacity, "max_logit_rows"),
             field(capacity, "max_segments"), field(capacity, "num_blocks"), field(capacity, "block_size"),
             field(capacity, "max_blocks_per_seq")},
         num_groups(groups),
-        executable(isa, threads, cap, kv_format, groups, debug) {}
+        executable(isa, threads, cap, format_named(kv_format), groups, debug) {}
 
   static int32_t field(const nb::object& capacity, const char* name) { return nb::cast<int32_t>(capacity.attr(name)); }
 
@@ -115,9 +117,10 @@ void drop_adapter(Native& self, int32_t slot) {
 
 // Packs a matrix [rows, inputs] into panels of `format`, its first row in lane `lane`, over zeroed uint8 of that size.
 void pack_panels(const AnyArray& array, const nb::ndarray<uint8_t, nb::numpy, nb::ndim<1>, nb::c_contig, nb::device::cpu>& to,
-                 int32_t format, int64_t lane) {
+                 const std::string& format_name, int64_t lane) {
   const Source source = source_of(array);
   const auto rows = static_cast<int64_t>(array.shape(0));
+  const int32_t format = format_named(format_name);
   if (format != kF32 && format != kBF16) throw std::invalid_argument("panels are float32 or bfloat16");
   if (lane < 0 || lane >= kLanes || rows > kMaxWidth || source.inputs > kMaxWidth)
     throw std::invalid_argument("a lane outside its panel, or a matrix that is too large");
@@ -256,8 +259,8 @@ void bind_load(nb::class_<Native>& c) {
            },
            "values"_a)
       .def("add_matrix",
-           [](Native& self, int64_t outputs, int64_t inputs, int32_t format, bool panels, int64_t half) {
-             return self.enter()->add_matrix(outputs, inputs, format, panels, half);
+           [](Native& self, int64_t outputs, int64_t inputs, const std::string& format, bool panels, int64_t half) {
+             return self.enter()->add_matrix(outputs, inputs, format_named(format), panels, half);
            },
            "outputs"_a, "inputs"_a, "format"_a, "panels"_a, "half"_a)
       .def("fill", fill, "weight"_a, "array"_a, "first"_a, "kind"_a = "")
@@ -289,6 +292,44 @@ void bind_step(nb::class_<Native>& c) {
       .def_prop_ro("isa", [](const Native& self) { return std::string(self.executable.kernels().name); });
 }
 
+// What memory plans need, without an executable.
+void bind_sizes(nb::module_& m) {
+  m.attr("LANES") = kLanes;
+  m.attr("BLOCK") = kBlock;
+  m.attr("PLANNED_RANK") = kPlannedRank;
+  m.attr("SAMPLE_SCRATCH_BYTES") = kSampleScratchBytes;
+  m.def("matrix_bytes",
+        [](int64_t outputs, int64_t inputs, const std::string& format, bool panels, int64_t half) {
+          return matrix_bytes(format_named(format), inputs, panels, {outputs, half});
+        },
+        "outputs"_a, "inputs"_a, "format"_a, "panels"_a = true, "half"_a = 0, "Bytes of a matrix in panels, or as plain rows.");
+  m.def("converted_bytes",
+        [](const std::string& isa, int32_t rows, int64_t inputs, const std::string& format) -> int64_t {
+          const int32_t number = format_named(format);
+          if (!is_quantised(number) && (number != kBF16 || !find_table(isa)->pairs)) return 0;
+          return padded_rows(rows) * quantised_row_bytes(number, inputs);
+        },
+        "isa"_a, "rows"_a, "inputs"_a, "format"_a, "Bytes of x as products with a matrix of this format read it.");
+  const auto attention = [](int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size) {
+    if (std::min({heads, kv_heads, dim_k, dim_v, block_size}) < 1) throw std::invalid_argument("a size is below 1");
+    AttentionOp op;
+    op.heads = heads, op.kv_heads = kv_heads, op.dim_k = dim_k, op.dim_v = dim_v;
+    return op;
+  };
+  m.def("kv_block_bytes",
+        [=](int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size, const std::string& format) {
+          const auto [keys, values] =
+              kv_block_bytes(attention(heads, kv_heads, dim_k, dim_v, block_size), format_named(format), block_size);
+          return keys + values;
+        },
+        "heads"_a, "kv_heads"_a, "dim_k"_a, "dim_v"_a, "block_size"_a, "format"_a, "Bytes of a block of one layer's keys and values.");
+  m.def("attention_scratch_bytes",
+        [=](int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size) {
+          return 4 * attention_scratch_of(attention(heads, kv_heads, dim_k, dim_v, block_size), block_size);
+        },
+        "heads"_a, "kv_heads"_a, "dim_k"_a, "dim_v"_a, "block_size"_a, "Bytes of scratch memory per thread.");
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -298,9 +339,10 @@ NB_MODULE(_native, m) {
   m.def("pack_panels", pack_panels, "array"_a, "to"_a.noconvert(), "format"_a, "lane"_a,
         "A matrix in panels of 16 rows, as adapters are read: what the loading worker calls.");
   nb::class_<Native> executable(m, "Executable");
-  executable.def(nb::init<const std::string&, int, const nb::object&, int32_t, int32_t, bool>(), "isa"_a, "threads"_a,
+  executable.def(nb::init<const std::string&, int, const nb::object&, const std::string&, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
   bind_sampler(m);
+  bind_sizes(m);
   bind_load(executable);
   bind_step(executable);
   wait_for_calls_at_exit();

@@ -1,6 +1,8 @@
 // A program as plain data, built once at load.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <variant>
 #include <vector>
@@ -23,6 +25,12 @@ constexpr int64_t kMaxColumns = int64_t{1} << 22;
 // Query rows (tokens x heads that share a kv head) in one attention tile.
 constexpr int32_t kQueryRows = 24;
 
+// The rank per row and op that the memory plan counts for products with A; the budget charges an adapter for more.
+constexpr int32_t kPlannedRank = 256;
+
+// The formats as Python names them, in the order of their numbers.
+constexpr const char* kFormats[] = {"float32", "bfloat16", "q8_0", "q4_0", "q4_1", "q5_0"};
+
 // Columns start .. start + width of a buffer; buffer kAbsent: no operand.
 struct Ref {
   int32_t buffer = kAbsent, start = 0, width = 0;
@@ -33,6 +41,16 @@ struct Buffer {
   int64_t offset = 0, stride = 0;
   bool logit_rows = false, rounded = false;
 };
+
+// Bytes of a matrix, in panels or as plain rows.
+constexpr int64_t matrix_bytes(int32_t format, int64_t inputs, bool panels, const PanelOrder& order) {
+  return panels ? order.panels() * panel_bytes(format, inputs) : order.outputs * inputs * (format == kF32 ? 4 : 2);
+}
+
+// Bytes of a row of x as products with a matrix of `format` read it where they convert x.
+constexpr int64_t quantised_row_bytes(int32_t format, int64_t inputs) {
+  return is_quantised(format) ? inputs / kBlock * kMaxXBlockBytes : pair_row_bytes(inputs);
+}
 
 // A weight as loaded: a vector of floats, plain rows (panels 0), or panels.
 struct Weight {
@@ -46,9 +64,7 @@ struct Weight {
     return {memory.data(), panel_bytes(format, inputs), format, static_cast<int32_t>(order.panels()),
             static_cast<int32_t>(inputs)};
   }
-  int64_t quantised_stride() const {  // of a row of x as products read it, in bytes
-    return is_quantised(format) ? inputs / kBlock * kMaxXBlockBytes : pair_row_bytes(inputs);
-  }
+  int64_t quantised_stride() const { return quantised_row_bytes(format, inputs); }
   Table table() const {
     return {memory.data(), panels ? panel_bytes(format, inputs) : 0, format, static_cast<int32_t>(inputs)};
   }
@@ -95,8 +111,8 @@ struct NormOp {
 
 struct LinearOp {
   Ref x, out, residual;
-  int32_t weight = 0;
-  std::vector<float> bias;  // in packed order; empty without one
+  int32_t weight = 0, bias = kAbsent;
+  std::vector<float> packed_bias;  // the bias in the order of the panels' lanes; `Executable::add` fills it
   float clip = -1.0f, scale = 1.0f, softcap = 0.0f;
   int32_t activation = kNone;
   bool glu = false;
@@ -113,13 +129,13 @@ struct LinearOp {
 struct PointwiseOp {
   Ref x, y, out;
   int32_t kind = 0, activation = kNone;
-  float param = 0.0f;
+  std::vector<float> params;
 
   static constexpr const char* kName = "Pointwise";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
     f("kind", o.kind, kPointwiseKinds), f("x", o.x), f("out", o.out), f("y", o.y, kOptional), f("activation", o.activation, kActivations);
-    f("param", o.param);
+    f("params", o.params);
   }
 };
 
@@ -149,16 +165,18 @@ struct RopeOp {
 
 struct AttentionOp {
   Ref q, k, v, out;
-  int32_t group = 0, key_plane = 0, value_plane = 0, heads = 0, kv_heads = 0, dim_k = 0, dim_v = 0, window = 0;
+  int32_t group = 0, heads = 0, kv_heads = 0, dim_k = 0, dim_v = 0;
+  std::array<int32_t, 2> planes{};  // of keys, of values
+  int64_t window = 0;               // 0: none; positions are int32, so larger ones hide no key
   float scale = 1.0f, softcap = 0.0f;
   int32_t sinks = kAbsent;
 
   static constexpr const char* kName = "Attention";
   template <class Self, class F>
   static void fields(Self& o, F&& f) {
-    f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("key_plane", o.key_plane);
-    f("value_plane", o.value_plane), f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v);
-    f("scale", o.scale), f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
+    f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("planes", o.planes);
+    f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v), f("scale", o.scale);
+    f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
   }
 };
 
@@ -187,6 +205,18 @@ inline const Ref& out_of(const Op& op) {
 // Whether adapters may act at an op: products, and tables that rows are gathered from.
 inline bool takes_adapters(const Op& op) {
   return std::holds_alternative<LinearOp>(op) || std::holds_alternative<EmbedOp>(op);
+}
+
+// Bytes of one block of an attention op's keys, and of its values.
+constexpr std::array<int64_t, 2> kv_block_bytes(const AttentionOp& op, int32_t format, int32_t block_size) {
+  const int64_t lanes = (block_size + kLanes - 1) / kLanes, value_width = (op.dim_v + kLanes - 1) / kLanes * kLanes;
+  return {op.kv_heads * lanes * panel_bytes(format, op.dim_k),
+          op.kv_heads * block_size * value_width * (format == kF32 ? 4 : 2)};
+}
+
+// Floats of scratch that an attention op needs per thread.
+constexpr int64_t attention_scratch_of(const AttentionOp& op, int32_t block_size) {
+  return attention_scratch(std::max(op.heads / op.kv_heads, kQueryRows), block_size, op.dim_k, op.dim_v);
 }
 
 // The cached keys or values of one layer.

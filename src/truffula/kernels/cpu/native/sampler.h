@@ -43,8 +43,11 @@ struct SampleItem {
   std::int32_t id;
 };
 
+// The most scratch memory of a sampler, per id of the vocabulary.
+constexpr std::int64_t kSampleScratchBytes = 58;
+
 // Scratch memory of one thread, reused for all rows. `reserve` allocates it in advance, where bad_alloc can be
-// reported. At most 58 bytes per id, of which only what the rows use is touched.
+// reported. Only what the rows use is touched.
 struct SampleScratch {
   const SampleLoops* loops = nullptr;  // null: the portable ones
   std::vector<float> maxima;           // of the logits, per block

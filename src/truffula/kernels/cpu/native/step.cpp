@@ -234,7 +234,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.w = weight(op.weight).packed();
   call.quantised_x = converts_x(op) ? quantised_x_.data() : nullptr;
   call.quantised_stride = weight(op.weight).quantised_stride();
-  call.bias = op.bias.empty() ? nullptr : op.bias.data();
+  call.bias = op.bias == kAbsent ? nullptr : op.packed_bias.data();
   call.deltas = deltas.data();
   call.num_deltas = static_cast<int32_t>(deltas.size());
   call.rows = rows_of(op.out);
@@ -252,7 +252,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
 
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
-                           rounded(op.out), op.param};
+                           rounded(op.out), op.params.empty() ? 0.0f : op.params[0]};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
@@ -280,8 +280,8 @@ void Executable::run_op(const RopeOp& op, const Stage& stage, int32_t chunk, Thr
 }
 
 AttentionCall Executable::call_of(const AttentionOp& op) const {
-  const Plane& keys = planes_[static_cast<size_t>(op.key_plane)];
-  const Plane& values = planes_[static_cast<size_t>(op.value_plane)];
+  const Plane& keys = planes_[static_cast<size_t>(op.planes[0])];
+  const Plane& values = planes_[static_cast<size_t>(op.planes[1])];
   AttentionCall call{};
   call.cache = {keys.memory.data(), values.memory.data(), keys.block_bytes, values.block_bytes, kv_format_,
                 capacity_.block_size, op.kv_heads, op.dim_k, op.dim_v};
@@ -291,7 +291,7 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   call.out = rows(op.out);
   call.sinks = op.sinks == kAbsent ? nullptr : weight(op.sinks).memory.floats();
   call.heads = op.heads;
-  call.window = op.window;
+  call.window = static_cast<int32_t>(op.window);
   call.round_out = rounded(op.out);
   call.scale = op.scale;
   call.softcap = op.softcap;
@@ -319,7 +319,7 @@ void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadS
   const bool split = tile.partition != kAbsent;
   // Partitions that lie wholly before the window are neither computed nor merged.
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
-  const int32_t first = op.window > 0 ? std::max(0, tile.position - op.window + 1) / keys : 0;
+  const int32_t first = op.window > 0 ? std::max(0, tile.position - static_cast<int32_t>(op.window) + 1) / keys : 0;
   if (merge ? !split || !tile.first_partition : split && tile.partition < first) return;
   const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + tile.sequence) *
                                                 capacity_.max_blocks_per_seq;
