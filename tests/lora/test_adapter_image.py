@@ -29,7 +29,6 @@ from truffula.kernels.adapters import (
     Replace,
     Rows,
     SiteTensors,
-    kind_of,
     low_rank,
     make_image,
     pack,
@@ -118,7 +117,7 @@ def test_every_kind_of_part_has_its_place_in_a_file(tmp_path: Path, name: str) -
 
 
 def test_the_kinds_above_are_all() -> None:
-    assert {kind_of(part) for part in ALL_KINDS.values()} == set(KINDS)
+    assert {part.kind for part in ALL_KINDS.values()} == set(KINDS)
 
 
 @on_every_backend

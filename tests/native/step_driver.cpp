@@ -82,7 +82,7 @@ void add_program(Executable& e) {
   product.x = {1, 0, 64}, product.out = {2, 0, 128}, product.weight = qkv;
   e.add(product);
   e.add(RopeOp{{2, 0, 96}, {3, 0, 16}, 6, 16, 0, 16, 0});
-  e.add(AttentionOp{{2, 0, 64}, {2, 64, 32}, {2, 96, 32}, {4, 0, 64}, 0, 0, 1, 4, 2, 16, 16, 0, 0.25f, 0.0f, kAbsent});
+  e.add(AttentionOp{{2, 0, 64}, {2, 64, 32}, {2, 96, 32}, {4, 0, 64}, 0, 4, 2, 16, 16, {0, 1}, 0, 0.25f, 0.0f, kAbsent});
   LinearOp output;
   output.x = {4, 0, 64}, output.out = {0, 0, 64}, output.residual = {0, 0, 64}, output.weight = o;
   e.add(output);

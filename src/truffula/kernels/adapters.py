@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import ml_dtypes
 import numpy as np
@@ -47,6 +47,7 @@ class LowRank:
     On an embedding table x is a one-hot row: ``a [r, V]``, ``b [D, r]``.
     """
 
+    kind: ClassVar[str] = "low_rank"
     a: Array
     b: Array
     scale: float
@@ -56,6 +57,7 @@ class LowRank:
 class ColumnScale:
     """Multiplies the base product by ``factor [O]``: DoRA's magnitude over its norm, IA3."""
 
+    kind: ClassVar[str] = "column_scale"
     factor: Array
 
 
@@ -63,6 +65,7 @@ class ColumnScale:
 class InputScale:
     """Multiplies x by ``factor [I]`` before the base product: IA3 on a feed-forward module."""
 
+    kind: ClassVar[str] = "input_scale"
     factor: Array
 
 
@@ -70,6 +73,7 @@ class InputScale:
 class Bias:
     """Adds ``values [O]``: a trained bias minus the base's, or the bias of B."""
 
+    kind: ClassVar[str] = "bias"
     values: Array
 
 
@@ -77,6 +81,7 @@ class Bias:
 class Replace:
     """Replaces W by ``weight [O, I]``: a saved module."""
 
+    kind: ClassVar[str] = "replace"
     weight: Array
 
 
@@ -84,23 +89,16 @@ class Replace:
 class Rows:
     """Replaces rows of a table: ``ids`` int32 ``[n]``, ``values [n, D]``, trained tokens."""
 
+    kind: ClassVar[str] = "rows"
     ids: Array
     values: Array
 
 
 Part = LowRank | ColumnScale | InputScale | Bias | Replace | Rows
 KINDS: Mapping[str, type[Part]] = MappingProxyType(
-    {
-        "low_rank": LowRank,
-        "column_scale": ColumnScale,
-        "input_scale": InputScale,
-        "bias": Bias,
-        "replace": Replace,
-        "rows": Rows,
-    }
+    {kind.kind: kind for kind in (LowRank, ColumnScale, InputScale, Bias, Replace, Rows)}
 )
 """Every kind of part by its name in an image. A table refers to a kind by its position here."""
-LOW_RANK = "low_rank"
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,6 @@ class SiteTensors:
 def low_rank(site: int, a: Array, b: Array, scale: float) -> SiteTensors:
     """Plain LoRA at a site."""
     return SiteTensors(site, (LowRank(a, b, scale),))
-
-
-def kind_of(part: Part) -> str:
-    """The name of a part's kind."""
-    return next(name for name, kind in KINDS.items() if type(part) is kind)
 
 
 def tensors_of(part: Part) -> tuple[Array, ...]:
@@ -161,12 +154,10 @@ class AdapterLayout:
 
     @cached_property
     def name(self) -> str:
-        """The storage, its version and a hash of the places: identifies what an image is packed for."""
-        places = hashlib.sha256(repr(self.places).encode()).hexdigest()[:16]
-        return f"{self.storage}-{_VERSIONS[self.storage]}:{places}"
+        """The storage and a hash of the places: identifies what an image is packed for."""
+        return f"{self.storage}:{hashlib.sha256(repr(self.places).encode()).hexdigest()[:16]}"
 
 
-_VERSIONS: Mapping[Storage, int] = MappingProxyType({"stored": 1, "float32": 1, "panels": 1})
 STORED = AdapterLayout("stored")
 
 
@@ -221,18 +212,35 @@ def pack(layout: AdapterLayout, sites: Iterable[SiteTensors]) -> list[PackedPart
             serves (``param``: the kind), a shape that does not fit its site, or a dtype that is not stored.
     """
     ordered = sorted(sites, key=lambda s: s.site)
-    if layout.storage == "stored":
-        tensors = _Shared(convert=False)
-        return [PackedPart(s.site, *_stored(part, tensors)) for s in ordered for part in s.parts]
-    served = [(check_place(layout, s.site), part) for s in ordered for part in s.parts]
-    for place, part in served:
-        check_served(place, part)
-    if layout.storage == "float32":
-        tensors = _Shared(convert=True)
-        return [PackedPart(s.site, *_stored(part, tensors)) for s in ordered for part in s.parts]
-    packer = importlib.import_module("truffula.kernels.cpu.pack")
-    packed: list[PackedPart] = packer.pack_panels(layout, ordered)
-    return packed
+    if layout.storage != "stored":
+        for tensors in ordered:
+            for part in tensors.parts:
+                check_served(check_place(layout, tensors.site), part)
+    if layout.storage == "panels":
+        packer = importlib.import_module("truffula.kernels.cpu.pack")
+        packed: list[PackedPart] = packer.pack_panels(layout, ordered)
+        return packed
+    copies: dict[int, PackedTensor] = {}  # by the id of the array, so that one used twice is stored once
+
+    def copy(array: Array) -> PackedTensor:
+        if id(array) not in copies:
+            copies[id(array)] = copied(array, "F32" if layout.storage == "float32" else dtype_name(array))
+        return copies[id(array)]
+
+    return [
+        PackedPart(tensors.site, part.kind, getattr(part, "scale", 1.0), tuple(map(copy, tensors_of(part))))
+        for tensors in ordered
+        for part in tensors.parts
+    ]
+
+
+def copied(array: Array, dtype: str) -> PackedTensor:
+    """A tensor as it is, converted to ``dtype``."""
+
+    def write(to: npt.NDArray[np.uint8]) -> None:
+        to.view(DTYPES[dtype]).reshape(array.shape)[...] = array
+
+    return PackedTensor(dtype, array.shape, array.size * DTYPES[dtype].itemsize, write)
 
 
 def check_place(layout: AdapterLayout, site: int) -> Place:
@@ -248,7 +256,7 @@ def check_place(layout: AdapterLayout, site: int) -> Place:
 def check_served(place: Place, part: Part) -> None:
     """Raise ``KernelError`` (``param``: the kind or the module) unless kernels serve ``part`` and its shapes fit."""
     if not isinstance(part, LowRank) or part.a.ndim == 3:
-        what = "low_rank with an expert axis" if isinstance(part, LowRank) else kind_of(part)
+        what = "low_rank with an expert axis" if isinstance(part, LowRank) else part.kind
         raise KernelError(f"site {place.module}: no kernel serves the adapter part {what!r}.", param=what)
     a, b = part.a.shape, part.b.shape
     if not (len(a) == len(b) == 2 and a[0] == b[1] > 0 and (a[1], b[0]) == (place.inputs, place.outputs)):
@@ -265,31 +273,6 @@ def dtype_name(array: Array) -> str:
         if array.dtype == dtype:
             return name
     raise KernelError(f"an adapter image holds {', '.join(DTYPES)}, not {array.dtype}.", param="dtype")
-
-
-class _Shared:
-    """Makes one ``PackedTensor`` per array, however often it is used. ``convert``: to float32."""
-
-    def __init__(self, *, convert: bool) -> None:
-        self._convert = convert
-        self._made: dict[int, PackedTensor] = {}
-
-    def of(self, array: Array) -> PackedTensor:
-        if id(array) not in self._made:
-            stored = dtype_name(array)
-            dtype = "F32" if self._convert and stored != "I32" else stored
-            nbytes = array.size * DTYPES[dtype].itemsize
-
-            def write(to: npt.NDArray[np.uint8], array: Array = array, dtype: str = dtype) -> None:
-                to.view(DTYPES[dtype]).reshape(array.shape)[...] = array
-
-            self._made[id(array)] = PackedTensor(dtype, array.shape, nbytes, write)
-        return self._made[id(array)]
-
-
-def _stored(part: Part, tensors: _Shared) -> tuple[str, float, tuple[PackedTensor, ...]]:
-    scale = part.scale if isinstance(part, LowRank) else 1.0
-    return kind_of(part), scale, tuple(tensors.of(array) for array in tensors_of(part))
 
 
 # ---- images: one block of bytes and a table
@@ -397,7 +380,7 @@ def make_image(layout: AdapterLayout, sites: Iterable[SiteTensors], *, generatio
     start = -memory.ctypes.data % ALIGN
     data = memory[start : start + placed.data_bytes]
     placed.write(data)
-    rank = max((part.tensors[0].shape[0] for part in parts if part.kind == LOW_RANK), default=0)
+    rank = max((part.tensors[0].shape[0] for part in parts if part.kind == LowRank.kind), default=0)
     return AdapterImage(generation, rank, placed.data_bytes, layout.name, placed.table, data)
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
 
 from truffula.errors import KernelError
 from truffula.kernels.liveness import written_by
 from truffula.kernels.program import (
     Attention,
     Embed,
-    Epilogue,
     Linear,
     Logits,
     Norm,
@@ -42,146 +40,126 @@ def validate(program: Program) -> None:
     _check_result(program)
 
 
-def _check_result(program: Program) -> None:
-    last = program.ops[-1] if program.ops else None
-    if last is None or written_by(last) != program.result:
-        raise KernelError("the last op must write program.result.", param="result")
-    if isinstance(last, Logits) != (program.output.kind == "logits"):
-        raise KernelError(f"output is {program.output.kind}, but the last op is {type(last).__name__}.", param="output")
-    width = program.vocab_size if program.output.kind == "logits" else program.result.width
-    if not program.output.width == program.result.width == width:
-        raise KernelError(
-            f"the result is {program.result.width} wide and output says {program.output.width}; {width} are needed.",
-            param="output",
-        )
-    buffer = program.buffers[program.result.buffer]
-    if (buffer.rows, buffer.dtype) != ("R", "float32"):
-        raise KernelError(f"the result {buffer.name!r} is not float32 with R rows.", param="result")
+def _require(holds: bool, field: str, why: str) -> None:
+    if not holds:
+        raise KernelError(why, param=field)
 
 
 def _check_tables(program: Program) -> None:
     for decl in program.weights:
-        if not decl.shape or min(decl.shape) < 1 or len(decl.shape) > 2:
-            raise KernelError(f"weight {decl.name}: shape {decl.shape} is not [width] or [O, I].", param="shape")
-        if not decl.parts:
-            raise KernelError(f"weight {decl.name} has no parts.", param="parts")
-        if unknown := decl.uses - {"rows", "matmul", "vector"}:
-            raise KernelError(f"weight {decl.name}: unknown uses {sorted(unknown)}.", param="uses")
+        shaped = 1 <= len(decl.shape) <= 2 and min(decl.shape) >= 1
+        _require(shaped, "shape", f"weight {decl.name}: shape {decl.shape} is not [width] or [O, I].")
+        _require(bool(decl.parts), "parts", f"weight {decl.name} has no parts.")
+        unknown = sorted(decl.uses - {"rows", "matmul", "vector"})
+        _require(not unknown, "uses", f"weight {decl.name}: unknown uses {unknown}.")
     for site in program.sites:
-        if not site.modules or min(site.in_features, site.out_features) < 1:
-            raise KernelError(f"site {site.id} has no module or no width.", param="sites")
-    if program.states:
-        raise KernelError("states of recurrent layers are not computed yet.", param="states")
-    for group in program.kv_groups:
-        if not group.planes or (group.window is not None and group.window < 1):
-            raise KernelError(f"KV group {group.id} has no planes or the window {group.window}.", param="kv_groups")
+        wide = bool(site.modules) and min(site.in_features, site.out_features) >= 1
+        _require(wide, "sites", f"site {site.id} has no module or no width.")
+    _require(not program.states, "states", "states of recurrent layers are not computed yet.")
     seen: set[int] = set()
-    for plane in (plane for group in program.kv_groups for plane in group.planes):
-        if plane.id in seen or plane.width < 1:
-            raise KernelError(f"KV plane {plane.id} is declared twice or has width {plane.width}.", param="planes")
-        seen.add(plane.id)
+    for group in program.kv_groups:
+        usable = bool(group.planes) and (group.window is None or group.window >= 1)
+        _require(usable, "kv_groups", f"KV group {group.id} has no planes or the window {group.window}.")
+        for plane in group.planes:
+            new = plane.id not in seen and plane.width >= 1
+            _require(new, "planes", f"KV plane {plane.id} is declared twice or has width {plane.width}.")
+            seen.add(plane.id)
+
+
+def _check_result(program: Program) -> None:
+    last, output = program.ops[-1] if program.ops else None, program.output
+    if last is None or written_by(last) != program.result:
+        raise KernelError("the last op must write program.result.", param="result")
+    fits = isinstance(last, Logits) == (output.kind == "logits")
+    _require(fits, "output", f"output is {output.kind}, but the last op is {type(last).__name__}.")
+    width = program.vocab_size if output.kind == "logits" else program.result.width
+    _require(
+        output.width == program.result.width == width, "output",
+        f"the result is {program.result.width} wide and output says {output.width}; {width} are needed.",
+    )  # fmt: skip
+    buffer = program.buffers[program.result.buffer]
+    served = (buffer.rows, buffer.dtype) == ("R", "float32")
+    _require(served, "result", f"the result {buffer.name!r} is not float32 with R rows.")
 
 
 @dataclass(frozen=True)
 class _Check:
-    """The context of one op's checks. ``fail`` raises an error that names the op and the field."""
+    """Checks of one op's fields. Each raises an error that names the op and the field; an absent operand passes."""
 
     program: Program
     index: int
     op: Op
     written: set[int]
 
-    def fail(self, field: str, why: str) -> NoReturn:
-        kind = type(self.op).__name__
-        raise KernelError(f"op {self.index} ({kind} {self.op.name!r}), {field}: {why}", param=field, op=self.index)
+    def require(self, field: str, holds: bool, why: str) -> None:
+        if not holds:
+            kind = type(self.op).__name__
+            raise KernelError(f"op {self.index} ({kind} {self.op.name!r}), {field}: {why}", param=field, op=self.index)
 
-    def ref(self, field: str, ref: Ref, rows: Rows | None = None, width: int | None = None) -> Rows:
-        if not 0 <= ref.buffer < len(self.program.buffers):
-            self.fail(field, f"buffer {ref.buffer} does not exist.")
-        buffer = self.program.buffers[ref.buffer]
-        if ref.start < 0 or ref.width < 1 or ref.start + ref.width > buffer.width:
-            end = ref.start + ref.width
-            self.fail(field, f"columns {ref.start}..{end} are outside {buffer.name!r} ({buffer.width} wide).")
-        if rows is not None and buffer.rows != rows:
-            self.fail(field, f"{buffer.name!r} has {buffer.rows} rows; {rows} needed.")
-        if width is not None and ref.width != width:
-            self.fail(field, f"is {ref.width} wide; {width} needed.")
+    def read(self, field: str, ref: Ref | None, rows: Rows | None = None, width: int | None = None) -> Rows | None:
+        """The kind of rows of the buffer, which must have been written."""
+        found = self._columns(field, ref, rows, width)
+        self.require(field, ref is None or ref.buffer in self.written, "is read before an op writes it.")
+        return found
+
+    def write(self, field: str, ref: Ref, rows: Rows | None = None, width: int | None = None) -> None:
+        self._columns(field, ref, rows, width)
+        self.written.add(ref.buffer)
+
+    def _columns(self, field: str, ref: Ref | None, rows: Rows | None, width: int | None) -> Rows | None:
+        if ref is None:
+            return None
+        self.require(field, 0 <= ref.buffer < len(self.program.buffers), f"buffer {ref.buffer} does not exist.")
+        buffer, end = self.program.buffers[ref.buffer], ref.start + ref.width
+        inside = 0 <= ref.start < end <= buffer.width
+        self.require(field, inside, f"columns {ref.start}..{end} are outside {buffer.name!r} ({buffer.width} wide).")
+        self.require(field, rows in (None, buffer.rows), f"{buffer.name!r} has {buffer.rows} rows; {rows} needed.")
+        self.require(field, width in (None, ref.width), f"is {ref.width} wide; {width} needed.")
         return buffer.rows
 
-    def read(self, field: str, ref: Ref, rows: Rows | None = None, width: int | None = None) -> Rows:
-        found = self.ref(field, ref, rows, width)
-        if ref.buffer not in self.written:
-            self.fail(field, f"{self.program.buffers[ref.buffer].name!r} is read before anything writes it.")
-        return found
-
-    def write(self, field: str, ref: Ref, rows: Rows | None = None, width: int | None = None) -> Rows:
-        found = self.ref(field, ref, rows, width)
-        self.written.add(ref.buffer)
-        return found
+    def vector(self, field: str, weight: int | None, width: int) -> None:
+        if weight is not None:
+            self.weight(field, weight, "vector", (width,))
 
     def weight(self, field: str, weight: int, use: str, shape: tuple[int | None, ...]) -> tuple[int, ...]:
-        if not 0 <= weight < len(self.program.weights):
-            self.fail(field, f"weight {weight} does not exist.")
+        self.require(field, 0 <= weight < len(self.program.weights), f"weight {weight} does not exist.")
         decl = self.program.weights[weight]
-        if use not in decl.uses:
-            self.fail(field, f"{decl.name} is not declared for {use!r} (uses {sorted(decl.uses)}).")
-        fits = len(decl.shape) == len(shape) and all(
-            want in (None, have) for have, want in zip(decl.shape, shape, strict=True)
-        )
-        if not fits:
-            wanted = ["?" if n is None else n for n in shape]
-            self.fail(field, f"{decl.name} has shape {list(decl.shape)}; {wanted} needed.")
+        declared = f"{decl.name} is not declared for {use!r} (uses {sorted(decl.uses)})."
+        self.require(field, use in decl.uses, declared)
+        wanted = [have if want is None else want for have, want in zip(decl.shape, shape, strict=False)]
+        fits = len(decl.shape) == len(shape) and list(decl.shape) == wanted
+        self.require(field, fits, f"{decl.name} has shape {list(decl.shape)}; {list(shape)} needed (None: any).")
         return decl.shape
 
-    def site(self, field: str, site: int, kinds: tuple[str, ...], inputs: int, outputs: int) -> None:
-        if not 0 <= site < len(self.program.sites):
-            self.fail(field, f"site {site} does not exist.")
+    def site(self, field: str, site: int | None, kinds: tuple[str, ...], inputs: int, outputs: int) -> None:
+        if site is None:
+            return
+        self.require(field, 0 <= site < len(self.program.sites), f"site {site} does not exist.")
         found = self.program.sites[site]
-        if found.kind not in kinds:
-            self.fail(field, f"site {found.module} is of kind {found.kind!r}, not {' or '.join(kinds)}.")
-        if (found.in_features, found.out_features) != (inputs, outputs):
-            have = f"{found.in_features} -> {found.out_features}"
-            self.fail(field, f"site {found.module} is {have}; {inputs} -> {outputs} needed.")
+        kind = f"site {found.module} is of kind {found.kind!r}, not {' or '.join(kinds)}."
+        self.require(field, found.kind in kinds, kind)
+        have = found.in_features, found.out_features
+        widths = f"site {found.module} is {have[0]} -> {have[1]}; {inputs} -> {outputs} needed."
+        self.require(field, have == (inputs, outputs), widths)
 
 
 def _embed(op: Embed, check: _Check) -> None:
-    if op.source == "extra":
-        check.fail("source", "rows from the extra arena are not built yet.")
-    check.weight("table", op.table, "rows", (None, op.out.width))
-    if op.add is not None:
-        check.read("add", op.add, "T", op.out.width)
-    if op.site is not None:
-        rows = check.program.weights[op.table].shape[0]
-        check.site("site", op.site, ("embed",), rows, op.out.width)
+    check.require("source", op.source != "extra", "rows from the extra arena are not built yet.")
+    rows, width = check.weight("table", op.table, "rows", (None, op.out.width))
+    check.read("add", op.add, "T", width)
+    check.site("site", op.site, ("embed",), rows, width)
     check.write("out", op.out, "T")
 
 
 def _norm(op: Norm, check: _Check) -> None:
     rows = check.read("x", op.x)
-    if op.groups < 1 or op.x.width % op.groups:
-        check.fail("groups", f"{op.groups} groups do not divide {op.x.width} columns.")
-    width = op.x.width // op.groups
-    if op.weight is not None:
-        check.weight("weight", op.weight, "vector", (width,))
-    if op.bias is not None:
-        check.weight("bias", op.bias, "vector", (width,))
-    if op.plus is not None:
-        check.read("plus", op.plus, rows, op.x.width)
-    if op.site is not None:
-        check.fail("site", "adapters on norms are not built yet.")
+    divided = op.groups >= 1 and op.x.width % op.groups == 0
+    check.require("groups", divided, f"{op.groups} groups do not divide {op.x.width} columns.")
+    check.vector("weight", op.weight, op.x.width // op.groups)
+    check.vector("bias", op.bias, op.x.width // op.groups)
+    check.read("plus", op.plus, rows, op.x.width)
+    check.require("site", op.site is None, "adapters on norms are not built yet.")
     check.write("out", op.out, rows, op.x.width)
-
-
-def _epilogue(epilogue: Epilogue, outputs: int, rows: Rows, check: _Check) -> int:
-    if epilogue.bias is not None:
-        check.weight("epilogue.bias", epilogue.bias, "vector", (outputs,))
-    if epilogue.glu:
-        if outputs % 2:
-            check.fail("epilogue.glu", f"{outputs} columns cannot be halved.")
-        outputs //= 2
-    if epilogue.residual is not None:
-        check.read("epilogue.residual", epilogue.residual, rows, outputs)
-    return outputs
 
 
 def _linear(op: Linear, check: _Check) -> None:
@@ -189,60 +167,63 @@ def _linear(op: Linear, check: _Check) -> None:
     outputs, _ = check.weight("weight", op.weight, "matmul", (None, op.x.width))
     end = 0
     for item in op.slices:
-        if item.lo < end or item.hi <= item.lo or item.hi > outputs:
-            check.fail("slices", f"{item.lo}..{item.hi} overlaps, is empty or is outside {outputs} columns.")
+        why = f"{item.lo}..{item.hi} overlaps, is empty or is outside {outputs} columns."
+        check.require("slices", end <= item.lo < item.hi <= outputs, why)
         check.site("slices", item.site, ("linear",), op.x.width, item.hi - item.lo)
         end = item.hi
-    if op.slices and rows != "T":
-        check.fail("x", "a Linear with sites works on T rows.")
-    check.write("out", op.out, rows, _epilogue(op.epilogue, outputs, rows, check))
+    check.require("x", not op.slices or rows == "T", "a Linear with sites works on T rows.")
+    check.vector("epilogue.bias", op.epilogue.bias, outputs)
+    if op.epilogue.glu:
+        check.require("epilogue.glu", outputs % 2 == 0, f"{outputs} columns cannot be halved.")
+        outputs //= 2
+    check.read("epilogue.residual", op.epilogue.residual, rows, outputs)
+    check.write("out", op.out, rows, outputs)
 
 
 def _pointwise(op: Pointwise, check: _Check) -> None:
     rows = check.read("x", op.x)
-    if (op.y is not None) != (op.kind in ("add", "sigmoid_mul")):
-        check.fail("y", f"kind {op.kind!r} {'does not take' if op.y else 'needs'} a second operand.")
-    if op.y is not None:
-        check.read("y", op.y, rows, op.x.width)
-    if (op.activation is not None) != (op.kind == "act"):
-        check.fail("activation", f"must be set exactly for kind 'act'; the kind is {op.kind!r}.")
-    if len(op.params) != (1 if op.kind in ("scale", "clip", "softcap") else 0):
-        check.fail("params", f"kind {op.kind!r} got {len(op.params)} of them.")
+    needs = f"kind {op.kind!r} {'does not take' if op.y else 'needs'} a second operand."
+    check.require("y", (op.y is not None) == (op.kind in ("add", "sigmoid_mul")), needs)
+    check.read("y", op.y, rows, op.x.width)
+    only = f"must be set exactly for kind 'act'; the kind is {op.kind!r}."
+    check.require("activation", (op.activation is not None) == (op.kind == "act"), only)
+    count = 1 if op.kind in ("scale", "clip", "softcap") else 0
+    check.require("params", len(op.params) == count, f"kind {op.kind!r} got {len(op.params)} of them.")
     check.write("out", op.out, rows, op.x.width)
 
 
 def _rope_rows(op: RopeRows, check: _Check) -> None:
-    if not 0 <= op.table < len(check.program.rope_tables):
-        check.fail("table", f"rope table {op.table} does not exist.")
-    check.write("out", op.out, "T", 2 * len(check.program.rope_tables[op.table].inv_freq))
+    tables = check.program.rope_tables
+    check.require("table", 0 <= op.table < len(tables), f"rope table {op.table} does not exist.")
+    check.write("out", op.out, "T", 2 * len(tables[op.table].inv_freq))
 
 
 def _rope(op: Rope, check: _Check) -> None:
     check.read("x", op.x, "T", op.heads * op.head_dim)
-    if op.dims < 2 or op.dims % 2 or op.start < 0 or op.start + op.dims > op.head_dim:
-        check.fail("dims", f"columns {op.start}..{op.start + op.dims} of heads {op.head_dim} wide cannot be rotated.")
+    fits = op.dims >= 2 and op.dims % 2 == 0 and 0 <= op.start <= op.head_dim - op.dims
+    columns = f"columns {op.start}..{op.start + op.dims} of heads {op.head_dim} wide cannot be rotated."
+    check.require("dims", fits, columns)
     check.read("rows", op.rows, "T", op.dims)
 
 
 def _attention(op: Attention, check: _Check) -> None:
-    if op.heads < 1 or op.kv_heads < 1 or op.heads % op.kv_heads:
-        check.fail("kv_heads", f"{op.heads} heads cannot share {op.kv_heads} KV heads.")
+    shared = op.heads >= 1 and op.kv_heads >= 1 and op.heads % op.kv_heads == 0
+    check.require("kv_heads", shared, f"{op.heads} heads cannot share {op.kv_heads} KV heads.")
     check.read("q", op.q, "T", op.heads * op.dim_k)
     check.read("k", op.k, "T", op.kv_heads * op.dim_k)
     check.read("v", op.v, "T", op.kv_heads * op.dim_v)
-    if not 0 <= op.group < len(check.program.kv_groups):
-        check.fail("group", f"KV group {op.group} does not exist.")
-    group = check.program.kv_groups[op.group]
-    if group.window is not None and (op.window is None or op.window > group.window):
-        check.fail("window", f"the op reads keys behind the window of its KV group ({op.window} > {group.window}).")
+    groups = check.program.kv_groups
+    check.require("group", 0 <= op.group < len(groups), f"KV group {op.group} does not exist.")
+    group = groups[op.group]
     widths = {plane.id: plane.width for plane in group.planes}
     for plane, width in zip(op.planes, (op.k.width, op.v.width), strict=True):
-        if widths.get(plane) != width:
-            check.fail("planes", f"plane {plane} has width {widths.get(plane)} in group {op.group}; {width} needed.")
-    if op.window is not None and op.window < 1:
-        check.fail("window", f"{op.window} lets a query see nothing.")
-    if op.sinks is not None:
-        check.weight("sinks", op.sinks, "vector", (op.heads,))
+        why = f"plane {plane} has width {widths.get(plane)} in group {op.group}; {width} needed."
+        check.require("planes", widths.get(plane) == width, why)
+    check.require("window", op.window is None or op.window >= 1, f"{op.window} lets a query see nothing.")
+    kept = group.window is None or (op.window is not None and op.window <= group.window)
+    behind = f"the op reads keys behind the window of its KV group ({op.window} > {group.window})."
+    check.require("window", kept, behind)
+    check.vector("sinks", op.sinks, op.heads)
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 
@@ -254,13 +235,10 @@ def _take_rows(op: TakeRows, check: _Check) -> None:
 def _logits(op: Logits, check: _Check) -> None:
     check.read("x", op.x, "R")
     outputs, _ = check.weight("weight", op.weight, "matmul", (None, op.x.width))
-    if op.bias is not None:
-        check.weight("bias", op.bias, "vector", (outputs,))
-    if op.site is not None:
-        check.site("site", op.site, ("head", "linear"), op.x.width, outputs)
-    if check.program.buffers[op.out.buffer].dtype != "float32":
-        check.fail("out", "logits are float32.")
+    check.vector("bias", op.bias, outputs)
+    check.site("site", op.site, ("head", "linear"), op.x.width, outputs)
     check.write("out", op.out, "R", outputs)
+    check.require("out", check.program.buffers[op.out.buffer].dtype == "float32", "logits are float32.")
 
 
 _CHECKS: dict[type[Op], Callable[..., None]] = {

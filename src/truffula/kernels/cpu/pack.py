@@ -8,11 +8,10 @@ site over gates and ups is two runs of panels. A of a table is stored as rows ``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from truffula.kernels.adapters import (
-    DTYPES,
-    LOW_RANK,
     AdapterLayout,
     LowRank,
     PackedPart,
@@ -20,6 +19,7 @@ from truffula.kernels.adapters import (
     Place,
     SiteTensors,
     check_place,
+    copied,
 )
 from truffula.kernels.cpu.library import library
 from truffula.kernels.cpu.weights import BFLOAT16, as_bits
@@ -41,9 +41,10 @@ def pack_panels(layout: AdapterLayout, sites: Sequence[SiteTensors]) -> list[Pac
         dtype = "F32" if place.op in wide else "BF16"
         key = (id(part.a), dtype, place.gathers)
         if key not in shared:
-            shared[key] = _table_rows(part.a, dtype) if place.gathers else _panels(part.a, dtype, [(0, len(part.a), 0)])
+            rows = replace(copied(part.a.T, dtype), shape=part.a.shape)
+            shared[key] = rows if place.gathers else _panels(part.a, dtype, [(0, len(part.a), 0)])
         b = _panels(part.b, "BF16" if part.b.dtype == BFLOAT16 else "F32", runs(place))
-        made.append(PackedPart(site, LOW_RANK, part.scale, (shared[key], b)))
+        made.append(PackedPart(site, LowRank.kind, part.scale, (shared[key], b)))
     return made
 
 
@@ -66,10 +67,3 @@ def _panels(array: Array, dtype: str, spans: Sequence[tuple[int, int, int]]) -> 
             at += size
 
     return PackedTensor(dtype, array.shape, sum(sizes), write)
-
-
-def _table_rows(array: Array, dtype: str) -> PackedTensor:
-    def write(to: Uint8) -> None:
-        to.view(DTYPES[dtype]).reshape(array.shape[::-1])[...] = array.T
-
-    return PackedTensor(dtype, array.shape, array.size * DTYPES[dtype].itemsize, write)

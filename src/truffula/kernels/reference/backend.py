@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
@@ -24,7 +24,7 @@ from truffula.kernels.validate import validate
 class ReferenceBackend:
     """Plain torch, op by op, on any device of torch: the specification that other backends are tested against.
 
-    ``threads`` sets torch's own thread count for the process, at load; None leaves it. On another device than the CPU
+    ``threads`` sets torch's own thread count for the process; None leaves it. On another device than the CPU
     it is slow: every op is a launch of its own, and each step's inputs are copied there.
 
     Raises:
@@ -36,7 +36,8 @@ class ReferenceBackend:
     block_kinds: frozenset[str] = frozenset()
 
     def __init__(self, threads: int | None = None, device: str = "cpu") -> None:
-        self._threads = threads
+        if threads is not None:
+            torch.set_num_threads(threads)
         self._device = usable_device(device)
         self.device = str(self._device)
         self.isa = torch.backends.cpu.get_cpu_capability() if self._device.type == "cpu" else ""
@@ -88,25 +89,28 @@ class ReferenceBackend:
 
     def faster_dtype(self) -> tuple[str, str]:
         """A few products are timed in each, which costs about 50 ms."""
-        seconds = self.time_products(("float32", "bfloat16"))
-        ratio = seconds["float32"] / seconds["bfloat16"]
-        if ratio >= 1.0:
-            return "bfloat16", f"its matrix products are {ratio:.1f} times as fast as float32's on this machine"
-        return "float32", f"its matrix products are {1 / ratio:.1f} times as fast as bfloat16's on this machine"
+        float32, bfloat16 = self._seconds("float32"), self._seconds("bfloat16")
+        name, other, ratio = "bfloat16", "float32", float32 / bfloat16
+        if ratio < 1.0:
+            name, other, ratio = other, name, 1 / ratio
+        return name, f"its matrix products are {ratio:.1f} times as fast as {other}'s on this machine"
 
-    def time_products(self, dtypes: Sequence[str]) -> dict[str, float]:
-        """The best of a few rounds of a decode step's and a prefill chunk's product, per dtype."""
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
-        seconds = dict.fromkeys(dtypes, 0.0)
-        with torch.inference_mode():
-            for rows, repeats in ((8, 16), (64, 2)):
-                for name in dtypes:
-                    x = torch.ones(rows, 1024, dtype=_dtype(name), device=self._device)
-                    weights = [torch.ones(1024, 1024, dtype=x.dtype, device=self._device) for _ in range(4)]
-                    rounds = [_seconds(x, weights, repeats // 2) for _ in range(3)]
-                    seconds[name] += min(rounds)
-        return seconds
+    @torch.inference_mode()
+    def _seconds(self, dtype: str) -> float:
+        """The best of a few rounds of a decode step's and a prefill chunk's product."""
+        total = 0.0
+        for rows, repeats in ((8, 8), (64, 1)):
+            x = torch.ones(rows, 1024, dtype=_dtype(dtype), device=self._device)
+            weights = [torch.ones(1024, 1024, dtype=x.dtype, device=self._device) for _ in range(4)]
+            rounds = []
+            for _ in range(3):
+                start = time.perf_counter()
+                for weight in weights * repeats:
+                    y = torch.nn.functional.linear(x, weight)
+                y[0, 0].item()  # waits for an asynchronous device
+                rounds.append(time.perf_counter() - start)
+            total += min(rounds)
+        return total
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
@@ -118,21 +122,10 @@ class ReferenceBackend:
         """
         validate(program)
         served = _dtype(dtype)
-        if self._threads is not None:
-            torch.set_num_threads(self._threads)
         with torch.inference_mode():
             weights = load_weights(program, served, pull, self._device)
             layout = self.adapter_layout(program)
             return ReferenceExecutable(program, layout, served, weights, capacity, self._device, debug=debug)
-
-
-def _seconds(x: torch.Tensor, weights: list[torch.Tensor], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        for weight in weights:
-            y = torch.nn.functional.linear(x, weight)
-    y[0, 0].item()  # waits for an asynchronous device
-    return time.perf_counter() - start
 
 
 def usable_device(name: str) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from truffula.kernels.program import (
 )
 from truffula.kernels.reference import attention, ops
 from truffula.kernels.reference.buffers import Buffers
-from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, copied_bytes, lay_out
+from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
 from truffula.kernels.synchronous import SynchronousExecutable
@@ -38,7 +38,8 @@ from truffula.kernels.synchronous import SynchronousExecutable
 
 @dataclass
 class _Step:
-    """The tensors of one step that its ops share, and the attention plans made so far."""
+    """The tensors of one step that its ops share, and the attention plans made so far. ``op`` is the number of the op
+    that runs."""
 
     inputs: StepInputs
     token_ids: Tensor
@@ -50,6 +51,11 @@ class _Step:
     segments_r: list[Segment]
     plans: dict[tuple[int, int | None], list[attention.Batch]] = field(default_factory=dict)
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    op: int = 0
+
+    def has_deltas(self) -> bool:
+        """Whether an adapter acts at the op on token rows."""
+        return any(self.op in segment.ops for segment in self.segments)
 
 
 class ReferenceExecutable(SynchronousExecutable):
@@ -85,12 +91,9 @@ class ReferenceExecutable(SynchronousExecutable):
         self._device = device
         self._planes = _planes(program, dtype, capacity, device)
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
-        self._free_slots: list[int] = []
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
         self._dead = [()] * len(program.ops) if debug else dead_after(program)
-        self._bound = [self._bind(index, op) for index, op in enumerate(program.ops)]
-        self._closed = False
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -98,12 +101,12 @@ class ReferenceExecutable(SynchronousExecutable):
     def run(self) -> None:
         """One forward pass. Programs are validated at load, not here."""
         step = self._step()
-        for index, (call, dead) in enumerate(zip(self._bound, self._dead, strict=True)):
-            call(step)
+        for index, (op, dead) in enumerate(zip(self._program.ops, self._dead, strict=True)):
+            step.op = index
+            _METHODS[type(op)](self, op, step)
             if self._taps is not None:
-                self._taps[index] = self._buffers.get(written_by(self._program.ops[index])).float().cpu().numpy().copy()
-            if dead:
-                self._buffers.drop(dead)
+                self._taps[index] = self._buffers.get(written_by(op)).float().cpu().numpy().copy()
+            self._buffers.drop(dead)
         self._logits = self._buffers.get(self._program.result).cpu().numpy()
 
     def sample(self) -> StepOutput:
@@ -125,29 +128,24 @@ class ReferenceExecutable(SynchronousExecutable):
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:
-        return copied_bytes(image, self._device)
+        """The copy of the image on another device."""
+        return 0 if self._device.type == "cpu" else image.data.size
 
     @torch.inference_mode()
     def adapter(self, image: AdapterImage) -> int:
         laid_out = lay_out(image, self.layout, self._device)
-        slot = self._free_slots.pop() if self._free_slots else len(self._adapters)
+        slot = next(number for number in count() if number not in self._adapters)
         self._adapters[slot] = laid_out
         return slot
 
     def drop_adapter(self, slot: int) -> None:
         if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
-        self._free_slots.append(slot)
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        for slot in list(self._adapters):
-            self.drop_adapter(slot)
+        self._adapters.clear()
         self._planes.clear()
         self._weights = []
-        self._bound = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
         self._logits = np.zeros((0, self._program.output.width), np.float32)
 
@@ -180,47 +178,37 @@ class ReferenceExecutable(SynchronousExecutable):
                 made.append(Segment(lo, hi, self._adapters[slot], float(self.inputs.seg_weight[g])))
         return made
 
-    def _bind(self, index: int, op: Op) -> Callable[[_Step], None]:
-        match op:
-            case Embed() | Linear() | Logits():
-                return partial(_METHODS[type(op)], self, index, op)
-            case _ if type(op) in _METHODS:
-                return partial(_METHODS[type(op)], self, op)
-        raise KernelError(f"op {index} ({op.name!r}): the reference backend has no {type(op).__name__}.", param="ops")
-
     def _vector(self, weight: int | None) -> Tensor | None:
         return None if weight is None else self._weights[weight].whole
 
     def _get(self, ref: Ref | None) -> Tensor | None:
         return None if ref is None else self._buffers.get(ref)
 
-    def _embed(self, index: int, op: Embed, step: _Step) -> None:
+    def _embed(self, op: Embed, step: _Step) -> None:
         ids = step.token_ids if op.source == "token" else step.position + op.offset
         table = self._weights[op.table].whole
         rows = table.index_select(0, ids)
-        if any(index in segment.ops for segment in step.segments):
+        if step.has_deltas():
             rows = rows.float()
-            add_deltas_(rows, ids, index, step.segments)
+            add_deltas_(rows, ids, step.op, step.segments)
         dtype = self._buffers.dtype(op.out)
         self._buffers.put(op.out, ops.embed(rows, table.dtype, op.scale, self._get(op.add), dtype))
 
-    def _norm(self, op: Norm, step: _Step) -> None:
-        del step
+    def _norm(self, op: Norm, _: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
         x, plus = self._buffers.get(op.x), self._get(op.plus)
         self._buffers.put(op.out, ops.norm(op, x, weight, bias, plus, self._buffers.dtype(op.out)))
 
-    def _linear(self, index: int, op: Linear, step: _Step) -> None:
+    def _linear(self, op: Linear, step: _Step) -> None:
         x, weight = self._buffers.get(op.x), self._weights[op.weight]
         y = base_product(x, weight)
-        if step.segments and op.slices and any(index in segment.ops for segment in step.segments):
+        if step.has_deltas():
             y = y.float()
-            add_deltas_(y, x.float(), index, step.segments)
+            add_deltas_(y, x.float(), step.op, step.segments)
         bias, residual = self._vector(op.epilogue.bias), self._get(op.epilogue.residual)
         self._buffers.put(op.out, ops.epilogue(y, op.epilogue, bias, residual, self._buffers.dtype(op.out)))
 
-    def _pointwise(self, op: Pointwise, step: _Step) -> None:
-        del step
+    def _pointwise(self, op: Pointwise, _: _Step) -> None:
         x, y = self._buffers.get(op.x), self._get(op.y)
         self._buffers.put(op.out, ops.pointwise(op, x, y, self._buffers.dtype(op.out)))
 
@@ -247,11 +235,11 @@ class ReferenceExecutable(SynchronousExecutable):
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
 
-    def _head(self, index: int, op: Logits, step: _Step) -> None:
+    def _head(self, op: Logits, step: _Step) -> None:
         x = self._buffers.get(op.x)
         y = base_product(x, self._weights[op.weight]).float()
         if op.site is not None:
-            add_deltas_(y, x.float(), index, step.segments_r)
+            add_deltas_(y, x.float(), step.op, step.segments_r)
         if op.bias is not None:
             y += self._weights[op.bias].whole
         if op.scale != 1.0:

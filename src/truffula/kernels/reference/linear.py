@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from truffula.kernels.reference.weights import Weight, view
 
 @dataclass(frozen=True)
 class Expand:
-    """B of one site: adds shrink number ``shrink`` times Bᵀ to output columns ``lo .. hi``."""
+    """B of one site: adds the product with A number ``shrink``, times Bᵀ, to output columns ``lo .. hi``."""
 
     shrink: int
     lo: int
@@ -35,8 +35,8 @@ class Expand:
 class OpAdapter:
     """One adapter at one op: a shrink (x Aᵀ) per distinct A, then an expand (· Bᵀ) per slice."""
 
-    shrinks: tuple[Tensor, ...]  # A^T [I, r] float32, transposed views
-    expands: tuple[Expand, ...]
+    shrinks: dict[int, Tensor] = field(default_factory=dict)  # by the address of A: A^T [I, r] float32, a view
+    expands: list[Expand] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,13 @@ def add_deltas_(y: Tensor, x: Tensor, op: int, segments: Sequence[Segment]) -> N
         if found is None:
             continue
         some, rows = x[segment.lo : segment.hi], y[segment.lo : segment.hi]
-        shrunk = [a_t[some] if x.ndim == 1 else torch.mm(some, a_t) for a_t in found.shrinks]
+        shrunk = {key: a_t[some] if x.ndim == 1 else torch.mm(some, a_t) for key, a_t in found.shrinks.items()}
         for e in found.expands:
             alpha = e.scale * segment.weight
             if len(rows) == 1:  # a decoding sequence: the matrix-vector product takes 2/3 of addmm's time
                 rows[0, e.lo : e.hi].addmv_(e.b, shrunk[e.shrink][0], alpha=alpha)
             else:
                 rows[:, e.lo : e.hi].addmm_(shrunk[e.shrink], e.b.t(), alpha=alpha)
-
-
-def copied_bytes(image: AdapterImage, device: torch.device) -> int:
-    """Bytes of the copy that ``lay_out`` makes on ``device``; on the CPU it makes none."""
-    return 0 if device.type == "cpu" else image.data.size
 
 
 def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) -> dict[int, OpAdapter]:
@@ -89,21 +84,16 @@ def lay_out(image: AdapterImage, layout: AdapterLayout, device: torch.device) ->
         KernelError: See ``require_served``; or the image's table is inconsistent.
     """
     require_served(image, layout)
-    shrinks: dict[int, list[Tensor]] = {}
-    expands: dict[int, list[Expand]] = {}
-    at: dict[tuple[int, int], int] = {}  # op and address of an A -> its place: fused modules share one
+    ops: dict[int, OpAdapter] = {}
     for tensors in image.sites():
         place = check_place(layout, tensors.site)
+        op = ops.setdefault(place.op, OpAdapter())
         for part in tensors.parts:
             check_served(place, part)
             assert isinstance(part, LowRank)
-            key = (place.op, part.a.ctypes.data)
-            of_op = shrinks.setdefault(place.op, [])
-            if key not in at:
-                at[key] = len(of_op)
-                of_op.append(view(part.a).to(device).t())
-            hi = place.first + place.outputs
-            expands.setdefault(place.op, []).append(
-                Expand(at[key], place.first, hi, view(part.b).to(device), part.scale)
-            )
-    return {op: OpAdapter(tuple(shrinks[op]), tuple(expands[op])) for op in shrinks}
+            key = part.a.ctypes.data  # fused modules share one A
+            if key not in op.shrinks:
+                op.shrinks[key] = view(part.a).to(device).t()
+            b = view(part.b).to(device)
+            op.expands.append(Expand(key, place.first, place.first + place.outputs, b, part.scale))
+    return ops

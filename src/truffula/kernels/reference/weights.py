@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,28 +30,17 @@ def view(array: Array) -> Tensor:
         raise KernelError(f"a tensor is {name}; the reference backend reads {', '.join(_STORED)}.", param="dtype")
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = array.copy()
-    if name == "bfloat16":  # numpy has no such type of its own; the bits travel as int16
-        return torch.from_numpy(_writable(array.view(np.int16))).view(torch.bfloat16)
-    return torch.from_numpy(_writable(array))
-
-
-class _Memory:
-    """Shows ``owner``'s memory as a writable array: torch warns about read-only ones; nothing here writes to them."""
-
-    def __init__(self, owner: Array) -> None:
-        self.owner = owner
-        self.__array_interface__ = {**owner.__array_interface__, "data": (owner.ctypes.data, False), "strides": None}
-
-
-def _writable(array: Array) -> Array:
-    return array if array.flags.writeable else np.asarray(_Memory(array))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
+        if name == "bfloat16":  # numpy has no such type of its own; the bits travel as int16
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 @dataclass(frozen=True)
 class Weight:
     """A weight as served: tensors stacked along axis 0; several when they are mapped arrays of a fused weight."""
 
-    name: str
     parts: tuple[Tensor, ...]
 
     @property
@@ -82,11 +72,11 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
     sources = [view(array) for array in arrays]
     keep = device.type == "cpu" and all(source.dtype == target for source in sources) and len(decl.shape) > 1
     if keep and (len(sources) == 1 or "rows" not in decl.uses):
-        return Weight(decl.name, tuple(sources))
+        return Weight(tuple(sources))
     made = torch.empty(decl.shape, dtype=target, device=device)
     row = 0
     for array, source in zip(arrays, sources, strict=True):
         made[row : row + source.shape[0]].copy_(source)
         row += source.shape[0]
         release_pages(array)
-    return Weight(decl.name, (made.float() if len(decl.shape) == 1 else made,))
+    return Weight((made.float() if len(decl.shape) == 1 else made,))
