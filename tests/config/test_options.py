@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from truffula.config import OPTIONS, EngineConfig, ServerConfig, options_of
 from truffula.errors import ConfigError
-from truffula.kernels.select import backend_names
+from truffula.kernels.select import BACKENDS
 from truffula.option import parse_size
 from truffula.settings import load_config, load_settings, require_paths
 
@@ -138,7 +138,7 @@ def test_lists_are_separated_by_commas_wherever_they_come_from():
 
 
 def test_the_choices_of_the_backend_are_those_that_can_be_selected():
-    assert OPTIONS["backend"].choices == backend_names()
+    assert OPTIONS["backend"].choices == BACKENDS
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from kernel_backends import on_every_backend
 from llama_program import llama_program
 
 from truffula.errors import ConfigError, KernelError, MissingDependency
+from truffula.kernels.cpu import available
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import RecurrentState
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.reference.weights import load_weights, view
-from truffula.kernels.select import BACKENDS, backend_names, choose_dtype, select_backend
+from truffula.kernels.select import BACKENDS, choose_dtype, select_backend
 from truffula.testing.programs import Part, as_dtype, fill_step, pull_from, random_weights
 
 CAPACITY = Capacity(
@@ -140,9 +141,9 @@ def test_taps_show_every_op_and_only_in_debug(backend):
 
 
 def test_select_backend():
-    assert select_backend("auto", "cpu").name == next(name for name, choice in BACKENDS.items() if choice.available())
+    assert select_backend("auto", "cpu").name == ("cpu" if available() else "reference")
     assert select_backend("reference", "auto").name == "reference"
-    assert backend_names() == ("auto", "cpu", "reference")
+    assert BACKENDS == ("auto", "cpu", "reference")
     with pytest.raises(ConfigError, match="auto, cpu, reference") as caught:
         select_backend("cuda-graphs", "cpu")
     assert caught.value.param == "backend"

@@ -178,12 +178,12 @@ def _packages() -> list[Finding]:
 
 
 def _backends() -> list[Finding]:
-    from truffula.kernels.select import backend_names, fallback_warning, select_backend
+    from truffula.kernels.select import BACKENDS, fallback_warning, select_backend
     from truffula.settings import load_setting
 
     isa = load_setting("cpu_isa").value
     findings = []
-    for name in backend_names():
+    for name in BACKENDS:
         try:
             backend = select_backend(name, "cpu", cpu_isa="auto" if name == "reference" else isa)
         except TruffulaError as error:

@@ -29,27 +29,16 @@ class Installation:
         ``packages`` are installed with it.
         """
         target = f"{self.folder or 'truffula'}{f'[{extras}]' if extras else ''}"
-        words = [
-            shlex.quote(sys.executable),
-            "-m pip install",
-            options,
-            "-e" if self.editable else "",
-            shlex.quote(target),
-            packages,
-        ]
-        return " ".join(word for word in words if word)
+        edit = ["-e"] if self.editable else []
+        return shlex.join([sys.executable, *f"-m pip install {options}".split(), *edit, target, *packages.split()])
 
     def compile_again(self) -> str:
         """A whole command that compiles the native kernels, after a compiler was installed."""
         folder = self.folder
-        if folder is not None and self.editable and _set_up_by_make(folder):
+        environment = Path(sys.prefix).resolve()
+        if folder and self.editable and (folder / "Makefile").is_file() and environment == (folder / ".venv").resolve():
             return f"make -C {shlex.quote(str(folder))} native"
         return self.pip_install(options="--force-reinstall --no-deps --no-cache-dir")
-
-
-def _set_up_by_make(folder: Path) -> bool:
-    """Whether this interpreter's environment is the one that the Makefile in ``folder`` makes."""
-    return (folder / "Makefile").is_file() and Path(sys.prefix).resolve() == (folder / ".venv").resolve()
 
 
 def installation() -> Installation:

@@ -6,8 +6,7 @@ logprobs are computed together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,13 +31,7 @@ class Sampler:
         """Begin or resume the sequence in ``slot``."""
         for ids in (prompt_ids, completion_ids, sampling.bias_ids, sampling.banned_ids):
             self._check_ids(ids)
-        sequence = _Sequence(_as_float32(sampling))
-        if sampling.penalised:
-            sequence.seen = dict.fromkeys(np.unique(prompt_ids).tolist(), 0)
-            sequence.num_prompt_ids = len(sequence.seen)
-            for token in completion_ids.tolist():
-                sequence.count(token)
-        self._slots[slot] = sequence
+        self._slots[slot] = _Sequence(_as_float32(sampling), prompt_ids.copy(), completion_ids.tolist())
 
     def sample(self, logits: npt.NDArray[Any], samples: SampleInputs) -> StepOutput:
         """Draw (or score) one id per row of ``logits`` float32 ``[R, V]``.
@@ -77,8 +70,8 @@ class Sampler:
                     top_ids[r, : len(best)] = best
                     top_logprobs[r, : len(best)] = reported[best]
         for r, row in enumerate(rows):
-            if row.target < 0:
-                row.sequence.count(int(ids[r]))
+            if row.target < 0 and row.sampling.penalised:
+                row.sequence.drawn.append(int(ids[r]))
         return StepOutput(ids, logprob, finite, top_ids, top_logprobs)
 
     def _rows(self, samples: SampleInputs, count: int) -> list[Row]:
@@ -97,11 +90,13 @@ class Sampler:
                     raise KernelError(f"row_slot: two rows draw for slot {slot}.", param="row_slot")
                 drawing.add(slot)
                 allowed = self._allowed(samples, int(samples.mask_row[r]))
-                sequence.check_draw(draw)
+                if sequence.sampling.penalised and draw > len(sequence.drawn):
+                    known = f"a sequence that has {len(sequence.drawn)} tokens"
+                    raise KernelError(f"draw: number {draw} of {known}.", param="draw")
             rows.append(Row(sequence, target, draw, allowed))
         for row in rows:
             if row.target < 0:
-                row.sequence.rewind(row.draw)
+                del row.sequence.drawn[row.draw :]
         return rows
 
     def _allowed(self, samples: SampleInputs, mask_row: int) -> Bool | None:
@@ -120,32 +115,13 @@ class Sampler:
             raise KernelError(f"an id of the sequence is outside the vocabulary of {self._vocab_size}.", param="ids")
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sequence:
-    """Sampling state of one sequence. ``seen`` counts ids in the completion (0: only in the prompt), in order of first
-    sight; only with penalties."""
+    """One sequence. ``drawn`` is its completion so far; only penalties read the ids and keep them up to date."""
 
     sampling: SequenceSampling
-    seen: dict[int, int] = field(default_factory=dict)
-    num_prompt_ids: int = 0
-    drawn: list[int] = field(default_factory=list)
-
-    def count(self, token: int) -> None:
-        if self.sampling.penalised:
-            self.drawn.append(token)
-            self.seen[token] = self.seen.get(token, 0) + 1
-
-    def check_draw(self, draw: int) -> None:
-        if self.sampling.penalised and draw > len(self.drawn):
-            raise KernelError(f"draw: number {draw} of a sequence that has {len(self.drawn)} tokens.", param="draw")
-
-    def rewind(self, draw: int) -> None:
-        """Remove the draws from number ``draw`` on."""
-        while len(self.drawn) > draw and self.sampling.penalised:
-            token = self.drawn.pop()
-            self.seen[token] -= 1
-            if not self.seen[token] and len(self.seen) > self.num_prompt_ids and next(reversed(self.seen)) == token:
-                del self.seen[token]
+    prompt_ids: Int32
+    drawn: list[int]
 
 
 @dataclass(frozen=True)
@@ -177,18 +153,14 @@ class Row:
             and self.target < 0
             and self.n_logprobs < 0
             and self.allowed is None
-            and not (len(self.sampling.bias_ids) or len(self.banned_ids) or self.sequence.seen)
+            and not (len(self.sampling.bias_ids) or len(self.banned_ids) or self.sampling.penalised)
         )
 
 
 def _as_float32(sampling: SequenceSampling) -> SequenceSampling:
     """``sampling`` with its numbers rounded to float32."""
-    rounded: Callable[[float], float] = lambda value: float(np.float32(value))
-    return replace(
-        sampling, temperature=rounded(sampling.temperature), top_p=rounded(sampling.top_p),
-        min_p=rounded(sampling.min_p), typical_p=rounded(sampling.typical_p), repetition=rounded(sampling.repetition),
-        frequency=rounded(sampling.frequency), presence=rounded(sampling.presence),
-    )  # fmt: skip
+    floats: dict[str, Any] = {name: value for name, value in vars(sampling).items() if isinstance(value, float)}
+    return replace(sampling, **{name: float(np.float32(value)) for name, value in floats.items()})
 
 
 def _uniform(rows: list[Row]) -> Float64:
@@ -215,20 +187,20 @@ def warp(logits: npt.NDArray[Any], row: Row) -> tuple[Float64, Int64 | None]:
         best = scores[ids[np.argmax(logits[ids])]] = 0.0
     if row.sampling.temperature == 0.0:
         return scores, None
-    scores -= best  # so that a tiny temperature cannot overflow
-    scores /= row.sampling.temperature
+    scores = (scores - best) / row.sampling.temperature  # a tiny temperature cannot overflow
     return scores, _kept(scores, row.sampling)
 
 
 def _penalise(scores: Float64, row: Row) -> None:
-    seen, p = row.sequence.seen, row.sampling
-    if not seen:
+    p = row.sampling
+    if not p.penalised:
         return
-    ids, counts = np.fromiter(seen.keys(), np.int64, len(seen)), np.fromiter(seen.values(), np.int64, len(seen))
-    values = scores[ids]
+    counts = np.bincount(np.asarray(row.sequence.drawn, np.int64), minlength=len(scores))
+    seen = counts > 0
+    seen[row.sequence.prompt_ids] = True
+    values = scores[seen]
     values = np.where(values > 0, values / p.repetition, values * p.repetition)
-    values -= p.frequency * counts + p.presence * (counts > 0)
-    scores[ids] = values
+    scores[seen] = values - (p.frequency * counts[seen] + p.presence * (counts[seen] > 0))
 
 
 def _kept(scores: Float64, p: SequenceSampling) -> Int64 | None:

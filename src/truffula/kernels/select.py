@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from truffula.environment import prepare_compute
 from truffula.errors import ConfigError, MissingDependency
 from truffula.kernels.backend import Backend
-from truffula.kernels.cpu import CpuBackend, why_unavailable
+from truffula.kernels.cpu import CpuBackend, available, why_unavailable
 from truffula.kernels.installation import CPU_TORCH, installation
+
+BACKENDS = ("auto", "cpu", "reference")
+"""The values of ``--backend``."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,13 @@ class Precision:
     exact: bool = False
 
 
-def _torch_is_there() -> bool:
-    return importlib.util.find_spec("torch") is not None
-
-
 def _reference(device: str, threads: int | None, cpu_isa: str, precision: Precision) -> Backend:
     if precision.quantize != "none":
         raise ConfigError(
             f"quantize is {precision.quantize!r}, which the reference backend does not support; the cpu backend does.",
             param="quantize",
         )
-    if not _torch_is_there():
+    if importlib.util.find_spec("torch") is None:
         raise MissingDependency(
             f"the reference backend needs torch, which is not installed: {installation().pip_install('torch')} "
             f"({CPU_TORCH}).",
@@ -67,32 +64,6 @@ def _cpu(device: str, threads: int | None, cpu_isa: str, precision: Precision) -
     return CpuBackend(threads=threads, isa=cpu_isa, quantize=precision.quantize, exact=precision.exact)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A backend of ``--backend``. ``create`` takes device, threads, instruction set and precision.
-
-    ``auto`` takes the first that is available and runs on the device. ``cpu_only``: it runs on the CPU only.
-    """
-
-    available: Callable[[], bool]
-    create: Callable[[str, int | None, str, Precision], Backend]
-    cpu_only: bool
-
-
-BACKENDS: Mapping[str, _Choice] = MappingProxyType(
-    {
-        "cpu": _Choice(lambda: not why_unavailable(), _cpu, cpu_only=True),
-        "reference": _Choice(_torch_is_there, _reference, cpu_only=False),
-    }
-)
-"""By the names that ``--backend`` accepts, the preferred first. A backend's library is imported when it is chosen."""
-
-
-def backend_names() -> tuple[str, ...]:
-    """The values of ``--backend``."""
-    return ("auto", *BACKENDS)
-
-
 def select_backend(
     name: str = "auto",
     device: str = "auto",
@@ -101,8 +72,8 @@ def select_backend(
     cpu_isa: str = "auto",
     precision: Precision = Precision(),
 ) -> Backend:
-    """The backend called ``name``, on ``device`` (``auto`` is the CPU); ``auto`` takes the first installed that runs
-    there.
+    """The backend called ``name``, on ``device`` (``auto`` is the CPU). ``auto`` takes the cpu backend on a CPU; torch on
+    another device, or when the native kernels cannot be loaded.
 
     ``threads`` is how many the backend may compute with (None leaves its own default), ``cpu_isa`` the instruction set
     that the cpu backend must use.
@@ -112,14 +83,14 @@ def select_backend(
             a precision it does not serve.
         MissingDependency: The backend is not installed, or none is; the message says what to do.
     """
-    if name not in backend_names():
-        raise ConfigError(f"backend is {name!r}; it must be one of {', '.join(backend_names())}.", param="backend")
+    if name not in BACKENDS:
+        raise ConfigError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}.", param="backend")
     device = "cpu" if device == "auto" else device
-    chosen = name
-    if name == "auto":  # if none is available, the error of the first says what to install
-        fitting = {known: choice for known, choice in BACKENDS.items() if device == "cpu" or not choice.cpu_only}
-        chosen = next((known for known, choice in fitting.items() if choice.available()), next(iter(fitting)))
-    return BACKENDS[chosen].create(device, threads, cpu_isa, precision)
+    if name == "auto":
+        no_torch = importlib.util.find_spec("torch") is None  # then the cpu backend's error says what to install
+        name = "cpu" if device == "cpu" and (available() or no_torch) else "reference"
+    create = _cpu if name == "cpu" else _reference
+    return create(device, threads, cpu_isa, precision)
 
 
 def fallback_warning(asked: str, chosen: Backend) -> str:
