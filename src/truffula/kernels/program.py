@@ -87,7 +87,7 @@ class Site:
     """
 
     id: int
-    kind: Literal["linear", "embed", "head", "norm"]
+    kind: Literal["linear", "embed", "head"]
     layer: int | None
     in_features: int
     out_features: int
@@ -196,7 +196,7 @@ class Embed(Op):
 
     table: int
     out: Ref
-    source: Literal["token", "position", "extra"] = "token"
+    source: Literal["token", "position"] = "token"
     offset: int = 0
     scale: float | None = None
     add: Ref | None = None
@@ -221,7 +221,6 @@ class Norm(Op):
     cast: Literal["first", "last"] = "first"
     groups: int = 1
     plus: Ref | None = None
-    site: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -159,8 +159,9 @@ class Row:
 
 def _as_float32(sampling: SequenceSampling) -> SequenceSampling:
     """``sampling`` with its numbers rounded to float32."""
-    floats: dict[str, Any] = {name: value for name, value in vars(sampling).items() if isinstance(value, float)}
-    return replace(sampling, **{name: float(np.float32(value)) for name, value in floats.items()})
+    fields = vars(sampling).items()
+    rounded: dict[str, Any] = {name: float(np.float32(value)) for name, value in fields if isinstance(value, float)}
+    return replace(sampling, **rounded)
 
 
 def _uniform(rows: list[Row]) -> Float64:

@@ -72,8 +72,8 @@ def select_backend(
     cpu_isa: str = "auto",
     precision: Precision = Precision(),
 ) -> Backend:
-    """The backend called ``name``, on ``device`` (``auto`` is the CPU). ``auto`` takes the cpu backend on a CPU; torch on
-    another device, or when the native kernels cannot be loaded.
+    """The backend called ``name``, on ``device`` (``auto`` is the CPU). The backend ``auto`` is cpu on a CPU, and torch
+    on another device or when the native kernels cannot be loaded.
 
     ``threads`` is how many the backend may compute with (None leaves its own default), ``cpu_isa`` the instruction set
     that the cpu backend must use.

@@ -131,9 +131,8 @@ class CpuBackend:
             native.seal(
                 inputs, arena_floats=arena.floats, logits_buffer=program.result.buffer, vocab=program.output.width
             )
-        return CpuExecutable(
-            native, program, layout, inputs, SampleInputs.allocate(capacity, program.vocab_size), arena, debug=debug
-        )
+        samples = SampleInputs.allocate(capacity, program.vocab_size)
+        return CpuExecutable(native, layout, inputs, samples, program.output)
 
     def rounding(self, program: Program, pull: PullWeight) -> Rounding:
         """The error of ``quantize`` on ``program``'s weights; holds one of them at a time.

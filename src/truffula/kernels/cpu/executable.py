@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import KernelError
 from truffula.kernels.adapters import (
     OFFSET,
     SCALE,
@@ -17,10 +16,9 @@ from truffula.kernels.adapters import (
     AdapterLayout,
     require_served,
 )
-from truffula.kernels.cpu.arena import ArenaPlan
 from truffula.kernels.cpu.library import as_kernel_errors, library
 from truffula.kernels.inputs import Array, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
-from truffula.kernels.program import Program
+from truffula.kernels.program import Output
 from truffula.kernels.synchronous import SynchronousExecutable
 
 
@@ -30,21 +28,14 @@ class CpuExecutable(SynchronousExecutable):
     def __init__(
         self,
         native: Any,
-        program: Program,
         layout: AdapterLayout,
         inputs: StepInputs,
         samples: SampleInputs,
-        arena: ArenaPlan,
-        *,
-        debug: bool,
+        output: Output,
     ) -> None:
-        super().__init__(inputs, samples, program.output)
+        super().__init__(inputs, samples, output)
         self.layout = layout
         self._native = native
-        self._program = program
-        self._arena = arena
-        self._debug = debug
-        self._slots: set[int] = set()
         self._op_of_site = np.array([-1 if place is None else place.op for place in layout.places], np.int64)
 
     def run(self) -> None:
@@ -62,12 +53,10 @@ class CpuExecutable(SynchronousExecutable):
             self._native.set_sequence(slot, prompt_ids, completion_ids, sampling)
 
     def logits(self) -> Array:
-        made: Array = self._native.logits(self._program.output.width)
+        made: Array = self._native.logits(self._output.width)
         return made
 
     def tap(self, op: int) -> Array:
-        if not self._debug:
-            raise KernelError("tap() needs load(debug=True).", param="debug")
         with as_kernel_errors():
             made: Array = self._native.tap(op)
         return made
@@ -93,17 +82,11 @@ class CpuExecutable(SynchronousExecutable):
         require_served(image, self.layout)
         with as_kernel_errors():
             slot: int = self._native.add_adapter(image.table, image.data)
-        self._slots.add(slot)
         return slot
 
     def drop_adapter(self, slot: int) -> None:
-        if slot not in self._slots:
-            raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
-        self._native.drop_adapter(slot)
-        self._slots.remove(slot)
+        with as_kernel_errors():
+            self._native.drop_adapter(slot)
 
     def close(self) -> None:
-        if self._native is None:
-            return
         self._native = None
-        self._slots.clear()

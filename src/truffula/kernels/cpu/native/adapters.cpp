@@ -126,8 +126,8 @@ void Executable::add_part(Adapter& adapter, const PartRow& row, const uint8_t* d
 }
 
 void Executable::drop_adapter(int32_t slot) {
-  require(slot >= 0 && static_cast<size_t>(slot) < adapters_.size() && adapters_[static_cast<size_t>(slot)],
-          "adapter slot is not in use");
+  if (slot < 0 || static_cast<size_t>(slot) >= adapters_.size() || !adapters_[static_cast<size_t>(slot)])
+    throw std::invalid_argument("adapter slot " + std::to_string(slot) + " is not in use");
   adapters_[static_cast<size_t>(slot)].reset();
   free_slots_.push_back(slot);
   // Memory beyond the planned rank was charged to the adapters that need it: release it. It is allocated again for

@@ -261,6 +261,7 @@ void Executable::keep_tap(size_t index) {
 }
 
 std::vector<float> Executable::tap(int32_t op) const {
+  require(debug_, "tap() needs load(debug=True)");
   require(op >= 0 && static_cast<size_t>(op) < taps_.size(), "no such tap");
   require(counts_.T > 0, "that op has not run");
   return taps_[static_cast<size_t>(op)];
