@@ -318,13 +318,14 @@ class AdapterImage:
     def _part(self, row: list[int]) -> Part:
         kind = tuple(KINDS.values())[row[KIND]]
         arrays = [self._array(row[at : at + TENSOR_COLUMNS]) for at in range(TENSORS, COLUMNS, TENSOR_COLUMNS)]
-        found = [array for array in arrays if array is not None]
-        if kind is LowRank and len(found) == 2:
-            return LowRank(found[0], found[1], float(np.int64(row[SCALE]).view(np.float64)))
-        if kind is LowRank or len(found) != len(fields(kind)):
-            raise KernelError(f"site {row[SITE]}: a part has {len(found)} tensors.", param="table")
-        make: Callable[..., Part] = kind
-        return make(*found)
+        values: list[Any] = [array for array in arrays if array is not None]
+        if kind is LowRank:
+            values.append(float(np.int64(row[SCALE]).view(np.float64)))
+        if len(values) != len(fields(kind)):
+            raise KernelError(
+                f"site {row[SITE]}: a part has {len(values)} of {len(fields(kind))} values.", param="table"
+            )
+        return kind(*values)
 
     def _array(self, columns: list[int]) -> Array | None:
         shape = tuple(n for n in columns[SHAPE:] if n)

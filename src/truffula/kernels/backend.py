@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
+import ml_dtypes
+import numpy as np
+
+from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage as AdapterImage
 from truffula.kernels.adapters import AdapterLayout
 from truffula.kernels.inputs import Array as Array
@@ -79,6 +83,26 @@ PullWeight = Callable[[WeightDecl], Sequence[Array | QuantisedArray]]
 """Returns a weight's parts in order, as mapped arrays in their stored dtype, with transforms applied. The caller may
 keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds`` are
 ``QuantisedArray``."""
+
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+"""The dtypes of files and adapters that are accepted. Dtypes, not names: numpy computes a name on each access."""
+
+
+def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Array | QuantisedArray]:
+    """The parts of ``decl``. Raises ``KernelError`` unless they make its shape and are stored in an accepted dtype."""
+    parts = list(pull(decl))
+    rows = sum(part.shape[0] for part in parts if part.shape)
+    if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
+        shapes = [list(part.shape) for part in parts]
+        raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
+    for part in parts:
+        if not isinstance(part, QuantisedArray) and part.dtype not in STORED:
+            raise KernelError(
+                f"{decl.name} is {part.dtype.name}; expected float32, float16 or bfloat16.", param="dtype"
+            )
+    return parts
 
 
 class PendingStep(Protocol):

@@ -14,19 +14,7 @@ from truffula.kernels.inputs import Array, Uint8
 
 HUGE = 2 << 20
 """Bytes of a huge page, and its alignment."""
-_MAP_FIXED, _MADV_COLLAPSE = 0x10, 25  # of Linux; Python's mmap does not name them
-
-
-class _Mapping:
-    """``size`` bytes at ``address``, mapped by ``map_file``; unmapped with the last array that shows them."""
-
-    def __init__(self, libc: Any, start: int, length: int, address: int, size: int) -> None:
-        self._unmap = libc.munmap, ctypes.c_void_p(start), ctypes.c_size_t(length)
-        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, False)}
-
-    def __del__(self) -> None:
-        munmap, start, length = self._unmap
-        munmap(start, length)
+_MAP_FIXED, _MAP_NORESERVE, _MADV_COLLAPSE = 0x10, 0x4000, 25  # of Linux; Python's mmap does not name them
 
 
 def map_file(fd: int, size: int, *, shared: bool = False) -> Uint8:
@@ -38,23 +26,17 @@ def map_file(fd: int, size: int, *, shared: bool = False) -> Uint8:
     if sys.platform != "linux":
         access = mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY
         return np.frombuffer(mmap.mmap(fd, size, access=access), np.uint8)
+    # Python's mmap reserves the range and ends it; the file is mapped into it at an address that Python cannot choose.
+    whole = np.frombuffer(mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE), np.uint8)
+    first = -whole.ctypes.data % HUGE
+    mapped = whole[first : first + size]
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-
-    def map_at(address: int, length: int, protection: int, flags: int, of: int) -> int:
-        fixed = _MAP_FIXED if address else 0
-        place, long = ctypes.c_void_p(address), ctypes.c_size_t(length)
-        found: int = libc.mmap(place, long, protection, flags | fixed, of, ctypes.c_size_t(0))
-        if found == ctypes.c_void_p(-1).value:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-        return found
-
-    length = size + HUGE
-    start = map_at(0, length, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-    mapping = _Mapping(libc, start, length, -(-start // HUGE) * HUGE, size)
-    kind = mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE
-    map_at(-(-start // HUGE) * HUGE, size, mmap.PROT_READ | mmap.PROT_WRITE, kind, fd)
-    return np.asarray(mapping)
+    flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+    address, length, start = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(size), ctypes.c_size_t(0)
+    if libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, start) != address.value:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return mapped
 
 
 def use_huge_pages(mapped: Uint8) -> None:

@@ -18,6 +18,8 @@ from truffula.kernels.philox import uniform
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
+Kept = Int64 | slice
+"""Ids, ascending; a slice of all is quicker than their list."""
 
 
 class Sampler:
@@ -30,7 +32,9 @@ class Sampler:
     def set_sequence(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
         """Begin or resume the sequence in ``slot``."""
         for ids in (prompt_ids, completion_ids, sampling.bias_ids, sampling.banned_ids):
-            self._check_ids(ids)
+            if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
+                vocabulary = f"the vocabulary of {self._vocab_size}"
+                raise KernelError(f"an id of the sequence is outside {vocabulary}.", param="ids")
         self._slots[slot] = _Sequence(_as_float32(sampling), prompt_ids.copy(), completion_ids.tolist())
 
     def sample(self, logits: npt.NDArray[Any], samples: SampleInputs) -> StepOutput:
@@ -48,20 +52,24 @@ class Sampler:
         finite = np.isfinite(logits[np.arange(count), ids])
         ids[~finite] = 0
         logprob = np.zeros(count, np.float32)
-        width = max((row.n_logprobs for row in rows), default=0)
-        top_ids = np.full((count, max(width, 0)), -1, np.int32)
-        top_logprobs = np.full((count, max(width, 0)), -np.inf, np.float32)
-        draws = _uniform(rows)
+        width = max([0, *(row.n_logprobs for row in rows)])
+        top_ids = np.full((count, width), -1, np.int32)
+        top_logprobs = np.full((count, width), -np.inf, np.float32)
+        choices = [row.sampling.choice for row in rows]
+        draws = uniform([row.sampling.seed for row in rows], choices, [row.draw for row in rows])
         for r, row in enumerate(rows):
             if row.plain or not finite[r]:
                 continue
             raw = logits[r].astype(np.float64)
+            judged = raw
             if row.target >= 0:
-                ids[r], judged = row.target, raw
+                ids[r] = row.target
             else:
                 scores, kept = warp(logits[r], row)
                 ids[r] = choose(scores, kept, row, float(draws[r]))
-                judged = restrict(scores, kept) if row.sampling.warped else raw
+                if row.sampling.warped:
+                    judged = np.full_like(raw, -np.inf)
+                    judged[kept] = scores[kept]
             if row.n_logprobs >= 0:
                 reported = log_softmax(judged)
                 best = top(judged, row.n_logprobs)  # not of the logprobs: those of two near scores may be equal
@@ -109,10 +117,6 @@ class Sampler:
         if not allowed.any():
             raise KernelError(f"mask: row {mask_row} allows no id.", param="mask")
         return allowed
-
-    def _check_ids(self, ids: Int32) -> None:
-        if len(ids) and (ids.min() < 0 or ids.max() >= self._vocab_size):
-            raise KernelError(f"an id of the sequence is outside the vocabulary of {self._vocab_size}.", param="ids")
 
 
 @dataclass(frozen=True)
@@ -164,17 +168,10 @@ def _as_float32(sampling: SequenceSampling) -> SequenceSampling:
     return replace(sampling, **rounded)
 
 
-def _uniform(rows: list[Row]) -> Float64:
-    """The random number of each row."""
-    seeds = np.array([row.sampling.seed for row in rows], np.uint64)
-    return uniform(seeds, [row.sampling.choice for row in rows], [row.draw for row in rows])
+def warp(logits: npt.NDArray[Any], row: Row) -> tuple[Float64, Kept]:
+    """The row's scores after penalties, bias, mask and temperature, float64 ``[V]``, and the ids that may be drawn.
 
-
-def warp(logits: npt.NDArray[Any], row: Row) -> tuple[Float64, Int64 | None]:
-    """The row's scores after penalties, bias, mask and temperature, float64 ``[V]``, and the ids kept (ascending; None:
-    all).
-
-    At least one id is kept: when every id is banned, the one with the largest logit of those that the mask allows.
+    At least one score is finite: when every id is banned, that of the largest logit of those that the mask allows.
     """
     scores = logits.astype(np.float64)
     _penalise(scores, row)
@@ -187,8 +184,9 @@ def warp(logits: npt.NDArray[Any], row: Row) -> tuple[Float64, Int64 | None]:
         ids = np.arange(len(scores)) if row.allowed is None else np.flatnonzero(row.allowed)
         best = scores[ids[np.argmax(logits[ids])]] = 0.0
     if row.sampling.temperature == 0.0:
-        return scores, None
-    scores = (scores - best) / row.sampling.temperature  # a tiny temperature cannot overflow
+        return scores, slice(None)
+    scores -= best  # so that a tiny temperature cannot overflow
+    scores /= row.sampling.temperature
     return scores, _kept(scores, row.sampling)
 
 
@@ -204,41 +202,30 @@ def _penalise(scores: Float64, row: Row) -> None:
     scores[seen] = values - (p.frequency * counts[seen] + p.presence * (counts[seen] > 0))
 
 
-def _kept(scores: Float64, p: SequenceSampling) -> Int64 | None:
+def _kept(scores: Float64, p: SequenceSampling) -> Kept:
     """Top-k, top-p, min-p, typical-p, each over the distribution that the one before it left."""
-    kept: Int64 | None = None
+    every = np.arange(len(scores))
+    kept: Kept = slice(None)
     if 0 < p.top_k < len(scores):
         kept = np.sort(top(scores, p.top_k))
     if p.top_p < 1.0:
-        kept = _nucleus(scores, kept, p.top_p)
-    if p.min_p > 0.0:
-        kept = np.arange(len(scores)) if kept is None else kept
         values = scores[kept]
-        kept = kept[values >= values.max() + np.log(p.min_p)]
-    if p.typical_p < 1.0:
-        kept = _typical(scores, np.arange(len(scores)) if kept is None else kept, p.typical_p)
+        weights = np.exp(values)
+        kept = every[kept][_shortest(values, weights / weights.sum(), p.top_p)]
+    if p.min_p > 0.0:
+        values = scores[kept]
+        kept = every[kept][values >= values.max() + np.log(p.min_p)]
+    if p.typical_p < 1.0:  # those whose surprise is nearest the entropy (Meister et al. 2022)
+        logs = log_softmax(scores[kept])
+        weights = np.exp(logs)
+        entropy = -np.sum(weights[weights > 0] * logs[weights > 0])
+        kept = every[kept][_shortest(-np.abs(logs + entropy), weights, p.typical_p)]
     return kept
 
 
-def _nucleus(scores: Float64, kept: Int64 | None, top_p: float) -> Int64:
-    """The fewest best ids whose probabilities reach ``top_p``; ties to the lower id."""
-    ids = np.arange(len(scores)) if kept is None else kept
-    values = scores[ids]
-    weights = np.exp(values)
-    return np.sort(ids[_shortest(values, weights / weights.sum(), top_p)])
-
-
-def _typical(scores: Float64, ids: Int64, typical_p: float) -> Int64:
-    """The ids whose surprise is nearest the entropy, until their mass reaches ``typical_p`` (Meister et al. 2022)."""
-    logs = log_softmax(scores[ids])
-    weights = np.exp(logs)
-    possible = weights > 0
-    entropy = -np.sum(weights[possible] * logs[possible])
-    return np.sort(ids[_shortest(-np.abs(logs + entropy), weights, typical_p)])
-
-
 def _shortest(rank: Float64, weights: Float64, mass: float) -> Int64:
-    """Positions by falling ``rank`` (ties to the lower) until their ``weights`` reach ``mass``; at least one.
+    """The first positions by falling ``rank`` (ties to the lower) whose ``weights`` reach ``mass``, ascending; at least
+    one.
 
     A few hundred nearly always suffice: more are sorted only for rows that need them.
     """
@@ -247,26 +234,17 @@ def _shortest(rank: Float64, weights: Float64, mass: float) -> Int64:
         total = np.cumsum(weights[order])
         if total[-1] >= mass:
             break
-    return order[: 1 + int(np.searchsorted(total[:-1], mass, side="left"))]
+    return np.sort(order[: 1 + int(np.searchsorted(total[:-1], mass, side="left"))])
 
 
-def choose(scores: Float64, kept: Int64 | None, row: Row, draw: float) -> int:
+def choose(scores: Float64, kept: Kept, row: Row, draw: float) -> int:
     """The most likely id when greedy; else the inverse of the cumulative distribution, ids ascending, at ``draw``."""
     if row.sampling.temperature == 0.0:
         return int(np.argmax(scores))
-    total = np.cumsum(np.exp(scores if kept is None else scores[kept]))
+    total = np.cumsum(np.exp(scores[kept]))
     # side="right" finds the first id whose cumulative weight exceeds the draw: one of weight 0 is never chosen.
     position = min(int(np.searchsorted(total, draw * total[-1], side="right")), len(total) - 1)
-    return position if kept is None else int(kept[position])
-
-
-def restrict(scores: Float64, kept: Int64 | None) -> Float64:
-    """-inf everywhere but at ``kept``."""
-    if kept is None:
-        return scores
-    out = np.full_like(scores, -np.inf)
-    out[kept] = scores[kept]
-    return out
+    return position if isinstance(kept, slice) else int(kept[position])
 
 
 def log_softmax(values: Float64) -> Float64:

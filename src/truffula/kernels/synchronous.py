@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,19 +12,19 @@ from truffula.kernels.inputs import RELAY, Float32, Int32, SampleInputs, Sequenc
 from truffula.kernels.program import Output
 
 
+@dataclass(frozen=True)
 class FinishedStep:
     """A ``PendingStep`` with its outcome: the output, or the error that ``result`` raises."""
 
-    def __init__(self, outcome: StepOutput | Exception) -> None:
-        self._outcome = outcome
+    outcome: StepOutput | Exception
 
     def done(self) -> bool:
         return True
 
     def result(self) -> StepOutput:
-        if isinstance(self._outcome, Exception):
-            raise self._outcome
-        return self._outcome
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
 
 
 class SynchronousExecutable(ABC):

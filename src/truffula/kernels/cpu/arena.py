@@ -39,7 +39,7 @@ def plan_arena(program: Program, capacity: Capacity, *, reuse: bool) -> ArenaPla
         taken = sorted(
             (offsets[other], offsets[other] + sizes[other])
             for other in placed
-            if not reuse or _meet(needed[buffer], needed[other])
+            if not reuse or (needed[buffer][0] <= needed[other][1] and needed[other][0] <= needed[buffer][1])
         )
         at = 0
         for lo, hi in taken:
@@ -49,7 +49,3 @@ def plan_arena(program: Program, capacity: Capacity, *, reuse: bool) -> ArenaPla
         offsets[buffer] = at
         placed.append(buffer)
     return ArenaPlan(tuple(offsets), strides, max((o + s for o, s in zip(offsets, sizes, strict=True)), default=0))
-
-
-def _meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] <= b[1] and b[0] <= a[1]

@@ -21,8 +21,9 @@ from truffula.kernels.adapters import (
     check_place,
     copied,
 )
+from truffula.kernels.backend import BFLOAT16
 from truffula.kernels.cpu.library import library
-from truffula.kernels.cpu.weights import BFLOAT16, as_bits
+from truffula.kernels.cpu.weights import as_bits
 from truffula.kernels.inputs import Array, Uint8
 
 _FORMATS = MappingProxyType({"F32": "float32", "BF16": "bfloat16"})

@@ -8,11 +8,10 @@ from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import PullWeight, QuantisedArray, as_array
+from truffula.kernels.backend import BFLOAT16, PullWeight, QuantisedArray, as_array, pull_parts
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import library
 from truffula.kernels.inputs import Array
@@ -20,9 +19,6 @@ from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Linear, Logits, Program, WeightDecl
 
 logger = logging.getLogger(__name__)
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-"""The dtypes of files and adapters that are accepted. Dtypes, not names: numpy computes a name on each access."""
 _CHUNK_BYTES = 8 << 20
 """A file's pages are released after each chunk, so that the peak of memory stays near the packed size."""
 
@@ -131,20 +127,11 @@ def load_one(
     native: Any, decl: WeightDecl, role: Role, options: WeightOptions, pull: PullWeight, rounding: Rounding
 ) -> None:
     """Pull one weight into ``native``; its rounding error is added to ``rounding``."""
-    parts = list(pull(decl))
-    rows = sum(part.shape[0] for part in parts if part.shape)
-    if rows != decl.shape[0] or any(part.shape[1:] != decl.shape[1:] for part in parts):
-        shapes = [list(part.shape) for part in parts]
-        raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
-    for part in parts:
-        if not isinstance(part, QuantisedArray) and part.dtype not in STORED:
-            raise KernelError(
-                f"{decl.name} is {part.dtype.name}; expected float32, float16 or bfloat16.", param="dtype"
-            )
+    parts = pull_parts(pull, decl)
     if role.kind == "vector":
         values = np.concatenate([np.asarray(as_array(part), np.float32) for part in parts])
         if options.dtype == "bfloat16" and not role.exact:
-            values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+            values = values.astype(BFLOAT16).astype(np.float32)
         native.add_vector(values)
         return
     kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -46,53 +45,35 @@ def plan(
     starts = inputs.q_start[:n].astype(np.int64)
     queries = inputs.q_start[1 : n + 1].astype(np.int64) - starts
     ends = inputs.kv_len[:n].astype(np.int64)
-    first = ends - queries if window is None else ends - queries - window + 1
-    first = np.zeros(n, np.int64) if window is None else np.maximum(first, 0)
+    first = np.zeros(n, np.int64) if window is None else np.maximum(ends - queries - window + 1, 0)
     classes: dict[tuple[int, int], list[int]] = {}
-    for index in range(n):
-        if queries[index] > 0:
-            size = int(ends[index] - first[index] - 1).bit_length()
-            classes.setdefault((int(queries[index]), size), []).append(index)
-    return [
-        _batch(inputs.block_tables[group], starts, ends, first, members, q, window, block_size, zero_slot, device)
-        for (q, _), members in classes.items()
-    ]
-
-
-def _batch(
-    tables: np.ndarray,
-    starts: np.ndarray,
-    ends: np.ndarray,
-    first: np.ndarray,
-    members: Sequence[int],
-    queries: int,
-    window: int | None,
-    block_size: int,
-    zero_slot: int,
-    device: torch.device,
-) -> Batch:
-    chosen = np.asarray(members)
-    end, start = ends[chosen, None], starts[chosen, None]
-    keys = int((end - first[chosen, None]).max())
-    key = first[chosen, None] + np.arange(keys)  # [n, L] absolute positions
-    block = np.minimum(key // block_size, tables.shape[1] - 1)
-    slots = np.take_along_axis(tables[chosen], block, 1).astype(np.int64) * block_size + key % block_size
-    # Slots beyond a sequence's end may hold anything, NaN too, and 0 · NaN is NaN: read zeros instead.
-    slots = np.where(key < end, slots, zero_slot)
-    query = (end - queries + np.arange(queries))[:, :, None]  # [n, q, 1] absolute positions
-    hidden = key[:, None, :] > query
-    if window is not None:
-        hidden |= key[:, None, :] <= query - window
-    rows = (start + np.arange(queries)).reshape(-1)
-    adjacent = bool((np.diff(rows) == 1).all())
-    return Batch(
-        rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows).to(device),
-        slots=torch.from_numpy(slots.reshape(-1)).to(device),
-        hidden=torch.from_numpy(hidden[:, None]).to(device),
-        sequences=len(members),
-        queries=queries,
-        keys=keys,
-    )
+    for index in np.flatnonzero(queries > 0).tolist():
+        size = int(ends[index] - first[index] - 1).bit_length()
+        classes.setdefault((int(queries[index]), size), []).append(index)
+    batches = []
+    for (count, _), members in classes.items():
+        start, end, tables = starts[members, None], ends[members, None], inputs.block_tables[group][members]
+        keys = int((ends - first)[members].max())
+        key = first[members, None] + np.arange(keys)  # [n, L] absolute positions
+        block = np.minimum(key // block_size, tables.shape[1] - 1)
+        slots = np.take_along_axis(tables, block, 1).astype(np.int64) * block_size + key % block_size
+        # Slots beyond a sequence's end may hold anything, NaN too, and 0 · NaN is NaN: read zeros instead.
+        slots = np.where(key < end, slots, zero_slot)
+        query = (end - count + np.arange(count))[:, :, None]  # [n, q, 1] absolute positions
+        hidden = key[:, None, :] > query
+        if window is not None:
+            hidden |= key[:, None, :] <= query - window
+        rows = (start + np.arange(count)).reshape(-1)
+        adjacent = bool((np.diff(rows) == 1).all())
+        batches.append(
+            Batch(
+                rows=slice(int(rows[0]), int(rows[-1]) + 1) if adjacent else torch.from_numpy(rows).to(device),
+                slots=torch.from_numpy(slots.reshape(-1)).to(device),
+                hidden=torch.from_numpy(hidden[:, None]).to(device),
+                sequences=len(members), queries=count, keys=keys,
+            )
+        )  # fmt: skip
+    return batches
 
 
 def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
@@ -103,21 +84,17 @@ def write(plane: Tensor, slots: Tensor, values: Tensor) -> None:
 def compute(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Batch], sinks: Tensor | None) -> Tensor:
     """``[T, heads·dim_v]`` in ``q``'s dtype: ``q [T, heads·dim_k]`` over the planes ``k``, ``v`` ``[P, S, width]``."""
     out = q.new_empty(q.shape[0], op.heads * op.dim_v)
-    kernel = _fused if op.softcap is None and sinks is None else partial(_spelled_out, sinks=sinks)
     for batch in batches:
         n, length = batch.sequences, batch.keys
         keys = k.view(-1, k.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_k)
         values = v.view(-1, v.shape[-1]).index_select(0, batch.slots).view(n, length, op.kv_heads, op.dim_v)
         queries = q[batch.rows].view(n, batch.queries, op.kv_heads, -1, op.dim_k)
-        result = _in_slices(kernel, op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden)
+        result = _in_slices(op, queries, keys.transpose(1, 2), values.transpose(1, 2), batch.hidden, sinks)
         out[batch.rows] = result.reshape(n * batch.queries, -1)
     return out
 
 
-Kernel = Callable[[Attention, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def _in_slices(kernel: Kernel, op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+def _in_slices(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
     """``[n, q, K, H/K, dim_v]`` from ``q [n, q, K, H/K, dim_k]``: few query rows at a time when scores would be large.
 
     The heads that share a KV head become rows of one product: ``[n, K, H/K · q, dim_k]``.
@@ -126,22 +103,22 @@ def _in_slices(kernel: Kernel, op: Attention, q: Tensor, k: Tensor, v: Tensor, h
     step = max(1, _SCORE_LIMIT // (n * op.heads * k.shape[2]))
     pieces = []
     for at in range(0, count, step):
-        rows = min(step, count - at)
-        part = q[:, at : at + rows].permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * rows, width)
+        part = q[:, at : at + step]
+        rows = part.shape[1]
+        part = part.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, share * rows, width)
         masked = hidden[:, :, at : at + rows]
-        masked = masked if rows == 1 else masked.repeat(1, 1, share, 1)
-        mixed = kernel(op, part, k, v, masked)
+        if rows > 1:
+            masked = masked.repeat(1, 1, share, 1)
+        if op.softcap is None and sinks is None:  # with bfloat16 torch rounds the weights before the second product
+            mixed = F.scaled_dot_product_attention(part, k, v, attn_mask=~masked, scale=op.scale)
+        else:
+            mixed = _spelled_out(op, part, k, v, masked, sinks)
         pieces.append(mixed.view(n, kv_heads, share, rows, -1).permute(0, 3, 1, 2, 4))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
 
 
-def _fused(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """Scores and softmax in float32; with bfloat16 the weights are rounded before the second product."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden, scale=op.scale)
-
-
 def _spelled_out(op: Attention, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, sinks: Tensor | None) -> Tensor:
-    """The same as ``_fused``, with softcap and sinks: ``q [n, K, rows, dim_k]``, ``k`` and ``v`` ``[n, K, L, dim]``."""
+    """torch's attention, with softcap and sinks: ``q [n, K, rows, dim_k]``, ``k`` and ``v`` ``[n, K, L, dim]``."""
     scores = torch.matmul(q.float(), k.float().transpose(2, 3)).mul_(op.scale)
     if op.softcap is not None:
         scores = scores.div_(op.softcap).tanh_().mul_(op.softcap)

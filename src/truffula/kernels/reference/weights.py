@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import PullWeight, as_array
+from truffula.kernels.backend import BFLOAT16, STORED, PullWeight, as_array, pull_parts
 from truffula.kernels.inputs import Array
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Linear, Program, WeightDecl
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_STORED = ("float32", "float16", "bfloat16")
 
 
 def view(array: Array) -> Tensor:
@@ -25,14 +24,13 @@ def view(array: Array) -> Tensor:
     Raises:
         KernelError: The dtype is not float32, float16 or bfloat16.
     """
-    name = array.dtype.name
-    if name not in _STORED:
-        raise KernelError(f"a tensor is {name}; the reference backend reads {', '.join(_STORED)}.", param="dtype")
+    if array.dtype not in STORED:
+        raise KernelError(f"a tensor is {array.dtype}, not float32, float16 or bfloat16.", param="dtype")
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = array.copy()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
-        if name == "bfloat16":  # numpy has no such type of its own; the bits travel as int16
+        if array.dtype == BFLOAT16:  # numpy has no such type of its own; the bits travel as int16
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
@@ -64,11 +62,7 @@ def _load_one(decl: WeightDecl, dtype: torch.dtype, pull: PullWeight, device: to
     Cost: mapped parts cost no memory of their own; source pages are released while a part is converted.
     """
     target = torch.float32 if decl.dtype == "float32" else dtype
-    arrays = [as_array(part) for part in pull(decl)]
-    rows = sum(array.shape[0] for array in arrays if array.ndim)
-    if rows != decl.shape[0] or any(array.shape[1:] != decl.shape[1:] for array in arrays):
-        shapes = [list(array.shape) for array in arrays]
-        raise KernelError(f"weight {decl.name}: parts {shapes} do not make {list(decl.shape)}.", param=decl.name)
+    arrays = [as_array(part) for part in pull_parts(pull, decl)]
     sources = [view(array) for array in arrays]
     keep = device.type == "cpu" and all(source.dtype == target for source in sources) and len(decl.shape) > 1
     if keep and (len(sources) == 1 or "rows" not in decl.uses):

@@ -22,8 +22,8 @@ struct Reader<Stored::kFloat32> {
 };
 
 // Packs up to 16 rows into one panel, 128 inputs at a time, so that the lines stay in the L1 cache.
-template <Stored TYPE>
-void pack_lanes(const typename Reader<TYPE>::Number* rows, int64_t inputs, int64_t count, uint8_t* panel, int64_t lane,
+template <class R>
+void pack_lanes(const typename R::Number* rows, int64_t inputs, int64_t count, uint8_t* panel, int64_t lane,
                 int32_t format) {
   constexpr int64_t kInputs = 128;
   for (int64_t lo = 0; lo < inputs; lo += kInputs) {
@@ -32,16 +32,16 @@ void pack_lanes(const typename Reader<TYPE>::Number* rows, int64_t inputs, int64
       const auto* row = rows + i * inputs;
       if (format == kF32) {
         float* to = reinterpret_cast<float*>(panel) + lane + i;
-        for (int64_t k = lo; k < hi; ++k) to[k * kLanes] = Reader<TYPE>::value(row + k);
+        for (int64_t k = lo; k < hi; ++k) to[k * kLanes] = R::value(row + k);
       } else {
         uint16_t* to = reinterpret_cast<uint16_t*>(panel) + 2 * (lane + i);
         int64_t k = lo;
         for (; k + 1 < hi; k += 2) {
-          to[k * kLanes] = Reader<TYPE>::half(row + k);
-          to[k * kLanes + 1] = Reader<TYPE>::half(row + k + 1);
+          to[k * kLanes] = R::half(row + k);
+          to[k * kLanes + 1] = R::half(row + k + 1);
         }
         if (k < hi) {
-          to[k * kLanes] = Reader<TYPE>::half(row + k);
+          to[k * kLanes] = R::half(row + k);
           to[k * kLanes + 1] = 0;
         }
       }
@@ -49,57 +49,40 @@ void pack_lanes(const typename Reader<TYPE>::Number* rows, int64_t inputs, int64
   }
 }
 
-template <Stored TYPE>
-void pack_as(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
-             const PanelOrder& order) {
-  const auto* data = static_cast<const typename Reader<TYPE>::Number*>(source.data);
-  const int64_t bytes = panel_bytes(format, source.inputs);
-  for (int64_t row = row_lo; row < row_hi;) {
-    const int64_t output = first + row, panel = order.panel_of(output), lane = order.lane_of(output);
-    int64_t count = 1;
-    while (row + count < row_hi && order.panel_of(output + count) == panel) ++count;
-    pack_lanes<TYPE>(data + row * source.inputs, source.inputs, count, to + panel * bytes, lane, format);
-    row += count;
-  }
-}
-
-template <Stored TYPE>
-void copy_as(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first) {
-  const auto* from = static_cast<const typename Reader<TYPE>::Number*>(source.data) + row_lo * source.inputs;
-  const int64_t at = (first + row_lo) * source.inputs, count = (row_hi - row_lo) * source.inputs;
-  for (int64_t i = 0; i < count; ++i) {
-    if (format == kF32) reinterpret_cast<float*>(to)[at + i] = Reader<TYPE>::value(from + i);
-    else reinterpret_cast<uint16_t*>(to)[at + i] = Reader<TYPE>::half(from + i);
-  }
+// Calls f(a Reader of the stored numbers). Blocks have none: pack_quantised packs them.
+template <class F>
+void with_reader(Stored type, F f) {
+  if (type == Stored::kFloat32) f(Reader<Stored::kFloat32>{});
+  else if (type == Stored::kFloat16) f(Reader<Stored::kFloat16>{});
+  else if (type == Stored::kBfloat16) f(Reader<Stored::kBfloat16>{});
 }
 
 }  // namespace
 
 void pack_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first,
                const PanelOrder& order) {
-  switch (source.type) {
-    case Stored::kFloat32:
-      return pack_as<Stored::kFloat32>(source, row_lo, row_hi, to, format, first, order);
-    case Stored::kFloat16:
-      return pack_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first, order);
-    case Stored::kBfloat16:
-      return pack_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first, order);
-    default:  // blocks are packed by pack_quantised
-      return;
-  }
+  const int64_t bytes = panel_bytes(format, source.inputs);
+  with_reader(source.type, [&]<class R>(R) {
+    const auto* data = static_cast<const typename R::Number*>(source.data);
+    for (int64_t row = row_lo; row < row_hi;) {
+      const int64_t output = first + row, panel = order.panel_of(output), lane = order.lane_of(output);
+      int64_t count = 1;
+      while (row + count < row_hi && order.panel_of(output + count) == panel) ++count;
+      pack_lanes<R>(data + row * source.inputs, source.inputs, count, to + panel * bytes, lane, format);
+      row += count;
+    }
+  });
 }
 
 void copy_rows(const Source& source, int64_t row_lo, int64_t row_hi, uint8_t* to, int32_t format, int64_t first) {
-  switch (source.type) {
-    case Stored::kFloat32:
-      return copy_as<Stored::kFloat32>(source, row_lo, row_hi, to, format, first);
-    case Stored::kFloat16:
-      return copy_as<Stored::kFloat16>(source, row_lo, row_hi, to, format, first);
-    case Stored::kBfloat16:
-      return copy_as<Stored::kBfloat16>(source, row_lo, row_hi, to, format, first);
-    default:
-      return;
-  }
+  with_reader(source.type, [&]<class R>(R) {
+    const auto* from = static_cast<const typename R::Number*>(source.data) + row_lo * source.inputs;
+    const int64_t at = (first + row_lo) * source.inputs, count = (row_hi - row_lo) * source.inputs;
+    for (int64_t i = 0; i < count; ++i) {
+      if (format == kF32) reinterpret_cast<float*>(to)[at + i] = R::value(from + i);
+      else reinterpret_cast<uint16_t*>(to)[at + i] = R::half(from + i);
+    }
+  });
 }
 
 }  // namespace truffula
