@@ -17,7 +17,7 @@ import pytest
 
 from truffula.kernels.backend import Backend
 from truffula.kernels.cpu import CpuBackend, available, instruction_sets
-from truffula.kernels.inputs import Float32, Int32, SampleInputs, SequenceSampling, StepOutput
+from truffula.kernels.inputs import Capacity, Float32, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.reference import ReferenceBackend
 from truffula.kernels.sampling import Sampler
 
@@ -40,16 +40,36 @@ class AnySampler(Protocol):
     def sample(self, logits: Float32, samples: SampleInputs) -> StepOutput: ...
 
 
+ROWS = 4096
+"""The most rows of logits that a ``NativeSampler`` takes."""
+
+
 class NativeSampler:
-    """The native sampler on its own, with the loops of one instruction set."""
+    """The native sampler, with the loops of one instruction set: of an executable whose logits are rows of a table."""
 
     def __init__(self, isa: str, slots: int, vocab: int) -> None:
         native: Any = import_module("truffula.kernels.cpu._native")
-        self._native = native.Sampler(isa, slots, vocab)
+        capacity = Capacity(ROWS, slots, ROWS, 0, 1, 1, 0)
+        self._inputs = StepInputs.allocate(capacity, 0)
+        self._native = native.Executable(isa, 1, capacity, "float32", 0, False)
+        for number in range(2):
+            self._native.add_buffer(offset=number * ROWS * vocab, stride=vocab, logit_rows=number == 1, rounded=False)
+        self._table = self._native.add_matrix(ROWS, vocab, format="float32", panels=False, half=0)
+        rows = (0, 0, vocab)
+        self._native.add("Embed", table=self._table, out=rows, add=None, source="token", offset=0, scale=None)
+        self._native.add("TakeRows", x=rows, out=(1, 0, vocab))
+        self._native.seal(self._inputs, arena_floats=2 * ROWS * vocab, logits_buffer=1, vocab=vocab)
         self.set_sequence = self._native.set_sequence
 
     def sample(self, logits: Float32, samples: SampleInputs) -> StepOutput:
-        ids, logprob, finite, top_ids, top_logprobs = self._native.sample(logits, samples)
+        count, i = len(logits), self._inputs
+        i.T, i.N, i.R = max(1, count), 1, count
+        i.token_ids[:count] = i.logit_rows[:count] = np.arange(count)
+        i.q_start[1] = i.kv_len[0] = i.T
+        if count:
+            self._native.fill(self._table, np.ascontiguousarray(logits), 0)
+        self._native.run()
+        ids, logprob, finite, top_ids, top_logprobs = self._native.sample(samples)
         shape = (len(ids), len(top_ids) // max(1, len(ids)))
         return StepOutput(ids, logprob, finite.view(np.bool_), top_ids.reshape(shape), top_logprobs.reshape(shape))
 

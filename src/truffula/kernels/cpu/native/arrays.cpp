@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 #include <iterator>
+#include <span>
+#include <type_traits>
 
 namespace truffula {
 
@@ -65,6 +67,47 @@ Out<float> floats(const float* from, size_t rows, size_t width, int64_t stride) 
     std::memcpy(data + r * width, from + static_cast<int64_t>(r) * stride, width * sizeof(float));
   const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
   return Out<float>(data, {rows, width}, owner);
+}
+
+namespace {
+
+template <class T>
+std::vector<T> numbers(const nb::object& owner, const char* name) {
+  In<T> array;
+  if (!nb::try_cast(owner.attr(name), array, false) || array.ndim() != 1)
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous array of another dtype");
+  return {array.data(), array.data() + array.size()};
+}
+
+}  // namespace
+
+SampleArgs sample_args(HeldArrays& held, const nb::object& samples, int64_t rows, int64_t vocab) {
+  SampleArgs args{};
+  args.row_slot = step_array<int32_t>(held, samples, "row_slot", rows);
+  args.target = step_array<int32_t>(held, samples, "target", rows);
+  args.draw = step_array<uint32_t>(held, samples, "draw", rows);
+  args.mask_row = step_array<int32_t>(held, samples, "mask_row", rows);
+  const nb::object masks = samples.attr("mask");
+  args.masks = static_cast<int64_t>(nb::len(masks));
+  args.mask = step_array<uint32_t>(held, samples, "mask", args.masks * mask_words(vocab));
+  return args;
+}
+
+std::unique_ptr<SequenceState> sequence_state(const In<int32_t>& prompt, const In<int32_t>& completion,
+                                              const nb::object& sampling, int64_t vocab) {
+  SequenceSampling s;
+  const auto read = [&](auto& into, const char* name) {
+    into = nb::cast<std::decay_t<decltype(into)>>(sampling.attr(name));
+  };
+  read(s.temperature, "temperature"), read(s.top_k, "top_k"), read(s.top_p, "top_p"), read(s.min_p, "min_p");
+  read(s.typical_p, "typical_p"), read(s.repetition, "repetition"), read(s.frequency, "frequency");
+  read(s.presence, "presence"), read(s.n_logprobs, "n_logprobs"), read(s.n_prompt_logprobs, "n_prompt_logprobs");
+  read(s.seed, "seed"), read(s.choice, "choice"), read(s.warped, "warped"), read(s.min_tokens, "min_tokens");
+  s.bias_ids = numbers<int32_t>(sampling, "bias_ids");
+  s.bias_values = numbers<float>(sampling, "bias_values");
+  s.banned_ids = numbers<int32_t>(sampling, "banned_ids");
+  return std::make_unique<SequenceState>(std::move(s), std::span(prompt.data(), prompt.size()),
+                                         std::span(completion.data(), completion.size()), vocab);
 }
 
 }  // namespace truffula

@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "arrays.h"
-#include "bind_sampling.h"
 #include "calls.h"
 #include "dispatch.h"
 #include "executable.h"
@@ -341,7 +340,6 @@ NB_MODULE(_native, m) {
   nb::class_<Native> executable(m, "Executable");
   executable.def(nb::init<const std::string&, int, const nb::object&, const std::string&, int32_t, bool>(), "isa"_a, "threads"_a,
                  "capacity"_a, "kv_format"_a, "groups"_a, "debug"_a);
-  bind_sampler(m);
   bind_sizes(m);
   bind_load(executable);
   bind_step(executable);
