@@ -76,17 +76,16 @@ def _folders(root: Path, controller: str) -> list[Path]:
     folders: list[Path] = []
     mount = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
-        number, _, rest = line.partition(":")
-        names, _, path = rest.partition(":")
+        number, names, path = line.split(":", 2)
         if number == "0" and not names:
             base = mount
         elif controller in names.split(","):
             base = next((mount / name for name in (names, controller) if (mount / name).is_dir()), mount / controller)
         else:
             continue
-        inner = base / path.strip("/")
         # In a container the path is often the host's and not visible; the mount itself is then this process's group.
-        folders += [inner, *(p for p in inner.parents if p == base or base in p.parents)] if path.strip("/") else [base]
+        inner = base / path.strip("/")
+        folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(base)]
     return [folder for folder in folders if folder.is_dir()]
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from truffula.errors import ConfigError, KernelError
 from truffula.kernels.adapters import AdapterLayout, layout_of
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
-from truffula.kernels.cpu.arena import ArenaPlan, plan_arena
+from truffula.kernels.cpu.arena import plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import as_kernel_errors, instruction_sets, library
@@ -123,7 +122,12 @@ class CpuBackend:
         inputs = StepInputs.allocate(capacity, len(program.kv_groups))
         arena = plan_arena(program, capacity, reuse=not debug)
         with as_kernel_errors():
-            native = self._native(program, dtype, pull, capacity, arena, debug)
+            native = library().Executable(self.isa, self._threads, capacity, dtype, len(program.kv_groups), debug)
+            for buffer, offset, stride in zip(program.buffers, arena.offsets, arena.strides, strict=True):
+                rounded = dtype == "bfloat16" and buffer.dtype == "model"
+                native.add_buffer(offset=offset, stride=stride, logit_rows=buffer.rows == "R", rounded=rounded)
+            load_weights(native, program, self._weight_options(dtype), pull)
+            add_ops(native, program, dtype)
             layout = self.adapter_layout(program)
             for site, place in enumerate(layout.places):
                 if place is not None:
@@ -149,18 +153,6 @@ class CpuBackend:
                 native = library().Executable(self.isa, self._threads, capacity, "float32", 1, False)
                 load_one(native, decl, role, self._weight_options("float32"), pull, found)
         return found
-
-    def _native(
-        self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, arena: ArenaPlan, debug: bool
-    ) -> Any:
-        """A native executable with buffers, weights and ops, not yet sealed."""
-        native = library().Executable(self.isa, self._threads, capacity, dtype, len(program.kv_groups), debug)
-        for buffer, offset, stride in zip(program.buffers, arena.offsets, arena.strides, strict=True):
-            rounded = dtype == "bfloat16" and buffer.dtype == "model"
-            native.add_buffer(offset=offset, stride=stride, logit_rows=buffer.rows == "R", rounded=rounded)
-        load_weights(native, program, self._weight_options(dtype), pull)
-        add_ops(native, program, dtype)
-        return native
 
 
 def _attention_shape(op: Attention) -> tuple[int, int, int, int]:

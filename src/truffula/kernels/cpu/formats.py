@@ -23,9 +23,9 @@ class WeightOptions:
         holds the file's blocks as they are.
 
         Blocks are kept where one format can hold all parts: the values of Q4_0 and Q5_0 fit Q8_0, so these three may
-        be mixed. ``exact`` matrices are kept in float32, if they are not stored in bfloat16.
+        be mixed. ``exact`` matrices are in float32, or in bfloat16 where the file has them so.
         """
-        if quantisable and not exact:
+        if quantisable:
             if self.blocks and len(stored) == 1 and stored <= set(BLOCK_KINDS):
                 return next(iter(stored)).lower(), True
             if self.blocks and stored <= _SYMMETRIC:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,12 +27,13 @@ _CHUNK_BYTES = 8 << 20
 class Role:
     """How ops use a weight. ``half`` > 0: rows 0 .. half are gates, the rest ups, and their panels alternate.
 
-    ``exact``: kept in float32 whatever the model's dtype.
+    ``exact``: kept in float32 whatever the model's dtype. ``quantisable``: products may read it in blocks.
     """
 
     kind: Literal["vector", "rows", "panels"]
     half: int
     exact: bool
+    quantisable: bool
 
 
 def roles(program: Program) -> list[Role]:
@@ -53,9 +54,14 @@ def roles(program: Program) -> list[Role]:
         used = halves.get(decl.id, {0})
         if len(used) > 1:
             raise KernelError(f"{decl.name} is used both as gate and up halves and as a whole.", param=decl.name)
-        kind: Literal["rows", "panels"] = "panels" if decl.id in multiplied else "rows"
         keep = decl.dtype == "float32" or decl.id in exact
-        made.append(Role(kind if len(decl.shape) > 1 else "vector", max(used), keep))
+        if len(decl.shape) == 1:
+            made.append(Role("vector", 0, keep, quantisable=False))
+        elif decl.id not in multiplied:
+            made.append(Role("rows", 0, keep, quantisable=False))
+        else:
+            whole_blocks = decl.shape[1] % library().BLOCK == 0
+            made.append(Role("panels", max(used), keep, quantisable=whole_blocks and not keep))
     return made
 
 
@@ -67,21 +73,14 @@ def packed_bytes(decl: WeightDecl, role: Role, fmt: str) -> int:
     return nbytes
 
 
-def format_of(stored: Set[str], options: WeightOptions, decl: WeightDecl, role: Role) -> tuple[str, bool]:
-    """``WeightOptions.matrix_format`` of a weight; a vector is in float32."""
-    if role.kind == "vector":
-        return "float32", False
-    quantisable = role.kind == "panels" and decl.shape[1] % library().BLOCK == 0
-    return options.matrix_format(stored, exact=role.exact, quantisable=quantisable)
-
-
 def planned_formats(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[str]:
     """The format of each weight for the memory plan: float32 unless a tensor is known to be stored in bfloat16 or
     blocks."""
     made = []
     for decl, role in zip(program.weights, roles(program), strict=True):
         types = [stored_types.get(part.name, "") for part in decl.parts]
-        made.append(format_of({t if t in BLOCK_KINDS else "float32" for t in types}, options, decl, role)[0])
+        stored = {kind if kind in BLOCK_KINDS else "float32" for kind in types}
+        made.append(options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)[0])
     return made
 
 
@@ -135,7 +134,7 @@ def load_one(
         native.add_vector(values)
         return
     kinds = {part.kind if isinstance(part, QuantisedArray) else part.dtype.name for part in parts}
-    fmt, as_blocks = format_of(kinds, options, decl, role)
+    fmt, as_blocks = options.matrix_format(kinds, exact=role.exact, quantisable=role.quantisable)
     weight = native.add_matrix(*decl.shape, format=fmt, panels=role.kind == "panels", half=role.half)
     # A pull that does not read a checkpoint may return the parts as one array.
     names = [part.name for part in decl.parts] if len(parts) == len(decl.parts) else [decl.name for _ in parts]
