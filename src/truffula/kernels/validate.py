@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from truffula.errors import KernelError
-from truffula.kernels.liveness import written_by
+from truffula.kernels.arena import written_by
 from truffula.kernels.program import (
     Attention,
     Embed,

@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 from truffula.errors import ConfigError, KernelError
 from truffula.kernels.adapters import AdapterLayout, layout_of
+from truffula.kernels.arena import plan_arena
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
-from truffula.kernels.cpu.arena import plan_arena
 from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import as_kernel_errors, instruction_sets, library

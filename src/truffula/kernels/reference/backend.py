@@ -11,10 +11,10 @@ import torch
 
 from truffula.errors import ConfigError, KernelError
 from truffula.kernels.adapters import AdapterLayout, layout_of
+from truffula.kernels.arena import plan_arena
 from truffula.kernels.backend import MemoryLimit, MemoryPlan, PullWeight
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.liveness import peak_bytes
 from truffula.kernels.program import Linear, Program
 from truffula.kernels.reference.executable import ReferenceExecutable
 from truffula.kernels.reference.weights import DTYPES, load_weights
@@ -73,11 +73,12 @@ class ReferenceBackend:
             math.prod(d.shape) * (4 if d.dtype == "float32" or len(d.shape) == 1 else width) for d in program.weights
         )
         widest = max((program.weights[op.weight].shape[0] for op in program.ops if isinstance(op, Linear)), default=0)
-        buffers = peak_bytes(program, capacity.max_tokens, 0, width)
+        logits = 4 * capacity.max_logit_rows * program.vocab_size
+        buffers = max(0, 4 * plan_arena(program, capacity, reuse=True).floats - logits)  # at most: as if in float32
         return MemoryPlan(
             weight_bytes=weights,
             arena_bytes=buffers + 2 * 4 * capacity.max_tokens * widest,  # the float32 product and its epilogue
-            logits_bytes=capacity.max_logit_rows * program.vocab_size * (4 + width),
+            logits_bytes=2 * logits,
             kv_block_bytes=tuple(
                 sum(plane.width for plane in group.planes) * capacity.block_size * width for group in program.kv_groups
             ),

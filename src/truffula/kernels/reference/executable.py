@@ -12,8 +12,8 @@ from torch import Tensor
 
 from truffula.errors import KernelError
 from truffula.kernels.adapters import AdapterImage, AdapterLayout
+from truffula.kernels.arena import dead_after, written_by
 from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
-from truffula.kernels.liveness import dead_after, written_by
 from truffula.kernels.program import (
     Attention,
     Embed,
