@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Int32, SampleInputs, SequenceSampling, StepOutput
-from truffula.kernels.philox import uniform
+from truffula.kernels.sampling import uniform
 
 Row = npt.NDArray[np.float64]
 Kept = npt.NDArray[np.bool_]

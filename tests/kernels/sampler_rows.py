@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernel_backends import AnySampler
 
 from truffula.kernels.inputs import Capacity, SampleInputs, SequenceSampling, StepOutput
-from truffula.kernels.philox import uniform
+from truffula.kernels.sampling import uniform
 
 INF = float("inf")
 NEUTRAL = {

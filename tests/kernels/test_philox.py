@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from truffula.kernels.philox import philox4x32, uniform
+from truffula.kernels.sampling import philox4x32, uniform
 
 F = 0xFFFFFFFF
 # Random123's kat_vectors, philox4x32 10: counter, key, result.

@@ -14,12 +14,20 @@ import numpy.typing as npt
 
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Bool, Int32, SampleInputs, SequenceSampling, StepOutput
-from truffula.kernels.philox import uniform
 
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 Kept = Int64 | slice
 """Ids, ascending; a slice of all is quicker than their list."""
+
+_BLOCK = 64  # values whose maximum `top` takes first
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+_ROUNDS = 10
+
+Words = tuple[npt.NDArray[np.uint64], ...]
 
 
 class Sampler:
@@ -269,4 +277,27 @@ def top(values: Float64, k: int) -> Int64:
     return candidates[np.argsort(-values[candidates], kind="stable")][:k]
 
 
-_BLOCK = 64
+def philox4x32(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> Words:
+    """Philox4x32-10, a counter-based generator: a draw depends on its key and counter only. Four words of 32 bits (held
+    in uint64) per counter and key; scalars and arrays broadcast.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", sec. 3.4 and the Random123 library.
+    """
+    x0, x1, x2, x3 = (np.asarray(word, np.uint64) for word in counter)
+    k0, k1 = (np.asarray(word, np.uint64) for word in key)
+    for _ in range(_ROUNDS):
+        # Both factors are below 2**32, so the 64-bit product holds high and low words exactly.
+        a, b = x0 * _M0, x2 * _M1
+        x0, x1, x2, x3 = (b >> _HALF) ^ x1 ^ k0, b & _LOW, (a >> _HALF) ^ x3 ^ k1, a & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return x0, x1, x2, x3
+
+
+def uniform(seed: Any, choice: Any, draw: Any) -> Float64:
+    """float64 in (0, 1), ends excluded: word 0 of key ``seed`` (uint64), counter ``(choice, draw, 0, 0)``, plus a half.
+
+    ``seed``, ``choice`` (which completion of a request) and ``draw`` (completion tokens so far) broadcast.
+    """
+    seeds = np.asarray(seed, np.uint64)
+    word = philox4x32((choice, draw, 0, 0), (seeds & _LOW, seeds >> _HALF))[0]
+    return (word.astype(np.float64) + 0.5) / 2.0**32

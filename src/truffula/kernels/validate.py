@@ -40,7 +40,7 @@ def validate(program: Program) -> None:
     _check_result(program)
 
 
-def _require(holds: bool, field: str, why: str) -> None:
+def _require(field: str, holds: bool, why: str) -> None:
     if not holds:
         raise KernelError(why, param=field)
 
@@ -48,21 +48,21 @@ def _require(holds: bool, field: str, why: str) -> None:
 def _check_tables(program: Program) -> None:
     for decl in program.weights:
         shaped = 1 <= len(decl.shape) <= 2 and min(decl.shape) >= 1
-        _require(shaped, "shape", f"weight {decl.name}: shape {decl.shape} is not [width] or [O, I].")
-        _require(bool(decl.parts), "parts", f"weight {decl.name} has no parts.")
+        _require("shape", shaped, f"weight {decl.name}: shape {decl.shape} is not [width] or [O, I].")
+        _require("parts", bool(decl.parts), f"weight {decl.name} has no parts.")
         unknown = sorted(decl.uses - {"rows", "matmul", "vector"})
-        _require(not unknown, "uses", f"weight {decl.name}: unknown uses {unknown}.")
+        _require("uses", not unknown, f"weight {decl.name}: unknown uses {unknown}.")
     for site in program.sites:
         wide = bool(site.modules) and min(site.in_features, site.out_features) >= 1
-        _require(wide, "sites", f"site {site.id} has no module or no width.")
-    _require(not program.states, "states", "states of recurrent layers are not computed yet.")
+        _require("sites", wide, f"site {site.id} has no module or no width.")
+    _require("states", not program.states, "states of recurrent layers are not computed yet.")
     seen: set[int] = set()
     for group in program.kv_groups:
         usable = bool(group.planes) and (group.window is None or group.window >= 1)
-        _require(usable, "kv_groups", f"KV group {group.id} has no planes or the window {group.window}.")
+        _require("kv_groups", usable, f"KV group {group.id} has no planes or the window {group.window}.")
         for plane in group.planes:
             new = plane.id not in seen and plane.width >= 1
-            _require(new, "planes", f"KV plane {plane.id} is declared twice or has width {plane.width}.")
+            _require("planes", new, f"KV plane {plane.id} is declared twice or has width {plane.width}.")
             seen.add(plane.id)
 
 
@@ -71,15 +71,15 @@ def _check_result(program: Program) -> None:
     if last is None or written_by(last) != program.result:
         raise KernelError("the last op must write program.result.", param="result")
     fits = isinstance(last, Logits) == (output.kind == "logits")
-    _require(fits, "output", f"output is {output.kind}, but the last op is {type(last).__name__}.")
+    _require("output", fits, f"output is {output.kind}, but the last op is {type(last).__name__}.")
     width = program.vocab_size if output.kind == "logits" else program.result.width
     _require(
-        output.width == program.result.width == width, "output",
+        "output", output.width == program.result.width == width,
         f"the result is {program.result.width} wide and output says {output.width}; {width} are needed.",
     )  # fmt: skip
     buffer = program.buffers[program.result.buffer]
     served = (buffer.rows, buffer.dtype) == ("R", "float32")
-    _require(served, "result", f"the result {buffer.name!r} is not float32 with R rows.")
+    _require("result", served, f"the result {buffer.name!r} is not float32 with R rows.")
 
 
 @dataclass(frozen=True)

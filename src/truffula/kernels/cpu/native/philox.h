@@ -19,7 +19,7 @@ constexpr std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> x
   return x;
 }
 
-// In the open interval (0, 1): word 0 of key `seed`, counter (choice, draw, 0, 0), plus a half. Equals philox.py's
+// In the open interval (0, 1): word 0 of key `seed`, counter (choice, draw, 0, 0), plus a half. Equals sampling.py's
 // uniform bit for bit: 33 bits fit a double.
 constexpr double philox_uniform(std::uint64_t seed, std::uint32_t choice, std::uint32_t draw) noexcept {
   const auto low = static_cast<std::uint32_t>(seed), high = static_cast<std::uint32_t>(seed >> 32);
