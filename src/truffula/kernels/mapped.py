@@ -14,7 +14,7 @@ from truffula.kernels.inputs import Array, Uint8
 
 HUGE = 2 << 20
 """Bytes of a huge page, and its alignment."""
-_MAP_FIXED, _MAP_NORESERVE, _MADV_COLLAPSE = 0x10, 0x4000, 25  # of Linux; Python's mmap does not name them
+_MAP_FIXED, _MADV_COLLAPSE = 0x10, 25  # of Linux; Python's mmap does not name them
 
 
 def map_file(fd: int, size: int, *, shared: bool = False) -> Uint8:
@@ -26,17 +26,24 @@ def map_file(fd: int, size: int, *, shared: bool = False) -> Uint8:
     if sys.platform != "linux":
         access = mmap.ACCESS_WRITE if shared else mmap.ACCESS_COPY
         return np.frombuffer(mmap.mmap(fd, size, access=access), np.uint8)
-    # Python's mmap reserves the range and ends it; the file is mapped into it at an address that Python cannot choose.
-    whole = np.frombuffer(mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE), np.uint8)
-    first = -whole.ctypes.data % HUGE
-    mapped = whole[first : first + size]
+    # Python's mmap cannot choose the address: it reserves the range (read-only, which commits no memory) and ends it.
+    reserved = mmap.mmap(-1, size + HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ)
+    address = -(-np.frombuffer(reserved, np.uint8).ctypes.data // HUGE) * HUGE
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     flags = _MAP_FIXED | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
-    address, length, start = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(size), ctypes.c_size_t(0)
-    if libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, start) != address.value:
+    at, length, start = ctypes.c_void_p(address), ctypes.c_size_t(size), ctypes.c_size_t(0)
+    if libc.mmap(at, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, start) != address:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return mapped
+    return np.asarray(_Mapping(reserved, address, size))
+
+
+class _Mapping:
+    """Shows ``size`` bytes at ``address`` within ``reserved`` as a writable array, which keeps them mapped."""
+
+    def __init__(self, reserved: mmap.mmap, address: int, size: int) -> None:
+        self._reserved = reserved
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, False)}
 
 
 def use_huge_pages(mapped: Uint8) -> None:

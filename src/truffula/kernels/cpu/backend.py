@@ -13,7 +13,7 @@ from truffula.kernels.cpu.executable import CpuExecutable
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import as_kernel_errors, instruction_sets, library
 from truffula.kernels.cpu.lowering import add_ops
-from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, packed_bytes, planned_formats, roles
+from truffula.kernels.cpu.weights import Rounding, load_one, load_weights, planned_weights, roles
 from truffula.kernels.host import free_memory
 from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs
 from truffula.kernels.program import Attention, Linear, Logits, Program
@@ -60,17 +60,17 @@ class CpuBackend:
         stored_types: Mapping[str, str] = MappingProxyType({}),
     ) -> MemoryPlan:
         """Weights as they are packed; the activations of a full step; KV blocks with their padding."""
-        formats = planned_formats(program, self._weight_options(dtype), stored_types)
+        weights = planned_weights(program, self._weight_options(dtype), stored_types)
         by_format: dict[str, int] = {}
-        for decl, role, fmt in zip(program.weights, roles(program), formats, strict=True):
-            held = "vectors" if role.kind == "vector" else fmt
-            by_format[held] = by_format.get(held, 0) + packed_bytes(decl, role, fmt)
+        for fmt, nbytes in weights:
+            by_format[fmt] = by_format.get(fmt, 0) + nbytes
         arena = plan_arena(program, capacity, reuse=True)
         logits = 4 * capacity.max_logit_rows * program.vocab_size
         return MemoryPlan(
             weight_bytes=sum(by_format.values()),
             weight_formats=by_format,
-            arena_bytes=max(0, 4 * arena.floats - logits) + self._scratch_bytes(program, capacity, formats),
+            arena_bytes=max(0, 4 * arena.floats - logits)
+            + self._scratch_bytes(program, capacity, [fmt for fmt, _ in weights]),
             logits_bytes=2 * logits,
             kv_block_bytes=tuple(
                 sum(

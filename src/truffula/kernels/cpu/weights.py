@@ -65,22 +65,21 @@ def roles(program: Program) -> list[Role]:
     return made
 
 
-def packed_bytes(decl: WeightDecl, role: Role, fmt: str) -> int:
-    """Bytes of a weight after packing."""
-    if role.kind == "vector":
-        return 4 * decl.shape[0]
-    nbytes: int = library().matrix_bytes(*decl.shape, fmt, panels=role.kind == "panels", half=role.half)
-    return nbytes
+def planned_weights(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[tuple[str, int]]:
+    """For the memory plan, the format of each weight (``vectors`` for a vector) and its bytes after packing.
 
-
-def planned_formats(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[str]:
-    """The format of each weight for the memory plan: float32 unless a tensor is known to be stored in bfloat16 or
-    blocks."""
+    Tensors count as stored in float32, unless ``stored_types`` names a kind of blocks.
+    """
     made = []
     for decl, role in zip(program.weights, roles(program), strict=True):
+        if role.kind == "vector":
+            made.append(("vectors", 4 * decl.shape[0]))
+            continue
         types = [stored_types.get(part.name, "") for part in decl.parts]
         stored = {kind if kind in BLOCK_KINDS else "float32" for kind in types}
-        made.append(options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)[0])
+        fmt, _ = options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)
+        panels = role.kind == "panels"
+        made.append((fmt, library().matrix_bytes(*decl.shape, fmt, panels=panels, half=role.half)))
     return made
 
 
