@@ -66,11 +66,11 @@ class CpuBackend:
             by_format[fmt] = by_format.get(fmt, 0) + nbytes
         arena = plan_arena(program, capacity, reuse=True)
         logits = 4 * capacity.max_logit_rows * program.vocab_size
+        scratch = self._scratch_bytes(program, capacity, [fmt for fmt, _ in weights])
         return MemoryPlan(
             weight_bytes=sum(by_format.values()),
             weight_formats=by_format,
-            arena_bytes=max(0, 4 * arena.floats - logits)
-            + self._scratch_bytes(program, capacity, [fmt for fmt, _ in weights]),
+            arena_bytes=max(0, 4 * arena.floats - logits) + scratch,
             logits_bytes=2 * logits,
             kv_block_bytes=tuple(
                 sum(
