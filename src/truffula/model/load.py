@@ -104,17 +104,15 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
 
 def _decide_tying(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tuple[TyingDecision, list[str]]:
     """The tying decision for the tensors of the checkpoint, and warnings."""
-    flag = read_flag(checkpoint.config)
+    flag, warnings = read_flag(checkpoint.config)
     embed, head = checkpoint.tensors.get(names.embed), checkpoint.tensors.get(names.head)
-    same_shape, equal = True, None
-    if embed is not None and head is not None:
-        same_shape = embed.shape == head.shape
-        equal = same_shape and equal_as_stored(checkpoint, names.embed, names.head)
+    same_shape = embed is None or head is None or embed.shape == head.shape
+    compared = flag is not False and embed is not None and head is not None
     decision = decide(
-        flag.value,
+        flag,
         has_embed=names.has_embed,
         has_head=names.has_head,
-        equal=equal,
+        equal=compared and equal_as_stored(checkpoint, names.embed, names.head),
         # GGUF has no flag and expresses tying by a missing head, so the class default gives no warning.
         class_default=None if checkpoint.format == "gguf" else read.tie_default,
         same_shape=same_shape,
@@ -125,7 +123,7 @@ def _decide_tying(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) 
         raise CheckpointError(
             f"{names.head} is missing; the head is stored in another form, possibly quantised.", param=names.head
         )
-    return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
+    return decision, [*warnings, *([decision.warning] if decision.warning else [])]
 
 
 def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, program: Program) -> None:
