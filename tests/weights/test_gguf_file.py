@@ -31,9 +31,9 @@ from truffula.errors import CheckpointError, TruffulaError, UnsupportedModel
 from truffula.kernels.mapped import release_pages
 from truffula.model.read import read_config
 from truffula.weights.gguf import GgufCheckpoint
+from truffula.weights.gguf_header import OTHER_TYPES
 from truffula.weights.gguf_names import FAMILIES as KNOWN
 from truffula.weights.gguf_quants import FORMATS, dequantize
-from truffula.weights.gguf_types import OTHER_TYPES
 from truffula.weights.open import open_checkpoint
 
 PACKED = sorted(kind for kind, format in FORMATS.items() if format.unpack is not None)

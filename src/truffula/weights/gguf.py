@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError
+from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, name_file_in_errors
-from truffula.weights.gguf_hparams import check_unread_keys
+from truffula.weights.gguf_hparams import ROPE_FREQS, check_unread_keys
 from truffula.weights.gguf_names import family_of, rename, to_config
 from truffula.weights.gguf_parts import Part, open_parts, tensors_of
 from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
-from truffula.weights.gguf_rope import ROPE_FREQS
 from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
 from truffula.weights.mapped import MappedFile
 
@@ -41,7 +40,7 @@ class GgufCheckpoint:
             found = tensors_of(self._parts)
             tensors = {name: item for name, (_, item) in found.items()}
             first = self._parts[0].header
-            self._header = GgufHeader(first.version, first.metadata, tensors)
+            self._header = GgufHeader(first.metadata, tensors)
             self._family = family_of(self._header)
             factors = self._values(*found[ROPE_FREQS]) if ROPE_FREQS in found else None
             self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
@@ -118,11 +117,9 @@ class GgufCheckpoint:
             else:
                 found[new] = item
         if unknown:
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             architecture = self._header.metadata["general.architecture"]
             raise CheckpointError(
-                f"{self.path}: a {architecture} model has no such tensors: {', '.join(unknown[:10])}{more}.",
-                param=unknown[0],
+                f"{self.path}: a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0]
             )
         return found
 

@@ -13,8 +13,7 @@ from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import HParams
-from truffula.weights.gguf_rope import ROPE_FREQS, rope_parameters
+from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
 
 _BLOCK = {
     "attn_norm": "input_layernorm",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.errors import CheckpointError
+from truffula.errors import CheckpointError, some
 from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, read_header
 from truffula.weights.mapped import MappedFile
 
@@ -101,9 +101,8 @@ def _other_parts(first: Part, count: int) -> list[Path]:
     paths = [path.with_name(name) for name in named.names()[1:]]
     missing = [other.name for other in paths if not other.is_file()]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise CheckpointError(
-            f"{path} is part 1 of {count} of a split GGUF model; missing beside it: {', '.join(missing[:3])}{more}.",
+            f"{path} is part 1 of {count} of a split GGUF model; missing beside it: {some(missing, 3)}.",
             param=str(path.with_name(missing[0])),
         )
     return paths

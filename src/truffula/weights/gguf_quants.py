@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.weights.checkpoint import Array
-from truffula.weights.gguf_types import SIZES
+from truffula.weights.gguf_header import SIZES
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]

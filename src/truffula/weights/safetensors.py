@@ -18,7 +18,6 @@ import numpy as np
 from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
-from truffula.weights.shapes import fits_an_array
 from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error, unique_keys
 
 MAX_HEADER_BYTES = 100_000_000
@@ -150,7 +149,7 @@ def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> T
         )
     if len(shape) > 32:
         raise _error(path, f"{len(shape)} dimensions; the limit is 32.", name)
-    if not fits_an_array(shape, DTYPES[dtype].itemsize):
+    if 0 in shape and math.prod(filter(None, shape)) >= 2**60:  # numpy multiplies the other dimensions
         raise _error(path, f"shape {shape} has no elements, and dimensions too large for an array.", name)
     return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
 
