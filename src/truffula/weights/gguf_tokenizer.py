@@ -114,10 +114,7 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
     if not isinstance(pre, str) or pre not in _SPLITS:
         raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted(_SPLITS))}")
     if pre == "default":
-        vocabulary.warnings.append(
-            f"{PREFIX}pre does not name the rule by which text is split before tokenisation; llama.cpp's default is "
-            "used."
-        )
+        vocabulary.warnings.append(f"{PREFIX}pre names no rule for splitting text; llama.cpp's default is used.")
     return _byte_level(vocabulary, pre)
 
 
@@ -186,9 +183,9 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _are_ranked(tokens: list[str], scores: list[float], merges: list[tuple[str, str]]) -> bool:
     """Whether the scores order the merges. Some converters write the same placeholder for all tokens."""
-    place = {token: index for index, token in enumerate(tokens)}
+    score = dict(zip(tokens, scores, strict=True))
     made = {left + right for left, right in merges}
-    return len(made) < 2 or len({scores[place[token]] for token in made}) > 1
+    return len(made) < 2 or len({score[token] for token in made}) > 1
 
 
 def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[str, str]]:
@@ -250,21 +247,16 @@ def _assemble(
 def _frame(before: tuple[int, str] | None, after: tuple[int, str] | None) -> dict[str, Any]:
     """The post-processor that adds BOS before a text and EOS after it."""
 
-    def around(*sequences: tuple[str, int]) -> list[dict[str, Any]]:
-        made: list[dict[str, Any]] = []
-        for name, kind in sequences:
-            made += [{"SpecialToken": {"id": before[1], "type_id": kind}}] if before else []
-            made += [{"Sequence": {"id": name, "type_id": kind}}]
-            made += [{"SpecialToken": {"id": after[1], "type_id": kind}}] if after else []
-        return made
+    def around(name: str, kind: int) -> list[dict[str, Any]]:
+        first, last = ([{"SpecialToken": {"id": token[1], "type_id": kind}}] if token else [] for token in added)
+        return [*first, {"Sequence": {"id": name, "type_id": kind}}, *last]
 
+    added = (before, after)
     return {
         "type": "TemplateProcessing",
-        "single": around(("A", 0)),
-        "pair": around(("A", 0), ("B", 1)),
-        "special_tokens": {
-            text: {"id": text, "ids": [index], "tokens": [text]} for index, text in filter(None, (before, after))
-        },
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {text: {"id": text, "ids": [index], "tokens": [text]} for index, text in filter(None, added)},
     }
 
 
@@ -278,18 +270,16 @@ def _tokenizer_config(vocabulary: Vocabulary, made: dict[str, Any]) -> dict[str,
         if token is not None and (vocabulary.types[token[0]] != NORMAL or token[1] in framed):
             config[f"{name}_token"] = token[1]
     config["add_bos_token"] = bool(framed) and framed[0] == config.get("bos_token")
-    config["add_eos_token"] = (
-        bool(framed) and framed[-1] == config.get("eos_token") and vocabulary.flag("add_eos_token", False)
-    )
-    template = vocabulary.metadata.get(TEMPLATE)
-    if isinstance(template, str):
-        config["chat_template"] = template
-    named = {
-        key.removeprefix(f"{TEMPLATE}."): value
-        for key in vocabulary.metadata
-        if key.startswith(f"{TEMPLATE}.") and isinstance(value := vocabulary.metadata[key], str)
+    ends = bool(framed) and framed[-1] == config.get("eos_token")
+    config["add_eos_token"] = ends and vocabulary.flag("add_eos_token", False)
+    templates = {
+        key.removeprefix(TEMPLATE).removeprefix(".") or "default": value
+        for key in sorted(vocabulary.metadata)
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
+        if isinstance(value := vocabulary.metadata[key], str)
     }
-    if named:
-        every = {"default": template, **named} if isinstance(template, str) else named
-        config["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return config
