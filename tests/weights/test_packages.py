@@ -158,7 +158,6 @@ def test_broken_packages(tmp_path: Path) -> None:
     cases = {
         "holds 0 GGUF": {"a.txt": b""},
         "holds 2 GGUF": {"a.gguf": good, "b.gguf": good},
-        "not a GGUF file": {"a.gguf": b"PK\x03\x04"},
         "not the expected file": {"a.gguf": good + b"more"},
     }
     for words, files in cases.items():
