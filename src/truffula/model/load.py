@@ -149,18 +149,13 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], mo
             shape=list(info.shape),
             wanted=list(wanted),
         )
-    _check_dtype(checkpoint, info)
-
-
-def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
-    if info.dtype in _FLOATS or checkpoint.format == "gguf":
-        return
-    raise CheckpointError(
-        f"{info.name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
-        tensor=info.name,
-        file=str(info.file),
-        dtype=info.dtype,
-    )
+    if info.dtype not in _FLOATS and checkpoint.format != "gguf":
+        raise CheckpointError(
+            f"{name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
+            tensor=name,
+            file=str(info.file),
+            dtype=info.dtype,
+        )
 
 
 def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:

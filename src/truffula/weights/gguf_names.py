@@ -135,16 +135,13 @@ def _layers(hparams: HParams, tensors: int) -> int:
 
 def _head_dim(hparams: HParams, hidden: int, heads: int) -> int:
     width = hparams.count("attention.key_length", max(hidden // heads, 1))
-    value = hparams.count("attention.value_length", width)
-    rotary = hparams.count("rope.dimension_count", width)
-    if value != width:
-        name = hparams.name("attention.value_length")
-        raise UnsupportedModel(f"{name} is {value} and keys are {width} wide; they must be equal.", param=name)
-    if rotary != width:
-        name = hparams.name("rope.dimension_count")
-        raise UnsupportedModel(
-            f"{name} is {rotary} of a head of {width}; partial rotation is not supported.", param=name
-        )
+    for key, why in (
+        ("attention.value_length", "values must be as wide as keys"),
+        ("rope.dimension_count", "partial rotation is not supported"),
+    ):
+        found, name = hparams.count(key, width), hparams.name(key)
+        if found != width:
+            raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
 
 

@@ -112,16 +112,17 @@ def _check_set(parts: list[Part], count: int) -> None:
     """Raise ``CheckpointError`` when the parts do not belong to one model."""
     first, *others = parts
     total = _number(first, "split.tensors.count", 0)
+    shared = [key for key in first.header.metadata if not key.startswith("split.") and key != "general.alignment"]
     for index, part in enumerate(others, 1):
         mine, theirs = first.header.metadata, part.header.metadata
-        shared = [key for key in theirs if key in mine and not key.startswith("split.") and key != "general.alignment"]
-        differing = [(key, theirs.peek(key), mine.peek(key)) for key in shared]
-        wanted = {"split.no": index, "split.count": count, "split.tensors.count": total}
-        differing += [(key, _number(part, key, 0), value) for key, value in wanted.items()]
-        for key, found, value in differing:
-            if found != value:
+        found = {key: theirs.peek(key) for key in shared if key in theirs}
+        wanted = {key: mine.peek(key) for key in found}
+        for key, value in (("split.no", index), ("split.count", count), ("split.tensors.count", total)):
+            found[key], wanted[key] = _number(part, key, 0), value
+        for key, value in wanted.items():
+            if found[key] != value:
                 raise CheckpointError(
-                    f"{part.path} does not belong to {first.path.name}: {key} is {found!r}; expected {value!r}.",
+                    f"{part.path} does not belong to {first.path.name}: {key} is {found[key]!r}; expected {value!r}.",
                     param=key,
                 )
     held = sum(len(part.header.tensors) for part in parts)

@@ -213,19 +213,8 @@ def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[
 
 
 def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        **options,
-        "vocab": dict(zip(tokens, range(len(tokens)), strict=True)),
-        "merges": merges,
-    }
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
+    return {"type": "BPE", **options, "vocab": vocab, "merges": merges}
 
 
 def _assemble(
@@ -235,8 +224,6 @@ def _assemble(
     after = vocabulary.needed("eos") if vocabulary.flag("add_eos_token", False) else None
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added,
         **parts,
         "post_processor": _frame(before, after) if before or after else None,
