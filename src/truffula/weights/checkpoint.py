@@ -1,14 +1,16 @@
-"""``Checkpoint``: the interface of a model's files, independent of their format."""
+"""``Checkpoint``: the interface to a model's files, independent of their format."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 
+from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.mapped import MappedFile
 
@@ -31,7 +33,7 @@ class TensorInfo:
     nbytes: int
 
 
-class Checkpoint(Protocol):
+class Checkpoint(ABC):
     """An opened model. ``config`` is config.json (or its equivalent made from GGUF metadata).
 
     ``generation_config`` is the file of that name, ``{}`` when there is none. ``tensors`` maps a name to its
@@ -48,21 +50,35 @@ class Checkpoint(Protocol):
     files: tuple[MappedFile, ...]
     warnings: tuple[str, ...]
 
+    @abstractmethod
     def read(self, name: str) -> Array:
         """The tensor: a mapped view in its stored dtype or, of a quantised format, a new dequantised float32 array.
 
         A view must not be written to: a write would last only until its pages are released.
         """
 
+    @abstractmethod
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """Contents of the existing tokenizer files by name (tokenizer.json, chat_template.jinja, …)."""
+
     def blocks(self, name: str) -> QuantisedArray | None:
         """The tensor as its stored blocks, rows in the order of ``read``; None unless it is a matrix in simple blocks
         of 32 with finite scales.
         """
+        return None
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of ``tensors``. Raises ``CheckpointError`` for an unknown name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name)
+        return self.tensors[name]
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file, before any conversion."""
+        info = self.info(name)
+        file = next(file for file in self.files if file.path == info.file)
+        return file.view(info.offset, info.nbytes)
 
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents of the existing tokenizer files by name (tokenizer.json, chat_template.jinja, …)."""
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        for file in self.files:
+            file.close()

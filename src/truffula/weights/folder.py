@@ -9,9 +9,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from truffula.errors import CheckpointError, some
-from truffula.kernels.backend import QuantisedArray
-from truffula.weights.checkpoint import Array, TensorInfo
-from truffula.weights.safetensors import SafetensorsFile
+from truffula.weights.checkpoint import Array, Checkpoint
+from truffula.weights.safetensors import SafetensorsFile, as_array
 from truffula.weights.text_files import generation_config, read_json, tokenizer_files
 
 INDEX = "model.safetensors.index.json"
@@ -23,7 +22,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class FolderCheckpoint:
+class FolderCheckpoint(Checkpoint):
     """A ``Checkpoint`` over a folder. Opening reads only JSON and headers."""
 
     format = "safetensors"
@@ -33,34 +32,18 @@ class FolderCheckpoint:
         self.config = read_json(_config_file(path))
         self.generation_config: dict[str, Any] = generation_config(path)
         warnings: list[str] = []
-        self._files: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
-        if not self._files:
+        found = _open_weights(path, warnings)
+        if not found:
             raise CheckpointError(f"{path}: its safetensors files hold no tensor.", param=str(path))
-        self.files = tuple(dict.fromkeys(file.file for file in self._files.values()))
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
+        self.files = tuple(dict.fromkeys(file.file for file in found.values()))
+        self.tensors = {name: file.tensors[name] for name, file in found.items()}
         self.warnings = tuple(warnings)
 
     def read(self, name: str) -> Array:
-        return self._file(name).read(name)
-
-    def blocks(self, name: str) -> QuantisedArray | None:
-        return None  # safetensors files are not quantised in blocks
-
-    def raw(self, name: str) -> Array:
-        return self._file(name).raw(name)
+        return as_array(self.info(name), self.raw(name))
 
     def tokenizer_files(self) -> dict[str, bytes]:
         return tokenizer_files(self.path)
-
-    def close(self) -> None:
-        for file in set(self._files.values()):
-            file.close()
-
-    def _file(self, name: str) -> SafetensorsFile:
-        try:
-            return self._files[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
 
 
 def _config_file(path: Path) -> Path:

@@ -63,9 +63,7 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Array:
         """The tensor in its stored dtype: a view of the mapped file, or a copy when it is not aligned there."""
-        info = self.tensors[name]
-        view = self.file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
-        return view if view.flags.aligned else view.copy()
+        return as_array(self.tensors[name], self.raw(name))
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file."""
@@ -74,6 +72,12 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def as_array(info: TensorInfo, raw: Array) -> Array:
+    """The tensor whose bytes are ``raw``, in its stored dtype: a view, or a copy when it is not aligned."""
+    view = raw.view(DTYPES[info.dtype]).reshape(info.shape)
+    return view if view.flags.aligned else view.copy()
 
 
 def _error(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
