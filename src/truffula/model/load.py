@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -169,24 +169,20 @@ def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
 # Special ids
 
 
-def _ids(value: Any, key: str, where: str) -> list[int]:
-    """``value``, a token id, a list of ids or None, as a list."""
-    found = value if isinstance(value, list) else [] if value is None else [value]
-    for item in found:
-        if isinstance(item, bool) or not isinstance(item, int):
-            raise UnsupportedModel(
-                f"{where}: {key} is {value!r}; expected a token id or a list of token ids.", param=key
-            )
-    return cast("list[int]", found)
-
-
-def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-    """The location of ``key`` in the config (top level or text_config) and its value; "" and None if missing."""
+def _ids(config: Mapping[str, Any], key: str, file: str) -> tuple[list[int], str]:
+    """The token ids under ``key`` of a config, at its top level or in text_config, and the place; no ids and ""."""
     text = config.get("text_config")
-    for where, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
-        if level.get(key) is not None:
-            return f"config.json {where}{key}", level[key]
-    return "", None
+    for path, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
+        value = level.get(key)
+        if value is None:
+            continue
+        found = value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in found):
+            raise UnsupportedModel(
+                f"{file} {path}{key} is {value!r}; expected a token id or a list of token ids.", param=key
+            )
+        return found, f"{file} {path}{key}"
+    return [], ""
 
 
 def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToken, ...], list[str]]:
@@ -194,31 +190,30 @@ def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToke
 
     When both have none, the default of the config's class is used, as in transformers; a GGUF file has no class.
     """
-    key, warnings = "eos_token_id", []
-    gguf = checkpoint.format == "gguf"
-    generation = _ids(checkpoint.generation_config.get(key), key, "generation_config.json")
-    where, value = _special(checkpoint.config, key)
+    key, warnings, gguf = "eos_token_id", [], checkpoint.format == "gguf"
+    generation, place = _ids(checkpoint.generation_config, key, "generation_config.json")
+    configured, where = _ids(checkpoint.config, key, "config.json")
     if not where and not generation and not gguf:
-        where, value = f"the default {key} of {read.spec.model_type}", read.eos_default
-    configured = _ids(value, key, "config.json")
+        configured, where = _ids({key: read.eos_default}, key, f"the class default of {read.spec.model_type}:")
     extra = [item for item in configured if item not in generation]
     if generation and extra:
         warnings.append(
             f"config.json names the end token {extra}, which generation_config.json does not list; both end a "
             "completion."
         )
-    found = dict.fromkeys(generation, "GGUF metadata" if gguf else f"generation_config.json {key}")
-    found |= dict.fromkeys(extra, where)
+    found = dict.fromkeys(generation, "GGUF metadata" if gguf else place) | dict.fromkeys(extra, where)
     outside = [item for item in found if not 0 <= item < read.spec.vocab_size]
     if outside:
         warnings.append(f"eos_token_id {outside} lies outside the vocabulary of {read.spec.vocab_size} ids; left out.")
-    return tuple(EndToken(item, found[item]) for item in found if 0 <= item < read.spec.vocab_size), warnings
+    return tuple(EndToken(item, found[item]) for item in found if item not in outside), warnings
 
 
 def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:
-    where, value = _special(checkpoint.config, "bos_token_id")
-    ids = _ids(value if where else checkpoint.generation_config.get("bos_token_id"), "bos_token_id", "config.json")
-    return ids[0] if ids else read.bos_default if "bos_token_id" not in checkpoint.config else None
+    key = "bos_token_id"
+    ids, where = _ids(checkpoint.config, key, "config.json")
+    if not where:
+        ids, _ = _ids(checkpoint.generation_config, key, "generation_config.json")
+    return ids[0] if ids else read.bos_default if key not in checkpoint.config else None
 
 
 # Weights
