@@ -77,7 +77,7 @@ from pathlib import Path
 import huggingface_hub.errors  # this and the next while the interpreter can still read its own folders
 from huggingface_hub import scan_cache_dir
 from truffula.errors import TruffulaError
-from truffula.weights.cache import cached_models
+from truffula.weights.sources import cached_models
 from truffula.weights.sources import resolve_source
 if not os.getuid():
     os.setgid(65534)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -120,42 +121,33 @@ class _Strings:
         return found
 
 
-class Metadata(Mapping[str, Any]):
+class Metadata(UserDict[str, Any]):
     """The key-value pairs of a file, in its order. It records which keys are read, so that the others can be reported.
 
     A lookup (``[key]``, ``get``) counts as a read; ``in``, iteration and ``peek`` do not.
     """
 
     def __init__(self, pairs: dict[str, Any]) -> None:
-        self._pairs = pairs
+        super().__init__(pairs)
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        value = self._pairs[key]
+        value = self.data[key]
         self._read.add(key)
         if isinstance(value, _Strings):
-            value = self._pairs[key] = value.read()
+            value = self.data[key] = value.read()
         return value
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._pairs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pairs)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
 
     def peek(self, key: str) -> Any:
         """The value for a message: not counted as a read; of a list, its length."""
-        value = self._pairs[key]
+        value = self.data[key]
         if isinstance(value, _Strings | list):
             return f"a list of {value.count if isinstance(value, _Strings) else len(value)}"
         return value
 
     def unread(self) -> list[str]:
         """The keys that were not read so far, in the file's order."""
-        return [key for key in self._pairs if key not in self._read]
+        return [key for key in self if key not in self._read]
 
 
 @dataclass(frozen=True)

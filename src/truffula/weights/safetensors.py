@@ -6,7 +6,6 @@ the data, which the tensors cover without gap or overlap. Source: the format's d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
-from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error, unique_keys
+from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -103,16 +102,11 @@ def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
         )
     if 8 + length > size:
         raise _error(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
-    raw = file.head(8 + length)[8:]
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
+        header = parse_json(file.head(8 + length)[8:])
     except (ValueError, RecursionError) as error:
         raise _error(path, f"its header is not valid JSON: {error}.") from error
     return header, 8 + length
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
 
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:

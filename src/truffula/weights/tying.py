@@ -18,8 +18,6 @@ from truffula.weights.checkpoint import Checkpoint
 
 FLAG = "tie_word_embeddings"
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
-_SAMPLE_BYTES = 4096
-_SAMPLES = 16
 _CHUNK_BYTES = 1 << 20
 
 
@@ -138,16 +136,13 @@ def decide(
 def equal_as_stored(checkpoint: Checkpoint, a: str, b: str) -> bool:
     """Whether two tensors have the same dtype, shape and bytes in the file.
 
-    A head that is the bfloat16 rounding of a float32 embedding is not equal. A few samples are compared first, because
-    different tables usually differ there; then both are read once, in chunks, and their pages are released.
+    A head that is the bfloat16 rounding of a float32 embedding is not equal. Both are read in chunks up to the first
+    difference, and their pages are released.
     """
     first, second = checkpoint.tensors[a], checkpoint.tensors[b]
     if (first.dtype, first.shape, first.nbytes) != (second.dtype, second.shape, second.nbytes):
         return False
     left, right = checkpoint.raw(a), checkpoint.raw(b)
-    for start in range(0, left.size, max(left.size // _SAMPLES, 1)):
-        if not np.array_equal(left[start : start + _SAMPLE_BYTES], right[start : start + _SAMPLE_BYTES]):
-            return False
     same = all(
         np.array_equal(left[start : start + _CHUNK_BYTES], right[start : start + _CHUNK_BYTES])
         for start in range(0, left.size, _CHUNK_BYTES)
