@@ -15,6 +15,7 @@ from truffula.testing.files import write_safetensors
 from truffula.weights.folder import FolderCheckpoint, conversion_command
 from truffula.weights.open import open_checkpoint
 from truffula.weights.text_files import read_json
+from truffula.weights.texts import read_texts
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 2, 3))
 
@@ -60,7 +61,7 @@ def test_one_file(folder: Path) -> None:
     assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
     assert values(checkpoint) == {"a": 1, "b": 2}
     assert sum(info.nbytes for info in checkpoint.tensors.values()) == 32
-    assert checkpoint.tokenizer_files() == {"tokenizer.json": b"{}", "chat_template.jinja": b"hi"}
+    assert read_texts(folder).tokenizer == {"tokenizer.json": b"{}", "chat_template.jinja": b"hi"}
     assert checkpoint.warnings == ()
     with pytest.raises(CheckpointError, match="no tensor 'c'"):
         checkpoint.read("c")

@@ -34,8 +34,9 @@ class TensorInfo:
 
 
 class Checkpoint(ABC):
-    """An opened model. ``config`` is config.json (or its equivalent made from GGUF metadata).
+    """An opened model, without its texts (``texts.read_texts``).
 
+    ``config`` is config.json, or its equivalent made from GGUF metadata.
     ``generation_config`` is the file of that name, ``{}`` when there is none. ``tensors`` maps a name to its
     ``TensorInfo``; ``files`` are the files of the tensors, held open until ``close``. GGUF names, metadata and
     conventions are translated to Hugging Face's, so the users of this interface do not depend on the format.
@@ -56,10 +57,6 @@ class Checkpoint(ABC):
 
         A view must not be written to: a write would last only until its pages are released.
         """
-
-    @abstractmethod
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents of the existing tokenizer files by name (tokenizer.json, chat_template.jinja, …)."""
 
     def blocks(self, name: str) -> QuantisedArray | None:
         """The tensor as its stored blocks, rows in the order of ``read``; None unless it is a matrix in simple blocks

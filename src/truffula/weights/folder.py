@@ -11,7 +11,7 @@ from typing import Any
 from truffula.errors import CheckpointError, some
 from truffula.weights.checkpoint import Array, Checkpoint
 from truffula.weights.safetensors import SafetensorsFile, as_array
-from truffula.weights.text_files import generation_config, read_json, tokenizer_files
+from truffula.weights.text_files import generation_config, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,9 +41,6 @@ class FolderCheckpoint(Checkpoint):
 
     def read(self, name: str) -> Array:
         return as_array(self.info(name), self.raw(name))
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        return tokenizer_files(self.path)
 
 
 def _config_file(path: Path) -> Path:

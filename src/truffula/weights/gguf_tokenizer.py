@@ -9,7 +9,6 @@ Sources: llama.cpp's tokenizers, which define what a file means, and the tokeniz
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,6 +23,7 @@ from truffula.weights.gguf_vocabulary import (
     named_ends,
     unread_keys,
 )
+from truffula.weights.text_files import ModelTexts
 
 _SPACE = "\u2581"
 
@@ -62,25 +62,12 @@ _SAMPLING = {
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "kormo"})
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """``files``: tokenizer.json and tokenizer_config.json by name; empty when the tokenizer is not supported, for
-    ``reason``.
-
-    ``end_tokens`` are those that the file names, and those known by their text.
-    """
-
-    files: dict[str, bytes]
-    end_tokens: tuple[EndToken, ...] = ()
-    warnings: tuple[str, ...] = ()
-    reason: str = ""
-
-
-def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTokenizer:
+def read_tokenizer(metadata: Mapping[str, Any]) -> ModelTexts:
     """The tokenizer of a file. One that cannot be rebuilt exactly is left out; token ids can then still be served."""
     warnings = [
         f"the GGUF metadata key {key} ({str(metadata[key])[:40]}) is not read." for key in unread_keys(metadata)
     ]
+    generation = generation_config(metadata)
     ends: tuple[EndToken, ...] = ()
     try:
         vocabulary = Vocabulary(metadata)
@@ -88,9 +75,10 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTokenizer:
         made = _tokenizer(vocabulary)
         config = _tokenizer_config(vocabulary, made)
     except UnreadableVocabulary as error:
-        return GgufTokenizer({}, ends, tuple(warnings), f"The tokenizer of the GGUF file is not read: {error}.")
+        reason = f"The tokenizer of the GGUF file is not read: {error}."
+        return ModelTexts({}, generation, ends, tuple(warnings), reason)
     files = {"tokenizer.json": msgspec.json.encode(made), "tokenizer_config.json": msgspec.json.encode(config)}
-    return GgufTokenizer(files, ends, (*warnings, *vocabulary.warnings))
+    return ModelTexts(files, generation, ends, (*warnings, *vocabulary.warnings))
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,9 +107,15 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _byte_level(vocabulary: Vocabulary, pre: str) -> dict[str, Any]:
-    merges = vocabulary.merges()
+    merges, foreign = vocabulary.merges()
     if merges is None:
         raise UnreadableVocabulary(f"{PREFIX}merges is missing")
+    if foreign:
+        count = len(merges) + len(foreign)
+        what = f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join unknown tokens"
+        if len(foreign) * 2 > count > 1:
+            raise UnreadableVocabulary(f"{what}: they belong to another vocabulary")
+        vocabulary.warnings.append(f"{what}; they are left out.")
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in _SPLITS[pre]
@@ -144,7 +138,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     # A run of spaces is one token; the file spells it with spaces, the normalised text with the mark.
     tokens = [_SPACE * len(t) if len(t) > 1 and not t.strip(" ") else t for t in vocabulary.tokens]
     same = [token if token == spelled else "" for token, spelled in zip(vocabulary.tokens, tokens, strict=True)]
-    merges, foreign = vocabulary.merges_and_foreign()
+    merges, foreign = vocabulary.merges()
     scores = vocabulary.scores()
     if not merges or foreign:  # llama.cpp reads the scores alone
         if not scores:

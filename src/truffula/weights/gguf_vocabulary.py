@@ -124,25 +124,7 @@ class Vocabulary:
         """One score per token; empty when the file has none."""
         return self._list("scores", (int, float))
 
-    def merges(self) -> list[tuple[str, str]] | None:
-        """Pairs of tokens in their order; None when the file has none.
-
-        A merge whose parts or result are not in the vocabulary is left out, with a warning.
-        """
-        found, foreign = self.merges_and_foreign()
-        if found is None or not foreign:
-            return found
-        count = len(found) + len(foreign)
-        what = (
-            f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join tokens that "
-            f"{PREFIX}tokens"
-        )
-        if len(foreign) * 2 > count > 1:
-            raise UnreadableVocabulary(f"{what} does not contain: they belong to another vocabulary")
-        self.warnings.append(f"{what} does not contain; they are left out.")
-        return found
-
-    def merges_and_foreign(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
+    def merges(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
         """The merges of known tokens (None when the file has no list), and the other entries of the list.
 
         A pair is written with one space between; the first may itself begin with one.

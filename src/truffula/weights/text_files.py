@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truffula.errors import CheckpointError
+from truffula.types import EndToken
 
 LFS_FIRST_LINE = b"version https://git-lfs"
 TOKENIZER_FILES = (
@@ -24,6 +26,21 @@ MAX_TOKENIZER_BYTES = 256 << 20
 
 # Usual file names of other kinds of tokenizers.
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class ModelTexts:
+    """``tokenizer``: contents by file name (tokenizer.json, …); ``generation_config``: that file, ``{}`` for none.
+
+    ``end_tokens``: those of a GGUF file's vocabulary. ``no_tokenizer``: why there is no tokenizer.json, and what to
+    do; "" when there is one.
+    """
+
+    tokenizer: dict[str, bytes]
+    generation_config: dict[str, Any]
+    end_tokens: tuple[EndToken, ...] = ()
+    warnings: tuple[str, ...] = ()
+    no_tokenizer: str = ""
 
 
 def no_tokenizer(folder: Path) -> str:
