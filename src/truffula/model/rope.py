@@ -21,7 +21,7 @@ Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
 DEFAULT_THETA = 10_000.0
 MOST_WIDTH = 1 << 16
-
+"""Far above the width of any head; bounds the table that an invalid config can create."""
 _ORIGINAL = "original_max_position_embeddings"
 _NUMBERS: Mapping[str, tuple[str, ...]] = {
     "default": (),

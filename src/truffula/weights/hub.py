@@ -90,16 +90,15 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _of_library(chain: list[BaseException]) -> HubError | None:
     from huggingface_hub import errors
 
-    login = "hf auth login"
+    agreement = "its author requires an agreement: accept it on the model's page and log in with `hf auth login`"
+    private = "there is no such repository, or it is private (log in with `hf auth login` to read it)"
     known = (
-        (errors.GatedRepoError, "access", "its author requires an agreement: accept it on the model's page and log in "
-         f"with `{login}`"),
-        (errors.RepositoryNotFoundError, "repository", "there is no such repository, or it is private (log in with "
-         f"`{login}` to read it)"),
+        (errors.GatedRepoError, "access", agreement),
+        (errors.RepositoryNotFoundError, "repository", private),
         (errors.RevisionNotFoundError, "revision", "the repository has no such revision"),
         (errors.RemoteEntryNotFoundError, "file", "the repository has no such file"),
         (errors.HFValidationError, "repository", "the Hub does not allow this name"),
-    )  # fmt: skip
+    )
     return next((HubError(kind, text) for cls, kind, text in known if any(isinstance(e, cls) for e in chain)), None)
 
 
