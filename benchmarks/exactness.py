@@ -35,6 +35,7 @@ from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
+from truffula.weights.texts import read_texts
 from truffula.weights.tying import Tie
 
 TEXTS = Path(__file__).parent / "texts"
@@ -52,7 +53,7 @@ def write_bfloat16(checkpoint: Checkpoint, folder: Path) -> Path:
     tied = plan_model(checkpoint).tying.tie is not Tie.SEPARATE
     config = {**checkpoint.config, "torch_dtype": "bfloat16", "tie_word_embeddings": tied}
     (folder / "config.json").write_text(json.dumps(config))
-    for name, content in checkpoint.tokenizer_files().items():
+    for name, content in read_texts(checkpoint.path).tokenizer.items():
         (folder / name).write_bytes(content)
     tensors = {name: checkpoint.read(name).astype(ml_dtypes.bfloat16) for name in checkpoint.tensors}
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
@@ -60,7 +61,7 @@ def write_bfloat16(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def texts_as_ids(checkpoint: Checkpoint, *, smoke: bool) -> list[list[int]]:
-    tokenizer = load_tokenizer(checkpoint.tokenizer_files())
+    tokenizer = load_tokenizer(read_texts(checkpoint.path).tokenizer)
     if smoke or tokenizer is None:
         return [list(range(1, 40)), list(range(50, 70))]
     return [tokenizer.encode(path.read_text(encoding="utf-8")) for path in sorted(TEXTS.glob("*.txt"))]

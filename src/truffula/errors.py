@@ -33,7 +33,7 @@ HTTP statuses are known only in ``server/errors.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -210,3 +210,9 @@ def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
 def did_you_mean(meant: object | None) -> str:
     """`` Did you mean X?``, to append to a sentence; "" for None."""
     return "" if meant is None else f" Did you mean {meant}?"
+
+
+def some(names: Sequence[str], most: int = 10) -> str:
+    """``names`` in a sentence: the first ``most``, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -32,6 +32,7 @@ from truffula.weights.finite import first_non_finite
 from truffula.weights.gguf_quants import FORMATS
 from truffula.weights.open import open_checkpoint
 from truffula.weights.safetensors import DTYPES, SafetensorsFile
+from truffula.weights.texts import read_texts
 
 LARGEST_RUN = 1 << 20
 """Bytes of a model that is packed and run; others are only read."""
@@ -93,7 +94,7 @@ def checkpoint(path: Path) -> None:
         blocks = opened.blocks(name)
         assert blocks is None or blocks.shape == info.shape
     try:
-        load_tokenizer(opened.tokenizer_files())
+        load_tokenizer(read_texts(opened.path).tokenizer)
     except CheckpointError as error:
         _named(error, file=True)
     try:

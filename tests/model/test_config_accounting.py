@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from itertools import product
 from typing import Any
 
 import pytest
 
-from truffula.errors import UnsupportedModel
+from truffula.errors import TruffulaError, UnsupportedModel
 from truffula.model.architectures import ARCHITECTURES
 from truffula.model.config_view import load_defaults
 from truffula.model.read import read_config
@@ -207,3 +209,39 @@ def test_the_table_of_defaults_is_transformers_own() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.TABLE.read_text() == module.render(module.table())
+
+
+ROPE = {"rope_type": "yarn", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE_KEYS = [
+    *ROPE,
+    "type",
+    "rope_theta",
+    "factors",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+]
+ROPE_KEYS += ["beta_slow", "mscale", "mscale_all_dim", "truncate", "partial_rotary_factor", "full_attention"]
+WRONG: list[Any] = [[], {}, "x", "", -1, 0, 1, True, None, 1.5, 1e308, 10**30, 10**400, [1], [None], {"a": 1}]
+
+
+@pytest.mark.parametrize("model_type", sorted(set(ARCHITECTURES) - {"gemma3"}))
+def test_a_wrong_value_of_any_key_is_an_error_of_ours(model_type: str) -> None:
+    """Whatever JSON a file holds, it is read or refused: no other exception, and no array of its size."""
+    config = tiny_config(model_type=model_type)
+    for key in (*load_defaults()[model_type].known, "architectures", "quantization_config", "text_config"):
+        for value in WRONG:
+            with contextlib.suppress(TruffulaError):
+                read_config({**config, key: value})
+    for kind, key, where in product(("linear", "llama3", "yarn", "factors"), ROPE_KEYS, ("scaling", "parameters")):
+        for value in WRONG:
+            rope: dict[str, Any] = {**ROPE, "rope_type": kind, key: value}
+            if where == "parameters" and model_type.startswith("gemma3"):
+                rope = {"full_attention": rope, "sliding_attention": rope}
+            with contextlib.suppress(TruffulaError):
+                read_config({**config, "rope_scaling": None, "rope_parameters": None, f"rope_{where}": rope})
+
+
+def test_a_head_that_is_named_without_a_list_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="LlamaForSequenceClassification"):
+        read_config(tiny_config(architectures="LlamaForSequenceClassification"))

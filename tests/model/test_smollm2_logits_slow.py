@@ -18,6 +18,7 @@ from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
+from truffula.weights.texts import read_texts
 from truffula.weights.tying import Tie
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def ids(checkpoint: Checkpoint) -> list[int]:
-    tokenizer = load_tokenizer(checkpoint.tokenizer_files())
+    tokenizer = load_tokenizer(read_texts(checkpoint.path).tokenizer)
     assert tokenizer is not None
     found = tokenizer.encode(TEXT.read_text(encoding="utf-8"))[:POSITIONS]
     assert len(found) == POSITIONS

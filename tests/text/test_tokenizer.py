@@ -133,7 +133,7 @@ def gguf_tokenizer(model: str) -> Tokenizer:
         "tokenizer.ggml.bos_token_id": 0,
         "tokenizer.ggml.eos_token_id": 1,
     }
-    made = load_tokenizer(read_tokenizer(metadata).files)
+    made = load_tokenizer(read_tokenizer(metadata).tokenizer)
     assert made is not None
     return made
 

@@ -15,6 +15,7 @@ from truffula.testing.files import write_safetensors
 from truffula.weights.folder import FolderCheckpoint, conversion_command
 from truffula.weights.open import open_checkpoint
 from truffula.weights.text_files import read_json
+from truffula.weights.texts import read_texts
 
 A, B, C = (np.full((2, 2), value, np.float32) for value in (1, 2, 3))
 
@@ -60,7 +61,7 @@ def test_one_file(folder: Path) -> None:
     assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
     assert values(checkpoint) == {"a": 1, "b": 2}
     assert sum(info.nbytes for info in checkpoint.tensors.values()) == 32
-    assert checkpoint.tokenizer_files() == {"tokenizer.json": b"{}", "chat_template.jinja": b"hi"}
+    assert read_texts(folder).tokenizer == {"tokenizer.json": b"{}", "chat_template.jinja": b"hi"}
     assert checkpoint.warnings == ()
     with pytest.raises(CheckpointError, match="no tensor 'c'"):
         checkpoint.read("c")
@@ -91,7 +92,7 @@ def test_shards_without_an_index_that_do_not(folder: Path) -> None:
     write_safetensors(folder / shard(2, 3), {"c": C})
     assert values(open_checkpoint(folder)) == {"a": 1, "b": 2, "c": 3}
     write_safetensors(folder / shard(1, 4), {"d": C})
-    refused(folder, "several sets")
+    refused(folder, "no complete set", shard(1, 4))
 
 
 def test_the_same_tensor_in_two_shards_is_the_one_the_index_names(folder: Path) -> None:
@@ -103,7 +104,7 @@ def test_the_same_tensor_in_two_shards_is_the_one_the_index_names(folder: Path) 
     assert any("b is in" in warning for warning in checkpoint.warnings)
     write_safetensors(folder / shard(1), {"a": A, "c": C})
     write_safetensors(folder / shard(2), {"b": B, "c": A})
-    refused(folder, "c is in", "names neither")
+    refused(folder, "c is in", "says which")
 
 
 def test_a_tensor_the_index_does_not_list_is_there_all_the_same(folder: Path) -> None:

@@ -9,8 +9,9 @@ import pytest
 from tokenizers import Tokenizer, pre_tokenizers
 
 from truffula.text.tokenizer import load_tokenizer
-from truffula.weights.gguf_tokenizer import GgufTokenizer, generation_config, read_tokenizer
+from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
 from truffula.weights.gguf_vocabulary import Vocabulary
+from truffula.weights.text_files import ModelTexts
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
@@ -29,7 +30,7 @@ def metadata(marks: dict[str, int], **keys: Any) -> dict[str, Any]:
     }
 
 
-def ends(found: GgufTokenizer) -> dict[str, str]:
+def ends(found: ModelTexts) -> dict[str, str]:
     return {token.text: token.source for token in found.end_tokens}
 
 
@@ -40,7 +41,7 @@ def test_turn_marks_are_single_tokens_and_end_the_answer_whatever_their_type(kin
     found = read_tokenizer(metadata(marks, eos_token_id=0, **keys))
     source = "tokenizer.ggml.eot_token_id" if keys else "recognised by its text"
     assert ends(found) == {"<|endoftext|>": "tokenizer.ggml.eos_token_id", "<|im_end|>": source}
-    tokenizer = load_tokenizer(found.files, found.end_tokens)
+    tokenizer = load_tokenizer(found.tokenizer, found.end_tokens)
     assert tokenizer is not None
     assert tokenizer.encode("<|im_start|>a<|im_end|>") == [1, 3 + ALPHABET.index("a"), 2]
     assert tokenizer.end_tokens == found.end_tokens
@@ -121,8 +122,8 @@ def test_sentencepiece_has_default_ids() -> None:
         }
     )
     assert ends(found) == {"<end>": "the default eos_token_id of tokenizer.ggml.model llama"}
-    assert Tokenizer.from_str(found.files["tokenizer.json"].decode()).encode("a").ids[0] == 1
-    config = json.loads(found.files["tokenizer_config.json"])
+    assert Tokenizer.from_str(found.tokenizer["tokenizer.json"].decode()).encode("a").ids[0] == 1
+    config = json.loads(found.tokenizer["tokenizer_config.json"])
     assert (config["bos_token"], config["eos_token"], config["unk_token"]) == ("<s>", "<end>", "<unk>")
 
 
@@ -130,7 +131,7 @@ def test_text_that_a_file_gives_as_bos_stays_text() -> None:
     """Converted Qwen files have been seen with ``,`` as bos: a special token would be left out of every answer."""
     comma = 1 + ALPHABET.index(",")
     found = read_tokenizer(metadata({"<|im_end|>": CONTROL}, bos_token_id=comma, add_bos_token=False, eos_token_id=0))
-    tokenizer = load_tokenizer(found.files, found.end_tokens)
+    tokenizer = load_tokenizer(found.tokenizer, found.end_tokens)
     assert tokenizer is not None
     assert tokenizer.decode(tokenizer.encode("a,b<|im_end|>"), skip_special_tokens=True) == "a,b"
     assert "bos_token" not in tokenizer.special_tokens

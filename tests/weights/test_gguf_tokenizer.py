@@ -86,7 +86,7 @@ def as_metadata(tokenizer: Tokenizer, pre: str) -> dict[str, Any]:
 
 
 def rebuilt(metadata: dict[str, Any]) -> Tokenizer:
-    files = read_tokenizer(metadata).files
+    files = read_tokenizer(metadata).tokenizer
     return Tokenizer.from_str(files["tokenizer.json"].decode())
 
 
@@ -154,7 +154,7 @@ def test_the_frame_of_a_text() -> None:
         tokenizer = rebuilt(metadata | both)
         assert tokenizer.encode("hi").ids == [bos] * add_bos + plain + [eos] * add_eos
         assert tokenizer.encode("hi", add_special_tokens=False).ids == plain
-        config = json.loads(read_tokenizer(metadata | both).files["tokenizer_config.json"])
+        config = json.loads(read_tokenizer(metadata | both).tokenizer["tokenizer_config.json"])
         assert (config["add_bos_token"], config["add_eos_token"]) == (add_bos, add_eos)
     silent = {key: value for key, value in metadata.items() if key != "tokenizer.ggml.add_bos_token"}
     assert rebuilt(silent).encode("hi").ids == plain
@@ -166,12 +166,14 @@ def test_tokenizer_config() -> None:
         "tokenizer.chat_template": "{{ messages }}",
         "tokenizer.ggml.padding_token_id": 10**6,
     }
-    config = json.loads(read_tokenizer(metadata).files["tokenizer_config.json"])
+    config = json.loads(read_tokenizer(metadata).tokenizer["tokenizer_config.json"])
     assert config["bos_token"] == "<|im_start|>"
     assert config["eos_token"] == "<|im_end|>"
     assert config["chat_template"] == "{{ messages }}"
     assert "pad_token" not in config
-    named = json.loads(read_tokenizer(metadata | {"tokenizer.chat_template.tool": "T"}).files["tokenizer_config.json"])
+    named = json.loads(
+        read_tokenizer(metadata | {"tokenizer.chat_template.tool": "T"}).tokenizer["tokenizer_config.json"]
+    )
     assert named["chat_template"] == [
         {"name": "default", "template": "{{ messages }}"},
         {"name": "tool", "template": "T"},
@@ -190,8 +192,8 @@ def test_tokenizer_config() -> None:
 )
 def test_a_vocabulary_that_is_not_read_leaves_token_ids(changed: dict[str, Any], words: str) -> None:
     found = read_tokenizer(as_metadata(original("gpt-2"), "gpt-2") | changed)
-    assert found.files == {}
-    assert words in found.reason
+    assert found.tokenizer == {}
+    assert words in found.no_tokenizer
 
 
 # --- SentencePiece

@@ -10,23 +10,24 @@ from gguf_writer import write_gguf
 from test_gguf_end_tokens import ALPHABET, CONTROL, NORMAL, metadata
 from tokenizers import Tokenizer
 
-from truffula.weights.gguf_tokenizer import GgufTokenizer, read_tokenizer
+from truffula.weights.gguf_tokenizer import read_tokenizer
 from truffula.weights.gguf_vocabulary import unread_keys
+from truffula.weights.text_files import ModelTexts
 from truffula.weights.texts import read_texts
 
 MARKS = {"<|endoftext|>": CONTROL, "ab": NORMAL, "bc": NORMAL, "abc": NORMAL}
 SIZE = len(MARKS) + len(ALPHABET)
 
 
-def read(changed: dict[str, Any], drop: tuple[str, ...] = ()) -> GgufTokenizer:
+def read(changed: dict[str, Any], drop: tuple[str, ...] = ()) -> ModelTexts:
     found = metadata(MARKS, eos_token_id=0, merges=["a b", "b c", "ab c"]) | {
         f"tokenizer.{key}": value for key, value in changed.items()
     }
     return read_tokenizer({key: value for key, value in found.items() if key.removeprefix("tokenizer.") not in drop})
 
 
-def ids(found: GgufTokenizer, text: str) -> list[int]:
-    encoded: list[int] = Tokenizer.from_str(found.files["tokenizer.json"].decode()).encode(text).ids
+def ids(found: ModelTexts, text: str) -> list[int]:
+    encoded: list[int] = Tokenizer.from_str(found.tokenizer["tokenizer.json"].decode()).encode(text).ids
     return encoded
 
 
@@ -61,8 +62,8 @@ RANKED = [-float(rank) for rank in range(SIZE)]
 )
 def test_what_cannot_be_read_is_refused_by_its_key(changed: dict[str, Any], drop: tuple[str, ...], words: str) -> None:
     found = read(changed, drop)
-    assert found.files == {}
-    assert words in found.reason
+    assert found.tokenizer == {}
+    assert words in found.no_tokenizer
 
 
 def test_a_refused_tokenizer_still_says_where_completions_end() -> None:
@@ -115,14 +116,14 @@ def test_empty_tokens_are_named_by_their_place() -> None:
     tokens = ["<|endoftext|>", "", "", *ALPHABET]
     types = [3] + [1] * (len(tokens) - 1)
     found = read({"ggml.tokens": tokens, "ggml.token_type": types, "ggml.merges": []})
-    library = Tokenizer.from_str(found.files["tokenizer.json"].decode())
+    library = Tokenizer.from_str(found.tokenizer["tokenizer.json"].decode())
     assert [library.id_to_token(1), library.id_to_token(2)] == ["[EMPTY_1]", "[EMPTY_2]"]
 
 
 def test_keys_that_nothing_reads_are_reported() -> None:
     unread = {"ggml.suppress_tokens": [5], "ggml.new_switch": True}
     found = read(unread)
-    assert found.files
+    assert found.tokenizer
     for key in unread:
         assert any(f"tokenizer.{key} (" in text and "not read" in text for text in found.warnings)
     known = {"ggml.padding_token_id": 0, "ggml.remove_extra_whitespaces": False, "chat_template": "x"}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from truffula.weights.cache import CachedModel, cached_models
 from truffula.weights.packages import ALIASES, cached_package, package_cache, package_folder
-from truffula.weights.sources import resolve_source
+from truffula.weights.sources import CachedModel, cached_models, resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -15,6 +15,7 @@ from truffula.weights.finite import first_non_finite
 from truffula.weights.gguf import GgufCheckpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
+from truffula.weights.texts import read_texts
 
 pytestmark = pytest.mark.slow
 
@@ -75,7 +76,7 @@ def test_the_tokenizer(checkpoint: GgufCheckpoint) -> None:
 
     folder, name = parts(checkpoint.path)
     theirs = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    files = checkpoint.tokenizer_files()
+    files = read_texts(checkpoint.path).tokenizer
     ours = Tokenizer.from_str(files["tokenizer.json"].decode())
     for text in TEXTS:
         ids = ours.encode(text).ids

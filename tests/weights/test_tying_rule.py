@@ -20,30 +20,30 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 T, S, R, REFUSE = Tie.TIED, Tie.SEPARATE, Tie.REVERSED, None
 NO, YES = False, True
 # flag, embed, head, equal, same shape, class default -> answer, whether there is a warning
-ROWS: list[tuple[bool | None, bool, bool, bool | None, bool, bool | None, Tie | None, bool]] = [
-    (True, YES, NO, None, True, False, T, NO),
+ROWS: list[tuple[bool | None, bool, bool, bool, bool, bool | None, Tie | None, bool]] = [
+    (True, YES, NO, False, True, False, T, NO),
     (True, YES, YES, True, True, False, T, NO),
     (True, YES, YES, False, True, True, S, YES),
-    (True, YES, YES, None, False, True, REFUSE, NO),
-    (True, NO, YES, None, True, True, R, NO),
-    (True, NO, NO, None, True, True, REFUSE, NO),
-    (False, YES, NO, None, True, True, REFUSE, NO),
-    (False, NO, YES, None, True, True, REFUSE, NO),
-    (False, NO, NO, None, True, False, REFUSE, NO),
+    (True, YES, YES, False, False, True, REFUSE, NO),
+    (True, NO, YES, False, True, True, R, NO),
+    (True, NO, NO, False, True, True, REFUSE, NO),
+    (False, YES, NO, False, True, True, REFUSE, NO),
+    (False, NO, YES, False, True, True, REFUSE, NO),
+    (False, NO, NO, False, True, False, REFUSE, NO),
     (False, YES, YES, True, True, True, S, NO),
     (False, YES, YES, False, True, True, S, NO),
-    (False, YES, YES, None, False, True, S, NO),
-    (None, YES, NO, None, True, False, T, YES),
-    (None, YES, NO, None, True, True, T, NO),
-    (None, YES, NO, None, True, None, T, NO),
-    (None, NO, YES, None, True, False, R, YES),
-    (None, NO, YES, None, True, True, R, YES),
-    (None, NO, NO, None, True, False, REFUSE, NO),
+    (False, YES, YES, False, False, True, S, NO),
+    (None, YES, NO, False, True, False, T, YES),
+    (None, YES, NO, False, True, True, T, NO),
+    (None, YES, NO, False, True, None, T, NO),
+    (None, NO, YES, False, True, False, R, YES),
+    (None, NO, YES, False, True, True, R, YES),
+    (None, NO, NO, False, True, False, REFUSE, NO),
     (None, YES, YES, True, True, False, T, NO),
     (None, YES, YES, True, True, True, T, NO),
     (None, YES, YES, False, True, True, S, YES),
     (None, YES, YES, False, True, False, S, NO),
-    (None, YES, YES, None, False, None, S, NO),
+    (None, YES, YES, False, False, None, S, NO),
 ]
 
 
@@ -118,11 +118,6 @@ def test_no_answer_without_its_tensors(
         assert has_embed and has_head and (flag is False or not equal or not same_shape)
 
 
-def test_equality_must_be_told_where_it_matters() -> None:
-    with pytest.raises(ValueError, match="equal"):
-        decide(True, has_embed=True, has_head=True, equal=None, embed_name=EMBED, head_name=HEAD)
-
-
 def text(value: Any) -> dict[str, Any]:
     return {"text_config": {} if value == "-" else {FLAG: value}}
 
@@ -153,10 +148,10 @@ FLAGS: list[tuple[dict[str, Any], bool | None, int]] = [
 
 @pytest.mark.parametrize(("config", "value", "warnings"), FLAGS, ids=str)
 def test_reading_the_flag(config: dict[str, Any], value: bool | None, warnings: int) -> None:
-    reading = read_flag(config)
-    assert reading.value is value
-    assert len(reading.warnings) == warnings
-    assert all(FLAG in warning for warning in reading.warnings)
+    found, said = read_flag(config)
+    assert found is value
+    assert len(said) == warnings
+    assert all(FLAG in warning for warning in said)
 
 
 @pytest.mark.parametrize("wrong", [1, 0, "true", "", [], {}, 1.0])

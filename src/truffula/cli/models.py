@@ -12,7 +12,7 @@ from rich.markup import escape
 from truffula.cli.output import out, print_table, progress, table
 from truffula.option import format_size
 from truffula.settings import load_setting, require_paths
-from truffula.weights.cache import cached_models
+from truffula.weights.sources import cached_models
 
 
 def _setting(name: str, given: Any = None) -> Any:

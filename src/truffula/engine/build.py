@@ -36,7 +36,7 @@ from truffula.types import EngineInfo, Progress
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.sources import resolve_source
-from truffula.weights.watch import FileWatch, require_same_model, require_unchanged_load, stamp, stamps_of, with_samples
+from truffula.weights.watch import FileWatch, require_same_files, stamp, stamps_of, with_samples
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def build_engine(
     with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays mapped
         files = stamps_of(checkpoint)
         if first is not None:
-            require_same_model(first.files, files)
+            require_same_files(first.files, files, restarting=True)
         if on_model_path is not None:
             on_model_path(path)
         plan = plan_model(checkpoint)
@@ -162,7 +162,7 @@ def build_engine(
         executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
         try:
             pull.finish()
-            require_unchanged_load(files, stamps_of(checkpoint))
+            require_same_files(files, stamps_of(checkpoint))
             executable.prepare()
             engine = _assemble(config, settings, plan, executable, checkpoint)
         except BaseException:
@@ -189,7 +189,8 @@ def repeated(config: EngineConfig, first: EngineInfo) -> EngineConfig:
 def _open(path: Path, first: EngineInfo | None) -> Checkpoint:
     """The checkpoint at ``path``. One that an earlier engine served and that can no longer be opened has changed."""
     if first is not None:
-        require_same_model(first.files, [stamp(Path(item.path)) for item in first.files])
+        now = [stamp(Path(item.path)) for item in first.files]
+        require_same_files(first.files, now, restarting=True)
     return open_checkpoint(path)
 
 

@@ -8,7 +8,7 @@ the class default or is on the inert list; a key that the class does not know is
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -18,64 +18,27 @@ from truffula.errors import UnsupportedModel
 
 T = TypeVar("T")
 
-# Keys of transformers' classes without effect on generation.
+MOST = 2**31 - 1
+"""The largest integer that a config may hold."""
+# Keys of transformers' classes without effect on generation: of training; of the library, the file and the form of its
+# Python results; dtypes, which are read from the files; padding, which batches do not have.
 INERT = frozenset(
-    {
-        # training
-        "attention_dropout",
-        "hidden_dropout",
-        "initializer_range",
-        "pretraining_tp",
-        "problem_type",
-        # metadata of the library and the file, and the form of its Python results
-        "_attn_implementation_autoset",
-        "_commit_hash",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "auto_map",
-        "chunk_size_feed_forward",
-        "experts_implementation",
-        "id2label",
-        "label2id",
-        "model_type",
-        "name_or_path",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "transformers_version",
-        "use_cache",
-        # dtypes are read from the files; batches have no padding
-        "dtype",
-        "pad_token_id",
-        "torch_dtype",
-    }
+    {"attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type"}
+    | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
+    | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
+    | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}
+    | {"transformers_version", "use_cache"}
+    | {"dtype", "pad_token_id", "torch_dtype"}
 )
-
 # Read by model/read.py, weights/tying.py and model/load.py (special ids).
 READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
-
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
-    {
-        "add_cross_attention",
-        "cross_attention_hidden_size",
-        "decoder_start_token_id",
-        "finetuning_task",
-        "prefix",
-        "pruned_heads",
-        "sep_token_id",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "tokenizer_class",
-        "torchscript",
-        "use_bfloat16",
-        "is_decoder",
-        "cache_implementation",
-    }
+    {"add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix"}
+    | {"pruned_heads", "sep_token_id", "task_specific_params", "tf_legacy_loss", "tie_encoder_decoder"}
+    | {"tokenizer_class", "torchscript", "use_bfloat16", "is_decoder", "cache_implementation"}
 )
+_DEFAULT, _BOOKKEEPING, _UNKNOWN = "at its default", "known bookkeeping", "unknown, not used"
 
 
 @dataclass(frozen=True)
@@ -181,8 +144,8 @@ class ConfigView:
             return None
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(key, "expected an integer.", value)
-        if value < minimum:
-            raise self.error(key, f"it must be at least {minimum}.", value)
+        if not minimum <= value <= MOST:
+            raise self.error(key, f"it must be at least {minimum} and at most {MOST}.", value)
         return value
 
     def integer(self, key: str, *, minimum: int = 1) -> int:
@@ -197,7 +160,7 @@ class ConfigView:
 
     def number_value(self, key: str, value: Any, *, positive: bool = True) -> float:
         """``value`` (found under ``key``) as a finite float; above zero when ``positive``."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
             raise self.error(key, "expected a finite number.", value)
         if positive and value <= 0:
             raise self.error(key, "it must be above zero.", value)
@@ -267,17 +230,14 @@ class ConfigView:
         """
         unknown = []
         for key, value in self.values.items():
-            if key in self._read or key in INERT | READ_ELSEWHERE or key in self.defaults.generation:
-                continue
-            if key not in self.defaults.known:
-                if key not in OLD_BOOKKEEPING:
-                    unknown.append(key)
-            elif key not in self.defaults.fields:
-                if value is not None:
-                    raise self.error(key, "it has an effect in transformers that is not supported here.", value)
-            elif value != self.defaults.fields[key]:
+            use = self._use(key)
+            if use == _UNKNOWN:
+                unknown.append(key)
+            elif use == _DEFAULT and value != self.defaults.fields[key]:
                 why = f"only {_shown(self.defaults.fields[key])} is supported for {self.model_type}."
                 raise self.error(key, why, value)
+            elif use == _BOOKKEEPING and key in self.defaults.known and value is not None:
+                raise self.error(key, "it has an effect in transformers that is not supported here.", value)
         if unknown:
             names = ", ".join(sorted(unknown))
             self.warn(f"neither {self.defaults.class_name} of transformers nor truffula knows {names}; not used.")
@@ -298,8 +258,8 @@ class ConfigView:
         if key in INERT or key in self.defaults.generation:
             return "without effect when serving"
         if key in self.defaults.fields:
-            return "at its default"
-        return "known bookkeeping" if key in self.defaults.known or key in OLD_BOOKKEEPING else "unknown, not used"
+            return _DEFAULT
+        return _BOOKKEEPING if key in self.defaults.known or key in OLD_BOOKKEEPING else _UNKNOWN
 
 
 def _shown(value: Any) -> str:

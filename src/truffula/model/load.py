@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -104,17 +104,15 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
 
 def _decide_tying(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) -> tuple[TyingDecision, list[str]]:
     """The tying decision for the tensors of the checkpoint, and warnings."""
-    flag = read_flag(checkpoint.config)
+    flag, warnings = read_flag(checkpoint.config)
     embed, head = checkpoint.tensors.get(names.embed), checkpoint.tensors.get(names.head)
-    same_shape, equal = True, None
-    if embed is not None and head is not None:
-        same_shape = embed.shape == head.shape
-        equal = same_shape and equal_as_stored(checkpoint, names.embed, names.head)
+    same_shape = embed is None or head is None or embed.shape == head.shape
+    compared = flag is not False and embed is not None and head is not None
     decision = decide(
-        flag.value,
+        flag,
         has_embed=names.has_embed,
         has_head=names.has_head,
-        equal=equal,
+        equal=compared and equal_as_stored(checkpoint, names.embed, names.head),
         # GGUF has no flag and expresses tying by a missing head, so the class default gives no warning.
         class_default=None if checkpoint.format == "gguf" else read.tie_default,
         same_shape=same_shape,
@@ -125,7 +123,7 @@ def _decide_tying(checkpoint: Checkpoint, read: ReadConfig, names: WeightNames) 
         raise CheckpointError(
             f"{names.head} is missing; the head is stored in another form, possibly quantised.", param=names.head
         )
-    return decision, [*flag.warnings, *([decision.warning] if decision.warning else [])]
+    return decision, [*warnings, *([decision.warning] if decision.warning else [])]
 
 
 def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, program: Program) -> None:
@@ -151,18 +149,13 @@ def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], mo
             shape=list(info.shape),
             wanted=list(wanted),
         )
-    _check_dtype(checkpoint, info)
-
-
-def _check_dtype(checkpoint: Checkpoint, info: TensorInfo) -> None:
-    if info.dtype in _FLOATS or checkpoint.format == "gguf":
-        return
-    raise CheckpointError(
-        f"{info.name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
-        tensor=info.name,
-        file=str(info.file),
-        dtype=info.dtype,
-    )
+    if info.dtype not in _FLOATS and checkpoint.format != "gguf":
+        raise CheckpointError(
+            f"{name} in {info.file.name} is stored as {info.dtype}; supported are {', '.join(_FLOATS)}.",
+            tensor=name,
+            file=str(info.file),
+            dtype=info.dtype,
+        )
 
 
 def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
@@ -176,24 +169,20 @@ def _stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:
 # Special ids
 
 
-def _ids(value: Any, key: str, where: str) -> list[int]:
-    """``value``, a token id, a list of ids or None, as a list."""
-    found = value if isinstance(value, list) else [] if value is None else [value]
-    for item in found:
-        if isinstance(item, bool) or not isinstance(item, int):
-            raise UnsupportedModel(
-                f"{where}: {key} is {value!r}; expected a token id or a list of token ids.", param=key
-            )
-    return cast("list[int]", found)
-
-
-def _special(config: Mapping[str, Any], key: str) -> tuple[str, Any]:
-    """The location of ``key`` in the config (top level or text_config) and its value; "" and None if missing."""
+def _ids(config: Mapping[str, Any], key: str, file: str) -> tuple[list[int], str]:
+    """The token ids under ``key`` of a config, at its top level or in text_config, and the place; no ids and ""."""
     text = config.get("text_config")
-    for where, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
-        if level.get(key) is not None:
-            return f"config.json {where}{key}", level[key]
-    return "", None
+    for path, level in (("", config), ("text_config.", text if isinstance(text, Mapping) else {})):
+        value = level.get(key)
+        if value is None:
+            continue
+        found = value if isinstance(value, list) else [value]
+        if any(isinstance(item, bool) or not isinstance(item, int) for item in found):
+            raise UnsupportedModel(
+                f"{file} {path}{key} is {value!r}; expected a token id or a list of token ids.", param=key
+            )
+        return found, f"{file} {path}{key}"
+    return [], ""
 
 
 def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToken, ...], list[str]]:
@@ -201,31 +190,30 @@ def _end_tokens(checkpoint: Checkpoint, read: ReadConfig) -> tuple[tuple[EndToke
 
     When both have none, the default of the config's class is used, as in transformers; a GGUF file has no class.
     """
-    key, warnings = "eos_token_id", []
-    gguf = checkpoint.format == "gguf"
-    generation = _ids(checkpoint.generation_config.get(key), key, "generation_config.json")
-    where, value = _special(checkpoint.config, key)
+    key, warnings, gguf = "eos_token_id", [], checkpoint.format == "gguf"
+    generation, place = _ids(checkpoint.generation_config, key, "generation_config.json")
+    configured, where = _ids(checkpoint.config, key, "config.json")
     if not where and not generation and not gguf:
-        where, value = f"the default {key} of {read.spec.model_type}", read.eos_default
-    configured = _ids(value, key, "config.json")
+        configured, where = _ids({key: read.eos_default}, key, f"the class default of {read.spec.model_type}:")
     extra = [item for item in configured if item not in generation]
     if generation and extra:
         warnings.append(
             f"config.json names the end token {extra}, which generation_config.json does not list; both end a "
             "completion."
         )
-    found = dict.fromkeys(generation, "GGUF metadata" if gguf else f"generation_config.json {key}")
-    found |= dict.fromkeys(extra, where)
+    found = dict.fromkeys(generation, "GGUF metadata" if gguf else place) | dict.fromkeys(extra, where)
     outside = [item for item in found if not 0 <= item < read.spec.vocab_size]
     if outside:
         warnings.append(f"eos_token_id {outside} lies outside the vocabulary of {read.spec.vocab_size} ids; left out.")
-    return tuple(EndToken(item, found[item]) for item in found if 0 <= item < read.spec.vocab_size), warnings
+    return tuple(EndToken(item, found[item]) for item in found if item not in outside), warnings
 
 
 def _bos_id(checkpoint: Checkpoint, read: ReadConfig) -> int | None:
-    where, value = _special(checkpoint.config, "bos_token_id")
-    ids = _ids(value if where else checkpoint.generation_config.get("bos_token_id"), "bos_token_id", "config.json")
-    return ids[0] if ids else read.bos_default if "bos_token_id" not in checkpoint.config else None
+    key = "bos_token_id"
+    ids, where = _ids(checkpoint.config, key, "config.json")
+    if not where:
+        ids, _ = _ids(checkpoint.generation_config, key, "generation_config.json")
+    return ids[0] if ids else read.bos_default if key not in checkpoint.config else None
 
 
 # Weights

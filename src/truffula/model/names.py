@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from truffula.errors import CheckpointError
+from truffula.errors import CheckpointError, some
 from truffula.kernels.program import WeightPart
 from truffula.model.spec import ModelSpec, WeightRow
 
@@ -20,9 +20,9 @@ _INNER = ("_fsdp_wrapped_module.", "_orig_mod.")
 
 # Recomputed here, or buffers of training. A stored inv_freq may be wrong (saved after a cast to bfloat16).
 _IGNORABLE = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)|rotary_pos_emb\..*|position_ids|num_batches_tracked)$"
+    r"(^|\.)(rotary_emb\.(cos_cached|sin_cached)|rotary_emb(_local)?\.([a-z_]+_)?inv_freq"
+    r"|rotary_pos_emb\..*|position_ids|num_batches_tracked)$"
 )
-_GEMMA3_ROTARY = re.compile(r"(^|\.)(rotary_emb(_local)?\.([a-z_]+_)?inv_freq)$")
 _SHOW = 10
 
 
@@ -73,18 +73,17 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             missing += [name for name in _split_names(row, prefix) if name not in stored]
             continue
         if row.fused is not None and len(row.slices) > 1 and len(found) == 1:
-            warnings.append(f"{found[0]} is stored fused; read as {' | '.join(_leaf(s.module) for s in row.slices)}.")
+            leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
+            warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
         parts[row.key] = tuple(WeightPart(stored[name], transform=row.transform) for name in found)
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
-    unused, unknown = _classify_leftovers(spec, left)
+    unused = {name for name in left if name.startswith(spec.names.skip) or _IGNORABLE.search(name)}
+    unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight" and not (spec.head_bias and name == f"{head}.bias")]
-    if missing:
-        raise _missing(spec, missing, unknown, stored)
-    if unknown:
-        raise _leftover(spec, unknown)
+    _require_complete(spec, missing, unknown, stored)
     if any(name.startswith(spec.names.skip) for name in unused):
         warnings.append(
             f"{spec.model_type}: only the text part is served; image inputs and their tensors are left out."
@@ -96,8 +95,8 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
         head=stored.get(f"{head}.weight", f"{head}.weight"),
         has_embed=embed in stored,
         has_head=bool(heads),
-        unused=tuple(stored[name] for name in unused),
-        warnings=_unique(warnings),
+        unused=tuple(stored[name] for name in left if name in unused),
+        warnings=tuple(dict.fromkeys(warnings)),
     )
 
 
@@ -123,7 +122,9 @@ def _unwrapped(names: Iterable[str]) -> dict[str, str]:
 def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
     """The prefix of the body's names in this checkpoint, and the module of the head."""
     first = spec.layer_prefix(0)
-    matching = [(prefix, head) for prefix, head in spec.names.prefixes if _has(stored, prefix + first)]
+    matching = [
+        (prefix, head) for prefix, head in spec.names.prefixes if any(n.startswith(prefix + first) for n in stored)
+    ]
     if len(matching) == 1:
         return matching[0]
     if matching:
@@ -140,10 +141,6 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
     )
 
 
-def _has(stored: Mapping[str, str], start: str) -> bool:
-    return any(name.startswith(start) for name in stored)
-
-
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
     return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
 
@@ -158,42 +155,18 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 
 
-def _classify_leftovers(spec: ModelSpec, left: Iterable[str]) -> tuple[list[str], list[str]]:
-    unused: list[str] = []
-    unknown: list[str] = []
-    for name in left:
-        skipped = bool(spec.names.skip) and name.startswith(spec.names.skip)
-        ignorable = _IGNORABLE.search(name) or _GEMMA3_ROTARY.search(name)
-        (unused if skipped or ignorable else unknown).append(name)
-    return unused, unknown
-
-
-def _missing(spec: ModelSpec, missing: list[str], unknown: list[str], stored: Mapping[str, str]) -> CheckpointError:
-    text = f"{len(missing)} tensors of this {spec.model_type} model are missing: {_some(missing)}."
-    if any(".lora_A." in name or ".base_layer." in name for name in stored):
-        text += " These look like an unmerged PEFT save: merge the adapter, or serve base and adapter separately."
-    elif unknown:
-        text += f" Unknown tensors instead: {_some(unknown)}."
-    return CheckpointError(text, tensors=missing[:_SHOW], count=len(missing))
-
-
-def _leftover(spec: ModelSpec, names: list[str]) -> CheckpointError:
-    return CheckpointError(
-        f"{len(names)} tensors belong to no part of this {spec.model_type} model ({len(spec.layers)} layers): "
-        f"{_some(names)}. Serving without them would answer from a different model.",
-        tensors=names[:_SHOW],
-        count=len(names),
-    )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOW])
-    return shown if len(names) <= _SHOW else f"{shown} and {len(names) - _SHOW} more"
-
-
-def _leaf(module: str) -> str:
-    return module.rsplit(".", 1)[-1]
-
-
-def _unique(warnings: list[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(warnings))
+def _require_complete(spec: ModelSpec, missing: list[str], unknown: list[str], stored: Mapping[str, str]) -> None:
+    if missing:
+        text = f"{len(missing)} tensors of this {spec.model_type} model are missing: {some(missing)}."
+        if any(".lora_A." in name or ".base_layer." in name for name in stored):
+            text += " These look like an unmerged PEFT save: merge the adapter, or serve base and adapter separately."
+        elif unknown:
+            text += f" Unknown tensors instead: {some(unknown)}."
+        raise CheckpointError(text, tensors=missing[:_SHOW], count=len(missing))
+    if unknown:
+        raise CheckpointError(
+            f"{len(unknown)} tensors belong to no part of this {spec.model_type} model ({len(spec.layers)} layers): "
+            f"{some(unknown)}. Serving without them would answer from a different model.",
+            tensors=unknown[:_SHOW],
+            count=len(unknown),
+        )

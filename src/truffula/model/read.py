@@ -83,7 +83,8 @@ def _check_file(config: Mapping[str, Any]) -> list[str]:
             "config.json: auto_map names Python code in the repository; it is not run; the built-in architecture is "
             "used."
         )
-    for name in config.get("architectures") or ():
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else [names]:
         if isinstance(name, str) and name.endswith(_OTHER_HEADS):
             raise UnsupportedModel(
                 f"config.json: architectures names {name}, which is not a causal language model.",

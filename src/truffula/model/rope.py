@@ -9,29 +9,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from truffula.errors import UnsupportedModel
-from truffula.model.config_view import ConfigView
+from truffula.model.config_view import MOST, ConfigView
 from truffula.model.spec import RopeSpec
 
 Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
 DEFAULT_THETA = 10_000.0
-
-_KEYS = {
-    "default": frozenset[str](),
-    "factors": frozenset({"factors"}),  # of a GGUF file: the divisor of each frequency
-    "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-    "yarn": frozenset(
-        {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
-        | {"original_max_position_embeddings"}
-    ),
+MOST_WIDTH = 1 << 16
+"""Far above the width of any head; bounds the table that an invalid config can create."""
+_ORIGINAL = "original_max_position_embeddings"
+_NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "factors": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _ORIGINAL),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", _ORIGINAL),
+}
+# Parameters of other types than a number. ``factors`` (of a GGUF file): the divisor of each frequency.
+_OTHERS: Mapping[str, tuple[str, ...]] = {"factors": ("factors",), "yarn": ("truncate",)}
+_REQUIRED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 _UNSUPPORTED = {
@@ -44,26 +47,12 @@ _UNSUPPORTED = {
 }
 
 
-@dataclass(frozen=True)
-class RopeParameters:
-    """One checked set of rope parameters: ``values`` are numbers by name, ``theta`` the base, ``label`` its key."""
-
-    kind: str
-    theta: float
-    partial: float
-    values: Mapping[str, float]
-    truncate: bool
-    label: str
-    factors: Float32 | None = None
-
-
 def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
     """The table that all layers of a model share. ``head_dim`` is the width of a head."""
     nested, flat, label = _parameters(view)
     if nested:
         raise view.error(label, f"{view.model_type} has one rope configuration for all layers, not one per layer type.")
-    theta = _theta(view, "rope_theta", DEFAULT_THETA)
-    return rope_table(_check(view, flat, label, theta), head_dim, view)
+    return _table(view, flat, label, _theta(view, "rope_theta", DEFAULT_THETA), head_dim)
 
 
 def read_rope_by_layer_type(
@@ -84,20 +73,18 @@ def read_rope_by_layer_type(
         if values is not None and not isinstance(values, Mapping):
             raise view.error(label, f"{layer_type} must be an object.", values)
         where = f"{label}.{layer_type}" if nested else label
-        parameters = _check(view, values or {}, where, _theta(view, key, default))
-        if nested and not parameters.truncate:
+        if nested and values and values.get("truncate") is False:
             raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
-        tables[layer_type] = rope_table(parameters, head_dim, view)
+        tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), head_dim)
     return tables
 
 
 def extended_positions(view: ConfigView, limit: int) -> int:
     """``limit`` (max_position_embeddings), or for yarn the factor times the original length, if that is larger."""
     _, flat, _ = _parameters(view)
-    original, factor = flat.get("original_max_position_embeddings"), flat.get("factor")
-    kind = flat.get("rope_type", flat.get("type"))
-    if kind == "yarn" and isinstance(original, int) and isinstance(factor, int | float):
-        return max(limit, int(original * factor))
+    original, factor = flat.get(_ORIGINAL), flat.get("factor")
+    if flat.get("rope_type", flat.get("type")) == "yarn" and isinstance(original, int) and factor is not None:
+        return max(limit, int(min(original * float(factor), MOST)))  # the table has checked both
     return limit
 
 
@@ -116,103 +103,77 @@ def _theta(view: ConfigView, key: str, default: float) -> float:
     return default if value is None else view.number_value(key, value)
 
 
-def _check(view: ConfigView, values: Mapping[str, Any], label: str, theta: float) -> RopeParameters:
-    """Check every key of one set of parameters."""
+def _table(view: ConfigView, values: Mapping[str, Any], label: str, theta: float, head_dim: int) -> RopeSpec:
+    """The table that ``values`` (found under ``label``) describe. ``theta`` is the base where they give none.
 
-    def number(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise UnsupportedModel(
-                f"{view.where}: {label}.{key} is {value!r}; it must be a number above zero.",
-                param=f"{label}.{key}",
-                value=repr(value),
-            )
-        return float(value)
+    Raises:
+        UnsupportedModel: A parameter is missing, unknown or not supported, or they make a frequency infinite.
+    """
+    kind = _kind(view, values, label)
+    given = {key: values[key] for key in ("rope_theta", *_NUMBERS[kind]) if values.get(key) is not None}
+    numbers = {key: view.number_value(f"{label}.{key}", value) for key, value in given.items()}
+    partial = values.get("partial_rotary_factor")
+    partial = view.raw("partial_rotary_factor") if partial is None else partial
+    # The default table of these architectures rotates the whole head; only the scaled types read the partial factor.
+    if partial is True or partial not in (None, 1):
+        raise view.error("partial_rotary_factor", "partial rotary embeddings are not supported.", partial)
+    if head_dim % 2 or head_dim > MOST_WIDTH:
+        raise view.error("head_dim", f"a rotary embedding needs an even width of at most {MOST_WIDTH}.", head_dim)
+    for key in _REQUIRED.get(kind, ()):
+        if key not in numbers:
+            raise view.error(f"{label}.{key}", f"rope type {kind} needs it.")
+    try:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked below
+            inv_freq, factor = _frequencies(view, kind, values, label, {"rope_theta": theta, **numbers}, head_dim)
+        finite = bool(np.isfinite([*inv_freq, factor]).all())
+    except (ArithmeticError, ValueError):  # of Python's floats
+        finite = False
+    if not finite:
+        raise view.error(label, "makes a rotary frequency infinite in float32.", kind)
+    return RopeSpec(tuple(float(value) for value in inv_freq), factor)
 
-    kind = values.get("rope_type", values.get("type", "default"))
-    if kind is None:
-        kind = "default"
-    if kind not in _KEYS:
-        why = _UNSUPPORTED.get(str(kind), "this kind is unknown")
-        raise UnsupportedModel(
-            f"{view.where}: {label} asks for rope type {kind!r}: {why}. Supported are {', '.join(sorted(_KEYS))}.",
-            param=label,
-            value=str(kind),
-        )
+
+def _kind(view: ConfigView, values: Mapping[str, Any], label: str) -> str:
+    """The rope type. A key of ``values`` that only another type reads is a warning, an unknown key an error."""
+    kind = values.get("rope_type", values.get("type"))
+    kind = "default" if kind is None else kind
+    if not isinstance(kind, str) or kind not in _NUMBERS:
+        why = _UNSUPPORTED.get(str(kind), "this type is unknown")
+        raise view.error(f"{label}.rope_type", f"{why}. Supported are {', '.join(sorted(_NUMBERS))}.", kind)
     for key in values:
-        if key in _COMMON or key in _KEYS[kind]:
+        if key in _COMMON or key in (*_NUMBERS[kind], *_OTHERS.get(kind, ())):
             continue
-        if not any(key in other for other in _KEYS.values()):
+        if not any(key in keys for keys in (*_NUMBERS.values(), *_OTHERS.values())):
             raise view.error(f"{label}.{key}", f"rope type {kind} has no such parameter.", values[key])
         view.warn(f"{label}.{key} has no effect: the rope type is {kind}.")
-    read = _KEYS[kind] - {"truncate", "factors"}
-    numbers = {key: number(key, values[key]) for key in sorted(read) if values.get(key) is not None}
-    factors = np.array(values["factors"], np.float32) if kind == "factors" else None
+    return kind
+
+
+def _frequencies(
+    view: ConfigView, kind: str, values: Mapping[str, Any], label: str, numbers: dict[str, float], head_dim: int
+) -> tuple[Float32, float]:
+    """``[dims / 2]`` frequencies, and the factor of cos and sin."""
+    inv_freq: Float32 = np.float32(1.0) / _powers(numbers["rope_theta"], head_dim)
+    if kind == "default":
+        return inv_freq, 1.0
+    if kind == "factors":
+        factors = values.get("factors")
+        if not isinstance(factors, list) or len(factors) != head_dim // 2:
+            raise view.error(f"{label}.factors", f"expected a list of {head_dim // 2} numbers.", factors)
+        divisors: Float32 = np.array([view.number_value(f"{label}.factors", item) for item in factors], np.float32)
+        return inv_freq / divisors, 1.0
+    if kind == "linear":
+        return inv_freq / np.float32(numbers["factor"]), 1.0
+    # A value at the top level has priority (Phi-3).
+    top = view.optional_integer(_ORIGINAL)
+    longest = view.integer("max_position_embeddings")
+    original = float(top or numbers.get(_ORIGINAL, longest))
+    if kind == "llama3":
+        return _llama3(inv_freq, numbers, original), 1.0
     truncate = values.get("truncate", True)
     if not isinstance(truncate, bool):
         raise view.error(f"{label}.truncate", "expected true or false.", truncate)
-    if values.get("rope_theta") is not None:
-        theta = number("rope_theta", values["rope_theta"])
-    partial = values.get("partial_rotary_factor")
-    if partial is None:
-        partial = view.raw("partial_rotary_factor")
-    return RopeParameters(
-        kind,
-        theta,
-        1.0 if partial is None else number("partial_rotary_factor", partial),
-        numbers,
-        truncate,
-        label,
-        factors,
-    )
-
-
-def rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
-    """Frequencies ``[dims / 2]`` of checked parameters for heads of width ``head_dim``.
-
-    Raises:
-        UnsupportedModel: A parameter is missing or not supported, or they make a frequency infinite.
-    """
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # checked below, in words
-        table = _rope_table(parameters, head_dim, view)
-    if not np.isfinite([*table.inv_freq, table.factor]).all():
-        raise view.error(parameters.label, "makes a rotary frequency infinite in float32.", parameters.kind)
-    return table
-
-
-def _rope_table(parameters: RopeParameters, head_dim: int, view: ConfigView) -> RopeSpec:
-    # The default table of these architectures rotates the whole head; only the scaled types read the partial factor.
-    if parameters.partial != 1.0:
-        raise view.error("partial_rotary_factor", "partial rotary embeddings are not supported.", parameters.partial)
-    if head_dim % 2:
-        raise view.error("head_dim", "a rotary embedding needs an even width.", head_dim)
-    inv_freq = _default(parameters.theta, head_dim)
-    if parameters.kind == "default":
-        return _spec(inv_freq)
-    if parameters.factors is not None:
-        return _spec(inv_freq / parameters.factors)
-    values = {"original_max_position_embeddings": float(view.integer("max_position_embeddings")), **parameters.values}
-    if (
-        view.optional_integer("original_max_position_embeddings") is not None
-    ):  # a value at the top level has priority (Phi-3)
-        values["original_max_position_embeddings"] = float(view.integer("original_max_position_embeddings"))
-    wanted = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ()}
-    for key in wanted[parameters.kind]:
-        if key not in values:
-            raise UnsupportedModel(
-                f"{view.where}: {parameters.label} is of type {parameters.kind} and lacks {key}.",
-                param=f"{parameters.label}.{key}",
-            )
-    if parameters.kind == "linear":
-        return _spec(inv_freq / np.float32(values["factor"]))
-    if parameters.kind == "llama3":
-        return _spec(_llama3(inv_freq, values))
-    if "factor" not in values:
-        values["factor"] = view.integer("max_position_embeddings") / values["original_max_position_embeddings"]
-    return _yarn(parameters, values, head_dim)
-
-
-def _spec(inv_freq: Float32, factor: float = 1.0) -> RopeSpec:
-    return RopeSpec(tuple(float(value) for value in inv_freq), factor)
+    return _yarn({"factor": longest / original, **numbers}, original, head_dim, truncate)
 
 
 def _powers(theta: float, dims: int) -> Float32:
@@ -221,14 +182,9 @@ def _powers(theta: float, dims: int) -> Float32:
     return np.power(float(np.float32(theta)), exponents.astype(np.float64)).astype(np.float32)
 
 
-def _default(theta: float, dims: int) -> Float32:
-    return np.float32(1.0) / _powers(theta, dims)
-
-
-def _llama3(inv_freq: Float32, values: Mapping[str, float]) -> Float32:
+def _llama3(inv_freq: Float32, values: Mapping[str, float], original: float) -> Float32:
     """Llama 3.1 scaling: short wavelengths are kept, long ones divided by the factor, the others interpolated."""
     factor, low = np.float32(values["factor"]), np.float32(values["low_freq_factor"])
-    original = values["original_max_position_embeddings"]
     # torch computes number / tensor as the reciprocal of the tensor times the number, which changes the last bits.
     wavelength = (np.float32(1) / inv_freq) * np.float32(2 * math.pi)
     scaled = np.where(wavelength > np.float32(original / values["low_freq_factor"]), inv_freq / factor, inv_freq)
@@ -240,9 +196,9 @@ def _llama3(inv_freq: Float32, values: Mapping[str, float]) -> Float32:
     return np.where(~short & ~long, blended, scaled).astype(np.float32)
 
 
-def _yarn(parameters: RopeParameters, values: Mapping[str, float], dims: int) -> RopeSpec:
+def _yarn(values: Mapping[str, float], original: float, dims: int, truncate: bool) -> tuple[Float32, float]:
     """YaRN scaling (Peng et al. 2023): slow pairs are interpolated, fast ones kept; cos and sin get a factor."""
-    factor, original, theta = values["factor"], values["original_max_position_embeddings"], parameters.theta
+    factor, theta = values["factor"], values["rope_theta"]
 
     def magnitude(mscale: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -256,7 +212,7 @@ def _yarn(parameters: RopeParameters, values: Mapping[str, float], dims: int) ->
         return (dims * math.log(original / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
     low, high = pair_of(values.get("beta_fast", 32.0)), pair_of(values.get("beta_slow", 1.0))
-    if parameters.truncate:
+    if truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)
     if low == high:
@@ -265,4 +221,4 @@ def _yarn(parameters: RopeParameters, values: Mapping[str, float], dims: int) ->
     keep = np.float32(1) - np.clip(steps, np.float32(0), np.float32(1))
     powers = _powers(theta, dims)
     interpolated, original_freq = np.float32(1) / (np.float32(factor) * powers), np.float32(1) / powers
-    return _spec(interpolated * (np.float32(1) - keep) + original_freq * keep, attention)
+    return interpolated * (np.float32(1) - keep) + original_freq * keep, attention

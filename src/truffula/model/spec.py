@@ -144,21 +144,12 @@ class WeightRow:
         """``[O, I]`` or ``[O]``."""
         return (self.rows, self.width) if self.width else (self.rows,)
 
-    @property
-    def spans(self) -> tuple[tuple[RowSlice, int, int], ...]:
-        """Each slice with the index of its first row and the index after its last."""
-        spans, lo = [], 0
-        for item in self.slices:
-            spans.append((item, lo, lo + item.rows))
-            lo += item.rows
-        return tuple(spans)
-
 
 @dataclass(frozen=True)
 class ModuleNames:
     """The paths of a model's modules. ``layer`` contains ``{i}``; names inside a layer are relative to it.
 
-    ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it ( ``lora/roots.py`` has those
+    ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
     of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
     image encoder.

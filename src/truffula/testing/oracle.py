@@ -14,8 +14,7 @@ import numpy.typing as npt
 from truffula.errors import MissingDependency, UnsupportedModel
 from truffula.kernels.installation import installation
 from truffula.kernels.program import Probe
-from truffula.weights.gguf import GgufCheckpoint
-from truffula.weights.gguf_parts import open_parts
+from truffula.weights.gguf import GgufCheckpoint, open_parts
 
 Float32 = npt.NDArray[np.float32]
 _ATTENTION = "truffula_observed"

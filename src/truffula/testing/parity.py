@@ -27,6 +27,7 @@ from truffula.testing.oracle import Oracle
 from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
+from truffula.weights.texts import read_texts
 from truffula.weights.tying import Tie
 
 Float32 = npt.NDArray[np.float32]
@@ -203,7 +204,7 @@ def prompts_as_ids(
     checkpoint: Checkpoint, plan: ModelPlan, prompts: Sequence[str | Sequence[int]] | None
 ) -> list[list[int]]:
     """``prompts`` as ids; None: ``DEFAULT_PROMPTS``, or random ids when the model has no tokenizer."""
-    tokenizer = load_tokenizer(checkpoint.tokenizer_files())
+    tokenizer = load_tokenizer(read_texts(checkpoint.path).tokenizer)
     if prompts is None and tokenizer is None:
         rng = np.random.default_rng(0)
         return [rng.integers(0, plan.spec.vocab_size, count).tolist() for count in (5, 17, 33)]

@@ -1,14 +1,16 @@
-"""``Checkpoint``: the interface of a model's files, independent of their format."""
+"""``Checkpoint``: the interface to a model's files, independent of their format."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy.typing as npt
 
+from truffula.errors import CheckpointError
 from truffula.kernels.backend import QuantisedArray
 from truffula.weights.mapped import MappedFile
 
@@ -31,9 +33,10 @@ class TensorInfo:
     nbytes: int
 
 
-class Checkpoint(Protocol):
-    """An opened model. ``config`` is config.json (or its equivalent made from GGUF metadata).
+class Checkpoint(ABC):
+    """An opened model, without its texts (``texts.read_texts``).
 
+    ``config`` is config.json, or its equivalent made from GGUF metadata.
     ``generation_config`` is the file of that name, ``{}`` when there is none. ``tensors`` maps a name to its
     ``TensorInfo``; ``files`` are the files of the tensors, held open until ``close``. GGUF names, metadata and
     conventions are translated to Hugging Face's, so the users of this interface do not depend on the format.
@@ -48,6 +51,7 @@ class Checkpoint(Protocol):
     files: tuple[MappedFile, ...]
     warnings: tuple[str, ...]
 
+    @abstractmethod
     def read(self, name: str) -> Array:
         """The tensor: a mapped view in its stored dtype or, of a quantised format, a new dequantised float32 array.
 
@@ -58,11 +62,20 @@ class Checkpoint(Protocol):
         """The tensor as its stored blocks, rows in the order of ``read``; None unless it is a matrix in simple blocks
         of 32 with finite scales.
         """
+        return None
+
+    def info(self, name: str) -> TensorInfo:
+        """The entry of ``tensors``. Raises ``CheckpointError`` for an unknown name."""
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name)
+        return self.tensors[name]
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file, before any conversion."""
+        info = self.info(name)
+        file = next(file for file in self.files if file.path == info.file)
+        return file.view(info.offset, info.nbytes)
 
-    def tokenizer_files(self) -> dict[str, bytes]:
-        """Contents of the existing tokenizer files by name (tokenizer.json, chat_template.jinja, …)."""
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        for file in self.files:
+            file.close()

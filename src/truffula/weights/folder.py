@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from truffula.errors import CheckpointError
-from truffula.kernels.backend import QuantisedArray
-from truffula.weights.checkpoint import Array, TensorInfo
-from truffula.weights.safetensors import SafetensorsFile
-from truffula.weights.text_files import generation_config, read_json, tokenizer_files
+from truffula.errors import CheckpointError, some
+from truffula.weights.checkpoint import Array, Checkpoint
+from truffula.weights.safetensors import SafetensorsFile, as_array
+from truffula.weights.text_files import generation_config, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Names of output heads. A head that is in the index and in no shard is allowed: a tied model may be saved with the
 # index of the untied model it was made from. Any other such tensor is an error.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output)\.")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class FolderCheckpoint:
+class FolderCheckpoint(Checkpoint):
     """A ``Checkpoint`` over a folder. Opening reads only JSON and headers."""
 
     format = "safetensors"
@@ -33,34 +32,15 @@ class FolderCheckpoint:
         self.config = read_json(_config_file(path))
         self.generation_config: dict[str, Any] = generation_config(path)
         warnings: list[str] = []
-        self._files: Mapping[str, SafetensorsFile] = _open_weights(path, warnings)
-        if not self._files:
+        found = _open_weights(path, warnings)
+        if not found:
             raise CheckpointError(f"{path}: its safetensors files hold no tensor.", param=str(path))
-        self.files = tuple(dict.fromkeys(file.file for file in self._files.values()))
-        self.tensors: Mapping[str, TensorInfo] = {name: file.tensors[name] for name, file in self._files.items()}
+        self.files = tuple(dict.fromkeys(file.file for file in found.values()))
+        self.tensors = {name: file.tensors[name] for name, file in found.items()}
         self.warnings = tuple(warnings)
 
     def read(self, name: str) -> Array:
-        return self._file(name).read(name)
-
-    def blocks(self, name: str) -> QuantisedArray | None:
-        return None  # safetensors files are not quantised in blocks
-
-    def raw(self, name: str) -> Array:
-        return self._file(name).raw(name)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        return tokenizer_files(self.path)
-
-    def close(self) -> None:
-        for file in set(self._files.values()):
-            file.close()
-
-    def _file(self, name: str) -> SafetensorsFile:
-        try:
-            return self._files[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
+        return as_array(self.info(name), self.raw(name))
 
 
 def _config_file(path: Path) -> Path:
@@ -81,13 +61,12 @@ def _open_weights(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFil
             warnings.append(f"{folder} holds both {INDEX} and {SINGLE}; the shards named by the index are used.")
         return _open_index(folder, warnings)
     if (folder / SINGLE).is_file():
-        file = SafetensorsFile(folder / SINGLE)
-        return dict.fromkeys(file.tensors, file)
+        return _with_unlisted([SafetensorsFile(folder / SINGLE)], {}, warnings)
     shards = _complete_shards(folder)
-    if shards:
-        warnings.append(f"{folder} has no {INDEX}; its {len(shards)} shards are complete and are read together.")
-        return _join(shards)
-    raise _no_weights(folder)
+    if not shards:
+        raise _no_weights(folder)
+    warnings.append(f"{folder} has no {INDEX}; its {len(shards)} shards are complete and are read together.")
+    return _with_unlisted([SafetensorsFile(path) for path in shards], {}, warnings)
 
 
 def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]:
@@ -99,10 +78,10 @@ def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]
     for tensor, name in weight_map.items():
         wanted.setdefault(_safe_name(index, tensor, name), []).append(tensor)
     files = {name: _open_shard(folder, name, tensors) for name, tensors in sorted(wanted.items())}
-    home: dict[str, SafetensorsFile] = {}
+    listed: dict[str, SafetensorsFile] = {}
     for tensor, name in weight_map.items():
         if tensor in files[name].tensors:
-            home[tensor] = files[name]
+            listed[tensor] = files[name]
             continue
         others = [other for other, file in files.items() if tensor in file.tensors]
         if others or not _HEAD.search(tensor):
@@ -111,18 +90,28 @@ def _open_index(folder: Path, warnings: list[str]) -> dict[str, SafetensorsFile]
                 f"{index} says that {tensor} is in {name}, but it is not there{where}.", param=tensor, file=name
             )
         warnings.append(f"{index} places {tensor} in {name}, which does not hold it; it is treated as missing.")
-    for name, file in files.items():
+    return _with_unlisted(files.values(), listed, warnings)
+
+
+def _with_unlisted(
+    files: Iterable[SafetensorsFile], listed: Mapping[str, SafetensorsFile], warnings: list[str]
+) -> dict[str, SafetensorsFile]:
+    """The file of each tensor of ``files``: where the index lists it, else the only one that holds it."""
+    home = dict(listed)
+    for file in files:
+        name = file.path.name
         for tensor in file.tensors:
-            if tensor not in weight_map:
-                if tensor in home:
-                    raise CheckpointError(
-                        f"{tensor} is in {home[tensor].path.name} and in {name}, and {INDEX} names neither.",
-                        param=tensor,
-                    )
+            if tensor not in home:
                 home[tensor] = file
-                warnings.append(f"{tensor} is in {name} but not in {INDEX}.")
-            elif home[tensor] is not file:
+                if listed:
+                    warnings.append(f"{tensor} is in {name} but not in {INDEX}.")
+            elif home[tensor] is not file and tensor in listed:
                 warnings.append(f"{tensor} is in {name} too; {home[tensor].path.name}, which the index names, is read.")
+            elif home[tensor] is not file:
+                raise CheckpointError(
+                    f"{tensor} is in {home[tensor].path.name} and in {name}, and no {INDEX} says which is meant.",
+                    param=tensor,
+                )
     return home
 
 
@@ -155,41 +144,21 @@ def _complete_shards(folder: Path) -> list[Path]:
 
     Raises ``CheckpointError`` when they are not one complete set.
     """
-    groups: dict[tuple[str, int], dict[int, Path]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        match = _SHARD.fullmatch(file.name)
-        if match and not _is_variant(file.name):
-            groups.setdefault((match["stem"], int(match["total"])), {})[int(match["number"])] = file
-    if not groups:
+    names = [file.name for file in sorted(folder.glob("*.safetensors")) if not _is_variant(file.name)]
+    shards = [match for name in names if (match := _SHARD.fullmatch(name))]
+    if not shards:
         return []
-    if len(groups) > 1:
-        names = ", ".join(f"{stem}-*-of-{total:05d}" for stem, total in groups)
-        raise CheckpointError(f"{folder} has no {INDEX} and several sets of shards: {names}.", param=str(folder))
-    ((stem, total), shards), *_ = groups.items()
-    missing = [n for n in range(1, total + 1) if n not in shards]
-    if missing or len(shards) != total:
-        which = (
-            f"{stem}-{missing[0]:05d}-of-{total:05d}.safetensors is missing"
-            if missing
-            else "the shard numbers are inconsistent"
+    stem, total = shards[0]["stem"], int(shards[0]["total"])
+    wanted = [f"{stem}-{number:05d}-of-{total:05d}.safetensors" for number in range(1, total + 1)]
+    found = [match[0] for match in shards]
+    if found != wanted:
+        missing = sorted(set(wanted) - set(found))
+        others = sorted(set(found) - set(wanted))
+        which = f"{some(missing)} missing" if missing else f"{some(others)} not of the set of {wanted[0]}"
+        raise CheckpointError(
+            f"{folder} has no {INDEX}, and its shards are no complete set: {which}.", param=str(folder)
         )
-        raise CheckpointError(f"{folder} has no {INDEX} and its shards are incomplete: {which}.", param=str(folder))
-    return [shards[n] for n in range(1, total + 1)]
-
-
-def _join(shards: list[Path]) -> dict[str, SafetensorsFile]:
-    home: dict[str, SafetensorsFile] = {}
-    for path in shards:
-        file = SafetensorsFile(path)
-        for tensor in file.tensors:
-            if tensor in home:
-                raise CheckpointError(
-                    f"{tensor} is in {home[tensor].path.name} and in {path.name}, and there is no {INDEX} to say which "
-                    "is meant.",
-                    param=tensor,
-                )
-            home[tensor] = file
-    return home
+    return [folder / name for name in wanted]
 
 
 def _is_variant(name: str) -> bool:

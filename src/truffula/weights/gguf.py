@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError
+from truffula.errors import CheckpointError, some
 from truffula.kernels.backend import QuantisedArray
-from truffula.weights.checkpoint import Array, TensorInfo
-from truffula.weights.gguf_header import GgufHeader, GgufTensor, name_file_in_errors
-from truffula.weights.gguf_hparams import check_unread_keys
+from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
+from truffula.weights.gguf_header import GgufHeader, GgufTensor, PartName, name_file_in_errors, read_header
+from truffula.weights.gguf_hparams import ROPE_FREQS, check_unread_keys
 from truffula.weights.gguf_names import family_of, rename, to_config
-from truffula.weights.gguf_parts import Part, open_parts, tensors_of
-from truffula.weights.gguf_quants import FORMATS, BlockFormat, dequantize
-from truffula.weights.gguf_rope import ROPE_FREQS
-from truffula.weights.gguf_tokenizer import generation_config, read_tokenizer
+from truffula.weights.gguf_quants import BY_NAME, FORMATS, BlockFormat, dequantize
+from truffula.weights.gguf_tokenizer import generation_config
 from truffula.weights.mapped import MappedFile
 
+# A file that was cut into byte ranges: some publishers do this to stay below the Hub's limit of 50 GB per file.
+_PIECE = re.compile(r"(?P<whole>.+\.gguf)(?P<cut>[.-]?(part|split)-?)[a-z0-9]+", re.IGNORECASE)
 
-class GgufCheckpoint:
+
+class GgufCheckpoint(Checkpoint):
     """A GGUF model, in one file or in parts; ``path`` is the first.
 
     ``read`` reverses the changes of llama.cpp's converter: interleaved rows of q and k, norms stored as 1 + weight.
@@ -34,99 +37,52 @@ class GgufCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._parts = open_parts(path)
-        self.files: tuple[MappedFile, ...] = tuple(part.file for part in self._parts)
+        parts = open_parts(path)
+        self.files = tuple(part.file for part in parts)
         warnings: list[str] = []
         with name_file_in_errors(path):
-            found = tensors_of(self._parts)
-            tensors = {name: item for name, (_, item) in found.items()}
-            first = self._parts[0].header
-            self._header = GgufHeader(first.version, first.metadata, tensors)
+            found = _tensors_of(parts)
+            metadata = parts[0].header.metadata
+            self._header = GgufHeader(metadata, {name: item for name, (_, item) in found.items()})
             self._family = family_of(self._header)
-            factors = self._values(*found[ROPE_FREQS]) if ROPE_FREQS in found else None
+            factors = None
+            if ROPE_FREQS in found:  # the config holds its values, in ``rope_parameters``
+                part, item = found.pop(ROPE_FREQS)
+                factors = dequantize(FORMATS[item.type], part.file.view(item.offset, item.nbytes), item.shape)
             self.config: dict[str, Any] = to_config(self._header, self._family, factors, warnings)
-            self.generation_config: dict[str, Any] = generation_config(first.metadata)
+            self.generation_config: dict[str, Any] = generation_config(metadata)
             warnings += check_unread_keys(self._header)
-        self._stored = self._renamed(found)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(name, item.shape, FORMATS[item.type].name, part.path, item.offset, item.nbytes)
-            for name, (part, item) in self._stored.items()
-        }
+            self.tensors = self._renamed(found)
         self.warnings = tuple(warnings)
 
-    def _data(self, name: str) -> Array:
-        """``[nbytes]`` uint8: the tensor's bytes, with its rows in Hugging Face's order."""
-        part, item = self._item(name)
-        data = part.file.view(item.offset, item.nbytes)
-        heads = self._permuted_heads(name)
-        if not heads or not item.nbytes:
-            return data
-        if item.shape[0] % (2 * heads):
-            raise CheckpointError(
-                f"{part.path}: tensor {item.name!r}: {item.shape[0]} rows do not divide into pairs of {heads} heads.",
-                param=item.name,
-            )
-        return _restore_halves(data, item.shape[0], heads)
-
-    def blocks(self, name: str) -> QuantisedArray | None:
-        _, item = self._item(name)
-        format = FORMATS[item.type]
-        if not format.scales or len(item.shape) != 2:
-            return None
-        rows, width = item.shape
-        data = self._data(name).reshape(rows, width // format.size, format.nbytes)
-        scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
-        if not np.isfinite(scales).all():
-            return None  # the caller reads the values instead and reports those that are not finite
-        return QuantisedArray(format.name, data, (rows, width), partial(_values, format))
-
-    def read(self, name: str) -> Array:
-        _, item = self._item(name)
-        values = dequantize(FORMATS[item.type], self._data(name), item.shape)
-        if self._family.shifted and name.endswith("norm.weight"):
-            values = values.astype(np.float32) - np.float32(1)
-        return values
-
-    def raw(self, name: str) -> Array:
-        part, item = self._item(name)
-        return part.file.view(item.offset, item.nbytes)
-
-    def tokenizer_files(self) -> dict[str, bytes]:
-        return read_tokenizer(self._header.metadata).files
-
-    def close(self) -> None:
-        for part in self._parts:
-            part.file.close()
-
-    def _item(self, name: str) -> tuple[Part, GgufTensor]:
-        try:
-            return self._stored[name]
-        except KeyError:
-            raise CheckpointError(f"{self.path} has no tensor {name!r}.", param=name) from None
-
-    def _values(self, part: Part, item: GgufTensor) -> Array:
-        return dequantize(FORMATS[item.type], part.file.view(item.offset, item.nbytes), item.shape)
-
-    def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, tuple[Part, GgufTensor]]:
+    def _renamed(self, stored: Mapping[str, tuple[Part, GgufTensor]]) -> dict[str, TensorInfo]:
         found, unknown = {}, []
-        for name, item in stored.items():
-            if name == ROPE_FREQS:
-                continue  # the config holds its values, in ``rope_parameters``
+        for name, (part, item) in stored.items():
             new = rename(self._family, name)
             if new is None:
                 unknown.append(name)
             else:
-                found[new] = item
+                format = FORMATS[item.type].name
+                found[new] = TensorInfo(new, item.shape, format, part.path, item.offset, item.nbytes)
         if unknown:
-            more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
             architecture = self._header.metadata["general.architecture"]
-            raise CheckpointError(
-                f"{self.path}: a {architecture} model has no such tensors: {', '.join(unknown[:10])}{more}.",
-                param=unknown[0],
-            )
+            raise CheckpointError(f"a {architecture} model has no such tensors: {some(unknown)}.", param=unknown[0])
         return found
 
-    def _permuted_heads(self, name: str) -> int:
+    def _data(self, name: str) -> Array:
+        """``[nbytes]`` uint8: the tensor's bytes, with its rows in Hugging Face's order."""
+        data, rows, heads = self.raw(name), self.info(name).shape[0], self._interleaved_heads(name)
+        if not heads or not data.size:
+            return data
+        if rows % (2 * heads):
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r}: {rows} rows do not divide into pairs of {heads} heads.", param=name
+            )
+        # The rows of each head are interleaved pairs, and become two halves. A row is whole blocks.
+        pairs = data.reshape(heads, rows // heads // 2, 2, -1)
+        return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+
+    def _interleaved_heads(self, name: str) -> int:
         """The number of heads whose rows the converter has interleaved in this tensor; 0 for none."""
         if self._family.permuted and ".self_attn.q_proj." in name:
             return int(self.config["num_attention_heads"])
@@ -134,12 +90,143 @@ class GgufCheckpoint:
             return int(self.config["num_key_value_heads"])
         return 0
 
+    def blocks(self, name: str) -> QuantisedArray | None:
+        info = self.info(name)
+        format = BY_NAME[info.dtype]
+        if not format.scales or len(info.shape) != 2:
+            return None
+        rows, width = info.shape
+        data = self._data(name).reshape(rows, width // format.size, format.nbytes)
+        scales = np.ascontiguousarray(data[..., : 2 * format.scales]).view(np.float16)
+        if not np.isfinite(scales).all():
+            return None  # the caller reads the values instead and reports those that are not finite
+        return QuantisedArray(format.name, data, (rows, width), partial(_values, format))
+
+    def read(self, name: str) -> Array:
+        info = self.info(name)
+        values = dequantize(BY_NAME[info.dtype], self._data(name), info.shape)
+        if self._family.shifted and name.endswith("norm.weight"):
+            values = values.astype(np.float32) - np.float32(1)
+        return values
+
 
 def _values(format: BlockFormat, blocks: Array) -> Array:
     return dequantize(format, np.ascontiguousarray(blocks).reshape(-1), (len(blocks), format.size))
 
 
-def _restore_halves(data: Array, rows: int, heads: int) -> Array:
-    """The bytes with the rows of each head reordered from interleaved pairs into two halves. A row is whole blocks."""
-    pairs = data.reshape(heads, rows // heads // 2, 2, -1)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+@dataclass(frozen=True)
+class Part:
+    """One mapped file and its header.
+
+    The first part of a split model holds the metadata; each holds whole tensors, ``split.no`` (from 0),
+    ``split.count`` and ``split.tensors.count`` (of all parts). Their names end in ``-00001-of-00003.gguf``.
+    """
+
+    file: MappedFile
+    header: GgufHeader
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
+
+def open_parts(path: Path) -> list[Part]:
+    """All files of the model whose first or only file is ``path``, with their headers.
+
+    Raises:
+        CheckpointError: the file is a later part, parts are missing, or they do not belong together.
+    """
+    piece = _PIECE.fullmatch(path.name)
+    if piece:
+        whole = piece["whole"]
+        raise CheckpointError(
+            f"{path} is a piece of a file that was cut by bytes. Join the pieces in their order, "
+            f"`cat {whole}{piece['cut']}* > {whole}`, and give {path.with_name(whole)}.",
+            param=str(path),
+        )
+    first = _open(path)
+    count = _split_number(first, "split.count", 1)
+    if count <= 1:
+        return [first]
+    parts = [first, *map(_open, _other_parts(first, count))]
+    _check_parts(parts, count)
+    return parts
+
+
+def _tensors_of(parts: list[Part]) -> dict[str, tuple[Part, GgufTensor]]:
+    """Every tensor and its part, by name. Raises ``CheckpointError`` for a name that is in two parts."""
+    found: dict[str, tuple[Part, GgufTensor]] = {}
+    for part in parts:
+        for name, item in part.header.tensors.items():
+            if name in found:
+                raise CheckpointError(
+                    f"tensor {name!r} is in both {found[name][0].path.name} and {part.path.name}.", param=name
+                )
+            found[name] = (part, item)
+    return found
+
+
+def _open(path: Path) -> Part:
+    file = MappedFile(path)
+    return Part(file, read_header(path, file.data()))
+
+
+def _split_number(part: Part, key: str, default: int) -> int:
+    value: Any = part.header.metadata.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise CheckpointError(
+            f"{part.path}: the GGUF metadata key {key} is {value!r}; it must be an integer of at least 0.", param=key
+        )
+    return value
+
+
+def _other_parts(first: Part, count: int) -> list[Path]:
+    """The paths of parts 2 to ``count``. Raises ``CheckpointError`` when one is missing."""
+    path, number = first.path, _split_number(first, "split.no", 0) + 1
+    named = PartName.of(path.name)
+    if named and (named.number, named.total) != (number, count):
+        named = None
+    if number > 1:
+        name = named.names()[0] if named else f"NAME-{1:05d}-of-{count:05d}.gguf"
+        raise CheckpointError(
+            f"{path} is part {number} of {count} of a split GGUF model; give the first part, {name}.", param=str(path)
+        )
+    if named is None:
+        raise CheckpointError(
+            f"{path} is part 1 of {count} of a split GGUF model, and the names of the others do not follow from its "
+            f"name: rename the parts to NAME-00001-of-{count:05d}.gguf and so on.",
+            param=str(path),
+        )
+    paths = [path.with_name(name) for name in named.names()[1:]]
+    missing = [other.name for other in paths if not other.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path} is part 1 of {count} of a split GGUF model; missing beside it: {some(missing, 3)}.",
+            param=str(path.with_name(missing[0])),
+        )
+    return paths
+
+
+def _check_parts(parts: list[Part], count: int) -> None:
+    """Raise ``CheckpointError`` when the parts do not belong to one model."""
+    first, *others = parts
+    total = _split_number(first, "split.tensors.count", 0)
+    shared = [key for key in first.header.metadata if not key.startswith("split.") and key != "general.alignment"]
+    for index, part in enumerate(others, 1):
+        mine, theirs = first.header.metadata, part.header.metadata
+        found = {key: theirs.peek(key) for key in shared if key in theirs}
+        wanted = {key: mine.peek(key) for key in found}
+        for key, value in (("split.no", index), ("split.count", count), ("split.tensors.count", total)):
+            found[key], wanted[key] = _split_number(part, key, 0), value
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise CheckpointError(
+                    f"{part.path} does not belong to {first.path.name}: {key} is {found[key]!r}; expected {value!r}.",
+                    param=key,
+                )
+    held = sum(len(part.header.tensors) for part in parts)
+    if held != total:
+        raise CheckpointError(
+            f"{first.path}: split.tensors.count is {total}, but the {count} parts hold {held} tensors.",
+            param="split.tensors.count",
+        )

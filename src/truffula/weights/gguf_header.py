@@ -13,15 +13,14 @@ from __future__ import annotations
 import math
 import re
 import struct
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from truffula.errors import CheckpointError, UnsupportedModel
-from truffula.weights.gguf_types import OTHER_TYPES, SIZES
-from truffula.weights.shapes import fits_an_array
 from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error
 
 MAGIC = b"GGUF"
@@ -32,6 +31,35 @@ _NUMBERS: Mapping[int, str] = dict(enumerate("BbHhIif")) | {7: "B", 10: "Q", 11:
 _U64 = struct.Struct("<Q")
 
 
+class TypeSize(NamedTuple):
+    """A storage type: ``size`` values take ``nbytes`` bytes."""
+
+    name: str
+    size: int
+    nbytes: int
+
+
+SIZES: Mapping[int, TypeSize] = {
+    0: TypeSize("F32", 1, 4),
+    1: TypeSize("F16", 1, 2),
+    2: TypeSize("Q4_0", 32, 18),
+    3: TypeSize("Q4_1", 32, 20),
+    6: TypeSize("Q5_0", 32, 22),
+    7: TypeSize("Q5_1", 32, 24),
+    8: TypeSize("Q8_0", 32, 34),
+    12: TypeSize("Q4_K", 256, 144),
+    13: TypeSize("Q5_K", 256, 176),
+    14: TypeSize("Q6_K", 256, 210),
+    30: TypeSize("BF16", 1, 2),
+}
+"""The supported storage types, by their number in the files."""
+OTHER_TYPES: Mapping[int, str] = {
+    **{9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K"},
+    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
+    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
+    **{29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"},
+}
+"""Types that are not supported, for errors."""
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf", re.ASCII)
 
 
@@ -77,17 +105,15 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class _Strings:
-    """``count`` strings from ``position`` to ``end`` of ``data``, whose bounds were checked."""
+    """``count`` strings, of which ``data`` is exactly the bytes."""
 
     data: memoryview
-    position: int
-    end: int
     count: int
 
     def read(self) -> list[str]:
         """The strings. A vocabulary has up to 262,144 of them, so the loop is optimised."""
         # Slicing bytes takes half the time of slicing a memoryview.
-        data, position, unpack, found = bytes(self.data[self.position : self.end]), 0, _U64.unpack_from, []
+        data, position, unpack, found = bytes(self.data), 0, _U64.unpack_from, []
         for _ in range(self.count):
             stop = position + 8 + unpack(data, position)[0]
             found.append(data[position + 8 : stop].decode("utf-8", "surrogateescape"))
@@ -95,42 +121,33 @@ class _Strings:
         return found
 
 
-class Metadata(Mapping[str, Any]):
+class Metadata(UserDict[str, Any]):
     """The key-value pairs of a file, in its order. It records which keys are read, so that the others can be reported.
 
     A lookup (``[key]``, ``get``) counts as a read; ``in``, iteration and ``peek`` do not.
     """
 
     def __init__(self, pairs: dict[str, Any]) -> None:
-        self._pairs = pairs
+        super().__init__(pairs)
         self._read: set[str] = set()
 
     def __getitem__(self, key: str) -> Any:
-        value = self._pairs[key]
+        value = self.data[key]
         self._read.add(key)
         if isinstance(value, _Strings):
-            value = self._pairs[key] = value.read()
+            value = self.data[key] = value.read()
         return value
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._pairs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pairs)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
 
     def peek(self, key: str) -> Any:
         """The value for a message: not counted as a read; of a list, its length."""
-        value = self._pairs[key]
+        value = self.data[key]
         if isinstance(value, _Strings | list):
             return f"a list of {value.count if isinstance(value, _Strings) else len(value)}"
         return value
 
     def unread(self) -> list[str]:
         """The keys that were not read so far, in the file's order."""
-        return [key for key in self._pairs if key not in self._read]
+        return [key for key in self if key not in self._read]
 
 
 @dataclass(frozen=True)
@@ -141,7 +158,6 @@ class GgufHeader:
     file must stay mapped.
     """
 
-    version: int
     metadata: Metadata
     tensors: Mapping[str, GgufTensor]
 
@@ -172,12 +188,12 @@ def read_header(path: Path, data: memoryview) -> GgufHeader:
             raise _error(path, f"the metadata key {key!r} is written twice.", key)
         metadata[key] = cursor.value(cursor.number("I", f"the type of {key!r}"), key)
     cursor.require(tensor_count, 24, "tensors")
-    listed = [_tensor_entry(cursor) for _ in range(tensor_count)]
+    listed = [_tensor(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise _error(path, f"general.alignment is {alignment!r}; it must be a power of two.", "general.alignment")
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(version, Metadata(metadata), _check_tensors(path, listed, start, size))
+    return GgufHeader(Metadata(metadata), _placed(path, listed, start, size))
 
 
 def _error(path: Path, why: str, name: str | None = None) -> CheckpointError:
@@ -213,30 +229,26 @@ class _Cursor:
         except UnicodeDecodeError as error:
             raise _error(self.path, f"{what} is not UTF-8: {error.reason}.") from error
 
-    def value(self, kind: int, key: str, depth: int = 0) -> Any:
+    def value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self.string(f"the value of {key!r}")
         if kind == _ARRAY:
-            return self._array(key, depth)
-        if kind not in _NUMBERS:
-            raise _error(self.path, f"the metadata key {key!r} has the unknown type {kind}.", key)
-        value = self.number(_NUMBERS[kind], f"the value of {key!r}")
+            return self._array(key)
+        value = self.number(self._letter(kind, key), f"the value of {key!r}")
         return bool(value) if kind == _BOOL else value
 
-    def _array(self, key: str, depth: int) -> list[Any] | _Strings:
-        if depth > 3:
-            raise _error(self.path, f"the metadata key {key!r} nests arrays too deeply.", key)
+    def _letter(self, kind: int, key: str) -> str:
+        if kind not in _NUMBERS:
+            what = "is a list of lists" if kind == _ARRAY else f"has the unknown type {kind}"
+            raise _error(self.path, f"the metadata key {key!r} {what}.", key)
+        return _NUMBERS[kind]
+
+    def _array(self, key: str) -> list[Any] | _Strings:
         kind = self.number("I", f"the type of {key!r}")
         count = self.number("Q", f"the length of {key!r}")
         if kind == _STRING:
             return self._strings(count, key)
-        if kind == _ARRAY:
-            self.require(count, 12, f"items of {key!r}")
-            found = [self._array(key, depth + 1) for _ in range(count)]
-            return [inner.read() if isinstance(inner, _Strings) else inner for inner in found]
-        if kind not in _NUMBERS:
-            raise _error(self.path, f"the metadata key {key!r} has items of the unknown type {kind}.", key)
-        letter = _NUMBERS[kind]
+        letter = self._letter(kind, key)
         self.require(count, struct.calcsize(f"<{letter}"), f"items of {key!r}")
         run = struct.Struct(f"<{count}{letter}")
         values = list(run.unpack_from(self.data, self.position))
@@ -252,55 +264,50 @@ class _Cursor:
             done += 1
         if done != count or position > end:
             raise _error(self.path, f"truncated or damaged: the strings of {key!r} run past its end.", key)
-        found = _Strings(data, self.position, position, count)
+        found = _Strings(data[self.position : position], count)
         self.position = position
         return found
 
 
-def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+def _tensor(cursor: _Cursor) -> GgufTensor:
+    """The next entry of the list. Its ``offset`` is still from the start of the data."""
     name = cursor.string("a tensor's name")
-    count = cursor.number("I", f"the dimensions of {name!r}")
-    if count > 8:
-        raise _error(cursor.path, f"tensor {name!r} has {count} dimensions; the limit is 8.", name)
-    sizes = [cursor.number("Q", f"the shape of {name!r}") for _ in range(count)]
+    dimensions = cursor.number("I", f"the dimensions of {name!r}")
+    if dimensions > 8:
+        raise _error(cursor.path, f"tensor {name!r} has {dimensions} dimensions; the limit is 8.", name)
+    shape = tuple(reversed([cursor.number("Q", f"the shape of {name!r}") for _ in range(dimensions)]))
     kind = cursor.number("I", f"the type of {name!r}")
-    return name, tuple(reversed(sizes)), kind, cursor.number("Q", f"the offset of {name!r}")
+    if kind not in SIZES:
+        what = OTHER_TYPES.get(kind, f"type {kind}")
+        known = ", ".join(format.name for format in SIZES.values())
+        raise UnsupportedModel(
+            f"{cursor.path}: tensor {name!r} is quantised as {what}, which is not supported; supported are {known}.",
+            param=name,
+            type=what,
+        )
+    format = SIZES[kind]
+    if not shape or shape[-1] % format.size:
+        why = f"rows of shape {shape} are not a multiple of the {format.name} block size."
+        raise _error(cursor.path, f"tensor {name!r}: {why}", name)
+    if 0 in shape and math.prod(filter(None, shape)) >= 2**60:  # numpy multiplies the other dimensions
+        why = f"shape {shape} has no elements, and dimensions too large for an array."
+        raise _error(cursor.path, f"tensor {name!r}: {why}", name)
+    nbytes = math.prod(shape) // format.size * format.nbytes
+    return GgufTensor(name, shape, kind, cursor.number("Q", f"the offset of {name!r}"), nbytes)
 
 
-def _check_tensors(
-    path: Path, listed: list[tuple[str, tuple[int, ...], int, int]], start: int, size: int
-) -> dict[str, GgufTensor]:
+def _placed(path: Path, listed: list[GgufTensor], start: int, size: int) -> dict[str, GgufTensor]:
+    """The tensors by name, with offsets from the start of the file. Each lies in the file, apart from the others."""
     found: dict[str, GgufTensor] = {}
-    for name, shape, kind, offset in listed:
-        if name in found:
-            raise _error(path, f"tensor {name!r} is listed twice.", name)
-        if kind not in SIZES:
-            what = OTHER_TYPES.get(kind, f"type {kind}")
-            known = ", ".join(format.name for format in SIZES.values())
-            raise UnsupportedModel(
-                f"{path}: tensor {name!r} is quantised as {what}, which is not supported; supported are {known}.",
-                param=name,
-                type=what,
-            )
-        format = SIZES[kind]
-        if not shape or shape[-1] % format.size:
-            raise _error(
-                path,
-                f"tensor {name!r}: rows of shape {shape} are not a multiple of the {format.name} block size.",
-                name,
-            )
-        nbytes = math.prod(shape) // format.size * format.nbytes
-        if start + offset + nbytes > size:
-            end = start + offset + nbytes
-            raise _error(path, f"truncated: tensor {name!r} ends at byte {end}, the file at {size}.", name)
-        if not fits_an_array(shape, 8):
-            raise _error(
-                path, f"tensor {name!r}: shape {shape} has no elements, and dimensions too large for an array.", name
-            )
-        found[name] = GgufTensor(name, shape, kind, start + offset, nbytes)
+    for item in listed:
+        if item.name in found:
+            raise _error(path, f"tensor {item.name!r} is listed twice.", item.name)
+        found[item.name] = replace(item, offset=start + item.offset)
     end, before = start, ""
-    for tensor in sorted(found.values(), key=lambda item: (item.offset, item.nbytes)):
-        if tensor.offset < end:
-            raise _error(path, f"tensor {tensor.name!r}: its data overlap those of {before!r}.", tensor.name)
-        end, before = tensor.offset + tensor.nbytes, tensor.name
+    for item in sorted(found.values(), key=lambda item: (item.offset, item.nbytes)):
+        if item.offset < end:
+            raise _error(path, f"tensor {item.name!r}: its data overlap those of {before!r}.", item.name)
+        end, before = item.offset + item.nbytes, item.name
+        if end > size:
+            raise _error(path, f"truncated: tensor {before!r} ends at byte {end}, the file at {size}.", before)
     return found

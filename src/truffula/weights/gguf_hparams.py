@@ -1,4 +1,4 @@
-"""The hyperparameters of a GGUF file, read key by key, and a check of the keys that were not read.
+"""The hyperparameters of a GGUF file, read key by key, its rotary scaling, and a check of the keys that were not read.
 
 A key that was not read and has an effect on results is an error, an unknown key a warning. Source of the names:
 llama.cpp's table of keys (``llama-arch``) and its loader.
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import CheckpointError, UnsupportedModel
+from truffula.errors import CheckpointError, UnsupportedModel, some
 from truffula.weights.gguf_header import GgufHeader
 
 # Known keys without effect on results. A pattern that ends in "." covers all keys under it. The keys of the
@@ -48,6 +48,8 @@ _CHANGES = re.compile(
     r"|hyper_connection|interleave|kda|leading_dense|moe|n_deepstack|nextn|norm_|pooling|posnet|rescale|rope|shortconv"
     r"|ssm|swiglu|swin|time_|token_shift|use_|wkv|xielu|.*scale|.*softcapping)"
 )
+ROPE_FREQS = "rope_freqs.weight"
+_OF_YARN = ("original_context_length", "yarn_beta_fast", "yarn_beta_slow")
 
 
 @dataclass(frozen=True)
@@ -65,35 +67,33 @@ class HParams:
 
     def count(self, key: str, default: int | None = None) -> int:
         """A positive integer; a list (one per layer) must repeat one value."""
-        name, value = self.name(key), self.get(key, default)
+        value = self._required(key, default)
         if isinstance(value, list):
             if len(set(value)) != 1:
+                name = self.name(key)
                 raise UnsupportedModel(f"{name} differs from layer to layer: {value[:8]}…", param=name)
             value = value[0]
-        if value is None:
-            raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(
-                f"the GGUF metadata key {name} is {value!r}; it must be a positive integer.", param=name
-            )
+            raise self._error(key, f"is {value!r}; it must be a positive integer.")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
-        """A finite number. Stored as float32, so its shortest decimal form is returned (1e-05)."""
-        name, value = self.name(key), self.get(key, default)
-        if value is None:
-            raise CheckpointError(f"the GGUF metadata key {name} is missing.", param=name)
+    def real(self, key: str, default: float | None = None, *, least: float | None = None) -> float:
+        """A finite number of at least ``least``: the shortest decimal form (1e-05) of the stored float32."""
+        value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise CheckpointError(f"the GGUF metadata key {name} is {value!r}; it must be a finite number.", param=name)
+            raise self._error(key, f"is {value!r}; it must be a finite number.")
+        if least is not None and value < least:
+            raise self._error(key, f"is {value}; it must be at least {least}.")
         return float(str(np.float32(value)))
 
-    def at_least(self, key: str, least: float, default: float | None = None) -> float:
-        """A finite number of at least ``least``."""
-        value = self.real(key, default)
-        if value < least:
-            name = self.name(key)
-            raise CheckpointError(f"the GGUF metadata key {name} is {value}; it must be at least {least}.", param=name)
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            raise self._error(key, "is missing.")
         return value
+
+    def _error(self, key: str, why: str) -> CheckpointError:
+        return CheckpointError(f"the GGUF metadata key {self.name(key)} {why}", param=self.name(key))
 
 
 def check_unread_keys(header: GgufHeader) -> list[str]:
@@ -116,8 +116,68 @@ def check_unread_keys(header: GgufHeader) -> list[str]:
                 param=name,
             )
         unknown.append(f"{name} ({str(value)[:40]})")
-    if not unknown:
-        return []
-    more = f" and {len(unknown) - 20} more" if len(unknown) > 20 else ""
-    keys = "keys" if len(unknown) > 1 else "key"
-    return [f"unknown GGUF metadata {keys}, not used: {', '.join(unknown[:20])}{more}."]
+    return [f"unknown GGUF metadata, not used: {some(unknown, 20)}."] if unknown else []
+
+
+def rope_parameters(
+    hparams: HParams, theta: float | None, factors: Any, width: int, warnings: list[str]
+) -> dict[str, Any]:
+    """``rope_parameters`` of config.json, for heads ``width`` wide.
+
+    ``theta`` is the default base, None where the file must give it; ``factors`` are the values of
+    ``rope_freqs.weight``, or None.
+
+    As in llama.cpp's loader, a file without ``rope.scaling.type`` is scaled linearly by ``rope.scaling.factor`` (or
+    the older ``rope.scale_linear``), a factor of 0 means none, and type ``none`` disables scaling whatever the factor.
+
+    Raises:
+        UnsupportedModel: a type of scaling that is not supported, or two kinds at once.
+        CheckpointError: a value of the wrong kind or range.
+    """
+    name, kind = hparams.name("rope.scaling.type"), hparams.get("rope.scaling.type", "linear")
+    base: dict[str, Any] = {"rope_type": "default", "rope_theta": hparams.real("rope.freq_base", theta)}
+    older = hparams.real("rope.scale_linear", 0.0, least=0.0)
+    factor = hparams.real("rope.scaling.factor", older, least=0.0) or 1.0
+    yarn = {key: hparams.get(f"rope.scaling.{key}") for key in _OF_YARN}
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModel(f"{name} is {kind!r}; none, linear and yarn are supported.", param=name)
+    if kind != "yarn":
+        ignored = [hparams.name(f"rope.scaling.{key}") for key, value in yarn.items() if value is not None]
+        if ignored:
+            warnings.append(f"{', '.join(ignored)}: no effect, because {name} is {kind}.")
+    if kind == "none":
+        factor = 1.0
+    if factors is not None:
+        if kind == "yarn" or factor != 1.0:
+            raise UnsupportedModel(
+                f"both {ROPE_FREQS} and a rope scaling ({kind}, factor {factor}) are given; one is supported.",
+                param=ROPE_FREQS,
+            )
+        return _from_table(factors, base["rope_theta"], width)
+    if kind == "yarn":
+        return {**base, "rope_type": "yarn", "factor": factor, **_yarn(hparams)}
+    return base if factor == 1.0 else {**base, "rope_type": "linear", "factor": factor}
+
+
+def _yarn(hparams: HParams) -> dict[str, Any]:
+    # 0 means the same as a missing key: the trained length.
+    key = "rope.scaling.original_context_length"
+    found: dict[str, Any] = {
+        "original_max_position_embeddings": hparams.count(key if hparams.get(key) else "context_length")
+    }
+    for name in ("beta_fast", "beta_slow"):
+        if hparams.get(f"rope.scaling.yarn_{name}") is not None:
+            found[name] = hparams.real(f"rope.scaling.yarn_{name}")
+    return found
+
+
+def _from_table(factors: Any, theta: float, width: int) -> dict[str, Any]:
+    """``rope_parameters`` with the table of factors, of which ``llama3`` scaling with its four numbers is a case."""
+    factors = np.asarray(factors, np.float64).reshape(-1)
+    if 2 * factors.size != width:
+        raise CheckpointError(f"{ROPE_FREQS} holds {factors.size} factors for heads {width} wide.", param=ROPE_FREQS)
+    if not np.isfinite(factors).all() or factors.min() <= 0:
+        raise CheckpointError(f"{ROPE_FREQS} holds factors that are not positive numbers.", param=ROPE_FREQS)
+    if np.all(factors == 1.0):
+        return {"rope_type": "default", "rope_theta": theta}
+    return {"rope_type": "factors", "rope_theta": theta, "factors": factors.tolist()}

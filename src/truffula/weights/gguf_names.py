@@ -13,8 +13,7 @@ from typing import Any
 
 from truffula.errors import CheckpointError, UnsupportedModel
 from truffula.weights.gguf_header import GgufHeader
-from truffula.weights.gguf_hparams import HParams
-from truffula.weights.gguf_rope import ROPE_FREQS, rope_parameters
+from truffula.weights.gguf_hparams import ROPE_FREQS, HParams, rope_parameters
 
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -136,16 +135,13 @@ def _layers(hparams: HParams, tensors: int) -> int:
 
 def _head_dim(hparams: HParams, hidden: int, heads: int) -> int:
     width = hparams.count("attention.key_length", max(hidden // heads, 1))
-    value = hparams.count("attention.value_length", width)
-    rotary = hparams.count("rope.dimension_count", width)
-    if value != width:
-        name = hparams.name("attention.value_length")
-        raise UnsupportedModel(f"{name} is {value} and keys are {width} wide; they must be equal.", param=name)
-    if rotary != width:
-        name = hparams.name("rope.dimension_count")
-        raise UnsupportedModel(
-            f"{name} is {rotary} of a head of {width}; partial rotation is not supported.", param=name
-        )
+    for key, why in (
+        ("attention.value_length", "values must be as wide as keys"),
+        ("rope.dimension_count", "partial rotation is not supported"),
+    ):
+        found, name = hparams.count(key, width), hparams.name(key)
+        if found != width:
+            raise UnsupportedModel(f"{name} is {found}, for heads {width} wide: {why}.", param=name)
     return width
 
 
@@ -158,10 +154,8 @@ def _llama(hparams: HParams, config: dict[str, Any]) -> None:
     window = hparams.get("attention.sliding_window")
     if window:  # only Mistral's files of this architecture have one
         config.update(model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=window)
-    names = hparams.header.tensors
-    if "blk.0.attn_q.bias" in names:
-        config["attention_bias"] = True
-    if "blk.0.ffn_up.bias" in names:
+    _attention_bias(hparams, config)
+    if "blk.0.ffn_up.bias" in hparams.header.tensors:
         config["mlp_bias"] = True
 
 
@@ -170,7 +164,7 @@ def _qwen2(hparams: HParams, config: dict[str, Any]) -> None:
         del config["head_dim"]  # the class has no such field; kept only when it differs from the class's computed value
 
 
-def _qwen3(hparams: HParams, config: dict[str, Any]) -> None:
+def _attention_bias(hparams: HParams, config: dict[str, Any]) -> None:
     if "blk.0.attn_q.bias" in hparams.header.tensors:
         config["attention_bias"] = True
 
@@ -223,7 +217,7 @@ def _layer_types(hparams: HParams, layers: int, every: int) -> list[str]:
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("llama", "LlamaForCausalLM", _LLAMA_BLOCK, _llama, permuted=True),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", _LLAMA_BLOCK, _qwen2),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _QWEN3_BLOCK, _qwen3),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _QWEN3_BLOCK, _attention_bias),
     "gemma2": Family("gemma2", "Gemma2ForCausalLM", _GEMMA2_BLOCK, _gemma2, shifted=True),
     "gemma3": Family("gemma3_text", "Gemma3ForCausalLM", _GEMMA3_BLOCK, _gemma3, shifted=True, default_theta=None),
 }

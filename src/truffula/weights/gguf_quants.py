@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.weights.checkpoint import Array
-from truffula.weights.gguf_types import SIZES
+from truffula.weights.gguf_header import SIZES
 
 Blocks = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float32]
@@ -77,28 +78,18 @@ def _q8_0(blocks: Blocks, out: Values) -> None:
     out *= _half(blocks, 0)
 
 
-def _q4_0(blocks: Blocks, out: Values) -> None:
-    out[...] = _nibbles(blocks[:, 2:])
-    out -= np.float32(8)
+def _four_or_five_bits(blocks: Blocks, out: Values, *, fifth: bool = False, minimum: bool = False) -> None:
+    """Write ``d * q + m`` with a ``minimum``, else ``d * (q - offset)``; the ``fifth`` bits precede the other four."""
+    start = 4 if minimum else 2
+    if fifth:
+        out[...] = _nibbles(blocks[:, start + 4 :]) | _fifth_bits(blocks[:, start : start + 4])
+    else:
+        out[...] = _nibbles(blocks[:, start:])
+    if not minimum:
+        out -= np.float32(16 if fifth else 8)
     out *= _half(blocks, 0)
-
-
-def _q4_1(blocks: Blocks, out: Values) -> None:
-    out[...] = _nibbles(blocks[:, 4:])
-    out *= _half(blocks, 0)
-    out += _half(blocks, 2)
-
-
-def _q5_0(blocks: Blocks, out: Values) -> None:
-    out[...] = _nibbles(blocks[:, 6:]) | _fifth_bits(blocks[:, 2:6])
-    out -= np.float32(16)
-    out *= _half(blocks, 0)
-
-
-def _q5_1(blocks: Blocks, out: Values) -> None:
-    out[...] = _nibbles(blocks[:, 8:]) | _fifth_bits(blocks[:, 4:8])
-    out *= _half(blocks, 0)
-    out += _half(blocks, 2)
+    if minimum:
+        out += _half(blocks, 2)
 
 
 def _scales_and_mins(packed: Blocks) -> tuple[Values, Values]:
@@ -155,13 +146,14 @@ def _q6_k(blocks: Blocks, out: Values) -> None:
 FORMATS: Mapping[int, BlockFormat] = {
     0: BlockFormat(*SIZES[0], dtype=np.dtype("<f4")),
     1: BlockFormat(*SIZES[1], dtype=np.dtype("<f2")),
-    2: BlockFormat(*SIZES[2], unpack=_q4_0, scales=1),
-    3: BlockFormat(*SIZES[3], unpack=_q4_1, scales=2),
-    6: BlockFormat(*SIZES[6], unpack=_q5_0, scales=1),
-    7: BlockFormat(*SIZES[7], unpack=_q5_1),
+    2: BlockFormat(*SIZES[2], unpack=_four_or_five_bits, scales=1),
+    3: BlockFormat(*SIZES[3], unpack=partial(_four_or_five_bits, minimum=True), scales=2),
+    6: BlockFormat(*SIZES[6], unpack=partial(_four_or_five_bits, fifth=True), scales=1),
+    7: BlockFormat(*SIZES[7], unpack=partial(_four_or_five_bits, fifth=True, minimum=True)),
     8: BlockFormat(*SIZES[8], unpack=_q8_0, scales=1),
     12: BlockFormat(*SIZES[12], unpack=_q4_k),
     13: BlockFormat(*SIZES[13], unpack=_q5_k),
     14: BlockFormat(*SIZES[14], unpack=_q6_k),
     30: BlockFormat(*SIZES[30], dtype=np.dtype(ml_dtypes.bfloat16)),
 }
+BY_NAME: Mapping[str, BlockFormat] = {format.name: format for format in FORMATS.values()}

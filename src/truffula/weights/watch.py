@@ -57,23 +57,24 @@ def stamp(path: Path) -> FileStamp:
         raise CheckpointChanged(f"{path} cannot be examined: {error.strerror or error}.", param=str(path)) from error
 
 
-def require_unchanged_load(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
-    """Raise ``CheckpointChanged`` naming the first file that changed while it was loaded."""
-    if path := _first_difference(then, now):
+def require_same_files(then: Sequence[FileStamp], now: Sequence[FileStamp], *, restarting: bool = False) -> None:
+    """Raise ``CheckpointChanged`` naming a file that changed while it was loaded or, ``restarting``, since the server
+    was started with it.
+    """
+    before, after = {item.path: item for item in then}, {item.path: item for item in now}
+    for path in {**before, **after}:
+        if path in before and path in after and is_same_file(before[path], after[path]):
+            continue
+        if restarting:
+            raise CheckpointChanged(
+                f"The engine ended and is not restarted: {path} is not the file that it had loaded (it was replaced, "
+                "removed or written to since), so answers would come from another model. Restart the server to serve "
+                "the file that is there now.",
+                param=path,
+            )
         raise CheckpointChanged(
             f"{path} changed while the model was loaded, so what was loaded may be a mixture. Start again when the "
             "files are complete.",
-            param=path,
-        )
-
-
-def require_same_model(first: Sequence[FileStamp], now: Sequence[FileStamp]) -> None:
-    """Raise ``CheckpointChanged`` naming the first file that is not the one that the server was started with."""
-    if path := _first_difference(first, now):
-        raise CheckpointChanged(
-            f"The engine ended and is not restarted: {path} is not the file that it had loaded (it was replaced, "
-            "removed or written to since), so answers would come from another model. Restart the server to serve the "
-            "file that is there now.",
             param=path,
         )
 
@@ -91,15 +92,6 @@ def require_loaded(path: Path, loaded: Sequence[FileStamp], read: Sequence[FileS
         )
 
 
-def _first_difference(then: Sequence[FileStamp], now: Sequence[FileStamp]) -> str | None:
-    found = {item.path: item for item in now}
-    for item in then:
-        other = found.pop(item.path, None)
-        if other is None or not is_same_file(item, other):
-            return item.path
-    return next(iter(found), None)
-
-
 def with_samples(files: Sequence[FileStamp]) -> list[FileStamp]:
     """``files`` with a sample of each content, by which ``is_same_file`` ignores a change of the modification time
     alone.
@@ -109,10 +101,9 @@ def with_samples(files: Sequence[FileStamp]) -> list[FileStamp]:
 
 def is_same_file(then: FileStamp, now: FileStamp) -> bool:
     """Whether a file is unchanged: by its stamp or, when only the modification time differs, by its sample."""
-    bare = replace(then, sample="")
-    if bare == replace(now, sample=""):
+    if replace(then, sample=now.sample) == now:
         return True
-    touched = replace(bare, mtime_ns=now.mtime_ns) == replace(now, sample="")
+    touched = replace(then, sample=now.sample, mtime_ns=now.mtime_ns) == now
     return touched and bool(then.sample) and then.sample == _sample_of_path(now)
 
 
@@ -142,10 +133,8 @@ def sample(descriptor: int, size: int) -> str:
 class FileWatch:
     """Holds mapped files open and notices when one of them is written to.
 
-    A file whose time of change is new and whose sampled content is not (``touch``, a backup) is the same.
-
-    A file that is replaced by a rename, or removed, stays as it was for a process that has it open: that is no change
-    here.
+    A file whose time of change is new and whose sampled content is not (``touch``, a backup) is the same. A file that
+    is replaced by a rename, or removed, stays as it was for a process that has it open: that is no change here.
     """
 
     def __init__(self, files: Iterable[MappedFile]) -> None:

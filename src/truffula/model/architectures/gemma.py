@@ -10,12 +10,7 @@ from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, Mo
 # The multimodal class has the same body under language_model.
 MULTIMODAL_NAMES = ModuleNames(
     body="model.language_model.",
-    skip=(
-        "vision_tower.",
-        "multi_modal_projector.",
-        "model.vision_tower.",
-        "model.multi_modal_projector.",
-    ),
+    skip=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
 )
 
 
@@ -38,22 +33,15 @@ def gemma3_text(view: ConfigView, names: ModuleNames | None = None) -> ModelSpec
     pattern = view.optional_integer("sliding_window_pattern") or 6
     view.skip("_sliding_window_pattern")  # a copy, which transformers writes but does not read
     kinds = view.strings("layer_types", sizes.layers) or _alternate(sizes.layers, pattern)
-    tables = read_rope_by_layer_type(
-        view,
-        sizes.head_dim,
-        theta_keys={
-            "sliding_attention": ("rope_local_base_freq", 10_000.0),
-            "full_attention": ("rope_theta", 1_000_000.0),
-        },
-    )
+    thetas = {"sliding_attention": ("rope_local_base_freq", 1e4), "full_attention": ("rope_theta", 1e6)}
+    tables = read_rope_by_layer_type(view, sizes.head_dim, theta_keys=thetas)
     order = ("sliding_attention", "full_attention")
     # transformers reads it but does not pass it to its attention, so it has no effect.
     view.optional_number("attn_logit_softcapping")
+    per_layer = windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds)
     layers = [
         _layer(view, sizes, window, rope=order.index(kind), softcap=None, qk_norm=True)
-        for kind, window in zip(
-            kinds, windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds), strict=True
-        )
+        for kind, window in zip(kinds, per_layer, strict=True)
     ]
     return _finish(view, sizes, layers, tuple(tables[kind] for kind in order), names or ModuleNames())
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from truffula.model.architectures.pieces import finish_spec, llama_layer, read_sizes, rms
+from truffula.model.architectures.pieces import llama_model, read_sizes
 from truffula.model.config_view import ConfigView
-from truffula.model.rope import read_rope
 from truffula.model.spec import ModelSpec
 
 
 def llama(view: ConfigView) -> ModelSpec:
     """``attention_bias`` is for q, k, v and o, ``mlp_bias`` for the three linears of the MLP."""
     sizes, bias, mlp_bias = read_sizes(view), view.flag("attention_bias"), view.flag("mlp_bias")
-    layer = llama_layer(view, sizes, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
-    return finish_spec(view, (layer,) * sizes.layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
+    return llama_model(view, sizes, [None] * sizes.layers, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)

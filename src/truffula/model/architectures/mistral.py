@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from truffula.model.architectures.pieces import finish_spec, llama_layer, read_sizes, rms, windows
+from truffula.model.architectures.pieces import llama_model, read_sizes, windows
 from truffula.model.config_view import ConfigView
-from truffula.model.rope import read_rope
 from truffula.model.spec import ModelSpec
 
 
@@ -13,6 +12,4 @@ def mistral(view: ConfigView) -> ModelSpec:
     sizes = read_sizes(view)
     # transformers reads a mistral config with layer_types as a ministral one; otherwise the two are the same.
     kinds = view.strings("layer_types", sizes.layers)
-    per_layer = windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds)
-    layers = [llama_layer(view, sizes, window) for window in per_layer]
-    return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
+    return llama_model(view, sizes, windows(view, sizes.layers, view.optional_integer("sliding_window"), kinds))

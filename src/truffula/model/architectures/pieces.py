@@ -8,7 +8,7 @@ from typing import Any
 
 from truffula.kernels.program import Activation
 from truffula.model.config_view import ConfigView
-from truffula.model.rope import extended_positions
+from truffula.model.rope import extended_positions, read_rope
 from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -102,6 +102,12 @@ def llama_layer(
         before_attention=rms(view, "input_layernorm"),
         before_mlp=rms(view, "post_attention_layernorm"),
     )
+
+
+def llama_model(view: ConfigView, sizes: Sizes, windows: Sequence[int | None], **options: bool) -> ModelSpec:
+    """A model of Llama's layers, one for each window, with one rope. ``options`` as of ``llama_layer``."""
+    layers = [llama_layer(view, sizes, window, **options) for window in windows]
+    return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
 
 
 def windows(view: ConfigView, layers: int, window: int | None, kinds: Sequence[str] | None) -> tuple[int | None, ...]:
