@@ -1,6 +1,7 @@
 """``MemoryBudget``: the byte limit that pools share. When it is full, idle entries are evicted, oldest first.
 
-Running KV and leased adapters are never evicted from here (the scheduler preempts to free them). Cached KV blocks and
+Bytes are counted while their memory is committed: those of free KV blocks too, until they are evicted. Running KV and
+leased adapters are never evicted from here (the scheduler preempts to free them). Free KV blocks, cached KV blocks and
 idle adapters form one LRU across pools, by the time of their last use.
 """
 
@@ -91,6 +92,11 @@ class MemoryBudget:
         assert all(used >= 0 for used in self._used.values()), self._used
         assert self.total_used() <= self.limit, (self._used, self.limit)
         assert all(self.used(owner) <= limit for owner, limit in self._limits.items()), (self._used, self._limits)
+
+    def oldest(self) -> float | None:
+        """When the least recently used idle entry of all owners was last used."""
+        stamps = [stamp for pool in self._reclaimers.values() if (stamp := pool.oldest()) is not None]
+        return min(stamps, default=None)
 
     def _evict_oldest(self, owners: Iterable[str]) -> bool:
         """Evict the least recently used idle entry of ``owners``; False when there is none."""

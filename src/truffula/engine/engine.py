@@ -75,7 +75,11 @@ class Engine:
                 f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
             )
         self._blocks = BlockPool(
-            limits.num_blocks, limits.kv_layout(executable.depth), budget=budget, prefix_cache=limits.prefix_cache
+            limits.num_blocks,
+            limits.kv_layout(executable.depth),
+            budget=budget,
+            release_kv=executable.release_kv,
+            prefix_cache=limits.prefix_cache,
         )
         self._runner = ModelRunner(executable, limits.block_size, limits.max_model_len)
         runner = self._runner
