@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from hash_model import HashModel
+from invariants import check_engine
 
 from truffula.engine.blocks import BlockRef, BlockTable
 from truffula.engine.budget import MemoryBudget
@@ -210,7 +211,7 @@ class Rig:
         self.steps += 1
         self.clock.now += 0.001
         events = self.engine.step()
-        self.engine.check()
+        check_engine(self.engine)
         self.check_unfinished()
         for event in events:
             answer = self.answers[event.request_id]
@@ -249,7 +250,7 @@ class Rig:
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
         assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - len(self.limits.kv_windows)
         assert all(state.leases == 0 for state in self.adapters.states())
-        self.engine.check()
+        check_engine(self.engine)
 
 
 def refs(table: BlockTable) -> set[BlockRef]:

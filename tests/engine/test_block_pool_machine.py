@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from invariants import check_blocks, check_budget
 
 from truffula.engine.blocks import OWNER, BlockPool
 from truffula.engine.budget import MemoryBudget
@@ -90,7 +91,7 @@ class PoolMachine(RuleBasedStateMachine):
                 self.content[g, block] = self.prefix(holder, index)
         holder.computed = stop
         replaced = self.pool.register(holder.table, holder.keys, stop)
-        self.pool.check([holder.table for holder in self.holders], replaced)
+        check_blocks(self.pool, [holder.table for holder in self.holders], replaced)
         self.pool.release_blocks(replaced, self.now)
         self.pool.free_behind(holder.table, stop, self.now)
         self.require_window(holder)
@@ -117,19 +118,19 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def books_are_right(self):
         if hasattr(self, "pool"):
-            self.pool.check([holder.table for holder in self.holders])
-            self.budget.check()
+            check_blocks(self.pool, [holder.table for holder in self.holders])
+            check_budget(self.budget)
 
     def teardown(self):
         if hasattr(self, "pool"):
             for holder in self.holders:
                 self.pool.release(holder.table, self.now)
-            self.pool.check([])
+            check_blocks(self.pool, [])
             assert self.pool.num_used() == self.pool.used_bytes() == 0
             assert self.budget.used(OWNER) or not self.content, "bytes that hold something are not counted"
             while self.pool.oldest() is not None:
                 self.pool.evict_oldest()
-            self.pool.check([])
+            check_blocks(self.pool, [])
             assert self.budget.total_used() == 0
 
 
@@ -178,7 +179,7 @@ def test_equal_content_computed_twice_is_kept_once():
     assert len(replaced) == 2
     pool.release_blocks(replaced, 0.0)
     assert [tables[0].held(g) for g in (0, 1)] == [tables[1].held(g) for g in (0, 1)]
-    pool.check(tables)
+    check_blocks(pool, tables)
     assert pool.num_used() == 2
 
 

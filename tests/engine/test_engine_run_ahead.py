@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from invariants import check_engine, check_scheduler
 from rig import DEPTHS, HandLoader, Rig, alone, limits, refs, request
 
 from truffula.engine.blocks import BlockPool
@@ -73,7 +74,7 @@ def test_what_an_unfinished_step_uses_is_released_with_its_result(end):
     assert rig.running() == []
     assert rig.engine.stats().used_blocks == len(blocks)
     assert [state.leases for state in rig.adapters.states()] == [1]
-    rig.engine.check()
+    check_engine(rig.engine)
     rig.executable.faults.nan_on_token = None
     rig.step()
     assert rig.answers["r"].final is not None
@@ -165,7 +166,7 @@ def test_of_several_tokens_of_one_step_those_behind_an_end_are_dropped(stop, mos
     (event,) = scheduler.take_events()
     assert (event.token_ids, event.logprobs, event.top_logprobs) == ([7, 8], [-1.0, -2.0], tops[:2])
     assert (event.finish_reason, event.stop_reason) == (reason, 8 if stop else None)
-    scheduler.check()
+    check_scheduler(scheduler)
 
 
 def instructions(call: Any) -> int:

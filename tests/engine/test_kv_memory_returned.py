@@ -46,7 +46,6 @@ assert budget.reserve("adapters", info.budget_bytes - counted // 4)
 print(counted, held - rss(), counted - budget.used("kv"))
 budget.release("adapters", budget.used("adapters"))
 assert run("a", count) == first, "what is computed in memory that was returned is the same"
-engine.check()
 """
 
 

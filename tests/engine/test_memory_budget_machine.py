@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from invariants import check_budget
 
 from truffula.engine.budget import MemoryBudget
 from truffula.errors import ConfigError
@@ -78,7 +79,7 @@ class BudgetMachine(RuleBasedStateMachine):
     @invariant()
     def sums_hold(self):
         if hasattr(self, "budget"):
-            self.budget.check()
+            check_budget(self.budget)
             for shelf in self.shelves:
                 assert self.budget.used(shelf.name) == sum(shelf.busy) + sum(n for _, n in shelf.idle)
 

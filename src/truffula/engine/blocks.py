@@ -13,7 +13,7 @@ Id 0 of each group is scratch and never allocated.
 from __future__ import annotations
 
 import math
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -403,33 +403,3 @@ class BlockPool:
         node.blocks[g] = NO_BLOCK
         self._index.prune(node)
         self._groups[g].free.append(block)
-
-    def check(self, tables: Sequence[BlockTable] | None = None, blocks: Sequence[BlockRef] = ()) -> None:
-        """Raise AssertionError when a block is lost, owned twice or miscounted. ``tables`` and ``blocks`` are all
-        existing references.
-        """
-        for g, group in enumerate(self._groups):
-            free, cached = {*group.free, *group.unused}, set(group.cached)
-            used = {block for block, refs in enumerate(group.refs) if refs}
-            assert len(free) == len(group.free) + len(group.unused), "a block is free twice"
-            assert not (free & cached or free & used or cached & used), (free & cached, free & used, cached & used)
-            assert free | cached | used == set(range(1, self.num_blocks)), "a block is lost"
-            assert all(block in group.nodes for block in cached), "a cached block is not indexed"
-            assert not free & group.nodes.keys(), "a free block is indexed"
-            assert all(node.attached and node.blocks[g] == block for block, node in group.nodes.items())
-            stamps = list(group.cached.values())
-            assert stamps == sorted(stamps), "the LRU is out of order"
-            if tables is not None:
-                counts = Counter(block for table in tables for block in table.held(g))
-                counts.update(block for group_id, block in blocks if group_id == g)
-                assert all(counts.get(block, 0) == refs for block, refs in enumerate(group.refs)), "references differ"
-        self._index.check()
-        indexed = sum(block != NO_BLOCK for node in self._index.root.below() for block in node.blocks)
-        assert indexed == sum(len(group.nodes) for group in self._groups), "an indexed block without its node"
-        for table in tables or ():
-            for view, ids, first in zip(table.views, table.ids, table.first, strict=True):
-                assert (view == ids[: table.length]).all()
-                assert (view[:first] == NO_BLOCK).all() and (view[first:] > 0).all()
-        if self._budget is not None:
-            held = [self.num_blocks - 1 - len(group.unused) for group in self._groups]
-            assert self._budget.used(OWNER) == self.layout.nbytes(held)

@@ -87,12 +87,6 @@ class MemoryBudget:
             raise ValueError(f"{owner} releases {nbytes} of {self.used(owner)} bytes")
         self._used[owner] -= nbytes
 
-    def check(self) -> None:
-        """Raise AssertionError when the sums are wrong."""
-        assert all(used >= 0 for used in self._used.values()), self._used
-        assert self.total_used() <= self.limit, (self._used, self.limit)
-        assert all(self.used(owner) <= limit for owner, limit in self._limits.items()), (self._used, self._limits)
-
     def oldest(self) -> float | None:
         """When the least recently used idle entry of all owners was last used."""
         stamps = [stamp for pool in self._reclaimers.values() if (stamp := pool.oldest()) is not None]

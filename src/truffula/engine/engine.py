@@ -222,12 +222,6 @@ class Engine:
             **self._scheduler.counts(),
         )
 
-    def check(self) -> None:
-        """Raise AssertionError when any owner's books are wrong. For tests and for an idle engine."""
-        self._scheduler.check()
-        self._budget.check()
-        self._adapters.check()
-
     def close(self) -> list[TokenEvent]:
         """End every request with ``shutting_down``, then free everything. Returns the last events. Idempotent."""
         self._scheduler.end_all(ShuttingDown("The engine was closed."), self._clock())

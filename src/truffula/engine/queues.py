@@ -107,17 +107,6 @@ class WaitingQueues:
         else:
             self._ready.pop(key, None)
 
-    def check(self) -> None:
-        assert self._count == sum(len(queue) for queue in self._queues.values())
-        assert self.num_loading == sum(sequence.loading_since is not None for sequence in self)
-        for key, queue in self._queues.items():
-            assert queue and all(sequence.key == key for sequence in queue.values())
-            assert list(queue) == sorted(queue), "a queue is out of order"
-            assert self._unbound.get(key, 0) == sum(not sequence.ready for sequence in queue.values())
-        heads = {key: next(iter(queue.values())) for key, queue in self._queues.items()}
-        assert self._ready == {key: head for key, head in heads.items() if head.ready}
-        assert self._unbound.keys() <= self._queues.keys()
-
 
 class DeficitRoundRobin:
     """The order of the adapters' turns, and their deficits. A new adapter is added at the end."""

@@ -197,23 +197,3 @@ class RunningBatch:
         else:
             blocks.release_blocks(replaced, now)
         blocks.free_behind(table, committed, now)
-
-    def check(self) -> None:
-        """Raise AssertionError when a block, slot or lease has no owner or two, or a sequence's numbers disagree."""
-        running = self._by_age
-        assert running == sorted(running, key=_age) and set(running) == {s for s in self._slots if s is not None}
-        for sequence in running:
-            assert sequence.seq_slot is not None and self._slots[sequence.seq_slot] is sequence
-            assert (sequence.lease is None) == (sequence.key is None), "a lease is missing"
-            assert sequence.lease is None or sequence.lease.generation == sequence.generation
-            assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
-            assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
-            assert sequence.num_tokens - sequence.num_known <= len(self._unfinished)
-        later = [holding for holdings in self._unfinished.values() for holding in holdings]
-        tables = [*(sequence.table for sequence in running), *(held.table for held in later if held.table is not None)]
-        self._blocks.check(tables, [block for held in later for block in held.blocks])
-        holders: list[Sequence | _Holding] = [*running, *later]
-        leases = sum(holder.lease is not None for holder in holders)
-        assert sum({s.generation: s.leases for s in self._adapters.states()}.values()) == leases, "leases differ"
-        slots = [holder.seq_slot for holder in holders if holder.seq_slot is not None]
-        assert sorted(self._free_slots + slots) == list(range(len(self._slots))), "a slot is lost or owned twice"

@@ -534,18 +534,6 @@ class Scheduler:
             self._adapters.release(sequence.loaded_lease)
         del self._by_id[sequence.request_id]
 
-    def check(self) -> None:
-        """Raise AssertionError when a sequence is lost, or a block, slot or lease has no owner or two."""
-        waiting, running = list(self._waiting), list(self._running)
-        assert len(running) <= self._max_running
-        assert not set(waiting) & set(running), "a sequence waits and runs"
-        assert {s.request_id: s for s in [*waiting, *running]} == self._by_id, "a sequence is lost"
-        for sequence in waiting:
-            assert not sequence.table.length and sequence.lease is None and sequence.seq_slot is None
-            assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial
-        self._waiting.check()
-        self._running.check()
-
 
 def non_finite(adapter: AdapterRef | None) -> TruffulaError:
     """The error of a sequence whose logits are not finite. The base's are: the cause is its adapter, if any."""
