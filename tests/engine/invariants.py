@@ -33,7 +33,7 @@ def check_budget(budget: MemoryBudget) -> None:
 def check_scheduler(scheduler: Scheduler) -> None:
     """No sequence is lost; no block, slot or lease has no owner or two."""
     waiting, running = list(scheduler._waiting), list(scheduler._running)
-    assert len(running) <= scheduler._max_running
+    assert len(running) <= scheduler._limits.most_running
     assert not set(waiting) & set(running), "a sequence waits and runs"
     assert {s.request_id: s for s in [*waiting, *running]} == scheduler._by_id, "a sequence is lost"
     for sequence in waiting:
@@ -45,14 +45,13 @@ def check_scheduler(scheduler: Scheduler) -> None:
 
 def _check_waiting(waiting: WaitingQueues) -> None:
     assert waiting._count == sum(len(queue) for queue in waiting._queues.values())
-    assert waiting.num_loading == sum(sequence.loading_since is not None for sequence in waiting)
     for key, queue in waiting._queues.items():
         assert queue and all(sequence.key == key for sequence in queue.values())
         assert list(queue) == sorted(queue), "a queue is out of order"
         assert waiting._unbound.get(key, 0) == sum(not sequence.ready for sequence in queue.values())
     heads = {key: next(iter(queue.values())) for key, queue in waiting._queues.items()}
     assert waiting._ready == {key: head for key, head in heads.items() if head.ready}
-    assert waiting._unbound.keys() <= waiting._queues.keys()
+    assert waiting._loading.keys() <= waiting._unbound.keys() <= waiting._queues.keys()
 
 
 def _check_running(batch: RunningBatch) -> None:

@@ -17,20 +17,19 @@ from concurrent.futures import Future
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.limits import EngineLimits, StepCapacity
+from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import StepPlan
-from truffula.engine.runner import ModelRunner, SubmittedStep
+from truffula.engine.runner import ModelRunner, split_output
 from truffula.engine.scheduler import Scheduler
 from truffula.errors import (
     CheckpointChanged,
-    ConfigError,
     DeviceLost,
     EngineDied,
     GenerationError,
     ShuttingDown,
     TruffulaError,
 )
-from truffula.kernels.backend import Executable
+from truffula.kernels.backend import Executable, PendingStep
 from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
 from truffula.weights.watch import FileWatch
@@ -69,11 +68,6 @@ class Engine:
         self._budget = budget
         self._watch = watch
         self._clock = clock
-        groups = len(executable.inputs.block_tables)
-        if groups != len(limits.kv_windows):
-            raise ConfigError(
-                f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
-            )
         self._blocks = BlockPool(
             limits.num_blocks,
             limits.kv_layout(executable.depth),
@@ -81,11 +75,9 @@ class Engine:
             release_kv=executable.release_kv,
             prefix_cache=limits.prefix_cache,
         )
-        self._runner = ModelRunner(executable, limits.block_size, limits.max_model_len)
-        runner = self._runner
-        capacity = StepCapacity(runner.max_tokens, runner.max_rows, runner.max_seqs, runner.max_segments)
-        self._scheduler = Scheduler(limits, self._blocks, adapters, capacity)
-        self._submitted: deque[tuple[StepPlan, SubmittedStep]] = deque()
+        self._runner = ModelRunner(executable, limits)
+        self._scheduler = Scheduler(limits, self._blocks, adapters)
+        self._submitted: deque[tuple[StepPlan, PendingStep]] = deque()
         self._steps = 0
         self._files_checked_at = float("-inf")
 
@@ -129,7 +121,7 @@ class Engine:
     def _finish_oldest(self) -> None:
         plan, step = self._submitted.popleft()
         try:
-            results = step.result()
+            results = split_output(plan.chunks, step.result())
         except Exception as error:  # noqa: BLE001  as above
             self._discard_submitted()
             self._retry(plan, error)

@@ -9,7 +9,7 @@ from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
 from truffula.engine.prefix import BlockKeys
 from truffula.engine.sampling import sampling_of
-from truffula.errors import ErrorInfo
+from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
 from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32
 from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
@@ -83,7 +83,6 @@ class Sequence:
         self.cached_tokens = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
-        self.loading_since: float | None = None
         self.load_s = 0.0
         self.refused_steps = 0
 
@@ -279,12 +278,32 @@ class Sequence:
             times=self.times(now),
         )
 
+    def timeout_error(self, now: float, *, loading: bool) -> TruffulaError:
+        """Why it ends when it is out of time. ``loading``: its adapter was loading."""
+        waited = now - self.arrival
+        if self.admitted_at is None:
+            why = "while its adapter was loading" if loading else "for a free slot in the batch"
+            return QueueTimeout(f"Waited {waited:.3f} s {why}.", waited_s=waited, loading=loading)
+        return DeadlineExceeded(
+            f"The request reached its time limit after {waited:.3f} s with {self.num_completion} completion tokens.",
+            elapsed_s=waited,
+        )
+
+    def non_finite_error(self) -> TruffulaError:
+        """Why it ends when its logits are not finite. The base's are: the cause is its adapter, if any."""
+        if self.request.adapter is None:
+            return GenerationError("The model computed a NaN or infinite logit.")
+        return AdapterError(
+            f"With adapter {self.request.adapter.name!r} the model computed a NaN or infinite logit: the adapter's "
+            "values are too large for this base.",
+            param="adapter",
+        )
+
     def times(self, now: float) -> RequestTimes:
         admitted = now if self.admitted_at is None else self.admitted_at
-        load_s = self.load_s + (now - self.loading_since if self.loading_since is not None else 0.0)
         return RequestTimes(
             queue_s=max(0.0, admitted - self.arrival),
-            load_s=max(0.0, load_s),
+            load_s=self.load_s,
             ttft_s=0.0 if self.first_token_at is None else max(0.0, self.first_token_at - self.arrival),
             total_s=max(0.0, now - self.arrival),
         )
