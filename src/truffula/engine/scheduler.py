@@ -138,7 +138,6 @@ class Scheduler:
             self._end(sequence, "error", now, error)
         if self._retries:
             return self._make_plan(self._next_retry())
-
         budget = StepBudget(self._limits.step_tokens, self._limits.step_logit_rows)
         try:
             self._prevent_starvation(now)
@@ -157,10 +156,7 @@ class Scheduler:
         return StepPlan(step, chunks)
 
     def commit(self, plan: StepPlan, results: Iterable[ChunkResult], now: float) -> None:
-        """Record the results of the oldest unfinished step: progress, scores, tokens, ends.
-
-        Sequences that have ended since it was planned are skipped.
-        """
+        """Record the results of the oldest unfinished step, of sequences that have not ended since it was planned."""
         self._running.end_step(plan.step, now)
         at, generated = self._running.at, 0
         for chunk, result in zip(plan.chunks, results, strict=True):
