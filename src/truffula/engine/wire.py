@@ -23,7 +23,7 @@ from truffula.frames import ENCODER, Channel, Frame
 from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
-VERSION = 2
+VERSION = 3
 
 
 class Start(Frame, frozen=True):
