@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Items
 
-from truffula.engine.blocks import OWNER, BlockPool, BlockRef, BlockTable
+from truffula.engine.blocks import OWNER, BlockPool, BlockTable
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.prefix import NO_BLOCK, PrefixIndex
@@ -66,8 +66,7 @@ def _check_running(batch: RunningBatch) -> None:
         assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
         assert sequence.num_tokens - sequence.num_known <= len(batch._unfinished)
     later = [holding for holdings in batch._unfinished.values() for holding in holdings]
-    tables = [*(sequence.table for sequence in running), *(held.table for held in later if held.table is not None)]
-    check_blocks(batch._blocks, tables, [block for held in later for block in held.blocks])
+    check_blocks(batch._blocks, [one.table for one in (*running, *later)])
     holders = [*running, *later]
     leases = sum(holder.lease is not None for holder in holders)
     assert sum({s.generation: s.leases for s in batch._adapters.states()}.values()) == leases, "leases differ"
@@ -75,8 +74,8 @@ def _check_running(batch: RunningBatch) -> None:
     assert sorted(batch._free_slots + slots) == list(range(len(batch._slots))), "a slot is lost or owned twice"
 
 
-def check_blocks(pool: BlockPool, tables: Items[BlockTable], blocks: Items[BlockRef] = ()) -> None:
-    """No block is lost, owned twice or miscounted. ``tables`` and ``blocks`` are all existing references."""
+def check_blocks(pool: BlockPool, tables: Items[BlockTable]) -> None:
+    """No block is lost, owned twice or miscounted. ``tables`` are all that hold blocks."""
     for g, group in enumerate(pool._groups):
         free, cached = {*group.free, *group.unused}, set(group.cached)
         used = {block for block, refs in enumerate(group.refs) if refs}
@@ -89,7 +88,6 @@ def check_blocks(pool: BlockPool, tables: Items[BlockTable], blocks: Items[Block
         stamps = list(group.cached.values())
         assert stamps == sorted(stamps), "the LRU is out of order"
         counts = Counter(block for table in tables for block in table.held(g))
-        counts.update(block for group_id, block in blocks if group_id == g)
         assert all(counts.get(block, 0) == refs for block, refs in enumerate(group.refs)), "references differ"
     _check_index(pool._index)
     indexed = sum(block != NO_BLOCK for node in pool._index.root.below() for block in node.blocks)

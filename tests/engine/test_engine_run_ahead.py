@@ -86,20 +86,6 @@ def test_what_an_unfinished_step_uses_is_released_with_its_result(end):
     assert rig.answers["next"].token_ids == expected.token_ids
 
 
-def test_a_block_that_is_replaced_by_an_equal_one_is_kept_for_the_step_that_reads_it():
-    rig = Rig(depth=2)
-    for name in ("one", "two"):
-        rig.add(request(name, [1, 2], max_tokens=30, ignore_eos=True))
-    while rig.answers["one"].final is None:
-        rig.step()  # check_unfinished looks at every block of the steps in progress
-        tables = [refs(sequence.table) for sequence in rig.running()]
-        shared = len(tables[0] & tables[1]) if len(tables) == 2 else 0
-        assert shared == (rig.running()[0].num_committed // 4 if tables else 0), "equal blocks are not shared"
-    rig.drain()
-    rig.assert_clean()
-    assert rig.answers["one"].token_ids == rig.answers["two"].token_ids
-
-
 def test_a_preemption_waits_for_the_results_of_unfinished_steps():
     crowd = [request(f"r{i}", [i, i + 1, i + 2], max_tokens=24, ignore_eos=True, adapter="red") for i in range(6)]
     rig = Rig(limits(num_blocks=12), depth=2)

@@ -55,7 +55,7 @@ def peak_bytes(program, prefix_cache):
     for done in range(CHUNK, TOKENS + 1, CHUNK):
         assert pool.extend(table, done)
         most = max(most, pool.used_bytes())
-        assert pool.register(table, keys, done) == []
+        pool.register(table, keys, done)
         pool.free_behind(table, done, 0.0)
     check_blocks(pool, [table])
     assert most <= layout.nbytes(layout.peak_blocks(TOKENS))

@@ -9,7 +9,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from invariants import check_budget
 
 from truffula.engine.budget import MemoryBudget
-from truffula.errors import ConfigError
 
 
 class Shelf:
@@ -103,8 +102,3 @@ def test_what_can_never_fit_evicts_nothing():
     shelf.idle.append((1.0, 6))
     assert not budget.reserve("adapters", 11)
     assert shelf.idle
-
-
-def test_a_negative_limit_is_refused():
-    with pytest.raises(ConfigError):
-        MemoryBudget(-1)

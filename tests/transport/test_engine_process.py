@@ -210,7 +210,7 @@ sys.stdin.read()
 def worker() -> tuple[subprocess.Popen[bytes], Channel[wire.FromEngine]]:
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())]
+        command = [sys.executable, "-m", "truffula.engine.worker", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
     return process, wire.client_channel(ours)
 

@@ -21,17 +21,12 @@ import numpy as np
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.prefix import NO_BLOCK, BlockKey, BlockKeys, PrefixIndex, PrefixNode
-from truffula.errors import ConfigError
 from truffula.kernels.inputs import Int32
 
 OWNER = "kv"
 NEVER = 1 << 62
 RELEASED_TOGETHER = 16
 """Free blocks whose memory is released in one call: a run of adjacent ones costs one system call per plane."""
-
-
-BlockRef = tuple[int, int]
-"""A reference on a block: its group and its id."""
 
 
 class BlockTable:
@@ -75,10 +70,11 @@ class BlockTable:
         self.capacity = self.length * self.block_size
         self.views = tuple([ids[: self.length] for ids in self.ids])
 
-    def replace(self, group: int, start: int, stop: int, block: int) -> None:
-        """Set the entries ``start .. stop`` of a group."""
+    def free(self, group: int, stop: int) -> None:
+        """Drop the blocks of a group up to entry ``stop``."""
         ids = self.ids[group] = self.ids[group].copy()  # an unfinished step's chunk has a view of it
-        ids[start:stop] = block
+        ids[self.first[group] : stop] = NO_BLOCK
+        self.first[group] = stop
         self.views = tuple([ids[: self.length] for ids in self.ids])
 
 
@@ -120,10 +116,6 @@ class BlockPool:
         release_kv: Callable[[int, Int32], None] = lambda group, blocks: None,
         prefix_cache: bool = True,
     ) -> None:
-        if num_blocks < 2 or layout.block_size < 1:
-            raise ConfigError(
-                f"{num_blocks} blocks of {layout.block_size} tokens: at least 2 (one is scratch) of 1 are needed."
-            )
         self.num_blocks = num_blocks
         self.layout = layout
         self._budget = budget if any(layout.block_bytes) else None
@@ -240,9 +232,8 @@ class BlockPool:
         for g in self._sliding:
             first, stop = table.first[g], self.layout.first_block(g, num_computed)
             if stop > first:
-                self.release_blocks([(g, block) for block in table.ids[g][first:stop].tolist()], now)
-                table.replace(g, first, stop, NO_BLOCK)
-                table.first[g] = stop
+                self._release_blocks(g, table.ids[g][first:stop].tolist(), now)
+                table.free(g, stop)
         self._set_due(table)
 
     def _set_due(self, table: BlockTable) -> None:
@@ -258,12 +249,11 @@ class BlockPool:
         evicted before its start.
         """
         for g in range(len(self._groups)):
-            self.release_blocks([(g, block) for block in reversed(table.held(g))], now)
+            self._release_blocks(g, reversed(table.held(g)), now)
 
-    def release_blocks(self, blocks: Iterable[BlockRef], now: float) -> None:
-        """Release one reference on each of ``blocks``."""
-        for g, block in blocks:
-            group = self._groups[g]
+    def _release_blocks(self, g: int, blocks: Iterable[int], now: float) -> None:
+        group = self._groups[g]
+        for block in blocks:
             assert group.refs[block] > 0, (g, block)
             group.refs[block] -= 1
             if group.refs[block]:
@@ -329,29 +319,20 @@ class BlockPool:
         table.node = path[-1]
         self._set_due(table)
 
-    def register(self, table: BlockTable, keys: BlockKeys, num_computed: int) -> list[BlockRef]:
+    def register(self, table: BlockTable, keys: BlockKeys, num_computed: int) -> None:
         """Index the blocks of ``table`` that ``num_computed`` tokens fill. Call it before ``free_behind``.
 
-        Where a block with the same content is indexed already, the table takes a reference on that block instead of its
-        own: the caller releases those returned, once no unfinished step reads them. So a table that references a
-        block references the indexed blocks before it, and none is evicted before its descendants.
+        Where a block with the same content is indexed already, the table's own stays out of the index.
         """
-        replaced: list[BlockRef] = []
         for index in range(table.num_indexed, num_computed // self.layout.block_size):
             if table.node is None or not table.node.attached:
                 break
             table.node = node = self._index.child(table.node, keys[index])
             table.num_indexed = index + 1
             for g, group in enumerate(self._groups):
-                own, known = int(table.ids[g][index]), node.blocks[g]
-                if known == NO_BLOCK:
-                    node.blocks[g] = own
+                if node.blocks[g] == NO_BLOCK:
+                    node.blocks[g] = own = int(table.ids[g][index])
                     group.nodes[own] = node
-                elif known != own:
-                    self._take(group, known)
-                    table.replace(g, index, index + 1, known)
-                    replaced.append((g, own))
-        return replaced
 
     def forget(self, table: BlockTable) -> None:
         """Remove the blocks of ``table`` and their descendants from the index: their contents may be wrong."""

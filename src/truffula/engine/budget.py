@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Protocol
 
-from truffula.errors import ConfigError
-
 
 class Reclaimer(Protocol):
     """A pool with idle entries: kept for a later use, and evictable."""
@@ -27,10 +25,6 @@ class MemoryBudget:
     """Counts bytes by owner under one limit, and under a limit of the owner's own if it has one. Allocates nothing."""
 
     def __init__(self, limit_bytes: int) -> None:
-        if limit_bytes < 0:
-            raise ConfigError(
-                f"The memory limit is {limit_bytes} bytes; it must not be negative.", param="memory_bytes"
-            )
         self.limit = limit_bytes
         self._used: dict[str, int] = {}
         self._limits: dict[str, int] = {}
@@ -68,8 +62,6 @@ class MemoryBudget:
 
         Entries that were evicted before a False stay evicted: they were idle, and the next attempt needs the same room.
         """
-        if nbytes < 0:
-            raise ValueError(f"cannot reserve {nbytes} bytes")
         if nbytes > min(self.limit - self.fixed(), self.limit_of(owner)):
             return False
         while self.used(owner) + nbytes > self.limit_of(owner):

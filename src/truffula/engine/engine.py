@@ -34,8 +34,6 @@ from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
 from truffula.weights.watch import FileWatch
 
-__all__ = ["Engine", "EngineLimits"]
-
 logger = logging.getLogger(__name__)
 
 FILES_CHECK_S = 1.0
@@ -156,10 +154,6 @@ class Engine:
             self._watch.check()
             self._files_checked_at = now
 
-    def has_work(self) -> bool:
-        """Whether ``step`` would do something now; False while every request waits for an adapter."""
-        return self._scheduler.has_work()
-
     def idle(self) -> bool:
         """Whether no request is left and every event was taken."""
         return self._scheduler.is_idle()
@@ -172,7 +166,7 @@ class Engine:
         """Seconds until ``step`` has something to do without a call or an event of a loading worker: 0 with work, None
         when only these can bring some.
         """
-        timeout = 0.0 if self.has_work() else self._adapters.poll_timeout()
+        timeout = 0.0 if self._scheduler.has_work() else self._adapters.poll_timeout()
         if self.idle():
             return timeout
         return DEADLINE_CHECK_S if timeout is None else min(timeout, DEADLINE_CHECK_S)

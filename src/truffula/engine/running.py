@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import add, attrgetter
 
-from truffula.engine.blocks import BlockPool, BlockRef, BlockTable
+from truffula.engine.blocks import BlockPool, BlockTable
 from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.errors import InsufficientMemory
@@ -19,12 +19,11 @@ _age = attrgetter("serial")
 
 @dataclass(frozen=True)
 class _Holding:
-    """What a sequence held, or a part of it, until it is released."""
+    """What a sequence held, until it is released."""
 
-    table: BlockTable | None = None
-    blocks: tuple[BlockRef, ...] = ()
-    seq_slot: int | None = None
-    lease: AdapterLease | None = None
+    table: BlockTable
+    seq_slot: int | None
+    lease: AdapterLease | None
 
 
 class RunningBatch:
@@ -135,7 +134,7 @@ class RunningBatch:
         finally:
             if not admitted:
                 sequence.reset(0)
-                self._release(_Holding(sequence.table, lease=lease), now)
+                self._release(_Holding(sequence.table, None, lease), now)
                 sequence.table = blocks.new_table()
         if not admitted:
             return 0
@@ -172,7 +171,7 @@ class RunningBatch:
         assert sequence.seq_slot is not None
         del self._by_age[bisect_left(self._by_age, sequence.serial, key=_age)]
         self._slots[sequence.seq_slot] = None
-        holding = _Holding(sequence.table, (), sequence.seq_slot, sequence.lease)
+        holding = _Holding(sequence.table, sequence.seq_slot, sequence.lease)
         sequence.table = self._blocks.new_table()
         sequence.seq_slot = sequence.lease = None
         sequence.reset(0)
@@ -197,9 +196,7 @@ class RunningBatch:
             self._release(holding, now)
 
     def _release(self, holding: _Holding, now: float) -> None:
-        if holding.table is not None:
-            self._blocks.release(holding.table, now)
-        self._blocks.release_blocks(holding.blocks, now)
+        self._blocks.release(holding.table, now)
         if holding.seq_slot is not None:
             self._free_slots.append(holding.seq_slot)
         if holding.lease is not None:
@@ -208,9 +205,6 @@ class RunningBatch:
     def commit_blocks(self, sequence: Sequence, now: float) -> None:
         """Index its full and committed blocks, then free those behind a window."""
         blocks, table, committed = self._blocks, sequence.table, sequence.num_committed
-        replaced = blocks.register(table, sequence.block_keys(), committed) if self._prefix_cache else []
-        if replaced and sequence.last_step in self._unfinished:
-            self._unfinished[sequence.last_step].append(_Holding(blocks=tuple(replaced)))
-        else:
-            blocks.release_blocks(replaced, now)
+        if self._prefix_cache:
+            blocks.register(table, sequence.block_keys(), committed)
         blocks.free_behind(table, committed, now)

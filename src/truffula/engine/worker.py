@@ -1,4 +1,4 @@
-"""The engine's process: ``python -m truffula.engine.worker --fd N``, started by ``engine/process.py``.
+"""The engine's process: ``python -m truffula.engine.worker N``, started by ``engine/process.py``.
 
 The descriptor is one end of a socket pair; everything else, the configuration too, arrives through it. The process ends
 when the socket does, so it never outlives its parent. Signals sent to the whole process group (Ctrl-C, a service
@@ -7,7 +7,6 @@ manager's SIGTERM) it ignores: the parent drains and then sends ``Stop``.
 
 from __future__ import annotations
 
-import argparse
 import os
 import select
 import signal
@@ -214,9 +213,7 @@ class Worker:
 
 def main() -> int:
     """Serve over the descriptor that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m truffula.engine.worker", description=__doc__)
-    parser.add_argument("--fd", type=int, required=True, help="the socket to the parent")
-    fd = parser.parse_args().fd
+    fd = int(sys.argv[1])
     # Handlers, not SIG_IGN: that would be inherited by the loading worker, which must stay killable.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
