@@ -15,7 +15,8 @@ import sys
 import psutil
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
-from truffula.types import EngineParams, EngineRequest
+from truffula.params import EngineParams
+from truffula.types import EngineRequest
 
 def rss():
     return psutil.Process().memory_info().rss
