@@ -152,14 +152,8 @@ def test_another_version_is_refused_before_anything_else_is_read():
         client_reader().feed(later)
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [
-        EngineRequest(request_id="a", prompt_ids=[10**30], params=EngineParams()),
-        EngineRequest(request_id="a", prompt_ids=[1], params=EngineParams(), salt="\ud800"),
-    ],
-)
-def test_a_request_that_msgpack_cannot_hold_is_refused_before_it_is_sent(request_: EngineRequest):
+def test_a_request_that_msgpack_cannot_hold_is_refused_before_it_is_sent():
+    request_ = EngineRequest(request_id="a", prompt_ids=[10**30], params=EngineParams())
     with pytest.raises(InvalidRequest, match="invalid value"):
         wire.encode_group([request_])
 
