@@ -27,7 +27,8 @@ import numpy as np
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
-from truffula.kernels.inputs import Capacity, SampleInputs, StepInputs, StepOutput
+from truffula.engine.runner import split_output
+from truffula.kernels.inputs import Capacity, Int32, SampleInputs, StepInputs, StepOutput
 from truffula.kernels.synchronous import FinishedStep
 from truffula.lora.pool import AdapterPool
 from truffula.lora.worker import Setup
@@ -64,6 +65,8 @@ class NullModel:
         )  # fmt: skip
 
     def set_sequence(self, *state: Any) -> None: ...
+
+    def release_kv(self, group: int, blocks: Int32) -> None: ...
 
     def close(self) -> None: ...
 
@@ -111,7 +114,7 @@ def measure(rows: int, params: dict[str, Any], steps: int, context: int, profile
         times = [clock()]
         plan = scheduler.plan(time.monotonic())
         times.append(clock())
-        results = runner.submit(plan).result()
+        results = split_output(plan.chunks, runner.submit(plan).result())
         times.append(clock())
         scheduler.commit(plan, results, time.monotonic())
         events = scheduler.take_events()

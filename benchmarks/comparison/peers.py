@@ -269,7 +269,7 @@ def held(contestant: Contestant, place: Place, server: Server) -> tuple[int, int
     with contextlib.closing(open_checkpoint(Path(config.model))) as checkpoint:
         settings = find_settings(config, Path(config.model), plan_model(checkpoint), backend)
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as answer:
-        return settings.planned.weight_bytes, written_bytes(answer.read().decode())
+        return settings.info.weight_bytes, written_bytes(answer.read().decode())
 
 
 def written_bytes(metrics: str) -> int:

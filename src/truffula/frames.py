@@ -1,9 +1,8 @@
-"""Length-prefixed msgpack frames over a socket, for all connections between processes of truffula.
+"""Frames of msgpack over a socket, for all connections between processes of truffula.
 
-A frame is a length (4 bytes, little-endian) and that many bytes of msgpack. The first frame of each side is ``Hello``
-with the version of its protocol. Another version, a malformed frame or one above ``MAX_FRAME_BYTES`` is a
-``WireError``, after which no more is read. A protocol is a union of tagged structs: ``engine/wire.py`` defines the
-engine's.
+A frame is the version of its protocol (2 bytes, little-endian), a length (4 bytes) and that many bytes of msgpack. A
+frame of another version, a malformed one or one above ``MAX_FRAME_BYTES`` is a ``WireError``. A protocol is a union of
+tagged structs: ``engine/wire.py`` defines the engine's.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import msgspec
 from truffula.errors import TruffulaError, WireError
 
 MAX_FRAME_BYTES = 256 * 2**20
-_LENGTH = struct.Struct("<I")
+_HEADER = struct.Struct("<HI")
 _READ_BYTES = 1 << 18
 F = TypeVar("F")
 
@@ -33,12 +32,6 @@ class Disconnected(Exception):
 
 class Frame(msgspec.Struct, frozen=True, tag_field="kind", tag=str.lower):
     """Base class of a protocol's frames. The tag is the name of the class in lower case."""
-
-
-class Hello(Frame, frozen=True):
-    """The first frame of each side."""
-
-    version: int
 
 
 def _plain(value: Any) -> Any:
@@ -53,11 +46,10 @@ def _plain(value: Any) -> Any:
 
 
 ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
-_HELLO = msgspec.msgpack.Decoder(Hello)
 
 
-def encode(frame: Any) -> bytes:
-    """The bytes of one frame, with its length.
+def encode(frame: Any, version: int) -> bytes:
+    """The bytes of one frame, with its header.
 
     Raises:
         WireError: A value that msgpack cannot encode (an integer above 64 bits, a lone surrogate), or too many bytes.
@@ -68,75 +60,57 @@ def encode(frame: Any) -> bytes:
         raise WireError(f"A {type(frame).__name__} frame can't be encoded: {error}.") from error
     if len(body) > MAX_FRAME_BYTES:
         raise WireError(f"A {type(frame).__name__} frame of {len(body)} bytes is above {MAX_FRAME_BYTES}.")
-    return _LENGTH.pack(len(body)) + body
+    return _HEADER.pack(version, len(body)) + body
 
 
 class FrameReader(Generic[F]):
-    """Decodes a stream of bytes, split anywhere, into frames. After a ``WireError`` it accepts no more bytes.
+    """Decodes a stream of bytes, split anywhere, into frames.
 
     Args:
         decode: Decodes the body of a frame, such as ``msgspec.msgpack.Decoder(A | B).decode``.
-        version: Version of the protocol, which the peer's ``Hello`` must have too.
+        version: Version of the protocol, which each frame must have.
     """
 
-    def __init__(self, decode: Callable[[bytes], F], version: int, limit: int = MAX_FRAME_BYTES) -> None:
+    def __init__(self, decode: Callable[[bytes], F], version: int) -> None:
         self._decode = decode
         self._version = version
-        self._limit = limit
         self._buffer = bytearray()
-        self._greeted = False
-        self._broken = False
 
     def feed(self, data: bytes) -> list[F]:
-        """The frames that ``data`` completes; ``Hello`` is checked and not returned.
+        """The frames that ``data`` completes.
 
         Raises:
-            WireError: Malformed, above the limit, or of another version.
+            WireError: Malformed, above the limit, or of another version. No later frame can be read.
         """
-        if self._broken:
-            raise WireError("The stream of frames is broken; no more is read from it.")
         self._buffer += data
         frames: list[F] = []
-        start = 0
-        try:
-            while len(self._buffer) - start >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(self._buffer, start)
-                if not 0 < length <= self._limit:
-                    raise WireError(f"A frame says it has {length} bytes; 1 to {self._limit} are allowed.")
-                end = start + _LENGTH.size + length
-                if len(self._buffer) < end:
-                    break
-                body = bytes(memoryview(self._buffer)[start + _LENGTH.size : end])
-                start = end
-                if self._greeted:
-                    frames.append(_parse(self._decode, body))
-                else:
-                    self._greet(body)
-        except WireError:
-            self._broken = True
-            raise
-        del self._buffer[:start]
+        while len(self._buffer) >= _HEADER.size:
+            version, length = _HEADER.unpack_from(self._buffer)
+            if version != self._version:
+                raise WireError(
+                    f"The peer speaks version {version}, this process speaks {self._version}.", version=version
+                )
+            if not 0 < length <= MAX_FRAME_BYTES:
+                raise WireError(f"A frame says it has {length} bytes; 1 to {MAX_FRAME_BYTES} are allowed.")
+            end = _HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            frames.append(self._parse(bytes(memoryview(self._buffer)[_HEADER.size : end])))
+            del self._buffer[:end]
         return frames
 
     def end(self) -> None:
-        """Call at the end of the stream. Raises ``WireError`` when it ended within a frame."""
-        if self._buffer and not self._broken:
+        """The stream has ended. Raises ``WireError`` within a frame."""
+        if self._buffer:
             raise WireError(f"The stream of frames ended within a frame ({len(self._buffer)} bytes of it arrived).")
 
-    def _greet(self, body: bytes) -> None:
-        version = _parse(_HELLO.decode, body).version
-        if version != self._version:
-            raise WireError(f"The peer speaks version {version}, this process speaks {self._version}.", version=version)
-        self._greeted = True
-
-
-def _parse(decode: Callable[[bytes], Any], body: bytes) -> Any:
-    try:
-        return decode(body)
-    except TruffulaError as error:
-        raise WireError(f"A frame holds an invalid value: {error.message}") from error
-    except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
-        raise WireError(f"A frame is malformed: {error}.") from error
+    def _parse(self, body: bytes) -> F:
+        try:
+            return self._decode(body)
+        except TruffulaError as error:
+            raise WireError(f"A frame holds an invalid value: {error.message}") from error
+        except (msgspec.DecodeError, ValueError, TypeError, RecursionError) as error:
+            raise WireError(f"A frame is malformed: {error}.") from error
 
 
 class Channel(Generic[F]):
@@ -144,15 +118,16 @@ class Channel(Generic[F]):
 
     Args:
         sock: One end of a stream socket, which the channel takes over.
-        decode, version: As of ``FrameReader``; a ``Hello`` with ``version`` is sent first.
+        decode, version: As of ``FrameReader``.
     """
 
     def __init__(self, sock: socket.socket, decode: Callable[[bytes], F], version: int) -> None:
         sock.setblocking(False)
         self._sock = sock
+        self._version = version
         self._reader = FrameReader(decode, version)
         self._lock = threading.Lock()
-        self._pending = bytearray(encode(Hello(version)))
+        self._pending = bytearray()
 
     def fileno(self) -> int:
         return self._sock.fileno()
@@ -164,7 +139,7 @@ class Channel(Generic[F]):
             Disconnected: The peer has closed the connection.
             WireError: As ``encode``.
         """
-        data = encode(frame)
+        data = encode(frame, self._version)
         with self._lock:
             self._pending += data
             return self._push()

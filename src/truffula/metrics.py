@@ -46,7 +46,7 @@ _ENGINE_SERIES: tuple[tuple[str, str, str], ...] = (
     ("truffula_kv_used_bytes", "Bytes of the KV cache blocks in use by sequences", "kv_used_bytes"),
     ("truffula_kv_cached_bytes", "Bytes of the KV cache blocks kept for prefix cache hits", "kv_cached_bytes"),
     ("truffula_budget_bytes", "Bytes that KV cache and adapters may use together", "budget_bytes"),
-    ("truffula_budget_used_bytes", "Bytes that KV cache and adapters use", "budget_used_bytes"),
+    ("truffula_budget_used_bytes", "Bytes committed for KV cache and adapters", "budget_used_bytes"),
     ("truffula_adapters_resident", "Adapters in memory", "adapters_resident"),
     ("truffula_adapter_bytes", "Bytes of the adapters in memory", "adapter_bytes"),
     ("truffula_engine_steps_total", "Engine steps", "steps"),

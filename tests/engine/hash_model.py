@@ -132,6 +132,7 @@ class HashModel:
         self._next_slot = 0
         self._logits = np.zeros((0, vocab_size), np.float32)
         self.closed = False
+        self.blocks_released = 0
 
     @property
     def inputs(self) -> StepInputs:
@@ -269,6 +270,16 @@ class HashModel:
 
     def drop_adapter(self, slot: int) -> None:
         del self._adapters[slot]
+
+    def release_kv(self, group: int, blocks: Int32) -> None:
+        slots = (blocks[:, None] * self.capacity.block_size + np.arange(self.capacity.block_size)).ravel()
+        for item in self._queue:
+            if isinstance(item, _Submitted):
+                for n in range(item.inputs.N):
+                    read, _ = self.slots_of(item.inputs, group, n)
+                    _need(not np.isin(slots, read).any(), "the memory of a block of an unfinished step is released")
+        self._kv[group][:, slots] ^= np.uint64(0xF00D)
+        self.blocks_released += len(blocks)
 
     def close(self) -> None:
         self.closed = True

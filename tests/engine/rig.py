@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from hash_model import HashModel
+from invariants import check_engine
 
-from truffula.engine.blocks import BlockRef, BlockTable
+from truffula.engine.blocks import BlockTable
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.engine import Engine, EngineLimits
+from truffula.engine.engine import Engine
+from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
 from truffula.kernels.adapters import SiteTensors, low_rank
@@ -196,8 +198,7 @@ class Rig:
         for plan, _ in self.engine._submitted:
             kept = [held for step, holdings in running._unfinished.items() if step >= plan.step for held in holdings]
             layout = self.engine._blocks.layout
-            blocks = {block for held in kept for block in held.blocks}
-            blocks |= {block for held in kept if held.table is not None for block in refs(held.table)}
+            blocks = {block for held in kept for block in refs(held.table)}
             for chunk in plan.chunks:
                 sequence = running.at(chunk.seq_slot)
                 assert sequence is not None or chunk.seq_slot in {held.seq_slot for held in kept}
@@ -210,7 +211,7 @@ class Rig:
         self.steps += 1
         self.clock.now += 0.001
         events = self.engine.step()
-        self.engine.check()
+        check_engine(self.engine)
         self.check_unfinished()
         for event in events:
             answer = self.answers[event.request_id]
@@ -249,10 +250,10 @@ class Rig:
         assert (stats.running, stats.waiting, stats.used_blocks) == (0, 0, 0), stats
         assert stats.free_blocks + stats.cached_blocks == stats.num_blocks - len(self.limits.kv_windows)
         assert all(state.leases == 0 for state in self.adapters.states())
-        self.engine.check()
+        check_engine(self.engine)
 
 
-def refs(table: BlockTable) -> set[BlockRef]:
+def refs(table: BlockTable) -> set[tuple[int, int]]:
     """The blocks that a table references, with their groups."""
     return {(group, block) for group in range(len(table.ids)) for block in table.held(group)}
 

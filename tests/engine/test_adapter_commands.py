@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pytest
+from invariants import check_engine
 from rig import HandLoader, Rig, request
 
 from truffula.engine.journal import outcome
@@ -36,7 +37,7 @@ class Loop:
         for _ in range(count):
             self.rig.clock.now += 0.01
             self.engine.step()
-        self.rig.engine.check()
+        check_engine(self.rig.engine)
         done = [command for command in self._open if command.done()]
         self._open = [command for command in self._open if command not in done]
         return [Answer(*outcome(command)) for command in done]

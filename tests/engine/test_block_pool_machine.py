@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from invariants import check_blocks, check_budget
 
 from truffula.engine.blocks import OWNER, BlockPool
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.prefix import BlockKeys
-from truffula.errors import ConfigError
 
 SIZE = 2
 WINDOWS = st.sampled_from([(None,), (None, 1), (None, 4), (None, 3, 6), (2,), (5,), (3, 7)])
@@ -39,10 +39,16 @@ class PoolMachine(RuleBasedStateMachine):
     def begin(self, num_blocks, limit, windows):
         self.layout = layout_of(windows)
         self.budget = MemoryBudget(limit * sum(self.layout.block_bytes))
-        self.pool = BlockPool(num_blocks, self.layout, budget=self.budget)
+        self.pool = BlockPool(num_blocks, self.layout, budget=self.budget, release_kv=self.lose)
         self.holders: list[Holder] = []
         self.content: dict[tuple[int, int], tuple] = {}
         self.now = 0.0
+
+    def lose(self, group, blocks):
+        """The memory of these blocks is returned: what they held is lost."""
+        assert blocks.tolist() == sorted(set(blocks.tolist()))
+        for block in blocks.tolist():
+            self.content.pop((group, block), None)
 
     def prefix(self, holder, index):
         return (holder.salt, *holder.tokens[: (index + 1) * SIZE])
@@ -83,9 +89,8 @@ class PoolMachine(RuleBasedStateMachine):
                 block = int(holder.table.ids[g][index])
                 self.content[g, block] = self.prefix(holder, index)
         holder.computed = stop
-        replaced = self.pool.register(holder.table, holder.keys, stop)
-        self.pool.check([holder.table for holder in self.holders], replaced)
-        self.pool.release_blocks(replaced, self.now)
+        self.pool.register(holder.table, holder.keys, stop)
+        check_blocks(self.pool, [holder.table for holder in self.holders])
         self.pool.free_behind(holder.table, stop, self.now)
         self.require_window(holder)
 
@@ -111,19 +116,19 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def books_are_right(self):
         if hasattr(self, "pool"):
-            self.pool.check([holder.table for holder in self.holders])
-            self.budget.check()
+            check_blocks(self.pool, [holder.table for holder in self.holders])
+            check_budget(self.budget)
 
     def teardown(self):
         if hasattr(self, "pool"):
             for holder in self.holders:
                 self.pool.release(holder.table, self.now)
-            self.pool.check([])
+            check_blocks(self.pool, [])
             assert self.pool.num_used() == self.pool.used_bytes() == 0
-            assert bool(self.pool.num_cached()) == bool(self.budget.used(OWNER))
+            assert self.budget.used(OWNER) or not self.content, "bytes that hold something are not counted"
             while self.pool.oldest() is not None:
                 self.pool.evict_oldest()
-            self.pool.check([])
+            check_blocks(self.pool, [])
             assert self.budget.total_used() == 0
 
 
@@ -142,7 +147,7 @@ def run(pool, tokens, chunk=3, salt="", generation=None, now=0.0, adapter_from=0
     while done < len(tokens):
         done = min(len(tokens), done + chunk)
         assert pool.extend(table, done)
-        pool.release_blocks(pool.register(table, keys, done), now)
+        pool.register(table, keys, done)
         pool.free_behind(table, done, now)
     return table, hit
 
@@ -161,19 +166,20 @@ def test_a_prefix_is_evicted_from_its_end(windows):
     assert hits[0] == 6 and hits == sorted(hits, reverse=True) and hits[-1] == 0
 
 
-def test_equal_content_computed_twice_is_kept_once():
+def test_equal_content_computed_twice_is_cached_once():
     pool = BlockPool(9, layout_of((None, 4)))
     tables = [pool.new_table(), pool.new_table()]
     keys = BlockKeys("", None, SIZE)
-    keys.extend(np.asarray([1, 2], np.int32))
+    keys.extend(np.asarray([1, 2, 3, 4], np.int32))
+    for done in (2, 4):
+        for table in tables:
+            assert pool.extend(table, done)
+            pool.register(table, keys, done)
+            check_blocks(pool, tables)
     for table in tables:
-        assert pool.extend(table, 2)
-    replaced = [block for table in tables for block in pool.register(table, keys, 2)]
-    assert len(replaced) == 2
-    pool.release_blocks(replaced, 0.0)
-    assert [tables[0].held(g) for g in (0, 1)] == [tables[1].held(g) for g in (0, 1)]
-    pool.check(tables)
-    assert pool.num_used() == 2
+        pool.release(table, 0.0)
+    check_blocks(pool, [])
+    assert pool.num_cached() == 4 and len(pool.match(keys, 2)) == 2
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -215,11 +221,6 @@ def test_blocks_before_the_position_from_which_an_adapter_acts_are_the_bases():
     assert run(pool, range(9), generation="a", adapter_from=5)[1] == 4
     assert run(pool, range(9), generation="a", adapter_from=5)[1] == 8
     assert run(pool, range(9), generation="b", adapter_from=6)[1] == 6
-
-
-def test_a_pool_of_only_scratch_is_refused():
-    with pytest.raises(ConfigError):
-        BlockPool(1, KvLayout(16, 16))
 
 
 @settings(max_examples=200, deadline=None)

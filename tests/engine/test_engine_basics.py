@@ -130,7 +130,7 @@ def test_resumed_behind_its_last_token_it_only_ends():
 def test_a_bad_request_is_answered_by_one_final_error(bad, code, param):
     rig = Rig(limits(num_blocks=20))
     rig.add(bad)
-    assert rig.engine.has_work()
+    assert rig.engine._scheduler.has_work()
     rig.drain()
     answer = rig.answers["r"]
     assert (answer.finish_reason, answer.code, answer.final.error.param) == ("error", code, param)
@@ -220,7 +220,7 @@ def test_times_say_where_the_seconds_went():
     arrival = rig.clock.now - 1.0
     rig.add(request("r", PROMPT, adapter="red", max_tokens=3, ignore_eos=True, arrival=arrival))
     rig.step()
-    assert not rig.engine.has_work()
+    assert not rig.engine._scheduler.has_work()
     assert not rig.engine.idle()
     rig.clock.now += 2.0
     rig.loader.finish()

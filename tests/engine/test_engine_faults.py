@@ -264,7 +264,7 @@ def test_a_pinned_adapter_that_leaves_too_little_is_named_not_waited_for():
 
 def test_a_model_too_long_for_the_executable_is_refused_at_the_start():
     with pytest.raises(ConfigError, match="max_model_len"):
-        ModelRunner(HashModel(capacity_of(limits()), 97), 4, 1000)
+        ModelRunner(HashModel(capacity_of(limits()), 97), limits(max_model_len=1000))
 
 
 def test_clock_is_the_engines_only_clock():

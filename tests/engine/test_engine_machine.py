@@ -6,6 +6,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from invariants import check_engine
 from rig import HandLoader, Rig, alone, limits, request
 
 from truffula.errors import TruffulaError
@@ -58,7 +59,7 @@ class EngineMachine(RuleBasedStateMachine):
         )  # fmt: skip
         self.requests[name] = req
         self.rig.add(req)
-        self.rig.engine.check()
+        check_engine(self.rig.engine)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -66,7 +67,7 @@ class EngineMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.requests)))
         running = self.rig.answers[name].final is None
         self.rig.engine.abort(name)
-        self.rig.engine.check()
+        check_engine(self.rig.engine)
         self.rig.step()
         final = self.rig.answers[name].final
         assert final is not None, "an aborted request ends within one step"
@@ -97,7 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.rig.engine.command(AdapterCommand(action=action, ref=self.ref(source), pinned=pinned))
         except TruffulaError as error:
             assert (error.code, action) == ("adapter_not_found", "unload")
-        self.rig.engine.check()
+        check_engine(self.rig.engine)
 
     @rule(seconds=st.floats(0, 0.7))
     def time_passes(self, seconds):

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rig import DEPTHS, VOCAB, Rig, alone, limits, request
+from rig import DEPTHS, VOCAB, HandLoader, Rig, alone, limits, request
 
 SHARED = [list(range(1, 30)), [7] * 22, [5, 6] * 13]
 
@@ -119,6 +119,25 @@ def test_preemption_did_happen_and_changed_nothing():
     rig = Rig(limits(num_blocks=12))
     rig.run(crowd)
     assert rig.engine.stats().preemptions > 0
+    for req in crowd:
+        assert_same(rig.answers[req.request_id], alone(req))
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_adapters_that_take_the_memory_of_free_blocks_change_no_token(depth, prefix_cache):
+    lim = limits(num_blocks=60, kv_block_bytes=(100,), prefix_cache=prefix_cache)
+    rig = Rig(lim, loader=HandLoader(nbytes=1200), budget_bytes=5400, depth=depth)
+    crowd = [
+        request(f"{place} {n}", [n] * 20, max_tokens=9, ignore_eos=True, adapter=color)
+        for place, color in enumerate((None, "red", "blue", None, "green"))
+        for n in range(4)
+    ]
+    for req in crowd:
+        rig.add(req)
+        rig.drain()
+    rig.assert_clean()
+    assert rig.executable.blocks_released > 0
     for req in crowd:
         assert_same(rig.answers[req.request_id], alone(req))
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rig import request
 
-from truffula.engine.sampling import sampling_of
+from truffula.engine.sequence import sampling_of
 
 
 @settings(max_examples=40, deadline=None)

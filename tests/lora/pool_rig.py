@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inline_loader import InlineLoader
+from invariants import check_budget
 from lora_bases import llama_sites
 
 from truffula.engine.budget import MemoryBudget
@@ -143,7 +144,7 @@ class Rig:
 
     def check(self) -> None:
         self.pool.check()
-        self.budget.check()
+        check_budget(self.budget)
         assert self.pool.resident == len(self.table.images)
         assert self.staged() == []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from invariants import check_engine
 
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
@@ -72,7 +73,7 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
 
     for _ in range(50):
         assert emitted(step(), "base") == 1
-        engine.check()
+        check_engine(engine)
     end = time.monotonic() + PATIENCE_S
     while {"burning", "good"} - set(final):  # the blocked one holds up nobody's load either
         step()
@@ -86,7 +87,7 @@ def test_running_sequences_emit_in_every_step_while_loads_block_and_burn(engine:
     }  # fmt: skip
     error = final["burning"].error
     assert error is not None and error.code == "adapter_invalid" and "seconds to match" in error.message
-    engine.check()
+    check_engine(engine)
 
 
 def test_a_killed_worker_delays_its_load_and_ends_no_request(engine: Engine, tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_a_killed_worker_delays_its_load_and_ends_no_request(engine: Engine, tmp
         events += engine.step()
         assert time.monotonic() < end
     assert (emitted(events, "base"), emitted(events, "late")) == (60, 4)
-    engine.check()
+    check_engine(engine)
 
 
 def test_an_adapter_whose_values_overflow_the_model_is_an_error_of_that_adapter(engine: Engine, tmp_path: Path) -> None:

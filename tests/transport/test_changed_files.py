@@ -49,7 +49,7 @@ def kill(client: EngineClient) -> None:
 
 
 def lost(client: EngineClient) -> CheckpointChanged:
-    error = eventually(client.lost, "it is given up")
+    error = eventually(client.fatal_error, "it is given up")
     assert isinstance(error, CheckpointChanged)
     return error
 
@@ -164,7 +164,7 @@ def test_a_new_time_of_the_same_content_ends_nothing(start: Start, model: Path, 
     client.submit(one_after_another())
     answers: dict[str, Answer] = {}
     assert follow(client, [LAST], answers)[LAST].finish == "length"
-    assert client.lost() is None
+    assert client.fatal_error() is None
     if transport == "process":
         kill(client)
         eventually(lambda: client.restarts().count and client.alive(), "the engine is restarted")

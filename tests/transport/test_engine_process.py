@@ -45,7 +45,7 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert {(a.finish, a.code) for a in answers.values()} == {("error", "engine_died")}
     assert "SIGKILL" in answers["r0"].message
     eventually(lambda: client.pid not in (None, first), "the next engine")
-    assert client.alive() and client.lost() is None
+    assert client.alive() and client.fatal_error() is None
     assert not psutil.pid_exists(first), "not even a zombie"
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
 
@@ -95,7 +95,7 @@ def test_an_engine_that_may_not_be_restarted_is_given_up_and_requests_are_refuse
     with pytest.raises(EngineDied, match="SIGKILL"):
         client.adapters(AdapterCommand(action="list"))
     assert not client.alive() and client.pid is None
-    lost = client.lost()
+    lost = client.fatal_error()
     assert lost is not None and "not restarted" in lost.message
 
 
@@ -210,7 +210,7 @@ sys.stdin.read()
 def worker() -> tuple[subprocess.Popen[bytes], Channel[wire.FromEngine]]:
     ours, theirs = socket.socketpair()
     with theirs:
-        command = [sys.executable, "-m", "truffula.engine.worker", "--fd", str(theirs.fileno())]
+        command = [sys.executable, "-m", "truffula.engine.worker", str(theirs.fileno())]
         process = subprocess.Popen(command, pass_fds=(theirs.fileno(),))
     return process, wire.client_channel(ours)
 
@@ -254,7 +254,7 @@ import socket, time
 from truffula.engine import wire, worker
 from truffula.types import EngineStats
 heartbeat = worker.Heartbeat(wire.engine_channel(socket.socket(fileno={theirs.fileno()})))
-heartbeat.stats(EngineStats(monotonic=0.0, steps=10**30))  # no frame can carry that
+heartbeat.stats = EngineStats(monotonic=0.0, steps=10**30)  # no frame can carry that
 time.sleep(600)  # the main thread in a long step
 """
     with theirs:

@@ -2,7 +2,8 @@
 
 Each KV group has block ids of its own; bytes of all come from one budget. A block is
 
-free       on its group's stack; its bytes are not reserved
+unused     its memory is not committed, its bytes are not reserved
+free       not referenced; its memory is committed and its bytes are reserved, until the budget needs them
 in use     referenced by one table, or by several when it is full and shared through the prefix index
 cached     referenced by none, still indexed: a prefix hit uses it again, or it is evicted (LRU over all groups)
 
@@ -11,7 +12,8 @@ Id 0 of each group is scratch and never allocated.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -19,15 +21,12 @@ import numpy as np
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.kv_layout import KvLayout
 from truffula.engine.prefix import NO_BLOCK, BlockKey, BlockKeys, PrefixIndex, PrefixNode
-from truffula.errors import ConfigError
 from truffula.kernels.inputs import Int32
 
 OWNER = "kv"
 NEVER = 1 << 62
-
-
-BlockRef = tuple[int, int]
-"""A reference on a block: its group and its id."""
+RELEASED_TOGETHER = 16
+"""Free blocks whose memory is released in one call: a run of adjacent ones costs one system call per plane."""
 
 
 class BlockTable:
@@ -71,10 +70,11 @@ class BlockTable:
         self.capacity = self.length * self.block_size
         self.views = tuple([ids[: self.length] for ids in self.ids])
 
-    def replace(self, group: int, start: int, stop: int, block: int) -> None:
-        """Set the entries ``start .. stop`` of a group."""
+    def free(self, group: int, stop: int) -> None:
+        """Drop the blocks of a group up to entry ``stop``."""
         ids = self.ids[group] = self.ids[group].copy()  # an unfinished step's chunk has a view of it
-        ids[start:stop] = block
+        ids[self.first[group] : stop] = NO_BLOCK
+        self.first[group] = stop
         self.views = tuple([ids[: self.length] for ids in self.ids])
 
 
@@ -82,15 +82,16 @@ class _Group:
     """The block ids of one KV group."""
 
     def __init__(self, num_blocks: int) -> None:
-        # Lowest ids on top: KV memory is committed when it is first written, so small loads stay in few pages.
-        self.free = list(range(num_blocks - 1, 0, -1))
+        # Both are stacks. Lowest ids on top: small loads stay in few pages.
+        self.unused = list(range(num_blocks - 1, 0, -1))
+        self.free: list[int] = []
         self.refs = [0] * num_blocks
         self.cached: OrderedDict[int, float] = OrderedDict()
         self.nodes: dict[int, PrefixNode] = {}
 
     @property
     def available(self) -> int:
-        return len(self.free) + len(self.cached)
+        return len(self.unused) + len(self.free) + len(self.cached)
 
     @property
     def used(self) -> int:
@@ -102,21 +103,23 @@ class _Group:
 
 
 class BlockPool:
-    """Blocks ``1 .. num_blocks`` of each group of ``layout``. Bytes of blocks in use and cached are reserved from
-    ``budget``. ``prefix_cache`` False indexes nothing.
+    """Blocks ``1 .. num_blocks`` of each group of ``layout``. Bytes of all but the unused ones are reserved from
+    ``budget``. ``release_kv`` is the executable's. ``prefix_cache`` False indexes nothing.
     """
 
     def __init__(
-        self, num_blocks: int, layout: KvLayout, *, budget: MemoryBudget | None = None, prefix_cache: bool = True
+        self,
+        num_blocks: int,
+        layout: KvLayout,
+        *,
+        budget: MemoryBudget | None = None,
+        release_kv: Callable[[int, Int32], None] = lambda group, blocks: None,
+        prefix_cache: bool = True,
     ) -> None:
-        if num_blocks < 2 or layout.block_size < 1:
-            raise ConfigError(
-                f"{num_blocks} blocks of {layout.block_size} tokens: at least 2 (one is scratch) of 1 are needed."
-            )
         self.num_blocks = num_blocks
         self.layout = layout
         self._budget = budget if any(layout.block_bytes) else None
-        self._column_bytes = sum(layout.block_bytes)
+        self._release_kv = release_kv
         self._prefix_cache = prefix_cache
         self._groups = [_Group(num_blocks) for _ in layout.windows]
         self._sliding = [g for g, window in enumerate(layout.windows) if window is not None]
@@ -127,8 +130,8 @@ class BlockPool:
     # Counts
 
     def num_free(self) -> int:
-        """Free blocks of all groups."""
-        return sum(len(group.free) for group in self._groups)
+        """Free and unused blocks of all groups."""
+        return sum(len(group.free) + len(group.unused) for group in self._groups)
 
     def num_cached(self) -> int:
         """Cached blocks of all groups."""
@@ -186,22 +189,39 @@ class BlockPool:
         count = self.layout.blocks_for(num_tokens) - table.length
         if count <= 0:
             return True
-        for group in self._groups:
-            if count > group.available:
-                return False
-        for g, group in enumerate(self._groups):
-            while len(group.free) < count:
-                self._evict(g)
-        if self._budget is not None and not self._budget.reserve(OWNER, count * self._column_bytes):
+        if any(count > group.available for group in self._groups):
             return False
-        columns = []
-        for group in self._groups:
-            blocks = [group.free.pop() for _ in range(count)]
+        columns: list[list[int]] = []
+        for g, group in enumerate(self._groups):
+            columns.append([])
+            for _ in range(count):
+                block = group.free.pop() if group.free else self._take_block(g)
+                if block is None:
+                    for other, blocks in zip(self._groups, columns, strict=False):
+                        other.free += reversed(blocks)
+                    return False
+                columns[g].append(block)
+        for group, blocks in zip(self._groups, columns, strict=True):
             for block in blocks:
                 group.refs[block] = 1
-            columns.append(blocks)
         table.append(columns)
         return True
+
+    def _take_block(self, g: int) -> int | None:
+        """A block of a group that has no free one; None when too few blocks or bytes are available.
+
+        An unused one while the budget has room. Else what was idle for longest is evicted: the group's cached block,
+        which is used again, or an entry of another owner.
+        """
+        group, nbytes, budget = self._groups[g], self.layout.block_bytes[g], self._budget
+        if group.cached:
+            full = budget is not None and budget.available() < nbytes and group.oldest() == budget.oldest()
+            if full or not group.unused:
+                self._evict(g)
+                return group.free.pop()
+        if not group.unused or not (budget is None or budget.reserve(OWNER, nbytes)):
+            return None
+        return group.unused.pop()
 
     def free_behind(self, table: BlockTable, num_computed: int, now: float) -> None:
         """Release the blocks that no query at ``num_computed`` or later reads. Indexed ones stay cached.
@@ -212,9 +232,8 @@ class BlockPool:
         for g in self._sliding:
             first, stop = table.first[g], self.layout.first_block(g, num_computed)
             if stop > first:
-                self.release_blocks([(g, block) for block in table.ids[g][first:stop].tolist()], now)
-                table.replace(g, first, stop, NO_BLOCK)
-                table.first[g] = stop
+                self._release_blocks(g, table.ids[g][first:stop].tolist(), now)
+                table.free(g, stop)
         self._set_due(table)
 
     def _set_due(self, table: BlockTable) -> None:
@@ -230,12 +249,11 @@ class BlockPool:
         evicted before its start.
         """
         for g in range(len(self._groups)):
-            self.release_blocks([(g, block) for block in reversed(table.held(g))], now)
+            self._release_blocks(g, reversed(table.held(g)), now)
 
-    def release_blocks(self, blocks: Iterable[BlockRef], now: float) -> None:
-        """Release one reference on each of ``blocks``."""
-        for g, block in blocks:
-            group = self._groups[g]
+    def _release_blocks(self, g: int, blocks: Iterable[int], now: float) -> None:
+        group = self._groups[g]
+        for block in blocks:
             assert group.refs[block] > 0, (g, block)
             group.refs[block] -= 1
             if group.refs[block]:
@@ -243,7 +261,7 @@ class BlockPool:
             if block in group.nodes:
                 group.cached[block] = now
             else:
-                self._to_free(g, block)
+                group.free.append(block)
 
     # Prefix index
 
@@ -301,29 +319,20 @@ class BlockPool:
         table.node = path[-1]
         self._set_due(table)
 
-    def register(self, table: BlockTable, keys: BlockKeys, num_computed: int) -> list[BlockRef]:
+    def register(self, table: BlockTable, keys: BlockKeys, num_computed: int) -> None:
         """Index the blocks of ``table`` that ``num_computed`` tokens fill. Call it before ``free_behind``.
 
-        Where a block with the same content is indexed already, the table takes a reference on that block instead of its
-        own: the caller releases those returned, once no unfinished step reads them. So a table that references a
-        block references the indexed blocks before it, and none is evicted before its descendants.
+        Where a block with the same content is indexed already, the table's own stays out of the index.
         """
-        replaced: list[BlockRef] = []
         for index in range(table.num_indexed, num_computed // self.layout.block_size):
             if table.node is None or not table.node.attached:
                 break
             table.node = node = self._index.child(table.node, keys[index])
             table.num_indexed = index + 1
             for g, group in enumerate(self._groups):
-                own, known = int(table.ids[g][index]), node.blocks[g]
-                if known == NO_BLOCK:
-                    node.blocks[g] = own
+                if node.blocks[g] == NO_BLOCK:
+                    node.blocks[g] = own = int(table.ids[g][index])
                     group.nodes[own] = node
-                elif known != own:
-                    self._take(group, known)
-                    table.replace(g, index, index + 1, known)
-                    replaced.append((g, own))
-        return replaced
 
     def forget(self, table: BlockTable) -> None:
         """Remove the blocks of ``table`` and their descendants from the index: their contents may be wrong."""
@@ -339,7 +348,7 @@ class BlockPool:
                     continue
                 del self._groups[g].nodes[block]
                 if self._groups[g].cached.pop(block, None) is not None:
-                    self._to_free(g, block)
+                    self._groups[g].free.append(block)
 
     def _take(self, group: _Group, block: int) -> None:
         assert group.refs[block] or block in group.cached, block
@@ -349,51 +358,29 @@ class BlockPool:
     # Reclaimer
 
     def oldest(self) -> float | None:
+        """When the least recently used cached block was released; before all times when there are free blocks."""
+        if any(group.free for group in self._groups):
+            return -math.inf
         return min((group.oldest() for group in self._groups if group.cached), default=None)
 
     def evict_oldest(self) -> int:
-        stamps = [(group.oldest(), g) for g, group in enumerate(self._groups) if group.cached]
-        return self._evict(min(stamps)[1])
+        """Release the memory of free blocks; if there are none, evict the least recently used cached block."""
+        g = next((g for g, group in enumerate(self._groups) if group.free), None)
+        if g is None:
+            _, g = min((group.oldest(), g) for g, group in enumerate(self._groups) if group.cached)
+            self._evict(g)
+        group = self._groups[g]
+        group.free, released = group.free[:-RELEASED_TOGETHER], sorted(group.free[-RELEASED_TOGETHER:])
+        self._release_kv(g, np.asarray(released, np.int32))
+        group.unused += reversed(released)
+        nbytes = len(released) * self.layout.block_bytes[g]
+        if self._budget is not None:
+            self._budget.release(OWNER, nbytes)
+        return nbytes
 
-    def _evict(self, g: int) -> int:
+    def _evict(self, g: int) -> None:
         block, _ = self._groups[g].cached.popitem(last=False)
         node = self._groups[g].nodes.pop(block)
         node.blocks[g] = NO_BLOCK
         self._index.prune(node)
-        self._to_free(g, block)
-        return self.layout.block_bytes[g]
-
-    def _to_free(self, g: int, block: int) -> None:
         self._groups[g].free.append(block)
-        if self._budget is not None:
-            self._budget.release(OWNER, self.layout.block_bytes[g])
-
-    def check(self, tables: Sequence[BlockTable] | None = None, blocks: Sequence[BlockRef] = ()) -> None:
-        """Raise AssertionError when a block is lost, owned twice or miscounted. ``tables`` and ``blocks`` are all
-        existing references.
-        """
-        for g, group in enumerate(self._groups):
-            free, cached = set(group.free), set(group.cached)
-            used = {block for block, refs in enumerate(group.refs) if refs}
-            assert len(free) == len(group.free), "a block is free twice"
-            assert not (free & cached or free & used or cached & used), (free & cached, free & used, cached & used)
-            assert free | cached | used == set(range(1, self.num_blocks)), "a block is lost"
-            assert all(block in group.nodes for block in cached), "a cached block is not indexed"
-            assert not free & group.nodes.keys(), "a free block is indexed"
-            assert all(node.attached and node.blocks[g] == block for block, node in group.nodes.items())
-            stamps = list(group.cached.values())
-            assert stamps == sorted(stamps), "the LRU is out of order"
-            if tables is not None:
-                counts = Counter(block for table in tables for block in table.held(g))
-                counts.update(block for group_id, block in blocks if group_id == g)
-                assert all(counts.get(block, 0) == refs for block, refs in enumerate(group.refs)), "references differ"
-        self._index.check()
-        indexed = sum(block != NO_BLOCK for node in self._index.root.below() for block in node.blocks)
-        assert indexed == sum(len(group.nodes) for group in self._groups), "an indexed block without its node"
-        for table in tables or ():
-            for view, ids, first in zip(table.views, table.ids, table.first, strict=True):
-                assert (view == ids[: table.length]).all()
-                assert (view[:first] == NO_BLOCK).all() and (view[first:] > 0).all()
-        if self._budget is not None:
-            held = [group.used + len(group.cached) for group in self._groups]
-            assert self._budget.used(OWNER) == self.layout.nbytes(held)

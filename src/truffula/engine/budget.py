@@ -1,6 +1,7 @@
 """``MemoryBudget``: the byte limit that pools share. When it is full, idle entries are evicted, oldest first.
 
-Running KV and leased adapters are never evicted from here (the scheduler preempts to free them). Cached KV blocks and
+Bytes are counted while their memory is committed: those of free KV blocks too, until they are evicted. Running KV and
+leased adapters are never evicted from here (the scheduler preempts to free them). Free KV blocks, cached KV blocks and
 idle adapters form one LRU across pools, by the time of their last use.
 """
 
@@ -8,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Protocol
-
-from truffula.errors import ConfigError
 
 
 class Reclaimer(Protocol):
@@ -26,10 +25,6 @@ class MemoryBudget:
     """Counts bytes by owner under one limit, and under a limit of the owner's own if it has one. Allocates nothing."""
 
     def __init__(self, limit_bytes: int) -> None:
-        if limit_bytes < 0:
-            raise ConfigError(
-                f"The memory limit is {limit_bytes} bytes; it must not be negative.", param="memory_bytes"
-            )
         self.limit = limit_bytes
         self._used: dict[str, int] = {}
         self._limits: dict[str, int] = {}
@@ -67,8 +62,6 @@ class MemoryBudget:
 
         Entries that were evicted before a False stay evicted: they were idle, and the next attempt needs the same room.
         """
-        if nbytes < 0:
-            raise ValueError(f"cannot reserve {nbytes} bytes")
         if nbytes > min(self.limit - self.fixed(), self.limit_of(owner)):
             return False
         while self.used(owner) + nbytes > self.limit_of(owner):
@@ -86,11 +79,10 @@ class MemoryBudget:
             raise ValueError(f"{owner} releases {nbytes} of {self.used(owner)} bytes")
         self._used[owner] -= nbytes
 
-    def check(self) -> None:
-        """Raise AssertionError when the sums are wrong."""
-        assert all(used >= 0 for used in self._used.values()), self._used
-        assert self.total_used() <= self.limit, (self._used, self.limit)
-        assert all(self.used(owner) <= limit for owner, limit in self._limits.items()), (self._used, self._limits)
+    def oldest(self) -> float | None:
+        """When the least recently used idle entry of all owners was last used."""
+        stamps = [stamp for pool in self._reclaimers.values() if (stamp := pool.oldest()) is not None]
+        return min(stamps, default=None)
 
     def _evict_oldest(self, owners: Iterable[str]) -> bool:
         """Evict the least recently used idle entry of ``owners``; False when there is none."""

@@ -46,19 +46,11 @@ SCORING_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What the start decided; ``EngineConfig`` is what was configured."""
+    """What the start decides from model and machine; ``EngineConfig`` is what was configured."""
 
-    path: Path
-    backend: str
-    device: str
-    isa: str
-    dtype: DtypeChoice
-    threads: int
-    planned: MemoryPlan
-    memory: MemoryDivision
-    capacity: Capacity
+    info: EngineInfo
     limits: EngineLimits
-    warnings: tuple[str, ...]
+    capacity: Capacity
 
 
 def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Backend) -> EngineSettings:
@@ -74,22 +66,34 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
             param="max_model_len", max_model_len=plan.max_model_len,
         )  # fmt: skip
     dtype = choose_dtype(backend, config.dtype, plan.stored_dtype)
-    model_len = config.max_model_len or plan.max_model_len
-    first = _capacity(config, plan, model_len, num_blocks=1)
-    memory_plan = backend.plan(plan.program, dtype.dtype, first, plan.stored_types)
+    rows = config.max_running + max(16, SCORING_BYTES // (8 * plan.interface.vocab_size))
+    capacity = Capacity(
+        max_tokens=config.step_tokens,
+        max_seqs=min(config.max_running, config.step_tokens),
+        max_logit_rows=min(rows, config.step_tokens),
+        max_segments=min(config.max_running, config.step_tokens),
+        num_blocks=1,
+        block_size=config.block_size,
+        max_blocks_per_seq=math.ceil((config.max_model_len or plan.max_model_len) / config.block_size),
+    )
+    planned = backend.plan(plan.program, dtype.dtype, capacity, plan.stored_types)
     layout = KvLayout(
         config.block_size, config.step_tokens, tuple(group.window for group in plan.interface.kv_groups),
-        memory_plan.kv_block_bytes,
+        planned.kv_block_bytes,
     )  # fmt: skip
     memory = plan_memory(
-        memory_plan,
+        planned,
         memory_limit(config.memory_bytes, backend),
         layout,
         model_len=plan.max_model_len,
         asked_len=config.max_model_len,
         max_running=config.max_running,
     )
-    capacity = _capacity(config, plan, memory.max_model_len, memory.num_blocks)
+    capacity = dataclasses.replace(
+        capacity,
+        num_blocks=memory.num_blocks,
+        max_blocks_per_seq=math.ceil(memory.max_model_len / config.block_size),
+    )
     limits = EngineLimits(
         max_model_len=memory.max_model_len,
         step_tokens=config.step_tokens,
@@ -105,11 +109,58 @@ def find_settings(config: EngineConfig, path: Path, plan: ModelPlan, backend: Ba
         kv_windows=layout.windows,
         kv_block_bytes=layout.block_bytes,
     )
-    threads = config.threads or usable_cpus()
+    info = _describe(config, path, plan, backend, dtype, planned, memory)
+    return EngineSettings(info, limits, capacity)
+
+
+def _describe(
+    config: EngineConfig,
+    path: Path,
+    plan: ModelPlan,
+    backend: Backend,
+    dtype: DtypeChoice,
+    planned: MemoryPlan,
+    memory: MemoryDivision,
+) -> EngineInfo:
+    """The info of an engine that is not loaded yet: ``files`` and ``start_s`` are added then."""
     slow = fallback_warning(config.backend, backend)
-    warnings = (*([slow] if slow else []), *plan.warnings, *memory.warnings)
-    return EngineSettings(
-        path, backend.name, backend.device, backend.isa, dtype, threads, memory_plan, memory, capacity, limits, warnings
+    return EngineInfo(
+        model=config.model,
+        model_type=plan.spec.model_type,
+        backend=backend.name,
+        device=backend.device,
+        dtype=dtype.dtype,
+        vocab_size=plan.interface.vocab_size,
+        max_model_len=memory.max_model_len,
+        block_size=config.block_size,
+        num_blocks=memory.num_blocks,
+        kv_tokens=memory.kv_tokens,
+        step_tokens=config.step_tokens,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        eos_token_ids=list(plan.eos_token_ids),
+        end_tokens=list(plan.end_tokens),
+        bos_token_id=plan.bos_token_id,
+        path=str(path),
+        revision=config.revision,
+        isa=backend.isa,
+        threads=config.threads or usable_cpus(),
+        dtype_reason=dtype.reason,
+        quantize=config.quantize,
+        exact=config.exact,
+        int8_note=int8_note(config, planned.weight_formats),
+        tying=plan.tying.tie.value,
+        tying_reason=plan.tying.reason,
+        weight_formats=dict(planned.weight_formats),
+        weight_bytes=planned.weight_bytes,
+        stored_bytes=plan.stored_bytes,
+        saved_by_tying_bytes=plan.saved_bytes,
+        fixed_bytes=memory.fixed_bytes,
+        memory_limit_bytes=memory.limit_bytes,
+        memory_reason=memory.reason,
+        budget_bytes=memory.pool_bytes,
+        unused_tensors=len(plan.unused),
+        warnings=[*([slow] if slow else []), *plan.warnings, *memory.warnings],
     )
 
 
@@ -133,13 +184,12 @@ def build_engine(
         config = repeated(config, first)
     report = progress or (lambda stage, done, total: None)
     began = time.monotonic()
-    path = (
-        Path(first.path)
-        if first is not None
-        else resolve_source(
+    if first is not None:
+        path = Path(first.path)
+    else:
+        path = resolve_source(
             config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
         )
-    )
     report("reading the model files", 0, None)
     with closing(_open(path, first)) as checkpoint:  # what the executable keeps mapped stays mapped
         files = stamps_of(checkpoint)
@@ -159,7 +209,7 @@ def build_engine(
             progress=lambda _, done, total: report("loading weights", done, total),
             block_kinds=backend.block_kinds,
         )
-        executable = backend.load(plan.program, settings.dtype.dtype, pull, settings.capacity)
+        executable = backend.load(plan.program, settings.info.dtype, pull, settings.capacity)
         try:
             pull.finish()
             require_same_files(files, stamps_of(checkpoint))
@@ -168,7 +218,7 @@ def build_engine(
         except BaseException:
             executable.close()
             raise
-    info = replace(_info(config, settings, plan, time.monotonic() - began), files=with_samples(files))
+    info = replace(settings.info, start_s=time.monotonic() - began, files=with_samples(files))
     _log(info)
     return engine, info
 
@@ -198,7 +248,7 @@ def _assemble(
     config: EngineConfig, settings: EngineSettings, plan: ModelPlan, executable: Executable, checkpoint: Checkpoint
 ) -> Engine:
     """The engine of a loaded model, with its budget, loading worker, adapter pool and watch over the mapped files."""
-    budget = MemoryBudget(settings.memory.pool_bytes)
+    budget = MemoryBudget(settings.info.budget_bytes)
     if config.adapter_memory_bytes is not None:
         budget.set_limit(OWNER, config.adapter_memory_bytes)
     with ExitStack() as undo:
@@ -226,62 +276,6 @@ def _assemble(
         engine = Engine(executable, settings.limits, adapters, budget, watch=watch)
         undo.pop_all()
     return engine
-
-
-def _capacity(config: EngineConfig, plan: ModelPlan, model_len: int, num_blocks: int) -> Capacity:
-    rows = config.max_running + max(16, SCORING_BYTES // (8 * plan.interface.vocab_size))
-    return Capacity(
-        max_tokens=config.step_tokens,
-        max_seqs=min(config.max_running, config.step_tokens),
-        max_logit_rows=min(rows, config.step_tokens),
-        max_segments=min(config.max_running, config.step_tokens),
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        max_blocks_per_seq=math.ceil(model_len / config.block_size),
-    )
-
-
-def _info(config: EngineConfig, settings: EngineSettings, plan: ModelPlan, seconds: float) -> EngineInfo:
-    memory, limits = settings.memory, settings.limits
-    return EngineInfo(
-        model=config.model,
-        model_type=plan.spec.model_type,
-        backend=settings.backend,
-        device=settings.device,
-        dtype=settings.dtype.dtype,
-        vocab_size=limits.vocab_size,
-        max_model_len=limits.max_model_len,
-        block_size=limits.block_size,
-        num_blocks=limits.num_blocks,
-        kv_tokens=memory.kv_tokens,
-        step_tokens=limits.step_tokens,
-        max_running=limits.max_running,
-        max_waiting=config.max_waiting,
-        eos_token_ids=list(limits.eos_token_ids),
-        end_tokens=list(plan.end_tokens),
-        bos_token_id=plan.bos_token_id,
-        path=str(settings.path),
-        revision=config.revision,
-        isa=settings.isa,
-        threads=settings.threads,
-        dtype_reason=settings.dtype.reason,
-        quantize=config.quantize,
-        exact=config.exact,
-        int8_note=int8_note(config, settings.planned.weight_formats),
-        tying=plan.tying.tie.value,
-        tying_reason=plan.tying.reason,
-        weight_formats=dict(settings.planned.weight_formats),
-        weight_bytes=settings.planned.weight_bytes,
-        stored_bytes=plan.stored_bytes,
-        saved_by_tying_bytes=plan.saved_bytes,
-        fixed_bytes=memory.fixed_bytes,
-        memory_limit_bytes=memory.limit_bytes,
-        memory_reason=memory.reason,
-        budget_bytes=memory.pool_bytes,
-        unused_tensors=len(plan.unused),
-        start_s=seconds,
-        warnings=list(settings.warnings),
-    )
 
 
 def int8_note(config: EngineConfig, weight_formats: Mapping[str, int]) -> str:

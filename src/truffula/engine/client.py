@@ -9,6 +9,8 @@ method but ``adapters`` raises for what a request or an engine did. Importing th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -79,27 +81,28 @@ class EngineClient(Protocol):
     def restarts(self) -> EngineRestarts:
         """How often an engine that died was started again, and why the last one died. Never waits."""
 
-    def lost(self) -> TruffulaError | None:
+    def fatal_error(self) -> TruffulaError | None:
         """Why no engine will serve again although the client was not closed; None while one may."""
 
     def close(self) -> None:
         """End the engine; open requests end with ``shutting_down``. Idempotent."""
 
 
-class EngineHandle(Protocol):
+@dataclass(frozen=True)
+class EngineHandle:
     """An engine that is starting."""
 
-    def model_path(self) -> Path | None:
-        """Where the model's files are, as soon as the engine has opened them; waits for that, never raises.
+    client: Callable[[], EngineClient]
+    """The engine, once it is ready. Raises ``TruffulaError``: why it cannot start. Call it once."""
 
-        None when the engine starts in ``client`` only, or has failed to start.
-        """
+    model_path: Callable[[], Path | None] = lambda: None
+    """Where the model's files are, as soon as the engine has opened them; waits for that, never raises.
 
-    def client(self) -> EngineClient:
-        """The engine, once it is ready. Raises ``TruffulaError``: why it cannot start. Call it once."""
+    None when the engine starts in ``client`` only, or has failed to start.
+    """
 
-    def close(self) -> None:
-        """End the start. Not after ``client``: close that then."""
+    close: Callable[[], None] = lambda: None
+    """Ends the start. Not after ``client``: close that then."""
 
 
 def start_engine(
@@ -115,10 +118,11 @@ def start_engine(
     if transport == "process":
         from truffula.engine.process import ProcessClient
 
-        return ProcessClient(config, progress, logs)
-    from truffula.engine.inline import InlineHandle
+        process = ProcessClient(config, progress, logs)
+        return EngineHandle(process.wait_until_ready, process.model_path, process.close)
+    from truffula.engine.inline import InlineClient
 
-    return InlineHandle(config, progress)
+    return EngineHandle(partial(InlineClient, config, progress))
 
 
 def connect(

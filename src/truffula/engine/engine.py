@@ -17,25 +17,22 @@ from concurrent.futures import Future
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
-from truffula.engine.limits import EngineLimits, StepCapacity
+from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import StepPlan
-from truffula.engine.runner import ModelRunner, SubmittedStep
+from truffula.engine.runner import ModelRunner, split_output
 from truffula.engine.scheduler import Scheduler
 from truffula.errors import (
     CheckpointChanged,
-    ConfigError,
     DeviceLost,
     EngineDied,
     GenerationError,
     ShuttingDown,
     TruffulaError,
 )
-from truffula.kernels.backend import Executable
+from truffula.kernels.backend import Executable, PendingStep
 from truffula.lora.pool import AdapterPool
 from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent
 from truffula.weights.watch import FileWatch
-
-__all__ = ["Engine", "EngineLimits"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +66,16 @@ class Engine:
         self._budget = budget
         self._watch = watch
         self._clock = clock
-        groups = len(executable.inputs.block_tables)
-        if groups != len(limits.kv_windows):
-            raise ConfigError(
-                f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
-            )
         self._blocks = BlockPool(
-            limits.num_blocks, limits.kv_layout(executable.depth), budget=budget, prefix_cache=limits.prefix_cache
+            limits.num_blocks,
+            limits.kv_layout(executable.depth),
+            budget=budget,
+            release_kv=executable.release_kv,
+            prefix_cache=limits.prefix_cache,
         )
-        self._runner = ModelRunner(executable, limits.block_size, limits.max_model_len)
-        runner = self._runner
-        capacity = StepCapacity(runner.max_tokens, runner.max_rows, runner.max_seqs, runner.max_segments)
-        self._scheduler = Scheduler(limits, self._blocks, adapters, capacity)
-        self._submitted: deque[tuple[StepPlan, SubmittedStep]] = deque()
+        self._runner = ModelRunner(executable, limits)
+        self._scheduler = Scheduler(limits, self._blocks, adapters)
+        self._submitted: deque[tuple[StepPlan, PendingStep]] = deque()
         self._steps = 0
         self._files_checked_at = float("-inf")
 
@@ -125,7 +119,7 @@ class Engine:
     def _finish_oldest(self) -> None:
         plan, step = self._submitted.popleft()
         try:
-            results = step.result()
+            results = split_output(plan.chunks, step.result())
         except Exception as error:  # noqa: BLE001  as above
             self._discard_submitted()
             self._retry(plan, error)
@@ -160,10 +154,6 @@ class Engine:
             self._watch.check()
             self._files_checked_at = now
 
-    def has_work(self) -> bool:
-        """Whether ``step`` would do something now; False while every request waits for an adapter."""
-        return self._scheduler.has_work()
-
     def idle(self) -> bool:
         """Whether no request is left and every event was taken."""
         return self._scheduler.is_idle()
@@ -176,7 +166,7 @@ class Engine:
         """Seconds until ``step`` has something to do without a call or an event of a loading worker: 0 with work, None
         when only these can bring some.
         """
-        timeout = 0.0 if self.has_work() else self._adapters.poll_timeout()
+        timeout = 0.0 if self._scheduler.has_work() else self._adapters.poll_timeout()
         if self.idle():
             return timeout
         return DEADLINE_CHECK_S if timeout is None else min(timeout, DEADLINE_CHECK_S)
@@ -217,12 +207,6 @@ class Engine:
             budget_used_bytes=self._budget.total_used(),
             **self._scheduler.counts(),
         )
-
-    def check(self) -> None:
-        """Raise AssertionError when any owner's books are wrong. For tests and for an idle engine."""
-        self._scheduler.check()
-        self._budget.check()
-        self._adapters.check()
 
     def close(self) -> list[TokenEvent]:
         """End every request with ``shutting_down``, then free everything. Returns the last events. Idempotent."""

@@ -29,7 +29,7 @@ class EngineProcess:
         try:
             # -P: the current folder must not shadow modules. stdout is the command's: logs go to stderr.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "truffula.engine.worker", "--fd", str(child_end.fileno())],
+                [sys.executable, "-P", "-m", "truffula.engine.worker", str(child_end.fileno())],
                 pass_fds=(child_end.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
                 env=engine_environment(),
             )  # fmt: skip

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
@@ -30,23 +29,6 @@ from truffula.types import (
 
 LOAD_POLL_S = 0.005
 """How often finished loads are looked for: a condition cannot wait for the loading workers' sockets."""
-
-
-class InlineHandle:
-    """An ``EngineHandle`` whose ``client`` builds the engine, in the thread that calls it."""
-
-    def __init__(self, config: EngineConfig, progress: Progress | None) -> None:
-        self._config = config
-        self._progress = progress
-
-    def model_path(self) -> Path | None:
-        return None
-
-    def client(self) -> InlineClient:
-        return InlineClient(self._config, self._progress)
-
-    def close(self) -> None:
-        """Do nothing: nothing was started."""
 
 
 class InlineClient:
@@ -117,7 +99,7 @@ class InlineClient:
     def restarts(self) -> EngineRestarts:
         return EngineRestarts()  # an engine in its client's process is never restarted
 
-    def lost(self) -> TruffulaError | None:
+    def fatal_error(self) -> TruffulaError | None:
         return None if isinstance(self._end, ShuttingDown) else self._end
 
     def close(self) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from truffula.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class KvLayout:
@@ -21,13 +19,6 @@ class KvLayout:
     chunk_tokens: int
     windows: tuple[int | None, ...] = (None,)
     block_bytes: tuple[int, ...] = (0,)
-
-    def __post_init__(self) -> None:
-        if not self.windows or len(self.windows) != len(self.block_bytes):
-            raise ConfigError(
-                f"KV groups: {len(self.windows)} windows and {len(self.block_bytes)} block sizes in bytes.",
-                param="block_bytes",
-            )
 
     @property
     def num_groups(self) -> int:

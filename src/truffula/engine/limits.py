@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from truffula.engine.kv_layout import KvLayout
-from truffula.errors import InsufficientMemory, InvalidRequest, PromptTooLong
+from truffula.errors import InsufficientMemory, InvalidRequest, Overloaded, PromptTooLong
 from truffula.types import EngineRequest
 
 
@@ -37,20 +37,15 @@ class EngineLimits:
     kv_block_bytes: tuple[int, ...] = ()
     patience: int = 16
 
+    @property
+    def most_running(self) -> int:
+        """Sequences that may run. Each gets a token and a row in each step, so no more than a step has of either."""
+        return min(self.max_running, self.step_tokens, self.step_logit_rows)
+
     def kv_layout(self, depth: int) -> KvLayout:
         """How KV divides into groups and blocks when ``depth`` steps may be unfinished."""
         block_bytes = self.kv_block_bytes or (0,) * len(self.kv_windows)
         return KvLayout(self.block_size, depth * self.step_tokens, self.kv_windows, block_bytes)
-
-
-@dataclass(frozen=True)
-class StepCapacity:
-    """What one step of the executable can hold: T tokens, R logit rows, N sequences, G adapters."""
-
-    tokens: int
-    rows: int
-    sequences: int
-    segments: int
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
@@ -73,10 +68,10 @@ def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
         )
 
 
-def check_request(request: EngineRequest, limits: EngineLimits, longest: int) -> int:
+def check_request(request: EngineRequest, limits: EngineLimits, longest: int, waiting: int) -> int:
     """Returns the number of tokens, prompt and completion, at which ``request`` ends at the latest.
 
-    ``longest``: tokens whose KV fits in memory when the request runs alone.
+    ``longest``: tokens whose KV fits in memory when the request runs alone. ``waiting``: requests that wait now.
 
     ``max_tokens`` None uses all positions that are left; one above that ends there with ``length``.
 
@@ -84,6 +79,7 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int) ->
         InvalidRequest: No prompt, or an id outside the vocabulary.
         PromptTooLong: No position is left for a completion token.
         InsufficientMemory: Its KV would not fit even if it ran alone.
+        Overloaded: As many requests wait as may.
     """
     params, prompt = request.params, len(request.prompt_ids)
     if not prompt:
@@ -109,5 +105,10 @@ def check_request(request: EngineRequest, limits: EngineLimits, longest: int) ->
             f"{prompt} prompt tokens and up to {total - prompt} more do not fit in the KV cache: its longest sequence "
             f"has {longest} tokens. Ask for fewer tokens, or raise --memory.",
             param="max_tokens", tokens=total, longest=longest,
+        )  # fmt: skip
+    if waiting >= limits.max_waiting:
+        raise Overloaded(
+            f"{waiting} requests are waiting; the limit is {limits.max_waiting}. Try again later.",
+            waiting=waiting, limit=limits.max_waiting,
         )  # fmt: skip
     return total

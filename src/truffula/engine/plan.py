@@ -57,10 +57,6 @@ class StepPlan(msgspec.Struct, frozen=True):
     step: int
     chunks: list[Chunk]
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
-
 
 class ChunkResult(msgspec.Struct, frozen=True, gc=False):
     """The result of one chunk: a token per draw, a score per target, or a vector (of a model that has no logits).

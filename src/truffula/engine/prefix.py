@@ -104,12 +104,3 @@ class PrefixIndex:
         del node.parent.children[node.key]
         for removed in node.below():
             removed.attached = False
-
-    def check(self) -> None:
-        """Raise AssertionError when a link or a flag is wrong."""
-        for node in self.root.below():
-            assert node.attached
-            assert node is self.root or node.children or any(block != NO_BLOCK for block in node.blocks), (
-                "an empty node"
-            )
-            assert all(child.parent is node and child.key == key for key, child in node.children.items())

@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class ProcessClient:
-    """An ``EngineClient`` that restarts an engine that died. It is also its ``EngineHandle``: call ``client`` first."""
+    """An ``EngineClient`` that restarts an engine that died; usable after ``wait_until_ready``."""
 
     info: EngineInfo
 
@@ -71,12 +71,10 @@ class ProcessClient:
         self._commands = PendingCommands()
         self._lock = threading.Lock()  # guards the fields down to _pinned
         self._process: EngineProcess | None = None  # the one that takes requests
-        self._unavailable: TruffulaError = EngineDied(
-            "The engine is starting."
-        )  # the error of requests while there is none
-        self._lost: TruffulaError | None = None
+        self._unavailable: TruffulaError = EngineDied("The engine is starting.")  # of requests while there is none
+        self._fatal_error: TruffulaError | None = None
         self._restarts = EngineRestarts()
-        self._closing = False
+        self._closing = threading.Event()
         self._pinned: dict[str, AdapterCommand] = {}
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
@@ -88,9 +86,11 @@ class ProcessClient:
         self._thread.start()
 
     def model_path(self) -> Path | None:
+        """Where the model's files are, as soon as the engine has opened them; None when it cannot start."""
         return self._model_path.result()
 
-    def client(self) -> ProcessClient:
+    def wait_until_ready(self) -> ProcessClient:
+        """Wait for the first engine; returns this client. Raises why it cannot start."""
         try:
             self.info = self._started.result()
         except BaseException:
@@ -154,12 +154,12 @@ class ProcessClient:
     def restarts(self) -> EngineRestarts:
         return self._restarts
 
-    def lost(self) -> TruffulaError | None:
-        return self._lost
+    def fatal_error(self) -> TruffulaError | None:
+        return self._fatal_error
 
     def close(self) -> None:
         with self._lock:
-            self._closing = True
+            self._closing.set()
             self._unavailable = ShuttingDown("The engine is closed.")
             self._wake()
         self._thread.join()
@@ -208,10 +208,10 @@ class ProcessClient:
         window = self._config.restart_window_s
         while True:
             pid, error = self._run_process()
-            if self._closing or not self._started.done():
+            if self._closing.is_set() or not self._started.done():
                 self._end_open(error)
                 if not self._started.done():
-                    self._started.set_exception(self._unavailable if self._closing else error)
+                    self._started.set_exception(self._unavailable if self._closing.is_set() else error)
                 return
             self._restarts = replace(self._restarts, last_reason=error.message)
             now = time.monotonic()
@@ -232,7 +232,7 @@ class ProcessClient:
             failed = self._end_open(EngineDied(f"The engine died and is being restarted: {error}", **error.data))
             self._restarts = replace(self._restarts, count=self._restarts.count + 1)
             _log_death(pid, error, failed, f"restart {count} of {most} within {window:g} s begins in {pause:g} s")
-            if self._paused(pause):
+            if self._closing.wait(pause):
                 return
 
     def _run_process(self) -> tuple[int | None, TruffulaError]:
@@ -249,7 +249,7 @@ class ProcessClient:
         except WireError as error:
             reason = error
             process.kill()
-        if self._closing:
+        if self._closing.is_set():
             process.stop()
         status = process.end()
         if reason is None:
@@ -262,7 +262,7 @@ class ProcessClient:
         waiter.register(self._wake_in, select.POLLIN)
         first = self._started.result() if self._started.done() else None
         process.channel.post(wire.Start(self._config, self._logs, first))
-        while not self._closing:
+        while not self._closing.is_set():
             waiter.register(process.channel, select.POLLIN | (select.POLLOUT if process.channel.unsent else 0))
             ready = dict(waiter.poll(process.poll_timeout(time.monotonic()) * 1000))
             if self._wake_in in ready:
@@ -319,29 +319,19 @@ class ProcessClient:
     def _mark_failed(self, error: TruffulaError) -> int:
         """Record that no engine will be started again; returns how many open requests it ended."""
         failed = self._end_open(error)
-        if not self._closing:
-            self._lost = error
+        if not self._closing.is_set():
+            self._fatal_error = error
         return failed
 
     def _end_open(self, error: TruffulaError) -> int:
         """Accept no requests from now on and end the open ones with ``error``; returns how many there were."""
         with self._lock:
             self._process = None
-            if not self._closing:
+            if not self._closing.is_set():
                 self._unavailable = error
             reason = self._unavailable
         self._commands.fail_all(reason)
         return self._journal.fail_all(reason)
-
-    def _paused(self, seconds: float) -> bool:
-        """Wait before the next start; True when ``close`` was called."""
-        deadline = time.monotonic() + seconds
-        waiter = select.poll()
-        waiter.register(self._wake_in, select.POLLIN)
-        while not self._closing and (left := deadline - time.monotonic()) > 0:
-            if waiter.poll(left * 1000):
-                self._drain_wakes()
-        return self._closing
 
     def _drain_wakes(self) -> None:
         with contextlib.suppress(BlockingIOError):

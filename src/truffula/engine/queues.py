@@ -1,31 +1,36 @@
-"""Waiting sequences by adapter, and deficit round robin over adapters, the base being one of them.
-
-An adapter has a turn to spend a quantum of tokens on its prompts (those running and those waiting), and then moves to
-the back. Tokens it could not spend remain for its next turn, up to one quantum.
-Source: Shreedhar and Varghese 1995, "Efficient fair queueing using deficit round robin".
-"""
+"""WaitingQueues: the waiting sequences by adapter. It has their adapters loaded."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from itertools import islice, takewhile
 
+from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.lora.pool import AdapterPool
+
+PREFETCH_WINDOW = 4
+"""Adapters looked at in a step for those that are loaded already, as a multiple of ``prefetch_adapters``."""
+MAX_OVERTAKING = 16
+"""How many sequences of a queue are looked at for one that need not wait for a running prompt."""
 
 
 class WaitingQueues:
     """First in, first out within an adapter; a preempted sequence returns by age, that is to the front.
 
-    ``num_loading`` counts the sequences whose adapter is loading. No method costs more for a longer queue.
+    A sequence is *ready* when it does not wait for an adapter, else *unbound*. No method costs more for a longer queue.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: EngineLimits, adapters: AdapterPool) -> None:
+        self._limits = limits
+        self._adapters = adapters
         self._queues: dict[AdapterKey, OrderedDict[int, Sequence]] = {}
-        self._ready: dict[AdapterKey, Sequence] = {}  # heads that do not wait for an adapter
-        self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of sequences without a generation
+        self._ready: dict[AdapterKey, Sequence] = {}  # heads that are ready
+        self._unbound: OrderedDict[AdapterKey, int] = OrderedDict()  # number of unbound sequences
+        self._loading: dict[AdapterKey, float] = {}  # adapters of unbound sequences that are loading, since when
         self._count = 0
-        self.num_loading = 0
 
     def __len__(self) -> int:
         return self._count
@@ -33,10 +38,6 @@ class WaitingQueues:
     def __iter__(self) -> Iterator[Sequence]:
         for queue in self._queues.values():
             yield from queue.values()
-
-    def first(self, key: AdapterKey, count: int) -> list[Sequence]:
-        """The first ``count`` sequences of ``key``."""
-        return list(islice(self._queues[key].values(), count)) if key in self._queues else []
 
     def ready_heads(self) -> list[Sequence]:
         """The first sequence of each adapter (and of the base) that could run now if there were room."""
@@ -48,13 +49,14 @@ class WaitingQueues:
     def num_ready(self) -> int:
         return len(self._ready)
 
-    def unbound(self, most: int) -> list[AdapterKey]:
-        """Up to ``most`` adapters with sequences that have no generation yet, the longest waiting first."""
-        return list(islice(self._unbound, most))
+    def candidates(self, key: AdapterKey) -> list[Sequence]:
+        """The sequences of ``key`` that could run now if there were room, as many as may overtake each other."""
+        if key not in self._ready:
+            return []
+        return [sequence for sequence in self._first(key, MAX_OVERTAKING) if sequence.ready]
 
-    def postpone(self, key: AdapterKey) -> None:
-        """Move ``key`` to the end of ``unbound``."""
-        self._unbound.move_to_end(key)
+    def _first(self, key: AdapterKey, count: int) -> list[Sequence]:
+        return list(islice(self._queues[key].values(), count))
 
     def push(self, sequence: Sequence) -> None:
         queue = self._queues.setdefault(sequence.key, OrderedDict())
@@ -73,32 +75,16 @@ class WaitingQueues:
         del self._queues[sequence.key][sequence.serial]
         self._count -= 1
         if not sequence.ready:
-            self._count_bound(sequence)
+            self._count_bound(sequence.key)
         self._update_head(sequence.key)
         if not self._queues[sequence.key]:
             del self._queues[sequence.key]
 
-    def mark_loading(self, sequence: Sequence, now: float) -> None:
-        """The adapter of ``sequence`` is loading, since ``now`` unless it was before."""
-        if sequence.loading_since is None:
-            sequence.loading_since = now
-            self.num_loading += 1
-
-    def bind(self, sequence: Sequence, generation: str, now: float) -> None:
-        """Give ``sequence`` the generation of its adapter, which is loaded."""
-        self._count_bound(sequence)
-        sequence.generation = generation
-        if sequence.loading_since is not None:
-            sequence.load_s += now - sequence.loading_since
-            sequence.loading_since = None
-        self._update_head(sequence.key)
-
-    def _count_bound(self, sequence: Sequence) -> None:
-        self._unbound[sequence.key] -= 1
-        if not self._unbound[sequence.key]:
-            del self._unbound[sequence.key]
-        if sequence.loading_since is not None:
-            self.num_loading -= 1
+    def _count_bound(self, key: AdapterKey) -> None:
+        self._unbound[key] -= 1
+        if not self._unbound[key]:
+            del self._unbound[key]
+            self._loading.pop(key, None)
 
     def _update_head(self, key: AdapterKey) -> None:
         head = next(iter(self._queues[key].values()), None)
@@ -107,40 +93,57 @@ class WaitingQueues:
         else:
             self._ready.pop(key, None)
 
-    def check(self) -> None:
-        assert self._count == sum(len(queue) for queue in self._queues.values())
-        assert self.num_loading == sum(sequence.loading_since is not None for sequence in self)
-        for key, queue in self._queues.items():
-            assert queue and all(sequence.key == key for sequence in queue.values())
-            assert list(queue) == sorted(queue), "a queue is out of order"
-            assert self._unbound.get(key, 0) == sum(not sequence.ready for sequence in queue.values())
-        heads = {key: next(iter(queue.values())) for key, queue in self._queues.items()}
-        assert self._ready == {key: head for key, head in heads.items() if head.ready}
-        assert self._unbound.keys() <= self._queues.keys()
+    # Adapters
 
+    def num_loading(self) -> int:
+        """Sequences whose adapter is loading."""
+        return sum(self._unbound[key] for key in self._loading)
 
-class DeficitRoundRobin:
-    """The order of the adapters' turns, and their deficits. A new adapter is added at the end."""
+    def is_loading(self, sequence: Sequence) -> bool:
+        return not sequence.ready and sequence.key in self._loading
 
-    def __init__(self, quantum: int) -> None:
-        self._quantum = quantum
-        self._deficits: dict[AdapterKey, int] = {}  # in the order of turns
+    def load_time(self, sequence: Sequence, now: float) -> float:
+        """Seconds that its adapter was loading while it waited."""
+        if not self.is_loading(sequence):
+            return sequence.load_s
+        return max(0.0, now - max(self._loading[sequence.key], sequence.arrival))
 
-    def order(self, keys: Collection[AdapterKey]) -> list[AdapterKey]:
-        """``keys``, all of which have tokens to compute, in the order of their turns."""
-        for key in keys:
-            self._deficits.setdefault(key, 0)
-        order = [key for key in self._deficits if key in keys]
-        if len(self._deficits) > 64 + 2 * len(keys):
-            # The others have nothing to compute now: by the algorithm they lose their deficits and their turns.
-            self._deficits = {key: self._deficits[key] for key in order}
-        return order
+    def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo]]:
+        """Have adapters loaded before their turn, and bind loaded ones, so that one slow load delays only its own
+        requests. Returns the sequences whose adapter did not load, with the error.
 
-    def begin_turn(self, key: AdapterKey) -> int:
-        """Begin a turn; returns the tokens it may spend."""
-        self._deficits[key] = min(self._deficits[key] + self._quantum, 2 * self._quantum)
-        return self._deficits[key]
+        At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
+        adapters could run now. Adapters that are loaded are not counted.
+        """
+        most, loading = self._limits.prefetch_adapters, 0
+        failed: list[tuple[Sequence, ErrorInfo]] = []
+        for key in list(islice(self._unbound, PREFETCH_WINDOW * most)):
+            unbound = [one for one in self._first(key, self._limits.max_running) if not one.ready]
+            if not unbound:  # they wait behind a full window of sequences that are ready
+                continue
+            ref = unbound[0].request.adapter
+            assert ref is not None
+            enough = loading >= most or self.num_ready() >= most
+            if enough and key not in self._loading and not self._adapters.is_loaded(ref):
+                self._unbound.move_to_end(key)
+                continue
+            found = self._adapters.lookup(ref, now)
+            if found.status == "loading":
+                loading += 1
+                self._loading.setdefault(key, now)
+            elif found.generation is not None:
+                for sequence in unbound:
+                    self._bind(sequence, found.generation, now)
+                self._loading.pop(key, None)
+            else:
+                error = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
+                failed += [(one, error) for one in self._queues[key].values() if not one.ready]
+        return failed
 
-    def end_turn(self, key: AdapterKey, spent: int) -> None:
-        """End a turn that spent tokens; one that could not spend any keeps its place, the first of the next step."""
-        self._deficits[key] = max(0, self._deficits.pop(key) - spent)
+    def _bind(self, sequence: Sequence, generation: str, now: float) -> None:
+        sequence.load_s = self.load_time(sequence, now)
+        # From now on this request uses these bytes, even if the adapter's files change.
+        sequence.loaded_lease = self._adapters.retain(generation)
+        sequence.generation = generation
+        self._count_bound(sequence.key)
+        self._update_head(sequence.key)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, StepPlan, TopList
 from truffula.errors import ConfigError
 from truffula.kernels.backend import Executable, PendingStep
@@ -13,38 +14,28 @@ from truffula.kernels.inputs import Int32, StepInputs, StepOutput
 
 
 class ModelRunner:
-    """Drives one executable. ``block_size`` and ``max_positions`` are the engine's; capacities are read off the arrays.
+    """Drives one executable. Cost: about 1 microsecond of Python per sequence and step, whatever the number of layers.
 
-    Cost: about 1 microsecond of Python per sequence and step, whatever the number of layers.
+    Raises:
+        ConfigError: The executable's arrays cannot hold a step of these limits.
     """
 
-    def __init__(self, executable: Executable, block_size: int, max_positions: int) -> None:
+    def __init__(self, executable: Executable, limits: EngineLimits) -> None:
         self._executable = executable
-        self._block_size = block_size
-        inputs = executable.inputs
-        self.max_tokens = len(inputs.token_ids)
-        self.max_seqs = len(inputs.kv_len)
-        self.max_rows = len(inputs.logit_rows)
-        self.max_segments = len(inputs.seg)
-        self.max_blocks_per_seq = inputs.block_tables.shape[2]
-        if self.max_blocks_per_seq * block_size < max_positions - 1:
-            raise ConfigError(
-                f"A sequence has at most {self.max_blocks_per_seq} blocks of {block_size}; "
-                f"max_model_len = {max_positions} needs more.",
-                param="max_model_len",
-            )
-        self._numbers = np.arange(max(self.max_tokens, self.max_rows), dtype=np.int32)
+        self._block_size = limits.block_size
+        _require_capacity(executable.inputs, limits)
+        self._numbers = np.arange(max(limits.step_tokens, limits.step_logit_rows), dtype=np.int32)
         # For each of the executable's inputs, the block tables that were last written, by row.
         self._tables: list[tuple[StepInputs, list[tuple[Int32, ...] | None]]] = []
 
-    def submit(self, plan: StepPlan) -> SubmittedStep:
-        """Begin the step of ``plan``, which has chunks."""
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Begin the step of ``plan``, which has chunks; ``split_output`` gives the result of each."""
         for chunk in plan.chunks:
             if chunk.restart is not None:
                 state = chunk.restart
                 self._executable.set_sequence(chunk.seq_slot, state.prompt_ids, state.completion_ids, state.sampling)
         self._fill(plan.chunks)
-        return SubmittedStep(plan.chunks, self._executable.submit())
+        return self._executable.submit()
 
     def _fill(self, chunks: Sequence[Chunk]) -> None:
         i, s, size = self._executable.inputs, self._executable.samples, self._block_size
@@ -82,7 +73,7 @@ class ModelRunner:
         """Write the block tables of the rows whose table has changed since the last step with these inputs."""
         written = next((tables for of, tables in self._tables if of is inputs), None)
         if written is None:
-            written = [None] * self.max_seqs
+            written = [None] * len(inputs.kv_len)
             self._tables.append((inputs, written))
         for n, chunk in enumerate(chunks):
             tables = chunk.block_tables
@@ -93,16 +84,20 @@ class ModelRunner:
                 inputs.block_tables[group, n, : len(table)] = table
 
 
-class SubmittedStep:
-    """A plan's chunks and the step that computes them."""
-
-    def __init__(self, chunks: list[Chunk], step: PendingStep) -> None:
-        self._chunks = chunks
-        self._step = step
-
-    def result(self) -> list[ChunkResult]:
-        """Results in the order of the plan's chunks; waits for them. Raises what the step's ``result`` does."""
-        return _split(self._chunks, self._step.result())
+def _require_capacity(inputs: StepInputs, limits: EngineLimits) -> None:
+    groups, sequences, blocks = inputs.block_tables.shape
+    if groups != len(limits.kv_windows):
+        raise ConfigError(
+            f"kv_windows is {limits.kv_windows}; the executable has {groups} KV groups.", param="kv_windows"
+        )
+    for param, size, least in (
+        ("step_tokens", len(inputs.token_ids), limits.step_tokens),
+        ("step_logit_rows", len(inputs.logit_rows), limits.step_logit_rows),
+        ("max_running", min(sequences, len(inputs.seg)), limits.most_running),
+        ("max_model_len", blocks * limits.block_size + 1, limits.max_model_len),  # the last token needs no KV
+    ):
+        if size < least:
+            raise ConfigError(f"{param} is {least}; the executable has room for {size}.", param=param)
 
 
 def _fill_segments(i: StepInputs, chunks: Sequence[Chunk], stop: Int32, rows_stop: Int32) -> int:
@@ -119,7 +114,8 @@ def _fill_segments(i: StepInputs, chunks: Sequence[Chunk], stop: Int32, rows_sto
     return G
 
 
-def _split(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
+def split_output(chunks: Sequence[Chunk], output: StepOutput) -> list[ChunkResult]:
+    """The results of a step's chunks, in their order."""
     ids, logprobs, tops = output.ids.tolist(), output.logprob.tolist(), _top_lists(output)
     finite = output.finite.tolist()
     all_finite = all(finite)

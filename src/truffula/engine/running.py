@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import add, attrgetter
 
-from truffula.engine.blocks import BlockPool, BlockRef, BlockTable
+from truffula.engine.blocks import BlockPool, BlockTable
 from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import AdapterKey, Sequence
+from truffula.errors import InsufficientMemory
 from truffula.lora.pool import AdapterLease, AdapterPool
 
 _age = attrgetter("serial")
@@ -18,12 +19,11 @@ _age = attrgetter("serial")
 
 @dataclass(frozen=True)
 class _Holding:
-    """What a sequence held, or a part of it, until it is released."""
+    """What a sequence held, until it is released."""
 
-    table: BlockTable | None = None
-    blocks: tuple[BlockRef, ...] = ()
-    seq_slot: int | None = None
-    lease: AdapterLease | None = None
+    table: BlockTable
+    seq_slot: int | None
+    lease: AdapterLease | None
 
 
 class RunningBatch:
@@ -33,17 +33,14 @@ class RunningBatch:
     until the last step that was planned with it is finished.
     """
 
-    def __init__(
-        self, limits: EngineLimits, num_slots: int, max_adapters: int, blocks: BlockPool, adapters: AdapterPool
-    ) -> None:
+    def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool) -> None:
         self._block_size = limits.block_size
         self._prefix_cache = limits.prefix_cache
-        self._max_adapters = max_adapters
         self._blocks = blocks
         self._adapters = adapters
         self._by_age: list[Sequence] = []
-        self._slots: list[Sequence | None] = [None] * num_slots
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._slots: list[Sequence | None] = [None] * limits.most_running
+        self._free_slots = list(range(limits.most_running - 1, -1, -1))
         self._unfinished: dict[int, list[_Holding]] = {}  # by step: what to release when it is finished
 
     def __len__(self) -> int:
@@ -76,7 +73,17 @@ class RunningBatch:
 
     # Admission
 
-    def computes_prefix_of(self, sequence: Sequence) -> bool:
+    def first_startable(self, candidates: list[Sequence]) -> Sequence | None:
+        """The first of ``candidates``, which wait, that may start.
+
+        One whose next block a running prompt is about to compute waits for it and then finds it in the prefix cache: of
+        eight choices of one long prompt, one computes it. Meanwhile those behind it may pass.
+        """
+        if not self._prefix_cache:
+            return candidates[0] if candidates else None
+        return next((sequence for sequence in candidates if not self._computes_prefix_of(sequence)), None)
+
+    def _computes_prefix_of(self, sequence: Sequence) -> bool:
         """Whether a running prompt is about to compute the next block that ``sequence`` lacks in the prefix cache."""
         prompts = [
             other for other in self._by_age if other.key == sequence.key and other.num_known - other.num_committed > 1
@@ -93,14 +100,26 @@ class RunningBatch:
             for other in prompts
         )
 
-    def admit(self, sequence: Sequence, allowance: int, rows: int, now: float, *, prefix: bool = True) -> int:
+    def admit(self, sequence: Sequence, allowance: int, rows: int, now: float) -> int:
         """Take a slot, an adapter lease and the first blocks together, and run; 0 and nothing taken if one is missing.
 
         Returns the tokens that a step computes of it first: up to ``allowance``, with up to ``rows`` rows of logits.
-        ``prefix`` False uses no cached block. Raises the pool's error when the adapter cannot be used.
+        Raises ``InsufficientMemory`` when it has no room although nothing else runs, and the pool's error when the
+        adapter cannot be used.
         """
+        count = self._admit(sequence, allowance, rows, now, prefix=self._prefix_cache)
+        uploading = sequence.generation is not None and self._adapters.is_pending(sequence.generation)
+        if count or self._by_age or self._unfinished or uploading:
+            return count
+        # The cached blocks it would use may take the room of its adapter or of its other blocks.
+        count = self._admit(sequence, allowance, rows, now, prefix=False)
+        if not count:
+            raise self.too_large(sequence)
+        return count
+
+    def _admit(self, sequence: Sequence, allowance: int, rows: int, now: float, *, prefix: bool) -> int:
         blocks = self._blocks
-        limit = sequence.max_prefix_blocks() if prefix and self._prefix_cache else 0
+        limit = sequence.max_prefix_blocks() if prefix else 0
         if limit:
             blocks.attach(sequence.table, blocks.match(sequence.block_keys(), limit))
         sequence.reset(sequence.table.capacity)
@@ -109,13 +128,13 @@ class RunningBatch:
         admitted = False
         try:
             if count and self._has_room(sequence):
-                lease = self._acquire(sequence.generation)
+                lease = None if sequence.generation is None else self._adapters.acquire(sequence.generation)
                 if lease is not None or sequence.key is None:
                     admitted = blocks.extend(sequence.table, sequence.num_computed + count)
         finally:
             if not admitted:
                 sequence.reset(0)
-                self._release(_Holding(sequence.table, lease=lease), now)
+                self._release(_Holding(sequence.table, None, lease), now)
                 sequence.table = blocks.new_table()
         if not admitted:
             return 0
@@ -138,24 +157,21 @@ class RunningBatch:
                 needed = list(map(add, needed, self._blocks.growth(other.table, other.num_tokens + 1)))
         return self._blocks.can_fit(needed, lambda: self._adapters.leased_bytes)
 
-    def _acquire(self, generation: str | None) -> AdapterLease | None:
-        if generation is None:
-            return None
-        running = {sequence.generation for sequence in self._by_age if sequence.generation is not None}
-        if generation not in running and len(running) >= self._max_adapters:
-            return None
-        return self._adapters.acquire(generation)
-
-    def waits_for_upload(self, sequence: Sequence) -> bool:
-        """Whether ``admit`` returned 0 only because its adapter is being uploaded."""
-        return sequence.generation is not None and self._adapters.is_pending(sequence.generation)
+    def too_large(self, sequence: Sequence) -> InsufficientMemory:
+        """The error of a sequence that has no room although nothing else runs."""
+        used, left = self._blocks.num_used(), self._blocks.num_free() + self._blocks.num_cached()
+        return InsufficientMemory(
+            f"{sequence.num_tokens} tokens and its adapter do not fit in memory though nothing else runs: {used} KV "
+            f"blocks are in use, {left} are left. Raise --memory, or pin fewer adapters.",
+            tokens=sequence.num_tokens, blocks_used=used, blocks_left=left,
+        )  # fmt: skip
 
     def remove(self, sequence: Sequence, now: float) -> None:
         """Take it out of the batch. It holds nothing from here on."""
         assert sequence.seq_slot is not None
         del self._by_age[bisect_left(self._by_age, sequence.serial, key=_age)]
         self._slots[sequence.seq_slot] = None
-        holding = _Holding(sequence.table, (), sequence.seq_slot, sequence.lease)
+        holding = _Holding(sequence.table, sequence.seq_slot, sequence.lease)
         sequence.table = self._blocks.new_table()
         sequence.seq_slot = sequence.lease = None
         sequence.reset(0)
@@ -180,9 +196,7 @@ class RunningBatch:
             self._release(holding, now)
 
     def _release(self, holding: _Holding, now: float) -> None:
-        if holding.table is not None:
-            self._blocks.release(holding.table, now)
-        self._blocks.release_blocks(holding.blocks, now)
+        self._blocks.release(holding.table, now)
         if holding.seq_slot is not None:
             self._free_slots.append(holding.seq_slot)
         if holding.lease is not None:
@@ -191,29 +205,6 @@ class RunningBatch:
     def commit_blocks(self, sequence: Sequence, now: float) -> None:
         """Index its full and committed blocks, then free those behind a window."""
         blocks, table, committed = self._blocks, sequence.table, sequence.num_committed
-        replaced = blocks.register(table, sequence.block_keys(), committed) if self._prefix_cache else []
-        if replaced and sequence.last_step in self._unfinished:
-            self._unfinished[sequence.last_step].append(_Holding(blocks=tuple(replaced)))
-        else:
-            blocks.release_blocks(replaced, now)
+        if self._prefix_cache:
+            blocks.register(table, sequence.block_keys(), committed)
         blocks.free_behind(table, committed, now)
-
-    def check(self) -> None:
-        """Raise AssertionError when a block, slot or lease has no owner or two, or a sequence's numbers disagree."""
-        running = self._by_age
-        assert running == sorted(running, key=_age) and set(running) == {s for s in self._slots if s is not None}
-        for sequence in running:
-            assert sequence.seq_slot is not None and self._slots[sequence.seq_slot] is sequence
-            assert (sequence.lease is None) == (sequence.key is None), "a lease is missing"
-            assert sequence.lease is None or sequence.lease.generation == sequence.generation
-            assert sequence.num_committed <= sequence.num_computed <= sequence.num_wanted
-            assert sequence.num_computed <= sequence.table.capacity, "computed tokens without blocks"
-            assert sequence.num_tokens - sequence.num_known <= len(self._unfinished)
-        later = [holding for holdings in self._unfinished.values() for holding in holdings]
-        tables = [*(sequence.table for sequence in running), *(held.table for held in later if held.table is not None)]
-        self._blocks.check(tables, [block for held in later for block in held.blocks])
-        holders: list[Sequence | _Holding] = [*running, *later]
-        leases = sum(holder.lease is not None for holder in holders)
-        assert sum({s.generation: s.leases for s in self._adapters.states()}.values()) == leases, "leases differ"
-        slots = [holder.seq_slot for holder in holders if holder.seq_slot is not None]
-        assert sorted(self._free_slots + slots) == list(range(len(self._slots))), "a slot is lost or owned twice"

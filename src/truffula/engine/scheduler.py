@@ -14,47 +14,32 @@
    newest sequence of the adapter that runs most is preempted, never the oldest of all, so every sequence ends;
 5. the rest of the budget goes to prompts, running and waiting, by deficit round robin over adapters.
 
-**Run-ahead.** ``plan`` may be called while earlier steps are unfinished; ``commit`` takes their results in order. What
-an ended sequence held is released once the last step that was planned with it is finished. ``plan`` is empty when it
-first needs those results: a preemption, and steps that are run again after a failure (``retry``), are planned only when
-no step is unfinished.
-
+``plan`` may be called while earlier steps are unfinished; ``commit`` takes their results in order. What an ended
+sequence held is released once the last step that was planned with it has finished. A preemption, and steps that are run
+again after a failure (``retry``), are planned only when no step is unfinished; until then ``plan`` is empty.
 See docs/decisions/0003-no-phases-one-token-budget.md.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from operator import attrgetter
 
 from truffula.engine.blocks import BlockPool
-from truffula.engine.limits import EngineLimits, StepCapacity, check_request
+from truffula.engine.limits import EngineLimits, check_request
 from truffula.engine.plan import ChunkResult, StepPlan
-from truffula.engine.queues import DeficitRoundRobin, WaitingQueues
+from truffula.engine.queues import WaitingQueues
 from truffula.engine.running import RunningBatch
 from truffula.engine.sequence import AdapterKey, Sequence
-from truffula.errors import (
-    AdapterError,
-    AdapterLoadError,
-    DeadlineExceeded,
-    ErrorInfo,
-    GenerationError,
-    InsufficientMemory,
-    InvalidRequest,
-    Overloaded,
-    QueueTimeout,
-    TruffulaError,
-)
+from truffula.engine.step_budget import DeficitRoundRobin, StepBudget, reserved_rows
+from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.pool import AdapterPool
-from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
+from truffula.types import EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 MAX_REFUSALS = 8
 """Admissions that may be refused in a step before no more are tried: bounds the cost of a full engine."""
-MAX_OVERTAKING = 16
-"""How many sequences of a queue are looked at for one that need not wait for a running prompt."""
-PREFETCH_WINDOW = 4
-"""Adapters looked at in a step for those that are loaded already, as a multiple of ``prefetch_adapters``."""
 LONG_STEPS = 2
 """A prompt that fills more steps than these is long: it leaves half of its adapter's turn to the prompts behind it."""
 
@@ -66,51 +51,18 @@ class _ResultsNeeded(Exception):
     """No step can be planned before the unfinished ones have finished: they may use what is to be released."""
 
 
-class StepBudget:
-    """What is left of a step, and the number of tokens that each sequence was granted."""
-
-    def __init__(self, tokens: int, rows: int) -> None:
-        self.tokens = tokens
-        self.rows = rows
-        self.counts: dict[Sequence, int] = {}
-        self.preempted = False
-        self.refusals = 0
-
-    def grant(self, sequence: Sequence, count: int) -> int:
-        """Raise a grant to ``count`` tokens; returns how many tokens that added."""
-        have = self.counts.get(sequence, 0)
-        self.tokens -= count - have
-        self.rows -= _rows(sequence, count) - _rows(sequence, have)
-        self.counts[sequence] = count
-        return count - have
-
-    def revoke(self, sequence: Sequence) -> None:
-        have = self.counts.pop(sequence, 0)
-        self.tokens += have
-        self.rows += _rows(sequence, have)
-
-
-def _rows(sequence: Sequence, count: int) -> int:
-    """Rows of logits to reserve for a grant: each sequence may need one for a draw."""
-    return max(1, sequence.rows(count)) if count else 0
-
-
 class Scheduler:
     """Owns the sequences and their queues; takes blocks and leases from the pools. Used by one thread."""
 
-    def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool, capacity: StepCapacity) -> None:
+    def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool) -> None:
         self._limits = limits
         self._blocks = blocks
         self._adapters = adapters
-        self._max_tokens = min(limits.step_tokens, capacity.tokens)
-        self._max_rows = min(limits.step_logit_rows, capacity.rows)
-        # Each running sequence gets a token and a row in each step, so no more may run than a step has of either.
-        self._max_running = min(limits.max_running, capacity.sequences, self._max_tokens, self._max_rows)
-        self._round_robin = DeficitRoundRobin(quantum=max(limits.block_size, self._max_tokens // 2))
-        self._waiting = WaitingQueues()
-        self._running = RunningBatch(limits, capacity.sequences, capacity.segments, blocks, adapters)
+        self._round_robin = DeficitRoundRobin(quantum=max(limits.block_size, limits.step_tokens // 2))
+        self._waiting = WaitingQueues(limits, adapters)
+        self._running = RunningBatch(limits, blocks, adapters)
         self._by_id: dict[str, Sequence] = {}
-        self._deadlines: list[tuple[float, int, str]] = []  # a heap of time, serial and request id
+        self._timeouts: list[tuple[float, int, str]] = []  # a heap of time, serial and request id
         self._last_serial = 0
         self._reserved_for: Sequence | None = None  # the only one that may be admitted
         self._last_step = 0
@@ -125,13 +77,8 @@ class Scheduler:
         try:
             if request.request_id in self._by_id:
                 raise InvalidRequest(f"A request with id {request.request_id!r} is running.", param="request_id")
-            max_total = check_request(request, self._limits, self._blocks.longest(self._limits.max_model_len))
-            if len(self._waiting) >= self._limits.max_waiting:
-                raise Overloaded(
-                    f"{len(self._waiting)} requests are waiting; the limit is {self._limits.max_waiting}. Try again "
-                    "later.",
-                    waiting=len(self._waiting), limit=self._limits.max_waiting,
-                )  # fmt: skip
+            longest = self._blocks.longest(self._limits.max_model_len)
+            max_total = check_request(request, self._limits, longest, len(self._waiting))
         except TruffulaError as error:
             self._events.append(
                 TokenEvent(
@@ -148,15 +95,13 @@ class Scheduler:
             self._events.append(sequence.final_event(ended[0], now, stop=ended[1]))
             return
         self._by_id[request.request_id] = sequence
-        for deadline in (request.queue_deadline, request.deadline):
-            if deadline is not None:
-                heapq.heappush(self._deadlines, (deadline, sequence.serial, request.request_id))
+        self._schedule_timeout(sequence, now)
         self._waiting.push(sequence)
 
     def abort(self, request_id: str, now: float) -> None:
         """End it now; an unknown id is ignored (it may have ended already)."""
         if request_id in self._by_id:
-            self._finish(self._by_id[request_id], "abort", now)
+            self._end(self._by_id[request_id], "abort", now)
 
     def end_all(self, error: TruffulaError, now: float) -> None:
         """End every sequence with ``error``."""
@@ -180,7 +125,7 @@ class Scheduler:
         return {
             "running": len(self._running),
             "waiting": len(self._waiting),
-            "waiting_for_adapter": self._waiting.num_loading,
+            "waiting_for_adapter": self._waiting.num_loading(),
             **self._counts,
         }
 
@@ -189,16 +134,17 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step; empty when nothing can run, or when that depends on the results of unfinished steps."""
         self._expire(now)
-        self._prefetch_adapters(now)
+        for sequence, error in self._waiting.prefetch_adapters(now):
+            self._end(sequence, "error", now, error)
         if self._retries:
             return self._make_plan(self._next_retry())
-        budget = StepBudget(self._max_tokens, self._max_rows)
+        budget = StepBudget(self._limits.step_tokens, self._limits.step_logit_rows)
         try:
             self._prevent_starvation(now)
             self._grant_running(budget, now)
             self._grant_prompts(budget, now)
         except _ResultsNeeded:
-            return self._make_plan({})
+            budget.counts.clear()
         return self._make_plan(budget.counts)
 
     def _make_plan(self, counts: dict[Sequence, int]) -> StepPlan:
@@ -210,10 +156,7 @@ class Scheduler:
         return StepPlan(step, chunks)
 
     def commit(self, plan: StepPlan, results: Iterable[ChunkResult], now: float) -> None:
-        """Record the results of the oldest unfinished step: progress, scores, tokens, ends.
-
-        Sequences that have ended since it was planned are skipped.
-        """
+        """Record the results of the oldest unfinished step, of sequences that have not ended since it was planned."""
         self._running.end_step(plan.step, now)
         at, generated = self._running.at, 0
         for chunk, result in zip(plan.chunks, results, strict=True):
@@ -223,7 +166,7 @@ class Scheduler:
             if not result.finite:
                 # Its KV may be wrong: no other sequence may find these blocks.
                 self._blocks.forget(sequence.table)
-                self._fail(sequence, non_finite(sequence.request.adapter), now)
+                self._fail(sequence, sequence.non_finite_error(), now)
                 continue
             event = sequence.commit(chunk, result, now)
             if sequence.num_committed >= sequence.table.due:
@@ -234,7 +177,7 @@ class Scheduler:
             if event.finish_reason is None:
                 self._events.append(event)
             else:
-                self._finish(sequence, event.finish_reason, now, event=event)
+                self._finish(sequence, event, now)
         self._counts["generated_tokens"] += generated
 
     def discard(self, plan: StepPlan, now: float) -> None:
@@ -269,77 +212,29 @@ class Scheduler:
     # 1. Deadlines
 
     def _expire(self, now: float) -> None:
-        """End sequences that are out of time: ``queue_timeout`` if it never ran, ``deadline_exceeded`` if it did.
-
-        The time in which its adapter loads does not count as waiting: a load has limits of its own.
-        """
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, serial, request_id = heapq.heappop(self._deadlines)
+        """End sequences that are out of time: ``queue_timeout`` if it never ran, ``deadline_exceeded`` if it did."""
+        while self._timeouts and self._timeouts[0][0] <= now:
+            _, serial, request_id = heapq.heappop(self._timeouts)
             sequence = self._by_id.get(request_id)
             if sequence is None or sequence.serial != serial:
                 continue
-            request = sequence.request
-            if deadline != request.deadline and sequence.admitted_at is None:
-                assert request.queue_deadline is not None
-                later = request.queue_deadline + self._load_time(sequence, now)
-                if later > now:
-                    heapq.heappush(self._deadlines, (later, serial, request_id))
-                    continue
-            waited = now - sequence.arrival
-            if sequence.admitted_at is None:
-                loading = sequence.loading_since is not None
-                why = "while its adapter was loading" if loading else "for a free slot in the batch"
-                error: TruffulaError = QueueTimeout(f"Waited {waited:.3f} s {why}.", waited_s=waited, loading=loading)
-                self._fail(sequence, error, now)
-            elif deadline == request.deadline:
-                error = DeadlineExceeded(
-                    f"The request reached its time limit after {waited:.3f} s with {sequence.num_completion} "
-                    "completion tokens.",
-                    elapsed_s=waited,
-                )
-                self._fail(sequence, error, now)
-
-    def _load_time(self, sequence: Sequence, now: float) -> float:
-        """Seconds that it waited for its adapter, or behind a sequence that does."""
-        since = sequence.loading_since
-        if since is None and not sequence.ready:
-            since = self._waiting.first(sequence.key, 1)[0].loading_since
-        return sequence.load_s + (0.0 if since is None else now - max(since, sequence.arrival))
-
-    # 2. Adapter prefetch
-
-    def _prefetch_adapters(self, now: float) -> None:
-        """Load adapters before their turn and bind loaded ones, so that one slow load delays only its own requests.
-
-        At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many
-        adapters could run now. Adapters that are loaded are not counted.
-        """
-        waiting, most, loading = self._waiting, self._limits.prefetch_adapters, 0
-        for key in waiting.unbound(PREFETCH_WINDOW * most):
-            unbound = [sequence for sequence in waiting.first(key, self._max_running) if not sequence.ready]
-            if not unbound:  # they wait behind a full window of sequences that are ready
-                continue
-            ref = unbound[0].request.adapter
-            assert ref is not None
-            enough = loading >= most or waiting.num_ready() >= most
-            if enough and unbound[0].loading_since is None and not self._adapters.is_loaded(ref):
-                waiting.postpone(key)
-                continue
-            found = self._adapters.lookup(ref, now)
-            if found.status == "loading":
-                loading += 1
-                for sequence in unbound:
-                    waiting.mark_loading(sequence, now)
-            elif found.generation is not None:
-                for sequence in unbound:
-                    # From now on this request uses these bytes, even if the adapter's files change.
-                    sequence.loaded_lease = self._adapters.retain(found.generation)
-                    waiting.bind(sequence, found.generation, now)
+            if self._timeout(sequence, now) > now:
+                self._schedule_timeout(sequence, now)
             else:
-                info = found.error or AdapterLoadError(f"Adapter {ref.name!r} did not load.").info()
-                for sequence in waiting.first(key, len(waiting)):
-                    if not sequence.ready:
-                        self._finish(sequence, "error", now, error=info)
+                self._fail(sequence, sequence.timeout_error(now, loading=self._waiting.is_loading(sequence)), now)
+
+    def _timeout(self, sequence: Sequence, now: float) -> float:
+        """When it is out of time. While its adapter loads it does not count as waiting: a load has its own limits."""
+        request = sequence.request
+        timeout = math.inf if request.deadline is None else request.deadline
+        if request.queue_deadline is not None and sequence.admitted_at is None:
+            timeout = min(timeout, request.queue_deadline + self._waiting.load_time(sequence, now))
+        return timeout
+
+    def _schedule_timeout(self, sequence: Sequence, now: float) -> None:
+        timeout = self._timeout(sequence, now)
+        if timeout < math.inf:
+            heapq.heappush(self._timeouts, (timeout, sequence.serial, sequence.request_id))
 
     # 3. Starvation
 
@@ -355,14 +250,13 @@ class Scheduler:
         running = self._running.count_by_key()
         starved = min((head for head in late if not running[head.key]), key=_age, default=None)
         victim = None if starved is None else self._running.newest_of_largest(at_least=2)
-        oldest = min(late, key=_age)
         if victim is not None:
             if self._running.num_unfinished:
                 raise _ResultsNeeded
             self._preempt(victim, now)
             self._reserved_for = starved
-        elif oldest.refused_steps >= 4 * patience:
-            self._reserved_for = oldest
+        elif min(late, key=_age).refused_steps >= 4 * patience:
+            self._reserved_for = min(late, key=_age)
 
     # 4. One token for each running sequence
 
@@ -385,22 +279,13 @@ class Scheduler:
                 raise _ResultsNeeded
             victim = self._running.newest_of_largest()
             if victim is None:
-                self._fail(sequence, self._too_large(sequence), now)
+                self._fail(sequence, self._running.too_large(sequence), now)
                 return False
             budget.revoke(victim)
             budget.preempted = True
             self._preempt(victim, now)
             if victim is sequence:
                 return False
-
-    def _too_large(self, sequence: Sequence) -> InsufficientMemory:
-        blocks_left = self._blocks.num_free() + self._blocks.num_cached()
-        return InsufficientMemory(
-            f"{sequence.num_tokens} tokens and its adapter do not fit in memory though nothing else runs: "
-            f"{self._blocks.num_used()} KV blocks are in use, {blocks_left} are left. "
-            "Raise --memory, or pin fewer adapters.",
-            tokens=sequence.num_tokens, blocks_used=self._blocks.num_used(), blocks_left=blocks_left,
-        )  # fmt: skip
 
     # 5. Prompts
 
@@ -410,7 +295,7 @@ class Scheduler:
             if sequence.num_wanted - sequence.num_computed > 1:
                 prompts.setdefault(sequence.key, []).append(sequence)
         keys = dict.fromkeys(prompts)
-        if len(self._running) >= self._max_running:
+        if len(self._running) >= self._limits.most_running:
             for head in self._waiting.ready_heads():
                 head.refused_steps += 1
         else:
@@ -434,13 +319,13 @@ class Scheduler:
         others = len(prompts) > 1 or self._waiting.ready_head(key) is not None
         for sequence in prompts:
             most = min(allowance - spent, budget.tokens)
-            if others and sequence.num_uncomputed > LONG_STEPS * self._max_tokens:
+            if others and sequence.num_uncomputed > LONG_STEPS * self._limits.step_tokens:
                 most = -(-most // 2)
             spent += self._extend(sequence, most, budget)
         allowance = min(allowance - spent, budget.tokens)
         if allowance <= 0 or not self._may_admit(budget):
             return spent
-        waiting = self._next_waiting(key)
+        waiting = self._running.first_startable(self._waiting.candidates(key))
         if waiting is None or self._reserved_for not in (None, waiting):
             return spent
         count = self._try_admit(waiting, allowance, budget, now)
@@ -452,7 +337,7 @@ class Scheduler:
         """Raise its grant by up to ``allowance`` tokens; returns by how many."""
         have = budget.counts.get(sequence, 0)
         count = have + min(allowance, sequence.num_uncomputed - have)
-        count = sequence.fit_rows(count, budget.rows + _rows(sequence, have))
+        count = sequence.fit_rows(count, budget.rows + reserved_rows(sequence, have))
         if count <= have:
             return 0
         if not self._blocks.extend(sequence.table, sequence.num_computed + count):
@@ -460,33 +345,14 @@ class Scheduler:
         return budget.grant(sequence, count) if count > have else 0
 
     def _may_admit(self, budget: StepBudget) -> bool:
-        if len(self._running) >= self._max_running or not self._running.has_free_slot() or budget.rows < 1:
+        if len(self._running) >= self._limits.most_running or not self._running.has_free_slot() or budget.rows < 1:
             return False
         return self._reserved_for is not None or not (budget.preempted or budget.refusals >= MAX_REFUSALS)
 
-    def _next_waiting(self, key: AdapterKey) -> Sequence | None:
-        """The first waiting sequence of ``key`` that may start.
-
-        One whose next block a running prompt is about to compute waits for it and then finds it in the prefix cache: of
-        eight choices of one long prompt, one computes it. Meanwhile those behind it may pass.
-        """
-        head = self._waiting.ready_head(key)
-        if head is None or not self._limits.prefix_cache:
-            return head
-        candidates = (sequence for sequence in self._waiting.first(key, MAX_OVERTAKING) if sequence.ready)
-        return next((sequence for sequence in candidates if not self._running.computes_prefix_of(sequence)), None)
-
     def _try_admit(self, sequence: Sequence, allowance: int, budget: StepBudget, now: float) -> int:
         """Admit it if possible. Returns the tokens granted; 0 when it must wait or has failed."""
-        running = self._running
         try:
-            count = running.admit(sequence, allowance, budget.rows, now)
-            alone = not len(running) and not running.num_unfinished
-            if not count and alone and not running.waits_for_upload(sequence):
-                # The cached blocks it would use may take the room of its adapter or of its other blocks.
-                count = running.admit(sequence, allowance, budget.rows, now, prefix=False)
-                if not count:
-                    raise self._too_large(sequence)
+            count = self._running.admit(sequence, allowance, budget.rows, now)
         except TruffulaError as error:
             self._fail(sequence, error, now)
             return 0
@@ -513,19 +379,16 @@ class Scheduler:
         self._counts["preemptions"] += 1
 
     def _fail(self, sequence: Sequence, error: TruffulaError, now: float) -> None:
-        self._finish(sequence, "error", now, error=error.info())
+        self._end(sequence, "error", now, error.info())
 
-    def _finish(
-        self,
-        sequence: Sequence,
-        reason: FinishReason,
-        now: float,
-        *,
-        error: ErrorInfo | None = None,
-        event: TokenEvent | None = None,
-    ) -> None:
-        """End it: all it holds is released, and its one final event (``event``, or one without a token) is queued."""
-        self._events.append(event or sequence.final_event(reason, now, error=error))
+    def _end(self, sequence: Sequence, reason: FinishReason, now: float, error: ErrorInfo | None = None) -> None:
+        """End it with an event that has no token."""
+        sequence.load_s = self._waiting.load_time(sequence, now)
+        self._finish(sequence, sequence.final_event(reason, now, error=error), now)
+
+    def _finish(self, sequence: Sequence, event: TokenEvent, now: float) -> None:
+        """Release all it holds; ``event`` is its one final event."""
+        self._events.append(event)
         if sequence.seq_slot is None:
             self._waiting.remove(sequence)
         else:
@@ -533,26 +396,3 @@ class Scheduler:
         if sequence.loaded_lease is not None:
             self._adapters.release(sequence.loaded_lease)
         del self._by_id[sequence.request_id]
-
-    def check(self) -> None:
-        """Raise AssertionError when a sequence is lost, or a block, slot or lease has no owner or two."""
-        waiting, running = list(self._waiting), list(self._running)
-        assert len(running) <= self._max_running
-        assert not set(waiting) & set(running), "a sequence waits and runs"
-        assert {s.request_id: s for s in [*waiting, *running]} == self._by_id, "a sequence is lost"
-        for sequence in waiting:
-            assert not sequence.table.length and sequence.lease is None and sequence.seq_slot is None
-            assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial
-        self._waiting.check()
-        self._running.check()
-
-
-def non_finite(adapter: AdapterRef | None) -> TruffulaError:
-    """The error of a sequence whose logits are not finite. The base's are: the cause is its adapter, if any."""
-    if adapter is None:
-        return GenerationError("The model computed a NaN or infinite logit.")
-    return AdapterError(
-        f"With adapter {adapter.name!r} the model computed a NaN or infinite logit: the adapter's values are too large "
-        "for this base.",
-        param="adapter",
-    )

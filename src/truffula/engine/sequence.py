@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 from truffula.engine.blocks import BlockTable
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
 from truffula.engine.prefix import BlockKeys
-from truffula.engine.sampling import sampling_of
-from truffula.errors import ErrorInfo
-from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32
+from truffula.errors import AdapterError, DeadlineExceeded, ErrorInfo, GenerationError, QueueTimeout, TruffulaError
+from truffula.kernels.inputs import NO_IDS, RELAY, Float32, Int32, SequenceSampling
 from truffula.lora.pool import AdapterLease
 from truffula.types import AdapterRef, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
@@ -83,7 +84,6 @@ class Sequence:
         self.cached_tokens = 0
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
-        self.loading_since: float | None = None
         self.load_s = 0.0
         self.refused_steps = 0
 
@@ -279,12 +279,32 @@ class Sequence:
             times=self.times(now),
         )
 
+    def timeout_error(self, now: float, *, loading: bool) -> TruffulaError:
+        """Why it ends when it is out of time. ``loading``: its adapter was loading."""
+        waited = now - self.arrival
+        if self.admitted_at is None:
+            why = "while its adapter was loading" if loading else "for a free slot in the batch"
+            return QueueTimeout(f"Waited {waited:.3f} s {why}.", waited_s=waited, loading=loading)
+        return DeadlineExceeded(
+            f"The request reached its time limit after {waited:.3f} s with {self.num_completion} completion tokens.",
+            elapsed_s=waited,
+        )
+
+    def non_finite_error(self) -> TruffulaError:
+        """Why it ends when its logits are not finite. The base's are: the cause is its adapter, if any."""
+        if self.request.adapter is None:
+            return GenerationError("The model computed a NaN or infinite logit.")
+        return AdapterError(
+            f"With adapter {self.request.adapter.name!r} the model computed a NaN or infinite logit: the adapter's "
+            "values are too large for this base.",
+            param="adapter",
+        )
+
     def times(self, now: float) -> RequestTimes:
         admitted = now if self.admitted_at is None else self.admitted_at
-        load_s = self.load_s + (now - self.loading_since if self.loading_since is not None else 0.0)
         return RequestTimes(
             queue_s=max(0.0, admitted - self.arrival),
-            load_s=max(0.0, load_s),
+            load_s=self.load_s,
             ttft_s=0.0 if self.first_token_at is None else max(0.0, self.first_token_at - self.arrival),
             total_s=max(0.0, now - self.arrival),
         )
@@ -294,3 +314,28 @@ class Sequence:
             return None
         self._scores_sent = True
         return [None, *self.scores]
+
+
+def resolve_seed(request: EngineRequest) -> int:
+    """The request's seed; without one, a number made from its id, so that a resumed request continues as it began."""
+    if request.params.seed is not None:
+        return request.params.seed
+    digest = hashlib.blake2b(f"{request.request_id}\0{request.choice}".encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def sampling_of(request: EngineRequest, stop_ids: frozenset[int], vocab_size: int) -> SequenceSampling:
+    """The sampling of ``request``: its ``stop_ids`` are banned until it has ``min_tokens``."""
+    p = request.params
+    bias = sorted(p.logit_bias.items())
+    banned = sorted(token for token in stop_ids if token < vocab_size) if p.min_tokens else []
+    return SequenceSampling(
+        temperature=p.temperature, top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, typical_p=p.typical_p,
+        repetition=p.repetition_penalty, frequency=p.frequency_penalty, presence=p.presence_penalty,
+        n_logprobs=-1 if p.logprobs is None else min(p.logprobs, vocab_size),
+        n_prompt_logprobs=-1 if p.prompt_logprobs is None else min(p.prompt_logprobs, vocab_size),
+        seed=resolve_seed(request), choice=request.choice, warped=p.logprobs_of == "warped",
+        bias_ids=np.array([token for token, _ in bias], np.int32),
+        bias_values=np.array([value for _, value in bias], np.float32),
+        min_tokens=p.min_tokens, banned_ids=np.array(banned, np.int32),
+    )  # fmt: skip

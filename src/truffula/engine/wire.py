@@ -10,6 +10,7 @@ The choices of one prompt share their token ids: a ``Submit`` frame holds them o
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from truffula.frames import ENCODER, Channel, Frame
 from truffula.logs import LogSettings
 from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
 
-VERSION = 2
+VERSION = 3
 
 
 class Start(Frame, frozen=True):
@@ -147,22 +148,12 @@ def group_requests(requests: Sequence[EngineRequest]) -> list[list[EngineRequest
 
     Token ids and parameters are compared by identity: the choices of one prompt share both objects.
     """
-    groups: list[list[EngineRequest]] = []
-    for request in requests:
-        if groups and _same_prompt(groups[-1][0], request):
-            groups[-1].append(request)
-        else:
-            groups.append([request])
-    return groups
+    return [list(group) for _, group in itertools.groupby(requests, _all_but_the_choice)]
 
 
-def _same_prompt(one: EngineRequest, other: EngineRequest) -> bool:
-    return (
-        one.prompt_ids is other.prompt_ids
-        and one.params is other.params
-        and (one.adapter, one.salt, one.arrival) == (other.adapter, other.salt, other.arrival)
-        and (one.queue_deadline, one.deadline) == (other.queue_deadline, other.deadline)
-    )
+def _all_but_the_choice(one: EngineRequest) -> tuple[object, ...]:
+    shared = id(one.prompt_ids), id(one.params)
+    return *shared, one.adapter, one.salt, one.arrival, one.queue_deadline, one.deadline
 
 
 def encode_group(requests: Sequence[EngineRequest]) -> RequestGroup:

@@ -1,4 +1,4 @@
-"""The engine's process: ``python -m truffula.engine.worker --fd N``, started by ``engine/process.py``.
+"""The engine's process: ``python -m truffula.engine.worker N``, started by ``engine/process.py``.
 
 The descriptor is one end of a socket pair; everything else, the configuration too, arrives through it. The process ends
 when the socket does, so it never outlives its parent. Signals sent to the whole process group (Ctrl-C, a service
@@ -7,7 +7,6 @@ manager's SIGTERM) it ignores: the parent drains and then sends ``Stop``.
 
 from __future__ import annotations
 
-import argparse
 import os
 import select
 import signal
@@ -36,63 +35,47 @@ EXIT_OK, EXIT_ERROR, EXIT_WIRE = 0, 70, 71
 class Heartbeat:
     """The thread that sends a heartbeat while the main thread is in a long step or load.
 
-    If the socket to the parent is closed, it ends the process.
+    The main thread sets ``stats`` (once the engine has started) and ``step_since``, the beginning of the step in
+    progress (monotonic seconds). If the socket to the parent is closed, the thread ends the process.
     """
 
     def __init__(self, channel: Channel[wire.ToEngine]) -> None:
         self._channel = channel
-        self._lock = threading.Lock()
         self._starting = wire.Starting("start")
-        self._stats: EngineStats | None = None
-        self._step_since: float | None = None
+        self.stats: EngineStats | None = None
+        self.step_since: float | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="truffula-heartbeat", daemon=True)
         self._thread.start()
 
     def starting(self, stage: str, done: int, total: int | None) -> None:
         """Record the progress of the start; a new stage is sent immediately."""
-        with self._lock:
-            new = stage != self._starting.stage
-            self._starting = wire.Starting(stage, done, total)
+        new = stage != self._starting.stage
+        self._starting = wire.Starting(stage, done, total)
         if new:
-            self._beat()
+            self.send()
 
-    def step(self, since: float | None) -> None:
-        """A step begins (monotonic seconds), or has ended (None)."""
-        self._step_since = since
-
-    def stats(self, stats: EngineStats, *, send: bool = False) -> None:
-        """Record the statistics for the next heartbeats; ``send`` sends one immediately."""
-        self._stats = stats
-        if send:
-            self._beat()
+    def send(self) -> None:
+        """Send a heartbeat now."""
+        stats = self.stats
+        self._channel.send(self._starting if stats is None else wire.Stats(stats, self.step_since))
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
 
-    def _beat(self) -> None:
-        stats = self._stats
-        frame = self._starting if stats is None else wire.Stats(stats, self._step_since)
-        self._channel.send(frame)
-
     def _run(self) -> None:
         while not self._stopped.wait(HEARTBEAT_S):
             try:
-                self._beat()
+                self.send()
             except Disconnected:
                 os._exit(EXIT_OK)  # the main thread may be in a step of minutes whose result is not needed
             except Exception as error:  # noqa: BLE001
                 # Without heartbeats the parent would kill this process as unresponsive, without the reason.
-                self._fail(error)
-
-    def _fail(self, error: Exception) -> None:
-        """Send the error to the parent, print it to stderr and end the process."""
-        reported = engine_error(error)
-        try:
-            self._channel.send(wire.Died(reported.info()))
-        finally:  # the channel may be what fails
-            os._exit(EXIT_ERROR)
+                try:
+                    self._channel.send(wire.Died(engine_error(error).info()))
+                finally:  # the channel may be what fails
+                    os._exit(EXIT_ERROR)
 
 
 class Worker:
@@ -111,27 +94,26 @@ class Worker:
                 return EXIT_OK
             first = frames[0]
             if not isinstance(first, wire.Start):
-                raise WireError(f"The first frame after Hello is {type(first).__name__}, not Start.")
+                raise WireError(f"The first frame is {type(first).__name__}, not Start.")
             return self._serve(first, frames[1:])
         except Disconnected:
             return EXIT_OK
-        except WireError as error:
-            return self._die(error, EXIT_WIRE)
-        except TruffulaError as error:
-            return self._die(error, EXIT_ERROR)
         except Exception as error:  # noqa: BLE001  the parent must learn why the process ends
-            return self._die(engine_error(error), EXIT_ERROR)
+            reported = error if isinstance(error, TruffulaError) else engine_error(error)
+            try:
+                self._channel.send(wire.Died(reported.info()))
+            except Disconnected:
+                return EXIT_OK
+            return EXIT_WIRE if isinstance(error, WireError) else EXIT_ERROR
         finally:
             self._heartbeat.stop()
 
     def _wait_for_start(self) -> list[wire.ToEngine]:
-        while True:
-            waiter = select.poll()
-            waiter.register(self._channel, select.POLLIN)
-            waiter.poll()
+        frames: list[wire.ToEngine] | None = []
+        while frames == []:
+            select.select([self._channel], [], [])
             frames = self._channel.receive()
-            if frames is None or frames:
-                return frames or []
+        return frames or []
 
     def _serve(self, start: wire.Start, frames: Sequence[wire.ToEngine]) -> int:
         if start.logs is not None:
@@ -141,7 +123,8 @@ class Worker:
             lambda path: self._channel.send(wire.ModelPath(str(path))),
         )  # fmt: skip
         try:
-            self._heartbeat.stats(engine.stats(), send=True)
+            self._heartbeat.stats = engine.stats()
+            self._heartbeat.send()
             self._channel.send(wire.Ready(info))
             trim_memory()  # while the parent handles Ready
             if self._handle_all(engine, frames):
@@ -157,21 +140,22 @@ class Worker:
         while True:
             timeout = engine.poll_timeout()
             if timeout is None and busy:
-                self._heartbeat.stats(engine.stats(), send=True)  # an idle engine's numbers are exact
+                self._heartbeat.stats = engine.stats()
+                self._heartbeat.send()  # an idle engine's numbers are exact
             busy = timeout is not None
             engine.wait(FILES_CHECK_S if timeout is None else min(timeout, FILES_CHECK_S), self._channel.fileno())
             frames = self._channel.receive()
             if frames is None or not self._handle_all(engine, frames):
                 return
-            self._heartbeat.step(time.monotonic())
+            self._heartbeat.step_since = time.monotonic()
             events = engine.step()
-            self._heartbeat.step(None)
+            self._heartbeat.step_since = None
             for request_id in self._send_events(events):
                 engine.abort(request_id)
             self._send_replies()
             if time.monotonic() - stats_at >= STATS_S:
                 stats_at = time.monotonic()
-                self._heartbeat.stats(engine.stats())
+                self._heartbeat.stats = engine.stats()
 
     def _send_events(self, events: list[TokenEvent]) -> list[str]:
         """Send the events of a step. Returns the requests to abort: those whose event no frame can carry fail."""
@@ -226,20 +210,10 @@ class Worker:
             states, error = outcome(reply)
             self._channel.send(wire.AdapterReply(ticket, states, None if error is None else error.info()))
 
-    def _die(self, error: TruffulaError, status: int) -> int:
-        """Send the error to the parent, if it is still there."""
-        try:
-            self._channel.send(wire.Died(error.info()))
-        except Disconnected:
-            return EXIT_OK
-        return status
-
 
 def main() -> int:
     """Serve over the descriptor that the command line names."""
-    parser = argparse.ArgumentParser(prog="python -m truffula.engine.worker", description=__doc__)
-    parser.add_argument("--fd", type=int, required=True, help="the socket to the parent")
-    fd = parser.parse_args().fd
+    fd = int(sys.argv[1])
     # Handlers, not SIG_IGN: that would be inherited by the loading worker, which must stay killable.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)

@@ -180,6 +180,14 @@ class Executable(Protocol):
     def drop_adapter(self, slot: int) -> None:
         """Release a slot: no later step may name it; unfinished ones may."""
 
+    def release_kv(self, group: int, blocks: Int32) -> None:
+        """Return the memory of KV blocks of a group to the system; their contents are lost. The ids ascend, and no
+        unfinished step uses them. A block that is written again commits its memory again.
+
+        Memory that such a block shares with other blocks (a page at either end) stays. Does nothing on a device that
+        allocates KV at load.
+        """
+
     def close(self) -> None:
         """Free everything. Idempotent."""
 

@@ -234,7 +234,7 @@ class LoadingApp:
     async def _watch(self, service: AsyncService, ended: asyncio.Event) -> None:
         """Wait until the server is to end; end it when the engine is not restarted any more."""
         while not ended.is_set():
-            lost = service.lost()
+            lost = service.fatal_error()
             if lost is not None:
                 log.error("exiting with status 1: %s", lost.message)
                 self.error = lost

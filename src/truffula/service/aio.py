@@ -195,9 +195,9 @@ class AsyncService:
         """How often a dead engine was started again, and why it ended last."""
         return self._client.restarts()
 
-    def lost(self) -> TruffulaError | None:
+    def fatal_error(self) -> TruffulaError | None:
         """The error after which no request can be answered any more; None while the engine runs or restarts."""
-        return self._client.lost() or self._broken
+        return self._client.fatal_error() or self._broken
 
     @property
     def active(self) -> int:

@@ -66,6 +66,10 @@ class CpuExecutable(SynchronousExecutable):
         seconds: dict[str, float] = self._native.take_seconds()
         return seconds
 
+    def release_kv(self, group: int, blocks: Int32) -> None:
+        with as_kernel_errors():
+            self._native.release_kv(group, blocks)
+
     # --- adapters -----------------------------------------------------------------------------------------------------
 
     def adapter_bytes(self, image: AdapterImage) -> int:

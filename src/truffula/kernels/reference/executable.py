@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -128,7 +130,9 @@ class ReferenceExecutable(SynchronousExecutable):
         self._capacity = capacity
         self._buffers = _Buffers(program, dtype)
         self._device = device
-        self._planes = _planes(program, dtype, capacity, device)
+        self._planes: dict[int, Tensor] = {}
+        self._mappings: dict[int, mmap.mmap] = {}  # of the planes on a CPU
+        self._make_planes()
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
@@ -181,9 +185,35 @@ class ReferenceExecutable(SynchronousExecutable):
         if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
 
+    def _make_planes(self) -> None:
+        for group in self._program.kv_groups:
+            for plane in group.planes:
+                shape = self._capacity.num_blocks + 1, self._capacity.block_size, plane.width
+                if self._device.type == "cpu":
+                    mapping = self._mappings[plane.id] = mmap.mmap(
+                        -1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+                    )
+                    tensor = torch.frombuffer(mapping, dtype=self._dtype).view(shape)
+                else:
+                    tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+                tensor[-1].zero_()
+                self._planes[plane.id] = tensor
+
+    def release_kv(self, group: int, blocks: Int32) -> None:
+        for plane in self._program.kv_groups[group].planes:
+            if plane.id not in self._mappings:
+                continue
+            block_bytes = self._planes[plane.id][0].nbytes
+            for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
+                start = -(-int(run[0]) * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+                stop = (int(run[-1]) + 1) * block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+                if start < stop:
+                    self._mappings[plane.id].madvise(mmap.MADV_DONTNEED, start, stop - start)
+
     def close(self) -> None:
         self._adapters.clear()
         self._planes.clear()
+        self._mappings.clear()
         self._weights = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
         self._logits = np.zeros((0, self._program.output.width), np.float32)
@@ -299,13 +329,3 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }
-
-
-def _planes(program: Program, dtype: torch.dtype, capacity: Capacity, device: torch.device) -> dict[int, Tensor]:
-    made = {}
-    for group in program.kv_groups:
-        for plane in group.planes:
-            tensor = torch.empty(capacity.num_blocks + 1, capacity.block_size, plane.width, dtype=dtype, device=device)
-            tensor[-1].zero_()
-            made[plane.id] = tensor
-    return made

@@ -206,6 +206,19 @@ void Executable::seal(const StepArrays& arrays, int64_t arena_floats, int32_t lo
   sealed_ = true;
 }
 
+void Executable::release_kv(int32_t group, const int32_t* blocks, size_t count) {
+  require(group >= 0 && group < groups_, "release_kv: no such group");
+  for (size_t i = 0; i < count; ++i)
+    require(blocks[i] > (i ? blocks[i - 1] : 0) && blocks[i] < capacity_.num_blocks, "release_kv: blocks do not ascend");
+  for (size_t first = 0, stop; first < count; first = stop) {
+    for (stop = first + 1; stop < count && blocks[stop] == blocks[stop - 1] + 1;) ++stop;
+    for (Plane& plane : planes_)
+      if (plane.group == group)
+        plane.memory.release(static_cast<size_t>(blocks[first] * plane.block_bytes),
+                             static_cast<size_t>((blocks[stop - 1] + 1) * plane.block_bytes));
+  }
+}
+
 // Checks of a step's inputs: an index out of range is an error here, never a read out of bounds.
 
 void Executable::check_inputs(const StepCounts& c) const {

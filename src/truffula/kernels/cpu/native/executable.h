@@ -65,6 +65,9 @@ class Executable {
   std::vector<float> tap(int32_t op) const;
   int32_t tap_width(int32_t op) const;
 
+  // Returns the memory of cached keys and values to the system: of `count` blocks of a group, in ascending order.
+  void release_kv(int32_t group, const int32_t* blocks, size_t count);
+
   // Adapters
   // Binds a site to output columns of an op: once per site, before `seal`.
   void add_site(int32_t site, int32_t op, int64_t first, int64_t outputs);

@@ -6,6 +6,7 @@
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <sys/mman.h>
+#include <unistd.h>
 #define TF_MMAP
 #endif
 
@@ -32,6 +33,8 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 
 Memory::~Memory() { std::free(data_); }
 
+void Memory::release(size_t, size_t) {}
+
 #elif defined(TF_MMAP)
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
@@ -48,6 +51,17 @@ Memory::~Memory() {
   if (data_) munmap(data_, bytes_);
 }
 
+void Memory::release([[maybe_unused]] size_t begin, [[maybe_unused]] size_t end) {
+#if defined(__linux__)  // elsewhere MADV_DONTNEED does not return memory
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  begin = (begin + page - 1) / page * page;
+  end = end / page * page;
+  if (begin >= end) return;
+  if (!std::exchange(small_pages_, true)) madvise(data_, bytes_, MADV_NOHUGEPAGE);
+  madvise(data_ + begin, end - begin, MADV_DONTNEED);
+#endif
+}
+
 #else
 
 Memory::Memory(size_t bytes) : bytes_(bytes) {
@@ -59,6 +73,8 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 Memory::~Memory() {
   if (data_) ::operator delete(data_, std::align_val_t{4096});
 }
+
+void Memory::release(size_t, size_t) {}
 
 #endif
 

@@ -109,6 +109,10 @@ int32_t add_adapter(Native& self, const In<int64_t>& table, const nb::object& da
   return slot;
 }
 
+void release_kv(Native& self, int32_t group, const In<int32_t>& blocks) {
+  self.enter()->release_kv(group, blocks.data(), blocks.size());
+}
+
 void drop_adapter(Native& self, int32_t slot) {
   self.enter()->drop_adapter(slot);
   self.images.erase(slot);
@@ -280,6 +284,7 @@ void bind_step(nb::class_<Native>& c) {
       .def("tap", tap, "op"_a)
       .def("add_adapter", add_adapter, "table"_a.noconvert(), "data"_a)
       .def("drop_adapter", drop_adapter, "slot"_a)
+      .def("release_kv", release_kv, "group"_a, "blocks"_a.noconvert())
       .def("take_seconds",
            [](Native& self) {
              const auto seconds = self.enter()->take_seconds();
