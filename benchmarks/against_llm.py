@@ -15,17 +15,16 @@ import time
 from pathlib import Path
 
 from truffula import LLM, SamplingParams
-from truffula.bench.client import OpenAI, Target, closed_loop
-from truffula.bench.load import Load
-from truffula.bench.server import TruffulaServer, end_children_on_sigterm, plan_of, random_adapters
+from truffula.bench.load import Load, run_load
+from truffula.bench.server import end_children_on_sigterm, plan_of, random_adapters, truffula_server
 from truffula.config import EngineConfig
 from truffula.testing.tiny import write_tiny_checkpoint
 
 
 def over_http(config: EngineConfig, adapters: Path, loads: list[Load]) -> list[float]:
-    with TruffulaServer(config, ["--adapter-dir", str(adapters), "--log-level", "warning"]) as server:
-        target = Target(server.wait(), OpenAI())
-        runs = [closed_loop(target, load) for load in loads]
+    with truffula_server(config, adapters) as server:
+        url = server.wait()
+        runs = [run_load(url, load) for load in loads]
     errors = [error for run in runs for error in run.errors]
     assert not errors, errors[0]
     return [run.output_tokens / run.wall_s for run in runs[1:]]

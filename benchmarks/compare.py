@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from comparison.machine import commit
 from comparison.peers import Place
@@ -103,7 +103,7 @@ def run(asked: argparse.Namespace) -> None:
     machine = _machine()
     results: list[Result] = []
     for row in rows:
-        result = compare(row, place, asked.repeats, lambda text: err().print(f"[dim]{escape(text)}[/]"))
+        result = compare(row, place, asked.repeats, lambda text: err().print(text, style="dim"))
         results.append(result)
         _print(result)
         # Written after each row: an interrupted comparison keeps the rows that are complete.
@@ -111,7 +111,8 @@ def run(asked: argparse.Namespace) -> None:
             asked.json.write_text(json.dumps(report(results, machine, asked.repeats), indent=1) + "\n")
         if asked.markdown is not None:
             asked.markdown.write_text(markdown(results, machine, asked.repeats))
-    out().print(f"[dim]{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, commit {machine['commit']}[/]")
+    what = f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}, commit {machine['commit']}"
+    out().print(what, style="dim")
     absent = sum(len(result.absent) for result in results)
     if absent:
         raise ConfigError(f"{absent} contestants were not measured; the reasons are listed above.", param="peers")
@@ -133,9 +134,9 @@ def _print(result: Result) -> None:
     row: Row = result.row
     shown = table("", f">{row.unit}", ">spread", ">x", ">x of each round", "also", title=f"{row.name}: {row.what}")
     for one in figures(result):
-        ratio = "" if one.ratio is None else f"[bold]{one.ratio:.2f}[/]"
+        ratio = "" if one.ratio is None else Text(f"{one.ratio:.2f}", "bold")
         shown.add_row(
-            escape(one.contestant), number(one.median), f"{number(one.low)}-{number(one.high)}", ratio,
+            one.contestant, number(one.median), f"{number(one.low)}-{number(one.high)}", ratio,
             _ratios(one.ratios), one.note,
         )  # fmt: skip
     out().print(shown)

@@ -26,10 +26,10 @@ from rich.table import Table
 from truffula.kernels.backend import Array
 from truffula.kernels.select import Precision, select_backend
 from truffula.model.load import WeightReader, plan_model
-from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.files import write_safetensors
 from truffula.testing.oracle import Oracle
 from truffula.testing.predictions import Divergences
+from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.checkpoint import Checkpoint

@@ -29,8 +29,8 @@ from truffula.kernels.cpu import CpuBackend
 from truffula.lora.peft import BaseFacts, validate_adapter
 from truffula.model.load import WeightReader, plan_model
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.predictions import Divergences
+from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
 from truffula.weights.checkpoint import Checkpoint, TensorInfo
 from truffula.weights.open import open_checkpoint

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from truffula import LLM, SamplingParams
-from truffula.bench.server import TruffulaServer
+from truffula.bench.server import truffula_server
+from truffula.cli.generate import Answer, show
 from truffula.cli.output import out, progress
-from truffula.cli.side_by_side import show
 from truffula.config import EngineConfig, ServerConfig
 from truffula.errors import ConfigError, TruffulaError
 from truffula.server.launch import bind
@@ -52,31 +52,33 @@ def side_by_side() -> None:
     with llm:
         info = llm.info
         console.print(
-            f"[bold]{MODEL}[/]: {info.model_type}, {info.dtype} on {info.device}, loaded in "
+            f"{MODEL}: {info.model_type}, {info.dtype} on {info.device}, loaded in "
             f"{time.monotonic() - began:.1f} s; embeddings {info.tying.partition(':')[0]}"
         )
         pairs = [(question, name) for name, question in QUESTIONS.items() for name in (None, name)]
         for name, question in QUESTIONS.items():
-            console.print(f"[dim]{name:8}[/] {question}", soft_wrap=True)
+            console.print(f"{name:8} {question}", soft_wrap=True)
         chats = [[{"role": "user", "content": question}] for question, _ in pairs]
         params = SamplingParams(temperature=0, max_tokens=40)
         begun = time.monotonic()
-        titles = [
-            f"{name} (adapter)" if name else f"base: {textwrap.shorten(question, 30, placeholder=' ...')}"
+        answers = [
+            Answer(f"{name} (adapter)" if name else f"base: {textwrap.shorten(question, 30, placeholder=' ...')}")
             for question, name in pairs
         ]
-        answers = show(titles, llm.stream_each(chats, params, adapters=[name for _, name in pairs]), per_row=2)
+        show(answers, llm.stream_each(chats, params, adapters=[name for _, name in pairs]), per_row=2)
         tokens = sum(answer.tokens for answer in answers)
         console.print(
-            f"[dim]{tokens} tokens for base and {len(QUESTIONS)} adapters of ranks 4, 8 and 2 in one batch: "
-            f"{tokens / (time.monotonic() - begun):.0f} tokens a second[/]\n"
+            f"{tokens} tokens for base and {len(QUESTIONS)} adapters of ranks 4, 8 and 2 in one batch: "
+            f"{tokens / (time.monotonic() - begun):.0f} tokens a second\n",
+            style="dim",
         )
 
 
 def curl(url: str, path: str, body: dict[str, object]) -> str:
     """Send ``body`` with curl, which is shown (with httpx where there is no curl); returns the answer's text."""
     data = json.dumps(body)
-    out().print(f"[bold]$ curl {url}{path} -H 'content-type: application/json' -d '{data}'[/]", soft_wrap=True)
+    command = f"$ curl {url}{path} -H 'content-type: application/json' -d '{data}'"
+    out().print(command, style="bold", soft_wrap=True)
     if shutil.which("curl"):
         command = ["curl", "-sS", "--fail-with-body", url + path, "-H", "content-type: application/json", "-d", data]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -111,9 +113,10 @@ def what_next() -> None:
         (f"inspect examples/adapters/pirate --base {MODEL}", "what each field of an adapter does"),
         (f"verify {MODEL} --adapter examples/adapters/pirate", f"compare with transformers and peft{first}"),
     ]
-    out().print("[bold]Try next[/]")
+    out().print("Try next", style="bold")
     for command, what in rows:
-        out().print(f"  [bold].venv/bin/truffula {command}[/]\n      {what}", soft_wrap=True)
+        out().print(f"  .venv/bin/truffula {command}", style="bold", soft_wrap=True)
+        out().print(f"      {what}", soft_wrap=True)
 
 
 def installs(missing: list[str]) -> list[str]:
@@ -140,11 +143,10 @@ def main() -> None:
         require_free(args.port)
     config = load_config({"model": MODEL}).engine
     fetch(config)
-    flags = ["--adapter-dir", str(ADAPTERS), "--log-level", "warning"]
     # It starts while the batch below runs.
-    with TruffulaServer(config, flags, args.port if args.serve else None) as server:
+    with truffula_server(config, ADAPTERS, args.port if args.serve else None) as server:
         side_by_side()
-        out().print("[bold]Now as a server[/] (truffula serve smollm2 --adapter-dir examples/adapters)")
+        out().print("Now as a server (truffula serve smollm2 --adapter-dir examples/adapters)")
         url = server.wait()
         ask_the_server(url)
         what_next()

@@ -21,10 +21,8 @@ from typing import Any, Protocol
 
 from comparison.processes import LineChild
 from comparison.scenarios import Contestant, Row
-from truffula.bench.client import Dialect, OpenAI, Target, closed_loop
-from truffula.bench.load import Load
-from truffula.bench.results import LoadResult, Stream
-from truffula.bench.server import Server, TruffulaServer, child_error, free_port
+from truffula.bench.load import Load, LoadResult, OpenAI, Stream, run_load
+from truffula.bench.server import Server, child_error, free_port, truffula_server
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
 from truffula.settings import load_config
@@ -40,11 +38,11 @@ SCRIPTS = {
 
 
 @dataclass(frozen=True)
-class LlamaServer:
+class LlamaServer(OpenAI):
     """llama-server's ``/completion``: ``adapters`` in the order of its ``--lora``, each request scales its own to 1."""
 
-    adapters: tuple[str, ...] = ()
     path: str = "/completion"
+    adapters: tuple[str, ...] = ()
 
     def body(self, prompt: list[int], max_tokens: int, adapter: str | None) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -102,11 +100,12 @@ class Session(Protocol):
 class HttpSession:
     """A server, ours or another's. Without ``server`` it was already running."""
 
-    target: Target
+    url: str
+    dialect: OpenAI
     server: Server | None = None
 
     def run(self, load: Load) -> LoadResult:
-        return closed_loop(self.target, load)
+        return run_load(self.url, load, self.dialect)
 
 
 @dataclass(frozen=True)
@@ -180,19 +179,17 @@ def adapter_names(contestant: Contestant, row: Row, place: Place) -> list[str]:
     return names
 
 
-def server_of(contestant: Contestant, row: Row, place: Place) -> tuple[Server, Dialect]:
+def server_of(contestant: Contestant, row: Row, place: Place) -> tuple[Server, OpenAI]:
     """The server of a peer that has one, not started, and how to talk with it."""
     if contestant.peer == "truffula":
-        flags = ["--log-level", "warning"]
-        if row.adapter_count:
-            flags += ["--adapter-dir", str(place.path(row.adapter_dir))]
-        return TruffulaServer(engine_config(contestant, place), flags), OpenAI()
+        adapters = place.path(row.adapter_dir) if row.adapter_count else None
+        return truffula_server(engine_config(contestant, place), adapters), OpenAI()
     port = free_port()
     words = [port, place.path(contestant.model), row.adapter_count, row.clients, context_of(row), *contestant.flags]
     argv = place.command(SCRIPTS[contestant.peer], "serve-command", *words)
     server = Server(contestant.title, argv, f"http://127.0.0.1:{port}")
     if contestant.peer == "llama-server":
-        return server, LlamaServer(tuple(adapter_names(contestant, row, place)))
+        return server, LlamaServer(adapters=tuple(adapter_names(contestant, row, place)))
     return server, OpenAI("base")
 
 
@@ -205,7 +202,7 @@ def context_of(row: Row) -> int:
 def session(contestant: Contestant, row: Row, place: Place) -> Iterator[Session]:
     """``contestant`` started for ``row`` and healthy; stopped on leaving."""
     if contestant.peer == "openai":
-        yield HttpSession(Target(contestant.url, OpenAI(contestant.model)))
+        yield HttpSession(contestant.url, OpenAI(contestant.model))
     elif contestant.peer in ("openvino", "hf-peft"):
         if contestant.peer == "openvino" and row.adapter_count:
             raise ConfigError(f"{row.name!r}: openvino can't mix adapters in a batch.", param="adapters")
@@ -217,7 +214,7 @@ def session(contestant: Contestant, row: Row, place: Place) -> Iterator[Session]
     else:
         server, dialect = server_of(contestant, row, place)
         with server:
-            yield HttpSession(Target(server.wait(), dialect), server)
+            yield HttpSession(server.wait(), dialect, server)
 
 
 def offline(contestant: Contestant, row: Row, place: Place) -> dict[str, Any]:

@@ -33,8 +33,7 @@ from comparison.peers import (
     version,
 )
 from comparison.scenarios import Contestant, Row
-from truffula.bench.client import Dialect
-from truffula.bench.results import LoadResult, Stream
+from truffula.bench.load import LoadResult, OpenAI, Stream
 from truffula.bench.server import child_error
 from truffula.bench.step import read_rate
 from truffula.errors import ConfigError, ProcessFailed, TruffulaError
@@ -185,7 +184,7 @@ def _start(contestant: Contestant, row: Row, place: Place, number: int) -> Round
     return Round(round(1000 * seconds, 1), ({"start_s": round(seconds, 4)},))
 
 
-def _first_token(url: str, dialect: Dialect, body: str) -> bool:
+def _first_token(url: str, dialect: OpenAI, body: str) -> bool:
     """Whether a token arrived; False while no server listens or the model is loading."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from comparison.processes import LineChild
-from truffula.bench.server import Server, TruffulaServer, child_error
+from truffula.bench.server import Server, child_error, truffula_server
 from truffula.config import EngineConfig
 from truffula.errors import CheckpointChanged, ConfigError, ModelNotFound, ProcessFailed
 
@@ -17,7 +17,7 @@ from truffula.errors import CheckpointChanged, ConfigError, ModelNotFound, Proce
 def test_a_server_of_ours_that_fails_keeps_its_code(tmp_path: Path) -> None:
     with (
         pytest.raises(ModelNotFound, match="truffula exited during its start: There is no file or folder") as caught,
-        TruffulaServer(EngineConfig(model=str(tmp_path / "none")), []) as server,
+        truffula_server(EngineConfig(model=str(tmp_path / "none"))) as server,
     ):
         server.wait()
     assert "\n" not in caught.value.message
@@ -30,7 +30,7 @@ def test_a_taken_port_is_the_options_fault() -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(ConfigError, match=f"Port {port}"),
-            TruffulaServer(EngineConfig(model="x"), [], port) as server,
+            truffula_server(EngineConfig(model="x"), port=port) as server,
         ):
             server.wait()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from truffula.bench.results import Limits, LoadResult, Stream
+from truffula.bench.load import Limits, LoadResult, Stream
 
 
 def stream(due: float, sent: float, *tokens: float) -> Stream:

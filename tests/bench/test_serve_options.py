@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from truffula.bench.results import Limits
-from truffula.cli.bench_serve import ServeBench
+from truffula.bench.load import Limits
+from truffula.cli.bench import ServeBench
 from truffula.errors import ConfigError
 
 DEFAULTS: dict[str, Any] = {

@@ -47,7 +47,7 @@ def test_lines_are_edited_and_recalled_and_kept_for_the_next_chat(model: Path, t
         screen.type(CTRL_D)
         assert screen.wait_for_end() == 0
     assert asked(tmp_path / "one.json") == ["hello", "hello", "hello world"]
-    history = tmp_path / "truffula" / "chat_history.jsonl"
+    history = tmp_path / "truffula" / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600 and history.parent.stat().st_mode & 0o777 == 0o700
     with terminal(*chat, XDG_STATE_HOME=str(tmp_path)) as screen:
         screen.wait_for("base> ")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from command import here, truffula
 from live_server import write_model
+from terminal import terminal
 
 from truffula.kernels.cpu import available, instruction_sets
 from truffula.kernels.installation import installation
@@ -167,6 +168,25 @@ def test_inspect_a_refused_adapter_leaves_out_what_it_does_not_know(model: Path,
     assert done.returncode == 1
     assert "lora_alpha: missing" in done.stderr and "nothing" not in done.stdout + done.stderr
     assert "rank 0" not in done.stdout and "0 modules" not in done.stdout and "No effect" not in done.stdout
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(model: Path, tmp_path: Path) -> None:
+    """rich would take [red] for a colour, [/x] for a mistake in its markup and :smile: for a picture."""
+    folder = write_tiny_adapter(tmp_path / "[red] :smile:", model, **{"[/x]": ":smile:"})
+    done = here("inspect", str(folder))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "[/x]" in done.stdout + done.stderr and "[red] :smile:" in done.stdout
+    shown = here("inspect", str(write_model(tmp_path / "[red] :smile: [/x]"))).stdout
+    assert "[red] :smile: [/x]" in shown.splitlines()[0]
+
+
+def test_names_do_not_control_the_terminal(model: Path, tmp_path: Path) -> None:
+    folder = write_tiny_adapter(tmp_path / "leaf", model, **{"\x1b]0;title\x07": 1})
+    with terminal("inspect", str(folder)) as screen:
+        screen.wait_for("␛]0;title")  # in the table
+        screen.wait_for("␛]0;title")  # in the error
+        assert screen.wait_for_end() == 1
+    assert "\x1b]" not in screen.raw
 
 
 @pytest.mark.parametrize("names", [("adapter_config.json",), ("adapter_model.bin",), ("adapters.safetensors",)])

@@ -12,7 +12,7 @@ import pytest
 
 from comparison.processes import LineChild
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.testing.tiny import write_tiny_model
+from truffula.testing.tiny import write_tiny_checkpoint
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 SCRIPTS = sorted(path for path in PEERS.glob("*.sh") if path.name != "common.sh")
@@ -52,7 +52,7 @@ def test_llama_server_gets_one_argument_a_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_peft_answers_a_mixed_batch(tmp_path: Path) -> None:
     """What the child needs is in the tests' own environment: transformers and peft."""
-    model = write_tiny_model(tmp_path / "model")
+    model = write_tiny_checkpoint(tmp_path / "model")
     folders = [write_tiny_adapter(tmp_path / f"a00{i}", model, rank=2, alpha=4, seed=i) for i in range(2)]
     argv = [sys.executable, str(PEERS / "hf_peft_child.py"), str(model), "bfloat16", *map(str, folders)]
     with LineChild("hf-peft", argv) as child:

@@ -222,11 +222,19 @@ GROUPED = Shape(layers=3, window=(5, None, 5))
 WINDOWS = (None, 5)
 
 
+def fill_windowed(inputs, part):
+    """``fill_step`` of one sequence; table entries behind a group's window are -1."""
+    fill_step(inputs, [part], S)
+    for group, window in enumerate(WINDOWS):
+        if window is not None:
+            inputs.block_tables[group, 0, : max(0, part.start - window + 1) // S] = -1
+
+
 def fill_grouped(inputs, part, tables):
     """A step of one sequence whose blocks differ by KV group; entries behind the window are -1."""
     for group, blocks in enumerate(tables):
         before = inputs.slot_mapping.copy(), inputs.block_tables.copy()
-        fill_step(inputs, [replace(part, blocks=blocks)], S, WINDOWS)
+        fill_windowed(inputs, replace(part, blocks=blocks))
         for array, kept in zip((inputs.slot_mapping, inputs.block_tables), before, strict=True):
             array[:group] = kept[:group]
 
@@ -262,7 +270,7 @@ def test_each_group_has_its_own_blocks_and_reads_none_behind_its_window(backend,
 def test_a_freed_block_inside_the_window_is_an_error(backend, group):
     executable = load(backend, GROUPED)
     whole(executable, (1, 2, 3, 4, 5, 6))
-    fill_step(executable.inputs, [Part(IDS[22:], 22, (1, 2, 3, 4, 5, 6))], S, WINDOWS)
+    fill_windowed(executable.inputs, Part(IDS[22:], 22, (1, 2, 3, 4, 5, 6)))
     executable.inputs.block_tables[group, 0, 4] = -1
     with pytest.raises((KernelError, IndexError)):
         executable.run()

@@ -14,11 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from lora_bases import BASE, D, F, fused_sites, llama_sites, pairs, validate
+from raw_safetensors import write_raw_safetensors
 
 from truffula.errors import AdapterError, AdapterNotFound, InsufficientMemory
 from truffula.lora.peft import inspect_adapter, validate_adapter
 from truffula.testing.adapters import Array, tiny_config, tiny_tensors, write_adapter, write_tiny_adapter
-from truffula.testing.files import write_raw_safetensors, write_safetensors
+from truffula.testing.files import write_safetensors
 
 ROOT = "base_model.model.model.layers."
 Q0A, Q0B = f"{ROOT}0.self_attn.q_proj.lora_A.weight", f"{ROOT}0.self_attn.q_proj.lora_B.weight"

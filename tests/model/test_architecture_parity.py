@@ -14,9 +14,9 @@ from kernel_backends import on_the_best
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
-from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
 from truffula.testing.parity import NEAR_TIE
+from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie

@@ -15,15 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from raw_safetensors import write_raw_safetensors
 
 from truffula.errors import TyingError
 from truffula.kernels.reference import ReferenceBackend
 from truffula.model.load import WeightReader, plan_model
 from truffula.model.names import WeightNames
 from truffula.model.read import read_config
-from truffula.testing.drive import Driver, capacity_for
-from truffula.testing.files import write_raw_safetensors
 from truffula.testing.oracle import Oracle
+from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_tensors, write_tiny_checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie

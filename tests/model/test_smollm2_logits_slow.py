@@ -12,8 +12,8 @@ from truffula.kernels.backend import Backend
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.reference import ReferenceBackend
 from truffula.model.load import WeightReader, plan_model
-from truffula.testing.drive import Driver, Float32, capacity_for
 from truffula.testing.oracle import Oracle
+from truffula.testing.programs import Driver, Float32, capacity_for
 from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint

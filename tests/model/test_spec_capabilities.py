@@ -22,7 +22,7 @@ from truffula.model.decoder import build_program
 from truffula.model.names import resolve_names
 from truffula.model.read import read_config
 from truffula.model.spec import LayerSpec, ModelSpec, NormSpec
-from truffula.testing.drive import Driver, capacity_for
+from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config
 from truffula.weights.tying import Tie, TyingDecision
 

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from truffula.errors import CheckpointError, TyingError
 from truffula.kernels.reference import ReferenceBackend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
-from truffula.testing.drive import Driver, capacity_for
+from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config, tiny_tensors, write_tiny_checkpoint
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_backends import NATIVE
+from perturbed import PerturbedBackend
 
-from truffula.errors import InvalidRequest
-from truffula.kernels.adapters import LowRank, SiteTensors, low_rank
 from truffula.kernels.backend import Array
 from truffula.kernels.program import Norm, Program, WeightDecl
+from truffula.kernels.select import select_backend
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.testing.parity import Perturbation, VerifyReport, verify_model
+from truffula.testing.oracle import Oracle
+from truffula.testing.parity import VerifyReport, verify_model
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
+REFERENCE = select_backend("reference", "cpu")
 BACKENDS = ["reference", *(["cpu"] if NATIVE else [])]
 
 
@@ -85,7 +89,7 @@ def test_a_changed_weight_is_found(model: Path, name: str, op: str) -> None:
         last[0] = last[0] * 1.5 + 0.1
         return [*parts[:-1], last]
 
-    report = verify(model, perturb=Perturbation(weight=change))
+    report = verify(model, backend=PerturbedBackend(REFERENCE, weight=change))
     assert report.first_divergence is not None and not report.ok
     assert report.first_divergence.op == op
     assert report.first_divergence.layer == (int(op.split(".")[1]) if op.startswith("layers") else None)
@@ -99,7 +103,7 @@ def test_a_changed_eps_is_found(model: Path, key: str) -> None:
         )
         return dataclasses.replace(program, ops=ops)
 
-    report = verify(model, perturb=Perturbation(program=change))
+    report = verify(model, backend=PerturbedBackend(REFERENCE, program=change))
     assert report.first_divergence is not None
     assert report.first_divergence.op == key
 
@@ -107,24 +111,17 @@ def test_a_changed_eps_is_found(model: Path, key: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "module", "op"), [(2, "v_proj", "qkv"), (1, "o_proj", "out"), (3, "up_proj", "mlp_in")]
 )
-def test_a_changed_adapter_scale_is_found(model: Path, adapter: Path, layer: int, module: str, op: str) -> None:
+def test_a_changed_adapter_scale_is_found(
+    model: Path, adapter: Path, layer: int, module: str, op: str, tmp_path: Path
+) -> None:
     wanted = f"model.layers.{layer}."
-    sites: dict[int, str] = {}
-
-    def note(program: Program) -> Program:
-        sites.update({site.id: site.module for site in program.sites})
-        return program
-
-    def change(tensors: Sequence[SiteTensors]) -> list[SiteTensors]:
-        made = []
-        for item in tensors:
-            (part,) = item.parts
-            assert isinstance(part, LowRank)
-            wrong = sites[item.site].startswith(wanted) and sites[item.site].endswith(module)
-            made.append(low_rank(item.site, part.a, part.b, part.scale * (1.1 if wrong else 1.0)))
-        return made
-
-    report = verify(model, adapter=adapter, perturb=Perturbation(program=note, adapter=change))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    block = "mlp" if op.startswith("mlp") else "self_attn"
+    config["alpha_pattern"] = {f"layers.{layer}.{block}.{module}": 1.1 * config["lora_alpha"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    shutil.copy(adapter / "adapter_model.safetensors", tmp_path)
+    oracle = Oracle(model, tied=True, adapter=adapter)
+    report = verify(model, adapter=tmp_path, oracle=oracle)
     assert report.first_divergence is not None
     assert report.first_divergence.op == f"layers.{layer}.{op}"
     assert report.first_divergence.layer == layer
@@ -140,9 +137,9 @@ def test_a_table_changed_for_one_id_shows_only_where_the_id_is(model: Path) -> N
         table[99] += 0.5
         return [table]
 
-    report = verify(model, perturb=Perturbation(weight=change))
+    report = verify(model, backend=PerturbedBackend(REFERENCE, weight=change))
     assert report.first_divergence is not None and report.first_divergence.op == "embed"
-    untouched = verify_model(model, prompts=[[5, 6]], new_tokens=0, perturb=Perturbation(weight=change))
+    untouched = verify_model(model, prompts=[[5, 6]], new_tokens=0, backend=PerturbedBackend(REFERENCE, weight=change))
     assert untouched.first_divergence is not None and untouched.first_divergence.op == "logits"
 
 
@@ -161,8 +158,3 @@ def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, 
     assert errors["layers.0.before_attention"] == 0.0
     assert errors["layers.0.rope"] < 0.02
     assert report.ok
-
-
-def test_text_prompts_need_a_tokenizer(model: Path) -> None:
-    with pytest.raises(InvalidRequest, match="no tokenizer"):
-        verify_model(model, prompts=["Hello"])

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from kernel_backends import NATIVE
+from perturbed import Parts, PerturbedBackend
 
 from truffula.config import EngineConfig
 from truffula.errors import ConfigError
 from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.program import WeightDecl
+from truffula.kernels.select import Precision, select_backend
 from truffula.testing.adapters import write_tiny_adapter
-from truffula.testing.served import BFLOAT16, INT8, Parts, ServingReport, verify_serving
+from truffula.testing.oracle import Oracle
+from truffula.testing.served import BFLOAT16, INT8, ServingReport, check_served, verify_serving
 from truffula.testing.tiny import tiny_config, write_tiny_checkpoint
 
 PROMPTS = [[5, 17, 3, 99, 41, 8, 8, 60]]
@@ -68,10 +71,10 @@ def test_a_mistake_that_only_the_served_arithmetic_makes_is_found(model: Path) -
         assert not any(isinstance(part, QuantisedArray) for part in parts)
         return [np.ascontiguousarray(np.asarray(part)[::-1]) for part in parts]
 
-    config = EngineConfig(model=str(model), backend="cpu", quantize="q8_0")
-    report = verify_serving(model, config, prompts=PROMPTS, new_tokens=4, change_weight=scramble)
-    assert report.values.ok and report.served is not None
-    assert not report.served.ok and not report.ok
+    backend = select_backend("cpu", "cpu", precision=Precision("q8_0"))
+    given = {"prompts": PROMPTS, "adapter": None, "new_tokens": 4, "oracle": Oracle(model, tied=False)}
+    assert check_served(model, backend, "bfloat16", ("q8_0",), **given).ok
+    assert not check_served(model, PerturbedBackend(backend, weight=scramble), "bfloat16", ("q8_0",), **given).ok
 
 
 def test_nan_is_no_agreement(model: Path) -> None:

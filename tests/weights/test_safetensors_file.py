@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_safetensors import write_raw_safetensors
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from truffula.errors import CheckpointError
 from truffula.kernels.mapped import release_pages
-from truffula.testing.files import write_raw_safetensors, write_safetensors
+from truffula.testing.files import write_safetensors
 from truffula.weights.safetensors import DTYPES, MAX_HEADER_BYTES, SafetensorsFile
 
 NAMES = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda name: name != "__metadata__")

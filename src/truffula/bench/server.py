@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from truffula.config import EngineConfig, options_of
@@ -53,25 +53,20 @@ def child_error(what: str, output: str) -> TruffulaError:
 
 
 class Child:
-    """A process that runs ``argv`` in its own session: started on entry; on exit, the whole session is killed."""
+    """A process that runs ``argv`` in its own session: started on entry; on exit, the whole session is killed.
 
-    def __init__(self, name: str, argv: Sequence[str], stdin: int | None = None, stdout: int | None = None) -> None:
+    ``pipes`` replaces the streams that ``subprocess.Popen`` gets: no input, and a file for both outputs.
+    """
+
+    def __init__(self, name: str, argv: Sequence[str], **pipes: Any) -> None:
         self.name = name
-        self._argv, self._stdin, self._stdout = list(argv), stdin, stdout
+        self._argv, self._pipes = list(argv), pipes
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()
-        out = self._log if self._stdout is None else self._stdout
-        stdin = subprocess.DEVNULL if self._stdin is None else self._stdin
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": self._log, "stderr": self._log, **self._pipes}
         try:
-            self._process = subprocess.Popen(
-                self._argv,
-                stdin=stdin,
-                stdout=out,
-                stderr=self._log,
-                start_new_session=True,
-                env=installed_environment(),
-            )
+            self._process = subprocess.Popen(self._argv, start_new_session=True, env=installed_environment(), **pipes)
         except OSError as error:
             self._log.close()
             raise ProcessFailed(f"{self.name} did not start: {error}.") from error
@@ -103,11 +98,11 @@ class Child:
 
 
 class Server(Child):
-    """A child that listens on ``url``; ``wait`` returns once ``health`` answers 200."""
+    """A child that listens on ``url``; ``wait`` returns once ``/health`` answers 200."""
 
-    def __init__(self, name: str, argv: Sequence[str], url: str, health: str = "/health") -> None:
+    def __init__(self, name: str, argv: Sequence[str], url: str) -> None:
         super().__init__(name, argv)
-        self.url, self._health = url, health
+        self.url = url
 
     def wait(self, timeout_s: float = 600) -> str:
         """The address, once the server is healthy.
@@ -128,15 +123,11 @@ class Server(Child):
         )
 
     def _healthy(self) -> bool:
-        """Whether ``health`` answers 200. Called often while the server starts on the same cores, so it is cheap."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=5)
-        try:
-            connection.request("GET", self._health)
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+            connection.request("GET", "/health")
             return connection.getresponse().status == 200
-        except (OSError, http.client.HTTPException):
-            return False
-        finally:
-            connection.close()
+        return False
 
 
 def engine_flags(config: EngineConfig) -> list[str]:
@@ -153,13 +144,13 @@ def engine_flags(config: EngineConfig) -> list[str]:
     return flags
 
 
-class TruffulaServer(Server):
-    """``truffula serve`` as a child process."""
-
-    def __init__(self, config: EngineConfig, flags: list[str], port: int | None = None) -> None:
-        port = port or free_port()
-        argv = [sys.executable, "-m", "truffula", "serve", config.model, "--port", str(port)]
-        super().__init__("truffula", [*argv, *engine_flags(config), *flags], f"http://127.0.0.1:{port}")
+def truffula_server(config: EngineConfig, adapter_dir: Path | str | None = None, port: int | None = None) -> Server:
+    """``truffula serve`` as a child process, on ``port`` or a free one. It logs warnings only."""
+    port = port or free_port()
+    argv = [sys.executable, "-m", "truffula", "serve", config.model, "--port", str(port), "--log-level", "warning"]
+    if adapter_dir is not None:
+        argv += ["--adapter-dir", str(adapter_dir)]
+    return Server("truffula", [*argv, *engine_flags(config)], f"http://127.0.0.1:{port}")
 
 
 def plan_of(config: EngineConfig) -> ModelPlan:
@@ -169,11 +160,8 @@ def plan_of(config: EngineConfig) -> ModelPlan:
     from truffula.weights.sources import resolve_source
 
     path = resolve_source(config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision)
-    checkpoint = open_checkpoint(path)
-    try:
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
         return plan_model(checkpoint)
-    finally:
-        checkpoint.close()
 
 
 def random_adapters(plan: ModelPlan, folder: Path, names: list[str], rank: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from truffula.errors import ConfigError
@@ -21,6 +21,7 @@ from truffula.testing.programs import Part, attach, fill_step, pull_from, random
 BLOCK = 16
 MIXES = ("none", "shared", "distinct")
 ADAPTER_DTYPES = ("bfloat16", "float16", "float32")
+StepTime = tuple[float, dict[str, float]]
 SMOLLM2: Mapping[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -50,27 +51,26 @@ class StepBench:
     adapter_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for mix in self.mixes:
-            if mix not in MIXES and not (mix.isdecimal() and int(mix) > 0):
-                known = ", ".join(MIXES)
-                raise ConfigError(
-                    f"adapters is {mix!r}; it must be one of {known}, or a number above 0.", param="adapters"
-                )
+        counts = [int(mix) for mix in self.mixes if mix.isdecimal()]
+        wrong = [mix for mix in self.mixes if mix not in MIXES and not (mix.isdecimal() and int(mix) > 0)]
+        if wrong:
+            raise _invalid("adapters", wrong[0], f"one of {', '.join(MIXES)}, or a number above 0")
         if self.adapter_dtype not in ADAPTER_DTYPES:
-            known = ", ".join(ADAPTER_DTYPES)
-            raise ConfigError(
-                f"adapter_dtype is {self.adapter_dtype!r}; it must be one of {known}.", param="adapter_dtype"
-            )
+            raise _invalid("adapter_dtype", self.adapter_dtype, f"one of {', '.join(ADAPTER_DTYPES)}")
         if not self.rows or min(self.rows) < 1:
-            raise ConfigError("rows must be integers above 0.", param="rows")
-        if all(mix.isdecimal() and int(mix) > max(self.rows) for mix in self.mixes):
+            raise _invalid("rows", self.rows, "integers above 0")
+        if len(counts) == len(self.mixes) and min(counts) > max(self.rows):
             raise ConfigError(
                 f"adapters is {', '.join(self.mixes)}, more than the most rows ({max(self.rows)}) can share.",
                 param="adapters",
             )
         for name, least in (("rank", 1), ("context", 1), ("prefill", 0), ("steps", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {least}.", param=name)
+                raise _invalid(name, getattr(self, name), f"at least {least}")
+
+
+def _invalid(name: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"{name} is {value!r}; it must be {expected}.", param=name)
 
 
 @dataclass(frozen=True)
@@ -115,27 +115,40 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
         using = {mix: slots_of(mix, slots, rows) for mix in bench.mixes if not mix.isdecimal() or int(mix) <= rows}
         if not using:
             continue
-        measured = _decode(executable, using, bench, per_row)
-        base = statistics.median(measured["none"][0]) if "none" in measured else None
-        for mix, (times, ops) in measured.items():
-            ms = statistics.median(times)
-            share = weights / rate * 1e3 / ms if mix == "none" and rows == 1 else None
-            tax = base / ms if base and mix != "none" else None
-            lines.append(StepResult("decode", rows, mix, ms, min(times), 1e3 * rows / ms, tax, share, ops))
+        runs = _decode(executable, using, bench, per_row)
+        measured = {mix: _result("decode", rows, mix, times) for mix, times in runs.items()}
+        base = measured.get("none")
+        for mix, line in measured.items():
+            if base is not None and mix != "none":
+                line = replace(line, tax=base.ms / line.ms)
+            elif rows == 1 and mix == "none":
+                line = replace(line, roofline=weights / rate * 1e3 / line.ms)
+            lines.append(line)
     if bench.prefill:
-        lines.append(_prefill(executable, bench.prefill))
+        where = tuple(range(1, 1 + -(-bench.prefill // BLOCK)))
+        fill_step(executable.inputs, [Part(_prompt(bench.prefill), 0, where, None)], BLOCK)
+        times = [_timed_step(executable) for _ in range(4)]
+        lines.append(_result("prefill", bench.prefill, "none", times[1:]))  # the first is a warm-up
     executable.close()
     return lines
 
 
-def _prefill(executable: Executable, tokens: int) -> StepResult:
-    where = tuple(range(1, 1 + -(-tokens // BLOCK)))
-    fill_step(executable.inputs, [Part(_prompt(tokens), 0, where, None)], BLOCK)
-    timer = _StepTimer(executable)
-    for step in range(4):
-        timer.run(kept=step > 0)
-    ms = statistics.median(timer.times)
-    return StepResult("prefill", tokens, "none", ms, min(timer.times), 1e3 * tokens / ms, ops=timer.ops())
+def _timed_step(executable: Executable) -> StepTime:
+    """Milliseconds of one step and of each kind of op in it, which only the native backend measures."""
+    op_seconds = getattr(executable, "op_seconds", dict)
+    op_seconds()  # reset
+    start = time.perf_counter()
+    executable.run()
+    ms = (time.perf_counter() - start) * 1e3
+    return ms, {name: 1e3 * seconds for name, seconds in op_seconds().items()}
+
+
+def _result(what: str, rows: int, mix: str, runs: Sequence[StepTime]) -> StepResult:
+    times = [ms for ms, _ in runs]
+    ms = statistics.median(times)
+    ops = {name: statistics.fmean(by_op[name] for _, by_op in runs) for name in runs[0][1]}
+    measured = {name: value for name, value in ops.items() if value > 0}
+    return StepResult(what, rows, mix, ms, min(times), 1e3 * rows / ms, ops=measured)
 
 
 def slots_of(mix: str, slots: list[int], rows: int) -> list[int | None]:
@@ -152,7 +165,7 @@ def _prompt(count: int) -> tuple[int, ...]:
 
 def _decode(
     executable: Executable, using: Mapping[str, Sequence[int | None]], bench: StepBench, per_row: int
-) -> dict[str, tuple[list[float], dict[str, float]]]:
+) -> dict[str, list[StepTime]]:
     """Times of decode steps after ``context`` tokens, by mix; row i uses the adapter in slot ``using[mix][i]``.
 
     The mixes alternate, step by step, so that disturbances affect all of them.
@@ -162,38 +175,13 @@ def _decode(
     for where in tables:
         fill_step(executable.inputs, [Part(_prompt(bench.context), 0, where, None)], BLOCK)
         executable.run()
-    made: dict[str, _StepTimer] = {mix: _StepTimer(executable) for mix in using}
+    made: dict[str, list[StepTime]] = {mix: [] for mix in using}
     for step in range(-1, bench.steps):
         for mix, slots in using.items():
             parts = [Part((1 + i,), bench.context + max(0, step), tables[i], slots[i]) for i in range(rows)]
             fill_step(executable.inputs, parts, BLOCK)
-            made[mix].run(kept=step >= 0)  # the first step is a warm-up
-    return {mix: (timer.times, timer.ops()) for mix, timer in made.items()}
-
-
-class _StepTimer:
-    """Measures steps and the ops in them, in milliseconds."""
-
-    def __init__(self, executable: Executable) -> None:
-        self._executable = executable
-        self._op_seconds = getattr(executable, "op_seconds", None)  # only the native backend measures ops
-        self._sums: dict[str, float] = {}
-        self.times: list[float] = []
-
-    def run(self, *, kept: bool = True) -> None:
-        if self._op_seconds is not None:
-            self._op_seconds()  # reset
-        start = time.perf_counter()
-        self._executable.run()
-        if not kept:
-            return
-        self.times.append((time.perf_counter() - start) * 1e3)
-        if self._op_seconds is not None:
-            for name, seconds in self._op_seconds().items():
-                self._sums[name] = self._sums.get(name, 0.0) + 1e3 * seconds
-
-    def ops(self) -> dict[str, float]:
-        return {name: ms / len(self.times) for name, ms in self._sums.items() if ms > 0}
+            made[mix].append(_timed_step(executable))
+    return {mix: runs[1:] for mix, runs in made.items()}  # the first step is a warm-up
 
 
 def read_rate(threads: int, nbytes: int) -> float:

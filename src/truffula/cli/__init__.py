@@ -34,6 +34,6 @@ def _run() -> int:
         if isinstance(error, TruffulaError):
             output.fail(error)
             return 1
-        output.fail_usage(usage_message(error))
+        output.print_error("usage", usage_message(error))
         return USAGE_STATUS
     return returned if isinstance(returned, int) else 0

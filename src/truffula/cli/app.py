@@ -9,7 +9,6 @@ import typer
 
 from truffula.cli.bench_app import app as bench_app
 from truffula.cli.help import GLUE, App
-from truffula.cli.open_model import open_chat_model
 from truffula.cli.options import AsJson, ConfigFile, Model, ModelOrVariable, resolve, with_options
 from truffula.settings import require_paths
 
@@ -128,23 +127,21 @@ def generate(
     options: dict[str, Any],
 ) -> None:
     """Answer one prompt; with several --adapter, the answers stream side by side from one batch."""
+    from truffula.cli.chat_models import open_chat_model
     from truffula.cli.generate import is_prompt, read_prompt, read_prompts, run_batch, run_generate
     from truffula.params import SamplingParams
 
-    if prompts is not None:
-        texts = read_prompts(prompts, prompt, url)
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-        with open_chat_model(model, options, None, api_key, adapter or ["base"]) as (answering, names):
-            run_batch(answering, texts, names, params, raw=raw)
-        return
-    if prompt is None and (url is not None or is_prompt(model)):
+    if prompts is None and prompt is None and (url is not None or is_prompt(model)):
         model, prompt = None, model  # the only argument is the prompt
     if url is None:
         resolve(options, model=model)  # report an error in the options before the prompt is read
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    text = read_prompt(prompt)
+    texts = [read_prompt(prompt)] if prompts is None else read_prompts(prompts, prompt, url)
     with open_chat_model(model, options, url, api_key, adapter or ["base"]) as (answering, names):
-        run_generate(answering, text, names, params, raw=raw, as_json=as_json)
+        if prompts is None:
+            run_generate(answering, texts[0], names, params, raw=raw, as_json=as_json)
+        else:
+            run_batch(answering, texts, names, params, raw=raw)
 
 
 @app.command(rich_help_panel=START)
@@ -166,6 +163,7 @@ def chat(
     /help lists the commands: /adapter NAME switches in the middle of a conversation, /load FOLDER adds an adapter.
     """
     from truffula.cli.chat import run_chat
+    from truffula.cli.chat_models import open_chat_model
     from truffula.params import SamplingParams
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
@@ -244,10 +242,10 @@ def verify(
 @app.command(rich_help_panel=SERVER)
 def ps(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """Show the model, the adapters and the requests of a running server."""
-    from truffula.cli.ps import run_ps
-    from truffula.cli.server_client import ServerClient, server_address
+    from truffula.cli.server_client import ServerClient
+    from truffula.cli.server_state import run_ps
 
-    with ServerClient(server_address(url, port), api_key) as server:
+    with ServerClient(url, port, api_key) as server:
         run_ps(server, as_json=as_json)
 
 
@@ -301,10 +299,10 @@ def print_help(
 @adapters_app.command("list")
 def adapters_list(url: Url = None, port: Port = None, api_key: ApiKey = None, as_json: AsJson = False) -> None:
     """List the base model and the adapters of a server: status, rank, size, source and base."""
-    from truffula.cli.adapters import list_adapters
-    from truffula.cli.server_client import ServerClient, server_address
+    from truffula.cli.server_client import ServerClient
+    from truffula.cli.server_state import list_adapters
 
-    with ServerClient(server_address(url, port), api_key) as server:
+    with ServerClient(url, port, api_key) as server:
         list_adapters(server, as_json=as_json)
 
 
@@ -317,11 +315,11 @@ def adapters_load(
     api_key: ApiKey = None,
 ) -> None:
     """Load the adapter in FOLDER as NAME; the server must run with --adapter-admin."""
-    from truffula.cli.adapters import load_adapter
-    from truffula.cli.server_client import ServerClient, server_address
+    from truffula.cli.output import out
+    from truffula.cli.server_client import ServerClient
 
-    with ServerClient(server_address(url, port), api_key) as server:
-        load_adapter(server, name, path)
+    with ServerClient(url, port, api_key) as server:
+        out().print(server.load_adapter(name, path))
 
 
 @adapters_app.command("unload")
@@ -332,8 +330,8 @@ def adapters_unload(
     api_key: ApiKey = None,
 ) -> None:
     """Unload the adapter NAME and remove the name; requests that use it finish normally."""
-    from truffula.cli.adapters import unload_adapter
-    from truffula.cli.server_client import ServerClient, server_address
+    from truffula.cli.output import out
+    from truffula.cli.server_client import ServerClient
 
-    with ServerClient(server_address(url, port), api_key) as server:
-        unload_adapter(server, name)
+    with ServerClient(url, port, api_key) as server:
+        out().print(server.unload_adapter(name))

@@ -23,7 +23,9 @@ def bench_serve(
     requests: Annotated[
         int | None,
         typer.Option(
-            "--requests", metavar="N", help="Requests per client [default: 1]; with --rate, in all [default: 32]."
+            "--requests",
+            metavar="N",
+            help="Requests per client [default: 1]; with --rate, in all [default: 32].",
         ),
     ] = None,
     rate: Annotated[
@@ -74,31 +76,19 @@ def bench_serve(
     requests are sent at their times whether or not earlier ones have ended, so the time they wait is measured;
     goodput counts the requests within both limits.
     """
-    from truffula.bench.results import Limits
-    from truffula.cli.bench_serve import ServeBench, run_bench_serve
+    from truffula.bench.load import Limits
+    from truffula.cli.bench import ServeBench, run_bench_serve
 
     given = {"ttft_ms": ttft_limit, "itl_ms": itl_limit}
     limits_given = {name: value for name, value in given.items() if value is not None}
     limits = Limits(**limits_given) if limits_given else None
-    bench = ServeBench(
-        clients,
-        requests,
-        adapters,
-        rank,
-        prompt_tokens,
-        max_tokens,
-        repeats,
-        url,
-        rate,
-        adapter_count,
-        zipf_exponent,
-        limits,
-        seed,
-    )
+    sizes = (rank, prompt_tokens, max_tokens, repeats)
+    bench = ServeBench(clients, requests, adapters, *sizes, url, rate, adapter_count, zipf_exponent, limits, seed)
     run_bench_serve(resolve(options, model=model).engine, bench, as_json=as_json)
 
 
 @app.command("step")
+@with_options("engine", only=("dtype", "quantize", "backend", "cpu_isa", "threads"))
 def bench_step(
     rows: Annotated[str, typer.Option("--rows", help="Decode rows, separated by commas.")] = "1,8,32",
     adapters: Annotated[
@@ -111,19 +101,14 @@ def bench_step(
     adapter_dtype: Annotated[
         str, typer.Option("--adapter-dtype", help="Dtype of the adapters: bfloat16, float16 or float32.")
     ] = "bfloat16",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16 or float32.")] = "auto",
-    quantize: Annotated[str, typer.Option("--quantize", help="none, or q8_0: rounds the base.")] = "none",
-    backend: Annotated[str, typer.Option("--backend", help="auto, cpu or reference.")] = "auto",
-    cpu_isa: Annotated[
-        str, typer.Option("--cpu-isa", envvar="TRUFFULA_CPU_ISA", help="An instruction set that doctor lists.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Compute threads.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Use a tiny shape, to see that it runs.")] = False,
     as_json: AsJson = False,
+    *,
+    options: dict[str, Any],
 ) -> None:
     """Measure one step on SmolLM2-135M's shape, operation by operation, without server and sampling."""
     from truffula.bench.step import StepBench
-    from truffula.cli.bench_step import run_bench_step
+    from truffula.cli.bench import run_bench_step
 
     try:
         numbers = tuple(int(word) for word in rows.split(","))
@@ -131,13 +116,4 @@ def bench_step(
         raise typer.BadParameter(f"{rows!r} is not a list of integers.", param_hint="--rows") from None
     mixes = tuple(word.strip() for word in adapters.split(","))
     bench = StepBench(numbers, mixes, rank, context, prefill, steps, adapter_dtype)
-    run_bench_step(
-        bench,
-        backend=backend,
-        cpu_isa=cpu_isa,
-        dtype=dtype,
-        threads=threads,
-        quantize=quantize,
-        tiny=tiny,
-        as_json=as_json,
-    )
+    run_bench_step(bench, options, tiny=tiny, as_json=as_json)

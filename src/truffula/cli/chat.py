@@ -27,7 +27,7 @@ from truffula.types import TextDelta
 
 FENCE = '"""'
 TOO_LONG = ("prompt_too_long", "context_length_exceeded")
-HISTORY = "chat_history.jsonl"
+HISTORY = "chat_history"
 SETTINGS = MappingProxyType({"temperature": float, "top_p": float, "top_k": int, "max_tokens": int, "seed": int})
 
 
@@ -38,7 +38,7 @@ def run_chat(model: ChatModel, adapter: str, system: str | None, params: Samplin
             f"{model.name} has no chat template, so it cannot chat; 'truffula generate --raw' completes text."
         )
     chat = Chat(model, adapter, system, params)
-    editor = LineEditor(state_folder() / HISTORY, chat.complete, note)
+    editor = LineEditor(state_folder() / HISTORY, chat.complete)
     chat.interactive = editor.interactive
     if editor.interactive:
         note(f"{model.name}, adapters: {', '.join(model.adapters()) or 'none'}. /help lists the commands, /bye exits.")
@@ -310,7 +310,7 @@ class Chat:
             self._max_tokens = params.max_tokens
             try:
                 adapter = None if self.adapter == BASE else self.adapter
-                for _, delta in self._model.stream(self._with_system(messages), [adapter], params):
+                for _, delta in self._model.stream([self._with_system(messages)], [adapter], params):
                     yield delta
                 return
             except TruffulaError as error:

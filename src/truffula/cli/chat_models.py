@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from truffula.cli.options import resolve
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
-from truffula.config import EngineConfig
-from truffula.environment import expanded
-from truffula.errors import ConfigError, ErrorInfo, TruffulaError
+from truffula.config import OPTIONS, EngineConfig
+from truffula.errors import ConfigError, TruffulaError
 from truffula.params import SamplingParams
 from truffula.types import TextDelta
 
 BASE = "base"
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
-
-
-class ChatModel(Protocol):
-    """A base model and its adapters. ``name`` is the base's; an adapter of None means the base."""
-
-    name: str
-    has_chat_template: bool
-
-    def adapters(self) -> list[str]:
-        """The names of the available adapters."""
-
-    def load(self, name: str, source: str) -> None:
-        """Load the adapter at ``source`` as ``name``. Raises ``TruffulaError``."""
-
-    def stream(
-        self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
-    ) -> Iterator[tuple[int, TextDelta]]:
-        """Deltas of one answer per adapter, as (index of the adapter, delta). An error is raised.
-
-        A text is completed; messages are answered with the chat template. Closing the iterator aborts the answers.
-        """
-
-    def close(self) -> None: ...
 
 
 def split_adapter(word: str) -> tuple[str, str | None]:
@@ -64,37 +42,34 @@ def split_adapter(word: str) -> tuple[str, str | None]:
 
 
 class LocalModel:
-    """An ``LLM``, loaded with a progress bar."""
+    """An ``LLM``, loaded with a progress bar. ``name`` is the base's; an adapter of None means the base."""
 
     def __init__(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
-        from dataclasses import fields
-
         from truffula.llm import LLM
 
-        options = {f.name: getattr(config, f.name) for f in fields(config)}
         with progress() as report:
-            self._llm = LLM(options.pop("model"), adapters=adapters, progress=report, **options)
+            self._llm = LLM(**vars(config), adapters=adapters, progress=report)
         self.name = config.model
         self.has_chat_template = self._llm.has_chat_template
         if text := self._llm.info.int8_note:
             note(text)
 
     def adapters(self) -> list[str]:
+        """The names of the available adapters."""
         return self._llm.adapters.names()
 
     def load(self, name: str, source: str) -> None:
+        """Load the adapter at ``source`` as ``name``. Raises ``TruffulaError``."""
         self._llm.adapters.load(name, source)
 
     def stream(
-        self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
-    ) -> Iterator[tuple[int, TextDelta]]:
-        return self.stream_each([prompt] * len(adapters), adapters, params)
-
-    def stream_each(
         self, prompts: Sequence[Prompt], adapters: Sequence[str | None], params: SamplingParams
     ) -> Iterator[tuple[int, TextDelta]]:
-        """As ``stream``, with one answer per prompt, by the adapter at the same index; all are in one batch."""
-        for position, delta in self._llm.stream_each(prompts, params, adapters=list(adapters)):
+        """Deltas of one answer per prompt, by the adapter at the same index, as (index, delta). An error is raised.
+
+        A text is completed; messages are answered with the chat template. Closing the iterator aborts the answers.
+        """
+        for position, delta in self._llm.stream_each(prompts, params, adapters=adapters):
             if delta.error is not None:
                 raise TruffulaError.from_info(delta.error)
             yield position, delta
@@ -104,7 +79,7 @@ class LocalModel:
 
 
 class ServerModel:
-    """The model of a running server, and its adapters."""
+    """The model of a running server, with the methods of ``LocalModel``."""
 
     has_chat_template = True  # without one, the server answers with an error
 
@@ -119,28 +94,28 @@ class ServerModel:
         return [str(row["id"]) for row in self._server.models() if row.get("parent")]
 
     def load(self, name: str, source: str) -> None:
-        load_on(self._server, name, source)
+        self._server.load_adapter(name, source)
 
     def stream(
-        self, prompt: Prompt, adapters: Sequence[str | None], params: SamplingParams
+        self, prompts: Sequence[Prompt], adapters: Sequence[str | None], params: SamplingParams
     ) -> Iterator[tuple[int, TextDelta]]:
-        if len(adapters) == 1:
-            for delta in self._one(prompt, adapters[0], params):
+        if len(prompts) == 1:
+            for delta in self._one(prompts[0], adapters[0], params):
                 yield 0, delta
             return
         arrived: queue.SimpleQueue[tuple[int, TextDelta | Exception | None]] = queue.SimpleQueue()
 
-        def follow(position: int, adapter: str | None) -> None:
+        def follow(position: int) -> None:
             try:
-                for delta in self._one(prompt, adapter, params):
+                for delta in self._one(prompts[position], adapters[position], params):
                     arrived.put((position, delta))
                 arrived.put((position, None))
             except Exception as error:  # noqa: BLE001  raised by the reading thread
                 arrived.put((position, error))
 
-        for position, adapter in enumerate(adapters):
-            threading.Thread(target=follow, args=(position, adapter), daemon=True).start()
-        running = len(adapters)
+        for position in range(len(prompts)):
+            threading.Thread(target=follow, args=(position,), daemon=True).start()
+        running = len(prompts)
         while running:
             position, found = arrived.get()
             if isinstance(found, Exception):
@@ -172,22 +147,51 @@ class ServerModel:
         self._server.close()
 
 
-def load_on(server: ServerClient, name: str, source: str) -> Any:
-    """Load an adapter on a server, from its disk; a path that exists on this machine is made absolute."""
-    path = expanded(source)
-    location = str(path.resolve()) if path.exists() else source
-    return administer(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": location})
+ChatModel = LocalModel | ServerModel
 
 
-def administer(server: ServerClient, path: str, body: dict[str, Any]) -> Any:
-    """Call a route that loads or unloads adapters. Raises the server's error, or that the server lacks these routes."""
-    try:
-        return server.call("POST", path, body)
-    except TruffulaError as error:
-        if error.code != "not_found":
-            raise
-        message = (
-            f"The server at {server.url} runs without --adapter-admin; start it with that option to load and unload "
-            "adapters while it runs."
-        )
-        raise TruffulaError.from_info(ErrorInfo(code=error.code, message=message)) from error
+@contextlib.contextmanager
+def open_chat_model(
+    model: str | None, options: dict[str, Any], url: str | None, api_key: str | None, adapters: Sequence[str]
+) -> Iterator[tuple[ChatModel, list[str | None]]]:
+    """The model of ``chat`` and ``generate``, and the names of ``adapters`` (values of ``--adapter``; None: the base).
+
+    The model is loaded in this process or, with ``url``, a running server's. It is closed on exit. Raises
+    ``ConfigError`` for contradictory options, and the errors of opening the model.
+    """
+    opened: ChatModel
+    if url is not None:
+        _check_server_options(model, options, adapters)
+        opened = ServerModel(ServerClient(url, None, api_key))
+        names = [None if word == BASE else word for word in adapters]
+    else:
+        if api_key is not None:
+            raise ConfigError("--api-key is for a running server; add its --url.", param="api_key")
+        parsed = [split_adapter(word) for word in adapters]
+        sources = {name: source for name, source in parsed if source is not None}
+        for name, source in parsed:
+            if source is not None and sources[name] != source:
+                raise ConfigError(
+                    f"--adapter names both {source} and {sources[name]} {name!r}; write NAME=FOLDER for one of them.",
+                    param="adapter",
+                )
+        opened = LocalModel(resolve(options, model=model).engine, sources)
+        names = [None if source is None else name for name, source in parsed]
+    with contextlib.closing(opened):
+        yield opened, names
+
+
+def _check_server_options(model: str | None, options: dict[str, Any], adapters: Sequence[str]) -> None:
+    """Raise ``ConfigError`` for an option that has no effect on a running server."""
+    if model is not None:
+        raise ConfigError(f"--url names a server that has its own model; leave out {model!r}.", param="model")
+    if options:
+        flags = ", ".join(OPTIONS[name].flag if name in OPTIONS else f"--{name}" for name in options)
+        raise ConfigError(f"{flags} would have no effect on a server that runs already (--url).", param="url")
+    for word in adapters:
+        if "=" in word:
+            raise ConfigError(
+                f"--adapter is {word!r}; with --url it is a name that 'truffula adapters list' shows "
+                "('truffula adapters load' adds one).",
+                param="adapter",
+            )

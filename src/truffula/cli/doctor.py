@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from truffula.cli.output import out, table
 from truffula.errors import TruffulaError
 from truffula.option import format_size
+from truffula.settings import load_settings
 
 if TYPE_CHECKING:
     from truffula.kernels.host import CpuLimits
@@ -44,14 +44,18 @@ class Finding:
 
 
 def run_doctor(*, as_json: bool) -> None:
-    findings = [*_machine(), *_native(), *_packages(), *_backends(), *_dtypes(), *_settings()]
+    settings = load_settings({})
+    given = {setting.option.name: setting.value for setting in settings}
+    findings = [*_machine(), *_native(given), *_packages(), *_backends(given["cpu_isa"]), *_dtypes(given)]
+    changed = (setting for setting in settings if setting.origin in ("environment", "file"))
+    findings += [Finding(f"set by {s.source}", f"{s.option.name} = {s.shown}", "note") for s in changed]
     if as_json:
-        out().print_json(json.dumps([asdict(f) for f in findings]))
+        out().print_json(data=[asdict(f) for f in findings])
         return
     shown = table("", "what", "found", "what to do")
-    marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "missing": "[red]missing[/]"}
+    styles = {"ok": "green", "note": "yellow", "missing": "red"}
     for finding in findings:
-        shown.add_row(marks[finding.state], *map(escape, (finding.what, finding.value, finding.advice)))
+        shown.add_row(Text(finding.state, styles[finding.state]), finding.what, finding.value, finding.advice)
     out().print(shown)
 
 
@@ -73,17 +77,13 @@ def _machine() -> list[Finding]:
     name, sets = cpu_name()
     cores = cpu_limits().usable
     memory = free_memory().nbytes
+    state, advice = ("ok", "") if memory > 2e9 else ("note", "choose a small model")
     return [
         Finding("python", platform.python_version()),
         Finding("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
         Finding("cpu", ", ".join((name, f"{cores} usable core{'s' * (cores != 1)}", *sets[:1]))),
         cpu_limit(cpu_limits()),
-        Finding(
-            "free memory",
-            format_size(memory),
-            "ok" if memory > 2e9 else "note",
-            "" if memory > 2e9 else "choose a small model",
-        ),
+        Finding("free memory", format_size(memory), state, advice),
     ]
 
 
@@ -92,13 +92,11 @@ def cpu_limit(limits: CpuLimits) -> Finding:
     wait.
     """
     quota = "no quota" if limits.quota is None else f"a control group's quota of {limits.quota:g} CPUs"
-    value = f"{limits.affinity} of {limits.machine} CPUs in the affinity mask, {quota}"
-    if limits.quota is not None and limits.quota < limits.affinity and limits.quota != int(limits.quota):
-        least = max(1, int(limits.quota))
-        return Finding(
-            "cpu limit", value, "note", f"the quota throttles threads: assign whole CPUs, or try --threads {least}"
-        )
-    return Finding("cpu limit", value)
+    found = Finding("cpu limit", f"{limits.affinity} of {limits.machine} CPUs in the affinity mask, {quota}")
+    if limits.quota is None or limits.quota >= limits.affinity or limits.quota == int(limits.quota):
+        return found
+    advice = f"the quota throttles threads: assign whole CPUs, or try --threads {max(1, int(limits.quota))}"
+    return replace(found, state="note", advice=advice)
 
 
 def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
@@ -114,12 +112,11 @@ def faster_instructions(sets: Sequence[str], tables: Sequence[str]) -> str:
     return "this CPU has no AVX-512, which makes prompts and large batches faster; --cpu-isa forces a set"
 
 
-def _native() -> list[Finding]:
+def _native(given: Mapping[str, Any]) -> list[Finding]:
     """Findings about the native module: instruction sets, threads and the compiler that builds it."""
     from truffula.kernels.cpu import instruction_sets, why_unavailable
     from truffula.kernels.host import usable_cpus
     from truffula.kernels.installation import installation
-    from truffula.settings import load_settings
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     if why := why_unavailable():
@@ -128,19 +125,18 @@ def _native() -> list[Finding]:
             Finding("native kernels", "no", "missing", why),
             Finding("C++ compiler", compiler or "none", "ok" if compiler else "missing", advice),
         ]
-    settings = {s.option.name: s.value for s in load_settings({})}
     sets = instruction_sets()
-    asked = settings["cpu_isa"]
-    used = sets[0] if asked == "auto" else asked
-    state, advice = (
-        ("ok", "") if used in sets else ("missing", "not usable on this machine; the cpu backend rejects it")
-    )
-    threads = settings["threads"] or usable_cpus()
+    used = sets[0] if given["cpu_isa"] == "auto" else given["cpu_isa"]
+    threads = given["threads"] or usable_cpus()
+    would_use = Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}")
+    if used not in sets:
+        advice = "not usable on this machine; the cpu backend rejects it"
+        would_use = replace(would_use, state="missing", advice=advice)
     return [
         Finding("native kernels", "yes"),
         Finding("instruction sets", ", ".join(sets), "ok", faster_instructions(cpu_name()[1], sets)),
         *_self_check(sets),
-        Finding("would use", f"{used}, {threads} thread{'s' * (threads != 1)}", state, advice),
+        would_use,
         Finding("C++ compiler", compiler or "none"),
     ]
 
@@ -177,11 +173,9 @@ def _packages() -> list[Finding]:
     return findings
 
 
-def _backends() -> list[Finding]:
+def _backends(isa: str) -> list[Finding]:
     from truffula.kernels.select import BACKENDS, fallback_warning, select_backend
-    from truffula.settings import load_setting
 
-    isa = load_setting("cpu_isa").value
     findings = []
     for name in BACKENDS:
         try:
@@ -196,12 +190,10 @@ def _backends() -> list[Finding]:
     return findings
 
 
-def _dtypes() -> list[Finding]:
+def _dtypes(given: Mapping[str, Any]) -> list[Finding]:
     """The compute dtype that ``serve`` would choose for each stored dtype, and why."""
     from truffula.kernels.select import Precision, choose_dtype, select_backend
-    from truffula.settings import load_settings
 
-    given = {s.option.name: s.value for s in load_settings({})}
     try:
         precision = Precision(given["quantize"], given["exact"])
         backend = select_backend(given["backend"], given["device"], cpu_isa=given["cpu_isa"], precision=precision)
@@ -213,10 +205,3 @@ def _dtypes() -> list[Finding]:
     value = f"int8 for {', '.join(int8)}" if int8 else "on the values, none in int8"
     advice = "fastest; --exact computes on the file's values (docs/quantization.md)" if int8 else ""
     return [*findings, Finding("products with quantised files", value, "ok", advice)]
-
-
-def _settings() -> list[Finding]:
-    from truffula.settings import load_settings
-
-    given = [s for s in load_settings({}) if s.origin in ("environment", "file")]
-    return [Finding(f"set by {s.source}", f"{s.option.name} = {s.shown}", "note") for s in given]

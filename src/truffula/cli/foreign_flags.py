@@ -66,24 +66,25 @@ def foreign_flags(words: Iterable[str], own: Mapping[str, bool]) -> list[Foreign
         own: The command's own flags; the value is whether it takes the next word as its value.
     """
     flags: list[ForeignFlag] = []
-    skip = False
-    for word in words:
-        if skip:
-            skip = False
-            continue
-        if word == "--":
-            break
+    rest = iter(words)
+    for word in rest:
         name, equals, _ = word.partition("=")
-        if name in own:
-            skip = own[name] and not equals
-            continue
-        if not name.startswith("-"):
-            continue
-        if name.startswith("--"):
-            found = known_flags().get(name.replace("_", "-"))
-        else:  # -c4096: a short flag with its value, unless that is a short flag of the command
-            short = re.fullmatch(r"(-[a-z])\d+", name)
-            found = known_flags().get(name) or (known_flags().get(short[1]) if short and short[1] not in own else None)
-        if found is not None and found not in flags:
-            flags.append(found)
+        if name == "--":
+            break
+        if name not in own:
+            found = _foreign_flag(name, own)
+            flags += [found] if found is not None and found not in flags else []
+        elif own[name] and not equals:
+            next(rest, None)  # the value of the command's own flag
     return flags
+
+
+def _foreign_flag(name: str, own: Mapping[str, bool]) -> ForeignFlag | None:
+    if name.startswith("--"):
+        return known_flags().get(name.replace("_", "-"))
+    if not name.startswith("-"):
+        return None
+    short = re.fullmatch(r"(-[a-z])\d+", name)  # -c4096: a short flag with its value
+    if short and short[1] not in own:
+        return known_flags().get(name) or known_flags().get(short[1])
+    return known_flags().get(name)

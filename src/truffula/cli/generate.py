@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from truffula.cli.chat_models import ChatModel, LocalModel, Prompt
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from truffula.cli.chat_models import BASE, ChatModel, Prompt
 from truffula.cli.line_editor import read_text
-from truffula.cli.output import note, out, write
-from truffula.cli.side_by_side import Answer, show
-from truffula.errors import ConfigError
+from truffula.cli.output import note, out, visible, write
+from truffula.errors import ConfigError, TruffulaError
 from truffula.params import SamplingParams
 from truffula.service.progress import ProgressBar
 from truffula.settings import load_settings
+from truffula.types import TextDelta
+
+COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 
 
 def is_prompt(only: str | None) -> bool:
@@ -58,6 +66,24 @@ def read_prompts(path: Path, prompt: str | None, url: str | None) -> list[str]:
     return prompts
 
 
+@dataclass
+class Answer:
+    """The text of one answer so far. ``finish_reason`` is None until it ends."""
+
+    title: str
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+
+    def add(self, delta: TextDelta) -> None:
+        """Append a delta. Raises the ``TruffulaError`` of its ``error``."""
+        if delta.error is not None:
+            raise TruffulaError.from_info(delta.error)
+        self.text += delta.text
+        self.tokens += len(delta.tokens)
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+
 def run_batch(
     model: ChatModel, texts: Sequence[str], adapters: Sequence[str | None], params: SamplingParams, *, raw: bool
 ) -> None:
@@ -65,14 +91,13 @@ def run_batch(
 
     No progress bar is shown when stdout is a terminal.
     """
-    assert isinstance(model, LocalModel), "--prompts and --url exclude each other"
     raw = _completes(model, raw)
     asked = [(text, adapter) for text in texts for adapter in adapters]
-    prompts: list[Prompt] = [text if raw else [{"role": "user", "content": text}] for text, _ in asked]
-    answers = [Answer(adapter or "base") for _, adapter in asked]
+    prompts = [_prompt(text, raw) for text, _ in asked]
+    answers = [Answer(adapter or BASE) for _, adapter in asked]
     written = ended = tokens = 0
     with contextlib.closing(ProgressBar()) as bar:
-        for position, delta in model.stream_each(prompts, [adapter for _, adapter in asked], params):
+        for position, delta in model.stream(prompts, [adapter for _, adapter in asked], params):
             answers[position].add(delta)
             tokens += len(delta.tokens)
             ended += delta.finish_reason is not None
@@ -83,6 +108,10 @@ def run_batch(
                 written += 1
             if not sys.stdout.isatty():
                 bar(ended, len(asked), tokens)
+
+
+def _prompt(text: str, raw: bool) -> Prompt:
+    return text if raw else [{"role": "user", "content": text}]
 
 
 def _completes(model: ChatModel, raw: bool) -> bool:
@@ -98,13 +127,58 @@ def run_generate(
     """Answer ``text`` with each of ``adapters`` (None: the base) and print the answers as they are generated, or as
     JSON.
     """
-    deltas = model.stream(text if _completes(model, raw) else [{"role": "user", "content": text}], adapters, params)
-    titles = [name or "base" for name in adapters]
+    prompt = _prompt(text, _completes(model, raw))
+    deltas = model.stream([prompt] * len(adapters), adapters, params)
+    answers = [Answer(name or BASE) for name in adapters]
     if not as_json:
-        show(titles, deltas)
+        show(answers, deltas)
         return
-    answers = [Answer(title) for title in titles]
     for position, delta in deltas:
         answers[position].add(delta)
     rows = [{"adapter": a.title, "text": a.text, "finish_reason": a.finish_reason} for a in answers]
-    out().print_json(json.dumps({"model": model.name, "answers": rows}))
+    out().print_json(data={"model": model.name, "answers": rows})
+
+
+def show(answers: Sequence[Answer], deltas: Iterable[tuple[int, TextDelta]], *, per_row: int = 3) -> None:
+    """Print the answers as they are generated. ``deltas`` yields (index of the answer, delta).
+
+    One answer is printed unchanged and without its title, and always ends with a line feed. Several are printed side by
+    side on a terminal, up to ``per_row`` in a row; in a pipe, one after the other.
+    """
+    if len(answers) == 1:
+        _stream(answers[0], deltas)
+        return
+    with Live(console=out(), refresh_per_second=12) if out().is_terminal else contextlib.nullcontext() as live:
+        for position, delta in deltas:
+            answers[position].add(delta)
+            if live is not None:
+                live.update(_columns(answers, min(per_row, len(answers))))
+    if live is None:
+        write("\n".join(f"--- {answer.title}\n{answer.text.strip()}\n" for answer in answers))
+
+
+def _stream(answer: Answer, deltas: Iterable[tuple[int, TextDelta]]) -> None:
+    try:
+        for _, delta in deltas:
+            answer.add(delta)
+            write(delta.text)
+    finally:
+        if not answer.text.endswith("\n") and (answer.text or answer.finish_reason):
+            write("\n")
+
+
+def _columns(answers: Sequence[Answer], per_row: int) -> Table:
+    grid = Table.grid(expand=True, padding=(0, 1))
+    for _ in range(per_row):
+        grid.add_column(ratio=1)
+    panels = [
+        Panel(
+            Text(visible(answer.text.strip()) + ("" if answer.finish_reason else " ▌")),
+            title=Text(answer.title),
+            border_style=COLOURS[position % len(COLOURS)],
+        )
+        for position, answer in enumerate(answers)
+    ]
+    for start in range(0, len(panels), per_row):
+        grid.add_row(*panels[start : start + per_row])
+    return grid

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import typer
@@ -54,13 +54,11 @@ class Command(TyperCommand):
         options: list[Any] = [param for param in self.params if _is_option(param)]
         own = {name: not option.is_flag for option in options for name in _names(option)}
         own |= dict.fromkeys(HELP_NAMES["help_option_names"], False)
-        found = foreign_flags(args, own)
-        if found and not ctx.resilient_parsing:
-            raise UsageError(" ".join(flag.message for flag in found), ctx)
+        _refuse_foreign(args, own, ctx)
         return super().parse_args(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write("\n".join(_command_help(self, ctx)) + "\n")
+        formatter.write(_help(self, ctx))
 
 
 class Group(TyperGroup):
@@ -71,10 +69,9 @@ class Group(TyperGroup):
             typer.echo(ctx.get_help())
             ctx.exit()
         own = {name for param in self.params if _is_option(param) for name in _names(param)}
-        if args and args[0] not in own and not ctx.resilient_parsing:  # the command line of a server without commands
-            common = dict.fromkeys(HELP_NAMES["help_option_names"], False)
-            if foreign_flags(args[:1], common):
-                raise UsageError(" ".join(flag.message for flag in foreign_flags(args, common)), ctx)
+        common = dict.fromkeys(HELP_NAMES["help_option_names"], False)
+        if args and args[0] not in own and foreign_flags(args[:1], common):  # the flags of a server without commands
+            _refuse_foreign(args, common, ctx)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -86,58 +83,54 @@ class Group(TyperGroup):
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        formatter.write("\n".join(_group_help(self, ctx)) + "\n")
+        formatter.write(_help(self, ctx))
+
+
+def _refuse_foreign(args: list[str], own: Mapping[str, bool], ctx: Any) -> None:
+    """Raise ``UsageError`` for flags of other servers, unless the command line is only completed."""
+    found = foreign_flags(args, own)
+    if found and not ctx.resilient_parsing:
+        raise UsageError(" ".join(flag.message for flag in found), ctx)
 
 
 def usage_message(error: Any) -> str:
     """A usage error in one paragraph, with a reference to the command's help."""
     context = getattr(error, "ctx", None)
-    unknown = getattr(error, "option_name", None) if hasattr(error, "possibilities") else None
-    if unknown is not None and context is not None:
-        own = {
-            name.lstrip("-"): name for param in context.command.params if _is_option(param) for name in _names(param)
-        }
-        near = nearest(unknown.lstrip("-"), own)
-        text = f"Unknown option {unknown}.{did_you_mean(near and own[near])}"
+    if hasattr(error, "possibilities"):
+        text = f"Unknown option {error.option_name}.{did_you_mean(next(iter(error.possibilities or ()), None))}"
     else:
         text = " ".join(error.format_message().split())
     text = text if text.endswith((".", "?")) else f"{text}."
     return text if context is None else f"{text} See `{context.command_path} --help`."
 
 
-def _command_help(command: Command, ctx: Any) -> Iterator[str]:
-    width = _width(ctx)
+def _help(command: Command | Group, ctx: Any) -> str:
+    """The help of a command, or of a group with its commands."""
+    width = max(NARROWEST, min(ctx.terminal_width or shutil.get_terminal_size().columns, WIDEST) - 1)
     arguments = [param for param in command.params if not _is_option(param)]
-    usage = [f"[{_placeholder(a)}]" if not a.required else _placeholder(a) for a in arguments]
-    yield from _wrapped(f"Usage: {ctx.command_path} [OPTIONS] {' '.join(usage)}".rstrip(), width)
+    if isinstance(command, Group):
+        usage = "COMMAND [OPTIONS]"
+        epilog = f"`{ctx.command_path} COMMAND --help` shows the options of a command."
+    else:
+        names = [_placeholder(a) if a.required else f"[{_placeholder(a)}]" for a in arguments]
+        usage, epilog = " ".join(["[OPTIONS]", *names]), command.epilog or ""
+    lines = _wrapped(f"Usage: {ctx.command_path} {usage}", width)
     for paragraph in (command.help or "").split("\n\n"):
-        yield ""
-        yield from _wrapped(paragraph, width)
+        lines += ["", *_wrapped(paragraph, width)]
     if arguments:
-        yield from _section("Arguments", ((_placeholder(a), _description(a)) for a in arguments), width)
+        lines += _section("Arguments", ((_placeholder(a), _description(a)) for a in arguments), width)
+    if isinstance(command, Group):
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, one in command.commands.items():
+            if not one.hidden:
+                panels.setdefault(_panel(one, "Commands"), []).append((name, _first_sentence(one)))
+        for title, rows in panels.items():
+            lines += _section(title, rows, width, column=14)
     for title, options in _by_panel(command, ctx).items():
-        yield from _section(title, ((_names_and_placeholder(o), _description(o)) for o in options), width)
-    if command.epilog:
-        yield ""
-        yield from _wrapped(command.epilog, width)
-
-
-def _group_help(group: Group, ctx: Any) -> Iterator[str]:
-    width = _width(ctx)
-    yield f"Usage: {ctx.command_path} COMMAND [OPTIONS]"
-    for paragraph in (group.help or "").split("\n\n"):
-        yield ""
-        yield from _wrapped(paragraph, width)
-    panels: dict[str, list[tuple[str, str]]] = {}
-    for name, command in group.commands.items():
-        if not command.hidden:
-            panels.setdefault(_panel(command, "Commands"), []).append((name, _first_sentence(command)))
-    for title, rows in panels.items():
-        yield from _section(title, rows, width, column=14)
-    for title, options in _by_panel(group, ctx).items():
-        yield from _section(title, ((_names_and_placeholder(o), _description(o)) for o in options), width)
-    yield ""
-    yield f"`{ctx.command_path} COMMAND --help` shows the options of a command."
+        lines += _section(title, ((_names_and_placeholder(o), _description(o)) for o in options), width)
+    if epilog:
+        lines += ["", *_wrapped(epilog, width)]
+    return "\n".join(lines) + "\n"
 
 
 def _first_sentence(command: Any) -> str:
@@ -162,17 +155,17 @@ def _panel(shown: Any, otherwise: str) -> str:
     return panel if isinstance(panel, str) else otherwise
 
 
-def _section(title: str, rows: Iterable[tuple[str, str]], width: int, column: int = COLUMN) -> Iterator[str]:
+def _section(title: str, rows: Iterable[tuple[str, str]], width: int, column: int = COLUMN) -> list[str]:
     """A heading and its rows: the name and, in the next column or below a long name, its description."""
-    yield ""
-    yield f"{title}:"
+    lines = ["", f"{title}:"]
     for left, text in rows:
-        lines = list(_wrapped(text, width - column)) or [""]
+        description = _wrapped(text, width - column) or [""]
         if len(left) + 4 > column:
-            yield f"  {left}"
+            lines.append(f"  {left}")
         else:
-            yield f"  {left:<{column - 2}}{lines.pop(0)}".rstrip()
-        yield from (" " * column + line for line in lines)
+            lines.append(f"  {left:<{column - 2}}{description.pop(0)}".rstrip())
+        lines += [" " * column + line for line in description]
+    return lines
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -183,11 +176,6 @@ def _wrapped(text: str, width: int) -> list[str]:
 def _joined(text: str) -> str:
     """``text`` on one line, with its ``GLUE``."""
     return re.sub(r"[ \n]+", " ", text).strip()
-
-
-def _width(ctx: Any) -> int:
-    columns = ctx.terminal_width or shutil.get_terminal_size().columns
-    return max(NARROWEST, min(columns, WIDEST) - 1)
 
 
 def _is_option(param: Any) -> bool:

@@ -4,13 +4,12 @@ error of the weights.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import contextlib
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich.text import Text
 
 from truffula.cli.output import out, progress, table, warn
 from truffula.config import OPTIONS
@@ -25,38 +24,30 @@ if TYPE_CHECKING:
     from truffula.weights.checkpoint import Checkpoint
 
 
-@dataclass(frozen=True)
-class Source:
-    """The files of a model or an adapter, downloaded if necessary."""
-
-    path: Path
-    is_adapter: bool
-
-
 def run_inspect(source: str, base: str | None, quantize: str | None, *, as_json: bool) -> None:
     """Print the report. Raises ``ConfigError`` for an invalid ``quantize``, or one for an adapter."""
     if quantize is not None:
         quantize = OPTIONS["quantize"].parse(quantize, "--quantize")
-    found = _resolve(source)
-    if found.is_adapter:
-        if quantize is not None:
-            raise ConfigError("--quantize rounds a model's weights; adapters are never rounded.", param="quantize")
-        _adapter(found.path, base, as_json=as_json)
+    path = _resolve(source)
+    if not _is_adapter(path):
+        _model(path, rounded=quantize == "q8_0", as_json=as_json)
+    elif quantize is None:
+        _adapter(path, base, as_json=as_json)
     else:
-        _model(found.path, rounded=quantize == "q8_0", as_json=as_json)
+        raise ConfigError("--quantize rounds a model's weights; adapters are never rounded.", param="quantize")
 
 
-def _resolve(source: str) -> Source:
-    folder = expanded(source)
-    if folder.exists():
-        return Source(folder, _is_adapter(folder))
+def _resolve(source: str) -> Path:
+    """The files of a model or an adapter, downloaded if necessary."""
+    path = expanded(source)
+    if path.exists():
+        return path
     from truffula.cli.options import resolve
     from truffula.weights.sources import resolve_source
 
     config = resolve({}, model=source).engine
     with progress() as report:
-        path = resolve_source(source, cache_dir=config.cache_dir, offline=config.offline, progress=report)
-    return Source(path, _is_adapter(path))
+        return resolve_source(source, cache_dir=config.cache_dir, offline=config.offline, progress=report)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -74,8 +65,7 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     from truffula.text.ends import describe
     from truffula.weights.open import open_checkpoint
 
-    checkpoint = open_checkpoint(path)
-    try:
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
         plan = plan_model(checkpoint)
         uses = read_config(checkpoint.config).key_uses
         kinds: dict[str, list[int]] = {}
@@ -84,22 +74,20 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         ends, warnings = _texts(path, plan)
         facts = _facts(path, checkpoint.format, plan)
         rounding = _rounding(checkpoint, plan) if rounded else None
-    finally:
-        checkpoint.close()
     if as_json:
         stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
         keys = [{"key": f.key, "value": f.value, "fate": f.use} for f in uses]
         report = {**facts, "end_tokens": [{"id": end.id, "text": end.text, "source": end.source} for end in ends]}
         report |= {"stored": stored, "config": keys, "unused": plan.unused, "warnings": warnings}
-        out().print_json(json.dumps(report | ({"rounding": rounding} if rounding else {})))
+        out().print_json(data=report | ({"rounding": rounding} if rounding else {}))
         return
     console = out()
     shown = table("", "", title=str(path))
     for name, value in facts.items():
         label = LABELS.get(name, name.removesuffix("_bytes").replace("_", " "))
-        shown.add_row(label, escape(format_size(value) if name.endswith("_bytes") else str(value)))
+        shown.add_row(label, format_size(value) if name.endswith("_bytes") else str(value))
     for index, end in enumerate(ends):
-        shown.add_row("" if index else "end tokens", escape(describe([end])))
+        shown.add_row("" if index else "end tokens", describe([end]))
     console.print(shown)
     stored_table = table("stored as", ">tensors", ">bytes", title="\nweights")
     for kind, sizes in sorted(kinds.items()):
@@ -108,11 +96,11 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
     source = "metadata" if checkpoint.format == "gguf" else "config.json"
     config_table = table("key", "value", "what happens", title=f"\n{source}")
     for use in uses:
-        config_table.add_row(escape(use.key), escape(use.value), escape(use.use))
+        config_table.add_row(use.key, use.value, use.use)
     console.print(config_table)
     if plan.unused:
         more = f" and {len(plan.unused) - 10} more" if len(plan.unused) > 10 else ""
-        console.print(f"\ntensors not used when serving: {escape(', '.join(plan.unused[:10]))}{more}")
+        console.print(f"\ntensors not used when serving: {', '.join(plan.unused[:10])}{more}")
     if rounding is not None:
         _show_rounding(rounding)
     for text in warnings:
@@ -152,12 +140,8 @@ def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:
     rows = {}
     for kind, names in [*kinds.items(), *([("all", list(found.sums))] if kinds else [])]:
         worst = found.worst(names)
-        rows[kind] = {
-            "tensors": len(names),
-            "error": found.error(names),
-            "worst": worst,
-            "worst_error": found.error([worst]),
-        }
+        errors = {"error": found.error(names), "worst": worst, "worst_error": found.error([worst])}
+        rows[kind] = {"tensors": len(names), **errors}
     matrices = sum(len(decl.parts) for decl in plan.program.weights if len(decl.shape) > 1)
     return {"format": "q8_0", "kinds": rows, "kept": matrices - len(found.sums)}
 
@@ -205,7 +189,7 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
     # Bytes per token in bfloat16; layers with a window keep that many tokens.
     per_token = {group.window: 2 * sum(plane.width for plane in group.planes) for group in interface.kv_groups}
     windows = {window: nbytes for window, nbytes in per_token.items() if window is not None}
-    sites = sum(1 for site in interface.sites if site.kind == "linear")
+    sites = [site for site in interface.sites if site.kind == "linear"]
     return {
         "architecture": spec.model_type,
         "format": format_,
@@ -222,10 +206,8 @@ def _facts(path: Path, format_: str, plan: Any) -> dict[str, Any]:
         "saved_by_tying_bytes": plan.saved_bytes,
         "kv_per_token_bytes": per_token.get(None, 0),
         **({"kv_windows_bytes": sum(window * nbytes for window, nbytes in windows.items())} if windows else {}),
-        "adapter_sites": sites,
-        "rank_16_adapter_bytes": 2
-        * 16
-        * sum(s.in_features + s.out_features for s in interface.sites if s.kind == "linear"),
+        "adapter_sites": len(sites),
+        "rank_16_adapter_bytes": 2 * 16 * sum(site.in_features + site.out_features for site in sites),
     }
 
 
@@ -238,7 +220,7 @@ def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
         rows = [{"field": r.field, "value": r.value, "verdict": r.verdict, "note": r.note} for r in report.rows]
         error = {"code": report.error.code, "message": report.error.message} if report.error else None
         facts = {"rank": report.rank, "bytes": report.nbytes, "modules": report.modules}
-        out().print_json(json.dumps({**facts, "fields": rows, "warnings": report.warnings, "error": error}))
+        out().print_json(data={**facts, "fields": rows, "warnings": report.warnings, "error": error})
     else:
         _show_adapter(report, path, base)
     if report.error is not None:
@@ -248,20 +230,19 @@ def _adapter(path: Path, base: str | None, *, as_json: bool) -> None:
 def _show_adapter(report: AdapterReport, path: Path, base: str | None) -> None:
     """Print how each field is handled; then, for a supported adapter, its size and the checks that were made."""
     shown = table("field", "value", "what happens", "why", title=str(path))
-    words = {"refuse": "[red]refused[/]", "serve": "[green]served[/]", "check": "[dim]checked[/]"}
+    words = {"refuse": Text("refused", "red"), "serve": Text("served", "green"), "check": Text("checked", "dim")}
     order = list(words)
     for row in sorted((r for r in report.rows if r.verdict in words), key=lambda r: order.index(r.verdict)):
-        shown.add_row(row.field, escape(row.value), words[row.verdict], escape(row.note))
+        shown.add_row(row.field, row.value, words[row.verdict], row.note)
     out().print(shown)
     if ignored := [row.field for row in report.rows if row.verdict == "ignore"]:
-        out().print(f"\n[dim]No effect when serving:[/] {escape(', '.join(ignored))}")
+        out().print(Text.assemble(("\nNo effect when serving: ", "dim"), ", ".join(ignored)))
     if report.error is None:
         against = f"compared with {base}" if base else "not compared with a base (give --base MODEL)"
         modules = f"{report.modules} module{'s' * (report.modules != 1)}"
-        out().print(f"\nrank {report.rank}, {modules}, {format_size(report.nbytes)}; {escape(against)}")
-        out().print(
-            "[dim]Checked here: names, shapes and dtypes. The values are checked when the adapter is loaded.[/]"
-        )
+        out().print(f"\nrank {report.rank}, {modules}, {format_size(report.nbytes)}; {against}")
+        checked = "Checked here: names, shapes and dtypes. The values are checked when the adapter is loaded."
+        out().print(checked, style="dim")
     for text in report.warnings:
         warn(text)
 
@@ -270,11 +251,8 @@ def _base_sites(base: str) -> Any:
     from truffula.model.load import plan_model
     from truffula.weights.open import open_checkpoint
 
-    found = _resolve(base)
-    if found.is_adapter:
+    path = _resolve(base)
+    if _is_adapter(path):
         raise CheckpointError(f"--base {base} is an adapter; name the model it is for.", param="base")
-    checkpoint = open_checkpoint(found.path)
-    try:
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
         return plan_model(checkpoint).interface.sites
-    finally:
-        checkpoint.close()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from truffula.cli.output import note
 from truffula.errors import ConfigError
 
 MOST_ENTRIES = 1000
@@ -30,26 +29,25 @@ class LineEditor:
     """Reads one line at a time.
 
     Args:
-        history: A file of earlier lines, one JSON string each, readable by its owner only; None: no history.
+        history: readline's file of earlier lines, readable by its owner only. If it cannot be used, a note says so.
         complete: Returns completions: (the line up to the cursor, the word at the cursor) → words.
-        warn: Called with the error when the history cannot be read or written; it is not used from then on.
 
     Without Python's ``readline`` module, lines are read without editing.
     """
 
-    def __init__(
-        self,
-        history: Path | None,
-        complete: Callable[[str, str], list[str]],
-        warn: Callable[[str], None],
-    ) -> None:
+    def __init__(self, history: Path, complete: Callable[[str, str], list[str]]) -> None:
         self.interactive = sys.stdin.isatty()
         self._edit = self.interactive and sys.stdout.isatty()
-        self._history = history
-        self._warn = warn
+        self._history: Path | None = history
         self._complete = complete
         self._completions: list[str] = []
-        self._readline = _readline() if self._edit else None
+        self._readline: ModuleType | None = None
+        with contextlib.suppress(ImportError):  # Python was built without it
+            import readline
+
+            self._readline = readline if self._edit else None
+        self._is_libedit = "libedit" in (getattr(self._readline, "__doc__", None) or "")
+        self._entries = 0  # of the history that are in the file
         if self._readline is not None:
             self._set_up(self._readline)
 
@@ -58,7 +56,7 @@ class LineEditor:
         that are not text."""
         if self._edit:
             line = read_text(lambda: input(self._shown(prompt)))
-            self._add_to_history(line)
+            self._save()
             return line
         if self.interactive:
             sys.stderr.write(prompt)
@@ -70,21 +68,19 @@ class LineEditor:
 
     def _shown(self, prompt: str) -> str:
         """The prompt in bold, with GNU readline's marks around characters of no width."""
-        if self._readline is None or _is_libedit(self._readline):
+        if self._readline is None or self._is_libedit:
             return prompt
         return f"\x01{BOLD}\x02{prompt}\x01{PLAIN}\x02"
 
     def _set_up(self, readline: ModuleType) -> None:
-        readline.set_auto_history(False)
         readline.set_completer_delims(" ")
         readline.set_completer(self._completed)
-        if _is_libedit(readline):
+        if self._is_libedit:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
             readline.parse_and_bind("tab: complete")
             readline.parse_and_bind("set enable-bracketed-paste on")  # several pasted lines are one message
-        for line in self._read_history():
-            readline.add_history(line)
+        self._load_history(readline)
 
     def _completed(self, word: str, state: int) -> str | None:
         assert self._readline is not None
@@ -92,54 +88,31 @@ class LineEditor:
             self._completions = self._complete(self._readline.get_line_buffer()[: self._readline.get_endidx()], word)
         return self._completions[state] if state < len(self._completions) else None
 
-    def _read_history(self) -> list[str]:
-        """The last ``MOST_ENTRIES`` lines of the history file, which is truncated when it has twice as many."""
-        if self._history is None or not self._history.exists():
-            return []
-        try:
-            written = self._history.read_text(encoding="utf-8").splitlines()
-            entries = [entry for line in written if isinstance(entry := json.loads(line), str)]
-            if len(written) > 2 * MOST_ENTRIES:
-                self._write(entries[-MOST_ENTRIES:], os.O_TRUNC)
-            return entries[-MOST_ENTRIES:]
-        except (OSError, ValueError) as error:
-            self._disable_history(error)
-            return []
+    def _load_history(self, readline: ModuleType) -> None:
+        with self._history_errors():
+            if self._history is not None and self._history.exists():
+                readline.read_history_file(self._history)
+        readline.set_history_length(MOST_ENTRIES)
+        self._entries = readline.get_current_history_length()
 
-    def _add_to_history(self, line: str) -> None:
+    def _save(self) -> None:
+        """Write the last line to the file, if readline has it in its history: not when it is empty or a repetition."""
         readline = self._readline
-        if readline is None or not line.strip():
+        if readline is None or self._history is None or readline.get_current_history_length() <= self._entries:
             return
-        count = readline.get_current_history_length()
-        if count and readline.get_history_item(count) == line:
-            return
-        readline.add_history(line)
-        if self._history is None:
-            return
-        try:
+        self._entries = readline.get_current_history_length()
+        with self._history_errors():
             self._history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._write([line], os.O_APPEND)
+            self._history.touch(mode=0o600)
+            if self._is_libedit:
+                readline.write_history_file(self._history)
+            else:
+                readline.append_history_file(1, self._history)
+
+    @contextlib.contextmanager
+    def _history_errors(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            self._disable_history(error)
-
-    def _write(self, lines: list[str], mode: int) -> None:
-        assert self._history is not None
-        handle = os.open(self._history, os.O_WRONLY | os.O_CREAT | mode, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(f"{json.dumps(line)}\n" for line in lines)
-
-    def _disable_history(self, error: Exception) -> None:
-        self._warn(f"The history {self._history} cannot be used: {error}")
-        self._history = None
-
-
-def _readline() -> ModuleType | None:
-    with contextlib.suppress(ImportError):  # Python was built without it
-        import readline
-
-        return readline
-    return None
-
-
-def _is_libedit(readline: ModuleType) -> bool:
-    return "libedit" in (readline.__doc__ or "")
+            note(f"The history {self._history} cannot be used: {error}")
+            self._history = None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-from rich.markup import escape
 
 from truffula.cli.output import out, print_table, progress, table
 from truffula.option import format_size
@@ -27,19 +24,13 @@ def run_list(cache_dir: Path | None, *, as_json: bool) -> None:
     folder = _setting("cache_dir", cache_dir)
     rows = list(map(asdict, cached_models(folder)))
     if as_json:
-        out().print_json(json.dumps(rows, default=str))
+        out().print_json(data=rows, default=str)
         return
     shown = table("name", "kind", ">size", "cached", "description")
     shown.columns[0].no_wrap = True
     for row in rows:
-        cells = (
-            row["name"],
-            row["kind"],
-            format_size(row["nbytes"]),
-            "yes" if row["path"] else "no",
-            row["description"],
-        )
-        shown.add_row(*map(escape, cells))
+        cached = "yes" if row["path"] else "no"
+        shown.add_row(row["name"], row["kind"], format_size(row["nbytes"]), cached, row["description"])
     print_table(out(), shown)
 
 
@@ -50,4 +41,4 @@ def run_pull(model: str, revision: str | None, cache_dir: Path | None) -> None:
     folder, offline = _setting("cache_dir", cache_dir), _setting("offline")
     with progress() as report:
         path = resolve_source(model, cache_dir=folder, offline=offline, revision=revision, progress=report)
-    out().print(str(path), markup=False)
+    out().print(str(path))

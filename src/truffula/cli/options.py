@@ -16,17 +16,7 @@ from truffula.option import Option
 from truffula.settings import CONFIG_VARIABLE, Resolved, load_config, require_paths
 
 Command = Callable[..., None]
-TOPICS = (
-    "Common",
-    "Model",
-    "Adapters",
-    "Batching",
-    "Access",
-    "Request limits",
-    "Timeouts",
-    "Logs and metrics",
-    "Advanced",
-)
+TOPICS = (*dict.fromkeys(o.topic for o in OPTIONS.values() if o.topic != "Advanced"), "Advanced")
 """The sections of the help, in order."""
 FIRST = ("host", "port", "adapters", "adapter_dir", "api_keys")
 """The most used options, at the top of their section."""
@@ -78,16 +68,12 @@ def place(option: Option) -> tuple[int, int]:
     return TOPICS.index(option.topic), first
 
 
-def with_options(
-    *groups: str, leave_out: tuple[str, ...] = (), only: tuple[str, ...] = ()
-) -> Callable[[Command], Command]:
+def with_options(*groups: str, only: tuple[str, ...] = ()) -> Callable[[Command], Command]:
     """Give a command ``--config`` and the options of ``groups``; it receives them as one dict, its keyword ``options``.
 
-    ``leave_out`` names options to omit, such as one that the command declares itself; ``only``, if given, names the
-    options to include.
+    ``only``, if given, names the options to include.
     """
-    rows = [o for o in OPTIONS.values() if o.group in groups and o.name not in ("model", *leave_out)]
-    rows = sorted((o for o in rows if not only or o.name in only), key=place)
+    rows = [o for o in OPTIONS.values() if o.group in groups and o.name != "model" and o.name in (only or OPTIONS)]
     annotations = {o.name: _annotation(o) for o in rows} | {"config": ConfigFile}
     ordered = sorted(annotations, key=lambda name: place(OPTIONS[name]) if name in OPTIONS else (0, len(FIRST)))
 
@@ -101,10 +87,9 @@ def with_options(
 
         @functools.wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
-            options = {name: kwargs.pop(name) for name in ordered}
-            command(
-                *args, **kwargs, options={name: value for name, value in options.items() if value not in (None, [])}
-            )
+            given = {name: kwargs.pop(name) for name in ordered}
+            options = {name: value for name, value in given.items() if value not in (None, [])}
+            command(*args, **kwargs, options=options)
 
         del run.__wrapped__  # typer must use the new signature, not the original
         run.__signature__ = inspect.Signature([*kept, *made])  # type: ignore[attr-defined]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from truffula.errors import TruffulaError
 from truffula.option import format_size
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType
     from rich.progress import Progress as Bars
     from rich.progress import Task, TaskID
 
@@ -26,36 +27,52 @@ if TYPE_CHECKING:
 
 # Model output may contain escape sequences, which control the terminal. Line feeds and tabs are kept.
 CONTROL = MappingProxyType(
-    {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
-    | {chr(code): "\ufffd" for code in range(0x7F, 0xA0)}
+    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+    | dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
 )
 
 
 def out() -> Console:
     """The console for answers, on stdout. Colour and line breaks only on a terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
+    return _console(stderr=False, width=200)
 
 
 def err() -> Console:
     """The console for progress and errors, on stderr. Line breaks within a message only on a terminal."""
-    console = Console(stderr=True, highlight=False)
-    return console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+    return _console(stderr=True)
+
+
+class PlainConsole(Console):
+    """A console without markup. A terminal is sent a visible symbol for each control character in names and texts."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            unchanged = segment.control or not self.is_terminal
+            yield segment if unchanged else Segment(visible(segment.text), segment.style)
+
+
+def _console(*, stderr: bool, width: int | None = None) -> Console:
+    """``width`` is that of a console that is no terminal."""
+    console = PlainConsole(stderr=stderr)
+    return console if console.is_terminal else PlainConsole(stderr=stderr, soft_wrap=True, width=width)
 
 
 def fail(error: TruffulaError) -> None:
     """Print an error with its code, as one paragraph."""
-    err().print(f"[bold red]error[/] [dim]({error.code})[/] {escape(error.message)}")
+    print_error(error.code, error.message)
 
 
-def fail_usage(text: str) -> None:
-    """Print an error about the command line, as one paragraph."""
-    err().print(f"[bold red]error[/] [dim](usage)[/] {escape(text)}")
+def print_error(code: str, text: str) -> None:
+    """Print an error as one paragraph; ``code`` is ``usage`` for one about the command line."""
+    err().print(Text.assemble(("error", "bold red"), " ", (f"({code})", "dim"), f" {text}"))
 
 
 def note(text: str) -> None:
     """Print a line on stderr, so that stdout holds only the answers."""
-    err().print(f"[dim]{escape(text)}[/]", emoji=False)
+    err().print(text, style="dim")
 
 
 def write(text: str) -> None:
@@ -66,11 +83,11 @@ def write(text: str) -> None:
 
 def visible(text: str) -> str:
     """``text`` with a visible symbol for each control character except line feed and tab."""
-    return "".join(CONTROL.get(ch, ch) for ch in text)
+    return text.translate(CONTROL)
 
 
 def warn(text: str) -> None:
-    err().print(f"[yellow]warning[/] {escape(text)}")
+    err().print(Text.assemble(("warning", "yellow"), f" {text}"))
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -90,7 +107,7 @@ def print_table(console: Console, shown: Table) -> None:
     with console.capture() as captured:
         console.print(shown)
     for line in captured.get().splitlines():
-        console.print(line.rstrip(), markup=False)
+        console.print(line.rstrip())
 
 
 @contextlib.contextmanager
@@ -117,15 +134,8 @@ def progress() -> Iterator[Progress]:
 
 def _bars(console: Console) -> Bars:
     """Progress bars that are removed at the end. A stage of unknown size shows its name and time, without a bar."""
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        ProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
+    from rich.progress import BarColumn, DownloadColumn, ProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
-    from rich.text import Text
 
     class OfKnownSize(ProgressColumn):
         def __init__(self, column: ProgressColumn) -> None:
@@ -140,9 +150,9 @@ def _bars(console: Console) -> Bars:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{format_size(int(speed))}/s", style="progress.data.speed")
 
-    columns = (BarColumn(), DownloadColumn(binary_units=True), Speed())
-    sized = (OfKnownSize(column) for column in columns)
-    return Bars(TextColumn("{task.description}"), *sized, TimeElapsedColumn(), console=console, transient=True)
+    name = TextColumn("{task.description}", markup=False)
+    sized = (OfKnownSize(column) for column in (BarColumn(), DownloadColumn(binary_units=True), Speed()))
+    return Bars(name, *sized, TimeElapsedColumn(), console=console, transient=True)
 
 
 def _plain_progress(console: Console) -> Progress:

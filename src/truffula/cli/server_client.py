@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from truffula.environment import expanded
 from truffula.errors import ConfigError, ErrorInfo, TruffulaError
 from truffula.settings import load_setting
 
@@ -17,41 +17,39 @@ if TYPE_CHECKING:
 CONNECT_S, ANSWER_S = 10.0, 600.0
 
 
-def server_address(url: str | None, port: int | None) -> str:
-    """The base URL of ``--url`` or ``--port``; else this machine, at the port that ``serve`` would use.
-
-    A missing ``http://`` is added, and OpenAI's ``/v1`` at the end is dropped. Raises ``ConfigError`` when both are
-    given.
-    """
-    if url is not None and port is not None:
-        raise ConfigError(f"--url is {url!r} and --port is {port}; give one of them.", param="url")
-    if url is None:
-        return f"http://127.0.0.1:{load_setting('port', port).value}"
-    url = url if "://" in url else f"http://{url}"
-    return url.rstrip("/").removesuffix("/v1")
-
-
 class ServerClient:
-    """Sends JSON to the server at ``url``. A context manager.
+    """Sends JSON to a running server. A context manager.
 
-    With ``api_key`` None, the first of ``TRUFFULA_API_KEYS`` is sent. Every call raises ``TruffulaError``: the server's
-    error with its code and message, or ``ConfigError`` when no server responds.
+    Args:
+        url: Its address; a missing ``http://`` is added, and OpenAI's ``/v1`` at the end is dropped. None: this
+            machine.
+        port: The port on this machine; None: the one that ``serve`` would use.
+        api_key: None: the first of ``TRUFFULA_API_KEYS``.
+
+    Raises:
+        ConfigError: Both ``url`` and ``port`` are given, or the address is not a URL. Every method also raises it when
+            no server responds, and else ``TruffulaError`` with the code and the message of the server's error.
     """
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str | None, port: int | None, api_key: str | None = None) -> None:
         import httpx
 
+        if url is not None and port is not None:
+            raise ConfigError(f"--url is {url!r} and --port is {port}; give one of them.", param="url")
+        address = f"127.0.0.1:{load_setting('port', port).value}" if url is None else url
+        address = address if "://" in address else f"http://{address}"
+        self.url = address.rstrip("/").removesuffix("/v1")
         keys = load_setting("api_keys").value if api_key is None else (api_key,)
-        self.url = url
         self._has_key = bool(keys)
         headers = {b"authorization": f"Bearer {keys[0]}".encode()} if keys else {}
+        timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
         with self._named_errors():
-            self._http = httpx.Client(base_url=url, headers=headers, timeout=httpx.Timeout(ANSWER_S, connect=CONNECT_S))
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -83,6 +81,28 @@ class ServerClient:
         if not isinstance(rows, list) or not all(isinstance(row, dict) and "id" in row for row in rows):
             raise self.not_truffula("/v1/models")
         return rows
+
+    def load_adapter(self, name: str, source: str) -> Any:
+        """Load an adapter from the server's disk; a path that exists on this machine is made absolute."""
+        path = expanded(source)
+        location = str(path.resolve()) if path.exists() else source
+        return self._administer("/v1/load_lora_adapter", {"lora_name": name, "lora_path": location})
+
+    def unload_adapter(self, name: str) -> Any:
+        """Unload an adapter and remove its name."""
+        return self._administer("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def _administer(self, path: str, body: dict[str, Any]) -> Any:
+        try:
+            return self.call("POST", path, body)
+        except TruffulaError as error:
+            if error.code != "not_found":
+                raise
+            message = (
+                f"The server at {self.url} runs without --adapter-admin; start it with that option to load and unload "
+                "adapters while it runs."
+            )
+            raise TruffulaError.from_info(ErrorInfo(code=error.code, message=message)) from error
 
     def not_truffula(self, path: str) -> ConfigError:
         """The error for a response that is not a truffula server's."""
@@ -151,14 +171,14 @@ def _event_data(chunks: Iterator[bytes]) -> Iterator[str]:
 
 def _parse_error(body: Any, status: int, text: str) -> TruffulaError:
     """The error in a response, in the format of OpenAI, of LoRAX and TGI, or of FastAPI."""
-    found = body.get("error", body) if isinstance(body, dict) else None
-    if isinstance(found, dict) and ("message" in found or "detail" in found):
-        message, code = found.get("message", found.get("detail")), found.get("code")
-        param = found.get("param")
-    elif isinstance(found, str) and isinstance(body, dict):
-        message, code, param = found, body.get("error_type"), None
-    else:
-        message, code, param = f"The server answered {status}: {text[:300]}", None, None
+    fields = body if isinstance(body, dict) else {}
+    found = fields.get("error", fields)
+    if isinstance(found, str):
+        found = {"message": found, "code": fields.get("error_type")}
+    elif not isinstance(found, dict):
+        found = {}
+    message = found.get("message", found.get("detail", f"The server answered {status}: {text[:300]}"))
+    code, param = found.get("code"), found.get("param")
     return TruffulaError.from_info(
         ErrorInfo(
             code=code if isinstance(code, str) else f"http_{status}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from rich.text import Text
@@ -17,7 +16,7 @@ def run_config(config_file: Path | None, *, as_json: bool) -> None:
     settings = sorted(load_settings({"config": config_file}), key=lambda setting: place(setting.option))
     if as_json:
         rows = [{"name": s.option.name, "value": s.shown, "origin": s.origin, "source": s.source} for s in settings]
-        out().print_json(json.dumps(rows))
+        out().print_json(data=rows)
         return
     console = out()
     for topic in TOPICS:
@@ -29,4 +28,4 @@ def run_config(config_file: Path | None, *, as_json: bool) -> None:
             shown.add_row(setting.option.env, value, Text(setting.source or setting.origin))
         print_table(console, shown)
         console.print()
-    console.print("[dim]A flag wins over a variable, a variable over the file, and the file over the default.[/]")
+    console.print("A flag wins over a variable, a variable over the file, and the file over the default.", style="dim")

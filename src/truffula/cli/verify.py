@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from truffula.cli.output import out, progress, table, warn
 from truffula.config import EngineConfig
 from truffula.environment import prepare_compute
-from truffula.errors import AdapterNotFound, MissingDependency, TruffulaError
+from truffula.errors import AdapterNotFound, TruffulaError
 from truffula.lora.foreign import describe_folder
 
 if TYPE_CHECKING:
@@ -27,18 +27,10 @@ class VerifyFailed(TruffulaError):
 
 def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_json: bool) -> None:
     from truffula.kernels.host import usable_cpus
-    from truffula.kernels.installation import CPU_TORCH, installation
+    from truffula.testing.oracle import require_packages
     from truffula.weights.sources import resolve_source
 
-    packages = ("torch", "transformers", "peft") if adapter else ("torch", "transformers")
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependency(
-            f"verify compares with transformers and peft, but {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not installed. Install them: "
-            f"{installation().pip_install('torch,hf', packages='peft')} ({CPU_TORCH}).",
-            param=missing[0],
-        )
+    require_packages(adapter is not None)
     if adapter is not None:
         require_adapter(Path(adapter))
     prepare_compute()
@@ -57,7 +49,7 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
     )
     if as_json:
         served = None if result.served is None else {**asdict(result.served), "ok": result.served.ok}
-        out().print_json(json.dumps({**asdict(result.values), "served": served, "ok": result.ok}))
+        out().print_json(data={**asdict(result.values), "served": served, "ok": result.ok})
     else:
         _show(result)
     if not result.values.ok:
@@ -86,8 +78,9 @@ def _show(result: ServingReport) -> None:
     worst = max(row.error for row in values.rows)
     shown.add_row("  ops compared", f"{len(values.rows)}, worst {worst:.1e} of its row (limit {values.tolerance:.0e})")
     shown.add_row("  largest logit difference", f"{values.max_logit_diff:.1e}")
-    equal = "all equal" if values.tokens_equal else "[red]different[/]"
-    shown.add_row("  greedy tokens", f"{values.tokens_compared} compared, {equal}, {values.near_ties} near-ties")
+    equal = ("all equal", "") if values.tokens_equal else ("different", "red")
+    compared = Text.assemble(f"{values.tokens_compared} compared, ", equal, f", {values.near_ties} near-ties")
+    shown.add_row("  greedy tokens", compared)
     if served is None:
         shown.add_row("as served", "in the same arithmetic")
     else:
@@ -113,7 +106,7 @@ def _conclude(result: ServingReport) -> None:
     text = f"the same as {reference} in {result.values.dtype}"
     if result.served is not None:
         text += f"; as served ({result.served.arithmetic}) within its limit"
-    out().print(f"\n[green]ok[/]: {text}")
+    out().print(Text.assemble(("\nok", "green"), f": {text}"))
 
 
 def _reason(row: OpRow | None) -> str:

@@ -44,13 +44,8 @@ def write_safetensors(
         }
         parts.append(data)
         offset += len(data)
-    return write_raw_safetensors(path, header, b"".join(parts))
-
-
-def write_raw_safetensors(path: Path | str, header: Mapping[str, Any] | bytes, data: bytes) -> Path:
-    """Write a file with a header that is not checked, for tests of a reader's errors."""
-    raw = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
+    raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     path = Path(path)
-    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"".join(parts))
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +13,25 @@ import numpy as np
 import numpy.typing as npt
 
 from truffula.errors import MissingDependency, UnsupportedModel
-from truffula.kernels.installation import installation
+from truffula.kernels.installation import CPU_TORCH, installation
 from truffula.kernels.program import Probe
 from truffula.weights.gguf import GgufCheckpoint, open_parts
 
 Float32 = npt.NDArray[np.float32]
 _ATTENTION = "truffula_observed"
+
+
+def require_packages(with_adapter: bool) -> None:
+    """Raise ``MissingDependency`` unless the packages of a comparison are installed."""
+    packages = ("torch", "transformers", "peft") if with_adapter else ("torch", "transformers")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependency(
+            f"verify compares with transformers and peft, but {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not installed. Install them: "
+            f"{installation().pip_install('torch,hf', packages='peft')} ({CPU_TORCH}).",
+            param=missing[0],
+        )
 
 
 class Oracle:
@@ -39,14 +53,11 @@ class Oracle:
     """
 
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
-        try:
-            import torch
-            from transformers import AutoConfig, AutoModelForCausalLM
-            from transformers.utils import logging
-        except ImportError as error:
-            raise MissingDependency(
-                f"{error.name} is not installed: {installation().pip_install('torch,hf')}.", param=error.name
-            ) from error
+        require_packages(adapter is not None)
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
         logging.disable_progress_bar()  # the command shows its own progress
         self._seen: dict[str, Float32] = {}
         self._register()
@@ -69,7 +80,9 @@ class Oracle:
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)
         if adapter is not None:
-            model = _with_adapter(model, adapter)
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(adapter)).get_base_model()
         self._model = model.eval()
         self._modules = dict(self._model.named_modules())
 
@@ -129,9 +142,9 @@ class Oracle:
                 if probe.side == "in" and hasattr(module, "layer_idx"):
                     attention[probe] = f"layer {layer}"
                 elif probe.side == "in":
-                    handles.append(module.register_forward_pre_hook(_keep_input(found, probe, len(ids))))
+                    handles.append(module.register_forward_pre_hook(_keep(found, probe, len(ids))))
                 else:
-                    handles.append(module.register_forward_hook(_keep_output(found, probe, len(ids))))
+                    handles.append(module.register_forward_hook(_keep(found, probe, len(ids))))
             with torch.no_grad():
                 logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         finally:
@@ -182,24 +195,12 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _with_adapter(model: Any, adapter: Path) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingDependency("peft is not installed: pip install peft.", param="peft") from error
-    return PeftModel.from_pretrained(model, str(adapter)).get_base_model()
+def _keep(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
+    """A hook that keeps a module's input or, for a hook that gets it, its output."""
 
-
-def _keep_input(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
-    def hook(_module: Any, inputs: tuple[Any, ...]) -> None:
-        found[probe] = _rows(inputs[0], count)
-
-    return hook
-
-
-def _keep_output(found: dict[Probe, Float32], probe: Probe, count: int) -> Any:
-    def hook(_module: Any, _inputs: tuple[Any, ...], output: Any) -> None:
-        found[probe] = _rows(output[0] if isinstance(output, tuple) else output, count)
+    def hook(_module: Any, *values: Any) -> None:
+        value = values[-1]
+        found[probe] = _rows(value[0] if isinstance(value, tuple) else value, count)
 
     return hook
 

@@ -6,24 +6,24 @@ is the first op, in program order, whose error is above the tolerance; all ops b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from truffula.errors import InvalidRequest
-from truffula.kernels.adapters import SiteTensors, make_image
-from truffula.kernels.backend import Array, Backend, Executable, as_array
+from truffula.kernels.adapters import make_image
+from truffula.kernels.backend import Array, Backend, Executable, QuantisedArray, as_array
 from truffula.kernels.inputs import Capacity
-from truffula.kernels.program import Linear, ModelInterface, Op, Probe, Program, WeightDecl
+from truffula.kernels.program import Linear, Op, Probe, Program, WeightDecl
 from truffula.kernels.select import select_backend
 from truffula.lora.peft import BaseFacts, validate_adapter
-from truffula.lora.tables import BaseTable, base_tables
+from truffula.lora.tables import base_tables
 from truffula.model.load import ModelPlan, WeightReader, plan_model
-from truffula.testing.drive import Driver, capacity_for
 from truffula.testing.oracle import Oracle
+from truffula.testing.programs import Driver, capacity_for
 from truffula.text.tokenizer import load_tokenizer
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.open import open_checkpoint
@@ -42,15 +42,6 @@ DEFAULT_PROMPTS = (
 TOLERANCE = 3e-4
 # Rounding may decide between logits this close: such a step is counted as a near-tie, not as an error.
 NEAR_TIE = 1e-4
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """A deliberate error in truffula's computation, for tests of ``verify``. Each field changes its argument."""
-
-    program: Callable[[Program], Program] = lambda program: program
-    weight: Callable[[WeightDecl, Sequence[Array]], Sequence[Array]] = lambda decl, parts: parts
-    adapter: Callable[[Sequence[SiteTensors]], Sequence[SiteTensors]] = lambda sites: sites
 
 
 @dataclass(frozen=True)
@@ -99,27 +90,25 @@ class VerifyReport:
 def verify_model(
     path: Path,
     *,
-    prompts: Sequence[str | Sequence[int]] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     adapter: Path | None = None,
     dtype: str = "float32",
     backend: str | Backend = "reference",
     new_tokens: int = 16,
     tolerance: float = TOLERANCE,
-    perturb: Perturbation | None = None,
     oracle: Oracle | None = None,
 ) -> VerifyReport:
     """Compare the model at ``path`` (with ``adapter``) with transformers (and peft).
 
     Args:
         path: A model folder or a ``.gguf`` file.
-        prompts: Texts (when the model has a tokenizer) or ids; None: ``DEFAULT_PROMPTS``.
+        prompts: Token ids; None: ``DEFAULT_PROMPTS``, or random ids when the model has no tokenizer.
         adapter: A PEFT folder, or None for the base.
         dtype: Compute dtype of both. In bfloat16 they round at different places: expect errors up to 2e-2.
         backend: truffula's backend, or its name in ``kernels/select.py``. It gets the dequantised values of quantised
             files.
         new_tokens: Number of greedy tokens to compare after each prompt.
         tolerance: Limit of an op's relative error.
-        perturb: Changes truffula's computation; for tests.
         oracle: The same model, adapter and dtype in transformers, if it is already loaded.
 
     Raises:
@@ -127,42 +116,30 @@ def verify_model(
 
     Cost: both models in memory, and a forward pass of each per prompt.
     """
-    change = perturb or Perturbation()
     chosen = select_backend(backend, "cpu") if isinstance(backend, str) else backend
-    checkpoint = open_checkpoint(path)
-    try:
-        plan = plan_model(checkpoint)
-        program = change.program(plan.program)
-        sequences = prompts_as_ids(checkpoint, plan, prompts)
-        capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
-        executable = _load(chosen, checkpoint, plan, program, dtype, capacity, change)
-        try:
-            tables = base_tables(plan.tables, checkpoint)
-            slot = None if adapter is None else attach_folder(executable, adapter, program, tables, change)
-            oracle = oracle or Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
-            comparison = _Comparison(program)
-            for ids in sequences:
-                comparison.add(executable, capacity, slot, oracle, ids, new_tokens)
-        finally:
-            executable.close()
-        return VerifyReport(
-            model=str(path),
-            model_type=plan.spec.model_type,
-            adapter=None if adapter is None else str(adapter),
-            backend=describe(chosen),
-            dtype=dtype,
-            tying=plan.tying.reason,
-            tolerance=tolerance,
-            rows=comparison.rows(),
-            first_divergence=next((row for row in comparison.rows() if not row.error <= tolerance), None),
-            max_logit_diff=comparison.logit_diff,
-            tokens_equal=comparison.tokens_equal,
-            tokens_compared=comparison.tokens_compared,
-            near_ties=comparison.near_ties,
-            warnings=(*plan.warnings, *oracle.notes),
-        )
-    finally:
-        checkpoint.close()
+    with load_model(path, chosen, dtype, prompts, adapter, new_tokens, as_blocks=False) as running:
+        plan = running.plan
+        oracle = oracle or Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter, dtype=dtype)
+        comparison = _Comparison(running, oracle)
+        for ids in running.prompts:
+            comparison.add(ids, new_tokens)
+    rows = tuple(comparison.worst[index] for index in sorted(comparison.worst))
+    return VerifyReport(
+        model=str(path),
+        model_type=plan.spec.model_type,
+        adapter=None if adapter is None else str(adapter),
+        backend=describe(chosen),
+        dtype=dtype,
+        tying=plan.tying.reason,
+        tolerance=tolerance,
+        rows=rows,
+        first_divergence=next((row for row in rows if not row.error <= tolerance), None),
+        max_logit_diff=comparison.logit_diff,
+        tokens_equal=comparison.tokens_equal,
+        tokens_compared=comparison.tokens_compared,
+        near_ties=comparison.near_ties,
+        warnings=(*plan.warnings, *oracle.notes),
+    )
 
 
 def describe(backend: Backend) -> str:
@@ -170,95 +147,103 @@ def describe(backend: Backend) -> str:
     return f"{backend.name} ({backend.isa})" if backend.isa else backend.name
 
 
-def _load(
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model, with the adapter in ``slot``, loaded by a backend for a comparison on ``prompts`` (ids)."""
+
+    plan: ModelPlan
+    prompts: list[list[int]]
+    executable: Executable
+    capacity: Capacity
+    slot: int | None
+
+    def driver(self) -> Driver:
+        """A new sequence."""
+        return Driver(self.executable, self.capacity, self.slot)
+
+
+@contextlib.contextmanager
+def load_model(
+    path: Path,
     backend: Backend,
-    checkpoint: Checkpoint,
-    plan: ModelPlan,
-    program: Program,
     dtype: str,
-    capacity: Capacity,
-    change: Perturbation,
-) -> Executable:
-    pull = WeightReader(checkpoint, plan)
-    executable = backend.load(
-        program, dtype, lambda decl: change.weight(decl, [as_array(part) for part in pull(decl)]), capacity, debug=True
-    )
-    pull.finish()
-    return executable
+    prompts: Sequence[Sequence[int]] | None,
+    adapter: Path | None,
+    new_tokens: int,
+    *,
+    as_blocks: bool,
+) -> Iterator[LoadedModel]:
+    """The model at ``path`` with room for the longest of ``prompts`` and ``new_tokens``, closed on exit.
+
+    ``as_blocks``: whether the backend gets matrices as they are stored in the kinds of blocks that it multiplies;
+    without it, it gets their values, and the output of each op can be read. The adapter is validated as in a server.
+    """
+    with contextlib.ExitStack() as opened:
+        checkpoint = opened.enter_context(contextlib.closing(open_checkpoint(path)))
+        plan = plan_model(checkpoint)
+        sequences = [list(ids) for ids in prompts or _default_prompts(checkpoint, plan)]
+        capacity = capacity_for(max(len(ids) for ids in sequences) + new_tokens)
+        reader = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds if as_blocks else frozenset())
+
+        def pull(decl: WeightDecl) -> Sequence[Array | QuantisedArray]:
+            parts = reader(decl)
+            return parts if as_blocks else [as_array(part) for part in parts]
+
+        executable = backend.load(plan.program, dtype, pull, capacity, debug=not as_blocks)
+        opened.enter_context(contextlib.closing(executable))
+        reader.finish()
+        slot = None
+        if adapter is not None:
+            base = BaseFacts(plan.program.name, base_tables(plan.tables, checkpoint))
+            found = validate_adapter(adapter, plan.program.sites, base=base)
+            slot = executable.adapter(make_image(executable.layout, found.sites, generation=found.generation))
+        yield LoadedModel(plan, sequences, executable, capacity, slot)
 
 
-def attach_folder(
-    executable: Executable,
-    folder: Path,
-    interface: ModelInterface,
-    tables: Mapping[str, BaseTable],
-    change: Perturbation = Perturbation(),
-) -> int:
-    """The slot of the PEFT adapter in ``folder``, validated as in a server."""
-    adapter = validate_adapter(folder, interface.sites, base=BaseFacts(interface.name, tables))
-    sites = change.adapter(adapter.sites)
-    return executable.adapter(make_image(executable.layout, sites, generation=adapter.generation))
-
-
-def prompts_as_ids(
-    checkpoint: Checkpoint, plan: ModelPlan, prompts: Sequence[str | Sequence[int]] | None
-) -> list[list[int]]:
-    """``prompts`` as ids; None: ``DEFAULT_PROMPTS``, or random ids when the model has no tokenizer."""
+def _default_prompts(checkpoint: Checkpoint, plan: ModelPlan) -> list[list[int]]:
     tokenizer = load_tokenizer(read_texts(checkpoint.path).tokenizer)
-    if prompts is None and tokenizer is None:
-        rng = np.random.default_rng(0)
-        return [rng.integers(0, plan.spec.vocab_size, count).tolist() for count in (5, 17, 33)]
-    sequences = []
-    for prompt in prompts if prompts is not None else DEFAULT_PROMPTS:
-        if not isinstance(prompt, str):
-            sequences.append([int(item) for item in prompt])
-        elif tokenizer is None:
-            raise InvalidRequest("This model has no tokenizer; give prompts as token ids.", param="prompts")
-        else:
-            sequences.append(tokenizer.encode(prompt))
-    if not sequences or not all(sequences):
-        raise InvalidRequest("verify needs at least one prompt, and none may be empty.", param="prompts")
-    return sequences
+    if tokenizer is not None:
+        return [tokenizer.encode(prompt) for prompt in DEFAULT_PROMPTS]
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, plan.spec.vocab_size, count).tolist() for count in (5, 17, 33)]
 
 
 @dataclass(frozen=True)
 class _Check:
-    """Compare columns ``lo .. hi`` of the output of op ``index`` with the value of ``probe``."""
+    """Compare ``columns`` of the output of op ``index`` with the value of ``probe``."""
 
     index: int
     op: Op
     probe: Probe
-    lo: int
-    hi: int
+    columns: slice
 
 
 @dataclass
 class _Comparison:
     """The largest differences so far, by op."""
 
-    program: Program
+    running: LoadedModel
+    oracle: Oracle
     worst: dict[int, OpRow] = field(default_factory=dict)
     logit_diff: float = 0.0
     tokens_equal: bool = True
     tokens_compared: int = 0
     near_ties: int = 0
 
-    def add(
-        self, executable: Executable, capacity: Capacity, slot: int | None, oracle: Oracle, prompt: list[int], new: int
-    ) -> None:
+    def add(self, prompt: list[int], new_tokens: int) -> None:
         """Compare one prompt op by op, then the greedy tokens that follow it."""
-        checks = _checks(self.program)
-        logits = Driver(executable, capacity, slot).feed(prompt)
-        ours = {check.index: executable.tap(check.index) for check in checks}
-        theirs, seen = oracle.observe(prompt, {(check.probe, check.op.layer) for check in checks})
+        ops = self.running.plan.program.ops
+        checks = _checks(self.running.plan.program)
+        logits = self.running.driver().feed(prompt)
+        ours = {check.index: self.running.executable.tap(check.index) for check in checks}
+        theirs, seen = self.oracle.observe(prompt, {(check.probe, check.op.layer) for check in checks})
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
         for check in checks:
-            self._row(check, ours[check.index][:, check.lo : check.hi], seen[check.probe])
+            self._row(check, ours[check.index][:, check.columns], seen[check.probe])
         # The logits after scale and softcap are not the output of a module, so they are compared separately.
-        last = len(self.program.ops) - 1
-        self._row(_Check(last, self.program.ops[last], Probe("logits", "out"), 0, theirs.shape[1]), logits, theirs)
-        if new:
-            self._tokens(executable, capacity, slot, oracle, prompt, new)
+        self._row(_Check(len(ops) - 1, ops[-1], Probe("logits", "out"), slice(None)), logits, theirs)
+        if new_tokens:
+            self._tokens(prompt, new_tokens)
 
     def _row(self, check: _Check, ours: Float32, theirs: Float32) -> None:
         difference = np.abs(ours - theirs)
@@ -277,12 +262,10 @@ class _Comparison:
             difference=float(difference.max()),
         )
 
-    def _tokens(
-        self, executable: Executable, capacity: Capacity, slot: int | None, oracle: Oracle, prompt: list[int], new: int
-    ) -> None:
+    def _tokens(self, prompt: list[int], count: int) -> None:
         """Compare truffula's greedy tokens, one per step, with the oracle's choice after the same tokens."""
-        chosen, logits = Driver(executable, capacity, slot).greedy(prompt, new)
-        theirs = oracle.logits([*prompt, *chosen[:-1]])[len(prompt) - 1 :]
+        chosen, logits = self.running.driver().greedy(prompt, count)
+        theirs = self.oracle.logits([*prompt, *chosen[:-1]])[len(prompt) - 1 :]
         self.logit_diff = max(self.logit_diff, float(np.abs(logits - theirs).max()))
         for token, row in zip(chosen, theirs, strict=True):
             self.tokens_compared += 1
@@ -290,9 +273,6 @@ class _Comparison:
                 near = float(row.max() - row[token]) < NEAR_TIE
                 self.near_ties += near
                 self.tokens_equal &= near
-
-    def rows(self) -> tuple[OpRow, ...]:
-        return tuple(self.worst[index] for index in sorted(self.worst))
 
 
 def _checks(program: Program) -> list[_Check]:
@@ -305,12 +285,7 @@ def _checks(program: Program) -> list[_Check]:
         if isinstance(op, Linear) and plain and len(op.slices) > 1:
             for item in op.slices:
                 probe = Probe(program.sites[item.site].module, "out")
-                checks.append(_Check(index, op, probe, item.lo, item.hi))
+                checks.append(_Check(index, op, probe, slice(item.lo, item.hi)))
         else:
-            checks.append(_Check(index, op, op.probe, 0, _width(op)))
+            checks.append(_Check(index, op, op.probe, slice(None)))
     return checks
-
-
-def _width(op: Op) -> int:
-    ref = getattr(op, "out", None) or op.x  # type: ignore[attr-defined]  # Rope works in place
-    return int(ref.width)

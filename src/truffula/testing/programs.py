@@ -1,4 +1,4 @@
-"""Programs, random weights and steps without checkpoint and engine, for tests and benchmarks of backends."""
+"""Programs, random weights and steps without checkpoint and engine: for ``verify``, tests and benches of backends."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from truffula.kernels.adapters import SiteTensors, low_rank, make_image
 from truffula.kernels.backend import Executable, PullWeight, QuantisedArray
-from truffula.kernels.inputs import StepInputs
+from truffula.kernels.inputs import Capacity, StepInputs
 from truffula.kernels.program import Linear, Program, WeightDecl
 from truffula.model.decoder import build_program
 from truffula.model.names import WeightNames
@@ -19,6 +20,8 @@ from truffula.testing.files import Array as Array
 from truffula.testing.files import as_dtype as as_dtype
 from truffula.weights.gguf_quants import FORMATS, dequantize
 from truffula.weights.tying import Tie, TyingDecision
+
+Float32 = npt.NDArray[np.float32]
 
 
 def decoder_program(config: Mapping[str, Any]) -> Program:
@@ -110,11 +113,10 @@ class Part:
     logits: str = "last"
 
 
-def fill_step(inputs: StepInputs, parts: list[Part], block_size: int, windows: Sequence[int | None] = (None,)) -> None:
+def fill_step(inputs: StepInputs, parts: list[Part], block_size: int) -> None:
     """Write a step. ``parts`` must be sorted as ``StepInputs`` requires: by slot, base last.
 
-    All KV groups use the same block ids. ``windows``, where given, is that of each group: table entries behind it
-    are -1.
+    All KV groups use the same block ids.
     """
     i = inputs
     i.T = i.R = i.G = 0
@@ -129,9 +131,6 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int, windows: S
         i.slot_mapping[:, lo : lo + count] = blocks[position // block_size] * block_size + position % block_size
         i.block_tables[:, n] = -1
         i.block_tables[:, n, : len(blocks)] = blocks
-        for group, window in enumerate(windows):
-            if window is not None:
-                i.block_tables[group, n, : max(0, part.start - window + 1) // block_size] = -1
         i.q_start[n], i.q_start[n + 1], i.kv_len[n] = lo, lo + count, part.start + count
         i.seq_slot[n] = n
         wanted = np.arange(lo if part.logits == "all" else lo + count - 1, lo + count)
@@ -144,3 +143,57 @@ def fill_step(inputs: StepInputs, parts: list[Part], block_size: int, windows: S
         else:
             i.seg[i.G], i.seg_r[i.G], i.seg_weight[i.G] = (lo, i.T, part.slot), (lo_r, i.R), 1.0
             i.G += 1
+
+
+def capacity_for(tokens: int, *, block_size: int = 16) -> Capacity:
+    """The capacity for one sequence of ``tokens`` tokens with logits for every row, and one spare block."""
+    blocks = -(-tokens // block_size) + 1
+    return Capacity(
+        max_tokens=tokens,
+        max_seqs=1,
+        max_logit_rows=tokens,
+        max_segments=1,
+        num_blocks=blocks + 1,
+        block_size=block_size,
+        max_blocks_per_seq=blocks,
+    )
+
+
+@dataclass
+class Driver:
+    """Runs one sequence. Its blocks are not in ascending order, so that errors in block tables show.
+
+    ``slot`` is the adapter's slot, or None for the base. ``computed`` is the number of computed tokens.
+    """
+
+    executable: Executable
+    capacity: Capacity
+    slot: int | None = None
+    computed: int = 0
+
+    def __post_init__(self) -> None:
+        ids = range(1, self.capacity.num_blocks)
+        self._blocks = (*ids[1::2], *ids[0::2])[: self.capacity.max_blocks_per_seq]
+
+    def feed(self, ids: Sequence[int], *, chunk: int | None = None) -> Float32:
+        """Append ``ids``, in steps of at most ``chunk``, and return their float32 logits ``[len(ids), V]``."""
+        rows = []
+        for start in range(0, len(ids), chunk or len(ids)):
+            rows.append(self._step(ids[start : start + (chunk or len(ids))]))
+        return np.concatenate(rows)
+
+    def greedy(self, prompt: Sequence[int], count: int, *, chunk: int | None = None) -> tuple[list[int], Float32]:
+        """``count`` greedy tokens after ``prompt``, one per step, and their logits ``[count, V]``."""
+        rows = [self.feed(prompt, chunk=chunk)[-1]]
+        tokens = [int(rows[-1].argmax())]
+        while len(tokens) < count:
+            rows.append(self.feed(tokens[-1:])[-1])
+            tokens.append(int(rows[-1].argmax()))
+        return tokens, np.stack(rows)
+
+    def _step(self, ids: Sequence[int]) -> Float32:
+        part = Part(tuple(ids), self.computed, self._blocks, self.slot, "all")
+        fill_step(self.executable.inputs, [part], self.capacity.block_size)
+        self.executable.run()
+        self.computed += len(ids)
+        return self.executable.logits()

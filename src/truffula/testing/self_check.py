@@ -7,14 +7,13 @@ import numpy as np
 from truffula.kernels.backend import QuantisedArray
 from truffula.kernels.cpu.backend import CpuBackend
 from truffula.kernels.cpu.formats import BLOCK_KINDS
-from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import WeightDecl
 from truffula.testing.programs import (
     Array,
-    Part,
+    Driver,
     attach,
+    capacity_for,
     decoder_program,
-    fill_step,
     random_adapter,
     random_blocks,
     random_weights,
@@ -30,7 +29,7 @@ PROMPT = 37
 def difference(isa: str) -> str:
     """The format and dtype (``Q4_0 in bfloat16``) in which ``isa`` and ``portable`` differ; "" when they agree.
 
-    Compares forward passes of a tiny llama with adapters, with many rows and with few. Takes less than 0.1 s.
+    Compares forward passes of a tiny llama with adapters, with many rows and with few. Takes about 0.1 s.
     """
     for dtype, limit in LIMITS.items():
         for kind in (dtype, *BLOCK_KINDS):
@@ -50,21 +49,11 @@ def _logits(isa: str, dtype: str, kind: str) -> Array:
             return [random_blocks(kind, *part.shape, seed=decl.id) for part in parts]
         return [*parts]
 
-    capacity = Capacity(
-        max_tokens=PROMPT + 3,
-        max_seqs=2,
-        max_logit_rows=PROMPT + 3,
-        max_segments=2,
-        num_blocks=8,
-        block_size=16,
-        max_blocks_per_seq=4,
-    )
+    capacity = capacity_for(PROMPT + 3)
     executable = CpuBackend(1, isa).load(program, dtype, pull, capacity)
     slot = attach(executable, random_adapter(program, dtype="bfloat16"))
-    ids = tuple(range(3, PROMPT + 3))
-    parts = [Part(ids, 0, (1, 2, 3), slot, "all"), Part((5, 6, 7), 0, (4,), None, "all")]
-    fill_step(executable.inputs, parts, capacity.block_size)
-    executable.run()
-    logits = np.array(executable.logits())
+    ids = range(3, PROMPT + 3)
+    base, adapted = Driver(executable, capacity), Driver(executable, capacity, slot)
+    logits = np.concatenate([base.feed(ids), adapted.feed(ids), adapted.feed((5, 6, 7))])
     executable.close()
     return logits

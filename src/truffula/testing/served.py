@@ -7,27 +7,23 @@ that the served arithmetic loses no more than its limit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from truffula.config import EngineConfig
-from truffula.kernels.backend import Array, Backend, QuantisedArray
+from truffula.kernels.backend import Backend
 from truffula.kernels.cpu.formats import BLOCK_KINDS
-from truffula.kernels.program import WeightDecl
 from truffula.kernels.select import Precision, choose_dtype, select_backend
-from truffula.lora.tables import base_tables
-from truffula.model.load import ModelPlan, WeightReader, plan_model
-from truffula.testing.drive import Driver, capacity_for
+from truffula.model.load import plan_model
 from truffula.testing.oracle import Oracle
-from truffula.testing.parity import VerifyReport, attach_folder, describe, prompts_as_ids, verify_model
+from truffula.testing.parity import VerifyReport, describe, load_model, verify_model
 from truffula.testing.predictions import Divergence, Divergences, log_softmax
+from truffula.testing.programs import capacity_for
 from truffula.weights.open import open_checkpoint
 from truffula.weights.tying import Tie
-
-Parts = Sequence[Array | QuantisedArray]
-ChangeWeight = Callable[[WeightDecl, Parts], Parts]
 
 
 @dataclass(frozen=True)
@@ -88,10 +84,9 @@ def verify_serving(
     config: EngineConfig,
     *,
     threads: int | None = None,
-    prompts: Sequence[str | Sequence[int]] | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     adapter: Path | None = None,
     new_tokens: int = 16,
-    change_weight: ChangeWeight = lambda decl, parts: parts,
 ) -> ServingReport:
     """Check the model at ``path`` (with ``adapter``) as served with ``config``'s backend and precision.
 
@@ -99,10 +94,9 @@ def verify_serving(
         path: A model folder or a ``.gguf`` file.
         config: Its backend, instruction set, dtype, ``quantize`` and ``exact`` are used.
         threads: Number of compute threads.
-        prompts: Texts or ids; None: built-in prompts.
+        prompts: Token ids; None: built-in prompts.
         adapter: A PEFT folder, or None for the base.
         new_tokens: Number of greedy tokens after each prompt.
-        change_weight: A deliberate error in the served computation; for tests.
 
     Raises:
         TruffulaError: The model or the adapter is not supported, or a library of the comparison is missing.
@@ -113,62 +107,41 @@ def verify_serving(
     backend = select_backend(
         config.backend, config.device, precision=Precision(config.quantize, config.exact), **options
     )
-    checkpoint = open_checkpoint(path)
-    try:
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
         plan = plan_model(checkpoint)
         dtype = choose_dtype(backend, config.dtype, plan.stored_dtype).dtype
-        formats = _int8_formats(backend, dtype, plan)
-    finally:
-        checkpoint.close()
+    memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_types)
+    formats = tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))  # those in int8
     oracle = Oracle(path, tied=plan.tying.tie is not Tie.SEPARATE, adapter=adapter)
     given: dict[str, Any] = {"prompts": prompts, "adapter": adapter, "new_tokens": new_tokens, "oracle": oracle}
     values = verify_model(path, backend=select_backend(config.backend, config.device, **options), **given)
     if dtype == "float32" and not formats:
         return ServingReport(values, None)
-    return ServingReport(values, _served(path, backend, dtype, formats, change_weight, **given))
+    return ServingReport(values, check_served(path, backend, dtype, formats, **given))
 
 
-def _int8_formats(backend: Backend, dtype: str, plan: ModelPlan) -> tuple[str, ...]:
-    """The formats of the matrices that ``backend`` would multiply in int8."""
-    memory = backend.plan(plan.program, dtype, capacity_for(1), plan.stored_types)
-    return tuple(sorted(name for name in memory.weight_formats if name.upper() in BLOCK_KINDS))
-
-
-def _served(
+def check_served(
     path: Path,
     backend: Backend,
     dtype: str,
     formats: tuple[str, ...],
-    change_weight: ChangeWeight,
     *,
-    prompts: Sequence[str | Sequence[int]] | None,
+    prompts: Sequence[Sequence[int]] | None,
     adapter: Path | None,
     new_tokens: int,
     oracle: Oracle,
 ) -> ServedReport:
-    checkpoint = open_checkpoint(path)
+    """The part of ``verify_serving`` that compares predictions with those of ``oracle``."""
     found, below = Divergences(), [0.0]
     tokens = 0
-    try:
-        plan = plan_model(checkpoint)
-        sequences = prompts_as_ids(checkpoint, plan, prompts)
-        capacity = capacity_for(max(map(len, sequences)) + new_tokens)
-        pull = WeightReader(checkpoint, plan, block_kinds=backend.block_kinds)
-        executable = backend.load(plan.program, dtype, lambda decl: change_weight(decl, pull(decl)), capacity)
-        try:
-            tables = base_tables(plan.tables, checkpoint)
-            slot = None if adapter is None else attach_folder(executable, adapter, plan.interface, tables)
-            for ids in sequences:
-                chosen = Driver(executable, capacity, slot).greedy(ids, new_tokens)[0] if new_tokens else []
-                whole = [*ids, *chosen[:-1]]
-                theirs = oracle.logits(whole)
-                found.add(theirs, Driver(executable, capacity, slot).feed(whole), whole)
-                for token, row in zip(chosen, log_softmax(theirs[len(ids) - 1 :]), strict=bool(chosen)):
-                    below.append(float(row.max() - row[token]))
-                tokens += len(chosen)
-        finally:
-            executable.close()
-    finally:
-        checkpoint.close()
+    with load_model(path, backend, dtype, prompts, adapter, new_tokens, as_blocks=True) as running:
+        for ids in running.prompts:
+            chosen = running.driver().greedy(ids, new_tokens)[0] if new_tokens else []
+            whole = [*ids, *chosen[:-1]]
+            theirs = oracle.logits(whole)
+            found.add(theirs, running.driver().feed(whole), whole)
+            for token, row in zip(chosen, log_softmax(theirs[len(ids) - 1 :]), strict=bool(chosen)):
+                below.append(float(row.max() - row[token]))
+            tokens += len(chosen)
     limit = INT8 if formats else BFLOAT16
     return ServedReport(describe(backend), dtype, formats, limit, found.result(), tokens, max(below))

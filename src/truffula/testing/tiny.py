@@ -1,7 +1,7 @@
 """Writes tiny models with unusual shapes: odd vocabularies, head widths other than hidden size / heads.
 
-``write_tiny_checkpoint`` needs only numpy and takes milliseconds; ``write_tiny_model`` uses transformers. Weights are
-large enough that errors show in the logits; with transformers' initialisation near zero, all models would be equal.
+Needs only numpy and takes milliseconds. Weights are large enough that errors show in the logits; with transformers'
+initialisation near zero, all models would be equal.
 """
 
 from __future__ import annotations
@@ -114,44 +114,4 @@ def write_tiny_checkpoint(
     if generation_config is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation_config))
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
-    return folder
-
-
-def write_tiny_model(
-    folder: Path,
-    model_type: str = "llama",
-    *,
-    seed: int = 0,
-    vocab_size: int = 101,
-    tie: bool | None = None,
-    dtype: str = "float32",
-    **overrides: Any,
-) -> Path:
-    """Write a tiny model with transformers and the weights of ``tiny_tensors``, and return ``folder``.
-
-    Args:
-        folder: Created if necessary.
-        model_type: A key of ``ARCHITECTURES``, not a multimodal one.
-        seed: Seed of the weights.
-        vocab_size: Rows of embedding and head.
-        tie: ``tie_word_embeddings``; None is the class default.
-        dtype: The stored dtype.
-        overrides: Further config keys.
-
-    Raises:
-        ImportError: transformers (the extra ``hf``) or torch is not installed.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = tiny_config(model_type, vocab_size=vocab_size, **overrides)
-    if tie is not None:
-        config["tie_word_embeddings"] = tie
-    settings = {key: value for key, value in config.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings), dtype=getattr(torch, dtype))
-    stored = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, array in tiny_tensors(config, seed=seed).items():
-            stored[name].copy_(torch.from_numpy(array))
-    model.save_pretrained(folder)
     return folder

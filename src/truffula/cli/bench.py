@@ -1,8 +1,7 @@
-"""``truffula bench serve``."""
+"""``truffula bench serve`` and ``truffula bench step``."""
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections import Counter
@@ -10,14 +9,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from truffula.bench.client import OpenAI, Target, closed_loop
-from truffula.bench.client import open_loop as run_open_loop
-from truffula.bench.load import MIXES, Load, arrivals, used
-from truffula.bench.results import Limits
-from truffula.bench.server import TruffulaServer, end_children_on_sigterm, plan_of, random_adapters
-from truffula.cli.output import err, out, table, warn
+from truffula.bench.load import MIXES, Limits, Load, arrivals, run_load, used
+from truffula.bench.server import end_children_on_sigterm, plan_of, random_adapters, truffula_server
+from truffula.bench.step import SMOLLM2, StepBench, measure, read_rate
+from truffula.cli.doctor import cpu_name
+from truffula.cli.output import note, out, table, warn
 from truffula.config import EngineConfig
+from truffula.environment import prepare_compute
 from truffula.errors import ConfigError
+from truffula.kernels.host import usable_cpus
+from truffula.kernels.select import Precision, choose_dtype, select_backend
+from truffula.settings import load_settings
+from truffula.testing.programs import decoder_program
+from truffula.testing.tiny import tiny_config
 
 # Token ids below this exist in every vocabulary; used when the server's model is unknown.
 UNKNOWN_VOCABULARY = 1000
@@ -47,34 +51,29 @@ class ServeBench:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        open_loop, mix = self.rate is not None, f"--adapters {self.adapters}"
         if self.adapters not in MIXES:
             raise _invalid("adapters", self.adapters, f"one of {', '.join(MIXES)}")
         for name in ("clients", "requests", "rank", "prompt_tokens", "max_tokens", "repeats", "adapter_count"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise _invalid(name, value, "1 or more")
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise _invalid(name, count, "1 or more")
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise _invalid("rate", self.rate, "above 0")
         if self.zipf_exponent is not None and not 0 <= self.zipf_exponent < float("inf"):
             raise _invalid("zipf_exponent", self.zipf_exponent, "0 or more")
-        self._check_together()
-
-    def _check_together(self) -> None:
-        open_loop = self.rate is not None
-        if open_loop and self.clients is not None:
-            raise _conflict(
-                "clients", "--rate", "an open loop has no clients; --requests says how many requests it sends"
-            )
-        if not open_loop and self.limits is not None:
-            raise _conflict("ttft_limit", "a closed loop", "goodput is for --rate; leave the limits out")
-        if self.zipf_exponent is not None and self.adapters != "zipf":
-            raise _conflict("zipf_exponent", f"--adapters {self.adapters}", "it is for --adapters zipf")
         counted = self.adapters == "zipf" or (self.adapters == "distinct" and open_loop)
-        if self.adapter_count is not None and not counted:
-            why = "distinct gives each client its own" if self.adapters == "distinct" else "it fixes the number"
-            raise _conflict("adapter_count", f"--adapters {self.adapters}", why)
+        conflicts = (
+            ("clients", self.clients, open_loop, "--rate", "--requests says how many requests an open loop sends"),
+            ("ttft_limit", self.limits, not open_loop, "a closed loop", "goodput is for --rate; leave the limits out"),
+            ("zipf_exponent", self.zipf_exponent, self.adapters != "zipf", mix, "it is for --adapters zipf"),
+            ("adapter_count", self.adapter_count, not counted, mix, "it is for zipf, and with --rate for distinct"),
+        )
+        for name, value, conflict, other, why in conflicts:
+            if conflict and value is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} cannot be combined with {other}: {why}.", param=name)
         if self.adapter_count is None and counted:
-            raise ConfigError(f"--adapters {self.adapters} needs --adapter-count here.", param="adapter_count")
+            raise ConfigError(f"{mix} needs --adapter-count here.", param="adapter_count")
 
     def names(self) -> list[str]:
         """Names of the adapters that the mix uses."""
@@ -89,24 +88,12 @@ class ServeBench:
     def load(self, names: list[str], vocab_size: int, seed: int) -> Load:
         each = 1 if self.rate is not None else self.requests or 1
         exponent = None if self.adapters != "zipf" else ZIPF if self.zipf_exponent is None else self.zipf_exponent
-        return Load(
-            self.streams,
-            each,
-            self.prompt_tokens,
-            self.max_tokens,
-            tuple(names),
-            vocab_size,
-            self.seed + seed,
-            exponent,
-        )
+        tokens = (self.prompt_tokens, self.max_tokens)
+        return Load(self.streams, each, *tokens, tuple(names), vocab_size, self.seed + seed, exponent)
 
 
-def _invalid(name: str, value: object, right: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} is {value!r}; it must be {right}.", param=name)
-
-
-def _conflict(name: str, other: str, why: str) -> ConfigError:
-    return ConfigError(f"--{name.replace('_', '-')} cannot be combined with {other}: {why}.", param=name)
+def _invalid(name: str, value: object, expected: str) -> ConfigError:
+    return ConfigError(f"--{name.replace('_', '-')} is {value!r}; it must be {expected}.", param=name)
 
 
 def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -> None:
@@ -116,36 +103,33 @@ def run_bench_serve(config: EngineConfig, bench: ServeBench, *, as_json: bool) -
     median, machine = _median(runs), _machine()
     if as_json:
         report = {"bench": asdict(bench), "model": config.model, "machine": machine, "runs": runs, "http": median}
-        out().print_json(json.dumps(report))
+        out().print_json(data=report)
         return
     _print(median, bench)
-    out().print(f"[dim]{machine}[/]")
+    out().print(machine, style="dim")
 
 
 def _own_server(config: EngineConfig, bench: ServeBench, names: list[str]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="truffula-bench-") as folder:
         plan = plan_of(config)
         random_adapters(plan, Path(folder), names, bench.rank)
-        with TruffulaServer(config, ["--adapter-dir", folder, "--log-level", "warning"]) as server:
+        with truffula_server(config, folder) as server:
             return _runs(server.wait(), bench, names, plan.interface.vocab_size)
 
 
 def _runs(url: str, bench: ServeBench, names: list[str], vocab_size: int) -> list[dict[str, Any]]:
     runs = []
-    target = Target(url, OpenAI())
     for repeat in range(bench.repeats + 1):  # the first is a warm-up, which loads adapters and touches pages
-        err().print(f"[dim]run {repeat or 'warm-up'} ...[/]")
+        note(f"run {repeat or 'warm-up'} ...")
         load = bench.load(names, vocab_size, repeat)
-        if bench.rate is None:
-            measured = closed_loop(target, load)
-        else:
-            measured = run_open_loop(target, load, arrivals(bench.rate, load.clients, load.seed))
+        at = None if bench.rate is None else arrivals(bench.rate, load.clients, load.seed)
+        measured = run_load(url, load, at=at)
         if measured.errors:
             raise ConfigError(f"{len(measured.errors)} requests failed; the first error: {measured.errors[0]}")
-        open_loop = bench.rate is not None
-        summary = (
-            measured.open_summary(bench.rate or 0.0, bench.limits or Limits()) if open_loop else measured.summary()
-        )
+        if bench.rate is None:
+            summary = measured.summary()
+        else:
+            summary = measured.open_summary(bench.rate, bench.limits or Limits())
         runs.append({**summary, "adapters": _shares(load)})
     return runs[1:]
 
@@ -165,9 +149,6 @@ def _median(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _machine() -> str:
-    from truffula.cli.doctor import cpu_name
-    from truffula.kernels.host import usable_cpus
-
     name, sets = cpu_name()
     return f"{name}, {usable_cpus()} cores, {sets[0] if sets else 'unknown instruction set'}"
 
@@ -202,3 +183,43 @@ def _print_open(row: dict[str, Any], limits: Limits) -> None:
         out().print(f"the load generator kept up: requests left {late['p99']:.1f} ms late (p99)")
     else:
         warn(f"the load generator did not keep up: requests left {late['p99']:.1f} ms late (p99); the rate was lower")
+
+
+def run_bench_step(bench: StepBench, options: dict[str, Any], *, tiny: bool, as_json: bool) -> None:
+    prepare_compute()
+    given = {setting.option.name: setting.value for setting in load_settings(options)}
+    threads, quantize = given["threads"] or usable_cpus(), given["quantize"]
+    isa, precision = given["cpu_isa"], Precision(quantize)
+    chosen = select_backend(given["backend"], "cpu", threads=threads, cpu_isa=isa, precision=precision)
+    served = choose_dtype(chosen, given["dtype"], "bfloat16").dtype
+    program = decoder_program(tiny_config() if tiny else SMOLLM2)
+    rate = read_rate(threads, 1 << 22 if tiny else 1 << 28)
+    lines = measure(chosen, program, served, bench, rate)
+    report = {
+        "cpu": cpu_name()[0],
+        "backend": chosen.name,
+        "isa": chosen.isa,
+        "dtype": served,
+        "quantize": quantize,
+        "adapter_dtype": bench.adapter_dtype,
+        "threads": threads,
+        "read_gb_per_s": round(rate / 1e9, 1),
+        "lines": [asdict(line) for line in lines],
+    }
+    if as_json:
+        out().print_json(data=report)
+        return
+    title = (
+        f"{report['cpu']}, {report['threads']} threads, {chosen.name}/{report['isa']}, "
+        f"{served if quantize == 'none' else quantize}, adapters {bench.adapter_dtype}; "
+        f"memory reads {report['read_gb_per_s']} GB/s"
+    )
+    shown = table(
+        "", ">rows", "adapters", ">ms", ">best", ">tok/s", ">of base", ">of roofline", "ms by op", title=title
+    )
+    for line in lines:
+        by_op = ", ".join(f"{name} {ms:.1f}" for name, ms in line.ops.items() if ms >= 0.05)
+        shares = ("" if share is None else f"{share:.2f}" for share in (line.tax, line.roofline))
+        times = (f"{line.ms:.1f}", f"{line.best_ms:.1f}", f"{line.tokens_per_s:.0f}")
+        shown.add_row(line.what, str(line.rows), line.adapters, *times, *shares, by_op)
+    out().print(shown)
