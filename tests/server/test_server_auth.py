@@ -219,3 +219,10 @@ def test_what_is_open_and_what_a_header_holds():
     assert is_open("GET", "/health") and not is_open("GET", "/healthz")
     assert bearer("Bearer a b ") == "a b"
     assert bearer("Token a") is None
+
+
+def test_a_rejected_key_is_in_the_log_line(guarded, caplog):
+    caplog.set_level("INFO", "truffula.access")
+    guarded.client.get("/info", headers=with_key("wrong"))
+    until(lambda: "status=401" in caplog.text)
+    assert "error=invalid_api_key" in caplog.text

@@ -20,7 +20,7 @@ from truffula.server import admin, lorax, openai_chat, openai_completions, opena
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed, dialect_of, render
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
-from truffula.server.middleware import BodyLimit, HttpRules, OpenLimit, RequestScope
+from truffula.server.middleware import BodyLimits, HttpRules, RequestScope
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
 from truffula.server.state import ServerState, record_of
@@ -101,8 +101,7 @@ def create_app(
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
     # The last one added is the outermost.
-    app.add_middleware(BodyLimit, limit=config.max_body_bytes, timeout_s=config.body_timeout_s)
-    app.add_middleware(OpenLimit, limit=config.max_open_requests)
+    app.add_middleware(BodyLimits, config=config)
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
     app.add_middleware(

@@ -12,8 +12,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from truffula.server.errors import Forbidden, Unauthorized, dialect_of, render
-from truffula.server.middleware import send_reply
+from truffula.server.errors import Forbidden, Unauthorized
+from truffula.server.middleware import reject
 
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
 OPEN_PATHS = frozenset(
@@ -73,12 +73,12 @@ class KeyCheck:
         value = next((v for k, v in scope["headers"] if k == b"authorization"), b"").decode("latin-1")
         given = bearer(value)
         if given is not None and self._known(given):
-            scope.setdefault("state", {})["tenant"] = tenant_of(given)
+            scope["state"]["tenant"] = tenant_of(given)
             await self.app(scope, receive, send)
             return
         what = "The API key is invalid" if given else "An API key is required"
         error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>'.")
-        await send_reply(send, *render(error, dialect_of(scope["path"])))
+        await reject(scope, send, error)
 
     def _known(self, given: str) -> bool:
         sent = given.encode("latin-1")  # the bytes of the header, whatever they spell
@@ -136,8 +136,7 @@ class WebRules:
         if error is None:
             await (self.app if closed else self._cors)(scope, receive, send)
         else:
-            scope["state"]["record"].error_code = error.code
-            await send_reply(send, *render(error, dialect_of(scope["path"])))
+            await reject(scope, send, error)
 
     def _violation(self, origin: str | None, host: str, closed: bool) -> Forbidden | None:
         if self._hosts is not None and not self._is_own_host(host):

@@ -66,26 +66,29 @@ class Connections:
         if len(self._open) > self._limit:
             oldest = next(iter(self._waiting), one)
             self.closed(oldest)
-            oldest.abort()
+            oldest.transport.abort()
 
     def closed(self, one: GuardedProtocol) -> None:
         self._open.discard(one)
         self._waiting.pop(one, None)
+
+    def waits(self, one: GuardedProtocol) -> bool:
+        """Whether the connection's next head is awaited."""
+        return one in self._waiting
 
     def watching(self, app: ASGIApp) -> ASGIApp:
         """``app``; while it is called for a connection, that one does not count as waiting."""
 
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             one = self.current.get(None)
-            if scope["type"] != "http" or one is None:
+            if one is None:  # no request, but the lifespan
                 await app(scope, receive, send)
                 return
             self._waiting.pop(one, None)
-            one.begin()
+            one.stop_timer()
             try:
                 await app(scope, receive, send)
             finally:
-                one.end()
                 if one in self._open:
                     self._waiting[one] = None
 
@@ -97,22 +100,22 @@ class GuardedProtocol(asyncio.Protocol):
     uvicorn's own keep-alive limit holds.
     """
 
+    transport: asyncio.Transport
+
     def __init__(self, connections: Connections, inner: Callable[..., asyncio.Protocol], **settings: Any) -> None:
         self._inner = inner(**settings)
         self._connections = connections
-        self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._answering = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self.transport = transport
         self._connections.opened(self)
         self._start_timer()
         self._inner.connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self.stop_timer()
         self._connections.closed(self)
         self._inner.connection_lost(exc)
 
@@ -122,7 +125,7 @@ class GuardedProtocol(asyncio.Protocol):
             self._inner.data_received(data)
         finally:
             self._connections.current.reset(token)
-        if not self._answering and self._timer is None and not self._closing:
+        if self._timer is None and self._connections.waits(self):
             self._start_timer()
 
     def eof_received(self) -> bool | None:
@@ -134,37 +137,15 @@ class GuardedProtocol(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._inner.resume_writing()
 
-    def begin(self) -> None:
-        """A request's head is whole."""
-        self._answering += 1
-        self._stop_timer()
-
-    def end(self) -> None:
-        """A request was answered."""
-        self._answering -= 1
-
-    def abort(self) -> None:
-        """Close the connection without sending what is buffered."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    @property
-    def _closing(self) -> bool:
-        return self._transport is None or self._transport.is_closing()
-
     def _start_timer(self) -> None:
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(self._connections.head_timeout_s, self._on_timeout)
+        self._timer = loop.call_later(self._connections.head_timeout_s, self.transport.close)
 
-    def _stop_timer(self) -> None:
+    def stop_timer(self) -> None:
+        """The request's head is whole, or the connection has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _on_timeout(self) -> None:
-        self._timer = None
-        if not self._answering and self._transport is not None:
-            self._transport.close()
 
 
 class AcceptErrors:

@@ -6,6 +6,7 @@ Starlette's ``BaseHTTPMiddleware`` is not used: it copies every chunk of a strea
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -15,6 +16,7 @@ from dataclasses import asdict
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of, render
@@ -34,6 +36,13 @@ async def send_reply(send: Send, status: int, headers: Mapping[str, str], body: 
     pairs.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": pairs})
     await send({"type": "http.response.body", "body": body})
+
+
+async def reject(scope: Scope, send: Send, error: TruffulaError, **headers: str) -> None:
+    """``error`` as the whole answer, in the dialect of the path. The log line and the metrics have its code."""
+    scope["state"]["record"].error_code = error.code
+    status, made, body = render(error, dialect_of(scope["path"]))
+    await send_reply(send, status, made | headers, body)
 
 
 def request_id(given: str | None) -> str:
@@ -90,31 +99,25 @@ class RequestScope:
         # Successful probes come every second and are not worth a line.
         level = logging.DEBUG if record.path in QUIET_PATHS and record.status < 400 else logging.INFO
         if access.isEnabledFor(level):
-            access.log(level, "%s", AccessLine(record), extra={"fields": asdict(record)})
+            access.log(level, "%s", access_line(record), extra={"fields": asdict(record)})
 
 
-class AccessLine:
-    """The log line of a request, formatted when it is written. It never holds a prompt, an answer or a key."""
-
-    __slots__ = ("record",)
-
-    def __init__(self, record: RequestRecord) -> None:
-        self.record = record
-
-    def __str__(self) -> str:
-        r = self.record
-        parts = [f"id={r.request_id}", f'"{r.method} {_one_line(r.path)}"', f"status={r.status}"]
-        if r.generates:
-            parts.append(f"adapter={_one_line(r.adapter) if r.adapter else '-'}")
-            parts.append(f"prompt_tokens={r.prompt_tokens} completion_tokens={r.completion_tokens}")
-            parts += [f"queue_ms={_ms(r.queue_s)}", f"ttft_ms={_ms(r.ttft_s)}"]
-            parts.append(f"finish={r.finish or '-'}")
-        parts.append(f"total_ms={_ms(r.total_s)}")
-        if r.error_code:
-            parts.append(f"error={r.error_code}")
-        if r.ignored:
-            parts.append(f'ignored="{r.ignored}"')
-        return " ".join(parts)
+def access_line(record: RequestRecord) -> str:
+    """The log line of a request. It never holds a prompt, an answer or a key."""
+    parts = [f"id={record.request_id}", f'"{record.method} {_one_line(record.path)}"', f"status={record.status}"]
+    if record.generates:
+        parts += [
+            f"adapter={_one_line(record.adapter) if record.adapter else '-'}",
+            f"prompt_tokens={record.prompt_tokens} completion_tokens={record.completion_tokens}",
+            f"queue_ms={_ms(record.queue_s)} ttft_ms={_ms(record.ttft_s)}",
+            f"finish={record.finish or '-'}",
+        ]
+    parts.append(f"total_ms={_ms(record.total_s)}")
+    if record.error_code:
+        parts.append(f"error={record.error_code}")
+    if record.ignored:
+        parts.append(f'ignored="{record.ignored}"')
+    return " ".join(parts)
 
 
 def _ms(seconds: float | None) -> str:
@@ -124,9 +127,6 @@ def _ms(seconds: float | None) -> str:
 def _one_line(text: str) -> str:
     """``text``, which a client chose, without characters that could start another line or field of the log."""
     return "".join(c if c.isprintable() and c not in ' "' else "?" for c in text[:200])
-
-
-WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class HttpRules:
@@ -149,70 +149,50 @@ class HttpRules:
                 error = MalformedBody("The request has both Content-Length and Transfer-Encoding; send one of them.")
         if error is None:
             await self.app(scope, receive, send)
-            return
-        scope["state"]["record"].error_code = error.code
-        status, headers, body = render(error, dialect_of(scope["path"]))
-        await send_reply(send, status, {**headers, "connection": "close"}, body)
+        else:
+            await reject(scope, send, error, connection="close")
 
 
-class OpenLimit:
-    """Refuses a request with a body while ``limit`` others are open, those whose bodies still arrive included.
+class BodyLimits:
+    """Reads a body whole before the app sees it, and refuses what exceeds the limits of ``config``.
 
-    Probes and other GETs pass: they are answered immediately, and an overloaded server is alive.
-    """
+    429 while ``max_open_requests`` others with a body are open, those whose bodies still arrive included; 413 after
+    ``max_body_bytes``, 408 after ``body_timeout_s``. Probes and other GETs pass: an overloaded server is alive.
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self.app = app
-        self._limit = limit
-        self._open = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
-            await self.app(scope, receive, send)
-            return
-        if self._open >= self._limit:
-            error = Overloaded(
-                f"{self._open} requests are open, which is this server's limit (--max-open-requests).", retry_after_s=1
-            )
-            scope["state"]["record"].error_code = error.code
-            await send_reply(send, *render(error, dialect_of(scope["path"])))
-            return
-        self._open += 1
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            self._open -= 1
-
-
-class BodyLimit:
-    """Reads a body whole before the app sees it; stops at ``limit`` bytes with 413, after ``timeout_s`` with 408.
-
-    The rest of a refused body is read and dropped for a while before the connection closes: closing it now would reset
-    it, and most clients would report that instead of reading the answer.
+    The rest of a body that is too large is read and dropped for a while before the connection closes: closing it now
+    would reset it, and most clients would report that instead of reading the answer.
     """
 
     linger_bytes = 64 * 2**20
     linger_s = 5.0
 
-    def __init__(self, app: ASGIApp, limit: int, timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self.app = app
-        self._limit = limit
-        self._timeout_s = timeout_s
+        self._config = config
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in WITHOUT_BODY:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
-        declared = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
-        body: bytes | TruffulaError | None
-        if declared.isdigit() and int(declared) > self._limit:
-            body = self._too_large()
-        else:
-            body = await self._read(receive)
-        if body is None:
+        if self._open >= self._config.max_open_requests:
+            text = f"{self._open} requests are open, which is this server's limit (--max-open-requests)."
+            await reject(scope, send, Overloaded(text, retry_after_s=1))
             return
-        if isinstance(body, TruffulaError):
-            await self._reject(body, scope, receive, send)
+        self._open += 1
+        try:
+            await self._with_body(scope, receive, send)
+        finally:
+            self._open -= 1
+
+    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await self._read(dict(scope["headers"]).get(b"content-length", b""), receive)
+        except SlowBody as error:
+            await reject(scope, send, error, connection="close")
+            return
+        except BodyTooLarge as error:
+            await self._reject_large(error, scope, receive, send)
             return
         whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
@@ -225,46 +205,45 @@ class BodyLimit:
 
         await self.app(scope, replay, send)
 
-    async def _read(self, receive: Receive) -> bytes | TruffulaError | None:
-        """The body, why it is refused, or None when the client left before its end."""
+    async def _read(self, declared: bytes, receive: Receive) -> bytes:
+        """The body. Raises ``BodyTooLarge``, ``SlowBody``, and ``ClientGone`` when the client leaves before its end."""
+        limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
+        too_large = BodyTooLarge(f"The body is larger than {limit} bytes, this server's limit.", limit=limit)
+        if declared.isdigit() and int(declared) > limit:
+            raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s):
                 more = True
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        raise ClientGone
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > self._limit:
-                        return self._too_large()
+                    if len(body) > limit:
+                        raise too_large
         except TimeoutError:
-            return SlowBody(f"The body did not arrive within {self._timeout_s:g} s, this server's limit.")
+            raise SlowBody(f"The body did not arrive within {timeout_s:g} s, this server's limit.") from None
         return bytes(body)
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body is larger than {self._limit} bytes, this server's limit.", limit=self._limit)
+    async def _reject_large(self, error: BodyTooLarge, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_linger(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                await send({**message, "more_body": True})
+                if b"expect" not in dict(scope["headers"]):
+                    await self._discard(receive)
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
 
-    async def _reject(self, error: TruffulaError, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["state"]["record"].error_code = error.code
-        status, headers, body = render(error, dialect_of(scope["path"]))
-        pairs = [(k.encode(), v.encode()) for k, v in headers.items()]
-        pairs += [(b"content-length", str(len(body)).encode()), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": status, "headers": pairs})
-        await send({"type": "http.response.body", "body": body, "more_body": True})
-        if isinstance(error, BodyTooLarge) and not any(k == b"expect" for k, _ in scope["headers"]):
-            await self._discard(receive)
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await reject(scope, send_and_linger, error, connection="close")
 
     async def _discard(self, receive: Receive) -> None:
         left = self.linger_bytes
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.linger_s):
                 while left > 0:
                     message = await receive()
                     if message["type"] == "http.disconnect" or not message.get("more_body", False):
                         return
                     left -= len(message.get("body", b""))
-        except TimeoutError:
-            return

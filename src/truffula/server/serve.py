@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -45,8 +46,8 @@ from truffula.server.connections import (
 )
 from truffula.server.errors import Unhealthy, dialect_of, render
 from truffula.server.middleware import send_reply
-from truffula.service import AsyncService, Service, ServiceLimits
-from truffula.service.files import LoadedTexts, load_texts, texts_of, without_tokenizer
+from truffula.service import AsyncService, ServiceLimits
+from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
 from truffula.settings import Resolved
 from truffula.text.chat_template import read_template
@@ -101,7 +102,15 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             max_prompt_scores=MAX_PROMPT_SCORES,
         )
         texts = texts_of(client.info, texts)
-        workers = text_workers(client.info, texts, templates, config.text_memory_bytes)
+        workers = TextWorkers(
+            Setup(
+                info=client.info,
+                texts_path=None if texts.path is None else str(texts.path),
+                texts_digest=texts.digest,
+                templates=templates,
+                memory_bytes=config.text_memory_bytes,
+            )
+        )
         undo.callback(workers.close)
         core = Service(
             client.info,
@@ -125,22 +134,6 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
         undo.pop_all()
     trim_memory()  # before requests wait for this process
     return App(service, asgi, lambda: announce(resolved, service.info, directory, url, warnings))
-
-
-def text_workers(
-    info: EngineInfo, texts: LoadedTexts, templates: dict[str, str] | None, memory_bytes: int
-) -> TextWorkers:
-    """Text workers for the model that ``info`` describes; their processes start when they are needed."""
-    known = texts.chat_templates(templates)
-    setup = Setup(
-        info=info,
-        texts_path=None if texts.path is None else str(texts.path),
-        texts_digest=texts.digest,
-        templates=known.sources,
-        special_tokens=known.special_tokens,
-        memory_bytes=memory_bytes,
-    )
-    return TextWorkers(setup)
 
 
 def sampling_defaults(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,30 +237,20 @@ class LoadingApp:
                 await asyncio.wait_for(ended.wait(), ENGINE_CHECK_S)
 
     async def _loaded(self) -> App:
-        """Load in a thread of its own, for which a server that is to end does not wait."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[App] = loop.create_future()
-
-        def answer(found: App | None, error: Exception | None) -> None:
-            if done.done():
-                return
-            if error is not None:
-                done.set_exception(error)
-            elif found is not None:
-                done.set_result(found)
+        """Load in a daemon thread, for which a server that is to end does not wait."""
+        done: Future[App] = Future()
+        done.set_running_or_notify_cancel()  # a cancelled wait leaves the thread its future
 
         def work() -> None:
-            found: App | None = None
-            error: Exception | None = None
             try:
-                found = self.load()
-            except BaseException as raised:  # noqa: BLE001  (passed to the loop, which raises it)
-                error = raised if isinstance(raised, Exception) else internal_error(raised)  # such as a Rust panic
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended
-                loop.call_soon_threadsafe(answer, found, error)
+                done.set_result(self.load())
+            except Exception as error:  # noqa: BLE001  (the loop raises it)
+                done.set_exception(error)
+            except BaseException as error:  # noqa: BLE001  (such as a Rust panic)
+                done.set_exception(internal_error(error))
 
         threading.Thread(target=work, name="truffula-load", daemon=True).start()
-        return await done
+        return await asyncio.wrap_future(done)
 
 
 class DrainingServer(uvicorn.Server):
