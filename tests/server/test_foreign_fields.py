@@ -13,8 +13,7 @@ from transformers import GenerationConfig
 
 from examples import examples
 from truffula.errors import InvalidRequest
-from truffula.server.field_names import ALIASES, HOLDERS, INERT, UNSUPPORTED
-from truffula.server.foreign_fields import is_ignored
+from truffula.server.foreign_fields import ALIASES, HOLDERS, INERT, UNSUPPORTED, is_ignored
 from truffula.server.lorax_bodies import NATIVE
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 

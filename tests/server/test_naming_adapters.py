@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 from live_server import MODEL, assert_canonical_error, ok
 
 from examples import examples
-from truffula.server.adapter_fields import ADAPTER_FIELDS, is_adapter_field
-from truffula.server.field_names import HOLDERS
+from truffula.server.foreign_fields import ADAPTER_FIELDS, HOLDERS, is_adapter_field
 
 TALK = [{"role": "user", "content": "Hello"}]
 # Route → (a body without an adapter, the status of a refusal, the field that names an adapter).
@@ -17,13 +16,13 @@ ROUTES = {
     "/v1/chat/completions": ({"messages": TALK, "max_tokens": 8, "temperature": 0}, 400, "model"),
     **dict.fromkeys(("/", "/generate", "/generate_stream", "/invocations"), (NATIVE, 422, "parameters.adapter_id")),
 }
-NAMES = sorted(name for name, field in ADAPTER_FIELDS.items() if field.names_one)
+NAMES = sorted(ADAPTER_FIELDS["name"])
 VALUES = [
     *("pirate", "org/poet", "nobody", "", MODEL, "/etc/passwd", "line\nbreak", None),
     *([], {}, ["pirate"], ["pirate", "org/poet"], [{"id": 0, "scale": 1.0}], {"name": "pirate"}),
     *(0, 7, 1.5, True),
 ]
-OTHERS = sorted(set(ADAPTER_FIELDS) - set(NAMES))
+OTHERS = sorted([*ADAPTER_FIELDS["other"], *ADAPTER_FIELDS["scale"]])
 
 
 def answer(response):
@@ -63,7 +62,7 @@ def test_what_is_known_of_other_servers():
     """The spellings that were tried on this server, and any other name with such a word in it."""
     asked = {"adapter_id", "adapter_name", "adapter", "adapters", "adapter_path", "lora", "loras", "lora_adapters"}
     asked |= {"lora_modules", "lora_id", "lora_name", "lora_path", "peft", "peft_model", "lora_request", "lora_int_id"}
-    assert asked <= set(ADAPTER_FIELDS)
+    assert asked <= {*NAMES, *OTHERS}
     for name in ("loraName", "adapter-id", "Adapter", "my_lora", "useLoRA", "QLoRA", "pirate_adapter", "LORA_PATH"):
         assert is_adapter_field(name)
     for name in ("flora", "explorations", "adaptive", "model", "adapter_source", "temperature", "loran"):
@@ -74,7 +73,7 @@ def test_what_is_known_of_other_servers():
 @given(
     path=st.sampled_from(sorted(ROUTES)),
     place=st.sampled_from(["top", "parameters", *sorted(HOLDERS - {"parameters"}), "unheard_of"]),
-    field=st.sampled_from([*sorted(ADAPTER_FIELDS), "model", "my_lora", "loraName", "Adapter-Id"]),
+    field=st.sampled_from([*NAMES, *OTHERS, "model", "my_lora", "loraName", "Adapter-Id"]),
     value=st.sampled_from(VALUES),
 )
 def test_the_base_answers_only_where_no_adapter_is_named(live, texts, path, place, field, value):

@@ -1,31 +1,80 @@
-"""Refuses fields that belong to another route or another server, and names the field that this route has instead.
+"""Fields that belong to another route or another server: refused by name, with the field that this route has instead.
 
 Such a field would change the answer there, so it is never ignored here. A field is also refused where it stands in the
-wrong object (``max_new_tokens`` beside ``inputs``, ``extra_body.top_k`` on ``/v1/``).
+wrong object (``max_new_tokens`` beside ``inputs``, ``extra_body.top_k`` on ``/v1/``). Fields by which clients of other
+servers name an adapter are honoured where their value is one name, and refused otherwise: a request that is answered by
+the base although it named an adapter looks like any other answer. ``field_names.toml`` lists all of these names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import InvalidRequest
-from truffula.server.adapter_fields import adapter_named, is_adapter_field
-from truffula.server.field_names import ALIASES, HOLDERS, INERT, UNSUPPORTED, Aliases, has_no_effect, squeezed
 
 MAX_DEPTH = 4
 """How many objects inside each other are searched for fields."""
 
-_ALIASES: Mapping[str, Aliases] = MappingProxyType(
-    {squeezed(name): row for row in reversed(ALIASES) for name in row.names}  # a name's first row wins
-)
-_UNSUPPORTED = MappingProxyType({squeezed(name): values for name, values in UNSUPPORTED.items()})
-_INERT = MappingProxyType({squeezed(name): values for name, values in INERT.items()})
-_KNOWN = _ALIASES.keys() | _UNSUPPORTED.keys()
-_HOLDERS = frozenset(squeezed(name) for name in HOLDERS)
+
+def squeezed(name: str) -> str:
+    """``name`` without case and separators: ``maxTokens``, ``max-tokens`` and ``max_tokens`` are one name."""
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _by_key(names: Mapping[str, Any]) -> Mapping[str, Any]:
+    return MappingProxyType({squeezed(name): value for name, value in names.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Aliases:
+    """Names of one field. A route calls it by the first name that is a field of the route.
+
+    ``no_effect`` are values without effect, beside null. ``advice`` is for routes without such a field.
+    """
+
+    names: tuple[str, ...]
+    no_effect: tuple[Any, ...] = ()
+    advice: str = "leave it out"
+
+
+_TABLES = tomllib.loads(Path(__file__).with_name("field_names.toml").read_text(encoding="utf-8"))
+ALIASES = tuple(Aliases(**row | {"names": tuple(row["names"].split())}) for row in _TABLES["aliases"])
+UNSUPPORTED: Mapping[str, list[Any]] = MappingProxyType(_TABLES["unsupported"])
+"""No route has such a field: name → values that are accepted because they have no effect."""
+INERT: Mapping[str, list[Any]] = MappingProxyType(_TABLES["inert"])
+"""Known, and without effect on the text: name → values without a meaning. Another value is listed as ignored."""
+HOLDERS = frozenset(_TABLES["holders"])
+"""Objects in which other servers and clients put fields of a request. What is inside has no effect here."""
+ADAPTER_FIELDS: Mapping[str, list[str]] = MappingProxyType(_TABLES["adapters"])
+"""Fields that say something of an adapter: by its ``name``, by its ``scale``, or by something ``other``."""
+
+_ALIASES: Mapping[str, Aliases] = _by_key({name: row for row in reversed(ALIASES) for name in row.names})
+_UNSUPPORTED = _by_key(UNSUPPORTED)
+_INERT = _by_key(INERT)
+_HOLDERS = frozenset(map(squeezed, HOLDERS))
+_ADAPTERS = _by_key({name: kind for kind, names in ADAPTER_FIELDS.items() for name in names})
+_NO_ADAPTER = ("", False, [], {}, [""])
+"""Values by which no adapter is named, beside null."""
+_NO_SCALE = (1, [1])
+"""Scales that an adapter has anyway."""
+_SOURCE = squeezed("adapter_source")  # not its name
+_LIKELY = re.compile("lora|adapter|peft|dora", re.IGNORECASE)
+_WORDS = frozenset({"adapter", "adapters", "lora", "loras", "peft", "dora", "qlora"})
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def has_no_effect(value: Any, no_effect: Iterable[Any]) -> bool:
+    """Whether ``value`` has no effect: null, or one of ``no_effect``. A boolean never equals a number."""
+    if value is None:
+        return True
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in no_effect)
 
 
 def is_ignored(name: str, value: Any) -> bool:
@@ -37,6 +86,45 @@ def is_ignored(name: str, value: Any) -> bool:
     if key in _INERT:
         return not has_no_effect(value, _INERT[key])
     return key not in _ALIASES and key not in _UNSUPPORTED and not is_adapter_field(name)
+
+
+def is_adapter_field(name: str) -> bool:
+    """Whether ``name`` is of ``ADAPTER_FIELDS``, however it is spelled (``loraName``), or has such a word in it."""
+    if not _LIKELY.search(name):
+        return False
+    key = squeezed(name)
+    if key == _SOURCE:
+        return False
+    return key in _ADAPTERS or any(word.lower() in _WORDS for word in _WORD.findall(name.replace("oRA", "ora")))
+
+
+def adapter_named(place: str, name: str, value: Any, use: str) -> str | None:
+    """The adapter that field ``name`` names by ``value``, None where it names none.
+
+    Raises ``InvalidRequest`` for ids, weights and several adapters, and for a field that is not of the table: ``place``
+    is where the field stands, ``use`` the field that names an adapter on this route.
+    """
+    kind = _ADAPTERS.get(squeezed(name))
+    if has_no_effect(value, _NO_ADAPTER) or (kind == "scale" and has_no_effect(value, _NO_SCALE)):
+        return None
+    one = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if kind == "name" and isinstance(one, str):
+        return one
+    raise InvalidRequest(
+        f"{place} is not supported by this server; name one adapter, as a string, in {use}.", param=place
+    )
+
+
+def adapters_named(fields: Iterable[tuple[str, Any]], prefix: str, use: str) -> list[tuple[str, str]]:
+    """Each field of an object that names an adapter, with its place and the name. Raises as ``adapter_named``."""
+    found = []
+    for field, value in fields:
+        if value is None or not is_adapter_field(field):
+            continue
+        place = f"{prefix}{field[:64]}"
+        if name := adapter_named(place, field, value, use):
+            found.append((place, name))
+    return found
 
 
 @dataclass(frozen=True)
@@ -76,7 +164,7 @@ class RouteFields:
             if not isinstance(held, dict):
                 continue
             for name, value in held.items():
-                if name in names or value is None or is_adapter_field(name):  # ``answering`` reads those
+                if name in names or value is None or is_adapter_field(name):  # ``adapters_named`` reads those
                     continue
                 if self.only is not None and squeezed(name) not in self._only:
                     continue
@@ -103,14 +191,13 @@ class RouteFields:
 
     def _check_field(self, name: str, value: Any, prefix: str) -> None:
         """``check`` of one field in the object that ``prefix`` names."""
-        key = squeezed(name)
-        if key not in _KNOWN and key not in self._paths:
-            return
-        place = f"{prefix}{name[:64]}"
-        if key in _UNSUPPORTED and not has_no_effect(value, _UNSUPPORTED[key]):
+        key, place = squeezed(name), f"{prefix}{name[:64]}"
+        if key in _UNSUPPORTED:
+            if has_no_effect(value, _UNSUPPORTED[key]):
+                return
             raise InvalidRequest(f"{place} is not supported by this server; leave it out.", param=place)
         row, path = _ALIASES.get(key), self.path_of(name)
-        if key in _UNSUPPORTED or has_no_effect(value, row.no_effect if row else ()):
+        if (row is None and path is None) or has_no_effect(value, row.no_effect if row else ()):
             return
         if path is None:
             raise self._unsupported(place, row.advice if row else "leave it out")

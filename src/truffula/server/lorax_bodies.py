@@ -11,9 +11,8 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
-from truffula.server.adapter_fields import adapters_named
 from truffula.server.body import Body, Ids, Objects, Strings
-from truffula.server.foreign_fields import RouteFields
+from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits
 from truffula.server.openai_bodies import Biases, biases
 from truffula.types import GenerateRequest

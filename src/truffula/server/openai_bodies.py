@@ -13,9 +13,8 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
-from truffula.server.adapter_fields import adapters_named
 from truffula.server.body import Body, FirstError, Ids, Objects, Strings
-from truffula.server.foreign_fields import RouteFields
+from truffula.server.foreign_fields import RouteFields, adapters_named
 
 MIN_INT64 = -(2**63)
 NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})

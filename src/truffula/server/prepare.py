@@ -16,9 +16,9 @@ import msgspec
 from msgspec.structs import replace
 from starlette.requests import Request
 
-from truffula.server.adapter_fields import is_adapter_field
 from truffula.server.auth import client_of
 from truffula.server.body import Body, decode_object, note_ignored, note_unknown, raw_body, validate
+from truffula.server.foreign_fields import is_adapter_field
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.openai_bodies import ChatBody, CompletionBody
