@@ -1,45 +1,54 @@
-"""Which adapter answers a request, from all of its fields that may say so."""
+"""Which adapter answers a request, from all of its fields that may say so; and the sender's id and salt."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
-from truffula.server.state import ServerState
-from truffula.types import AdapterRef
+from truffula.server.auth import prefix_salt
+from truffula.server.body import Address
+from truffula.server.middleware import request_id
+from truffula.server.state import ServerState, record_of, state_of
+from truffula.types import AdapterRef, GenerateRequest
 
 
-class Names(Protocol):
-    """What a body says of the adapter: its values of ``model``, and the other fields that name one."""
+async def addressed(request: Request, made: Sequence[GenerateRequest], address: Address) -> list[GenerateRequest]:
+    """``made`` with adapter, request id and salt, which are recorded for the log and the metrics too.
 
-    @property
-    def models(self) -> list[str | None]: ...
-    @property
-    def adapter_source(self) -> str | None: ...
-    def adapters(self) -> list[tuple[str, str]]: ...
+    Raises as ``answering``.
+    """
+    state, record = state_of(request), record_of(request)
+    adapter = await answering(address, state)
+    if address.request_id is not None:
+        record.request_id = request_id(address.request_id)
+    record.adapter = None if adapter is None else adapter.name
+    record.max_tokens = made[0].params.max_tokens
+    salt = prefix_salt(request, address.salt, state.config.salt_by_api_key)
+    return [replace(one, adapter=adapter, request_id=record.request_id, salt=salt) for one in made]
 
 
-async def answering(body: Names, state: ServerState) -> AdapterRef | None:
-    """The adapter that ``body`` names; None is the base.
+async def answering(address: Address, state: ServerState) -> AdapterRef | None:
+    """The adapter that a body names; None is the base.
 
     An adapter may be named beside a ``model`` that is the base's or the adapter's own name. Raises ``InvalidRequest``
     where two fields name different adapters, ``AdapterNotFound`` for a name that this server does not serve.
     """
-    source = body.adapter_source
     found: AdapterRef | None = None
-    for model in body.models:
-        ref = await state.named_model(model, source)
+    for model in address.models:
+        ref = await state.named_model(model, address.source)
         if found is not None and ref is not None and ref.name != found.name:
             raise InvalidRequest("model is given twice, for different adapters; give one of them.", param="model")
         found = found or ref
-    named = body.adapters()
-    for place, name in named[1:]:
-        if name != named[0][1]:
-            raise InvalidRequest(f"{named[0][0]} and {place} mean the same and differ; give one of them.", param=place)
-    if not named:
+    if not address.adapters:
         return found
-    place, name = named[0]
-    other = await state.adapter(name, source)
-    if found is not None and (other is None or other.name != found.name):
-        raise InvalidRequest(f"model names one adapter and {place} another; give one of them.", param=place)
-    return other
+    first, name = address.adapters[0]
+    for place, other in address.adapters[1:]:
+        if other != name:
+            raise InvalidRequest(f"{first} and {place} mean the same and differ; give one of them.", param=place)
+    adapter = await state.adapter(name, address.source)
+    if found is not None and (adapter is None or adapter.name != found.name):
+        raise InvalidRequest(f"model names one adapter and {first} another; give one of them.", param=first)
+    return adapter

@@ -6,10 +6,11 @@ import json
 import logging
 import math
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
@@ -19,6 +20,7 @@ from truffula.errors import InvalidRequest
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
 from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
+from truffula.types import GenerateRequest
 
 if TYPE_CHECKING:
     from truffula.server.state import ServerState
@@ -49,13 +51,15 @@ class Body(BaseModel):
 
     ``nested`` names the field whose name is left out where an error names one inside it (``parameters`` on native
     routes). ``route_fields`` says which fields of other routes and servers a route refuses. With ``refuses_foreign``
-    those are all of them in this object, so those that are left have values without effect.
+    those are all of them in this object, so those that are left have values without effect. ``without_effect`` are
+    fields that are accepted only because clients send them.
     """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
     nested: ClassVar[str | None] = None
     route_fields: ClassVar[RouteFields | None] = None
     refuses_foreign: ClassVar[bool] = False
+    without_effect: ClassVar[tuple[str, ...]] = ()
 
     def unknown(self) -> list[str]:
         """Keys that were given and have no effect, this object's and those of the objects in it (``a.b``)."""
@@ -68,7 +72,46 @@ class Body(BaseModel):
             inner = getattr(self, field)
             if isinstance(inner, Body):
                 names += [f"{field}.{name}" for name in inner.unknown()]
-        return names
+        return names + [name for name in self.without_effect if getattr(self, name)]
+
+
+class Address(NamedTuple):
+    """What a body says of its adapter and its sender.
+
+    ``models`` are its values of ``model``, ``adapters`` the other fields that name an adapter, each with its place.
+    """
+
+    models: list[str | None]
+    adapters: list[tuple[str, str]]
+    source: str | None
+    salt: str | None
+    request_id: str | None = None
+
+
+class BodyJob(NamedTuple):
+    """A large body, for a text worker."""
+
+    kind: str
+    raw: bytes
+    limits: RequestLimits
+
+
+class GeneratingBody(Body):
+    """A body that asks for text."""
+
+    refuses_foreign: ClassVar[bool] = True
+
+    @abstractmethod
+    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+        """The body's requests, without what ``address`` says. Raises ``InvalidRequest``."""
+
+    @abstractmethod
+    def address(self) -> Address: ...
+
+    @property
+    def characters(self) -> int:
+        """How many characters its texts have, for LoRAX's header."""
+        return 0
 
 
 B = TypeVar("B", bound=Body)
@@ -150,17 +193,14 @@ async def read_body(request: Request, model: type[B]) -> B:
     """The request's body as ``model``; keys without effect are noted for the log and the header."""
     state: ServerState = request.app.state.truffula
     body = validate(model, decode_object(await raw_body(request)), state.limits)
-    note_unknown(request, body)
+    note_ignored(request, body.unknown())
     return body
 
 
-def note_unknown(request: Request, body: Body) -> None:
-    """Puts the keys without effect into the record, for the header and the log line, and logs each key once."""
-    note_ignored(request, body.unknown())
-
-
 def note_ignored(request: Request, names: Sequence[str]) -> None:
-    """Keys of this request that have no effect, for the header and the log; added to those noted before."""
+    """Adds ``names``, keys of this request without effect, to its record, for the header and the log line. Each key is
+    logged once.
+    """
     if not names:
         return
     shown = [safe_header(name, 64) for name in names[:20]]

@@ -60,7 +60,7 @@ _UNSUPPORTED = _by_key(UNSUPPORTED)
 _INERT = _by_key(INERT)
 _HOLDERS = frozenset(map(squeezed, HOLDERS))
 _ADAPTERS = _by_key({name: kind for kind, names in ADAPTER_FIELDS.items() for name in names})
-_NO_ADAPTER = ("", False, [], {}, [""])
+_NO_ADAPTER: tuple[Any, ...] = ("", False, [], {}, [""])
 """Values by which no adapter is named, beside null."""
 _NO_SCALE = (1, [1])
 """Scales that an adapter has anyway."""

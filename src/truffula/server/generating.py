@@ -21,8 +21,8 @@ from truffula.server.errors import Aborted
 from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
-from truffula.service.choices import choice_error
-from truffula.types import AdapterRef, ChoiceTotals, Completion, GenerateRequest, TextDelta
+from truffula.service.fold import choice_error
+from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 T = TypeVar("T")
 # One wake of the event loop: deltas with the index of the prompt they belong to.
@@ -82,13 +82,6 @@ class _Watch:
             record.load_s = max(record.load_s, totals.times.load_s)
             ttft = totals.times.ttft_s
             record.ttft_s = ttft if record.ttft_s is None else min(record.ttft_s, ttft)
-
-
-def mark(request: Request, adapter: AdapterRef | None, max_tokens: int | None) -> None:
-    """Notes on the record whom a generating request asked."""
-    record = record_of(request)
-    record.adapter = None if adapter is None else adapter.name
-    record.max_tokens = max_tokens
 
 
 async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGenerator[Batch, None]:

@@ -61,61 +61,43 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     def check_lengths(self, body: Mapping[str, Any]) -> None:
         """Raise ``InvalidRequest`` for what is too long in a decoded body, whatever it holds."""
-        _check_keys(body, "The body")
-        self._check_prompt(body)
         inner = body.get("parameters")
+        _check_length("The body", body, MAX_KEYS)
         for held in (body, inner) if isinstance(inner, dict) else (body,):
             self._check_fields(held)
-
-    def _check_fields(self, held: Mapping[str, Any]) -> None:
-        for name in ("parameters", "chat_template_kwargs"):
-            _check_keys(held.get(name), name)
-        longest = {
-            "messages": max(self.max_model_len, MAX_KEYS),
-            "documents": max(self.max_model_len, MAX_KEYS),
-            "stop_token_ids": MAX_STOP_IDS,
-            "logit_bias": self.vocab_size,
-        }
-        for name, limit in longest.items():
-            value = held.get(name)
-            if isinstance(value, list | dict) and len(value) > limit:
-                raise InvalidRequest(
-                    f"{name} has {len(value)} items; this server allows at most {limit}.", param=name, limit=limit
-                )
-        stop = held.get("stop")
-        stops = stop if isinstance(stop, list) else [stop]
-        if len(stops) > self.max_stop_sequences and isinstance(stop, list):
-            raise InvalidRequest(
-                f"stop holds {len(stops)} strings; this server allows at most {self.max_stop_sequences}.", param="stop"
-            )
-        chars = sum(len(one) for one in stops if isinstance(one, str))
-        if chars > MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"stop holds {chars} characters; this server allows at most {MAX_STOP_CHARS}.", param="stop"
-            )
-
-    def _check_prompt(self, body: Mapping[str, Any]) -> None:
-        tokens = body.get("tokens")
-        if isinstance(tokens, list) and len(tokens) > MAX_TRUNCATED_CHARS // 2:
-            raise InvalidRequest(
-                f"tokens holds {len(tokens)} ids; at most {MAX_TRUNCATED_CHARS // 2} are decoded.", param="tokens"
-            )
         prompt = body.get("prompt")
         if not isinstance(prompt, list) or not prompt:
             return
-        if not isinstance(prompt[0], str | list):
-            self._check_ids(prompt, "prompt", body)
-            return
-        if len(prompt) > self.max_prompts:
-            raise InvalidRequest(
-                f"prompt holds {len(prompt)} prompts; this server allows at most {self.max_prompts}.", param="prompt"
-            )
-        for index, one in enumerate(prompt):
-            if isinstance(one, list):
-                self._check_ids(one, f"prompt[{index}]", body)
-        self._check_biases(len(prompt), body)
+        if isinstance(prompt[0], str | list):
+            _check_length("prompt", prompt, self.max_prompts)
+            for index, one in enumerate(prompt):
+                if isinstance(one, list):
+                    self._check_ids(f"prompt[{index}]", one, body)
+            self._check_biases(len(prompt), body.get("logit_bias"))
+        else:
+            self._check_ids("prompt", prompt, body)
 
-    def _check_ids(self, ids: list[Any], name: str, body: Mapping[str, Any]) -> None:
+    def _check_fields(self, held: Mapping[str, Any]) -> None:
+        rows = {
+            "parameters": MAX_KEYS,
+            "chat_template_kwargs": MAX_KEYS,
+            "messages": max(self.max_model_len, MAX_KEYS),
+            "documents": max(self.max_model_len, MAX_KEYS),
+            "tokens": MAX_TRUNCATED_CHARS // 2,
+            "stop": self.max_stop_sequences,
+            "stop_token_ids": MAX_STOP_IDS,
+            "logit_bias": self.vocab_size,
+        }
+        for name, limit in rows.items():
+            _check_length(name, held.get(name), limit)
+        stop = held.get("stop")
+        chars = sum(len(one) for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, str))
+        if chars > MAX_STOP_CHARS:
+            raise InvalidRequest(
+                f"stop has {chars} characters; this server allows at most {MAX_STOP_CHARS}.", param="stop"
+            )
+
+    def _check_ids(self, name: str, ids: list[Any], body: Mapping[str, Any]) -> None:
         # A prompt that will be truncated may be longer; that of a wrong item is reported as such.
         if len(ids) > self.max_model_len and body.get("truncate_prompt_tokens") is None and type(ids[0]) is int:
             raise PromptTooLong(
@@ -126,8 +108,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
                 max_model_len=self.max_model_len,
             )
 
-    def _check_biases(self, prompts: int, body: Mapping[str, Any]) -> None:
-        bias = body.get("logit_bias")
+    def _check_biases(self, prompts: int, bias: Any) -> None:
         if isinstance(bias, dict) and len(bias) * prompts > MAX_BIASES:
             raise InvalidRequest(
                 f"logit_bias has {len(bias)} entries for {prompts} prompts; entries times prompts may be at most "
@@ -136,6 +117,18 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
-def _check_keys(value: Any, name: str) -> None:
-    if isinstance(value, dict) and len(value) > MAX_KEYS:
-        raise InvalidRequest(f"{name} has {len(value)} keys; at most {MAX_KEYS} are read.", param=None)
+def _check_length(name: str, value: Any, limit: int) -> None:
+    if isinstance(value, list | dict) and len(value) > limit:
+        items = "keys" if isinstance(value, dict) else "items"
+        raise InvalidRequest(
+            f"{name} has {len(value)} {items}; this server allows at most {limit}.",
+            param=None if name == "The body" else name,
+            limit=limit,
+        )
+
+
+def check_at_most(*rows: tuple[str, int | None, int]) -> None:
+    """Raise ``InvalidRequest`` for the first field whose value is above its limit."""
+    for name, value, limit in rows:
+        if value is not None and value > limit:
+            raise InvalidRequest(f"{name} is {value}; this server allows at most {limit}.", param=name, limit=limit)

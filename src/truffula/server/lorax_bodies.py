@@ -11,9 +11,9 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
-from truffula.server.body import Body, Ids, Objects, Strings
+from truffula.server.body import Address, Body, GeneratingBody, Ids, Objects, Strings
 from truffula.server.foreign_fields import RouteFields, adapters_named
-from truffula.server.limits import RequestLimits
+from truffula.server.limits import RequestLimits, check_at_most
 from truffula.server.openai_bodies import Biases, biases
 from truffula.types import GenerateRequest
 
@@ -24,6 +24,7 @@ class Parameters(Body):
     """How to generate. Every field may be null."""
 
     refuses_foreign: ClassVar[bool] = True
+    without_effect: ClassVar[tuple[str, ...]] = ("api_token",)
 
     adapter_id: Any = Field(default=None, description="Name of an adapter; null and the base's name mean the base.")
     adapter_source: str | None = None
@@ -63,9 +64,6 @@ class Parameters(Body):
             raise ValueError("an empty string would match immediately")
         return value
 
-    def unknown(self) -> list[str]:
-        return super().unknown() + (["api_token"] if self.api_token else [])
-
     def given(self) -> list[str]:
         """All that asks for something, for a route where nothing of it has an effect."""
         return [name for name, value in self.model_dump().items() if value not in (None, False, [])]
@@ -88,26 +86,22 @@ class Parameters(Body):
             return False
         return bool(
             self.do_sample
-            or (self.temperature is not None and self.temperature != 1.0)
+            or self.temperature not in (None, 1.0)
             or self.top_k is not None
-            or (self.top_p is not None and self.top_p < 1)
-            or (self.typical_p is not None and self.typical_p < 1)
-            or bool(self.min_p)
+            or self.top_p not in (None, 1.0)
+            or self.typical_p is not None
+            or self.min_p
         )
 
     def check(self, *, stream: bool, limits: RequestLimits) -> None:
         """Raises ``InvalidRequest`` for fields that contradict each other and values above the operator's limits."""
-        best_of = self.best_of or 1
-        rows = (
-            ("best_of", best_of, limits.max_best_of),
-            ("return_k_alternatives", self.return_k_alternatives or 0, limits.max_logprobs),
-            ("top_n_tokens", self.top_n_tokens or 0, limits.max_logprobs),
-            ("truncate", self.truncate or 0, limits.max_model_len - 1),
+        check_at_most(
+            ("best_of", self.best_of, limits.max_best_of),
+            ("return_k_alternatives", self.return_k_alternatives, limits.max_logprobs),
+            ("top_n_tokens", self.top_n_tokens, limits.max_logprobs),
+            ("truncate", self.truncate, limits.max_model_len - 1),
         )
-        for name, value, limit in rows:
-            if value > limit:
-                raise InvalidRequest(f"{name} is {value}; this server allows at most {limit}.", param=name, limit=limit)
-        if best_of > 1:
+        if (self.best_of or 1) > 1:
             if not self.samples:
                 raise InvalidRequest("best_of above 1 needs sampling: set do_sample or temperature.", param="best_of")
             if self.seed is not None:
@@ -146,11 +140,10 @@ class Parameters(Body):
         )
 
 
-class GenerateBody(Body):
+class GenerateBody(GeneratingBody):
     """``POST /``, ``/generate`` and ``/generate_stream``."""
 
     nested: ClassVar[str | None] = "parameters"
-    refuses_foreign: ClassVar[bool] = True
 
     inputs: str = Field(min_length=1)
     parameters: Parameters | None = None
@@ -162,20 +155,19 @@ class GenerateBody(Body):
         return self.parameters or Parameters()
 
     @property
-    def models(self) -> list[str | None]:
-        """``model``, where it was given: beside ``inputs`` and among the parameters."""
-        return [self.model, self.params.model]
+    def characters(self) -> int:
+        return len(self.inputs)
 
-    @property
-    def adapter_source(self) -> str | None:
-        return self.params.adapter_source
+    def address(self) -> Address:
+        params, use = self.params, NATIVE.adapter
+        named = adapters_named(self, "", use) + adapters_named(params, "parameters.", use)
+        return Address([self.model, params.model], named, params.adapter_source, params.cache_salt)
 
-    def request(self, limits: RequestLimits, *, streams: bool) -> GenerateRequest:
-        """The body as a request in text, without its adapter. Raises ``InvalidRequest``."""
+    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
         params = self.params
         params.check(stream=streams, limits=limits)
         chat = [{"role": "user", "content": self.inputs}] if params.apply_chat_template else None
-        return GenerateRequest(
+        made = GenerateRequest(
             prompt=self.inputs if chat is None else None,
             messages=chat,
             params=params.sampling(with_logprobs=streams or params.wants_details, vocab_size=limits.vocab_size),
@@ -184,11 +176,7 @@ class GenerateBody(Body):
             queue_timeout_s=limits.queue_timeout_s,
             deadline_s=limits.request_timeout_s,
         )
-
-    def adapters(self) -> list[tuple[str, str]]:
-        """Fields that name an adapter, with the name."""
-        use = NATIVE.adapter
-        return adapters_named(self, "", use) + adapters_named(self.params, "parameters.", use)
+        return [made]
 
 
 NATIVE = RouteFields(

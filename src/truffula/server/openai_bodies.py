@@ -6,18 +6,18 @@ Null means absent everywhere. Fields of other APIs: ``foreign_fields.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
-from truffula.server.body import Body, FirstError, Ids, Objects, Strings
+from truffula.server.body import Address, Body, FirstError, GeneratingBody, Ids, Objects, Strings
 from truffula.server.foreign_fields import RouteFields, adapters_named
+from truffula.server.limits import RequestLimits, check_at_most
+from truffula.types import GenerateRequest
 
 MIN_INT64 = -(2**63)
-NO_DEFAULTS: Mapping[str, Any] = MappingProxyType({})
 Prompt = str | list[int]
 # Two spellings of one field, both of which are taken.
 SAME = (
@@ -58,14 +58,13 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None
 
-    def unknown(self) -> list[str]:
-        return super().unknown() + (["include_obfuscation"] if self.include_obfuscation else [])
+    without_effect: ClassVar[tuple[str, ...]] = ("include_obfuscation",)
 
 
-class OpenAIBody(Body):
+class OpenAIBody(GeneratingBody):
     """Fields that both routes share."""
 
-    refuses_foreign: ClassVar[bool] = True
+    without_effect: ClassVar[tuple[str, ...]] = ("api_token",)
 
     model: str | None = None
     max_tokens: int | None = None
@@ -106,16 +105,9 @@ class OpenAIBody(Body):
     api_token: str | None = Field(default=None, repr=False)
     ignore_eos_token: bool | None = None
 
-    def unknown(self) -> list[str]:
-        return super().unknown() + (["api_token"] if self.api_token else [])
-
-    @property
-    def models(self) -> list[str | None]:
-        return [self.model]
-
-    def adapters(self) -> list[tuple[str, str]]:
-        """Fields beside ``model`` that name an adapter, with the name."""
-        return adapters_named(self, "", "model")
+    def address(self) -> Address:
+        named = adapters_named(self, "", "model")
+        return Address([self.model], named, self.adapter_source, self.cache_salt, self.request_id or self.rid)
 
     def check(self) -> None:
         """Raises ``InvalidRequest`` for fields that contradict each other."""
@@ -134,27 +126,28 @@ class OpenAIBody(Body):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def seed64(self) -> int | None:
-        """The seed as 64 unsigned bits: a negative int64 is read as its two's complement."""
-        if self.seed is None:
-            return None
-        if not MIN_INT64 <= self.seed <= MAX_SEED:
-            raise InvalidRequest(f"seed is {self.seed}, which does not fit in 64 bits.", param="seed")
-        return self.seed & MAX_SEED
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
-    def sampling(
+    def common(
         self,
+        limits: RequestLimits,
         *,
         max_tokens: int | None,
         logprobs: int | None,
-        vocab_size: int,
-        prompt_logprobs: int | None = None,
-        defaults: Mapping[str, Any] = NO_DEFAULTS,
-    ) -> SamplingParams:
-        """These fields as ``SamplingParams``; a bad value raises ``InvalidRequest`` naming it.
-
-        ``defaults`` are the operator's, for fields the client leaves out.
+        logprobs_field: str,
+        prompt_logprobs: int | None,
+    ) -> dict[str, Any]:
+        """The fields of ``GenerateRequest`` that both routes fill alike. Raises ``InvalidRequest`` for bad values and
+        those above the operator's limits.
         """
+        check_at_most(
+            ("n", self.n, limits.max_n),
+            ("best_of", self.best_of, max(limits.max_best_of, limits.max_n)),
+            (logprobs_field, logprobs, limits.max_logprobs),
+            ("prompt_logprobs", prompt_logprobs, limits.max_logprobs),
+        )
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_k": 0 if self.top_k == -1 else self.top_k,
@@ -168,20 +161,48 @@ class OpenAIBody(Body):
             "n": self.n,
             "skip_special_tokens": self.skip_special_tokens,
         }
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingParams(
-            **{**defaults, **{name: value for name, value in given.items() if value is not None}},
+        params = SamplingParams(
+            **limits.defaults | {name: value for name, value in given.items() if value is not None},
             max_tokens=max_tokens,
             best_of=self.best_of,
-            stop=tuple(stops),
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos or self.ignore_eos_token),
             include_stop=bool(self.include_stop_str_in_output or self.no_stop_trim),
-            seed=self.seed64(),
-            logit_bias=biases(self.logit_bias, vocab_size),
+            seed=self._seed(),
+            logit_bias=biases(self.logit_bias, limits.vocab_size),
             logprobs=logprobs,
-            prompt_logprobs=self.prompt_logprobs if prompt_logprobs is None else prompt_logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
+        return {
+            "params": params,
+            "add_special_tokens": self.add_special_tokens,
+            "truncate": self._truncation(params.max_tokens, limits),
+            "return_prompt_tokens": bool(self.return_token_ids),
+            "queue_timeout_s": limits.queue_timeout_s,
+            "deadline_s": limits.request_timeout_s,
+        }
+
+    def _seed(self) -> int | None:
+        """The seed as 64 unsigned bits: a negative int64 is read as its two's complement."""
+        if self.seed is None:
+            return None
+        if not MIN_INT64 <= self.seed <= MAX_SEED:
+            raise InvalidRequest(f"seed is {self.seed}, which does not fit in 64 bits.", param="seed")
+        return self.seed & MAX_SEED
+
+    def _truncation(self, max_tokens: int | None, limits: RequestLimits) -> int | None:
+        """The last n prompt tokens are kept; vLLM's -1 is as many as fit."""
+        n = self.truncate_prompt_tokens
+        if n == -1:
+            return max(1, limits.max_model_len - max(1, max_tokens or 1))
+        if n is not None and not 1 <= n < limits.max_model_len:
+            raise InvalidRequest(
+                f"truncate_prompt_tokens is {n}; it must be at least 1, or -1. A prompt has at most "
+                f"{limits.max_model_len - 1} tokens on this server.",
+                param="truncate_prompt_tokens",
+            )
+        return n
 
 
 class CompletionBody(OpenAIBody):
@@ -203,6 +224,22 @@ class CompletionBody(OpenAIBody):
             if one == []:
                 raise InvalidRequest(f"prompt[{i}] is an empty list of token ids.", param="prompt")
         return list(self.prompt)
+
+    @property
+    def characters(self) -> int:
+        return sum(len(one) for one in self.prompts() if isinstance(one, str))
+
+    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+        self.check()
+        shared = self.common(
+            limits,
+            max_tokens=16 if self.max_tokens is None else self.max_tokens,
+            logprobs=self.logprobs,
+            logprobs_field="logprobs",
+            # ``check`` has compared the two
+            prompt_logprobs=self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs,
+        )
+        return [GenerateRequest(prompt=prompt, echo=bool(self.echo), **shared) for prompt in self.prompts()]
 
     def check(self) -> None:
         super().check()
@@ -276,8 +313,28 @@ class ChatBody(OpenAIBody):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidRequest(f"{name} is {value}; it must be at least 1.", param=name)
 
-    def token_limit(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+        self.check()
+        shared = self.common(
+            limits,
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            logprobs_field="top_logprobs",
+            prompt_logprobs=self.prompt_logprobs,
+        )
+        kwargs = dict(self.chat_template_kwargs or {})
+        if self.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
+        last = bool(self.continue_final_message)
+        made = GenerateRequest(
+            messages=[message.for_template() for message in self.messages],
+            template_kwargs=kwargs,
+            documents=self.documents,
+            continue_final_message=last,
+            add_generation_prompt=not last if self.add_generation_prompt is None else self.add_generation_prompt,
+            **shared,
+        )
+        return [made]
 
 
 CompletionBody.route_fields = RouteFields("/v1/completions", "model", {"": frozenset(CompletionBody.model_fields)})

@@ -2,64 +2,47 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.errors import TruffulaError
-from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.headers import reply_headers
 from truffula.server.openai_bodies import CompletionBody
 from truffula.server.openai_parts import (
     CompletionLogprobs,
-    UsageCount,
-    asked_model,
+    OpenAIWriter,
     head,
     prompt_ids,
     prompt_logprobs,
     shown,
+    stop_reason,
     usage_of,
 )
-from truffula.server.openai_requests import addressed
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
-from truffula.server.sse import DONE, frame
-from truffula.server.state import ServerState, record_of, state_of
-from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta, TokenPiece
+from truffula.types import Completion, CompletionChoice, TextDelta, TokenPiece
 
 
 async def completions(request: Request) -> Response:
     """Continues a prompt, or several: text or token ids."""
-    state = state_of(request)
-    record_of(request).generates = True
-    return await complete(request, await read_requests(request, "completion"), state)
+    return await complete(request, await read_requests(request, "completion"))
 
 
-async def complete(request: Request, read: Read, state: ServerState) -> Response:
-    started = time.monotonic()
+async def complete(request: Request, read: Read) -> Response:
     body = read.body
     assert isinstance(body, CompletionBody)
-    requests = await addressed(request, body, read.requests, state)
-    top = head("text_completion", "cmpl", asked_model(body, state), state)
+    top = head("text_completion", "cmpl", body, request)
     if body.stream:
-        return await stream(request, requests, CompletionWriter(request, body, top))
+        return await stream(request, read.requests, CompletionWriter(request, body, top))
 
     def reply(found: list[Completion]) -> Response:
         choices = [encoded(_choice(body, i, one, choice)) for i, one in enumerate(found) for choice in one.choices]
-        headers = reply_headers(
-            read.characters,
-            requests[0].adapter,
-            record_of(request),
-            state,
-            total_s=time.monotonic() - started,
-            completion_tokens=sum(one.completion_tokens for one in found),
-        )
+        headers = reply_headers(request, read, sum(one.completion_tokens for one in found))
         return json_reply({**top, "choices": choices, "usage": usage_of(found)}, headers=headers)
 
-    return await whole(request, requests, reply)
+    return await whole(request, read.requests, reply)
 
 
 def _choice(body: CompletionBody, prompt: int, found: Completion, choice: CompletionChoice) -> dict[str, Any]:
@@ -73,7 +56,7 @@ def _choice(body: CompletionBody, prompt: int, found: Completion, choice: Comple
         "text": (given.text if given else "") + choice.text,
         "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
-        "stop_reason": None if choice.eos else choice.stop_reason,
+        "stop_reason": stop_reason(choice),
     }
     if body.prompt_logprobs is not None:
         out["prompt_logprobs"] = prompt_logprobs(found.prompt)
@@ -83,24 +66,17 @@ def _choice(body: CompletionBody, prompt: int, found: Completion, choice: Comple
     return out
 
 
-class CompletionWriter:
+class CompletionWriter(OpenAIWriter):
     """Chunks of a streamed completion; choices interleave and are identified by their index."""
 
     def __init__(self, request: Request, body: CompletionBody, top: dict[str, Any]) -> None:
+        super().__init__(request, body, top)
         self._body = body
-        self._top = top
-        self._usage = UsageCount(record_of(request))
         self._logprobs: dict[tuple[int, int], CompletionLogprobs] = {}
-        self._continuous = bool(
-            body.include_usage and body.stream_options and body.stream_options.continuous_usage_stats
-        )
-
-    def begin(self) -> bytes:
-        return b""
 
     def delta(self, prompt: int, delta: TextDelta) -> bytes:
         body = self._body
-        self._usage.note(prompt, delta)
+        self.count(prompt, delta)
         given = delta.prompt if body.echo else None
         text = (given.text if given else "") + delta.text
         pieces = [*(given.tokens if given else ()), *shown(delta.tokens)]
@@ -113,10 +89,12 @@ class CompletionWriter:
             "finish_reason": delta.finish_reason,
         }
         if delta.finish_reason is not None:
-            choice["stop_reason"] = None if delta.eos else delta.stop_reason
+            choice["stop_reason"] = stop_reason(delta)
         if body.return_token_ids:
-            self._add_ids(choice, delta.prompt, delta)
-        return self._chunk([choice])
+            choice["token_ids"] = [piece.id for piece in delta.tokens]
+            if delta.prompt is not None:
+                choice["prompt_token_ids"] = prompt_ids(delta.prompt)
+        return self.chunk(choice)
 
     def _logprobs_of(self, prompt: int, choice: int, pieces: list[TokenPiece]) -> dict[str, Any] | None:
         if self._body.logprobs is None:
@@ -125,23 +103,3 @@ class CompletionWriter:
         if found is None:
             found = self._logprobs[prompt, choice] = CompletionLogprobs(bool(self._body.return_tokens_as_token_ids))
         return found.of(pieces)
-
-    @staticmethod
-    def _add_ids(choice: dict[str, Any], prompt: PromptPart | None, delta: TextDelta) -> None:
-        choice["token_ids"] = [piece.id for piece in delta.tokens]
-        if prompt is not None:
-            choice["prompt_token_ids"] = prompt_ids(prompt)
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> bytes:
-        chunk = {**self._top, "choices": choices}
-        if self._body.include_usage:
-            chunk["usage"] = self._usage.value() if self._continuous else None
-        return frame(chunk)
-
-    def fail(self, error: TruffulaError) -> bytes:
-        return frame(error_body(error, "openai")) + DONE
-
-    def end(self) -> bytes:
-        if not self._body.include_usage:
-            return DONE
-        return frame({**self._top, "choices": [], "usage": self._usage.value()}) + DONE

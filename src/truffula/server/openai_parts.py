@@ -1,4 +1,4 @@
-"""Pieces of OpenAI's answers that both routes share: heads, usage, logprobs of either form."""
+"""Pieces of OpenAI's answers that both routes share: heads, usage, streams, logprobs of either form."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from starlette.requests import Request
+
 from truffula import __version__
-from truffula.metrics import RequestRecord
+from truffula.errors import TruffulaError
+from truffula.server.errors import error_body
 from truffula.server.openai_bodies import OpenAIBody
-from truffula.server.state import ServerState
-from truffula.text.detokenizer import is_utf8
-from truffula.types import Completion, PromptPart, TextDelta, TokenPiece, TopToken
+from truffula.server.sse import DONE, frame
+from truffula.server.state import record_of, state_of
+from truffula.text.pieces import is_utf8
+from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta, TokenPiece, TopToken
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity, and clients reject null here
 
 
-def head(kind: str, prefix: str, model: str, state: ServerState) -> dict[str, Any]:
-    """What all chunks of one answer share."""
+def head(kind: str, prefix: str, body: OpenAIBody, request: Request) -> dict[str, Any]:
+    """What all chunks of one answer share. ``model`` is the name asked for, the base's where none was."""
+    state = state_of(request)
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,
         "created": int(time.time()),
-        "model": model,
+        "model": body.model or state.model_id,
         "system_fingerprint": f"truffula-{__version__}-{state.service.info.dtype}",
     }
-
-
-def asked_model(body: OpenAIBody, state: ServerState) -> str:
-    """The name in the answer: the one asked for, the base's where none was."""
-    return body.model or state.model_id
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
@@ -51,15 +51,41 @@ def usage_of(completions: Sequence[Completion]) -> dict[str, Any]:
     )
 
 
-class UsageCount:
-    """Usage while a stream runs. ``record`` knows the prompt tokens from the start."""
+def stop_reason(ended: CompletionChoice | TextDelta) -> int | str | None:
+    """vLLM's extra: the stop id or string that ended a choice, null for the model's own end token."""
+    return None if ended.eos else ended.stop_reason
 
-    def __init__(self, record: RequestRecord) -> None:
-        self._record = record
+
+class OpenAIWriter:
+    """What the streams of both routes share: each chunk's head, the usage, the end."""
+
+    def __init__(self, request: Request, body: OpenAIBody, top: dict[str, Any]) -> None:
+        self._top = top
+        self._include_usage = body.include_usage
+        self._continuous_usage = body.continuous_usage
+        self._record = record_of(request)  # it has the prompt tokens from the start
         self._cached: dict[int, int] = {}
         self._completion: dict[tuple[int, int], int] = {}
 
-    def note(self, prompt: int, delta: TextDelta) -> None:
+    def begin(self) -> bytes:
+        return b""
+
+    def fail(self, error: TruffulaError) -> bytes:
+        return frame(error_body(error, "openai")) + DONE
+
+    def end(self) -> bytes:
+        if not self._include_usage:
+            return DONE
+        return frame({**self._top, "choices": [], "usage": self._usage()}) + DONE
+
+    def chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
+        chunk = {**self._top, "choices": [choice], **more}
+        if self._include_usage:
+            chunk["usage"] = self._usage() if self._continuous_usage else None
+        return frame(chunk)
+
+    def count(self, prompt: int, delta: TextDelta) -> None:
+        """Add ``delta`` to the usage."""
         key = (prompt, delta.choice)
         if delta.totals is None:
             self._completion[key] = self._completion.get(key, 0) + len(delta.tokens)
@@ -67,7 +93,7 @@ class UsageCount:
         self._completion[key] = delta.totals.completion_tokens
         self._cached[prompt] = delta.totals.cached_tokens
 
-    def value(self) -> dict[str, Any]:
+    def _usage(self) -> dict[str, Any]:
         return usage(self._record.prompt_tokens, sum(self._completion.values()), sum(self._cached.values()))
 
 

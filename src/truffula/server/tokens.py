@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -17,7 +16,7 @@ from starlette.responses import Response
 
 from truffula.errors import InvalidRequest, PromptTooLong
 from truffula.server.auth import client_of
-from truffula.server.body import Body, decode_object, note_ignored, raw_body, validate
+from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
 from truffula.server.openai_bodies import ChatMessage
@@ -46,14 +45,6 @@ class Texts:
         return need_tokenizer(self.tokenizer, self.info)
 
 
-class Job(NamedTuple):
-    """A body for a text worker."""
-
-    kind: Kind
-    raw: bytes
-    limits: RequestLimits
-
-
 class _Head(msgspec.Struct, frozen=True, array_like=True):
     """Of a body: its keys without effect, and the model that it names."""
 
@@ -80,34 +71,35 @@ async def _answer(request: Request, kind: Kind) -> Response:
     state = state_of(request)
     raw = await raw_body(request)
     core, texts = state.service.texts.core, state.service.texts
+    value: dict[str, Any] = {}
     large = len(raw) > HEAVY_CHARS
     if not large:
         value = decode_object(raw)
         chat = isinstance(value.get("messages"), list)
         large = chat and not core.is_plain(GenerateRequest(messages=value["messages"]))
-    if large and texts.has_workers:
-        packed, *parts = await texts.in_worker(reply_job, Job(kind, raw, state.limits), client_of(request))
+    if large:
+        packed, *parts = await texts.in_worker(JOB, BodyJob(kind, raw, state.limits), client_of(request))
         head = msgspec.msgpack.decode(packed, type=_Head)
     else:
         model = Texts(core.tokenizer, core.templates, core.info)
-        head, reply = await texts.in_thread(len(raw), partial(_reply, kind, raw, state.limits, model))
+        head, reply = await texts.in_thread(len(raw), lambda: _reply(kind, value, state.limits, model))
         parts = [reply]
     await state.named_model(head.model)
     note_ignored(request, head.unknown)
     return Reply(parts)
 
 
-def reply_job(worker: Worker, job: Job) -> Iterator[bytes]:
+def reply_job(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a body, then the reply in pieces."""
-    texts = Texts(worker.tokenizer, worker.templates, worker.setup.info)
-    head, reply = _reply(job.kind, job.raw, job.limits, texts)
+    tokenizer, templates = texts_of_worker(worker)
+    head, reply = _reply(job.kind, decode_object(job.raw), job.limits, Texts(tokenizer, templates, worker.setup.info))
     yield msgspec.msgpack.encode(head)
     yield from split(reply)
 
 
-def _reply(kind: Kind, raw: bytes, limits: RequestLimits, texts: Texts) -> tuple[_Head, bytes]:
+def _reply(kind: str, value: dict[str, Any], limits: RequestLimits, texts: Texts) -> tuple[_Head, bytes]:
     model, make = _ROUTES[kind]
-    body: Any = validate(model, decode_object(raw), limits)
+    body: Any = validate(model, value, limits)
     return _Head(body.unknown(), body.model), msgspec.json.encode(make(body, texts, limits))
 
 
