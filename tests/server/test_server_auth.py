@@ -214,9 +214,9 @@ def test_administration_for_everybody_is_refused(host):
 
 
 def test_what_is_open_and_what_a_header_holds():
-    assert is_open("GET", "/") and not is_open("POST", "/")
-    assert is_open("GET", "/docs") and not is_open("GET", "/docs/x")
-    assert is_open("GET", "/health") and not is_open("GET", "/healthz")
+    assert is_open("GET", "/", False) and not is_open("POST", "/", False)
+    assert is_open("GET", "/docs", False) and not is_open("GET", "/docs/x", False)
+    assert is_open("GET", "/health", False) and not is_open("GET", "/healthz", False)
     assert bearer("Bearer a b ") == "a b"
     assert bearer("Token a") is None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,18 +11,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from truffula.config import ServerConfig, is_loopback
+from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server import admin, lorax, openai_chat, openai_completions, openai_models, pages, probes, tokens
 from truffula.server.auth import KeyCheck, WebRules
-from truffula.server.errors import MethodNotAllowed, dialect_of, render
+from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
-from truffula.server.middleware import BodyLimits, HttpRules, RequestScope
+from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
-from truffula.server.state import ServerState, record_of
+from truffula.server.state import ServerState
 from truffula.server.unserved import unserved
 from truffula.service import AsyncService
 
@@ -73,18 +72,10 @@ def create_app(
     *,
     defaults: Mapping[str, Any] | None = None,
 ) -> Starlette:
-    """The application. Its lifespan starts ``service`` on the running loop and closes it at the end.
+    """The application. ``service`` must be started before requests arrive.
 
     ``defaults`` are sampling fields for requests on the OpenAI side that leave them out.
     """
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        await service.start()
-        try:
-            yield
-        finally:
-            await service.close()
 
     rows = _ROUTES + (_ADMIN_ROUTES if config.adapter_admin else ())
     document, reference = pages.reference(rows, keyed=bool(config.api_keys))
@@ -95,8 +86,7 @@ def create_app(
             Route("/api-doc/openapi.json", document),
             Route("/docs", reference),
         ],
-        lifespan=lifespan,
-        exception_handlers={TruffulaError: _truffula_error, HTTPException: _http_error},
+        exception_handlers={TruffulaError: _error, HTTPException: _error},
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
@@ -104,47 +94,24 @@ def create_app(
     app.add_middleware(BodyLimits, config=config)
     if config.api_keys:
         app.add_middleware(KeyCheck, keys=config.api_keys, protect_metrics=config.protect_metrics)
-    app.add_middleware(
-        WebRules,
-        origins=config.cors_origins,
-        closed=["/metrics", "/v1/adapters", *(row.path for row in _ADMIN_ROUTES)],
-        keyed=bool(config.api_keys),
-        hosts=_hosts(config),
-    )
+    closed = ["/metrics", "/v1/adapters", *(row.path for row in _ADMIN_ROUTES)]
+    app.add_middleware(WebRules, config=config, closed=closed)
     app.add_middleware(HttpRules)
     app.add_middleware(RequestScope, metrics=metrics)
     return app
 
 
-def _hosts(config: ServerConfig) -> list[str] | None:
-    """Host names that requests may use besides addresses, where only this machine reaches a server without keys."""
-    if config.api_keys or "*" in config.allowed_hosts or not is_loopback(config.host):
-        return None
-    return [config.host.lower(), *(name.lower() for name in config.allowed_hosts)]
-
-
-async def _truffula_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, TruffulaError)
-    return _reply(request, error)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """The router's own answers: no route has this path, or none takes this method there."""
-    assert isinstance(error, HTTPException)
+async def _error(request: Request, error: Exception) -> Response:
+    """The answer with an error of a handler, or of the router: no route has this path, or none takes this method."""
+    if isinstance(error, TruffulaError):
+        return rejection(request.scope, error)
     routes = [route for route in request.app.routes if isinstance(route, Route)]
     path = request.url.path
-    if error.status_code == 405:
-        methods = {m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()}
-        allowed = ", ".join(sorted(methods))
-        reply = _reply(
-            request, MethodNotAllowed(f"{request.method[:16]} is not allowed on {path[:200]}; use {allowed}.")
-        )
-        reply.headers["allow"] = allowed
-        return reply
-    return _reply(request, unserved(path, {route.path for route in routes}))
-
-
-def _reply(request: Request, error: TruffulaError) -> Response:
-    record_of(request).error_code = error.code
-    status, headers, body = render(error, dialect_of(request.url.path))
-    return Response(body, status, headers=headers)
+    if not isinstance(error, HTTPException) or error.status_code != 405:
+        return rejection(request.scope, unserved(path, {route.path for route in routes}))
+    methods = {m for route in routes if route.matches(request.scope)[0] != Match.NONE for m in route.methods or ()}
+    allowed = ", ".join(sorted(methods))
+    text = f"{request.method[:16]} is not allowed on {path[:200]}; use {allowed}."
+    reply = rejection(request.scope, MethodNotAllowed(text))
+    reply.headers["allow"] = allowed
+    return reply

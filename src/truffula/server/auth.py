@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import re
 from collections.abc import Collection, Sequence
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from truffula.config import ServerConfig, is_loopback
 from truffula.server.errors import Forbidden, Unauthorized
-from truffula.server.middleware import reject
+from truffula.server.middleware import rejection
 
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
 OPEN_PATHS = frozenset(
@@ -25,7 +25,7 @@ OPEN_PATHS = frozenset(
 EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
-def is_open(method: str, path: str, protect_metrics: bool = False) -> bool:
+def is_open(method: str, path: str, protect_metrics: bool) -> bool:
     """Whether a request needs no key. ``/`` answers probes and browsers by GET and generates by POST."""
     if path in OPEN_PATHS:
         return not (protect_metrics and path == "/metrics")
@@ -61,7 +61,7 @@ def client_of(request: Request) -> str:
 class KeyCheck:
     """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], protect_metrics: bool = False) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], protect_metrics: bool) -> None:
         self.app = app
         self._protect_metrics = protect_metrics
         self._keys = tuple(key.encode() for key in keys)
@@ -78,7 +78,7 @@ class KeyCheck:
             return
         what = "The API key is invalid" if given else "An API key is required"
         error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>'.")
-        await reject(scope, send, error)
+        await rejection(scope, error)(scope, receive, send)
 
     def _known(self, given: str) -> bool:
         sent = given.encode("latin-1")  # the bytes of the header, whatever they spell
@@ -88,58 +88,56 @@ class KeyCheck:
 class WebRules:
     """Which web pages may call the server, and by which host names it may be called. Probes are always answered.
 
-    With API keys a page needs the key, so that pages of the ``origins`` may call ("*": any). Without keys any page in a
-    browser on this machine could generate, so a request with an ``Origin`` is refused unless that is one of
-    ``origins``, of this machine, or the server's own. ``closed`` paths have no CORS, and without keys no page may call
-    them at all.
+    With API keys a page needs the key, so that pages of ``cors_origins`` may call ("*": any). Without keys any page in
+    a browser on this machine could generate, so a request with an ``Origin`` is refused unless that is one of
+    ``cors_origins``, of this machine, or the server's own. ``closed`` paths have no CORS, and without keys no page may
+    call them at all.
 
-    Args:
-        hosts: Names that a Host header may have besides addresses and ``localhost``; None: any. A page whose name was
-            made to point at this machine (DNS rebinding) has another, and the browser counts it as the same origin.
+    Where only this machine reaches a server without keys, its Host header must be an address, ``localhost``, or one of
+    ``allowed_hosts``: a page whose name was made to point at this machine (DNS rebinding) has another, and the browser
+    counts it as the same origin.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        origins: Sequence[str],
-        closed: Collection[str],
-        keyed: bool,
-        hosts: Collection[str] | None,
-    ) -> None:
+    def __init__(self, app: ASGIApp, config: ServerConfig, closed: Collection[str]) -> None:
         self.app = app
         self._closed = frozenset(closed)
-        self._keyed = keyed
-        self._hosts = hosts
-        auto = "auto" in origins
-        self._origins = frozenset(origins) - {"none", "auto"} | ({"*"} if auto and keyed else set())
-        self._local = auto and not keyed
-        if self._origins or self._local:
-            app = CORSMiddleware(
+        self._keyed = bool(config.api_keys)
+        self._hosts: frozenset[str] | None = None  # any
+        if not self._keyed and "*" not in config.allowed_hosts and is_loopback(config.host):
+            self._hosts = frozenset(name.lower() for name in (config.host, *config.allowed_hosts))
+        origins = set(config.cors_origins) - {"none", "auto"}
+        local = None
+        if "auto" in config.cors_origins:
+            origins, local = (origins | {"*"}, None) if self._keyed else (origins, _LOCAL_ORIGIN)
+        self._cors: CORSMiddleware | None = None
+        if origins or local:
+            self._cors = CORSMiddleware(
                 app,
-                allow_origins=sorted(self._origins),
-                allow_origin_regex=_LOCAL_ORIGIN if self._local else None,
+                allow_origins=sorted(origins),
+                allow_origin_regex=local,
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=EXPOSED_HEADERS,
             )
-        self._cors = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._cors(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"] if name in (b"origin", b"host")}
-        origin, host = headers.get(b"origin"), headers.get(b"host", "")
         closed = scope["path"] in self._closed
-        probed = scope["path"] in OPEN_PATHS and not closed
-        error = None if probed else self._violation(origin, host, closed)
-        if error is None:
-            await (self.app if closed else self._cors)(scope, receive, send)
+        error = None
+        if closed or scope["path"] not in OPEN_PATHS:
+            error = self._violation(headers.get(b"origin"), headers.get(b"host", ""), closed)
+        if error is not None:
+            await rejection(scope, error)(scope, receive, send)
+        elif closed or self._cors is None:
+            await self.app(scope, receive, send)
         else:
-            await reject(scope, send, error)
+            await self._cors(scope, receive, send)
 
     def _violation(self, origin: str | None, host: str, closed: bool) -> Forbidden | None:
-        if self._hosts is not None and not self._is_own_host(host):
+        if self._hosts is not None and not _is_own_host(host, self._hosts):
             return Forbidden(
                 f"The host name {host[:80]!r} is not one of this server's. Use an address or localhost, or start the "
                 "server with --allowed-host NAME or --api-key.",
@@ -149,10 +147,7 @@ class WebRules:
             return None
         if closed:
             return Forbidden("Web pages cannot administer a server that has no API keys.")
-        own = origin.partition("://")[2] == host
-        if own or "*" in self._origins or origin in self._origins:
-            return None
-        if self._local and re.fullmatch(_LOCAL_ORIGIN, origin):
+        if origin.partition("://")[2] == host or (self._cors is not None and self._cors.is_allowed_origin(origin)):
             return None
         return Forbidden(
             f"Web pages of {origin[:80]!r} may not call this server, which has no API keys. Start it with "
@@ -160,17 +155,17 @@ class WebRules:
             param="origin",
         )
 
-    def _is_own_host(self, host: str) -> bool:
-        name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        name = name.lower().rstrip(".")
-        assert self._hosts is not None
-        if not name or name == "localhost" or name.endswith(".localhost") or name in self._hosts:
-            return True
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
+
+def _is_own_host(host: str, names: Collection[str]) -> bool:
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    name = name.lower().rstrip(".")
+    if not name or name == "localhost" or name.endswith(".localhost") or name in names:
         return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 _LOCAL_ORIGIN = r"https?://(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?"

@@ -8,7 +8,7 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -60,6 +60,10 @@ class Body(BaseModel):
     route_fields: ClassVar[RouteFields | None] = None
     refuses_foreign: ClassVar[bool] = False
     without_effect: ClassVar[tuple[str, ...]] = ()
+
+    def given(self, names: Iterable[str]) -> dict[str, Any]:
+        """Those of the fields ``names`` that are not null."""
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def unknown(self) -> list[str]:
         """Keys that were given and have no effect, this object's and those of the objects in it (``a.b``)."""
@@ -140,7 +144,7 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise MalformedBody(f"The body is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
-        raise MalformedBody(f"The body must be a JSON object, not {_kind(value)}.")
+        raise MalformedBody("The body must be a JSON object.")
     return value
 
 
@@ -219,13 +223,3 @@ def safe_header(text: str, limit: int = 256) -> str:
     """``text`` as a header value, printable ASCII and bounded, since clients choose it."""
     short = text if len(text) <= limit else f"{text[: limit - 3]}..."
     return "".join(c if " " <= c <= "~" else "?" for c in short).strip()
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    if isinstance(value, int | float):
-        return "a number"
-    return "a string" if isinstance(value, str) else "a list"

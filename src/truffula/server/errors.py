@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
+from starlette.responses import Response
 
 from truffula.errors import InvalidRequest, TruffulaError
 
@@ -141,16 +142,13 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "no_tokenizer": ErrorRow(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
         "unhealthy": ErrorRow(503, "healthcheck", "", 503, _SERVER, "unhealthy"),
         # These end a start; a client sees one only when the server has a bug.
-        "internal_error": _INTERNAL,
-        "config_invalid": _INTERNAL,
-        "process_failed": _INTERNAL,
-        "model_unsupported": _INTERNAL,
-        "checkpoint_invalid": _INTERNAL,
-        "checkpoint_tying": _INTERNAL,
-        "missing_dependency": _INTERNAL,
-        "kernel_error": _INTERNAL,
-        "device_lost": _INTERNAL,
-        "wire_error": _INTERNAL,
+        **dict.fromkeys(
+            (
+                *("internal_error", "config_invalid", "process_failed", "missing_dependency", "model_unsupported"),
+                *("checkpoint_invalid", "checkpoint_tying", "kernel_error", "device_lost", "wire_error"),
+            ),
+            _INTERNAL,
+        ),
     }
 )
 
@@ -218,10 +216,11 @@ def error_headers(error: TruffulaError, dialect: Dialect) -> dict[str, str]:
     return {}
 
 
-def render(error: TruffulaError, dialect: Dialect) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and body bytes of ``error``."""
-    headers = {"content-type": "application/json", **error_headers(error, dialect)}
-    return status_of(error, dialect), headers, msgspec.json.encode(error_body(error, dialect))
+def render(error: TruffulaError, path: str) -> Response:
+    """The answer with ``error``, in the dialect of ``path``."""
+    dialect = dialect_of(path)
+    body = msgspec.json.encode(error_body(error, dialect))
+    return Response(body, status_of(error, dialect), error_headers(error, dialect), "application/json")
 
 
 def from_validation(error: ValidationError, *, inside: str = "") -> InvalidRequest:

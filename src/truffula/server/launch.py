@@ -76,15 +76,12 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         made.close()
         where = f"{config.host}:{config.port}"
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {config.port} of {config.host} is in use; choose another with --port.", param="port"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise ConfigError(
-                f"Listening on {where} is not permitted; choose a port above 1023.", param="port"
-            ) from error
-        raise ConfigError(f"Cannot listen on {where}: {error.strerror or error}.", param="host") from error
+        texts = {
+            errno.EADDRINUSE: ("port", f"Port {config.port} of {config.host} is in use; choose another with --port."),
+            errno.EACCES: ("port", f"Listening on {where} is not permitted; choose a port above 1023."),
+        }
+        param, text = texts.get(error.errno or 0, ("host", f"Cannot listen on {where}: {error.strerror or error}."))
+        raise ConfigError(text, param=param) from error
     return made
 
 

@@ -7,10 +7,8 @@ from typing import Any
 
 import msgspec
 
-from truffula.config import ServerConfig
 from truffula.errors import InvalidRequest, PromptTooLong
 from truffula.service.prompts import MAX_TRUNCATED_CHARS
-from truffula.types import EngineInfo
 
 MAX_KEYS = 1024
 """Keys of one object of a body."""
@@ -39,25 +37,6 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     request_timeout_s: float | None
     defaults: dict[str, Any]
     base_words: tuple[str, ...]
-
-    @staticmethod
-    def of(
-        config: ServerConfig, info: EngineInfo, defaults: Mapping[str, Any], base_words: tuple[str, ...]
-    ) -> RequestLimits:
-        """Those of a server."""
-        return RequestLimits(
-            max_n=config.max_n,
-            max_best_of=config.max_best_of,
-            max_prompts=config.max_prompts,
-            max_stop_sequences=config.max_stop_sequences,
-            max_logprobs=config.max_logprobs,
-            max_model_len=info.max_model_len,
-            vocab_size=info.vocab_size,
-            queue_timeout_s=config.queue_timeout_s,
-            request_timeout_s=config.request_timeout_s,
-            defaults=dict(defaults),
-            base_words=base_words,
-        )
 
     def check_lengths(self, body: Mapping[str, Any]) -> None:
         """Raise ``InvalidRequest`` for what is too long in a decoded body, whatever it holds."""

@@ -14,7 +14,7 @@ from truffula.params import MAX_SEED, SamplingParams
 from truffula.server.body import Address, Body, GeneratingBody, Ids, Objects, Strings
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
-from truffula.server.openai_bodies import Biases, biases
+from truffula.server.openai_bodies import SAME_NAME, Biases, biases
 from truffula.types import GenerateRequest
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -63,10 +63,6 @@ class Parameters(Body):
         if value is not None and "" in value:
             raise ValueError("an empty string would match immediately")
         return value
-
-    def given(self) -> list[str]:
-        """All that asks for something, for a route where nothing of it has an effect."""
-        return [name for name, value in self.model_dump().items() if value not in (None, False, [])]
 
     @property
     def wants_details(self) -> bool:
@@ -117,16 +113,9 @@ class Parameters(Body):
         best_of = self.best_of or 1
         logprobs = self.alternatives if with_logprobs or self.alternatives else None
         return SamplingParams(
+            **self.given(SAME_NAME),
             max_tokens=self.max_new_tokens,
-            min_tokens=self.min_tokens or 0,
             temperature=(1.0 if self.temperature is None else self.temperature) if sampling else 0.0,
-            top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            typical_p=1.0 if self.typical_p is None else self.typical_p,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
             seed=self.seed if sampling else None,
             stop=tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -203,8 +192,9 @@ class TokenizeBody(Body):
 
     def unknown(self) -> list[str]:
         """Tokens do not depend on how to generate, so all of ``parameters`` is without effect."""
-        inner = self.parameters.given() if self.parameters is not None else []
-        return [*(self.model_extra or ()), *(f"parameters.{name}" for name in inner)]
+        inner = {} if self.parameters is None else self.parameters.model_dump()
+        asked = [f"parameters.{name}" for name, value in inner.items() if value not in (None, False, [])]
+        return [*(self.model_extra or ()), *asked]
 
 
 class DetokenizeBody(Body):

@@ -11,15 +11,15 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Mapping
 from dataclasses import asdict
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
-from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of, render
+from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, render
 from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
@@ -30,19 +30,13 @@ QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
 CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; only in logs and metrics
 
 
-async def send_reply(send: Send, status: int, headers: Mapping[str, str], body: bytes) -> None:
-    """A whole answer from outside the routes."""
-    pairs = [(k.encode(), v.encode("latin-1")) for k, v in headers.items()]
-    pairs.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": pairs})
-    await send({"type": "http.response.body", "body": body})
-
-
-async def reject(scope: Scope, send: Send, error: TruffulaError, **headers: str) -> None:
-    """``error`` as the whole answer, in the dialect of the path. The log line and the metrics have its code."""
+def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
+    """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
-    status, made, body = render(error, dialect_of(scope["path"]))
-    await send_reply(send, status, made | headers, body)
+    response = render(error, scope["path"])
+    if close:
+        response.headers["connection"] = "close"
+    return response
 
 
 def request_id(given: str | None) -> str:
@@ -86,7 +80,7 @@ class RequestScope:
             record.error_code = "internal_error"
             if not record.status:
                 error = TruffulaError(f"Internal server error (request {record.request_id}); see the server's log.")
-                await send_reply(with_id, *render(error, dialect_of(record.path)))
+                await render(error, record.path)(scope, receive, with_id)
         finally:
             self._ended(record, scope, time.monotonic() - started)
 
@@ -150,7 +144,7 @@ class HttpRules:
         if error is None:
             await self.app(scope, receive, send)
         else:
-            await reject(scope, send, error, connection="close")
+            await rejection(scope, error, close=True)(scope, receive, send)
 
 
 class BodyLimits:
@@ -177,7 +171,7 @@ class BodyLimits:
             return
         if self._open >= self._config.max_open_requests:
             text = f"{self._open} requests are open, which is this server's limit (--max-open-requests)."
-            await reject(scope, send, Overloaded(text, retry_after_s=1))
+            await rejection(scope, Overloaded(text, retry_after_s=1))(scope, receive, send)
             return
         self._open += 1
         try:
@@ -189,7 +183,7 @@ class BodyLimits:
         try:
             body = await self._read(dict(scope["headers"]).get(b"content-length", b""), receive)
         except SlowBody as error:
-            await reject(scope, send, error, connection="close")
+            await rejection(scope, error, close=True)(scope, receive, send)
             return
         except BodyTooLarge as error:
             await self._reject_large(error, scope, receive, send)
@@ -236,7 +230,7 @@ class BodyLimits:
                 message = {"type": "http.response.body", "body": b""}
             await send(message)
 
-        await reject(scope, send_and_linger, error, connection="close")
+        await rejection(scope, error, close=True)(scope, receive, send_and_linger)
 
     async def _discard(self, receive: Receive) -> None:
         left = self.linger_bytes

@@ -19,6 +19,11 @@ from truffula.types import GenerateRequest
 
 MIN_INT64 = -(2**63)
 Prompt = str | list[int]
+# Fields that ``SamplingParams`` calls by the same name, on this side and on LoRAX's.
+SAME_NAME = (
+    *("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "frequency_penalty", "presence_penalty"),
+    "min_tokens",
+)
 # Two spellings of one field, both of which are taken.
 SAME = (
     ("ignore_eos", "ignore_eos_token"),
@@ -148,21 +153,9 @@ class OpenAIBody(GeneratingBody):
             (logprobs_field, logprobs, limits.max_logprobs),
             ("prompt_logprobs", prompt_logprobs, limits.max_logprobs),
         )
-        given: dict[str, Any] = {
-            "temperature": self.temperature,
-            "top_k": 0 if self.top_k == -1 else self.top_k,
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "typical_p": self.typical_p,
-            "repetition_penalty": self.repetition_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "presence_penalty": self.presence_penalty,
-            "min_tokens": self.min_tokens,
-            "n": self.n,
-            "skip_special_tokens": self.skip_special_tokens,
-        }
+        same_name = self.given((*SAME_NAME, "temperature", "n", "skip_special_tokens"))
         params = SamplingParams(
-            **limits.defaults | {name: value for name, value in given.items() if value is not None},
+            **limits.defaults | same_name | ({"top_k": 0} if self.top_k == -1 else {}),
             max_tokens=max_tokens,
             best_of=self.best_of,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),

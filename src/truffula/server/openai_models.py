@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import ModelNotFound
+from truffula.lora.sources import BASE_WORDS
 from truffula.server.replies import json_reply
-from truffula.server.state import BASE_WORDS, ServerState, state_of
+from truffula.server.state import ServerState, state_of
 
 
 def entry(state: ServerState, name: str | None) -> dict[str, Any]:

@@ -12,11 +12,12 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from html import escape
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
+import jinja2
+from markupsafe import Markup, escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -27,13 +28,11 @@ from truffula.server.probes import health
 from truffula.server.replies import json_reply
 from truffula.server.state import state_of
 
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
-    "%3Cpath d='M8 9v7' stroke='%23754' stroke-width='2'/%3E%3Ccircle cx='8' cy='6' r='5.5' fill='%233a5'/%3E%3C/svg%3E"
-)
 TITLES: Mapping[str, str] = MappingProxyType(
     {"openai": "OpenAI", "native": "LoRAX and TGI", "probes": "State", "admin": "Administration"}
 )
+
+_BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
 
 
 def page(html: str, status: int = 200) -> Response:
@@ -55,12 +54,23 @@ def page(html: str, status: int = 200) -> Response:
     return Response(html, status, headers=headers, media_type="text/html")
 
 
+def render(name: str, **values: Any) -> str:
+    """A page of the package's folder ``pages``."""
+    return _templates().get_template(name).render(version=__version__, **values)
+
+
 @cache
-def _template(name: str) -> str:
-    """A page of the package's folder ``pages``, with icon, style and version filled in."""
-    folder = files("truffula.server") / "pages"
-    html, style = ((folder / file).read_text(encoding="utf-8") for file in (name, "style.css"))
-    return html.replace("{{icon}}", _ICON).replace("{{version}}", escape(__version__)).replace("{{style}}", style)
+def _templates() -> jinja2.Environment:
+    folder = str(files("truffula.server") / "pages")
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    made.filters |= {
+        "code": lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))),
+        "json": lambda value: json.dumps(value, ensure_ascii=False),
+        "last_part": lambda path: path.rsplit("/", 1)[-1],
+    }
+    return made
 
 
 async def root(request: Request) -> Response:
@@ -69,89 +79,23 @@ async def root(request: Request) -> Response:
         response = await health(request)
         response.headers["vary"] = "accept"
         return response
-    return page(_template("index.html"), 200 if state_of(request).service.healthy() else 503)
+    return page(render("index.html"), 200 if state_of(request).service.healthy() else 503)
 
 
 def reference(rows: Sequence[RouteSpec], *, keyed: bool) -> tuple[Handler, Handler]:
-    """The handlers of the OpenAPI document of ``rows`` and of the page that shows it, made when first asked for."""
+    """The handlers of the OpenAPI document of ``rows`` and of the page that shows it."""
 
     @cache
     def made() -> dict[str, Any]:
         return document_of(rows, keyed=keyed)
 
-    @cache
-    def shown() -> str:
-        return _reference_page(made())
+    def shown(url: str) -> str:
+        return render("reference.html", document=made(), titles=TITLES, bounds=_BOUNDS, url=url)
 
     async def answer_document(request: Request) -> Response:
         return json_reply(await run_in_threadpool(made))  # the first takes a while, in which others are answered
 
     async def answer_page(request: Request) -> Response:
-        html = await run_in_threadpool(shown)
-        return page(html.replace("{{url}}", escape(str(request.base_url).rstrip("/"))))
+        return page(await run_in_threadpool(shown, str(request.base_url).rstrip("/")))
 
     return answer_document, answer_page
-
-
-def _reference_page(document: dict[str, Any]) -> str:
-    """The API reference of ``document`` as HTML."""
-    operations: dict[str, list[str]] = {}
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            operations.setdefault(operation["tags"][0], []).append(_operation(method.upper(), path, operation))
-    parts = [f"<p>{escape(document['info']['description'])}</p>"]
-    if "security" in document:
-        parts.append("<p>Requests carry an API key: <code>Authorization: Bearer KEY</code>.</p>")
-    for tag, found in operations.items():
-        parts += [f'<h2 id="{tag}">{escape(TITLES[tag])}</h2>', *found]
-    parts.append('<h2 id="fields">Fields</h2>')
-    for name, schema in document["components"]["schemas"].items():
-        parts.append(f'<h3 id="{name}">{name}</h3>\n{_fields(schema)}')
-    links = "".join(f'<a href="#{tag}">{escape(TITLES[tag])}</a>' for tag in operations)
-    return _template("reference.html").replace("{{links}}", links).replace("{{body}}", "\n".join(parts))
-
-
-def _operation(method: str, path: str, operation: dict[str, Any]) -> str:
-    out = f"<h3>{method} {escape(path)}</h3>\n<p>{_code(operation['summary'])}</p>"
-    if (body := operation.get("requestBody")) is not None:
-        content = body["content"]["application/json"]
-        name = content["schema"]["$ref"].rsplit("/", 1)[-1]
-        out += f'\n<p class="soft">Body: <a href="#{name}">{name}</a></p>'
-        if "example" in content:
-            sent = json.dumps(content["example"], ensure_ascii=False)
-            curl = f"curl {{{{url}}}}{path} -H 'Content-Type: application/json' -d '{sent}'"
-            out += f"\n<pre>{escape(curl)}</pre>"
-    return out
-
-
-def _code(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
-
-
-def _fields(schema: dict[str, Any]) -> str:
-    required = schema.get("required", ())
-    rows = []
-    for name, field in schema.get("properties", {}).items():
-        kind = _type(field) + (", required" if name in required else "")
-        rows.append(f"<tr><td>{escape(name)}</td><td>{kind}</td><td>{escape(field.get('description', ''))}</td></tr>")
-    return "<table>" + "".join(rows) + "</table>"
-
-
-_BOUNDS = MappingProxyType(
-    {"minimum": "≥ {}", "exclusiveMinimum": "&gt; {}", "maximum": "≤ {}", "exclusiveMaximum": "&lt; {}"}
-)
-
-
-def _type(field: dict[str, Any]) -> str:
-    """A field's type in words, as HTML; null is left out, as every field may be absent."""
-    if "$ref" in field:
-        name = field["$ref"].rsplit("/", 1)[-1]
-        return f'<a href="#{name}">{name}</a>'
-    if "anyOf" in field:
-        return " or ".join(_type(one) for one in field["anyOf"] if one.get("type") != "null")
-    if "enum" in field:
-        return escape(", ".join(map(str, field["enum"])))
-    if field.get("type") == "array":
-        return f"list of {_type(field['items'])}"
-    bounds = [text.format(field[name]) for name, text in _BOUNDS.items() if name in field]
-    return " ".join([field.get("type", "string"), *bounds])

@@ -44,8 +44,7 @@ from truffula.server.connections import (
     GuardedProtocol,
     most_connections,
 )
-from truffula.server.errors import Unhealthy, dialect_of, render
-from truffula.server.middleware import send_reply
+from truffula.server.errors import Unhealthy, render
 from truffula.service import AsyncService, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
@@ -195,7 +194,7 @@ class LoadingApp:
             await self._asgi(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
-            await send_reply(send, *render(error, dialect_of(scope["path"])))
+            await render(error, scope["path"])(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
@@ -214,12 +213,15 @@ class LoadingApp:
     async def _serve(self, ended: asyncio.Event) -> None:
         try:
             self.app = await self._loaded()
-            asgi = self.app.asgi
-            async with asgi.router.lifespan_context(asgi):
-                self._asgi = asgi
+            service = self.app.service
+            await service.start()
+            try:
+                self._asgi = self.app.asgi
                 self.app.announce()
-                await self._watch(self.app.service, ended)
+                await self._watch(service, ended)
                 await ended.wait()
+            finally:
+                await service.close()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
             self.error = error
             self._on_failure()

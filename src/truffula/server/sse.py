@@ -12,8 +12,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 T = TypeVar("T")
 
-KEEP_ALIVE_S = 15.0
-SEND_TIMEOUT_S = 60.0
 KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 STREAM_HEADERS: tuple[tuple[str, str], ...] = (
@@ -91,9 +89,9 @@ class EventStream(Response):
         self,
         first: bytes,
         frames: AsyncGenerator[bytes, None],
-        headers: Mapping[str, str] | None = None,
-        keep_alive_s: float = KEEP_ALIVE_S,
-        send_timeout_s: float = SEND_TIMEOUT_S,
+        headers: Mapping[str, str] | None,
+        keep_alive_s: float,
+        send_timeout_s: float,
     ) -> None:
         self.status_code = 200
         self.background = None

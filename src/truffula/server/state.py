@@ -14,8 +14,7 @@ from starlette.requests import Request
 
 from truffula.config import ServerConfig
 from truffula.errors import AdapterNotFound, InvalidRequest
-from truffula.lora.sources import BASE_WORDS as BASE_WORDS  # routes know it from here
-from truffula.lora.sources import AdapterDirectory
+from truffula.lora.sources import BASE_WORDS, AdapterDirectory
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.limits import RequestLimits
 from truffula.service import AsyncService
@@ -45,7 +44,20 @@ class ServerState:
     @cached_property
     def limits(self) -> RequestLimits:
         """What one request may ask for."""
-        return RequestLimits.of(self.config, self.service.info, self.defaults, self.base_words)
+        config, info = self.config, self.service.info
+        return RequestLimits(
+            max_n=config.max_n,
+            max_best_of=config.max_best_of,
+            max_prompts=config.max_prompts,
+            max_stop_sequences=config.max_stop_sequences,
+            max_logprobs=config.max_logprobs,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            queue_timeout_s=config.queue_timeout_s,
+            request_timeout_s=config.request_timeout_s,
+            defaults=dict(self.defaults),
+            base_words=(*self.base_names, *BASE_WORDS),
+        )
 
     @property
     def model_id(self) -> str:
@@ -56,11 +68,6 @@ class ServerState:
     def base_names(self) -> tuple[str, ...]:
         """Every name of the base."""
         return (self.model_id, self.service.info.model)
-
-    @property
-    def base_words(self) -> tuple[str, ...]:
-        """Every word by which a client may mean the base."""
-        return (*self.base_names, *BASE_WORDS)
 
     async def adapter(self, name: str | None, source: str | None = None) -> AdapterRef | None:
         """The adapter called ``name``; None is the base. Raises ``AdapterNotFound``, never falls back to the base.
