@@ -38,11 +38,8 @@ async def list_adapters(request: Request) -> Response:
     """Every adapter that can be named now: status, rank and size as the engine has them. ``source`` and the error of a
     failed load name paths, so they are only given where clients may load by path."""
     state = state_of(request)
-    known: dict[str, AdapterState] = {}
-    for found in await state.service.adapters(AdapterCommand(action="list")):
-        before = known.get(found.name)
-        if before is None or STATUSES.index(found.status) < STATUSES.index(before.status):
-            known[found.name] = found
+    found = await state.service.adapters(AdapterCommand(action="list"))
+    known = {one.name: one for one in sorted(found, key=lambda one: -STATUSES.index(one.status))}
     names = await state.adapter_names()
     sources = await state.adapter_sources(names) if state.config.adapter_admin else None
     return json_reply({"object": "list", "data": [_row(name, known.get(name), sources) for name in names]})

@@ -80,10 +80,7 @@ class Connections:
         """``app``; while it is called for a connection, that one does not count as waiting."""
 
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
-            one = self.current.get(None)
-            if one is None:  # no request, but the lifespan
-                await app(scope, receive, send)
-                return
+            one = self.current.get()
             self._waiting.pop(one, None)
             one.stop_timer()
             try:

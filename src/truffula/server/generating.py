@@ -187,8 +187,7 @@ async def stream(
     except BaseException:
         await frames.aclose()
         raise
-    config = state_of(request).config
-    return EventStream(first, frames, headers, config.keep_alive_s, config.send_timeout_s)
+    return EventStream(first, frames, headers, state_of(request).config.keep_alive_s)
 
 
 async def _frames(request: Request, requests: Sequence[GenerateRequest], writer: Writer) -> AsyncGenerator[bytes, None]:

@@ -66,10 +66,13 @@ async def _whole(request: Request, read: Read, *, as_list: bool) -> Response:
 
     def answer(found: list[Completion]) -> Response:
         choice, *others = best_first(found[0].choices)
-        full = body.inputs if body.params.return_full_text else ""
-        reply: dict[str, Any] = {"generated_text": full + choice.text}
-        if body.params.wants_details:
-            reply["details"] = details(choice, others, found[0].prompt, body)
+        prompt, params = found[0].prompt, body.params
+        reply: dict[str, Any] = {"generated_text": body.shown_inputs + choice.text}
+        if params.wants_details:
+            reply["details"] = details(choice, prompt, params)
+            for other in others:
+                row = {"generated_text": body.shown_inputs + other.text, **details(other, prompt, params)}
+                reply["details"].setdefault("best_of_sequences", []).append(encoded(row))
         headers = reply_headers(request, read, choice.totals.completion_tokens)
         return json_reply([reply] if as_list else reply, headers=headers)
 
@@ -119,35 +122,25 @@ def prefill(prompt: PromptPart | None, params: Parameters) -> list[dict[str, Any
     ]
 
 
-def _sequence(choice: CompletionChoice, prompt: PromptPart | None, params: Parameters) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "finish_reason": finish_reason(choice.finish_reason, choice.eos),
-        "generated_tokens": choice.totals.completion_tokens,
-        "seed": choice.totals.seed,
-        "prefill": prefill(prompt, params),
-        "tokens": [token(piece, params) for piece in choice.tokens],
+def _summary(ended: CompletionChoice | TextDelta, totals: ChoiceTotals) -> dict[str, Any]:
+    """What ``details`` of a whole answer and of a stream's last event share."""
+    return {
+        "finish_reason": finish_reason(ended.finish_reason, ended.eos),
+        "prompt_tokens": totals.prompt_tokens,
+        "input_length": totals.prompt_tokens,
+        "generated_tokens": totals.completion_tokens,
+        "skipped_tokens": 0,
+        "seed": totals.seed,
     }
+
+
+def details(choice: CompletionChoice, prompt: PromptPart | None, params: Parameters) -> dict[str, Any]:
+    """``details`` of a whole answer."""
+    out = _summary(choice, choice.totals)
+    out["prefill"] = prefill(prompt, params)
+    out["tokens"] = [token(piece, params) for piece in choice.tokens]
     if params.top_n_tokens:
         out["top_tokens"] = [top_tokens(piece, params.top_n_tokens) for piece in choice.tokens]
-    return out
-
-
-def details(
-    choice: CompletionChoice,
-    others: Sequence[CompletionChoice],
-    prompt: PromptPart | None,
-    body: GenerateBody,
-) -> dict[str, Any]:
-    """``details`` of a whole answer; ``others`` are the choices ``best_of`` did not take."""
-    params = body.params
-    out = _sequence(choice, prompt, params)
-    out["prompt_tokens"] = out["input_length"] = choice.totals.prompt_tokens
-    out["skipped_tokens"] = 0
-    if others:
-        full = body.inputs if params.return_full_text else ""
-        out["best_of_sequences"] = [
-            encoded({"generated_text": full + other.text, **_sequence(other, prompt, params)}) for other in others
-        ]
     return out
 
 
@@ -192,22 +185,10 @@ class NativeWriter:
         if self._params.top_n_tokens:
             event["top_tokens"] = top_tokens(piece, self._params.top_n_tokens)
         if last is not None:
-            full = self._body.inputs if self._params.return_full_text else ""
-            event["generated_text"] = full + "".join(self._text)
+            event["generated_text"] = self._body.shown_inputs + "".join(self._text)
             if self._params.wants_details:
-                event["details"] = self._summary(last, last.totals or ChoiceTotals())
+                event["details"] = _summary(last, last.totals or ChoiceTotals())
         return frame(event)
-
-    @staticmethod
-    def _summary(last: TextDelta, totals: ChoiceTotals) -> dict[str, Any]:
-        return {
-            "finish_reason": finish_reason(last.finish_reason, last.eos),
-            "prompt_tokens": totals.prompt_tokens,
-            "input_length": totals.prompt_tokens,
-            "generated_tokens": totals.completion_tokens,
-            "skipped_tokens": 0,
-            "seed": totals.seed,
-        }
 
     def fail(self, error: TruffulaError) -> bytes:
         return frame(error_body(error, "native"))

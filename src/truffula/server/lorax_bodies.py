@@ -147,6 +147,11 @@ class GenerateBody(GeneratingBody):
     def characters(self) -> int:
         return len(self.inputs)
 
+    @property
+    def shown_inputs(self) -> str:
+        """The text in front of the answer."""
+        return self.inputs if self.params.return_full_text else ""
+
     def address(self) -> Address:
         params, use = self.params, NATIVE.adapter
         named = adapters_named(self, "", use) + adapters_named(params, "parameters.", use)

@@ -20,7 +20,7 @@ from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, render
-from truffula.server.sse import ClientGone
+from truffula.server.sse import ClientGone, within
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
@@ -47,11 +47,14 @@ def request_id(given: str | None) -> str:
 
 
 class RequestScope:
-    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
+    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts. A client
+    that takes nothing of its answer for ``send_timeout_s`` is gone.
+    """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, send_timeout_s: float) -> None:
         self.app = app
         self._metrics = metrics
+        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -61,6 +64,7 @@ class RequestScope:
         record = RequestRecord(request_id=request_id(given), method=scope["method"], path=scope["path"])
         scope.setdefault("state", {})["record"] = record
         started = time.monotonic()
+        bounded = within(send, self._send_timeout_s)
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -69,7 +73,7 @@ class RequestScope:
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
                 message["headers"] = [*message.get("headers", ()), *extra]
-            await send(message)
+            await bounded(message)
 
         try:
             await self.app(scope, receive, with_id)

@@ -22,7 +22,7 @@ from truffula.server.openai_parts import (
 )
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
-from truffula.types import Completion, CompletionChoice, TextDelta, TokenPiece
+from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta
 
 
 async def completions(request: Request) -> Response:
@@ -38,31 +38,42 @@ async def complete(request: Request, read: Read) -> Response:
         return await stream(request, read.requests, CompletionWriter(request, body, top))
 
     def reply(found: list[Completion]) -> Response:
-        choices = [encoded(_choice(body, i, one, choice)) for i, one in enumerate(found) for choice in one.choices]
+        choices = []
+        for i, one in enumerate(found):
+            for choice in one.choices:
+                as_ids = bool(body.return_tokens_as_token_ids)
+                logprobs = None if body.logprobs is None else CompletionLogprobs(as_ids)
+                made = _choice(body, i * (body.n or 1) + choice.index, choice, one.prompt, logprobs)
+                if body.prompt_logprobs is not None:
+                    made["prompt_logprobs"] = prompt_logprobs(one.prompt)
+                choices.append(encoded(made))
         headers = reply_headers(request, read, sum(one.completion_tokens for one in found))
         return json_reply({**top, "choices": choices, "usage": usage_of(found)}, headers=headers)
 
     return await whole(request, read.requests, reply)
 
 
-def _choice(body: CompletionBody, prompt: int, found: Completion, choice: CompletionChoice) -> dict[str, Any]:
-    given = found.prompt if body.echo else None
-    logprobs = None
-    if body.logprobs is not None:
-        pieces = [*(given.tokens if given else ()), *shown(choice.tokens)]
-        logprobs = CompletionLogprobs(bool(body.return_tokens_as_token_ids)).of(pieces)
+def _choice(
+    body: CompletionBody,
+    index: int,
+    found: CompletionChoice | TextDelta,
+    prompt: PromptPart | None,
+    logprobs: CompletionLogprobs | None,
+) -> dict[str, Any]:
+    """A choice, or the next part of one in a stream. ``prompt`` comes with the first."""
+    given = prompt if body.echo else None
     out: dict[str, Any] = {
-        "index": prompt * (body.n or 1) + choice.index,
-        "text": (given.text if given else "") + choice.text,
-        "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
-        "stop_reason": stop_reason(choice),
+        "index": index,
+        "text": (given.text if given else "") + found.text,
+        "logprobs": None if logprobs is None else logprobs.of([*(given.tokens if given else ()), *shown(found.tokens)]),
+        "finish_reason": found.finish_reason,
     }
-    if body.prompt_logprobs is not None:
-        out["prompt_logprobs"] = prompt_logprobs(found.prompt)
+    if found.finish_reason is not None:
+        out["stop_reason"] = stop_reason(found)
     if body.return_token_ids:
-        out["prompt_token_ids"] = prompt_ids(found.prompt)
-        out["token_ids"] = choice.token_ids
+        out["token_ids"] = [piece.id for piece in found.tokens]
+        if prompt is not None:
+            out["prompt_token_ids"] = prompt_ids(prompt)
     return out
 
 
@@ -72,34 +83,15 @@ class CompletionWriter(OpenAIWriter):
     def __init__(self, request: Request, body: CompletionBody, top: dict[str, Any]) -> None:
         super().__init__(request, body, top)
         self._body = body
-        self._logprobs: dict[tuple[int, int], CompletionLogprobs] = {}
+        self._logprobs: dict[int, CompletionLogprobs] = {}
 
     def delta(self, prompt: int, delta: TextDelta) -> bytes:
-        body = self._body
+        body, index = self._body, prompt * (self._body.n or 1) + delta.choice
         self.count(prompt, delta)
-        given = delta.prompt if body.echo else None
-        text = (given.text if given else "") + delta.text
-        pieces = [*(given.tokens if given else ()), *shown(delta.tokens)]
-        if not text and not pieces and delta.finish_reason is None and not body.return_token_ids:
+        if body.logprobs is not None and index not in self._logprobs:
+            self._logprobs[index] = CompletionLogprobs(bool(body.return_tokens_as_token_ids))
+        choice = _choice(body, index, delta, delta.prompt, self._logprobs.get(index))
+        silent = not (choice["text"] or shown(delta.tokens) or (body.echo and delta.prompt))
+        if silent and delta.finish_reason is None and not body.return_token_ids:
             return b""
-        choice: dict[str, Any] = {
-            "index": prompt * (body.n or 1) + delta.choice,
-            "text": text,
-            "logprobs": self._logprobs_of(prompt, delta.choice, pieces),
-            "finish_reason": delta.finish_reason,
-        }
-        if delta.finish_reason is not None:
-            choice["stop_reason"] = stop_reason(delta)
-        if body.return_token_ids:
-            choice["token_ids"] = [piece.id for piece in delta.tokens]
-            if delta.prompt is not None:
-                choice["prompt_token_ids"] = prompt_ids(delta.prompt)
         return self.chunk(choice)
-
-    def _logprobs_of(self, prompt: int, choice: int, pieces: list[TokenPiece]) -> dict[str, Any] | None:
-        if self._body.logprobs is None:
-            return None
-        found = self._logprobs.get((prompt, choice))
-        if found is None:
-            found = self._logprobs[prompt, choice] = CompletionLogprobs(bool(self._body.return_tokens_as_token_ids))
-        return found.of(pieces)

@@ -17,7 +17,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
@@ -66,7 +65,6 @@ def _templates() -> jinja2.Environment:
         loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     made.filters |= {
-        "code": lambda text: Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text)))),
         "json": lambda value: json.dumps(value, ensure_ascii=False),
         "last_part": lambda path: path.rsplit("/", 1)[-1],
     }

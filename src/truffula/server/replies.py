@@ -9,14 +9,12 @@ import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from truffula.server.sse import within
-
 PIECE_BYTES = 2**18
 
 
 class Reply(Response):
     """A JSON answer of ``parts``. A long one is sent in pieces, each when the client has taken most of those before: a
-    transport copies what it cannot send. Raises ``ClientGone`` when the client takes nothing for ``send_timeout_s``.
+    transport copies what it cannot send.
     """
 
     def __init__(self, parts: Sequence[bytes], status: int = 200, headers: Mapping[str, str] | None = None) -> None:
@@ -26,8 +24,6 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces = [piece for part in self._parts for piece in split(part)] or [b""]
-        if len(pieces) > 1:
-            send = within(send, scope["app"].state.truffula.config.send_timeout_s)
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for piece in pieces[:-1]:
             await send({"type": "http.response.body", "body": piece, "more_body": True})

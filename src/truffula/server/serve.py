@@ -182,35 +182,33 @@ class LoadingApp:
     def __init__(self, load: Callable[[], App], on_failure: Callable[[], None]) -> None:
         self.load = load
         self._on_failure = on_failure
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop
+        self._serving: asyncio.Future[None]
+        self._ended = asyncio.Event()
         self._asgi: ASGIApp | None = None  # of ``app``, while it takes requests
         self.app: App | None = None
         self.error: BaseException | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        elif self._asgi is not None:
+        if self._asgi is not None:
             await self._asgi(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
             await render(error, scope["path"])(scope, receive, send)
 
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        await receive()
+    def start(self) -> None:
+        """Load and serve in a task of the running loop."""
         self.loop = asyncio.get_running_loop()
-        self.loop.set_exception_handler(AcceptErrors())
-        ended = asyncio.Event()
-        serving = asyncio.ensure_future(self._serve(ended))
-        await send({"type": "lifespan.startup.complete"})
-        await receive()
-        ended.set()
-        if self._asgi is None:
-            serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
-        await send({"type": "lifespan.shutdown.complete"})
+        self._serving = asyncio.ensure_future(self._serve())
 
-    async def _serve(self, ended: asyncio.Event) -> None:
+    async def stop(self) -> None:
+        """Close the service, or stop waiting for the load."""
+        self._ended.set()
+        if self._asgi is None:
+            self._serving.cancel()
+        await asyncio.gather(self._serving, return_exceptions=True)
+
+    async def _serve(self) -> None:
         try:
             self.app = await self._loaded()
             service = self.app.service
@@ -218,17 +216,17 @@ class LoadingApp:
             try:
                 self._asgi = self.app.asgi
                 self.app.announce()
-                await self._watch(service, ended)
-                await ended.wait()
+                await self._watch(service)
+                await self._ended.wait()
             finally:
                 await service.close()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
             self.error = error
             self._on_failure()
 
-    async def _watch(self, service: AsyncService, ended: asyncio.Event) -> None:
+    async def _watch(self, service: AsyncService) -> None:
         """Wait until the server is to end; end it when the engine is not restarted any more."""
-        while not ended.is_set():
+        while not self._ended.is_set():
             lost = service.fatal_error()
             if lost is not None:
                 log.error("exiting with status 1: %s", lost.message)
@@ -236,7 +234,7 @@ class LoadingApp:
                 self._on_failure()
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ended.wait(), ENGINE_CHECK_S)
+                await asyncio.wait_for(self._ended.wait(), ENGINE_CHECK_S)
 
     async def _loaded(self) -> App:
         """Load in a daemon thread, for which a server that is to end does not wait."""
@@ -273,6 +271,8 @@ class DrainingServer(uvicorn.Server):
         log.info("received %s: draining for at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(AcceptErrors())
+        self.loading.start()
         await super().startup(sockets)
         for listening in sockets or ():
             listening.listen(BACKLOG)  # asyncio has set it to the number of connections that it accepts in one go
@@ -285,6 +285,7 @@ class DrainingServer(uvicorn.Server):
         for server in self.servers:
             server.close()
         await super().shutdown(sockets)
+        await self.loading.stop()
         if self._drain is not None and not self._drain.done():
             self._drain.cancel()
 
@@ -307,7 +308,7 @@ def make_server(
         backlog=ACCEPT_BURST,
         log_config=None,
         access_log=False,
-        lifespan="on",
+        lifespan="off",
         server_header=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,

@@ -81,8 +81,7 @@ class EventStream(Response):
     """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
 
     ``frames`` yields one or more whole frames at a time and never raises an error of a request: that is a frame.
-    It is closed, which ends its work, when the client leaves, or takes nothing of what waits for it for
-    ``send_timeout_s``; then ``ClientGone`` is raised.
+    It is closed, which ends its work, when the client leaves; then ``ClientGone`` is raised.
     """
 
     def __init__(
@@ -91,19 +90,17 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         headers: Mapping[str, str] | None,
         keep_alive_s: float,
-        send_timeout_s: float,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._first = first
         self._frames = frames
         self._keep_alive_s = keep_alive_s
-        self._send_timeout_s = send_timeout_s
         self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(within(send, self._send_timeout_s)))
+            await unless_gone(receive, self._send_all(send))
         finally:
             await self._frames.aclose()
 

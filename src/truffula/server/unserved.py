@@ -11,8 +11,6 @@ from pathlib import Path
 from truffula.errors import TruffulaError, nearest
 from truffula.server.errors import NoClassification, NoEmbeddings, UnknownPath
 
-_EMBEDDINGS = "Embeddings are not served: this server generates text only."
-_CLASSIFICATION = "Classification is not served: this server generates text only."
 _EMBEDDING_PATHS = ("/v1/embeddings", "/embeddings", "/embed", "/embed_all", "/embed_sparse", "/embedding")
 _CLASSIFY_PATHS = ("/classify", "/classify_batch", "/v1/classify", "/predict")
 
@@ -20,9 +18,9 @@ _CLASSIFY_PATHS = ("/classify", "/classify_batch", "/v1/classify", "/predict")
 def unserved(path: str, served: Collection[str]) -> TruffulaError:
     """The error for a ``path`` that no route of ``served`` (paths) has."""
     if path in _EMBEDDING_PATHS:
-        return NoEmbeddings(_EMBEDDINGS)
+        return NoEmbeddings("Embeddings are not served: this server generates text only.")
     if path in _CLASSIFY_PATHS:
-        return NoClassification(_CLASSIFICATION)
+        return NoClassification("Classification is not served: this server generates text only.")
     head, advices = path, _advices()
     while head and head not in advices:
         head = head.rpartition("/")[0]
