@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema
@@ -20,14 +20,11 @@ from truffula.errors import InvalidRequest
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
 from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
+from truffula.server.state import record_of, state_of
 from truffula.types import GenerateRequest
-
-if TYPE_CHECKING:
-    from truffula.server.state import ServerState
 
 log = logging.getLogger(__name__)
 
-IGNORED_HEADER = "x-truffula-ignored"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -195,8 +192,7 @@ def validate(model: type[B], value: dict[str, Any], limits: RequestLimits) -> B:
 
 async def read_body(request: Request, model: type[B]) -> B:
     """The request's body as ``model``; keys without effect are noted for the log and the header."""
-    state: ServerState = request.app.state.truffula
-    body = validate(model, decode_object(await raw_body(request)), state.limits)
+    body = validate(model, decode_object(await raw_body(request)), state_of(request).limits)
     note_ignored(request, body.unknown())
     return body
 
@@ -210,9 +206,8 @@ def note_ignored(request: Request, names: Sequence[str]) -> None:
     shown = [safe_header(name, 64) for name in names[:20]]
     if len(names) > 20:
         shown.append(f"and {len(names) - 20} more")
-    record = request.state.record
+    record, seen = record_of(request), state_of(request).seen_unknown
     record.ignored = ", ".join([record.ignored, *shown] if record.ignored else shown)
-    seen: set[str] = request.app.state.truffula.seen_unknown
     new = [name for name in shown if name not in seen]
     if new and len(seen) < 1000:
         seen.update(new)

@@ -131,15 +131,17 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
 
 def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> tuple[GeneratingBody, list[GenerateRequest]]:
     """A decoded body as its model and its requests, which ``addressed`` completes."""
-    if kind == "invocations":
-        kind = "chat" if "messages" in value else "native"
-        kind = "completion" if "prompt" in value and not {"inputs", "messages"} & value.keys() else kind
-    body = validate(_KINDS.get(kind, GenerateBody), value, limits)
+    model: type[GeneratingBody] = GenerateBody
+    any_kind = kind == "invocations"
+    if kind == "chat" or (any_kind and "messages" in value):
+        model = ChatBody
+    elif kind == "completion" or (any_kind and "prompt" in value and "inputs" not in value):
+        model = CompletionBody
+    body = validate(model, value, limits)
     streams = kind == "native_stream" or (kind != "native_whole" and bool(value.get("stream")))
     return body, body.requests(limits, streams=streams)
 
 
-_KINDS: Mapping[str, type[GeneratingBody]] = MappingProxyType({"chat": ChatBody, "completion": CompletionBody})
 _MODELS: Mapping[str, type[GeneratingBody]] = MappingProxyType(
     {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody)}
 )

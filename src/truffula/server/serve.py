@@ -29,6 +29,7 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from truffula.config import ServerConfig
 from truffula.engine.client import EngineHandle
 from truffula.errors import ConfigError, InvalidRequest, internal_error
 from truffula.kernels.trim import trim_memory
@@ -256,19 +257,21 @@ class LoadingApp:
 class DrainingServer(uvicorn.Server):
     """Uvicorn, which drains the service on the first signal and ends the process on the second."""
 
-    loading: LoadingApp
-    drain_delay_s: float
-    drain_timeout_s: float
-    connections: Connections
-    _drain: asyncio.Future[bool] | None = None
-    _signalled = False  # not ``should_exit``, which is also set when the engine is given up
+    def __init__(
+        self, settings: uvicorn.Config, config: ServerConfig, loading: LoadingApp, connections: Connections
+    ) -> None:
+        super().__init__(settings)
+        self.loading, self.connections = loading, connections
+        self._delay_s, self._timeout_s = config.drain_delay_s, config.drain_timeout_s
+        self._drain: asyncio.Future[bool] | None = None
+        self._signalled = False  # not ``should_exit``, which is also set when the engine is given up
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._signalled:
             log.warning("second signal: exiting immediately")
             os._exit(128 + sig)
         self._signalled = self.should_exit = True  # before it is logged: a reader may send the second signal then
-        log.info("received %s: draining for at most %g s", signal.Signals(sig).name, self.drain_timeout_s)
+        log.info("received %s: draining for at most %g s", signal.Signals(sig).name, self._timeout_s)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(AcceptErrors())
@@ -279,8 +282,8 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.loading.app is not None:
-            delay = self.drain_delay_s if self._signalled else 0.0
-            self._drain = asyncio.ensure_future(self.loading.app.service.drain(delay + self.drain_timeout_s))
+            delay = self._delay_s if self._signalled else 0.0
+            self._drain = asyncio.ensure_future(self.loading.app.service.drain(delay + self._timeout_s))
             await asyncio.sleep(delay)
         for server in self.servers:
             server.close()
@@ -317,9 +320,7 @@ def make_server(
     settings.http_protocol_class = partial(  # type: ignore[assignment]
         GuardedProtocol, connections, settings.http_protocol_class
     )
-    server = DrainingServer(settings)
-    server.loading, server.connections = loading, connections
-    server.drain_delay_s, server.drain_timeout_s = config.drain_delay_s, config.drain_timeout_s
+    server = DrainingServer(settings, config, loading, connections)
     return server
 
 

@@ -75,9 +75,10 @@ class ServerState:
         The file system is asked in another thread, so that a slow disk does not delay running streams.
         """
         if source is not None and source not in ("hub", "local"):
-            known = source in ("s3", "pbase")
-            what = "is not supported by this server" if known else "is unknown"
-            raise InvalidRequest(f"adapter_source {source[:40]!r} {what}; use hub or local.", param="adapter_source")
+            raise InvalidRequest(
+                f"adapter_source {source[:40]!r} is not supported by this server; use hub or local.",
+                param="adapter_source",
+            )
         if not name or name == self.model_id:
             return None
         try:

@@ -1,4 +1,4 @@
-"""Pieces of OpenAI's answers that both routes share: heads, usage, streams, logprobs of either form."""
+"""OpenAI's routes ``/v1/chat/completions`` and ``/v1/completions``, and their response objects."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import Response
 
 from truffula import __version__
 from truffula.errors import TruffulaError
 from truffula.server.errors import error_body
-from truffula.server.openai_bodies import OpenAIBody
+from truffula.server.generating import stream, whole
+from truffula.server.headers import reply_headers
+from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from truffula.server.prepare import Read, read_requests
+from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import DONE, frame
 from truffula.server.state import record_of, state_of
 from truffula.text.pieces import is_utf8
@@ -95,6 +100,158 @@ class OpenAIWriter:
 
     def _usage(self) -> dict[str, Any]:
         return usage(self._record.prompt_tokens, sum(self._completion.values()), sum(self._cached.values()))
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answers a conversation with its next message."""
+    return await chat(request, await read_requests(request, "chat"))
+
+
+async def chat(request: Request, read: Read) -> Response:
+    body = read.body
+    assert isinstance(body, ChatBody)
+    if body.stream:
+        return await stream(request, read.requests, ChatWriter(request, body))
+    reply = head("chat.completion", "chatcmpl", body, request)
+    return await whole(request, read.requests, lambda found: _chat_reply(body, reply, found[0]))
+
+
+def _chat_reply(body: ChatBody, reply: dict[str, Any], found: Completion) -> Response:
+    reply["choices"] = [encoded(_chat_choice(body, choice)) for choice in found.choices]
+    reply["usage"] = usage_of([found])
+    if body.prompt_logprobs is not None:
+        reply["prompt_logprobs"] = encoded(prompt_logprobs(found.prompt))
+    if body.return_token_ids:
+        reply["prompt_token_ids"] = prompt_ids(found.prompt)
+    return json_reply(reply)
+
+
+def _chat_choice(body: ChatBody, choice: CompletionChoice) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "index": choice.index,
+        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+        "logprobs": None,
+        "finish_reason": choice.finish_reason,
+        "stop_reason": stop_reason(choice),
+    }
+    if body.logprobs:
+        out["logprobs"] = chat_logprobs(shown(choice.tokens), bool(body.return_tokens_as_token_ids))
+    if body.return_token_ids:
+        out["token_ids"] = choice.token_ids
+    return out
+
+
+class ChatWriter(OpenAIWriter):
+    """Chunks of a streamed chat. The role comes once per choice: accumulators concatenate strings.
+
+    Only text-generation's client, which always names its model ``tgi``, needs ``role`` and ``tool_calls`` in every
+    delta.
+    """
+
+    def __init__(self, request: Request, body: ChatBody) -> None:
+        super().__init__(request, body, head("chat.completion.chunk", "chatcmpl", body, request))
+        self._body = body
+
+    def begin(self) -> bytes:
+        start = {"role": "assistant", "content": ""}
+        return b"".join(self._choice_chunk({"index": i, "delta": start}) for i in range(self._body.n or 1))
+
+    def delta(self, prompt: int, delta: TextDelta) -> bytes:
+        body = self._body
+        self.count(prompt, delta)
+        pieces = shown(delta.tokens)
+        out = b""
+        if delta.text or (pieces and body.logprobs) or (body.return_token_ids and (delta.tokens or delta.prompt)):
+            choice: dict[str, Any] = {"index": delta.choice, "delta": {"content": delta.text}}
+            if body.logprobs:
+                choice["logprobs"] = chat_logprobs(pieces, bool(body.return_tokens_as_token_ids))
+            if body.return_token_ids:
+                choice["token_ids"] = [piece.id for piece in delta.tokens]
+            more = {"prompt_token_ids": prompt_ids(delta.prompt)} if body.return_token_ids and delta.prompt else {}
+            out = self._choice_chunk(choice, **more)
+        if delta.finish_reason is None:
+            return out
+        ended = {"finish_reason": delta.finish_reason, "stop_reason": stop_reason(delta)}
+        return out + self._choice_chunk({"index": delta.choice, "delta": {}, **ended})
+
+    def _choice_chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
+        if self._body.model == "tgi":
+            choice["delta"] = {"role": "assistant", "content": "", "tool_calls": None} | choice["delta"]
+        choice.setdefault("logprobs", None)
+        choice.setdefault("finish_reason", None)
+        return self.chunk(choice, **more)
+
+
+async def completions(request: Request) -> Response:
+    """Continues a prompt, or several: text or token ids."""
+    return await complete(request, await read_requests(request, "completion"))
+
+
+async def complete(request: Request, read: Read) -> Response:
+    body = read.body
+    assert isinstance(body, CompletionBody)
+    top = head("text_completion", "cmpl", body, request)
+    if body.stream:
+        return await stream(request, read.requests, CompletionWriter(request, body, top))
+
+    def reply(found: list[Completion]) -> Response:
+        choices = []
+        for i, one in enumerate(found):
+            for choice in one.choices:
+                as_ids = bool(body.return_tokens_as_token_ids)
+                logprobs = None if body.logprobs is None else CompletionLogprobs(as_ids)
+                made = _completion_choice(body, i * (body.n or 1) + choice.index, choice, one.prompt, logprobs)
+                if body.prompt_logprobs is not None:
+                    made["prompt_logprobs"] = prompt_logprobs(one.prompt)
+                choices.append(encoded(made))
+        headers = reply_headers(request, read, sum(one.completion_tokens for one in found))
+        return json_reply({**top, "choices": choices, "usage": usage_of(found)}, headers=headers)
+
+    return await whole(request, read.requests, reply)
+
+
+def _completion_choice(
+    body: CompletionBody,
+    index: int,
+    found: CompletionChoice | TextDelta,
+    prompt: PromptPart | None,
+    logprobs: CompletionLogprobs | None,
+) -> dict[str, Any]:
+    """A choice, or the next part of one in a stream. ``prompt`` comes with the first."""
+    given = prompt if body.echo else None
+    out: dict[str, Any] = {
+        "index": index,
+        "text": (given.text if given else "") + found.text,
+        "logprobs": None if logprobs is None else logprobs.of([*(given.tokens if given else ()), *shown(found.tokens)]),
+        "finish_reason": found.finish_reason,
+    }
+    if found.finish_reason is not None:
+        out["stop_reason"] = stop_reason(found)
+    if body.return_token_ids:
+        out["token_ids"] = [piece.id for piece in found.tokens]
+        if prompt is not None:
+            out["prompt_token_ids"] = prompt_ids(prompt)
+    return out
+
+
+class CompletionWriter(OpenAIWriter):
+    """Chunks of a streamed completion; choices interleave and are identified by their index."""
+
+    def __init__(self, request: Request, body: CompletionBody, top: dict[str, Any]) -> None:
+        super().__init__(request, body, top)
+        self._body = body
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+
+    def delta(self, prompt: int, delta: TextDelta) -> bytes:
+        body, index = self._body, prompt * (self._body.n or 1) + delta.choice
+        self.count(prompt, delta)
+        if body.logprobs is not None and index not in self._logprobs:
+            self._logprobs[index] = CompletionLogprobs(bool(body.return_tokens_as_token_ids))
+        choice = _completion_choice(body, index, delta, delta.prompt, self._logprobs.get(index))
+        silent = not (choice["text"] or shown(delta.tokens) or (body.echo and delta.prompt))
+        if silent and delta.finish_reason is None and not body.return_token_ids:
+            return b""
+        return self.chunk(choice)
 
 
 def finite(logprob: float | None) -> float:
