@@ -321,3 +321,9 @@ def test_bounds_of_the_contract(live, parameters, words):
 def test_truncate_at_its_bound(live):
     found = live.native("Hello " * 300, truncate=159, max_new_tokens=1, details=True)
     assert found["details"]["prompt_tokens"] == 159
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/chat_tokenize"])
+def test_a_wrong_message_is_named_with_its_place(live, path):
+    body = {"messages": [{"role": "user", "content": "Hello"}, {"role": "wizard", "content": "Hello"}]}
+    assert_canonical_error(live.post(path, body), 422, "messages[1].role")

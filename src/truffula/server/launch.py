@@ -31,12 +31,7 @@ def launch(resolved: Resolved) -> None:
         TruffulaError: What kept the engine from starting, or why it was given up.
     """
     setup_logs(log_settings(resolved.server))
-    with defer_gc():
-        _launch(resolved)
-
-
-def _launch(resolved: Resolved) -> None:
-    with bind(resolved.server) as listening:
+    with defer_gc(), bind(resolved.server) as listening:
         directory = adapter_directory(resolved)  # report a mistake in the options before loading gigabytes
         host = f"[{resolved.server.host}]" if ":" in resolved.server.host else resolved.server.host
         log.info("Listening on %s:%d; loading %s", host, listening.getsockname()[1], resolved.engine.model)

@@ -11,10 +11,10 @@ from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
-from truffula.server.body import Address, Body, GeneratingBody, Ids, Objects, Strings
+from truffula.server.body import Address, Body, GeneratingBody, Ids, Strings
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
-from truffula.server.openai_bodies import SAME_NAME, Biases, biases
+from truffula.server.openai_bodies import SAME_NAME, Biases, Messages, biases
 from truffula.types import GenerateRequest
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -187,7 +187,7 @@ class TokenizeBody(Body):
     inputs: str | None = None
     parameters: Parameters | None = None
     prompt: str | None = None
-    messages: Objects | None = None
+    messages: Messages | None = None
     model: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
@@ -211,7 +211,7 @@ class DetokenizeBody(Body):
 class ChatTokenizeBody(Body):
     """``POST /chat_tokenize``: TGI's."""
 
-    messages: Objects
+    messages: Messages
     model: str | None = None
 
 

@@ -277,10 +277,13 @@ class ChatMessage(Body):
         return {**(self.model_extra or {}), **out}
 
 
+Messages = Annotated[list[ChatMessage], FirstError()]
+
+
 class ChatBody(OpenAIBody):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], FirstError()]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None

@@ -17,10 +17,10 @@ class Reply(Response):
     transport copies what it cannot send.
     """
 
-    def __init__(self, parts: Sequence[bytes], status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, parts: Sequence[bytes], headers: Mapping[str, str] | None = None) -> None:
         self._parts = parts
         length = {"content-length": str(sum(map(len, parts)))}
-        super().__init__(None, status, {**(headers or {}), **length}, "application/json")
+        super().__init__(None, 200, {**(headers or {}), **length}, "application/json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces = [piece for part in self._parts for piece in split(part)] or [b""]
@@ -41,6 +41,6 @@ def encoded(value: Any) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode(value))
 
 
-def json_reply(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
+def json_reply(value: Any, headers: Mapping[str, str] | None = None) -> Reply:
     """``value`` as the whole body."""
-    return Reply([msgspec.json.encode(value)], status, headers)
+    return Reply([msgspec.json.encode(value)], headers)

@@ -117,7 +117,7 @@ def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
         ids = _rendered(
             texts,
             GenerateRequest(
-                messages=_messages(body.messages, limits),
+                messages=_messages(body.messages),
                 template_kwargs=dict(body.chat_template_kwargs or {}),
                 continue_final_message=bool(body.continue_final_message),
                 add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
@@ -140,7 +140,7 @@ def _detokenize(body: DetokenizeBody, texts: Texts, limits: RequestLimits) -> An
 
 
 def _chat_tokenize(body: ChatTokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
-    text, _ = _rendered(texts, GenerateRequest(messages=_messages(body.messages, limits)))
+    text, _ = _rendered(texts, GenerateRequest(messages=_messages(body.messages)))
     return {"tokenize_response": _native_tokens(texts, text, special=False), "templated_text": text}
 
 
@@ -187,7 +187,7 @@ def _rendered(texts: Texts, request: GenerateRequest) -> tuple[str, list[int]]:
     return made.text or "", made.ids
 
 
-def _messages(values: list[dict[str, Any]], limits: RequestLimits) -> list[dict[str, Any]]:
+def _messages(values: list[ChatMessage]) -> list[dict[str, Any]]:
     if not values:
         raise InvalidRequest("messages is an empty list.", param="messages")
-    return [validate(ChatMessage, value, limits).for_template() for value in values]
+    return [value.for_template() for value in values]
