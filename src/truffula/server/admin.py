@@ -4,8 +4,9 @@ list of adapters with what the engine knows of each, which tells where they lie 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
 from truffula.lora.sources import AdapterDirectory, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
-from truffula.server.state import state_of
+from truffula.server.state import ServerState, state_of
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 
@@ -41,8 +42,18 @@ async def list_adapters(request: Request) -> Response:
     found = await state.service.adapters(AdapterCommand(action="list"))
     known = {one.name: one for one in sorted(found, key=lambda one: -STATUSES.index(one.status))}
     names = await state.adapter_names()
-    sources = await state.adapter_sources(names) if state.config.adapter_admin else None
+    sources = await state.service.look_up(_sources, state, names) if state.config.adapter_admin else None
     return json_reply({"object": "list", "data": [_row(name, known.get(name), sources) for name in names]})
+
+
+def _sources(state: ServerState, names: Iterable[str]) -> dict[str, str]:
+    """Name → folder or Hub id of the adapters that are still there; asks the file system."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(AdapterNotFound):  # removed since it was listed
+            if (ref := state.service.resolve_adapter(name)) is not None:
+                found[name] = ref.locator
+    return found
 
 
 def _row(name: str, found: AdapterState | None, sources: Mapping[str, str] | None) -> dict[str, Any]:

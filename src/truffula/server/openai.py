@@ -127,18 +127,20 @@ def _chat_reply(body: ChatBody, reply: dict[str, Any], found: Completion) -> Res
 
 
 def _chat_choice(body: ChatBody, choice: CompletionChoice) -> dict[str, Any]:
-    out: dict[str, Any] = {
+    return {
         "index": choice.index,
         "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        "logprobs": None,
+        **_chat_tokens(body, choice.tokens),
         "finish_reason": choice.finish_reason,
         "stop_reason": stop_reason(choice),
     }
-    if body.logprobs:
-        out["logprobs"] = chat_logprobs(shown(choice.tokens), bool(body.return_tokens_as_token_ids))
-    if body.return_token_ids:
-        out["token_ids"] = choice.token_ids
-    return out
+
+
+def _chat_tokens(body: ChatBody, tokens: Sequence[TokenPiece]) -> dict[str, Any]:
+    """What a choice, or the next part of one, reports of its tokens."""
+    logprobs = chat_logprobs(shown(tokens), bool(body.return_tokens_as_token_ids)) if body.logprobs else None
+    ids = {"token_ids": [piece.id for piece in tokens]} if body.return_token_ids else {}
+    return {"logprobs": logprobs, **ids}
 
 
 class ChatWriter(OpenAIWriter):
@@ -159,16 +161,15 @@ class ChatWriter(OpenAIWriter):
     def delta(self, prompt: int, delta: TextDelta) -> bytes:
         body = self._body
         self.count(prompt, delta)
-        pieces = shown(delta.tokens)
         out = b""
-        if delta.text or (pieces and body.logprobs) or (body.return_token_ids and (delta.tokens or delta.prompt)):
-            choice: dict[str, Any] = {"index": delta.choice, "delta": {"content": delta.text}}
-            if body.logprobs:
-                choice["logprobs"] = chat_logprobs(pieces, bool(body.return_tokens_as_token_ids))
-            if body.return_token_ids:
-                choice["token_ids"] = [piece.id for piece in delta.tokens]
+        if (
+            delta.text
+            or (body.logprobs and shown(delta.tokens))
+            or (body.return_token_ids and (delta.tokens or delta.prompt))
+        ):
+            content = {"index": delta.choice, "delta": {"content": delta.text}, **_chat_tokens(body, delta.tokens)}
             more = {"prompt_token_ids": prompt_ids(delta.prompt)} if body.return_token_ids and delta.prompt else {}
-            out = self._choice_chunk(choice, **more)
+            out = self._choice_chunk(content, **more)
         if delta.finish_reason is None:
             return out
         ended = {"finish_reason": delta.finish_reason, "stop_reason": stop_reason(delta)}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -85,19 +84,6 @@ class ServerState:
             return await self.service.look_up(self.service.core.resolve_adapter, name, source)
         except AdapterNotFound as error:
             raise self._not_found(name, error) from error
-
-    async def adapter_sources(self, names: Iterable[str]) -> dict[str, str]:
-        """Name → folder or Hub id of the adapters that are still there."""
-
-        def look() -> dict[str, str]:
-            found = {}
-            for name in names:
-                with contextlib.suppress(AdapterNotFound):  # removed since it was listed
-                    if (ref := self.service.core.resolve_adapter(name)) is not None:
-                        found[name] = ref.locator
-            return found
-
-        return await self.service.look_up(look)
 
     def _not_found(self, name: str, error: AdapterNotFound) -> AdapterNotFound:
         """What the client is told, the same whatever the reason, so that it learns nothing of adapters and paths that
