@@ -51,7 +51,7 @@ def _sources(state: ServerState, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         with contextlib.suppress(AdapterNotFound):  # removed since it was listed
-            if (ref := state.service.resolve_adapter(name)) is not None:
+            if (ref := state.service.core.resolve_adapter(name)) is not None:
                 found[name] = ref.locator
     return found
 

@@ -21,7 +21,7 @@ from truffula.server.errors import Aborted
 from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
-from truffula.service.fold import choice_error
+from truffula.service.choices import choice_error
 from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import DONE, frame
 from truffula.server.state import record_of, state_of
-from truffula.text.pieces import is_utf8
+from truffula.text.detokenizer import is_utf8
 from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta, TokenPiece, TopToken
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity, and clients reject null here

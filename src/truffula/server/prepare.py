@@ -32,7 +32,6 @@ from truffula.text.worker import Worker
 from truffula.types import AdapterRef, GenerateRequest
 
 Kind = Literal["chat", "completion", "native", "native_whole", "native_stream", "invocations"]
-JOB = "truffula.server.prepare:prepare"
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, and their values in the light body.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
@@ -79,7 +78,7 @@ async def read_requests(request: Request, kind: Kind) -> Read:
         unknown, characters = body.unknown(), body.characters
     else:
         packed, *prompts = await state.service.texts.in_worker(
-            JOB, BodyJob(kind, raw, state.limits), client_of(request)
+            prepare, BodyJob(kind, raw, state.limits), client_of(request)
         )
         head = msgspec.msgpack.decode(packed, type=_Head)
         body = validate(_MODELS[head.kind], json.loads(head.body), state.limits)
@@ -160,7 +159,6 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     )
     light = json.dumps(_light(value, type(body))).encode()
     yield msgspec.msgpack.encode(_Head(type(body).__name__, light, body.unknown(), body.characters, request))
-    tokenizer, templates = texts_of_worker(worker)
     for one in made:
         yield from prompt_job(worker, one)
 

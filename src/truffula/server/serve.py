@@ -46,7 +46,7 @@ from truffula.server.connections import (
     most_connections,
 )
 from truffula.server.errors import Unhealthy, render
-from truffula.service import AsyncService, ServiceLimits
+from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
 from truffula.settings import Resolved
@@ -102,12 +102,14 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             max_prompt_scores=MAX_PROMPT_SCORES,
         )
         texts = texts_of(client.info, texts)
+        known = texts.chat_templates(templates)
         workers = TextWorkers(
             Setup(
                 info=client.info,
                 texts_path=None if texts.path is None else str(texts.path),
                 texts_digest=texts.digest,
-                templates=templates,
+                templates=known.sources,
+                special_tokens=known.special_tokens,
                 memory_bytes=config.text_memory_bytes,
             )
         )

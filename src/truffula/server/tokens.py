@@ -78,7 +78,7 @@ async def _answer(request: Request, kind: Kind) -> Response:
         chat = isinstance(value.get("messages"), list)
         large = chat and not core.is_plain(GenerateRequest(messages=value["messages"]))
     if large:
-        packed, *parts = await texts.in_worker(JOB, BodyJob(kind, raw, state.limits), client_of(request))
+        packed, *parts = await texts.in_worker(reply_job, BodyJob(kind, raw, state.limits), client_of(request))
         head = msgspec.msgpack.decode(packed, type=_Head)
     else:
         model = Texts(core.tokenizer, core.templates, core.info)
@@ -91,8 +91,8 @@ async def _answer(request: Request, kind: Kind) -> Response:
 
 def reply_job(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a body, then the reply in pieces."""
-    tokenizer, templates = texts_of_worker(worker)
-    head, reply = _reply(job.kind, decode_object(job.raw), job.limits, Texts(tokenizer, templates, worker.setup.info))
+    texts = Texts(worker.tokenizer, worker.templates, worker.setup.info)
+    head, reply = _reply(job.kind, decode_object(job.raw), job.limits, texts)
     yield msgspec.msgpack.encode(head)
     yield from split(reply)
 
