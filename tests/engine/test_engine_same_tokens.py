@@ -128,13 +128,11 @@ def test_preemption_did_happen_and_changed_nothing():
 def test_adapters_that_take_the_memory_of_free_blocks_change_no_token(depth, prefix_cache):
     lim = limits(num_blocks=60, kv_block_bytes=(100,), prefix_cache=prefix_cache)
     rig = Rig(lim, loader=HandLoader(nbytes=1200), budget_bytes=5400, depth=depth)
-    crowd = [
-        request(f"{place} {n}", [n] * 20, max_tokens=9, ignore_eos=True, adapter=color)
-        for place, color in enumerate((None, "red", "blue", None, "green"))
-        for n in range(4)
-    ]
-    for req in crowd:
-        rig.add(req)
+    crowd = []
+    for place, color in enumerate((None, "red", "blue", None, "green")):
+        for n in range(4):
+            crowd.append(request(f"{place} {n}", [n] * 20, max_tokens=9, ignore_eos=True, adapter=color))
+            rig.add(crowd[-1])
         rig.drain()
     rig.assert_clean()
     assert rig.executable.blocks_released > 0

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from wheels import MODEL, WHEEL, SlowIndex, packaged, serving, wheel
 
-from comparison.processes import descendants
+from processes import descendants
 from truffula.errors import ModelNotFound
 from truffula.weights.packages import cached_package, fetch_package
 
