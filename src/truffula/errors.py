@@ -54,9 +54,9 @@ class TruffulaError(Exception):
     code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None, **data: Any) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = _characters(message)
+        super().__init__(self.message)
+        self.param = None if param is None else _characters(param)
         self.data = data
 
     def info(self) -> ErrorInfo:
@@ -80,6 +80,13 @@ class TruffulaError(Exception):
 
     def __reduce__(self) -> Any:
         return (TruffulaError.from_info, (self.info(),))
+
+
+def _characters(text: str) -> str:
+    """``text`` with lone surrogates written out, as names of files and clients' values may have: neither JSON nor
+    msgpack can hold them.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class ConfigError(TruffulaError):

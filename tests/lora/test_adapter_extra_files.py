@@ -46,8 +46,9 @@ def test_unused_text_files_are_warned_of(tmp_path: Path, files: dict[str, object
     [
         {"added_tokens.json": {"<a>": 3, "<b>": VOCAB}},
         {"tokenizer_config.json": {"added_tokens_decoder": {"0": {}, str(VOCAB + 7): {"content": "<b>"}}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"9" * 5000: {}}}},
     ],
-    ids=str,
+    ids=lambda files: str(files)[:80],
 )
 def test_tokens_the_base_has_no_row_for_are_refused(tmp_path: Path, files: dict[str, object]) -> None:
     folder = written(tmp_path, files)

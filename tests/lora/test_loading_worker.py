@@ -173,6 +173,16 @@ def test_a_refusal_comes_back_as_it_was_raised(make: Make, tmp_path: Path) -> No
     assert error is not None and (error.code, error.param) == (AdapterError.code, "use_dora")
 
 
+def test_a_refusal_names_a_file_whose_name_is_no_text(make: Make, tmp_path: Path) -> None:
+    loader = make()
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / os.fsdecode(b"\xff.gguf")).touch()
+    loader.start(ref(tmp_path / "a"))
+    error = one(loader).error
+    assert error is not None and error.code == AdapterError.code and r"\udcff.gguf" in error.message
+    assert loader.pids() != []
+
+
 def test_a_load_whose_worker_is_killed_from_outside_is_tried_again(
     make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

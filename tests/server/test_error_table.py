@@ -65,7 +65,7 @@ def test_only_what_may_be_retried_says_when():
 
 
 def test_a_lone_surrogate_in_a_message_still_reaches_the_client():
-    assert b"bad ?" in render(errors.InvalidRequest("bad \ud800"), "/v1").body
+    assert rb"bad \\ud800" in render(errors.InvalidRequest("bad \ud800"), "/v1").body
 
 
 def test_an_unknown_code_of_a_newer_engine_is_a_fault_of_ours():

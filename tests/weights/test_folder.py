@@ -95,6 +95,11 @@ def test_shards_without_an_index_that_do_not(folder: Path) -> None:
     refused(folder, "no complete set", shard(1, 4))
 
 
+def test_a_shard_of_a_set_of_none_is_no_shard(folder: Path) -> None:
+    write_safetensors(folder / shard(1, 0), {"a": A})
+    refused(folder, "holds neither", shard(1, 0))
+
+
 def test_the_same_tensor_in_two_shards_is_the_one_the_index_names(folder: Path) -> None:
     write_safetensors(folder / shard(1), {"a": A, "b": C})
     write_safetensors(folder / shard(2), {"b": B})

@@ -148,6 +148,15 @@ def test_packed_rows_are_put_back_in_order(tmp_path: Path, kind: int) -> None:
         assert checkpoint.raw(name).nbytes == checkpoint.tensors[name].nbytes
 
 
+def test_a_packed_vector_whose_rows_would_move_is_refused(tmp_path: Path) -> None:
+    """llama.cpp stores vectors as numbers: one in blocks has no rows of whole bytes."""
+    tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "llama")
+    packed = {"blk.0.attn_q.bias": GgufBlocks(8, (32,), bytes(34))}
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "x.gguf", tiny.metadata, {**tiny.stored, **packed}))
+    with pytest.raises(CheckpointError, match=r"x\.gguf.*q_proj\.bias.*32 rows in Q8_0"):
+        checkpoint.read("model.layers.0.self_attn.q_proj.bias")
+
+
 def test_both_versions_and_other_alignments(tmp_path: Path) -> None:
     tiny = write_tiny_gguf(tmp_path / "tiny.gguf", "qwen2")
     for version, alignment in ((2, 32), (3, 8), (3, 256)):

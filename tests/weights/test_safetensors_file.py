@@ -104,6 +104,12 @@ BROKEN_HEADERS = {
     "a key twice": (json.dumps({"a": entry()})[:-1].encode() + b', "a": 1}', 8, "written twice"),
     "nested too deeply": (b'{"a":' + b"[" * 100_000, 0, "JSON"),
     "a huge integer": (b'{"a": {"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', 8, "JSON"),
+    "half a surrogate pair in an entry": (b'{"a": {"\\ud800": 1}}', 8, "surrogates"),
+    "half a surrogate pair as a name": (
+        b'{"\\uDFFF": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        8,
+        "surrogates",
+    ),
     "no entry": ({"a": 3}, 8, "'a'"),
     "a field missing": ({"a": {"dtype": "F32", "shape": [2]}}, 8, "'a'"),
     "a field too many": ({"a": {**entry(), "more": 1}}, 8, "'a'"),

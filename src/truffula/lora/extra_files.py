@@ -85,7 +85,8 @@ def _check_added(folder: OpenFolder, settings: Mapping[str, Any], sites: Sequenc
     if not tables:
         return
     decoder = settings.get("added_tokens_decoder")
-    decoded = [int(key) for key in decoder if key.isdecimal()] if isinstance(decoder, dict) else []
+    keys = decoder if isinstance(decoder, dict) else ()
+    decoded = [int(key.lstrip("0")[:20] or 0) for key in keys if key.isdecimal()]  # Python limits the digits of an int
     listed = [value for value in _object(folder, ADDED).values() if isinstance(value, int)]
     for name, ids in ((TOKENIZER_CONFIG, decoded), (ADDED, listed)):
         highest = max(ids, default=0)

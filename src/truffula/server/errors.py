@@ -193,16 +193,16 @@ def error_body(error: TruffulaError, dialect: Dialect) -> dict[str, Any]:
         if row.native_type == "validation" and not error.data.get("verbatim"):
             message = message.replace("max_tokens", "max_new_tokens")  # the layers below know it by OpenAI's name
         text = message if message.startswith(row.prefix) else row.prefix + message
-        return {"error": _clean(text), "error_type": row.native_type}
+        return {"error": text, "error_type": row.native_type}
     if dialect == "ollama":
-        return {"error": _clean(message)}
+        return {"error": message}
     if dialect == "anthropic":
         kind = _ANTHROPIC_TYPES.get(row.openai_status, "api_error" if row.openai_status >= 500 else _BAD)
-        return {"type": "error", "error": {"type": kind, "message": _clean(message)}}
+        return {"type": "error", "error": {"type": kind, "message": message}}
     # In this dialect adapters are models, whatever field named one.
     param = "model" if error.code in ("adapter_not_found", "model_not_found") else error.param
     return {
-        "error": {"message": _clean(message), "type": row.openai_type, "param": param, "code": row.openai_code},
+        "error": {"message": message, "type": row.openai_type, "param": param, "code": row.openai_code},
     }
 
 
@@ -267,8 +267,3 @@ def _place(loc: tuple[int | str, ...]) -> str:
 
 def _is_branch(part: str) -> bool:
     return part in ("str", "int", "float", "bool") or "[" in part
-
-
-def _clean(text: str) -> str:
-    """``text`` without lone surrogates, which cannot be encoded."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -18,7 +18,7 @@ SINGLE = "model.safetensors"
 # Names of output heads. A head that is in the index and in no shard is allowed: a tied model may be saved with the
 # index of the untied model it was made from. Any other such tensor is an error.
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output)\.")
-_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<total>\d{5})\.safetensors")
+_SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?!00000)(?P<total>\d{5})\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

@@ -71,12 +71,14 @@ class GgufCheckpoint(Checkpoint):
 
     def _data(self, name: str) -> Array:
         """``[nbytes]`` uint8: the tensor's bytes, with its rows in Hugging Face's order."""
-        data, rows, heads = self.raw(name), self.info(name).shape[0], self._interleaved_heads(name)
+        data, info, heads = self.raw(name), self.info(name), self._interleaved_heads(name)
         if not heads or not data.size:
             return data
-        if rows % (2 * heads):
+        rows = info.shape[0]
+        if rows % (2 * heads) or data.size % rows:  # a vector in blocks has no rows of whole bytes
             raise CheckpointError(
-                f"{self.path}: tensor {name!r}: {rows} rows do not divide into pairs of {heads} heads.", param=name
+                f"{self.path}: tensor {name!r}: {rows} rows in {info.dtype} do not divide into pairs of {heads} heads.",
+                param=name,
             )
         # The rows of each head are interleaved pairs, and become two halves. A row is whole blocks.
         pairs = data.reshape(heads, rows // heads // 2, 2, -1)

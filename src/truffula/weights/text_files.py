@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from truffula.errors import CheckpointError
 from truffula.types import EndToken
 
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 LFS_FIRST_LINE = b"version https://git-lfs"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,7 +88,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(raw: bytes) -> Any:
-    """The JSON value in ``raw``. Raises ``ValueError`` for NaN, infinity and a duplicate key, ``RecursionError``."""
+    """The JSON value in ``raw``.
+
+    Raises ``ValueError`` for NaN, infinity, a duplicate key and half a surrogate pair, ``RecursionError``.
+    """
 
     def finite(text: str) -> float:
         number = float(text)
@@ -103,7 +108,10 @@ def parse_json(raw: bytes) -> Any:
         return made
 
     text = raw.decode("utf-8-sig")
-    return json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+    value = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
+    if _SURROGATE.search(text):
+        json.dumps(value, ensure_ascii=False).encode()  # half a pair is no character: no message could name it
+    return value
 
 
 def _read_bytes(path: Path, limit: int) -> bytes:
