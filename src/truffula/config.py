@@ -17,6 +17,9 @@ from typing import Any, get_type_hints
 from truffula.errors import ConfigError
 from truffula.option import Option, kind_of
 
+ENGINE_PROCESS = "Engine process"
+"""The topic of options that have no effect on an engine in the caller's process."""
+
 
 # ruff: noqa: RUF009  (``_option`` makes a dataclass field)
 def _option(default: Any, topic: str, help: str, **more: Any) -> Any:
@@ -115,17 +118,19 @@ class EngineConfig:
         2**30, "Advanced", "memory limit of a loading worker, on top of the adapter files it reads", low=2**20
     )
     start_timeout_s: float = _option(
-        1800.0, "Advanced", "maximum time without progress while the engine starts", low=0.001
+        1800.0, ENGINE_PROCESS, "maximum time without progress while the engine starts", low=0.001
     )
     heartbeat_timeout_s: float = _option(
-        10.0, "Advanced", "time without a heartbeat after which the engine counts as unhealthy", low=1.0
+        10.0, ENGINE_PROCESS, "time without a heartbeat after which the engine counts as unhealthy", low=1.0
     )
     step_timeout_s: float = _option(
-        120.0, "Advanced", "duration of a step after which the engine counts as unhealthy", low=1.0
+        120.0, ENGINE_PROCESS, "duration of a step after which the engine counts as unhealthy", low=1.0
     )
-    hang_timeout_s: float = _option(30.0, "Advanced", "time after which an unhealthy engine is restarted", low=0.001)
-    max_restarts: int = _option(5, "Advanced", "maximum number of engine restarts within --restart-window", low=0)
-    restart_window_s: float = _option(300.0, "Advanced", "period over which engine restarts are counted", low=0.001)
+    hang_timeout_s: float = _option(
+        30.0, ENGINE_PROCESS, "time after which an unhealthy engine is restarted", low=0.001
+    )
+    max_restarts: int = _option(5, ENGINE_PROCESS, "maximum number of engine restarts within --restart-window", low=0)
+    restart_window_s: float = _option(300.0, ENGINE_PROCESS, "period over which engine restarts are counted", low=0.001)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -231,7 +236,7 @@ class ServerConfig:
         60.0, "Timeouts", "maximum time to receive the headers of a request, and its body", low=0.001
     )
     send_timeout_s: float = _option(
-        60.0, "Timeouts", "close a stream whose client reads nothing for this long", low=0.001
+        60.0, "Timeouts", "close a connection whose client reads nothing of an answer for this long", low=0.001
     )
     keep_alive_s: float = _option(
         15.0, "Timeouts", "send a comment on a stream that has been silent for this long", low=0.1
@@ -246,7 +251,7 @@ class ServerConfig:
         100, "Logs and metrics", "number of adapters with separate metrics; the others share one label", low=0
     )
     lorax_metrics: bool = _option(False, "Logs and metrics", "also export metrics under LoRAX's names")
-    transport: str = _option("process", "Advanced", "where the engine runs", choices=("process", "inline"))
+    transport: str = _option("process", ENGINE_PROCESS, "where the engine runs", choices=("process", "inline"))
 
     def __post_init__(self) -> None:
         _check(self)

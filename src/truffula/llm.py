@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
 
-from truffula.config import EngineConfig
+from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
 from truffula.lora.sources import AdapterDirectory
@@ -94,8 +94,8 @@ class LLM:
         progress: Called with (stage, done, total or None) while the model loads.
         options: Fields of ``truffula.config.EngineConfig`` (``max_model_len``, ``memory_bytes``, ``max_running``, …).
 
-    Raises ``ConfigError`` for an unknown option, and ``TruffulaError`` when the model cannot be loaded. A context
-    manager; ``close`` frees the memory. Several threads may call its methods.
+    Raises ``ConfigError`` for an option that is unknown or has no effect with ``transport``, and ``TruffulaError`` when
+    the model cannot be loaded. A context manager; ``close`` frees the memory. Several threads may call its methods.
     """
 
     def __init__(
@@ -118,6 +118,8 @@ class LLM:
         for name in options:
             if name not in known:
                 raise ConfigError(f"LLM has no option {name!r}; available: {', '.join(sorted(known))}.", param=name)
+        if transport == "inline":
+            _refuse_process_options(options)
         config = EngineConfig(model=str(model), device=device, dtype=dtype, **options)
         directory = AdapterDirectory()
         for name, source in (adapters or {}).items():
@@ -285,16 +287,26 @@ class LLM:
             raise InvalidRequest(f"The request is invalid: {error}.") from error
 
 
+def _refuse_process_options(names: Iterable[str]) -> None:
+    """Raise ``ConfigError`` if one of ``names`` only concerns an engine in a process of its own."""
+    for option in options_of(EngineConfig):
+        if option.field in names and option.topic == ENGINE_PROCESS:
+            raise ConfigError(
+                f"{option.field} has no effect on an engine in this process; leave it out, or use transport='process'.",
+                param=option.field,
+            )
+
+
 def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
     """One value for each of ``count`` prompts: ``value`` repeated, or its items."""
     if isinstance(value, single):
         return [value] * count
     items = _listed(value, name)
     if len(items) != count:
-        raise InvalidRequest(f"{name} has {len(items)} items for {count} prompts.", param=name)
+        raise InvalidRequest(f"{name} has {len(items)} item{'s' * (len(items) != 1)} for {count} prompts.", param=name)
     for item in items:
         if not isinstance(item, single):
-            raise InvalidRequest(f"{name} holds a {type(item).__name__}.", param=name)
+            raise InvalidRequest(f"{name} has an item of type {type(item).__name__}.", param=name)
     return items
 
 
@@ -310,7 +322,7 @@ def _given(prompt: Prompt | Messages) -> dict[str, Any]:
 def _listed(value: Any, name: str) -> list[Any]:
     """The items of ``value``: a list, a tuple, a numpy array."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
-        raise InvalidRequest(f"{name} is a {type(value).__name__}; expected a list.", param=name)
+        raise InvalidRequest(f"{name} has type {type(value).__name__}; expected a list.", param=name)
     return list(value)
 
 
@@ -324,7 +336,7 @@ def _ids(prompt: Any, at: int) -> list[int]:
     """Any sequence of integers (numpy's too) as a list of ints."""
     if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
         raise InvalidRequest(
-            f"prompts[{at}] is a {type(prompt).__name__}; expected text or a list of token ids.", param="prompts"
+            f"prompts[{at}] has type {type(prompt).__name__}; expected text or a list of token ids.", param="prompts"
         )
     try:
         return [operator.index(token_id) for token_id in prompt]

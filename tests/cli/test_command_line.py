@@ -266,8 +266,17 @@ def test_verify_says_what_to_install_before_it_fetches(
     )
     done = here("verify", "org/no-such-model", *(("--adapter", "leaf") if adapter else ()), HF_HUB_OFFLINE="1")
     assert done.returncode == 1 and "(missing_dependency)" in done.stderr
-    assert f"{missing} is not installed" in done.stderr and "CPU build" in done.stderr
-    assert installation().pip_install("torch,hf", packages="peft") in done.stderr
+    assert f"not installed here: {missing}." in done.stderr and "CPU build" in done.stderr
+    assert installation().pip_install("train") in done.stderr
+
+
+def test_verify_of_a_gguf_model_says_that_it_needs_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest))
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    done = here("verify", str(tmp_path / "m.gguf"))
+    assert done.returncode == 1 and "(missing_dependency)" in done.stderr and "not installed here: gguf." in done.stderr
+    assert installation().pip_install("train") in done.stderr
 
 
 def test_verify_looks_at_the_adapter_before_it_computes(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from commands import every_command, flags_of
 from truffula import __version__
 from truffula.cli.help import NARROWEST
 from truffula.cli.options import TOPICS
-from truffula.config import OPTIONS
+from truffula.config import ENGINE_PROCESS, OPTIONS
 
 PATHS = [path for path, _ in every_command()]
 IDS = [" ".join(path) or "truffula" for path in PATHS]
@@ -132,3 +132,11 @@ def test_completion_still_knows_the_options() -> None:
     done = truffula(_TRUFFULA_COMPLETE="complete_bash", COMP_WORDS="truffula serve --adapter", COMP_CWORD="2")
     assert {"--adapter", "--adapter-dir", "--adapter-admin"} <= set(done.stdout.split())
     assert {"--install-completion", "--show-completion"} <= flags_of()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "verify"])
+def test_commands_without_an_engine_process_have_no_options_of_it(command: str) -> None:
+    text = help_of(command)
+    for option in OPTIONS.values():
+        assert not (option.topic == ENGINE_PROCESS and f"{option.flag} " in text), option.flag
+    assert "--heartbeat-timeout " in help_of("serve") and "--heartbeat-timeout " in help_of("bench", "serve")

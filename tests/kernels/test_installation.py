@@ -36,7 +36,7 @@ def test_of_a_package_index_it_names_the_package(monkeypatch: pytest.MonkeyPatch
     assert here.compile_again() == (
         f"{python} -m pip install --force-reinstall --no-deps --no-cache-dir truffula"
     )  # fmt: skip
-    assert here.pip_install("torch,hf", packages="peft") == f"{python} -m pip install 'truffula[torch,hf]' peft"
+    assert here.pip_install("train") == f"{python} -m pip install 'truffula[train]'"
 
 
 @pytest.mark.parametrize("editable", [False, True])

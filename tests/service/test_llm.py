@@ -108,7 +108,7 @@ def test_params_for_each_prompt(llm: LLM) -> None:
         ["a", "b"], [SamplingParams(max_tokens=2, ignore_eos=True), SamplingParams(max_tokens=5, ignore_eos=True)]
     )
     assert [len(out.token_ids) for out in outs] == [2, 5]
-    with pytest.raises(InvalidRequest, match="1 items for 2 prompts"):
+    with pytest.raises(InvalidRequest, match="1 item for 2 prompts"):
         llm.generate(["a", "b"], [SamplingParams()])
     with pytest.raises(InvalidRequest, match="3 items for 2 prompts"):
         llm.generate(["a", "b"], adapters=["one", None, "two"])
@@ -277,6 +277,8 @@ def test_options_are_checked_before_anything_is_loaded(folders: dict[str, Path])
     for options in ({"max_lenght": 5}, {"transport": "pigeon"}, {"adapters": {"x": "/nowhere"}}, {"dtype": "int3"}):
         with pytest.raises(ConfigError):
             LLM(folders["model"], **options)
+    with pytest.raises(ConfigError, match=r"max_restarts has no effect .* transport='process'"):
+        LLM(folders["model"], max_restarts=5)
 
 
 def test_a_folder_without_tokenizer_serves_ids(folders: dict[str, Path]) -> None:

@@ -10,6 +10,7 @@ import typer
 from truffula.cli.bench_app import app as bench_app
 from truffula.cli.help import GLUE, App
 from truffula.cli.options import AsJson, ConfigFile, Model, ModelOrVariable, resolve, with_options
+from truffula.config import ENGINE_PROCESS, OPTIONS
 from truffula.settings import require_paths
 
 START, MODELS, SERVER, TOOLS = "Start here", "Models", "A running server", "This machine"
@@ -31,6 +32,8 @@ AdapterArg = Annotated[
 ]
 # The options that affect computed values.
 SERVED = ("revision", "device", "dtype", "backend", "cpu_isa", "quantize", "exact", "threads", "offline", "cache_dir")
+# The options of an engine in the command's own process.
+IN_PROCESS = tuple(name for name, option in OPTIONS.items() if option.topic != ENGINE_PROCESS)
 Temperature = Annotated[
     float, typer.Option("--temperature", "-t", help="Sampling temperature; 0 always takes the most likely token.")
 ]
@@ -90,7 +93,7 @@ def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
 
 
 @app.command(rich_help_panel=START)
-@with_options("engine")
+@with_options("engine", only=IN_PROCESS)
 def generate(
     model: ModelOrVariable = None,
     prompt: Annotated[
@@ -145,7 +148,7 @@ def generate(
 
 
 @app.command(rich_help_panel=START)
-@with_options("engine")
+@with_options("engine", only=IN_PROCESS)
 def chat(
     model: ModelOrVariable = None,
     adapter: AdapterArg = None,

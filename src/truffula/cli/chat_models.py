@@ -11,7 +11,7 @@ from typing import Any
 from truffula.cli.options import resolve
 from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
-from truffula.config import OPTIONS, EngineConfig
+from truffula.config import ENGINE_PROCESS, OPTIONS, EngineConfig, options_of
 from truffula.errors import ConfigError, TruffulaError
 from truffula.params import SamplingParams
 from truffula.types import TextDelta
@@ -47,8 +47,9 @@ class LocalModel:
     def __init__(self, config: EngineConfig, adapters: Mapping[str, str]) -> None:
         from truffula.llm import LLM
 
+        options = {o.field: getattr(config, o.field) for o in options_of(EngineConfig) if o.topic != ENGINE_PROCESS}
         with progress() as report:
-            self._llm = LLM(**vars(config), adapters=adapters, progress=report)
+            self._llm = LLM(**options, adapters=adapters, progress=report)
         self.name = config.model
         self.has_chat_template = self._llm.has_chat_template
         if text := self._llm.info.int8_note:

@@ -159,8 +159,8 @@ def _packages() -> list[Finding]:
     here = installation()
     wanted = (
         ("torch", "the reference backend", here.pip_install("torch")),
-        ("transformers", "truffula verify", here.pip_install("torch,hf")),
-        ("peft", "truffula verify --adapter", here.pip_install("torch,hf", packages="peft")),
+        ("transformers", "truffula verify", here.pip_install("train")),
+        ("peft", "truffula verify --adapter", here.pip_install("train")),
     )
     findings = []
     for package, purpose, advice in wanted:

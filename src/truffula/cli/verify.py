@@ -30,7 +30,7 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
     from truffula.testing.oracle import require_packages
     from truffula.weights.sources import resolve_source
 
-    require_packages(adapter is not None)
+    require_packages(adapter=adapter is not None)
     if adapter is not None:
         require_adapter(Path(adapter))
     prepare_compute()
@@ -38,6 +38,7 @@ def run_verify(config: EngineConfig, adapter: str | None, tokens: int, *, as_jso
         path = resolve_source(
             config.model, cache_dir=config.cache_dir, offline=config.offline, revision=config.revision, progress=report
         )
+    require_packages(adapter=adapter is not None, gguf=path.suffix == ".gguf")
     from truffula.testing.served import verify_serving
 
     result = verify_serving(

@@ -163,8 +163,8 @@ class Engine:
         return self._adapters.command(command, self._clock())
 
     def poll_timeout(self) -> float | None:
-        """Seconds until ``step`` has something to do without a call or an event of a loading worker: 0 with work, None
-        when only these can bring some.
+        """Seconds to ``wait`` at most before the next ``step``: 0 when there is work now, None when only a call or a
+        loading worker can bring some.
         """
         timeout = 0.0 if self._scheduler.has_work() else self._adapters.poll_timeout()
         if self.idle():

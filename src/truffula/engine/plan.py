@@ -18,17 +18,17 @@ class SequenceState(msgspec.Struct, frozen=True, gc=False):
 
 
 class Chunk(msgspec.Struct, frozen=True, gc=False):
-    """The tokens of one sequence that a step computes. ``token_ids`` and ``targets`` are views that are valid until the
-    next plan.
+    """The tokens of one sequence that a step computes. ``token_ids`` and ``targets`` are views of the sequence's ids,
+    which the next ``commit`` or ``plan`` may change: the runner copies them when it submits.
 
     ``seq_slot`` is the sequence's slot in the executable; it stays the same until the sequence ends or is preempted.
     ``restart``: the state to set in the slot before the step (``set_sequence``); None: the slot continues with the
     state that its last step left.
 
     ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
-    has one array ``[blocks]`` per KV group (or one that all share) that covers all positions; the tuple is the same
-    object until a table changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for
-    each of ``targets``, the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw.
+    has one array ``[blocks]`` per KV group that covers all positions; the tuple is the same object until a table
+    changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for each of ``targets``,
+    the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw.
     """
 
     serial: int

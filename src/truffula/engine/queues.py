@@ -1,4 +1,4 @@
-"""WaitingQueues: the waiting sequences by adapter. It has their adapters loaded."""
+"""WaitingQueues: the waiting sequences by adapter. It begins the loads of their adapters and binds loaded ones."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class WaitingQueues:
         return max(0.0, now - max(self._loading[sequence.key], sequence.arrival))
 
     def prefetch_adapters(self, now: float) -> list[tuple[Sequence, ErrorInfo]]:
-        """Have adapters loaded before their turn, and bind loaded ones, so that one slow load delays only its own
+        """Begin loads of adapters before their turn, and bind loaded ones, so that one slow load delays only its own
         requests. Returns the sequences whose adapter did not load, with the error.
 
         At most ``prefetch_adapters`` load for waiting requests at a time, and no more loads begin while as many

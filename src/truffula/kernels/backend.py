@@ -130,7 +130,7 @@ class Executable(Protocol):
     """
 
     depth: int
-    """Steps that may be unfinished at once. A program that submits more must take a result first."""
+    """Steps that may be unfinished at a time. With so many, take the oldest one's result before the next ``submit``."""
 
     inputs: StepInputs
     """What the next ``submit`` reads: another object after each when ``depth`` > 1. It must not be written to while a

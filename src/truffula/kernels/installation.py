@@ -23,14 +23,11 @@ class Installation:
     folder: Path | None = None
     editable: bool = False
 
-    def pip_install(self, extras: str = "", *, options: str = "", packages: str = "") -> str:
-        """A whole pip command for this interpreter that installs truffula with ``extras`` (``torch,hf``).
-
-        ``packages`` are installed with it.
-        """
+    def pip_install(self, extras: str = "", *, options: str = "") -> str:
+        """A whole pip command for this interpreter that installs truffula with ``extras`` (``train``)."""
         target = f"{self.folder or 'truffula'}{f'[{extras}]' if extras else ''}"
         edit = ["-e"] if self.editable else []
-        return shlex.join([sys.executable, *f"-m pip install {options}".split(), *edit, target, *packages.split()])
+        return shlex.join([sys.executable, *f"-m pip install {options}".split(), *edit, target])
 
     def compile_again(self) -> str:
         """A whole command that compiles the native kernels, after a compiler was installed."""

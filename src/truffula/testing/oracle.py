@@ -21,15 +21,14 @@ Float32 = npt.NDArray[np.float32]
 _ATTENTION = "truffula_observed"
 
 
-def require_packages(with_adapter: bool) -> None:
+def require_packages(*, adapter: bool, gguf: bool = False) -> None:
     """Raise ``MissingDependency`` unless the packages of a comparison are installed."""
-    packages = ("torch", "transformers", "peft") if with_adapter else ("torch", "transformers")
+    packages = ["torch", "transformers", *["peft"] * adapter, *["gguf"] * gguf]
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependency(
-            f"verify compares with transformers and peft, but {' and '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not installed. Install them: "
-            f"{installation().pip_install('torch,hf', packages='peft')} ({CPU_TORCH}).",
+            f"verify compares with transformers and peft; not installed here: {', '.join(missing)}. "
+            f"Install them: {installation().pip_install('train')} ({CPU_TORCH}).",
             param=missing[0],
         )
 
@@ -45,7 +44,7 @@ class Oracle:
         dtype: ``float32`` or ``bfloat16``.
 
     Raises:
-        MissingDependency: transformers, torch or (with an adapter) peft is not installed.
+        MissingDependency: transformers, torch, peft (with an adapter) or gguf (for such a file) is not installed.
         UnsupportedModel: A GGUF model in parts, or of an architecture that transformers loads as another one.
 
     Attributes:
@@ -53,7 +52,7 @@ class Oracle:
     """
 
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
-        require_packages(adapter is not None)
+        require_packages(adapter=adapter is not None, gguf=path.suffix == ".gguf")
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.utils import logging
