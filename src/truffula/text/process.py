@@ -116,7 +116,9 @@ class TextWorker:
         if status == -signal.SIGXCPU:
             return WorkerStopped(f"it took longer than {seconds:g} s of processor time")
         limit = self._setup.memory_bytes >> 20
-        return WorkerStopped(f"it took more than {limit} MiB of memory (exit status {status})")
+        return WorkerStopped(
+            f"the text worker ended with exit status {status}, as it does when it takes more than {limit} MiB of memory"
+        )
 
     def _start(self) -> Connection:
         connection, theirs = Pipe()
