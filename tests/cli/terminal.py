@@ -47,15 +47,6 @@ class Terminal:
                 self._read_more(repr(until))
         self.wait_for(until)
 
-    def interrupt_until_the_end(self) -> int:
-        """As ``interrupt``, until the process ends; its exit status."""
-        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
-            while True:
-                self.type("\x03")
-                while select.select([self._descriptor], [], [], 1.0)[0]:
-                    self._read_more("the end was")
-        return self.process.wait(PATIENCE_S)
-
     def wait_for_any(self, count: int) -> str:
         """The next ``count`` characters that are shown."""
         while len(self._unread()) < count:

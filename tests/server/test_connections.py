@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import resource
 import signal
 import socket
@@ -57,6 +58,25 @@ def test_a_long_answer_is_not_cut_by_the_heads_limit(long_model_folder):
     with serving(long_model_folder, body_timeout=0.5) as live:
         body = {"prompt": "Hello", "max_tokens": 800, "ignore_eos": True, "temperature": 0}
         assert ok(live.post("/v1/completions", body))["usage"]["completion_tokens"] == 800
+
+
+def test_half_a_head_during_a_pipelined_answer_does_not_cut_it(long_model_folder):
+    """The second request begins when the first answer is sent, whose task has not ended then."""
+
+    def request(**fields):
+        said = json.dumps({"prompt": "Hello", "ignore_eos": True, "temperature": 0, "stream": True, **fields})
+        return f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(said)}\r\n\r\n{said}".encode()
+
+    two = request(max_tokens=1) + request(max_tokens=800)
+    with serving(long_model_folder, body_timeout=0.5) as live, connect(live.url, two) as connection:
+        seen = b""
+        while seen.count(b"HTTP/1.1 200") < 2:
+            seen += connection.recv(65536)
+        connection.sendall(b"GET /hea")
+        while seen.count(b"[DONE]") < 2:
+            received = connection.recv(65536)
+            assert received, seen[-500:]
+            seen += received
 
 
 def test_those_that_wait_longest_make_room(model_folder):

@@ -227,6 +227,23 @@ def test_clients_take_turns_and_too_many_calls_are_refused():
     asyncio.run(main())
 
 
+def test_clients_that_have_left_do_not_count_as_waiting():
+    async def main():
+        pool = WorkerPool(["worker"])
+        await pool.acquire("b")
+        left = [asyncio.ensure_future(pool.acquire("a")) for _ in range(MAX_WAITING_PER_CLIENT)]
+        await asyncio.sleep(0)
+        for call in left:
+            call.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        turn = asyncio.ensure_future(pool.acquire("a"))
+        await asyncio.sleep(0)
+        pool.release("worker")
+        assert await turn == "worker"
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("head", "status"),
     [

@@ -430,5 +430,7 @@ def test_an_engine_that_has_failed_is_not_asked_again(folders: dict[str, Path]) 
         assert service._thread is not None
         await asyncio.to_thread(service._thread.join, 30)
         assert not service._thread.is_alive()
+        with pytest.raises(TruffulaError, match="the step failed"):
+            await asyncio.wait_for(complete(service, GenerateRequest(prompt="b", params=GREEDY)), 30)
 
     run(folders, test, transport="inline")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 import pytest
@@ -38,6 +41,16 @@ def of_this_file(worker: object, argument: object) -> Iterator[bytes]:
     raise NotImplementedError
 
 
+class Code:
+    """A call's argument that makes the worker execute ``source`` when it reads the call."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (self.source,)
+
+
 SOON = ("multiplied text", "doubled list", "quotient of large integers", "many expressions to compile")
 
 
@@ -71,3 +84,27 @@ def test_errors_of_a_call_are_raised_and_the_process_stays(worker: TextWorker) -
     assert worker.pid is None
     assert rendered(worker, PLAIN) == "hi!"
     assert worker.pid not in (None, pid)
+
+
+def test_a_process_that_was_ended_between_calls_is_started_again(worker: TextWorker) -> None:
+    assert rendered(worker, PLAIN) == "hi!"
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    assert rendered(worker, PLAIN) == "hi!"
+
+
+def test_a_process_that_stops_reading_or_writing_does_not_hold_the_call(worker: TextWorker) -> None:
+    def called(*call: Any) -> str:
+        with pytest.raises(WorkerStopped) as raised:
+            worker.call(*call)
+        return raised.value.message
+
+    assert rendered(worker, PLAIN) == "hi!"
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    assert called(render_job, "x" * 10**7, 0.1) == "it took longer than 1 s"  # more than the socket holds
+    # The length of a message, and its first byte.
+    half = "import os, struct, sys, time; os.write(int(sys.argv[2]), struct.pack('!i', 100) + b'P'); time.sleep(600)"
+    assert called(render_job, Code(half), 0.2) == "it took longer than 2 s"
+    assert rendered(worker, PLAIN) == "hi!"

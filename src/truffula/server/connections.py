@@ -83,10 +83,13 @@ class Connections:
             one = self.current.get()
             self._waiting.pop(one, None)
             one.stop_timer()
+            one.calls += 1
             try:
                 await app(scope, receive, send)
             finally:
-                if one in self._open:
+                one.calls -= 1
+                # The next request may have begun already: when the answer is sent, its task has not ended.
+                if not one.calls and one in self._open:
                     self._waiting[one] = None
 
         return watched
@@ -102,6 +105,7 @@ class GuardedProtocol(asyncio.Protocol):
     def __init__(self, connections: Connections, inner: Callable[..., asyncio.Protocol], **settings: Any) -> None:
         self._inner = inner(**settings)
         self._connections = connections
+        self.calls = 0  # of the application, that have not ended
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -242,6 +242,8 @@ def _words(item: ErrorDetails) -> str:
     branch = next((part for part in item["loc"] if isinstance(part, str) and _is_branch(part)), None)
     if branch is not None:
         return f"should be {_BRANCHES.get(branch, branch)}"
+    if item["type"] in ("model_type", "dict_type"):
+        return "should be an object"
     return item["msg"].removeprefix("Input ").removeprefix("Value error, ").rstrip(".")
 
 

@@ -316,6 +316,7 @@ def make_server(
         lifespan="off",
         server_header=False,
         timeout_keep_alive=75,
+        ws="none",  # otherwise a library that happens to be installed takes connections over
         timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
     )
     settings.load()

@@ -84,8 +84,8 @@ async def _answer(request: Request, kind: Kind) -> Response:
         model = Texts(core.tokenizer, core.templates, core.info)
         head, reply = await texts.in_thread(len(raw), lambda: _reply(kind, value, state.limits, model))
         parts = [reply]
-    await state.named_model(head.model)
     note_ignored(request, head.unknown)
+    await state.named_model(head.model)
     return Reply(parts)
 
 

@@ -259,11 +259,13 @@ class AsyncService:
         self._pass_on(events)
 
     def _dispatch(self) -> None:
-        """The dispatcher thread: events of the engine, to the loop, until the client is closed."""
+        """The dispatcher thread: events of the engine, to the loop, until the client is closed or the engine fails."""
         assert self._loop is not None
         try:
             while events := self._client.events(None):
                 self._loop.call_soon_threadsafe(self._pass_on, events)
+            if (error := self._client.fatal_error()) is not None:  # else the client is closed
+                self._loop.call_soon_threadsafe(self._break, error)
         except Exception as error:
             logger.exception("the dispatcher ended")
             self._loop.call_soon_threadsafe(self._break, error)

@@ -104,7 +104,7 @@ class WorkerPool:
             if (timer := self._timers.pop(worker, None)) is not None:
                 timer.cancel()
             return worker
-        own = self._waiting.get(client, ())
+        own = self._waiting.get(client, deque())
         if len(own) >= MAX_WAITING_PER_CLIENT or sum(map(len, self._waiting.values())) >= MAX_WAITING:
             raise Overloaded(
                 f"{len(own)} requests of this client wait to be read, because they are long or because of the model's "
@@ -118,6 +118,10 @@ class WorkerPool:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.release(turn.result())
+            elif turn in (own := self._waiting.get(client, deque())):
+                own.remove(turn)
+                if not own:
+                    del self._waiting[client]
             raise
 
     def release(self, worker: TextWorker) -> None:

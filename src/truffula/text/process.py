@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -78,13 +81,18 @@ class TextWorker:
             WorkerStopped: It took longer than ``seconds`` of processor time, or more memory than allowed.
             TruffulaError: What the function raised.
         """
+        limit = WALL_SECONDS * seconds
         try:
+            process = self._process
+            if process is not None and process.poll() is not None:
+                self.close()  # it was ended from outside since the last call
             connection = self._connection or self._start()
+            _set_timeout(connection, limit)
             connection.send((job, argument, seconds))
-            return _parts(connection, time.monotonic() + WALL_SECONDS * seconds)
-        except TimeoutError:
+            return _parts(connection, time.monotonic() + limit)
+        except (TimeoutError, BlockingIOError):
             self.close()
-            raise WorkerStopped(f"it took longer than {WALL_SECONDS * seconds:g} s") from None
+            raise WorkerStopped(f"it took longer than {limit:g} s") from None
         except (OSError, EOFError):
             raise self._ended(seconds) from None
 
@@ -108,7 +116,9 @@ class TextWorker:
         if status == -signal.SIGXCPU:
             return WorkerStopped(f"it took longer than {seconds:g} s of processor time")
         limit = self._setup.memory_bytes >> 20
-        return WorkerStopped(f"it took more than {limit} MiB of memory (exit status {status})")
+        return WorkerStopped(
+            f"the text worker ended with exit status {status}, as it does when it takes more than {limit} MiB of memory"
+        )
 
     def _start(self) -> Connection:
         connection, theirs = Pipe()
@@ -119,11 +129,20 @@ class TextWorker:
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=2, process_group=0,
                 env=text_worker_environment(),
             )  # fmt: skip
+        _set_timeout(connection, START_TIMEOUT_S)
         connection.send(self._setup)
         if _receive(connection, time.monotonic() + START_TIMEOUT_S) != READY:
             raise OSError("the text worker sent something else before it was ready")
         self._connection = connection
         return connection
+
+
+def _set_timeout(connection: Connection, seconds: float) -> None:
+    """Let a read or write of ``connection`` raise ``BlockingIOError`` when the worker does nothing for ``seconds``."""
+    value = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 def _parts(connection: Connection, deadline: float) -> list[bytes]:
