@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from truffula.config import OPTIONS, EngineConfig, ServerConfig, options_of
+from truffula.config import ENGINE_PROCESS, OPTIONS, EngineConfig, ServerConfig, options_of
 from truffula.environment import PREFIX, expanded, variables
 from truffula.errors import ConfigError, did_you_mean, nearest
 from truffula.option import Option
@@ -55,7 +55,7 @@ def load_config(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) ->
     """The configs of ``load_settings``. ``env`` is by default the environment of the process.
 
     Raises:
-        ConfigError: As ``load_settings``, or no model was given.
+        ConfigError: As ``load_settings``, no model was given, or an option has no effect with the transport.
     """
     env = variables(env)
     settings = load_settings(cli, env)
@@ -64,6 +64,8 @@ def load_config(cli: Mapping[str, Any], env: Mapping[str, str] | None = None) ->
         raise _no_model(env)
     engine = EngineConfig(**{o.field: values[o.field] for o in options_of(EngineConfig)})
     server = ServerConfig(**{o.field: values[o.field] for o in options_of(ServerConfig)})
+    if server.transport == "inline":
+        _refuse_without_effect(settings)
     return Resolved(engine, server, settings)
 
 
@@ -108,6 +110,18 @@ def require_paths(settings: Iterable[Setting]) -> None:
             allowed = path.is_file() if option.must_be == "file" else path.is_dir()
             if not allowed and not (option.must_be == "new folder" and not path.exists()):
                 raise option.error(str(path), setting.source or option.name)
+
+
+def _refuse_without_effect(settings: Iterable[Setting]) -> None:
+    """Raise ``ConfigError`` for the first setting that only concerns an engine in a process of its own."""
+    for setting in settings:
+        option = setting.option
+        if option.topic == ENGINE_PROCESS and option.name != "transport" and setting.origin != "default":
+            raise ConfigError(
+                f"{setting.source} has no effect with --transport inline, where the engine is part of the server's "
+                "process. Leave it out, or use --transport process.",
+                param=option.field,
+            )
 
 
 def _setting(

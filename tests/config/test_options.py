@@ -155,6 +155,16 @@ def test_choices_are_checked_with_the_options(name: str, value: str, said: str):
         assert repr(value) in str(caught.value) and said in str(caught.value)
 
 
+def test_an_option_of_the_engines_process_is_refused_with_an_inline_engine():
+    inline = {"model": "m", "transport": "inline"}
+    assert load_config(inline, {}).server.transport == "inline"
+    with pytest.raises(ConfigError, match="--max-restarts has no effect with --transport inline") as caught:
+        load_config({**inline, "max_restarts": 3}, {})
+    assert caught.value.param == "max_restarts"
+    with pytest.raises(ConfigError, match="TRUFFULA_HANG_TIMEOUT has no effect"):
+        load_config(inline, {"TRUFFULA_HANG_TIMEOUT": "9"})
+
+
 def test_paths_that_must_exist_are_checked_as_what_they_must_be(tmp_path: Path):
     (tmp_path / "file").touch()
     right = {"chat_template": tmp_path / "file", "adapter_dir": tmp_path, "allow_local": [tmp_path]}
