@@ -42,11 +42,6 @@ class PromptMaker:
         self._workers = workers
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="truffula-text")
 
-    @property
-    def has_workers(self) -> bool:
-        """Whether ``in_worker`` can be used."""
-        return self._workers is not None
-
     async def prompt(self, request: GenerateRequest) -> Prompt:
         """The request's prompt. Raises as ``make_prompt``, and ``Overloaded``."""
         if request.prepared is not None:
