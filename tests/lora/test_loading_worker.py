@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -181,6 +182,17 @@ def test_a_refusal_names_a_file_whose_name_is_no_text(make: Make, tmp_path: Path
     error = one(loader).error
     assert error is not None and error.code == AdapterError.code and r"\udcff.gguf" in error.message
     assert loader.pids() != []
+
+
+def test_a_message_that_quotes_a_long_text_is_cut(tmp_path: Path) -> None:
+    """Of a tensor's dtype and of its name: clients and logs get a paragraph."""
+    folder = write_tiny_adapter(tmp_path / "long", llama_sites())
+    for entry in ({"x": {"dtype": "X" * 100_000, "shape": [0], "data_offsets": [0, 0]}}, {"y" * 100_000: 1}):
+        header = json.dumps(entry).encode()
+        (folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        error = load(LoadRequest(ticket=1, ref=ref(folder)), Setup(sites=llama_sites(), model="tiny-base"), []).error
+        assert error is not None and error.code == "adapter_invalid"
+        assert 100 < len(error.message) < 5000
 
 
 def test_a_load_whose_worker_is_killed_from_outside_is_tried_again(

@@ -224,6 +224,14 @@ def test_clients_take_turns_and_too_many_calls_are_refused():
         assert len(order) == MAX_WAITING_PER_CLIENT  # one of the nine was cancelled
         assert await pool.acquire("c") == "worker"
 
+        for _ in range(3):  # calls whose clients have left do not count as waiting
+            left = [asyncio.ensure_future(pool.acquire("a")) for _ in range(MAX_WAITING_PER_CLIENT)]
+            await asyncio.sleep(0)
+            for one in left:
+                one.cancel()
+            ended = await asyncio.gather(*left, return_exceptions=True)
+            assert all(isinstance(one, asyncio.CancelledError) for one in ended)
+
     asyncio.run(main())
 
 

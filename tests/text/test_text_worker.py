@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import msgspec
@@ -12,7 +14,7 @@ import pytest
 from served import tiny_info
 from template_bombs import BOMBS
 
-from truffula.errors import InvalidRequest, TemplateError, TruffulaError
+from truffula.errors import InvalidRequest, Overloaded, ShuttingDown, TemplateError, TruffulaError
 from truffula.service.prompts import render_job, unpack_rendered
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.process import Setup, TextWorker, WorkerStopped
@@ -107,4 +109,44 @@ def test_a_process_that_stops_reading_or_writing_does_not_hold_the_call(worker: 
     # The length of a message, and its first byte.
     half = "import os, struct, sys, time; os.write(int(sys.argv[2]), struct.pack('!i', 100) + b'P'); time.sleep(600)"
     assert called(render_job, Code(half), 0.2) == "it took longer than 2 s"
+    assert rendered(worker, PLAIN) == "hi!"
+
+
+def endless_call(worker: TextWorker, end: Callable[[int], object], *, times: int, seconds: float = 60.0) -> None:
+    """Run a call that does not end by itself, and call ``end`` with the ids of its first processes."""
+
+    def watch() -> None:
+        seen: set[int] = set()
+        while len(seen) < times and not ended.wait(0.001):
+            if (pid := worker.pid) is not None and pid not in seen:
+                seen.add(pid)
+                end(pid)
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        rendered(worker, BOMBS["nested loops"], seconds=seconds)
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def test_a_call_is_not_blamed_for_what_the_system_and_the_server_do(
+    worker: TextWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(WorkerStopped, match="1 s of processor time"):  # of its second process
+        endless_call(worker, lambda pid: os.kill(pid, signal.SIGKILL), times=1, seconds=1.0)
+    assert caplog.text.count("was killed") == 1
+    with pytest.raises(Overloaded, match="killed twice"):
+        endless_call(worker, lambda pid: os.kill(pid, signal.SIGKILL), times=2)
+    with pytest.raises(ShuttingDown):
+        endless_call(worker, lambda _: worker.close(), times=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(Overloaded, match="Too many open files"):
+            worker.call(render_job, CHAT, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert rendered(worker, PLAIN) == "hi!"

@@ -41,6 +41,7 @@ from truffula.types import AdapterRef
 
 VERSION = 3
 CLEAN_UP_TRIES, CLEAN_UP_PAUSE_S = 10, 0.05
+MAX_MESSAGE_CHARS = 4000
 _SPARE_BYTES = 1 << 20
 
 
@@ -193,7 +194,10 @@ def load(
                     "The adapter's files changed while they were read; send the request again.", param="adapter"
                 )
     except TruffulaError as error:
-        return LoadResponse(ticket=request.ticket, error=error.info())
+        info = error.info()
+        if len(info.message) > MAX_MESSAGE_CHARS:  # it quotes the adapter's files, which may hold texts of any length
+            info = msgspec.structs.replace(info, message=f"{info.message[:MAX_MESSAGE_CHARS]}...")
+        return LoadResponse(ticket=request.ticket, error=info)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         failed = AdapterLoadError(f"The adapter cannot be written to shared memory or the temporary folder: {reason}.")

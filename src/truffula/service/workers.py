@@ -55,7 +55,7 @@ class TextWorkers:
         return unpack_rendered(packed)[0]
 
     def close(self) -> None:
-        """End the workers; calls that run end with ``WorkerStopped``. Idempotent."""
+        """End the workers; calls that run end with ``ShuttingDown``. Idempotent."""
         self.light.close()
         self.heavy.close()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
 import signal
 import socket
@@ -17,7 +19,7 @@ from typing import Any
 import msgspec
 
 from truffula.environment import text_worker_environment
-from truffula.errors import ErrorInfo, TruffulaError
+from truffula.errors import ErrorInfo, Overloaded, ShuttingDown, TruffulaError
 from truffula.types import EngineInfo
 
 Job = Callable[[Any, Any], Iterator[bytes]]
@@ -28,6 +30,9 @@ START_TIMEOUT_S = 60.0
 WALL_SECONDS = 10.0
 """Limit of a call's duration per second of its processor time: a busy machine gives it little."""
 GRACE_S = 1.0
+NO_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+"""What the system answers when it has no place for another process."""
+log = logging.getLogger(__name__)
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +58,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WorkerStopped(TruffulaError):
-    """A call took more time or memory than a text worker may use, or its process was ended from outside."""
+    """A call took more time or memory than a text worker may use."""
 
     code = "overloaded"
 
@@ -61,7 +66,7 @@ class WorkerStopped(TruffulaError):
 class TextWorker:
     """One process, started with its first call, and started again after it was stopped. Used by one thread at a time.
 
-    ``close`` may be called from any thread; a call that is running then ends with ``WorkerStopped``.
+    ``close`` may be called from any thread; a call that is running then ends with ``ShuttingDown``.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -75,12 +80,21 @@ class TextWorker:
         return None if self._process is None else self._process.pid
 
     def call(self, job: Job, argument: Any, seconds: float) -> list[bytes]:
-        """What ``job`` yields for ``argument``.
+        """What ``job`` yields for ``argument``. A call whose process is killed from outside is tried once more.
 
         Raises:
             WorkerStopped: It took longer than ``seconds`` of processor time, or more memory than allowed.
+            Overloaded: Its process was killed from outside twice, or none can be started.
+            ShuttingDown: The worker was closed.
             TruffulaError: What the function raised.
         """
+        for _ in range(2):
+            if (parts := self._try(job, argument, seconds)) is not None:
+                return parts
+        raise Overloaded("The process that read this request was killed twice, as when memory runs out. Try later.")
+
+    def _try(self, job: Job, argument: Any, seconds: float) -> list[bytes] | None:
+        """As ``call``; None when the process was killed from outside."""
         limit = WALL_SECONDS * seconds
         try:
             process = self._process
@@ -90,11 +104,23 @@ class TextWorker:
             _set_timeout(connection, limit)
             connection.send((job, argument, seconds))
             return _parts(connection, time.monotonic() + limit)
-        except (TimeoutError, BlockingIOError):
+        except (OSError, EOFError) as error:
+            process = self._process
+            if process is None and isinstance(error, OSError) and error.errno in NO_PROCESS:
+                raise Overloaded(f"No process can be started for this request: {error.strerror}. Try later.") from error
+            if process is None:
+                raise ShuttingDown("The server is shutting down.") from None
+            if isinstance(error, TimeoutError | BlockingIOError):
+                self.close()
+                raise WorkerStopped(f"it took longer than {limit:g} s") from None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+            status = process.poll()
             self.close()
-            raise WorkerStopped(f"it took longer than {limit:g} s") from None
-        except (OSError, EOFError):
-            raise self._ended(seconds) from None
+            if status == -signal.SIGKILL:
+                log.warning("text worker %d was killed (SIGKILL: kill -9, or the kernel's lack of memory)", process.pid)
+                return None
+            raise _exceeded(status, seconds, self._setup.memory_bytes) from None
 
     def close(self) -> int | None:
         """Kill the process, if there is one. Idempotent. Returns its exit status."""
@@ -104,21 +130,6 @@ class TextWorker:
             return None
         process.kill()
         return process.wait()
-
-    def _ended(self, seconds: float) -> WorkerStopped:
-        """Clean up after a process that has ended during a call, and say why."""
-        process = self._process
-        if process is None:
-            return WorkerStopped("the server is closing")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
-        status = self.close()
-        if status == -signal.SIGXCPU:
-            return WorkerStopped(f"it took longer than {seconds:g} s of processor time")
-        limit = self._setup.memory_bytes >> 20
-        return WorkerStopped(
-            f"the text worker ended with exit status {status}, as it does when it takes more than {limit} MiB of memory"
-        )
 
     def _start(self) -> Connection:
         connection, theirs = Pipe()
@@ -143,6 +154,16 @@ def _set_timeout(connection: Connection, seconds: float) -> None:
     with socket.socket(fileno=os.dup(connection.fileno())) as same:
         same.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def _exceeded(status: int | None, seconds: float, memory_bytes: int) -> WorkerStopped:
+    """Which limit a process exceeded, by the exit status that this gave it."""
+    if status == -signal.SIGXCPU:
+        return WorkerStopped(f"it took longer than {seconds:g} s of processor time")
+    limit = memory_bytes >> 20
+    return WorkerStopped(
+        f"the text worker ended with exit status {status}, as it does when it takes more than {limit} MiB of memory"
+    )
 
 
 def _parts(connection: Connection, deadline: float) -> list[bytes]:
