@@ -6,6 +6,7 @@ is a sequence with ``context`` computed tokens; each adapter has one rank and ta
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,9 @@ from truffula.errors import ConfigError
 from truffula.kernels.backend import Backend, Executable
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
-from truffula.testing.programs import Part, attach, fill_step, pull_from, random_adapter, random_weights
+from truffula.lora.image import ImageWriter, map_image
+from truffula.lora.staging import Staging
+from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
 
 BLOCK = 16
 MIXES = ("none", "shared", "distinct")
@@ -106,10 +109,7 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
     )
     executable = backend.load(program, dtype, pull_from(random_weights(program, dtype="bfloat16")), capacity)
     weights = backend.plan(program, dtype, capacity).weight_bytes
-    slots = [
-        attach(executable, random_adapter(program, rank=bench.rank, seed=i, dtype=bench.adapter_dtype))
-        for i in range(0 if {*bench.mixes} == {"none"} else most)
-    ]
+    slots = _attach_adapters(executable, program, bench, 0 if {*bench.mixes} == {"none"} else most)
     lines = []
     for rows in bench.rows:
         using = {mix: slots_of(mix, slots, rows) for mix in bench.mixes if not mix.isdecimal() or int(mix) <= rows}
@@ -131,6 +131,20 @@ def measure(backend: Backend, program: Program, dtype: str, bench: StepBench, ra
         lines.append(_result("prefill", bench.prefill, "none", times[1:]))  # the first is a warm-up
     executable.close()
     return lines
+
+
+def _attach_adapters(executable: Executable, program: Program, bench: StepBench, count: int) -> list[int]:
+    """Slots of ``count`` random adapters, whose images are mapped files as in a server."""
+    slots = []
+    with contextlib.closing(Staging()) as staging:
+        for seed in range(count):
+            adapter = random_adapter(program, rank=bench.rank, seed=seed, dtype=bench.adapter_dtype)
+            image = ImageWriter(adapter.generation, bench.rank, adapter.sites, executable.layout)
+            path = staging.folders[0] / str(seed)
+            image.write(path)
+            slots.append(executable.adapter(map_image(path, image.header)))
+            path.unlink()
+    return slots
 
 
 def _timed_step(executable: Executable) -> StepTime:
