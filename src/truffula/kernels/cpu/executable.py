@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -76,9 +77,12 @@ class CpuExecutable(SynchronousExecutable):
         """Bytes of the products with A in a full step beyond what the memory plan counts."""
         table, ops = image.table, self._op_of_site[image.table[:, SITE]]
         ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
-        shrinks = np.unique(np.stack([ops, offsets, table[:, SCALE], ranks]), axis=1)
         lanes, planned_rank = int(library().LANES), int(library().PLANNED_RANK)
-        widest = int(np.bincount(shrinks[0], -(-shrinks[3] // lanes)).max(initial=0)) * lanes
+        panels: Counter[int] = Counter()  # of each op; parts with the same A and scale share a product
+        shrinks = zip(ops.tolist(), offsets.tolist(), table[:, SCALE].tolist(), ranks.tolist(), strict=True)
+        for op, _, _, rank in {*shrinks}:
+            panels[op] += -(-rank // lanes)
+        widest = max(panels.values(), default=0) * lanes
         rows = max(len(self.inputs.token_ids), len(self.inputs.logit_rows))
         return 4 * rows * max(0, widest - planned_rank)
 
