@@ -134,7 +134,6 @@ def test_a_large_body_delays_no_other_stream(watched, name):
         assert [one for one in long if one[0] > GAP_S] == []
         gap, health = waits["gap"] - idle["gap"] - waits["machine"], waits["health"] - waits["machine"]
         tries.append({"gap": gap, "health": health, "idle": idle, "waits": waits, "long": long[:5]})
-        print(tries[-1])
         if gap <= GAP_S and health <= HEALTH_S:
             return
     raise AssertionError(tries)

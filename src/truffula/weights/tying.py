@@ -74,7 +74,7 @@ def decide(
     *,
     has_embed: bool,
     has_head: bool,
-    equal: bool = False,
+    equal: bool,
     class_default: bool | None = None,
     same_shape: bool = True,
     embed_name: str,
