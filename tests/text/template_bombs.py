@@ -66,3 +66,5 @@ BOMBS = {
     "many expressions to compile": "{{a}}" * 79000,
     "translated": "{{ ('a' * 1000000).translate({97: 'b' * 1000000}) | length }}",
 }  # fmt: skip
+# What only takes long to compile may fit in the limits on a fast processor. This never ends, wherever that is noticed.
+BOMBS["many expressions, then loops"] = "{{a}}" * 70000 + BOMBS["nested loops"]
