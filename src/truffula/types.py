@@ -5,7 +5,7 @@ All are frozen, and those that other processes get are msgspec-encodable, so bot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from truffula.errors import ErrorInfo, InvalidRequest
+from truffula.items import Constraint, Grammar, Item, Part, Text, ToolChoice
 from truffula.params import EngineParams, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -53,6 +54,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     choice: int = 0
     adapter: AdapterRef | None = None
     resume_ids: list[int] = []
+    grammar: Grammar | None = None
     salt: str = ""
     arrival: float = 0.0
     queue_deadline: float | None = None
@@ -110,7 +112,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (OpenAI's form; the model's chat
     template makes the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
-    replaces the model's. ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
+    replaces the model's. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
+    ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
+    ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
     a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` returns the prompt's text on the first
     delta of each choice, ``return_prompt_tokens`` its token pieces as well (``params.prompt_logprobs`` implies that).
     ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
@@ -123,6 +127,10 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
+    tool_choice: ToolChoice = ToolChoice()
+    constraint: Constraint | None = None
+    parse_output: bool = False
+    thinking_budget: int | None = None
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -202,18 +210,24 @@ class ChoiceTotals(msgspec.Struct, frozen=True, kw_only=True):
     times: RequestTimes | None = None
 
 
+def text_of(parts: Iterable[Item | Part]) -> str:
+    """The joined text of those that are text."""
+    return "".join([part.text for part in parts if type(part) is Text])
+
+
 class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     """A part of one choice that is final: no partial character, and no text that may become a stop string.
 
-    ``text`` is the joined text of the shown ``tokens``. Exactly one delta per choice has a ``finish_reason``, the last
-    one, with ``totals``; unless nothing was generated it also has the last token (so a stream with one event per
-    token can have its summary on that event). ``eos``: an end-of-sequence id ended it (it is the last token then, not
-    shown unless asked for); ``stop_reason`` is the stop string or stop id that did. ``prompt`` is on a choice's
-    first delta when requested. ``error`` is set for finish_reason ``error``, and may be for ``abort``.
+    Without ``GenerateRequest.parse_output`` the only part is the joined text of the shown ``tokens``. Exactly one delta
+    per choice has a ``finish_reason``, the last one, with ``totals``; unless nothing was generated it also has the last
+    token (so a stream with one event per token can have its summary on that event). ``eos``: an end-of-sequence id
+    ended it (it is the last token then, not shown unless asked for); ``stop_reason`` is the stop string or stop id that
+    did. ``prompt`` is on a choice's first delta when requested. ``error`` is set for finish_reason ``error``, and may
+    be for ``abort``.
     """
 
     choice: int = 0
-    text: str = ""
+    parts: list[Part] = []
     tokens: list[TokenPiece] = []
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -222,18 +236,26 @@ class TextDelta(msgspec.Struct, frozen=True, kw_only=True):
     prompt: PromptPart | None = None
     totals: ChoiceTotals | None = None
 
+    @property
+    def text(self) -> str:
+        return text_of(self.parts)
+
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """All deltas of one choice, merged."""
+    """All deltas of one choice, merged. ``items`` are in the order of their beginnings."""
 
     index: int
-    text: str
+    items: list[Item]
     tokens: list[TokenPiece]
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     eos: bool = False
     error: ErrorInfo | None = None
     totals: ChoiceTotals = ChoiceTotals()
+
+    @property
+    def text(self) -> str:
+        return text_of(self.items)
 
     @property
     def token_ids(self) -> list[int]:

@@ -108,12 +108,19 @@ def test_a_pipe_holds_only_the_answer(model: Path, answer: Callable[..., str]) -
 def test_text_that_looks_like_markup_is_not_changed(capsys: pytest.CaptureFixture[str]) -> None:
     """rich would take [b] for bold and :smile: for a picture."""
     from truffula.cli.generate import Answer, show
+    from truffula.items import Text
     from truffula.types import TextDelta
 
     text = " [b]:smile: \x1b[31m\n\n"
-    show([Answer("one")], [(0, TextDelta(text=text[:5])), (0, TextDelta(text=text[5:], finish_reason="stop"))])
+    show(
+        [Answer("one")],
+        [(0, TextDelta(parts=[Text(text[:5])])), (0, TextDelta(parts=[Text(text[5:])], finish_reason="stop"))],
+    )
     assert capsys.readouterr().out == text
-    show([Answer("one"), Answer("two")], [(at, TextDelta(text="[b]:smile:", finish_reason="stop")) for at in range(2)])
+    show(
+        [Answer("one"), Answer("two")],
+        [(at, TextDelta(parts=[Text("[b]:smile:")], finish_reason="stop")) for at in range(2)],
+    )
     assert capsys.readouterr().out == "--- one\n[b]:smile:\n\n--- two\n[b]:smile:\n"
 
 

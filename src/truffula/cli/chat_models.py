@@ -13,6 +13,7 @@ from truffula.cli.output import note, progress
 from truffula.cli.server_client import ServerClient
 from truffula.config import ENGINE_PROCESS, OPTIONS, EngineConfig, options_of
 from truffula.errors import ConfigError, TruffulaError
+from truffula.items import Text
 from truffula.params import SamplingParams
 from truffula.types import TextDelta
 
@@ -142,7 +143,7 @@ class ServerModel:
         for frame in self._server.stream(path, body):
             for choice in frame.get("choices", ()):
                 text = choice.get("text") if isinstance(prompt, str) else choice.get("delta", {}).get("content")
-                yield TextDelta(text=text or "", finish_reason=choice.get("finish_reason"))
+                yield TextDelta(parts=[Text(text)] if text else [], finish_reason=choice.get("finish_reason"))
 
     def close(self) -> None:
         self._server.close()

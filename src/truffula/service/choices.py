@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from truffula.errors import ErrorInfo, TruffulaError
+from truffula.items import Item, Part, Reasoning, Text, ToolCall, ToolCallPart
 from truffula.params import SamplingParams
 from truffula.service.prompts import Prompt, prompt_part, top_pieces
 from truffula.text.stops import StopMatch, StopMatcher
@@ -101,7 +102,7 @@ class ChoiceState:
         released = self._release()
         if not released and prompt is None:
             return None
-        return TextDelta(choice=self._request.choice, text=_join(released), tokens=released, prompt=prompt)
+        return TextDelta(choice=self._request.choice, parts=_parts(released), tokens=released, prompt=prompt)
 
     def _prompt(self, event: TokenEvent) -> PromptPart | None:
         if self._echoed is None or event.finish_reason in ("error", "abort"):
@@ -205,7 +206,7 @@ class ChoiceState:
         released = self._release(everything=True)
         return TextDelta(
             choice=self._request.choice,
-            text=_join(released),
+            parts=_parts(released),
             tokens=released,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -249,10 +250,40 @@ class ChoiceState:
         self._unfinished = 0
 
 
-def _join(pieces: Sequence[TokenPiece]) -> str:
-    if len(pieces) == 1:
-        return pieces[0].text if pieces[0].shown else ""
-    return "".join([piece.text for piece in pieces if piece.shown])
+def _parts(pieces: Sequence[TokenPiece]) -> list[Part]:
+    text = "".join([piece.text for piece in pieces if piece.shown])
+    return [Text(text)] if text else []
+
+
+def _merged_parts(deltas: Sequence[TextDelta]) -> list[Part]:
+    """The parts of all deltas, those that continue the one before joined with it."""
+    found: list[Part] = []
+    for part in (part for delta in deltas for part in delta.parts):
+        last = found[-1] if found else None
+        if isinstance(part, Text) and isinstance(last, Text):
+            found[-1] = Text(last.text + part.text)
+        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
+            found[-1] = Reasoning(last.text + part.text)
+        else:
+            found.append(part)
+    return found
+
+
+def items_of(parts: Iterable[Part]) -> list[Item]:
+    """Merged parts as items: the parts of each tool call joined, at the place of its first."""
+    items: list[Item] = []
+    calls: dict[int, int] = {}  # of each call, where it is in ``items``
+    for part in parts:
+        if not isinstance(part, ToolCallPart):
+            items.append(part)
+        elif part.index not in calls:
+            calls[part.index] = len(items)
+            items.append(ToolCall(part.id, part.name, part.arguments))
+        else:
+            before = items[calls[part.index]]
+            assert isinstance(before, ToolCall)
+            items[calls[part.index]] = ToolCall(before.id, before.name, before.arguments + part.arguments)
+    return items
 
 
 def merged(deltas: Sequence[TextDelta], choice: int) -> TextDelta:
@@ -261,7 +292,7 @@ def merged(deltas: Sequence[TextDelta], choice: int) -> TextDelta:
     return msgspec.structs.replace(
         last,
         choice=choice,
-        text="".join(delta.text for delta in deltas),
+        parts=_merged_parts(deltas),
         tokens=[piece for delta in deltas for piece in delta.tokens],
         prompt=next((delta.prompt for delta in deltas if delta.prompt is not None), None),
     )
@@ -282,7 +313,7 @@ def collect(deltas: Iterable[TextDelta]) -> Completion:
         choices.append(
             CompletionChoice(
                 index=one.choice,
-                text=one.text,
+                items=items_of(one.parts),
                 tokens=one.tokens,
                 finish_reason=one.finish_reason,
                 stop_reason=one.stop_reason,
