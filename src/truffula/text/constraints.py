@@ -52,11 +52,11 @@ def from_gbnf(text: str) -> str:
 
 
 def _character(escape: re.Match[str]) -> str:
-    """The character that an escape by number means, which the library misreads in part."""
+    """An escape by number as the library reads it right: ASCII in two digits, other characters themselves."""
     if escape[0].startswith("\\\\"):
         return escape[0]
-    character = chr(int(escape[1] or escape[2] or escape[3], 16))
-    return f"\\{character}" if character in '"\\[]' else character
+    code = int(escape[1] or escape[2] or escape[3], 16)
+    return f"\\x{code:02x}" if code < 128 else chr(code)
 
 
 def json_rule(schema: Schema) -> str:

@@ -22,6 +22,18 @@ WALKS, WALK_STEPS = 4, 128
 LOCATE_TRIES = 200
 """How many subschemas are compiled to find the one that llguidance's error is about."""
 
+_KEYWORD_ERRORS = (
+    ("oneOf constraints", "oneOf: more than one of its options may hold for a value; use anyOf."),
+    ("sibling keys", "$ref: beside a $ref to a schema around it no other keywords are supported."),
+    ("patternProperty", "patternProperties: {}"),
+    ("min/maxProperties only", "minProperties, maxProperties: every name in properties must be required beside them."),
+    ("Regex is empty", "pattern: no string meets it together with the other keywords."),
+    ("if regex is empty", "pattern: it is too complex together with the other keywords."),
+    ("regex", "pattern: {}"),
+    ("multiple", "multipleOf: {}"),
+)
+"""Words of llguidance's errors, and what the client is told."""
+
 
 def compile_source(constraint: Constraint, special: tuple[str, ...] = ()) -> str:
     """llguidance's grammar of a constraint, which was used on a vocabulary of bytes and the ``special`` tokens.
@@ -77,12 +89,13 @@ def _explained(constraint: Constraint, error: str, vocabulary: LLTokenizer) -> s
     """llguidance's error as a sentence; of a schema with the place in it."""
     if constraint.kind == "json_schema":
         schema = enforceable(decoded(constraint.value))
-        place, error = _located(schema, error, vocabulary)
-        return f"The schema cannot be enforced: at {place[:200]}: {_short(error)}"
+        place, error = _find_place(schema, error, vocabulary)
+        said = next((text for words, text in _KEYWORD_ERRORS if words in error), "{}").format(_short(error))
+        return f"The schema cannot be enforced: at {place[:200]}: {said}"
     return f"The {_noun(constraint)} is not valid: {_short(error)}"
 
 
-def _located(schema: Schema, error: str, vocabulary: LLTokenizer) -> tuple[str, str]:
+def _find_place(schema: Schema, error: str, vocabulary: LLTokenizer) -> tuple[str, str]:
     """The deepest subschema for which llguidance has an error of the same kind, and that error."""
     definitions = schema.pop("$defs", {}) if isinstance(schema, dict) else {}
     left = LOCATE_TRIES

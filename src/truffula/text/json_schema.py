@@ -15,8 +15,8 @@ from urllib.parse import unquote
 from truffula.errors import InvalidRequest, did_you_mean, nearest
 
 Schema = dict[str, Any] | bool
-MAX_DEPTH = 100
-"""Levels of subschemas; llguidance recurses over them."""
+MAX_DEPTH = 60
+"""Levels of subschemas; llguidance reads JSON of 127 levels, and each subschema takes up to two."""
 MAX_REPEAT = 65_536
 EXACT = 2**53
 """llguidance computes with float64: integers beyond are not all told from their neighbours."""
