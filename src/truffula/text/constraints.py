@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import InvalidRequest
@@ -13,6 +15,8 @@ from truffula.text.lark import check_lark, renamed
 from truffula.text.structural_tags import structural_rules
 
 MAX_CHOICES = 10_000
+_IN_LARK: Mapping[str, str] = MappingProxyType({"/": r"\/", r"\d": "[0-9]", r"\D": "[^0-9]"})
+"""Parts of a regular expression that are written otherwise: digits are those of ASCII."""
 _GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
 _ESCAPE = re.compile(r"\\\\|\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})")
 
@@ -68,12 +72,12 @@ def json_rule(schema: Schema) -> str:
 
 
 def regex_rule(pattern: str) -> str:
-    """What a Lark rule matches for a regular expression (of Rust's syntax, without anchors but at its ends)."""
+    """What a Lark rule matches for a regular expression of Rust's syntax, with anchors at its ends only."""
     if problem := regex_problem(pattern):
         raise InvalidRequest(f"The regular expression {pattern[:100]!r} {problem}.")
     if not pattern:
         raise InvalidRequest("The regular expression is empty.")
-    escaped = re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
+    escaped = re.sub(r"\\.|/", lambda found: _IN_LARK.get(found[0], found[0]), pattern, flags=re.DOTALL)
     return f"/{escaped}/".replace("\n", r"\n")
 
 

@@ -30,7 +30,7 @@ _KEYWORD_ERRORS = (
     ("Regex is empty", "pattern: no string meets it together with the other keywords."),
     ("if regex is empty", "pattern: it is too complex together with the other keywords."),
     ("regex", "pattern: {}"),
-    ("multiple", "multipleOf: {}"),
+    ("too many digits", "multipleOf: {}"),
 )
 """Words of llguidance's errors, and what the client is told."""
 
@@ -124,6 +124,7 @@ def _short(error: str) -> str:
     for known in ("failed to compile JSON schema: ", "(in regex): "):
         text = text.split(known)[-1]
     text = " ".join(text.split())
+    text = text.replace("Unsatisfiable schema:", "no value meets it:")
     return f"{text[:300].rstrip('.')}."
 
 

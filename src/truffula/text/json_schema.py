@@ -63,8 +63,11 @@ _ADVICE: Mapping[str, str] = MappingProxyType(
         "$recursiveRef": "use $ref",
     }
 )
-_FORMATS = frozenset({"duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"})
+_FORMATS = frozenset({"duration", "email", "ipv4", "ipv6", "uuid", "uri"})
 """Those of llguidance."""
+_SPACES = r"\t\n\x0b\x0c\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_ANY = r"[^\n\r\u2028\u2029]"
+_LABEL = "(?:[A-Za-z0-9]{1,63}|[A-Za-z0-9](?:-?[A-Za-z0-9]){0,31})"
 _DAYS = (
     r"(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
     r"|02-(?:0[1-9]|1[0-9]|2[0-8]))"
@@ -72,10 +75,17 @@ _DAYS = (
 _LEAP = r"(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][48]|[13579][26]|[2468]0)00)-02-29"
 _DATE = rf"(?:(?:[0-9]{{3}}[1-9]|[0-9]{{2}}[1-9]0|[0-9][1-9]00|[1-9]000)-{_DAYS}|{_LEAP})"
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:[zZ]|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
-_PATTERNS: Mapping[str, str] = MappingProxyType(
-    {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}[tT]{_TIME}$"}
+_PATTERNS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "date": {"pattern": f"^{_DATE}$"},
+        "time": {"pattern": f"^{_TIME}$"},
+        "date-time": {"pattern": f"^{_DATE}[tT]{_TIME}$"},
+        "hostname": {"pattern": rf"^{_LABEL}(?:\.{_LABEL})*$", "maxLength": 253},
+    }
 )
-"""llguidance's own accept 29 February in every year, the year 0 and a second 60."""
+"""In place of llguidance's own, which accept 29 February in every year, the year 0, a second 60, and names of hosts
+that are too long or are no A-labels.
+"""
 _INTEGERS = {
     f"{sign}int{bits}": (0 if sign else -(2 ** (bits - 1)), 2 ** (bits if sign else bits - 1) - 1)
     for sign in ("", "u")
@@ -172,7 +182,10 @@ class _Reader:
                 _check_pattern(name, place)
             else:
                 _check_string(name, place)
-        read[key] = {name: self.schema(one, f"{place}/{_escaped(name)}") for name, one in given.items()}
+        read[key] = {
+            _ecmascript(name) if key == "patternProperties" else name: self.schema(one, f"{place}/{_escaped(name)}")
+            for name, one in given.items()
+        }
 
     def _one(self, key: str, given: Any, place: str, whole: Any, read: dict[str, Any]) -> None:
         read[key] = self.schema(given, place)
@@ -218,6 +231,8 @@ class _Reader:
             raise _cannot("$ref", place, f"{given[:100]!r} names no schema of this document")
         target = self._root
         for part in fragment.split("/")[1:]:
+            if target is not self._root and isinstance(target, dict) and isinstance(target.get("$id"), str):
+                raise _cannot("$ref", place, f"{given[:100]!r} leads into a schema with an identifier of its own")
             name = part.replace("~1", "/").replace("~0", "~")
             if isinstance(target, list) and name.isdecimal() and int(name) < len(target):
                 target = target[int(name)]
@@ -278,7 +293,7 @@ class _Reader:
         if not isinstance(given, str):
             raise _refused(place, f"is a JSON {_kind(given)}; it must be a regular expression")
         _check_pattern(given, place)
-        read[key] = given
+        read[key] = _ecmascript(given)
 
     def _format(self, key: str, given: Any, place: str, whole: Mapping[str, Any], read: dict[str, Any]) -> None:
         """Strings have llguidance's formats, numbers OpenAPI's."""
@@ -291,7 +306,7 @@ class _Reader:
                 read.setdefault("allOf", []).append({"minimum": low, "maximum": high})
             return
         if isinstance(given, str) and given in _PATTERNS:
-            read.setdefault("allOf", []).append({"pattern": _PATTERNS[given]})
+            read.setdefault("allOf", []).append(dict(_PATTERNS[given]))
             return
         if not isinstance(given, str) or given not in _FORMATS:
             known = ", ".join(sorted({*_FORMATS, *_PATTERNS}))
@@ -367,6 +382,20 @@ def _check_exact(number: float, place: str) -> None:
 def _check_pattern(pattern: str, place: str) -> None:
     if problem := regex_problem(pattern):
         raise _cannot("pattern", place, f"{pattern[:100]!r} {problem}")
+
+
+def _ecmascript(pattern: str) -> str:
+    r"""``pattern`` in Rust's syntax, with ECMAScript's meaning of ``\s``, ``\S`` and ``.``."""
+    parts, in_class = [], False
+    for token in re.findall(r"\\.|.", pattern, re.DOTALL):
+        if token == "." and not in_class:
+            token = _ANY
+        elif token in ("\\s", "\\S"):
+            token = f"[{'^' if token == chr(92) + 'S' else ''}{_SPACES}]"
+        elif token in "[]":
+            in_class = token == "["
+        parts.append(token)
+    return "".join(parts)
 
 
 def regex_problem(pattern: str) -> str | None:
