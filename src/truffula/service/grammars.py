@@ -169,5 +169,5 @@ def _key(constraint: Constraint) -> bytes:
 
 def _grammar(kept: _Kept, constraint: Constraint) -> Grammar:
     if kept.grammar is None:
-        raise InvalidRequest(kept.error, param=constraint.param)
+        raise InvalidRequest(f"{constraint.param}: {kept.error}", param=constraint.param)
     return kept.grammar
