@@ -171,7 +171,7 @@ def test_a_grammar_beyond_the_limits_of_a_step_ends_alone():
     longest = {"max_tokens": 120, "logit_bias": {ids_of(b"aaa")[0]: 100.0}, "ignore_eos": True}
     rig = Rig()
     rig.run([request("h", [1], grammar=ambiguous, **longest), request("free", [1], max_tokens=9)])
-    assert rig.answers["h"].code == "generation_failed" and len(rig.answers["h"].token_ids) > 20
+    assert rig.answers["h"].code == "generation_failed" and len(rig.answers["h"].token_ids) >= 10
     assert "cannot continue its grammar: Parser Error: Current row has" in rig.answers["h"].final.error.message
     assert_same(rig.answers["free"], alone(request("free", [1], max_tokens=9)))
 
