@@ -66,10 +66,10 @@ class Bench:
     def request(self, given: Grammar | None, seed: int, **params: Any) -> EngineRequest:
         self.number += 1
         text = f"{self.number} people were asked about their lives. Describe number {self.number} of them in JSON, "
-        prompt = self.tokenizer.encode(text + "with name, age, city, job, height, colour and some notes.\n" * 3)
+        prompt = self.tokenizer.encode(text + "with name, age, city, job, height, colour and some notes.\n")
         return EngineRequest(
             request_id=f"r{self.number}", prompt_ids=prompt, grammar=given, arrival=time.monotonic(),
-            params=EngineParams(seed=seed, **{"temperature": 0.7, "max_tokens": 160, **params}),
+            params=EngineParams(seed=seed, **{"temperature": 0.7, "max_tokens": 96, **params}),
         )  # fmt: skip
 
     def run(self, requests: list[EngineRequest]) -> tuple[float, dict[str, int], float]:
@@ -104,18 +104,31 @@ class Bench:
         return 1e3 * self.run([self.request(given, 0, max_tokens=1)])[2]
 
 
+def write_tiny_model(folder: Path) -> None:
+    """A random model whose tokens are single bytes."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
+
+    write_tiny_checkpoint(folder, tiny_llama_config(vocab_size=256, max_position_embeddings=1024))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    library = Library(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.save(str(folder / "tokenizer.json"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--sequences", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--smoke", action="store_true", help="a tiny random model, for a moment")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if given.smoke:
-            from truffula.testing.tiny import tiny_llama_config, write_tiny_checkpoint
-
-            write_tiny_checkpoint(Path(folder) / "tiny", tiny_llama_config(), seed=0, dtype="float32")
+            write_tiny_model(Path(folder) / "tiny")
             given.model, given.sequences, given.rounds = str(Path(folder) / "tiny"), 2, 1
         config = EngineConfig(model=given.model, max_running=given.sequences)
         client = connect(config, "process")
