@@ -217,9 +217,23 @@ def test_a_request_waits_for_its_grammar_and_delays_no_other(end):
     rig.hold_grammars = False
     rig.drain()
     rig.assert_clean()
+    assert rig.engine.poll_timeout() is None, "an idle engine looks for nothing"
     check(waits, rig.answers["twin"])
     if end == "compiled":
         assert rig.answers["waits"].token_ids == rig.answers["twin"].token_ids
+
+
+def test_a_grammar_that_is_compiled_in_vain_is_not_waited_for():
+    rig = Rig()
+    rig.hold_grammars = True
+    with rig.engine._grammars._tokenizer._lock:
+        rig.add(request("gone", [1, 2], grammar=GRAMMARS["object"]))
+        rig.engine.abort("gone")
+        rig.step()
+        assert rig.answers["gone"].finish_reason == "abort" and rig.engine.idle()
+    rig.hold_grammars = False
+    rig.step()
+    assert rig.engine.poll_timeout() is None and not rig.engine._grammars.is_compiling()
 
 
 def test_a_grammar_that_is_compiled_is_used_again_without_waiting():

@@ -113,15 +113,13 @@ class Matcher:
     def advance(self, token: int) -> None:
         """Record the next token of the completion."""
         is_end = token in self._eos_ids or token in self._stop_ids
+        ends = is_end and self.inner.is_accepting()
         self._count += 1
-        if self.finished or not (is_end and self.inner.is_accepting()):
-            if self.finished or not self.inner.consume_token(token):
-                self._fail(f"token {token} cannot follow")
-                return
-            if not self.inner.is_stopped():
-                return
-        self.finished = True
-        self.stop_id = token if is_end else None
+        if self.finished or not (ends or self.inner.consume_token(token)):
+            self._fail(f"token {token} cannot follow")
+        elif ends or self.inner.is_stopped():
+            self.finished = True
+            self.stop_id = token if is_end else None
 
     def finish_mask(self, row: Uint32) -> None:
         """Apply the rules for end ids to the mask that llguidance has written to ``row``."""
