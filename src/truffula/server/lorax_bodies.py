@@ -155,7 +155,7 @@ class GenerateBody(GeneratingBody):
 
     def address(self) -> Address:
         params, use = self.params, NATIVE.adapter
-        named = adapters_named(self, "", use) + adapters_named(params, "parameters.", use)
+        named = adapters_named(self.items(), "", use) + adapters_named(params.items(), "parameters.", use)
         return Address([self.model, params.model], named, params.adapter_source, params.cache_salt)
 
     def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:

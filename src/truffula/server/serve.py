@@ -306,7 +306,7 @@ def make_server(
     def stop() -> None:
         server.should_exit = True
 
-    connections = Connections(most_connections(config), config.body_timeout_s)
+    connections = Connections(most_connections(config), config.body_timeout_s, config.send_timeout_s)
     loading = LoadingApp(lambda: load_app(resolved, f"http://{host}:{port}", handle, directory), stop)
     settings = uvicorn.Config(
         connections.watching(loading),
