@@ -28,6 +28,8 @@ ACCEPT_BURST = 64
 """Connections that asyncio accepts before it serves any."""
 OWN_FILES = 32
 LOG_AGAIN_S = 10.0
+MAX_HEAD_BYTES = 2**16
+"""Of a request's head. uvicorn has no limit."""
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +85,7 @@ class Connections:
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             one = self.current.get()
             self._waiting.pop(one, None)
-            one.stop_timer()
+            one.head_ended()
             one.calls += 1
             try:
                 await app(scope, receive, send)
@@ -138,6 +140,7 @@ class GuardedProtocol(asyncio.Protocol):
         self.calls = 0  # of the application, that have not ended
         self._timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # received while a head is awaited
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -147,12 +150,18 @@ class GuardedProtocol(asyncio.Protocol):
         self._inner.connection_made(HeldHead(transport))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.stop_timer()
+        self.head_ended()
         self._stop_send_timer()
         self._connections.closed(self)
         self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        # The application is called before the next data arrive, so these follow data that did not complete a head.
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.transport.abort()
+            return
+        if self._connections.waits(self):
+            self._head_bytes += len(data)
         token = self._connections.current.set(self)
         try:
             self._inner.data_received(data)
@@ -183,8 +192,9 @@ class GuardedProtocol(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._connections.head_timeout_s, self.transport.close)
 
-    def stop_timer(self) -> None:
+    def head_ended(self) -> None:
         """The request's head is whole, or the connection has ended."""
+        self._head_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
