@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from start import NAME, ask, server
+
+from start import ask, server
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "server"))
 from live_server import tokenizer, write_model

@@ -174,9 +174,7 @@ class GuardedProtocol(asyncio.Protocol):
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
-        self._send_timer = asyncio.get_running_loop().call_later(
-            self._connections.send_timeout_s, self.transport.abort
-        )
+        self._send_timer = asyncio.get_running_loop().call_later(self._connections.send_timeout_s, self.transport.abort)
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
