@@ -96,7 +96,7 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
         for i, one in enumerate(streams):
             one.on_arrival = partial(watch.arrived, i)
             record.prompt_tokens += one.state.prompt_tokens
-            note_ignored(request, [_field_of(name) for name in one.state.ignored])
+            note_ignored(request, [field_of(name) for name in one.state.ignored])
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:
@@ -110,7 +110,7 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
             await stream.aclose()
 
 
-def _field_of(name: str) -> str:
+def field_of(name: str) -> str:
     """The field of a request by which a template's variable was given."""
     if name == "template_kwargs.reasoning_effort":
         return "reasoning_effort"
