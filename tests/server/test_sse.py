@@ -129,3 +129,26 @@ def test_the_frames_are_closed_even_when_nobody_took_one():
         assert await unless_gone(never, quick()) == 5
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("gone_too", [False, True])
+def test_a_cancelled_request_stays_cancelled(gone_too):
+    """Whoever cancels the task for another reason sees it cancelled, whether or not the client leaves as well."""
+
+    async def go():
+        gone = asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        task = asyncio.ensure_future(unless_gone(receive, never()))
+        await asyncio.sleep(0)
+        if gone_too:
+            gone.set()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(asyncio.all_tasks()) == 1
+
+    asyncio.run(go())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -44,17 +44,30 @@ async def wait_until_gone(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(wait_until_gone(receive))
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first.
+
+    ``work`` runs in the calling task: another would cost a small answer as much as its text does.
+    """
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        await wait_until_gone(receive)
+        gone = True
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        await end_tasks(task, watch)
+        try:
+            return await work
+        finally:
+            await end_tasks(watching)
+    except asyncio.CancelledError as error:
+        if gone and task.uncancel() == 0:
+            raise ClientGone from error
+        raise
 
 
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
