@@ -12,16 +12,20 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from truffula.config import ServerConfig
+from truffula.environment import state_folder
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, openai, openai_models, pages, probes, tokens
+from truffula.server import admin, lorax, openai, openai_models, pages, probes, responses, tokens
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
+from truffula.server.response_store import ResponseStore
+from truffula.server.responses_bodies import ResponsesBody
+from truffula.server.responses_kept import KeptResponses
 from truffula.server.state import ServerState
 from truffula.server.unserved import unserved
 from truffula.service import AsyncService
@@ -38,6 +42,14 @@ _ROUTES: tuple[RouteSpec, ...] = (
         "POST", "/v1/completions", openai.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
     ),
+    RouteSpec(
+        "POST", "/v1/responses", responses.create, "openai", ResponsesBody,
+        {"input": "Hello", "max_output_tokens": 20},
+    ),
+    RouteSpec("GET", "/v1/responses/{response_id}", responses.retrieve, "openai"),
+    RouteSpec("DELETE", "/v1/responses/{response_id}", responses.delete, "openai"),
+    RouteSpec("POST", "/v1/responses/{response_id}/cancel", responses.cancel, "openai"),
+    RouteSpec("GET", "/v1/responses/{response_id}/input_items", responses.input_items, "openai"),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
     RouteSpec("GET", "/v1", probes.openai_root, "openai"),
@@ -90,6 +102,7 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
+    app.state.responses = KeptResponses(response_store(config), config.max_open_requests)
     # The last one added is the outermost.
     app.add_middleware(BodyLimits, config=config)
     if config.api_keys:
@@ -99,6 +112,16 @@ def create_app(
     app.add_middleware(HttpRules)
     app.add_middleware(RequestScope, metrics=metrics, send_timeout_s=config.send_timeout_s)
     return app
+
+
+def response_store(config: ServerConfig) -> ResponseStore | None:
+    """The store of responses that the options ask for; its file is made with the first response."""
+    if config.response_store == "off":
+        return None
+    path = None
+    if config.response_store == "file":
+        path = config.response_store_file or state_folder() / "responses.db"
+    return ResponseStore(path, max_bytes=config.response_store_bytes, max_age_s=config.response_ttl_s)
 
 
 async def _error(request: Request, error: Exception) -> Response:

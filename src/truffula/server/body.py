@@ -95,6 +95,7 @@ class BodyJob(NamedTuple):
     kind: str
     raw: bytes
     limits: RequestLimits
+    history: bytes = b""
 
 
 class GeneratingBody(Body):
@@ -103,11 +104,18 @@ class GeneratingBody(Body):
     refuses_foreign: ClassVar[bool] = True
 
     @abstractmethod
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
-        """The body's requests, without what ``address`` says. Raises ``InvalidRequest``."""
+    def requests(self, limits: RequestLimits, *, streams: bool, history: Sequence[Any] = ()) -> list[GenerateRequest]:
+        """The body's requests, without what ``address`` says. ``history`` are the items of the conversation that ends
+        with the response ``previous``. Raises ``InvalidRequest``.
+        """
 
     @abstractmethod
     def address(self) -> Address: ...
+
+    @property
+    def previous(self) -> str | None:
+        """The id of the stored response that it continues."""
+        return None
 
     @property
     def characters(self) -> int:

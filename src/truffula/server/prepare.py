@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -25,18 +25,20 @@ from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody
+from truffula.server.responses_bodies import ResponsesBody
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import prompt_job
 from truffula.text.worker import Worker
 from truffula.types import AdapterRef, GenerateRequest
 
-Kind = Literal["chat", "completion", "native", "native_whole", "native_stream", "invocations"]
+Kind = Literal["chat", "completion", "responses", "native", "native_whole", "native_stream", "invocations"]
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, and their values in the light body.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
+        "input": "",
         **dict.fromkeys(("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
     }
 )
@@ -57,6 +59,10 @@ class Read:
         return self.requests[0].adapter
 
 
+History = Callable[[Request, str], Awaitable[bytes]]
+"""The items before those of a request that continues the response of an id, as a JSON array."""
+
+
 class _Head(msgspec.Struct, frozen=True, array_like=True):
     kind: str
     body: bytes
@@ -65,28 +71,46 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
     request: GenerateRequest
 
 
-async def read_requests(request: Request, kind: Kind) -> Read:
+async def read_requests(request: Request, kind: Kind, history_of: History | None = None) -> Read:
     """The request's body, checked, and what it asks for; keys without effect are noted.
+
+    ``history_of`` is for bodies that continue a stored response.
 
     Raises ``InvalidRequest`` and its kinds, and as ``answering``.
     """
     record_of(request).generates = True
     state = state_of(request)
     raw = await raw_body(request)
+    history, made = b"", None
     if len(raw) <= HEAVY_CHARS:
-        body, made = read_value(kind, decode_object(raw), state.limits)
+        body = read_value(kind, value := decode_object(raw), state.limits)
+        if history_of is not None and body.previous is not None:
+            history = await history_of(request, body.previous)
         unknown, characters = body.unknown(), body.characters
-    else:
-        packed, *prompts = await state.service.texts.in_worker(
-            prepare, BodyJob(kind, raw, state.limits), client_of(request)
-        )
-        head = msgspec.msgpack.decode(packed, type=_Head)
-        body = validate(_MODELS[head.kind], json.loads(head.body), state.limits)
-        made = [replace(head.request, prepared=one) for one in prompts]
-        unknown, characters = head.unknown, head.characters
+        if len(raw) + len(history) <= HEAVY_CHARS:
+            made = body.requests(state.limits, streams=_streams(kind, value), history=json.loads(history or b"[]"))
+    if made is None:
+        body, unknown, characters, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, history))
+        if history_of is not None and body.previous is not None and not history:
+            history = await history_of(request, body.previous)
+            job = BodyJob(kind, raw, state.limits, history)
+            body, unknown, characters, made = await _read_in_worker(request, job)
     note_ignored(request, unknown)
     at = time.monotonic()
     return Read(body, await addressed(request, made, body.address()), characters, at)
+
+
+async def _read_in_worker(
+    request: Request, job: BodyJob
+) -> tuple[GeneratingBody, list[str], int, list[GenerateRequest]]:
+    """The body without what its prompts are made of, its keys without effect, its characters, and its requests. None
+    are made of a body whose history ``job`` lacks.
+    """
+    packed, *prompts = await state_of(request).service.texts.in_worker(prepare, job, client_of(request))
+    head = msgspec.msgpack.decode(packed, type=_Head)
+    body = validate(_MODELS[head.kind], json.loads(head.body), job.limits)
+    made = [replace(head.request, prepared=one) for one in prompts]
+    return body, head.unknown, head.characters, made
 
 
 async def addressed(request: Request, made: Sequence[GenerateRequest], address: Address) -> list[GenerateRequest]:
@@ -128,35 +152,40 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
     return adapter
 
 
-def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> tuple[GeneratingBody, list[GenerateRequest]]:
-    """A decoded body as its model and its requests, which ``addressed`` completes."""
+def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> GeneratingBody:
+    """A decoded body as its model."""
     model: type[GeneratingBody] = GenerateBody
     any_kind = kind == "invocations"
     if kind == "chat" or (any_kind and "messages" in value):
         model = ChatBody
     elif kind == "completion" or (any_kind and "prompt" in value and "inputs" not in value):
         model = CompletionBody
-    body = validate(model, value, limits)
-    streams = kind == "native_stream" or (kind != "native_whole" and bool(value.get("stream")))
-    return body, body.requests(limits, streams=streams)
+    elif kind == "responses":
+        model = ResponsesBody
+    return validate(model, value, limits)
+
+
+def _streams(kind: str, value: Mapping[str, Any]) -> bool:
+    """Whether the answer to a decoded body is streamed."""
+    return kind == "native_stream" or (kind != "native_whole" and bool(value.get("stream")))
 
 
 _MODELS: Mapping[str, type[GeneratingBody]] = MappingProxyType(
-    {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody)}
+    {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody, ResponsesBody)}
 )
 
 
 def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a large body, then each of its prompts."""
     value = decode_object(job.raw)
-    body, made = read_value(job.kind, value, job.limits)
-    request = replace(
-        made[0],
-        prompt=None,
-        messages=None if made[0].messages is None else [],
-        documents=None,
-        template_kwargs={},
-    )
+    body = read_value(job.kind, value, job.limits)
+    made: list[GenerateRequest] = []
+    request = GenerateRequest()
+    if body.previous is None or job.history:
+        streams = _streams(job.kind, value)
+        made = body.requests(job.limits, streams=streams, history=json.loads(job.history or b"[]"))
+        messages: list[Any] | None = None if made[0].messages is None else []
+        request = replace(made[0], prompt=None, messages=messages, documents=None, template_kwargs={})
     light = json.dumps(_light(value, type(body))).encode()
     yield msgspec.msgpack.encode(_Head(type(body).__name__, light, body.unknown(), body.characters, request))
     for one in made:
