@@ -137,8 +137,10 @@ class ResponseStore:
             db.execute("DELETE FROM responses WHERE id = ? OR created <= ?", (row.id, now - self._max_age_s))
             db.execute(
                 "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (row.id, row.tenant, row.created, now, row.previous, row.finished)
-                + (row.input, row.body, row.output, row.events),
+                (
+                    *(row.id, row.tenant, row.created, now, row.previous, row.finished),
+                    *(row.input, row.body, row.output, row.events),
+                ),
             )
             while db.execute("SELECT bytes FROM total").fetchone()[0] > self._max_bytes:
                 db.execute(

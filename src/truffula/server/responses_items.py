@@ -144,10 +144,10 @@ ITEM_TYPES = tuple(_READERS)
 
 
 def _texts(item: Mapping[str, Any], name: str, place: str) -> list[str]:
-    return [part.text for part in _parts(item, name, place)]
+    return [part.text for part in _parts(item, name, place) if isinstance(part, Text)]
 
 
-def _parts(item: Mapping[str, Any], name: str, place: str) -> list[Text | Refusal]:
+def _parts(item: Mapping[str, Any], name: str, place: str) -> list[Item]:
     """The text, or texts, of ``item[name]``. Raises ``InvalidRequest`` for parts that are not text."""
     held, inside = item.get(name), f"{place}.{name}"
     if isinstance(held, str):

@@ -132,7 +132,7 @@ def _add_named(found: ToolSet, tool: Mapping[str, Any], place: str, space: str) 
     if kind == "custom":
         parameters, strict = _custom_parameters(tool.get("format"), f"{place}.format")
     else:
-        parameters, strict = tool.get("parameters"), bool(tool.get("strict"))
+        parameters, strict = tool.get("parameters", {}), bool(tool.get("strict"))
         if parameters is not None and not isinstance(parameters, dict):
             raise InvalidRequest(f"{place}.parameters: should be a JSON Schema object.", param=f"{place}.parameters")
     made = Tool(name=name, description=description, parameters=parameters, strict=strict)
