@@ -201,7 +201,7 @@ class ServerConfig:
         metavar="FILE",
         unset="~/.local/state/truffula/responses.db",
     )
-    response_store_bytes: int = _option(
+    response_store_max_bytes: int = _option(
         2**30, "Stored responses", "maximum size of all stored responses; the oldest are removed", low=2**16
     )
     response_ttl_s: float = _option(

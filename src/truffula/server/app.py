@@ -121,7 +121,7 @@ def response_store(config: ServerConfig) -> ResponseStore | None:
     path = None
     if config.response_store == "file":
         path = config.response_store_file or state_folder() / "responses.db"
-    return ResponseStore(path, max_bytes=config.response_store_bytes, max_age_s=config.response_ttl_s)
+    return ResponseStore(path, max_bytes=config.response_store_max_bytes, max_age_s=config.response_ttl_s)
 
 
 async def _error(request: Request, error: Exception) -> Response:
