@@ -113,7 +113,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=25, stateful_step_count=15, deadline=None)
+TestStore.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
 
 
 def test_the_file_is_its_owners_alone_and_made_when_needed(path):
@@ -196,7 +196,7 @@ WRITER = """
 import asyncio, sys
 from pathlib import Path
 from truffula.server.response_store import ResponseStore, StoredResponse
-store = ResponseStore(Path(sys.argv[1]), max_bytes=2**40, max_age_s=1e9)
+store = ResponseStore(Path(sys.argv[1]), max_bytes=2**40, max_age_s=1e12)
 async def main():
     n = 0
     while True:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace
+
 from truffula.errors import InvalidRequest
 from truffula.items import Tool, ToolChoice
+from truffula.service.openai_items import function_from_openai
 
 SEARCHES = ("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11")
 """Tools of OpenAI's own servers that an answer can do without. Clients send them with every request (Codex)."""
@@ -61,6 +64,7 @@ CLIENT_TOOLS: Mapping[str, ClientTool] = MappingProxyType(
         ),
     }
 )
+_FUNCTION = ("name", "description", "parameters", "strict")
 _CUSTOM = "input"  # the one argument under which the text of a custom tool is
 
 
@@ -128,15 +132,14 @@ def _add_named(found: ToolSet, tool: Mapping[str, Any], place: str, space: str) 
         )
     own = text_of(tool, "name", place)
     name = f"{space}__{own}" if space else own
-    description = text_of(tool, "description", place, "")
+    made = function_from_openai({key: tool.get(key) for key in _FUNCTION} | {"name": name}, place)
     if kind == "custom":
         parameters, strict = _custom_parameters(tool.get("format"), f"{place}.format")
-    else:
-        parameters, strict = tool.get("parameters", {}), bool(tool.get("strict"))
-        if parameters is not None and not isinstance(parameters, dict):
-            raise InvalidRequest(f"{place}.parameters: should be a JSON Schema object.", param=f"{place}.parameters")
-    made = Tool(name=name, description=description, parameters=parameters, strict=strict)
+        made = replace(made, parameters=parameters, strict=strict)
     _register(found, made, str(kind), place)
+    found.ignored += [
+        f"{place}.{key[:64]}" for key, value in tool.items() if value and key not in (*_FUNCTION, "type", "format")
+    ]
     if space:
         found.spaces[name] = (space, own)
 
