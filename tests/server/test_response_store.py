@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ ROW = 512  # what the store adds to a row's own bytes
 
 
 def row(response_id="resp_a", tenant="", *, created=0.0, size=10, **more):
-    return StoredResponse(id=response_id, tenant=tenant, created=created, input=b"x" * size, body=b"", output=b"", **more)
+    return StoredResponse(
+        id=response_id, tenant=tenant, created=created, input=b"x" * size, body=b"", output=b"", **more
+    )
 
 
 def run(work):
@@ -138,7 +141,7 @@ def test_a_file_that_is_no_database_is_put_aside(path, content, caplog):
 
 def test_a_file_of_another_version_is_put_aside(path):
     path.parent.mkdir()
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         db.execute("PRAGMA user_version = 99")
     store = opened(path)
     assert run(store.put(row()))
@@ -156,7 +159,7 @@ def test_pages_damaged_later_are_an_error_with_the_file_s_name(path):
     content[half:] = b"\xa5" * (len(content) - half)
     path.write_bytes(content)
     store = opened(path)
-    with pytest.raises(StoreFailed, match="responses.db"):
+    with pytest.raises(StoreFailed, match=r"responses\.db"):
         for n in range(50):
             run(store.get("", f"resp_{n}"))
     store.close()
@@ -165,7 +168,7 @@ def test_pages_damaged_later_are_an_error_with_the_file_s_name(path):
 def test_a_folder_that_cannot_be_written_is_an_error_with_the_file_s_name(tmp_path):
     (tmp_path / "file").write_text("")
     store = opened(tmp_path / "file" / "responses.db")
-    with pytest.raises(StoreFailed, match="responses.db"):
+    with pytest.raises(StoreFailed, match=r"responses\.db"):
         run(store.put(row()))
     store.close()
 
@@ -209,17 +212,16 @@ asyncio.run(main())
 
 
 def test_a_server_killed_between_writes_leaves_a_sound_file(path):
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
-    while process.stdout.readline().strip() != "40":
-        assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    said = [int(line) for line in process.stdout.read().split()]
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline().strip() != "40":
+            assert process.poll() is None
+        os.kill(process.pid, signal.SIGKILL)
+        said = [int(line) for line in process.stdout.read().split()]
     store = opened(path)
     for n in range(max([40, *said]) + 1):  # what was announced is there, and whole
         assert run(store.get("", f"resp_{n}")).body == b"%d" % n
     store.close()
-    with sqlite3.connect(path) as db:
+    with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         (total,) = db.execute("SELECT bytes FROM total").fetchone()
         sizes = "sum(512 + length(input) + length(body) + length(output))"

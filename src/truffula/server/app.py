@@ -16,8 +16,9 @@ from truffula.environment import state_folder
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, openai, openai_models, pages, probes, responses, tokens
+from truffula.server import admin, decisions, lorax, openai, openai_models, pages, probes, responses, tokens
 from truffula.server.auth import KeyCheck, WebRules
+from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
@@ -50,6 +51,10 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("DELETE", "/v1/responses/{response_id}", responses.delete, "openai"),
     RouteSpec("POST", "/v1/responses/{response_id}/cancel", responses.cancel, "openai"),
     RouteSpec("GET", "/v1/responses/{response_id}/input_items", responses.input_items, "openai"),
+    RouteSpec(
+        "POST", "/v1/decisions", decisions.decide, "openai", DecisionsBody,
+        {"input": "The sky is blue.", "questions": [{"type": "predicate", "instructions": "The text names a colour."}]},
+    ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
     RouteSpec("GET", "/v1", probes.openai_root, "openai"),

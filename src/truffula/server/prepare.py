@@ -20,6 +20,7 @@ from starlette.requests import Request
 from truffula.errors import InvalidRequest
 from truffula.server.auth import client_of, prefix_salt
 from truffula.server.body import Address, BodyJob, GeneratingBody, decode_object, note_ignored, raw_body, validate
+from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.foreign_fields import is_adapter_field
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
@@ -32,7 +33,7 @@ from truffula.service.prompts import prompt_job
 from truffula.text.worker import Worker
 from truffula.types import AdapterRef, GenerateRequest
 
-Kind = Literal["chat", "completion", "responses", "native", "native_whole", "native_stream", "invocations"]
+Kind = Literal["chat", "completion", "responses", "decisions", "native", "native_whole", "native_stream", "invocations"]
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, and their values in the light body.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
@@ -162,6 +163,8 @@ def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> Gener
         model = CompletionBody
     elif kind == "responses":
         model = ResponsesBody
+    elif kind == "decisions":
+        model = DecisionsBody
     return validate(model, value, limits)
 
 
@@ -171,7 +174,7 @@ def _streams(kind: str, value: Mapping[str, Any]) -> bool:
 
 
 _MODELS: Mapping[str, type[GeneratingBody]] = MappingProxyType(
-    {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody, ResponsesBody)}
+    {model.__name__: model for model in (ChatBody, CompletionBody, DecisionsBody, GenerateBody, ResponsesBody)}
 )
 
 

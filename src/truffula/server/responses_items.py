@@ -71,7 +71,7 @@ class _Conversation:
             self.messages.append(Message(role=role, items=parts))
 
     def reasoning(self, item: Mapping[str, Any], place: str) -> None:
-        parts = _texts(item, "content", place) or _texts(item, "summary", place)
+        parts = texts_of(item, "content", place) or texts_of(item, "summary", place)
         if not parts and item.get("encrypted_content"):
             raise InvalidRequest(
                 f"{place}.encrypted_content cannot be read by this server; send the item's content, or leave it out.",
@@ -108,7 +108,7 @@ class _Conversation:
         elif item["type"] == "apply_patch_call_output":
             text = text_of(item, "output", place, "") or text_of(item, "status", place)
         else:
-            text = "\n".join(_texts(item, "output", place))
+            text = "\n".join(texts_of(item, "output", place))
         # A local shell's result has its call's id as its own
         call_id = text_of(item, "id" if item.get("call_id") is None and "id" in item else "call_id", place)
         if call_id not in self._names:
@@ -143,7 +143,8 @@ ITEM_TYPES = tuple(_READERS)
 """Types of items that are understood."""
 
 
-def _texts(item: Mapping[str, Any], name: str, place: str) -> list[str]:
+def texts_of(item: Mapping[str, Any], name: str, place: str) -> list[str]:
+    """The texts of ``item[name]``, a string or a list of parts. Raises ``InvalidRequest`` for other parts than text."""
     return [part.text for part in _parts(item, name, place) if isinstance(part, Text)]
 
 

@@ -137,9 +137,9 @@ def _add_named(found: ToolSet, tool: Mapping[str, Any], place: str, space: str) 
         parameters, strict = _custom_parameters(tool.get("format"), f"{place}.format")
         made = replace(made, parameters=parameters, strict=strict)
     _register(found, made, str(kind), place)
-    found.ignored += [
+    found.ignored.extend(
         f"{place}.{key[:64]}" for key, value in tool.items() if value and key not in (*_FUNCTION, "type", "format")
-    ]
+    )
     if space:
         found.spaces[name] = (space, own)
 
