@@ -36,7 +36,7 @@ class _Conversation:
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self._turn: list[Item] = []
-        self._names: dict[str, str] = {}  # of the tools, by the ids of their calls
+        self._calls: set[str] = set()
 
     def whole(self) -> list[Message]:
         self._end_turn()
@@ -98,7 +98,7 @@ class _Conversation:
 
     def _call(self, item: Mapping[str, Any], place: str, name: str, arguments: str) -> None:
         call_id = text_of(item, "call_id", place)
-        self._names[call_id] = name
+        self._calls.add(call_id)
         self._turn.append(ToolCall(call_id, name, arguments))
 
     def result(self, item: Mapping[str, Any], place: str) -> None:
@@ -111,14 +111,14 @@ class _Conversation:
             text = "\n".join(texts_of(item, "output", place))
         # A local shell's result has its call's id as its own
         call_id = text_of(item, "id" if item.get("call_id") is None and "id" in item else "call_id", place)
-        if call_id not in self._names:
+        if call_id not in self._calls:
             raise InvalidRequest(
                 f"{place}.call_id {call_id[:80]!r} is of no call before it; send the call, too.",
                 param=f"{place}.call_id",
             )
         failed = item.get("status") in ("failed", "incomplete")
         self._end_turn()
-        result = ToolResult(call_id, text, name=self._names[call_id], is_error=failed)
+        result = ToolResult(call_id, text, is_error=failed)
         self.messages.append(Message(role="tool", items=[result]))
 
     def _end_turn(self) -> None:
