@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -92,7 +92,7 @@ class ResponseWriter:
     def _finish(self) -> bytes:
         out = b""
         if self._item is None and not self.output:
-            out = self._open(_OpenMessage(self, reasoning=False)) + self._add(self._held)
+            out = self._open(lambda: _OpenMessage(self, reasoning=False)) + self._add(self._held)
         return out + self._close("incomplete" if self.status == "incomplete" else "completed")
 
     def fail(self, error: TruffulaError) -> bytes:
@@ -129,7 +129,7 @@ class ResponseWriter:
             elif not (self._held + text).strip():
                 self._held += text
                 return b""
-            out = self._open(_OpenMessage(self, reasoning=reasoning))
+            out = self._open(lambda: _OpenMessage(self, reasoning=reasoning))
             text, self._held = self._held + text, ""
         return out + self._add(text)
 
@@ -142,14 +142,14 @@ class ResponseWriter:
         out = b""
         if part.id or part.name:
             self._held = ""
-            out = self._open(_OpenCall(self, part, self._tools))
+            out = self._open(lambda: _OpenCall(self, part, self._tools))
         assert isinstance(self._item, _OpenCall), "a tool call begins with its name"
         return out + self._item.add(part.arguments)
 
-    def _open(self, item: _OpenMessage | _OpenCall) -> bytes:
+    def _open(self, make: Callable[[], _OpenMessage | _OpenCall]) -> bytes:
         out = self._close("completed")
-        self._item = item
-        return out + item.open()
+        self._item = make()  # now: its id and index follow the closed item's
+        return out + self._item.open()
 
     def _close(self, status: str) -> bytes:
         item, self._item = self._item, None

@@ -85,9 +85,9 @@ class ToolSet:
         kind = self.kinds.get(name, "function")
         if kind == "custom":
             return {"type": "custom_tool_call", **ids, "name": name, "input": custom_input(arguments)}
-        if kind in CLIENT_TOOLS:
-            row = CLIENT_TOOLS[kind]
-            return {"type": row.call, **ids, row.held: {**row.fixed, **_arguments(arguments)}}
+        row, found = CLIENT_TOOLS.get(kind), _arguments(arguments)
+        if row is not None and set(row.parameters["required"]) <= set(found):  # else the answer was cut within it
+            return {"type": row.call, **ids, "status": "completed", row.held: {**row.fixed, **found}}
         space, own = self.spaces.get(name, ("", name))
         more = {"namespace": space} if space else {}
         return {"type": "function_call", **ids, "name": own, **more, "arguments": arguments}
