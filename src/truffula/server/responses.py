@@ -72,12 +72,14 @@ async def create(request: Request) -> Response:
         run = await kept.start(draft, read.requests, keep_events=streamed)
         record_of(request).generates = False  # the run has a record of its own
         return await event_stream(request, run.follow(-1)) if streamed else json_reply({**top, **writer.response()})
-    frames = _saved(kept if stored else None, draft, frames_of(request, read.requests, writer))
+    frames = frames_of(request, read.requests, writer)
     if streamed:
-        return await event_stream(request, frames)
+        return await event_stream(request, _saving(kept, draft, frames) if stored else frames)
     await unless_gone(request.receive, _exhaust(frames))
     if writer.error is not None:
         raise writer.error
+    if stored:
+        await kept.save(draft)
     return json_reply(writer.response())
 
 
@@ -99,13 +101,15 @@ def _items_of(raw: bytes) -> bytes:
     return b'[{"type":"message","role":"user","content":' + given + b"}]" if given.startswith(b'"') else given
 
 
-async def _saved(
-    kept: KeptResponses | None, draft: Draft, frames: AsyncGenerator[bytes, None]
+async def _saving(
+    kept: KeptResponses, draft: Draft, frames: AsyncGenerator[bytes, None]
 ) -> AsyncGenerator[bytes, None]:
-    """``frames``; the response is stored before its last one, as its client may continue it immediately."""
+    """``frames``; the response is stored before the last one, as its client may continue it immediately."""
+    saved = False
     try:
         async for chunk in frames:
-            if kept is not None and draft.writer.ended:
+            if draft.writer.ended and not saved:
+                saved = True
                 await kept.save(draft)
             yield chunk
     finally:
@@ -113,8 +117,11 @@ async def _saved(
 
 
 async def _exhaust(frames: AsyncGenerator[bytes, None]) -> None:
-    async for _ in frames:
-        pass
+    try:
+        async for _ in frames:
+            pass
+    finally:
+        await frames.aclose()
 
 
 async def retrieve(request: Request) -> Response:

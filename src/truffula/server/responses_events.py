@@ -86,6 +86,7 @@ class ResponseWriter:
         if delta.finish_reason is not None:
             self._totals = delta.totals
             self.status = "incomplete" if delta.finish_reason == "length" else "completed"
+            self.completed_at = int(time.time())
             out += self._finish()
         return out
 
@@ -100,8 +101,11 @@ class ResponseWriter:
         self.status, self.error, self.completed_at = "failed", error, int(time.time())
         return out + self.event("response.failed", response=self.response())
 
+    def not_stored(self) -> None:
+        """From now on, the response says that it is not stored."""
+        self._top = {**self._top, "store": False}
+
     def end(self) -> bytes:
-        self.completed_at = int(time.time())
         return self.event(f"response.{self.status}", response=self.response())
 
     def cancel(self) -> None:

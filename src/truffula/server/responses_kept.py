@@ -64,16 +64,18 @@ class KeptResponses:
             )
         return self.store
 
-    async def save(self, draft: Draft) -> bool:
-        """Whether the response is stored. Its client gets it in any case: a store that fails is the operator's affair,
-        and logged.
+    async def save(self, draft: Draft) -> None:
+        """Stores the response, which otherwise says that it is not. Its client gets it in any case: a store that fails
+        is the operator's affair, and logged.
         """
         assert self.store is not None
         try:
-            return await self.store.put(draft.finished())
+            kept = await self.store.put(draft.finished())
         except StoreFailed as error:
             log.error("response %s was not stored: %s", draft.row.id, error.message)
-            return False
+            kept = False
+        if not kept:
+            draft.writer.not_stored()
 
     async def history(self, request: Request, response_id: str) -> bytes:
         """The items of the conversation that ends with ``response_id``, as a JSON array."""
@@ -147,6 +149,7 @@ class BackgroundRun:
         self.draft, self.keep_events = draft, keep_events
         self.events: list[bytes] = []
         self.deleted = False
+        self._complete = False
         self.task: asyncio.Task[None] | None = None
         self._requests = requests
         self._news = asyncio.Event()
@@ -169,6 +172,7 @@ class BackgroundRun:
             record = record_of(request)
             record.total_s = time.monotonic() - started
             state_of(request).metrics.request_ended(record)
+            self._complete = True
             self._news.set()
 
     def _fail(self, request: Request, error: TruffulaError) -> None:
@@ -193,11 +197,11 @@ class BackgroundRun:
         sent = after + 1
         while True:
             self._news.clear()
-            ended = self.task is None or self.task.done() or self.draft.writer.ended
+            complete = self._complete
             if chunk := b"".join(self.events[sent:]):
                 sent = len(self.events)
                 yield chunk
-            if ended:
+            if complete:
                 yield b""  # a stream has a first chunk
                 return
             await self._news.wait()
