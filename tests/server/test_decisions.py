@@ -52,8 +52,8 @@ def test_answers_are_of_the_clients_types_and_in_the_order_of_the_questions(clie
 def test_the_probabilities_are_those_of_the_letters(live, client):
     """Against the scores of the prompt with each letter after it."""
     (answer,) = ask(client, questions=[QUESTIONS[0]]).answers
-    asked = f"{INPUT}\nIs this true of the above?\n\nThe text names a colour.\n\nOptions:\nA. Yes, this is true\n"
-    asked += "B. No, this is not true\n\nAnswer with the letter of one option only."
+    asked = f"{INPUT}\nTrue or false? The text names a colour.\n\nOptions:\nA. true\n"
+    asked += "B. false\n\nAnswer with one letter."
     prompt = live.post("/tokenize", {"messages": [{"role": "user", "content": asked}]}).json()["tokens"]
 
     def score(letter):

@@ -53,7 +53,7 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/v1/responses/{response_id}/input_items", responses.input_items, "openai"),
     RouteSpec(
         "POST", "/v1/decisions", decisions.decide, "openai", DecisionsBody,
-        {"input": "The sky is blue.", "questions": [{"type": "predicate", "instructions": "The text names a colour."}]},
+        {"input": "Blue.", "questions": [{"type": "predicate", "instructions": "A colour."}]},
     ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),

@@ -40,7 +40,7 @@ class Question(Body):
     def options(self, place: str) -> list[tuple[str | bool, str | None]]:
         """What can be answered, with descriptions. Raises ``InvalidRequest``."""
         if self.type == "predicate":
-            return [("Yes, this is true", None), ("No, this is not true", None)]
+            return [("true", None), ("false", None)]
         name, key = ("choices", "value") if self.type == "choice" else ("levels", "label")
         held: list[Option] = getattr(self, name) or []
         if not 2 <= len(held) <= len(LETTERS):
@@ -97,8 +97,8 @@ def _prompt(question: Question, place: str) -> str:
         f"{letter}. {_shown(value)}" + (f": {description}" if description else "")
         for letter, (value, description) in zip(LETTERS, question.options(place), strict=False)
     ]
-    kind = "Is this true of the above?\n\n" if question.type == "predicate" else ""
-    return f"{kind}{asked}\n\nOptions:\n" + "\n".join(lines) + "\n\nAnswer with the letter of one option only."
+    kind = "True or false? " if question.type == "predicate" else ""
+    return f"{kind}{asked}\n\nOptions:\n" + "\n".join(lines) + "\n\nAnswer with one letter."
 
 
 def _shown(value: str | bool) -> str:
