@@ -210,3 +210,19 @@ def test_errors_are_the_clients_own_classes(client, error, body, stream):
     with pytest.raises(error) as caught:
         client.responses.create(**{"model": MODEL, "input": "Hello", "stream": stream, **body})
     assert caught.value.code and caught.value.request_id
+
+
+def test_a_reference_stands_for_a_stored_item(live, client):
+    first = ask(client)
+    by_item = ask(client, [{"role": "user", "content": "Hello"}, *first.output, {"role": "user", "content": "Go on."}])
+    (message,) = first.output
+    (given,) = client.responses.input_items.list(first.id)
+    for kind in ({"type": "item_reference"}, {}):
+        talk = [{**kind, "id": given.id}, {**kind, "id": message.id}, {"role": "user", "content": "Go on."}]
+        assert ask(client, talk).output_text == by_item.output_text
+    body = {"model": MODEL, "input": talk, "temperature": 0, "max_output_tokens": 6}
+    large = live.client.post("/v1/responses", content=json.dumps(body) + " " * 70_000).json()
+    assert large["output"][0]["content"][0]["text"] == by_item.output_text
+    for unknown in ("msg_1", f"{message.id}9", message.id.replace("0", "1")):
+        with pytest.raises(openai.BadRequestError, match="not found"):
+            ask(client, [{"type": "item_reference", "id": unknown}])

@@ -8,7 +8,7 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -95,7 +95,7 @@ class BodyJob(NamedTuple):
     kind: str
     raw: bytes
     limits: RequestLimits
-    history: bytes = b""
+    stored: bytes = b""
 
 
 class GeneratingBody(Body):
@@ -104,18 +104,21 @@ class GeneratingBody(Body):
     refuses_foreign: ClassVar[bool] = True
 
     @abstractmethod
-    def requests(self, limits: RequestLimits, *, streams: bool, history: Sequence[Any] = ()) -> list[GenerateRequest]:
-        """The body's requests, without what ``address`` says. ``history`` are the items of the conversation that ends
-        with the response ``previous``. Raises ``InvalidRequest``.
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
+        """The body's requests, without what ``address`` says. ``stored`` has the items of each id of ``wanted``.
+
+        Raises ``InvalidRequest``.
         """
 
     @abstractmethod
     def address(self) -> Address: ...
 
     @property
-    def previous(self) -> str | None:
-        """The id of the stored response that it continues."""
-        return None
+    def wanted(self) -> list[str]:
+        """The stored responses and items that it refers to, each with its id after a colon."""
+        return []
 
     @property
     def characters(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -72,13 +72,15 @@ class DecisionsBody(GeneratingBody):
     def address(self) -> Address:
         return Address([self.model], adapters_named(self, "", "model"), self.adapter_source, self.cache_salt)
 
-    def requests(self, limits: RequestLimits, *, streams: bool, history: Sequence[Any] = ()) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         """One a question. Its answer is one token; the letters' ids are not known here."""
         if not 1 <= len(self.questions) <= MAX_QUESTIONS:
             raise InvalidRequest(
                 f"questions has {len(self.questions)} items; 1 to {MAX_QUESTIONS} are allowed.", param="questions"
             )
-        talk = messages_of(None, history, self.input)
+        talk = messages_of(None, (), self.input)
         return [
             GenerateRequest(
                 messages=_asked(talk, _prompt(question, f"questions[{i}]")),

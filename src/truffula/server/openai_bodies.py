@@ -5,7 +5,7 @@ Null means absent everywhere. Fields of other APIs: ``foreign_fields.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
@@ -224,7 +224,9 @@ class CompletionBody(OpenAIBody):
     def characters(self) -> int:
         return sum(len(one) for one in self.prompts() if isinstance(one, str))
 
-    def requests(self, limits: RequestLimits, *, streams: bool, history: Sequence[Any] = ()) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         self.check()
         shared = self.common(
             limits,
@@ -279,7 +281,9 @@ class ChatBody(OpenAIBody):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidRequest(f"{name} is {value}; it must be at least 1.", param=name)
 
-    def requests(self, limits: RequestLimits, *, streams: bool, history: Sequence[Any] = ()) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         self.check()
         shared = self.common(
             limits,

@@ -60,8 +60,8 @@ class Read:
         return self.requests[0].adapter
 
 
-History = Callable[[Request, str], Awaitable[bytes]]
-"""The items before those of a request that continues the response of an id, as a JSON array."""
+Stored = Callable[[Request, list[str]], Awaitable[bytes]]
+"""The items of ids of stored responses and items, as a JSON object of lists."""
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):
@@ -69,49 +69,47 @@ class _Head(msgspec.Struct, frozen=True, array_like=True):
     body: bytes
     unknown: list[str]
     characters: int
+    wanted: list[str]
     request: GenerateRequest
 
 
-async def read_requests(request: Request, kind: Kind, history_of: History | None = None) -> Read:
+async def read_requests(request: Request, kind: Kind, stored_items: Stored | None = None) -> Read:
     """The request's body, checked, and what it asks for; keys without effect are noted.
 
-    ``history_of`` is for bodies that continue a stored response.
+    ``stored_items`` is for bodies that refer to stored responses.
 
     Raises ``InvalidRequest`` and its kinds, and as ``answering``.
     """
     record_of(request).generates = True
     state = state_of(request)
     raw = await raw_body(request)
-    history, made = b"", None
+    stored, made = b"", None
     if len(raw) <= HEAVY_CHARS:
         body = read_value(kind, value := decode_object(raw), state.limits)
-        if history_of is not None and body.previous is not None:
-            history = await history_of(request, body.previous)
+        if stored_items is not None and body.wanted:
+            stored = await stored_items(request, body.wanted)
         unknown, characters = body.unknown(), body.characters
-        if len(raw) + len(history) <= HEAVY_CHARS:
-            made = body.requests(state.limits, streams=_streams(kind, value), history=json.loads(history or b"[]"))
+        if len(raw) + len(stored) <= HEAVY_CHARS:
+            made = body.requests(state.limits, streams=_streams(kind, value), stored=json.loads(stored or b"{}"))
     if made is None:
-        body, unknown, characters, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, history))
-        if history_of is not None and body.previous is not None and not history:
-            history = await history_of(request, body.previous)
-            job = BodyJob(kind, raw, state.limits, history)
-            body, unknown, characters, made = await _read_in_worker(request, job)
+        head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
+        if stored_items is not None and head.wanted and not stored:
+            stored = await stored_items(request, head.wanted)
+            head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
+        unknown, characters = head.unknown, head.characters
     note_ignored(request, unknown)
     at = time.monotonic()
     return Read(body, await addressed(request, made, body.address()), characters, at)
 
 
-async def _read_in_worker(
-    request: Request, job: BodyJob
-) -> tuple[GeneratingBody, list[str], int, list[GenerateRequest]]:
-    """The body without what its prompts are made of, its keys without effect, its characters, and its requests. None
-    are made of a body whose history ``job`` lacks.
+async def _read_in_worker(request: Request, job: BodyJob) -> tuple[_Head, GeneratingBody, list[GenerateRequest]]:
+    """The head of a body, the body without what its prompts are made of, and its requests. There are none while ``job``
+    lacks the stored items that the body wants.
     """
     packed, *prompts = await state_of(request).service.texts.in_worker(prepare, job, client_of(request))
     head = msgspec.msgpack.decode(packed, type=_Head)
     body = validate(_MODELS[head.kind], json.loads(head.body), job.limits)
-    made = [replace(head.request, prepared=one) for one in prompts]
-    return body, head.unknown, head.characters, made
+    return head, body, [replace(head.request, prepared=one) for one in prompts]
 
 
 async def addressed(request: Request, made: Sequence[GenerateRequest], address: Address) -> list[GenerateRequest]:
@@ -184,13 +182,15 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     body = read_value(job.kind, value, job.limits)
     made: list[GenerateRequest] = []
     request = GenerateRequest()
-    if body.previous is None or job.history:
+    if not body.wanted or job.stored:
         streams = _streams(job.kind, value)
-        made = body.requests(job.limits, streams=streams, history=json.loads(job.history or b"[]"))
+        made = body.requests(job.limits, streams=streams, stored=json.loads(job.stored or b"{}"))
         messages: list[Any] | None = None if made[0].messages is None else []
         request = replace(made[0], prompt=None, messages=messages, documents=None, template_kwargs={})
     light = json.dumps(_light(value, type(body))).encode()
-    yield msgspec.msgpack.encode(_Head(type(body).__name__, light, body.unknown(), body.characters, request))
+    yield msgspec.msgpack.encode(
+        _Head(type(body).__name__, light, body.unknown(), body.characters, body.wanted, request)
+    )
     for one in made:
         yield from prompt_job(worker, one)
 

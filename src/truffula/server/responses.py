@@ -51,7 +51,7 @@ async def create(request: Request) -> Response:
     A stored response can be retrieved, and continued with `previous_response_id`.
     """
     kept = kept_of(request)
-    read = await read_requests(request, "responses", kept.history)
+    read = await read_requests(request, "responses", kept.items)
     body = read.body
     assert isinstance(body, ResponsesBody)
     stored = body.store is not False and kept.store is not None

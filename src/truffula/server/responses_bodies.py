@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from truffula.server.body import Body, FirstError, Objects, Strings
 from truffula.server.foreign_fields import RouteFields
 from truffula.server.limits import RequestLimits
 from truffula.server.openai_bodies import OpenAIBody
-from truffula.server.responses_items import messages_of
+from truffula.server.responses_items import messages_of, references_in
 from truffula.server.responses_tools import ToolSet, read_choice, read_tools
 from truffula.types import GenerateRequest
 
@@ -80,8 +80,9 @@ class ResponsesBody(OpenAIBody):
         return read_tools(self.tools or ())
 
     @property
-    def previous(self) -> str | None:
-        return self.previous_response_id
+    def wanted(self) -> list[str]:
+        found = [] if self.previous_response_id is None else [f"response:{self.previous_response_id}"]
+        return found + references_in(self.input)
 
     @property
     def wants_logprobs(self) -> bool:
@@ -112,9 +113,12 @@ class ResponsesBody(OpenAIBody):
         _check_metadata(self.metadata or {})
         super().check()
 
-    def requests(self, limits: RequestLimits, *, streams: bool, history: Sequence[Any] = ()) -> list[GenerateRequest]:
-        """``history`` are the stored items before ``input``."""
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         self.check()
+        found = stored or {}
+        history = found.get(f"response:{self.previous_response_id}", ())
         shared = self.common(
             limits,
             max_tokens=self.max_output_tokens,
@@ -127,7 +131,7 @@ class ResponsesBody(OpenAIBody):
         if self.reasoning is not None and self.reasoning.effort is not None:
             kwargs.setdefault("reasoning_effort", self.reasoning.effort)
         made = GenerateRequest(
-            messages=messages_of(self.instructions, history, self.input),
+            messages=messages_of(self.instructions, history, self.input, found),
             tools=tools.tools or None,
             tool_choice=read_choice(self.tool_choice, tools, self.parallel_tool_calls is not False),
             constraint=self._constraint(),

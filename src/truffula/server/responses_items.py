@@ -15,8 +15,15 @@ _INSTRUCTIONS = ("system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
-def messages_of(instructions: str | None, history: Sequence[Any], given: str | Sequence[Any]) -> list[Message]:
-    """The conversation: ``instructions``, the stored items, then the request's. Raises ``InvalidRequest``."""
+def messages_of(
+    instructions: str | None,
+    history: Sequence[Any],
+    given: str | Sequence[Any],
+    stored: Mapping[str, Any] | None = None,
+) -> list[Message]:
+    """The conversation: ``instructions``, the stored items before the request's, then those. ``stored`` has a list with
+    the item of each reference. Raises ``InvalidRequest``.
+    """
     found = _Conversation()
     if instructions is not None:
         found.messages.append(Message(role="system", items=[Text(instructions)]))
@@ -26,8 +33,24 @@ def messages_of(instructions: str | None, history: Sequence[Any], given: str | S
         found.add({"role": "user", "content": given}, "input")
     else:
         for i, item in enumerate(given):
-            found.add(item, f"input[{i}]")
+            assert isinstance(item, Mapping)
+            reference = reference_of(item)
+            for one in [item] if reference is None else (stored or {}).get(f"item:{reference}", [item]):
+                found.add(one, f"input[{i}]")
     return found.whole()
+
+
+def reference_of(item: Mapping[str, Any]) -> str | None:
+    """The id of the stored item in whose place ``item`` is."""
+    named = item.get("type") == "item_reference" or ("type" not in item and "role" not in item)
+    found = item.get("id") if named else None
+    return found if isinstance(found, str) else None
+
+
+def references_in(given: str | Sequence[Any]) -> list[str]:
+    """The stored items to which an input refers, each as ``item:`` and its id."""
+    found = [] if isinstance(given, str) else [reference_of(item) for item in given]
+    return list(dict.fromkeys(f"item:{one}" for one in found if one is not None))
 
 
 class _Conversation:

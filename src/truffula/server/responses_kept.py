@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from truffula.server.state import record_of, state_of
 from truffula.types import GenerateRequest
 
 log = logging.getLogger(__name__)
+_ITEM_ID = re.compile(r"[a-z]+_(?P<response>[0-9a-f]{32})_(?P<input>in)?(?P<index>\d{1,6})")
 MAX_HISTORY_BYTES = 2**24
 """Of one conversation, the stored items before a request's own."""
 
@@ -77,7 +79,31 @@ class KeptResponses:
         if not kept:
             draft.writer.not_stored()
 
-    async def history(self, request: Request, response_id: str) -> bytes:
+    async def items(self, request: Request, wanted: Sequence[str]) -> bytes:
+        """The items of stored responses (``response:`` and an id) and stored items (``item:`` and an id), as a JSON object
+        of lists.
+        """
+        parts = []
+        for one in wanted:
+            kind, _, wanted_id = one.partition(":")
+            read = self._history if kind == "response" else self._item
+            found = await read(request, wanted_id)
+            parts.append(msgspec.json.encode(one) + b":" + found)
+        return b"{" + b",".join(parts) + b"}"
+
+    async def _item(self, request: Request, item_id: str) -> bytes:
+        """A list with the item, which is of a response's output or input."""
+        named, param = _ITEM_ID.fullmatch(item_id), "input"
+        row = None
+        if named is not None:
+            row = await self.needed("item_reference").get(tenant_of(request), f"resp_{named['response']}")
+        items = [] if row is None or named is None else msgspec.json.decode(row.input if named["input"] else row.output)
+        at = len(items) if named is None else int(named["index"])
+        if at >= len(items):
+            raise NoPreviousResponse(f"Item with id '{item_id[:80]}' not found; send the item itself.", param=param)
+        return msgspec.json.encode([items[at]])
+
+    async def _history(self, request: Request, response_id: str) -> bytes:
         """The items of the conversation that ends with ``response_id``, as a JSON array."""
         param = "previous_response_id"
         run = self.running.get(response_id)
