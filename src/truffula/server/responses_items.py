@@ -18,7 +18,7 @@ _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_t
 def messages_of(
     instructions: str | None,
     history: Sequence[Any],
-    given: str | Sequence[Any],
+    given: str | list[Any],
     stored: Mapping[str, Any] | None = None,
 ) -> list[Message]:
     """The conversation: ``instructions``, the stored items before the request's, then those. ``stored`` has a list with
@@ -33,7 +33,6 @@ def messages_of(
         found.add({"role": "user", "content": given}, "input")
     else:
         for i, item in enumerate(given):
-            assert isinstance(item, Mapping)
             reference = reference_of(item)
             for one in [item] if reference is None else (stored or {}).get(f"item:{reference}", [item]):
                 found.add(one, f"input[{i}]")
@@ -47,7 +46,7 @@ def reference_of(item: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def references_in(given: str | Sequence[Any]) -> list[str]:
+def references_in(given: str | list[Any]) -> list[str]:
     """The stored items to which an input refers, each as ``item:`` and its id."""
     found = [] if isinstance(given, str) else [reference_of(item) for item in given]
     return list(dict.fromkeys(f"item:{one}" for one in found if one is not None))

@@ -80,8 +80,8 @@ class KeptResponses:
             draft.writer.not_stored()
 
     async def items(self, request: Request, wanted: Sequence[str]) -> bytes:
-        """The items of stored responses (``response:`` and an id) and stored items (``item:`` and an id), as a JSON object
-        of lists.
+        """The items of stored responses (``response:`` and an id) and of stored items (``item:`` and an id): a JSON
+        object of lists.
         """
         parts = []
         for one in wanted:
