@@ -87,3 +87,12 @@ def test_a_large_body_continues_a_stored_response_as_a_small_one_does(live):
         "/v1/responses", content=json.dumps({**body, "previous_response_id": "resp_x"}) + " " * 70_000
     )
     assert assert_canonical_error(answer, 400)["code"] == "previous_response_not_found"
+
+
+def test_a_large_body_s_tools_are_those_of_its_answer(live):
+    tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": False}]
+    body = {**BODY, "tools": tools, "metadata": {"a": "b"}}
+    small = ok(live.post("/v1/responses", body))
+    large = ok(live.client.post("/v1/responses", content=json.dumps(body) + " " * 70_000))
+    for answer in (small, large):
+        assert answer["tools"] == tools and answer["metadata"] == {"a": "b"}

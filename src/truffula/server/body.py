@@ -102,6 +102,8 @@ class GeneratingBody(Body):
     """A body that asks for text."""
 
     refuses_foreign: ClassVar[bool] = True
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Fields that the reply repeats."""
 
     @abstractmethod
     def requests(

@@ -197,10 +197,10 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
 
 def _light(value: Mapping[str, Any], model: type[GeneratingBody] | type[Parameters]) -> dict[str, Any]:
     """``value`` without what only prompts and parameters are made of, and without unknown fields."""
-    known = model.model_fields
+    known, repeated = model.model_fields, getattr(model, "repeated", ())
     light: dict[str, Any] = {}
     for name, item in value.items():
-        if name in known and name in _LEFT_OUT:
+        if name in known and name in _LEFT_OUT and name not in repeated:
             light[name] = _LEFT_OUT[name]
         elif name == "parameters" and isinstance(item, dict):
             light[name] = _light(item, Parameters)

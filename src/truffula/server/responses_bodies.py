@@ -56,6 +56,8 @@ class ResponsesStreamOptions(Body):
 class ResponsesBody(OpenAIBody):
     """``POST /v1/responses``."""
 
+    repeated: ClassVar[tuple[str, ...]] = ("tools", "tool_choice", "metadata")
+
     input: str | Objects
     instructions: str | None = None
     tools: Objects | None = None
