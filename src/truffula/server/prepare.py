@@ -37,7 +37,7 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
-        **dict.fromkeys(("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
+        **dict.fromkeys(("documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
     }
 )
 
