@@ -14,6 +14,7 @@ import msgspec
 from truffula.errors import ErrorInfo, InvalidRequest, TemplateError, TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import EngineParams, SamplingParams
+from truffula.service.answers import AnswerFormats
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
@@ -137,6 +138,7 @@ class Service:
         directory: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
         render: Renders chats to find what a template writes after an answer, in place of this process.
+        tool_format, reasoning_format: How the model writes tool calls and reasoning, where its template does not tell.
     """
 
     def __init__(
@@ -148,6 +150,8 @@ class Service:
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         render: Render | None = None,
+        tool_format: str | None = None,
+        reasoning_format: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         texts = texts_of(info, texts)
@@ -159,6 +163,9 @@ class Service:
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
         self.templates = texts.chat_templates(templates)
+        self.answers = AnswerFormats(
+            self.templates, tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
+        )
         self._engine_ends = frozenset(info.eos_token_ids)
         self._ends = EndTokens(
             texts.end_tokens,
@@ -267,7 +274,12 @@ class Service:
             for choice in range(count)
         ]
         echoed = prompt if prompt.pieces is not None else None
-        choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
+        choices = [
+            ChoiceState(
+                one, params, self.tokenizer, end_ids, echoed, self._clock, self.answers.parser(request, prompt.tail)
+            )
+            for one in engine_requests
+        ]
         state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
         self._check_scores([state], self.limits.max_prompt_scores)
         return state
