@@ -44,7 +44,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate, as token ids. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
 
     ``params.seed`` is resolved. ``resume_ids`` are completion tokens that the client already has (after a crash):
-    generation continues after them and they are not emitted again. Times are of ``time.monotonic()``, which all
+    generation continues after them and they are not emitted again. With ``grammar`` no token is drawn that it forbids;
+    ``EngineClient.set_vocabulary`` comes before the first such request. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
     """
 
@@ -68,6 +69,18 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidRequest(
                     f"{name} contains a lone surrogate, which is half of a UTF-16 pair and not text.", param=name
                 ) from None
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a model as bytes, by id, for grammars (``Tokenizer.vocabulary``).
+
+    An id without a token has b"". Of ``special_ids`` (control tokens) no text consists: a grammar has to name them.
+    ``end_ids`` end a completion.
+    """
+
+    tokens: list[bytes]
+    special_ids: list[int]
+    end_ids: list[int]
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):

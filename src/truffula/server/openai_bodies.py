@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
 from truffula.server.body import Address, Body, FirstError, GeneratingBody, Ids, Objects, Strings
+from truffula.server.constraint_fields import OpenAIConstraints
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
 from truffula.server.openai_schemas import MESSAGES_SCHEMA, TOOLS_SCHEMA
@@ -68,7 +69,7 @@ class StreamOptions(Body):
     without_effect: ClassVar[tuple[str, ...]] = ("include_obfuscation",)
 
 
-class OpenAIBody(GeneratingBody):
+class OpenAIBody(OpenAIConstraints, GeneratingBody):
     """Fields that both routes share."""
 
     without_effect: ClassVar[tuple[str, ...]] = ("api_token",)
@@ -171,6 +172,7 @@ class OpenAIBody(GeneratingBody):
         )
         return {
             "params": params,
+            "constraint": self.constraint,
             "add_special_tokens": self.add_special_tokens,
             "truncate": self._truncation(params.max_tokens, limits),
             "return_prompt_tokens": bool(self.return_token_ids),

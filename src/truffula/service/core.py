@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from truffula.errors import ErrorInfo, InvalidRequest, TemplateError, TruffulaError
+from truffula.errors import ErrorInfo, InvalidRequest, NoTokenizer, TemplateError, TruffulaError
+from truffula.items import Grammar
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import EngineParams, SamplingParams
 from truffula.service.answers import AnswerFormats
@@ -226,13 +227,14 @@ class Service:
         """Template, tokenize and truncate. Raises as ``make_prompt``."""
         return make_prompt(request, self.tokenizer, self.templates, self.info)
 
-    def open(self, request: GenerateRequest) -> RequestState:
-        """The state of a new request; its ``engine_requests`` are to be submitted.
+    def open(self, request: GenerateRequest, grammar: Grammar | None = None) -> RequestState:
+        """The state of a new request; its ``engine_requests`` are to be submitted. ``grammar`` is that of its
+        ``constraint``.
 
         Raises ``InvalidRequest``, ``PromptTooLong``, ``TemplateError``, ``NoTokenizer``.
         """
         self.check(request)
-        return self.begin(request, self.prompt(request))
+        return self.begin(request, self.prompt(request), grammar)
 
     def check(self, request: GenerateRequest) -> None:
         """Raise ``InvalidRequest`` for parameters that no prompt makes valid."""
@@ -243,13 +245,20 @@ class Service:
             raise InvalidRequest(f"{name} is {count}; the limit is {self.limits.max_choices}.", param=name)
         if params.stop:
             need_tokenizer(self.tokenizer, self.info)
+        constraint = request.constraint
+        if constraint is not None and self.tokenizer is None:
+            raise NoTokenizer(
+                f"{constraint.param} constrains the answer's text, and this model has no tokenizer; leave it out.",
+                param=constraint.param,
+            )
         for stop in params.stop:
             check_text(stop, "stop")
         checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
         checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
-    def begin(self, request: GenerateRequest, prompt: Prompt) -> RequestState:
+    def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
+        assert (grammar is None) == (request.constraint is None)
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
@@ -266,6 +275,7 @@ class Service:
                 params=engine_params,
                 choice=choice,
                 adapter=request.adapter,
+                grammar=grammar,
                 salt=request.salt,
                 arrival=now,
                 queue_deadline=None if request.queue_timeout_s is None else now + request.queue_timeout_s,
