@@ -117,7 +117,7 @@ class AsyncService:
     ) -> None:
         self.core = core or Service(client.info)
         self.texts = PromptMaker(self.core, workers)
-        self._grammars = Grammars(self.core.info, self.core.tokenizer)
+        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
         self._client = client
         self._submissions = Submissions(client)
         self._active: set[TextStream] = set()

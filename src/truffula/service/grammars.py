@@ -16,7 +16,7 @@ from truffula.service.workers import WorkerPool
 from truffula.text.process import Setup, TextWorker, WorkerStopped
 from truffula.text.tokenizer import Tokenizer
 from truffula.text.worker import Worker
-from truffula.types import EngineInfo
+from truffula.types import EngineInfo, Vocabulary
 
 COMPILE_SECONDS = 3.0
 """Processor time of compiling one constraint; the engine spends as much on it."""
@@ -49,15 +49,25 @@ def compile_job(worker: Worker, job: tuple[Constraint, tuple[str, ...]]) -> Iter
 
 
 class Grammars:
-    """Compiles constraints for a model. ``compile`` is for one event loop, ``compile_now`` for any threads instead.
+    """Compiles constraints for a model, whose ``info`` is a service's; the engine gets the vocabulary with the first.
+
+    ``compile`` is for one event loop, ``compile_now`` for any threads instead.
 
     Both raise ``InvalidRequest`` for the constraint's param. The process that compiles is started with the first
     constraint; it has limits, since llguidance takes long on some grammars and ends its process on others.
     """
 
     def __init__(
-        self, info: EngineInfo, tokenizer: Tokenizer | None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        info: EngineInfo,
+        tokenizer: Tokenizer | None,
+        set_vocabulary: Callable[[Vocabulary], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._info = info
+        self._tokenizer = tokenizer
+        self._set_vocabulary: Callable[[Vocabulary], None] | None = set_vocabulary
         special = () if tokenizer is None else tuple(map(tokenizer.text_of, sorted(tokenizer.special_ids)))
         self._special = tuple(text for text in special if text)
         setup = Setup(
@@ -75,6 +85,8 @@ class Grammars:
 
         Also raises ``Overloaded`` and ``ShuttingDown``.
         """
+        if self._set_vocabulary is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._need_vocabulary)
         key = _key(constraint)
         kept = self._find(key)
         if kept is None:
@@ -88,6 +100,7 @@ class Grammars:
 
     def compile_now(self, constraint: Constraint) -> Grammar:
         """As ``compile``, in the calling thread."""
+        self._need_vocabulary()
         key = _key(constraint)
         with self._lock:
             kept = self._find(key)
@@ -103,6 +116,13 @@ class Grammars:
     def close(self) -> None:
         """End the process; calls that run end with ``ShuttingDown``. Idempotent."""
         self._pool.close()
+
+    def _need_vocabulary(self) -> None:
+        """Give the engine the vocabulary, once. Raises ``InvalidRequest`` for a tokenizer that has none."""
+        with self._lock:
+            if self._set_vocabulary is not None and self._tokenizer is not None:
+                self._set_vocabulary(self._tokenizer.vocabulary(self._info.eos_token_ids))
+                self._set_vocabulary = None
 
     async def _compile(self, key: bytes, constraint: Constraint, client: str) -> _Kept:
         job = (constraint, self._special)

@@ -55,7 +55,7 @@ class SyncService:
         self.core = core or Service(client.info)
         self._client = client
         self._submissions = Submissions(client)
-        self._grammars = Grammars(self.core.info, self.core.tokenizer)
+        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
         self._changed = threading.Condition()  # guards the fields below, the submissions and the calls
         self._calls: dict[str, _Call] = {}  # by engine id
         self._reader: _Call | None = None  # the call whose thread reads the engine's events

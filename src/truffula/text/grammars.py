@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from truffula.engine.constraints import parser_limits, without_forcing
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint
 from truffula.text.constraints import decoded, json_rule, rules_of
@@ -134,7 +135,8 @@ def _noun(constraint: Constraint) -> str:
 
 
 def _matcher(source: str, vocabulary: LLTokenizer) -> LLMatcher:
-    return LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    """As the engine makes one."""
+    return LLMatcher(vocabulary, without_forcing(source), log_level=0, limits=parser_limits())
 
 
 class _Bytes:
