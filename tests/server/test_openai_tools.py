@@ -260,3 +260,16 @@ def test_text_generations_dialect_of_a_streamed_call(scripted: Live) -> None:
 def test_what_is_no_tool_or_choice_is_refused(scripted: Live, fields: dict[str, Any], param: str) -> None:
     error = assert_canonical_error(scripted.post("/v1/chat/completions", asked("@plain", **fields)), 400)
     assert error["param"] == param
+
+
+def forced(live: Live, **more: Any) -> Any:
+    """A call of a model that says something else, sampled."""
+    body = asked("@plain", tools=TOOLS, max_tokens=200) | {"temperature": 1, "seed": 5, **more}
+    return ok(live.post("/v1/chat/completions", body))["choices"][0]
+
+
+def test_a_required_call_is_made(scripted: Live) -> None:
+    choice = forced(scripted, tool_choice="required")
+    assert choice["finish_reason"] in ("tool_calls", "length")
+    print(choice)
+    assert choice["message"]["tool_calls"]

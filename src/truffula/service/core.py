@@ -258,7 +258,7 @@ class Service:
 
     def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
-        assert (grammar is None) == (request.constraint is None)
+        assert grammar is not None or request.constraint is None
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
