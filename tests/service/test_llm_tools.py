@@ -15,7 +15,7 @@ from truffula.items import Message, Reasoning, Text, Tool, ToolCallPart, ToolRes
 
 SCRIPTS = {
     "@weather": [
-        "Let me see.",
+        "I look.",
         "<tool_call>",
         '{"name": "weather", "argu',
         'ments": {"city": "Oslo"}}',
@@ -46,7 +46,7 @@ def user(text: str) -> dict[str, str]:
 def test_a_call_and_its_result(llm: LLM) -> None:
     (out,) = llm.chat([user("@weather")], PARAMS, tools=TOOLS)
     (call,) = out.tool_calls
-    assert (out.text, call.name, json.loads(call.arguments)) == ("Let me see.", "weather", {"city": "Oslo"})
+    assert (out.text, call.name, json.loads(call.arguments)) == ("I look.", "weather", {"city": "Oslo"})
     talk = [user("@weather"), Message(role="assistant", items=[Text(out.text), call])]
     (end,) = llm.chat([*talk, Message(role="tool", items=[ToolResult(call.id, "@result")])], PARAMS, tools=TOOLS)
     assert (end.text, end.tool_calls) == ("It is cold.", [])
