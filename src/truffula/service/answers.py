@@ -31,11 +31,13 @@ class AnswerFormats:
         self._chosen = (tool_format, reasoning_format)
         special = () if tokenizer is None else sorted(tokenizer.special_ids)
         self._special = tuple(text for i in special if tokenizer is not None and (text := tokenizer.text_of(i)))
+        self._own = frozenset() if tokenizer is None else frozenset(tokenizer.chat_templates.values())
+        self._response = None if tokenizer is None else tokenizer.response_template
         self._known = {source: self._detect(source) for source in templates.sources.values()}
 
     def _detect(self, source: str) -> OutputFormat:
         tools, reasoning = self._chosen
-        return detect_format(source, None, tools, reasoning)
+        return detect_format(source, self._response if source in self._own else None, tools, reasoning)
 
     def of(self, request: GenerateRequest) -> OutputFormat:
         """The format of the answers to ``request``. Raises ``TemplateError`` where it has no template."""
