@@ -183,10 +183,10 @@ def test_a_regex_of_a_custom_tool_is_a_pattern_that_binds():
     [
         ({"type": "text"}, None),
         ({"type": "json_object"}, ("json_object", "")),
-        ({"type": "json_schema", "name": "n", "schema": {"type": "object"}}, ("json_schema", '{"type": "object"}')),
+        ({"type": "json_schema", "name": "n", "schema": {"type": "object"}}, ("json_schema", '{"type":"object"}')),
     ],
     ids=str,
 )
 def test_text_format_is_a_constraint(form, constraint):
-    found = ResponsesBody.model_validate({"input": "x", "text": {"format": form}})._constraint()
+    found = ResponsesBody.model_validate({"input": "x", "text": {"format": form}}).constraint
     assert (None if found is None else (found.kind, found.value)) == constraint

@@ -24,7 +24,8 @@ BODIES = {
     "/v1/responses": {"input": "Hello", "max_output_tokens": 1},
     "/v1/decisions": {"input": "Blue.", "questions": [{"type": "predicate", "instructions": "A colour."}]},
 }
-BY_TEMPLATE = ("reasoning_effort", "tools")  # listed where the chat template does not use them
+# Listed where the chat template, or the request without tools, has no use for them
+BY_TEMPLATE = ("reasoning_effort", "tools", "parallel_tool_calls")
 # Where the first value of the SDK's type is one that asks for nothing.
 SAMPLES = {
     "modalities": ["text", "audio"],

@@ -16,7 +16,18 @@ from truffula.environment import state_folder
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, decisions, lorax, openai, openai_models, pages, probes, responses, tokens
+from truffula.server import (
+    admin,
+    decisions,
+    lorax,
+    openai,
+    openai_chat,
+    openai_models,
+    pages,
+    probes,
+    responses,
+    tokens,
+)
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
@@ -36,7 +47,7 @@ _NATIVE = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
 # GET also answers HEAD.
 _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
-        "POST", "/v1/chat/completions", openai.chat_completions, "openai", ChatBody,
+        "POST", "/v1/chat/completions", openai_chat.chat_completions, "openai", ChatBody,
         {"messages": _TALK, "max_tokens": 20},
     ),
     RouteSpec(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,6 +11,7 @@ from pydantic import Field
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint
 from truffula.server.body import Body, FirstError, Objects, Strings
+from truffula.server.constraint_fields import response_format
 from truffula.server.foreign_fields import RouteFields
 from truffula.server.limits import RequestLimits
 from truffula.server.openai_bodies import OpenAIBody
@@ -23,7 +23,7 @@ INCLUDED = "message.output_text.logprobs"
 _NOT_HERE = frozenset(
     {
         *("max_tokens", "n", "best_of", "prompt_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
-        "add_special_tokens",
+        *("add_special_tokens", "response_format"),
     }
 )
 """Fields of ``OpenAIBody`` that this route does not have."""
@@ -92,6 +92,7 @@ class ResponsesBody(OpenAIBody):
 
     def unknown(self) -> list[str]:
         inert = [f"include({name})" for name in self.include or () if name != INCLUDED]
+        inert += ["parallel_tool_calls"] if self.parallel_tool_calls is False and not self.tools else []
         return [*super().unknown(), *self.tool_set.ignored, *inert]
 
     def check(self) -> None:
@@ -129,34 +130,28 @@ class ResponsesBody(OpenAIBody):
             prompt_logprobs=None,
         )
         tools = self.tool_set
-        kwargs = dict(self.chat_template_kwargs or {})
-        if self.reasoning is not None and self.reasoning.effort is not None:
-            kwargs.setdefault("reasoning_effort", self.reasoning.effort)
         made = GenerateRequest(
             messages=messages_of(self.instructions, history, self.input, found),
             tools=tools.tools or None,
             tool_choice=read_choice(self.tool_choice, tools, self.parallel_tool_calls is not False),
-            constraint=self._constraint(),
             parse_output=True,
-            template_kwargs=kwargs,
+            reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
+            template_kwargs=self.chat_template_kwargs or {},
             **shared,
         )
         return [made]
 
-    def _constraint(self) -> Constraint | None:
+    @property
+    def constraint(self) -> Constraint | None:
+        """What ``text.format``, or a field of vLLM or SGLang, asks for. Raises ``InvalidRequest``."""
         form = self.text.format if self.text is not None else None
-        kind = "text" if form is None else form.get("type")
-        if form is None or kind == "text":
-            return None
-        if kind == "json_object":
-            return Constraint(kind="json_object", param="text.format")
-        if kind != "json_schema":
+        own = None if form is None else response_format(form, "text.format")
+        other = super().constraint
+        if own is not None and other is not None:
             raise InvalidRequest(
-                "text.format.type: should be text, json_object or json_schema.", param="text.format.type"
+                f"text.format and {other.param} both constrain the answer; give one of them.", param=other.param
             )
-        if not isinstance(form.get("schema"), dict):
-            raise InvalidRequest("text.format.schema: should be a JSON Schema object.", param="text.format.schema")
-        return Constraint(kind="json_schema", value=json.dumps(form["schema"]), param="text.format.schema")
+        return own or other
 
     def echo(self) -> dict[str, Any]:
         """What a response object repeats of its request."""

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from truffula.errors import TruffulaError
 from truffula.items import Reasoning, Text, ToolCallPart
-from truffula.server.openai import chat_logprobs, shown
+from truffula.server.openai import shown
+from truffula.server.openai_chat import chat_logprobs
 from truffula.server.responses_tools import CLIENT_TOOLS, ToolSet, custom_input
 from truffula.server.sse import frame
 from truffula.types import ChoiceTotals, TextDelta
