@@ -14,7 +14,7 @@ from truffula.errors import EngineDied, Overloaded
 from truffula.items import Reasoning, Text, ToolCallPart
 from truffula.server.responses_events import ResponseWriter
 from truffula.server.responses_tools import custom_arguments, read_tools
-from truffula.types import ChoiceTotals, TextDelta, TokenPiece
+from truffula.types import ChoiceTotals, TextDelta
 
 EVENT = TypeAdapter(ResponseStreamEvent)
 TOOLS = [
@@ -157,14 +157,3 @@ def test_an_error_ends_the_response_as_failed(error, code):
     assert last.response.error.code == code and last.response.error.message
     assert [item.status for item in last.response.output] == ["incomplete"]
     assert writer.error is error
-
-
-def test_reasoning_tokens_are_counted():
-    writer = ResponseWriter(TOP, read_tools([]), logprobs=False, silent=True)
-    piece = TokenPiece(id=1, text="x")
-    for part in (Reasoning("a"), Reasoning("b"), Text("c")):
-        writer.delta(0, TextDelta(parts=[part], tokens=[piece]))
-    writer.delta(0, TextDelta(finish_reason="stop", totals=TOTALS))
-    usage = writer.response()["usage"]
-    assert usage["output_tokens_details"]["reasoning_tokens"] == 2
-    assert usage["input_tokens_details"]["cached_tokens"] == 3 and usage["total_tokens"] == 12

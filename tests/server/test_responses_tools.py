@@ -108,3 +108,33 @@ def test_a_schema_that_cannot_bind_is_refused_by_its_field(client, schema):
     with pytest.raises(openai.BadRequestError) as caught:
         call(client, [], tool_choice="auto", text={"format": form})
     assert caught.value.param.startswith("text.format")
+
+
+def test_reasoning_is_an_item_before_the_message(tmp_path, long_model_folder):
+    template = tmp_path / "think.jinja"
+    template.write_text(
+        "{% for m in messages %}<|role|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n"
+        "</think>\n\n{% endif %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|role|>assistant\n<think>\n{% endif %}"
+    )
+    with (
+        serving(long_model_folder, backend="auto", chat_template=template) as live,
+        openai.OpenAI(base_url=f"{live.url}/v1", api_key="EMPTY", max_retries=0) as client,
+    ):
+        form = {"text": {"format": {"type": "json_schema", "name": "n", "schema": YES, "strict": True}}}
+        events = list(
+            client.responses.create(
+                model=MODEL, input="Is it?", max_output_tokens=300, stream=True,
+                extra_body={"thinking_token_budget": 12, **form},
+            )
+        )  # fmt: skip
+        whole = events[-1].response
+        assert [item.type for item in whole.output] == ["reasoning", "message"], whole.output
+        thought, message = whole.output
+        deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
+        assert "".join(deltas) == thought.content[0].text and thought.summary == []
+        assert isinstance(json.loads(message.content[0].text)["yes"], bool)
+        assert 0 < whole.usage.output_tokens_details.reasoning_tokens < whole.usage.output_tokens
+        talk = [{"role": "user", "content": "Is it?"}, *whole.output, {"role": "user", "content": "Sure?"}]
+        again = client.responses.create(model=MODEL, input=talk, max_output_tokens=2)
+        assert again.usage.input_tokens > whole.usage.input_tokens

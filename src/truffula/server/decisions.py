@@ -52,7 +52,7 @@ async def decide(request: Request) -> Response:
             cached_tokens=sum(one.cached_tokens for one in found),
         )
         model = body.model or state_of(request).model_id
-        return json_reply({"answers": answers, "model": model, "usage": usage_of(totals, 0)})
+        return json_reply({"answers": answers, "model": model, "usage": usage_of(totals)})
 
     made = await whole(request, asked, reply)
     # Set for every model; the client did not send it

@@ -74,7 +74,8 @@ class ResponsesBody(OpenAIBody):
     background: bool | None = None
     metadata: Annotated[dict[str, str], FirstError()] | None = None
     stream_options: ResponsesStreamOptions | None = None  # type: ignore[assignment]  # fewer of them
-    chat_template_kwargs: dict[str, Any] | None = Field(default=None)
+    chat_template_kwargs: dict[str, Any] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
 
     @cached_property
     def tool_set(self) -> ToolSet:
@@ -135,6 +136,7 @@ class ResponsesBody(OpenAIBody):
             tools=tools.tools or None,
             tool_choice=read_choice(self.tool_choice, tools, self.parallel_tool_calls is not False),
             parse_output=True,
+            thinking_budget=None if self.thinking_token_budget == -1 else self.thinking_token_budget,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             template_kwargs=self.chat_template_kwargs or {},
             **shared,

@@ -43,7 +43,6 @@ class ResponseWriter:
         self._held = ""  # white space that is a message only if text follows, or nothing at all
         self._scores: list[dict[str, Any]] = []
         self._totals: ChoiceTotals | None = None
-        self._reasoning_tokens = 0
         self.output: list[dict[str, Any]] = []
         self.status: Status = "in_progress"
         self.error: TruffulaError | None = None
@@ -63,7 +62,7 @@ class ResponseWriter:
             "error": None if self.error is None else error_object(self.error),
             "incomplete_details": cut,
             "output": self.output,
-            "usage": None if self._totals is None else usage_of(self._totals, self._reasoning_tokens),
+            "usage": None if self._totals is None else usage_of(self._totals),
         }
 
     def begin(self) -> bytes:
@@ -80,10 +79,6 @@ class ResponseWriter:
                 out += self._call(part)
             elif part.text:
                 out += self._text(part)
-        if any(isinstance(part, Reasoning) for part in delta.parts) or (
-            not delta.parts and isinstance(self._item, _OpenMessage) and self._item.reasoning
-        ):
-            self._reasoning_tokens += len(delta.tokens)
         if delta.finish_reason is not None:
             self._totals = delta.totals
             self.status = "incomplete" if delta.finish_reason == "length" else "completed"
@@ -258,12 +253,12 @@ class _OpenCall:
         return out, self._made(arguments, status)
 
 
-def usage_of(totals: ChoiceTotals, reasoning_tokens: int) -> dict[str, Any]:
+def usage_of(totals: ChoiceTotals) -> dict[str, Any]:
     """Usage in the form of the Responses API."""
     return {
         "input_tokens": totals.prompt_tokens,
         "input_tokens_details": {"cached_tokens": totals.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": totals.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": min(reasoning_tokens, totals.completion_tokens)},
+        "output_tokens_details": {"reasoning_tokens": totals.reasoning_tokens},
         "total_tokens": totals.prompt_tokens + totals.completion_tokens,
     }
