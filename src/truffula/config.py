@@ -213,7 +213,7 @@ class ServerConfig:
         "Stored responses",
         "database of stored responses",
         metavar="FILE",
-        unset="~/.local/state/truffula/responses.db",
+        unset="~/.local/state/truffula/responses.db, or memory where that folder cannot be written",
     )
     response_store_max_bytes: int = _option(
         2**30, "Stored responses", "maximum size of all stored responses; the oldest are removed", low=2**16

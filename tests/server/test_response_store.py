@@ -15,7 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from truffula.server.response_store import STALE_S, ResponseStore, StoredResponse, StoreFailed
+from truffula.server.response_store import STALE_S, ResponseStore, StoredResponse, StoreFailed, default_file
 
 LARGE = 2**40
 ROW = 512  # what the store adds to a row's own bytes
@@ -226,3 +226,14 @@ def test_a_server_killed_between_writes_leaves_a_sound_file(path):
         (total,) = db.execute("SELECT bytes FROM total").fetchone()
         sizes = "sum(512 + length(input) + length(body) + length(output))"
         assert db.execute(f"SELECT {sizes} FROM responses").fetchone() == (total,)
+
+
+def test_a_user_without_a_home_has_no_default_file(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert default_file() == tmp_path / "truffula" / "responses.db"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+    with caplog.at_level("INFO"):
+        assert default_file() is None
+    assert "in memory" in caplog.text

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 
 from truffula.config import ServerConfig
-from truffula.environment import state_folder
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
@@ -35,7 +34,7 @@ from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, Gener
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
-from truffula.server.response_store import ResponseStore
+from truffula.server.response_store import ResponseStore, default_file
 from truffula.server.responses_bodies import ResponsesBody
 from truffula.server.responses_kept import KeptResponses
 from truffula.server.state import ServerState
@@ -136,7 +135,7 @@ def response_store(config: ServerConfig) -> ResponseStore | None:
         return None
     path = None
     if config.response_store == "file":
-        path = config.response_store_file or state_folder() / "responses.db"
+        path = config.response_store_file or default_file()
     return ResponseStore(path, max_bytes=config.response_store_max_bytes, max_age_s=config.response_ttl_s)
 
 

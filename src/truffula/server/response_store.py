@@ -18,7 +18,8 @@ from typing import TypeVar
 
 import msgspec
 
-from truffula.errors import TruffulaError
+from truffula.environment import state_folder
+from truffula.errors import ConfigError, TruffulaError
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -214,6 +215,20 @@ class ResponseStore:
         if self._db is not None:
             self._db.close()
             self._db = None
+
+
+def default_file() -> Path | None:
+    """The file where no option names one; None where this user has no folder for it, as in many containers."""
+    try:
+        path = state_folder() / "responses.db"
+        existing = next(folder for folder in path.parents if folder.exists())
+        writable = os.access(existing, os.W_OK | os.X_OK)
+    except (ConfigError, OSError) as error:
+        log.info("stored responses are kept in memory: %s", error)
+        return None
+    if not writable:
+        log.info("stored responses are kept in memory: %s cannot be written (--response-store-file)", existing)
+    return path if writable else None
 
 
 def _connect(where: Path | str) -> sqlite3.Connection:
