@@ -226,3 +226,15 @@ def test_a_reference_stands_for_a_stored_item(live, client):
     for unknown in ("msg_1", f"{message.id}9", message.id.replace("0", "1")):
         with pytest.raises(openai.BadRequestError, match="not found"):
             ask(client, [{"type": "item_reference", "id": unknown}])
+
+
+def test_input_tokens_are_those_of_the_response(client):
+    counted = client.responses.input_tokens.count(model=MODEL, input="Hello", instructions="Be kind.")
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == ask(client, instructions="Be kind.").usage.input_tokens
+
+
+def test_parameters_of_a_retrieval_without_effect_are_listed(client):
+    found = ask(client)
+    raw = client.responses.with_raw_response.retrieve(found.id, include=["message.output_text.logprobs"])
+    assert raw.headers["x-truffula-ignored"] == "include"

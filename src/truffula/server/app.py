@@ -57,6 +57,9 @@ _ROUTES: tuple[RouteSpec, ...] = (
         "POST", "/v1/responses", responses.create, "openai", ResponsesBody,
         {"input": "Hello", "max_output_tokens": 20},
     ),
+    RouteSpec(
+        "POST", "/v1/responses/input_tokens", responses.count_tokens, "openai", ResponsesBody, {"input": "Hello"}
+    ),
     RouteSpec("GET", "/v1/responses/{response_id}", responses.retrieve, "openai"),
     RouteSpec("DELETE", "/v1/responses/{response_id}", responses.delete, "openai"),
     RouteSpec("POST", "/v1/responses/{response_id}/cancel", responses.cancel, "openai"),

@@ -83,6 +83,17 @@ async def create(request: Request) -> Response:
     return json_reply(writer.response())
 
 
+async def count_tokens(request: Request) -> Response:
+    """The number of tokens of the prompt that `/v1/responses` would make of the same body."""
+    read = await read_requests(request, "responses", kept_of(request).items)
+    record_of(request).generates = False
+    state = state_of(request)
+    state.service.core.check(read.requests[0])
+    prompt = await state.service.texts.prompt(read.requests[0])
+    note_ignored(request, prompt.ignored)
+    return json_reply({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
+
+
 def _top(request: Request, body: ResponsesBody, *, stored: bool) -> dict[str, Any]:
     """What the response object has from the start."""
     return {
@@ -130,8 +141,9 @@ async def retrieve(request: Request) -> Response:
     run, row = _run_of(request), None
     if run is None:
         row = await _row(request)
+    _note_query(request, "include", "include_obfuscation")
     if not _flag(request, "stream"):
-        return json_reply(run.draft.writer.response() if run is not None else response_of(_found(row, response_id)))
+        return json_reply(run.draft.writer.response() if run is not None else await _whole(request, row, response_id))
     after = _number(request, "starting_after", -1)
     if run is not None and run.keep_events:
         return await event_stream(request, run.follow(after))
@@ -154,7 +166,7 @@ async def cancel(request: Request) -> Response:
     if run is not None:
         await run.cancel()
         return json_reply(run.draft.writer.response())
-    response = response_of(_found(await _row(request), request.path_params["response_id"]))
+    response = await _whole(request, await _row(request), request.path_params["response_id"])
     if not response["background"]:
         raise InvalidRequest("Only responses that were created with background: true can be cancelled.")
     if response["status"] in ("queued", "in_progress"):
@@ -184,7 +196,8 @@ async def input_items(request: Request) -> Response:
         raise InvalidRequest(f"limit is {limit}; it must be from 1 to {MAX_PAGE}.", param="limit")
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order is {order[:40]!r}; use asc or desc.", param="order")
-    items = [_shown(item, response_id, i) for i, item in enumerate(msgspec.json.decode(row.input))]
+    _note_query(request, "include")
+    items = await state_of(request).service.texts.in_thread(len(row.input), lambda: _all_shown(row))
     if order == "desc":
         items.reverse()
     start, after = 0, request.query_params.get("after")
@@ -202,6 +215,10 @@ async def input_items(request: Request) -> Response:
             "has_more": start + limit < len(items),
         }
     )
+
+
+def _all_shown(row: StoredResponse) -> list[dict[str, Any]]:
+    return [_shown(item, row.id, i) for i, item in enumerate(msgspec.json.decode(row.input))]
 
 
 def _shown(item: dict[str, Any], response_id: str, index: int) -> dict[str, Any]:
@@ -229,6 +246,12 @@ async def _row(request: Request) -> StoredResponse | None:
     return None if store is None else await store.get(tenant_of(request), str(request.path_params["response_id"]))
 
 
+async def _whole(request: Request, row: StoredResponse | None, response_id: str) -> dict[str, Any]:
+    """The response object of a row. Raises ``NoResponse`` where there is none."""
+    found = _found(row, response_id)
+    return await state_of(request).service.texts.in_thread(len(found.body), lambda: response_of(found))
+
+
 def _found(row: StoredResponse | None, response_id: str) -> StoredResponse:
     if row is None:
         _missing(response_id)
@@ -237,6 +260,12 @@ def _found(row: StoredResponse | None, response_id: str) -> StoredResponse:
 
 def _missing(response_id: str) -> NoReturn:
     raise NoResponse(f"Response with id '{response_id[:80]}' not found.")
+
+
+def _note_query(request: Request, *names: str) -> None:
+    """Lists those of the parameters ``names``, which have no effect, that the request has; a list's end in ``[]``."""
+    given = {name.removesuffix("[]") for name in request.query_params}
+    note_ignored(request, [name for name in names if name in given])
 
 
 def _number(request: Request, name: str, default: int) -> int:
