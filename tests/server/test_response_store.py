@@ -116,7 +116,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=20, stateful_step_count=12, deadline=None)
+TestStore.settings = settings(max_examples=12, stateful_step_count=12, deadline=None)
 
 
 def test_the_file_is_its_owners_alone_and_made_when_needed(path):

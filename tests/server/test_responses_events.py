@@ -97,6 +97,7 @@ def test_the_clients_stream_state_accumulates_the_response(parts, finish):
     assert len({item["id"] for item in writer.output}) == len(writer.output) > 0
 
 
+@settings(max_examples=40, deadline=None)
 @given(answers())
 def test_nothing_of_the_answer_is_lost_or_repeated(parts):
     writer, out = written(parts)

@@ -10,7 +10,7 @@ PATHS = [("GET", ""), ("GET", "/input_items"), ("POST", "/cancel"), ("DELETE", "
 
 
 def test_a_response_is_its_keys_alone(model_folder):
-    with serving(model_folder, api_key=["one", "two"]) as live:
+    with serving(model_folder, backend="auto", api_key=["one", "two"]) as live:
         one, two = ({"Authorization": f"Bearer {key}"} for key in ("one", "two"))
         found = ok(live.post("/v1/responses", BODY, headers=one))["id"]
         running = ok(live.post("/v1/responses", {**BODY, "background": True}, headers=one))["id"]
@@ -25,10 +25,10 @@ def test_a_response_is_its_keys_alone(model_folder):
 
 def test_a_file_outlives_its_server(model_folder, tmp_path):
     options = {"response_store": "file", "response_store_file": tmp_path / "kept.db"}
-    with serving(model_folder, **options) as live:
+    with serving(model_folder, backend="auto", **options) as live:
         first = ok(live.post("/v1/responses", BODY))
         streamed = live.post("/v1/responses", {**BODY, "background": True, "stream": True})
-    with serving(model_folder, **options) as live:
+    with serving(model_folder, backend="auto", **options) as live:
         assert ok(live.client.get(f"/v1/responses/{first['id']}")) == first
         second = ok(live.post("/v1/responses", {**BODY, "previous_response_id": first["id"]}))
         assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
@@ -39,16 +39,16 @@ def test_a_file_outlives_its_server(model_folder, tmp_path):
 
 def test_a_background_response_that_a_server_did_not_finish_is_failed(model_folder, tmp_path):
     options = {"response_store": "file", "response_store_file": tmp_path / "kept.db", "drain_timeout": 0.0}
-    with serving(model_folder, **options) as live:
+    with serving(model_folder, backend="auto", **options) as live:
         body = {"input": "Hello", "background": True, "ignore_eos": True}
         response_id = ok(live.post("/v1/responses", body))["id"]
-    with serving(model_folder, **options) as live:
+    with serving(model_folder, backend="auto", **options) as live:
         found = ok(live.client.get(f"/v1/responses/{response_id}"))
         assert found["status"] in ("failed", "cancelled") and found["completed_at"] is None
 
 
 def test_a_server_without_a_store(model_folder):
-    with serving(model_folder, response_store="off") as live:
+    with serving(model_folder, backend="auto", response_store="off") as live:
         found = live.post("/v1/responses", {**BODY, "store": True})
         assert ok(found)["store"] is False
         assert found.headers["x-truffula-ignored"] == "store"
@@ -65,7 +65,7 @@ def test_a_server_without_a_store(model_folder):
 def test_an_answer_whose_store_fails_is_answered_and_says_so(model_folder, tmp_path, stream, caplog):
     (tmp_path / "file").write_text("")
     bad = tmp_path / "file" / "kept.db"
-    with serving(model_folder, response_store="file", response_store_file=bad) as live:
+    with serving(model_folder, backend="auto", response_store="file", response_store_file=bad) as live:
         answer = live.post("/v1/responses", {**BODY, "stream": stream})
         assert answer.status_code == 200
         last = json.loads(answer.text.split("data: ")[-1])["response"] if stream else answer.json()
