@@ -38,7 +38,9 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
-        **dict.fromkeys(("documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
+        **dict.fromkeys(
+            ("suffix", "documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")
+        ),
         **dict.fromkeys((*OPENAI_FIELDS, *NATIVE_FIELDS)),
     }
 )
@@ -155,6 +157,7 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     request = replace(
         made[0],
         prompt=None,
+        suffix="",
         messages=None if made[0].messages is None else [],
         documents=None,
         template_kwargs={},
