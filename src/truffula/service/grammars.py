@@ -182,5 +182,6 @@ def _key(constraint: Constraint | Answer) -> bytes:
 
 def _grammar(kept: _Kept, constraint: Constraint | Answer) -> Grammar:
     if kept.grammar is None:
-        raise InvalidRequest(kept.error, param=kept.param or constraint.param)
+        param = kept.param or constraint.param
+        raise InvalidRequest(f"{param}: {kept.error}", param=param)
     return kept.grammar

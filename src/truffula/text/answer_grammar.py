@@ -86,10 +86,15 @@ class _Answer:
             if thinks is not None and (thinking_open or thinks.always):
                 body = f"{self._thought(thinks.close)} SPACE? {body}"
             elif thinks is not None and thinks.open:
-                opened = f"SPACE? {rules.text(thinks.open.strip(SPACE))} {self._thought(thinks.close)}"
-                body = f"({opened})? SPACE? {body}"
+                body = f"({self._opening(thinks.open.strip(SPACE))} {self._thought(thinks.close)})? SPACE? {body}"
         lines = [f"start: {body}", "SPACE: /[ \\t\\r\\n]{1,8}/", *rules.lines]
         return "\n".join([*lines, *([self._answer] if self._answer is not None else [])]) + "\n"
+
+    def _opening(self, opening: str) -> str:
+        """The start of reasoning. A lazy lexeme ends before any other does, so an answer cannot start with it."""
+        if self._rules.is_token(opening):
+            return f"SPACE? {self._rules.text(opening)}"
+        return self._rules.rule(f"/[ \\t\\r\\n]{{0,8}}{escaped_regex(opening)}/", "lazy")
 
     def _thought(self, close: str) -> str:
         """Reasoning within the budget, and its end."""
@@ -104,7 +109,7 @@ class _Answer:
     def _body(self) -> str:
         """What follows the reasoning."""
         if self._form is None:
-            return "<[*]>*" if self._answer is None else "answer"
+            return ANY if self._answer is None else "answer"
         if self._choice.mode == "required":
             return self._calls()
         if self._answer is not None:
