@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from grammars import VOCAB, VOCABULARY
 from hash_model import HashModel
 from invariants import check_engine
 
+from grammars import VOCAB, VOCABULARY
 from truffula.engine.blocks import BlockTable
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from grammars import RULES, VOCABULARY, check_answer, ids_of, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from invariants import check_engine
 from rig import DEPTHS, EOS, HandLoader, Rig, alone, limits, request
 from test_engine_same_tokens import assert_same, engines, requests
 
+from grammars import RULES, VOCABULARY, check_answer, ids_of, text_of
 from truffula.items import Grammar
 
 GRAMMARS = {name: rule.grammar for name, rule in RULES.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from grammars import RULES
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from invariants import check_engine
 from rig import HandLoader, Rig, alone, limits, request
 
+from grammars import RULES
 from truffula.errors import TruffulaError
 from truffula.types import AdapterCommand, AdapterRef
 

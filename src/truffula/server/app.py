@@ -15,7 +15,7 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, openai, openai_chat, openai_models, pages, probes, tokens
+from truffula.server import admin, lorax, openai, openai_chat, openai_models, pages, probes, render, tokens
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
@@ -37,6 +37,12 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
         "POST", "/v1/completions", openai.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
+    ),
+    RouteSpec(
+        "POST", "/v1/chat/completions/render", render.render_chat, "openai", ChatBody, {"messages": _TALK},
+    ),
+    RouteSpec(
+        "POST", "/v1/completions/render", render.render_completions, "openai", CompletionBody, {"prompt": "Hello"},
     ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
