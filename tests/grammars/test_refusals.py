@@ -52,6 +52,11 @@ SCHEMAS = [
     ("text", "# is a JSON string"),
     ({"allOf": []}, "#/allOf must be a list of schemas"),
     ({"enum": []}, "#/enum must be a list"),
+    (
+        {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}, {}]}}},
+        "$ref at #/$defs/a: it refers to itself",
+    ),
+    ({"items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"oneOf": [{}, {}]}}}, "at #/$defs/a: oneOf"),
     ({"x-guidance": {"lenient": True}, "not": {}}, "not at #/not"),
 ]
 NODE = {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}}, "required": ["n"]}

@@ -23,6 +23,9 @@ SCRIPTS = {
     "@broken": ["<tool_call> ", '{"name": "weather", ', "oh no", " </tool_call>"],
     "@thinks": ["<think>", "\nHm. ", "Hard.\n", "</think>\n\n", "42", "."],
     "@opened<think>": ["So it ", "is. ", "</think>", "Yes", "!"],
+    "<|fim_prefix|>": ["not a question"],
+    "<|fim_suffix|>": ["not one either"],
+    "<|fim_middle|>": ["and", " the "],
     "@plain": ["Hel", "lo", " you", ","],
 }  # fmt: skip
 TOOLS: list[Any] = [
@@ -204,6 +207,17 @@ def test_stop_strings_apply_before_calls_are_parsed(scripted: Live) -> None:
     reply = ok(scripted.post("/v1/chat/completions", asked("@both", tools=TOOLS, stop=["<tool_call>"])))
     assert reply["choices"][0]["message"]["content"] == "Let me look."
     assert (reply["choices"][0]["finish_reason"], reply["choices"][0]["stop_reason"]) == ("stop", "<tool_call>")
+
+
+def test_a_suffix_is_part_of_the_prompt(scripted: Live) -> None:
+    body = {"model": MODEL, "prompt": "speaks", "suffix": "trees", "temperature": 0, "return_token_ids": True}
+    (choice,) = ok(scripted.post("/v1/completions", body))["choices"]
+    assert choice["text"] == "and the "
+    prompt = ok(scripted.post("/detokenize", {"tokens": choice["prompt_token_ids"]}))["prompt"]
+    assert prompt == "<|fim_prefix|>speaks<|fim_suffix|>trees<|fim_middle|>"
+    for more in ({"echo": True}, {"prompt": [5, 6]}, {"prompt": [[5], [6]]}):
+        error = assert_canonical_error(scripted.post("/v1/completions", body | more), 400)
+        assert error["param"] == "suffix"
 
 
 def test_as_many_logprobs_as_token_ids(scripted: Live) -> None:

@@ -255,6 +255,7 @@ def test_nothing_to_enforce() -> None:
         ),
         ({"properties": {"a": {"type": "string", "format": "date"}}}, "format of 'a'"),
         ({"properties": {"a": {"type": "string", "pattern": "x"}}}, "pattern of 'a'"),
+        ({"properties": {"a>": {}}}, "the name 'a>'"),
         ({"properties": {}, "required": ["b"]}, "required: 'b' is not in properties"),
         ({"properties": {"a": {"type": "array", "items": {"$ref": "#/properties/a"}}}}, "outside of"),
         ({"properties": {"a": {"anyOf": [{"type": "integer", "minimum": 5}, {"type": "string"}]}}}, "a string beside"),
@@ -266,6 +267,19 @@ def test_what_tags_cannot_express_is_refused(parameters: dict[str, Any], words: 
     assert grammar_of(parameters, "hermes") is not None
 
 
+@pytest.mark.parametrize("name", ["hermes", "harmony", "lfm2", "gemma4", "qwen3_coder"])
+def test_keywords_that_cannot_be_enforced_are_refused_where_the_schema_is_promised(name: str) -> None:
+    parameters = {"type": "object", "properties": {"a": {"type": "array", "contains": {"type": "integer"}}}}
+    with pytest.raises(InvalidRequest, match=r"The parameters of tool 'f' cannot be enforced: .*contains"):
+        grammar_of(parameters, name)
+    tools = [Tool(name="f", parameters=parameters), Tool(name="g", strict=True)]
+    fmt, known = OutputFormat(TOOL_FORMATS[name]), vocabulary(name, marks_are_special=True)
+    more = {"thinking_open": False, "thinking_budget": None, "special_tokens": known[0].special}
+    loose = answer_grammar(fmt, tools, ToolChoice(), None, **more)
+    assert loose is not None
+    assert not LLMatcher(known[1], LLMatcher.grammar_from_lark(loose)).is_error()
+
+
 def test_choices_that_cannot_be_enforced_are_refused() -> None:
     def grammar(choice: ToolChoice, tools: list[Tool], fmt: OutputFormat) -> str | None:
         return answer_grammar(fmt, tools, choice, None, thinking_open=False, thinking_budget=None)
@@ -275,6 +289,21 @@ def test_choices_that_cannot_be_enforced_are_refused() -> None:
     for strict, mode in ((False, "required"), (True, "auto")):
         with pytest.raises(InvalidRequest, match="the format in which this model calls tools is not known"):
             grammar(ToolChoice(mode=mode), [Tool(name="f", strict=strict)], OutputFormat())
+
+
+def test_texts_of_the_client_are_no_special_tokens() -> None:
+    parameters = {"type": "object", "properties": {"a": {"enum": ["<eos>", "<tool_call>"]}}, "required": ["a"]}
+    for name in ("qwen3_coder", "hermes", "gemma4"):
+        known = vocabulary(name, marks_are_special=True)
+        special = {**known[0].special, "<eos>": known[0].eos_token_id}
+        fmt, tools = OutputFormat(TOOL_FORMATS[name]), [Tool(name="f", parameters=parameters)]
+        more = {"thinking_open": False, "thinking_budget": None, "special_tokens": special}
+        grammar = answer_grammar(fmt, tools, ToolChoice(mode="required", parallel=False), None, **more)
+        assert grammar is not None
+        text = walk(grammar, known, 1)
+        assert text is not None
+        ((_, found),) = parse(fmt, [text], "", tools).parsed
+        jsonschema.validate(found, parameters)
 
 
 def test_lengths_of_strings_between_tags() -> None:

@@ -32,6 +32,8 @@ MAX_GRAMMARS = 128
 COMPILE_THREADS = 2
 MAX_LEXER_STATES = 20_000
 """Of one grammar, at 1 to 2 KB each: they are made as the grammar is used, and kept with it."""
+MAX_ITEMS_IN_ROW = 1_000
+"""Ways to continue an answer. The time of a token grows with their square where a grammar is ambiguous: 0.1 s here."""
 _ALL = 0xFFFF_FFFF
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
@@ -40,7 +42,9 @@ def parser_limits() -> llguidance.LLParserLimits:
     """The limits of a grammar, for compiling it and for each mask: what is beyond them ends its request."""
     import llguidance
 
-    return llguidance.LLParserLimits(max_lexer_states=MAX_LEXER_STATES, verbose_errors=False)
+    return llguidance.LLParserLimits(
+        max_items_in_row=MAX_ITEMS_IN_ROW, max_lexer_states=MAX_LEXER_STATES, verbose_errors=False
+    )
 
 
 def without_forcing(source: str) -> str:
@@ -70,7 +74,7 @@ class _TokenBytes:
         self.tokens = tokens
         self.special_token_ids = special_ids
         self.end_ids = end_ids
-        self.eos_token_id = end_ids[0]
+        self.eos_token_id = end_ids[0] if end_ids else None
 
     def __call__(self, text: str) -> list[int]:
         raise NotImplementedError("no tokens are forced (without_forcing)")
@@ -109,15 +113,13 @@ class Matcher:
     def advance(self, token: int) -> None:
         """Record the next token of the completion."""
         is_end = token in self._eos_ids or token in self._stop_ids
+        ends = is_end and self.inner.is_accepting()
         self._count += 1
-        if self.finished or not (is_end and self.inner.is_accepting()):
-            if self.finished or not self.inner.consume_token(token):
-                self._fail(f"token {token} cannot follow")
-                return
-            if not self.inner.is_stopped():
-                return
-        self.finished = True
-        self.stop_id = token if is_end else None
+        if self.finished or not (ends or self.inner.consume_token(token)):
+            self._fail(f"token {token} cannot follow")
+        elif ends or self.inner.is_stopped():
+            self.finished = True
+            self.stop_id = token if is_end else None
 
     def finish_mask(self, row: Uint32) -> None:
         """Apply the rules for end ids to the mask that llguidance has written to ``row``."""

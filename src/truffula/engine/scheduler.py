@@ -162,7 +162,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step; empty when nothing can run, or when that depends on the results of unfinished steps."""
         self._expire(now)
-        if self._compiling:
+        if self._grammars.is_compiling():
             self._enqueue_compiled(now)
         for sequence, error in self._waiting.prefetch_adapters(now):
             self._end(sequence, "error", now, error)

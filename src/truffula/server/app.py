@@ -24,6 +24,7 @@ from truffula.server import (
     openai_models,
     pages,
     probes,
+    render,
     responses,
     tokens,
 )
@@ -67,6 +68,12 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
         "POST", "/v1/decisions", decisions.decide, "openai", DecisionsBody,
         {"input": "Blue.", "questions": [{"type": "predicate", "instructions": "A colour."}]},
+    ),
+    RouteSpec(
+        "POST", "/v1/chat/completions/render", render.render_chat, "openai", ChatBody, {"messages": _TALK},
+    ),
+    RouteSpec(
+        "POST", "/v1/completions/render", render.render_completions, "openai", CompletionBody, {"prompt": "Hello"},
     ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),

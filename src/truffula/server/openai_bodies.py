@@ -206,6 +206,7 @@ class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 
     prompt: str | Strings | Ids | Annotated[list[Ids], FirstError()]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -238,7 +239,8 @@ class CompletionBody(OpenAIBody):
             # ``check`` has compared the two
             prompt_logprobs=self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs,
         )
-        return [GenerateRequest(prompt=prompt, echo=bool(self.echo), **shared) for prompt in self.prompts()]
+        shared |= {"suffix": self.suffix or "", "echo": bool(self.echo)}
+        return [GenerateRequest(prompt=prompt, **shared) for prompt in self.prompts()]
 
     def check(self) -> None:
         super().check()
@@ -248,6 +250,9 @@ class CompletionBody(OpenAIBody):
                 "numbers of the prompt's alternatives; give one of them.",
                 param="prompt_logprobs",
             )
+        if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompts())):
+            what = "echo" if self.echo else "a prompt of token ids"
+            raise InvalidRequest(f"suffix cannot be combined with {what}; leave one of them out.", param="suffix")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens is 0, which is allowed only with echo: true.", param="max_tokens")
 

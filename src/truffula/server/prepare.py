@@ -41,7 +41,9 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
         "input": "",
-        **dict.fromkeys(("documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
+        **dict.fromkeys(
+            ("suffix", "documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")
+        ),
         **dict.fromkeys((*OPENAI_FIELDS, *NATIVE_FIELDS)),
     }
 )
@@ -188,7 +190,7 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
         streams = _streams(job.kind, value)
         made = body.requests(job.limits, streams=streams, stored=json.loads(job.stored or b"{}"))
         messages: list[Any] | None = None if made[0].messages is None else []
-        request = replace(made[0], prompt=None, messages=messages, documents=None, template_kwargs={})
+        request = replace(made[0], prompt=None, suffix="", messages=messages, documents=None, template_kwargs={})
     light = json.dumps(_light(value, type(body))).encode()
     yield msgspec.msgpack.encode(
         _Head(type(body).__name__, light, body.unknown(), body.characters, body.wanted, request)

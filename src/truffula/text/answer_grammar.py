@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from truffula.errors import InvalidRequest
 from truffula.items import Tool, ToolChoice
-from truffula.text.argument_grammar import ArgumentRules, Rules, escaped_regex
+from truffula.text.argument_grammar import ArgumentRules, Rules, escaped_regex, quoted
 from truffula.text.output_reader import SPACE
 from truffula.text.tool_formats import OutputFormat, ToolFormat
 
@@ -172,14 +172,14 @@ class _Answer:
         arguments = ArgumentRules(rules, form, tool, exact=tool.strict or self._choice.mode == "required")
         name = json.dumps(tool.name, ensure_ascii=False)
         if form.syntax == "json":
-            start = rules.text('{"name": ' + name + f', "{form.arguments}": ')
+            start = quoted('{"name": ' + name + f', "{form.arguments}": ')
             return f'{start} {arguments.whole()} "}}"'
         if form.syntax == "pythonic":
-            return f'{rules.text(tool.name + "(")} {arguments.listed("=", ", ")} ")"'
+            return f'{quoted(tool.name + "(")} {arguments.listed("=", ", ")} ")"'
         if form.syntax == "tagged":
-            start = rules.text(f"{form.before_name}{tool.name}{form.after_name}")
+            start = rules.around(form.before_name, tool.name, form.after_name)
             return f"{start} {arguments.tagged()} {rules.text(form.close)}"
-        start = rules.text(form.before_name + form.name_prefix + tool.name + form.name_number)
+        start = rules.around(form.before_name + form.name_prefix, tool.name, form.name_number)
         if form.name_number:
             start += " /[0-9]{1,2}/"
         if form.after_id:
@@ -203,9 +203,9 @@ class _Answer:
             return f"{thought} {final}"
         calls = []
         for tool in self._tools:
-            header = f"<|channel|>commentary to=functions.{tool.name} <|constrain|>json<|message|>"
+            header = rules.around("<|channel|>commentary to=functions.", tool.name, " <|constrain|>json<|message|>")
             exact = tool.strict or self._choice.mode == "required"
-            calls.append(f"{rules.text(header)} {ArgumentRules(rules, self._form, tool, exact=exact).whole()}")
+            calls.append(f"{header} {ArgumentRules(rules, self._form, tool, exact=exact).whole()}")
         call = rules.rule(" | ".join(calls))
         if self._choice.mode == "required":
             return f"{thought} {call}"

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import InvalidRequest
 from truffula.items import Tool
 from truffula.text.argument_types import resolved, types_of
+from truffula.text.constraints import json_rule
+from truffula.text.json_schema import WHITESPACE, enforceable
 from truffula.text.output_reader import SPACE
 from truffula.text.tool_formats import ToolFormat
 
-WHITESPACE = MappingProxyType({"whitespace_pattern": r"[ ]|\n(?:[ ]{0,40}|\t{0,10})"})
 _SYNTAX = re.compile(r"[\\.+*?()|\[\]{}^$/#&~\-]")
+_KEY = re.compile(r"[\w.$-]+")
 _OBJECT = frozenset(
     (
         "type",
@@ -84,6 +85,10 @@ class Rules:
             text = text[end:]
         return " ".join(parts)
 
+    def around(self, before: str, given: str, after: str) -> str:
+        """Matches ``given``, a text of the client, which is no special token, between two texts of the format."""
+        return f"{self.text(before)} {quoted(given)} {self.text(after)}"
+
     def until(self, marker: str) -> str:
         """Matches any text up to and with ``marker``, which is a special token or literal text."""
         if self.is_token(marker):
@@ -122,7 +127,7 @@ class ArgumentRules:
         """Keys and values between tags."""
         form, rules, parts = self._form, self._rules, []
         for key, schema, required in self._properties():
-            item = rules.rule(f"{rules.text(form.before_key + key)} {self._tagged_value(key, schema)}")
+            item = rules.rule(f"{rules.around(form.before_key, key, '')} {self._tagged_value(key, schema)}")
             parts.append(item if required else f"{item}?")
         return " ".join(parts)
 
@@ -130,7 +135,7 @@ class ArgumentRules:
         """Keys and values between commas."""
         rules, rest, first = self._rules, "", ""
         for key, schema, required in reversed(list(self._properties())):
-            item = rules.rule(f"{rules.text(key + equals)} {self._listed_value(schema)}")
+            item = rules.rule(f"{quoted(key + equals)} {self._listed_value(schema)}")
             next_one = f"{quoted(comma)} {item}"
             if required:
                 first, rest = f"{item} {rest}", f"{next_one} {rest}"
@@ -153,6 +158,8 @@ class ArgumentRules:
             if name not in known:
                 self._refuse("required", f"{name!r} is not in properties")
         for name, schema in known.items():
+            if not _KEY.fullmatch(name):
+                self._refuse(f"the name {name!r}")
             yield name, schema, name in required
 
     def _refuse(self, keyword: str, why: str = "") -> None:
@@ -171,8 +178,14 @@ class ArgumentRules:
         return self._schema({**definitions, **(schema if isinstance(schema, Mapping) else {})})
 
     def _schema(self, schema: Mapping[str, Any]) -> str:
-        options = dict(WHITESPACE) | ({} if self._exact else {"lenient": True})
-        return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+        try:
+            return json_rule(enforceable(schema))
+        except InvalidRequest as error:
+            if self._exact:
+                raise InvalidRequest(
+                    f"The parameters of tool {self._tool.name!r} cannot be enforced: {error.message}", param="tools"
+                ) from error
+        return f"%json {json.dumps({**schema, 'x-guidance': {**WHITESPACE, 'lenient': True}})}"
 
     def _strings(self, schema: Any) -> list[str] | None:
         """The strings of an ``enum`` or ``const``; None where any string may be."""
@@ -217,7 +230,7 @@ class ArgumentRules:
                 self._refuse(f"{keyword} of {key!r}")
         allowed = self._strings(schema)
         if allowed is not None:
-            return "(" + " | ".join(rules.text(value + end) for value in allowed) + ")"
+            return "(" + " | ".join(rules.around("", value, end) for value in allowed) + ")"
         low, high = schema.get("minLength", 0), schema.get("maxLength")
         marker = end.strip(SPACE)
         before, _, after = end.partition(marker)
@@ -238,5 +251,5 @@ class ArgumentRules:
             allowed = self._strings(plain)
             if allowed is None:
                 return f"{self._rules.text(quote)} {self._rules.until(quote)}"
-            return "(" + " | ".join(self._rules.text(f"{quote}{value}{quote}") for value in allowed) + ")"
+            return "(" + " | ".join(self._rules.around(quote, value, quote) for value in allowed) + ")"
         return self._rules.rule(self._json(schema))

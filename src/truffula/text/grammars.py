@@ -109,7 +109,7 @@ def _find_place(schema: Schema, error: str, vocabulary: LLTokenizer) -> tuple[st
     definitions = schema.pop("$defs", {}) if isinstance(schema, dict) else {}
     left = LOCATE_TRIES
     place, found = "#", error
-    inside = [*subschemas(schema, place), *((one, f"$defs {name}") for name, one in definitions.items())]
+    inside = [*((one, f"#/$defs/{name}") for name, one in definitions.items()), *subschemas(schema, place)]
     while inside and left:
         one, at = inside.pop(0)
         left -= 1
@@ -129,7 +129,7 @@ def _kind(error: str) -> str:
 
 def short(error: str) -> str:
     """The first sentence of llguidance's error, without its excerpt of the grammar and its state."""
-    text = error.split("\n<state>")[0].split("\n   1 |")[0]
+    text = error.split("\n<state>")[0].split("\n   1 |")[0].split("\n  while processing")[0]
     for known in ("failed to compile JSON schema: ", "(in regex): "):
         text = text.split(known)[-1]
     text = " ".join(text.split())

@@ -105,6 +105,7 @@ def enforceable(schema: Any) -> Schema:
     reader = _Reader(schema)
     read = reader.schema(schema, "#")
     _check_possible(read, reader)
+    _check_cycles(reader)
     if isinstance(read, dict) and reader.definitions:
         read["$defs"] = reader.definitions
     return read
@@ -212,7 +213,8 @@ class _Reader:
         target, at = self._resolve(unquote(fragment), given, place)
         name = next((name for name, known in self.places.items() if known == at), None)
         if name is None:
-            name = str(len(self.places))
+            stem = re.sub(r"\W", "_", at.removeprefix("#/$defs/").removeprefix("#/definitions/"))[:40]
+            name = stem if stem not in self.places else f"{stem}_{len(self.places)}"
             self.places[name] = at
             self.definitions[name] = True  # until it is read: it may refer to itself
             depth, self._depth = self._depth, self._depth + 1
@@ -411,6 +413,27 @@ def regex_problem(pattern: str) -> str | None:
     if max(counts, default=0) > MAX_REPEAT:
         return f"repeats something more than {MAX_REPEAT} times"
     return None
+
+
+def _check_cycles(reader: _Reader) -> None:
+    """Raise for a schema that refers to itself for the same value: no validator comes to an end with it."""
+    left = {name: set(_same_value(one)) for name, one in reader.definitions.items()}
+    while ends := [name for name, names in left.items() if not names & left.keys()]:
+        for name in ends:
+            del left[name]
+    for name in left:
+        raise _cannot("$ref", reader.places[name], "it refers to itself for the same value")
+
+
+def _same_value(schema: Schema) -> Iterator[str]:
+    """The definitions to which ``schema`` refers for the value itself, not for a part of it."""
+    if isinstance(schema, bool):
+        return
+    if "$ref" in schema:
+        yield schema["$ref"].removeprefix("#/$defs/")
+    for key in ("allOf", "anyOf", "oneOf"):
+        for one in schema.get(key, ()):
+            yield from _same_value(one)
 
 
 def _check_possible(schema: Schema, reader: _Reader) -> None:
