@@ -112,8 +112,6 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
 
 def field_of(name: str) -> str:
     """The field of a request by which a template's variable was given."""
-    if name == "template_kwargs.reasoning_effort":
-        return "reasoning_effort"
     return f"chat_{name}" if name.startswith("template_kwargs.") else name
 
 
@@ -184,7 +182,13 @@ async def stream(
     request: Request, requests: Sequence[GenerateRequest], writer: Writer, headers: Mapping[str, str] | None = None
 ) -> EventStream:
     """The streamed answer. What fails before the first event is raised, so that it gets its real status."""
-    frames = _frames(request, requests, writer)
+    return await event_stream(request, frames_of(request, requests, writer), headers)
+
+
+async def event_stream(
+    request: Request, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None
+) -> EventStream:
+    """The response that sends ``frames``; what the first of them raises is raised here."""
     try:
         first = await unless_gone(request.receive, anext(frames))
     except BaseException:
@@ -193,7 +197,10 @@ async def stream(
     return EventStream(first, frames, headers, state_of(request).config.keep_alive_s)
 
 
-async def _frames(request: Request, requests: Sequence[GenerateRequest], writer: Writer) -> AsyncGenerator[bytes, None]:
+async def frames_of(
+    request: Request, requests: Sequence[GenerateRequest], writer: Writer
+) -> AsyncGenerator[bytes, None]:
+    """The frames of ``writer``. An error before the first is raised, a later one is a frame."""
     begun = False
     texts = state_of(request).service.texts
     async with aclosing(run(request, requests)) as batches:

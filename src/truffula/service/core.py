@@ -15,6 +15,7 @@ from truffula.errors import ErrorInfo, InvalidRequest, NoTokenizer, TemplateErro
 from truffula.items import Grammar
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import EngineParams, SamplingParams
+from truffula.service.answers import AnswerFormats
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
@@ -138,6 +139,7 @@ class Service:
         directory: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
         render: Renders chats to find what a template writes after an answer, in place of this process.
+        tool_format, reasoning_format: How the model writes tool calls and reasoning, where its template does not tell.
     """
 
     def __init__(
@@ -149,6 +151,8 @@ class Service:
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         render: Render | None = None,
+        tool_format: str | None = None,
+        reasoning_format: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         texts = texts_of(info, texts)
@@ -160,6 +164,9 @@ class Service:
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
         self.templates = texts.chat_templates(templates)
+        self.answers = AnswerFormats(
+            self.templates, tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
+        )
         self._engine_ends = frozenset(info.eos_token_ids)
         self._ends = EndTokens(
             texts.end_tokens,
@@ -251,7 +258,7 @@ class Service:
 
     def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
-        assert (grammar is None) == (request.constraint is None)
+        assert grammar is not None or request.constraint is None
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
@@ -277,7 +284,12 @@ class Service:
             for choice in range(count)
         ]
         echoed = prompt if prompt.pieces is not None else None
-        choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
+        choices = [
+            ChoiceState(
+                one, params, self.tokenizer, end_ids, echoed, self._clock, self.answers.parser(request, prompt.tail)
+            )
+            for one in engine_requests
+        ]
         state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
         self._check_scores([state], self.limits.max_prompt_scores)
         return state

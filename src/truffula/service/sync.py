@@ -171,11 +171,11 @@ class SyncService:
         """The state of ``request``; what the chat template ignores is logged once per call."""
         if isinstance(request, RequestState):
             return request
-        grammar = None
-        if request.constraint is not None:
-            self.core.check(request)
-            grammar = self._grammars.compile_now(request.constraint)
-        state = self.core.open(request, grammar)
+        self.core.check(request)
+        prompt = self.core.prompt(request)
+        wanted = self.core.answers.wanted(request, prompt.tail)
+        grammar = None if wanted is None else self._grammars.compile_now(wanted)
+        state = self.core.begin(request, prompt, grammar)
         if new := set(state.ignored) - call.ignored:
             call.ignored |= new
             logger.warning("the chat template does not use %s", ", ".join(sorted(new)))
