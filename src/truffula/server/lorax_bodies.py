@@ -209,11 +209,10 @@ class ChatTokenizeBody(Body):
                 "continue_final_message and add_generation_prompt exclude each other.", param="continue_final_message"
             )
         kwargs = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
         return GenerateRequest(
             messages=messages_from_openai(self.messages),
             tools=tools_from_openai(self.tools),
+            reasoning_effort=self.reasoning_effort,
             documents=self.documents,
             template_kwargs=kwargs,
             continue_final_message=last,
