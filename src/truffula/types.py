@@ -114,6 +114,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     template makes the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
     replaces the model's. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
+    With ``clip_max_tokens``, ``params.max_tokens`` may be more than the model's length leaves to the answer.
     ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
     a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` returns the prompt's text on the first
     delta of each choice, ``return_prompt_tokens`` its token pieces as well (``params.prompt_logprobs`` implies that).
@@ -131,6 +132,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     constraint: Constraint | None = None
     parse_output: bool = False
     thinking_budget: int | None = None
+    clip_max_tokens: bool = False
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False

@@ -15,10 +15,11 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, openai, openai_models, pages, probes, tokens
+from truffula.server import admin, lorax, messages, openai, openai_models, pages, probes, tokens
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
+from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
@@ -37,6 +38,12 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
         "POST", "/v1/completions", openai.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
+    ),
+    RouteSpec(
+        "POST", "/v1/messages", messages.messages, "anthropic", MessagesBody, {"messages": _TALK, "max_tokens": 20}
+    ),
+    RouteSpec(
+        "POST", "/v1/messages/count_tokens", messages.count_tokens, "anthropic", CountTokensBody, {"messages": _TALK}
     ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),

@@ -23,6 +23,7 @@ from truffula.server.body import Address, BodyJob, GeneratingBody, decode_object
 from truffula.server.foreign_fields import is_adapter_field
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
+from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.state import ServerState, record_of, state_of
@@ -31,13 +32,18 @@ from truffula.service.prompts import prompt_job
 from truffula.text.worker import Worker
 from truffula.types import AdapterRef, GenerateRequest
 
-Kind = Literal["chat", "completion", "native", "native_whole", "native_stream", "invocations"]
+Kind = Literal[
+    "chat", "completion", "messages", "count_tokens", "native", "native_whole", "native_stream", "invocations"
+]
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, and their values in the light body.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
-        **dict.fromkeys(("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
+        **dict.fromkeys(
+            ("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")
+            + ("system", "tools", "stop_sequences")
+        ),
     }
 )
 
@@ -70,7 +76,7 @@ async def read_requests(request: Request, kind: Kind) -> Read:
 
     Raises ``InvalidRequest`` and its kinds, and as ``answering``.
     """
-    record_of(request).generates = True
+    record_of(request).generates = kind != "count_tokens"
     state = state_of(request)
     raw = await raw_body(request)
     if len(raw) <= HEAVY_CHARS:
@@ -134,6 +140,8 @@ def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> tuple
     any_kind = kind == "invocations"
     if kind == "chat" or (any_kind and "messages" in value):
         model = ChatBody
+    elif kind in _ANTHROPIC:
+        model = _ANTHROPIC[kind]
     elif kind == "completion" or (any_kind and "prompt" in value and "inputs" not in value):
         model = CompletionBody
     body = validate(model, value, limits)
@@ -141,8 +149,11 @@ def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> tuple
     return body, body.requests(limits, streams=streams)
 
 
+_ANTHROPIC: Mapping[str, type[GeneratingBody]] = MappingProxyType(
+    {"messages": MessagesBody, "count_tokens": CountTokensBody}
+)
 _MODELS: Mapping[str, type[GeneratingBody]] = MappingProxyType(
-    {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody)}
+    {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody, MessagesBody, CountTokensBody)}
 )
 
 

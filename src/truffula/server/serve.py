@@ -197,7 +197,7 @@ class LoadingApp:
             await self._asgi(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
-            await render(error, scope["path"])(scope, receive, send)
+            await render(error, scope)(scope, receive, send)
 
     def start(self) -> None:
         """Load and serve in a task of the running loop."""
