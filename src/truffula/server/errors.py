@@ -183,7 +183,7 @@ def dialect_of(path: str) -> Dialect:
 
 
 def dialect_of_request(scope: Scope) -> Dialect:
-    """The dialect of a request: of its path, but that Anthropic's clients send a header of their own on every route."""
+    """The dialect of a request: its path's. Under /v1/ Anthropic's clients are known by a header."""
     dialect = dialect_of(scope["path"])
     if dialect == "openai" and any(name == b"anthropic-version" for name, _ in scope["headers"]):
         return "anthropic"
@@ -236,9 +236,8 @@ def error_headers(error: TruffulaError, dialect: Dialect) -> dict[str, str]:
     return {}
 
 
-def render(error: TruffulaError, scope: Scope, request_id: str | None = None) -> Response:
-    """The answer with ``error``, in the dialect of the request."""
-    dialect = dialect_of_request(scope)
+def render(error: TruffulaError, dialect: Dialect, request_id: str | None = None) -> Response:
+    """The answer with ``error``, in the form of ``dialect``."""
     body = msgspec.json.encode(error_body(error, dialect, request_id))
     return Response(body, status_of(error, dialect), error_headers(error, dialect), "application/json")
 

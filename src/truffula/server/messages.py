@@ -17,7 +17,7 @@ from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.messages_bodies import MessagesBody
 from truffula.server.prepare import read_requests
-from truffula.server.replies import encoded, json_reply
+from truffula.server.replies import Reply, encoded, json_reply
 from truffula.server.sse import frame
 from truffula.server.state import record_of, state_of
 from truffula.service.prompts import check_fits
@@ -37,7 +37,7 @@ async def messages(request: Request) -> Response:
     }
     if body.stream:
         return await stream(request, read.requests, MessagesWriter(request, body, top), keep_alive=PING)
-    return await whole(request, read.requests, lambda found: _reply(body, top, found[0]))
+    return await whole(request, read.requests, lambda found: message_reply(body, top, found[0]))
 
 
 async def count_tokens(request: Request) -> Response:
@@ -49,7 +49,7 @@ async def count_tokens(request: Request) -> Response:
     return json_reply({"input_tokens": len(prompt.ids)})
 
 
-def _reply(body: MessagesBody, top: dict[str, Any], found: Completion) -> Response:
+def message_reply(body: MessagesBody, top: dict[str, Any], found: Completion) -> Reply:
     choice = found.choices[0]
     blocks = [block for item in choice.items if (block := _block(item, body.shows_thinking)) is not None]
     calls = any(block["type"] == "tool_use" for block in blocks)
@@ -94,7 +94,7 @@ def _signature(digest: hashlib.blake2b) -> str:
 
 
 def _ending(body: MessagesBody, ended: CompletionChoice | TextDelta, calls: bool) -> dict[str, Any]:
-    """``stop_reason`` and ``stop_sequence``."""
+    """``stop_reason``, ``stop_sequence`` and ``stop_details``, which are about refusals."""
     reason, sequence = "end_turn", None
     if ended.finish_reason == "length":
         assert ended.totals is not None
@@ -104,7 +104,7 @@ def _ending(body: MessagesBody, ended: CompletionChoice | TextDelta, calls: bool
         reason, sequence = "stop_sequence", ended.stop_reason
     elif calls:
         reason = "tool_use"
-    return {"stop_reason": reason, "stop_sequence": sequence}
+    return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
 
 
 def _usage(prompt: int, cached: int, completion: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class MessagesWriter:
         self._calls = False
 
     def begin(self) -> bytes:
-        message = {**self._top, "content": [], "stop_reason": None, "stop_sequence": None}
+        message = {**self._top, "content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None}
         return event("message_start", message={**message, "usage": _usage(self._record.prompt_tokens, 0, 0)}) + PING
 
     def delta(self, prompt: int, delta: TextDelta) -> bytes:

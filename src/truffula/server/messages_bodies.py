@@ -114,7 +114,7 @@ class ConversationBody(GeneratingBody):
     def _check_context_management(self) -> None:
         """Raise ``InvalidRequest`` for edits that would change the conversation."""
         for index, edit in enumerate((self.context_management and self.context_management.edits) or ()):
-            if edit.get("type") == _CLEAR_THINKING and edit.get("keep", "all") == "all":
+            if edit.get("type") == _CLEAR_THINKING and edit.get("keep") in ("all", {"type": "all"}):
                 continue
             where = f"context_management.edits[{index}]"
             shown = json.dumps(edit.get("type"))[:60]

@@ -131,7 +131,7 @@ def _turn(found: Conversation, given: Any, where: str) -> Iterator[Message]:
 
 def _item(found: Conversation, block: Mapping[str, Any], where: str, role: str) -> Item | None:
     """One block; None for what a prompt cannot hold (text without characters, thinking that only Anthropic reads)."""
-    kind = _kind(found, block, where, _BLOCKS[role], f"of role {role}")
+    kind = _kind(found, block, where, _BLOCKS[role], f"a message of the {role}")
     if kind == "text":
         text = _string(block, "text", where)
         return Text(text) if text else None
@@ -165,7 +165,7 @@ def _texts(found: Conversation, content: Any, where: str) -> Iterator[Text]:
     else:
         texts = []
         for place, block in _objects(content, where, "a string or a list of text blocks"):
-            _kind(found, block, place, ("text",), "here")
+            _kind(found, block, place, ("text",), where.rpartition(".")[2])
             texts.append(_string(block, "text", place))
     for text in texts:
         kept = text
@@ -180,8 +180,8 @@ def _kind(found: Conversation, block: Mapping[str, Any], where: str, allowed: Se
     kind = block.get("type")
     if kind not in allowed:
         raise InvalidRequest(
-            f"{where} is a block of type {_shown(kind)}; {place} this model accepts blocks of type "
-            f"{', '.join(allowed)} only.",
+            f"{where} is a block of type {_shown(kind)}; this server takes text only: in {place}, blocks of type "
+            f"{', '.join(allowed)}.",
             param=f"{where}.type",
         )
     note_unread(found.ignored, block, str(kind), "messages")

@@ -33,7 +33,7 @@ CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; 
 def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
     """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
-    response = render(error, scope, scope["state"]["record"].request_id)
+    response = render(error, dialect_of_request(scope), scope["state"]["record"].request_id)
     if close:
         response.headers["connection"] = "close"
     return response
@@ -86,7 +86,7 @@ class RequestScope:
             record.error_code = "internal_error"
             if not record.status:
                 error = TruffulaError(f"Internal server error (request {record.request_id}); see the server's log.")
-                await render(error, scope, record.request_id)(scope, receive, with_id)
+                await render(error, dialect_of_request(scope), record.request_id)(scope, receive, with_id)
         finally:
             self._ended(record, scope, time.monotonic() - started)
 

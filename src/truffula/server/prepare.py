@@ -41,8 +41,10 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
         **dict.fromkeys(
-            ("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")
-            + ("system", "tools", "stop_sequences")
+            (
+                *("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias"),
+                *("system", "tools", "stop_sequences"),
+            )
         ),
     }
 )
