@@ -113,7 +113,7 @@ def _turn(found: Conversation, given: Any, where: str) -> Iterator[Message]:
         return
     message = Message(role=role, items=[])
     if isinstance(content, str):
-        message.items.append(Text(content))
+        message.items.extend([Text(content)] if content else ())
     else:
         for place, block in _objects(content, where, "a string or a list of blocks"):
             item = _item(found, block, place, role)
@@ -153,6 +153,8 @@ def _item(found: Conversation, block: Mapping[str, Any], where: str, role: str) 
     content, is_error = block.get("content"), block.get("is_error")
     if is_error is not None and not isinstance(is_error, bool):
         raise _wrong(f"{where}.is_error", is_error, "it must be true or false")
+    if is_error:
+        found.ignored["messages.is_error"] = None  # chat templates have no place for it; the text of an error says so
     texts = () if content is None else _texts(found, content, f"{where}.content")
     text = "\n".join([item.text for item in texts])
     return ToolResult(call_id, text, found.tool_names[call_id], bool(is_error))
