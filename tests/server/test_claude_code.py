@@ -1,6 +1,7 @@
 """Bodies as Claude Code sends them, of its version 2.1.154: recorded shapes, with neutral texts and without secrets."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,16 @@ def test_the_next_turn_finds_the_prompt_of_the_one_before_in_the_cache(live):
     whole = first["input_tokens"] + first["cache_read_input_tokens"]
     # all but the last words of the first prompt, which begin the answer, and the rest of a block
     assert second["cache_read_input_tokens"] >= whole - 48
+
+
+def test_the_settings_of_the_page_lead_to_an_answer(live):
+    """Every model that Claude Code may ask for is one of the server's."""
+    page = (Path(__file__).parents[2] / "docs" / "clients" / "claude-code.md").read_text(encoding="utf-8")
+    settings = json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1])["env"]
+    assert settings["ANTHROPIC_BASE_URL"] in page.replace(json.dumps(settings["ANTHROPIC_BASE_URL"]), "")
+    models = {value for name, value in settings.items() if name.endswith("_MODEL")}
+    headers = {**HEADERS, "authorization": f"Bearer {settings['ANTHROPIC_AUTH_TOKEN']}"}
+    for model in models:
+        body = {**BODIES["first_turn"], "model": model, "max_tokens": 4}
+        response = live.client.post("/v1/messages?beta=true", json=body, headers=headers)
+        assert raw_events(response.content)[0]["message"]["model"] == model

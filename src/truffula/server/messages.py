@@ -89,7 +89,7 @@ def _digest(text: str) -> hashlib.blake2b:
 
 
 def _signature(digest: hashlib.blake2b) -> str:
-    """What clients send back with the thinking. It is not checked: anybody may write the history of a conversation."""
+    """What clients send back with the thinking. It is not checked: the history of a conversation is the client's."""
     return base64.b64encode(digest.digest()).decode()
 
 
