@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -14,7 +15,7 @@ import msgspec
 from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.items import Message, Tool
+from truffula.items import Constraint, Message, Tool
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
@@ -154,6 +155,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapters: Adapter | Sequence[Adapter] = None,
+        constraint: Constraint | Mapping[str, Any] | None = None,
         errors: Literal["raise", "return"] = "raise",
         progress: bool | Callable[[int, int], None] = True,
     ) -> list[Any]:
@@ -163,6 +165,7 @@ class LLM:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
             adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
+            constraint: What every completion must match: a JSON Schema, or a ``truffula.items.Constraint``.
             errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and
             aborts the others. Every prompt is checked before the first one is computed.
             progress: Called with (prompts done, prompts). True: a bar on stderr, if that is a terminal and the batch
@@ -172,7 +175,8 @@ class LLM:
         """
         listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _listed(prompts, "prompts")
         prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
-        return self._run([{"prompt": prompt} for prompt in prepared], params, adapters, errors, progress)
+        shared = {"constraint": _constraint(constraint)}
+        return self._run([{"prompt": prompt, **shared} for prompt in prepared], params, adapters, errors, progress)
 
     def chat(
         self,
@@ -180,6 +184,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapters: Adapter | Sequence[Adapter] = None,
+        constraint: Constraint | Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any] | Tool] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
@@ -197,6 +202,7 @@ class LLM:
         listed = _listed(messages, "messages")
         talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
         shared: dict[str, Any] = {
+            "constraint": _constraint(constraint),
             "tools": tools,
             "template_kwargs": template_kwargs or {},
             "chat_template": chat_template,
@@ -312,6 +318,15 @@ def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
         if not isinstance(item, single):
             raise InvalidRequest(f"{name} has an item of type {type(item).__name__}.", param=name)
     return items
+
+
+def _constraint(given: Constraint | Mapping[str, Any] | None) -> Constraint | None:
+    if not isinstance(given, Mapping):
+        return given
+    try:
+        return Constraint(kind="json_schema", value=json.dumps(given), param="constraint")
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"constraint is not a JSON Schema: {error}.", param="constraint") from error
 
 
 def _given(prompt: Prompt | Messages) -> dict[str, Any]:

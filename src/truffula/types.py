@@ -44,7 +44,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate, as token ids. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
 
     ``params.seed`` is resolved. ``resume_ids`` are completion tokens that the client already has (after a crash):
-    generation continues after them and they are not emitted again. Times are of ``time.monotonic()``, which all
+    generation continues after them and they are not emitted again. With ``grammar`` no token is drawn that it forbids;
+    ``EngineClient.set_vocabulary`` comes before the first such request. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
     """
 
@@ -68,6 +69,18 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidRequest(
                     f"{name} contains a lone surrogate, which is half of a UTF-16 pair and not text.", param=name
                 ) from None
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a model as bytes, by id, for grammars (``Tokenizer.vocabulary``).
+
+    An id without a token has b"". Of ``special_ids`` (control tokens) no text consists: a grammar has to name them.
+    ``end_ids`` end a completion.
+    """
+
+    tokens: list[bytes]
+    special_ids: list[int]
+    end_ids: list[int]
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,7 +125,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (the model's chat template makes
     the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
-    replaces the model's. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
+    replaces the model's; ``reasoning_effort`` becomes the variable of that name, and those that switch reasoning on
+    or off. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
     With ``clip_max_tokens``, ``params.max_tokens`` may be more than the model's length leaves to the answer.
     ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
@@ -132,6 +146,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     constraint: Constraint | None = None
     parse_output: bool = False
     thinking_budget: int | None = None
+    reasoning_effort: str | None = None
     clip_max_tokens: bool = False
     chat_template: str | None = None
     add_generation_prompt: bool = True
@@ -147,6 +162,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     salt: str = ""
     queue_timeout_s: float | None = None
     deadline_s: float | None = None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the model is told of. None with ``tool_choice`` none: a model that knows a tool calls it."""
+        return [] if self.tool_choice.mode == "none" else self.tools or []
 
 
 class TopToken(msgspec.Struct, frozen=True, gc=False):

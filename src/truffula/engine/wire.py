@@ -1,6 +1,6 @@
 """The frames between the API process and the engine's process. ``frames.py`` encodes them.
 
-    to the engine     Start (Submit | Abort | Adapter)* Stop
+    to the engine     Start (SetVocabulary | Submit | Abort | Adapter)* Stop
     from the engine   Starting* ModelPath Starting* Ready (Events | Stats | AdapterReply)*
 
 Instead of any of its frames the engine may send ``Died``, its last one, which says why it ends.
@@ -22,9 +22,9 @@ from truffula.config import EngineConfig
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.frames import ENCODER, Channel, Frame
 from truffula.logs import LogSettings
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
+from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent, Vocabulary
 
-VERSION = 3
+VERSION = 4
 
 
 class Start(Frame, frozen=True):
@@ -51,6 +51,12 @@ class RequestGroup(msgspec.Struct, frozen=True, array_like=True):
     @property
     def request_ids(self) -> list[str]:
         return [request_id for request_id, _, _ in self.choices]
+
+
+class SetVocabulary(Frame, frozen=True):
+    """Comes before the first request with a grammar."""
+
+    vocabulary: Vocabulary
 
 
 class Submit(Frame, frozen=True):
@@ -118,7 +124,7 @@ class Died(Frame, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = Start | Submit | Abort | Adapter | Stop
+ToEngine = Start | SetVocabulary | Submit | Abort | Adapter | Stop
 FromEngine = Starting | ModelPath | Ready | Events | Stats | AdapterReply | Died
 
 
@@ -153,7 +159,7 @@ def group_requests(requests: Sequence[EngineRequest]) -> list[list[EngineRequest
 
 def _all_but_the_choice(one: EngineRequest) -> tuple[object, ...]:
     shared = id(one.prompt_ids), id(one.params)
-    return *shared, one.adapter, one.salt, one.arrival, one.queue_deadline, one.deadline
+    return *shared, one.adapter, one.grammar, one.salt, one.arrival, one.queue_deadline, one.deadline
 
 
 def encode_group(requests: Sequence[EngineRequest]) -> RequestGroup:

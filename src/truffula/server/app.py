@@ -15,7 +15,7 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, messages, openai, openai_models, pages, probes, tokens
+from truffula.server import admin, lorax, messages, openai, openai_chat, openai_models, pages, probes, tokens
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
@@ -32,7 +32,7 @@ _NATIVE = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
 # GET also answers HEAD.
 _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
-        "POST", "/v1/chat/completions", openai.chat_completions, "openai", ChatBody,
+        "POST", "/v1/chat/completions", openai_chat.chat_completions, "openai", ChatBody,
         {"messages": _TALK, "max_tokens": 20},
     ),
     RouteSpec(

@@ -17,8 +17,9 @@ from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.headers import reply_headers, stream_headers
 from truffula.server.lorax_bodies import GenerateBody, Parameters
-from truffula.server.openai import chat, complete, finite
+from truffula.server.openai import complete, finite
 from truffula.server.openai_bodies import ChatBody, CompletionBody
+from truffula.server.openai_chat import chat
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import frame

@@ -21,7 +21,7 @@ from truffula.server.replies import Reply, encoded, json_reply
 from truffula.server.sse import frame
 from truffula.server.state import record_of, state_of
 from truffula.service.prompts import check_fits
-from truffula.types import Completion, CompletionChoice, TextDelta
+from truffula.types import ChoiceTotals, Completion, CompletionChoice, TextDelta
 
 
 async def messages(request: Request) -> Response:
@@ -58,7 +58,7 @@ def message_reply(body: MessagesBody, top: dict[str, Any], found: Completion) ->
             **top,
             "content": [encoded(block) for block in blocks],
             **_ending(body, choice, calls),
-            "usage": _usage(found.prompt_tokens, found.cached_tokens, found.completion_tokens),
+            "usage": _usage(choice.totals),
         }
     )
 
@@ -107,13 +107,14 @@ def _ending(body: MessagesBody, ended: CompletionChoice | TextDelta, calls: bool
     return {"stop_reason": reason, "stop_sequence": sequence, "stop_details": None}
 
 
-def _usage(prompt: int, cached: int, completion: int) -> dict[str, Any]:
+def _usage(totals: ChoiceTotals) -> dict[str, Any]:
     """In Anthropic's counts the whole prompt is the sum of the first three."""
     return {
-        "input_tokens": prompt - cached,
+        "input_tokens": totals.prompt_tokens - totals.cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "output_tokens": completion,
+        "cache_read_input_tokens": totals.cached_tokens,
+        "output_tokens": totals.completion_tokens,
+        "output_tokens_details": {"thinking_tokens": totals.reasoning_tokens},
     }
 
 
@@ -138,16 +139,16 @@ class MessagesWriter:
 
     def begin(self) -> bytes:
         message = {**self._top, "content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None}
-        return event("message_start", message={**message, "usage": _usage(self._record.prompt_tokens, 0, 0)}) + PING
+        usage = _usage(ChoiceTotals(prompt_tokens=self._record.prompt_tokens))
+        return event("message_start", message={**message, "usage": usage}) + PING
 
     def delta(self, prompt: int, delta: TextDelta) -> bytes:
         out = b"".join([self._part(part) for part in delta.parts])
         if delta.finish_reason is None:
             return out
         assert delta.totals is not None
-        totals = delta.totals
-        usage = _usage(totals.prompt_tokens, totals.cached_tokens, totals.completion_tokens)
-        return out + self._close() + event("message_delta", delta=_ending(self._body, delta, self._calls), usage=usage)
+        ending = _ending(self._body, delta, self._calls)
+        return out + self._close() + event("message_delta", delta=ending, usage=_usage(delta.totals))
 
     def fail(self, error: TruffulaError) -> bytes:
         return b"event: error\n" + frame(error_body(error, "anthropic", self._record.request_id))

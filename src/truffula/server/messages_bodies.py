@@ -83,7 +83,7 @@ class ConversationBody(GeneratingBody):
             "messages": conversation.messages,
             "tools": tools or None,
             "tool_choice": self._choice(tools),
-            "template_kwargs": self._template_kwargs(),
+            "reasoning_effort": self._effort(),
             "continue_final_message": conversation.continues,
             "add_generation_prompt": not conversation.continues,
         }
@@ -102,14 +102,12 @@ class ConversationBody(GeneratingBody):
         asked = f"name {given.name!r}" if given.type == "tool" else "type 'any'"
         raise InvalidRequest(f"tool_choice has the {asked[:80]}, and tools has no such tool.", param="tool_choice")
 
-    def _template_kwargs(self) -> dict[str, Any]:
-        """Variables that the chat templates of models read."""
-        kwargs: dict[str, Any] = {}
-        if self.thinking is not None:
-            kwargs["enable_thinking"] = self.thinking.type != "disabled"
-        if self.output_config is not None and self.output_config.effort is not None:
-            kwargs["reasoning_effort"] = self.output_config.effort
-        return kwargs
+    def _effort(self) -> str | None:
+        """How much the model thinks: "none" is not at all, None as its chat template does."""
+        if self.thinking is not None and self.thinking.type == "disabled":
+            return "none"
+        effort = self.output_config.effort if self.output_config is not None else None
+        return effort or (None if self.thinking is None else "medium")
 
     def _check_context_management(self) -> None:
         """Raise ``InvalidRequest`` for edits that would change the conversation."""

@@ -94,7 +94,7 @@ def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) ->
                 param=place.param,
             )
     fields = dict.fromkeys(_FIELDS[place.kind] for place in found.places)
-    return (*(f"template_kwargs.{name}" for name in found.variables), *fields)
+    return (*found.fields, *fields)
 
 
 def make_prompt(

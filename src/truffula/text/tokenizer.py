@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from truffula.text.detokenizer import (
 )
 from truffula.text.expansion import check_expansion
 from truffula.text.side_files import ADDED, CONFIG, MAP, add_tokens, special_tokens
-from truffula.types import EndToken
+from truffula.types import EndToken, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,24 @@ class Tokenizer:
             return text.encode()
         byte = BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else None
+
+    def vocabulary(self, end_ids: Iterable[int]) -> Vocabulary:
+        """The bytes of all tokens, for grammars. ``end_ids`` end a completion.
+
+        Raises ``InvalidRequest`` for a tokenizer whose tokens have no bytes of their own (``byte_rule``).
+        """
+        rule = self._rule
+        if rule is None:
+            raise InvalidRequest(
+                "Structured output is not possible with this model: the text of a token of its tokenizer depends on "
+                "the tokens around it (the decoder in tokenizer.json is neither ByteLevel nor ByteFallback).",
+                param="response_format",
+            )
+        pieces = self._library.get_vocab(with_added_tokens=True)
+        tokens = [b""] * (max(pieces.values(), default=-1) + 1)
+        for piece, token_id in pieces.items():
+            tokens[token_id] = rule.to_bytes(piece)
+        return Vocabulary(tokens=tokens, special_ids=sorted(self.special_ids), end_ids=sorted(set(end_ids)))
 
     def bytes_added(self, token_id: int, text: str) -> bytes | None:
         """The bytes a token added, where ``text`` came out with it: a space that the decoder strips is not among them,
