@@ -25,7 +25,6 @@ VALUES = {
     "container": "container_1",
     "mcp_servers": [{"type": "url", "name": "a", "url": "https://mcp.example"}],
     "compaction": {"type": "enabled"},
-    "thread": {"type": "new"},
     "inference_geo": "us",
     "speed": "fast",
     "diagnostics": {"previous_message_id": "msg_1"},

@@ -218,7 +218,8 @@ def error_body(error: TruffulaError, dialect: Dialect, request_id: str | None = 
         kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else _BAD)
         if error.code == "prompt_too_long":
             message = f"prompt is too long: {message}"  # by these words Claude Code knows that it must shorten it
-        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
+        details = {"details": error.data["details"]} if "details" in error.data else {}
+        return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": request_id}
     # In this dialect adapters are models, whatever field named one.
     param = "model" if error.code in ("adapter_not_found", "model_not_found") else error.param
     return {

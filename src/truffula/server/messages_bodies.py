@@ -57,12 +57,13 @@ class ConversationBody(GeneratingBody):
     messages: Objects
     system: str | Objects | None = None
     tools: Objects | None = None
-    tool_choice: Choice | None = None
+    tool_choice: Choice | None = Field(default=None, description="auto, any (a tool must be called), tool or none.")
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None
     context_management: ContextManagement | None = None
     cache_control: dict[str, Any] | None = None
+    thread: dict[str, Any] | None = None
 
     def address(self) -> Address:
         return Address([self.model], adapters_named(self, "", "model"), None, None)
@@ -77,6 +78,13 @@ class ConversationBody(GeneratingBody):
 
     def chat(self) -> dict[str, Any]:
         """The fields of ``GenerateRequest`` that make its prompt. Raises ``InvalidRequest``."""
+        if self.thread is not None:
+            # By this code the package's tool runner knows that it must send whole conversations.
+            raise InvalidRequest(
+                "thread is not supported by this server, which stores no conversations; send the whole conversation.",
+                param="thread",
+                details={"error_code": "thread_unsupported_request"},
+            )
         conversation, tools = self._read
         self._check_context_management()
         return {
