@@ -132,9 +132,10 @@ def test_a_large_body_is_read_in_another_process(live):
             [("system", "s"), ("user", "a"), ("system", "t"), ("user", "b")],
             [
                 Message(role="system", items=[Text("top"), Text("s")]),
-                Message(role="user", items=[Text("a")]),
-                Message(role="system", items=[Text("t")]),
-                Message(role="user", items=[Text("b")]),
+                Message(
+                    role="user",
+                    items=[Text("a"), Text("<system-reminder>\nt\n</system-reminder>"), Text("b")],
+                ),
             ],
         ),
         (

@@ -20,6 +20,10 @@ BILLING_HEADER = "x-anthropic-billing-header:"
 """How a line begins that Claude Code puts before its system prompt. Its value changes with every request, so that no
 two prompts have a common beginning in the prefix cache; it is meant for Anthropic's servers, not for a model."""
 
+REMINDER = "<system-reminder>\n{}\n</system-reminder>"
+"""What becomes of a system message after the first turn: text in the user's turn, in the form that Claude Code uses.
+Most chat templates accept a system message at the beginning only."""
+
 # Keys that are read, or that have no effect on a prompt here; null and the values listed have none either.
 _KEYS: Mapping[str, Mapping[str, Sequence[Any]]] = MappingProxyType(
     {
@@ -109,7 +113,12 @@ def _turn(found: Conversation, given: Any, where: str) -> Iterator[Message]:
         raise _wrong(f"{where}.role", role, "it must be user, assistant or system")
     content, where = given.get("content"), f"{where}.content"
     if role == "system":
-        yield Message(role="system", items=[*_texts(found, content, where)])
+        texts = [*_texts(found, content, where)]
+        if any(message.role != "system" for message in found.messages):
+            text = "\n".join([item.text for item in texts])
+            yield Message(role="user", items=[Text(REMINDER.format(text))])
+        else:
+            yield Message(role="system", items=[*texts])
         return
     message = Message(role=role, items=[])
     if isinstance(content, str):
