@@ -15,11 +15,11 @@ import msgspec
 from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.items import Constraint, Message, Tool
+from truffula.items import Constraint, Message, Tool, ToolChoice
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
-from truffula.service.openai_items import messages_from_openai, tools_from_openai
+from truffula.service.openai_items import messages_from_openai, tool_choice_from_openai, tools_from_openai
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -186,6 +186,9 @@ class LLM:
         adapters: Adapter | Sequence[Adapter] = None,
         constraint: Constraint | Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any] | Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] | ToolChoice | None = None,
+        reasoning_effort: str | None = None,
+        thinking_budget: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -196,14 +199,23 @@ class LLM:
         """Answer one conversation or several: ``messages`` is one list of ``{"role", "content"}``, or a list of such
         lists.
 
-        ``continue_final_message`` continues the last message instead of answering it. The other
-        arguments are as in ``generate``.
+        Args:
+            tools: Functions that the model may call, as OpenAI's API describes them.
+            tool_choice: ``auto``, ``none``, ``required``, or the name of the function to call.
+            reasoning_effort, thinking_budget: How much the model reasons, and the most tokens of it.
+            continue_final_message: Continue the last message instead of answering it.
+
+        The other arguments are as in ``generate``. Tool calls and reasoning are no part of the output's ``text``.
         """
         listed = _listed(messages, "messages")
         talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
         shared: dict[str, Any] = {
             "constraint": _constraint(constraint),
             "tools": tools,
+            "tool_choice": tool_choice,
+            "parse_output": True,
+            "reasoning_effort": reasoning_effort,
+            "thinking_budget": thinking_budget,
             "template_kwargs": template_kwargs or {},
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -345,7 +357,10 @@ def _as_items(request: dict[str, Any]) -> dict[str, Any]:
         found["messages"] = messages_from_openai(request["messages"])
     if request.get("tools") is not None:
         found["tools"] = tools_from_openai(request["tools"])
-    return found
+    choice = found.pop("tool_choice", None)
+    if not isinstance(choice, ToolChoice):
+        choice = tool_choice_from_openai(choice, found.get("tools"))
+    return {**found, "tool_choice": choice}
 
 
 def _listed(value: Any, name: str) -> list[Any]:

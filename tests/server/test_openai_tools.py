@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from live_server import MODEL, Live, assert_canonical_error, events, ok, serving
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 from scripted import write_scripted_model
 
 SCRIPTS = {
@@ -260,3 +261,128 @@ def test_text_generations_dialect_of_a_streamed_call(scripted: Live) -> None:
 def test_what_is_no_tool_or_choice_is_refused(scripted: Live, fields: dict[str, Any], param: str) -> None:
     error = assert_canonical_error(scripted.post("/v1/chat/completions", asked("@plain", **fields)), 400)
     assert error["param"] == param
+
+
+NAMES = ("weather", "now")
+
+
+def forced(live: Live, **more: Any) -> Any:
+    """The answer of a model that would say something else."""
+    body = asked("@plain", tools=TOOLS, max_tokens=300) | {"temperature": 1, "seed": 5, **more}
+    choice = ok(live.post("/v1/chat/completions", body))["choices"][0]
+    assert choice["finish_reason"] in ("tool_calls", "stop"), choice
+    return choice
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("required", NAMES),
+        ("now", ("now",)),
+        ({"type": "function", "function": {"name": "weather"}}, ("weather",)),
+        ({"function": {"name": "now"}}, ("now",)),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "required",
+                    "tools": [{"type": "function", "function": {"name": "now"}}],
+                },
+            },
+            ("now",),
+        ),
+    ],
+    ids=["required", "bare name", "named", "TGI's", "allowed"],
+)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_demanded_call_is_made(scripted: Live, choice: Any, names: tuple[str, ...], parallel: bool) -> None:
+    found = forced(scripted, tool_choice=choice, parallel_tool_calls=parallel)
+    calls = found["message"]["tool_calls"]
+    assert found["finish_reason"] == "tool_calls"
+    assert found["message"]["content"] is None
+    assert parallel or len(calls) == 1
+    for call in calls:
+        assert call["function"]["name"] in names
+        arguments = json.loads(call["function"]["arguments"])
+        assert isinstance(arguments["city"], str) if call["function"]["name"] == "weather" else arguments == {}
+
+
+def test_only_allowed_tools_are_called(scripted: Live) -> None:
+    """The model's script calls another one."""
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "now"}}]}
+    body = asked(
+        "@weather", tools=TOOLS, tool_choice={"type": "allowed_tools", "allowed_tools": allowed}, max_tokens=60
+    )
+    message = ok(scripted.post("/v1/chat/completions", body))["choices"][0]["message"]
+    assert {call["function"]["name"] for call in message.get("tool_calls", ())} <= {"now"}
+
+
+def test_at_most_one_call(scripted: Live) -> None:
+    one = ok(scripted.post("/v1/chat/completions", asked("@both", tools=TOOLS, parallel_tool_calls=False)))
+    assert len(one["choices"][0]["message"]["tool_calls"]) == 1
+
+
+class Forecast(BaseModel, extra="forbid"):
+    city: Literal["Oslo", "Rome"]
+    days: Literal[1, 2, 3]
+    metric: bool
+
+
+def test_the_clients_tool_helpers(client: openai.OpenAI) -> None:
+    """``pydantic_function_tool`` makes strict tools; ``parse`` and ``stream`` read the arguments into the model."""
+    given: Any = asked("@plain") | {"temperature": 1, "seed": 2, "max_tokens": 300}
+    given |= {"tools": [openai.pydantic_function_tool(Forecast)], "tool_choice": "required"}
+    given["parallel_tool_calls"] = False
+    parsed = client.chat.completions.parse(**given)
+    calls = parsed.choices[0].message.tool_calls
+    assert calls is not None
+    assert isinstance(calls[0].function.parsed_arguments, Forecast)
+    with client.chat.completions.stream(**given) as stream:
+        kinds = [event.type for event in stream]
+    assert "tool_calls.function.arguments.done" in kinds
+    again = stream.get_final_completion().choices[0].message.tool_calls
+    assert again is not None
+    assert again[0].function.parsed_arguments == calls[0].function.parsed_arguments
+
+
+def test_the_clients_response_formats(client: openai.OpenAI) -> None:
+    given: Any = asked("@plain") | {"temperature": 1, "seed": 2, "max_tokens": 300, "response_format": Forecast}
+    message = client.chat.completions.parse(**given).choices[0].message
+    assert isinstance(message.parsed, Forecast)
+    with client.chat.completions.stream(**given) as stream:
+        for _ in stream:
+            pass
+    assert stream.get_final_completion().choices[0].message.parsed == message.parsed
+    with_tools = client.chat.completions.parse(**given, tools=[openai.pydantic_function_tool(Forecast, name="ask")])
+    message = with_tools.choices[0].message
+    assert isinstance(message.parsed, Forecast) or message.tool_calls
+
+
+@pytest.mark.parametrize("question", ["@thinks", "@opened<think>"])
+def test_a_constraint_begins_after_the_reasoning(scripted: Live, question: str) -> None:
+    schema = Forecast.model_json_schema()
+    given = {"response_format": {"type": "json_schema", "json_schema": {"name": "f", "schema": schema, "strict": True}}}
+    body = asked(question, max_tokens=300, **given) | {"temperature": 1, "seed": 3}
+    message = ok(scripted.post("/v1/chat/completions", body))["choices"][0]["message"]
+    assert message["reasoning"] == {"@thinks": "Hm. Hard.", "@opened<think>": "So it is."}[question]
+    Forecast.model_validate_json(message["content"])
+
+
+def test_a_budget_ends_the_reasoning(scripted: Live) -> None:
+    tokens = []
+    for budget in (0, 1, 50, -1):
+        body = asked("@opened<think>", max_tokens=60, thinking_token_budget=budget)
+        reply = ok(scripted.post("/v1/chat/completions", body))
+        tokens.append(reply["usage"]["completion_tokens_details"]["reasoning_tokens"])
+        thought = reply["choices"][0]["message"].get("reasoning", "")
+        assert "So it is.".startswith(thought)
+    assert tokens == sorted(tokens)
+    assert tokens[0] <= 1 < tokens[-1]
+
+
+def test_a_call_cannot_be_demanded_of_a_model_without_a_form_of_calls(live: Live) -> None:
+    body = asked("Hello", tools=TOOLS, tool_choice="required")
+    error = assert_canonical_error(live.post("/v1/chat/completions", body), 400)
+    assert error["param"] == "tool_choice"
+    response = live.post("/v1/chat/completions", asked("Hello", tools=TOOLS, max_tokens=1))
+    assert response.headers["x-truffula-ignored"] == "tools", "this template does not write them"

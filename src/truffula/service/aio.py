@@ -117,7 +117,7 @@ class AsyncService:
     ) -> None:
         self.core = core or Service(client.info)
         self.texts = PromptMaker(self.core, workers)
-        self._grammars = Grammars(self.core.info, self.core.tokenizer)
+        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
         self._client = client
         self._submissions = Submissions(client)
         self._active: set[TextStream] = set()
@@ -165,7 +165,8 @@ class AsyncService:
                 await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
             self.core.check(one)
             prompt = await self.texts.prompt(one)
-            grammar = None if one.constraint is None else await self._grammars.compile(one.constraint, one.salt)
+            wanted = self.core.answers.wanted(one, prompt.tail)
+            grammar = None if wanted is None else await self._grammars.compile(wanted, one.salt)
             states.append(self.core.begin(one, prompt, grammar))
         self.core.check_scores_of_call(states)
         self._require_running()

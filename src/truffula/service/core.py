@@ -258,7 +258,7 @@ class Service:
 
     def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
-        assert (grammar is None) == (request.constraint is None)
+        assert grammar is not None or request.constraint is None
         params = fitting(request, len(prompt.ids), self.info)
         count = max(params.n, params.best_of or 1)
         end_ids = self._end_ids(request)

@@ -15,6 +15,9 @@ from truffula.text.lark import check_lark, renamed
 from truffula.text.structural_tags import structural_rules
 
 MAX_CHOICES = 10_000
+MAX_CHARS = 1 << 17
+"""Of a regular expression or a grammar."""
+MAX_JSON_CHARS = 1 << 20
 _IN_LARK: Mapping[str, str] = MappingProxyType({"/": r"\/", r"\d": "[0-9]", r"\D": "[^0-9]"})
 """Parts of a regular expression that are written otherwise: digits are those of ASCII."""
 _GBNF = re.compile(r"^[ \t]*[\w-]+[ \t]*::=", re.MULTILINE)
@@ -28,6 +31,8 @@ def rules_of(constraint: Constraint, root: str = "start") -> str:
     ``InvalidRequest`` without a param.
     """
     value = constraint.value
+    if len(value) > (most := MAX_CHARS if constraint.kind in ("regex", "lark") else MAX_JSON_CHARS):
+        raise InvalidRequest(f"The constraint has {len(value)} characters; the limit is {most}.")
     if constraint.kind == "json_object":
         return f"{root}: {json_rule({'type': 'object'})}\n"
     if constraint.kind == "json_schema":

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from truffula.engine.constraints import parser_limits, without_forcing
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint
 from truffula.text.constraints import decoded, json_rule, rules_of
@@ -41,30 +42,38 @@ def compile_source(constraint: Constraint, special: tuple[str, ...] = ()) -> str
     Raises ``InvalidRequest`` without a param.
     """
     try:
-        return _on_small_stack(lambda: _compile(constraint, special))
+        return on_small_stack(lambda: _compile(constraint, special))
     except RecursionError as error:
         raise InvalidRequest("The schema or grammar is nested too deeply.") from error
 
 
 def _compile(constraint: Constraint, special: tuple[str, ...]) -> str:
     source = LLMatcher.grammar_from_lark(rules_of(constraint))
-    vocabulary = _stand_in(special)
+    vocabulary = stand_in(special)
+    tried(source, vocabulary, _noun(constraint), lambda error: _explained(constraint, error, vocabulary))
+    return source
+
+
+def tried(source: str, vocabulary: LLTokenizer, noun: str, explained: Callable[[str], str]) -> None:
+    """Use a grammar as the engine does. Raises ``InvalidRequest`` where it is invalid, fails, or has no end.
+
+    ``noun`` names it in errors; ``explained`` makes a sentence of llguidance's error.
+    """
     matcher = _matcher(source, vocabulary)
     if matcher.is_error():
-        raise InvalidRequest(_explained(constraint, matcher.get_error(), vocabulary))
+        raise InvalidRequest(explained(matcher.get_error()))
     if warnings := matcher.get_grammar_warnings():
-        raise InvalidRequest(f"The grammar cannot be enforced: {_short(str(warnings[0]))}")
+        raise InvalidRequest(f"The grammar cannot be enforced: {short(str(warnings[0]))}")
     first = matcher.deep_copy()
     _, allowed = _allowed(first, vocabulary)
     if not allowed:
         what = "only the empty text" if first.is_accepting() else "no text"
-        raise InvalidRequest(f"The {_noun(constraint)} matches {what}.")
+        raise InvalidRequest(f"The {noun} matches {what}.")
     for walk in range(WALKS):
-        _walk(matcher.deep_copy(), vocabulary, random.Random(walk), constraint)
-    return source
+        _walk(matcher.deep_copy(), vocabulary, random.Random(walk), noun)
 
 
-def _walk(matcher: LLMatcher, vocabulary: LLTokenizer, draw: random.Random, constraint: Constraint) -> None:
+def _walk(matcher: LLMatcher, vocabulary: LLTokenizer, draw: random.Random, noun: str) -> None:
     """Follow ``matcher`` for some steps. Raises ``InvalidRequest`` where it fails, or cannot reach an end."""
     for _ in range(WALK_STEPS):
         error, allowed = _allowed(matcher, vocabulary)
@@ -73,7 +82,7 @@ def _walk(matcher: LLMatcher, vocabulary: LLTokenizer, draw: random.Random, cons
                 return
             error = "after some beginnings no text can follow"
         if error:
-            raise InvalidRequest(f"The {_noun(constraint)} cannot be used: {_short(error)}")
+            raise InvalidRequest(f"The {noun} cannot be used: {short(error)}")
         matcher.consume_token(draw.choice(allowed))
 
 
@@ -90,9 +99,9 @@ def _explained(constraint: Constraint, error: str, vocabulary: LLTokenizer) -> s
     if constraint.kind == "json_schema":
         schema = enforceable(decoded(constraint.value))
         place, error = _find_place(schema, error, vocabulary)
-        said = next((text for words, text in _KEYWORD_ERRORS if words in error), "{}").format(_short(error))
+        said = next((text for words, text in _KEYWORD_ERRORS if words in error), "{}").format(short(error))
         return f"The schema cannot be enforced: at {place[:200]}: {said}"
-    return f"The {_noun(constraint)} is not valid: {_short(error)}"
+    return f"The {_noun(constraint)} is not valid: {short(error)}"
 
 
 def _find_place(schema: Schema, error: str, vocabulary: LLTokenizer) -> tuple[str, str]:
@@ -115,10 +124,10 @@ def _find_place(schema: Schema, error: str, vocabulary: LLTokenizer) -> tuple[st
 
 
 def _kind(error: str) -> str:
-    return "unsatisfiable" if "nsatisfiable" in error else _short(error)
+    return "unsatisfiable" if "nsatisfiable" in error else short(error)
 
 
-def _short(error: str) -> str:
+def short(error: str) -> str:
     """The first sentence of llguidance's error, without its excerpt of the grammar and its state."""
     text = error.split("\n<state>")[0].split("\n   1 |")[0]
     for known in ("failed to compile JSON schema: ", "(in regex): "):
@@ -134,7 +143,8 @@ def _noun(constraint: Constraint) -> str:
 
 
 def _matcher(source: str, vocabulary: LLTokenizer) -> LLMatcher:
-    return LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    """As the engine makes one."""
+    return LLMatcher(vocabulary, without_forcing(source), log_level=0, limits=parser_limits())
 
 
 class _Bytes:
@@ -153,11 +163,11 @@ class _Bytes:
 
 
 @cache
-def _stand_in(special: tuple[str, ...]) -> LLTokenizer:
+def stand_in(special: tuple[str, ...]) -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(_Bytes(special)), slices=[])
 
 
-def _on_small_stack(work: Callable[[], str]) -> str:
+def on_small_stack(work: Callable[[], str]) -> str:
     """The result of ``work`` in a thread with ``STACK_BYTES``."""
     found: list[str] = []
     errors: list[BaseException] = []

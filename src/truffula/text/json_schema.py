@@ -18,6 +18,8 @@ Schema = dict[str, Any] | bool
 MAX_DEPTH = 60
 """Levels of subschemas; llguidance reads JSON of 127 levels, and each subschema takes up to two."""
 MAX_REPEAT = 65_536
+MAX_VALUES = 10_000
+"""Of one enum."""
 EXACT = 2**53
 """llguidance computes with float64: integers beyond are not all told from their neighbours."""
 WHITESPACE: Mapping[str, Any] = MappingProxyType(
@@ -253,6 +255,8 @@ class _Reader:
         values = given if key == "enum" else [given]
         if not isinstance(values, list) or not values:
             raise _refused(place, "must be a list that is not empty")
+        if len(values) > MAX_VALUES:
+            raise _refused(place, f"has {len(values)} values; the limit is {MAX_VALUES}")
         for one in values:
             _check_value(one, place)
         read[key] = given

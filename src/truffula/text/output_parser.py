@@ -80,6 +80,7 @@ class OutputParser:
         self._fresh = True  # whether there is only whitespace since the start, the reasoning or a call
         self._index = -1
         self._undo: tuple[int, int, list[str], bool, bool] | None = None  # the state before a call that isn't complete
+        self._thought = False  # whether there was reasoning
         self._bare = False  # whether nothing marks the calls
         self._said: set[type[Part]] = set()
         self._open, self._close = self._thinks.open.strip(SPACE), self._thinks.close.strip(SPACE)
@@ -185,6 +186,7 @@ class OutputParser:
                 self._reader.at -= len(marker)
                 break
         self._border()
+        self._thought = True
 
     def _answer(self) -> Steps[None]:
         """Text and calls, and reasoning between them."""
@@ -205,15 +207,16 @@ class OutputParser:
             elif marker == self._open and (self._fresh or self._thinks.after_text):
                 self._border()
                 yield from self._reason()
-            elif marker == self._close and (self._fresh or (self._whole and self._all_text())):
+            elif marker == self._close and (self._fresh or self._all_text()):
                 self._border()
+                self._thought = True
             elif marker not in self._dropped:
                 self._write_text(marker)
 
     def _all_text(self) -> bool:
         """Makes the text so far reasoning, if there is nothing but text."""
         self._flush()
-        if any(not isinstance(part, Text) for part in self._parts):
+        if not self._whole or self._thought or self._index >= 0:
             return False
         text = "".join(part.text for part in self._parts if isinstance(part, Text)).strip(SPACE)
         self._parts = [Reasoning(text)] if text else []

@@ -78,7 +78,7 @@ class Tokenizer:
     are the ids that ``skip_special_tokens`` leaves out, ``added_ids`` those matched in the text before it is cut.
     ``chat_templates`` maps a name (``default``, ``tool_use``, …) to a Jinja source. ``end_tokens`` are those at which
     the model's files, beside its configuration, end a completion. ``warnings`` are for the operator. ``decoder`` is
-    that of tokenizer.json.
+    that of tokenizer.json. ``response_template`` describes answers, as transformers reads it.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Tokenizer:
         self.eos_id = self._named("eos_token")
         self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
         self.chat_templates = _templates(config)
+        found = config.get("response_template")
+        self.response_template: dict[str, Any] = found if isinstance(found, dict) else {}
         self._rule = byte_rule(decoder)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}

@@ -8,11 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from live_server import BEGIN, END, ROLE
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from truffula.testing.tiny import tiny_llama_config, tiny_tensors, write_tiny_checkpoint
 
+BEGIN, END, ROLE = "<|begin|>", "<|end|>", "<|role|>"
 # As Qwen's: tools and calls in Hermes' form, reasoning between think tags. The question is written last, so that its
 # token begins the answer.
 TEMPLATE = (
