@@ -1,10 +1,12 @@
 """anthropic's own client, sync and async, against a live server."""
 
 import asyncio
+import socket
+from urllib.parse import urlsplit
 
 import anthropic
 import pytest
-from live_server import MODEL, serving
+from live_server import MODEL, serving, until
 
 TALK = [{"role": "user", "content": "Hello"}]
 BODY = {"max_tokens": 8, "messages": TALK, "extra_body": {"temperature": 0}}
@@ -78,7 +80,7 @@ def test_errors_are_the_clients_own_classes(client, error, body, stream):
 
 
 def test_a_body_too_large_and_keys(model_folder):
-    with serving(model_folder, api_keys=("k",), max_body=4096) as guarded:
+    with serving(model_folder, backend="auto", api_keys=("k",), max_body=4096) as guarded:
         for secret in ({"api_key": "k"}, {"auth_token": "k"}):
             client = anthropic.Anthropic(base_url=guarded.url, max_retries=0, **secret)
             assert client.messages.create(model=MODEL, **BODY).content
@@ -90,16 +92,24 @@ def test_a_body_too_large_and_keys(model_folder):
             )
 
 
-def test_a_full_server_is_overloaded(long_model_folder):
-    with serving(long_model_folder, max_open_requests=1) as full:
+def test_a_full_server_is_overloaded(model_folder):
+    with serving(model_folder, backend="auto", max_open_requests=1) as full:
         client = anthropic.Anthropic(base_url=full.url, api_key="-", max_retries=0)
-        long = {"prompt": "Hello", "max_tokens": 3500, "ignore_eos": True, "stream": True}
-        with full.client.stream("POST", "/v1/completions", json=long) as stream:
-            next(stream.iter_lines())
-            with pytest.raises(anthropic.OverloadedError) as caught:
-                client.messages.create(model=MODEL, **BODY)
-    assert caught.value.type == "overloaded_error"
-    assert int(caught.value.response.headers["retry-after"]) >= 1
+        address = urlsplit(full.url)
+        with socket.create_connection((address.hostname, address.port)) as held:
+            held.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+
+            def rejected():
+                try:
+                    client.messages.create(model=MODEL, **BODY)
+                except anthropic.OverloadedError as error:
+                    return error
+                return None
+
+            until(rejected)  # the server may read the held request a little later
+            error = rejected()
+    assert error.type == "overloaded_error"
+    assert int(error.response.headers["retry-after"]) >= 1
 
 
 def test_async_many(live):

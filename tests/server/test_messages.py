@@ -276,7 +276,7 @@ def test_errors_of_other_routes_have_the_same_form_for_its_clients(live):
 
 
 def test_keys_in_either_header(model_folder):
-    with serving(model_folder, api_keys=("k1", "k2"), max_waiting=1, max_running=1) as guarded:
+    with serving(model_folder, backend="auto", api_keys=("k1", "k2"), max_waiting=1, max_running=1) as guarded:
         for headers in ({}, {"x-api-key": "k3"}, {"authorization": "Bearer k"}, {"x-api-key": ""}):
             response = guarded.client.post("/v1/messages", json=BODY, headers=headers)
             rejected(response, 401, "authentication_error", "x-api-key")

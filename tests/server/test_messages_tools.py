@@ -2,12 +2,15 @@
 
 import asyncio
 import json
+from typing import Literal
 
 import anthropic
+import pydantic
 import pytest
 from anthropic import beta_async_tool, beta_tool
 from live_server import MODEL, serving
 from message_events import check_order, raw_events
+
 from scripted import TEMPLATE, write_scripted_model
 
 SCRIPTS = {
@@ -30,7 +33,7 @@ TOOLS = [WEATHER, {"name": "now", "input_schema": {"type": "object"}}]
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory):
-    with serving(write_scripted_model(tmp_path_factory.mktemp("scripted"), SCRIPTS)) as found:
+    with serving(write_scripted_model(tmp_path_factory.mktemp("scripted"), SCRIPTS), backend="auto") as found:
         yield found
 
 
@@ -161,3 +164,51 @@ def test_events_of_a_call(scripted):
     ]
     assert json.loads("".join(pieces)) == {"city": "Rome"}
     assert len(pieces) > 1  # as they are generated
+
+
+class Answer(pydantic.BaseModel):
+    city: Literal["Oslo", "Rome"]
+    warm: bool
+
+
+@pytest.mark.parametrize("model", [MODEL, "pirate"])
+def test_a_schema(live, model):
+    """Of a model of random weights, which writes nothing of the kind by itself."""
+    talk = [{"role": "user", "content": "Hello"}]
+    with anthropic.Anthropic(base_url=live.url, api_key="-", max_retries=0) as client:
+        for _ in range(3):
+            body = {"model": model, "max_tokens": 100, "messages": talk, "output_format": Answer}
+            parsed = client.messages.parse(**body)
+            assert parsed.stop_reason == "end_turn"
+            assert isinstance(parsed.parsed_output, Answer)
+            with client.messages.stream(**body) as stream:
+                assert isinstance(stream.get_final_message().parsed_output, Answer)
+            # what the package makes of the class, by the older name of the field
+            older = {"output_format": {"type": "json_schema", "schema": anthropic.transform_schema(Answer)}}
+            message = client.messages.create(model=model, max_tokens=100, messages=talk, extra_body=older)
+            assert Answer.model_validate_json(message.content[0].text)
+
+
+def test_a_schema_that_cannot_be_enforced_is_refused_with_its_keyword(live):
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "no such format"}}, "not": {}}
+    for field, body in (
+        ("output_config.format", {"output_config": {"format": {"type": "json_schema", "schema": schema}}}),
+        ("output_format", {"output_format": {"type": "json_schema", "schema": schema}}),
+    ):
+        response = live.post("/v1/messages", {"max_tokens": 9, "messages": [{"role": "user", "content": "a"}], **body})
+        assert response.status_code == 400
+        assert field in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "weather"}], ids=lambda c: c["type"])
+def test_a_call_that_must_be_made(client, choice):
+    """Its arguments satisfy the schema, whatever the model would have written."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    tool = {**WEATHER, "strict": True, "input_schema": {**schema, "additionalProperties": False}}
+    body = asked("@thinks", tools=[tool], tool_choice=choice, thinking={"type": "enabled", "budget_tokens": 4})
+    message = client.messages.create(**{**body, "max_tokens": 100})
+    calls = [block for block in message.content if block.type == "tool_use"]
+    assert calls and {block.name for block in calls} == {"weather"}
+    assert all(block.input in ({"city": "Oslo"}, {"city": "Rome"}) for block in calls)
+    if message.stop_reason != "max_tokens":
+        assert message.stop_reason == "tool_use"
