@@ -21,7 +21,7 @@ BILLING_HEADER = "x-anthropic-billing-header:"
 two prompts have a common beginning in the prefix cache; it is meant for Anthropic's servers, not for a model."""
 
 REMINDER = "<system-reminder>\n{}\n</system-reminder>"
-"""What becomes of a system message after the first turn: text in the user's turn, in the form that Claude Code uses.
+"""A system message after the first turn, as text in the user's turn, in the form that Claude Code uses for such text.
 Most chat templates accept a system message at the beginning only."""
 
 # Keys that are read, or that have no effect on a prompt here; null and the values listed have none either.
