@@ -73,6 +73,8 @@ MODELS = [
     Model("ministral_3", "mistral", "mistral", "</s>"),
     Model("deepseek_v3", "deepseek_v3", "think", "<｜end▁of▁sentence｜>", arguments="text"),
     Model("deepseek_v3_1", "deepseek_v3_1", "think", "<｜end▁of▁sentence｜>"),
+    Model("deepseek_v3_2", "deepseek_v3_2", "think", "<｜end▁of▁sentence｜>", "reasoning_content"),
+    Model("deepseek_v4", "deepseek_v4", "think", "<｜end▁of▁sentence｜>", "reasoning_content"),
     Model("kimi_k2", "kimi_k2", None, "<|im_end|>"),
     Model("nemotron_nano", "nemotron_nano", "think", "<SPECIAL_12>\n\n", text=False),
     Model("gpt_oss", "harmony", "harmony", "", "thinking", text=False, several=False),

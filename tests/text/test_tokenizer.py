@@ -190,6 +190,14 @@ def test_lone_surrogates_are_refused_by_position() -> None:
     assert caught.value.param == "prompt"
 
 
+@pytest.mark.parametrize(("given", "expected"), [({"fields": {}}, {"fields": {}}), (5, {}), (None, {})])
+def test_the_response_template_is_that_of_the_config(given: object, expected: dict[str, object]) -> None:
+    config = json.dumps({"response_template": given}).encode()
+    tokenizer = load_tokenizer({"tokenizer.json": byte_level_json(), "tokenizer_config.json": config})
+    assert tokenizer is not None
+    assert tokenizer.response_template == expected
+
+
 def test_the_jinja_file_wins_over_the_config() -> None:
     files = {
         "tokenizer.json": byte_level_json(),

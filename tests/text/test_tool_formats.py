@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from answers import MODELS, TOOLS, Answer, Call, Model, format_of, parse, rendered
+from answers import MODELS, TOOLS, Answer, Call, Model, format_of, parse, rendered, template
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -57,8 +58,9 @@ def test_the_format_of_a_template_is_detected(model: Model) -> None:
 
 
 def test_every_tool_format_has_a_template() -> None:
-    # The template of Granite 3 has no tool calls in its history; its system prompt describes them.
+    # The template of Granite 3.3 describes calls in its system message, and writes none.
     assert {model.tools for model in MODELS} | {"granite"} == set(TOOL_FORMATS)
+    assert detect_format(template("granite_3_3")[0]).described == "tool calls granite, reasoning granite"
 
 
 @by_model
@@ -392,11 +394,7 @@ def tags(begin: str, end: str, **more: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_response_template_decides(spec: dict[str, Any], tools: str) -> None:
-    template = (MODELS[11].name, format_of(MODELS[11]))
-    assert template[0] == "llama_3_1"
-    from answers import template as source_of
-
-    found = detect_format(source_of("llama_3_1")[0], spec)
+    found = detect_format(template("llama_3_1")[0], spec)
     assert found.tools is not None and found.tools.name == tools
     if tools == "response_template":
         answer = '<calls>{"name": "ping", "arguments": {}}</calls>'
@@ -409,13 +407,23 @@ def test_reasoning_tags_of_a_response_template() -> None:
     assert joined(parse(found, "<mind>Hm.</mind> Yes.")) == ("Yes.", "Hm.", [])
 
 
+def test_the_documentation_lists_the_formats() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
+    tables = page.partition("### Formats of tool calls and reasoning")[2].partition("## Completions")[0]
+    tools, _, reasoning = tables.partition("| `--reasoning-format` |")
+    for names, rows in ((tools, TOOL_FORMATS), (reasoning, REASONING_FORMATS)):
+        first = [line.split("|")[1] for line in names.splitlines() if line.startswith("| `")]
+        listed = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+        assert listed == set(rows)
+
+
 def test_options_override_the_detection() -> None:
     source = "<tool_call> <think></think>"
     assert detect_format(source).described == "tool calls hermes, reasoning think"
     assert detect_format(source, None, "none", "none") == OutputFormat()
     assert detect_format(source, None, "auto", "mistral").described == "tool calls hermes, reasoning mistral"
-    with pytest.raises(ConfigError, match="tool_format is 'hermez'; it must be one of auto, none, harmony, "):
+    with pytest.raises(ConfigError, match="--tool-format is 'hermez'; it must be one of auto, none, harmony, "):
         detect_format(source, None, "hermez")
-    with pytest.raises(ConfigError, match="reasoning_format is 'x'; it must be one of auto, none, "):
+    with pytest.raises(ConfigError, match="--reasoning-format is 'x'; it must be one of auto, none, "):
         detect_format(source, None, None, "x")
     assert detect_format("plain") == OutputFormat()

@@ -124,11 +124,8 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], str, list[str]]
         templates=texts.chat_templates(),
         vocab_size=plan.interface.vocab_size,
     )
-    return (
-        ends.all,
-        form.described,
-        [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings],
-    )
+    warnings = [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
+    return ends.all, form.described, warnings
 
 
 def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:

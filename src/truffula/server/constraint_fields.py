@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from pydantic import Field
-
 from truffula.errors import InvalidRequest, did_you_mean, nearest
 from truffula.items import Constraint
 from truffula.server.body import Body
@@ -28,8 +26,8 @@ _IGNORED_OPTIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 class OpenAIConstraints(Body):
     """The fields on OpenAI's routes: its own, and those of vLLM and SGLang."""
 
-    response_format: Any = Field(default=None, description="text, json_object or json_schema; see the documentation.")
-    structured_outputs: Any = Field(default=None, description="vLLM: json, regex, choice, grammar, structural_tag.")
+    response_format: Any = None
+    structured_outputs: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None

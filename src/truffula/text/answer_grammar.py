@@ -120,11 +120,28 @@ class _Answer:
         form, rules = self._form, self._rules
         assert form is not None
         if form.bare:
-            plain = rules.rule(f"/[^{re.escape(form.bare)} \\t\\r\\n](?s:.*)/")
-            return f"{self._calls()} | {plain}?"
+            return f"{self._calls()} | {rules.terminal(self._plain_text(form))}?"
         first, rest = rules.split(self._lead)
-        head = rules.rule(f"{rules.until(first)} {self._calls(rest)}")
+        heads = [f"{rules.until(first)} {self._calls(rest)}"]
+        if form.section and not rules.is_token(first):  # the parser takes a call without a section too
+            heads = [f"{rules.until(text)} {self._calls(rest, closed=closed)}" for text, rest, closed in self._starts]
+        head = rules.rule(" | ".join(heads))
         return f"{head}* {ANY}" if self._choice.parallel else f"{head} | {ANY}"
+
+    def _plain_text(self, form: ToolFormat) -> str:
+        """Text in which no call starts."""
+        plain = f"/[^{re.escape(form.bare)} \\t\\r\\n](?s:.*)/"
+        begin = form.begin.strip(SPACE)
+        return plain if self._rules.is_token(begin) else f"{plain} & ~/(?s:.*){escaped_regex(begin)}(?s:.*)/"
+
+    @property
+    def _starts(self) -> list[tuple[str, str, bool]]:
+        """Texts that start calls, what follows them before the first call's name, and whether a section is open."""
+        form = self._form
+        assert form is not None and form.section is not None
+        section, begin = form.section[0].strip(SPACE), form.begin.strip(SPACE)
+        after = form.section[0].removeprefix(section) + form.begin
+        return [(section, after, True), (begin, form.begin.removeprefix(begin), False)]
 
     @property
     def _lead(self) -> str:
@@ -133,8 +150,8 @@ class _Answer:
         assert form is not None
         return (form.section[0] if form.section else "") + ("" if form.bare else form.begin)
 
-    def _calls(self, lead: str | None = None) -> str:
-        """One or more calls. ``lead`` replaces the text before the first one."""
+    def _calls(self, lead: str | None = None, *, closed: bool = True) -> str:
+        """One or more calls. ``lead`` replaces the text before the first one; not ``closed``: one without a section."""
         form, rules, parallel = self._form, self._rules, self._choice.parallel
         assert form is not None
         one = rules.rule(" | ".join(self._call(form, tool) for tool in self._tools))
@@ -145,7 +162,8 @@ class _Answer:
             return f'{lead} "[" {one} {more} "]" {rules.text(end)}'
         begin = rules.text(form.between + ("" if form.bare else form.begin))
         more = f"({begin} {one} {rules.text(form.end)})*" if parallel else ""
-        section_end = rules.text(form.section[1]) if form.section else ""
+        section_end = rules.text(form.section[1]) if form.section and closed else ""
+        more = more if closed else ""
         return f"{lead} {one} {rules.text(form.end)} {more} {section_end}"
 
     def _call(self, form: ToolFormat, tool: Tool) -> str:

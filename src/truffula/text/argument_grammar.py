@@ -122,8 +122,7 @@ class ArgumentRules:
         """Keys and values between tags."""
         form, rules, parts = self._form, self._rules, []
         for key, schema, required in self._properties():
-            before = rules.text(f"{form.before_key}{key}{form.before_value}")
-            item = rules.rule(f"{before} {self._tagged_value(key, schema)}")
+            item = rules.rule(f"{rules.text(form.before_key + key)} {self._tagged_value(key, schema)}")
             parts.append(item if required else f"{item}?")
         return " ".join(parts)
 
@@ -192,22 +191,22 @@ class ArgumentRules:
         return [schema]
 
     def _tagged_value(self, key: str, schema: Any) -> str:
-        """A value and the text after it."""
-        end = self._form.after_value
+        """A value and the texts around it."""
+        form, rules = self._form, self._rules
+        plain, before = rules.text(form.before_value), rules.text(form.before_json or form.before_value)
         options: list[str] = []
         branches = self._branches(schema)
         for index, branch in enumerate(branches):
             types = types_of(branch, self._root)
             if types and "string" not in types:
-                if set(branch) - _NOTES - {"type"} and any(
-                    "string" in types_of(b, self._root) for b in branches[index:]
-                ):
+                later = [kind for other in branches[index:] for kind in types_of(other, self._root)]
+                if not form.before_json and set(branch) - _NOTES - {"type"} and "string" in later:
                     self._refuse(f"a string beside other types in {key!r}")
-                options.append(f"{self._rules.rule(self._json(branch))} {self._rules.text(end)}")
+                options.append(f"{before} {rules.rule(self._json(branch))} {rules.text(form.after_value)}")
                 continue
-            options.append(self._plain(key, branch, end))
+            options.append(f"{plain} {self._plain(key, branch, form.after_value)}")
             if "null" in types:
-                options.append(self._rules.text("null" + end))
+                options.append(f"{before} {rules.text('null' + form.after_value)}")
         return f"({' | '.join(options)})"
 
     def _plain(self, key: str, schema: Mapping[str, Any], end: str) -> str:

@@ -392,12 +392,15 @@ class OutputParser:
         while not (yield from self._closed()):
             yield from reader.expect(form.before_key)
             key: list[str] = []
-            yield from reader.short_until(markers(end_of_key), key)
+            marker = yield from reader.short_until(markers(end_of_key, form.before_json), key)
             for literal in more:
                 yield from reader.expect(literal)
             self._arguments(f"{before}{json.dumps(''.join(key), ensure_ascii=False)}: ")
             before = ", "
-            yield from self._tagged_value(name, "".join(key))
+            types = self._types(name, "".join(key))
+            if form.before_json:
+                types = ["string"] if marker == end_of_key else []
+            yield from self._tagged_value(types)
         yield from reader.accept(form.close)
         self._arguments("{}" if before == "{" else "}")
         self._complete()
@@ -410,10 +413,13 @@ class OutputParser:
                 return True
         return False
 
-    def _tagged_value(self, tool: str, key: str) -> Steps[None]:
-        form, reader = self._format, self._reader
+    def _types(self, tool: str, key: str) -> list[str]:
+        """The types of an argument; empty: any."""
         parameters = self._tools[tool].parameters if tool in self._tools else None
-        types = types_of(property_schema(parameters, key), parameters or {})
+        return types_of(property_schema(parameters, key), parameters or {})
+
+    def _tagged_value(self, types: list[str]) -> Steps[None]:
+        form, reader = self._format, self._reader
         pieces: list[str] = []
         held = ""  # a line break, which is not part of the value if it ends there
 

@@ -39,10 +39,13 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         after_name: Text after the name.
         values: Notation of arguments: ``json``, or ``gemma``: bare keys, strings between ``<|"|>``.
         before_key, before_value, after_value: Texts around the key and the value of one argument.
+        before_json: Text before values in JSON, where ``before_value`` is before strings only. Without it, the tool's
+            schema tells the type of a value.
         newlines: Whether a line break at each border of a value is not part of it.
         close: Text after the last argument.
         ends_reasoning: Whether a call that starts in reasoning ends the reasoning.
-        detect: Texts that a chat template of this format has, ``detect_not``: that it does not have.
+        detect: Texts that a chat template of this format has; without any, it is chosen by option only.
+            ``detect_not``: texts that it does not have.
     """
 
     name: str
@@ -62,6 +65,7 @@ class ToolFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     values: Literal["json", "gemma"] = "json"
     before_key: str = ""
     before_value: str = ""
+    before_json: str = ""
     after_value: str = ""
     newlines: bool = False
     close: str = ""
@@ -149,13 +153,14 @@ def _chosen(name: str | None, rows: Mapping[str, Row], found: Row | None, param:
     if name == "none":
         return None
     if name not in rows:
-        raise ConfigError(f"{param} is {name!r}; it must be one of auto, none, {', '.join(rows)}.", param=param)
+        flag = "--" + param.replace("_", "-")
+        raise ConfigError(f"{flag} is {name!r}; it must be one of auto, none, {', '.join(rows)}.", param=param)
     return rows[name]
 
 
 def _detected(text: str, rows: Mapping[str, Row]) -> Row | None:
     for row in rows.values():
-        if all(part in text for part in row.detect) and not any(part in text for part in row.detect_not):
+        if row.detect and all(part in text for part in row.detect) and not any(part in text for part in row.detect_not):
             return row
     return None
 
