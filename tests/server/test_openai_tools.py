@@ -11,6 +11,7 @@ import pytest
 from live_server import MODEL, Live, assert_canonical_error, events, ok, serving
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
+
 from scripted import write_scripted_model
 
 SCRIPTS = {

@@ -109,7 +109,7 @@ def _add(found: Conversation, message: Message) -> None:
 def _turn(found: Conversation, given: Any, where: str) -> Iterator[Message]:
     """The messages of one turn: of a user's, each result of a tool is one of its own."""
     role = given.get("role")
-    if not isinstance(role, str) or role not in _BLOCKS:
+    if role not in tuple(_BLOCKS):  # a dict would hash it, and it may be a list
         raise _wrong(f"{where}.role", role, "it must be user, assistant or system")
     content, where = given.get("content"), f"{where}.content"
     if role == "system":
