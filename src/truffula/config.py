@@ -202,6 +202,25 @@ class ServerConfig:
         "where to look for an adapter if the request does not specify a source",
         choices=("hub", "local"),
     )
+    response_store: str = _option(
+        "file",
+        "Stored responses",
+        "where responses of /v1/responses are kept for previous_response_id; off keeps none",
+        choices=("file", "memory", "off"),
+    )
+    response_store_file: Path | None = _option(
+        None,
+        "Stored responses",
+        "database of stored responses",
+        metavar="FILE",
+        unset="~/.local/state/truffula/responses.db, or memory where that folder cannot be written",
+    )
+    response_store_max_bytes: int = _option(
+        2**30, "Stored responses", "maximum size of all stored responses; the oldest are removed", low=2**16
+    )
+    response_ttl_s: float = _option(
+        30 * 86400.0, "Stored responses", "time after which a stored response is removed", low=1.0
+    )
     protect_metrics: bool = _option(False, "Access", "require an API key for /metrics too")
     cors_origins: tuple[str, ...] = _option(
         ("auto",),

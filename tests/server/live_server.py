@@ -142,6 +142,7 @@ def serving(model: Path, **options: Any) -> Iterator[Live]:
         "memory": "1GiB",
         "dtype": "float32",
         "threads": 1,
+        "response_store": "memory",
         # An engine's process of its own would import torch for it, which takes longer than all that is asked of it.
         "backend": "auto" if options.get("transport") == "process" else "reference",
     }

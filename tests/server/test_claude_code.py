@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from live_server import ok, serving
 from message_events import check_order, raw_events
+
 from scripted import TEMPLATE, write_scripted_model
 
 FOLDER = Path(__file__).with_name("claude_code")

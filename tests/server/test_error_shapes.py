@@ -74,7 +74,7 @@ def test_a_wrong_method(live, method, path):
 
 
 @pytest.mark.parametrize(
-    "path", ["/nowhere", "/v1/nowhere", "/v1/", "/generate/", "/v1/responses", "/%00", "/v1/load_lora_adapter"]
+    "path", ["/nowhere", "/v1/nowhere", "/v1/", "/generate/", "/v1/conversations", "/%00", "/v1/load_lora_adapter"]
 )
 def test_an_unknown_path(live, path):
     assert_canonical_error(live.client.post(path, json={}), 404)

@@ -16,8 +16,8 @@ from truffula import __version__
         ("/v1/embeddings", 400, "Embeddings are not served"),
         ("/classify", 422, "Classification is not served"),
         ("/classify_batch", 422, "Classification is not served"),
-        ("/v1/responses", 404, "use POST /v1/chat/completions"),
-        ("/v1/responses/resp_1", 404, "use POST /v1/chat/completions"),
+        ("/v1/conversations", 404, "use POST /v1/responses"),
+        ("/v1/conversations/conv_1", 404, "use POST /v1/responses"),
         ("/v1/audio/transcriptions", 404, "Audio API is not served here"),
         ("/v1/images/generations", 404, "Images API"),
         ("/v1/files", 404, "Files API"),
@@ -88,8 +88,8 @@ def test_real_clients_show_the_words(live):
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="-", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="Embeddings are not served"):
         client.embeddings.create(model=MODEL, input="a")
-    with pytest.raises(openai.NotFoundError, match="use POST /v1/chat/completions"):
-        client.responses.create(model=MODEL, input="a")
+    with pytest.raises(openai.NotFoundError, match="use POST /v1/responses"):
+        client.conversations.create()
     with pytest.raises(openai.NotFoundError, match="GET /v1/models lists them"):
         client.chat.completions.create(model="gpt-4o", messages=[{"role": "user", "content": "a"}])
     with pytest.raises(openai.BadRequestError, match="n_predict has no effect"):

@@ -15,14 +15,30 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, messages, openai, openai_chat, openai_models, pages, probes, tokens
+from truffula.server import (
+    admin,
+    decisions,
+    lorax,
+    messages,
+    openai,
+    openai_chat,
+    openai_models,
+    pages,
+    probes,
+    responses,
+    tokens,
+)
 from truffula.server.auth import KeyCheck, WebRules
+from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
 from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
+from truffula.server.response_store import ResponseStore, default_file
+from truffula.server.responses_bodies import ResponsesBody
+from truffula.server.responses_kept import KeptResponses
 from truffula.server.state import ServerState
 from truffula.server.unserved import unserved
 from truffula.service import AsyncService
@@ -44,6 +60,21 @@ _ROUTES: tuple[RouteSpec, ...] = (
     ),
     RouteSpec(
         "POST", "/v1/messages/count_tokens", messages.count_tokens, "anthropic", CountTokensBody, {"messages": _TALK}
+    ),
+    RouteSpec(
+        "POST", "/v1/responses", responses.create, "openai", ResponsesBody,
+        {"input": "Hello", "max_output_tokens": 20},
+    ),
+    RouteSpec(
+        "POST", "/v1/responses/input_tokens", responses.count_tokens, "openai", ResponsesBody, {"input": "Hello"}
+    ),
+    RouteSpec("GET", "/v1/responses/{response_id}", responses.retrieve, "openai"),
+    RouteSpec("DELETE", "/v1/responses/{response_id}", responses.delete, "openai"),
+    RouteSpec("POST", "/v1/responses/{response_id}/cancel", responses.cancel, "openai"),
+    RouteSpec("GET", "/v1/responses/{response_id}/input_items", responses.input_items, "openai"),
+    RouteSpec(
+        "POST", "/v1/decisions", decisions.decide, "openai", DecisionsBody,
+        {"input": "Blue.", "questions": [{"type": "predicate", "instructions": "A colour."}]},
     ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),
@@ -97,6 +128,7 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.truffula = ServerState(service, config, directory, metrics, defaults=defaults or {})
+    app.state.responses = KeptResponses(response_store(config), config.max_open_requests)
     # The last one added is the outermost.
     app.add_middleware(BodyLimits, config=config)
     if config.api_keys:
@@ -106,6 +138,16 @@ def create_app(
     app.add_middleware(HttpRules)
     app.add_middleware(RequestScope, metrics=metrics, send_timeout_s=config.send_timeout_s)
     return app
+
+
+def response_store(config: ServerConfig) -> ResponseStore | None:
+    """The store of responses that the options ask for; its file is made with the first response."""
+    if config.response_store == "off":
+        return None
+    path = None
+    if config.response_store == "file":
+        path = config.response_store_file or default_file()
+    return ResponseStore(path, max_bytes=config.response_store_max_bytes, max_age_s=config.response_ttl_s)
 
 
 async def _error(request: Request, error: Exception) -> Response:

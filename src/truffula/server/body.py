@@ -8,7 +8,7 @@ import math
 import re
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -95,19 +95,32 @@ class BodyJob(NamedTuple):
     kind: str
     raw: bytes
     limits: RequestLimits
+    stored: bytes = b""
 
 
 class GeneratingBody(Body):
     """A body that asks for text."""
 
     refuses_foreign: ClassVar[bool] = True
+    repeated: ClassVar[tuple[str, ...]] = ()
+    """Fields that the reply repeats."""
 
     @abstractmethod
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
-        """The body's requests, without what ``address`` says. Raises ``InvalidRequest``."""
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
+        """The body's requests, without what ``address`` says. ``stored`` has the items of each id of ``wanted``.
+
+        Raises ``InvalidRequest``.
+        """
 
     @abstractmethod
     def address(self) -> Address: ...
+
+    @property
+    def wanted(self) -> list[str]:
+        """The stored responses and items that it refers to, each with its id after a colon."""
+        return []
 
     @property
     def characters(self) -> int:

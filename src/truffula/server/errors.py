@@ -61,6 +61,18 @@ class UnknownPath(TruffulaError):
     code = "not_found"
 
 
+class NoResponse(TruffulaError):
+    """The tenant has no stored response of this id."""
+
+    code = "response_not_found"
+
+
+class NoPreviousResponse(TruffulaError):
+    """``previous_response_id`` names a response that is not stored, or one whose conversation is not stored whole."""
+
+    code = "previous_response_not_found"
+
+
 class NoEmbeddings(TruffulaError):
     code = "embedding_failure"
 
@@ -125,6 +137,9 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "invalid_api_key": ErrorRow(401, "authentication", "", 401, "authentication_error", "invalid_api_key"),
         "forbidden": ErrorRow(403, "forbidden", "", 403, _BAD, "forbidden"),
         "not_found": ErrorRow(404, "not_found", "", 404, _BAD, "not_found"),
+        "response_not_found": ErrorRow(404, "not_found", "", 404, _BAD, "response_not_found"),
+        "previous_response_not_found": ErrorRow(422, "validation", _INPUT, 400, _BAD, "previous_response_not_found"),
+        "store_failed": ErrorRow(500, "generation", "", 500, _SERVER, "store_failed"),
         "embedding_failure": ErrorRow(422, "embedding_failure", "", 400, _BAD, "embedding_failure"),
         "classification_failure": ErrorRow(422, "classification_failure", "", 400, _BAD, "classification_failure"),
         "method_not_allowed": ErrorRow(405, "method_not_allowed", "", 405, _BAD, "method_not_allowed"),

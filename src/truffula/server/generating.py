@@ -183,7 +183,16 @@ async def stream(
     keep_alive: bytes = KEEP_ALIVE,
 ) -> EventStream:
     """The streamed answer. What fails before the first event is raised, so that it gets its real status."""
-    frames = _frames(request, requests, writer)
+    return await event_stream(request, frames_of(request, requests, writer), headers, keep_alive)
+
+
+async def event_stream(
+    request: Request,
+    frames: AsyncGenerator[bytes, None],
+    headers: Mapping[str, str] | None = None,
+    keep_alive: bytes = KEEP_ALIVE,
+) -> EventStream:
+    """The response that sends ``frames``; what the first of them raises is raised here."""
     try:
         first = await unless_gone(request.receive, anext(frames))
     except BaseException:
@@ -192,7 +201,10 @@ async def stream(
     return EventStream(first, frames, headers, state_of(request).config.keep_alive_s, keep_alive)
 
 
-async def _frames(request: Request, requests: Sequence[GenerateRequest], writer: Writer) -> AsyncGenerator[bytes, None]:
+async def frames_of(
+    request: Request, requests: Sequence[GenerateRequest], writer: Writer
+) -> AsyncGenerator[bytes, None]:
+    """The frames of ``writer``. An error before the first is raised, a later one is a frame."""
     begun = False
     texts = state_of(request).service.texts
     async with aclosing(run(request, requests)) as batches:

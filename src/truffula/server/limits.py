@@ -61,6 +61,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
             "parameters": MAX_KEYS,
             "chat_template_kwargs": MAX_KEYS,
             "messages": max(self.max_model_len, MAX_KEYS),
+            "input": max(self.max_model_len, MAX_KEYS),
             "documents": max(self.max_model_len, MAX_KEYS),
             "tools": MAX_KEYS,
             "tokens": MAX_TRUNCATED_CHARS // 2,

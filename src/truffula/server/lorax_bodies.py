@@ -5,6 +5,7 @@ lorax-client sends every key, most of them null; null means absent. Fields of ot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
@@ -159,7 +160,9 @@ class GenerateBody(GeneratingBody):
         named = adapters_named(self, "", use) + adapters_named(params, "parameters.", use)
         return Address([self.model, params.model], named, params.adapter_source, params.cache_salt)
 
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         params = self.params
         params.check(stream=streams, limits=limits)
         chat = [Message(role="user", items=[Text(self.inputs)])] if params.apply_chat_template else None

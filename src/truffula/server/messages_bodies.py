@@ -7,6 +7,7 @@ have are in ``field_names.toml``.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -134,7 +135,9 @@ class ConversationBody(GeneratingBody):
 class CountTokensBody(ConversationBody):
     """``POST /v1/messages/count_tokens``."""
 
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         return [GenerateRequest(params=SamplingParams(max_tokens=0), **self.chat())]
 
 
@@ -152,7 +155,9 @@ class MessagesBody(ConversationBody):
     def shows_thinking(self) -> bool:
         return self.thinking is None or self.thinking.display != "omitted"
 
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         if any(not stop for stop in self.stop_sequences or ()):
             raise InvalidRequest(
                 "stop_sequences has an empty string, which matches everywhere.", param="stop_sequences"

@@ -226,7 +226,9 @@ class CompletionBody(OpenAIBody):
     def characters(self) -> int:
         return sum(len(one) for one in self.prompts() if isinstance(one, str))
 
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         self.check()
         shared = self.common(
             limits,
@@ -303,7 +305,9 @@ class ChatBody(OpenAIBody):
                 param="separate_reasoning",
             )
 
-    def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
+    def requests(
+        self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
+    ) -> list[GenerateRequest]:
         self.check()
         shared = self.common(
             limits,

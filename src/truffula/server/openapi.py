@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import tomllib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ def document_of(rows: Sequence[RouteSpec], *, keyed: bool) -> dict[str, Any]:
         paths.setdefault(row.path.replace(":path}", "}"), {})[row.method.lower()] = _operation(row)
         if row.body is not None:
             made = row.body.model_json_schema(ref_template="#/components/schemas/{model}")
+            if row.body.route_fields is not None:
+                own = row.body.route_fields.levels[""]
+                made["properties"] = {name: field for name, field in made["properties"].items() if name in own}
             schemas |= {**made.pop("$defs", {}), row.body.__name__: made}
     for schema in schemas.values():
         for name, field in schema.get("properties", {}).items():
@@ -81,6 +85,8 @@ def _operation(row: RouteSpec) -> dict[str, Any]:
         if row.example is not None:
             content["example"] = dict(row.example)
         made["requestBody"] = {"required": True, "content": {"application/json": content}}
-    if "{model_id" in row.path:
-        made["parameters"] = [{"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}}]
+    if names := re.findall(r"{(\w+)", row.path):
+        made["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ]
     return made

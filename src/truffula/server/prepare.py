@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -21,26 +21,28 @@ from truffula.errors import InvalidRequest
 from truffula.server.auth import client_of, prefix_salt
 from truffula.server.body import Address, BodyJob, GeneratingBody, decode_object, note_ignored, raw_body, validate
 from truffula.server.constraint_fields import NATIVE_FIELDS, OPENAI_FIELDS
+from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.foreign_fields import is_adapter_field
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
 from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody
+from truffula.server.responses_bodies import ResponsesBody
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import prompt_job
 from truffula.text.worker import Worker
 from truffula.types import AdapterRef, GenerateRequest
 
-Kind = Literal[
-    "chat", "completion", "messages", "count_tokens", "native", "native_whole", "native_stream", "invocations"
-]
+OpenAIKind = Literal["chat", "completion", "responses", "decisions"]
+Kind = OpenAIKind | Literal["messages", "count_tokens", "native", "native_whole", "native_stream", "invocations"]
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, and their values in the light body.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
+        "input": "",
         **dict.fromkeys(("documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
         **dict.fromkeys(("system", "stop_sequences", "output_config", "output_format")),
         **dict.fromkeys((*OPENAI_FIELDS, *NATIVE_FIELDS)),
@@ -63,36 +65,56 @@ class Read:
         return self.requests[0].adapter
 
 
+Stored = Callable[[Request, list[str]], Awaitable[bytes]]
+"""The items of ids of stored responses and items, as a JSON object of lists."""
+
+
 class _Head(msgspec.Struct, frozen=True, array_like=True):
     kind: str
     body: bytes
     unknown: list[str]
     characters: int
+    wanted: list[str]
     request: GenerateRequest
 
 
-async def read_requests(request: Request, kind: Kind) -> Read:
+async def read_requests(request: Request, kind: Kind, stored_items: Stored | None = None) -> Read:
     """The request's body, checked, and what it asks for; keys without effect are noted.
+
+    ``stored_items`` is for bodies that refer to stored responses.
 
     Raises ``InvalidRequest`` and its kinds, and as ``answering``.
     """
     record_of(request).generates = kind != "count_tokens"
     state = state_of(request)
     raw = await raw_body(request)
+    stored, made = b"", None
     if len(raw) <= HEAVY_CHARS:
-        body, made = read_value(kind, decode_object(raw), state.limits)
+        body = read_value(kind, value := decode_object(raw), state.limits)
+        if stored_items is not None and body.wanted:
+            stored = await stored_items(request, body.wanted)
         unknown, characters = body.unknown(), body.characters
-    else:
-        packed, *prompts = await state.service.texts.in_worker(
-            prepare, BodyJob(kind, raw, state.limits), client_of(request)
-        )
-        head = msgspec.msgpack.decode(packed, type=_Head)
-        body = validate(_MODELS[head.kind], json.loads(head.body), state.limits)
-        made = [replace(head.request, prepared=one) for one in prompts]
+        if len(raw) + len(stored) <= HEAVY_CHARS:
+            made = body.requests(state.limits, streams=_streams(kind, value), stored=json.loads(stored or b"{}"))
+    if made is None:
+        head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
+        if stored_items is not None and head.wanted and not stored:
+            stored = await stored_items(request, head.wanted)
+            head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
         unknown, characters = head.unknown, head.characters
     note_ignored(request, unknown)
     at = time.monotonic()
     return Read(body, await addressed(request, made, body.address()), characters, at)
+
+
+async def _read_in_worker(request: Request, job: BodyJob) -> tuple[_Head, GeneratingBody, list[GenerateRequest]]:
+    """The head of a body, the body without what its prompts are made of, and its requests. There are none while ``job``
+    lacks the stored items that the body wants.
+    """
+    packed, *prompts = await state_of(request).service.texts.in_worker(prepare, job, client_of(request))
+    head = msgspec.msgpack.decode(packed, type=_Head)
+    body = validate(_MODELS[head.kind], json.loads(head.body), job.limits)
+    return head, body, [replace(head.request, prepared=one) for one in prompts]
 
 
 async def addressed(request: Request, made: Sequence[GenerateRequest], address: Address) -> list[GenerateRequest]:
@@ -134,8 +156,8 @@ async def answering(address: Address, state: ServerState) -> AdapterRef | None:
     return adapter
 
 
-def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> tuple[GeneratingBody, list[GenerateRequest]]:
-    """A decoded body as its model and its requests, which ``addressed`` completes."""
+def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> GeneratingBody:
+    """A decoded body as its model."""
     model: type[GeneratingBody] = GenerateBody
     any_kind = kind == "invocations"
     if kind == "chat" or (any_kind and "messages" in value):
@@ -144,42 +166,57 @@ def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> tuple
         model = _ANTHROPIC[kind]
     elif kind == "completion" or (any_kind and "prompt" in value and "inputs" not in value):
         model = CompletionBody
-    body = validate(model, value, limits)
-    streams = kind == "native_stream" or (kind != "native_whole" and bool(value.get("stream")))
-    return body, body.requests(limits, streams=streams)
+    elif kind == "responses":
+        model = ResponsesBody
+    elif kind == "decisions":
+        model = DecisionsBody
+    return validate(model, value, limits)
+
+
+def _streams(kind: str, value: Mapping[str, Any]) -> bool:
+    """Whether the answer to a decoded body is streamed."""
+    return kind == "native_stream" or (kind != "native_whole" and bool(value.get("stream")))
 
 
 _ANTHROPIC: Mapping[str, type[GeneratingBody]] = MappingProxyType(
     {"messages": MessagesBody, "count_tokens": CountTokensBody}
 )
 _MODELS: Mapping[str, type[GeneratingBody]] = MappingProxyType(
-    {model.__name__: model for model in (ChatBody, CompletionBody, GenerateBody, MessagesBody, CountTokensBody)}
+    {
+        model.__name__: model
+        for model in (
+            *(ChatBody, CompletionBody, CountTokensBody, DecisionsBody, GenerateBody),
+            *(MessagesBody, ResponsesBody),
+        )
+    }
 )
 
 
 def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     """In a text worker: the head of a large body, then each of its prompts."""
     value = decode_object(job.raw)
-    body, made = read_value(job.kind, value, job.limits)
-    request = replace(
-        made[0],
-        prompt=None,
-        messages=None if made[0].messages is None else [],
-        documents=None,
-        template_kwargs={},
-    )
+    body = read_value(job.kind, value, job.limits)
+    made: list[GenerateRequest] = []
+    request = GenerateRequest()
+    if not body.wanted or job.stored:
+        streams = _streams(job.kind, value)
+        made = body.requests(job.limits, streams=streams, stored=json.loads(job.stored or b"{}"))
+        messages: list[Any] | None = None if made[0].messages is None else []
+        request = replace(made[0], prompt=None, messages=messages, documents=None, template_kwargs={})
     light = json.dumps(_light(value, type(body))).encode()
-    yield msgspec.msgpack.encode(_Head(type(body).__name__, light, body.unknown(), body.characters, request))
+    yield msgspec.msgpack.encode(
+        _Head(type(body).__name__, light, body.unknown(), body.characters, body.wanted, request)
+    )
     for one in made:
         yield from prompt_job(worker, one)
 
 
 def _light(value: Mapping[str, Any], model: type[GeneratingBody] | type[Parameters]) -> dict[str, Any]:
     """``value`` without what only prompts and parameters are made of, and without unknown fields."""
-    known = model.model_fields
+    known, repeated = model.model_fields, getattr(model, "repeated", ())
     light: dict[str, Any] = {}
     for name, item in value.items():
-        if name in known and name in _LEFT_OUT:
+        if name in known and name in _LEFT_OUT and name not in repeated:
             light[name] = _LEFT_OUT[name]
         elif name == "parameters" and isinstance(item, dict):
             light[name] = _light(item, Parameters)

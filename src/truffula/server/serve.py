@@ -224,6 +224,7 @@ class LoadingApp:
                 await self._watch(service)
                 await self._ended.wait()
             finally:
+                await self.app.asgi.state.responses.close()
                 await service.close()
         except Exception as error:  # noqa: BLE001  (``run_server`` raises it)
             self.error = error
