@@ -43,7 +43,7 @@ class OutputConfig(Body):
 
 class Choice(Body):
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: str | None = Field(default=None, description="The tool that must be called.")
     disable_parallel_tool_use: bool | None = None
 
 
