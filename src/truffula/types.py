@@ -128,10 +128,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     replaces the model's; ``reasoning_effort`` becomes the variable of that name, and those that switch reasoning on
     or off. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
-    With a ``suffix`` the completion is the text between ``prompt`` and it. ``add_special_tokens`` None adds what the
-    tokenizer adds (BOS) to a text prompt and nothing to a rendered chat. ``truncate`` n keeps the last n prompt tokens.
-    ``echo`` returns the prompt's text on the first delta of each choice, ``return_prompt_tokens`` its token pieces as
-    well (``params.prompt_logprobs`` implies that).
+    With a ``suffix`` the completion is the text between ``prompt`` and it. With ``clip_max_tokens``,
+    ``params.max_tokens`` may be more than the model's length leaves to the answer. ``add_special_tokens`` None adds
+    what the tokenizer adds (BOS) to a text prompt and nothing to a rendered chat. ``truncate`` n keeps the last n
+    prompt tokens. ``echo`` returns the prompt's text on the first delta of each choice, ``return_prompt_tokens`` its
+    token pieces as well (``params.prompt_logprobs`` implies that).
     ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
     what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
     word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
@@ -148,6 +149,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     parse_output: bool = False
     thinking_budget: int | None = None
     reasoning_effort: str | None = None
+    clip_max_tokens: bool = False
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False

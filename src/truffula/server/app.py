@@ -19,6 +19,7 @@ from truffula.server import (
     admin,
     decisions,
     lorax,
+    messages,
     openai,
     openai_chat,
     openai_models,
@@ -32,6 +33,7 @@ from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
+from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
@@ -53,6 +55,12 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
         "POST", "/v1/completions", openai.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
+    ),
+    RouteSpec(
+        "POST", "/v1/messages", messages.messages, "anthropic", MessagesBody, {"messages": _TALK, "max_tokens": 20}
+    ),
+    RouteSpec(
+        "POST", "/v1/messages/count_tokens", messages.count_tokens, "anthropic", CountTokensBody, {"messages": _TALK}
     ),
     RouteSpec(
         "POST", "/v1/responses", responses.create, "openai", ResponsesBody,

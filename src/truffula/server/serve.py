@@ -45,7 +45,7 @@ from truffula.server.connections import (
     GuardedProtocol,
     most_connections,
 )
-from truffula.server.errors import Unhealthy, render
+from truffula.server.errors import Unhealthy, dialect_of_request, render
 from truffula.server.router_metrics import RouterMetrics
 from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
@@ -202,7 +202,7 @@ class LoadingApp:
             await self._asgi(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
-            await render(error, scope["path"])(scope, receive, send)
+            await render(error, dialect_of_request(scope))(scope, receive, send)
 
     def start(self) -> None:
         """Load and serve in a task of the running loop."""
