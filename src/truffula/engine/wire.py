@@ -1,6 +1,6 @@
 """The frames between the API process and the engine's process. ``frames.py`` encodes them.
 
-    to the engine     Start (Submit | Abort | Adapter)* Stop
+    to the engine     Start (Submit | Abort | Adapter | Control)* Stop
     from the engine   Starting* ModelPath Starting* Ready (Events | Stats | AdapterReply)*
 
 Instead of any of its frames the engine may send ``Died``, its last one, which says why it ends.
@@ -22,9 +22,17 @@ from truffula.config import EngineConfig
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.frames import ENCODER, Channel, Frame
 from truffula.logs import LogSettings
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent
+from truffula.types import (
+    AdapterCommand,
+    AdapterState,
+    EngineAction,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    TokenEvent,
+)
 
-VERSION = 3
+VERSION = 4
 
 
 class Start(Frame, frozen=True):
@@ -66,6 +74,13 @@ class Adapter(Frame, frozen=True):
 
     ticket: int
     command: AdapterCommand
+
+
+class Control(Frame, frozen=True):
+    """Answered by an ``AdapterReply`` of the same ticket, without states, after a ``Stats`` that shows the effect."""
+
+    ticket: int
+    action: EngineAction
 
 
 class Stop(Frame, frozen=True):
@@ -118,7 +133,7 @@ class Died(Frame, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = Start | Submit | Abort | Adapter | Stop
+ToEngine = Start | Submit | Abort | Adapter | Control | Stop
 FromEngine = Starting | ModelPath | Ready | Events | Stats | AdapterReply | Died
 
 

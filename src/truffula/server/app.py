@@ -15,7 +15,7 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, lorax, openai, openai_models, pages, probes, tokens
+from truffula.server import admin, control, lorax, openai, openai_models, pages, probes, tokens
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
@@ -57,10 +57,19 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/info", probes.info, "probes"),
     RouteSpec("GET", "/version", probes.version, "probes"),
     RouteSpec("GET", "/metrics", probes.metrics, "probes"),
+    RouteSpec("GET", "/load", probes.load, "probes"),
+    RouteSpec("GET", "/server_info", probes.server_info, "probes"),
 )  # fmt: skip
 _ADMIN_ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
     RouteSpec("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
+    RouteSpec("DELETE", "/v1/models/{model_id:path}", admin.delete_model, "admin"),
+    RouteSpec("POST", "/load_lora_adapter", admin.sglang_load, "admin", admin.SglangLoadBody),
+    RouteSpec("POST", "/unload_lora_adapter", admin.sglang_unload, "admin", admin.UnloadBody),
+    RouteSpec("POST", "/pause", control.pause, "admin"),
+    RouteSpec("POST", "/resume", control.resume, "admin"),
+    RouteSpec("GET", "/is_paused", control.is_paused, "admin"),
+    RouteSpec("POST", "/reset_prefix_cache", control.reset_prefix_cache, "admin"),
 )
 
 

@@ -46,6 +46,7 @@ from truffula.server.connections import (
     most_connections,
 )
 from truffula.server.errors import Unhealthy, render
+from truffula.server.vllm_metrics import VllmMetrics
 from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
@@ -130,6 +131,9 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             lorax_names=config.lorax_metrics,
             named=config.adapters,
         )
+        if config.vllm_metrics:
+            model = config.served_model_name or service.info.model
+            metrics.registry.register(VllmMetrics(service.known_stats, service.info, model))
         defaults = sampling_defaults(core.generation_config if config.generation_defaults else {})
         asgi = create_app(service, config, directory, metrics, defaults=defaults)
         warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
