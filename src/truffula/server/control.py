@@ -1,5 +1,5 @@
-"""vLLM's routes that pause the engine, for trainers that replace adapters while requests run. They are an administrator's
-(``--adapter-admin``), as they hold the requests of all clients.
+"""vLLM's routes that pause the engine, for trainers that replace adapters while requests run. They are an
+administrator's (``--adapter-admin``), as they hold the requests of all clients.
 """
 
 from __future__ import annotations

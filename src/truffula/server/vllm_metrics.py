@@ -1,5 +1,5 @@
-"""Metrics under vLLM's names (``--vllm-metrics``), by which routers choose a replica: llm-d and the Gateway API inference
-extension read the queue, the KV cache and the adapters, vLLM's production stack the first two.
+"""Metrics under vLLM's names (``--vllm-metrics``), by which routers choose a replica: llm-d and the Gateway API
+inference extension read the queue, the KV cache and the adapters, vLLM's production stack the first two.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def max_loras(stats: EngineStats | None, info: EngineInfo) -> int:
 
 
 def kv_usage(stats: EngineStats) -> float:
-    """The part of the KV cache that running requests use, 0 to 1: of its blocks, or of the bytes that adapters leave."""
+    """The part of the KV cache that running requests use, 0 to 1: of its blocks or of the bytes that adapters leave."""
     of_blocks = stats.used_blocks / max(1, stats.num_blocks)
     of_bytes = stats.kv_used_bytes / max(1, stats.budget_bytes - stats.adapter_bytes)
     return min(1.0, max(of_blocks, of_bytes))
