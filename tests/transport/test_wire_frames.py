@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -18,7 +19,15 @@ from truffula.engine import wire
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, WireError
 from truffula.frames import MAX_FRAME_BYTES, Disconnected, Frame, FrameReader, encode
 from truffula.params import EngineParams, SamplingParams
-from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent
+from truffula.types import (
+    AdapterCommand,
+    AdapterRef,
+    AdapterState,
+    EngineAction,
+    EngineRequest,
+    EngineStats,
+    TokenEvent,
+)
 
 
 def engine_reader() -> FrameReader:
@@ -64,6 +73,7 @@ downward = st.one_of(
     st.builds(wire.Abort, st.lists(names, max_size=3)),
     st.builds(wire.Adapter, st.integers(0, 2**40), st.builds(AdapterCommand, action=st.just("load"), ref=refs)),
     st.just(wire.Start(EngineConfig(model="m", cache_dir=Path("/c"), memory_bytes=2**33))),
+    st.builds(wire.Control, st.integers(0, 2**40), st.sampled_from(get_args(EngineAction))),
     st.just(wire.Stop()),
 )
 upward = st.one_of(
