@@ -29,7 +29,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     reading the files (sizes and mtimes, or a revision): when it changes, the pool loads it again. Identity in the
     engine is the content hash found on loading (the generation), never the name. ``root``: a parent folder of
     ``locator``; no link may lead outside of it when the files are opened. "" when the operator configured the adapter's
-    folder itself.
+    folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
     """
 
     name: str
@@ -38,6 +38,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     fingerprint: str = ""
     root: str = ""
+    untrained: bool = False
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
@@ -88,6 +89,7 @@ async def _load(state: ServerState, body: LoadBody, *, pinned: bool = False) -> 
     if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
     ref = await state.service.look_up(_find, state.directory, name, body.lora_path)
+    ref = replace(ref, untrained=True)  # a trainer loads the first version of its policy before the first step
     await state.service.adapters(AdapterCommand(action="load", ref=ref, pinned=pinned))
     state.directory.add(ref)
 
