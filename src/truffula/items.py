@@ -67,13 +67,15 @@ class Message(msgspec.Struct, frozen=True, kw_only=True):
 class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """A function that the model may call. ``parameters`` is a JSON Schema; None: it takes no arguments.
 
-    ``strict``: the arguments of a call are constrained to ``parameters``.
+    ``strict``: the arguments of a call are constrained to ``parameters``. ``extra`` holds keys that only the chat
+    template may know (JSON types).
     """
 
     name: str
     description: str = ""
     parameters: dict[str, Any] | None = None
     strict: bool = False
+    extra: dict[str, Any] = {}
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates expect it, which is OpenAI's form."""
@@ -81,7 +83,7 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
         if self.description:
             function["description"] = self.description
         function["parameters"] = self.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": function}
+        return {"type": "function", "function": {**function, **self.extra}}
 
 
 class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):

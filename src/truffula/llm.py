@@ -14,9 +14,11 @@ import msgspec
 from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
+from truffula.items import Message, Tool
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
+from truffula.service.openai_items import messages_from_openai, tools_from_openai
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -24,7 +26,7 @@ from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineInfo,
 
 Prompt = str | Sequence[int]
 Adapter = str | Path | AdapterRef | None
-Messages = Sequence[Mapping[str, Any]]
+Messages = Sequence[Mapping[str, Any] | Message]
 
 __all__ = ["LLM", "Adapters", "ChoiceOutput", "RequestOutput"]
 
@@ -178,7 +180,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapters: Adapter | Sequence[Adapter] = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, Any] | Tool] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -194,7 +196,7 @@ class LLM:
         """
         listed = _listed(messages, "messages")
         talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
-        shared = {
+        shared: dict[str, Any] = {
             "tools": tools,
             "template_kwargs": template_kwargs or {},
             "chat_template": chat_template,
@@ -280,7 +282,9 @@ class LLM:
         refs = [self.adapters.resolve(adapter) for adapter in every_adapter]
         try:
             return [
-                msgspec.convert({**one, "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest)
+                msgspec.convert(
+                    {**_as_items(one), "params": p, "adapter": ref, "return_prompt_tokens": True}, GenerateRequest
+                )
                 for one, p, ref in zip(given, every_params, refs, strict=True)
             ]
         except msgspec.ValidationError as error:
@@ -315,8 +319,18 @@ def _given(prompt: Prompt | Messages) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt}
     listed = _listed(prompt, "prompt")
-    chat = listed and all(isinstance(item, Mapping) for item in listed)
+    chat = listed and all(isinstance(item, Mapping | Message) for item in listed)
     return {"messages": listed} if chat else {"prompt": _ids(listed, 0)}
+
+
+def _as_items(request: dict[str, Any]) -> dict[str, Any]:
+    """``request`` with the messages and tools of OpenAI's form as items; those that are items stay as they are."""
+    found = dict(request)
+    if request.get("messages") is not None:
+        found["messages"] = messages_from_openai(request["messages"])
+    if request.get("tools") is not None:
+        found["tools"] = tools_from_openai(request["tools"])
+    return found
 
 
 def _listed(value: Any, name: str) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from truffula.errors import ErrorInfo, InvalidRequest
-from truffula.items import Constraint, Grammar, Item, Part, Text, ToolChoice
+from truffula.items import Constraint, Grammar, Item, Message, Part, Text, Tool, ToolChoice
 from truffula.params import EngineParams, SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -111,8 +111,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One request in text, made by every API dialect, the command line and ``LLM``.
 
-    Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (OpenAI's form; the model's chat
-    template makes the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
+    Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (the model's chat template makes
+    the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
     replaces the model's. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
     ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
@@ -124,8 +124,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     prompt: str | list[int] | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None
+    tools: list[Tool] | None = None
     documents: list[dict[str, Any]] | None = None
     template_kwargs: dict[str, Any] = {}
     tool_choice: ToolChoice = ToolChoice()
@@ -200,12 +200,13 @@ class PromptPart:
 
 class ChoiceTotals(msgspec.Struct, frozen=True, kw_only=True):
     """The counts of one finished choice. ``completion_tokens`` includes EOS and the tokens of a stop string; ``seed``
-    None: not used, because sampling was greedy.
+    None: not used, because sampling was greedy. ``reasoning_tokens`` of the completion were parsed as reasoning.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
     seed: int | None = None
     mean_logprob: float | None = None
     times: RequestTimes | None = None
@@ -271,6 +272,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):

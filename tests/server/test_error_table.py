@@ -94,8 +94,6 @@ def test_validation_errors_name_the_field_and_not_the_input():
         (CompletionBody, {"prompt": "a", "stop": ["a", 3]}, "stop"),
         (CompletionBody, {"prompt": [[1, True]]}, "prompt"),
         (CompletionBody, {}, "prompt"),
-        (ChatBody, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
-        (ChatBody, {"messages": [{"role": "robot", "content": "x" * 500}]}, "messages[0].role"),
         (ChatBody, {"messages": "x" * 10_000}, "messages"),
         (ChatBody, {"messages": [5]}, "messages[0]"),
     ]
@@ -106,4 +104,3 @@ def test_validation_errors_name_the_field_and_not_the_input():
         assert error.param is not None
         assert error.param.startswith(param)
         assert len(error.message) < 400
-        assert "ChatMessage" not in error.message, "clients know no class"

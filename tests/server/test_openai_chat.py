@@ -182,9 +182,9 @@ def test_an_unknown_model_is_never_the_base(live, name, stream):
                     {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}
                 ]
             },
-            "messages[0].content",
+            "messages[0].content[0]",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": TALK, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": TALK, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": TALK, "logprobs": 5}, "logprobs"),

@@ -16,6 +16,7 @@ from template_bombs import BOMBS
 
 from processes import descendants
 from truffula.errors import Overloaded
+from truffula.service.openai_items import messages_from_openai
 from truffula.service.workers import MAX_WAITING_PER_CLIENT, WorkerPool
 from truffula.text.chat_template import ChatTemplates
 from truffula.types import GenerateRequest
@@ -124,7 +125,9 @@ def test_a_template_that_is_not_plain_is_rendered_as_by_the_library(tmp_path):
     with serving(with_template(tmp_path / "model", NOT_PLAIN)) as live:
         core = live.service.texts.core
         assert not core.templates.is_plain(NOT_PLAIN)
-        expected = ChatTemplates({"default": NOT_PLAIN}, {}).render(GenerateRequest(messages=TALK))
+        expected = ChatTemplates({"default": NOT_PLAIN}, {}).render(
+            GenerateRequest(messages=messages_from_openai(TALK))
+        )
         answer = ok(live.post("/chat_tokenize", {"messages": TALK}))
         assert answer["templated_text"] == expected
         body = {"messages": TALK, "max_tokens": 2, "return_token_ids": True}

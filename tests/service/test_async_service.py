@@ -25,6 +25,7 @@ from truffula.errors import (
     ShuttingDown,
     TruffulaError,
 )
+from truffula.items import Message, Text, Tool, ToolCall
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service import AsyncService, Service, ServiceLimits, collect
@@ -259,14 +260,14 @@ def test_when_events_break_off_every_request_ends(folders: dict[str, Path]) -> N
 
 def test_text_of_unknown_size_is_not_worked_on_in_the_loop(folders: dict[str, Path]) -> None:
     """Seen by the threads that a template or tokenizer ran in."""
-    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    chat = [{"role": "user", "content": "hi"}]
+    call = Message(role="assistant", items=[ToolCall("c", "f", "{}")])
+    chat = [Message(role="user", items=[Text("hi")])]
     cases: list[dict[str, Any]] = [
         {"messages": chat, "documents": [{"text": "d"}]},
         {"messages": chat, "template_kwargs": {"notes": "n"}},
-        {"messages": chat, "tools": [{"type": "function"}]},
+        {"messages": chat, "tools": [Tool(name="f")]},
         {"messages": [*chat, call]},
-        {"messages": [{"role": "user", "content": "hi", "name": "n" * 5000}]},
+        {"messages": [Message(role="user", items=[Text("hi")], extra={"note": "n" * 5000})]},
     ]
 
     async def test(service: AsyncService) -> None:
@@ -378,7 +379,9 @@ def test_long_texts_are_worked_on_beside_the_loop(folders: dict[str, Path]) -> N
         stream = await service.open(GenerateRequest(prompt=text, truncate=50, params=GREEDY))
         assert stream.state.prompt_tokens == 50
         await stream.aclose()
-        rendered = await service.texts.prompt(GenerateRequest(messages=[{"role": "user", "content": "hi"}], echo=True))
+        rendered = await service.texts.prompt(
+            GenerateRequest(messages=[Message(role="user", items=[Text("hi")])], echo=True)
+        )
         assert rendered.text == "<|role|>user\nhi<|role|>assistant\n"
         assert rendered.ids == byte_level().encode(rendered.text)
         assert service.core.has_chat_template

@@ -11,6 +11,7 @@ from tiny_tokenizers import byte_level, byte_level_json
 
 from truffula import LLM, SamplingParams
 from truffula.errors import InvalidRequest, NoTokenizer
+from truffula.items import Message, Text, Tool
 from truffula.service import Service
 from truffula.service.files import LoadedTexts
 from truffula.text.tokenizer import Tokenizer, load_tokenizer
@@ -18,7 +19,7 @@ from truffula.types import EndToken, GenerateRequest, TokenEvent
 
 BEGIN, END, ROLE = 0, 1, 2
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|role|>\n{% endfor %}"
-QUESTION = [{"role": "user", "content": "x"}]
+QUESTION = [Message(role="user", items=[Text("x")])]
 
 
 def named(config: bytes) -> Tokenizer:
@@ -60,7 +61,7 @@ def test_the_turn_end_of_the_template_counts_in_chats_alone() -> None:
     assert ends(prompt="x") == ()
     assert ends(messages=QUESTION) == (ROLE,)
     assert ends(messages=QUESTION, chat_template="default") == (ROLE,)
-    assert ends(messages=QUESTION, tools=[{"type": "function", "function": {"name": "f"}}]) == ()
+    assert ends(messages=QUESTION, tools=[Tool(name="f")]) == ()
     assert ends(messages=QUESTION, chat_template="{{ messages[0].content }}") == ()
     assert ends(messages=QUESTION, params=SamplingParams(ignore_eos=True)) == ()
 

@@ -12,6 +12,7 @@ from served import TEMPLATE, VOCAB, texts_with, tiny_info
 from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, word_piece
 
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong, TemplateError, TruffulaError
+from truffula.items import Message, Text
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service import Service, ServiceLimits, collect
@@ -27,7 +28,7 @@ def ids_of(core: Service, **request: Any) -> list[int]:
     return core.open(GenerateRequest(**request)).engine_requests[0].prompt_ids
 
 
-CHAT = [{"role": "user", "content": "a"}]
+CHAT = [Message(role="user", items=[Text("a")])]
 REFUSED = [
     ({}, InvalidRequest, "prompt"),
     ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, InvalidRequest, "prompt"),
@@ -101,7 +102,7 @@ def test_special_tokens_are_added_to_text_and_not_to_a_chat() -> None:
         templates={"default": "<s>the {{ messages[0].content }}"},
     )
     the = sentence_piece().encode("the or", add_special_tokens=False)
-    chat = [{"role": "user", "content": "or"}]
+    chat = [Message(role="user", items=[Text("or")])]
     assert ids_of(core, prompt="the or") == [1, *the]
     assert ids_of(core, prompt="the or", add_special_tokens=False) == the
     assert ids_of(core, messages=chat).count(1) == 1
@@ -113,7 +114,7 @@ def test_a_model_without_tokenizer_serves_ids_and_says_so_for_text() -> None:
     assert ids_of(core, prompt=[5, 6]) == [5, 6]
     for fields in (
         {"prompt": "a"},
-        {"messages": [{"role": "user", "content": "a"}]},
+        {"messages": [Message(role="user", items=[Text("a")])]},
         {"prompt": [5], "params": SamplingParams(stop=("x",))},
     ):
         with pytest.raises(NoTokenizer):
@@ -122,7 +123,7 @@ def test_a_model_without_tokenizer_serves_ids_and_says_so_for_text() -> None:
 
 def test_messages_without_a_template_are_a_template_error() -> None:
     with pytest.raises(TemplateError, match="no chat template"):
-        service().open(GenerateRequest(messages=[{"role": "user", "content": "a"}]))
+        service().open(GenerateRequest(messages=[Message(role="user", items=[Text("a")])]))
 
 
 def test_an_absent_seed_is_drawn_and_told_and_a_given_one_kept() -> None:

@@ -124,34 +124,14 @@ def test_what_a_dialect_may_send_becomes_what_a_template_expects() -> None:
     assert templates("{{ 'x' if 'tool_calls' in messages[0] else 'y' }}").render(chat(messages[2:])) == "y"
 
 
-@pytest.mark.parametrize(
-    ("messages", "param"),
-    [
-        ([], "messages"),
-        ("hello", "messages"),
-        (["hello"], "messages[0]"),
-        ([{"content": "x"}], "messages[0].role"),
-        ([{"role": "user", "content": 3}], "messages[0].content"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x/y.png"}}]}], "messages[0].content[0]"),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}, "b"]}], "messages[0].content[1]"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}], "messages[0].tool_calls[0].function.arguments"),
-        ([{"role": "assistant", "tool_calls": ["f"]}], "messages[0].tool_calls[0]"),
-        ([{"role": "user", "content": "x", "who": object()}], "messages[0]"),
-    ],
-)  # fmt: skip
-def test_messages_that_are_no_conversation_in_text_are_refused_by_place(messages: Any, param: str) -> None:
-    with pytest.raises(InvalidRequest) as caught:
-        templates(CHATML).render(chat(messages))
-    assert caught.value.param == param
-    assert caught.value.code == "invalid_request"
-
-
 def test_the_template_is_chosen_by_name_and_use() -> None:
     both = ChatTemplates({"default": "plain", "tool_use": "tools", "rag": "rag"}, {})
     user = [{"role": "user", "content": "x"}]
     assert both.render(chat(user)) == "plain"
-    assert both.render(chat(user, tools=[{"type": "function"}])) == "tools"
-    assert both.render(chat(user, tools=[{"type": "function"}], template="default")) == "plain"
+    assert both.render(chat(user, tools=[{"type": "function", "function": {"name": "f"}}])) == "tools"
+    assert (
+        both.render(chat(user, tools=[{"type": "function", "function": {"name": "f"}}], template="default")) == "plain"
+    )
     assert both.render(chat(user, template="rag")) == "rag"
     assert both.render(chat(user, template="{{ messages[0].content }}{{ enable }}", variables={"enable": 1})) == "x1"
     with pytest.raises(TemplateError, match="name one of a, b"):

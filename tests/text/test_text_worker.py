@@ -15,12 +15,13 @@ from served import tiny_info
 from template_bombs import BOMBS
 
 from truffula.errors import InvalidRequest, Overloaded, ShuttingDown, TemplateError, TruffulaError
+from truffula.items import Message, Text
 from truffula.service.prompts import render_job, unpack_rendered
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.process import Setup, TextWorker, WorkerStopped
 from truffula.types import GenerateRequest
 
-CHAT = GenerateRequest(messages=[{"role": "user", "content": "hi"}])
+CHAT = GenerateRequest(messages=[Message(role="user", items=[Text("hi")])])
 PLAIN = "{% for m in messages %}{{ m.content }}!{% endfor %}"
 
 
@@ -80,7 +81,7 @@ def test_errors_of_a_call_are_raised_and_the_process_stays(worker: TextWorker) -
     with pytest.raises(TruffulaError, match="No module named"):  # the worker does not see this test's folder
         worker.call(of_this_file, None, 1.0)
     with pytest.raises(InvalidRequest, match="messages"):
-        worker.call(render_job, GenerateRequest(messages=[3], chat_template=PLAIN), 1.0)
+        worker.call(render_job, GenerateRequest(messages=[], chat_template=PLAIN), 1.0)
     assert worker.pid == pid
     worker.close()
     assert worker.pid is None

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from truffula.errors import InvalidRequest
+from truffula.items import Message, Text
 from truffula.params import MAX_SEED, SamplingParams
 from truffula.server.body import Address, Body, GeneratingBody, Ids, Strings
 from truffula.server.foreign_fields import RouteFields, adapters_named
@@ -160,7 +161,7 @@ class GenerateBody(GeneratingBody):
     def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
         params = self.params
         params.check(stream=streams, limits=limits)
-        chat = [{"role": "user", "content": self.inputs}] if params.apply_chat_template else None
+        chat = [Message(role="user", items=[Text(self.inputs)])] if params.apply_chat_template else None
         made = GenerateRequest(
             prompt=self.inputs if chat is None else None,
             messages=chat,

@@ -6,15 +6,17 @@ Null means absent everywhere. Fields of other APIs: ``foreign_fields.py``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
 from truffula.server.body import Address, Body, FirstError, GeneratingBody, Ids, Objects, Strings
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
+from truffula.server.openai_schemas import MESSAGES_SCHEMA
+from truffula.service.openai_items import messages_from_openai
 from truffula.types import GenerateRequest
 
 MIN_INT64 = -(2**63)
@@ -246,38 +248,8 @@ class CompletionBody(OpenAIBody):
             raise InvalidRequest("max_tokens is 0, which is allowed only with echo: true.", param="max_tokens")
 
 
-class ChatMessage(Body):
-    """One message of a conversation. Unknown keys go to the template (``reasoning_content`` and the like)."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Objects | None = None
-    name: str | None = None
-    tool_calls: Objects | None = None
-    tool_call_id: str | None = None
-
-    @field_validator("content")
-    @classmethod
-    def _text_parts_only(cls, value: Any) -> Any:
-        for part in value if isinstance(value, list) else ():
-            kind = part.get("type", "text")
-            if kind not in ("text", "input_text", "output_text", "refusal"):
-                raise ValueError(f"this model accepts text only, not parts of type {str(kind)[:40]!r}")
-            if not isinstance(part.get("refusal" if kind == "refusal" else "text"), str):
-                raise ValueError(f"a part of type {kind!r} needs a string in {kind.removeprefix('input_')!r}")
-        return value
-
-    def for_template(self) -> dict[str, Any]:
-        """As the template takes it, which joins parts: null content where tools were called, absent keys left out."""
-        out: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.content is None and not self.tool_calls:
-            out["content"] = ""
-        for name in ("name", "tool_calls", "tool_call_id"):
-            if (value := getattr(self, name)) is not None:
-                out[name] = value
-        return {**(self.model_extra or {}), **out}
-
-
-Messages = Annotated[list[ChatMessage], FirstError()]
+# ``messages_from_openai`` reads them: it knows the place of an error inside a message.
+Messages = Annotated[Objects, WithJsonSchema(MESSAGES_SCHEMA)]
 
 
 class ChatBody(OpenAIBody):
@@ -295,8 +267,6 @@ class ChatBody(OpenAIBody):
 
     def check(self) -> None:
         super().check()
-        if not self.messages:
-            raise InvalidRequest("messages is an empty list.", param="messages")
         if self.top_logprobs is not None and not self.logprobs and self.top_logprobs != 0:
             raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= 20:
@@ -323,7 +293,7 @@ class ChatBody(OpenAIBody):
             kwargs.setdefault("reasoning_effort", self.reasoning_effort)
         last = bool(self.continue_final_message)
         made = GenerateRequest(
-            messages=[message.for_template() for message in self.messages],
+            messages=messages_from_openai(self.messages),
             template_kwargs=kwargs,
             documents=self.documents,
             continue_final_message=last,

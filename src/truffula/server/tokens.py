@@ -19,9 +19,9 @@ from truffula.server.auth import client_of
 from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
-from truffula.server.openai_bodies import ChatMessage
 from truffula.server.replies import Reply, split
 from truffula.server.state import state_of
+from truffula.service.openai_items import messages_from_openai
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import MAX_TRUNCATED_CHARS, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
@@ -76,7 +76,7 @@ async def _answer(request: Request, kind: Kind) -> Response:
     if not large:
         value = decode_object(raw)
         chat = isinstance(value.get("messages"), list)
-        large = chat and not core.is_plain(GenerateRequest(messages=value["messages"]))
+        large = chat and not core.is_plain(GenerateRequest(messages=[]))
     if large:
         packed, *parts = await texts.in_worker(reply_job, BodyJob(kind, raw, state.limits), client_of(request))
         head = msgspec.msgpack.decode(packed, type=_Head)
@@ -117,7 +117,7 @@ def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
         ids = _rendered(
             texts,
             GenerateRequest(
-                messages=_messages(body.messages),
+                messages=messages_from_openai(body.messages),
                 template_kwargs=dict(body.chat_template_kwargs or {}),
                 continue_final_message=bool(body.continue_final_message),
                 add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
@@ -140,7 +140,7 @@ def _detokenize(body: DetokenizeBody, texts: Texts, limits: RequestLimits) -> An
 
 
 def _chat_tokenize(body: ChatTokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
-    text, _ = _rendered(texts, GenerateRequest(messages=_messages(body.messages)))
+    text, _ = _rendered(texts, GenerateRequest(messages=messages_from_openai(body.messages)))
     return {"tokenize_response": _native_tokens(texts, text, special=False), "templated_text": text}
 
 
@@ -185,9 +185,3 @@ def _rendered(texts: Texts, request: GenerateRequest) -> tuple[str, list[int]]:
     texts.needed()
     made = make_prompt(msgspec.structs.replace(request, echo=True), texts.tokenizer, texts.templates, texts.info)
     return made.text or "", made.ids
-
-
-def _messages(values: list[ChatMessage]) -> list[dict[str, Any]]:
-    if not values:
-        raise InvalidRequest("messages is an empty list.", param="messages")
-    return [value.for_template() for value in values]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -29,6 +29,18 @@ from truffula.types import (
 )
 
 
+class OutputParser(Protocol):
+    """Reads the text of one answer, with special tokens, in any pieces."""
+
+    def feed(self, text: str) -> list[Part]:
+        """The parts that are known to be complete up to here."""
+        ...
+
+    def finish(self) -> list[Part]:
+        """What was held back."""
+        ...
+
+
 class ChoiceState:
     """Turns the events of one ``EngineRequest`` into deltas.
 
@@ -39,10 +51,14 @@ class ChoiceState:
     Stop strings are looked for in the text with special tokens, as LoRAX and TGI do, whether or not special tokens are
     shown. A token that ends the completion by its id is not part of that text: the id is the reason.
 
+    With a parser the parts of a delta are the parser's. It reads the same text up to the stop string, and may hold back
+    more than the tokens that a delta brings.
+
     Args:
         request: As submitted.
         params: As asked for (with ``stop``; ``logprobs`` None where the engine is only asked for them to rank).
         echoed: The prompt, when the client asked for it.
+        parser: Of tool calls and reasoning; None: the text is the only part.
     """
 
     def __init__(
@@ -53,6 +69,7 @@ class ChoiceState:
         eos_ids: frozenset[int],
         echoed: Prompt | None = None,
         clock: Callable[[], float] = time.monotonic,
+        parser: OutputParser | None = None,
     ) -> None:
         self._request = request
         self._params = params
@@ -64,11 +81,15 @@ class ChoiceState:
         self._skipped = tokenizer.special_ids if tokenizer is not None and params.skip_special_tokens else frozenset()
         self._special = tokenizer.special_ids if tokenizer is not None else frozenset()
         self._stops = StopMatcher(params.stop) if params.stop else None
-        # Decodes the text that stop strings are looked for in, where it is not the text shown.
-        self._full = tokenizer.detokenizer() if tokenizer is not None and self._stops and self._skipped else None
+        self._parser = parser
+        self._unparsed = 0  # released tokens of which the parser has returned nothing yet
+        self._reasoning_tokens = 0
+        # Decodes the text that stop strings are looked for in and that is parsed, where it is not the text shown.
+        reads_full = tokenizer is not None and self._skipped and (self._stops or parser)
+        self._full = tokenizer.detokenizer() if tokenizer is not None and reads_full else None
         self._unmatched = 0  # characters before min_tokens, which the matcher has not seen
         self._held: list[TokenPiece] = []
-        self._widths: list[int] = []  # per held piece: its characters in the text that stop strings are looked for in
+        self._fulls: list[str] = []  # per held piece: its part of the text that stop strings are looked for in
         self._held_start = 0  # where the held pieces begin in that text
         self._unfinished = 0  # trailing tokens that hold the beginning of a character
         self._count = 0
@@ -99,10 +120,10 @@ class ChoiceState:
                 return self._end("stop", prompt, stop_reason=match.stop)
         if event.finish_reason is not None:
             return self._finish(event, prompt)
-        released = self._release()
+        released, parts = self._release()
         if not released and prompt is None:
             return None
-        return TextDelta(choice=self._request.choice, parts=_parts(released), tokens=released, prompt=prompt)
+        return TextDelta(choice=self._request.choice, parts=parts, tokens=released, prompt=prompt)
 
     def _prompt(self, event: TokenEvent) -> PromptPart | None:
         if self._echoed is None or event.finish_reason in ("error", "abort"):
@@ -127,15 +148,15 @@ class ChoiceState:
         hidden = token_id in self._skipped or (ended and not self._params.include_stop)
         text = self._text(token_id, hidden)
         full = ""
-        if self._stops is not None and not ended:
+        if not ended or (self._parser is not None and not hidden):
             full = text if self._full is None else self._full.push(token_id)
         pending = self._detokenizer is not None and self._detokenizer.pending
         pending = pending or (self._full is not None and self._full.pending)
         self._unfinished = self._unfinished + 1 if pending else 0
         special, raw = token_id in self._special, self._raw(token_id, text)
         self._held.append(TokenPiece(token_id, text, logprob, special, not hidden, list(top), raw))
-        self._widths.append(len(full))
-        return self._match(full)
+        self._fulls.append(full)
+        return None if ended else self._match(full)
 
     def _text(self, token_id: int, hidden: bool) -> str:
         """What a shown token adds to the text; the own text of a hidden one."""
@@ -156,22 +177,36 @@ class ChoiceState:
             return None
         return self._stops.feed(text)
 
-    def _release(self, everything: bool = False) -> list[TokenPiece]:
-        """Take from the held pieces those that are safe to show."""
+    def _release(self, everything: bool = False) -> tuple[list[TokenPiece], list[Part]]:
+        """Take from the held pieces those that are safe to show, and the parts that they make."""
         held = self._held
         holding = 0 if self._stops is None or self._params.include_stop else self._stops.holding
         keep = 0 if everything else self._unfinished
         if everything or not (holding or keep):
             keep = 0
         else:
-            chars = sum(self._widths[len(held) - keep :])
+            chars = sum(map(len, self._fulls[len(held) - keep :]))
             while chars < holding:
                 keep += 1
-                chars += self._widths[-keep]
+                chars += len(self._fulls[-keep])
         cut = len(held) - keep
-        self._held, self._held_start = held[cut:], self._held_start + sum(self._widths[:cut])
-        del self._widths[:cut]
-        return held[:cut]
+        released, fulls = held[:cut], self._fulls[:cut]
+        self._held, self._held_start = held[cut:], self._held_start + sum(map(len, fulls))
+        del self._fulls[:cut]
+        return released, self._parsed(fulls, everything) if self._parser is not None else _parts(released)
+
+    def _parsed(self, texts: Sequence[str], everything: bool) -> list[Part]:
+        """The parser's parts of the next tokens. A token counts as reasoning if the next part after it is reasoning."""
+        assert self._parser is not None
+        steps = [(1, self._parser.feed(text)) for text in texts]
+        if everything:
+            steps.append((0, self._parser.finish()))
+        for tokens, parts in steps:
+            self._unparsed += tokens
+            if parts:
+                self._reasoning_tokens += self._unparsed if isinstance(parts[0], Reasoning) else 0
+                self._unparsed = 0
+        return merged_parts(part for _, parts in steps for part in parts)
 
     def _finish(self, event: TokenEvent, prompt: PromptPart | None) -> TextDelta:
         """The engine's own end: text that was held back is text after all."""
@@ -182,7 +217,7 @@ class ChoiceState:
             piece = self._held[at]
             text = piece.text + rest
             self._held[at] = msgspec.structs.replace(piece, text=text, raw=self._raw(piece.id, text))
-            self._widths[at] += len(full)
+            self._fulls[at] += full
             match = self._match(full)
             if match is not None:
                 self._cut(match)
@@ -203,10 +238,10 @@ class ChoiceState:
         error: ErrorInfo | None = None,
     ) -> TextDelta:
         self.finished = True
-        released = self._release(everything=True)
+        released, parts = self._release(everything=True)
         return TextDelta(
             choice=self._request.choice,
-            parts=_parts(released),
+            parts=parts,
             tokens=released,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -225,6 +260,7 @@ class ChoiceState:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._count,
             cached_tokens=self._cached,
+            reasoning_tokens=self._reasoning_tokens,
             seed=None if self._params.greedy else self._request.params.seed,
             mean_logprob=self._logprob_sum / self._logprob_count if self._logprob_count else None,
             times=times,
@@ -234,8 +270,9 @@ class ChoiceState:
         """End the held text where the stop string ends (``include_stop``) or begins; later pieces are not shown."""
         limit = self._unmatched + (match.end if self._params.include_stop else match.start)
         end = self._held_start
-        for index, (piece, width) in enumerate(zip(self._held, self._widths, strict=True)):
-            begin, end = end, end + width
+        for index, (piece, full) in enumerate(zip(self._held, self._fulls, strict=True)):
+            begin, end = end, end + len(full)
+            self._fulls[index] = full[: max(0, limit - begin)]
             # Of a character that is cut off, the tokens before its last one have no text, and are cut off with it.
             if not piece.shown or (end <= limit and (piece.text or begin < limit)):
                 continue
@@ -255,10 +292,10 @@ def _parts(pieces: Sequence[TokenPiece]) -> list[Part]:
     return [Text(text)] if text else []
 
 
-def _merged_parts(deltas: Sequence[TextDelta]) -> list[Part]:
-    """The parts of all deltas, those that continue the one before joined with it."""
+def merged_parts(parts: Iterable[Part]) -> list[Part]:
+    """``parts``, those that continue the one before joined with it."""
     found: list[Part] = []
-    for part in (part for delta in deltas for part in delta.parts):
+    for part in parts:
         last = found[-1] if found else None
         if isinstance(part, Text) and isinstance(last, Text):
             found[-1] = Text(last.text + part.text)
@@ -292,7 +329,7 @@ def merged(deltas: Sequence[TextDelta], choice: int) -> TextDelta:
     return msgspec.structs.replace(
         last,
         choice=choice,
-        parts=_merged_parts(deltas),
+        parts=merged_parts(part for delta in deltas for part in delta.parts),
         tokens=[piece for delta in deltas for piece in delta.tokens],
         prompt=next((delta.prompt for delta in deltas if delta.prompt is not None), None),
     )
@@ -328,6 +365,7 @@ def collect(deltas: Iterable[TextDelta]) -> Completion:
         prompt_tokens=max((choice.totals.prompt_tokens for choice in choices), default=0),
         completion_tokens=sum(choice.totals.completion_tokens for choice in choices),
         cached_tokens=max((choice.totals.cached_tokens for choice in choices), default=0),
+        reasoning_tokens=sum(choice.totals.reasoning_tokens for choice in choices),
     )
 
 

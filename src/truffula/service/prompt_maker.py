@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from truffula.errors import InvalidRequest
+from truffula.items import Message, ToolCall
 from truffula.service.core import Service
 from truffula.service.prompts import Prompt, prompt_job, render_job, unpack_prompt, unpack_rendered
 from truffula.service.workers import TEMPLATE_SECONDS, TextWorkers, template_stopped
@@ -92,14 +93,11 @@ def chars_of(request: GenerateRequest) -> int:
     if request.messages is not None:
         if request.chat_template or request.tools or request.documents or request.template_kwargs:
             return INLINE_CHARS + 1
-        return sum(map(_chars_of_message, request.messages)) if isinstance(request.messages, list) else 0
+        return sum(map(_chars_of_message, request.messages))
     return len(request.prompt or "")
 
 
-def _chars_of_message(message: Any) -> int:
-    if not isinstance(message, Mapping):
-        return 64
-    values = [value for value in message.values() if value is not None]
-    if not all(isinstance(value, str) for value in values):  # parts, tool calls
+def _chars_of_message(message: Message) -> int:
+    if message.extra or any(isinstance(item, ToolCall) for item in message.items):
         return INLINE_CHARS + 1
-    return 64 + sum(map(len, values))
+    return 64 + sum(len(item.text) for item in message.items if not isinstance(item, ToolCall))

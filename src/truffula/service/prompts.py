@@ -18,6 +18,7 @@ from truffula.types import EngineInfo, GenerateRequest, PromptPart, TokenPiece, 
 
 # Text that is cut by ``truncate`` may be longer than any prompt that fits, up to this.
 MAX_TRUNCATED_CHARS = 2**21
+TAIL_CHARS = 200
 # Normalisers may shorten a text a little (composition, blanks), so the bound by the longest token is taken with room to
 # spare.
 SLACK = 4
@@ -26,12 +27,14 @@ SLACK = 4
 @dataclass(frozen=True)
 class Prompt:
     """``ids`` go to the engine. ``pieces`` are made only when the client asked for the prompt. ``ignored`` names what
-    the chat template did not use.
+    the chat template did not use. ``tail`` is the end of a prompt that is text: it says whether the answer begins in
+    the middle of something, as reasoning that the chat template opened.
     """
 
     ids: list[int]
     pieces: list[TokenPiece] | None = None
     ignored: tuple[str, ...] = ()
+    tail: str = ""
 
     @cached_property
     def text(self) -> str:
@@ -135,7 +138,7 @@ def make_prompt(
         if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
             raise InvalidRequest(f"truncate is {keep!r}; it must be at least 1.", param="truncate")
         ids, pieces = ids[-keep:], None if pieces is None else pieces[-keep:]
-    return Prompt(ids, (pieces or []) if wants_pieces else None, ignored)
+    return Prompt(ids, (pieces or []) if wants_pieces else None, ignored, (text or "")[-TAIL_CHARS:])
 
 
 def render_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:

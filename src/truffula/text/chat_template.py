@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import jinja2
 from jinja2 import meta
 
 from truffula.errors import ConfigError, InvalidRequest, TemplateError
+from truffula.items import Message, Reasoning, ToolCall, ToolResult
 from truffula.text.plain_template import MAX_SOURCE_CHARS, is_plain
 from truffula.text.sandbox import template_environment
 from truffula.text.template_probe import Kind, Place, is_written_once_more, missing_from, put_words
@@ -22,8 +23,6 @@ MAX_SOURCE = 400_000
 MAX_CHARS = 4_000_000
 MAX_DEPTH = 64
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-REASONING = ("reasoning_content", "thinking", "reasoning")
 # Put behind the message that is to be continued, to find its end in what the template makes of it. Not a word of any
 # template.
 MARK = "\ue000TRUFFULA CONTINUES HERE\ue000 "
@@ -121,8 +120,8 @@ class ChatTemplates:
     def render(self, request: GenerateRequest) -> str:
         """The text of the request's messages. ``continue_final_message`` leaves the last one open.
 
-        Raises ``InvalidRequest`` for messages that aren't a conversation in text, ``TemplateError`` when the template
-        refuses them, is wrong, or takes more than its limits.
+        Raises ``InvalidRequest`` for no messages and for variables that are not JSON, ``TemplateError`` when the
+        template refuses them, is wrong, or takes more than its limits.
         """
         source = self.choose(request)
         context = self._context(source, request)
@@ -166,17 +165,17 @@ class ChatTemplates:
         return LeftOut(tuple(place for kind in kinds for place in missing(kind)), unread)
 
     def _context(self, source: str, request: GenerateRequest) -> dict[str, Any]:
-        """What the template is given, made of copies. Raises ``InvalidRequest`` for what is no conversation in text."""
+        """What the template is given, made of copies. Raises as ``render``."""
         for name in request.template_kwargs:
             if name in RESERVED:
                 raise InvalidRequest(
                     f"template_kwargs may not set {name}: use the field of that name.", param="template_kwargs"
                 )
-        chat = conversation(request.messages, knows_developer="developer" in source)
+        chat = conversation(request.messages or (), knows_developer="developer" in source)
         others = {
             **self.special_tokens,
             **request.template_kwargs,
-            "tools": request.tools or None,
+            "tools": [tool.for_template() for tool in request.tools or ()] or None,
             "documents": request.documents or None,
             "add_generation_prompt": request.add_generation_prompt,
         }
@@ -222,76 +221,50 @@ def read_template(path: Path) -> str:
     return source
 
 
-def conversation(messages: Any, *, knows_developer: bool) -> list[dict[str, Any]]:
-    """OpenAI's messages as templates expect them: plain data, text content, tool arguments as objects.
+def conversation(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
+    """``messages`` as templates expect them: OpenAI's form with text content, and tool arguments as objects.
 
-    A ``developer`` is a ``system`` where the template doesn't know the role. Parts of text are joined by line breaks.
-    Null content is "".
+    A ``developer`` is a ``system`` where the template doesn't know the role. Texts are joined by line breaks. Without a
+    text the content is "".
     """
-    if not isinstance(messages, list | tuple) or not messages:
+    if not messages:
         raise InvalidRequest("messages must be a list with at least one message.", param="messages")
     return [_message(message, f"messages[{index}]", knows_developer) for index, message in enumerate(messages)]
 
 
-def _message(given: Any, where: str, knows_developer: bool) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise InvalidRequest(f"{where} is a {type(given).__name__}, not an object.", param=where)
-    role = given.get("role")
-    if not isinstance(role, str) or not role:
-        raise InvalidRequest(f"{where} has no role.", param=f"{where}.role")
-    message: dict[str, Any] = {key: value for key, value in given.items() if key != "content"}
-    if role == "developer" and not knows_developer:
-        message["role"] = "system"
-    content = _text_content(given.get("content"), f"{where}.content")
-    message = plain(message, where)
-    message["content"] = content
-    if message.get("tool_calls"):
-        message["tool_calls"] = [
-            _tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(message["tool_calls"])
-        ]
-    elif "tool_calls" in message:
-        del message["tool_calls"]  # null and [] mean that there are none; templates ask whether the key exists
-    thought = next((message[name] for name in REASONING if message.get(name) is not None), None)
-    if thought is not None:
-        message = {"thinking": thought, **message, "reasoning_content": thought}
+def _message(given: Message, where: str, knows_developer: bool) -> dict[str, Any]:
+    role = "system" if given.role == "developer" and not knows_developer else given.role
+    message: dict[str, Any] = {"role": role, "content": ""}
+    if given.name:
+        message["name"] = given.name
+    message |= plain(given.extra, where)
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls = []
+    for item in given.items:
+        if isinstance(item, ToolCall):
+            calls.append(_tool_call(item, where))
+        elif isinstance(item, Reasoning):
+            thoughts.append(item.text)
+        else:
+            texts.append(item.text)
+        if isinstance(item, ToolResult):
+            message |= {"tool_call_id": item.call_id} if item.call_id else {}
+            message |= {"name": item.name} if item.name else {}
+    message["content"] = "\n".join(texts)  # as vLLM does for templates that take text
+    if calls:
+        message["tool_calls"] = calls
+    if thoughts:
+        thought = "\n".join(thoughts)
+        message |= {"thinking": thought, "reasoning_content": thought}
     return message
 
 
-def _text_content(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return str(content)
-    if not isinstance(content, list | tuple):
-        raise InvalidRequest(f"{where} is a {type(content).__name__}; it must be text or a list of parts.", param=where)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
-        known = isinstance(part, Mapping) and kind in TEXT_PARTS
-        text = part.get("refusal" if kind == "refusal" else "text") if known else None
-        if not isinstance(text, str):
-            raise InvalidRequest(
-                f"{where}[{index}] is a part of type {kind!r}; this model reads text parts only.",
-                param=f"{where}[{index}]",
-            )
-        texts.append(text)
-    return "\n".join(texts)  # as vLLM does for templates that take text
-
-
-def _tool_call(call: Any, where: str) -> Any:
-    """The API carries a call's arguments as JSON text; templates write the object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-        raise InvalidRequest(f"{where} has no function.", param=where)
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(
-                f"{where}.function.arguments is not JSON: {error}", param=f"{where}.function.arguments"
-            ) from error
-    return {**call, "function": {**function, "arguments": arguments}}
+def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
+    """Items carry a call's arguments as JSON text; templates write the object."""
+    arguments = plain(json.loads(call.arguments), f"{where}.tool_calls")
+    known = {"id": call.id} if call.id else {}
+    return {**known, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:

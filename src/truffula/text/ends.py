@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from truffula.errors import InvalidRequest, TemplateError
+from truffula.items import Message, Text
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer
 from truffula.types import EndToken, GenerateRequest
@@ -88,8 +89,8 @@ class EndTokens:
 
     def _after_answer(self, source: str, continued: bool) -> str:
         """What the template writes after an answer, stripped; "" where it refuses the conversation."""
-        question = {"role": "user", "content": "Hello"}
-        messages = [question, {"role": "assistant", "content": _ANSWER}, *([question] if continued else [])]
+        question = Message(role="user", items=[Text("Hello")])
+        messages = [question, Message(role="assistant", items=[Text(_ANSWER)]), *([question] if continued else [])]
         chat = GenerateRequest(messages=messages, chat_template=source, add_generation_prompt=False)
         try:
             text = self._render(self._templates, chat)
