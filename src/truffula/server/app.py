@@ -58,6 +58,10 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/version", probes.version, "probes"),
     RouteSpec("GET", "/metrics", probes.metrics, "probes"),
     RouteSpec("GET", "/load", probes.load, "probes"),
+    RouteSpec("GET", "/get_load", probes.load, "probes"),
+    RouteSpec("GET", "/get_model_info", probes.sglang_info, "probes"),
+    RouteSpec("GET", "/get_server_info", probes.sglang_info, "probes"),
+    RouteSpec("GET", "/health_generate", probes.health, "probes"),
     RouteSpec("GET", "/server_info", probes.server_info, "probes"),
 )  # fmt: skip
 _ADMIN_ROUTES: tuple[RouteSpec, ...] = (

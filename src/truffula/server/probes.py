@@ -88,8 +88,30 @@ async def info(request: Request) -> Response:
 
 
 async def load(request: Request) -> Response:
-    """How many requests are running or waiting, as vLLM reports it."""
-    return json_reply({"server_load": state_of(request).service.active})
+    """How many requests are running or waiting, in the fields of vLLM and SGLang."""
+    active = state_of(request).service.active
+    return json_reply({"server_load": active, "load": active})
+
+
+async def sglang_info(request: Request) -> Response:
+    """The model and its limits, in the fields of SGLang."""
+    state = state_of(request)
+    info = state.service.info
+    return json_reply(
+        {
+            "model_path": info.model,
+            "tokenizer_path": info.model,
+            "served_model_name": state.model_id,
+            "is_generation": True,
+            "dtype": info.dtype,
+            "context_length": info.max_model_len,
+            "max_running_requests": info.max_running,
+            "max_total_num_tokens": info.kv_tokens,
+            "tp_size": 1,
+            "dp_size": 1,
+            "version": __version__,
+        }
+    )
 
 
 async def server_info(request: Request) -> Response:
