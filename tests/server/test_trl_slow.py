@@ -33,7 +33,7 @@ def trained_model(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_async_grpo_trains_an_adapter(trained_model, python, tmp_path):
-    """Four steps, five versions. All tokens of each answer were drawn from one version, as peft computes it."""
+    """Four steps, a version before each. All tokens of each answer were drawn from one version, as peft computes it."""
     script = Path(__file__).with_name("trl_script.py")
     with serving(trained_model, adapter_admin=True, backend="auto") as live:
         done = subprocess.run(
@@ -43,7 +43,7 @@ def test_async_grpo_trains_an_adapter(trained_model, python, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         versions = [row["id"] for row in ok(live.client.get("/v1/models"))["data"] if row["parent"]]
-        assert versions == [f"trl-policy-v{n}" for n in range(2, 6)]  # the first has fallen out of TRL's window
+        assert versions == ["trl-policy-v4", "trl-policy-v5"]  # TRL has unloaded those that it no longer needs
         assert ok(live.client.get("/is_paused")) == {"is_paused": False}
     report = json.loads(done.stdout.splitlines()[-1])
     steps = [row for row in report["log"] if "ratio" in row]

@@ -7,6 +7,7 @@ is installed, of which it uses nothing when it sends adapters. All that speaks t
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl.chat_template_utils import qwen2_5_chat_template
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_rollout_worker, packing
 
@@ -55,6 +56,14 @@ def recorded(queue):
     return taken
 
 
+class KeepVersions(TrainerCallback):
+    """Copies each version of the adapter, as TRL removes those that it no longer needs."""
+
+    def on_step_begin(self, args, state, control, **_):
+        sent = Path(args.output_dir) / ".vllm_lora"
+        shutil.copytree(sent, Path(args.output_dir) / "versions", dirs_exist_ok=True)
+
+
 def distances(rollouts, model, folder):
     """For each rollout: version of the adapter → the largest difference of a logprob."""
     found = [{} for _ in rollouts]
@@ -85,9 +94,8 @@ if __name__ == "__main__":
             num_generations=4,
             max_completion_length=24,
             max_steps=4,
-            max_staleness=3,
-            max_inflight_tasks=4,
-            queue_maxsize=4,  # so that rollouts are of many versions
+            max_staleness=1,
+            max_inflight_tasks=8,
             per_device_train_batch_size=4,
             learning_rate=0.05,
             use_cpu=True,
@@ -100,6 +108,7 @@ if __name__ == "__main__":
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
     )
     rollouts = recorded(trainer.rollout_queue)
+    trainer.add_callback(KeepVersions())
     trainer.train()
-    found = distances(rollouts, model, Path(output) / ".vllm_lora")
+    found = distances(rollouts, model, Path(output) / "versions")
     print(json.dumps({"log": trainer.state.log_history, "distances": found}))
