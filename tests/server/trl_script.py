@@ -1,43 +1,20 @@
 """TRL's AsyncGRPO against a served model, in its own environment: ``python trl_script.py URL MODEL OUTPUT``.
 
 It prints TRL's log as JSON, and of each rollout how far its logprobs are from those of each version of the adapter, as
-peft computes them. TRL's trainer is written for a GPU, so three things of it are replaced here: the attention
-kernel that it fetches from the Hub (by the same in plain torch), the name of the GPU, and the check that vLLM's package
-is installed, of which it uses nothing when it sends adapters. All that speaks to the server is unchanged.
+peft computes them.
 """
 
 import json
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
+import trl_on_cpu  # noqa: F401  at the top, since TRL's rollout process imports this file again
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl.chat_template_utils import qwen2_5_chat_template
-from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_rollout_worker, packing
-
-
-def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, **_):
-    """Causal attention of each segment of queries to the end of its own keys."""
-    out = []
-    for (q0, q1), (k0, k1) in zip(zip(cu_q, cu_q[1:]), zip(cu_k, cu_k[1:])):  # noqa: B905, RUF007
-        last = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0)
-        heads = [x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1])]
-        mask = torch.arange(k1 - k0)[None] <= last
-        made = torch.nn.functional.scaled_dot_product_attention(
-            *heads, attn_mask=mask, scale=softmax_scale, enable_gqa=True
-        )
-        out.append(made[0].transpose(0, 1))
-    return torch.cat(out)
-
-
-# At the top, since TRL's rollout process imports this file again.
-packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
-async_rollout_worker.is_vllm_available = lambda: True
-torch.cuda.get_device_name = lambda *_: "cpu"
+from transformers import AutoModelForCausalLM, TrainerCallback
+from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
 
 def variety(completion_ids, **_):
@@ -82,11 +59,8 @@ def distances(rollouts, model, folder):
 
 if __name__ == "__main__":
     url, model, output = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = qwen2_5_chat_template
     trainer = AsyncGRPOTrainer(
         model=model,
-        processing_class=tokenizer,
         reward_funcs=variety,
         args=AsyncGRPOConfig(
             output_dir=output,
