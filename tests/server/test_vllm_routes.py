@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from live_server import MODEL, Live, assert_canonical_error, ok, serving, until
+from safetensors.numpy import load_file, save_file
 
 from truffula.testing.adapters import write_tiny_adapter
 
@@ -168,7 +170,7 @@ def test_a_pause_that_waits_and_one_that_aborts(admin):
     with paused(admin, "abort"):
         kept = stream.join()
         assert kept == expected[: len(kept)] and stream.error["code"] == "aborted"
-        assert ok(admin.client.get("/load")) == {"server_load": 0}
+        assert ok(admin.client.get("/load"))["server_load"] == 0
     body = {"mode": "keep", "wait_for_inflight_requests": "true"}
     ok(admin.client.post("/pause", params=body))
     ok(admin.client.post("/resume"))
@@ -225,6 +227,23 @@ def test_models_and_deletion(admin, long_model_folder, tmp_path):
 def test_an_adapter_that_was_never_used_or_is_evicted_can_be_unloaded(admin):
     said = ok(admin.post("/v1/unload_lora_adapter", {"lora_name": "offered"}))
     assert "still offers it" in said
+
+
+def test_a_trainer_may_load_an_adapter_before_its_first_step(admin, long_model_folder, tmp_path):
+    """Nowhere else: an adapter that changes nothing is a mistake of the one who offers it."""
+    zero = write_tiny_adapter(tmp_path / "zero", long_model_folder)
+    tensors = load_file(zero / "adapter_model.safetensors")
+    save_file({k: np.zeros_like(v) for k, v in tensors.items()}, zero / "adapter_model.safetensors")
+    load(admin, "first", str(zero))
+    assert ids(admin, "first") == ids(admin, MODEL)
+    load(admin, "first", policy(long_model_folder, tmp_path / "second", 1), load_inplace=True)
+    assert ids(admin, "first") != ids(admin, MODEL)
+    ok(admin.client.delete("/v1/models/first"))
+    offered = admin.server.loading.app.asgi.state.truffula.directory._dir
+    shutil.copytree(zero, offered / "zero")
+    response = admin.post("/v1/completions", {"model": "zero", "prompt": "a", "max_tokens": 1})
+    assert_canonical_error(response, 400, "The adapter changes nothing")
+    shutil.rmtree(offered / "zero")
 
 
 def test_sglangs_forms(admin, long_model_folder, tmp_path):

@@ -115,7 +115,7 @@ class Scheduler:
         return events
 
     def pause(self, *, drain: bool) -> None:
-        """Plan nothing until ``resume``; ``drain``: go on with what runs, but admit nothing."""
+        """Plan nothing until ``resume``; ``drain``: continue what runs, but admit nothing."""
         self._paused = "admission" if drain else "all"
 
     def resume(self) -> None:

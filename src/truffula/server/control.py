@@ -38,7 +38,7 @@ async def pause(request: Request) -> Response:
 
 
 async def resume(request: Request) -> Response:
-    """Ends a pause: requests that were held or waited go on."""
+    """Ends a pause: requests that were held or waited continue."""
     await state_of(request).service.control("resume")
     return json_reply({"status": "resumed"})
 
