@@ -17,6 +17,7 @@ from live_server import MODEL, Live, assert_canonical_error, ok, serving, until
 from safetensors.numpy import load_file, save_file
 
 from truffula.testing.adapters import write_tiny_adapter
+from truffula.types import AdapterCommand, AdapterRef
 
 ROUTES = [
     ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/v1/chat/completions/batch"),
@@ -224,9 +225,15 @@ def test_models_and_deletion(admin, long_model_folder, tmp_path):
     assert_canonical_error(admin.client.delete("/v1/models/offered"), 400, "--adapter-dir offers it")
 
 
-def test_an_adapter_that_was_never_used_or_is_evicted_can_be_unloaded(admin):
-    said = ok(admin.post("/v1/unload_lora_adapter", {"lora_name": "offered"}))
-    assert "still offers it" in said
+def test_what_is_not_in_memory_can_be_unloaded_if_it_was_added(admin, long_model_folder, tmp_path):
+    response = admin.post("/v1/unload_lora_adapter", {"lora_name": "offered"})
+    assert_canonical_error(response, 404, "'offered' is not loaded")
+    path = policy(long_model_folder, tmp_path / "own", 1)
+    load(admin, "own", path)
+    evicted = AdapterCommand(action="unload", ref=AdapterRef(name="own", locator=path))
+    admin.service._client.adapters(evicted)
+    assert "removed" in ok(admin.post("/v1/unload_lora_adapter", {"lora_name": "own"}))
+    assert_canonical_error(admin.client.get("/v1/models/own"), 404)
 
 
 def test_a_trainer_may_load_an_adapter_before_its_first_step(admin, long_model_folder, tmp_path):

@@ -119,14 +119,21 @@ async def unload_adapter(request: Request) -> Response:
 
 
 async def _unload(state: ServerState, name: str) -> bool:
-    """Unload an adapter that may be named; returns whether new requests no longer find it."""
+    """Unload an adapter that may be named; returns whether new requests no longer find it. Raises ``AdapterNotFound``
+    when there is nothing to unload.
+    """
     if name not in await state.adapter_names():
         raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
     ref = await state.adapter(name)
     state.directory.remove(name)
-    with contextlib.suppress(AdapterNotFound):  # it has no place in memory: never used, or evicted
+    offered = name in await state.adapter_names()
+    try:
         await state.service.adapters(AdapterCommand(action="unload", ref=ref))
-    return name not in await state.adapter_names()
+    except AdapterNotFound:
+        if offered:
+            raise
+        # It was evicted, and now its name is forgotten, too.
+    return not offered
 
 
 async def delete_model(request: Request) -> Response:
