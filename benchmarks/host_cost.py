@@ -54,7 +54,7 @@ class NullModel:
         self.inputs = StepInputs.allocate(capacity, 1)
         self.samples = SampleInputs.allocate(capacity, VOCAB)
 
-    def submit(self) -> FinishedStep:
+    def submit(self, wait_for_masks: Callable[[], None] | None = None) -> FinishedStep:
         R = self.inputs.R
         none = np.zeros((R, 0))
         return FinishedStep(

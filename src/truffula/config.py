@@ -172,6 +172,20 @@ class ServerConfig:
         must_be="file",
         note="Built-in templates by name, such as chatml, are not supported: write the template to a file.",
     )
+    tool_format: str = _option(
+        "auto",
+        "Model",
+        "format in which the model writes tool calls, such as hermes or llama_json; auto detects it from the chat "
+        "template, none leaves calls in the text",
+        metavar="NAME",
+    )
+    reasoning_format: str = _option(
+        "auto",
+        "Model",
+        "format in which the model writes its reasoning, such as think or mistral; auto detects it from the chat "
+        "template, none leaves reasoning in the text",
+        metavar="NAME",
+    )
     generation_defaults: bool = _option(
         False, "Model", "use the sampling defaults of the model's generation_config.json"
     )

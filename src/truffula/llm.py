@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -14,11 +15,11 @@ import msgspec
 from truffula.config import ENGINE_PROCESS, EngineConfig, options_of
 from truffula.engine.client import TRANSPORTS, Transport, connect
 from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, TruffulaError
-from truffula.items import Message, Tool
+from truffula.items import Constraint, Message, Tool, ToolChoice
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import SamplingParams
 from truffula.service.core import Service
-from truffula.service.openai_items import messages_from_openai, tools_from_openai
+from truffula.service.openai_items import messages_from_openai, tool_choice_from_openai, tools_from_openai
 from truffula.service.outputs import ChoiceOutput, RequestOutput, request_output
 from truffula.service.progress import ProgressBar
 from truffula.service.sync import SyncService
@@ -154,6 +155,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapters: Adapter | Sequence[Adapter] = None,
+        constraint: Constraint | Mapping[str, Any] | None = None,
         errors: Literal["raise", "return"] = "raise",
         progress: bool | Callable[[int, int], None] = True,
     ) -> list[Any]:
@@ -163,6 +165,7 @@ class LLM:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
             adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
+            constraint: What every completion must match: a JSON Schema, or a ``truffula.items.Constraint``.
             errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and
             aborts the others. Every prompt is checked before the first one is computed.
             progress: Called with (prompts done, prompts). True: a bar on stderr, if that is a terminal and the batch
@@ -172,7 +175,8 @@ class LLM:
         """
         listed = [prompts] if isinstance(prompts, str) or _is_ids(prompts) else _listed(prompts, "prompts")
         prepared = [prompt if isinstance(prompt, str) else _ids(prompt, i) for i, prompt in enumerate(listed)]
-        return self._run([{"prompt": prompt} for prompt in prepared], params, adapters, errors, progress)
+        shared = {"constraint": _constraint(constraint)}
+        return self._run([{"prompt": prompt, **shared} for prompt in prepared], params, adapters, errors, progress)
 
     def chat(
         self,
@@ -180,7 +184,11 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapters: Adapter | Sequence[Adapter] = None,
+        constraint: Constraint | Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any] | Tool] | None = None,
+        tool_choice: str | Mapping[str, Any] | ToolChoice | None = None,
+        reasoning_effort: str | None = None,
+        thinking_budget: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
@@ -191,13 +199,23 @@ class LLM:
         """Answer one conversation or several: ``messages`` is one list of ``{"role", "content"}``, or a list of such
         lists.
 
-        ``continue_final_message`` continues the last message instead of answering it. The other
-        arguments are as in ``generate``.
+        Args:
+            tools: Functions that the model may call, as OpenAI's API describes them.
+            tool_choice: ``auto``, ``none``, ``required``, or the name of the function to call.
+            reasoning_effort, thinking_budget: How much the model reasons, and the most tokens of it.
+            continue_final_message: Continue the last message instead of answering it.
+
+        The other arguments are as in ``generate``. Tool calls and reasoning are no part of the output's ``text``.
         """
         listed = _listed(messages, "messages")
         talks = listed if listed and all(isinstance(item, list | tuple) for item in listed) else [listed]
         shared: dict[str, Any] = {
+            "constraint": _constraint(constraint),
             "tools": tools,
+            "tool_choice": tool_choice,
+            "parse_output": True,
+            "reasoning_effort": reasoning_effort,
+            "thinking_budget": thinking_budget,
             "template_kwargs": template_kwargs or {},
             "chat_template": chat_template,
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
@@ -314,6 +332,15 @@ def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
     return items
 
 
+def _constraint(given: Constraint | Mapping[str, Any] | None) -> Constraint | None:
+    if not isinstance(given, Mapping):
+        return given
+    try:
+        return Constraint(kind="json_schema", value=json.dumps(given), param="constraint")
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"constraint is not a JSON Schema: {error}.", param="constraint") from error
+
+
 def _given(prompt: Prompt | Messages) -> dict[str, Any]:
     """A prompt of any form as fields of a ``GenerateRequest``."""
     if isinstance(prompt, str):
@@ -330,7 +357,10 @@ def _as_items(request: dict[str, Any]) -> dict[str, Any]:
         found["messages"] = messages_from_openai(request["messages"])
     if request.get("tools") is not None:
         found["tools"] = tools_from_openai(request["tools"])
-    return found
+    choice = found.pop("tool_choice", None)
+    if not isinstance(choice, ToolChoice):
+        choice = tool_choice_from_openai(choice, found.get("tools"))
+    return {**found, "tool_choice": choice}
 
 
 def _listed(value: Any, name: str) -> list[Any]:

@@ -45,7 +45,8 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate, as token ids. ``n = 3`` is three of these with ``choice`` 0, 1, 2.
 
     ``params.seed`` is resolved. ``resume_ids`` are completion tokens that the client already has (after a crash):
-    generation continues after them and they are not emitted again. Times are of ``time.monotonic()``, which all
+    generation continues after them and they are not emitted again. With ``grammar`` no token is drawn that it forbids;
+    ``EngineClient.set_vocabulary`` comes before the first such request. Times are of ``time.monotonic()``, which all
     processes of a machine share. ``salt`` separates tenants in the prefix cache.
     """
 
@@ -69,6 +70,18 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidRequest(
                     f"{name} contains a lone surrogate, which is half of a UTF-16 pair and not text.", param=name
                 ) from None
+
+
+class Vocabulary(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens of a model as bytes, by id, for grammars (``Tokenizer.vocabulary``).
+
+    An id without a token has b"". Of ``special_ids`` (control tokens) no text consists: a grammar has to name them.
+    ``end_ids`` end a completion.
+    """
+
+    tokens: list[bytes]
+    special_ids: list[int]
+    end_ids: list[int]
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,17 +126,20 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (the model's chat template makes
     the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
-    replaces the model's. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
+    replaces the model's; ``reasoning_effort`` becomes the variable of that name, and those that switch reasoning on
+    or off. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
-    ``add_special_tokens`` None adds what the tokenizer adds (BOS) to a text prompt and nothing to
-    a rendered chat. ``truncate`` n keeps the last n prompt tokens. ``echo`` returns the prompt's text on the first
-    delta of each choice, ``return_prompt_tokens`` its token pieces as well (``params.prompt_logprobs`` implies that).
+    With a ``suffix`` the completion is the text between ``prompt`` and it. ``add_special_tokens`` None adds what the
+    tokenizer adds (BOS) to a text prompt and nothing to a rendered chat. ``truncate`` n keeps the last n prompt tokens.
+    ``echo`` returns the prompt's text on the first delta of each choice, ``return_prompt_tokens`` its token pieces as
+    well (``params.prompt_logprobs`` implies that).
     ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
     what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
     word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
     """
 
     prompt: str | list[int] | None = None
+    suffix: str = ""
     messages: list[Message] | None = None
     tools: list[Tool] | None = None
     documents: list[dict[str, Any]] | None = None
@@ -132,6 +148,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     constraint: Constraint | None = None
     parse_output: bool = False
     thinking_budget: int | None = None
+    reasoning_effort: str | None = None
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -146,6 +163,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     salt: str = ""
     queue_timeout_s: float | None = None
     deadline_s: float | None = None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The tools that the model is told of. None with ``tool_choice`` none: a model that knows a tool calls it."""
+        return [] if self.tool_choice.mode == "none" else self.tools or []
 
 
 class TopToken(msgspec.Struct, frozen=True, gc=False):

@@ -121,6 +121,7 @@ def test_inspect_names_end_tokens_and_what_is_wrong_with_the_tokenizer(tmp_path:
     (folder / "added_tokens.json").write_text(json.dumps({"<tool>": 500}))
     found = json.loads(here("inspect", str(folder), "--json").stdout)
     assert found["end_tokens"] == [{"id": 1, "text": "<|end|>", "source": "tokenizer_config.json eos_token"}]
+    assert found["answers"] == "tool calls none, reasoning none"
     assert any("added_tokens.json gives the token '<tool>' the id 500" in text for text in found["warnings"])
     shown = here("inspect", str(folder))
     assert "end tokens" in shown.stdout

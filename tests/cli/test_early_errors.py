@@ -38,6 +38,8 @@ main()
         (["--adapter-dir", "~nosuchuser/x"], "--adapter-dir is '~nosuchuser/x'; it must be a folder that exists."),
         (["--config", "~nosuchuser/x.toml"], "~nosuchuser/x.toml"),
         (["--backend", "gpu"], "--backend is 'gpu'; it must be one of auto, cpu, reference."),
+        (["--tool-format", "hermez"], "--tool-format is 'hermez'; it must be one of auto, none, harmony, "),
+        (["--reasoning-format", "deep"], "--reasoning-format is 'deep'; it must be one of auto, none, harmony, "),
         (["--port", "70000"], "--port is '70000'; it must be an integer"),
     ],
 )

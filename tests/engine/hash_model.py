@@ -12,6 +12,7 @@ raises ``Misuse``, which no engine may handle.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from plain_sampler import PlainSequence, sample_rows
 
-from truffula.errors import DeviceLost, KernelError
+from truffula.errors import DeviceLost, GenerationError, KernelError
 from truffula.kernels.adapters import STORED
 from truffula.kernels.backend import AdapterImage, Array
 from truffula.kernels.inputs import (
@@ -88,6 +89,7 @@ class _Submitted:
     inputs: StepInputs
     samples: SampleInputs
     adapters: dict[int, np.uint64]
+    wait_for_masks: Callable[[], None] | None
 
 
 class HashModel:
@@ -95,7 +97,7 @@ class HashModel:
     deviation of its logits; adapters act by their image's generation.
 
     Steps are computed as late as ``depth`` allows: at ``result``, with 1 too. What is called between two steps (a
-    sequence set, an adapter dropped) takes effect between them.
+    sequence set, an adapter dropped) takes effect between them. Masks are read as late.
     """
 
     def __init__(
@@ -152,13 +154,15 @@ class HashModel:
 
     # Steps
 
-    def submit(self) -> HashStep:
+    def submit(self, wait_for_masks: Callable[[], None] | None = None) -> HashStep:
         _need(not self.closed, "the executable is closed")
         _need(self.unfinished < self.depth, f"more than {self.depth} steps are unfinished")
         _Rules(self, self.inputs, self._adapters).check(self.samples, self._set_slots)
         step = HashStep(self._finish)
-        copies = copy.deepcopy(self.inputs), copy.deepcopy(self.samples)
-        self._queue.append(_Submitted(step, self._place, *copies, dict(self._adapters)))
+        samples = dataclasses.replace(copy.deepcopy(self.samples), mask=self.samples.mask)
+        _need(bool((samples.mask_row[: self.inputs.R] < 0).all()) or wait_for_masks is not None, "masks without a wait")
+        copies = copy.deepcopy(self.inputs), samples
+        self._queue.append(_Submitted(step, self._place, *copies, dict(self._adapters), wait_for_masks))
         self._place = (self._place + 1) % self.depth
         return step
 
@@ -172,8 +176,8 @@ class HashModel:
             for now, then in ((self._inputs, item.inputs), (self._samples, item.samples)):
                 _need(_equal(now[item.place], then), "inputs of an unfinished step were written to")
             try:
-                item.step.outcome = self._compute(item.inputs, item.samples, item.adapters)
-            except (KernelError, DeviceLost, MemoryError, RuntimeError) as error:
+                item.step.outcome = self._compute(item)
+            except (KernelError, GenerationError, DeviceLost, MemoryError, RuntimeError) as error:
                 item.step.outcome = error
                 for later in self._queue:
                     if isinstance(later, _Submitted):
@@ -182,7 +186,8 @@ class HashModel:
                 self._queue.clear()
                 self._queue.extend(calls)
 
-    def _compute(self, i: StepInputs, s: SampleInputs, adapters: dict[int, np.uint64]) -> StepOutput:
+    def _compute(self, step: _Submitted) -> StepOutput:
+        i, s, adapters = step.inputs, step.samples, step.adapters
         self.steps += 1
         if self.faults.lost_on_step and self.steps >= self.faults.lost_on_step:
             raise DeviceLost("scripted")
@@ -197,6 +202,8 @@ class HashModel:
             raise self.faults.error
         if self.faults.nan_on_token is not None:
             self._logits[ids[i.logit_rows[: i.R]] == self.faults.nan_on_token] = np.nan
+        if step.wait_for_masks is not None:
+            step.wait_for_masks()
         output = sample_rows(self._logits, s, self._sequences)
         for r in np.flatnonzero(s.target[: i.R] < 0).tolist():
             self._last_drawn[int(s.row_slot[r])] = int(output.ids[r])

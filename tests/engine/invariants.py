@@ -35,7 +35,15 @@ def check_scheduler(scheduler: Scheduler) -> None:
     waiting, running = list(scheduler._waiting), list(scheduler._running)
     assert len(running) <= scheduler._limits.most_running
     assert not set(waiting) & set(running), "a sequence waits and runs"
-    assert {s.request_id: s for s in [*waiting, *running]} == scheduler._by_id, "a sequence is lost"
+    compiling = [s for sequences in scheduler._compiling.values() for s in sequences.values()]
+    assert {s.request_id: s for s in [*waiting, *running, *compiling]} == scheduler._by_id, "a sequence is lost"
+    assert len(scheduler._by_id) == len(waiting) + len(running) + len(compiling), "a sequence is in two places"
+    assert all(scheduler._compiling.values()) and scheduler._compiling.keys() <= scheduler._grammars._pending.keys()
+    for sequence in compiling:
+        assert sequence.grammar is not None and sequence.matcher is None and sequence.seq_slot is None
+    for sequence in [*waiting, *running]:
+        assert (sequence.matcher is None) == (sequence.grammar is None), "a sequence without its matcher"
+        assert sequence.matcher is None or sequence.num_wanted <= sequence.num_known, "planned before its mask is known"
     for sequence in waiting:
         assert not sequence.table.length and sequence.lease is None and sequence.seq_slot is None
         assert sequence.num_computed == 0 and sequence.num_known == sequence.num_tokens, sequence.serial

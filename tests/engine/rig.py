@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable
+from concurrent.futures import wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import numpy as np
 from hash_model import HashModel
 from invariants import check_engine
 
+from grammars import VOCAB, VOCABULARY
 from truffula.engine.blocks import BlockTable
 from truffula.engine.budget import MemoryBudget
 from truffula.engine.engine import Engine
 from truffula.engine.limits import EngineLimits
 from truffula.engine.sequence import Sequence
 from truffula.errors import AdapterLoadError, ErrorInfo
+from truffula.items import Grammar
 from truffula.kernels.adapters import SiteTensors, low_rank
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import Capacity
@@ -28,8 +31,7 @@ from truffula.lora.worker import LoadResponse
 from truffula.params import EngineParams
 from truffula.types import AdapterRef, EngineRequest, TokenEvent
 
-VOCAB = 97
-EOS = 96
+EOS = VOCAB - 1
 DEPTHS = [1, 2]
 """Steps that may be unfinished: what holds with one holds with two."""
 
@@ -179,8 +181,11 @@ class Rig:
         )
         self.adapters = AdapterPool(self.executable, self.loader, self.budget, self.clock, failure_ttl_s=10.0)
         self.engine = Engine(self.executable, self.limits, self.adapters, self.budget, clock=self.clock)
+        self.engine.set_vocabulary(VOCABULARY)
         self.answers: dict[str, Answer] = {}
         self.steps = 0
+        self.hold_grammars = False
+        """Whether steps begin before the grammars of their requests are compiled."""
 
     def add(self, request: EngineRequest) -> None:
         self.answers.setdefault(request.request_id, Answer())
@@ -210,6 +215,8 @@ class Rig:
     def step(self) -> list[TokenEvent]:
         self.steps += 1
         self.clock.now += 0.001
+        if not self.hold_grammars:
+            wait(self.engine._grammars._pending.values())
         events = self.engine.step()
         check_engine(self.engine)
         self.check_unfinished()
@@ -260,14 +267,14 @@ def refs(table: BlockTable) -> set[tuple[int, int]]:
 
 def request(
     name: str, prompt: list[int], *, adapter: str | AdapterRef | None = None, choice: int = 0,
-    resume_ids: list[int] | None = None, salt: str = "", queue_deadline: float | None = None,
-    deadline: float | None = None, arrival: float = 0.0, **params,
+    resume_ids: list[int] | None = None, grammar: Grammar | None = None, salt: str = "",
+    queue_deadline: float | None = None, deadline: float | None = None, arrival: float = 0.0, **params,
 ) -> EngineRequest:  # fmt: skip
     ref = AdapterRef(name=adapter, locator=adapter) if isinstance(adapter, str) else adapter
     return EngineRequest(
         request_id=name, prompt_ids=prompt, params=EngineParams(**{"temperature": 0.0, **params}), choice=choice,
-        adapter=ref, resume_ids=resume_ids or [], salt=salt, queue_deadline=queue_deadline, deadline=deadline,
-        arrival=arrival,
+        adapter=ref, resume_ids=resume_ids or [], grammar=grammar, salt=salt, queue_deadline=queue_deadline,
+        deadline=deadline, arrival=arrival,
     )  # fmt: skip
 
 

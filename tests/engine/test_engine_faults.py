@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hash_model import Faults, HashModel, HashStep
 from rig import DEPTHS, Clock, HandLoader, Rig, alone, capacity_of, limits, request
@@ -23,10 +25,10 @@ class Faulty(HashModel):
         self.refused_token = refused_token
         self.refuses_adapters = False
 
-    def submit(self) -> HashStep:
+    def submit(self, wait_for_masks: Any = None) -> HashStep:
         if self.refused_token in self.inputs.token_ids[: self.inputs.T]:
             raise ValueError("scripted")
-        return super().submit()
+        return super().submit(wait_for_masks)
 
     def adapter(self, image: AdapterImage) -> int:
         if self.refuses_adapters:
@@ -198,9 +200,9 @@ class SlowUploads(HashModel):
         self.looks[slot] = self.looks.get(slot, 0) + 1
         return self.looks[slot] > self.polls
 
-    def submit(self) -> HashStep:
+    def submit(self, wait_for_masks: Any = None) -> HashStep:
         assert all(self.looks[slot] > self.polls for slot in self.inputs.seg[: self.inputs.G, 2].tolist())
-        return super().submit()
+        return super().submit(wait_for_masks)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

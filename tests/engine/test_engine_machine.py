@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from invariants import check_engine
 from rig import HandLoader, Rig, alone, limits, request
 
+from grammars import RULES
 from truffula.errors import TruffulaError
 from truffula.types import AdapterCommand, AdapterRef
 
@@ -49,12 +50,14 @@ class EngineMachine(RuleBasedStateMachine):
         scores=st.one_of(st.none(), st.integers(0, 2)),
         patience=st.sampled_from([None] * 5 + [0.0, 0.3, 1.0]),
         deadline=st.sampled_from([None] * 5 + [0.0, 0.01, 1.0, 2.0]),
+        grammar=st.sampled_from([None] * 4 + ["object", "open"]),
     )
-    def add(self, prompt, source, max_tokens, scores, patience, deadline):
+    def add(self, prompt, source, max_tokens, scores, patience, deadline, grammar):
         name, now = f"r{len(self.requests)}", self.rig.clock.now
         req = request(
             name, prompt, adapter=None if source is None else self.ref(source), max_tokens=max_tokens,
-            prompt_logprobs=scores, queue_deadline=None if patience is None else now + patience,
+            grammar=None if grammar is None else RULES[grammar].grammar, prompt_logprobs=scores,
+            queue_deadline=None if patience is None else now + patience,
             deadline=None if deadline is None else now + deadline,
         )  # fmt: skip
         self.requests[name] = req

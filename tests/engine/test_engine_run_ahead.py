@@ -12,6 +12,7 @@ from invariants import check_engine, check_scheduler
 from rig import DEPTHS, HandLoader, Rig, alone, limits, refs, request
 
 from truffula.engine.blocks import BlockPool
+from truffula.engine.constraints import GrammarCompiler
 from truffula.engine.plan import ChunkResult
 from truffula.engine.scheduler import Scheduler
 from truffula.kernels.inputs import RELAY
@@ -129,7 +130,9 @@ def test_closing_with_unfinished_steps_releases_all(depth):
 def scheduler_of(rig: Rig) -> Scheduler:
     """A scheduler whose steps the test computes by hand."""
     lim = rig.limits
-    return Scheduler(lim, BlockPool(lim.num_blocks, lim.kv_layout(1)), rig.adapters)
+    return Scheduler(
+        lim, BlockPool(lim.num_blocks, lim.kv_layout(1)), rig.adapters, GrammarCompiler(lim.vocab_size, ())
+    )
 
 
 def test_the_vector_of_a_step_comes_with_the_final_event():

@@ -78,7 +78,11 @@ def _warp(raw: Row, s: SampleInputs, r: int, sequence: PlainSequence) -> tuple[R
         x[p.banned_ids] = -np.inf
     if s.mask_row[r] >= 0:
         words = s.mask[s.mask_row[r]]
-        x[[i for i in range(len(x)) if not words[i // 32] >> np.uint32(i % 32) & np.uint32(1)]] = -np.inf
+        masked = [i for i in range(len(x)) if not words[i // 32] >> np.uint32(i % 32) & np.uint32(1)]
+        x[masked] = -np.inf
+        if (x == -np.inf).all():  # banned by other rules: the best of those that the mask allows
+            allowed = np.setdiff1d(np.arange(len(x)), masked)
+            x[allowed[np.argmax(raw[allowed])]] = 0.0
     if p.temperature == 0:
         return x, np.isfinite(x)
     x /= float(np.float32(p.temperature))

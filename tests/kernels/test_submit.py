@@ -11,7 +11,7 @@ from kernel_backends import BEST
 from llama_program import Shape, llama_program
 from test_validate_program import vector_program
 
-from truffula.errors import DeviceLost, KernelError
+from truffula.errors import DeviceLost, GenerationError, KernelError
 from truffula.kernels.backend import Executable
 from truffula.kernels.inputs import NO_IDS, RELAY, Capacity, SequenceSampling
 from truffula.testing.programs import Part, fill_step, pull_from, random_adapter, random_weights
@@ -137,6 +137,38 @@ def test_a_step_that_fails_raises_its_error_with_its_result_and_draws_nothing(na
         fill(executable, step, ids)
         assert executable.submit().result().ids.tolist() == wanted[step]
         ids = [(token,) for token in wanted[step]]
+
+
+@on_every_executable
+def test_a_mask_may_be_written_until_its_wait_returns(make):
+    """The error of the wait is the step's, which drew nothing and may be submitted again."""
+    free = make()
+    begin(free, **WARM)
+    wanted = generate(free, 1)[0]
+    executable = make()
+    begin(executable, **WARM)
+    only = (wanted[0] + 1) % V
+    fill(executable, 0, list(PROMPTS))
+    samples = executable.samples
+    waits = []
+
+    def fail() -> None:
+        raise GenerationError("no mask")
+
+    def write() -> None:
+        waits.append(only)
+        samples.mask[1] = 0
+        samples.mask[1, only // 32] = 1 << only % 32
+
+    samples.mask_row[:2] = 1, -1
+    failed = executable.submit(fail)
+    with pytest.raises(GenerationError, match="no mask"):
+        failed.result()
+    fill(executable, 0, list(PROMPTS))
+    samples = executable.samples
+    samples.mask_row[:2] = 1, -1
+    assert executable.submit(write).result().ids.tolist() == [only, wanted[1]]
+    assert waits == [only]
 
 
 @on_every_executable

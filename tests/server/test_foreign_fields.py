@@ -82,7 +82,10 @@ MATRIX = [
     ("num_beams", 4, ("leave it out",) * 3),
     ("dry_multiplier", 0.8, ("leave it out",) * 3),
     ("repeat_last_n", 64, ("leave it out",) * 3),
-    ("response_format", {"type": "json_object"}, ("leave it out",) * 3),
+    ("response_format", {"type": "json_object"}, (None, None, None)),
+    ("guided_regex", "a", (None, None, "parameters.response_format")),
+    ("grammar", {"type": "regex", "value": "a"}, ("response_format", "response_format", None)),
+    ("schema", {"type": "object"}, ("response_format", "response_format", "parameters.response_format")),
     ("format", "json", ("leave it out",) * 3),
 ]
 

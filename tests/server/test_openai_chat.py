@@ -191,7 +191,6 @@ def test_an_unknown_model_is_never_the_base(live, name, stream):
         ({"messages": TALK, "max_tokens": 0}, "max_tokens"),
         ({"messages": TALK, "max_completion_tokens": -1}, "max_completion_tokens"),
         ({"messages": TALK, "continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-        ({"messages": TALK, "tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"messages": TALK, "tool_choice": "required"}, "tool_choice"),
         ({"messages": TALK, "functions": [{"name": "f"}]}, "functions"),
         ({"messages": TALK, "response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),

@@ -62,7 +62,10 @@ def test_completions_and_their_stream(client):
         (openai.BadRequestError, {"max_tokens": -1}),
         (openai.BadRequestError, {"messages": []}),
         (openai.BadRequestError, {"messages": [{"role": "user", "content": "x " * 4000}]}),
-        (openai.BadRequestError, {"response_format": {"type": "json_object"}}),
+        (
+            openai.BadRequestError,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        ),
     ],
     ids=str,
 )

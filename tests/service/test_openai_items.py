@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from truffula.errors import InvalidRequest
-from truffula.items import Message, Reasoning, Refusal, Text, Tool, ToolCall, ToolResult
-from truffula.service.openai_items import messages_from_openai, tools_from_openai
+from truffula.items import Message, Reasoning, Refusal, Text, Tool, ToolCall, ToolChoice, ToolResult
+from truffula.service.openai_items import messages_from_openai, tool_choice_from_openai, tools_from_openai
 
 
 def message(**given: Any) -> Message:
@@ -131,6 +131,63 @@ def test_what_is_no_tool_is_refused_by_its_place(tools: Any, param: str) -> None
     with pytest.raises(InvalidRequest) as caught:
         tools_from_openai(tools)
     assert caught.value.param == param
+
+
+F, G = Tool(name="f"), Tool(name="g")
+ALLOWED = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]}
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (None, ToolChoice()),
+        ("auto", ToolChoice()),
+        ("none", ToolChoice(mode="none")),
+        ("required", ToolChoice(mode="required")),
+        ("f", ToolChoice(mode="required", names=("f",))),
+        ({"type": "function", "function": {"name": "f"}}, ToolChoice(mode="required", names=("f",))),
+        ({"function": {"name": "f"}}, ToolChoice(mode="required", names=("f",))),
+        ({"type": "function", "name": "f"}, ToolChoice(mode="required", names=("f",))),
+        ({"type": "allowed_tools", "allowed_tools": ALLOWED}, ToolChoice(names=("g",))),
+        ({"type": "allowed_tools", **ALLOWED, "mode": "required"}, ToolChoice(mode="required", names=("g",))),
+        (
+            {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "g"}] * 2},
+            ToolChoice(names=("g",)),
+        ),
+    ],
+    ids=str,
+)
+def test_choices_of_chat_and_of_responses(choice: Any, expected: ToolChoice) -> None:
+    assert tool_choice_from_openai(choice, [F, G]) == expected
+    assert not tool_choice_from_openai(choice, [F, G], parallel=False).parallel
+
+
+@pytest.mark.parametrize(
+    ("choice", "tools"),
+    [
+        ("required", []),
+        ("any", [F]),
+        ("", [F]),
+        (5, [F]),
+        ({}, [F]),
+        ({"type": "function"}, [F]),
+        ({"type": "function", "function": {"name": "g"}}, [F]),
+        ({"type": "custom", "name": "f"}, [F]),
+        ({"type": "web_search"}, [F]),
+        ({"type": "allowed_tools"}, [F]),
+        ({"type": "allowed_tools", "allowed_tools": {**ALLOWED, "mode": "none"}}, [F, G]),
+        ({"type": "allowed_tools", "allowed_tools": ALLOWED}, [F]),
+    ],
+    ids=str,
+)
+def test_what_is_no_choice_of_these_tools_is_refused(choice: Any, tools: list[Tool]) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        tool_choice_from_openai(choice, tools)
+    assert str(caught.value.param).startswith("tool_choice")
+
+
+def test_without_tools_the_default_is_none() -> None:
+    assert tool_choice_from_openai(None, None) == tool_choice_from_openai("none", []) == ToolChoice(mode="none")
 
 
 def test_items_cross_processes_as_they_are() -> None:

@@ -6,12 +6,20 @@ import json
 from typing import Any
 
 import pytest
-from tiny_tokenizers import byte_level, byte_level_json, load, sentence_piece, sentence_piece_json
+from tiny_tokenizers import (
+    byte_level,
+    byte_level_json,
+    load,
+    metaspace,
+    sentence_piece,
+    sentence_piece_json,
+    word_piece,
+)
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders
 
 from truffula.errors import CheckpointError, InvalidRequest
-from truffula.text.detokenizer import byte_alphabet
+from truffula.text.detokenizer import byte_alphabet, is_utf8
 from truffula.text.tokenizer import Tokenizer, check_text, load_tokenizer
 from truffula.weights.gguf_tokenizer import read_tokenizer
 
@@ -157,6 +165,40 @@ def test_the_bytes_of_tokens_join_to_the_text(kind: str) -> None:
     assert tokenizer.bytes_of(10**6) == b"", "an id without a token adds nothing"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_vocabulary_holds_the_bytes_of_every_token(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    vocabulary = tokenizer.vocabulary([2, 1, 2])
+    assert (vocabulary.end_ids, vocabulary.special_ids) == ([1, 2], sorted(tokenizer.special_ids))
+    assert vocabulary.tokens == [tokenizer.bytes_of(i) for i in range(tokenizer.vocab_size)]
+    plain = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
+    whole = [i for i in plain if is_utf8(vocabulary.tokens[i])]
+    assert len(whole) > 100
+    for token_id in whole:
+        # Behind another token, where a decoder strips nothing.
+        text = tokenizer.decode([whole[0], token_id])
+        assert text.encode() == vocabulary.tokens[whole[0]] + vocabulary.tokens[token_id]
+        assert tokenizer._decode([whole[0], token_id]) == text
+    for text in ("a 🙂 née", "東京\n"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert b"".join(vocabulary.tokens[i] for i in ids) == text.encode()
+
+
+def test_ids_without_a_token_are_empty_in_a_vocabulary() -> None:
+    source = json.loads(byte_level_json())
+    last = len(source["model"]["vocab"]) + 9
+    source["added_tokens"].append(source["added_tokens"][0] | {"id": last, "content": "<far>", "special": False})
+    vocabulary = load(json.dumps(source).encode()).vocabulary([])
+    far = vocabulary.tokens.index(b"<far>")
+    assert far not in vocabulary.special_ids and len(vocabulary.tokens) == far + 1
+
+
+@pytest.mark.parametrize("tokenizer", [word_piece, metaspace])
+def test_a_tokenizer_whose_tokens_have_no_bytes_has_no_vocabulary(tokenizer) -> None:
+    with pytest.raises(InvalidRequest, match="Structured output is not possible with this model"):
+        tokenizer().vocabulary([1])
+
+
 def test_the_bytes_of_special_tokens_are_their_text() -> None:
     assert byte_level().bytes_of(1) == b"<|end|>"
     assert sentence_piece().bytes_of(2) == b"</s>"
@@ -188,6 +230,14 @@ def test_lone_surrogates_are_refused_by_position() -> None:
     with pytest.raises(InvalidRequest, match=r"U\+D83C\) at character 2") as caught:
         check_text("ab\ud83c!", "prompt")
     assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"fields": {}}, {"fields": {}}), (5, {}), (None, {})])
+def test_the_response_template_is_that_of_the_config(given: object, expected: dict[str, object]) -> None:
+    config = json.dumps({"response_template": given}).encode()
+    tokenizer = load_tokenizer({"tokenizer.json": byte_level_json(), "tokenizer_config.json": config})
+    assert tokenizer is not None
+    assert tokenizer.response_template == expected
 
 
 def test_the_jinja_file_wins_over_the_config() -> None:

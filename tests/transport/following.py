@@ -10,10 +10,16 @@ from typing import Any
 
 from truffula.config import EngineConfig
 from truffula.engine.client import EngineClient
+from truffula.items import Grammar
 from truffula.params import EngineParams
-from truffula.types import AdapterRef, EngineRequest, TokenEvent
+from truffula.types import AdapterRef, EngineRequest, TokenEvent, Vocabulary
 
 PATIENCE_S = 90.0
+DIGITS = Grammar(key="digits", source="start: /[0-9]{4}/")
+VOCABULARY = Vocabulary(
+    tokens=[b"<pad>", b"<s>", b"</s>"] + [bytes([char]) for char in range(32, 127)], special_ids=[0, 1, 2], end_ids=[2]
+)
+"""Of the tiny model, whose 100 ids need not have these bytes."""
 
 
 def tiny_engine(model: Path, **more: Any) -> EngineConfig:
@@ -21,11 +27,18 @@ def tiny_engine(model: Path, **more: Any) -> EngineConfig:
     return EngineConfig(model=str(model), **{**settings, **more})
 
 
-def ask(request_id: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **params: Any) -> EngineRequest:
+def ask(
+    request_id: str,
+    prompt: Sequence[int],
+    adapter: AdapterRef | None = None,
+    grammar: Grammar | None = None,
+    **params: Any,
+) -> EngineRequest:
     wanted = EngineParams(**{"temperature": 0, "max_tokens": 6, "seed": 7, **params})
     return EngineRequest(
-        request_id=request_id, prompt_ids=list(prompt), params=wanted, adapter=adapter, arrival=time.monotonic()
-    )
+        request_id=request_id, prompt_ids=list(prompt), params=wanted, adapter=adapter, grammar=grammar,
+        arrival=time.monotonic(),
+    )  # fmt: skip
 
 
 @dataclass
@@ -66,6 +79,11 @@ def follow(client: EngineClient, ids: Sequence[str], answers: dict[str, Answer] 
 def run(client: EngineClient, requests: Sequence[EngineRequest]) -> dict[str, Answer]:
     client.submit(requests)
     return follow(client, [request.request_id for request in requests])
+
+
+def text_of(answer: Answer) -> str:
+    """The text of the tiny model's ids by ``VOCABULARY``."""
+    return b"".join(VOCABULARY.tokens[i] for i in answer.token_ids).decode()
 
 
 def eventually(condition: Callable[[], Any], what: str) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from following import Answer, ask, eventually, fold, follow, run
+from following import DIGITS, VOCABULARY, Answer, ask, eventually, fold, follow, run, text_of
 
 from processes import frozen, running, watched
 from truffula import frames
@@ -48,6 +48,16 @@ def test_kill_9_ends_every_request_and_the_next_engine_serves(start: Start):
     assert client.alive() and client.fatal_error() is None
     assert not psutil.pid_exists(first), "not even a zombie"
     assert run(client, [ask("after", [3, 4, 5])])["after"].token_ids == before.token_ids
+
+
+def test_an_engine_that_replaces_another_has_its_vocabulary(start: Start):
+    client = start("process")
+    client.set_vocabulary(VOCABULARY)
+    first = client.pid
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: client.pid not in (None, first) and client.alive(), "the next engine")
+    answer = run(client, [ask("after", [3, 4], grammar=DIGITS, max_tokens=9)])["after"]
+    assert answer.finish == "stop" and text_of(answer).isdigit()
 
 
 LOST_DEVICE = """

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import psutil
 import pytest
-from following import PATIENCE_S, Answer, ask, eventually, fold, follow, run, tiny_engine
+from following import DIGITS, PATIENCE_S, VOCABULARY, Answer, ask, eventually, fold, follow, run, text_of, tiny_engine
 
 from truffula.engine.client import TRANSPORTS, EngineClient, connect
 from truffula.engine.engine import Engine
@@ -230,6 +230,33 @@ def test_a_broken_adapter_fails_its_command_and_its_requests_only(
     got = run(client, [ask("bad", [3, 4, 5], ref), ask("good", [3, 4, 5])])
     assert (got["bad"].finish, got["bad"].code) == ("error", "adapter_invalid") and "use_dora" in got["bad"].message
     assert got["good"].finish in ("length", "stop")
+
+
+@each
+def test_a_grammar_holds_and_nothing_of_it_is_loaded_before(transport: str, start: Callable[..., EngineClient]):
+    client = start(transport)
+    free = ask("free", [3, 4, 5])
+    before = run(client, [free, ask("early", [3, 4], grammar=DIGITS)])
+    assert before["early"].code == "invalid_request" and "no vocabulary" in before["early"].message
+    maps = Path("/proc", str(getattr(client, "pid", "self")), "maps")
+    assert transport == "inline" or "llguidance" not in maps.read_text()
+    client.set_vocabulary(VOCABULARY)
+    client.set_vocabulary(VOCABULARY)
+    broken = msgspec.structs.replace(DIGITS, key="broken", source="start: (")
+    choices = [
+        msgspec.structs.replace(ask(f"c{n}", [3, 4], grammar=DIGITS, temperature=1.0, max_tokens=9), choice=n)
+        for n in range(3)
+    ]
+    got = run(
+        client, [*choices, ask("broken", [3, 4], grammar=broken), free, ask("short", [3], None, DIGITS, max_tokens=2)]
+    )
+    texts = {text_of(got[f"c{n}"]) for n in range(3)}
+    assert all(len(text) == 4 and text.isdigit() for text in texts) and len(texts) > 1
+    assert {(got[f"c{n}"].finish, got[f"c{n}"].stop_reason) for n in range(3)} == {("stop", None)}
+    assert (got["short"].finish, text_of(got["short"]).isdigit()) == ("length", True)
+    assert got["broken"].code == "generation_failed" and "cannot be compiled" in got["broken"].message
+    assert got["free"].token_ids == before["free"].token_ids
+    assert "llguidance" in maps.read_text()
 
 
 @each

@@ -18,6 +18,7 @@ from truffula.config import EngineConfig
 from truffula.engine import wire
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, WireError
 from truffula.frames import MAX_FRAME_BYTES, Disconnected, Frame, FrameReader, encode
+from truffula.items import Grammar
 from truffula.params import EngineParams, SamplingParams
 from truffula.types import (
     AdapterCommand,
@@ -27,6 +28,7 @@ from truffula.types import (
     EngineRequest,
     EngineStats,
     TokenEvent,
+    Vocabulary,
 )
 
 
@@ -61,7 +63,7 @@ params = st.builds(
 refs = st.builds(AdapterRef, name=names, locator=names, revision=st.none() | names)
 requests = st.builds(
     EngineRequest, request_id=names, prompt_ids=ids, params=params, adapter=st.none() | refs, resume_ids=ids,
-    deadline=st.none() | floats,
+    grammar=st.none() | st.builds(Grammar, key=names, source=names), deadline=st.none() | floats,
 )  # fmt: skip
 events = st.builds(
     TokenEvent, request_id=names, token_ids=ids, logprobs=st.lists(floats, max_size=3), error=st.none() | errors,
@@ -74,6 +76,10 @@ downward = st.one_of(
     st.builds(wire.Adapter, st.integers(0, 2**40), st.builds(AdapterCommand, action=st.just("load"), ref=refs)),
     st.just(wire.Start(EngineConfig(model="m", cache_dir=Path("/c"), memory_bytes=2**33))),
     st.builds(wire.Control, st.integers(0, 2**40), st.sampled_from(get_args(EngineAction))),
+    st.builds(
+        wire.SetVocabulary,
+        st.builds(Vocabulary, tokens=st.lists(st.binary(max_size=4), max_size=4), special_ids=ids, end_ids=ids),
+    ),
     st.just(wire.Stop()),
 )
 upward = st.one_of(

@@ -89,6 +89,9 @@ def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
         from truffula.text.chat_template import read_template
 
         read_template(resolved.server.chat_template)  # report an error in it before the model is loaded
+    from truffula.text.tool_formats import detect_format
+
+    detect_format("", None, resolved.server.tool_format, resolved.server.reasoning_format)  # as above
     launch(resolved)
 
 

@@ -71,8 +71,8 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         kinds: dict[str, list[int]] = {}
         for info in checkpoint.tensors.values():
             kinds.setdefault(info.dtype, []).append(info.nbytes)
-        ends, warnings = _texts(path, plan)
-        facts = _facts(path, checkpoint.format, plan)
+        ends, answers, warnings = _texts(path, plan)
+        facts = {**_facts(path, checkpoint.format, plan), "answers": answers}
         rounding = _rounding(checkpoint, plan) if rounded else None
     if as_json:
         stored = {kind: {"tensors": len(sizes), "bytes": sum(sizes)} for kind, sizes in kinds.items()}
@@ -107,12 +107,16 @@ def _model(path: Path, *, rounded: bool, as_json: bool) -> None:
         warn(text)
 
 
-def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
-    """The end tokens, and the warnings about weights and text files."""
+def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], str, list[str]]:
+    """The end tokens, the format of answers to chats, and the warnings about weights and text files."""
     from truffula.service.files import load_texts, without_tokenizer
     from truffula.text.ends import EndTokens
+    from truffula.text.tool_formats import detect_format
 
     texts = load_texts(path)
+    sources = texts.tokenizer.chat_templates if texts.tokenizer is not None else {}
+    source = sources.get("tool_use", sources.get("default", ""))
+    form = detect_format(source, texts.tokenizer.response_template if texts.tokenizer is not None else None)
     ends = EndTokens(
         texts.end_tokens,
         plan.end_tokens,
@@ -120,7 +124,8 @@ def _texts(path: Path, plan: ModelPlan) -> tuple[list[EndToken], list[str]]:
         templates=texts.chat_templates(),
         vocab_size=plan.interface.vocab_size,
     )
-    return ends.all, [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
+    warnings = [*plan.warnings, *without_tokenizer(texts.no_tokenizer), *texts.warnings, *ends.warnings]
+    return ends.all, form.described, warnings
 
 
 def _rounding(checkpoint: Checkpoint, plan: ModelPlan) -> dict[str, Any]:

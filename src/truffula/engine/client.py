@@ -28,6 +28,7 @@ from truffula.types import (
     EngineStats,
     Progress,
     TokenEvent,
+    Vocabulary,
 )
 
 Transport = Literal["inline", "process"]
@@ -38,6 +39,12 @@ class EngineClient(Protocol):
     """A started engine. ``info`` stays while an engine that died is being restarted."""
 
     info: EngineInfo
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Give the engine, and every engine that replaces it, the tokens that grammars need. Never waits.
+
+        Call it once, before the first request with a grammar: until then nothing of it is in memory.
+        """
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         """Queue requests; never waits. An error of one, or of the engine, is its final event.

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.budget import MemoryBudget
+from truffula.engine.constraints import GrammarCompiler
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import StepPlan
 from truffula.engine.runner import ModelRunner, split_output
@@ -41,6 +42,7 @@ from truffula.types import (
     EngineRequest,
     EngineStats,
     TokenEvent,
+    Vocabulary,
 )
 from truffula.weights.watch import FileWatch
 
@@ -50,6 +52,8 @@ FILES_CHECK_S = 1.0
 """How often the files that weights are mapped from are checked. An idle engine is stepped this often for it."""
 DEADLINE_CHECK_S = 0.1
 """How often the deadlines of requests are checked while they all wait for adapters."""
+COMPILE_POLL_S = 0.002
+"""How often an engine without other work looks for compiled grammars."""
 
 
 class Engine:
@@ -84,11 +88,16 @@ class Engine:
             prefix_cache=limits.prefix_cache,
         )
         self._runner = ModelRunner(executable, limits)
-        self._scheduler = Scheduler(limits, self._blocks, adapters)
+        self._grammars = GrammarCompiler(limits.vocab_size, limits.eos_token_ids)
+        self._scheduler = Scheduler(limits, self._blocks, adapters, self._grammars)
         self._submitted: deque[tuple[StepPlan, PendingStep]] = deque()
         self._steps = 0
         self._pauses: list[tuple[EngineAction, Future[list[AdapterState]]]] = []  # that are not in effect yet
         self._files_checked_at = float("-inf")
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Set the tokens for the grammars of later requests; only the first call counts."""
+        self._grammars.set_vocabulary(vocabulary)
 
     def add(self, request: EngineRequest) -> None:
         """Accept ``request``. A bad one is answered by a final error event of the next step, never by an exception."""
@@ -208,6 +217,8 @@ class Engine:
         loading worker can bring some.
         """
         timeout = 0.0 if self._scheduler.has_work() else self._adapters.poll_timeout()
+        if self._grammars.is_compiling():
+            return COMPILE_POLL_S if timeout is None else min(timeout, COMPILE_POLL_S)
         if self.idle():
             return timeout
         return DEADLINE_CHECK_S if timeout is None else min(timeout, DEADLINE_CHECK_S)
@@ -259,6 +270,8 @@ class Engine:
         self._scheduler.end_all(ShuttingDown("The engine was closed."), self._clock())
         self._discard_submitted()
         self._fail_pauses(ShuttingDown("The engine was closed."))
+        self._grammars.close()
+        self._runner.close()
         self._adapters.close()
         self._executable.close()
         if self._watch is not None:

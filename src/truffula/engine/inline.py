@@ -26,6 +26,7 @@ from truffula.types import (
     EngineStats,
     Progress,
     TokenEvent,
+    Vocabulary,
 )
 
 LOAD_POLL_S = 0.005
@@ -50,6 +51,9 @@ class InlineClient:
         self._end: TruffulaError | None = None
         self._stats = self._engine.stats()
         _close_at_exit(self)
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        self._post(partial(self._engine.set_vocabulary, vocabulary))
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         self._journal.open(requests)

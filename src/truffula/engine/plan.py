@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from truffula.engine.constraints import Matcher
 from truffula.kernels.inputs import Float32, Int32, SequenceSampling
 
 TopList = list[tuple[int, float]]
@@ -28,7 +29,8 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     ``token_ids`` ``[count]`` are at positions ``start .. start + count``; the last may be ``RELAY``. ``block_tables``
     has one array ``[blocks]`` per KV group that covers all positions; the tuple is the same object until a table
     changes. ``adapter_slot`` is None for the base. The last rows of the chunk have logits: one for each of ``targets``,
-    the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw.
+    the ids to score, then one for each of ``draws``, the numbers of the completion tokens to draw. ``matcher``
+    says which ids may be drawn; None: all, or it draws none.
     """
 
     serial: int
@@ -40,6 +42,7 @@ class Chunk(msgspec.Struct, frozen=True, gc=False):
     adapter_slot: int | None
     targets: Int32
     draws: tuple[int, ...]
+    matcher: Matcher | None = None
 
     @property
     def count(self) -> int:

@@ -53,6 +53,7 @@ from truffula.types import (
     EngineStats,
     Progress,
     TokenEvent,
+    Vocabulary,
 )
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0
@@ -70,13 +71,14 @@ class ProcessClient:
         self._progress = progress
         self._journal = Journal()
         self._commands = PendingCommands()
-        self._lock = threading.Lock()  # guards the fields down to _pinned
+        self._lock = threading.Lock()  # guards the fields down to _vocabulary
         self._process: EngineProcess | None = None  # the one that takes requests
         self._unavailable: TruffulaError = EngineDied("The engine is starting.")  # of requests while there is none
         self._fatal_error: TruffulaError | None = None
         self._restarts = EngineRestarts()
         self._closing = threading.Event()
         self._pinned: dict[str, AdapterCommand] = {}
+        self._vocabulary: Vocabulary | None = None
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
@@ -104,6 +106,11 @@ class ProcessClient:
         """Process id of the engine; None while there is none."""
         process = self._process
         return None if process is None else process.pid
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        with self._lock:
+            self._vocabulary = vocabulary
+        self._post(wire.SetVocabulary(vocabulary))  # an engine that is not ready gets it when it is
 
     def submit(self, requests: Sequence[EngineRequest]) -> None:
         self._journal.open(requests)
@@ -314,6 +321,8 @@ class ProcessClient:
     def _on_ready(self, process: EngineProcess, info: EngineInfo) -> None:
         process.ready = True
         with self._lock:
+            if self._vocabulary is not None:  # before any request
+                process.channel.post(wire.SetVocabulary(self._vocabulary))
             self._process = process
             pinned = list(self._pinned.values())
         for command in pinned:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from truffula.engine.constraints import MaskWriter
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, StepPlan, TopList
 from truffula.errors import ConfigError
@@ -24,6 +25,7 @@ class ModelRunner:
         self._executable = executable
         self._block_size = limits.block_size
         _require_capacity(executable.inputs, limits)
+        self._masks = MaskWriter()
         self._numbers = np.arange(max(limits.step_tokens, limits.step_logit_rows), dtype=np.int32)
         # For each of the executable's inputs, the block tables that were last written, by row.
         self._tables: list[tuple[StepInputs, list[tuple[Int32, ...] | None]]] = []
@@ -35,7 +37,14 @@ class ModelRunner:
                 state = chunk.restart
                 self._executable.set_sequence(chunk.seq_slot, state.prompt_ids, state.completion_ids, state.sampling)
         self._fill(plan.chunks)
-        return self._executable.submit()
+        matchers = [chunk.matcher for chunk in plan.chunks if chunk.matcher is not None]
+        if not matchers:
+            return self._executable.submit()
+        return self._executable.submit(self._masks.begin(self._executable.samples.mask, matchers))
+
+    def close(self) -> None:
+        """Wait for the masks that are being written; what they are written to may be freed then."""
+        self._masks.close()
 
     def _fill(self, chunks: Sequence[Chunk]) -> None:
         i, s, size = self._executable.inputs, self._executable.samples, self._block_size
@@ -59,7 +68,9 @@ class ModelRunner:
         i.logit_rows[:R] = self._numbers[:R] + (stop - rows_stop)[sequence_of_row]
         i.T, i.N, i.R, i.G = T, N, R, _fill_segments(i, chunks, stop, rows_stop)
         s.row_slot[:R] = seq_slot[sequence_of_row]
-        s.target[:R] = -1
+        s.target[:R] = s.mask_row[:R] = -1
+        masked = rows_stop[np.array([chunk.matcher is not None for chunk in chunks])] - 1
+        s.mask_row[masked] = self._numbers[: len(masked)]
         drawn = np.array([number for chunk in chunks for number in chunk.draws], np.uint32)
         if len(drawn) == R:
             s.draw[:R] = drawn

@@ -7,7 +7,7 @@
 
 ``plan`` makes five passes over one budget of tokens and one of logit rows:
 
-1. sequences that are out of time end;
+1. sequences that are out of time end, and those whose grammar is compiled enter the queues;
 2. adapters of waiting requests are prefetched; a loaded one is bound to its requests;
 3. if an adapter runs nothing and was refused for long, a sequence of the adapter that runs most is preempted;
 4. each running sequence gets one token, the oldest first: no stream stalls behind a prompt. If a block is missing, the
@@ -29,6 +29,7 @@ from operator import attrgetter
 from typing import Literal
 
 from truffula.engine.blocks import BlockPool
+from truffula.engine.constraints import GrammarCompiler
 from truffula.engine.limits import EngineLimits, check_request
 from truffula.engine.plan import ChunkResult, StepPlan
 from truffula.engine.queues import WaitingQueues
@@ -55,10 +56,14 @@ class _ResultsNeeded(Exception):
 class Scheduler:
     """Owns the sequences and their queues; takes blocks and leases from the pools. Used by one thread."""
 
-    def __init__(self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool) -> None:
+    def __init__(
+        self, limits: EngineLimits, blocks: BlockPool, adapters: AdapterPool, grammars: GrammarCompiler
+    ) -> None:
         self._limits = limits
         self._blocks = blocks
         self._adapters = adapters
+        self._grammars = grammars
+        self._compiling: dict[str, dict[int, Sequence]] = {}  # by key of the grammar and serial
         self._round_robin = DeficitRoundRobin(quantum=max(limits.block_size, limits.step_tokens // 2))
         self._waiting = WaitingQueues(limits, adapters)
         self._running = RunningBatch(limits, blocks, adapters)
@@ -80,7 +85,9 @@ class Scheduler:
             if request.request_id in self._by_id:
                 raise InvalidRequest(f"A request with id {request.request_id!r} is running.", param="request_id")
             longest = self._blocks.longest(self._limits.max_model_len)
-            max_total = check_request(request, self._limits, longest, len(self._waiting))
+            max_total = check_request(request, self._limits, longest, self._num_waiting())
+            sequence = Sequence(self._last_serial + 1, request, max_total, self._limits, self._blocks.new_table())
+            compiling = sequence.grammar is not None and self._grammars.start(sequence.grammar)
         except TruffulaError as error:
             self._events.append(
                 TokenEvent(
@@ -90,15 +97,33 @@ class Scheduler:
             )  # fmt: skip
             return
         self._last_serial += 1
-        sequence = Sequence(self._last_serial, request, max_total, self._limits, self._blocks.new_table())
         sequence.arrival = sequence.arrival or now
-        ended = sequence.ended_before_start()
-        if ended is not None:
-            self._events.append(sequence.final_event(ended[0], now, stop=ended[1]))
-            return
         self._by_id[request.request_id] = sequence
         self._schedule_timeout(sequence, now)
+        if sequence.grammar is not None and compiling:
+            self._compiling.setdefault(sequence.grammar.key, {})[sequence.serial] = sequence
+        else:
+            self._enqueue(sequence, now)
+
+    def _enqueue(self, sequence: Sequence, now: float) -> None:
+        """Put a new sequence, whose grammar is compiled, into its queue; one with nothing to compute ends."""
+        if sequence.grammar is not None:
+            sequence.bind_grammar(self._grammars)
         self._waiting.push(sequence)
+        ended = sequence.ended_before_start()
+        if sequence.grammar_error is not None:
+            self._fail(sequence, sequence.grammar_error, now)
+        elif ended is not None:
+            self._finish(sequence, sequence.final_event(ended[0], now, stop=ended[1]), now)
+
+    def _enqueue_compiled(self, now: float) -> None:
+        for key, error in self._grammars.take_finished():
+            if error is None:
+                for sequence in self._compiling.pop(key, {}).values():
+                    self._enqueue(sequence, now)
+            else:
+                for sequence in list(self._compiling.get(key, {}).values()):
+                    self._fail(sequence, error, now)
 
     def abort(self, request_id: str, now: float) -> None:
         """End it now; an unknown id is ignored (it may have ended already)."""
@@ -129,7 +154,7 @@ class Scheduler:
         return not (self._running.num_unfinished or (drained and len(self._running)))
 
     def has_work(self) -> bool:
-        """Whether there are events to take, results to wait for, or sequences that may run and wait for no adapter."""
+        """Whether there are events to take, results to wait for, or sequences that may run and wait for nothing."""
         runnable = self._paused != "all" and (len(self._running) or (not self._paused and self._waiting.num_ready()))
         return bool(self._events or self._running.num_unfinished or runnable)
 
@@ -137,11 +162,14 @@ class Scheduler:
         """Whether no sequence is left, no step is unfinished and every event was taken."""
         return not (self._by_id or self._events or self._running.num_unfinished)
 
+    def _num_waiting(self) -> int:
+        return len(self._waiting) + sum(map(len, self._compiling.values()))
+
     def counts(self) -> dict[str, int]:
         """Numbers of sequences now, and of events and tokens since the start, by their names in ``EngineStats``."""
         return {
             "running": len(self._running),
-            "waiting": len(self._waiting),
+            "waiting": self._num_waiting(),
             "waiting_for_adapter": self._waiting.num_loading(),
             **self._counts,
         }
@@ -155,6 +183,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan:
         """The next step; empty when nothing can run, or when that depends on the results of unfinished steps."""
         self._expire(now)
+        if self._grammars.is_compiling():
+            self._enqueue_compiled(now)
         for sequence, error in self._waiting.prefetch_adapters(now):
             self._end(sequence, "error", now, error)
         if self._paused == "all":
@@ -192,6 +222,9 @@ class Scheduler:
                 self._fail(sequence, sequence.non_finite_error(), now)
                 continue
             event = sequence.commit(chunk, result, now)
+            if sequence.grammar_error is not None:
+                self._fail(sequence, sequence.grammar_error, now)
+                continue
             if sequence.num_committed >= sequence.table.due:
                 self._running.commit_blocks(sequence, now)
             if event is None:
@@ -414,10 +447,17 @@ class Scheduler:
     def _finish(self, sequence: Sequence, event: TokenEvent, now: float) -> None:
         """Release all it holds; ``event`` is its one final event."""
         self._events.append(event)
-        if sequence.seq_slot is None:
-            self._waiting.remove(sequence)
-        else:
+        if sequence.seq_slot is not None:
             self._running.remove(sequence, now)
+        elif sequence.grammar is not None and sequence.matcher is None:
+            self._remove_compiling(sequence, sequence.grammar.key)
+        else:
+            self._waiting.remove(sequence)
         if sequence.loaded_lease is not None:
             self._adapters.release(sequence.loaded_lease)
         del self._by_id[sequence.request_id]
+
+    def _remove_compiling(self, sequence: Sequence, key: str) -> None:
+        del self._compiling[key][sequence.serial]
+        if not self._compiling[key]:
+            del self._compiling[key]

@@ -7,6 +7,7 @@ import hashlib
 import numpy as np
 
 from truffula.engine.blocks import BlockTable
+from truffula.engine.constraints import GrammarCompiler, Matcher
 from truffula.engine.limits import EngineLimits
 from truffula.engine.plan import Chunk, ChunkResult, SequenceState, TopList
 from truffula.engine.prefix import BlockKeys
@@ -35,7 +36,9 @@ class Sequence:
     sequence has work while ``num_computed < num_wanted``.
 
     ``serial`` is its age: smaller is older. It ends with ``length`` at ``max_total`` tokens, prompt and completion.
-    ``samples``: it draws tokens (with ``max_tokens`` 0 it only scores). ``seq_slot`` is None unless it runs.
+    ``samples``: it draws tokens (with ``max_tokens`` 0 it only scores). ``seq_slot`` is None unless it runs. With a
+    ``grammar`` it has a ``matcher`` from when the grammar is compiled; its next token is planned only when all its
+    tokens are known, as the mask of a draw depends on them.
     ``last_step`` is the newest step that was planned with it.
     """
 
@@ -60,6 +63,8 @@ class Sequence:
         # Nothing follows the last token that it may have, or the last token of a prompt that is only scored.
         self._most_wanted = max_total - 1 if self.samples or self.scoring else 0
         self.num_wanted = min(self.num_tokens, self._most_wanted)
+        self.grammar = request.grammar if self.samples else None
+        self.matcher: Matcher | None = None
 
         self.num_computed = 0
         self.num_committed = 0
@@ -104,9 +109,27 @@ class Sequence:
         """Tokens that are not computed by any planned step."""
         return self.num_wanted - self.num_computed
 
+    def bind_grammar(self, grammars: GrammarCompiler) -> None:
+        """Take its matcher, and advance it by the tokens that were resumed. The grammar is compiled."""
+        assert self.grammar is not None
+        params = self.request.params
+        self.matcher = grammars.matcher(
+            self.grammar, self._stop_ids, ignore_eos=params.ignore_eos, min_tokens=self._min_tokens
+        )
+        for token in self.request.resume_ids:
+            self.matcher.advance(token)
+
+    @property
+    def grammar_error(self) -> TruffulaError | None:
+        """Why it cannot continue its grammar."""
+        return None if self.matcher is None else self.matcher.error
+
     def ended_before_start(self) -> End | None:
         """How it ended if nothing is left to compute: it was resumed after its last token, or requested no token."""
-        if self.num_completion and self._is_stop(self.request.resume_ids[-1], self.num_completion - 1):
+        if self.matcher is not None:
+            if self.matcher.finished:
+                return "stop", self.matcher.stop_id
+        elif self.num_completion and self._is_stop(self.request.resume_ids[-1], self.num_completion - 1):
             return "stop", self.request.resume_ids[-1]
         if self.num_wanted == 0 or self.num_tokens >= max(self.max_total, self.num_prompt + 1):
             return "length", None
@@ -125,6 +148,7 @@ class Sequence:
         start = self.num_computed
         stop = self.num_computed = start + count
         self.last_step = step
+        draws = self.samples and stop == self.num_tokens
         chunk = Chunk(
             serial=self.serial,
             seq_slot=self.seq_slot,
@@ -134,16 +158,21 @@ class Sequence:
             block_tables=self.table.views,
             adapter_slot=None if self.lease is None else self.lease.slot,
             targets=self._targets(start, stop) if self.scoring else NO_IDS,
-            draws=(stop - self.num_prompt,) if self.samples and stop == self.num_tokens else (),
+            draws=(stop - self.num_prompt,) if draws else (),
+            matcher=self.matcher if draws else None,
         )
         self._restart = False
-        if chunk.draws:
+        if draws:
             if stop == len(self._ids):
                 self._grow_ids()
             self._ids[stop] = RELAY
             self.num_tokens = stop + 1
-            self.num_wanted = min(self.num_tokens, self._most_wanted)
+            self._update_wanted()
         return chunk
+
+    def _update_wanted(self) -> None:
+        ready = self.num_tokens if self.matcher is None else self.num_known
+        self.num_wanted = min(ready, self._most_wanted)
 
     def _state(self) -> SequenceState:
         assert self.num_known == self.num_tokens, "a sequence restarts with a token that is not known"
@@ -163,7 +192,7 @@ class Sequence:
         """Undo ``advance`` for ``chunk``, the newest that is planned: its step failed, or its result is discarded."""
         self.num_computed = chunk.start
         self.num_tokens -= len(chunk.draws)
-        self.num_wanted = min(self.num_tokens, self._most_wanted)
+        self._update_wanted()
         self._restart = True
 
     def commit(self, chunk: Chunk, result: ChunkResult, now: float) -> TokenEvent | None:
@@ -179,18 +208,25 @@ class Sequence:
 
     def _commit_tokens(self, result: ChunkResult, now: float) -> TokenEvent:
         finish: FinishReason | None = None
-        stop, count = None, 0
+        stop, count, matcher = None, 0, self.matcher
         for token in result.tokens:
             place = self.num_known
             self._ids[place] = token
             self.num_known = place + 1
             count += 1
-            if token in self._stop_ids and self._is_stop(token, place - self.num_prompt):
+            if matcher is not None:
+                matcher.advance(token)
+                if matcher.finished:
+                    finish, stop = "stop", matcher.stop_id
+                    break
+            elif token in self._stop_ids and self._is_stop(token, place - self.num_prompt):
                 finish, stop = "stop", token
                 break
             if place + 1 >= self.max_total:
                 finish = "length"
                 break
+        if matcher is not None:
+            self._update_wanted()
         times = None
         if finish is not None or self.first_token_at is None:
             # With the first token too: a request that its client ends early (a stop string) ignores the last event.

@@ -1,6 +1,6 @@
 """The frames between the API process and the engine's process. ``frames.py`` encodes them.
 
-    to the engine     Start (Submit | Abort | Adapter | Control)* Stop
+    to the engine     Start (SetVocabulary | Submit | Abort | Adapter | Control)* Stop
     from the engine   Starting* ModelPath Starting* Ready (Events | Stats | AdapterReply)*
 
 Instead of any of its frames the engine may send ``Died``, its last one, which says why it ends.
@@ -30,6 +30,7 @@ from truffula.types import (
     EngineRequest,
     EngineStats,
     TokenEvent,
+    Vocabulary,
 )
 
 VERSION = 4
@@ -59,6 +60,12 @@ class RequestGroup(msgspec.Struct, frozen=True, array_like=True):
     @property
     def request_ids(self) -> list[str]:
         return [request_id for request_id, _, _ in self.choices]
+
+
+class SetVocabulary(Frame, frozen=True):
+    """Comes before the first request with a grammar."""
+
+    vocabulary: Vocabulary
 
 
 class Submit(Frame, frozen=True):
@@ -133,7 +140,7 @@ class Died(Frame, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = Start | Submit | Abort | Adapter | Control | Stop
+ToEngine = Start | SetVocabulary | Submit | Abort | Adapter | Control | Stop
 FromEngine = Starting | ModelPath | Ready | Events | Stats | AdapterReply | Died
 
 
@@ -168,7 +175,7 @@ def group_requests(requests: Sequence[EngineRequest]) -> list[list[EngineRequest
 
 def _all_but_the_choice(one: EngineRequest) -> tuple[object, ...]:
     shared = id(one.prompt_ids), id(one.params)
-    return *shared, one.adapter, one.salt, one.arrival, one.queue_deadline, one.deadline
+    return *shared, one.adapter, one.grammar, one.salt, one.arrival, one.queue_deadline, one.deadline
 
 
 def encode_group(requests: Sequence[EngineRequest]) -> RequestGroup:

@@ -180,6 +180,8 @@ class Worker:
         """Pass the frames to the engine; False on Stop."""
         for frame in frames:
             match frame:
+                case wire.SetVocabulary(vocabulary):
+                    engine.set_vocabulary(vocabulary)
                 case wire.Submit(groups):
                     for group in groups:
                         self._submit(engine, group)

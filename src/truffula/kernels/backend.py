@@ -145,8 +145,11 @@ class Executable(Protocol):
     def prepare(self) -> None:
         """Warm up and capture graphs, so that later steps are faster. Called once, before the first ``submit``."""
 
-    def submit(self) -> PendingStep:
+    def submit(self, wait_for_masks: Callable[[], None] | None = None) -> PendingStep:
         """Begin one forward pass over ``inputs`` and the draws of ``samples``. ``result`` raises the step's errors.
+
+        ``samples.mask`` may still be written to: it is read after ``wait_for_masks`` has returned, which is called
+        once the forward pass has begun, at the latest in ``result``. What it raises is an error of the step.
 
         A row with ``draw`` = d depends on the first d completion tokens of its sequence: a step that failed, or whose
         tokens were not used, may be submitted again.

@@ -122,7 +122,8 @@ class SampleInputs:
     ``row_slot`` is the ``seq_slot`` of the row's sequence. ``target`` -1 draws a token, else scores that id by the
     model's own distribution (prompt logprobs). ``draw`` is the number of completion tokens that the sequence has before
     this draw, resumed ones included. ``mask_row`` -1 allows every id, else only those whose bit (id % 32 of word
-    id // 32) is set in that row of ``mask``, at least one (grammars). Only rows 0 .. R count.
+    id // 32) is set in that row of ``mask``, at least one (grammars). Only rows 0 .. R count. All is known at
+    ``submit``, except for ``mask``: see there.
     """
 
     row_slot: Int32  # [R]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +46,12 @@ class SynchronousExecutable(ABC):
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
         """Nothing to do."""
 
-    def submit(self) -> FinishedStep:
+    def submit(self, wait_for_masks: Callable[[], None] | None = None) -> FinishedStep:
         try:
             self._insert_relayed()
             self.run()
+            if wait_for_masks is not None:
+                wait_for_masks()
             output = self.sample() if self._output.kind == "logits" else _of_vectors(self.logits())
         except Exception as error:  # noqa: BLE001  (``result`` raises it)
             return FinishedStep(error)

@@ -15,7 +15,18 @@ from truffula.config import ServerConfig
 from truffula.errors import TruffulaError
 from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
-from truffula.server import admin, control, lorax, openai, openai_models, pages, probes, tokens
+from truffula.server import (
+    admin,
+    control,
+    lorax,
+    openai,
+    openai_chat,
+    openai_models,
+    pages,
+    probes,
+    render,
+    tokens,
+)
 from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
@@ -31,12 +42,18 @@ _NATIVE = {"inputs": "Hello", "parameters": {"max_new_tokens": 20}}
 # GET also answers HEAD.
 _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
-        "POST", "/v1/chat/completions", openai.chat_completions, "openai", ChatBody,
+        "POST", "/v1/chat/completions", openai_chat.chat_completions, "openai", ChatBody,
         {"messages": _TALK, "max_tokens": 20},
     ),
     RouteSpec(
         "POST", "/v1/completions", openai.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
+    ),
+    RouteSpec(
+        "POST", "/v1/chat/completions/render", render.render_chat, "openai", ChatBody, {"messages": _TALK},
+    ),
+    RouteSpec(
+        "POST", "/v1/completions/render", render.render_completions, "openai", CompletionBody, {"prompt": "Hello"},
     ),
     RouteSpec("GET", "/v1/models", openai_models.list_models, "openai"),
     RouteSpec("GET", "/v1/models/{model_id:path}", openai_models.one_model, "openai"),

@@ -111,8 +111,6 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
 
 def _field_of(name: str) -> str:
     """The field of a request by which a template's variable was given."""
-    if name == "template_kwargs.reasoning_effort":
-        return "reasoning_effort"
     return f"chat_{name}" if name.startswith("template_kwargs.") else name
 
 

@@ -62,6 +62,7 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
             "chat_template_kwargs": MAX_KEYS,
             "messages": max(self.max_model_len, MAX_KEYS),
             "documents": max(self.max_model_len, MAX_KEYS),
+            "tools": MAX_KEYS,
             "tokens": MAX_TRUNCATED_CHARS // 2,
             "stop": self.max_stop_sequences,
             "stop_token_ids": MAX_STOP_IDS,

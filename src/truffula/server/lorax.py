@@ -17,8 +17,9 @@ from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.headers import reply_headers, stream_headers
 from truffula.server.lorax_bodies import GenerateBody, Parameters
-from truffula.server.openai import chat, complete, finite
+from truffula.server.openai import complete, finite
 from truffula.server.openai_bodies import ChatBody, CompletionBody
+from truffula.server.openai_chat import chat
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import frame
@@ -81,11 +82,13 @@ async def _stream(request: Request, read: Read) -> Response:
     return await stream(request, read.requests, NativeWriter(_body(read)), stream_headers(request, read))
 
 
-def finish_reason(reason: str | None, eos: bool) -> str:
-    """One of the three words clients know; the true reason, also on the last allowed token."""
-    if reason == "length":
+def finish_reason(ended: TextDelta | CompletionChoice) -> str:
+    """One of the three words clients know; the true reason, also on the last allowed token. Where a constraint ended
+    the answer, as nothing may follow, TGI says ``eos_token``.
+    """
+    if ended.finish_reason == "length":
         return "length"
-    return "eos_token" if eos else "stop_sequence"
+    return "eos_token" if ended.eos or ended.stop_reason is None else "stop_sequence"
 
 
 def token(piece: TokenPiece, params: Parameters) -> dict[str, Any]:
@@ -123,7 +126,7 @@ def prefill(prompt: PromptPart | None, params: Parameters) -> list[dict[str, Any
 def _summary(ended: CompletionChoice | TextDelta, totals: ChoiceTotals) -> dict[str, Any]:
     """What ``details`` of a whole answer and of a stream's last event share."""
     return {
-        "finish_reason": finish_reason(ended.finish_reason, ended.eos),
+        "finish_reason": finish_reason(ended),
         "prompt_tokens": totals.prompt_tokens,
         "input_length": totals.prompt_tokens,
         "generated_tokens": totals.completion_tokens,

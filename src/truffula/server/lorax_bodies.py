@@ -13,6 +13,7 @@ from truffula.errors import InvalidRequest
 from truffula.items import Message, Text
 from truffula.params import MAX_SEED, SamplingParams
 from truffula.server.body import Address, Body, GeneratingBody, Ids, Strings
+from truffula.server.constraint_fields import NativeConstraints
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
 from truffula.server.openai_bodies import SAME_NAME, Biases, Messages, biases
@@ -21,7 +22,7 @@ from truffula.types import GenerateRequest
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
-class Parameters(Body):
+class Parameters(NativeConstraints):
     """How to generate. Every field may be null."""
 
     refuses_foreign: ClassVar[bool] = True
@@ -166,6 +167,7 @@ class GenerateBody(GeneratingBody):
             prompt=self.inputs if chat is None else None,
             messages=chat,
             params=params.sampling(with_logprobs=streams or params.wants_details, vocab_size=limits.vocab_size),
+            constraint=params.constraint,
             truncate=params.truncate,
             return_prompt_tokens=bool(params.decoder_input_details),
             queue_timeout_s=limits.queue_timeout_s,

@@ -1,4 +1,4 @@
-"""OpenAI's routes ``/v1/chat/completions`` and ``/v1/completions``, and their response objects."""
+"""OpenAI's route ``/v1/completions``, and what its objects share with those of a chat (``openai_chat.py``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from truffula.errors import TruffulaError
 from truffula.server.errors import error_body
 from truffula.server.generating import stream, whole
 from truffula.server.headers import reply_headers
-from truffula.server.openai_bodies import ChatBody, CompletionBody, OpenAIBody
+from truffula.server.openai_bodies import CompletionBody, OpenAIBody
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
 from truffula.server.sse import DONE, frame
@@ -38,12 +38,13 @@ def head(kind: str, prefix: str, body: OpenAIBody, request: Request) -> dict[str
     }
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int, reasoning_tokens: int) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -53,6 +54,7 @@ def usage_of(completions: Sequence[Completion]) -> dict[str, Any]:
         sum(c.prompt_tokens for c in completions),
         sum(c.completion_tokens for c in completions),
         sum(c.cached_tokens for c in completions),
+        sum(c.reasoning_tokens for c in completions),
     )
 
 
@@ -71,6 +73,7 @@ class OpenAIWriter:
         self._record = record_of(request)  # it has the prompt tokens from the start
         self._cached: dict[int, int] = {}
         self._completion: dict[tuple[int, int], int] = {}
+        self._reasoning = 0
 
     def begin(self) -> bytes:
         return b""
@@ -97,90 +100,11 @@ class OpenAIWriter:
             return
         self._completion[key] = delta.totals.completion_tokens
         self._cached[prompt] = delta.totals.cached_tokens
+        self._reasoning += delta.totals.reasoning_tokens
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._record.prompt_tokens, sum(self._completion.values()), sum(self._cached.values()))
-
-
-async def chat_completions(request: Request) -> Response:
-    """Answers a conversation with its next message."""
-    return await chat(request, await read_requests(request, "chat"))
-
-
-async def chat(request: Request, read: Read) -> Response:
-    body = read.body
-    assert isinstance(body, ChatBody)
-    if body.stream:
-        return await stream(request, read.requests, ChatWriter(request, body))
-    reply = head("chat.completion", "chatcmpl", body, request)
-    return await whole(request, read.requests, lambda found: _chat_reply(body, reply, found[0]))
-
-
-def _chat_reply(body: ChatBody, reply: dict[str, Any], found: Completion) -> Response:
-    reply["choices"] = [encoded(_chat_choice(body, choice)) for choice in found.choices]
-    reply["usage"] = usage_of([found])
-    if body.prompt_logprobs is not None:
-        reply["prompt_logprobs"] = encoded(prompt_logprobs(found.prompt))
-    if body.return_token_ids:
-        reply["prompt_token_ids"] = prompt_ids(found.prompt)
-    return json_reply(reply)
-
-
-def _chat_choice(body: ChatBody, choice: CompletionChoice) -> dict[str, Any]:
-    return {
-        "index": choice.index,
-        "message": {"role": "assistant", "content": choice.text, "refusal": None},
-        **_chat_tokens(body, choice.tokens),
-        "finish_reason": choice.finish_reason,
-        "stop_reason": stop_reason(choice),
-    }
-
-
-def _chat_tokens(body: ChatBody, tokens: Sequence[TokenPiece]) -> dict[str, Any]:
-    """What a choice, or the next part of one, reports of its tokens."""
-    logprobs = chat_logprobs(shown(tokens), bool(body.return_tokens_as_token_ids)) if body.logprobs else None
-    ids = {"token_ids": [piece.id for piece in tokens]} if body.return_token_ids else {}
-    return {"logprobs": logprobs, **ids}
-
-
-class ChatWriter(OpenAIWriter):
-    """Chunks of a streamed chat. The role comes once per choice: accumulators concatenate strings.
-
-    Only text-generation's client, which always names its model ``tgi``, needs ``role`` and ``tool_calls`` in every
-    delta.
-    """
-
-    def __init__(self, request: Request, body: ChatBody) -> None:
-        super().__init__(request, body, head("chat.completion.chunk", "chatcmpl", body, request))
-        self._body = body
-
-    def begin(self) -> bytes:
-        start = {"role": "assistant", "content": ""}
-        return b"".join(self._choice_chunk({"index": i, "delta": start}) for i in range(self._body.n or 1))
-
-    def delta(self, prompt: int, delta: TextDelta) -> bytes:
-        body = self._body
-        self.count(prompt, delta)
-        out = b""
-        if (
-            delta.text
-            or (body.logprobs and shown(delta.tokens))
-            or (body.return_token_ids and (delta.tokens or delta.prompt))
-        ):
-            content = {"index": delta.choice, "delta": {"content": delta.text}, **_chat_tokens(body, delta.tokens)}
-            more = {"prompt_token_ids": prompt_ids(delta.prompt)} if body.return_token_ids and delta.prompt else {}
-            out = self._choice_chunk(content, **more)
-        if delta.finish_reason is None:
-            return out
-        ended = {"finish_reason": delta.finish_reason, "stop_reason": stop_reason(delta)}
-        return out + self._choice_chunk({"index": delta.choice, "delta": {}, **ended})
-
-    def _choice_chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
-        if self._body.model == "tgi":
-            choice["delta"] = {"role": "assistant", "content": "", "tool_calls": None} | choice["delta"]
-        choice.setdefault("logprobs", None)
-        choice.setdefault("finish_reason", None)
-        return self.chunk(choice, **more)
+        generated, cached = sum(self._completion.values()), sum(self._cached.values())
+        return usage(self._record.prompt_tokens, generated, cached, self._reasoning)
 
 
 async def completions(request: Request) -> Response:
@@ -223,7 +147,9 @@ def _completion_choice(
     out: dict[str, Any] = {
         "index": index,
         "text": (given.text if given else "") + found.text,
-        "logprobs": None if logprobs is None else logprobs.of([*(given.tokens if given else ()), *shown(found.tokens)]),
+        "logprobs": None
+        if logprobs is None
+        else logprobs.of([*(given.tokens if given else ()), *reported(body, found.tokens)]),
         "finish_reason": found.finish_reason,
     }
     if found.finish_reason is not None:
@@ -289,7 +215,7 @@ class CompletionLogprobs:
             name = token_name(piece.id, piece.text, self._as_ids)
             tokens.append(name)
             offsets.append(self._offset)
-            self._offset += len(piece.text)
+            self._offset += len(piece.text) if piece.shown else 0
             logprobs.append(None if piece.logprob is None else finite(piece.logprob))
             if piece.logprob is None:
                 tops.append(None)
@@ -311,29 +237,13 @@ class CompletionLogprobs:
         return top
 
 
-def chat_logprobs(pieces: Iterable[TokenPiece], as_ids: bool) -> dict[str, Any]:
-    """``/v1/chat/completions``' form: one entry per shown token."""
-    content = []
-    for piece in pieces:
-        name = token_name(piece.id, piece.text, as_ids)
-        entry = _chat_token(name, piece.logprob, piece.raw)
-        entry["top_logprobs"] = [
-            _chat_token(name, top.logprob, piece.raw)
-            if top.id == piece.id
-            else _chat_token(top_name(top, as_ids), top.logprob, top.raw)
-            for top in piece.top
-        ]
-        content.append(entry)
-    return {"content": content, "refusal": None}
-
-
-def _chat_token(name: str, logprob: float | None, raw: bytes | None) -> dict[str, Any]:
-    """``bytes`` are the token's own: a client joins the parts of a character. Null where they are not known."""
-    return {"token": name, "logprob": finite(logprob), "bytes": None if raw is None else list(raw)}
-
-
 def shown(pieces: Iterable[TokenPiece]) -> list[TokenPiece]:
     return [piece for piece in pieces if piece.shown]
+
+
+def reported(body: OpenAIBody, pieces: Iterable[TokenPiece]) -> list[TokenPiece]:
+    """The tokens whose logprobs are reported: those of the text, or as many as ids where ids are reported too."""
+    return list(pieces) if body.return_token_ids else shown(pieces)
 
 
 def prompt_logprobs(prompt: PromptPart | None) -> list[dict[str, Any] | None]:

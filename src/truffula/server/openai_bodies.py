@@ -13,10 +13,11 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from truffula.errors import InvalidRequest
 from truffula.params import MAX_SEED, SamplingParams
 from truffula.server.body import Address, Body, FirstError, GeneratingBody, Ids, Objects, Strings
+from truffula.server.constraint_fields import OpenAIConstraints
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
-from truffula.server.openai_schemas import MESSAGES_SCHEMA
-from truffula.service.openai_items import messages_from_openai
+from truffula.server.openai_schemas import MESSAGES_SCHEMA, TOOLS_SCHEMA
+from truffula.service.openai_items import messages_from_openai, tool_choice_from_openai, tools_from_openai
 from truffula.types import GenerateRequest
 
 MIN_INT64 = -(2**63)
@@ -68,7 +69,7 @@ class StreamOptions(Body):
     without_effect: ClassVar[tuple[str, ...]] = ("include_obfuscation",)
 
 
-class OpenAIBody(GeneratingBody):
+class OpenAIBody(OpenAIConstraints, GeneratingBody):
     """Fields that both routes share."""
 
     without_effect: ClassVar[tuple[str, ...]] = ("api_token",)
@@ -171,6 +172,7 @@ class OpenAIBody(GeneratingBody):
         )
         return {
             "params": params,
+            "constraint": self.constraint,
             "add_special_tokens": self.add_special_tokens,
             "truncate": self._truncation(params.max_tokens, limits),
             "return_prompt_tokens": bool(self.return_token_ids),
@@ -204,6 +206,7 @@ class CompletionBody(OpenAIBody):
     """``POST /v1/completions``."""
 
     prompt: str | Strings | Ids | Annotated[list[Ids], FirstError()]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
 
@@ -234,7 +237,8 @@ class CompletionBody(OpenAIBody):
             # ``check`` has compared the two
             prompt_logprobs=self.logprobs if self.echo and self.logprobs is not None else self.prompt_logprobs,
         )
-        return [GenerateRequest(prompt=prompt, echo=bool(self.echo), **shared) for prompt in self.prompts()]
+        shared |= {"suffix": self.suffix or "", "echo": bool(self.echo)}
+        return [GenerateRequest(prompt=prompt, **shared) for prompt in self.prompts()]
 
     def check(self) -> None:
         super().check()
@@ -244,12 +248,16 @@ class CompletionBody(OpenAIBody):
                 "numbers of the prompt's alternatives; give one of them.",
                 param="prompt_logprobs",
             )
+        if self.suffix and (self.echo or not all(isinstance(prompt, str) for prompt in self.prompts())):
+            what = "echo" if self.echo else "a prompt of token ids"
+            raise InvalidRequest(f"suffix cannot be combined with {what}; leave one of them out.", param="suffix")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens is 0, which is allowed only with echo: true.", param="max_tokens")
 
 
 # ``messages_from_openai`` reads them: it knows the place of an error inside a message.
 Messages = Annotated[Objects, WithJsonSchema(MESSAGES_SCHEMA)]
+Tools = Annotated[Objects, WithJsonSchema(TOOLS_SCHEMA)]
 
 
 class ChatBody(OpenAIBody):
@@ -263,7 +271,17 @@ class ChatBody(OpenAIBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
+    thinking_token_budget: int | None = None
     documents: Objects | None = None
+    tools: Tools | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def unknown(self) -> list[str]:
+        calls = ["parallel_tool_calls"] if self.parallel_tool_calls is False and not self.tools else []
+        return super().unknown() + calls
 
     def check(self) -> None:
         super().check()
@@ -278,6 +296,17 @@ class ChatBody(OpenAIBody):
         for name in ("max_completion_tokens", "max_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InvalidRequest(f"{name} is {value}; it must be at least 1.", param=name)
+        if self.thinking_token_budget is not None and self.thinking_token_budget < -1:
+            raise InvalidRequest(
+                f"thinking_token_budget is {self.thinking_token_budget}; it must be at least 0, or -1 for no limit.",
+                param="thinking_token_budget",
+            )
+        if self.separate_reasoning is False and self.tools:
+            raise InvalidRequest(
+                "separate_reasoning: false leaves the answer as the model wrote it, and tools need it parsed; send "
+                "only one of them.",
+                param="separate_reasoning",
+            )
 
     def requests(self, limits: RequestLimits, *, streams: bool) -> list[GenerateRequest]:
         self.check()
@@ -288,13 +317,19 @@ class ChatBody(OpenAIBody):
             logprobs_field="top_logprobs",
             prompt_logprobs=self.prompt_logprobs,
         )
-        kwargs = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", self.reasoning_effort)
+        tools = tools_from_openai(self.tools)
+        budget = self.thinking_token_budget
         last = bool(self.continue_final_message)
         made = GenerateRequest(
             messages=messages_from_openai(self.messages),
-            template_kwargs=kwargs,
+            tools=tools,
+            tool_choice=tool_choice_from_openai(
+                self.tool_choice, tools, parallel=self.parallel_tool_calls is not False
+            ),
+            parse_output=self.separate_reasoning is not False,
+            thinking_budget=None if budget == -1 else budget,
+            reasoning_effort=self.reasoning_effort,
+            template_kwargs=self.chat_template_kwargs or {},
             documents=self.documents,
             continue_final_message=last,
             add_generation_prompt=not last if self.add_generation_prompt is None else self.add_generation_prompt,

@@ -1,4 +1,4 @@
-"""JSON Schemas of messages, for the OpenAPI document: ``service/openai_items.py`` validates them."""
+"""JSON Schemas of messages and tools, for the OpenAPI document: ``service/openai_items.py`` validates them."""
 
 from __future__ import annotations
 
@@ -39,3 +39,21 @@ _MESSAGE = {
     },
 }
 MESSAGES_SCHEMA: dict[str, Any] = {"type": "array", "minItems": 1, "items": _MESSAGE}
+_TOOL = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string"},
+                "description": {"type": "string"},
+                "parameters": {"type": "object", "description": "A JSON Schema of the arguments."},
+                "strict": {"type": "boolean", "description": "Calls always match parameters."},
+            },
+        },
+    },
+}
+TOOLS_SCHEMA: dict[str, Any] = {"type": "array", "items": _TOOL}

@@ -20,6 +20,7 @@ from starlette.requests import Request
 from truffula.errors import InvalidRequest
 from truffula.server.auth import client_of, prefix_salt
 from truffula.server.body import Address, BodyJob, GeneratingBody, decode_object, note_ignored, raw_body, validate
+from truffula.server.constraint_fields import NATIVE_FIELDS, OPENAI_FIELDS
 from truffula.server.foreign_fields import is_adapter_field
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
@@ -37,7 +38,10 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
         "messages": [{"role": "user", "content": ""}],
         "prompt": "",
-        **dict.fromkeys(("documents", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")),
+        **dict.fromkeys(
+            ("suffix", "documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")
+        ),
+        **dict.fromkeys((*OPENAI_FIELDS, *NATIVE_FIELDS)),
     }
 )
 
@@ -153,6 +157,7 @@ def prepare(worker: Worker, job: BodyJob) -> Iterator[bytes]:
     request = replace(
         made[0],
         prompt=None,
+        suffix="",
         messages=None if made[0].messages is None else [],
         documents=None,
         template_kwargs={},

@@ -122,6 +122,8 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             limits=limits,
             templates=templates,
             render=workers.render_at_start,
+            tool_format=config.tool_format,
+            reasoning_format=config.reasoning_format,
         )
         service = AsyncService(client, core, workers=workers)
         metrics = Metrics(

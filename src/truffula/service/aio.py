@@ -19,6 +19,7 @@ from truffula.engine.client import EngineClient
 from truffula.errors import EngineDied, ShuttingDown, TruffulaError
 from truffula.service.choices import choice_error
 from truffula.service.core import RequestState, Service
+from truffula.service.grammars import Grammars
 from truffula.service.prompt_maker import PromptMaker
 from truffula.service.submissions import Submissions
 from truffula.service.workers import TextWorkers
@@ -117,6 +118,7 @@ class AsyncService:
     ) -> None:
         self.core = core or Service(client.info)
         self.texts = PromptMaker(self.core, workers)
+        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
         self._client = client
         self._submissions = Submissions(client)
         self._active: set[TextStream] = set()
@@ -153,7 +155,7 @@ class AsyncService:
         return stream
 
     async def open_all(self, requests: Sequence[GenerateRequest]) -> list[TextStream]:
-        """Template, tokenise and check each request, then submit all together: if one is refused, none is submitted.
+        """Template, tokenise, compile and check each request, then submit all together: if one is refused, none is.
 
         Raises ``InvalidRequest`` and its kinds, ``NoTokenizer``, ``Overloaded``, ``ShuttingDown``, ``EngineDied``. Long
         texts are tokenised in a thread.
@@ -165,7 +167,10 @@ class AsyncService:
             if states:
                 await asyncio.sleep(0)  # other requests have their turn between the prompts of a large one
             self.core.check(one)
-            states.append(self.core.begin(one, await self.texts.prompt(one)))
+            prompt = await self.texts.prompt(one)
+            wanted = self.core.answers.wanted(one, prompt.tail)
+            grammar = None if wanted is None else await self._grammars.compile(wanted, one.salt)
+            states.append(self.core.begin(one, prompt, grammar))
         self.core.check_scores_of_call(states)
         self._require_running()
         self._submissions.require_place()
@@ -234,6 +239,7 @@ class AsyncService:
         if self._thread is not None:
             await loop.run_in_executor(None, self._thread.join)
         await loop.run_in_executor(None, self.texts.close)
+        await loop.run_in_executor(None, self._grammars.close)
         self._lookup_threads.shutdown(wait=False, cancel_futures=True)
         self._commands.shutdown(wait=False, cancel_futures=True)
         self._controls.shutdown(wait=False, cancel_futures=True)

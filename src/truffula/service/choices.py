@@ -29,16 +29,12 @@ from truffula.types import (
 )
 
 
-class OutputParser(Protocol):
-    """Reads the text of one answer, with special tokens, in any pieces."""
+class Parser(Protocol):
+    """Of the text of one answer; ``text/output_parser.py`` has the one of the server."""
 
-    def feed(self, text: str) -> list[Part]:
-        """The parts that are known to be complete up to here."""
-        ...
+    def feed(self, text: str) -> list[Part]: ...
 
-    def finish(self) -> list[Part]:
-        """What was held back."""
-        ...
+    def finish(self) -> list[Part]: ...
 
 
 class ChoiceState:
@@ -69,7 +65,7 @@ class ChoiceState:
         eos_ids: frozenset[int],
         echoed: Prompt | None = None,
         clock: Callable[[], float] = time.monotonic,
-        parser: OutputParser | None = None,
+        parser: Parser | None = None,
     ) -> None:
         self._request = request
         self._params = params

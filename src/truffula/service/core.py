@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from truffula.errors import ErrorInfo, InvalidRequest, TemplateError, TruffulaError
+from truffula.errors import ErrorInfo, InvalidRequest, NoTokenizer, TemplateError, TruffulaError
+from truffula.items import Grammar
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import EngineParams, SamplingParams
+from truffula.service.answers import AnswerFormats
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
 from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
@@ -137,6 +139,7 @@ class Service:
         directory: Which adapters clients may name.
         templates: Name → Jinja source, to use in place of the tokenizer's.
         render: Renders chats to find what a template writes after an answer, in place of this process.
+        tool_format, reasoning_format: How the model writes tool calls and reasoning, where its template does not tell.
     """
 
     def __init__(
@@ -148,6 +151,8 @@ class Service:
         limits: ServiceLimits | None = None,
         templates: Mapping[str, str] | None = None,
         render: Render | None = None,
+        tool_format: str | None = None,
+        reasoning_format: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         texts = texts_of(info, texts)
@@ -159,6 +164,9 @@ class Service:
         self._numbers = itertools.count()
         self._random = random.SystemRandom()
         self.templates = texts.chat_templates(templates)
+        self.answers = AnswerFormats(
+            self.templates, tokenizer, tool_format=tool_format, reasoning_format=reasoning_format
+        )
         self._engine_ends = frozenset(info.eos_token_ids)
         self._ends = EndTokens(
             texts.end_tokens,
@@ -219,13 +227,14 @@ class Service:
         """Template, tokenize and truncate. Raises as ``make_prompt``."""
         return make_prompt(request, self.tokenizer, self.templates, self.info)
 
-    def open(self, request: GenerateRequest) -> RequestState:
-        """The state of a new request; its ``engine_requests`` are to be submitted.
+    def open(self, request: GenerateRequest, grammar: Grammar | None = None) -> RequestState:
+        """The state of a new request; its ``engine_requests`` are to be submitted. ``grammar`` is that of its
+        ``constraint``.
 
         Raises ``InvalidRequest``, ``PromptTooLong``, ``TemplateError``, ``NoTokenizer``.
         """
         self.check(request)
-        return self.begin(request, self.prompt(request))
+        return self.begin(request, self.prompt(request), grammar)
 
     def check(self, request: GenerateRequest) -> None:
         """Raise ``InvalidRequest`` for parameters that no prompt makes valid."""
@@ -236,13 +245,20 @@ class Service:
             raise InvalidRequest(f"{name} is {count}; the limit is {self.limits.max_choices}.", param=name)
         if params.stop:
             need_tokenizer(self.tokenizer, self.info)
+        constraint = request.constraint
+        if constraint is not None and self.tokenizer is None:
+            raise NoTokenizer(
+                f"{constraint.param} constrains the answer's text, and this model has no tokenizer; leave it out.",
+                param=constraint.param,
+            )
         for stop in params.stop:
             check_text(stop, "stop")
         checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)
         checked_ids(list(params.logit_bias), "logit_bias", self.info.vocab_size)
 
-    def begin(self, request: GenerateRequest, prompt: Prompt) -> RequestState:
+    def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
+        assert grammar is not None or request.constraint is None
         params = request.params
         count = max(params.n, params.best_of or 1)
         check_fits(len(prompt.ids), params, self.info)
@@ -259,6 +275,7 @@ class Service:
                 params=engine_params,
                 choice=choice,
                 adapter=request.adapter,
+                grammar=grammar,
                 salt=request.salt,
                 arrival=now,
                 queue_deadline=None if request.queue_timeout_s is None else now + request.queue_timeout_s,
@@ -267,7 +284,12 @@ class Service:
             for choice in range(count)
         ]
         echoed = prompt if prompt.pieces is not None else None
-        choices = [ChoiceState(one, params, self.tokenizer, end_ids, echoed, self._clock) for one in engine_requests]
+        choices = [
+            ChoiceState(
+                one, params, self.tokenizer, end_ids, echoed, self._clock, self.answers.parser(request, prompt.tail)
+            )
+            for one in engine_requests
+        ]
         state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
         self._check_scores([state], self.limits.max_prompt_scores)
         return state

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args, get_type_hints
 
 from truffula.errors import InvalidRequest
-from truffula.items import Item, Message, Reasoning, Refusal, Role, Text, Tool, ToolCall, ToolResult
+from truffula.items import Item, Message, Reasoning, Refusal, Role, Text, Tool, ToolCall, ToolChoice, ToolResult
 from truffula.text.chat_template import plain
 
 ROLES: tuple[str, ...] = get_args(Role)
@@ -221,3 +221,51 @@ def _string(given: Mapping[str, Any], key: str, where: str) -> str:
 def _shown(value: Any) -> str:
     """A value for an error: short ones as they are, others by their type."""
     return repr(value)[:60] if value is None or isinstance(value, str | int | float) else f"a {type(value).__name__}"
+
+
+def tool_choice_from_openai(
+    choice: Any, tools: Sequence[Tool] | None, *, parallel: bool = True, where: str = "tool_choice"
+) -> ToolChoice:
+    """What ``choice`` says of ``tools``: a mode, a function's name, or one of the objects of chat and of Responses.
+
+    None: ``auto`` with tools. Raises ``InvalidRequest`` for a name that is not of ``tools``, and for a choice that
+    demands a call where there are none.
+    """
+    mode: Any = "auto" if tools else "none"
+    names: list[str] = []
+    if isinstance(choice, str):
+        mode, names = (choice, []) if choice in _MODES else ("required", [choice])
+    elif isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
+        inner = choice.get("allowed_tools", choice)
+        listed = inner.get("tools") if isinstance(inner, Mapping) else None
+        if not isinstance(listed, list | tuple) or not listed or inner.get("mode", "auto") not in ("auto", "required"):
+            raise InvalidRequest(
+                f"{where} of type 'allowed_tools' needs a mode, 'auto' or 'required', and a list of tools.", param=where
+            )
+        mode, names = inner.get("mode", "auto"), [_named(tool, f"{where}.tools[{i}]") for i, tool in enumerate(listed)]
+    elif choice is not None:
+        mode, names = "required", [_named(choice, where)]
+    known = [tool.name for tool in tools or ()]
+    if mode == "required" and not known:
+        raise InvalidRequest(f"{where} demands a tool call; the request has no tools.", param=where)
+    for name in names:
+        if name not in known:
+            shown = ", ".join(known[:20]) or "none"
+            raise InvalidRequest(f"{where} names {name[:80]!r}, which is not one of the tools: {shown}.", param=where)
+    return ToolChoice(mode=mode, names=tuple(dict.fromkeys(names)), parallel=parallel)
+
+
+_MODES = get_args(get_type_hints(ToolChoice)["mode"])
+
+
+def _named(given: Any, where: str) -> str:
+    """The function that an object names: ``{"type": "function", "function": {"name"}}``, or ``{"name"}`` itself."""
+    inner = given.get("function", given) if isinstance(given, Mapping) else None
+    name = inner.get("name") if isinstance(inner, Mapping) else None
+    if not isinstance(name, str) or given.get("type", "function") != "function":
+        raise InvalidRequest(
+            f"{where} is {_shown(given)}; it must be one of {', '.join(_MODES)}, or name a function: "
+            '{"type": "function", "function": {"name": …}}.',
+            param=where,
+        )
+    return name

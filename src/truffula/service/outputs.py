@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from truffula.items import Reasoning, ToolCall
 from truffula.params import SamplingParams
 from truffula.types import Completion, CompletionChoice, FinishReason, GenerateRequest, TokenPiece
 
@@ -15,7 +16,8 @@ class ChoiceOutput:
     """One completion. ``token_ids`` holds EOS (or the stop id, or the tokens of a stop string) where one ended it.
 
     ``logprobs``: per generated token, the k most likely ids and the chosen one with their logprobs; None when not asked
-    for. ``stop_reason`` is the stop string or stop id that ended it; ``eos`` says that the model's own end did.
+    for. ``stop_reason`` is the stop string or stop id that ended it; ``eos`` says that the model's own end did. Of a
+    chat, ``text`` is what the model answered beside ``reasoning`` and ``tool_calls``.
     """
 
     index: int
@@ -26,11 +28,13 @@ class ChoiceOutput:
     stop_reason: str | int | None
     eos: bool
     seed: int | None
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The answer to one prompt. ``text``, ``token_ids``, ``logprobs``, ``finish_reason`` are of choice 0.
+    """The answer to one prompt. What ``choices`` have too is of choice 0.
 
     ``prompt`` is the text as the model saw it (a chat rendered; None for ids of a model without tokenizer),
     ``prompt_logprobs`` one dict per prompt token, the first None. ``cached_tokens`` of the prompt came from the prefix
@@ -46,6 +50,14 @@ class RequestOutput:
     @property
     def text(self) -> str:
         return self.choices[0].text
+
+    @property
+    def reasoning(self) -> str:
+        return self.choices[0].reasoning
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        return self.choices[0].tool_calls
 
     @property
     def token_ids(self) -> list[int]:
@@ -87,6 +99,8 @@ def _choice(choice: CompletionChoice, params: SamplingParams) -> ChoiceOutput:
         stop_reason=choice.stop_reason,
         eos=choice.eos,
         seed=choice.totals.seed,
+        reasoning="".join(item.text for item in choice.items if isinstance(item, Reasoning)),
+        tool_calls=[item for item in choice.items if isinstance(item, ToolCall)],
     )
 
 

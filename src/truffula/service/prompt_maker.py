@@ -94,7 +94,7 @@ def chars_of(request: GenerateRequest) -> int:
         if request.chat_template or request.tools or request.documents or request.template_kwargs:
             return INLINE_CHARS + 1
         return sum(map(_chars_of_message, request.messages))
-    return len(request.prompt or "")
+    return len(request.prompt or "") + len(request.suffix)
 
 
 def _chars_of_message(message: Message) -> int:

@@ -11,6 +11,7 @@ import msgspec
 from truffula.errors import InvalidRequest, NoTokenizer, PromptTooLong
 from truffula.params import SamplingParams
 from truffula.text.chat_template import ChatTemplates
+from truffula.text.infill import infill_prompt
 from truffula.text.template_probe import Kind
 from truffula.text.tokenizer import Encoded, Tokenizer, check_text
 from truffula.text.worker import Worker
@@ -94,7 +95,7 @@ def left_out(request: GenerateRequest, templates: ChatTemplates, prompt: str) ->
                 param=place.param,
             )
     fields = dict.fromkeys(_FIELDS[place.kind] for place in found.places)
-    return (*(f"template_kwargs.{name}" for name in found.variables), *fields)
+    return (*found.fields, *fields)
 
 
 def make_prompt(
@@ -113,6 +114,9 @@ def make_prompt(
     pieces: list[TokenPiece] | None = None
     if text is not None:
         tokenizer = need_tokenizer(tokenizer, info)
+        if request.suffix:
+            check_text(request.suffix, "suffix")
+            text = infill_prompt(text, request.suffix, tokenizer)
         _check_length(text, request, tokenizer, info)
         special = request.add_special_tokens
         special = request.messages is None if special is None else special

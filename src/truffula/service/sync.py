@@ -12,6 +12,7 @@ from truffula.engine.interrupts import uninterrupted
 from truffula.errors import ShuttingDown, TruffulaError
 from truffula.service.choices import choice_error, collect
 from truffula.service.core import RequestState, Service
+from truffula.service.grammars import Grammars
 from truffula.service.submissions import Submissions
 from truffula.types import (
     AdapterCommand,
@@ -54,6 +55,7 @@ class SyncService:
         self.core = core or Service(client.info)
         self._client = client
         self._submissions = Submissions(client)
+        self._grammars = Grammars(self.core.info, self.core.tokenizer, client.set_vocabulary)
         self._changed = threading.Condition()  # guards the fields below, the submissions and the calls
         self._calls: dict[str, _Call] = {}  # by engine id
         self._reader: _Call | None = None  # the call whose thread reads the engine's events
@@ -131,6 +133,7 @@ class SyncService:
     def close(self) -> None:
         """Close the client. Iterators that are still open end with ``ShuttingDown``."""
         self._closed = True
+        self._grammars.close()
         self._client.close()
 
     def _check_all(self, call: _Call) -> None:
@@ -168,7 +171,11 @@ class SyncService:
         """The state of ``request``; what the chat template ignores is logged once per call."""
         if isinstance(request, RequestState):
             return request
-        state = self.core.open(request)
+        self.core.check(request)
+        prompt = self.core.prompt(request)
+        wanted = self.core.answers.wanted(request, prompt.tail)
+        grammar = None if wanted is None else self._grammars.compile_now(wanted)
+        state = self.core.begin(request, prompt, grammar)
         if new := set(state.ignored) - call.ignored:
             call.ignored |= new
             logger.warning("the chat template does not use %s", ", ".join(sorted(new)))

@@ -22,6 +22,8 @@ from truffula.types import GenerateRequest
 MAX_SOURCE = 400_000
 MAX_CHARS = 4_000_000
 MAX_DEPTH = 64
+THINKING = ("enable_thinking", "thinking")
+"""The variables by which templates switch reasoning on and off."""
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 # Put behind the message that is to be continued, to find its end in what the template makes of it. Not a word of any
 # template.
@@ -30,10 +32,10 @@ MARK = "\ue000TRUFFULA CONTINUES HERE\ue000 "
 
 @dataclass(frozen=True)
 class LeftOut:
-    """``places`` of a conversation that are not in the prompt; ``variables`` that the template never mentions."""
+    """``places`` of a conversation that are not in the prompt; ``fields`` whose variables the template never reads."""
 
     places: tuple[Place, ...]
-    variables: tuple[str, ...]
+    fields: tuple[str, ...]
 
 
 class _Template:
@@ -102,7 +104,7 @@ class ChatTemplates:
         """
         if request.chat_template is not None:
             return self.sources.get(request.chat_template, request.chat_template)
-        if request.tools and "tool_use" in self.sources:
+        if request.callable_tools and "tool_use" in self.sources:
             return self.sources["tool_use"]
         if "default" in self.sources:
             return self.sources["default"]
@@ -145,9 +147,11 @@ class ChatTemplates:
         """
         source = self.choose(request)
         unread: tuple[str, ...] = ()
-        if request.template_kwargs:
+        if request.template_kwargs or request.reasoning_effort is not None:
             reads = self._template(source).variables
-            unread = tuple(name for name in request.template_kwargs if name not in reads)
+            unread = tuple(f"template_kwargs.{name}" for name in request.template_kwargs if name not in reads)
+            if request.reasoning_effort is not None and reads.isdisjoint(("reasoning_effort", *THINKING)):
+                unread += ("reasoning_effort",)
 
         def missing(only: Kind | None) -> list[Place]:
             context = self._context(source, request)
@@ -174,8 +178,9 @@ class ChatTemplates:
         chat = conversation(request.messages or (), knows_developer="developer" in source)
         others = {
             **self.special_tokens,
+            **effort_variables(request.reasoning_effort),
             **request.template_kwargs,
-            "tools": [tool.for_template() for tool in request.tools or ()] or None,
+            "tools": [tool.for_template() for tool in request.callable_tools] or None,
             "documents": request.documents or None,
             "add_generation_prompt": request.add_generation_prompt,
         }
@@ -219,6 +224,13 @@ def read_template(path: Path) -> str:
     except TemplateError as error:
         raise ConfigError(f"{path}: {error.message}", param="chat_template") from error
     return source
+
+
+def effort_variables(effort: str | None) -> dict[str, Any]:
+    """The variables by which templates know how much to reason: all but "none" switch it on."""
+    if effort is None:
+        return {}
+    return {"reasoning_effort": effort, **dict.fromkeys(THINKING, effort != "none")}
 
 
 def conversation(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +25,7 @@ from truffula.text.detokenizer import (
 )
 from truffula.text.expansion import check_expansion
 from truffula.text.side_files import ADDED, CONFIG, MAP, add_tokens, special_tokens
-from truffula.types import EndToken
+from truffula.types import EndToken, Vocabulary
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Tokenizer:
     are the ids that ``skip_special_tokens`` leaves out, ``added_ids`` those matched in the text before it is cut.
     ``chat_templates`` maps a name (``default``, ``tool_use``, …) to a Jinja source. ``end_tokens`` are those at which
     the model's files, beside its configuration, end a completion. ``warnings`` are for the operator. ``decoder`` is
-    that of tokenizer.json.
+    that of tokenizer.json. ``response_template`` describes answers, as transformers reads it.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Tokenizer:
         self.eos_id = self._named("eos_token")
         self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
         self.chat_templates = _templates(config)
+        found = config.get("response_template")
+        self.response_template: dict[str, Any] = found if isinstance(found, dict) else {}
         self._rule = byte_rule(decoder)
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str] = {}
@@ -179,6 +181,24 @@ class Tokenizer:
             return text.encode()
         byte = BYTE_TOKEN.fullmatch(piece)
         return bytes([int(byte[1], 16)]) if byte else None
+
+    def vocabulary(self, end_ids: Iterable[int]) -> Vocabulary:
+        """The bytes of all tokens, for grammars. ``end_ids`` end a completion.
+
+        Raises ``InvalidRequest`` for a tokenizer whose tokens have no bytes of their own (``byte_rule``).
+        """
+        rule = self._rule
+        if rule is None:
+            raise InvalidRequest(
+                "Structured output is not possible with this model: the text of a token of its tokenizer depends on "
+                "the tokens around it (the decoder in tokenizer.json is neither ByteLevel nor ByteFallback).",
+                param="response_format",
+            )
+        pieces = self._library.get_vocab(with_added_tokens=True)
+        tokens = [b""] * (max(pieces.values(), default=-1) + 1)
+        for piece, token_id in pieces.items():
+            tokens[token_id] = rule.to_bytes(piece)
+        return Vocabulary(tokens=tokens, special_ids=sorted(self.special_ids), end_ids=sorted(set(end_ids)))
 
     def bytes_added(self, token_id: int, text: str) -> bytes | None:
         """The bytes a token added, where ``text`` came out with it: a space that the decoder strips is not among them,

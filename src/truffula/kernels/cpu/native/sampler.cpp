@@ -338,6 +338,10 @@ void edit(const float* logits, int64_t vocab, const Row& row) {
   for (int64_t first = 0; first < vocab; first += 32) {
     const uint32_t banned = ~row.mask[first / 32];
     const int64_t end = std::min<int64_t>(32, vocab - first);
+    if (banned == ~uint32_t{0}) {  // nearly every word of a grammar's mask is all or nothing
+      std::fill_n(scores.begin() + first, end, -kInfinity);
+      continue;
+    }
     for (int64_t bit = 0; banned != 0 && bit < end; ++bit)
       if ((banned >> bit) & 1) scores[static_cast<size_t>(first + bit)] = -kInfinity;
   }

@@ -1,0 +1,92 @@
+"""What a model's answers look like by its chat template: the parser of one answer, and what it must match."""
+
+from __future__ import annotations
+
+from truffula.errors import InvalidRequest
+from truffula.items import Constraint
+from truffula.text.answers import Answer
+from truffula.text.chat_template import ChatTemplates
+from truffula.text.output_parser import OutputParser, make_parser
+from truffula.text.tokenizer import Tokenizer
+from truffula.text.tool_formats import OutputFormat, detect_format
+from truffula.types import GenerateRequest
+
+
+class AnswerFormats:
+    """The format of tool calls and reasoning for each chat template of one model.
+
+    Args:
+        tool_format, reasoning_format: The operator's choice of a format, in place of the template's.
+    """
+
+    def __init__(
+        self,
+        templates: ChatTemplates,
+        tokenizer: Tokenizer | None,
+        *,
+        tool_format: str | None = None,
+        reasoning_format: str | None = None,
+    ) -> None:
+        self._templates = templates
+        self._chosen = (tool_format, reasoning_format)
+        special = () if tokenizer is None else sorted(tokenizer.special_ids)
+        self._special = tuple(text for i in special if tokenizer is not None and (text := tokenizer.text_of(i)))
+        self._own = frozenset() if tokenizer is None else frozenset(tokenizer.chat_templates.values())
+        self._response = None if tokenizer is None else tokenizer.response_template
+        self._known = {source: self._detect(source) for source in templates.sources.values()}
+
+    def _detect(self, source: str) -> OutputFormat:
+        tools, reasoning = self._chosen
+        return detect_format(source, self._response if source in self._own else None, tools, reasoning)
+
+    def of(self, request: GenerateRequest) -> OutputFormat:
+        """The format of the answers to ``request``. Raises ``TemplateError`` where it has no template."""
+        source = self._templates.choose(request)
+        return self._known.get(source) or self._detect(source)
+
+    def parser(self, request: GenerateRequest, prompt_tail: str) -> OutputParser | None:
+        """The parser of an answer to ``request``, None where there is nothing to parse."""
+        if not request.parse_output or request.messages is None:
+            return None
+        form, tools = self.of(request), request.callable_tools
+        calls = form.tools is not None and (bool(tools) or form.tools.syntax == "harmony")
+        if not calls and form.reasoning is None:
+            return None
+        dropped = self._special if request.params.skip_special_tokens else ()
+        return make_parser(form, tools, prompt_tail=prompt_tail, special_tokens=dropped)
+
+    def wanted(self, request: GenerateRequest, prompt_tail: str) -> Constraint | Answer | None:
+        """What the answer to ``request`` must match, for ``Grammars``; None: nothing.
+
+        Without tools and reasoning that is the request's constraint alone. Raises ``InvalidRequest`` where a tool call
+        is demanded of a model that has no known form of them.
+        """
+        if not request.parse_output or request.messages is None:
+            return request.constraint
+        form, tools, choice = self.of(request), request.callable_tools, request.tool_choice
+        if choice.mode == "required" and form.tools is None:
+            raise InvalidRequest(
+                "tool_choice demands a tool call, and the model's chat template has no form of calls that this server "
+                "knows. Leave it out, or name the form with the server's option --tool-format.",
+                param="tool_choice",
+            )
+        promised = bool(choice.names or not choice.parallel or any(tool.strict for tool in tools))
+        callable_ = bool(tools) and form.tools is not None
+        calls = callable_ and (choice.mode == "required" or promised)
+        thinks = form.reasoning is not None
+        if not (calls or (thinks and request.thinking_budget is not None) or request.constraint is not None):
+            return None
+        if not thinks and not callable_:
+            return request.constraint
+        tail = prompt_tail.rstrip()
+        opened, closed = (form.reasoning.open.strip(), form.reasoning.close.strip()) if form.reasoning else ("", "")
+        if closed and tail.endswith(closed):  # the prompt has closed it: the answer has none
+            form = OutputFormat(form.tools, None)
+        return Answer(
+            form=form,
+            tools=tools,
+            choice=choice,
+            constraint=request.constraint,
+            thinking_open=bool(opened) and tail.endswith(opened),
+            thinking_budget=request.thinking_budget,
+        )
