@@ -29,7 +29,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     reading the files (sizes and mtimes, or a revision): when it changes, the pool loads it again. Identity in the
     engine is the content hash found on loading (the generation), never the name. ``root``: a parent folder of
     ``locator``; no link may lead outside of it when the files are opened. "" when the operator configured the adapter's
-    folder itself.
+    folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
     """
 
     name: str
@@ -38,6 +38,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     fingerprint: str = ""
     root: str = ""
+    untrained: bool = False
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -308,6 +309,13 @@ class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
 
 
+EngineAction = Literal["pause", "drain", "resume", "reset_prefix_cache"]
+"""``pause``: no step is planned any more; running and waiting requests stay as they are. ``drain``: no request is
+admitted any more; what runs goes to its end. ``resume`` ends both. ``reset_prefix_cache``: no later request finds what
+was computed before.
+"""
+
+
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     """The state of one adapter in the pool."""
 
@@ -401,10 +409,18 @@ class EngineRestarts(msgspec.Struct, frozen=True, kw_only=True):
     last_reason: str = ""
 
 
+MAX_STATS_NAMES = 256
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A heartbeat: the state of the engine at ``monotonic``, the time of the machine's monotonic clock."""
+    """A heartbeat: the state of the engine at ``monotonic``, the time of the machine's monotonic clock.
+
+    ``resident_names`` are those by which resident adapters were named, the last used first; ``loading_names`` those of
+    adapters that load or that waiting requests need. Of both at most ``MAX_STATS_NAMES``.
+    """
 
     monotonic: float
+    paused: bool = False
     steps: int = 0
     running: int = 0
     waiting: int = 0
@@ -424,6 +440,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     adapter_load_failures: int = 0
     adapter_evictions: int = 0
     adapters_resident: int = 0
+    resident_names: list[str] = []
+    loading_names: list[str] = []
     adapter_bytes: int = 0
+    adapter_limit_bytes: int = 0
     budget_bytes: int = 0
     budget_used_bytes: int = 0

@@ -32,7 +32,7 @@ from truffula import __version__
         ("/completion", 404, "use POST /v1/completions"),
         ("/lora-adapters", 404, "GET /v1/models"),
         ("/v2/models/llama/infer", 404, "KServe"),
-        ("/load_lora_adapter", 404, "use POST /v1/load_lora_adapter"),
+        ("/load_lora_adapter", 404, "--adapter-admin"),
         # A base URL with or without /v1, slashes, spelling.
         ("/chat/completions", 404, "did you mean /v1/chat/completions?"),
         ("/v1/v1/chat/completions", 404, "did you mean /v1/chat/completions?"),

@@ -17,6 +17,7 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server import (
     admin,
+    control,
     decisions,
     lorax,
     messages,
@@ -102,10 +103,23 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/info", probes.info, "probes"),
     RouteSpec("GET", "/version", probes.version, "probes"),
     RouteSpec("GET", "/metrics", probes.metrics, "probes"),
+    RouteSpec("GET", "/load", probes.load, "probes"),
+    RouteSpec("GET", "/get_load", probes.load, "probes"),
+    RouteSpec("GET", "/get_model_info", probes.sglang_info, "probes"),
+    RouteSpec("GET", "/get_server_info", probes.sglang_info, "probes"),
+    RouteSpec("GET", "/health_generate", probes.health, "probes"),
+    RouteSpec("GET", "/server_info", probes.server_info, "probes"),
 )  # fmt: skip
 _ADMIN_ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
     RouteSpec("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
+    RouteSpec("DELETE", "/v1/models/{model_id:path}", admin.delete_model, "admin"),
+    RouteSpec("POST", "/load_lora_adapter", admin.sglang_load, "admin", admin.SglangLoadBody),
+    RouteSpec("POST", "/unload_lora_adapter", admin.sglang_unload, "admin", admin.UnloadBody),
+    RouteSpec("POST", "/pause", control.pause, "admin"),
+    RouteSpec("POST", "/resume", control.resume, "admin"),
+    RouteSpec("GET", "/is_paused", control.is_paused, "admin"),
+    RouteSpec("POST", "/reset_prefix_cache", control.reset_prefix_cache, "admin"),
 )
 
 

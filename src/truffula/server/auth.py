@@ -18,7 +18,7 @@ from truffula.server.middleware import rejection
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
 OPEN_PATHS = frozenset(
     {
-        *("/health", "/ping", "/startup", "/metrics", "/v1/health", "/version"),
+        *("/health", "/ping", "/health_generate", "/startup", "/metrics", "/v1/health", "/version"),
         *("/docs", "/openapi.json", "/api-doc/openapi.json"),
     }
 )

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/ping", "/metrics", "/load", "/get_load"})
 CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; only in logs and metrics
 
 

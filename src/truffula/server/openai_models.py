@@ -27,6 +27,25 @@ def entry(state: ServerState, name: str | None) -> dict[str, Any]:
         "root": name or state.service.info.model,
         "parent": base if name else None,
         "max_model_len": state.service.info.max_model_len,
+        "permission": [_permission(state.created)],
+    }
+
+
+def _permission(created: int) -> dict[str, Any]:
+    """What OpenAI's old clients and vLLM's read of every model: it may be sampled."""
+    return {
+        "id": "modelperm-truffula",
+        "object": "model_permission",
+        "created": created,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
     }
 
 

@@ -47,6 +47,7 @@ from truffula.server.connections import (
 )
 from truffula.server.errors import Unhealthy, dialect_of_request, render
 from truffula.server.router_metrics import RouterMetrics
+from truffula.server.vllm_metrics import VllmMetrics
 from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
@@ -135,6 +136,9 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
         if config.lorax_metrics:
             router = RouterMetrics(metrics.registry, service.known_stats, service.info)
             metrics.on_request.append(router.request_ended)
+        if config.vllm_metrics:
+            model = config.served_model_name or service.info.model
+            metrics.registry.register(VllmMetrics(service.known_stats, service.info, model))
         defaults = sampling_defaults(core.generation_config if config.generation_defaults else {})
         asgi = create_app(service, config, directory, metrics, defaults=defaults)
         warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
