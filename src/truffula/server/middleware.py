@@ -11,7 +11,6 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import asdict
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,21 +18,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
-from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, render
-from truffula.server.sse import ClientGone, within
+from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of_request, render
+from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/ping", "/metrics", "/load", "/get_load"})
 CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; only in logs and metrics
 
 
 def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
     """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
-    response = render(error, scope["path"])
+    response = render(error, dialect_of_request(scope), scope["state"]["record"].request_id)
     if close:
         response.headers["connection"] = "close"
     return response
@@ -47,14 +46,11 @@ def request_id(given: str | None) -> str:
 
 
 class RequestScope:
-    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts. A client
-    that takes nothing of its answer for ``send_timeout_s`` is gone.
-    """
+    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, send_timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self._metrics = metrics
-        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,16 +60,17 @@ class RequestScope:
         record = RequestRecord(request_id=request_id(given), method=scope["method"], path=scope["path"])
         scope.setdefault("state", {})["record"] = record
         started = time.monotonic()
-        bounded = within(send, self._send_timeout_s)
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 extra = [(b"x-request-id", record.request_id.encode())]
+                if dialect_of_request(scope) == "anthropic":
+                    extra.append((b"request-id", record.request_id.encode()))
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
                 message["headers"] = [*message.get("headers", ()), *extra]
-            await bounded(message)
+            await send(message)
 
         try:
             await self.app(scope, receive, with_id)
@@ -84,7 +81,7 @@ class RequestScope:
             record.error_code = "internal_error"
             if not record.status:
                 error = TruffulaError(f"Internal server error (request {record.request_id}); see the server's log.")
-                await render(error, record.path)(scope, receive, with_id)
+                await render(error, dialect_of_request(scope), record.request_id)(scope, receive, with_id)
         finally:
             self._ended(record, scope, time.monotonic() - started)
 
@@ -97,7 +94,8 @@ class RequestScope:
         # Successful probes come every second and are not worth a line.
         level = logging.DEBUG if record.path in QUIET_PATHS and record.status < 400 else logging.INFO
         if access.isEnabledFor(level):
-            access.log(level, "%s", access_line(record), extra={"fields": asdict(record)})
+            fields = {name: getattr(record, name) for name in RequestRecord.__slots__}
+            access.log(level, "%s", access_line(record), extra={"fields": fields})
 
 
 def access_line(record: RequestRecord) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
@@ -44,17 +44,30 @@ async def wait_until_gone(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(wait_until_gone(receive))
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first.
+
+    ``work`` runs in the calling task: another would cost a small answer as much as its text does.
+    """
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        await wait_until_gone(receive)
+        gone = True
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        await end_tasks(task, watch)
+        try:
+            return await work
+        finally:
+            await end_tasks(watching)
+    except asyncio.CancelledError as error:
+        if gone and task.uncancel() == 0:
+            raise ClientGone from error
+        raise
 
 
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
@@ -64,21 +77,8 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def within(send: Send, seconds: float) -> Send:
-    """``send``, which waits while the client's buffers are full; it raises ``ClientGone`` after ``seconds``."""
-
-    async def bounded(message: Message) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await send(message)
-        except TimeoutError as error:
-            raise ClientGone from error
-
-    return bounded
-
-
 class EventStream(Response):
-    """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
+    """Sends ``first`` and then what ``frames`` yields, and ``keep_alive`` when nothing was sent for ``keep_alive_s``.
 
     ``frames`` yields one or more whole frames at a time and never raises an error of a request: that is a frame.
     It is closed, which ends its work, when the client leaves; then ``ClientGone`` is raised.
@@ -90,12 +90,14 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         headers: Mapping[str, str] | None,
         keep_alive_s: float,
+        keep_alive: bytes = KEEP_ALIVE,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._first = first
         self._frames = frames
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +118,7 @@ class EventStream(Response):
                 await asyncio.sleep(max(0.01, last + self._keep_alive_s - loop.time()))
                 if loop.time() - last >= self._keep_alive_s:
                     last = loop.time()
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    await send({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
 
         ticker = asyncio.ensure_future(keep_alive())
         try:
