@@ -50,10 +50,12 @@ def tools(**more: object) -> None:
 
 
 def errors(**more: object) -> None:
-    for call in ("invoke", "stream"):
-        raises(openai.NotFoundError, lambda: list(getattr(ChatOpenAI(model="nobody", **SHORT, **more), call)("a")), "nobody")
-        wrong = ChatOpenAI(model=BASE, **{**SHORT, "temperature": -1}, **more)
-        raises(openai.BadRequestError, lambda: list(getattr(wrong, call)("a")), "temperature")
+    unknown = ChatOpenAI(model="nobody", **SHORT, **more)
+    wrong = ChatOpenAI(model=BASE, **{**SHORT, "temperature": -1}, **more)
+    raises(openai.NotFoundError, lambda: unknown.invoke("a"), "nobody")
+    raises(openai.NotFoundError, lambda: list(unknown.stream("a")), "nobody")
+    raises(openai.BadRequestError, lambda: wrong.invoke("a"), "temperature")
+    raises(openai.BadRequestError, lambda: list(wrong.stream("a")), "temperature")
 
 
 async def concurrent(expected: str) -> None:

@@ -25,7 +25,8 @@ def plain() -> None:
     assert deltas == stream.current_completion_snapshot.choices[0].message.content == whole
     completion = {"prompt": QUESTION, "max_tokens": 8, "temperature": 0}
     text = differ(lambda model: CLIENT.completions.create(model=model, **completion).choices[0].text)
-    assert "".join(c.choices[0].text for c in CLIENT.completions.create(model=ADAPTER, stream=True, **completion)) == text
+    chunks = CLIENT.completions.create(model=ADAPTER, stream=True, **completion)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text
 
 
 def structured() -> None:

@@ -1,14 +1,13 @@
 """Every field that today's SDKs can send: works, is refused by name, or is ignored and listed."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from live_server import MODEL, assert_canonical_error
 from typing_extensions import is_typeddict
 from verdicts import anthropic_rows, body_of, members, openai_rows
+
+from environments import environment
 
 ROWS = openai_rows()
 
@@ -102,10 +101,6 @@ def test_what_works_is_never_listed(live, row):
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(body_of("/v1/messages") is None, reason="this server has no /v1/messages")
 def test_every_field_of_anthropics_sdk_is_judged():
-    home = Path(__file__).resolve().parents[2] / ".venvs" / "anthropic-types"
-    python = home / "bin" / "python"
-    if not python.is_file():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "-q", "anthropic==2.14.0"], check=True, timeout=280)
+    python = environment("anthropic-types", ["anthropic==2.14.0"]) / "python"
     missing = [(row.route, row.field) for row in anthropic_rows(python) if row.verdict is None]
     assert not missing, "give each a field of the route's body, or a row in server/field_names.toml"
