@@ -33,7 +33,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 def run(name: str, argv: list[str], folder: Path) -> str:
     """What the command printed, with the programs of the client's environment first on the PATH."""
     home = environment(name, PACKAGES[name])
-    variables = {**os.environ, **OFFLINE, "PATH": f"{home}{os.pathsep}{os.environ['PATH']}"}
+    variables = {**os.environ, **OFFLINE, "HF_HOME": str(folder), "PATH": f"{home}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(argv, cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout

@@ -7,7 +7,8 @@ import asyncio
 import openai
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
-from scenario import ADAPTER, BASE, QUESTION, URL, Trip, differ, raises
+from scenario import ADAPTER, BASE, QUESTION, URL, differ, raises
+from trip import Trip
 
 SHORT = {"base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0, "temperature": 0, "max_tokens": 12}
 LONG = {**SHORT, "max_tokens": 300}

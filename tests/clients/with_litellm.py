@@ -6,7 +6,8 @@ import asyncio
 from copy import deepcopy
 
 import litellm
-from scenario import ADAPTER, BASE, QUESTION, TALK, TOOL, URL, Trip, differ, raises
+from scenario import ADAPTER, BASE, QUESTION, TALK, URL, differ, raises
+from trip import TOOL, Trip
 
 litellm.telemetry = False
 SERVER = {"api_base": f"{URL}/v1", "api_key": "none", "num_retries": 0, "max_retries": 0}

@@ -9,7 +9,8 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from scenario import ADAPTER, BASE, QUESTION, URL, Trip, differ, raises
+from scenario import ADAPTER, BASE, QUESTION, URL, differ, raises
+from trip import Trip
 
 TALK = [ChatMessage(role="user", content=QUESTION)]
 

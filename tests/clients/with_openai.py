@@ -6,7 +6,8 @@ import asyncio
 
 import openai
 from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
-from scenario import ADAPTER, BASE, QUESTION, TALK, URL, Trip, differ, raises
+from scenario import ADAPTER, BASE, QUESTION, TALK, URL, differ, raises
+from trip import Trip
 
 CLIENT = OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
 SHORT = {"messages": TALK, "max_tokens": 12, "temperature": 0}
