@@ -36,7 +36,8 @@ def structured(prefix: str) -> None:
 
 def tools(prefix: str) -> None:
     tool = deepcopy(TOOL)
-    tool["function"]["parameters"]["maxProperties"] = 3  # hosted_vllm drops additionalProperties
+    if prefix == "hosted_vllm/":  # which drops additionalProperties
+        tool["function"]["parameters"]["maxProperties"] = 3
     given = {**LONG, "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
     message = litellm.completion(model=prefix + ADAPTER, **given).choices[0].message
     (call,) = message.tool_calls
