@@ -283,7 +283,7 @@ class ServerConfig:
     metrics_adapters: int = _option(
         100, "Logs and metrics", "number of adapters with separate metrics; the others share one label", low=0
     )
-    lorax_metrics: bool = _option(False, "Logs and metrics", "also export metrics under LoRAX's names")
+    lorax_metrics: bool = _option(False, "Logs and metrics", "also export metrics under LoRAX's and TGI's names")
     transport: str = _option("process", ENGINE_PROCESS, "where the engine runs", choices=("process", "inline"))
 
     def __post_init__(self) -> None:

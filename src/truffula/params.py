@@ -20,7 +20,13 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 @functools.cache
 def _record(params: type[EngineParams]) -> type[msgspec.Struct]:
     """A struct with the fields of ``params``. msgspec validates it at a conversion, as it does not in a constructor."""
-    return msgspec.defstruct("Record", [(field.name, field.type) for field in msgspec.structs.fields(params)])
+    return msgspec.defstruct("Record", list(_types(params).items()))
+
+
+@functools.cache
+def _types(params: type[EngineParams]) -> dict[str, Any]:
+    """The type of each field; msgspec evaluates the annotations anew at each call."""
+    return {field.name: field.type for field in msgspec.structs.fields(params)}
 
 
 def _validate(params: EngineParams) -> None:
@@ -29,8 +35,7 @@ def _validate(params: EngineParams) -> None:
     try:
         checked = msgspec.structs.asdict(msgspec.convert(given, _record(type(params))))
     except msgspec.ValidationError:
-        fields = msgspec.structs.fields(params)
-        checked = {field.name: _checked(field.name, _plain(given[field.name]), field.type) for field in fields}
+        checked = {name: _checked(name, _plain(given[name]), kind) for name, kind in _types(type(params)).items()}
         given = {}
     for name, value in checked.items():
         if type(value) is not type(given.get(name)):

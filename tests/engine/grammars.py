@@ -77,7 +77,7 @@ RULES = {
         _lark("choice", 'start: "red" | "green" | "greenre" | "blue"', b"red|green|greenre|blue"),
         _lark("open", "start: /[a-z ]*/", b"[a-z ]*"),
         _lark("empty", 'start: "ab"?', b"(ab)?"),
-        _lark("accent", "start: /é+/ /[0-9]/", "é+[0-9]".encode()),
+        _lark("accent", "start: /é+/ /[0-9]/", "(é)+[0-9]".encode()),
         _lark("named", 'start: "a" <|tool|> /[0-9]{2}/ <|end|>', rb"a<\|tool\|>[0-9]{2}(<\|end\|>)?"),
         _lark("nested", 'start: value\nvalue: "[" (value ("," value)*)? "]" | "1"', rb"[\[\]1,]+"),
     )

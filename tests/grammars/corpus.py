@@ -152,6 +152,15 @@ _COMBINED: list[dict[str, Any]] = [
     {"anyOf": [record(kind={"const": "a"}, x=INT), record(kind={"const": "b"}, y=SHORT)]},
     {"oneOf": [record(kind={"const": "a"}, x=INT), record(kind={"const": "b"}, y=SHORT)]},
     {"oneOf": [{"type": "string", "maxLength": 3}, {"type": "boolean"}]},
+    {
+        "oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}],
+        "discriminator": {"propertyName": "kind"},
+        "$defs": {
+            "cat": record(kind={"const": "cat"}, lives={"type": "integer", "maximum": 9}),
+            "dog": record(kind={"$ref": "#/$defs/name"}, barks={"type": "boolean"}),
+            "name": {"enum": ["dog", "hound"]},
+        },
+    },
     {"oneOf": [{"const": "a"}, {"const": "b"}, {"const": "c"}]},
     {"allOf": [{"type": "string", "minLength": 2}, {"maxLength": 4}]},
     {"allOf": [{"minimum": 3}, {"maximum": 5}], "type": "integer"},

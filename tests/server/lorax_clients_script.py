@@ -5,12 +5,14 @@ Prints one JSON object of what they read; raises where a client breaks.
 
 import asyncio
 import json
+import re
 import sys
 
 import lorax
 import lorax.errors
 import text_generation
 import text_generation.errors
+from hub_client_script import SCHEMA, TALK, TOOL, arguments_of_first, holds_age
 
 
 def lorax_sync(url: str) -> dict:
@@ -32,6 +34,42 @@ def lorax_sync(url: str) -> dict:
     stopped = client.generate("Hello", max_new_tokens=16, stop_sequences=[found["None"][2:4]], ignore_eos_token=True)
     assert stopped.details.finish_reason.value in ("stop_sequence", "length")
     assert client.generate("Hello", seed=2**63 + 1, temperature=0.7, max_new_tokens=2).details.seed == 2**63 + 1
+    return found
+
+
+def lorax_constrained(url: str) -> None:
+    form = {"type": "json_object", "schema": SCHEMA}
+    client = lorax.Client(url, timeout=60)
+    assert holds_age(client.generate("Hello", max_new_tokens=100, response_format=form).generated_text)
+    *_, last = client.generate_stream("Hello", max_new_tokens=100, response_format=form, adapter_id="pirate")
+    assert holds_age(last.generated_text)
+    whole = asyncio.run(lorax.AsyncClient(url, timeout=60).generate("Hello", max_new_tokens=100, response_format=form))
+    assert holds_age(whole.generated_text)
+
+
+def refused(url: str) -> dict:
+    """What this server does not do: the classes that clients raise, by call."""
+    client, found = lorax.Client(url, timeout=60), {}
+    merged = lorax.types.MergedAdapters(ids=["pirate", "org/poet"], weights=[0.5, 0.5], density=0.5)
+    calls = {
+        "embed": lambda: client.embed("Hello"),
+        "classify": lambda: client.classify("Hello"),
+        "classify_batch": lambda: client.classify_batch(["Hello"]),
+        "async embed": lambda: asyncio.run(lorax.AsyncClient(url, timeout=60).embed("Hello")),
+        "async classify": lambda: asyncio.run(lorax.AsyncClient(url, timeout=60).classify("Hello")),
+        "merged": lambda: client.generate("Hello", merged_adapters=merged),
+        "merged stream": lambda: list(client.generate_stream("Hello", merged_adapters=merged)),
+        "watermark": lambda: client.generate("Hello", watermark=True),
+        "adapter_source": lambda: client.generate("Hello", adapter_id="pirate", adapter_source="s3"),
+        "unknown adapter": lambda: list(client.generate_stream("Hello", adapter_id="nobody")),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001
+            found[name] = [type(error).__name__, str(error)]
+        else:
+            raise AssertionError(f"{name} was not refused")
     return found
 
 
@@ -78,6 +116,31 @@ async def lorax_async(url: str) -> dict:
     return found
 
 
+def tgi_constrained(url: str) -> None:
+    client = text_generation.Client(url, timeout=60)
+    types = text_generation.types
+    regex = types.Grammar(type=types.GrammarType.Regex, value="[ab]{3}c")
+    assert re.fullmatch("[ab]{3}c", client.generate("Hello", max_new_tokens=60, grammar=regex).generated_text)
+    for value in (SCHEMA, json.dumps(SCHEMA)):
+        schema = types.Grammar(type=types.GrammarType.Json, value=value)
+        *_, last = client.generate_stream("Hello", max_new_tokens=100, grammar=schema)
+        assert holds_age(last.generated_text)
+
+
+def tgi_tools(url: str) -> None:
+    client = text_generation.Client(url, timeout=60)
+    asked = {"messages": TALK, "tools": [TOOL], "tool_choice": "remember", "max_tokens": 400, "seed": 1}
+    call, *_ = client.chat(**asked).choices[0].message.tool_calls
+    assert call["function"]["name"] == "remember" and holds_age(call["function"]["arguments"])
+    parts = []
+    try:
+        for chunk in client.chat(stream=True, **asked):
+            parts += filter(None, [chunk.choices[0].delta.tool_calls])
+    except json.JSONDecodeError:
+        pass  # its own error: it parses [DONE]
+    assert holds_age(arguments_of_first(parts))
+
+
 def tgi(url: str) -> dict:
     client = text_generation.Client(url, timeout=60)
     whole = client.generate("Hello", max_new_tokens=6, top_n_tokens=2, decoder_input_details=True)
@@ -99,10 +162,14 @@ def tgi(url: str) -> dict:
 
 def main() -> None:
     url = sys.argv[1]
+    lorax_constrained(url)
+    tgi_constrained(url)
+    tgi_tools(url)
     report = {
         "sync": lorax_sync(url),
         "async": asyncio.run(lorax_async(url)),
         "tgi": tgi(url),
+        "refused": refused(url),
         "errors": errors_of(lorax.Client(url, timeout=60), lorax.errors),
         "tgi_errors": errors_of(text_generation.Client(url, timeout=60), text_generation.errors),
     }

@@ -34,7 +34,7 @@ def test_a_head_that_does_not_come_ends_the_connection(impatient):
 
 
 def test_a_head_in_drops_gains_no_time(impatient):
-    with connect(impatient.url) as connection:
+    with connect(impatient.url, b"GET / HTTP/1.1\r\nx: ") as connection:
         connection.settimeout(0.1)
         ended = time.monotonic() + 60
         with contextlib.suppress(ConnectionError):
@@ -44,6 +44,14 @@ def test_a_head_in_drops_gains_no_time(impatient):
                     assert connection.recv(100) == b""
                     break
         assert time.monotonic() < ended
+
+
+def test_a_head_that_is_too_long_ends_the_connection(live):
+    with connect(live.url, b"GET / HTTP/1.1\r\n") as connection, contextlib.suppress(ConnectionError):
+        for number in range(2000):  # 2 MB: more than the buffers between hold while nobody reads them
+            connection.sendall(b"x-%d: %s\r\n" % (number, b"y" * 1000))
+        pytest.fail("the server has read all of it")
+    ok(live.client.get("/v1/models"))
 
 
 def test_half_a_head_after_an_answer(impatient):

@@ -4,26 +4,50 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from live_server import MODEL, serving, write_model
 from pages import blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 HOME = ROOT / ".venvs" / "lorax-client"
-PACKAGES = ["lorax-client==0.6.3", "text-generation==0.7.0", "huggingface_hub<1"]
+PACKAGES = ["lorax-client==0.6.3", "text-generation==0.7.0", "huggingface_hub==0.36.2"]
+HUB = ["huggingface_hub==2.4.0", "aiohttp"]
+TOOLS_TEMPLATE = (
+    "{% if tools %}Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
+    'Answer with <tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>{% endif %}'
+    "{% for m in messages %}<|role|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|role|>assistant\n{% endif %}"
+)
+
+
+def environment(home: Path, packages: Sequence[str]) -> Path:
+    """An environment's interpreter; made once and kept."""
+    interpreter, made = home / "bin" / "python", home / "made.txt"
+    if not made.is_file() or made.read_text() != "\n".join(packages):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
+        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", *packages], check=True, timeout=280)
+        made.write_text("\n".join(packages))
+    return interpreter
 
 
 @pytest.fixture(scope="module")
 def python():
-    """The environment's interpreter; made once and kept."""
-    interpreter = HOME / "bin" / "python"
-    made = HOME / "made.txt"
-    if not made.is_file() or made.read_text() != "\n".join(PACKAGES):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(HOME)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", *PACKAGES], check=True, timeout=280)
-        made.write_text("\n".join(PACKAGES))
-    return interpreter
+    return environment(HOME, PACKAGES)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory, adapter_folders):
+    """A model whose chat template has tools."""
+    model = write_model(tmp_path_factory.mktemp("tools") / "model", max_position_embeddings=1024)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TOOLS_TEMPLATE}))
+    adapters = {name: str(adapter_folders[name]) for name in ("pirate", "org/poet")}
+    with serving(model, adapters=adapters, backend="auto") as found:
+        yield found
 
 
 @pytest.mark.slow
@@ -38,6 +62,28 @@ def test_the_shipped_clients_work_unchanged(live, python):
     assert report["sync"] == report["async"]
     assert len(set(report["sync"].values())) == 3
     assert set(report["errors"]) == set(report["tgi_errors"]) == {"ValidationError"}
+    refused = report["refused"]
+    for name, word in (("embed", "Embeddings"), ("classify", "Classification"), ("classify_batch", "Classification")):
+        assert refused[name][0] == "UnprocessableEntityError" and word in refused[name][1]
+    assert refused["async embed"] == refused["embed"] and refused["async classify"] == refused["classify"]
+    for name in ("merged", "merged stream", "watermark", "adapter_source"):
+        assert refused[name][0] == "ValidationError" and name.split()[0] in refused[name][1]
+    assert refused["unknown adapter"][0] == "GenerationError" and "nobody" in refused["unknown adapter"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("home", "packages"), [(HOME, PACKAGES), (ROOT / ".venvs" / "hub", HUB)], ids=["0.36", "2.4"])
+def test_inference_client_works_unchanged(live, home, packages):
+    script = Path(__file__).with_name("hub_client_script.py")
+    command = [str(environment(home, packages)), str(script), live.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert f"huggingface_hub=={report['version']}" in packages
+    assert report["model"] == MODEL
+    assert report["async"] == report["text"] == live.native("Hello", max_new_tokens=6)["generated_text"]
+    assert report["errors"] == ["ValidationError", "GenerationError"] * 2
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from live_server import MODEL, assert_canonical_error, events, ok, tokenizer
+from live_server import MODEL, assert_canonical_error, events, ok, serving, tokenizer
 
 # Every key that lorax-client 0.6.3 sends, null unless the caller set it.
 ALL_NULL = {
@@ -327,3 +327,51 @@ def test_truncate_at_its_bound(live):
 def test_a_wrong_message_is_named_with_its_place(live, path):
     body = {"messages": [{"role": "user", "content": "Hello"}, {"role": "wizard", "content": "Hello"}]}
     assert_canonical_error(live.post(path, body), 422, "messages[1].role")
+
+
+@pytest.mark.parametrize("token", [12345, ["hf_secret"], {"a": "hf_secret"}], ids=str)
+def test_a_wrong_token_is_not_repeated(live, token, caplog):
+    for path, body in (("/generate", {"inputs": "a", "parameters": {"api_token": token}}),
+                       ("/v1/completions", {"prompt": "a", "api_token": token})):  # fmt: skip
+        response = live.post(path, body)
+        assert response.status_code in (400, 422) and "api_token" in response.text
+        assert "12345" not in response.text and "hf_secret" not in response.text
+    assert "12345" not in caplog.text and "hf_secret" not in caplog.text
+
+
+def test_a_token_has_no_effect_and_is_not_repeated(live, caplog):
+    body = {"inputs": "Hello", "parameters": {"max_new_tokens": 2, "api_token": "hf_secret", "adapter_id": "nobody"}}
+    refused = live.post("/generate", body)
+    assert_canonical_error(refused, 424, "nobody")
+    body["parameters"]["adapter_id"] = "pirate"
+    answered = live.post("/generate", body)
+    assert ok(answered)["generated_text"] == live.native(max_new_tokens=2, adapter_id="pirate")["generated_text"]
+    assert answered.headers["x-truffula-ignored"] == "parameters.api_token"
+    assert "hf_secret" not in refused.text + str(refused.headers) + answered.text + str(answered.headers) + caplog.text
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/v1/completions"])
+@pytest.mark.parametrize("name", ["a\r\nset-cookie: x", "\0", "naïve\x85", "東京", "x" * 5000], ids=ascii)
+def test_names_that_no_header_can_hold(live, path, name):
+    """They are not served, so they are in the error's body only, escaped and shortened."""
+    body = {"inputs": "Hello", "parameters": {"adapter_id": name}}
+    response = live.post(path, {"prompt": "Hello", "model": name} if path == "/v1/completions" else body)
+    assert_canonical_error(response, 404 if path == "/v1/completions" else 424)
+    assert "set-cookie" not in response.headers and "\n" not in response.json()["error"]
+
+
+def test_an_adapter_whose_name_is_not_latin(model_folder, adapter_folders):
+    with serving(model_folder, adapters={"海盗 ☠": str(adapter_folders["pirate"])}, backend="auto") as live:
+        body = {"inputs": "Hello", "parameters": {"adapter_id": "海盗 ☠", "max_new_tokens": 2}}
+        for path in ("/generate", "/generate_stream"):
+            assert live.post(path, body).headers["x-adapter-id"] == "?? ?"
+        assert ok(live.client.get("/v1/models"))["data"][1]["id"] == "海盗 ☠"
+
+
+@pytest.mark.parametrize("prompt", ["\0", "a\0b", "\0" * 50, "\ufffd\0\u2028"], ids=ascii)
+def test_a_nul_is_a_character_like_others(live, prompt):
+    found = live.native(prompt, decoder_input_details=True, max_new_tokens=2, return_full_text=True)
+    assert found["generated_text"].startswith(prompt)
+    assert [one["id"] for one in found["details"]["prefill"]] == tokenizer().encode(prompt).ids
+    (last,) = events(live.post("/generate_stream", {"inputs": prompt, "parameters": {"max_new_tokens": 2}}))[-1:]
+    assert prompt + last["generated_text"] == found["generated_text"]

@@ -1,9 +1,17 @@
 """Metrics: bounded labels, counts from records, the engine's numbers when somebody scrapes."""
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from truffula.metrics import BASE_LABEL, OTHER_LABEL, Metrics, RequestRecord
-from truffula.types import EngineRestarts, EngineStats
+from truffula.server.router_metrics import RouterMetrics
+from truffula.types import EngineInfo, EngineRestarts, EngineStats
+
+REQUIRED = {
+    **dict.fromkeys(("model", "model_type", "backend", "device", "dtype"), ""),
+    **dict.fromkeys(("vocab_size", "max_model_len", "num_blocks", "kv_tokens", "step_tokens", "max_running"), 1),
+    "eos_token_ids": [],
+}
 
 
 def samples(metrics):
@@ -77,17 +85,36 @@ def test_restarts_are_counted_while_there_is_no_engine():
     assert samples(Metrics())["truffula_engine_restarts_total", ()] == 0
 
 
-def test_lorax_names_by_switch_and_json():
-    metrics = Metrics(lambda: EngineStats(monotonic=0.0, waiting=4), lorax_names=True)
-    metrics.request_ended(record(validation_s=0.001))
+def test_metrics_as_json():
+    assert {"truffula_sequences_waiting"} <= {
+        family["name"] for family in Metrics(lambda: EngineStats(monotonic=0.0)).as_json()
+    }
+
+
+@pytest.mark.parametrize(("prefix", "queue"), [("lorax", "lorax_queue_length"), ("tgi", "tgi_queue_size")])
+def test_the_names_of_lorax_and_tgi(prefix, queue):
+    """As their routers export them: counters without ``_total``, the seconds of histograms with buckets."""
+    stats = EngineStats(monotonic=0.0, waiting=4, running=2, steps=9, used_blocks=3)
+    metrics = Metrics(lambda: stats)
+    assert not any(name.startswith(("lorax_", "tgi_")) for name, _ in samples(metrics))
+    info = EngineInfo(**REQUIRED | {"block_size": 16})
+    metrics.on_request.append(RouterMetrics(metrics.registry, lambda: stats, info).request_ended)
+    metrics.request_ended(record(validation_s=0.001, max_tokens=20))
     metrics.request_ended(record(error_code="overloaded"))
+    metrics.request_ended(record(generates=False))
     found = samples(metrics)
-    assert found["lorax_request_count_total", ()] == 2
-    assert found["lorax_request_success_total", ()] == 1
-    assert found["lorax_request_failure_total", (("err", "overloaded"),)] == 1
-    assert found["lorax_queue_length", ()] == 4
-    assert not any(name.startswith("lorax_") for name, _ in samples(Metrics()))
-    assert {"truffula_sequences_waiting"} <= {family["name"] for family in metrics.as_json()}
+    assert found[f"{prefix}_request_count", ()] == 2
+    assert found[f"{prefix}_request_success", ()] == 1
+    assert found[f"{prefix}_request_failure", (("err", "overloaded"),)] == 1
+    assert found[f"{prefix}_batch_inference_count", (("method", "decode"),)] == 9
+    assert found[f"{prefix}_batch_current_size", ()] == 2
+    assert found[f"{prefix}_batch_current_max_tokens", ()] == 48
+    assert found[queue, ()] == 4
+    for name, value in (("generated_tokens", 5), ("input_length", 3), ("max_new_tokens", 20)):
+        assert found[f"{prefix}_request_{name}_sum", ()] == value
+    for name in ("duration", "validation_duration", "queue_duration", "inference_duration"):
+        assert found[f"{prefix}_request_{name}_count", ()] == 1
+    assert found[f"{prefix}_request_mean_time_per_token_duration_count", ()] == 1
 
 
 def test_loads_are_counted_by_adapter():

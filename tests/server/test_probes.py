@@ -1,7 +1,9 @@
 """Health, info, metrics, tokens."""
 
+import json
 import logging
 
+import pytest
 from live_server import BEGIN, MODEL, assert_canonical_error, ok, serving, tokenizer, write_model
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -99,6 +101,50 @@ def test_detokenize_and_chat_tokenize(live):
     found = ok(live.post("/chat_tokenize", {"messages": [{"role": "user", "content": "Hello"}]}))
     assert found["templated_text"].startswith("<|role|>user\nHello<|end|>")
     assert len(found["tokenize_response"]) > 3
+    assert_canonical_error(live.post("/chat_tokenize", {}), 422, "messages")
+    assert_canonical_error(live.post("/chat_tokenize", {"inputs": "Hello"}), 422, "messages")
+
+
+def test_tokens_of_a_chat_are_those_of_its_completion(with_tools):
+    """Clients send whole requests to count their tokens: what changes the prompt is read, the rest listed."""
+    tool = {"type": "function", "function": {"name": "fetch", "parameters": {"type": "object", "properties": {}}}}
+    body = {
+        "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well"}],
+        "tools": [tool],
+        "documents": [{"text": "About trees"}],
+        "chat_template_kwargs": {"mood": "glad"},
+        "reasoning_effort": "low",
+        "continue_final_message": True,
+    }
+    counted = with_tools.post("/chat_tokenize", {**body, "max_tokens": 5})
+    text = ok(counted)["templated_text"]
+    assert text == "fetch;About trees;glad;user:Hello;assistant:Well"
+    assert counted.headers["x-truffula-ignored"] == "max_tokens, reasoning_effort"
+    ids = [token["id"] for token in counted.json()["tokenize_response"]]
+    tokenized = with_tools.post("/tokenize", body)
+    assert ok(tokenized)["tokens"] == ids == tokenizer().encode(text, add_special_tokens=False).ids
+    assert tokenized.headers["x-truffula-ignored"] == "reasoning_effort"
+    special = with_tools.post("/chat_tokenize", {**body, "add_special_tokens": True}).json()["tokenize_response"]
+    assert [token["id"] for token in special] == tokenizer().encode(text).ids
+    both = {**body, "add_generation_prompt": True}
+    for path in ("/tokenize", "/chat_tokenize"):
+        assert_canonical_error(with_tools.post(path, both), 422, "continue_final_message")
+        assert_canonical_error(with_tools.post(path, {**body, "tools": [{"type": "magic"}]}), 422, "tools[0]")
+
+
+@pytest.fixture(scope="module")
+def with_tools(tmp_path_factory):
+    model = write_model(tmp_path_factory.mktemp("tools") / "model")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["chat_template"] = (
+        "{% for tool in tools %}{{ tool.function.name }};{% endfor %}"
+        "{% for document in documents %}{{ document.text }};{% endfor %}{{ mood }};"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% if not loop.last %};{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %};assistant:{% endif %}"
+    )
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    with serving(model) as found:
+        yield found
 
 
 def test_a_model_without_tokenizer_serves_token_ids_and_says_why(tmp_path, caplog):

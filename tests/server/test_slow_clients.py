@@ -3,9 +3,10 @@
 import contextlib
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-from live_server import assert_canonical_error, ok, serving, until
+from live_server import assert_canonical_error, events, ok, serving, until
 
 BODY = {"prompt": "Hello", "max_tokens": 1}
 
@@ -49,3 +50,33 @@ def test_open_requests_are_bounded_and_probes_are_not(model_folder):
             assert_canonical_error(live.post("/generate", {"inputs": "Hello"}), 429)
             assert live.client.get("/health").status_code == 200
         until(lambda: live.post("/v1/completions", BODY).status_code == 200)
+
+
+def test_a_client_that_reads_nothing_costs_others_nothing_and_is_closed(long_model_folder):
+    """Its frames are 2 KB each, so that no buffer of the system holds all of them."""
+    endless = {"max_new_tokens": 4000, "ignore_eos_token": True, "return_k_alternatives": 20, "top_n_tokens": 20}
+    prompts = [f"The Lorax {number}" for number in range(16)]
+    with serving(long_model_folder, backend="auto", send_timeout=0.5) as live, socket.socket() as silent:
+        alone = [live.native(prompt, max_new_tokens=32, details=True) for prompt in prompts]
+        payload = json.dumps({"inputs": "Hello", "parameters": endless}).encode()
+        lines = ["POST /generate_stream HTTP/1.1", "host: localhost", f"content-length: {len(payload)}", "", ""]
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect(("127.0.0.1", urlsplit(live.url).port))
+        silent.sendall("\r\n".join(lines).encode() + payload)
+        until(lambda: live.service.active)
+
+        def streamed(prompt):
+            body = {"inputs": prompt, "parameters": {"max_new_tokens": 32, "details": True}}
+            return events(live.post("/generate_stream", body))
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            beside = list(threads.map(streamed, prompts))
+        for found, whole in zip(beside, alone, strict=True):
+            assert [event["token"]["id"] for event in found] == [one["id"] for one in whole["details"]["tokens"]]
+        until(lambda: not live.service.active)  # the server has closed the connection, and aborted what ran for it
+        until(lambda: not (stats := live.service.known_stats()).running and not stats.used_blocks)
+        received = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while part := silent.recv(65536):
+                received += part
+        assert b'"details":{' not in received, "the last event was sent"

@@ -135,7 +135,7 @@ def create_app(
     closed = ["/metrics", "/v1/adapters", *(row.path for row in _ADMIN_ROUTES)]
     app.add_middleware(WebRules, config=config, closed=closed)
     app.add_middleware(HttpRules)
-    app.add_middleware(RequestScope, metrics=metrics, send_timeout_s=config.send_timeout_s)
+    app.add_middleware(RequestScope, metrics=metrics)
     return app
 
 

@@ -62,6 +62,11 @@ class Body(BaseModel):
         """Those of the fields ``names`` that are not null."""
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def items(self) -> list[tuple[str, Any]]:
+        """The fields and the unknown keys that are not null, each with its value."""
+        held = (vars(self), self.model_extra or {})
+        return [item for values in held for item in values.items() if item[1] is not None]
+
     def unknown(self) -> list[str]:
         """Keys that were given and have no effect, this object's and those of the objects in it (``a.b``)."""
         names = [
@@ -69,8 +74,7 @@ class Body(BaseModel):
             for name, value in (self.model_extra or {}).items()
             if not self.refuses_foreign or is_ignored(name, value)
         ]
-        for field in type(self).model_fields:
-            inner = getattr(self, field)
+        for field, inner in vars(self).items():
             if isinstance(inner, Body):
                 names += [f"{field}.{name}" for name in inner.unknown()]
         return names + [name for name in self.without_effect if getattr(self, name)]

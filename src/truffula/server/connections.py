@@ -1,4 +1,4 @@
-"""Connections before and between requests: how long a head may take, how many may be open, what the system allows.
+"""Connections: how long a head may take, how long a client may read nothing, how many may be open.
 
 A connection that has not sent a whole request head in time is closed. When as many are open as are allowed, the one
 that has waited longest for a head is closed in favour of the next: a client that opens many connections and sends
@@ -28,6 +28,8 @@ ACCEPT_BURST = 64
 """Connections that asyncio accepts before it serves any."""
 OWN_FILES = 32
 LOG_AGAIN_S = 10.0
+MAX_HEAD_BYTES = 2**16
+"""Of a request's head. uvicorn has no limit."""
 log = logging.getLogger(__name__)
 
 
@@ -49,8 +51,9 @@ def most_connections(config: ServerConfig) -> int:
 class Connections:
     """The open connections. Owned by the event loop's thread."""
 
-    def __init__(self, limit: int, head_timeout_s: float) -> None:
+    def __init__(self, limit: int, head_timeout_s: float, send_timeout_s: float) -> None:
         self.head_timeout_s = head_timeout_s
+        self.send_timeout_s = send_timeout_s
         # The connection whose bytes are being parsed; the task that answers its request inherits it.
         self.current: ContextVar[GuardedProtocol] = ContextVar("truffula-connection")
         self._limit = limit
@@ -82,7 +85,7 @@ class Connections:
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             one = self.current.get()
             self._waiting.pop(one, None)
-            one.stop_timer()
+            one.head_ended()
             one.calls += 1
             try:
                 await app(scope, receive, send)
@@ -95,9 +98,38 @@ class Connections:
         return watched
 
 
+class HeldHead:
+    """A connection's transport, which sends the head of a response together with what follows it in the same turn of
+    the event loop: a small answer is one packet and costs one system call.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if not self._head and data.startswith(b"HTTP/1."):
+            self._head = data
+            asyncio.get_running_loop().call_soon(self._flush)
+        else:
+            head, self._head = self._head, b""
+            self._transport.write(head + data if head else data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head:
+            self.write(b"")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class GuardedProtocol(asyncio.Protocol):
-    """Passes a connection on to ``inner``, uvicorn's protocol, with a time limit on each request head. Between requests
-    uvicorn's own keep-alive limit holds.
+    """Passes a connection on to ``inner``, uvicorn's protocol, with a time limit on each request head, and on how long
+    the client may leave what was sent unread. Between requests uvicorn's own keep-alive limit holds.
     """
 
     transport: asyncio.Transport
@@ -107,20 +139,29 @@ class GuardedProtocol(asyncio.Protocol):
         self._connections = connections
         self.calls = 0  # of the application, that have not ended
         self._timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0  # received while a head is awaited
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         self._connections.opened(self)
         self._start_timer()
-        self._inner.connection_made(transport)
+        self._inner.connection_made(HeldHead(transport))  # type: ignore[arg-type]
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.stop_timer()
+        self.head_ended()
+        self._stop_send_timer()
         self._connections.closed(self)
         self._inner.connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        # The application is called before the next data arrive, so these follow data that did not complete a head.
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.transport.abort()
+            return
+        if self._connections.waits(self):
+            self._head_bytes += len(data)
         token = self._connections.current.set(self)
         try:
             self._inner.data_received(data)
@@ -133,17 +174,25 @@ class GuardedProtocol(asyncio.Protocol):
         return self._inner.eof_received()
 
     def pause_writing(self) -> None:
+        self._send_timer = asyncio.get_running_loop().call_later(self._connections.send_timeout_s, self.transport.abort)
         self._inner.pause_writing()
 
     def resume_writing(self) -> None:
+        self._stop_send_timer()
         self._inner.resume_writing()
+
+    def _stop_send_timer(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
 
     def _start_timer(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = loop.call_later(self._connections.head_timeout_s, self.transport.close)
 
-    def stop_timer(self) -> None:
+    def head_ended(self) -> None:
         """The request's head is whole, or the connection has ended."""
+        self._head_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

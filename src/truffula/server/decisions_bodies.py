@@ -70,7 +70,7 @@ class DecisionsBody(GeneratingBody):
     adapter_source: str | None = None
 
     def address(self) -> Address:
-        return Address([self.model], adapters_named(self, "", "model"), self.adapter_source, self.cache_salt)
+        return Address([self.model], adapters_named(self.items(), "", "model"), self.adapter_source, self.cache_salt)
 
     def requests(
         self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None

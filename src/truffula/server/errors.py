@@ -120,6 +120,8 @@ _BRANCHES: Mapping[str, str] = MappingProxyType(
         "list[dict[str,any]]": "a list of parts",
     }
 )
+SECRETS = frozenset({"api_token"})
+"""Fields whose values are never repeated, whatever is wrong with them."""
 _INTERNAL = ErrorRow(500, "generation", _RUN, 500, _SERVER, "internal_error")
 
 TABLE: Mapping[str, ErrorRow] = MappingProxyType(
@@ -249,7 +251,8 @@ def from_validation(error: ValidationError, *, inside: str = "") -> InvalidReque
     param = where.removeprefix(f"{inside}.") if inside else where
     more = len({_place(item["loc"]) for item in found}) - 1
     also = f" ({more} more invalid field{'s' if more > 1 else ''}.)" if more else ""
-    return InvalidRequest(f"{param}: {' or '.join(words[:4])}, got {_shown(found[0]['input'])}.{also}", param=param)
+    shown = type(found[0]["input"]).__name__ if param in SECRETS else _shown(found[0]["input"])
+    return InvalidRequest(f"{param}: {' or '.join(words[:4])}, got {shown}.{also}", param=param)
 
 
 def _words(item: ErrorDetails) -> str:

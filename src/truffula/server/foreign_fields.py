@@ -116,10 +116,10 @@ def adapter_named(place: str, name: str, value: Any, use: str) -> str | None:
 
 
 def adapters_named(fields: Iterable[tuple[str, Any]], prefix: str, use: str) -> list[tuple[str, str]]:
-    """Each field of an object that names an adapter, with its place and the name. Raises as ``adapter_named``."""
+    """Each of an object's fields that names an adapter, with its place and the name. Raises as ``adapter_named``."""
     found = []
     for field, value in fields:
-        if value is None or not is_adapter_field(field):
+        if not is_adapter_field(field):
             continue
         place = f"{prefix}{field[:64]}"
         if name := adapter_named(place, field, value, use):

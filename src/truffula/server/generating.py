@@ -22,6 +22,7 @@ from truffula.server.sse import EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
 from truffula.service.choices import choice_error
+from truffula.service.prompt_maker import INLINE_CHARS
 from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 T = TypeVar("T")
@@ -95,7 +96,7 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
         for i, one in enumerate(streams):
             one.on_arrival = partial(watch.arrived, i)
             record.prompt_tokens += one.state.prompt_tokens
-            note_ignored(request, [_field_of(name) for name in one.state.ignored])
+            note_ignored(request, [field_of(name) for name in one.state.ignored])
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:
@@ -109,7 +110,7 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
             await stream.aclose()
 
 
-def _field_of(name: str) -> str:
+def field_of(name: str) -> str:
     """The field of a request by which a template's variable was given."""
     return f"chat_{name}" if name.startswith("template_kwargs.") else name
 
@@ -143,6 +144,8 @@ async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:
 
 def error_of(delta: TextDelta) -> TruffulaError | None:
     """Why a choice ended without an answer; None while it runs, or when it ended well."""
+    if delta.finish_reason is None:
+        return None
     if delta.finish_reason == "abort" and delta.error is None:
         return Aborted("The server ended the request before its last token.")
     return choice_error(delta) if delta.error is None else TruffulaError.from_info(delta.error)
@@ -203,17 +206,20 @@ async def frames_of(
     async with aclosing(run(request, requests)) as batches:
         try:
             async for batch in batches:
-                for _, delta in batch:
-                    if not begun and (error := error_of(delta)) is not None:
-                        raise error
+                failed = [error for _, delta in batch if (error := error_of(delta)) is not None]
+                if failed and not begun:
+                    raise failed[0]
                 out = [] if begun else [writer.begin()]
                 begun = True
                 for prompt, delta in batch:
-                    if (error := error_of(delta)) is not None:
+                    if failed and (error := error_of(delta)) is not None:
                         record_of(request).error_code = error.code
                         yield b"".join(out) + writer.fail(error)
                         return
-                    out.append(await texts.in_thread(entries(delta), partial(writer.delta, prompt, delta)))
+                    if (size := entries(delta)) <= INLINE_CHARS:
+                        out.append(writer.delta(prompt, delta))
+                    else:
+                        out.append(await texts.in_thread(size, partial(writer.delta, prompt, delta)))
                 if chunk := b"".join(out):
                     yield chunk
         except TruffulaError as error:

@@ -13,11 +13,12 @@ from pydantic import Field, field_validator
 from truffula.errors import InvalidRequest
 from truffula.items import Message, Text
 from truffula.params import MAX_SEED, SamplingParams
-from truffula.server.body import Address, Body, GeneratingBody, Ids, Strings
+from truffula.server.body import Address, Body, GeneratingBody, Ids, Objects, Strings
 from truffula.server.constraint_fields import NativeConstraints
 from truffula.server.foreign_fields import RouteFields, adapters_named
 from truffula.server.limits import RequestLimits, check_at_most
 from truffula.server.openai_bodies import SAME_NAME, Biases, Messages, biases
+from truffula.service.openai_items import messages_from_openai, tools_from_openai
 from truffula.types import GenerateRequest
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -157,7 +158,7 @@ class GenerateBody(GeneratingBody):
 
     def address(self) -> Address:
         params, use = self.params, NATIVE.adapter
-        named = adapters_named(self, "", use) + adapters_named(params, "parameters.", use)
+        named = adapters_named(self.items(), "", use) + adapters_named(params.items(), "parameters.", use)
         return Address([self.model, params.model], named, params.adapter_source, params.cache_salt)
 
     def requests(
@@ -187,19 +188,46 @@ NATIVE = RouteFields(
 GenerateBody.route_fields = NATIVE
 
 
-class TokenizeBody(Body):
+class ChatTokenizeBody(Body):
+    """``POST /chat_tokenize``, TGI's: a chat, of which only what changes the prompt is read."""
+
+    messages: Messages | None = None
+    model: str | None = None
+    tools: Objects | None = None
+    documents: Objects | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    add_special_tokens: bool | None = None
+
+    def chat(self) -> GenerateRequest:
+        """The request that ``/v1/chat/completions`` makes of these fields. Raises ``InvalidRequest``."""
+        last = bool(self.continue_final_message)
+        if last and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt exclude each other.", param="continue_final_message"
+            )
+        kwargs = dict(self.chat_template_kwargs or {})
+        return GenerateRequest(
+            messages=messages_from_openai(self.messages),
+            tools=tools_from_openai(self.tools),
+            reasoning_effort=self.reasoning_effort,
+            documents=self.documents,
+            template_kwargs=kwargs,
+            continue_final_message=last,
+            add_generation_prompt=not last if self.add_generation_prompt is None else self.add_generation_prompt,
+            add_special_tokens=bool(self.add_special_tokens),
+        )
+
+
+class TokenizeBody(ChatTokenizeBody):
     """``POST /tokenize`` in the form of LoRAX and TGI (``inputs``) or of vLLM (``prompt`` or ``messages``)."""
 
     inputs: str | None = None
     parameters: Parameters | None = None
     prompt: str | None = None
-    messages: Messages | None = None
-    model: str | None = None
-    add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, object] | None = None
 
     def unknown(self) -> list[str]:
         """Tokens do not depend on how to generate, so all of ``parameters`` is without effect."""
@@ -212,13 +240,6 @@ class DetokenizeBody(Body):
     tokens: Ids
     model: str | None = None
     skip_special_tokens: bool | None = None
-
-
-class ChatTokenizeBody(Body):
-    """``POST /chat_tokenize``: TGI's."""
-
-    messages: Messages
-    model: str | None = None
 
 
 # What changes the text that a chat template renders, or how it is tokenised. How to generate changes no token, and

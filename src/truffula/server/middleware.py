@@ -11,7 +11,6 @@ import logging
 import re
 import time
 import uuid
-from dataclasses import asdict
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,7 +19,7 @@ from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
 from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, render
-from truffula.server.sse import ClientGone, within
+from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
@@ -47,14 +46,11 @@ def request_id(given: str | None) -> str:
 
 
 class RequestScope:
-    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts. A client
-    that takes nothing of its answer for ``send_timeout_s`` is gone.
-    """
+    """Outermost: gives each request its ``RequestRecord`` and, when all is sent, one log line and its counts."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, send_timeout_s: float) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app = app
         self._metrics = metrics
-        self._send_timeout_s = send_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,7 +60,6 @@ class RequestScope:
         record = RequestRecord(request_id=request_id(given), method=scope["method"], path=scope["path"])
         scope.setdefault("state", {})["record"] = record
         started = time.monotonic()
-        bounded = within(send, self._send_timeout_s)
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -73,7 +68,7 @@ class RequestScope:
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
                 message["headers"] = [*message.get("headers", ()), *extra]
-            await bounded(message)
+            await send(message)
 
         try:
             await self.app(scope, receive, with_id)
@@ -97,7 +92,8 @@ class RequestScope:
         # Successful probes come every second and are not worth a line.
         level = logging.DEBUG if record.path in QUIET_PATHS and record.status < 400 else logging.INFO
         if access.isEnabledFor(level):
-            access.log(level, "%s", access_line(record), extra={"fields": asdict(record)})
+            fields = {name: getattr(record, name) for name in RequestRecord.__slots__}
+            access.log(level, "%s", access_line(record), extra={"fields": fields})
 
 
 def access_line(record: RequestRecord) -> str:

@@ -114,7 +114,7 @@ class OpenAIBody(OpenAIConstraints, GeneratingBody):
     ignore_eos_token: bool | None = None
 
     def address(self) -> Address:
-        named = adapters_named(self, "", "model")
+        named = adapters_named(self.items(), "", "model")
         return Address([self.model], named, self.adapter_source, self.cache_salt, self.request_id or self.rid)
 
     def check(self) -> None:

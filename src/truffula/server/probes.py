@@ -54,7 +54,7 @@ async def info(request: Request) -> Response:
     return json_reply(
         {
             "model_id": state.model_id,
-            "model_sha": None,
+            "model_sha": engine.revision,
             "model_dtype": engine.dtype,
             "model_device_type": engine.device,
             "model_pipeline_tag": "text-generation",

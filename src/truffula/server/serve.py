@@ -46,6 +46,7 @@ from truffula.server.connections import (
     most_connections,
 )
 from truffula.server.errors import Unhealthy, render
+from truffula.server.router_metrics import RouterMetrics
 from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
@@ -129,9 +130,11 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
             service.known_stats,
             restarts=service.restarts,
             max_adapters=config.metrics_adapters,
-            lorax_names=config.lorax_metrics,
             named=config.adapters,
         )
+        if config.lorax_metrics:
+            router = RouterMetrics(metrics.registry, service.known_stats, service.info)
+            metrics.on_request.append(router.request_ended)
         defaults = sampling_defaults(core.generation_config if config.generation_defaults else {})
         asgi = create_app(service, config, directory, metrics, defaults=defaults)
         warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
@@ -309,7 +312,7 @@ def make_server(
     def stop() -> None:
         server.should_exit = True
 
-    connections = Connections(most_connections(config), config.body_timeout_s)
+    connections = Connections(most_connections(config), config.body_timeout_s, config.send_timeout_s)
     loading = LoadingApp(lambda: load_app(resolved, f"http://{host}:{port}", handle, directory), stop)
     settings = uvicorn.Config(
         connections.watching(loading),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
@@ -44,17 +44,30 @@ async def wait_until_gone(receive: Receive) -> None:
         pass
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(wait_until_gone(receive))
+async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
+    """``work``'s result; ``ClientGone``, once ``work`` was cancelled and has ended, when the client leaves first.
+
+    ``work`` runs in the calling task: another would cost a small answer as much as its text does.
+    """
+    task, gone = asyncio.current_task(), False
+    assert task is not None
+
+    async def watch() -> None:
+        nonlocal gone
+        await wait_until_gone(receive)
+        gone = True
+        task.cancel()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGone
-    finally:
-        await end_tasks(task, watch)
+        try:
+            return await work
+        finally:
+            await end_tasks(watching)
+    except asyncio.CancelledError as error:
+        if gone and task.uncancel() == 0:
+            raise ClientGone from error
+        raise
 
 
 async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
@@ -62,19 +75,6 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def within(send: Send, seconds: float) -> Send:
-    """``send``, which waits while the client's buffers are full; it raises ``ClientGone`` after ``seconds``."""
-
-    async def bounded(message: Message) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await send(message)
-        except TimeoutError as error:
-            raise ClientGone from error
-
-    return bounded
 
 
 class EventStream(Response):

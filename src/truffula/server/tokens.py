@@ -5,7 +5,7 @@ Each reply is made whole by one function of its body, in a thread, or in a text 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -15,20 +15,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula.errors import InvalidRequest, PromptTooLong
+from truffula.items import Tool
 from truffula.server.auth import client_of
 from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
+from truffula.server.generating import field_of
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
 from truffula.server.replies import Reply, split
 from truffula.server.state import state_of
-from truffula.service.openai_items import messages_from_openai
 from truffula.service.prompt_maker import HEAVY_CHARS
-from truffula.service.prompts import MAX_TRUNCATED_CHARS, make_prompt, need_tokenizer
+from truffula.service.prompts import MAX_TRUNCATED_CHARS, Prompt, make_prompt, need_tokenizer
 from truffula.text.chat_template import ChatTemplates
 from truffula.text.tokenizer import Tokenizer, check_text
 from truffula.text.worker import Worker
 from truffula.types import EngineInfo, GenerateRequest
 
+# A reply, and the names of what the chat template does not use.
+_Made = tuple[Any, Sequence[str]]
 Kind = Literal["tokenize", "detokenize", "chat_tokenize"]
 
 
@@ -76,7 +79,8 @@ async def _answer(request: Request, kind: Kind) -> Response:
     if not large:
         value = decode_object(raw)
         chat = isinstance(value.get("messages"), list)
-        large = chat and not core.is_plain(GenerateRequest(messages=[]))
+        tools = [Tool(name="any")] if value.get("tools") else None  # some models have another template for them
+        large = chat and not core.is_plain(GenerateRequest(messages=[], tools=tools))
     if large:
         packed, *parts = await texts.in_worker(reply_job, BodyJob(kind, raw, state.limits), client_of(request))
         head = msgspec.msgpack.decode(packed, type=_Head)
@@ -100,10 +104,11 @@ def reply_job(worker: Worker, job: BodyJob) -> Iterator[bytes]:
 def _reply(kind: str, value: dict[str, Any], limits: RequestLimits, texts: Texts) -> tuple[_Head, bytes]:
     model, make = _ROUTES[kind]
     body: Any = validate(model, value, limits)
-    return _Head(body.unknown(), body.model), msgspec.json.encode(make(body, texts, limits))
+    reply, left_out = make(body, texts, limits)
+    return _Head([*body.unknown(), *map(field_of, left_out)], body.model), msgspec.json.encode(reply)
 
 
-def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
+def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> _Made:
     given = [name for name in ("inputs", "prompt", "messages") if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequest(
@@ -111,40 +116,36 @@ def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
         )
     special = True if body.add_special_tokens is None else body.add_special_tokens
     if body.inputs is not None:
-        return _native_tokens(texts, body.inputs, special)
+        return _native_tokens(texts, body.inputs, special), ()
     tokenizer = texts.needed()
+    left_out: Sequence[str] = ()
     if body.messages is not None:
-        ids = _rendered(
-            texts,
-            GenerateRequest(
-                messages=messages_from_openai(body.messages),
-                template_kwargs=dict(body.chat_template_kwargs or {}),
-                continue_final_message=bool(body.continue_final_message),
-                add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
-                add_special_tokens=bool(body.add_special_tokens),
-            ),
-        )[1]
+        made = _rendered(texts, body.chat())
+        ids, left_out = made.ids, made.ignored
     else:
         ids = [row[0] for row in _tokens(texts, body.prompt or "", special)]
     strings = [tokenizer.id_to_token(token) for token in ids] if body.return_token_strs else None
-    return {"count": len(ids), "max_model_len": texts.info.max_model_len, "tokens": ids, "token_strs": strings}
+    return {
+        "count": len(ids), "max_model_len": texts.info.max_model_len, "tokens": ids, "token_strs": strings
+    }, left_out  # fmt: skip
 
 
-def _detokenize(body: DetokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
+def _detokenize(body: DetokenizeBody, texts: Texts, limits: RequestLimits) -> _Made:
     for i, token in enumerate(body.tokens):
         if not 0 <= token < limits.vocab_size:
             raise InvalidRequest(
                 f"tokens[{i}] is {token}, which is not a token id from 0 to {limits.vocab_size - 1}.", param="tokens"
             )
-    return {"prompt": texts.needed().decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))}
+    return {"prompt": texts.needed().decode(body.tokens, skip_special_tokens=bool(body.skip_special_tokens))}, ()
 
 
-def _chat_tokenize(body: ChatTokenizeBody, texts: Texts, limits: RequestLimits) -> Any:
-    text, _ = _rendered(texts, GenerateRequest(messages=messages_from_openai(body.messages)))
-    return {"tokenize_response": _native_tokens(texts, text, special=False), "templated_text": text}
+def _chat_tokenize(body: ChatTokenizeBody, texts: Texts, limits: RequestLimits) -> _Made:
+    made = _rendered(texts, body.chat())
+    tokens = _native_tokens(texts, made.text, bool(body.add_special_tokens))
+    return {"tokenize_response": tokens, "templated_text": made.text}, made.ignored
 
 
-_Make = Callable[[Any, Texts, RequestLimits], Any]
+_Make = Callable[[Any, Texts, RequestLimits], _Made]
 _ROUTES: Mapping[str, tuple[type[Body], _Make]] = MappingProxyType(
     {
         "tokenize": (TokenizeBody, _tokenize),
@@ -180,8 +181,6 @@ def _tokens(texts: Texts, text: str, special: bool) -> list[tuple[int, int, int]
     ]
 
 
-def _rendered(texts: Texts, request: GenerateRequest) -> tuple[str, list[int]]:
-    """A chat's text and its ids."""
-    texts.needed()
-    made = make_prompt(msgspec.structs.replace(request, echo=True), texts.tokenizer, texts.templates, texts.info)
-    return made.text or "", made.ids
+def _rendered(texts: Texts, request: GenerateRequest) -> Prompt:
+    """A chat's text, its ids, and what the template leaves out of it."""
+    return make_prompt(msgspec.structs.replace(request, echo=True), texts.needed(), texts.templates, texts.info)

@@ -55,7 +55,7 @@ def from_gbnf(text: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark  # for text workers only
 
     try:
-        return gbnf_to_lark(_ESCAPE.sub(_character, text))
+        return gbnf_to_lark(_ESCAPE.sub(_character, text)).removeprefix("%llguidance {}")
     except Exception as error:
         raise InvalidRequest(f"The EBNF grammar is not valid: {str(error)[:300]}.") from error
 

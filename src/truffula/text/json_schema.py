@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from truffula.errors import InvalidRequest, did_you_mean, nearest
+from truffula.text.one_of import disjoint_options
 
 Schema = dict[str, Any] | bool
 MAX_DEPTH = 60
@@ -106,6 +107,8 @@ def enforceable(schema: Any) -> Schema:
     read = reader.schema(schema, "#")
     _check_possible(read, reader)
     _check_cycles(reader)
+    for one in (read, *reader.definitions.values()):
+        _ease_one_of(one, reader.definitions)
     if isinstance(read, dict) and reader.definitions:
         read["$defs"] = reader.definitions
     return read
@@ -413,6 +416,18 @@ def regex_problem(pattern: str) -> str | None:
     if max(counts, default=0) > MAX_REPEAT:
         return f"repeats something more than {MAX_REPEAT} times"
     return None
+
+
+def _ease_one_of(schema: Schema, definitions: Mapping[str, Schema]) -> None:
+    """Write ``oneOf`` as ``anyOf``, in ``schema`` and inside it, where that is the same."""
+    for one, _ in subschemas(schema, ""):
+        _ease_one_of(one, definitions)
+    if isinstance(schema, bool) or "oneOf" not in schema or "anyOf" in schema:
+        return
+    if disjoint_options(schema["oneOf"], definitions):
+        listed = [("anyOf" if key == "oneOf" else key, value) for key, value in schema.items()]  # in the same order
+        schema.clear()
+        schema.update(listed)
 
 
 def _check_cycles(reader: _Reader) -> None:
