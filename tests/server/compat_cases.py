@@ -110,6 +110,9 @@ BRACKETS = {"logit_bias": {"10": 100}}  # each token is "("
 SCHEMA = {"type": "json_schema", "name": "five", "schema": {"const": 5}}
 TOOLS = "test_openai_tools.py::"
 KEPT = "test_responses_client.py::"
+CALLED = "test_responses_tools.py::"
+TOOLS_GIVEN = [{"type": "function", "function": {"name": "f"}}]
+UNUSED = "Listed as ignored where the model's chat template does not use it."
 
 CASES: tuple[Case, ...] = (
     # How many tokens, and where they end
@@ -198,7 +201,18 @@ CASES: tuple[Case, ...] = (
     Case("reasoning_effort", test=f"{TOOLS}test_an_effort_switches_reasoning_on_and_off"),
     Case("include_reasoning separate_reasoning", test=f"{TOOLS}test_reasoning_is_apart_from_the_answer"),
     Case("thinking_token_budget", test=f"{TOOLS}test_a_budget_ends_the_reasoning", routes=(CHAT,)),
+    Case("tools", TOOLS_GIVEN, ("/tokenize", "/chat_tokenize"), ignored=True, note=UNUSED),
+    Case("chat_template_kwargs", {"enable_thinking": True}, ("/tokenize", "/chat_tokenize"), ignored=True, note=UNUSED),
     # Responses
+    Case("tools parallel_tool_calls tool_choice", test=f"{CALLED}test_a_demanded_function_is_called_and_its_result_continues", routes=(RESPONSES,)),
+    Case("thinking_token_budget", test=f"{CALLED}test_reasoning_is_an_item_before_the_message", routes=(RESPONSES,)),
+    Case("reasoning.effort", test=""),
+    Case("include", ["message.output_text.logprobs"]),
+    Case("truncation", "disabled", note="Only disabled: an input that is too long is an error."),
+    Case("store", test=f"{KEPT}test_what_is_not_to_be_stored_is_not"),
+    Case("previous_response_id", test=f"{KEPT}test_items_that_are_fed_back_continue_as_the_stored_response"),
+    Case("background", test=f"{KEPT}test_a_background_response_is_polled"),
+    Case("metadata", {"a": "b"}, check=lambda seen: seen.json["metadata"] == {"a": "b"}),
     Case("text.verbosity", "low", ignored=True),
     Case("reasoning.summary reasoning.generate_summary reasoning.context reasoning.mode", "auto", ignored=True),
     # Decisions
