@@ -25,7 +25,9 @@ TEMPLATE = (
 )
 
 
-def write_scripted_model(folder: Path, scripts: Mapping[str, Sequence[str]], template: str = TEMPLATE) -> Path:
+def write_scripted_model(
+    folder: Path, scripts: Mapping[str, Sequence[str]], template: str = TEMPLATE, length: int = 2048
+) -> Path:
     """A llama that answers the text ``key`` with ``scripts[key]``, one piece a token, at temperature 0.
 
     No piece may be in two places.
@@ -44,7 +46,7 @@ def write_scripted_model(folder: Path, scripts: Mapping[str, Sequence[str]], tem
     config = tiny_llama_config(
         vocab_size=size, hidden_size=size, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, bos_token_id=None, eos_token_id=end, tie_word_embeddings=False,
-        max_position_embeddings=2048,
+        max_position_embeddings=length,
     )  # fmt: skip
     tensors = {name: np.zeros_like(array) for name, array in tiny_tensors(config).items()}
     tensors["model.embed_tokens.weight"] = np.eye(size, dtype=np.float32)

@@ -189,7 +189,9 @@ class ServerConfig:
     generation_defaults: bool = _option(
         False, "Model", "use the sampling defaults of the model's generation_config.json"
     )
-    adapter_admin: bool = _option(False, "Adapters", "enable the routes that load and unload adapters")
+    adapter_admin: bool = _option(
+        False, "Adapters", "enable the routes that load and unload adapters and pause the engine"
+    )
     allow_hub: tuple[str, ...] = _option(
         (), "Adapters", "Hub ids that clients may name as adapters, such as my-org/*", metavar="PATTERN"
     )
@@ -284,6 +286,9 @@ class ServerConfig:
         100, "Logs and metrics", "number of adapters with separate metrics; the others share one label", low=0
     )
     lorax_metrics: bool = _option(False, "Logs and metrics", "also export metrics under LoRAX's and TGI's names")
+    vllm_metrics: bool = _option(
+        False, "Logs and metrics", "also export metrics under vLLM's names, by which llm-d and others route requests"
+    )
     transport: str = _option("process", ENGINE_PROCESS, "where the engine runs", choices=("process", "inline"))
 
     def __post_init__(self) -> None:

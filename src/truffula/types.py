@@ -29,7 +29,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     reading the files (sizes and mtimes, or a revision): when it changes, the pool loads it again. Identity in the
     engine is the content hash found on loading (the generation), never the name. ``root``: a parent folder of
     ``locator``; no link may lead outside of it when the files are opened. "" when the operator configured the adapter's
-    folder itself.
+    folder itself. ``untrained``: its tensors may all be zero, as those of a trainer's first version are.
     """
 
     name: str
@@ -38,6 +38,7 @@ class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
     revision: str | None = None
     fingerprint: str = ""
     root: str = ""
+    untrained: bool = False
 
 
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,10 +129,11 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     replaces the model's; ``reasoning_effort`` becomes the variable of that name, and those that switch reasoning on
     or off. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
-    With a ``suffix`` the completion is the text between ``prompt`` and it. ``add_special_tokens`` None adds what the
-    tokenizer adds (BOS) to a text prompt and nothing to a rendered chat. ``truncate`` n keeps the last n prompt tokens.
-    ``echo`` returns the prompt's text on the first delta of each choice, ``return_prompt_tokens`` its token pieces as
-    well (``params.prompt_logprobs`` implies that).
+    With a ``suffix`` the completion is the text between ``prompt`` and it. With ``clip_max_tokens``,
+    ``params.max_tokens`` may be more than the model's length leaves to the answer. ``add_special_tokens`` None adds
+    what the tokenizer adds (BOS) to a text prompt and nothing to a rendered chat. ``truncate`` n keeps the last n
+    prompt tokens. ``echo`` returns the prompt's text on the first delta of each choice, ``return_prompt_tokens`` its
+    token pieces as well (``params.prompt_logprobs`` implies that).
     ``prepared`` is the prompt where a text worker has made it (``service/prompts.py``), in place of ``prompt`` and of
     what ``messages`` hold. ``queue_timeout_s`` and ``deadline_s`` count from acceptance. ``request_id`` is the client's
     word, for logs; it need not be unique. ``salt`` separates tenants in the prefix cache.
@@ -148,6 +150,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     parse_output: bool = False
     thinking_budget: int | None = None
     reasoning_effort: str | None = None
+    clip_max_tokens: bool = False
     chat_template: str | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -306,6 +309,13 @@ class AdapterCommand(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool = False
 
 
+EngineAction = Literal["pause", "drain", "resume", "reset_prefix_cache"]
+"""``pause``: no step is planned any more; running and waiting requests stay as they are. ``drain``: no request is
+admitted any more; what runs goes to its end. ``resume`` ends both. ``reset_prefix_cache``: no later request finds what
+was computed before.
+"""
+
+
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
     """The state of one adapter in the pool."""
 
@@ -399,10 +409,18 @@ class EngineRestarts(msgspec.Struct, frozen=True, kw_only=True):
     last_reason: str = ""
 
 
+MAX_STATS_NAMES = 256
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A heartbeat: the state of the engine at ``monotonic``, the time of the machine's monotonic clock."""
+    """A heartbeat: the state of the engine at ``monotonic``, the time of the machine's monotonic clock.
+
+    ``resident_names`` are those by which resident adapters were named, the last used first; ``loading_names`` those of
+    adapters that load or that waiting requests need. Of both at most ``MAX_STATS_NAMES``.
+    """
 
     monotonic: float
+    paused: bool = False
     steps: int = 0
     running: int = 0
     waiting: int = 0
@@ -422,6 +440,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     adapter_load_failures: int = 0
     adapter_evictions: int = 0
     adapters_resident: int = 0
+    resident_names: list[str] = []
+    loading_names: list[str] = []
     adapter_bytes: int = 0
+    adapter_limit_bytes: int = 0
     budget_bytes: int = 0
     budget_used_bytes: int = 0

@@ -192,11 +192,17 @@ def assert_canonical_error(response: httpx.Response, status: int, words: str = "
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert response.headers["x-request-id"]
-    if status in (429, 503):
+    if status in (429, 503, 529):
         assert int(response.headers["retry-after"]) >= 1
     body = response.json()
     assert len(response.content) < 2000
-    if path == "/v1" or path.startswith("/v1/"):
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        assert set(body) == {"type", "error", "request_id"} and body["type"] == "error"
+        assert body["request_id"] == response.headers["request-id"] == response.headers["x-request-id"]
+        error = body["error"]
+        assert set(error) == {"type", "message"} and isinstance(error["type"], str)
+        message = error["message"]
+    elif path == "/v1" or path.startswith("/v1/"):
         assert set(body) == {"error"}
         error = body["error"]
         assert set(error) == {"message", "type", "param", "code"}

@@ -6,7 +6,9 @@ import httpx
 import pytest
 from live_server import MODEL, assert_canonical_error, ok
 
-BOTH = pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/chat/completions", "/", "/tokenize"])
+PATHS = ["/generate", "/", "/tokenize"]
+PATHS += ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"]
+BOTH = pytest.mark.parametrize("path", PATHS)
 HEADERS = {"content-type": "application/json"}
 
 
@@ -62,7 +64,8 @@ def test_fifty_megabytes_without_a_length(live):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/generate"), ("PUT", "/v1/completions"), ("DELETE", "/"), ("POST", "/health")]
+    ("method", "path"),
+    [("GET", "/generate"), ("PUT", "/v1/completions"), ("GET", "/v1/messages"), ("DELETE", "/"), ("POST", "/health")],
 )
 def test_a_wrong_method(live, method, path):
     response = live.client.request(method, path)

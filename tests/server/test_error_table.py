@@ -17,7 +17,7 @@ def every_error(root=TruffulaError):
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/messages", "/api/chat"])
 def test_every_code_has_a_row_and_renders(cls, path):
     assert cls.code in TABLE, f"{cls.__name__} has no row in server/errors.py"
-    response = render(cls("What happened.", param="field"), path)
+    response = render(cls("What happened.", param="field"), dialect_of(path))
     assert 400 <= response.status_code < 600
     assert response.headers["content-type"] == "application/json"
     assert b"What happened." in response.body
@@ -65,7 +65,7 @@ def test_only_what_may_be_retried_says_when():
 
 
 def test_a_lone_surrogate_in_a_message_still_reaches_the_client():
-    assert rb"bad \\ud800" in render(errors.InvalidRequest("bad \ud800"), "/v1").body
+    assert rb"bad \\ud800" in render(errors.InvalidRequest("bad \ud800"), "openai").body
 
 
 def test_an_unknown_code_of_a_newer_engine_is_a_fault_of_ours():

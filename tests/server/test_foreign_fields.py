@@ -15,8 +15,10 @@ from examples import examples
 from truffula.errors import InvalidRequest
 from truffula.server.foreign_fields import ALIASES, HOLDERS, INERT, UNSUPPORTED, is_ignored
 from truffula.server.lorax_bodies import NATIVE
+from truffula.server.messages_bodies import MessagesBody
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 
+MESSAGES = MessagesBody.route_fields
 CHAT, COMPLETION = ChatBody.route_fields, CompletionBody.route_fields
 BODIES = {
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}, 400),
@@ -240,7 +242,7 @@ def camel(name):
 
 @settings(max_examples=examples(400, 4000))
 @given(
-    dialect=st.sampled_from([CHAT, COMPLETION, NATIVE]),
+    dialect=st.sampled_from([CHAT, COMPLETION, MESSAGES, NATIVE]),
     name=st.sampled_from(sorted({*UNSUPPORTED, *(name for row in ALIASES for name in row.names)})),
     spelled=st.sampled_from([str, camel, str.upper, lambda name: name.replace("_", "-")]),
     path=st.lists(st.sampled_from(sorted(HOLDERS - {"parameters"})), max_size=3),
@@ -264,5 +266,5 @@ def test_a_field_of_another_server_never_passes_wherever_it_stands(dialect, name
     assert caught.value.param == place
     assert caught.value.message.startswith(f"{place} ")
     meant = dialect.path_of(name)
-    words = f"name the adapter in {dialect.adapter}" if name == "model" else f"use {meant}"
+    words = f"name the adapter in {meant}" if name == "model" and path else f"use {meant}"
     assert name in UNSUPPORTED or meant is None or words in caught.value.message

@@ -32,7 +32,7 @@ from truffula import __version__
         ("/completion", 404, "use POST /v1/completions"),
         ("/lora-adapters", 404, "GET /v1/models"),
         ("/v2/models/llama/infer", 404, "KServe"),
-        ("/load_lora_adapter", 404, "use POST /v1/load_lora_adapter"),
+        ("/load_lora_adapter", 404, "--adapter-admin"),
         # A base URL with or without /v1, slashes, spelling.
         ("/chat/completions", 404, "did you mean /v1/chat/completions?"),
         ("/v1/v1/chat/completions", 404, "did you mean /v1/chat/completions?"),
@@ -75,10 +75,10 @@ def test_ollamas_clients_get_a_string(live, path, words):
 
 
 def test_anthropics_clients_get_their_form(live, model_folder):
-    response = live.post("/v1/messages", {"model": MODEL, "max_tokens": 1, "messages": []})
+    response = live.post("/v1/messages/batches", {"requests": []})
     assert (response.status_code, response.json()["type"]) == (404, "error")
     assert response.json()["error"]["type"] == "not_found_error"
-    assert "use POST /v1/chat/completions" in response.json()["error"]["message"]
+    assert "send each request on its own" in response.json()["error"]["message"]
     with serving(model_folder, api_keys=("k",)) as guarded:
         response = guarded.post("/v1/messages/count_tokens", {})
         assert (response.status_code, response.json()["error"]["type"]) == (401, "authentication_error")

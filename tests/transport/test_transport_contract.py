@@ -170,6 +170,38 @@ def test_threads_may_submit_while_one_consumes(client: EngineClient):
         assert ends[f"a{n}"].token_ids == ends[f"b{n}"].token_ids == ends[f"c{n}"].token_ids
 
 
+def test_a_pause_holds_requests_and_resume_continues_them(client: EngineClient):
+    wanted = {"max_tokens": 40, "ignore_eos": True}
+    expected = run(client, [ask("before", [5, 6], **wanted)])["before"].token_ids
+    answers: dict[str, Answer] = {}
+    client.submit([ask("held", [5, 6], **wanted)])
+    eventually(lambda: fold(answers, client.events(0.1)) or answers, "the first token")
+    client.control("pause")
+    assert client.stats().paused
+    fold(answers, client.events(0))
+    client.submit([ask("later", [5, 6], **wanted)])
+    held = len(answers["held"].token_ids)
+    assert client.events(0.2) == [] and 0 < held < 40
+    assert client.alive()
+    client.control("resume")
+    assert not client.stats().paused
+    ends = follow(client, ["held", "later"], answers)
+    assert [ends[name].token_ids for name in ("held", "later")] == [expected] * 2
+
+
+def test_a_drain_ends_what_runs_and_resetting_the_cache_forgets_prompts(client: EngineClient):
+    answers: dict[str, Answer] = {}
+    client.submit([ask("runs", [5, 6], max_tokens=60, ignore_eos=True)])
+    eventually(lambda: fold(answers, client.events(0.1)) or answers, "the first token")
+    client.control("drain")
+    fold(answers, client.events(0))
+    assert answers["runs"].finish == "length" and client.stats().running == 0
+    client.control("reset_prefix_cache")
+    assert client.stats().cached_blocks == 0
+    client.control("resume")
+    assert run(client, [ask("after", [5, 6], max_tokens=1)])["after"].finish == "length"
+
+
 def test_an_adapter_is_loaded_listed_used_and_unloaded(client: EngineClient, tiny_adapter: Path):
     ref = AdapterRef(name="loud", locator=str(tiny_adapter))
     (state,) = client.adapters(AdapterCommand(action="load", ref=ref))

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,16 @@ from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError, WireError
 from truffula.frames import MAX_FRAME_BYTES, Disconnected, Frame, FrameReader, encode
 from truffula.items import Grammar
 from truffula.params import EngineParams, SamplingParams
-from truffula.types import AdapterCommand, AdapterRef, AdapterState, EngineRequest, EngineStats, TokenEvent, Vocabulary
+from truffula.types import (
+    AdapterCommand,
+    AdapterRef,
+    AdapterState,
+    EngineAction,
+    EngineRequest,
+    EngineStats,
+    TokenEvent,
+    Vocabulary,
+)
 
 
 def engine_reader() -> FrameReader:
@@ -65,6 +75,7 @@ downward = st.one_of(
     st.builds(wire.Abort, st.lists(names, max_size=3)),
     st.builds(wire.Adapter, st.integers(0, 2**40), st.builds(AdapterCommand, action=st.just("load"), ref=refs)),
     st.just(wire.Start(EngineConfig(model="m", cache_dir=Path("/c"), memory_bytes=2**33))),
+    st.builds(wire.Control, st.integers(0, 2**40), st.sampled_from(get_args(EngineAction))),
     st.builds(
         wire.SetVocabulary,
         st.builds(Vocabulary, tokens=st.lists(st.binary(max_size=4), max_size=4), special_ids=ids, end_ids=ids),

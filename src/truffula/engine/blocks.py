@@ -339,8 +339,16 @@ class BlockPool:
         top = table.node
         while top is not None and top.parent is not None and top.parent.parent is not None:
             top = top.parent
-        if top is None or top.parent is None or not top.attached:
-            return
+        if top is not None and top.parent is not None and top.attached:
+            self._forget_node(top)
+
+    def reset_index(self) -> None:
+        """Remove all blocks from the index. Cached ones become free; tables keep theirs."""
+        for top in list(self._index.root.children.values()):
+            self._forget_node(top)
+
+    def _forget_node(self, top: PrefixNode) -> None:
+        """Remove ``top`` and its descendants from the index."""
         self._index.detach(top)
         for node in top.below():
             for g, block in enumerate(node.blocks):

@@ -3,7 +3,8 @@
 Two transports implement it: ``engine/inline.py`` (the engine in this process, driven by the calling threads) and
 ``engine/process.py`` (a process of its own). Both keep the same promises, which one contract test checks
 (``tests/transport``): every submitted request ends with exactly one final event, whatever happens to the engine, and no
-method but ``adapters`` raises for what a request or an engine did. Importing this module imports no array library.
+method but ``adapters`` and ``control`` raises for what a request or an engine did. Importing this module imports no
+array library.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from truffula.logs import LogSettings
 from truffula.types import (
     AdapterCommand,
     AdapterState,
+    EngineAction,
     EngineInfo,
     EngineRequest,
     EngineRestarts,
@@ -77,6 +79,13 @@ class EngineClient(Protocol):
 
         Raises:
             TruffulaError: Why the command failed; ``AdapterLoadError`` after ``timeout`` seconds.
+        """
+
+    def control(self, action: EngineAction) -> None:
+        """Execute an action. ``pause`` returns once no step is computed, ``drain`` once no request runs.
+
+        Raises:
+            TruffulaError: Why the action failed, such as a ``resume`` before a ``drain`` has ended.
         """
 
     def stats(self) -> EngineStats:

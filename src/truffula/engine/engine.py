@@ -1,6 +1,6 @@
 """Engine: plans, submits and commits one step after another. Synchronous; it handles neither text nor HTTP.
 
-Both transports drive it the same way: ``add``, ``abort`` and ``command`` between steps, then ``wait`` for
+Both transports drive it the same way: ``add``, ``abort``, ``command`` and ``control`` between steps, then ``wait`` for
 ``poll_timeout()`` seconds at most, then ``step``.
 """
 
@@ -27,12 +27,23 @@ from truffula.errors import (
     DeviceLost,
     EngineDied,
     GenerationError,
+    InvalidRequest,
     ShuttingDown,
     TruffulaError,
 )
 from truffula.kernels.backend import Executable, PendingStep
+from truffula.lora.generations import OWNER
 from truffula.lora.pool import AdapterPool
-from truffula.types import AdapterCommand, AdapterState, EngineRequest, EngineStats, TokenEvent, Vocabulary
+from truffula.types import (
+    MAX_STATS_NAMES,
+    AdapterCommand,
+    AdapterState,
+    EngineAction,
+    EngineRequest,
+    EngineStats,
+    TokenEvent,
+    Vocabulary,
+)
 from truffula.weights.watch import FileWatch
 
 logger = logging.getLogger(__name__)
@@ -81,6 +92,7 @@ class Engine:
         self._scheduler = Scheduler(limits, self._blocks, adapters, self._grammars)
         self._submitted: deque[tuple[StepPlan, PendingStep]] = deque()
         self._steps = 0
+        self._pauses: list[tuple[EngineAction, Future[list[AdapterState]]]] = []  # that are not in effect yet
         self._files_checked_at = float("-inf")
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -115,6 +127,8 @@ class Engine:
             self._submit(plan)
         if self._submitted and (not plan.chunks or len(self._submitted) >= self._executable.depth):
             self._finish_oldest()
+        if self._pauses:
+            self._answer_pauses()
         return self._scheduler.take_events()
 
     def _submit(self, plan: StepPlan) -> None:
@@ -170,6 +184,34 @@ class Engine:
         """Begin an adapter command. The future is done on return, or in a later ``step`` for a load: see the pool."""
         return self._adapters.command(command, self._clock())
 
+    def control(self, action: EngineAction) -> Future[list[AdapterState]]:
+        """Begin an action; its future, of an empty list, is done on return, or in a later ``step`` for ``pause`` and
+        ``drain``. A paused engine still ends requests that are out of time, and loads adapters.
+        """
+        done: Future[list[AdapterState]] = Future()
+        if action == "pause" or action == "drain":
+            self._scheduler.pause(drain=action == "drain")
+            self._pauses.append((action, done))
+            return done
+        if action == "resume":
+            self._scheduler.resume()
+            self._fail_pauses(InvalidRequest("The engine was resumed before it was paused or drained."))
+        else:
+            self._blocks.reset_index()
+        done.set_result([])
+        return done
+
+    def _answer_pauses(self) -> None:
+        for action, done in list(self._pauses):
+            if self._scheduler.has_stopped(drained=action == "drain"):
+                self._pauses.remove((action, done))
+                done.set_result([])
+
+    def _fail_pauses(self, error: TruffulaError) -> None:
+        for _, done in self._pauses:
+            done.set_exception(error)
+        self._pauses.clear()
+
     def poll_timeout(self) -> float | None:
         """Seconds to ``wait`` at most before the next ``step``: 0 when there is work now, None when only a call or a
         loading worker can bring some.
@@ -198,8 +240,10 @@ class Engine:
     def stats(self) -> EngineStats:
         """Current counts and totals. Costs the same however many requests wait."""
         blocks, adapters = self._blocks, self._adapters
+        loading = dict.fromkeys(adapters.loads.names() + self._scheduler.unbound_names())
         return EngineStats(
             monotonic=self._clock(),
+            paused=self._scheduler.is_paused(),
             steps=self._steps,
             free_blocks=blocks.num_free(),
             cached_blocks=blocks.num_cached(),
@@ -212,7 +256,10 @@ class Engine:
             adapter_load_failures=adapters.loads.failed,
             adapter_evictions=adapters.evictions,
             adapters_resident=adapters.resident,
+            resident_names=adapters.resident_names(MAX_STATS_NAMES),
+            loading_names=list(loading)[:MAX_STATS_NAMES],
             adapter_bytes=adapters.resident_bytes,
+            adapter_limit_bytes=self._budget.limit_of(OWNER),
             budget_bytes=self._budget.limit,
             budget_used_bytes=self._budget.total_used(),
             **self._scheduler.counts(),
@@ -222,6 +269,7 @@ class Engine:
         """End every request with ``shutting_down``, then free everything. Returns the last events. Idempotent."""
         self._scheduler.end_all(ShuttingDown("The engine was closed."), self._clock())
         self._discard_submitted()
+        self._fail_pauses(ShuttingDown("The engine was closed."))
         self._grammars.close()
         self._runner.close()
         self._adapters.close()

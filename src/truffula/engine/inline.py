@@ -15,11 +15,12 @@ from truffula.config import EngineConfig
 from truffula.engine.build import build_engine
 from truffula.engine.engine import FILES_CHECK_S, close_engine, engine_error
 from truffula.engine.interrupts import uninterrupted
-from truffula.engine.journal import Journal, PendingCommands, outcome
+from truffula.engine.journal import Journal, PendingCommands, Reply, outcome
 from truffula.errors import ShuttingDown, TruffulaError
 from truffula.types import (
     AdapterCommand,
     AdapterState,
+    EngineAction,
     EngineRequest,
     EngineRestarts,
     EngineStats,
@@ -77,13 +78,18 @@ class InlineClient:
         return False
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
+        return self._command(lambda: self._engine.command(command), timeout)
+
+    def control(self, action: EngineAction) -> None:
+        self._command(lambda: self._engine.control(action), None)
+
+    def _command(self, make: Callable[[], Reply], timeout: float | None) -> list[AdapterState]:
+        """Have the next turn call ``make``, and drive the engine until its reply is there."""
         began = time.monotonic()
         number, reply = self._commands.open()
 
         def begin() -> None:
-            self._engine.command(command).add_done_callback(
-                lambda answer: self._commands.answer(number, *outcome(answer))
-            )
+            make().add_done_callback(lambda answer: self._commands.answer(number, *outcome(answer)))
 
         error = self._post(begin)
         if error is not None:

@@ -122,7 +122,7 @@ def outcome(reply: Reply) -> tuple[list[AdapterState], TruffulaError | None]:
 
 
 class PendingCommands:
-    """Adapter commands that are not answered yet, by number. Thread-safe."""
+    """Commands that are not answered yet, by number. Thread-safe."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
@@ -154,10 +154,12 @@ class PendingCommands:
         for number in numbers:
             self.answer(number, (), error)
 
-    def wait(self, number: int, reply: Reply, timeout: float, waited: float = 0.0) -> list[AdapterState]:
-        """The answer. Raises its error, or ``AdapterLoadError`` after ``timeout`` seconds, ``waited`` of them ago."""
+    def wait(self, number: int, reply: Reply, timeout: float | None, waited: float = 0.0) -> list[AdapterState]:
+        """The answer. Raises its error, or ``AdapterLoadError`` after ``timeout`` seconds (None: never), ``waited`` of
+        them ago.
+        """
         try:
-            return reply.result(max(0.0, timeout - waited))
+            return reply.result(None if timeout is None else max(0.0, timeout - waited))
         except FutureTimeout:
             with self._lock:
                 self._replies.pop(number, None)

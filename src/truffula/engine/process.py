@@ -46,6 +46,7 @@ from truffula.logs import LogSettings
 from truffula.types import (
     AdapterCommand,
     AdapterState,
+    EngineAction,
     EngineInfo,
     EngineRequest,
     EngineRestarts,
@@ -138,17 +139,24 @@ class ProcessClient:
         return True
 
     def adapters(self, command: AdapterCommand, timeout: float = 300) -> list[AdapterState]:
-        number, reply = self._commands.open()
-        error = self._post(wire.Adapter(number, command))
-        if error is not None:
-            self._commands.answer(number, (), error)
-        states = self._commands.wait(number, reply, timeout)
+        states = self._command(lambda number: wire.Adapter(number, command), timeout)
         if command.ref is not None and command.action != "list":
             with self._lock:
                 self._pinned.pop(command.ref.name, None)
                 if command.action == "load" and command.pinned:
                     self._pinned[command.ref.name] = command
         return states
+
+    def control(self, action: EngineAction) -> None:
+        self._command(lambda number: wire.Control(number, action), None)
+
+    def _command(self, frame: Callable[[int], Frame], timeout: float | None) -> list[AdapterState]:
+        """Send the command that ``frame`` makes of its number, and wait for the answer."""
+        number, reply = self._commands.open()
+        error = self._post(frame(number))
+        if error is not None:
+            self._commands.answer(number, (), error)
+        return self._commands.wait(number, reply, timeout)
 
     def stats(self) -> EngineStats:
         process = self._process

@@ -99,6 +99,11 @@ class WaitingQueues:
         """Sequences whose adapter is loading."""
         return sum(self._unbound[key] for key in self._loading)
 
+    def unbound_names(self, most: int) -> list[str]:
+        """Names of the first ``most`` adapters that have unbound sequences."""
+        refs = [next(iter(self._queues[key].values())).request.adapter for key in islice(self._unbound, most)]
+        return [ref.name for ref in refs if ref is not None]
+
     def is_loading(self, sequence: Sequence) -> bool:
         return not sequence.ready and sequence.key in self._loading
 

@@ -26,6 +26,7 @@ import heapq
 import math
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import Literal
 
 from truffula.engine.blocks import BlockPool
 from truffula.engine.constraints import GrammarCompiler
@@ -37,7 +38,7 @@ from truffula.engine.sequence import AdapterKey, Sequence
 from truffula.engine.step_budget import DeficitRoundRobin, StepBudget, reserved_rows
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.lora.pool import AdapterPool
-from truffula.types import EngineRequest, FinishReason, RequestTimes, TokenEvent
+from truffula.types import MAX_STATS_NAMES, EngineRequest, FinishReason, RequestTimes, TokenEvent
 
 MAX_REFUSALS = 8
 """Admissions that may be refused in a step before no more are tried: bounds the cost of a full engine."""
@@ -70,6 +71,7 @@ class Scheduler:
         self._timeouts: list[tuple[float, int, str]] = []  # a heap of time, serial and request id
         self._last_serial = 0
         self._reserved_for: Sequence | None = None  # the only one that may be admitted
+        self._paused: Literal["", "admission", "all"] = ""  # what is not planned
         self._last_step = 0
         self._retries: list[list[tuple[Sequence, int]]] = []  # parts of failed steps to run alone, the next one last
         self._events: list[TokenEvent] = []
@@ -137,9 +139,24 @@ class Scheduler:
         events, self._events = self._events, []
         return events
 
+    def pause(self, *, drain: bool) -> None:
+        """Plan nothing until ``resume``; ``drain``: continue what runs, but admit nothing."""
+        self._paused = "admission" if drain else "all"
+
+    def resume(self) -> None:
+        self._paused = ""
+
+    def is_paused(self) -> bool:
+        return self._paused != ""
+
+    def has_stopped(self, *, drained: bool) -> bool:
+        """Whether no step is unfinished; ``drained``: and nothing runs."""
+        return not (self._running.num_unfinished or (drained and len(self._running)))
+
     def has_work(self) -> bool:
-        """Whether there are events to take, results to wait for, or sequences that wait for no adapter or grammar."""
-        return bool(self._events or self._running.num_unfinished or len(self._running) or self._waiting.num_ready())
+        """Whether there are events to take, results to wait for, or sequences that may run and wait for nothing."""
+        runnable = self._paused != "all" and (len(self._running) or (not self._paused and self._waiting.num_ready()))
+        return bool(self._events or self._running.num_unfinished or runnable)
 
     def is_idle(self) -> bool:
         """Whether no sequence is left, no step is unfinished and every event was taken."""
@@ -157,6 +174,10 @@ class Scheduler:
             **self._counts,
         }
 
+    def unbound_names(self) -> list[str]:
+        """Names of the adapters that waiting sequences need and that are not bound to them yet."""
+        return self._waiting.unbound_names(MAX_STATS_NAMES)
+
     # A step
 
     def plan(self, now: float) -> StepPlan:
@@ -166,6 +187,8 @@ class Scheduler:
             self._enqueue_compiled(now)
         for sequence, error in self._waiting.prefetch_adapters(now):
             self._end(sequence, "error", now, error)
+        if self._paused == "all":
+            return self._make_plan({})
         if self._retries:
             return self._make_plan(self._next_retry())
         budget = StepBudget(self._limits.step_tokens, self._limits.step_logit_rows)
@@ -278,7 +301,7 @@ class Scheduler:
         self._reserved_for = None
         patience = self._limits.patience
         late = [head for head in self._waiting.ready_heads() if head.refused_steps >= patience]
-        if not late:
+        if self._paused or not late:
             return
         running = self._running.count_by_key()
         starved = min((head for head in late if not running[head.key]), key=_age, default=None)
@@ -378,6 +401,8 @@ class Scheduler:
         return budget.grant(sequence, count) if count > have else 0
 
     def _may_admit(self, budget: StepBudget) -> bool:
+        if self._paused:
+            return False
         if len(self._running) >= self._limits.most_running or not self._running.has_free_slot() or budget.rows < 1:
             return False
         return self._reserved_for is not None or not (budget.preempted or budget.refusals >= MAX_REFUSALS)

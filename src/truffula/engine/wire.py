@@ -1,6 +1,6 @@
 """The frames between the API process and the engine's process. ``frames.py`` encodes them.
 
-    to the engine     Start (SetVocabulary | Submit | Abort | Adapter)* Stop
+    to the engine     Start (SetVocabulary | Submit | Abort | Adapter | Control)* Stop
     from the engine   Starting* ModelPath Starting* Ready (Events | Stats | AdapterReply)*
 
 Instead of any of its frames the engine may send ``Died``, its last one, which says why it ends.
@@ -22,7 +22,16 @@ from truffula.config import EngineConfig
 from truffula.errors import ErrorInfo, InvalidRequest, TruffulaError
 from truffula.frames import ENCODER, Channel, Frame
 from truffula.logs import LogSettings
-from truffula.types import AdapterCommand, AdapterState, EngineInfo, EngineRequest, EngineStats, TokenEvent, Vocabulary
+from truffula.types import (
+    AdapterCommand,
+    AdapterState,
+    EngineAction,
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    TokenEvent,
+    Vocabulary,
+)
 
 VERSION = 4
 
@@ -72,6 +81,13 @@ class Adapter(Frame, frozen=True):
 
     ticket: int
     command: AdapterCommand
+
+
+class Control(Frame, frozen=True):
+    """Answered by an ``AdapterReply`` of the same ticket, without states, after a ``Stats`` that shows the effect."""
+
+    ticket: int
+    action: EngineAction
 
 
 class Stop(Frame, frozen=True):
@@ -124,7 +140,7 @@ class Died(Frame, frozen=True):
     error: ErrorInfo
 
 
-ToEngine = Start | SetVocabulary | Submit | Abort | Adapter | Stop
+ToEngine = Start | SetVocabulary | Submit | Abort | Adapter | Control | Stop
 FromEngine = Starting | ModelPath | Ready | Events | Stats | AdapterReply | Died
 
 

@@ -84,7 +84,7 @@ class Worker:
     def __init__(self, channel: Channel[wire.ToEngine]) -> None:
         self._channel = channel
         self._heartbeat = Heartbeat(channel)
-        self._replies: list[tuple[int, Reply]] = []  # of adapter commands; those without a caller share ticket 0
+        self._replies: list[tuple[int, Reply]] = []  # of commands; those without a caller share ticket 0
 
     def run(self) -> int:
         """Build the engine that the first frame describes, then serve it. Returns the exit status."""
@@ -152,7 +152,7 @@ class Worker:
             self._heartbeat.step_since = None
             for request_id in self._send_events(events):
                 engine.abort(request_id)
-            self._send_replies()
+            self._send_replies(engine)
             if time.monotonic() - stats_at >= STATS_S:
                 stats_at = time.monotonic()
                 self._heartbeat.stats = engine.stats()
@@ -190,6 +190,8 @@ class Worker:
                         engine.abort(request_id)
                 case wire.Adapter(ticket, command):
                     self._replies.append((ticket, engine.command(command)))
+                case wire.Control(ticket, action):
+                    self._replies.append((ticket, engine.control(action)))
                 case wire.Stop():
                     return False
                 case wire.Start():
@@ -205,9 +207,13 @@ class Worker:
         for request in requests:
             engine.add(request)
 
-    def _send_replies(self) -> None:
-        """Answer the adapter commands that have ended."""
-        for ticket, reply in [pending for pending in self._replies if pending[1].done()]:
+    def _send_replies(self, engine: Engine) -> None:
+        """Answer the commands that have ended, after statistics that show their effect."""
+        done = [pending for pending in self._replies if pending[1].done()]
+        if done:
+            self._heartbeat.stats = engine.stats()
+            self._heartbeat.send()
+        for ticket, reply in done:
             self._replies.remove((ticket, reply))
             states, error = outcome(reply)
             self._channel.send(wire.AdapterReply(ticket, states, None if error is None else error.info()))

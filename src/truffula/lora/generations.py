@@ -242,6 +242,11 @@ class Generations:
         """The idle generation that was not used for longest."""
         return next(iter(self._by_account["idle"].values()), None)
 
+    def newest(self) -> Iterator[Generation]:
+        """The resident generations: those in use, then the idle ones, of both the last used first."""
+        for account in ("in use", "idle"):
+            yield from reversed(self._by_account[account].values())
+
     def mapped(self) -> list[Generation]:
         """Those without a slot."""
         return list(self._by_account["mapped"].values())

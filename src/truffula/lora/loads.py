@@ -132,6 +132,10 @@ class AdapterLoads:
             del self._failures[state]
         return bool(states)
 
+    def names(self) -> list[str]:
+        """The names that open loads were asked for by."""
+        return [ref.name for _, ref in self._open.values()]
+
     def states(self) -> list[AdapterState]:
         """One row per open load and per failure."""
         rows = [AdapterState(name=ref.name, status="loading") for _, ref in self._open.values()]

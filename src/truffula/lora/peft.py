@@ -63,8 +63,10 @@ def validate_adapter(
     base: BaseFacts,
     max_bytes: int | None = None,
     max_file_bytes: int | None = None,
+    untrained: bool = False,
 ) -> PeftAdapter:
-    """Read the adapter in ``folder`` for a base with these ``sites``; refuse it unless it can be served exactly.
+    """Read the adapter in ``folder`` for a base with these ``sites``; refuse it unless it can be served exactly, and
+    unless it changes something. ``untrained``: its tensors may all be zero.
 
     Raises ``AdapterError`` (``param``: the field or key), ``AdapterNotFound``, ``AdapterLoadError`` when the files
     can't be read, ``InsufficientMemory`` above ``max_bytes``. Costs two passes over the file. What it returns are views
@@ -78,6 +80,8 @@ def validate_adapter(
         check_copies(copies, base.tables)
         tensors, zero = _read_tensors(files, parsed.pairs)
         warnings = list(parsed.warnings)
+        if len(zero) == len(parsed.pairs) and not (untrained and any(pair.scale for pair in parsed.pairs)):
+            raise _no_effect(parsed.pairs)
         if zero:
             warnings.append(f"{len(zero)} of {len(parsed.pairs)} modules are zero and change nothing: {listed(zero)}.")
         return PeftAdapter(
@@ -129,7 +133,7 @@ def stored_bytes(pairs: Sequence[Pair]) -> int:
 
 
 def _read_tensors(files: AdapterFiles, pairs: Sequence[Pair]) -> tuple[dict[str, Array], list[str]]:
-    """Tensors by key, finite; and the modules whose addition is zero. All of them being zero is an error."""
+    """Tensors by key, finite; and the modules whose addition is zero."""
     tensors: dict[str, Array] = {}
     zero: list[str] = []
     for pair in pairs:
@@ -147,15 +151,18 @@ def _read_tensors(files: AdapterFiles, pairs: Sequence[Pair]) -> tuple[dict[str,
             tensors[info.name] = array
         if pair.scale == 0 or _is_zero(tensors[pair.b.name]) or _is_zero(tensors[pair.a.name]):
             zero.append(pair.module)
-    if len(zero) == len(pairs):
-        scales = all(pair.scale == 0 for pair in pairs)
-        why = "its scale is zero (lora_alpha)" if scales else "its tensors are zero, as before training"
-        key = pairs[0].b.name
-        raise AdapterError(
-            f"The adapter changes nothing: {why} ({key}). Its answers would be those of the base.",
-            param="lora_alpha" if scales else key,
-        )
     return tensors, zero
+
+
+def _no_effect(pairs: Sequence[Pair]) -> AdapterError:
+    """The error of an adapter that changes nothing."""
+    scales = all(pair.scale == 0 for pair in pairs)
+    why = "its scale is zero (lora_alpha)" if scales else "its tensors are zero, as before training"
+    key = pairs[0].b.name
+    return AdapterError(
+        f"The adapter changes nothing: {why} ({key}). Its answers would be those of the base.",
+        param="lora_alpha" if scales else key,
+    )
 
 
 def _is_zero(array: Array) -> bool:

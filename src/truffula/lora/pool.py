@@ -179,6 +179,16 @@ class AdapterPool:
             rows += [entry.state(name) for name in names]
         return sorted(rows, key=lambda row: (row.name, row.status, row.generation or ""))
 
+    def resident_names(self, most: int) -> list[str]:
+        """The first ``most`` names of resident adapters, the last used first. One that is retired has none."""
+        names: list[str] = []
+        for entry in self._generations.newest():
+            for source in entry.sources:
+                names += self._sources[source].names
+            if len(names) >= most:
+                break
+        return list(dict.fromkeys(names))[:most]
+
     @property
     def resident(self) -> int:
         """Adapters with a slot."""

@@ -194,6 +194,10 @@ class AdapterDirectory:
         """Remove the adapter that ``add`` registered under ``name``. The operator's own adapters remain."""
         self._added.pop(name, None)
 
+    def is_added(self, name: str) -> bool:
+        """Whether ``add`` registered it, so that ``remove`` ends it unless the operator offers the name too."""
+        return name in self._added and name not in self._named and self._in_dir(name) is None
+
     def warnings(self) -> list[str]:
         """Warnings for the operator at the start: sources without an adapter, and adapters that cannot be served.
 

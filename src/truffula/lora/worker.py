@@ -182,6 +182,7 @@ def load(
                 base=BaseFacts(model=setup.model, tables=setup.tables),
                 max_bytes=setup.limits.image_bytes,
                 max_file_bytes=setup.limits.file_bytes,
+                untrained=request.ref.untrained,
             )
             image = ImageWriter(adapter.generation, adapter.rank, adapter.sites, setup.layout)
             check_size(image.header.nbytes, setup.limits.image_bytes)

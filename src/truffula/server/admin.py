@@ -1,23 +1,24 @@
-"""vLLM's adapter administration, served only with ``--adapter-admin``, since a path is a path of this machine; and the
-list of adapters with what the engine knows of each, which tells where they lie only then.
+"""vLLM's and SGLang's adapter administration, served only with ``--adapter-admin``, since a path is a path of this
+machine; and the list of adapters with what the engine knows of each, which tells where they lie only then.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any
 
+from msgspec.structs import replace
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest
+from truffula.errors import AdapterNotFound, ConfigError, InvalidRequest, ModelNotFound, TruffulaError
 from truffula.lora.sources import AdapterDirectory, reserved
 from truffula.server.body import Body, read_body
 from truffula.server.replies import json_reply
-from truffula.server.state import ServerState, state_of
+from truffula.server.state import ServerState, record_of, state_of
 from truffula.types import AdapterCommand, AdapterRef, AdapterState
 
 
@@ -25,6 +26,10 @@ class LoadBody(Body):
     lora_name: str = Field(min_length=1)
     lora_path: str = Field(min_length=1)
     load_inplace: bool | None = None
+
+
+class SglangLoadBody(LoadBody):
+    pinned: bool | None = None
 
 
 class UnloadBody(Body):
@@ -67,9 +72,15 @@ def _row(name: str, found: AdapterState | None, sources: Mapping[str, str] | Non
 
 
 async def load_adapter(request: Request) -> Response:
-    """Loads an adapter from a folder of the server's machine. The answer comes once requests can name it."""
-    state = state_of(request)
+    """Loads an adapter from a folder of the server's machine. The answer comes once requests can name it. With
+    ``load_inplace`` it replaces one of the same name: running requests keep the former.
+    """
     body = await read_body(request, LoadBody)
+    await _load(state_of(request), body)
+    return json_reply(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def _load(state: ServerState, body: LoadBody, *, pinned: bool = False) -> None:
     name = body.lora_name
     if reserved(name, state.base_names):
         raise InvalidRequest(
@@ -78,9 +89,9 @@ async def load_adapter(request: Request) -> Response:
     if name in await state.adapter_names() and not body.load_inplace:
         raise InvalidRequest(f"{name!r} is already loaded; send load_inplace: true to replace it.", param="lora_name")
     ref = await state.service.look_up(_find, state.directory, name, body.lora_path)
-    await state.service.adapters(AdapterCommand(action="load", ref=ref))
+    ref = replace(ref, untrained=True)  # a trainer loads the first version of its policy before the first step
+    await state.service.adapters(AdapterCommand(action="load", ref=ref, pinned=pinned))
     state.directory.add(ref)
-    return json_reply(f"Success: LoRA adapter '{name}' added successfully.")
 
 
 def _find(directory: AdapterDirectory, name: str, path: str) -> AdapterRef:
@@ -99,14 +110,71 @@ async def unload_adapter(request: Request) -> Response:
     """
     state = state_of(request)
     name = (await read_body(request, UnloadBody)).lora_name
+    if await _unload(state, name):
+        return json_reply(f"Success: LoRA adapter '{name}' removed successfully.")
+    return json_reply(
+        f"Success: LoRA adapter '{name}' is unloaded. The server's --adapter or --adapter-dir still offers it: the "
+        "next request for it loads it again."
+    )
+
+
+async def _unload(state: ServerState, name: str) -> bool:
+    """Unload an adapter that may be named; returns whether new requests no longer find it. Raises ``AdapterNotFound``
+    when there is nothing to unload.
+    """
     if name not in await state.adapter_names():
         raise AdapterNotFound(f"There is no adapter {name[:80]!r} to unload.", param="lora_name")
     ref = await state.adapter(name)
     state.directory.remove(name)
-    await state.service.adapters(AdapterCommand(action="unload", ref=ref))
-    if name in await state.adapter_names():
-        return json_reply(
-            f"Success: LoRA adapter '{name}' is unloaded. The server's --adapter or --adapter-dir still offers it: the "
-            "next request for it loads it again."
+    offered = name in await state.adapter_names()
+    try:
+        await state.service.adapters(AdapterCommand(action="unload", ref=ref))
+    except AdapterNotFound:
+        if offered:
+            raise
+        # It was evicted, and now its name is forgotten, too.
+    return not offered
+
+
+async def delete_model(request: Request) -> Response:
+    """Unloads an adapter and forgets its name, as OpenAI deletes a fine-tuned model."""
+    state = state_of(request)
+    name: str = request.path_params["model_id"]
+    if name not in await state.adapter_names():
+        raise ModelNotFound(f"There is no adapter {name[:80]!r} to delete; GET /v1/models lists them.", param="model")
+    if not state.directory.is_added(name):
+        raise InvalidRequest(
+            f"{name[:80]!r} cannot be deleted: the server's --adapter or --adapter-dir offers it. POST "
+            "/v1/unload_lora_adapter frees its memory.",
+            param="model",
         )
-    return json_reply(f"Success: LoRA adapter '{name}' removed successfully.")
+    await _unload(state, name)
+    return json_reply({"id": name, "object": "model", "deleted": True})
+
+
+async def sglang_load(request: Request) -> Response:
+    """As `/v1/load_lora_adapter`, with SGLang's answer. A ``pinned`` adapter stays in memory until it is unloaded."""
+    body = await read_body(request, SglangLoadBody)
+    return await _sglang(request, _load(state_of(request), body, pinned=bool(body.pinned)))
+
+
+async def sglang_unload(request: Request) -> Response:
+    """As `/v1/unload_lora_adapter`, with SGLang's answer."""
+    body = await read_body(request, UnloadBody)
+    return await _sglang(request, _unload(state_of(request), body.lora_name))
+
+
+async def _sglang(request: Request, work: Awaitable[object]) -> Response:
+    """SGLang's answer to a command: whether it succeeded, and the adapters that are loaded then."""
+    state, message = state_of(request), ""
+    try:
+        await work
+    except TruffulaError as error:
+        record_of(request).error_code = error.code
+        message = error.message
+    found = await state.service.adapters(AdapterCommand(action="list"))
+    names = {one.name for one in found if one.status in ("resident", "uploading", "ready")}
+    loaded = await state.service.look_up(_sources, state, names & set(await state.adapter_names()))
+    reply = json_reply({"success": not message, "error_message": message, "loaded_adapters": loaded})
+    reply.status_code = 400 if message else 200
+    return reply

@@ -17,8 +17,10 @@ from truffula.lora.sources import AdapterDirectory
 from truffula.metrics import Metrics
 from truffula.server import (
     admin,
+    control,
     decisions,
     lorax,
+    messages,
     openai,
     openai_chat,
     openai_models,
@@ -32,6 +34,7 @@ from truffula.server.auth import KeyCheck, WebRules
 from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.errors import MethodNotAllowed
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, GenerateBody, TokenizeBody
+from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import BodyLimits, HttpRules, RequestScope, rejection
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.openapi import RouteSpec
@@ -53,6 +56,12 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec(
         "POST", "/v1/completions", openai.completions, "openai", CompletionBody,
         {"prompt": "Once upon a time", "max_tokens": 20},
+    ),
+    RouteSpec(
+        "POST", "/v1/messages", messages.messages, "anthropic", MessagesBody, {"messages": _TALK, "max_tokens": 20}
+    ),
+    RouteSpec(
+        "POST", "/v1/messages/count_tokens", messages.count_tokens, "anthropic", CountTokensBody, {"messages": _TALK}
     ),
     RouteSpec(
         "POST", "/v1/responses", responses.create, "openai", ResponsesBody,
@@ -94,10 +103,23 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("GET", "/info", probes.info, "probes"),
     RouteSpec("GET", "/version", probes.version, "probes"),
     RouteSpec("GET", "/metrics", probes.metrics, "probes"),
+    RouteSpec("GET", "/load", probes.load, "probes"),
+    RouteSpec("GET", "/get_load", probes.load, "probes"),
+    RouteSpec("GET", "/get_model_info", probes.sglang_info, "probes"),
+    RouteSpec("GET", "/get_server_info", probes.sglang_info, "probes"),
+    RouteSpec("GET", "/health_generate", probes.health, "probes"),
+    RouteSpec("GET", "/server_info", probes.server_info, "probes"),
 )  # fmt: skip
 _ADMIN_ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/v1/load_lora_adapter", admin.load_adapter, "admin", admin.LoadBody),
     RouteSpec("POST", "/v1/unload_lora_adapter", admin.unload_adapter, "admin", admin.UnloadBody),
+    RouteSpec("DELETE", "/v1/models/{model_id:path}", admin.delete_model, "admin"),
+    RouteSpec("POST", "/load_lora_adapter", admin.sglang_load, "admin", admin.SglangLoadBody),
+    RouteSpec("POST", "/unload_lora_adapter", admin.sglang_unload, "admin", admin.UnloadBody),
+    RouteSpec("POST", "/pause", control.pause, "admin"),
+    RouteSpec("POST", "/resume", control.resume, "admin"),
+    RouteSpec("GET", "/is_paused", control.is_paused, "admin"),
+    RouteSpec("POST", "/reset_prefix_cache", control.reset_prefix_cache, "admin"),
 )
 
 

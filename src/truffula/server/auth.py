@@ -1,4 +1,4 @@
-"""API keys: one bearer key of a list, compared exactly and in constant time."""
+"""API keys: one key of a list, compared exactly and in constant time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from truffula.server.middleware import rejection
 # Probes, scrapers and pages without data of the operator: a browser sends no key for a page it opens.
 OPEN_PATHS = frozenset(
     {
-        *("/health", "/ping", "/startup", "/metrics", "/v1/health", "/version"),
+        *("/health", "/ping", "/health_generate", "/startup", "/metrics", "/v1/health", "/version"),
         *("/docs", "/openapi.json", "/api-doc/openapi.json"),
     }
 )
-EXPOSED_HEADERS = ("x-request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
+EXPOSED_HEADERS = ("x-request-id", "request-id", "x-truffula-ignored", "x-model-id", "x-adapter-id", "retry-after")
 
 
 def is_open(method: str, path: str, protect_metrics: bool) -> bool:
@@ -58,6 +58,13 @@ def client_of(request: Request) -> str:
     return tenant or (request.client.host if request.client is not None else "")
 
 
+def _keys_in(scope: Scope) -> list[str]:
+    """The keys that a request gives, in the headers of OpenAI's clients and of Anthropic's."""
+    headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}  # the first one counts
+    given = (bearer(headers.get(b"authorization", "")), headers.get(b"x-api-key", "").strip())
+    return [key for key in given if key]
+
+
 class KeyCheck:
     """Answers 401 where keys are on and none of them is given. Every key is compared, whatever the outcome."""
 
@@ -70,14 +77,13 @@ class KeyCheck:
         if scope["type"] != "http" or is_open(scope["method"], scope["path"], self._protect_metrics):
             await self.app(scope, receive, send)
             return
-        value = next((v for k, v in scope["headers"] if k == b"authorization"), b"").decode("latin-1")
-        given = bearer(value)
-        if given is not None and self._known(given):
-            scope["state"]["tenant"] = tenant_of(given)
+        given = _keys_in(scope)
+        if (key := next(filter(self._known, given), None)) is not None:
+            scope["state"]["tenant"] = tenant_of(key)
             await self.app(scope, receive, send)
             return
         what = "The API key is invalid" if given else "An API key is required"
-        error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>'.")
+        error = Unauthorized(f"{what}; send it as 'Authorization: Bearer <key>' or 'x-api-key: <key>'.")
         await rejection(scope, error)(scope, receive, send)
 
     def _known(self, given: str) -> bool:

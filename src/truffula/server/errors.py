@@ -2,7 +2,8 @@
 
 *Native* is LoRAX's and TGI's dialect (``/generate`` and friends): ``{"error": str, "error_type": str}``.
 *OpenAI* is everything under ``/v1/``: ``{"error": {"message", "type", "param", "code"}}``.
-*Anthropic* and *Ollama* have no routes here; their clients get errors in their own form.
+*Anthropic* is ``/v1/messages`` and what is below it: ``{"type": "error", "error": {"type", "message"}, "request_id"}``.
+*Ollama* has no routes here; its clients get errors in their own form.
 The status depends on the error only, not on whether the client streams.
 """
 
@@ -17,6 +18,7 @@ import msgspec
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.responses import Response
+from starlette.types import Scope
 
 from truffula.errors import InvalidRequest, TruffulaError
 
@@ -178,8 +180,13 @@ _ANTHROPIC_TYPES: Mapping[int, str] = MappingProxyType(
         403: "permission_error",
         404: "not_found_error",
         413: "request_too_large",
-        429: "rate_limit_error",
+        504: "timeout_error",
+        529: "overloaded_error",
     }
+)
+# Anthropic's 429 is about a client's own limits, which this server does not have.
+_ANTHROPIC_STATUSES: Mapping[str, int] = MappingProxyType(
+    dict.fromkeys(("overloaded", "queue_timeout", "shutting_down"), 529)
 )
 
 
@@ -192,6 +199,14 @@ def dialect_of(path: str) -> Dialect:
     return "ollama" if path.startswith("/api/") else "native"
 
 
+def dialect_of_request(scope: Scope) -> Dialect:
+    """The dialect of a request: its path's. Under /v1/ Anthropic's clients are known by a header."""
+    dialect = dialect_of(scope["path"])
+    if dialect == "openai" and any(name == b"anthropic-version" for name, _ in scope["headers"]):
+        return "anthropic"
+    return dialect
+
+
 def row_of(code: str) -> ErrorRow:
     """The table's row; an unknown code, such as a newer peer's, is an internal error."""
     return TABLE.get(code, _INTERNAL)
@@ -199,10 +214,12 @@ def row_of(code: str) -> ErrorRow:
 
 def status_of(error: TruffulaError, dialect: Dialect) -> int:
     row = row_of(error.code)
+    if dialect == "anthropic" and error.code in _ANTHROPIC_STATUSES:
+        return _ANTHROPIC_STATUSES[error.code]
     return row.native_status if dialect == "native" else row.openai_status
 
 
-def error_body(error: TruffulaError, dialect: Dialect) -> dict[str, Any]:
+def error_body(error: TruffulaError, dialect: Dialect, request_id: str | None = None) -> dict[str, Any]:
     """The JSON object of ``error`` in ``dialect``; in a stream it is one frame, else the whole body."""
     row = row_of(error.code)
     message = error.message or error.code
@@ -214,8 +231,12 @@ def error_body(error: TruffulaError, dialect: Dialect) -> dict[str, Any]:
     if dialect == "ollama":
         return {"error": message}
     if dialect == "anthropic":
-        kind = _ANTHROPIC_TYPES.get(row.openai_status, "api_error" if row.openai_status >= 500 else _BAD)
-        return {"type": "error", "error": {"type": kind, "message": message}}
+        status = status_of(error, dialect)
+        kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else _BAD)
+        if error.code == "prompt_too_long":
+            message = f"prompt is too long: {message}"  # by these words Claude Code knows that it must shorten it
+        details = {"details": error.data["details"]} if "details" in error.data else {}
+        return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": request_id}
     # In this dialect adapters are models, whatever field named one.
     param = "model" if error.code in ("adapter_not_found", "model_not_found") else error.param
     return {
@@ -226,17 +247,16 @@ def error_body(error: TruffulaError, dialect: Dialect) -> dict[str, Any]:
 def error_headers(error: TruffulaError, dialect: Dialect) -> dict[str, str]:
     """``Retry-After`` in whole seconds where trying again makes sense; the challenge on 401."""
     status = status_of(error, dialect)
-    if status in (429, 503):
+    if status in (429, 503, 529):
         return {"retry-after": str(max(1, round(float(error.data.get("retry_after_s", 1)))))}
     if status == 401:
         return {"www-authenticate": "Bearer"}
     return {}
 
 
-def render(error: TruffulaError, path: str) -> Response:
-    """The answer with ``error``, in the dialect of ``path``."""
-    dialect = dialect_of(path)
-    body = msgspec.json.encode(error_body(error, dialect))
+def render(error: TruffulaError, dialect: Dialect, request_id: str | None = None) -> Response:
+    """The answer with ``error``, in the form of ``dialect``."""
+    body = msgspec.json.encode(error_body(error, dialect, request_id))
     return Response(body, status_of(error, dialect), error_headers(error, dialect), "application/json")
 
 

@@ -18,7 +18,7 @@ from truffula.errors import TruffulaError
 from truffula.metrics import Observer, RequestRecord
 from truffula.server.body import note_ignored
 from truffula.server.errors import Aborted
-from truffula.server.sse import EventStream, end_tasks, unless_gone
+from truffula.server.sse import KEEP_ALIVE, EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
 from truffula.service.choices import choice_error
@@ -179,14 +179,21 @@ def entries(delta: TextDelta) -> int:
 
 
 async def stream(
-    request: Request, requests: Sequence[GenerateRequest], writer: Writer, headers: Mapping[str, str] | None = None
+    request: Request,
+    requests: Sequence[GenerateRequest],
+    writer: Writer,
+    headers: Mapping[str, str] | None = None,
+    keep_alive: bytes = KEEP_ALIVE,
 ) -> EventStream:
     """The streamed answer. What fails before the first event is raised, so that it gets its real status."""
-    return await event_stream(request, frames_of(request, requests, writer), headers)
+    return await event_stream(request, frames_of(request, requests, writer), headers, keep_alive)
 
 
 async def event_stream(
-    request: Request, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None
+    request: Request,
+    frames: AsyncGenerator[bytes, None],
+    headers: Mapping[str, str] | None = None,
+    keep_alive: bytes = KEEP_ALIVE,
 ) -> EventStream:
     """The response that sends ``frames``; what the first of them raises is raised here."""
     try:
@@ -194,7 +201,7 @@ async def event_stream(
     except BaseException:
         await frames.aclose()
         raise
-    return EventStream(first, frames, headers, state_of(request).config.keep_alive_s)
+    return EventStream(first, frames, headers, state_of(request).config.keep_alive_s, keep_alive)
 
 
 async def frames_of(

@@ -66,17 +66,19 @@ class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
             "tools": MAX_KEYS,
             "tokens": MAX_TRUNCATED_CHARS // 2,
             "stop": self.max_stop_sequences,
+            "stop_sequences": self.max_stop_sequences,
             "stop_token_ids": MAX_STOP_IDS,
             "logit_bias": self.vocab_size,
         }
         for name, limit in rows.items():
             _check_length(name, held.get(name), limit)
-        stop = held.get("stop")
-        chars = sum(len(one) for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, str))
-        if chars > MAX_STOP_CHARS:
-            raise InvalidRequest(
-                f"stop has {chars} characters; this server allows at most {MAX_STOP_CHARS}.", param="stop"
-            )
+        for name in ("stop", "stop_sequences"):
+            stop = held.get(name)
+            chars = sum(len(one) for one in (stop if isinstance(stop, list) else [stop]) if isinstance(one, str))
+            if chars > MAX_STOP_CHARS:
+                raise InvalidRequest(
+                    f"{name} has {chars} characters; this server allows at most {MAX_STOP_CHARS}.", param=name
+                )
 
     def _check_ids(self, name: str, ids: list[Any], body: Mapping[str, Any]) -> None:
         # A prompt that will be truncated may be longer; that of a wrong item is reported as such.

@@ -18,21 +18,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from truffula.config import ServerConfig
 from truffula.errors import Overloaded, TruffulaError
 from truffula.metrics import Metrics, RequestRecord
-from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, render
+from truffula.server.errors import BodyTooLarge, HttpVersion, MalformedBody, SlowBody, dialect_of_request, render
 from truffula.server.sse import ClientGone
 
 log = logging.getLogger(__name__)
 access = logging.getLogger("truffula.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
-QUIET_PATHS = frozenset({"/health", "/ping", "/metrics"})
+QUIET_PATHS = frozenset({"/health", "/ping", "/metrics", "/load", "/get_load"})
 CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; only in logs and metrics
 
 
 def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
     """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
-    response = render(error, scope["path"])
+    response = render(error, dialect_of_request(scope), scope["state"]["record"].request_id)
     if close:
         response.headers["connection"] = "close"
     return response
@@ -65,6 +65,8 @@ class RequestScope:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 extra = [(b"x-request-id", record.request_id.encode())]
+                if dialect_of_request(scope) == "anthropic":
+                    extra.append((b"request-id", record.request_id.encode()))
                 if record.ignored:
                     extra.append((b"x-truffula-ignored", record.ignored.encode("latin-1", "replace")))
                 message["headers"] = [*message.get("headers", ()), *extra]
@@ -79,7 +81,7 @@ class RequestScope:
             record.error_code = "internal_error"
             if not record.status:
                 error = TruffulaError(f"Internal server error (request {record.request_id}); see the server's log.")
-                await render(error, record.path)(scope, receive, with_id)
+                await render(error, dialect_of_request(scope), record.request_id)(scope, receive, with_id)
         finally:
             self._ended(record, scope, time.monotonic() - started)
 

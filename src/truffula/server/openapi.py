@@ -62,7 +62,7 @@ def document_of(rows: Sequence[RouteSpec], *, keyed: bool) -> dict[str, Any]:
 
 
 _ABOUT = (
-    "One language model with LoRA adapters, under the APIs of OpenAI (/v1/), LoRAX and TGI. "
+    "One language model with LoRA adapters, under the APIs of OpenAI and Anthropic (/v1/), LoRAX and TGI. "
     "In every field, null means absent. A field of another server is refused with the name to use here."
 )
 

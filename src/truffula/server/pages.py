@@ -28,7 +28,13 @@ from truffula.server.replies import json_reply
 from truffula.server.state import state_of
 
 TITLES: Mapping[str, str] = MappingProxyType(
-    {"openai": "OpenAI", "native": "LoRAX and TGI", "probes": "State", "admin": "Administration"}
+    {
+        "openai": "OpenAI",
+        "anthropic": "Anthropic",
+        "native": "LoRAX and TGI",
+        "probes": "State",
+        "admin": "Administration",
+    }
 )
 
 _BOUNDS = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))

@@ -25,6 +25,7 @@ from truffula.server.decisions_bodies import DecisionsBody
 from truffula.server.foreign_fields import is_adapter_field
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import GenerateBody, Parameters
+from truffula.server.messages_bodies import CountTokensBody, MessagesBody
 from truffula.server.middleware import request_id
 from truffula.server.openai_bodies import ChatBody, CompletionBody
 from truffula.server.responses_bodies import ResponsesBody
@@ -34,7 +35,8 @@ from truffula.service.prompts import prompt_job
 from truffula.text.worker import Worker
 from truffula.types import AdapterRef, GenerateRequest
 
-Kind = Literal["chat", "completion", "responses", "decisions", "native", "native_whole", "native_stream", "invocations"]
+OpenAIKind = Literal["chat", "completion", "responses", "decisions"]
+Kind = OpenAIKind | Literal["messages", "count_tokens", "native", "native_whole", "native_stream", "invocations"]
 # Fields that a prompt is made of or that are in ``GenerateRequest.params``, and their values in the light body.
 _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
     {
@@ -44,6 +46,7 @@ _LEFT_OUT: Mapping[str, Any] = MappingProxyType(
         **dict.fromkeys(
             ("suffix", "documents", "tools", "chat_template_kwargs", "stop", "stop_token_ids", "logit_bias")
         ),
+        **dict.fromkeys(("system", "stop_sequences", "output_config", "output_format")),
         **dict.fromkeys((*OPENAI_FIELDS, *NATIVE_FIELDS)),
     }
 )
@@ -84,7 +87,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
 
     Raises ``InvalidRequest`` and its kinds, and as ``answering``.
     """
-    record_of(request).generates = True
+    record_of(request).generates = kind != "count_tokens"
     state = state_of(request)
     raw = await raw_body(request)
     stored, made = b"", None
@@ -161,6 +164,8 @@ def read_value(kind: str, value: dict[str, Any], limits: RequestLimits) -> Gener
     any_kind = kind == "invocations"
     if kind == "chat" or (any_kind and "messages" in value):
         model = ChatBody
+    elif kind in _ANTHROPIC:
+        model = _ANTHROPIC[kind]
     elif kind == "completion" or (any_kind and "prompt" in value and "inputs" not in value):
         model = CompletionBody
     elif kind == "responses":
@@ -175,8 +180,17 @@ def _streams(kind: str, value: Mapping[str, Any]) -> bool:
     return kind == "native_stream" or (kind != "native_whole" and bool(value.get("stream")))
 
 
+_ANTHROPIC: Mapping[str, type[GeneratingBody]] = MappingProxyType(
+    {"messages": MessagesBody, "count_tokens": CountTokensBody}
+)
 _MODELS: Mapping[str, type[GeneratingBody]] = MappingProxyType(
-    {model.__name__: model for model in (ChatBody, CompletionBody, DecisionsBody, GenerateBody, ResponsesBody)}
+    {
+        model.__name__: model
+        for model in (
+            *(ChatBody, CompletionBody, CountTokensBody, DecisionsBody, GenerateBody),
+            *(MessagesBody, ResponsesBody),
+        )
+    }
 )
 
 

@@ -6,10 +6,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from truffula import __version__
+from truffula.errors import InvalidRequest
 from truffula.metrics import Metrics
 from truffula.server.errors import Unhealthy
 from truffula.server.replies import json_reply
 from truffula.server.state import state_of
+from truffula.server.vllm_metrics import max_loras
 
 
 async def health(request: Request) -> Response:
@@ -83,6 +85,59 @@ async def info(request: Request) -> Response:
             "engine_restart_reason": restarts.last_reason or None,
         }
     )
+
+
+async def load(request: Request) -> Response:
+    """How many requests are running or waiting, in the fields of vLLM and SGLang."""
+    active = state_of(request).service.active
+    return json_reply({"server_load": active, "load": active})
+
+
+async def sglang_info(request: Request) -> Response:
+    """The model and its limits, in the fields of SGLang."""
+    state = state_of(request)
+    info = state.service.info
+    return json_reply(
+        {
+            "model_path": info.model,
+            "tokenizer_path": info.model,
+            "served_model_name": state.model_id,
+            "is_generation": True,
+            "dtype": info.dtype,
+            "context_length": info.max_model_len,
+            "max_running_requests": info.max_running,
+            "max_total_num_tokens": info.kv_tokens,
+            "tp_size": 1,
+            "dp_size": 1,
+            "version": __version__,
+        }
+    )
+
+
+async def server_info(request: Request) -> Response:
+    """The configuration that is in effect, as vLLM's clients read it: an object with ``config_format=json``, else a
+    text.
+    """
+    wanted = request.query_params.get("config_format", "text")
+    if wanted not in ("text", "json"):
+        raise InvalidRequest(f"config_format: should be text or json, got {wanted[:40]!r}.", param="config_format")
+    state = state_of(request)
+    info, stats = state.service.info, state.service.known_stats()
+    config = {
+        "model_config": {
+            "model": info.model,
+            "served_model_name": state.model_id,
+            "dtype": f"torch.{info.dtype}",
+            "max_model_len": info.max_model_len,
+        },
+        # An adapter may have any rank; 512 is the highest that vLLM's clients know.
+        "lora_config": {"max_lora_rank": 512, "max_loras": max_loras(stats, info)},
+        "parallel_config": {"data_parallel_size": 1, "tensor_parallel_size": 1, "pipeline_parallel_size": 1},
+        "cache_config": {"block_size": info.block_size, "num_gpu_blocks": info.num_blocks},
+        "scheduler_config": {"max_num_seqs": info.max_running, "max_num_batched_tokens": info.step_tokens},
+    }
+    shown = config if wanted == "json" else ", ".join(f"{name}={value}" for name, value in config.items())
+    return json_reply({"vllm_config": shown, "vllm_env": {}, "system_env": {"truffula_version": __version__}})
 
 
 async def metrics(request: Request) -> Response:

@@ -18,12 +18,12 @@ class Reply(Response):
     """
 
     def __init__(self, parts: Sequence[bytes], headers: Mapping[str, str] | None = None) -> None:
-        self._parts = parts
+        self.parts = parts
         length = {"content-length": str(sum(map(len, parts)))}
         super().__init__(None, 200, {**(headers or {}), **length}, "application/json")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pieces = [piece for part in self._parts for piece in split(part)] or [b""]
+        pieces = [piece for part in self.parts for piece in split(part)] or [b""]
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for piece in pieces[:-1]:
             await send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -45,8 +45,9 @@ from truffula.server.connections import (
     GuardedProtocol,
     most_connections,
 )
-from truffula.server.errors import Unhealthy, render
+from truffula.server.errors import Unhealthy, dialect_of_request, render
 from truffula.server.router_metrics import RouterMetrics
+from truffula.server.vllm_metrics import VllmMetrics
 from truffula.service import AsyncService, Service, ServiceLimits
 from truffula.service.files import load_texts, texts_of, without_tokenizer
 from truffula.service.workers import TextWorkers
@@ -135,6 +136,9 @@ def load_app(resolved: Resolved, url: str, handle: EngineHandle, directory: Adap
         if config.lorax_metrics:
             router = RouterMetrics(metrics.registry, service.known_stats, service.info)
             metrics.on_request.append(router.request_ended)
+        if config.vllm_metrics:
+            model = config.served_model_name or service.info.model
+            metrics.registry.register(VllmMetrics(service.known_stats, service.info, model))
         defaults = sampling_defaults(core.generation_config if config.generation_defaults else {})
         asgi = create_app(service, config, directory, metrics, defaults=defaults)
         warnings = directory.warnings()  # here, as it looks at every folder: ``announce`` is called on the event loop
@@ -202,7 +206,7 @@ class LoadingApp:
             await self._asgi(scope, receive, send)
         elif scope["type"] == "http":
             error = Unhealthy("The model is loading.", retry_after_s=5)
-            await render(error, scope["path"])(scope, receive, send)
+            await render(error, dialect_of_request(scope))(scope, receive, send)
 
     def start(self) -> None:
         """Load and serve in a task of the running loop."""

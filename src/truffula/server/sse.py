@@ -78,7 +78,7 @@ async def end_tasks(*tasks: asyncio.Future[Any]) -> None:
 
 
 class EventStream(Response):
-    """Sends ``first`` and then what ``frames`` yields, with a comment whenever nothing was sent for ``keep_alive_s``.
+    """Sends ``first`` and then what ``frames`` yields, and ``keep_alive`` when nothing was sent for ``keep_alive_s``.
 
     ``frames`` yields one or more whole frames at a time and never raises an error of a request: that is a frame.
     It is closed, which ends its work, when the client leaves; then ``ClientGone`` is raised.
@@ -90,12 +90,14 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         headers: Mapping[str, str] | None,
         keep_alive_s: float,
+        keep_alive: bytes = KEEP_ALIVE,
     ) -> None:
         self.status_code = 200
         self.background = None
         self._first = first
         self._frames = frames
         self._keep_alive_s = keep_alive_s
+        self._keep_alive = keep_alive
         self.raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in (*STREAM_HEADERS, *(headers or {}).items())]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,7 +118,7 @@ class EventStream(Response):
                 await asyncio.sleep(max(0.01, last + self._keep_alive_s - loop.time()))
                 if loop.time() - last >= self._keep_alive_s:
                     last = loop.time()
-                    await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                    await send({"type": "http.response.body", "body": self._keep_alive, "more_body": True})
 
         ticker = asyncio.ensure_future(keep_alive())
         try:

@@ -26,6 +26,7 @@ from truffula.service.workers import TextWorkers
 from truffula.types import (
     AdapterCommand,
     AdapterState,
+    EngineAction,
     EngineInfo,
     EngineRestarts,
     EngineStats,
@@ -126,6 +127,8 @@ class AsyncService:
         self._thread: threading.Thread | None = None
         self._lookup_threads = ThreadPoolExecutor(4, thread_name_prefix="truffula-lookup")
         self._commands = ThreadPoolExecutor(8, thread_name_prefix="truffula-adapters")
+        # Not those of adapters: a load may wait for what only ``resume`` ends.
+        self._controls = ThreadPoolExecutor(8, thread_name_prefix="truffula-control")
         self._draining = False
         self._broken: EngineDied | None = None
         self._idle = asyncio.Event()
@@ -188,6 +191,11 @@ class AsyncService:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._commands, self._client.adapters, command, timeout)
 
+    async def control(self, action: EngineAction) -> None:
+        """Carry ``action`` out in the engine. Raises why it failed."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._controls, self._client.control, action)
+
     def known_stats(self) -> EngineStats | None:
         """The latest heartbeat of an engine that lives and answers; None while there is none."""
         return self._client.stats() if self._client.alive() else None
@@ -218,13 +226,13 @@ class AsyncService:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         ended = not self._active
-        self._fail_all(ShuttingDown("The server ended before the request did."))
+        self.end_all(ShuttingDown("The server ended before the request did."))
         return ended
 
     async def close(self) -> None:
         """End what runs, close the client, and wait for the dispatcher. Idempotent."""
         self._draining = True
-        self._fail_all(ShuttingDown("The server ended before the request did."))
+        self.end_all(ShuttingDown("The server ended before the request did."))
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self._client.close)
         self._client.listen(None)
@@ -234,6 +242,7 @@ class AsyncService:
         await loop.run_in_executor(None, self._grammars.close)
         self._lookup_threads.shutdown(wait=False, cancel_futures=True)
         self._commands.shutdown(wait=False, cancel_futures=True)
+        self._controls.shutdown(wait=False, cancel_futures=True)
 
     def _require_running(self) -> None:
         if self._draining:
@@ -294,9 +303,9 @@ class AsyncService:
 
     def _break(self, error: Exception) -> None:
         self._broken = EngineDied(f"The engine's events can't be read any more: {error}")
-        self._fail_all(self._broken)
+        self.end_all(self._broken)
 
-    def _fail_all(self, error: TruffulaError) -> None:
+    def end_all(self, error: TruffulaError) -> None:
         """End every open request for its client, and in the engine."""
         for stream in list(self._active):
             open_ids = sorted(stream.state.open_ids)

@@ -18,7 +18,7 @@ from truffula.params import EngineParams, SamplingParams
 from truffula.service.answers import AnswerFormats
 from truffula.service.choices import ChoiceState, merged, rank
 from truffula.service.files import LoadedTexts, texts_of, without_tokenizer
-from truffula.service.prompts import Prompt, check_fits, checked_ids, make_prompt, need_tokenizer
+from truffula.service.prompts import Prompt, checked_ids, fitting, make_prompt, need_tokenizer
 from truffula.text.ends import EndTokens, Render
 from truffula.text.tokenizer import check_text
 from truffula.types import AdapterRef, ChoiceTotals, EngineInfo, EngineRequest, GenerateRequest, TextDelta, TokenEvent
@@ -259,9 +259,8 @@ class Service:
     def begin(self, request: GenerateRequest, prompt: Prompt, grammar: Grammar | None = None) -> RequestState:
         """As ``open``, of a request that was checked and whose ``prompt`` was made."""
         assert grammar is not None or request.constraint is None
-        params = request.params
+        params = fitting(request, len(prompt.ids), self.info)
         count = max(params.n, params.best_of or 1)
-        check_fits(len(prompt.ids), params, self.info)
         end_ids = self._end_ids(request)
         engine_params = self._engine_params(params, end_ids)
         now = self._clock()

@@ -160,7 +160,7 @@ def prompt_job(worker: Worker, request: GenerateRequest) -> Iterator[bytes]:
     """In a text worker: the request's prompt, for ``unpack_prompt``. One that does not fit is not sent."""
     info = worker.setup.info
     made = make_prompt(request, worker.tokenizer, worker.templates, info)
-    check_fits(len(made.ids), request.params, info)
+    fitting(request, len(made.ids), info)
     yield msgspec.msgpack.encode(made)
 
 
@@ -259,6 +259,15 @@ def _check_length(text: str, request: GenerateRequest, tokenizer: Tokenizer, inf
             max_chars=bound,
             max_model_len=info.max_model_len,
         )
+
+
+def fitting(request: GenerateRequest, prompt: int, info: EngineInfo) -> SamplingParams:
+    """The parameters of a request whose prompt has ``prompt`` tokens. Raises ``PromptTooLong``."""
+    params = request.params
+    if request.clip_max_tokens and params.max_tokens is not None and prompt + params.max_tokens > info.max_model_len:
+        params = msgspec.structs.replace(params, max_tokens=None)  # as many as the model's length leaves
+    check_fits(prompt, params, info)
+    return params
 
 
 def check_fits(prompt: int, params: SamplingParams, info: EngineInfo) -> None:
