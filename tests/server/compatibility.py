@@ -1,4 +1,4 @@
-"""``docs/compatibility.md``: every route, and what becomes of every field on it.
+"""``docs/compatibility.md``: the verdict on every route and every field.
 
     python tests/server/compatibility.py    rewrite the page
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import json
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -30,14 +29,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = ROOT / "tests"
 ALL_ROUTES = (*_ROUTES, *_ADMIN_ROUTES)
-DIALECTS = {"openai": "OpenAI", "anthropic": "Anthropic", "native": "LoRAX, TGI", "admin": "vLLM, SGLang"}
+DIALECTS = {
+    "openai": "OpenAI",
+    "anthropic": "Anthropic",
+    "native": "LoRAX, TGI",
+    "admin": "vLLM, SGLang",
+    "probes": "all",
+}
 LIMITS = RequestLimits(
     max_n=16, max_best_of=2, max_prompts=128, max_stop_sequences=16, max_logprobs=20, max_model_len=160,
     vocab_size=330, queue_timeout_s=None, request_timeout_s=None, defaults={}, base_words=(),
 )  # fmt: skip
-ELSEWHERE = sorted(
-    {name for row in ALIASES for name in row.names} | set(UNSUPPORTED) | set(INERT) | {*sum(ADAPTER_FIELDS.values(), [])}
-)
+_NAMES = [*(row.names for row in ALIASES), UNSUPPORTED, INERT, *ADAPTER_FIELDS.values()]
+ELSEWHERE = sorted({name for names in _NAMES for name in names})
 """Every field of ``field_names.toml``."""
 
 
@@ -72,7 +76,9 @@ def case_of(routes: Iterable[str], name: str) -> Case | None:
 
 def rows() -> list[tuple[str, str, Case | None]]:
     """Route, field and case of every field of every body; the first of its routes stands for all."""
-    return [(route_of(body), name, case_of(paths, name)) for body, paths in bodies().items() for name in fields_of(body)]
+    return [
+        (route_of(body), name, case_of(paths, name)) for body, paths in bodies().items() for name in fields_of(body)
+    ]
 
 
 def route_of(body: type[Body]) -> str:
@@ -82,7 +88,7 @@ def route_of(body: type[Body]) -> str:
 
 
 def elsewhere(body: type[Body], name: str) -> str:
-    """What becomes of a field of other routes and servers on a route, as the route's own check says."""
+    """The verdict of a route on a field of other routes and servers, as its own check says."""
     example = json.loads(json.dumps(BODIES[route_of(body)]))
     inside = example.setdefault("parameters", {}) if "parameters" in body.model_fields else example
     sent = {**inside, name: "x"}
@@ -95,72 +101,81 @@ def elsewhere(body: type[Body], name: str) -> str:
     except InvalidRequest as error:
         assert error.param is not None and error.param.endswith(name), error
         advice = error.message.partition("; use ")[2].rstrip(".")
-        return f"refused: use `{advice}`" if advice and " " not in advice else "refused"
+        return f"→ `{advice}`" if advice and " " not in advice else "refused"
 
 
 def page() -> str:
     """The text of ``docs/compatibility.md``."""
-    lines = [*_HEAD, "## Routes", "", "| route | API | |", "|---|---|---|"]
-    for row in ALL_ROUTES:
-        note = " with `--adapter-admin`" if row in _ADMIN_ROUTES else ""
-        lines.append(f"| `{row.method} {row.path}` | {DIALECTS.get(row.tag, '')} | works{note} |")
-    for path, (what, advice) in tomllib.loads(
-        Path(unserved.__file__).with_name("unserved.toml").read_text(encoding="utf-8")
-    ).items():
-        if "--adapter-admin" not in advice:
-            lines.append(f"| `{path}` | {what} | refused: {advice} |")
-    for path in (*unserved._EMBEDDING_PATHS, *unserved._CLASSIFY_PATHS):
-        lines.append(f"| `{path}` | | refused: this server generates text only |")
+    lines = [_HEAD, *_routes()]
     for body, paths in bodies().items():
-        lines += ["", f"## {', '.join(f'`{path}`' for path in paths)}", "", "| field | | |", "|---|---|---|"]
+        dialect = next(DIALECTS[row.tag] for row in ALL_ROUTES if row.body is body)
+        lines += ["", f"## {dialect}: {', '.join(f'`{path}`' for path in paths)}", ""]
+        lines += ["| field | verdict | meaning |", "|---|---|---|"]
         for name in fields_of(body):
             case = case_of(paths, name)
             assert case is not None, f"tests/server/compat_cases.py has no case of {name} on {paths[0]}"
-            verdict = "ignored" if case.ignored else "works"
-            lines.append(f"| `{name}` | {verdict} | {_cell(case.note or _meaning(name))} |")
+            verdict = "ignored" if case.ignored else "refused" if case.refused else "works"
+            meaning = case.note or field_help().get(name.rpartition(".")[2], "")
+            lines.append(f"| `{name}` | {verdict} | {meaning} |")
+    return "\n".join([*lines, *_elsewhere()]) + "\n"
+
+
+def _routes() -> Iterator[str]:
+    yield "| route | API | verdict |"
+    yield "|---|---|---|"
+    for row in ALL_ROUTES:
+        path, note = row.path.replace(":path}", "}"), ", with `--adapter-admin`" if row in _ADMIN_ROUTES else ""
+        yield f"| `{row.method} {path}` | {DIALECTS[row.tag]} | works{note} |"
+    for path, (what, advice) in unserved._advices().items():
+        if "--adapter-admin" not in advice:
+            yield f"| `{path}` | {what} | refused: {advice} |"
+    for what, paths in (("Embeddings", unserved._EMBEDDING_PATHS), ("Classification", unserved._CLASSIFY_PATHS)):
+        yield f"| {', '.join(f'`{path}`' for path in paths)} | {what} | refused: this server generates text only |"
+
+
+def _elsewhere() -> Iterator[str]:
+    """The table of the fields of other APIs; names with the same verdicts share a row."""
     judged = [body for body in bodies() if issubclass(body, GeneratingBody)]
-    lines += ["", *_ELSEWHERE, f"| field | {' | '.join(f'`{route_of(body)}`' for body in judged)} |"]
-    lines.append("|---" * (len(judged) + 1) + "|")
+    yield _ELSEWHERE
+    yield f"| fields | {' | '.join(f'`{route_of(body)}`' for body in judged)} |"
+    yield "|---" * (len(judged) + 1) + "|"
+    found: dict[str, list[str]] = {}
     for name in ELSEWHERE:
-        cells = [_cell_of(body, name) for body in judged]
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        found.setdefault(" | ".join(_cell(body, name) for body in judged), []).append(name)
+    for cells, names in found.items():
+        yield f"| {', '.join(f'`{name}`' for name in names)} | {cells} |"
 
 
-def _cell_of(body: type[Body], name: str) -> str:
+def _cell(body: type[Body], name: str) -> str:
     levels = () if body.route_fields is None else body.route_fields.levels.values()
-    return "above" if any(name in names for names in levels) else elsewhere(body, name)
-
-
-def _meaning(name: str) -> str:
-    return field_help().get(name.rpartition(".")[2], "")
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return "own" if any(name in names for names in levels) else elsewhere(body, name)
 
 
 _HEAD = """# Compatibility
 
 <!-- Made by `python tests/server/compatibility.py`; do not edit. -->
 
-What becomes of each route and field of the APIs that this server speaks. *Works*: a test sends the
-field and sees its effect. *Refused*: the error names the field, and the one to use instead where
-there is one. *Ignored*: accepted without effect on the answer, and listed in the header
-`x-truffula-ignored`. In every field, null means absent.
+The verdict on each route and field of the APIs that this server speaks:
 
-A field that is neither here nor known to the server is accepted and listed in that header.
-[http-api.md](http-api.md) explains the fields.
-""".splitlines()
-_ELSEWHERE = """## Fields of other APIs
+- **works**: a test sends the field and sees its effect;
+- **refused**: the error names the field, and what to use instead where there is something;
+- **ignored**: accepted without effect on the answer, and listed in the header
+  `x-truffula-ignored`.
+
+In every field, null means absent. A field that is not on this page is accepted and listed in that
+header. [http-api.md](http-api.md) explains routes and fields.
+
+## Routes
+"""
+_ELSEWHERE = """
+## Fields of other APIs
 
 Names that OpenAI, Anthropic, LoRAX, TGI, vLLM, SGLang, llama.cpp, Ollama, Mistral and transformers
-give to fields. *Above*: the route has this field itself. A refused field is accepted with null, and
-with a value that asks for nothing (`best_of: 1`).
-""".splitlines()
+have for fields, and a few spellings near them. *Own*: a field of the route, in its table. A name
+behind an arrow is the one that the error says to use. A value that has no effect, such as
+`best_of: 1`, is accepted where the field is refused.
+"""
 
-
-# Tests that cases name
 
 def missing(case: Case) -> str | None:
     """What is wrong with the test that a case names: it must exist and say the names of the fields."""
