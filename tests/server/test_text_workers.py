@@ -253,20 +253,3 @@ def test_clients_that_have_left_do_not_count_as_waiting():
         assert await turn == "worker"
 
     asyncio.run(main())
-
-
-@pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        ("POST /v1/completions HTTP/1.1\r\ncontent-length: 4\r\ntransfer-encoding: chunked", 400),
-        ("GET /v1/models HTTP/9.9", 505),
-        ("PRI * HTTP/2.0", 505),  # HTTP/2 by prior knowledge
-    ],
-)
-def test_a_head_that_can_be_read_in_two_ways_ends_its_connection(live, head, status):
-    with socket.create_connection(("127.0.0.1", urlsplit(live.url).port), timeout=30) as connection:
-        connection.sendall(f"{head}\r\nhost: localhost\r\n\r\n0\r\n\r\n".encode())
-        answer = b""
-        while part := connection.recv(65536):  # until the server closes
-            answer += part
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"connection: close" in answer
