@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from live_server import MODEL, assert_canonical_error, events, ok, serving, tokenizer, until, write_model
 from template_bombs import BOMBS
@@ -135,6 +136,21 @@ def test_a_template_that_is_not_plain_is_rendered_as_by_the_library(tmp_path):
         assert reply["prompt_token_ids"] == tokenizer().encode(expected, add_special_tokens=False).ids
         refused = live.post("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]})
         assert_canonical_error(refused, 400, "messages[0].content")
+
+
+def test_many_chats_and_schemas_of_one_client_at_once_are_served(tmp_path):
+    """A template that is not plain, as those of all models with tools; each chat has a schema of its own, or the same."""
+    schemas = [{"type": "object", "properties": {f"p{n % 20}": {"type": "boolean"}}} for n in range(60)]
+
+    async def main(url):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            body = {"messages": TALK, "max_tokens": 2}
+            bodies = [body] * 60 + [{**body, "structured_outputs": {"json": schema}} for schema in schemas]
+            sent = [client.post("/v1/chat/completions", json=one) for one in bodies]
+            return [answer.status_code for answer in await asyncio.gather(*sent)]
+
+    with serving(with_template(tmp_path / "model", NOT_PLAIN)) as live:
+        assert asyncio.run(main(live.url)) == [200] * 120
 
 
 @pytest.mark.parametrize("bomb", ["quotient of large integers", "many expressions, then loops", "multiplied text"])
