@@ -176,13 +176,19 @@ def test_a_grammar_beyond_the_limits_of_a_step_ends_alone():
     assert_same(rig.answers["free"], alone(request("free", [1], max_tokens=9)))
 
 
-@pytest.mark.parametrize("source", ["start: (", '{"grammars": 7}', '{"no": 1}', "{", "", 'start: <|nowhere|> "a"'])
-def test_a_grammar_that_does_not_compile_fails_its_requests_alone(source):
+@pytest.mark.parametrize(
+    ("source", "code"),
+    [
+        *((source, "invalid_request") for source in ("start: (", "", 'start: <|nowhere|> "a"')),
+        *((source, "generation_failed") for source in ('{"grammars": 7}', '{"no": 1}', "{")),  # of no client
+    ],
+)
+def test_a_grammar_that_does_not_compile_fails_its_requests_alone(source, code):
     bad = [request(f"bad{i}", [1], max_tokens=5, grammar=Grammar(key="bad", source=source)) for i in range(2)]
     rig = Rig()
     rig.run([*bad, request("free", [1], max_tokens=9)])
     for one in bad:
-        assert rig.answers[one.request_id].code == "generation_failed"
+        assert rig.answers[one.request_id].code == code
         assert "The grammar cannot be compiled" in rig.answers[one.request_id].final.error.message
     assert_same(rig.answers["free"], alone(request("free", [1], max_tokens=9)))
 

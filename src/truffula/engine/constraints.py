@@ -187,7 +187,9 @@ def _compile(tokenizer: _LazyTokenizer, grammar: Grammar) -> llguidance.LLMatche
         inner = llguidance.LLMatcher(tokenizer.get(), source, log_level=0, limits=parser_limits())
         inner.compute_bitmask()  # the copies share what this has computed
     if inner.is_error():
-        raise GenerationError(f"The grammar cannot be compiled: {inner.get_error()[:500]}")
+        # Valid, as the text side has compiled it, and beyond the limits with this vocabulary: the client's to change
+        said = " ".join(inner.get_error().replace("<non-verbose/>", "").split())[:500].rstrip(".")
+        raise InvalidRequest(f"The grammar cannot be compiled: {said}. Use a smaller one.", param="grammar")
     return inner
 
 
