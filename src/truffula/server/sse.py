@@ -111,7 +111,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(send))
+            # A task of its own: to resume the caller's for each token is to pass through the frames of all middleware.
+            await unless_gone(receive, asyncio.ensure_future(self._send_all(send)))
         finally:
             await self._frames.aclose()
 
