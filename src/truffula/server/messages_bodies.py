@@ -171,6 +171,7 @@ class MessagesBody(ConversationBody):
             params=params,
             clip_max_tokens=True,
             parse_output=True,
+            parse_whole=not streams,
             thinking_budget=self._budget(),
             constraint=self._constraint(),
             queue_timeout_s=limits.queue_timeout_s,

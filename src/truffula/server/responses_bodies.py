@@ -136,6 +136,7 @@ class ResponsesBody(OpenAIBody):
             tools=tools.tools or None,
             tool_choice=read_choice(self.tool_choice, tools, self.parallel_tool_calls is not False),
             parse_output=True,
+            parse_whole=not streams,
             thinking_budget=None if self.thinking_token_budget == -1 else self.thinking_token_budget,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             template_kwargs=self.chat_template_kwargs or {},
