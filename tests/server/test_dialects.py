@@ -13,7 +13,7 @@ import pytest
 from answers import template
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_server import MODEL, Live, ok, serving
+from live_server import MODEL, Live, serving
 
 from examples import examples
 from scripted import write_scripted_model
@@ -104,9 +104,7 @@ def as_messages(system: str, talk: list[Any]) -> dict[str, Any]:
             blocks += [
                 {"type": "tool_use", "id": call, "name": name, "input": arguments} for call, name, arguments in asked
             ]
-            results = [
-                {"type": "tool_result", "tool_use_id": call, "content": f"of {name}"} for call, name, _ in asked
-            ]
+            results = [{"type": "tool_result", "tool_use_id": call, "content": f"of {name}"} for call, name, _ in asked]
             found += [{"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
         found.append({"role": "assistant", "content": answer})
     found.append({"role": "user", "content": "And?"})
@@ -139,3 +137,119 @@ def test_a_conversation_has_one_prompt_in_every_dialect(name: str, system: str, 
     assert responses == chat
     assert messages == chat
     assert [templates(name).left_out(one).fields for one in requests] == [(), (), ()]
+
+
+SCRIPTS = {
+    "@call": ["<tool_call>\n", '{"name": "wea', 'ther", "arguments": {"city"', ': "Os', 'lo"}}', "\n</tool_call>"],
+    "@calls": ["Let me ", "look.", "<tool_call>", '\n{"name":"weather","arguments":{"city":"Rome', '"}}\n',
+               "</tool_call>\n ", '<tool_call>{"arguments": {}, "name": "now"}', "</tool_call> "],
+    "@thinks": ["<think>\n", "Hm. ", "Hard.\n", "</think>\n\n", "42", "."],
+    "@thinks and calls": ["<think> ", "I must. ", "</think>\n", "<tool_call>  ", '{"name":"now","arguments":{}}',
+                          "</tool_call>\n\n"],
+    "@opened<think>": ["So it ", "is. ", "\n</think>", "Yes", "!!"],
+    "@stop": ["abc", "defSTO", "P more", '<tool_call>{"name":"now","arguments":{} }</tool_call>'],
+    "@space": [" ", "\n "],
+    "@nothing": [],
+    "@no call": ["<tool_call> ", '{"name": "weather", ', "oh no", " </tool_call>"],
+    "@broken": ["Well ", '<tool_call>{"name": "weather", "arguments": {"ci', 'ty": oops}', "} </tool_call>", " done"],
+    "@closed": ["Mm ", "mm. ", " </think>", "Right", "!"],
+}  # fmt: skip
+LATE = ("@broken", "@closed")  # what only the whole answer shows not to be a call, or to be reasoning
+Answer = tuple[str, str, list[tuple[str, Any]], tuple[int, int, int]]
+"""Text, reasoning, calls; tokens of the prompt, of the answer and of its reasoning."""
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    with serving(write_scripted_model(tmp_path_factory.mktemp("scripted"), SCRIPTS)) as live:
+        yield live
+
+
+@cache
+def clients(url: str) -> tuple[openai.OpenAI, anthropic.Anthropic]:
+    more: Any = {"api_key": "-", "max_retries": 0}
+    return openai.OpenAI(base_url=f"{url}/v1", **more), anthropic.Anthropic(base_url=url, **more)
+
+
+def of_chat(live: Live, question: str, stream: bool, tools: Any, length: int) -> Answer:
+    body: Any = {"model": MODEL, "messages": [{"role": "user", "content": question}], "temperature": 0, "stop": "STOP",
+                 "max_tokens": length, **tools}  # fmt: skip
+    client = clients(live.url)[0]
+    if stream:
+        state = openai.lib.streaming.chat.ChatCompletionStreamState()
+        for chunk in client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}):
+            state.handle_chunk(chunk)
+        found: Any = state.current_completion_snapshot
+    else:
+        found = client.chat.completions.create(**body)
+    message, usage = found.choices[0].message, found.usage
+    made = [(call.function.name, call.function.arguments) for call in message.tool_calls or ()]
+    thought = getattr(message, "reasoning_content", "")
+    counts = usage.prompt_tokens, usage.completion_tokens, usage.completion_tokens_details.reasoning_tokens
+    return message.content or "", thought, made, counts
+
+
+def of_responses(live: Live, question: str, stream: bool, tools: Any, length: int) -> Answer:
+    body: Any = {"model": MODEL, "input": question, "temperature": 0, "max_output_tokens": length,
+                 "extra_body": {"stop": "STOP"}, **tools}  # fmt: skip
+    client = clients(live.url)[0]
+    if stream:
+        *_, last = client.responses.create(**body, stream=True)
+        found: Any = last.response
+    else:
+        found = client.responses.create(**body)
+    text = "".join(part.text for item in found.output if item.type == "message" for part in item.content)
+    thought = "".join(part.text for item in found.output if item.type == "reasoning" for part in item.content)
+    made = [(item.name, item.arguments) for item in found.output if item.type == "function_call"]
+    usage = found.usage
+    return text, thought, made, (usage.input_tokens, usage.output_tokens, usage.output_tokens_details.reasoning_tokens)
+
+
+def of_messages(live: Live, question: str, stream: bool, tools: Any, length: int) -> Answer:
+    body: Any = {"model": MODEL, "messages": [{"role": "user", "content": question}], **tools}
+    more = {"max_tokens": length, "stop_sequences": ["STOP"], "extra_body": {"temperature": 0}}
+    client = clients(live.url)[1]
+    if stream:
+        with client.messages.stream(**body, **more) as events:
+            found: Any = events.get_final_message()
+    else:
+        found = client.messages.create(**body, **more)
+    counted = client.messages.count_tokens(**body).input_tokens
+    text = "".join(block.text for block in found.content if block.type == "text")
+    thought = "".join(block.thinking for block in found.content if block.type == "thinking")
+    made = [(block.name, block.input) for block in found.content if block.type == "tool_use"]
+    usage = found.usage
+    assert usage.input_tokens + usage.cache_read_input_tokens == counted
+    return text, thought, made, (counted, usage.output_tokens, usage.output_tokens_details.thinking_tokens)
+
+
+@pytest.mark.parametrize("question", SCRIPTS)
+@pytest.mark.parametrize(("with_tools", "length"), [(True, 64), (True, 3), (False, 64)])
+def test_an_answer_is_one_in_every_dialect(scripted: Live, question: str, length: int, with_tools: bool) -> None:
+    bodies = (as_chat("", []), as_responses("", []), as_messages("", []))
+    chat, responses, messages = ({"tools": body["tools"]} if with_tools else {} for body in bodies)
+    for stream in (False, True):
+        expected = of_chat(scripted, question, stream, chat, length)
+        assert of_responses(scripted, question, stream, responses, length) == expected
+        text, thought, made, counts = of_messages(scripted, question, stream, messages, length)
+        assert (text, thought, counts) == (*expected[:2], expected[3])
+        assert [name for name, _ in made] == [name for name, _ in expected[2]]
+        if stream and question in LATE:
+            continue
+        if length == 64:
+            assert [given for _, given in made] == [json.loads(given) for _, given in expected[2]]
+        if stream and not (expected[2] and length == 3):
+            assert expected == of_chat(scripted, question, False, chat, length), "a stream says the same"
+
+
+def test_a_reply_that_is_not_streamed_has_a_broken_call_as_text(scripted: Live) -> None:
+    for streamed in (False, True):
+        text, _, made, _ = of_chat(scripted, "@broken", streamed, {"tools": as_chat("", [])["tools"]}, 64)
+        assert [name for name, _ in made] == (["weather"] if streamed else [])
+        assert streamed or text == "".join(SCRIPTS["@broken"])
+
+
+def test_a_reply_that_is_not_streamed_has_reasoning_that_nothing_opened(scripted: Live) -> None:
+    text, thought, _, (_, tokens, reasoning) = of_chat(scripted, "@closed", False, {}, 64)
+    assert (text, thought) == ("Right!", "Mm mm.")
+    assert (tokens, reasoning) == (6, 2)

@@ -120,7 +120,10 @@ def test_items_are_refused_by_their_place(given, param):
         ("required", ToolChoice(mode="required")),
         ({"type": "function", "name": "f"}, ToolChoice(mode="required", names=("f",), parallel=False)),
         ({"type": "custom", "name": "c"}, ToolChoice(mode="required", names=("c",), parallel=False)),
-        ({"type": "function", "name": "g", "namespace": "s"}, ToolChoice(mode="required", names=("s__g",), parallel=False)),
+        (
+            {"type": "function", "name": "g", "namespace": "s"},
+            ToolChoice(mode="required", names=("s__g",), parallel=False),
+        ),
         ({"type": "shell"}, ToolChoice(mode="required", names=("shell",), parallel=False)),
         (
             {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}, {"type": "shell"}]},

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import msgspec
 
 from truffula.errors import ErrorInfo, TruffulaError
-from truffula.items import Item, Part, Reasoning, Text, ToolCall, ToolCallPart
+from truffula.items import Item, Part, Text, ToolCall, ToolCallPart
 from truffula.params import SamplingParams
 from truffula.service.prompts import Prompt, prompt_part, top_pieces
 from truffula.text.stops import StopMatch, StopMatcher
