@@ -253,3 +253,26 @@ def test_a_reply_that_is_not_streamed_has_reasoning_that_nothing_opened(scripted
     text, thought, _, (_, tokens, reasoning) = of_chat(scripted, "@closed", False, {}, 64)
     assert (text, thought) == ("Right!", "Mm mm.")
     assert (tokens, reasoning) == (6, 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "fields"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "reasoning_effort": "low"},
+         "reasoning_effort"),
+        ("responses", {"input": "Hi", "reasoning": {"effort": "low"}}, "reasoning.effort"),
+        ("responses/input_tokens", {"input": "Hi", "reasoning": {"effort": "low"}}, "reasoning.effort"),
+        ("messages", {"messages": [{"role": "user", "content": "Hi"}], "thinking": {"type": "adaptive"}}, "thinking"),
+        ("messages", {"messages": [{"role": "user", "content": "Hi"}], "output_config": {"effort": "low"}},
+         "output_config.effort"),
+        ("messages/count_tokens", {"messages": [{"role": "user", "content": "Hi"}],
+                                   "output_config": {"effort": "low"}, "thinking": {"type": "disabled"}}, "thinking"),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_has_the_clients_name(
+    live: Live, path: str, body: dict[str, Any], fields: str
+) -> None:
+    more = {"max_tokens": 2} if path == "messages" else {}
+    response = live.post(f"/v1/{path}", {**body, **more})
+    assert response.status_code == 200, response.text
+    assert response.headers["x-truffula-ignored"] == fields

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -27,6 +28,13 @@ _NOT_HERE = frozenset(
     }
 )
 """Fields of ``OpenAIBody`` that this route does not have."""
+_OWN_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "reasoning_effort": "reasoning.effort",
+        "messages(role=system)": "instructions",
+        "messages.tool_calls": "input(type=function_call)",
+    }
+)
 MAX_METADATA = 16
 
 
@@ -81,6 +89,9 @@ class ResponsesBody(OpenAIBody):
     def tool_set(self) -> ToolSet:
         """Raises ``InvalidRequest`` for tools that this server cannot offer."""
         return read_tools(self.tools or ())
+
+    def field_of(self, name: str) -> str:
+        return _OWN_NAMES.get(name) or super().field_of(name)
 
     @property
     def wanted(self) -> list[str]:
