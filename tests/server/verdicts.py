@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from typing_extensions import is_typeddict
@@ -100,27 +97,3 @@ def openai_rows() -> list[Row]:
         *rows_of("openai", "/v1/responses", both(response_create_params, "ResponseCreateParams")),
         *rows_of("openai", "/v1/decisions", [decision_create_params.DecisionCreateParams]),
     ]
-
-
-SCRIPT = """
-import json
-from typing import get_type_hints
-from anthropic.types import message_count_tokens_params as count, message_create_params as create
-params = {
-    "/v1/messages": [create.MessageCreateParamsNonStreaming, create.MessageCreateParamsStreaming],
-    "/v1/messages/count_tokens": [count.MessageCountTokensParams],
-}
-names = {route: sorted({name for one in kinds for name in get_type_hints(one)}) for route, kinds in params.items()}
-print(json.dumps(names))
-"""
-
-
-def anthropic_rows(python: Path) -> list[Row]:
-    """The same of the anthropic SDK in the environment of ``python``, which is not this one. Hints are not known."""
-    done = subprocess.run([str(python), "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120)
-    rows = []
-    for route, names in json.loads(done.stdout).items():
-        body = body_of(route)
-        assert body is not None, f"this server has no route {route}"
-        rows += [Row("anthropic", route, name, None, verdict_of(body, name)) for name in names]
-    return rows
