@@ -177,11 +177,14 @@ def _call(call_id: str, function: Mapping[str, Any], where: str) -> ToolCall:
     name = _string(function, "name", where)
     if not name:
         raise InvalidRequest(f"{where} has no name.", param=f"{where}.name")
-    return ToolCall(call_id, name, _arguments(function.get("arguments"), f"{where}.arguments"))
+    return ToolCall(call_id, name, arguments_from_openai(function.get("arguments"), f"{where}.arguments"))
 
 
-def _arguments(given: Any, where: str) -> str:
-    """A call's arguments as the JSON text of an object: the API carries text, templates' users write the object."""
+def arguments_from_openai(given: Any, where: str) -> str:
+    """A call's arguments as the JSON text of an object: the API carries text, templates' users write the object.
+
+    Raises ``InvalidRequest`` for what is no JSON of an object, as the arguments of a call that was cut.
+    """
     if given is None:
         return "{}"
     if isinstance(given, Mapping):
