@@ -58,7 +58,7 @@ def test_an_agents_turn_is_one_message_of_the_assistant():
                 Text("Let me look."),
                 Refusal("no"),
                 ToolCall("call_1", "f", "{}"),
-                ToolCall("call_2", "s__g", "[]"),
+                ToolCall("call_2", "s__g", "{}"),
                 ToolCall("call_3", "c", '{"input": "ü"}'),
                 ToolCall("call_4", "local_shell", '{"command": ["ls"]}'),
             ],
