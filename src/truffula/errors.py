@@ -18,6 +18,7 @@
     ├── QueueTimeout             waited too long in the queue          queue_timeout
     ├── DeadlineExceeded         a request took too long               deadline_exceeded
     ├── GenerationError          a step failed, or non-finite logits   generation_failed
+    ├── GrammarError             a constraint cannot be followed       grammar_failed
     ├── EngineDied               the engine ended during the request   engine_died
     ├── ShuttingDown             the server drains                     shutting_down
     ├── NoTokenizer              the model has no tokenizer            no_tokenizer
@@ -155,6 +156,10 @@ class DeadlineExceeded(TruffulaError):
 
 class GenerationError(TruffulaError):
     code = "generation_failed"
+
+
+class GrammarError(TruffulaError):
+    code = "grammar_failed"
 
 
 class EngineDied(TruffulaError):

@@ -1,8 +1,8 @@
 """Every fenced python block runs. A page's blocks share one namespace, in which MODEL and ADAPTER are tiny folders.
 
 Blocks that ask http://127.0.0.1:8000 get a server of these two, on a free port. A block with a word after ``python``
-runs elsewhere: ``lorax-client`` in that client's environment (tests/server/test_lorax_clients_slow.py), ``trl`` in
-TRL's (test_trl_slow.py).
+runs elsewhere, in the environment of the client of that name: ``trl`` by tests/server/test_trl_slow.py, the others by
+tests/clients/test_clients_slow.py, and the README's by tests/server/test_lorax_clients_slow.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from pages import ROOT, Block, blocks, pages
+
+from clients import PACKAGES
 
 SERVER = "http://127.0.0.1:8000"
 
@@ -45,7 +47,7 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_words_after_python_name_a_test() -> None:
     words = {block.info for page in pages() for block in blocks(page, "python")}
-    assert words <= {"", "lorax-client", "trl"}
+    assert words <= {"", "trl", *PACKAGES}
 
 
 def test_every_fence_is_run_or_output() -> None:

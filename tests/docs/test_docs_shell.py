@@ -3,6 +3,7 @@
 A block that starts ``truffula serve`` goes to the background until the page ends; the next begins once it is healthy.
 The port 8000 of the pages is a free one here: 8000 may be somebody else's.
 ``sh make`` blocks name make targets, which must exist; ``make demo`` and ``make test`` themselves are what CI runs.
+Blocks with another word run in a client's environment (tests/clients/test_clients_slow.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from pathlib import Path
 import pytest
 from pages import ROOT, Block, blocks, pages
 
-PAGES = [page for page in pages() if any(block.info != "make" for block in blocks(page, "sh"))]
+from clients import PACKAGES
+
+PAGES = [page for page in pages() if any(not block.info for block in blocks(page, "sh"))]
 
 
 def environment() -> dict[str, str]:
@@ -59,7 +62,7 @@ def test_shell_blocks_run(page: Path) -> None:
     port = free_port()
     with contextlib.ExitStack() as background:
         for block in blocks(page, "sh"):
-            if block.info == "make":
+            if block.info:
                 continue
             if block.code.lstrip().startswith("truffula serve"):
                 background.enter_context(served(block, port))
@@ -69,6 +72,10 @@ def test_shell_blocks_run(page: Path) -> None:
                 ["bash", "-ec", code], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600
             )
             assert done.returncode == 0, f"{block.page}:{block.line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_words_after_sh_name_a_test() -> None:
+    assert {block.info for page in pages() for block in blocks(page, "sh")} <= {"", "make", *PACKAGES}
 
 
 def test_make_targets_exist() -> None:

@@ -33,7 +33,7 @@ def constrained(draw, name: str = "r"):
 def check(req, answer) -> None:
     """The answer holds; the only error there may be is that of a grammar that the stop ids make impossible."""
     if answer.finish_reason == "error":
-        assert (answer.code, bool(req.params.stop_token_ids)) == ("generation_failed", True), answer.final.error
+        assert (answer.code, bool(req.params.stop_token_ids)) == ("grammar_failed", True), answer.final.error
         assert "its grammar: only a stop id" in answer.final.error.message
         return
     check_answer(req, answer.token_ids, answer.finish_reason, answer.final.stop_reason)
@@ -94,7 +94,7 @@ def test_resumed_behind_any_of_its_tokens(req, data):
 
 def test_a_resumed_token_that_the_grammar_forbids_is_an_error():
     answer = alone(request("r", [1, 2], grammar=GRAMMARS["choice"], resume_ids=ids_of(b"red", b"blue")))
-    assert (answer.code, answer.token_ids) == ("generation_failed", [])
+    assert (answer.code, answer.token_ids) == ("grammar_failed", [])
     assert "cannot continue its grammar" in answer.final.error.message
 
 
@@ -159,7 +159,7 @@ def test_an_answer_that_cannot_continue_ends_alone_with_the_reason():
     others = [request("free", [1], max_tokens=9), request("c", [1], max_tokens=30, grammar=GRAMMARS["object"])]
     rig = Rig()
     rig.run([stuck, *others])
-    assert (rig.answers["stuck"].code, rig.answers["stuck"].token_ids) == ("generation_failed", [])
+    assert (rig.answers["stuck"].code, rig.answers["stuck"].token_ids) == ("grammar_failed", [])
     assert "only a stop id of the request could follow" in rig.answers["stuck"].final.error.message
     for one in others:
         assert_same(rig.answers[one.request_id], alone(one))
@@ -171,7 +171,7 @@ def test_a_grammar_beyond_the_limits_of_a_step_ends_alone():
     longest = {"max_tokens": 120, "logit_bias": {ids_of(b"aaa")[0]: 100.0}, "ignore_eos": True}
     rig = Rig()
     rig.run([request("h", [1], grammar=ambiguous, **longest), request("free", [1], max_tokens=9)])
-    assert rig.answers["h"].code == "generation_failed" and len(rig.answers["h"].token_ids) >= 10
+    assert rig.answers["h"].code == "grammar_failed" and len(rig.answers["h"].token_ids) >= 10
     assert "cannot continue its grammar: Parser Error: Current row has" in rig.answers["h"].final.error.message
     assert_same(rig.answers["free"], alone(request("free", [1], max_tokens=9)))
 
@@ -182,7 +182,7 @@ def test_a_grammar_that_does_not_compile_fails_its_requests_alone(source):
     rig = Rig()
     rig.run([*bad, request("free", [1], max_tokens=9)])
     for one in bad:
-        assert rig.answers[one.request_id].code == "generation_failed"
+        assert rig.answers[one.request_id].code == "grammar_failed"
         assert "The grammar cannot be compiled" in rig.answers[one.request_id].final.error.message
     assert_same(rig.answers["free"], alone(request("free", [1], max_tokens=9)))
 

@@ -34,6 +34,7 @@ def test_every_code_has_a_row_and_renders(cls, path):
         (errors.QueueTimeout, (503, "overloaded"), (503, "server_error", "queue_timeout")),
         (errors.DeadlineExceeded, (504, "generation"), (504, "server_error", "deadline_exceeded")),
         (errors.EngineDied, (503, "incomplete_generation"), (503, "server_error", "engine_died")),
+        (errors.GrammarError, (424, "generation"), (400, "invalid_request_error", "grammar_failed")),
         (errors.GenerationError, (424, "generation"), (500, "server_error", "generation_failed")),
         (errors.TemplateError, (422, "template_error"), (400, "invalid_request_error", "template_error")),
         (errors.NoTokenizer, (404, "no fast tokenizer"), (404, "invalid_request_error", "no_tokenizer")),

@@ -12,6 +12,8 @@ Times are asserted here only, and on a machine that may compute other things too
 import contextlib
 import http.client
 import json
+import resource
+import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +21,8 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import hostile
+import psutil
 import pytest
 from live_server import until, write_model
 
@@ -62,13 +66,19 @@ BODIES = {
     "long answers with alternatives": (CHAT, {"messages": TALK, **ANSWERS, "logprobs": True, "top_logprobs": 20}, 1),
     "details": ("/generate", {"inputs": "ab c" * 900, "parameters": DETAILS}, 4),
 }  # fmt: skip
+BODIES |= {name: (path, body, 1) for name, path, body, _ in hostile.bombs()}
 
 
 class Watched:
     """A server and its bystander."""
 
-    def __init__(self, port, bystander, report):
-        self.port, self._bystander, self._report = port, bystander, report
+    def __init__(self, process, port, bystander, report):
+        self.process, self.port, self._bystander, self._report = process, port, bystander, report
+
+    def memory(self):
+        """Bytes in memory of the server and its processes."""
+        server = psutil.Process(self.process.pid)
+        return sum(one.memory_info().rss for one in (server, *server.children(recursive=True)))
 
     def waits(self):
         """The bystander's longest waits since the last call."""
@@ -97,7 +107,7 @@ def watched(tmp_path_factory):
             script = [sys.executable, str(HERE / "bystander.py"), str(port)]
             pipe = subprocess.PIPE
             with subprocess.Popen(script, stdin=pipe, stdout=pipe, text=True) as bystander:
-                made = Watched(port, bystander, report)
+                made = Watched(process, port, bystander, report)
                 until(lambda: made.waits()["gap"])
                 made.long_callbacks()  # of the start
                 yield made
@@ -137,3 +147,50 @@ def test_a_large_body_delays_no_other_stream(watched, name):
         if gap <= GAP_S and health <= HEALTH_S:
             return
     raise AssertionError(tries)
+
+
+CONNECTIONS, GROWTH = 5000, 256 * 2**20
+BEGINNINGS = (
+    b"",
+    b"GET /hea",
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100000\r\n\r\n{",
+    b"POST /v1/messages HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n",
+)
+"""What a client sends that then sends one byte at a time."""
+
+
+def hold_slow_connections(port, count):
+    """Opens connections, as many at a time as there are, whose clients send slowly; all stay open to the end."""
+    with contextlib.ExitStack() as held:
+        for i in range(count):
+            one = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            with contextlib.suppress(OSError):  # it may have been closed in favour of the next
+                one.sendall(BEGINNINGS[i % len(BEGINNINGS)])
+                one.sendall(b"x" if i % 3 == 0 else b"")
+        yield
+
+
+@pytest.mark.slow
+def test_5000_connections_that_send_slowly_disturb_no_stream(watched):
+    """They are bounded, and cost little memory; a stream is as fast as before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    count = CONNECTIONS if hard == resource.RLIM_INFINITY else min(CONNECTIONS, hard - 200)
+    before, tries = watched.memory(), []
+    try:
+        for _ in range(TRIES):
+            watched.waits()
+            time.sleep(IDLE_S)
+            idle = watched.waits()
+            for _ in hold_slow_connections(watched.port, count):
+                waits = watched.waits()
+                assert watched.memory() - before < GROWTH
+            assert [one for one in watched.long_callbacks() if one[0] > GAP_S] == []
+            tries.append({"gap": waits["gap"] - idle["gap"] - waits["machine"], "idle": idle, "waits": waits})
+            if tries[-1]["gap"] <= GAP_S:
+                break
+        else:
+            raise AssertionError(tries)
+        until(lambda: watched.waits()["health"] > 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

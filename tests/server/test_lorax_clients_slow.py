@@ -3,48 +3,24 @@
 import json
 import re
 import subprocess
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from live_server import MODEL, serving, write_model
-from pages import blocks
+from live_server import MODEL, serving
+from pages import ROOT, blocks
 
-ROOT = Path(__file__).resolve().parents[2]
-HOME = ROOT / ".venvs" / "lorax-client"
-PACKAGES = ["lorax-client==0.6.3", "text-generation==0.7.0", "huggingface_hub==0.36.2"]
-HUB = ["huggingface_hub==2.4.0", "aiohttp"]
-TOOLS_TEMPLATE = (
-    "{% if tools %}Tools: {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n"
-    'Answer with <tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>{% endif %}'
-    "{% for m in messages %}<|role|>{{ m.role }}\n{{ m.content }}"
-    "{% for call in m.tool_calls %}<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}<|end|>"
-    "{% endfor %}{% if add_generation_prompt %}<|role|>assistant\n{% endif %}"
-)
-
-
-def environment(home: Path, packages: Sequence[str]) -> Path:
-    """An environment's interpreter; made once and kept."""
-    interpreter, made = home / "bin" / "python", home / "made.txt"
-    if not made.is_file() or made.read_text() != "\n".join(packages):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(home)], check=True)
-        subprocess.run([str(interpreter), "-m", "pip", "install", "-q", *packages], check=True, timeout=280)
-        made.write_text("\n".join(packages))
-    return interpreter
+from clients import PACKAGES, write_tools_model
+from environments import environment
 
 
 @pytest.fixture(scope="module")
 def python():
-    return environment(HOME, PACKAGES)
+    return environment("lorax-client", PACKAGES["lorax-client"]) / "python"
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory, adapter_folders):
-    """A model whose chat template has tools."""
-    model = write_model(tmp_path_factory.mktemp("tools") / "model", max_position_embeddings=1024)
-    settings = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": TOOLS_TEMPLATE}))
+    model = write_tools_model(tmp_path_factory.mktemp("tools") / "model")
     adapters = {name: str(adapter_folders[name]) for name in ("pirate", "org/poet")}
     with serving(model, adapters=adapters, backend="auto") as found:
         yield found
@@ -73,14 +49,14 @@ def test_the_shipped_clients_work_unchanged(live, python):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("home", "packages"), [(HOME, PACKAGES), (ROOT / ".venvs" / "hub", HUB)], ids=["0.36", "2.4"])
-def test_inference_client_works_unchanged(live, home, packages):
+@pytest.mark.parametrize("name", ["lorax-client", "inference-client"], ids=["0.36", "2.4"])
+def test_inference_client_works_unchanged(live, name):
     script = Path(__file__).with_name("hub_client_script.py")
-    command = [str(environment(home, packages)), str(script), live.url]
+    command = [str(environment(name, PACKAGES[name]) / "python"), str(script), live.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(done.stdout.splitlines()[-1])
-    assert f"huggingface_hub=={report['version']}" in packages
+    assert f"huggingface_hub=={report['version']}" in PACKAGES[name]
     assert report["model"] == MODEL
     assert report["async"] == report["text"] == live.native("Hello", max_new_tokens=6)["generated_text"]
     assert report["errors"] == ["ValidationError", "GenerationError"] * 2

@@ -77,6 +77,11 @@ def test_text_and_two_calls(client):
     assert len({block.id for block in message.content if block.type == "tool_use"}) == 2
 
 
+def test_a_choice_of_one_call(client):
+    message = answered(client, "@both", tools=TOOLS, tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    assert [block.type for block in message.content].count("tool_use") == 1
+
+
 def test_a_call_that_is_none_is_text(client):
     message = answered(client, "@broken", tools=TOOLS)
     assert [block.type for block in message.content] == ["text"]

@@ -100,6 +100,16 @@ def test_echo_with_logprobs_scores_the_prompt(live):
     )
 
 
+def test_after_an_echoed_prompt_the_end_token_has_a_logprob(live):
+    """A client that scores a text drops the last entry for the generated token."""
+    prompt = "The Lorax spoke"
+    alone = live.completion(prompt=prompt, max_tokens=0, echo=True, logprobs=1)["choices"][0]["logprobs"]
+    ended = live.completion(prompt=prompt, max_tokens=1, echo=True, logprobs=1, logit_bias={"1": 100})["choices"][0]
+    assert (ended["finish_reason"], ended["text"]) == ("stop", prompt)
+    assert len(ended["logprobs"]["tokens"]) == len(alone["tokens"]) + 1
+    assert ended["logprobs"]["token_logprobs"][1:-1] == pytest.approx(alone["token_logprobs"][1:], abs=1e-4)
+
+
 def test_echo_without_logprobs(live):
     plain = live.completion(prompt="Hello", max_tokens=4)["choices"][0]["text"]
     assert live.completion(prompt="Hello", max_tokens=4, echo=True)["choices"][0]["text"] == "Hello" + plain

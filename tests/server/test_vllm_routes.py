@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from live_server import MODEL, Live, assert_canonical_error, ok, serving, until
+from live_server import BEGIN, END, MODEL, TEMPLATE, Live, assert_canonical_error, ok, serving, until
 from safetensors.numpy import load_file, save_file
 
 from truffula.testing.adapters import write_tiny_adapter
@@ -110,8 +110,7 @@ def test_every_route_of_vllm_is_served_or_refused_with_what_to_use(admin, live, 
         text = response.text
         assert response.status_code != 405 and response.status_code < 500, text
         if response.status_code == 404:
-            served = "resp_1" in path and "response_not_found" in text  # the route is, that response is not stored
-            assert served or ("is not served here" in text and "; " in text), text
+            assert ("is not served here" in text and "; " in text) or "'resp_1' not found" in text, text
         elif response.status_code >= 400 and "not served" not in text:
             assert method == "POST" and response.status_code in (400, 422), text  # an empty body
         if path in ("/pause",):
@@ -266,6 +265,13 @@ def test_sglangs_forms(admin, long_model_folder, tmp_path):
     answer = ok(admin.post("/unload_lora_adapter", {"lora_name": "own"}))
     assert answer["success"] and "own" not in answer["loaded_adapters"]
     assert admin.post("/unload_lora_adapter", {"lora_name": "own"}).json()["success"] is False
+
+
+def test_tokenizer_info_has_what_evaluations_read(admin):
+    info = ok(admin.client.get("/tokenizer_info"))
+    assert (info["bos_token"], info["eos_token"], info["pad_token"]) == (BEGIN, END, None)
+    assert info["chat_template"] == TEMPLATE
+    assert ok(admin.post("/tokenize", {"prompt": info["eos_token"], "add_special_tokens": False}))["tokens"] == [1]
 
 
 def test_server_info_has_what_trainers_read(admin):

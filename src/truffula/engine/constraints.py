@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
 
-from truffula.errors import GenerationError, InvalidRequest, TruffulaError, is_rust_panic
+from truffula.errors import GrammarError, InvalidRequest, TruffulaError, is_rust_panic
 from truffula.items import Grammar
 from truffula.kernels.host import usable_cpus
 from truffula.kernels.inputs import Uint32
@@ -145,7 +145,7 @@ class Matcher:
 
     def _fail(self, reason: str) -> None:
         found = self.inner.get_error().partition("\n")[0][:500]
-        self.error = self.error or GenerationError(f"The answer cannot continue its grammar: {found or reason}.")
+        self.error = self.error or GrammarError(f"The answer cannot continue its grammar: {found or reason}.")
 
 
 def _set_bits(row: Uint32, ids: frozenset[int], *, allowed: bool) -> None:
@@ -187,19 +187,19 @@ def _compile(tokenizer: _LazyTokenizer, grammar: Grammar) -> llguidance.LLMatche
         inner = llguidance.LLMatcher(tokenizer.get(), source, log_level=0, limits=parser_limits())
         inner.compute_bitmask()  # the copies share what this has computed
     if inner.is_error():
-        raise GenerationError(f"The grammar cannot be compiled: {inner.get_error()[:500]}")
+        raise GrammarError(f"The grammar cannot be compiled: {inner.get_error()[:500]}")
     return inner
 
 
 @contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Raises ``GenerationError`` where llguidance raises or panics (a ``BaseException``) within the block."""
+    """Raises ``GrammarError`` where llguidance raises or panics (a ``BaseException``) within the block."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
-        raise GenerationError(f"{what}: {type(error).__name__}: {str(error)[:500]}") from error
+        raise GrammarError(f"{what}: {type(error).__name__}: {str(error)[:500]}") from error
 
 
 class GrammarCompiler:

@@ -94,6 +94,7 @@ _ROUTES: tuple[RouteSpec, ...] = (
     RouteSpec("POST", "/tokenize", tokens.tokenize, "native", TokenizeBody, {"inputs": "Hello"}),
     RouteSpec("POST", "/detokenize", tokens.detokenize, "native", DetokenizeBody, {"tokens": [1, 2, 3]}),
     RouteSpec("POST", "/chat_tokenize", tokens.chat_tokenize, "native", ChatTokenizeBody, {"messages": _TALK}),
+    RouteSpec("GET", "/tokenizer_info", tokens.tokenizer_info, "native"),
     RouteSpec("GET", "/", pages.root, "probes"),
     RouteSpec("GET", "/v1/adapters", admin.list_adapters, "admin"),
     RouteSpec("GET", "/health", probes.health, "probes"),

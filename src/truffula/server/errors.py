@@ -158,6 +158,7 @@ TABLE: Mapping[str, ErrorRow] = MappingProxyType(
         "checkpoint_changed": ErrorRow(503, "incomplete_generation", _CUT, 503, _SERVER, "checkpoint_changed"),
         "aborted": ErrorRow(500, "incomplete_generation", _CUT, 500, _SERVER, "aborted"),
         "generation_failed": ErrorRow(424, "generation", _RUN, 500, _SERVER, "generation_failed"),
+        "grammar_failed": ErrorRow(424, "generation", _RUN, 400, _BAD, "grammar_failed"),
         "no_tokenizer": ErrorRow(404, "no fast tokenizer", "", 404, _BAD, "no_tokenizer"),
         "unhealthy": ErrorRow(503, "healthcheck", "", 503, _SERVER, "unhealthy"),
         # These end a start; a client sees one only when the server has a bug.

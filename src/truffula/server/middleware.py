@@ -12,6 +12,7 @@ import re
 import time
 import uuid
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,6 +33,12 @@ CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; 
 def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
     """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
+    if error.param == "max_tokens" and scope["path"].startswith("/v1/responses"):
+        # The layers below know the field by the name of the other routes.
+        named = msgspec.structs.replace(
+            error.info(), param="max_output_tokens", message=error.message.replace("max_tokens", "max_output_tokens")
+        )
+        error = TruffulaError.from_info(named)
     response = render(error, dialect_of_request(scope), scope["state"]["record"].request_id)
     if close:
         response.headers["connection"] = "close"

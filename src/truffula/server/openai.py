@@ -142,14 +142,17 @@ def _completion_choice(
     prompt: PromptPart | None,
     logprobs: CompletionLogprobs | None,
 ) -> dict[str, Any]:
-    """A choice, or the next part of one in a stream. ``prompt`` comes with the first."""
+    """A choice, or the next part of one in a stream. ``prompt`` comes with the first.
+
+    After an echoed prompt the end token has logprobs, too: lm-eval scores a text with ``max_tokens: 1`` and takes the
+    last entry for that of the generated token.
+    """
     given = prompt if body.echo else None
+    answer = found.tokens if body.echo else reported(body, found.tokens)
     out: dict[str, Any] = {
         "index": index,
         "text": (given.text if given else "") + found.text,
-        "logprobs": None
-        if logprobs is None
-        else logprobs.of([*(given.tokens if given else ()), *reported(body, found.tokens)]),
+        "logprobs": None if logprobs is None else logprobs.of([*(given.tokens if given else ()), *answer]),
         "finish_reason": found.finish_reason,
     }
     if found.finish_reason is not None:

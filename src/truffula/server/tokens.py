@@ -20,7 +20,7 @@ from truffula.server.auth import client_of
 from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
-from truffula.server.replies import Reply, split
+from truffula.server.replies import Reply, json_reply, split
 from truffula.server.state import state_of
 from truffula.service.prompt_maker import HEAVY_CHARS
 from truffula.service.prompts import MAX_TRUNCATED_CHARS, Prompt, make_prompt, need_tokenizer
@@ -67,6 +67,20 @@ async def detokenize(request: Request) -> Response:
 async def chat_tokenize(request: Request) -> Response:
     """The text that the chat template makes of a conversation, and its tokens."""
     return await _answer(request, "chat_tokenize")
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The special tokens and the chat template, as vLLM reports them of tokenizer_config.json. lm-eval reads them."""
+    core = state_of(request).service.texts.core
+    found = need_tokenizer(core.tokenizer, core.info).special_tokens
+    templates = core.templates.sources
+    template = (
+        templates.get("default")
+        if len(templates) < 2
+        else [{"name": name, "template": source} for name, source in templates.items()]
+    )
+    named = {name: found.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return json_reply({"tokenizer_class": "PreTrainedTokenizerFast", **named, "chat_template": template})
 
 
 async def _answer(request: Request, kind: Kind) -> Response:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from truffula.errors import ErrorInfo, InvalidRequest, NoTokenizer, TemplateError, TruffulaError
+from truffula.errors import ErrorInfo, GrammarError, InvalidRequest, NoTokenizer, TemplateError, TruffulaError
 from truffula.items import Grammar
 from truffula.lora.sources import AdapterDirectory
 from truffula.params import EngineParams, SamplingParams
@@ -98,6 +98,8 @@ class RequestState:
     def _push(self, event: TokenEvent) -> list[TextDelta]:
         engine_id = event.request_id
         choice = self._choices[engine_id]
+        if event.error is not None and event.error.code == GrammarError.code:
+            event = msgspec.structs.replace(event, error=self._of_constraint(event.error))
         delta = choice.push(event)
         if choice.finished:
             self.open_ids.discard(engine_id)
@@ -106,6 +108,12 @@ class RequestState:
         if delta is None:
             return []
         return [delta] if self._waiting is None else self._gather(engine_id, delta)
+
+    def _of_constraint(self, error: ErrorInfo) -> ErrorInfo:
+        """The engine's error about a grammar, with the field that the grammar was made of."""
+        constraint = self.request.constraint
+        param = "tools" if constraint is None else constraint.param
+        return msgspec.structs.replace(error, message=f"{param}: {error.message}", param=param)
 
     def _end_all(self, error: Exception) -> list[TextDelta]:
         """End every choice after ``error``; what they held back is lost, and the engine is to abort."""
