@@ -64,13 +64,14 @@ class AnswerFormats:
         if not request.parse_output or request.messages is None:
             return request.constraint
         form, tools, choice = self.of(request), request.callable_tools, request.tool_choice
-        if choice.mode == "required" and form.tools is None:
+        strict = any(tool.strict for tool in tools)
+        if form.tools is None and (strict or choice.names or choice.mode == "required"):
             raise InvalidRequest(
-                "tool_choice demands a tool call, and the model's chat template has no form of calls that this server "
-                "knows. Leave it out, or name the form with the server's option --tool-format.",
-                param="tool_choice",
+                "tool_choice or strict demands tool calls of a form, and the model's chat template has none that this "
+                "server knows. Leave both out, or name the form with the server's option --tool-format.",
+                param="tools" if strict else "tool_choice",
             )
-        promised = bool(choice.names or not choice.parallel or any(tool.strict for tool in tools))
+        promised = bool(choice.names or not choice.parallel or strict)
         callable_ = bool(tools) and form.tools is not None
         calls = callable_ and (choice.mode == "required" or promised)
         thinks = form.reasoning is not None
