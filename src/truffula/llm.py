@@ -214,6 +214,7 @@ class LLM:
             "tools": tools,
             "tool_choice": tool_choice,
             "parse_output": True,
+            "parse_whole": True,
             "reasoning_effort": reasoning_effort,
             "thinking_budget": thinking_budget,
             "template_kwargs": template_kwargs or {},

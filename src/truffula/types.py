@@ -127,7 +127,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     Exactly one of ``prompt`` (text, or token ids taken as they are) and ``messages`` (the model's chat template makes
     the text). ``tools``, ``documents`` and ``template_kwargs`` go to the template; ``chat_template``
     replaces the model's; ``reasoning_effort`` becomes the variable of that name, and those that switch reasoning on
-    or off. With ``parse_output`` tool calls and reasoning in the answer become parts of their own, and
+    or off. With ``parse_output`` tool calls and reasoning in the answer become parts of their own; with ``parse_whole``
+    they are known at its end only, and a call that is cut or malformed is text from its beginning.
     ``thinking_budget`` ends the reasoning after that many tokens. ``constraint`` is what the answer's text must match.
     With a ``suffix`` the completion is the text between ``prompt`` and it. With ``clip_max_tokens``,
     ``params.max_tokens`` may be more than the model's length leaves to the answer. ``add_special_tokens`` None adds
@@ -148,6 +149,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     tool_choice: ToolChoice = ToolChoice()
     constraint: Constraint | None = None
     parse_output: bool = False
+    parse_whole: bool = False
     thinking_budget: int | None = None
     reasoning_effort: str | None = None
     clip_max_tokens: bool = False

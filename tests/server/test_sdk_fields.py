@@ -22,7 +22,7 @@ BODIES = {
     "/v1/decisions": {"input": "Blue.", "questions": [{"type": "predicate", "instructions": "A colour."}]},
 }
 # Listed where the chat template, or the request without tools, has no use for them
-BY_TEMPLATE = ("reasoning_effort", "tools", "parallel_tool_calls")
+BY_TEMPLATE = ("reasoning_effort", "reasoning.effort", "tools", "parallel_tool_calls")
 # Where the first value of the SDK's type is one that asks for nothing.
 SAMPLES = {
     "modalities": ["text", "audio"],

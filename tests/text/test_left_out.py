@@ -49,7 +49,6 @@ def test_each_kind_is_named_with_its_place() -> None:
         ("documents", "documents[0]"),
         ("documents", "documents[1]"),
         ("name", "messages[1].name"),
-        ("name", "messages[3].name"),
         ("system message", "messages[0].content"),
         ("tool calls", "messages[2].tool_calls"),
         ("tool message", "messages[3].content"),

@@ -254,7 +254,7 @@ def test_a_grammar_holds_and_nothing_of_it_is_loaded_before(transport: str, star
     assert all(len(text) == 4 and text.isdigit() for text in texts) and len(texts) > 1
     assert {(got[f"c{n}"].finish, got[f"c{n}"].stop_reason) for n in range(3)} == {("stop", None)}
     assert (got["short"].finish, text_of(got["short"]).isdigit()) == ("length", True)
-    assert got["broken"].code == "generation_failed" and "cannot be compiled" in got["broken"].message
+    assert got["broken"].code == "grammar_failed" and "cannot be compiled" in got["broken"].message
     assert got["free"].token_ids == before["free"].token_ids
     assert "llguidance" in maps.read_text()
 

@@ -80,6 +80,10 @@ class Body(BaseModel):
                 names += [f"{field}.{name}" for name in inner.unknown()]
         return names + [name for name in self.without_effect if getattr(self, name)]
 
+    def field_of(self, name: str) -> str:
+        """The field that gave what ``GenerateRequest`` calls ``name``; "" where the client gave none."""
+        return f"chat_{name}" if name.startswith("template_kwargs.") else name
+
 
 class Address(NamedTuple):
     """What a body says of its adapter and its sender.
@@ -228,6 +232,11 @@ def note_ignored(request: Request, names: Sequence[str]) -> None:
     if new and len(seen) < 1000:
         seen.update(new)
         log.warning("ignored request keys %s on %s (logged once per key)", ", ".join(new), request.url.path)
+
+
+def note_left_out(request: Request, names: Iterable[str]) -> None:
+    """Adds what the chat template did not use to the request's record, as the client's own fields."""
+    note_ignored(request, [field for name in names if (field := request.state.body.field_of(name))])
 
 
 def safe_header(text: str, limit: int = 256) -> str:

@@ -21,13 +21,12 @@ from truffula.server.generating import whole
 from truffula.server.prepare import read_requests
 from truffula.server.replies import json_reply
 from truffula.server.responses_events import usage_of
-from truffula.server.state import record_of, state_of
+from truffula.server.state import state_of
 from truffula.service.prompts import need_tokenizer
 from truffula.types import ChoiceTotals, Completion, GenerateRequest
 
 FAVOUR = 100.0
 """Added to the logits of the letters, so that the reported logprobs are theirs."""
-_THINKING = "chat_template_kwargs.enable_thinking"
 
 
 async def decide(request: Request) -> Response:
@@ -54,13 +53,7 @@ async def decide(request: Request) -> Response:
         model = body.model or state_of(request).model_id
         return json_reply({"answers": answers, "model": model, "usage": usage_of(totals)})
 
-    made = await whole(request, asked, reply)
-    # Set for every model; the client did not send it
-    record = record_of(request)
-    record.ignored = ", ".join(
-        dict.fromkeys(name for name in record.ignored.split(", ") if name not in ("", _THINKING))
-    )
-    return made
+    return await whole(request, asked, reply)
 
 
 def _letter_ids(encode: Any, count: int) -> list[int]:

@@ -72,6 +72,9 @@ class DecisionsBody(GeneratingBody):
     def address(self) -> Address:
         return Address([self.model], adapters_named(self.items(), "", "model"), self.adapter_source, self.cache_salt)
 
+    def field_of(self, name: str) -> str:
+        return "" if name == "template_kwargs.enable_thinking" else super().field_of(name)  # set for every model
+
     def requests(
         self, limits: RequestLimits, *, streams: bool, stored: Mapping[str, Any] | None = None
     ) -> list[GenerateRequest]:

@@ -16,13 +16,14 @@ from starlette.requests import Request
 
 from truffula.errors import TruffulaError
 from truffula.metrics import Observer, RequestRecord
-from truffula.server.body import note_ignored
+from truffula.server.body import note_left_out
 from truffula.server.errors import Aborted
 from truffula.server.sse import KEEP_ALIVE, EventStream, end_tasks, unless_gone
 from truffula.server.state import ServerState, record_of, state_of
 from truffula.service import TextStream, collect
 from truffula.service.choices import choice_error
 from truffula.service.prompt_maker import INLINE_CHARS
+from truffula.service.prompts import check_fits
 from truffula.types import ChoiceTotals, Completion, GenerateRequest, TextDelta
 
 T = TypeVar("T")
@@ -96,7 +97,7 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
         for i, one in enumerate(streams):
             one.on_arrival = partial(watch.arrived, i)
             record.prompt_tokens += one.state.prompt_tokens
-            note_ignored(request, [field_of(name) for name in one.state.ignored])
+        note_left_out(request, dict.fromkeys(name for one in streams for name in one.state.ignored))
         record.validation_s = time.monotonic() - started
         if len(streams) == 1:
             async for found in streams[0]:
@@ -110,9 +111,14 @@ async def run(request: Request, requests: Sequence[GenerateRequest]) -> AsyncGen
             await stream.aclose()
 
 
-def field_of(name: str) -> str:
-    """The field of a request by which a template's variable was given."""
-    return f"chat_{name}" if name.startswith("template_kwargs.") else name
+async def count_prompt(request: Request, made: GenerateRequest) -> int:
+    """The number of tokens of the prompt of ``made``. Raises as its generation would."""
+    service = state_of(request).service
+    service.core.check(made)
+    prompt = await service.texts.prompt(made)
+    check_fits(len(prompt.ids), made.params, service.info)
+    note_left_out(request, prompt.ignored)
+    return len(prompt.ids)
 
 
 async def _merged(streams: Sequence[TextStream]) -> AsyncGenerator[Batch, None]:

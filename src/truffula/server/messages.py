@@ -14,13 +14,12 @@ from starlette.responses import Response
 from truffula.errors import TruffulaError
 from truffula.items import Item, Part, Reasoning, Refusal, Text, ToolCallPart, ToolResult
 from truffula.server.errors import error_body
-from truffula.server.generating import stream, whole
+from truffula.server.generating import count_prompt, stream, whole
 from truffula.server.messages_bodies import MessagesBody
 from truffula.server.prepare import read_requests
 from truffula.server.replies import Reply, encoded, json_reply
 from truffula.server.sse import frame
 from truffula.server.state import record_of, state_of
-from truffula.service.prompts import check_fits
 from truffula.types import ChoiceTotals, Completion, CompletionChoice, TextDelta
 
 
@@ -43,10 +42,7 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """Counts the tokens of a conversation's prompt."""
     read = await read_requests(request, "count_tokens")
-    service = state_of(request).service
-    prompt = await service.texts.prompt(read.requests[0])
-    check_fits(len(prompt.ids), read.requests[0].params, service.info)
-    return json_reply({"input_tokens": len(prompt.ids)})
+    return json_reply({"input_tokens": await count_prompt(request, read.requests[0])})
 
 
 def message_reply(body: MessagesBody, top: dict[str, Any], found: Completion) -> Reply:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field
@@ -22,6 +23,9 @@ from truffula.server.limits import RequestLimits
 from truffula.server.messages_items import Conversation, read_conversation, read_tools
 from truffula.types import GenerateRequest
 
+_OWN_NAMES: Mapping[str, str] = MappingProxyType(
+    {"messages(role=system)": "system", "messages.tool_calls": "messages(type=tool_use)"}
+)
 _CLEAR_THINKING = "clear_thinking_20251015"
 
 
@@ -68,6 +72,12 @@ class ConversationBody(GeneratingBody):
 
     def address(self) -> Address:
         return Address([self.model], adapters_named(self, "", "model"), None, None)
+
+    def field_of(self, name: str) -> str:
+        if name == "reasoning_effort":
+            effort = self.output_config is not None and self.output_config.effort
+            return "output_config.effort" if effort and self._effort() == effort else "thinking"
+        return _OWN_NAMES.get(name, name)
 
     @cached_property
     def _read(self) -> tuple[Conversation, list[Tool]]:
@@ -171,6 +181,7 @@ class MessagesBody(ConversationBody):
             params=params,
             clip_max_tokens=True,
             parse_output=True,
+            parse_whole=not streams,
             thinking_budget=self._budget(),
             constraint=self._constraint(),
             queue_timeout_s=limits.queue_timeout_s,

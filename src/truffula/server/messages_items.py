@@ -66,7 +66,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     continues: bool = False
     ignored: dict[str, None] = field(default_factory=dict)
-    tool_names: dict[str, str] = field(default_factory=dict)  # by the id of a call
+    calls: set[str] = field(default_factory=set)  # their ids
 
 
 def read_conversation(system: Any, messages: Sequence[Any]) -> Conversation:
@@ -154,10 +154,10 @@ def _item(found: Conversation, block: Mapping[str, Any], where: str, role: str) 
         call_id, name, given = _string(block, "id", where), _string(block, "name", where), block.get("input")
         if not isinstance(given, dict):
             raise _wrong(f"{where}.input", given, "it must be an object")
-        found.tool_names[call_id] = name
+        found.calls.add(call_id)
         return ToolCall(call_id, name, json.dumps(given, ensure_ascii=False))
     call_id = _string(block, "tool_use_id", where)
-    if call_id not in found.tool_names:
+    if call_id not in found.calls:
         raise _wrong(f"{where}.tool_use_id", call_id, "no tool_use block before it has this id")
     content, is_error = block.get("content"), block.get("is_error")
     if is_error is not None and not isinstance(is_error, bool):
@@ -166,7 +166,7 @@ def _item(found: Conversation, block: Mapping[str, Any], where: str, role: str) 
         found.ignored["messages.is_error"] = None  # chat templates have no place for it; the text of an error says so
     texts = () if content is None else _texts(found, content, f"{where}.content")
     text = "\n".join([item.text for item in texts])
-    return ToolResult(call_id, text, found.tool_names[call_id], bool(is_error))
+    return ToolResult(call_id, text, is_error=bool(is_error))
 
 
 def _texts(found: Conversation, content: Any, where: str) -> Iterator[Text]:

@@ -331,6 +331,7 @@ class ChatBody(OpenAIBody):
                 self.tool_choice, tools, parallel=self.parallel_tool_calls is not False
             ),
             parse_output=self.separate_reasoning is not False,
+            parse_whole=not streams,
             thinking_budget=None if budget == -1 else budget,
             reasoning_effort=self.reasoning_effort,
             template_kwargs=self.chat_template_kwargs or {},

@@ -104,6 +104,7 @@ async def read_requests(request: Request, kind: Kind, stored_items: Stored | Non
             stored = await stored_items(request, head.wanted)
             head, body, made = await _read_in_worker(request, BodyJob(kind, raw, state.limits, stored))
         unknown, characters = head.unknown, head.characters
+    request.state.body = body
     note_ignored(request, unknown)
     at = time.monotonic()
     return Read(body, await addressed(request, made, body.address()), characters, at)

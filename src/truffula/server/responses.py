@@ -14,7 +14,7 @@ from starlette.responses import Response
 from truffula.errors import InvalidRequest
 from truffula.server.body import note_ignored
 from truffula.server.errors import NoResponse
-from truffula.server.generating import event_stream, frames_of
+from truffula.server.generating import count_prompt, event_stream, frames_of
 from truffula.server.prepare import read_requests
 from truffula.server.replies import json_reply
 from truffula.server.response_store import StoredResponse
@@ -87,11 +87,8 @@ async def count_tokens(request: Request) -> Response:
     """The number of tokens of the prompt that `/v1/responses` would make of the same body."""
     read = await read_requests(request, "responses", kept_of(request).items)
     record_of(request).generates = False
-    state = state_of(request)
-    state.service.core.check(read.requests[0])
-    prompt = await state.service.texts.prompt(read.requests[0])
-    note_ignored(request, prompt.ignored)
-    return json_reply({"object": "response.input_tokens", "input_tokens": len(prompt.ids)})
+    count = await count_prompt(request, read.requests[0])
+    return json_reply({"object": "response.input_tokens", "input_tokens": count})
 
 
 def _top(request: Request, body: ResponsesBody, *, stored: bool) -> dict[str, Any]:

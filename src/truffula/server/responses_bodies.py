@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -27,6 +28,13 @@ _NOT_HERE = frozenset(
     }
 )
 """Fields of ``OpenAIBody`` that this route does not have."""
+_OWN_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "reasoning_effort": "reasoning.effort",
+        "messages(role=system)": "instructions",
+        "messages.tool_calls": "input(type=function_call)",
+    }
+)
 MAX_METADATA = 16
 
 
@@ -82,6 +90,9 @@ class ResponsesBody(OpenAIBody):
         """Raises ``InvalidRequest`` for tools that this server cannot offer."""
         return read_tools(self.tools or ())
 
+    def field_of(self, name: str) -> str:
+        return _OWN_NAMES.get(name) or super().field_of(name)
+
     @property
     def wanted(self) -> list[str]:
         found = [] if self.previous_response_id is None else [f"response:{self.previous_response_id}"]
@@ -136,6 +147,7 @@ class ResponsesBody(OpenAIBody):
             tools=tools.tools or None,
             tool_choice=read_choice(self.tool_choice, tools, self.parallel_tool_calls is not False),
             parse_output=True,
+            parse_whole=not streams,
             thinking_budget=None if self.thinking_token_budget == -1 else self.thinking_token_budget,
             reasoning_effort=None if self.reasoning is None else self.reasoning.effort,
             template_kwargs=self.chat_template_kwargs or {},

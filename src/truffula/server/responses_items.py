@@ -10,6 +10,7 @@ from typing import Any
 from truffula.errors import InvalidRequest
 from truffula.items import Item, Message, Reasoning, Refusal, Text, ToolCall, ToolResult
 from truffula.server.responses_tools import CLIENT_TOOLS, custom_arguments, text_of
+from truffula.service.openai_items import arguments_from_openai
 
 _INSTRUCTIONS = ("system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
@@ -104,7 +105,8 @@ class _Conversation:
     def function_call(self, item: Mapping[str, Any], place: str) -> None:
         space = text_of(item, "namespace", place, "")
         name = text_of(item, "name", place)
-        self._call(item, place, f"{space}__{name}" if space else name, text_of(item, "arguments", place))
+        arguments = arguments_from_openai(item.get("arguments"), f"{place}.arguments")
+        self._call(item, place, f"{space}__{name}" if space else name, arguments)
 
     def custom_call(self, item: Mapping[str, Any], place: str) -> None:
         self._call(item, place, text_of(item, "name", place), custom_arguments(text_of(item, "input", place)))

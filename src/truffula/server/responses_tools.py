@@ -211,7 +211,7 @@ def read_choice(given: Any, tools: ToolSet, parallel: bool) -> ToolChoice:
             )
         return _choice(mode, (), tools, parallel)
     if given.get("type") != "allowed_tools":
-        return _choice("required", [_named(given, tools, "tool_choice")], tools, parallel)
+        return _choice("required", [_named(given, tools, "tool_choice")], tools, parallel=False)  # it is called once
     mode, allowed = given.get("mode"), given.get("tools")
     if mode not in ("auto", "required"):
         raise InvalidRequest("tool_choice.mode: should be auto or required.", param="tool_choice.mode")

@@ -18,7 +18,6 @@ from truffula.errors import InvalidRequest, PromptTooLong
 from truffula.items import Tool
 from truffula.server.auth import client_of
 from truffula.server.body import Body, BodyJob, decode_object, note_ignored, raw_body, validate
-from truffula.server.generating import field_of
 from truffula.server.limits import RequestLimits
 from truffula.server.lorax_bodies import ChatTokenizeBody, DetokenizeBody, TokenizeBody
 from truffula.server.replies import Reply, json_reply, split
@@ -119,7 +118,7 @@ def _reply(kind: str, value: dict[str, Any], limits: RequestLimits, texts: Texts
     model, make = _ROUTES[kind]
     body: Any = validate(model, value, limits)
     reply, left_out = make(body, texts, limits)
-    return _Head([*body.unknown(), *map(field_of, left_out)], body.model), msgspec.json.encode(reply)
+    return _Head([*body.unknown(), *map(body.field_of, left_out)], body.model), msgspec.json.encode(reply)
 
 
 def _tokenize(body: TokenizeBody, texts: Texts, limits: RequestLimits) -> _Made:

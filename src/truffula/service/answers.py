@@ -53,7 +53,7 @@ class AnswerFormats:
         if not calls and form.reasoning is None:
             return None
         dropped = self._special if request.params.skip_special_tokens else ()
-        return make_parser(form, tools, prompt_tail=prompt_tail, special_tokens=dropped)
+        return make_parser(form, tools, prompt_tail=prompt_tail, special_tokens=dropped, whole=request.parse_whole)
 
     def wanted(self, request: GenerateRequest, prompt_tail: str) -> Constraint | Answer | None:
         """What the answer to ``request`` must match, for ``Grammars``; None: nothing.

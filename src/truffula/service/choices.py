@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from typing import Protocol
 
 import msgspec
 
 from truffula.errors import ErrorInfo, TruffulaError
-from truffula.items import Item, Part, Reasoning, Text, ToolCall, ToolCallPart
+from truffula.items import Item, Part, Text, ToolCall, ToolCallPart
 from truffula.params import SamplingParams
 from truffula.service.prompts import Prompt, prompt_part, top_pieces
 from truffula.text.stops import StopMatch, StopMatcher
@@ -31,7 +32,12 @@ from truffula.types import (
 
 
 class Parser(Protocol):
-    """Of the text of one answer; ``text/output_parser.py`` has the one of the server."""
+    """Of the text of one answer; ``text/output_parser.py`` has the one of the server.
+
+    It is fed a token at a time; ``reasoning_pieces`` of them were reasoning.
+    """
+
+    reasoning_pieces: int
 
     def feed(self, text: str) -> list[Part]: ...
 
@@ -79,8 +85,6 @@ class ChoiceState:
         self._special = tokenizer.special_ids if tokenizer is not None else frozenset()
         self._stops = StopMatcher(params.stop) if params.stop else None
         self._parser = parser
-        self._unparsed = 0  # released tokens of which the parser has returned nothing yet
-        self._reasoning_tokens = 0
         # Decodes the text that stop strings are looked for in and that is parsed, where it is not the text shown.
         reads_full = tokenizer is not None and self._skipped and (self._stops or parser)
         self._full = tokenizer.detokenizer() if tokenizer is not None and reads_full else None
@@ -195,17 +199,10 @@ class ChoiceState:
         return released, self._parsed(fulls, everything) if self._parser is not None else _parts(released)
 
     def _parsed(self, texts: Sequence[str], everything: bool) -> list[Part]:
-        """The parser's parts of the next tokens. A token counts as reasoning if the next part after it is reasoning."""
+        """The parser's parts of the next tokens."""
         assert self._parser is not None
-        steps = [(1, self._parser.feed(text)) for text in texts]
-        if everything:
-            steps.append((0, self._parser.finish()))
-        for tokens, parts in steps:
-            self._unparsed += tokens
-            if parts:
-                self._reasoning_tokens += self._unparsed if isinstance(parts[0], Reasoning) else 0
-                self._unparsed = 0
-        return merged_parts(part for _, parts in steps for part in parts)
+        parts = [part for text in texts for part in self._parser.feed(text)]
+        return merged_parts([*parts, *self._parser.finish()] if everything else parts)
 
     def _finish(self, event: TokenEvent, prompt: PromptPart | None) -> TextDelta:
         """The engine's own end: text that was held back is text after all."""
@@ -259,7 +256,7 @@ class ChoiceState:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._count,
             cached_tokens=self._cached,
-            reasoning_tokens=self._reasoning_tokens,
+            reasoning_tokens=0 if self._parser is None else self._parser.reasoning_pieces,
             seed=None if self._params.greedy else self._request.params.seed,
             mean_logprob=self._logprob_sum / self._logprob_count if self._logprob_count else None,
             times=times,
@@ -292,17 +289,24 @@ def _parts(pieces: Sequence[TokenPiece]) -> list[Part]:
 
 
 def merged_parts(parts: Iterable[Part]) -> list[Part]:
-    """``parts``, those that continue the one before joined with it."""
+    """``parts``, those that continue the one before joined with it: text, reasoning, a call's arguments."""
     found: list[Part] = []
-    for part in parts:
-        last = found[-1] if found else None
-        if isinstance(part, Text) and isinstance(last, Text):
-            found[-1] = Text(last.text + part.text)
-        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-            found[-1] = Reasoning(last.text + part.text)
+    for _, run in groupby(parts, _key):
+        first, *more = run
+        if not more:
+            found.append(first)
+        elif isinstance(first, ToolCallPart):
+            arguments = "".join([first.arguments, *(part.arguments for part in more if isinstance(part, ToolCallPart))])
+            found.append(msgspec.structs.replace(first, arguments=arguments))
         else:
-            found.append(part)
+            texts = [part.text for part in (first, *more) if not isinstance(part, ToolCallPart)]
+            found.append(type(first)("".join(texts)))
     return found
+
+
+def _key(part: Part) -> tuple[type[Part], int]:
+    """Parts that follow each other with one key are one part."""
+    return type(part), part.index if isinstance(part, ToolCallPart) else 0
 
 
 def items_of(parts: Iterable[Part]) -> list[Item]:

@@ -178,11 +178,14 @@ def _call(call_id: str, function: Mapping[str, Any], where: str) -> ToolCall:
     name = _string(function, "name", where)
     if not name:
         raise InvalidRequest(f"{where} has no name.", param=f"{where}.name")
-    return ToolCall(call_id, name, _arguments(function.get("arguments"), f"{where}.arguments"))
+    return ToolCall(call_id, name, arguments_from_openai(function.get("arguments"), f"{where}.arguments"))
 
 
-def _arguments(given: Any, where: str) -> str:
-    """A call's arguments as the JSON text of an object: the API carries text, templates' users write the object."""
+def arguments_from_openai(given: Any, where: str) -> str:
+    """A call's arguments as the JSON text of an object: the API carries text, templates' users write the object.
+
+    Raises ``InvalidRequest`` for what is no JSON of an object, as the arguments of a call that was cut.
+    """
     if given is None:
         return "{}"
     if isinstance(given, Mapping):
@@ -234,8 +237,8 @@ def tool_choice_from_openai(
     """
     mode: Any = "auto" if tools else "none"
     names: list[str] = []
-    if isinstance(choice, str):
-        mode, names = (choice, []) if choice in _MODES else ("required", [choice])
+    if isinstance(choice, str) and choice in _MODES:
+        mode = choice
     elif isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         inner = choice.get("allowed_tools", choice)
         listed = inner.get("tools") if isinstance(inner, Mapping) else None
@@ -244,8 +247,8 @@ def tool_choice_from_openai(
                 f"{where} of type 'allowed_tools' needs a mode, 'auto' or 'required', and a list of tools.", param=where
             )
         mode, names = inner.get("mode", "auto"), [_named(tool, f"{where}.tools[{i}]") for i, tool in enumerate(listed)]
-    elif choice is not None:
-        mode, names = "required", [_named(choice, where)]
+    elif choice is not None:  # a named function is called once
+        mode, names, parallel = "required", [choice if isinstance(choice, str) else _named(choice, where)], False
     known = [tool.name for tool in tools or ()]
     if mode == "required" and not known:
         raise InvalidRequest(f"{where} demands a tool call; the request has no tools.", param=where)

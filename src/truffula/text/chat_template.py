@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,7 +177,7 @@ class ChatTemplates:
                 raise InvalidRequest(
                     f"template_kwargs may not set {name}: use the field of that name.", param="template_kwargs"
                 )
-        chat = conversation(request.messages or (), knows_developer="developer" in source)
+        chat = conversation(request.messages or (), source)
         others = {
             **self.special_tokens,
             **effort_variables(request.reasoning_effort),
@@ -233,15 +235,42 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
     return {"reasoning_effort": effort, **dict.fromkeys(THINKING, effort != "none")}
 
 
-def conversation(messages: Sequence[Message], *, knows_developer: bool) -> list[dict[str, Any]]:
-    """``messages`` as templates expect them: OpenAI's form with text content, and tool arguments as objects.
+def conversation(messages: Sequence[Message], source: str) -> list[dict[str, Any]]:
+    """``messages`` as the template ``source`` expects them: OpenAI's form with text content, and tool arguments as
+    objects.
 
     A ``developer`` is a ``system`` where the template doesn't know the role. Texts are joined by line breaks. Without a
-    text the content is "".
+    text the content is "". The result of a tool has the name of its call, and both have an id in the template's form.
     """
     if not messages:
         raise InvalidRequest("messages must be a list with at least one message.", param="messages")
-    return [_message(message, f"messages[{index}]", knows_developer) for index, message in enumerate(messages)]
+    knows_developer = "developer" in source
+    made = [_message(message, f"messages[{index}]", knows_developer) for index, message in enumerate(messages)]
+    called: dict[str, dict[str, Any]] = {}  # by the id that the client knows
+    for message in made:
+        if "Cannot pass both content and thinking" in source and message.get("tool_calls") and message["content"]:
+            # gpt-oss: its template writes either of them before a call, as reasoning.
+            thought = "\n".join(filter(None, (message.get("thinking"), message["content"])))
+            message |= {"thinking": thought, "reasoning_content": thought, "content": ""}
+        for index, call in enumerate(message.get("tool_calls", ())):
+            if given := call.get("id"):
+                call["id"] = _written_id(given, call["function"]["name"], index, source)
+                called[given] = call
+        if message["role"] == "tool" and (answered := called.get(message.get("tool_call_id", ""))):
+            message |= {"tool_call_id": answered["id"], "name": message.get("name") or answered["function"]["name"]}
+    return made
+
+
+def _written_id(call_id: str, name: str, index: int, source: str) -> str:
+    """The id of a call as the template writes it: ``call_id``, unless the model knows another form.
+
+    It is the same in every dialect, whose ids differ in the part before the underscore.
+    """
+    if "length != 9" in source and not re.fullmatch("[A-Za-z0-9]{9}", call_id):  # Mistral
+        return hashlib.blake2b(call_id.rpartition("_")[2].encode()).hexdigest()[:9]
+    if "## Return of" in source and not call_id.startswith("functions."):  # Kimi K2
+        return f"functions.{name}:{index}"
+    return call_id
 
 
 def _message(given: Message, where: str, knows_developer: bool) -> dict[str, Any]:

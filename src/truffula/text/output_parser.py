@@ -59,7 +59,7 @@ def make_parser(
 
 
 class OutputParser:
-    """Parses one answer, fed in any pieces.
+    """Parses one answer, fed in any pieces. ``reasoning_pieces`` of them were reasoning: the next part was.
 
     The joined parts do not depend on the pieces. Every character is part of text, reasoning or a call, except the
     format's own markers, special tokens, and whitespace around reasoning and calls. Costs are linear in the text.
@@ -72,6 +72,10 @@ class OutputParser:
         self._format = fmt.tools if fmt.tools and (tools or fmt.tools.syntax == "harmony") else _NOTHING
         self._thinks = fmt.reasoning or _SILENT
         self._whole = whole
+        self.reasoning_pieces = 0
+        self._fed = 0  # pieces
+        self._uncounted = 0  # pieces after which no part has come yet
+        self._seen = 0  # parts that the counts know
         self._reader = OutputReader()
         self._parts: list[Part] = []
         self._kind: type[Part] | None = None
@@ -103,19 +107,28 @@ class OutputParser:
         """The parts that are certain with ``text``, which has the texts of special tokens."""
         self._reader.push(text)
         next(self._machine)
-        if self._whole:
-            return []
-        self._flush()
-        parts, self._parts = self._parts, []
-        return parts
+        self._count(1)
+        return [] if self._whole else self._taken()
 
     def finish(self) -> list[Part]:
         """The parts that were held back."""
         self._reader.ended = True
         for _ in self._machine:
             pass
+        self._count(0)
+        return self._taken()
+
+    def _count(self, pieces: int) -> None:
         self._flush()
-        parts, self._parts = self._parts, []
+        self._fed += pieces
+        self._uncounted += pieces
+        if len(self._parts) > self._seen:
+            self.reasoning_pieces += self._uncounted if isinstance(self._parts[self._seen], Reasoning) else 0
+            self._uncounted = 0
+            self._seen = len(self._parts)
+
+    def _taken(self) -> list[Part]:
+        parts, self._parts, self._seen = self._parts, [], 0
         return parts
 
     # What is written
@@ -221,6 +234,7 @@ class OutputParser:
             return False
         text = "".join(part.text for part in self._parts if isinstance(part, Text)).strip(SPACE)
         self._parts = [Reasoning(text)] if text else []
+        self._seen, self.reasoning_pieces, self._uncounted = len(self._parts), self._fed if text else 0, 0
         return True
 
     # Calls
@@ -237,6 +251,7 @@ class OutputParser:
                 self._flush()
                 first, self._index, self._spaces, self._trim, self._fresh = self._undo
                 del self._parts[first:]
+                self._seen = min(self._seen, first)
             self._write_text("".join(reader.taken))
         self._undo = reader.taken = None
 

@@ -58,7 +58,7 @@ def put_words(
         kind = _KINDS.get(message["role"])
         if kind is not None and message["content"].strip():
             message["content"] = word(kind, f"{where}.content", message["content"])
-        if isinstance(message.get("name"), str):
+        if isinstance(message.get("name"), str) and "tool_call_id" not in message:  # else its call has the name, too
             message["name"] = word("name", f"{where}.name", message["name"])
         for call in message.get("tool_calls") or ():
             function = call["function"]
