@@ -333,8 +333,14 @@ def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
 
 
 def _constraint(given: Constraint | Mapping[str, Any] | None) -> Constraint | None:
-    if not isinstance(given, Mapping):
+    if given is None or isinstance(given, Constraint):
         return given
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(
+            f"constraint is of type {type(given).__name__}; give a JSON Schema as a dict, or a "
+            "truffula.items.Constraint of another kind.",
+            param="constraint",
+        )
     try:
         return Constraint(kind="json_schema", value=json.dumps(given), param="constraint")
     except (TypeError, ValueError) as error:

@@ -66,8 +66,8 @@ class AnswerFormats:
         form, tools, choice = self.of(request), request.callable_tools, request.tool_choice
         if choice.mode == "required" and form.tools is None:
             raise InvalidRequest(
-                "tool_choice demands a tool call, and the model's chat template has no form of calls that this server "
-                "knows. Leave it out, or name the form with the server's option --tool-format.",
+                "tool_choice demands a tool call, and the model's chat template shows no known format of calls. "
+                "Leave it out, or give the model's format (--tool-format of the server) or another chat template.",
                 param="tool_choice",
             )
         promised = bool(choice.names or not choice.parallel or any(tool.strict for tool in tools))
