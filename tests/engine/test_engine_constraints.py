@@ -176,6 +176,18 @@ def test_a_grammar_beyond_the_limits_of_a_step_ends_alone():
     assert_same(rig.answers["free"], alone(request("free", [1], max_tokens=9)))
 
 
+def test_a_grammar_that_reached_its_limit_of_states_is_compiled_again_for_later_requests(monkeypatch):
+    monkeypatch.setattr("truffula.engine.constraints.MAX_LEXER_STATES", 60)
+    grammar = Grammar(key="states", source="start: /[abc]*a[abc]{9}x/")
+    rig = Rig()
+    long = {"max_tokens": 200, "temperature": 1.0, "ignore_eos": True, "grammar": grammar}
+    rig.run([request("long", [1], seed=1, **long)])
+    assert rig.answers["long"].code == "grammar_failed"
+    assert "too many states" in rig.answers["long"].final.error.message
+    rig.run([request("short", [1], seed=1, **long | {"max_tokens": 2})])
+    assert (rig.answers["short"].finish_reason, len(rig.answers["short"].token_ids)) == ("length", 2)
+
+
 @pytest.mark.parametrize("source", ["start: (", '{"grammars": 7}', '{"no": 1}', "{", "", 'start: <|nowhere|> "a"'])
 def test_a_grammar_that_does_not_compile_fails_its_requests_alone(source):
     bad = [request(f"bad{i}", [1], max_tokens=5, grammar=Grammar(key="bad", source=source)) for i in range(2)]

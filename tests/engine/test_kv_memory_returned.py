@@ -50,7 +50,7 @@ assert run("a", count) == first, "what is computed in memory that was returned i
 """
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("prefix", ["cached", "free"])
 def test_kv_memory_is_returned_when_adapters_need_its_bytes(backend: str, prefix: str, tmp_path: Path):
     config = tiny_llama_config(

@@ -39,7 +39,7 @@ ACTIONS = st.lists(
 
 
 @each_depth
-@settings(max_examples=examples(40, 300), deadline=None)
+@settings(max_examples=examples(15, 300), deadline=None)
 @given(actions=ACTIONS)
 def test_a_pause_changes_no_token(depth: int, actions: list[tuple[int, str]]):
     """Pauses, drains and prefix resets at any time, in any order."""

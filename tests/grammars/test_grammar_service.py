@@ -10,10 +10,12 @@ from tiny_tokenizers import byte_level_json
 
 from truffula import LLM, SamplingParams
 from truffula.errors import InvalidRequest, NoTokenizer
-from truffula.items import Constraint
+from truffula.items import Constraint, Tool, ToolChoice
 from truffula.service.core import Service
 from truffula.service.grammars import ERROR_KEPT_S, MAX_KEPT, Grammars
+from truffula.text.answers import Answer
 from truffula.text.tokenizer import load_tokenizer
+from truffula.text.tool_formats import TOOL_FORMATS, OutputFormat
 from truffula.types import GenerateRequest
 
 PERSON = record(name={"type": "string", "maxLength": 4}, adult={"type": "boolean"})
@@ -100,6 +102,15 @@ def test_requests_on_a_loop_share_one_compilation(grammars):
     assert not grammars._running
 
 
+def test_the_parameters_of_a_tool_may_have_integers_of_any_size(grammars):
+    tool = Tool(name="f", parameters=record(x={"type": "integer", "maximum": 10**30}), strict=True)
+    answer = Answer(
+        form=OutputFormat(TOOL_FORMATS["hermes"]), tools=[tool], choice=ToolChoice(), constraint=None,
+        thinking_open=False, thinking_budget=None,
+    )  # fmt: skip
+    assert grammars.compile_now(answer).source
+
+
 def test_the_number_of_kept_grammars_is_bounded(grammars):
     for number in range(MAX_KEPT + 20):
         grammars._keep(str(number).encode(), b"x" * 100)
@@ -184,7 +195,7 @@ def test_a_constraint_holds_for_its_own_request_only(llm):
 
 
 def test_llm_refuses_a_constraint_by_its_argument(llm):
-    for bad in ({"not": {}}, {"const": float}, {"a"}):
+    for bad in ({"not": {}}, {"const": float}, {"a"}, Constraint(kind="regex", value="\ud800", param="constraint")):
         with pytest.raises(InvalidRequest, match="constraint"):
             llm.generate("Hello", constraint=bad)
 

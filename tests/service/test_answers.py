@@ -71,6 +71,9 @@ def test_a_call_cannot_be_demanded_in_an_unknown_form() -> None:
     with pytest.raises(InvalidRequest) as caught:
         FORMATS.wanted(request("plain", tools=[F], tool_choice=ToolChoice(mode="required")), "")
     assert caught.value.param == "tool_choice"
+    with pytest.raises(InvalidRequest, match="--tool-format") as caught:
+        FORMATS.wanted(request("plain", tools=[F, STRICT]), "")
+    assert caught.value.param == "tools"
     chosen = AnswerFormats(ChatTemplates(TEMPLATES, {}), None, tool_format="hermes")
     assert isinstance(chosen.wanted(request("plain", tools=[F], tool_choice=ToolChoice(mode="required")), ""), Answer)
 

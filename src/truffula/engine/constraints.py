@@ -31,7 +31,7 @@ MAX_GRAMMARS = 128
 """Compiled grammars that are kept, the most recently used."""
 COMPILE_THREADS = 2
 MAX_LEXER_STATES = 20_000
-"""Of one grammar, at 1 to 2 KB each: they are made as the grammar is used, and kept with it."""
+"""Of one compiled grammar, at 1 to 2 KB each. All its requests share them; they are made as they are needed."""
 MAX_ITEMS_IN_ROW = 1_000
 """Ways to continue an answer. The time of a token grows with their square where a grammar is ambiguous: 0.1 s here."""
 _ALL = 0xFFFF_FFFF
@@ -88,19 +88,20 @@ class Matcher:
     ids, EOS ids are not drawn under ``ignore_eos``, and no end id before ``min_tokens``.
 
     ``finished``: nothing may follow; ``stop_id`` is the end id that was drawn, if one was. ``error``: why the sequence
-    cannot continue.
+    cannot continue. ``compiled`` is the grammar, at its beginning.
     """
 
     def __init__(
         self,
-        inner: llguidance.LLMatcher,
+        compiled: llguidance.LLMatcher,
         eos_ids: frozenset[int],
         stop_ids: frozenset[int],
         *,
         ignore_eos: bool,
         min_tokens: int,
     ) -> None:
-        self.inner = inner
+        self.compiled = compiled
+        self.inner = compiled.deep_copy()
         self._eos_ids = eos_ids
         self._stop_ids = stop_ids - eos_ids
         self._ignore_eos = ignore_eos
@@ -266,8 +267,16 @@ class GrammarCompiler:
     def matcher(self, grammar: Grammar, stop_ids: frozenset[int], *, ignore_eos: bool, min_tokens: int) -> Matcher:
         """A matcher at the beginning of ``grammar``, which is compiled."""
         self._compiled.move_to_end(grammar.key)
-        inner = self._compiled[grammar.key].deep_copy()
-        return Matcher(inner, self._eos_ids, stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
+        compiled = self._compiled[grammar.key]
+        return Matcher(compiled, self._eos_ids, stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
+
+    def drop_failed(self, grammar: Grammar, matcher: Matcher) -> None:
+        """Compile ``grammar`` again for later requests if llguidance failed in ``matcher``.
+
+        The matchers of a compiled grammar share its lexer: once that has ``MAX_LEXER_STATES``, all of them fail.
+        """
+        if matcher.inner.is_error() and self._compiled.get(grammar.key) is matcher.compiled:
+            del self._compiled[grammar.key]
 
     def close(self) -> None:
         """Wait for what is being compiled. Idempotent."""

@@ -223,7 +223,7 @@ class Scheduler:
                 continue
             event = sequence.commit(chunk, result, now)
             if sequence.grammar_error is not None:
-                self._fail(sequence, sequence.grammar_error, now)
+                self._fail_grammar(sequence, sequence.grammar_error, now)
                 continue
             if sequence.num_committed >= sequence.table.due:
                 self._running.commit_blocks(sequence, now)
@@ -438,6 +438,11 @@ class Scheduler:
 
     def _fail(self, sequence: Sequence, error: TruffulaError, now: float) -> None:
         self._end(sequence, "error", now, error.info())
+
+    def _fail_grammar(self, sequence: Sequence, error: TruffulaError, now: float) -> None:
+        assert sequence.grammar is not None and sequence.matcher is not None
+        self._grammars.drop_failed(sequence.grammar, sequence.matcher)
+        self._fail(sequence, error, now)
 
     def _end(self, sequence: Sequence, reason: FinishReason, now: float, error: ErrorInfo | None = None) -> None:
         """End it with an event that has no token."""

@@ -59,18 +59,19 @@ class AnswerFormats:
         """What the answer to ``request`` must match, for ``Grammars``; None: nothing.
 
         Without tools and reasoning that is the request's constraint alone. Raises ``InvalidRequest`` where a tool call
-        is demanded of a model that has no known form of them.
+        is demanded of a model that has no known format of them.
         """
         if not request.parse_output or request.messages is None:
             return request.constraint
         form, tools, choice = self.of(request), request.callable_tools, request.tool_choice
-        if choice.mode == "required" and form.tools is None:
+        strict = any(tool.strict for tool in tools)
+        if form.tools is None and (strict or choice.names or choice.mode == "required"):
             raise InvalidRequest(
-                "tool_choice demands a tool call, and the model's chat template shows no known format of calls. "
-                "Leave it out, or give the model's format (--tool-format of the server) or another chat template.",
-                param="tool_choice",
+                "tool_choice or strict demands calls that match, and the model's chat template shows no known format of "
+                "calls. Leave both out, or give the model's format (--tool-format of the server) or another chat template.",
+                param="tools" if strict else "tool_choice",
             )
-        promised = bool(choice.names or not choice.parallel or any(tool.strict for tool in tools))
+        promised = bool(choice.names or not choice.parallel or strict)
         callable_ = bool(tools) and form.tools is not None
         calls = callable_ and (choice.mode == "required" or promised)
         thinks = form.reasoning is not None

@@ -259,6 +259,8 @@ class Service:
                 f"{constraint.param} constrains the answer's text, and this model has no tokenizer; leave it out.",
                 param=constraint.param,
             )
+        if constraint is not None:
+            check_text(constraint.value, constraint.param)
         for stop in params.stop:
             check_text(stop, "stop")
         checked_ids(params.stop_token_ids, "stop_token_ids", self.info.vocab_size)

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 
-import msgspec
-
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint, Grammar
 from truffula.service.workers import WorkerPool
@@ -25,9 +23,9 @@ COMPILE_SECONDS = 3.0
 """Processor time of compiling one constraint; the engine spends as much on it."""
 COMPILE_BYTES = 512 << 20
 IDLE_S = 600.0
+"""The worker's process ends after this time without a new constraint."""
 Special = tuple[tuple[str, int], ...]
 """Text and id of each special token."""
-"""The worker's process ends after this time without a new constraint."""
 MAX_KEPT, MAX_KEPT_BYTES = 1024, 32 << 20
 ERROR_KEPT_S = 60.0
 """How long a refused constraint is refused again without compiling it."""
@@ -174,10 +172,9 @@ class Grammars:
 
 
 def _key(constraint: Constraint | Answer) -> bytes:
-    content = msgspec.msgpack.encode(constraint)
-    if isinstance(constraint, Constraint):
-        content = f"{constraint.kind}\n{constraint.value}".encode()
-    return blake2b(content, digest_size=16).digest()
+    content = (constraint.kind, constraint.value) if isinstance(constraint, Constraint) else constraint
+    # Not msgpack: the parameters of a tool may have integers of any size.
+    return blake2b(repr(content).encode(), digest_size=16).digest()
 
 
 def _grammar(kept: _Kept, constraint: Constraint | Answer) -> Grammar:
