@@ -5,7 +5,9 @@ streams hold that wait.
     python benchmarks/server_cost.py --smoke
 
 The engine runs in a process of its own and is not counted, except for the memory of waiting streams: the growth of the
-PSS of all processes. Figures are processor time, the least of several rounds: other load only adds to it. Linux only.
+PSS of all processes. Figures are processor time, the least of several rounds: other load only adds to it, by as much as
+half on cores that others use too. A figure per token holds for about one frame in a write: where the server is too slow
+for the engine, frames are merged, which costs less. Linux only.
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from start import ask, server
+from start import ask, cpu_of, server
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "server"))
 from live_server import tokenizer, write_model
@@ -80,41 +83,35 @@ class Connection:
     def send(self) -> None:
         self._writer.write(self._request)
 
-    async def answer(self, status: int) -> int:
-        """The number of frames of the answer, 0 where it is not streamed."""
+    async def answer(self, status: int) -> tuple[int, int]:
+        """The number of frames and of writes of the answer, 0 where it is not streamed."""
         head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
         assert head.startswith(f"http/1.1 {status}".encode()), head
         if b"transfer-encoding: chunked" not in head:
             length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
             await self._reader.readexactly(length)
-            return 0
-        frames = 0
+            return 0, 0
+        frames = writes = 0
         while size := int(await self._reader.readline(), 16):
             frames += (await self._reader.readexactly(size + 2)).count(b"data: {")
+            writes += 1
         await self._reader.readexactly(2)
-        return frames
+        return frames, writes
 
 
-async def answers(port: int, request: bytes, count: int, connections: int, status: int = 200) -> int:
-    """Send ``request`` ``count`` times on each of ``connections``; the number of frames of all answers."""
+async def answers(port: int, request: bytes, count: int, connections: int, status: int = 200) -> float:
+    """Send ``request`` ``count`` times on each of ``connections``; the mean number of frames of a write."""
+    total: Counter[str] = Counter()
 
-    async def one() -> int:
-        frames = 0
+    async def one() -> None:
         async with Connection(port, request) as connection:
             for _ in range(count):
                 connection.send()
-                frames += await connection.answer(status)
-        return frames
+                frames, writes = await connection.answer(status)
+                total.update(frames=frames, writes=writes)
 
-    return sum(await asyncio.gather(*(one() for _ in range(connections))))
-
-
-def cpu_of(process: psutil.Process, work: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of processor time of ``process`` alone during ``work``, and its result."""
-    before = process.cpu_times()
-    result = work()
-    after = process.cpu_times()
-    return after.user + after.system - before.user - before.system, result
+    await asyncio.gather(*(one() for _ in range(connections)))
+    return total["frames"] / max(1, total["writes"])
 
 
 def pss(process: psutil.Process) -> float:
@@ -138,15 +135,17 @@ async def waiting(port: int, request: bytes, count: int, look: Callable[[], floa
 def measure(process: psutil.Process, port: int, given: argparse.Namespace) -> None:
     text = prompt_of(PROMPT_TOKENS)
 
-    def per(what: str, unit: str, request: bytes, count: int, connections: int, status: int = 200) -> float:
-        """Microseconds per answer, or per frame of a stream."""
+    def per(
+        what: str, unit: str, request: bytes, count: int, connections: int, status: int = 200, units: int = 1
+    ) -> float:
+        """Microseconds per unit, of which an answer has ``units``."""
         asyncio.run(answers(port, request, 1, connections, status))  # not counted
         rounds = []
         for _ in range(given.rounds):
-            cpu, frames = cpu_of(process, lambda: asyncio.run(answers(port, request, count, connections, status)))
-            rounds.append(1e6 * cpu / (frames or count * connections))
-        found = min(rounds)
-        print(f"{what:45s} {found:7.0f} us per {unit}", end="")
+            cpu, merged = cpu_of(process, lambda: asyncio.run(answers(port, request, count, connections, status)))
+            rounds.append((1e6 * cpu / (units * count * connections), merged))
+        found, merged = min(rounds)
+        print(f"{what:45s} {found:7.0f} us per {unit}", end=f" ({merged:.2f} frames in a write)" if merged else "")
         return found
 
     for path, body in ((CHAT, chat(text, max_tokens=1)), (NATIVE, native(text, max_new_tokens=1))):
@@ -157,7 +156,7 @@ def measure(process: psutil.Process, port: int, given: argparse.Namespace) -> No
         (CHAT, chat("Hello", max_tokens=length, stream=True)),
         (STREAM, native("Hello", max_new_tokens=length)),
     ):
-        per(f"{STREAMS} streams, {path}", "token", raw_request(path, body), 1, STREAMS)
+        per(f"{STREAMS} streams, {path}", "token", raw_request(path, body), 1, STREAMS, units=length)
         print()
     for what, path, body, status in REFUSALS:
         found = per(what, "refusal", raw_request(path, body), given.count, 8, status)

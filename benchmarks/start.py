@@ -19,8 +19,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
@@ -30,6 +31,7 @@ from truffula.testing.tiny import write_tiny_checkpoint
 
 POLL_S = 0.005
 NAME = "measured"
+T = TypeVar("T")
 
 
 def name_of(process: psutil.Process) -> str:
@@ -46,6 +48,20 @@ def ask(port: int, path: str, body: dict[str, object] | None = None) -> int:
             return answer.status
         except ConnectionError:
             return 0
+
+
+def cpu_of(process: psutil.Process, work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of processor time of ``process`` alone during ``work``, and its result. Its threads must live on."""
+
+    def seconds() -> float:
+        tasks = Path(f"/proc/{process.pid}/task").iterdir()
+        return (
+            sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+        )  # cpu_times counts in 10 ms
+
+    before = seconds()
+    result = work()
+    return seconds() - before, result
 
 
 @contextlib.contextmanager

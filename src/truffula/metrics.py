@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from truffula.types import EngineRestarts, EngineStats
 
@@ -85,6 +88,29 @@ class RequestRecord:
     ignored: str = ""
 
 
+class TokenTimes:
+    """A histogram of the times between deltas, with the buckets ``TOKEN_SECONDS``. One thread observes.
+
+    prometheus_client's takes a lock and walks the buckets twice for each token.
+    """
+
+    __slots__ = ("_counts", "_sum")
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(TOKEN_SECONDS) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        self._counts[bisect_left(TOKEN_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def add_to(self, family: HistogramMetricFamily, label: str) -> None:
+        """Add the samples of the series of ``label``."""
+        bounds = [*map(floatToGoString, TOKEN_SECONDS), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        family.add_metric([label], list(zip(bounds, counts, strict=True)), self._sum)
+
+
 class Observer:
     """The metrics of one adapter label, looked up once per request instead of once per token."""
 
@@ -94,7 +120,7 @@ class Observer:
         self.prompt = metrics._prompt.labels(label)
         self.completion = metrics._completion.labels(label)
         self.ttft = metrics._ttft.labels(label)
-        self.inter_token = metrics._inter_token.labels(label)
+        self.inter_token = TokenTimes()
         self.queue = metrics._queue.labels(label)
         self.total = metrics._total.labels(label)
 
@@ -133,9 +159,6 @@ class Metrics(Collector):
         self._prompt = counter("truffula_prompt_tokens", "Prompt tokens of finished requests", ["adapter"])
         self._completion = counter("truffula_completion_tokens", "Completion tokens sent", ["adapter"])
         self._ttft = seconds("truffula_time_to_first_token_seconds", "Time from arrival to the first token")
-        self._inter_token = seconds(
-            "truffula_inter_token_seconds", "Time between two deltas of a choice", buckets=TOKEN_SECONDS
-        )
         self._queue = seconds("truffula_queue_seconds", "Time from arrival to admission to the batch")
         self._total = seconds("truffula_request_seconds", "Time from arrival to the last byte")
         self._loading = seconds("truffula_adapter_wait_seconds", "Time spent waiting for an adapter to load")
@@ -205,7 +228,13 @@ class Metrics(Collector):
         ]
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics of the engine's last heartbeat; the registry calls this at each scrape."""
+        """The times between deltas, and the engine's last heartbeat; the registry calls this at each scrape."""
+        times = HistogramMetricFamily(
+            "truffula_inter_token_seconds", "Time between two deltas of a choice", labels=["adapter"]
+        )
+        for label, observer in self._observers.items():
+            observer.inter_token.add_to(times, label)
+        yield times
         stats = self._engine()
         yield GaugeMetricFamily("truffula_engine_up", "1 if the engine is up, else 0", 0 if stats is None else 1)
         yield CounterMetricFamily("truffula_engine_restarts_total", "Engine restarts", self._restarts().count)

@@ -188,6 +188,24 @@ def test_a_grammar_that_reached_its_limit_of_states_is_compiled_again_for_later_
     assert (rig.answers["short"].finish_reason, len(rig.answers["short"].token_ids)) == ("length", 2)
 
 
+def test_a_grammar_whose_masks_are_slow_ends_alone_and_is_not_served_again(monkeypatch):
+    monkeypatch.setattr("truffula.engine.constraints.SLOW_MASK_S", 0.0)
+    slow, free = request("slow", [1], max_tokens=50, grammar=GRAMMARS["any"]), request("free", [1], max_tokens=9)
+    rig = Rig()
+    rig.run([slow, free])
+    assert_same(rig.answers["slow"], alone(slow))  # every mask is timed, and none is too slow
+    monkeypatch.setattr("truffula.engine.constraints.MAX_SLOW_S", 0.0)
+    for name, count in (("first", 0), ("again", 0)):
+        rig.run(
+            [request(name, [1], max_tokens=50, grammar=GRAMMARS["any"]), request(f"free {name}", [1], max_tokens=9)]
+        )
+        answer = rig.answers[name]
+        assert (answer.code, len(answer.token_ids)) == ("grammar_failed", count)
+        assert "while other requests waited" in answer.final.error.message
+        assert rig.answers[f"free {name}"].token_ids == rig.answers["free"].token_ids
+    assert "any" in rig.engine._grammars._too_slow
+
+
 @pytest.mark.parametrize("source", ["start: (", '{"grammars": 7}', '{"no": 1}', "{", "", 'start: <|nowhere|> "a"'])
 def test_a_grammar_that_does_not_compile_fails_its_requests_alone(source):
     bad = [request(f"bad{i}", [1], max_tokens=5, grammar=Grammar(key="bad", source=source)) for i in range(2)]

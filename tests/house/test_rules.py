@@ -39,6 +39,7 @@ BOTTOM = {
     "settings",
     "errors",
     "frames",
+    "json_text",
     "logs",
     "metrics",
     "params",

@@ -253,7 +253,7 @@ def test_tools_and_thinking_reach_the_template(with_tools):
         ({"stop": ["a"]}, "stop has no effect on /v1/messages; use stop_sequences"),
         ({"max_completion_tokens": 5}, "use max_tokens"),
         ({"n": 2}, "n has no effect on /v1/messages"),
-        ({"suffix": "x"}, "it is a field of /v1/completions"),
+        ({"suffix": "x"}, "suffix has no effect on /v1/messages; it is a field of /v1/completions"),
         ({"adapter_id": "pirate", "model": "org/poet"}, "model names one adapter and adapter_id another"),
     ],
     ids=lambda value: str(value)[:60] if isinstance(value, dict) else "",

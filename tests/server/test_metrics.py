@@ -1,9 +1,12 @@
 """Metrics: bounded labels, counts from records, the engine's numbers when somebody scrapes."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from truffula.metrics import BASE_LABEL, OTHER_LABEL, Metrics, RequestRecord
+from truffula.metrics import BASE_LABEL, OTHER_LABEL, TOKEN_SECONDS, Metrics, RequestRecord
 from truffula.server.router_metrics import RouterMetrics
 from truffula.types import EngineInfo, EngineRestarts, EngineStats
 
@@ -123,3 +126,15 @@ def test_loads_are_counted_by_adapter():
     name = "truffula_adapter_loads_total"
     loads = {labels: value for (sample, labels), value in found.items() if sample == name}
     assert sorted(loads.values()) == [1, 3] and (("adapter", OTHER_LABEL),) in loads
+
+
+@given(st.lists(st.floats(0, 10) | st.sampled_from(TOKEN_SECONDS)))
+def test_times_between_deltas_are_written_as_prometheus_clients_histogram_does(times):
+    metrics, registry = Metrics(), CollectorRegistry()
+    name, text = "truffula_inter_token_seconds", "Time between two deltas of a choice"
+    expected = Histogram(name, text, ["adapter"], buckets=TOKEN_SECONDS, registry=registry).labels(BASE_LABEL)
+    observer = metrics.observer(None, answered=True)
+    for seconds in times:
+        observer.inter_token.observe(seconds)
+        expected.observe(seconds)
+    assert generate_latest(registry) in metrics.text()

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from truffula.server import response_store
 from truffula.server.response_store import STALE_S, ResponseStore, StoredResponse, StoreFailed, default_file
 
 LARGE = 2**40
@@ -171,6 +172,41 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_the_file_s_name(tmp_pa
     with pytest.raises(StoreFailed, match=r"responses\.db"):
         run(store.put(row()))
     store.close()
+
+
+def test_calls_wait_together_for_a_lock(path, monkeypatch):
+    """A hundred calls while another process has the file locked: one wait for all of them, not one each."""
+    monkeypatch.setattr(response_store, "LOCK_WAIT_S", 1.0)
+
+    async def main():
+        store = opened(path)
+        assert await store.put(row())
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            async with asyncio.timeout(50):
+                ended = await asyncio.gather(*(store.put(row(f"resp_{n}")) for n in range(100)), return_exceptions=True)
+            assert {type(one) for one in ended} == {StoreFailed}
+            assert (await store.get("", "resp_a")).id == "resp_a"
+            other.execute("ROLLBACK")
+        assert await store.put(row("resp_b"))
+        store.close()
+
+    run(main())
+
+
+def test_a_response_that_another_server_deleted_stays_deleted(path):
+    async def main():
+        first, second = opened(path), opened(path)
+        await first.put(row(finished=False))
+        assert await second.delete("", "resp_a")
+        assert not await first.finish(row())
+        assert await first.get("", "resp_a") is None
+        await first.put(row(finished=False))
+        assert await first.finish(row()) and (await second.get("", "resp_a")).finished
+        first.close()
+        second.close()
+
+    run(main())
 
 
 def test_a_row_larger_than_the_store_is_not_kept(path):

@@ -3,13 +3,14 @@
 import re
 
 import pytest
+from live_server import assert_canonical_error
 from openai.types.responses import response_input_item_param, tool_param
 
 from truffula.errors import InvalidRequest
 from truffula.items import Message, Reasoning, Refusal, Text, ToolCall, ToolChoice, ToolResult
 from truffula.server.responses_bodies import ResponsesBody
 from truffula.server.responses_items import ITEM_TYPES, messages_of
-from truffula.server.responses_tools import CLIENT_TOOLS, SEARCHES, read_choice, read_tools
+from truffula.server.responses_tools import CLIENT_TOOLS, SEARCHES, custom_input, read_choice, read_tools
 
 FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True, "description": "d"}
 CUSTOM = {"type": "custom", "name": "c"}
@@ -110,6 +111,22 @@ def test_items_are_refused_by_their_place(given, param):
     with pytest.raises(InvalidRequest) as caught:
         messages_of(None, [], given)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, '{"input": ' + "9" * 5000 + "}", "{", ""], ids=len)
+def test_arguments_that_are_no_json_are_a_custom_tools_input_whole(arguments):
+    assert custom_input(arguments) == arguments
+
+
+@pytest.mark.parametrize("arguments", ["[" * 50_000, '{"a": ' + "9" * 5000 + "}", "nonsense"], ids=len)
+def test_arguments_that_are_no_json_are_refused(live, arguments):
+    given = [
+        USER,
+        {**CALL, "arguments": arguments},
+        {"type": "function_call_output", "call_id": "call_1", "output": "x"},
+    ]
+    error = assert_canonical_error(live.post("/v1/responses", {"input": given}), 400, "JSON")
+    assert "sys." not in error["message"] and "recursion" not in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from live_server import MODEL, assert_canonical_error, events, ok, serving, tokenizer, until, write_model
 from template_bombs import BOMBS
@@ -137,6 +138,21 @@ def test_a_template_that_is_not_plain_is_rendered_as_by_the_library(tmp_path):
         assert_canonical_error(refused, 400, "messages[0].content")
 
 
+def test_many_chats_and_schemas_of_one_client_at_once_are_served(tmp_path):
+    """A template that is not plain, as those of all models with tools, and a dozen schemas."""
+    schemas = [{"type": "object", "properties": {f"p{n % 12}": {"type": "boolean"}}} for n in range(24)]
+
+    async def main(url):
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            body = {"messages": TALK, "max_tokens": 2}
+            bodies = [body] * 24 + [{**body, "structured_outputs": {"json": schema}} for schema in schemas]
+            sent = [client.post("/v1/chat/completions", json=one) for one in bodies]
+            return [answer.status_code for answer in await asyncio.gather(*sent)]
+
+    with serving(with_template(tmp_path / "model", NOT_PLAIN)) as live:
+        assert asyncio.run(main(live.url)) == [200] * 48
+
+
 @pytest.mark.parametrize("bomb", ["quotient of large integers", "many expressions, then loops", "multiplied text"])
 def test_a_hostile_template_ends_its_chats_and_nothing_else(tmp_path, bomb):
     with serving(with_template(tmp_path / "model", BOMBS[bomb])) as live:
@@ -253,20 +269,3 @@ def test_clients_that_have_left_do_not_count_as_waiting():
         assert await turn == "worker"
 
     asyncio.run(main())
-
-
-@pytest.mark.parametrize(
-    ("head", "status"),
-    [
-        ("POST /v1/completions HTTP/1.1\r\ncontent-length: 4\r\ntransfer-encoding: chunked", 400),
-        ("GET /v1/models HTTP/9.9", 505),
-        ("PRI * HTTP/2.0", 505),  # HTTP/2 by prior knowledge
-    ],
-)
-def test_a_head_that_can_be_read_in_two_ways_ends_its_connection(live, head, status):
-    with socket.create_connection(("127.0.0.1", urlsplit(live.url).port), timeout=30) as connection:
-        connection.sendall(f"{head}\r\nhost: localhost\r\n\r\n0\r\n\r\n".encode())
-        answer = b""
-        while part := connection.recv(65536):  # until the server closes
-            answer += part
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b"connection: close" in answer

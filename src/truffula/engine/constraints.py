@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,10 @@ MAX_LEXER_STATES = 20_000
 """Of one compiled grammar, at 1 to 2 KB each. All its requests share them; they are made as they are needed."""
 MAX_ITEMS_IN_ROW = 1_000
 """Ways to continue an answer. The time of a token grows with their square where a grammar is ambiguous: 0.1 s here."""
+SLOW_MASK_S = 0.01
+"""After a step whose masks took longer than this, the masks of the next one are timed one by one."""
+MAX_SLOW_S = 0.25
+"""Processor seconds of slow masks after which a sequence ends: all others of its steps wait for them."""
 _ALL = 0xFFFF_FFFF
 _NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
@@ -88,7 +93,8 @@ class Matcher:
     ids, EOS ids are not drawn under ``ignore_eos``, and no end id before ``min_tokens``.
 
     ``finished``: nothing may follow; ``stop_id`` is the end id that was drawn, if one was. ``error``: why the sequence
-    cannot continue. ``compiled`` is the grammar, at its beginning.
+    cannot continue, ``too_slow`` when its masks took more than ``MAX_SLOW_S``. ``compiled`` is the grammar, at its
+    beginning.
     """
 
     def __init__(
@@ -107,6 +113,8 @@ class Matcher:
         self._ignore_eos = ignore_eos
         self._min_tokens = min_tokens
         self._count = 0
+        self._slow_s = 0.0
+        self.too_slow = False
         self.finished = False
         self.stop_id: int | None = None
         self.error: TruffulaError | None = None
@@ -121,6 +129,22 @@ class Matcher:
         elif ends or self.inner.is_stopped():
             self.finished = True
             self.stop_id = token if is_end else None
+
+    def write_timed(self, row: Uint32) -> bool:
+        """Write the mask of the next token; returns whether that took long. Ends the sequence when it does so often."""
+        began = time.thread_time()
+        self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        took = time.thread_time() - began
+        if took <= SLOW_MASK_S:
+            return False
+        self._slow_s += took
+        if self._slow_s > MAX_SLOW_S:
+            self.too_slow = True
+            self._fail(
+                f"the ids that may follow took {self._slow_s:.2f} s to find, while other requests waited; allow fewer "
+                "ways to read the same text"
+            )
+        return True
 
     def finish_mask(self, row: Uint32) -> None:
         """Apply the rules for end ids to the mask that llguidance has written to ``row``."""
@@ -216,6 +240,7 @@ class GrammarCompiler:
         self._tokenizer: _LazyTokenizer | None = None
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._pending: dict[str, Future[llguidance.LLMatcher]] = {}
+        self._too_slow: OrderedDict[str, TruffulaError] = OrderedDict()  # why a grammar is not served again
         self._threads: ThreadPoolExecutor | None = None
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -233,7 +258,10 @@ class GrammarCompiler:
 
         Raises:
             InvalidRequest: No vocabulary was set, or the model has no end id.
+            GrammarError: An earlier answer in this grammar was too slow.
         """
+        if grammar.key in self._too_slow:
+            raise self._too_slow[grammar.key]
         if self._tokenizer is None:
             raise InvalidRequest("The engine has no vocabulary, which a grammar needs.", param="grammar")
         if not self._eos_ids:
@@ -271,10 +299,14 @@ class GrammarCompiler:
         return Matcher(compiled, self._eos_ids, stop_ids, ignore_eos=ignore_eos, min_tokens=min_tokens)
 
     def drop_failed(self, grammar: Grammar, matcher: Matcher) -> None:
-        """Compile ``grammar`` again for later requests if llguidance failed in ``matcher``.
+        """Compile ``grammar`` again for later requests if llguidance failed in ``matcher``; refuse it if it was slow.
 
         The matchers of a compiled grammar share its lexer: once that has ``MAX_LEXER_STATES``, all of them fail.
         """
+        if matcher.too_slow and matcher.error is not None:
+            self._too_slow[grammar.key] = matcher.error
+            if len(self._too_slow) > MAX_GRAMMARS:
+                self._too_slow.popitem(last=False)
         if matcher.inner.is_error() and self._compiled.get(grammar.key) is matcher.compiled:
             del self._compiled[grammar.key]
 
@@ -290,6 +322,7 @@ class MaskWriter:
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
         self._executor: llguidance.LLExecutor | None = None
+        self._timed = False  # whether the masks of the next step are timed
 
     def begin(self, mask: Uint32, matchers: Sequence[Matcher]) -> Callable[[], None]:
         """Begin to write row i of ``mask`` for ``matchers[i]``; the result waits until all are written, or raises."""
@@ -303,8 +336,13 @@ class MaskWriter:
                 import llguidance
 
                 self._executor = llguidance.LLExecutor(usable_cpus())
-            rows = [(matcher.inner, row) for row, matcher in enumerate(matchers)]
-            self._executor.unsafe_compute_mask_ptr(rows, mask.ctypes.data, mask[0].nbytes, len(mask))
+            if self._timed:
+                self._timed = sum(one.write_timed(mask[row]) for row, one in enumerate(matchers)) > 0
+            else:
+                began = time.monotonic()
+                rows = [(matcher.inner, row) for row, matcher in enumerate(matchers)]
+                self._executor.unsafe_compute_mask_ptr(rows, mask.ctypes.data, mask[0].nbytes, len(mask))
+                self._timed = time.monotonic() - began > SLOW_MASK_S
             for row, matcher in enumerate(matchers):
                 matcher.finish_mask(mask[row])
 

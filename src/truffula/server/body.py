@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from truffula.errors import InvalidRequest
+from truffula.json_text import json_value
 from truffula.server.errors import MalformedBody, UnsupportedMedia, from_validation
 from truffula.server.foreign_fields import RouteFields, is_ignored
 from truffula.server.limits import RequestLimits
@@ -142,7 +143,7 @@ def decode_object(raw: bytes) -> dict[str, Any]:
     if not raw:
         raise MalformedBody("The body is empty; expected a JSON object.")
     try:
-        value = json.loads(
+        value = json_value(
             raw.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse_constant
         )
         if _SURROGATE.search(raw):
@@ -153,8 +154,6 @@ def decode_object(raw: bytes) -> dict[str, Any]:
         raise MalformedBody(
             "The body contains a lone surrogate (\\ud800 to \\udfff without its other half), which is not a character."
         ) from error
-    except RecursionError as error:
-        raise MalformedBody("The body is nested too deeply.") from error
     except ValueError as error:
         raise MalformedBody(f"The body is not valid JSON: {error}.") from error
     if not isinstance(value, dict):

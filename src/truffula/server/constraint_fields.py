@@ -9,6 +9,7 @@ from typing import Any
 
 from truffula.errors import InvalidRequest, did_you_mean, nearest
 from truffula.items import Constraint
+from truffula.json_text import json_value
 from truffula.server.body import Body
 
 Reader = Callable[[Any, str], Constraint | None]
@@ -142,8 +143,8 @@ def _schema(value: Any, param: str) -> Constraint:
     """A JSON Schema as a value, or as its JSON text."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
+            value = json_value(value)
+        except ValueError as error:
             raise InvalidRequest(f"{param} is a string that is not JSON: {error}.", param=param) from error
     if not isinstance(value, Mapping | bool):
         raise InvalidRequest(f"{param} is no JSON Schema, which is an object or a boolean.", param=param)

@@ -174,8 +174,10 @@ async def _fold(request: Request, requests: Sequence[GenerateRequest], make: Cal
 
 def entries(delta: TextDelta) -> int:
     """How many tokens and alternatives ``delta`` has, those of the prompt included."""
-    found = 0 if delta.prompt is None else delta.prompt.entries
-    return found + sum(1 + len(piece.top) for piece in delta.tokens)
+    found = len(delta.tokens) + (0 if delta.prompt is None else delta.prompt.entries)
+    for piece in delta.tokens:
+        found += len(piece.top)
+    return found
 
 
 async def stream(

@@ -212,9 +212,12 @@ class BodyLimits:
     async def _read(self, declared: bytes, receive: Receive) -> bytes:
         """The body. Raises ``BodyTooLarge``, ``SlowBody``, and ``ClientGone`` when the client leaves before its end."""
         limit, timeout_s = self._config.max_body_bytes, self._config.body_timeout_s
-        too_large = BodyTooLarge(f"The body is larger than {limit} bytes, this server's limit.", limit=limit)
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
+
+        def require(size: int) -> None:
+            if size > limit:
+                raise BodyTooLarge(f"The body is larger than {limit} bytes, this server's limit.", limit=limit)
+
+        require(int(declared) if declared.isdigit() else 0)
         body = bytearray()
         try:
             async with asyncio.timeout(timeout_s):
@@ -225,8 +228,7 @@ class BodyLimits:
                         raise ClientGone
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
-                    if len(body) > limit:
-                        raise too_large
+                    require(len(body))
         except TimeoutError:
             raise SlowBody(f"The body did not arrive within {timeout_s:g} s, this server's limit.") from None
         return bytes(body)

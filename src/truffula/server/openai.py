@@ -18,7 +18,7 @@ from truffula.server.headers import reply_headers
 from truffula.server.openai_bodies import CompletionBody, OpenAIBody
 from truffula.server.prepare import Read, read_requests
 from truffula.server.replies import encoded, json_reply
-from truffula.server.sse import DONE, frame
+from truffula.server.sse import DONE, encode, frame, frame_of
 from truffula.server.state import record_of, state_of
 from truffula.text.detokenizer import is_utf8
 from truffula.types import Completion, CompletionChoice, PromptPart, TextDelta, TokenPiece, TopToken
@@ -68,6 +68,7 @@ class OpenAIWriter:
 
     def __init__(self, request: Request, body: OpenAIBody, top: dict[str, Any]) -> None:
         self._top = top
+        self._start = encode(top)[:-1] + b',"choices":['  # of each chunk
         self._include_usage = body.include_usage
         self._continuous_usage = body.continuous_usage
         self._record = record_of(request)  # it has the prompt tokens from the start
@@ -87,10 +88,10 @@ class OpenAIWriter:
         return frame({**self._top, "choices": [], "usage": self._usage()}) + DONE
 
     def chunk(self, choice: dict[str, Any], **more: Any) -> bytes:
-        chunk = {**self._top, "choices": [choice], **more}
         if self._include_usage:
-            chunk["usage"] = self._usage() if self._continuous_usage else None
-        return frame(chunk)
+            more["usage"] = self._usage() if self._continuous_usage else None
+        end = b"]," + encode(more)[1:] if more else b"]}"
+        return frame_of(self._start + encode(choice) + end)
 
     def count(self, prompt: int, delta: TextDelta) -> None:
         """Add ``delta`` to the usage."""

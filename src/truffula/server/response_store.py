@@ -32,6 +32,8 @@ STALE_S = 60.0
 """An unfinished row that its server has not touched for so long is lost."""
 TOUCH_S = 15.0
 """How often a server touches its unfinished rows."""
+LOCK_WAIT_S = 5.0
+"""How long a call waits in all, with those before it, while another process has the file locked."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, created REAL NOT NULL, touched REAL NOT NULL, previous TEXT,
@@ -93,11 +95,16 @@ class ResponseStore:
     ) -> None:
         self._path, self._max_bytes, self._max_age_s, self._clock = path, max_bytes, max_age_s, clock
         self._db: sqlite3.Connection | None = None
+        self._wait_s = 0.0  # for a lock, of the call that runs
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="truffula-responses")
 
     async def put(self, row: StoredResponse) -> bool:
         """Add ``row``, or replace the one of its id; False where it is larger than the store."""
         return await self._run(lambda: self._put(row))
+
+    async def finish(self, row: StoredResponse) -> bool:
+        """Replace the row of its id; False where there is none any more, as another server may have deleted it."""
+        return await self._run(lambda: self._get(row.tenant, row.id) is not None and self._put(row))
 
     async def get(self, tenant: str, response_id: str) -> StoredResponse | None:
         """The row, None where the tenant has none of this id."""
@@ -124,8 +131,16 @@ class ResponseStore:
         self._thread.shutdown(wait=True)
 
     async def _run(self, work: Callable[[], T]) -> T:
+        asked = time.monotonic()
+
+        def timed() -> T:
+            self._wait_s = max(0.0, asked + LOCK_WAIT_S - time.monotonic())
+            if self._db is not None:
+                self._db.execute(f"PRAGMA busy_timeout = {int(self._wait_s * 1000)}")
+            return work()
+
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
         except (sqlite3.Error, OSError) as error:
             raise StoreFailed(
                 f"The stored responses cannot be used ({error}). They are in {self._path or 'memory'}; the option "
@@ -195,11 +210,11 @@ class ResponseStore:
 
     def _open(self) -> sqlite3.Connection:
         if self._path is None:
-            return _connect(":memory:")
+            return _connect(":memory:", 0.0)
         self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))  # only its owner reads it
         try:
-            return _connect(self._path)
+            return _connect(self._path, self._wait_s)
         except sqlite3.OperationalError:
             raise  # locked, not writable: the file itself may be sound
         except sqlite3.DatabaseError as error:
@@ -209,7 +224,7 @@ class ResponseStore:
             for extra in ("-wal", "-shm"):
                 self._path.with_name(self._path.name + extra).unlink(missing_ok=True)
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-            return _connect(self._path)
+            return _connect(self._path, self._wait_s)
 
     def _close(self) -> None:
         if self._db is not None:
@@ -231,9 +246,12 @@ def default_file() -> Path | None:
     return path if writable else None
 
 
-def _connect(where: Path | str) -> sqlite3.Connection:
-    """A connection whose tables exist. Raises ``sqlite3.DatabaseError`` for a file that is not such a database."""
-    db = sqlite3.connect(where, timeout=10, check_same_thread=False)
+def _connect(where: Path | str, wait_s: float) -> sqlite3.Connection:
+    """A connection whose tables exist. Waits ``wait_s`` for a lock.
+
+    Raises ``sqlite3.DatabaseError`` for a file that is not such a database.
+    """
+    db = sqlite3.connect(where, timeout=wait_s, check_same_thread=False)
     try:
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # a loss of power may lose the last responses, never the file

@@ -145,7 +145,7 @@ class KeptResponses:
         finally:
             try:
                 if not run.deleted and self.store is not None:
-                    await self.store.put(run.draft.finished(b"".join(run.events) if run.keep_events else b""))
+                    await self.store.finish(run.draft.finished(b"".join(run.events) if run.keep_events else b""))
             except StoreFailed as error:
                 log.error("response %s was not stored: %s", run.draft.row.id, error.message)
             finally:

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from truffula.errors import InvalidRequest
 from truffula.items import Tool, ToolChoice
+from truffula.json_text import json_value
 from truffula.service.openai_items import function_from_openai
 
 SEARCHES = ("web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11")
@@ -190,7 +191,7 @@ def custom_input(arguments: str) -> str:
 def _arguments(text: str) -> dict[str, Any]:
     """The JSON object in ``text``; empty where it is none, which an answer that was cut may leave."""
     try:
-        found = json.loads(text)
+        found = json_value(text)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

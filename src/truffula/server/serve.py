@@ -46,6 +46,7 @@ from truffula.server.connections import (
     most_connections,
 )
 from truffula.server.errors import Unhealthy, dialect_of_request, render
+from truffula.server.http1 import Http1
 from truffula.server.router_metrics import RouterMetrics
 from truffula.server.vllm_metrics import VllmMetrics
 from truffula.service import AsyncService, Service, ServiceLimits
@@ -330,9 +331,7 @@ def make_server(
         timeout_graceful_shutdown=int(config.drain_timeout_s) + 5,
     )
     settings.load()
-    settings.http_protocol_class = partial(  # type: ignore[assignment]
-        GuardedProtocol, connections, settings.http_protocol_class
-    )
+    settings.http_protocol_class = partial(GuardedProtocol, connections, Http1)  # type: ignore[assignment]
     server = DrainingServer(settings, config, loading, connections)
     return server
 

@@ -31,7 +31,16 @@ class ClientGone(Exception):
 
 def frame(value: Any) -> bytes:
     """``value`` as one event on one line: clients split by line and know neither multi-line data nor ``event:``."""
-    payload = _encoder.encode(value)
+    return frame_of(encode(value))
+
+
+def encode(value: Any) -> bytes:
+    """``value`` as JSON."""
+    return _encoder.encode(value)
+
+
+def frame_of(payload: bytes) -> bytes:
+    """``frame`` of a value that is JSON already."""
     for raw, escaped in _LINE_ENDS:
         if raw in payload:
             payload = payload.replace(raw, escaped)
@@ -102,7 +111,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, self._send_all(send))
+            # A task of its own: to resume the caller's for each token is to pass through the frames of all middleware.
+            await unless_gone(receive, asyncio.ensure_future(self._send_all(send)))
         finally:
             await self._frames.aclose()
 

@@ -67,8 +67,9 @@ class AnswerFormats:
         strict = any(tool.strict for tool in tools)
         if form.tools is None and (strict or choice.names or choice.mode == "required"):
             raise InvalidRequest(
-                "tool_choice or strict demands calls that match, and the model's chat template shows no known format of "
-                "calls. Leave both out, or give the model's format (--tool-format of the server) or another chat template.",
+                "tool_choice or strict demands calls that match, and the model's chat template shows no known format "
+                "of calls. Leave both out, or give the model's format (--tool-format of the server) or another chat "
+                "template.",
                 param="tools" if strict else "tool_choice",
             )
         promised = bool(choice.names or not choice.parallel or strict)

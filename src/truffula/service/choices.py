@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -26,6 +26,7 @@ from truffula.types import (
     TextDelta,
     TokenEvent,
     TokenPiece,
+    TopToken,
 )
 
 
@@ -132,7 +133,7 @@ class ChoiceState:
         """One token to the held pieces; the stop string that it completes."""
         self._count += 1
         logprob: float | None = None
-        top: Any = ()
+        top: list[TopToken] = []
         if event.logprobs:
             logprob = event.logprobs[index]
             self._logprob_sum += logprob
@@ -149,10 +150,10 @@ class ChoiceState:
         pending = self._detokenizer is not None and self._detokenizer.pending
         pending = pending or (self._full is not None and self._full.pending)
         self._unfinished = self._unfinished + 1 if pending else 0
-        special, raw = token_id in self._special, self._raw(token_id, text)
-        self._held.append(TokenPiece(token_id, text, logprob, special, not hidden, list(top), raw))
+        raw = None if self._params.logprobs is None else self._raw(token_id, text)
+        self._held.append(TokenPiece(token_id, text, logprob, token_id in self._special, not hidden, top, raw))
         self._fulls.append(full)
-        return None if ended else self._match(full)
+        return None if ended or self._stops is None else self._match(full)
 
     def _text(self, token_id: int, hidden: bool) -> str:
         """What a shown token adds to the text; the own text of a hidden one."""
@@ -179,16 +180,18 @@ class ChoiceState:
         holding = 0 if self._stops is None or self._params.include_stop else self._stops.holding
         keep = 0 if everything else self._unfinished
         if everything or not (holding or keep):
-            keep = 0
+            released, fulls = held, self._fulls
+            self._held, self._fulls = [], []
         else:
             chars = sum(map(len, self._fulls[len(held) - keep :]))
             while chars < holding:
                 keep += 1
                 chars += len(self._fulls[-keep])
-        cut = len(held) - keep
-        released, fulls = held[:cut], self._fulls[:cut]
-        self._held, self._held_start = held[cut:], self._held_start + sum(map(len, fulls))
-        del self._fulls[:cut]
+            cut = len(held) - keep
+            released, fulls = held[:cut], self._fulls[:cut]
+            self._held, self._fulls = held[cut:], self._fulls[cut:]
+        if self._stops is not None:
+            self._held_start += sum(map(len, fulls))
         return released, self._parsed(fulls, everything) if self._parser is not None else _parts(released)
 
     def _parsed(self, texts: Sequence[str], everything: bool) -> list[Part]:

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_type_hints
 
 from truffula.errors import InvalidRequest
 from truffula.items import Item, Message, Reasoning, Refusal, Role, Text, Tool, ToolCall, ToolChoice, ToolResult
+from truffula.json_text import json_value
 from truffula.text.chat_template import plain
 
 ROLES: tuple[str, ...] = get_args(Role)
@@ -193,8 +194,8 @@ def _arguments(given: Any, where: str) -> str:
     if not given.strip():
         return "{}"
     try:
-        value = json.loads(given)
-    except (ValueError, RecursionError) as error:
+        value = json_value(given)
+    except ValueError as error:
         raise InvalidRequest(f"{where} is not JSON: {error}", param=where) from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"{where} is JSON, but not of an object.", param=where)

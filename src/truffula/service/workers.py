@@ -18,7 +18,8 @@ from truffula.text.chat_template import ChatTemplates
 from truffula.text.process import Job, Setup, TextWorker, WorkerStopped
 from truffula.types import GenerateRequest
 
-MAX_WAITING, MAX_WAITING_PER_CLIENT = 64, 8
+MAX_WAITING_PER_CLIENT = 1024
+"""As many as sequences wait in the engine's queue. The server's open requests bound those of all clients."""
 HEAVY_NICENESS = 5
 HEAVY_IDLE_S = 60.0
 """A heavy worker ends after this time without a call: what large texts took returns to the system."""
@@ -68,8 +69,8 @@ def template_stopped(error: WorkerStopped) -> TemplateError:
 class WorkerPool:
     """Workers and the calls that wait for them. Owned by the event loop's thread; ``close`` is for any.
 
-    Clients take turns, each may have a few calls waiting, and the number that wait in all is bounded: further calls are
-    refused, so that none waits for long.
+    Clients take turns: calls that are many or long delay those of the same client. The number of calls that one client
+    has waiting is bounded, and further ones are refused.
 
     Args:
         idle_s: A worker's process ends after this time without a call; None: it stays.
@@ -105,10 +106,10 @@ class WorkerPool:
                 timer.cancel()
             return worker
         own = self._waiting.get(client, deque())
-        if len(own) >= MAX_WAITING_PER_CLIENT or sum(map(len, self._waiting.values())) >= MAX_WAITING:
+        if len(own) >= MAX_WAITING_PER_CLIENT:
             raise Overloaded(
                 f"{len(own)} requests of this client wait to be read, because they are long or because of the model's "
-                f"chat template; the limit is {MAX_WAITING_PER_CLIENT} ({MAX_WAITING} for all clients).",
+                f"chat template; the limit is {MAX_WAITING_PER_CLIENT}.",
                 retry_after_s=2,
             )
         turn: asyncio.Future[TextWorker] = asyncio.get_running_loop().create_future()

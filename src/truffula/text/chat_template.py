@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from jinja2 import meta
 
 from truffula.errors import ConfigError, InvalidRequest, TemplateError
 from truffula.items import Message, Reasoning, ToolCall, ToolResult
+from truffula.json_text import json_value
 from truffula.text.plain_template import MAX_SOURCE_CHARS, is_plain
 from truffula.text.sandbox import template_environment
 from truffula.text.template_probe import Kind, Place, is_written_once_more, missing_from, put_words
@@ -274,7 +274,11 @@ def _message(given: Message, where: str, knows_developer: bool) -> dict[str, Any
 
 def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
     """Items carry a call's arguments as JSON text; templates write the object."""
-    arguments = plain(json.loads(call.arguments), f"{where}.tool_calls")
+    try:
+        value = json_value(call.arguments)
+    except ValueError as error:
+        raise InvalidRequest(f"{where}.tool_calls: the arguments of {call.name!r} are not JSON: {error}.") from error
+    arguments = plain(value, f"{where}.tool_calls")
     known = {"id": call.id} if call.id else {}
     return {**known, "type": "function", "function": {"name": call.name, "arguments": arguments}}
 

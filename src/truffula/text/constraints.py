@@ -10,6 +10,7 @@ from typing import Any
 
 from truffula.errors import InvalidRequest
 from truffula.items import Constraint
+from truffula.json_text import json_value
 from truffula.text.json_schema import WHITESPACE, Schema, enforceable, regex_problem
 from truffula.text.lark import check_lark, renamed
 from truffula.text.structural_tags import structural_rules
@@ -99,6 +100,6 @@ def _choice(values: Any, root: str) -> str:
 
 def decoded(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json_value(text)
     except ValueError as error:
         raise InvalidRequest(f"The value is not valid JSON: {error}.") from error

@@ -96,10 +96,16 @@ class ByteDetokenizer:
         self._to_bytes = to_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip = strip
+        self.pending = False
+        """Whether pushed tokens hold the beginning of a character."""
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token."""
-        text = self._decoder.decode(self._to_bytes(token_id))
+        raw = self._to_bytes(token_id)
+        try:
+            text = self._decoded(raw) if self.pending else raw.decode()
+        except UnicodeDecodeError:
+            text = self._decoded(raw)
         return self._stripped(text) if self._strip and text else text
 
     def _stripped(self, text: str) -> str:
@@ -109,13 +115,14 @@ class ByteDetokenizer:
         self._strip = 0 if cut < len(text) else self._strip - cut
         return text[cut:]
 
-    @property
-    def pending(self) -> bool:
-        """Whether pushed tokens hold the beginning of a character."""
-        return bool(self._decoder.getstate()[0])
+    def _decoded(self, raw: bytes) -> str:
+        text = self._decoder.decode(raw)
+        self.pending = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """What is left at the end: U+FFFD for a character that never became whole, as in a full decode. Once."""
+        self.pending = False
         return self._decoder.decode(b"", final=True)
 
 

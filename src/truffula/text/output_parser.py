@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Collection, Sequence
 
 from truffula.items import Part, Reasoning, Text, Tool, ToolCallPart
+from truffula.json_text import json_value
 from truffula.text.argument_types import json_of, property_schema, types_of
 from truffula.text.output_reader import (
     GEMMA,
@@ -504,13 +505,13 @@ def _ignore(text: str) -> None:
 
 def _object(text: str) -> str:
     """The arguments of a call, which are an object, the JSON text of an object in a string, or null."""
-    value = json.loads(text)
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise MalformedCall from error
-        text = json.dumps(value)
+    try:
+        value = json_value(text)
+        if isinstance(value, str):
+            value = json_value(value)
+            text = json.dumps(value)
+    except ValueError as error:
+        raise MalformedCall from error
     if value is None:
         return "{}"
     if not isinstance(value, dict):

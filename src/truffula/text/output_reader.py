@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Sequence
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
+from truffula.json_text import json_value
+
 SPACE = " \t\r\n"
 MAX_WORD = 1024
 MAX_DEPTH = 256
@@ -344,9 +346,9 @@ class OutputReader:
 def json_from(text: str) -> str:
     """The JSON of one value, written in JSON or as a Python literal; "" where the text is neither."""
     try:
-        json.loads(text, parse_constant=_refuse)
+        json_value(text, parse_constant=_refuse)
         return text.strip(SPACE)
-    except (ValueError, RecursionError):
+    except ValueError:
         pass
     reader, pieces = OutputReader(), list[str]()
     reader.push(text.strip(SPACE))
