@@ -166,6 +166,8 @@ def test_a_missing_field_is_named(live, route):
     ("path", "foreign", "words"),
     [
         ("/v1/responses", {"max_tokens": 5}, "max_tokens has no effect on /v1/responses; use max_output_tokens."),
+        ("/v1/responses", {"conversation": "conv_1"}, "use previous_response_id"),
+        ("/v1/chat/completions", {"previous_response_id": "resp_1"}, "it is a field of /v1/responses"),
         ("/v1/messages", {"response_format": {"type": "json_object"}}, "use output_format"),
         ("/v1/chat/completions", {"output_format": {"type": "json_object"}}, "use response_format"),
     ],
