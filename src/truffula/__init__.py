@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AdapterRef", "SamplingParams", "TruffulaError", "__version__"]
+__all__ = ["LLM", "AdapterRef", "Constraint", "SamplingParams", "TruffulaError", "__version__"]
 
 if TYPE_CHECKING:
     from truffula.errors import TruffulaError
+    from truffula.items import Constraint
     from truffula.llm import LLM
     from truffula.params import SamplingParams
     from truffula.types import AdapterRef
@@ -23,6 +24,7 @@ _HOMES = {
     "LLM": "truffula.llm",
     "SamplingParams": "truffula.params",
     "AdapterRef": "truffula.types",
+    "Constraint": "truffula.items",
     "TruffulaError": "truffula.errors",
 }
 

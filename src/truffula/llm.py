@@ -165,7 +165,7 @@ class LLM:
             prompts: One text, one list of token ids, or a list of these.
             params: One for all, or one per prompt.
             adapters: A name, a folder or Hub id, None for the base; or a list of these, one per prompt.
-            constraint: What every completion must match: a JSON Schema, or a ``truffula.items.Constraint``.
+            constraint: What every completion must match: a JSON Schema, or a ``Constraint``.
             errors: ``return`` returns a request's ``TruffulaError`` in its place; ``raise`` raises the first error and
             aborts the others. Every prompt is checked before the first one is computed.
             progress: Called with (prompts done, prompts). True: a bar on stderr, if that is a terminal and the batch
@@ -334,8 +334,14 @@ def _spread(value: Any, single: Any, count: int, name: str) -> list[Any]:
 
 
 def _constraint(given: Constraint | Mapping[str, Any] | None) -> Constraint | None:
-    if not isinstance(given, Mapping):
+    if given is None or isinstance(given, Constraint):
         return given
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(
+            f"constraint is of type {type(given).__name__}; give a JSON Schema as a dict, or a "
+            "truffula.Constraint of another kind.",
+            param="constraint",
+        )
     try:
         return Constraint(kind="json_schema", value=json.dumps(given), param="constraint")
     except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -150,7 +150,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     constraint: Constraint | None = None
     parse_output: bool = False
     parse_whole: bool = False
-    thinking_budget: int | None = None
+    thinking_budget: Annotated[int, msgspec.Meta(ge=0)] | None = None
     reasoning_effort: str | None = None
     clip_max_tokens: bool = False
     chat_template: str | None = None

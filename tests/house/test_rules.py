@@ -50,7 +50,13 @@ TORCH_HOMES = ("kernels/reference/", "kernels/triton/", "model/fallback.py", "te
 LONG_FILE, LONG_FUNCTION = 600, 100
 MOST_LINES = 42_000
 """Lines of Python in the wheel. The goal is 23,000: lower this number when the sum falls, never raise it."""
-PUBLIC = {"LLM": "llm", "SamplingParams": "params", "AdapterRef": "types", "TruffulaError": "errors"}
+PUBLIC = {
+    "LLM": "llm",
+    "SamplingParams": "params",
+    "AdapterRef": "types",
+    "Constraint": "items",
+    "TruffulaError": "errors",
+}
 MUTABLE = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp)
 
 

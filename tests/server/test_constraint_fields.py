@@ -206,3 +206,8 @@ def test_without_a_constraint_nothing_changes(live):
     plain = live.post("/v1/completions", body).json()["choices"]
     for fields in ({"response_format": {"type": "text"}}, {"guided_json": None}, {"structured_outputs": {}}):
         assert live.post("/v1/completions", {**body, **fields}).json()["choices"] == plain
+
+
+def test_an_unknown_type_of_tgis_grammar_is_answered_with_tgis_types():
+    with pytest.raises(InvalidRequest, match="'xml'; it must be json, json_object, json_schema or regex"):
+        constraint_of({"grammar": {"type": "xml", "value": "a"}})

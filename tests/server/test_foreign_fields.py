@@ -88,7 +88,7 @@ MATRIX = [
     ("guided_regex", "a", (None, None, "parameters.response_format")),
     ("grammar", {"type": "regex", "value": "a"}, ("response_format", "response_format", None)),
     ("schema", {"type": "object"}, ("response_format", "response_format", "parameters.response_format")),
-    ("format", "json", ("leave it out",) * 3),
+    ("format", "json", ("response_format", "response_format", "parameters.response_format")),
 ]
 
 
@@ -152,6 +152,29 @@ def test_a_whole_body_of_another_dialect_gets_the_word_and_not_a_missing_field(l
     path, _, status = BODIES[route]
     error = assert_canonical_error(live.post(path, foreign), status, f"{next(iter(foreign))} has no effect")
     assert "equired" not in message_of(error)
+
+
+@pytest.mark.parametrize("route", ["native", "chat"])
+def test_a_missing_field_is_named(live, route):
+    path, body, status = BODIES[route]
+    field = next(iter(body.keys() & {"inputs", "messages"}))
+    said = message_of(assert_canonical_error(live.post(path, {}), status, f"{field} is required"))
+    assert "got" not in said
+
+
+@pytest.mark.parametrize(
+    ("path", "foreign", "words"),
+    [
+        ("/v1/responses", {"max_tokens": 5}, "max_tokens has no effect on /v1/responses; use max_output_tokens."),
+        ("/v1/responses", {"conversation": "conv_1"}, "use previous_response_id"),
+        ("/v1/chat/completions", {"previous_response_id": "resp_1"}, "it is a field of /v1/responses"),
+        ("/v1/messages", {"response_format": {"type": "json_object"}}, "use output_format"),
+        ("/v1/chat/completions", {"output_format": {"type": "json_object"}}, "use response_format"),
+    ],
+)
+def test_a_field_of_another_api_is_refused_under_the_name_that_was_sent(live, path, foreign, words):
+    error = live.post(path, {"input": "Hi", **foreign} if path == "/v1/responses" else foreign).json()["error"]
+    assert error["message"].startswith(next(iter(foreign))) and words in error["message"]
 
 
 @pytest.mark.parametrize("route", BODIES)

@@ -182,6 +182,7 @@ def test_a_choice_of_what_is_not_offered_is_refused(given, param):
     [
         ([FUNCTION, FUNCTION], "tools[1].name"),
         ([{"type": "function"}], "tools[0].name"),
+        ([{"type": "function", "function": {"name": "f"}}], "tools[0].function"),
         ([{**FUNCTION, "parameters": "x"}], "tools[0].parameters"),
         ([{**CUSTOM, "format": {"type": "grammar", "syntax": "lark", "definition": "x"}}], "tools[0].format.syntax"),
         ([{**CUSTOM, "format": {"type": "picture"}}], "tools[0].format.type"),

@@ -87,3 +87,9 @@ def test_parts_of_a_stream(llm: LLM) -> None:
         for part in delta.parts
     ]
     assert list(dict.fromkeys(kinds)) == [Reasoning, Text, ToolCallPart]
+
+
+@pytest.mark.parametrize(("field", "value"), [("thinking_budget", -3), ("constraint", "[0-9]+")])
+def test_a_wrong_argument_is_named(llm: LLM, field: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest, match=field):
+        llm.chat([user("@thinks")], PARAMS, **{field: value})

@@ -77,7 +77,8 @@ def root(
 @app.command(rich_help_panel=START, epilog="`truffula config --show` prints every option, its value and its origin.")
 @with_options("engine", "server")
 def serve(model: ModelOrVariable = None, *, options: dict[str, Any]) -> None:
-    """Serve MODEL and its adapters over HTTP, with the routes of OpenAI, LoRAX and TGI.
+    """Serve MODEL and its adapters over HTTP, with the routes of OpenAI, Anthropic,
+    LoRAX and TGI.
 
     Each option can also be set by the environment variable beside it, or in a file (--config).
     """

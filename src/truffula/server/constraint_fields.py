@@ -132,9 +132,9 @@ def tgi_grammar(value: Any, param: str = "grammar") -> Constraint | None:
     """TGI's ``{"type": "json" | "regex" | "json_schema" | "json_object", "value"}``."""
     if value == "":
         return None
-    if _object(value, param).get("type") == "text":
+    if (kind := _object(value, param).get("type")) not in ("json", "json_object", "json_schema", "regex"):
         raise InvalidRequest(
-            f"{param} has the type 'text'; it must be json, json_object, json_schema or regex.", param=param
+            f"{param} has the type {str(kind)[:40]!r}; it must be json, json_object, json_schema or regex.", param=param
         )
     return response_format(value, param)
 

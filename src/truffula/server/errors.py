@@ -272,6 +272,8 @@ def from_validation(error: ValidationError, *, inside: str = "") -> InvalidReque
     param = where.removeprefix(f"{inside}.") if inside else where
     more = len({_place(item["loc"]) for item in found}) - 1
     also = f" ({more} more invalid field{'s' if more > 1 else ''}.)" if more else ""
+    if found[0]["type"] == "missing":
+        return InvalidRequest(f"{param} is required.{also}", param=param)
     shown = type(found[0]["input"]).__name__ if param in SECRETS else _shown(found[0]["input"])
     return InvalidRequest(f"{param}: {' or '.join(words[:4])}, got {shown}.{also}", param=param)
 

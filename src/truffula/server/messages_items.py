@@ -220,8 +220,8 @@ def read_tools(tools: Sequence[Mapping[str, Any]], ignored: dict[str, None]) -> 
         kind = given.get("type")
         if kind not in (None, "custom"):
             raise InvalidRequest(
-                f"{where} has the type {_shown(kind)}, a tool that is defined or run by Anthropic. Send a tool of your "
-                "own in its place: name, description and input_schema.",
+                f"{where} has the type {_shown(kind)}. Send a tool of your own: name, description and input_schema, "
+                "without type; tools that Anthropic defines or runs are not served.",
                 param=f"{where}.type",
             )
         name, schema = _string(given, "name", where), given.get("input_schema")

@@ -33,7 +33,8 @@ CLIENT_CLOSED = 499  # nginx's number for a client that left before its answer; 
 def rejection(scope: Scope, error: TruffulaError, *, close: bool = False) -> Response:
     """The answer to a request that is rejected with ``error``, whose code the log line and the metrics have too."""
     scope["state"]["record"].error_code = error.code
-    if error.param == "max_tokens" and scope["path"].startswith("/v1/responses"):
+    renamed = error.param == "max_tokens" and not error.data.get("verbatim")
+    if renamed and scope["path"].startswith("/v1/responses"):
         # The layers below know the field by the name of the other routes.
         named = msgspec.structs.replace(
             error.info(), param="max_output_tokens", message=error.message.replace("max_tokens", "max_output_tokens")

@@ -131,6 +131,12 @@ def _add_named(found: ToolSet, tool: Mapping[str, Any], place: str, space: str) 
             f", custom, {', '.join(CLIENT_TOOLS)}, or leave it out.",
             param=f"{place}.type",
         )
+    if "name" not in tool and isinstance(tool.get("function"), dict):
+        raise InvalidRequest(
+            f"{place}.function is the form of /v1/chat/completions; on this route name, description and parameters "
+            "stand beside type.",
+            param=f"{place}.function",
+        )
     own = text_of(tool, "name", place)
     name = f"{space}__{own}" if space else own
     made = function_from_openai({key: tool.get(key) for key in _FUNCTION} | {"name": name}, place)

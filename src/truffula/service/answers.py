@@ -59,7 +59,7 @@ class AnswerFormats:
         """What the answer to ``request`` must match, for ``Grammars``; None: nothing.
 
         Without tools and reasoning that is the request's constraint alone. Raises ``InvalidRequest`` where a tool call
-        is demanded of a model that has no known form of them.
+        is demanded of a model that has no known format of them.
         """
         if not request.parse_output or request.messages is None:
             return request.constraint
@@ -67,8 +67,9 @@ class AnswerFormats:
         strict = any(tool.strict for tool in tools)
         if form.tools is None and (strict or choice.names or choice.mode == "required"):
             raise InvalidRequest(
-                "tool_choice or strict demands tool calls of a form, and the model's chat template has none that this "
-                "server knows. Leave both out, or name the form with the server's option --tool-format.",
+                "tool_choice or strict demands calls that match, and the model's chat template shows no known format "
+                "of calls. Leave both out, or give the model's format (--tool-format of the server) or another chat "
+                "template.",
                 param="tools" if strict else "tool_choice",
             )
         promised = bool(choice.names or not choice.parallel or strict)

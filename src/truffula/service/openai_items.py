@@ -90,7 +90,9 @@ def _tool(given: Any, where: str) -> Tool:
             param=f"{where}.type",
         )
     if "function" not in tool:
-        raise InvalidRequest(f"{where} has no function.", param=f"{where}.function")
+        raise InvalidRequest(
+            f"{where} has no function, the object with name, description and parameters.", param=f"{where}.function"
+        )
     return function_from_openai(tool["function"], f"{where}.function")
 
 
