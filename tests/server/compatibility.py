@@ -32,8 +32,8 @@ ALL_ROUTES = (*_ROUTES, *_ADMIN_ROUTES)
 DIALECTS = {
     "openai": "OpenAI",
     "anthropic": "Anthropic",
-    "native": "LoRAX, TGI",
-    "admin": "vLLM, SGLang",
+    "native": "LoRAX, TGI, vLLM",
+    "admin": "administration",
     "probes": "all",
 }
 LIMITS = RequestLimits(

@@ -65,6 +65,8 @@ def test_reasoning_comes_before_what_is_enforced() -> None:
     assert thinks("<think>\n\n</think>\n\n") == (False, False), "the prompt has closed it"
     assert isinstance(FORMATS.wanted(request("both", thinking_budget=3), ""), Answer)
     assert FORMATS.wanted(request("calls", thinking_budget=3), "") is None, "it does not reason"
+    assert FORMATS.ignored(request("calls", thinking_budget=3)) == ("thinking_budget",)
+    assert FORMATS.ignored(request("both", thinking_budget=3)) == FORMATS.ignored(request("calls")) == ()
 
 
 def test_a_call_cannot_be_demanded_in_an_unknown_form() -> None:

@@ -82,6 +82,8 @@ class Body(BaseModel):
 
     def field_of(self, name: str) -> str:
         """The field that gave what ``GenerateRequest`` calls ``name``; "" where the client gave none."""
+        if name == "thinking_budget":
+            return "thinking_token_budget"
         return f"chat_{name}" if name.startswith("template_kwargs.") else name
 
 

@@ -24,7 +24,11 @@ from truffula.server.messages_items import Conversation, read_conversation, read
 from truffula.types import GenerateRequest
 
 _OWN_NAMES: Mapping[str, str] = MappingProxyType(
-    {"messages(role=system)": "system", "messages.tool_calls": "messages(type=tool_use)"}
+    {
+        "messages(role=system)": "system",
+        "messages.tool_calls": "messages(type=tool_use)",
+        "thinking_budget": "thinking.budget_tokens",
+    }
 )
 _CLEAR_THINKING = "clear_thinking_20251015"
 

@@ -55,6 +55,12 @@ class AnswerFormats:
         dropped = self._special if request.params.skip_special_tokens else ()
         return make_parser(form, tools, prompt_tail=prompt_tail, special_tokens=dropped, whole=request.parse_whole)
 
+    def ignored(self, request: GenerateRequest) -> tuple[str, ...]:
+        """Names of what ``request`` asks of its answer and this model has no use for."""
+        if request.thinking_budget is None or request.messages is None or self.of(request).reasoning is not None:
+            return ()
+        return ("thinking_budget",)
+
     def wanted(self, request: GenerateRequest, prompt_tail: str) -> Constraint | Answer | None:
         """What the answer to ``request`` must match, for ``Grammars``; None: nothing.
 

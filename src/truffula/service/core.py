@@ -299,7 +299,8 @@ class Service:
             )
             for one in engine_requests
         ]
-        state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), prompt.ignored)
+        ignored = prompt.ignored + self.answers.ignored(request)
+        state = RequestState(request, request_id, engine_requests, choices, len(prompt.ids), ignored)
         self._check_scores([state], self.limits.max_prompt_scores)
         return state
 
