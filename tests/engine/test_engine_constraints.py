@@ -226,7 +226,7 @@ def test_a_request_waits_for_its_grammar_and_delays_no_other(end):
     waits = request("waits", [1, 2], max_tokens=30, grammar=GRAMMARS["object"], adapter="red", deadline=deadline)
     with slow:
         rig.add(waits)
-        rig.add(msgspec.structs.replace(waits, request_id="twin", deadline=None))
+        rig.add(msgspec.structs.replace(waits, request_id="unlimited", deadline=None))
         for name in ("free", "red"):
             rig.add(request(name, [3, 4], max_tokens=9, adapter=None if name == "free" else name))
         while rig.answers["free"].final is None or rig.answers["red"].final is None:
@@ -248,9 +248,9 @@ def test_a_request_waits_for_its_grammar_and_delays_no_other(end):
     rig.drain()
     rig.assert_clean()
     assert rig.engine.poll_timeout() is None, "an idle engine looks for nothing"
-    check(waits, rig.answers["twin"])
+    check(waits, rig.answers["unlimited"])
     if end == "compiled":
-        assert rig.answers["waits"].token_ids == rig.answers["twin"].token_ids
+        assert rig.answers["waits"].token_ids == rig.answers["unlimited"].token_ids
 
 
 def test_a_grammar_that_is_compiled_in_vain_is_not_waited_for():

@@ -104,7 +104,7 @@ def claude():
     found = home / "node_modules" / ".bin" / "claude"
     npm, node = shutil.which("npm"), shutil.which("node")
     if npm is None or node is None:
-        pytest.skip("needs npm")
+        pytest.fail("npm is not installed: install Node.js, with which this test installs the client that it runs")
     if not found.exists():
         home.mkdir(parents=True, exist_ok=True)
         install = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(home), PACKAGE]
