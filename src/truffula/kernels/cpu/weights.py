@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from truffula.errors import KernelError
-from truffula.kernels.backend import BFLOAT16, PullWeight, QuantisedArray, as_array, pull_parts
+from truffula.kernels.backend import BFLOAT16, ComputedArray, Part, PullWeight, QuantisedArray, as_array, pull_parts
 from truffula.kernels.cpu.formats import BLOCK_KINDS, WeightOptions
 from truffula.kernels.cpu.library import library
 from truffula.kernels.inputs import Array
@@ -148,14 +148,12 @@ def load_one(
             rounding.sums[name] = squares, lost
 
 
-def _fill(
-    native: Any, weight: int, part: Array | QuantisedArray, first: int, *, as_blocks: bool
-) -> tuple[float, float]:
+def _fill(native: Any, weight: int, part: Part, first: int, *, as_blocks: bool) -> tuple[float, float]:
     """Pack a part as rows ``first ..``. Returns sums of squares: values, rounding errors."""
     squares = lost = 0.0
     step = max(1, _CHUNK_BYTES * part.shape[0] // max(1, part.nbytes))
     for lo in range(0, part.shape[0], step):
-        some = part.rows(lo, lo + step) if isinstance(part, QuantisedArray) else part[lo : lo + step]
+        some = _rows(part, lo, lo + step)
         source = some.blocks if isinstance(some, QuantisedArray) else some
         if as_blocks and isinstance(some, QuantisedArray):
             more = native.fill(weight, np.ascontiguousarray(source), first + lo, some.kind)
@@ -164,6 +162,12 @@ def _fill(
         squares, lost = squares + more[0], lost + more[1]
         release_pages(source)
     return squares, lost
+
+
+def _rows(part: Part, lo: int, hi: int) -> Array | QuantisedArray:
+    if isinstance(part, QuantisedArray):
+        return part.rows(lo, hi)
+    return part.read(lo, hi) if isinstance(part, ComputedArray) else part[lo:hi]
 
 
 def as_bits(array: Array) -> Array:

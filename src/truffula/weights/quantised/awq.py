@@ -15,7 +15,7 @@ import numpy as np
 from truffula.weights.checkpoint import Array
 from truffula.weights.quantised.bits import affine, unpack
 from truffula.weights.quantised.keys import Keys
-from truffula.weights.quantised.logical import Logical, Parts
+from truffula.weights.quantised.logical import Logical, Parts, Scheme
 
 QWEIGHT, QZEROS, SCALES = ".qweight", ".qzeros", ".scales"
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -26,16 +26,13 @@ _NO_EFFECT = (
 )
 
 
-@dataclass(frozen=True)
-class Awq:
+@dataclass(frozen=True, kw_only=True)
+class Awq(Scheme):
     """``layout`` is gemm or gemv; ``group_size`` -1 for one group, None where modules differ."""
 
-    method: str
     group_size: int | None
     layout: str = "gemm"
-    suffixes: tuple[str, ...] = (QWEIGHT, QZEROS, SCALES)
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    suffixes = (QWEIGHT, QZEROS, SCALES)
 
     def is_quantised(self, parts: Parts) -> bool:
         return QWEIGHT in parts or QZEROS in parts
@@ -110,4 +107,4 @@ def read_awq(keys: Keys) -> Awq:
     keys.must_be("zero_point", (True,), "weights without zero points are not supported.")
     keys.names("modules_to_not_convert")
     keys.skip(*_NO_EFFECT)
-    return Awq("awq", size, layout)
+    return Awq(method="awq", group_size=size, layout=layout)

@@ -65,7 +65,8 @@ def pairs_of_e2m1() -> Array:
 
 def unpack_e2m1(packed: Bytes) -> Floats:
     """``[..., m]`` bytes of two 4-bit floats to ``[..., 2 m]`` float32."""
-    return np.take(pairs_of_e2m1(), packed).view(np.float32).reshape(*packed.shape[:-1], -1)
+    values: Floats = np.take(pairs_of_e2m1(), packed).view(np.float32)
+    return values.reshape(*packed.shape[:-1], -1)
 
 
 def affine(quants: Array, zeros: Array | None, scales: Array, groups: int | Array, dtype: np.dtype[Any]) -> Array:

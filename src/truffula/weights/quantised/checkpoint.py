@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from truffula.errors import CheckpointError
+from truffula.kernels.backend import ComputedArray
+from truffula.kernels.mapped import release_pages
 from truffula.weights.checkpoint import Array, Checkpoint, TensorInfo
-from truffula.weights.quantised.logical import Logical, Parts, Scheme
+from truffula.weights.quantised.logical import FLOATS, Logical, Parts, Scheme
 
 
 class QuantisedCheckpoint(Checkpoint):
@@ -18,24 +20,22 @@ class QuantisedCheckpoint(Checkpoint):
     def __init__(self, opened: Checkpoint, scheme: Scheme) -> None:
         self.path, self.format, self.files = opened.path, opened.format, opened.files
         self.config, self.generation_config = opened.config, opened.generation_config
-        self._opened, self._logical = opened, dict[str, Logical]()
+        self._opened = opened
+        self._logical: dict[str, Logical] = {}
         tensors: dict[str, TensorInfo] = {}
         unused: list[str] = []
-        for parts in _modules(opened, scheme.suffixes):
-            if not parts.module or not scheme.is_quantised(parts):
-                kept = parts.infos.values()
-                tensors |= {info.name: info for info in kept}
+        for module, infos in _modules(opened, scheme).items():
+            unused += [info.name for suffix, info in infos.items() if suffix in scheme.unused]
+            parts = Parts(opened, module, {key: info for key, info in infos.items() if key not in scheme.unused})
+            if not parts.infos or not scheme.is_quantised(parts):
+                tensors |= {info.name: info for info in parts.infos.values()}
                 continue
-            left_out = [suffix for suffix in parts.infos if suffix in scheme.unused]
-            unused += [parts.infos[suffix].name for suffix in left_out]
-            used = {suffix: info for suffix, info in parts.infos.items() if suffix not in scheme.unused}
-            if not used:  # the scales of a KV cache may belong to a module without a weight
-                continue
-            logical = scheme.open(Parts(opened, parts.module, used))
-            if logical.name in tensors or logical.name in self._logical:
-                raise CheckpointError(f"{logical.name} is stored twice, plain and quantised.", param=logical.name)
+            logical = scheme.open(parts)
+            plain = logical.name in opened.tensors and logical.name not in [info.name for info in parts.infos.values()]
+            if plain or logical.name in self._logical:
+                raise CheckpointError(f"{logical.name} is stored in two ways: {', '.join(parts.infos)}.", param=module)
             self._logical[logical.name] = logical
-            tensors[logical.name] = _info(logical, tuple(used.values()))
+            tensors[logical.name] = _info(logical, tuple(parts.infos.values()))
         self.tensors: Mapping[str, TensorInfo] = tensors
         self.unused = (*opened.unused, *unused)
         self.warnings = (*opened.warnings, *self._warnings(scheme))
@@ -46,27 +46,36 @@ class QuantisedCheckpoint(Checkpoint):
         return [f"{scheme.method}: {note}" for note in scheme.notes]
 
     def read(self, name: str) -> Array:
+        computed = self.computed(name)
+        return self._opened.read(name) if computed is None else computed.dequantise()
+
+    def computed(self, name: str) -> ComputedArray | None:
         logical = self._logical.get(name)
-        return self._opened.read(name) if logical is None else logical.rows(0, logical.shape[0])
+        if logical is None:
+            return None
+        stored = self.tensors[name].parts
 
-    def logical(self, name: str) -> Logical | None:
-        return self._logical.get(name)
+        def read(lo: int, hi: int) -> Array:
+            rows = logical.rows(lo, hi)
+            if hi >= logical.shape[0]:
+                for part in stored:
+                    release_pages(self.bytes_of(part))
+            return rows
+
+        return ComputedArray(logical.shape, logical.dtype, read)
 
 
-def _modules(opened: Checkpoint, suffixes: tuple[str, ...]) -> list[Parts]:
-    """The stored tensors grouped by their names without suffix, in order; a tensor without one stands alone."""
-    longest = sorted(suffixes, key=len, reverse=True)
+def _modules(opened: Checkpoint, scheme: Scheme) -> dict[str, dict[str, TensorInfo]]:
+    """The stored tensors by module and suffix; a name without a suffix is a module of its own, with the suffix ""."""
+    longest = sorted(scheme.suffixes, key=len, reverse=True)
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in opened.tensors.items():
-        suffix = next((item for item in longest if name.endswith(item)), None)
-        if suffix is None:
-            found[f"\0{name}"] = {"": info}
-        else:
-            found.setdefault(name.removesuffix(suffix), {})[suffix] = info
-    return [Parts(opened, "" if module.startswith("\0") else module, infos) for module, infos in found.items()]
+        suffix = next((item for item in longest if name.endswith(item)), "")
+        found.setdefault(name[: len(name) - len(suffix)], {})[suffix] = info
+    return found
 
 
 def _info(logical: Logical, parts: tuple[TensorInfo, ...]) -> TensorInfo:
-    first = parts[0]
+    first, values = parts[0], {dtype: name for name, dtype in FLOATS.items()}[logical.dtype]
     nbytes = sum(part.nbytes for part in parts)
-    return TensorInfo(logical.name, logical.shape, logical.kind, first.file, first.offset, nbytes, parts)
+    return TensorInfo(logical.name, logical.shape, logical.kind, first.file, first.offset, nbytes, parts, values)

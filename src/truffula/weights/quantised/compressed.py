@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from truffula.errors import UnsupportedModel
 from truffula.weights.checkpoint import Array
 from truffula.weights.quantised.bits import affine, table, unpack, unpack_e2m1
 from truffula.weights.quantised.floats import (
@@ -41,7 +40,7 @@ from truffula.weights.quantised.floats import (
     scaled,
 )
 from truffula.weights.quantised.keys import Keys
-from truffula.weights.quantised.logical import BFLOAT16, FLOAT32, FLOATS, Logical, Parts
+from truffula.weights.quantised.logical import BFLOAT16, FLOATS, Logical, Parts, Scheme
 
 WEIGHT, PACKED, SCALE, ZERO = ".weight", ".weight_packed", ".weight_scale", ".weight_zero_point"
 GLOBAL, SHAPE, G_IDX = ".weight_global_scale", ".weight_shape", ".weight_g_idx"
@@ -61,15 +60,14 @@ class Width:
     block: tuple[int, int] | None
 
 
-@dataclass(frozen=True)
-class CompressedTensors:
+@dataclass(frozen=True, kw_only=True)
+class CompressedTensors(Scheme):
     """``widths`` are those of the config's groups, without duplicates."""
 
     widths: tuple[Width, ...]
-    notes: tuple[str, ...] = ()
     method: str = "compressed-tensors"
-    suffixes: tuple[str, ...] = (WEIGHT, PACKED, SCALE, ZERO, GLOBAL, SHAPE, G_IDX, *_UNUSED)
-    unused: tuple[str, ...] = _UNUSED
+    suffixes = (WEIGHT, PACKED, SCALE, ZERO, GLOBAL, SHAPE, G_IDX, *_UNUSED)
+    unused = _UNUSED
 
     def is_quantised(self, parts: Parts) -> bool:
         weight = parts.infos.get(WEIGHT)
@@ -160,11 +158,10 @@ class CompressedTensors:
         return Logical(f"{parts.module}.weight", (shape[0], shape[1]), dtype, kind, compute)
 
     def _grid(self, parts: Parts, shape: tuple[int, int]) -> tuple[int, int]:
-        blocks = [width.block for width in self.widths if width.block] or [None]
-        for block in blocks[:-1]:
-            if block and parts.infos[SCALE].shape == (-(-shape[0] // block[0]), -(-shape[1] // block[1])):
-                return block
-        return grid(parts, SCALE, shape, blocks[-1])
+        blocks = [width.block for width in self.widths if width.block]
+        scales = parts.infos[SCALE].shape
+        fitting = [b for b in blocks if scales == (-(-shape[0] // b[0]), -(-shape[1] // b[1]))]
+        return grid(parts, SCALE, shape, (fitting or blocks or [None])[0])
 
 
 def _floats4(parts: Parts) -> Logical:
@@ -205,7 +202,7 @@ def _group_index(parts: Parts, groups: int) -> Array | None:
     index = parts.read(G_IDX)
     if index.size and int(index.min()) == int(index.max()) == -1:
         return None  # written where it is not used
-    if index.size and not (0 <= int(index.min()) and int(index.max()) < groups):
+    if index.size and not (int(index.min()) >= 0 and int(index.max()) < groups):
         raise parts.error(G_IDX, f"names groups that are not among the {groups} of {parts.module}{SCALE}.")
     return index
 
@@ -232,7 +229,7 @@ def read_compressed(keys: Keys) -> CompressedTensors:
         widths += [width] if width is not None else []
         activations |= rounded
     notes = (*([ACTIVATIONS] if activations else []), *([CACHE] if cache else []))
-    return CompressedTensors(tuple(dict.fromkeys(widths)), notes)
+    return CompressedTensors(widths=tuple(dict.fromkeys(widths)), notes=notes)
 
 
 def _any(config: Mapping[str, Any]) -> bool:

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from truffula.errors import UnsupportedModel
+from truffula.weights.quantised.auto_round import read_auto_round
 from truffula.weights.quantised.awq import read_awq
 from truffula.weights.quantised.compressed import read_compressed
 from truffula.weights.quantised.floats import read_fbgemm, read_fp8
@@ -18,6 +19,7 @@ CONFIG_KEYS = ("quantization_config", "compression_config")
 NESTED = ("", "text_config")
 _READERS: Mapping[str, Callable[[Keys], Scheme]] = MappingProxyType(
     {
+        "auto-round": read_auto_round,
         "awq": read_awq,
         "compressed-tensors": read_compressed,
         "fbgemm_fp8": read_fbgemm,

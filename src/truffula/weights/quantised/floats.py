@@ -15,7 +15,7 @@ import numpy as np
 from truffula.weights.checkpoint import Array
 from truffula.weights.quantised.bits import affine, table, unpack_e2m1
 from truffula.weights.quantised.keys import Keys
-from truffula.weights.quantised.logical import FLOAT32, FLOATS, Logical, Parts
+from truffula.weights.quantised.logical import FLOAT32, FLOATS, Logical, Parts, Scheme
 
 F8: dict[str, str] = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 EXPONENTS = ("U8", "F8_E8M0")
@@ -66,15 +66,13 @@ def float8_rows(parts: Parts, suffix: str) -> Callable[[int, int], Array]:
     return lambda lo, hi: np.take(values, parts.read(suffix)[lo:hi].view(np.uint8))
 
 
-@dataclass(frozen=True)
-class Float8:
+@dataclass(frozen=True, kw_only=True)
+class Float8(Scheme):
     """``block``: rows and columns that share a scale; None where the config names none."""
 
-    method: str
-    block: tuple[int, int] | None
-    notes: tuple[str, ...] = ()
-    suffixes: tuple[str, ...] = (".weight", *SCALE_SUFFIXES, *ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
-    unused: tuple[str, ...] = (*ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
+    block: tuple[int, int] | None = None
+    suffixes = (".weight", *SCALE_SUFFIXES, *ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
+    unused = (*ACTIVATION_SUFFIXES, *CACHE_SUFFIXES)
 
     def is_quantised(self, parts: Parts) -> bool:
         weight = parts.infos.get(".weight")
@@ -109,11 +107,12 @@ def read_fp8(keys: Keys) -> Float8:
     keys.skip("dequantize", "weight_per_tensor", "act_per_tensor", "moe_layer_quant")
     if block is not None and keys.raw("quant_method") == "mxfp8" and block != (1, 32):
         raise keys.error("weight_block_size", "mxfp8 has blocks of [1, 32].")
-    return Float8("fp8", None if block is None else (block[0], block[1]), (ACTIVATIONS, *([CACHE] if cache else [])))
+    notes = (ACTIVATIONS, *([CACHE] if cache else []))
+    return Float8(method="fp8", block=None if block is None else (block[0], block[1]), notes=notes)
 
 
 def read_fbgemm(keys: Keys) -> Float8:
     """The scheme of a ``quantization_config`` with ``quant_method`` fbgemm_fp8."""
     keys.names("modules_to_not_convert")
     keys.skip("activation_scale_ub")
-    return Float8("fbgemm_fp8", None, (ACTIVATIONS,))
+    return Float8(method="fbgemm_fp8", notes=(ACTIVATIONS,))

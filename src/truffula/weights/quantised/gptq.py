@@ -8,14 +8,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from truffula.weights.checkpoint import Array
 from truffula.weights.quantised.bits import affine, unpack
 from truffula.weights.quantised.keys import Keys
-from truffula.weights.quantised.logical import Logical, Parts
+from truffula.weights.quantised.logical import Logical, Parts, Scheme
 
 BITS = (2, 3, 4, 8)
 QWEIGHT, QZEROS, SCALES, G_IDX = ".qweight", ".qzeros", ".scales", ".g_idx"
@@ -30,20 +29,17 @@ _HOW_IT_WAS_MADE = (
 _KERNELS_OF_OTHERS = ("backend", "disable_exllama", "exllama_config", "use_cuda_fp16", "use_exllama", "version")
 
 
-@dataclass(frozen=True)
-class Gptq:
+@dataclass(frozen=True, kw_only=True)
+class Gptq(Scheme):
     """``bits`` and ``group_size`` are None when the config has other ones for some modules: the shapes tell them.
 
     ``less_one``: zeros are stored less one.
     """
 
-    method: str
     bits: int | None
     group_size: int | None
     less_one: bool
-    suffixes: tuple[str, ...] = (QWEIGHT, QZEROS, SCALES, G_IDX)
-    unused: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    suffixes = (QWEIGHT, QZEROS, SCALES, G_IDX)
 
     def is_quantised(self, parts: Parts) -> bool:
         return QWEIGHT in parts or QZEROS in parts
@@ -104,7 +100,7 @@ def _zeros(words: Array, bits: int, lo: int, hi: int, *, less_one: bool) -> Arra
 
 def _group_index(parts: Parts, groups: int) -> Array:
     index = parts.read(G_IDX)
-    if index.size and not (0 <= int(index.min()) and int(index.max()) < groups):
+    if index.size and not (int(index.min()) >= 0 and int(index.max()) < groups):
         bad = int(index.min()) if int(index.min()) < 0 else int(index.max())
         raise parts.error(G_IDX, f"names group {bad}; {parts.module}{SCALES} has {groups} groups.")
     return index
@@ -135,14 +131,10 @@ def read_gptq(keys: Keys) -> Gptq:
     formats = ("gptq", "gptq_v2")
     form = keys.choice("checkpoint_format", formats, keys.choice("format", formats, "gptq"))
     keys.skip(*_HOW_IT_WAS_MADE, *_KERNELS_OF_OTHERS)
-    return Gptq("gptq", bits, size, less_one=form == "gptq")
+    return Gptq(method="gptq", bits=bits, group_size=size, less_one=form == "gptq")
 
 
 def as_gptq(method: str, keys: Keys, *, overridden: bool, less_one: bool) -> Gptq:
     """For other methods that write this layout."""
     bits, size = _width(keys, overridden=overridden)
-    return Gptq(method, bits, size, less_one=less_one)
-
-
-def plain_settings(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(item, dict) for item in value.values())
+    return Gptq(method=method, bits=bits, group_size=size, less_one=less_one)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -97,20 +98,24 @@ class Parts:
         return self.opened.read(self.infos[suffix].name)
 
 
-class Scheme(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Scheme(ABC):
     """How the modules of a model are quantised.
 
-    ``suffixes``: the ends of the names of stored tensors that may belong to a quantised module. ``unused``: those of
-    tensors that belong to such a module and have no effect here. ``notes`` are for the operator.
+    ``method`` is the config's name for it, ``notes`` are for the operator. ``suffixes``: the ends of the names of
+    stored tensors that may belong to a quantised module. ``unused``: of these, the ends of tensors that have no effect
+    here.
     """
 
     method: str
-    suffixes: tuple[str, ...]
-    unused: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    suffixes: ClassVar[tuple[str, ...]]
+    unused: ClassVar[tuple[str, ...]] = ()
 
+    @abstractmethod
     def is_quantised(self, parts: Parts) -> bool:
         """Whether the stored tensors are those of a quantised module, complete or not."""
 
+    @abstractmethod
     def open(self, parts: Parts) -> Logical:
         """The module's weight. Reads shapes and dtypes only, and raises ``CheckpointError`` when they are wrong."""
