@@ -1,11 +1,12 @@
 """Writes ``tests/weights/quantised/*.safetensors``: modules quantised by the library of each scheme.
 
-A file holds the stored tensors of the modules ``square`` [64, 64], ``tall`` [128, 64] and ``wide`` [64, 128], or of some
-of them, and as metadata the ``quantization_config``, the versions of the libraries and, for each module, the dtype and
-the SHA-256 of the values that the library dequantises. It runs in an environment of its own:
+A file holds the stored tensors of the modules ``square`` [64, 64], ``tall`` [128, 64] and ``wide`` [64, 128], and as
+metadata the ``quantization_config``, the versions of the libraries and, for each module, the dtype and the SHA-256 of
+the values that the library dequantises. It runs in an environment of its own:
 
     pip install torch==2.13.0 transformers==5.23.0 compressed-tensors==0.20.1 bitsandbytes==0.50.2
-    pip install --no-deps autoawq==0.2.9 hqq==0.2.8.post1 gptqmodel==7.7.0 nvidia-modelopt==0.47.0  # and what they import
+    pip install --no-deps autoawq==0.2.9 hqq==0.2.8.post1 gptqmodel==7.7.0 nvidia-modelopt==0.47.0
+    pip install ...  # what these import
     python scripts/quantised_fixtures.py tests/weights/quantised [NAME ...]
 """
 
@@ -46,7 +47,9 @@ def random_scales(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 # GPTQ
 
 
-def gptq(bits: int, *, group: int = 32, v2: bool = False, act_order: bool = False, dtype: torch.dtype = torch.float16) -> Any:
+def gptq(
+    bits: int, *, group: int = 32, v2: bool = False, act_order: bool = False, dtype: torch.dtype = torch.float16
+) -> Any:
     from gptqmodel.nn_modules.qlinear import PackableQuantLinear
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
@@ -170,8 +173,9 @@ def compressed(form: str, dtype: torch.dtype = torch.bfloat16, **args: Any) -> A
     group = {"targets": ["Linear"], "weights": json.loads(arguments.model_dump_json()), "input_activations": None}
     group |= {"output_activations": None, "format": form}
     config = {
-        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
-        "kv_cache_scheme": None, "quantization_status": "compressed", "global_compression_ratio": None,
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed",
+        "global_compression_ratio": None,
         "sparsity_config": {}, "transform_config": {}, "version": "0.20.1",
     }  # fmt: skip
     return config, modules
@@ -235,8 +239,12 @@ CASES: dict[str, Callable[[], Any]] = {
     "awq-gemm": awq_gemm,
     "awq-gemv": awq_gemv,
     "ct-int4-group": lambda: compressed("pack-quantized", num_bits=4, strategy="group", group_size=32),
-    "ct-int4-group-float16": lambda: compressed("pack-quantized", torch.float16, num_bits=4, strategy="group", group_size=32),
-    "ct-int4-asymmetric": lambda: compressed("pack-quantized", num_bits=4, strategy="group", group_size=16, symmetric=False),
+    "ct-int4-group-float16": lambda: compressed(
+        "pack-quantized", torch.float16, num_bits=4, strategy="group", group_size=32
+    ),
+    "ct-int4-asymmetric": lambda: compressed(
+        "pack-quantized", num_bits=4, strategy="group", group_size=16, symmetric=False
+    ),
     "ct-int4-channel": lambda: compressed("pack-quantized", num_bits=4, strategy="channel"),
     "ct-int3": lambda: compressed("pack-quantized", num_bits=3, strategy="group", group_size=32),
     "ct-int8-packed": lambda: compressed("pack-quantized", num_bits=8, strategy="channel"),
@@ -270,9 +278,22 @@ def digest(values: Tensor) -> str:
 def write(folder: Path, name: str) -> None:
     torch.manual_seed(len(name))
     config, modules = CASES[name]()
-    tensors = {f"{module}{key}": value.contiguous() for module, (stored, _) in modules.items() for key, value in stored.items()}
-    expected = {module: [str(values.dtype).removeprefix("torch."), digest(values)] for module, (_, values) in modules.items()}
-    libraries = ("torch", "transformers", "compressed-tensors", "bitsandbytes", "autoawq", "hqq", "gptqmodel", "nvidia-modelopt")
+    tensors = {
+        f"{module}{key}": value.contiguous() for module, (stored, _) in modules.items() for key, value in stored.items()
+    }
+    expected = {
+        module: [str(values.dtype).removeprefix("torch."), digest(values)] for module, (_, values) in modules.items()
+    }
+    libraries = (
+        "torch",
+        "transformers",
+        "compressed-tensors",
+        "bitsandbytes",
+        "autoawq",
+        "hqq",
+        "gptqmodel",
+        "nvidia-modelopt",
+    )
     metadata = {"config": config, "expected": expected, "libraries": {item: version(item) for item in libraries}}
     metadata = {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()}
     save_file(tensors, folder / f"{name}.safetensors", metadata)

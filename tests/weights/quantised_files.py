@@ -21,7 +21,11 @@ MODEL = tiny_llama_config(
     hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2,
     vocab_size=128, tie_word_embeddings=False,
 )  # fmt: skip
-_MODULES = {"square": ("q_proj", "k_proj", "v_proj", "o_proj"), "tall": ("gate_proj", "up_proj"), "wide": ("down_proj",)}
+_MODULES = {
+    "square": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "tall": ("gate_proj", "up_proj"),
+    "wide": ("down_proj",),
+}
 
 
 class Fixture:
@@ -50,7 +54,7 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 def as_model(fixture: Fixture, *, head: bool = False, **config: Any) -> tuple[dict[str, Any], dict[str, Array]]:
     """The config and tensors of a model whose linear modules, and with ``head`` whose head, are the fixture's."""
     config = {**MODEL, **config}
-    tensors = tiny_tensors(config)
+    tensors = tiny_tensors(config, dtype="bfloat16")
     for name in [name for name in tensors if name.endswith("_proj.weight") or (head and name == "lm_head.weight")]:
         path = name.removesuffix(".weight")
         leaf = path.rpartition(".")[2]

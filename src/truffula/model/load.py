@@ -36,7 +36,8 @@ class ModelPlan:
 
     ``stored_bytes``: size of the used tensors in the files. ``saved_bytes``: memory saved by tying. ``stored_dtype``:
     the float dtype of most of these bytes, or ``quantised``. ``unused``: names of tensors that are not used.
-    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``). ``tables``: the tensors that embedding
+    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``), of a computed one that of its values.
+    ``tables``: the tensors that embedding
     and head use, by kind of site; one tensor when tied.
     """
 
@@ -94,7 +95,7 @@ def plan_model(checkpoint: Checkpoint) -> ModelPlan:
         unused=(*checkpoint.unused, *names.unused, *dropped),
         saved_bytes=0 if tying.tie is Tie.SEPARATE else table.nbytes,
         stored_dtype=_stored_dtype(checkpoint, used),
-        stored_types={name: checkpoint.tensors[name].dtype for name in used},
+        stored_types={name: checkpoint.tensors[name].values or checkpoint.tensors[name].dtype for name in used},
         tables={
             "embed": names.head if tying.tie is Tie.REVERSED else names.embed,
             "head": names.embed if tying.tie is Tie.TIED else names.head,

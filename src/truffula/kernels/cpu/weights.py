@@ -68,7 +68,7 @@ def roles(program: Program) -> list[Role]:
 def planned_weights(program: Program, options: WeightOptions, stored_types: Mapping[str, str]) -> list[tuple[str, int]]:
     """For the memory plan, the format of each weight (``vectors`` for a vector) and its bytes after packing.
 
-    Tensors count as stored in float32, unless ``stored_types`` names a kind of blocks.
+    Tensors count as stored in float32, unless ``stored_types`` names bfloat16 or a kind of blocks.
     """
     made = []
     for decl, role in zip(program.weights, roles(program), strict=True):
@@ -76,7 +76,7 @@ def planned_weights(program: Program, options: WeightOptions, stored_types: Mapp
             made.append(("vectors", 4 * decl.shape[0]))
             continue
         types = [stored_types.get(part.name, "") for part in decl.parts]
-        stored = {kind if kind in BLOCK_KINDS else "float32" for kind in types}
+        stored = {kind if kind in BLOCK_KINDS else "bfloat16" if kind == "BF16" else "float32" for kind in types}
         fmt, _ = options.matrix_format(stored, exact=role.exact, quantisable=role.quantisable)
         panels = role.kind == "panels"
         made.append((fmt, library().matrix_bytes(*decl.shape, fmt, panels=panels, half=role.half)))

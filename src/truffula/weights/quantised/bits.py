@@ -49,10 +49,8 @@ def unpack(packed: Array, bits: int) -> Bytes:
 def table(dtype: str) -> Floats:
     """``[256]`` float32: the value of each byte as a float of 8 bits (``float8_e4m3fn``), or ``e8m0``, 2^(b - 127)."""
     every = np.arange(256, dtype=np.uint8)
-    if dtype == "e8m0":
-        return every.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    kind: np.dtype[Any] = np.dtype(getattr(ml_dtypes, dtype))
-    return every.view(kind).astype(np.float32)
+    kind: np.dtype[Any] = np.dtype(ml_dtypes.float8_e8m0fnu if dtype == "e8m0" else getattr(ml_dtypes, dtype))
+    return np.asarray(every.view(kind), np.float32)
 
 
 @cache

@@ -31,6 +31,10 @@ class QuantisedCheckpoint(Checkpoint):
                 tensors |= {info.name: info for info in parts.infos.values()}
                 continue
             logical = scheme.open(parts)
+            if 0 in logical.shape:
+                raise parts.error(
+                    next(iter(parts.infos)), f"is part of a weight {list(logical.shape)}, which is empty."
+                )
             plain = logical.name in opened.tensors and logical.name not in [info.name for info in parts.infos.values()]
             if plain or logical.name in self._logical:
                 raise CheckpointError(f"{logical.name} is stored in two ways: {', '.join(parts.infos)}.", param=module)

@@ -161,7 +161,7 @@ class CompressedTensors(Scheme):
         blocks = [width.block for width in self.widths if width.block]
         scales = parts.infos[SCALE].shape
         fitting = [b for b in blocks if scales == (-(-shape[0] // b[0]), -(-shape[1] // b[1]))]
-        return grid(parts, SCALE, shape, (fitting or blocks or [None])[0])
+        return grid(parts, SCALE, shape, next(iter(fitting or blocks), None))
 
 
 def _floats4(parts: Parts) -> Logical:
