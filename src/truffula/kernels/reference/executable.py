@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -31,6 +29,7 @@ from truffula.kernels.program import (
     TakeRows,
 )
 from truffula.kernels.reference import attention, ops
+from truffula.kernels.reference.kv import KvPlanes
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -100,11 +99,7 @@ class _Step:
 
 
 class ReferenceExecutable(SynchronousExecutable):
-    """``Executable`` in plain torch. Each op is one method (what it reads and writes) around one function (its maths).
-
-    KV planes are ``[P + 1, S, width]``: the last block is never written and stays zero (see ``attention.Batch``).
-    Their memory is committed by the system when it is first touched.
-    """
+    """``Executable`` in plain torch. Each op is a method (what it reads and writes) around a function (its maths)."""
 
     def __init__(
         self,
@@ -130,9 +125,7 @@ class ReferenceExecutable(SynchronousExecutable):
         self._capacity = capacity
         self._buffers = _Buffers(program, dtype)
         self._device = device
-        self._planes: dict[int, Tensor] = {}
-        self._mappings: dict[int, mmap.mmap] = {}  # of the planes on a CPU
-        self._make_planes()
+        self._planes = KvPlanes(program.kv_groups, capacity, dtype, device)
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
@@ -185,35 +178,12 @@ class ReferenceExecutable(SynchronousExecutable):
         if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
 
-    def _make_planes(self) -> None:
-        for group in self._program.kv_groups:
-            for plane in group.planes:
-                shape = self._capacity.num_blocks + 1, self._capacity.block_size, plane.width
-                if self._device.type == "cpu":
-                    mapping = self._mappings[plane.id] = mmap.mmap(
-                        -1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-                    )
-                    tensor = torch.frombuffer(mapping, dtype=self._dtype).view(shape)
-                else:
-                    tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-                tensor[-1].zero_()
-                self._planes[plane.id] = tensor
-
     def release_kv(self, group: int, blocks: Int32) -> None:
-        for plane in self._program.kv_groups[group].planes:
-            if plane.id not in self._mappings:
-                continue
-            block_bytes = self._planes[plane.id][0].nbytes
-            for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
-                start = -(-int(run[0]) * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-                stop = (int(run[-1]) + 1) * block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-                if start < stop:
-                    self._mappings[plane.id].madvise(mmap.MADV_DONTNEED, start, stop - start)
+        self._planes.release(group, blocks)
 
     def close(self) -> None:
         self._adapters.clear()
-        self._planes.clear()
-        self._mappings.clear()
+        self._planes.close()
         self._weights = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
         self._logits = np.zeros((0, self._program.output.width), np.float32)
@@ -296,8 +266,8 @@ class ReferenceExecutable(SynchronousExecutable):
         attention.write(v, step.slots[op.group], self._buffers.get(op.v))
         key = (op.group, op.window)
         if key not in step.plans:
-            c = self._capacity
-            step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size, self._device)
+            size, zero_slot = self._capacity.block_size, self._planes.zero_slot
+            step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         q = self._buffers.get(op.q)
         self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
 
