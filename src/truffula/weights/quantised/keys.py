@@ -30,7 +30,9 @@ class Keys:
     def error(self, key: str, why: str) -> UnsupportedModel:
         shown = json.dumps(self.values.get(key), default=repr)
         shown = shown if len(shown) <= 120 else shown[:117] + "..."
-        return UnsupportedModel(f"{self.where}.{key} is {shown}; {why}", param=f"{self.where}.{key}", value=shown)
+        return UnsupportedModel(
+            f"{self.where}.{key} is {shown}; {why}", param=f"{self.where}.{key}".split()[-1], value=shown
+        )
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         value = self.raw(key, default)
