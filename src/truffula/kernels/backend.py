@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -74,15 +75,36 @@ class QuantisedArray:
         return self.unpack(self.blocks.reshape(-1, self.blocks.shape[2])).reshape(self.shape)
 
 
-def as_array(part: Array | QuantisedArray) -> Array:
+@dataclass(frozen=True)
+class ComputedArray:
+    """An array of ``shape`` in ``dtype`` whose rows are computed when they are read: ``read(lo, hi)`` is a new array of
+    rows ``lo .. hi``, as far as they exist.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[int, int], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def dequantise(self) -> Array:
+        return self.read(0, self.shape[0])
+
+
+Part = Array | QuantisedArray | ComputedArray
+
+
+def as_array(part: Part) -> Array:
     """A part as an array, dequantised if necessary."""
-    return part.dequantise() if isinstance(part, QuantisedArray) else part
+    return part if isinstance(part, np.ndarray) else part.dequantise()
 
 
-PullWeight = Callable[[WeightDecl], Sequence[Array | QuantisedArray]]
+PullWeight = Callable[[WeightDecl], Sequence[Part]]
 """Returns a weight's parts in order, as mapped arrays in their stored dtype, with transforms applied. The caller may
 keep the views: the mapping outlives the executable. Parts stored in one of the backend's ``block_kinds`` are
-``QuantisedArray``."""
+``QuantisedArray``; those that are computed from several stored tensors, ``ComputedArray``."""
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -90,7 +112,7 @@ STORED = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 """The dtypes of files and adapters that are accepted. Dtypes, not names: numpy computes a name on each access."""
 
 
-def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Array | QuantisedArray]:
+def pull_parts(pull: PullWeight, decl: WeightDecl) -> list[Part]:
     """The parts of ``decl``. Raises ``KernelError`` unless they make its shape and are stored in an accepted dtype."""
     parts = list(pull(decl))
     rows = sum(part.shape[0] for part in parts if part.shape)

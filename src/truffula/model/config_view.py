@@ -30,8 +30,11 @@ INERT = frozenset(
     | {"transformers_version", "use_cache"}
     | {"dtype", "pad_token_id", "torch_dtype"}
 )
-# Read by model/read.py, weights/tying.py and model/load.py (special ids).
-READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"})
+# Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
+READ_ELSEWHERE = frozenset(
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"}
+    | {"quantization_config", "compression_config"}
+)
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
     {"add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix"}
