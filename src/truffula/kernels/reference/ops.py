@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable
+from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable, Route
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
@@ -73,6 +73,9 @@ def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) ->
             out = values.clamp(-op.params[0], op.params[0])
         case "softcap":
             out = torch.tanh(values / op.params[0]) * op.params[0]
+        case "mul":
+            assert y is not None
+            out = values * y.float()
         case "sigmoid_mul":
             assert y is not None
             out = values * torch.sigmoid(y.float())
@@ -107,6 +110,41 @@ def rope_(op: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     values = values.mul_(cos).addcmul_(swapped, sin)
     if values is not part:
         part.copy_(values)
+
+
+def route(op: Route, logits: Tensor, correction: Tensor | None) -> Tensor:
+    """float32 ``[T, 2k]``: the chosen experts' numbers, then their weights; see ``Route``."""
+    if op.score == "sparsemixer":
+        return _sparsemixer(op, logits)
+    scores = logits.softmax(-1) if op.score == "softmax" else logits.sigmoid()
+    preference = logits if correction is None else scores + correction
+    if op.groups > 1:
+        by_group = (scores if correction is None else preference).unflatten(1, (op.groups, -1))
+        best = by_group.amax(-1) if op.group_score == "max" else by_group.topk(2, -1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter_(1, _first(best, op.topk_groups), 1.0)
+        preference = preference.masked_fill(kept.repeat_interleave(by_group.shape[2], 1) == 0, -torch.inf)
+    experts = _first(preference, op.k)
+    weights = scores.gather(1, experts)
+    if op.norm is not None:
+        weights = weights / weights.norm(op.norm, -1, keepdim=True).clamp_min(op.floor)
+    return torch.cat([experts.float(), weights * op.scale], 1)
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """The columns of the ``count`` largest values of each row, the largest first; of equal ones the lower number."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _sparsemixer(op: Route, logits: Tensor) -> Tensor:
+    left, experts, weights = logits.clone(), [], []
+    for _ in range(op.k):
+        best = left.max(-1, keepdim=True)
+        far = (best.values - logits) / torch.maximum(logits.abs(), best.values) > 2 * op.jitter
+        expert = _first(left, 1)
+        experts.append(expert)
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, expert))
+        left = left.scatter(1, expert, -torch.inf)
+    return torch.cat([*[expert.float() for expert in experts], *weights], 1)
 
 
 def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
