@@ -258,7 +258,7 @@ class WeightReader:
         info = self.checkpoint.tensors[part.name]
         as_blocks = info.dtype in self.block_kinds and part.transform == "none"
         blocks = self.checkpoint.blocks(part.name) if as_blocks else None
-        values = _arranged(part, self._values(part, info), shape) if blocks is None else blocks
+        values = arranged(part, self._values(part, info), shape) if blocks is None else blocks
         self._done_bytes += info.nbytes
         if self.progress is not None:
             self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
@@ -288,7 +288,7 @@ class WeightReader:
             raise KernelError(f"{len(left)} weights were not read: {', '.join(left[:10])}.")
 
 
-def _arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
+def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
     """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, of their biases a copy."""
     if len(shape) == 1:
         if part.transform == "alternating":

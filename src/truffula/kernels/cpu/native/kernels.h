@@ -38,7 +38,7 @@ static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) 
 
 enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
 
-enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5 };
+enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kMul = 5, kSigmoidMul = 6 };
 
 // A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
 struct Packed {
@@ -123,6 +123,7 @@ struct NormCall {
 struct PointwiseCall {
   Rows x, y, out;
   int32_t kind, activation, width, round_out;
+  int32_t y_column;  // y is one column, for all columns of x
   float param;
 };
 

@@ -7,33 +7,16 @@
 
 #include "denormals.h"
 #include "executable.h"
+#include "spans.h"
 
 namespace truffula {
 namespace {
 
-// A range of indices.
-template <class Count>
-struct Span {
-  Count lo, hi;
-};
-
-// Range number `chunk` of `count` indices divided into `chunks`.
-template <class Count>
-Span<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
-  const int64_t n = count;
-  return {static_cast<Count>(n * chunk / chunks), static_cast<Count>(n * (chunk + 1) / chunks)};
-}
-
 // One chunk per task; several tasks per chunk in a step with more than a phase can have.
 int32_t chunks_for(int64_t tasks) { return static_cast<int32_t>(std::min<int64_t>(tasks, Team::kMaxChunks / 2)); }
 
-// Products of fewer float32 rows are bound by memory.
-constexpr int32_t kFineRows = 16;
 // The keys of a sequence with at most this many rows in a step are split into partitions, for several threads.
 constexpr int32_t kSplitTokens = 4;
-constexpr int32_t kMinChunkRows = 4;
-
-int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kMinChunkRows - 1) / kMinChunkRows, 4 * team); }
 
 }  // namespace
 
@@ -144,7 +127,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     // Products that are bound by arithmetic have small chunks, so that a slow core delays the others less. Those bound
     // by memory have one per thread, as long runs of weights are read faster.
-    const int32_t fine = converts_x(*linear) ? kernels_->fine_rows : kFineRows;
+    const int32_t fine = converts_x(linear->weight, linear->x) ? kernels_->fine_rows : kFineRows;
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
@@ -153,6 +136,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     if (stage.number == 2 && plan.partial_rows == 0) return 0;
     return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
   }
+  if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return expert_chunks(*experts, stage);
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
@@ -204,14 +188,14 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
 
 // Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16
 // values and the table multiplies them.
-bool Executable::converts_x(const LinearOp& op) const {
-  const int32_t format = weight(op.weight).format;
-  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(op.x));
+bool Executable::converts_x(int32_t id, const Ref& x) const {
+  const int32_t format = weight(id).format;
+  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(x));
 }
 
 // Chunks of the first stage that convert x; its other chunks are shrink tasks.
 int32_t Executable::quantise_chunks(const LinearOp& op) const {
-  return converts_x(op) ? row_chunks(rows_of(op.out), team_.size()) : 0;
+  return converts_x(op.weight, op.x) ? row_chunks(rows_of(op.out), team_.size()) : 0;
 }
 
 void Executable::quantise(const LinearOp& op, int32_t chunk) {
@@ -232,7 +216,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.out = rows(op.out);
   call.residual = rows(op.residual);
   call.w = weight(op.weight).packed();
-  call.quantised_x = converts_x(op) ? quantised_x_.data() : nullptr;
+  call.quantised_x = converts_x(op.weight, op.x) ? quantised_x_.data() : nullptr;
   call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias == kAbsent ? nullptr : op.packed_bias.data();
   call.deltas = deltas.data();
@@ -252,7 +236,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
 
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
-                           rounded(op.out), op.params.empty() ? 0.0f : op.params[0]};
+                           rounded(op.out), op.y.width == 1 && op.x.width > 1, op.params.empty() ? 0.0f : op.params[0]};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
