@@ -25,7 +25,8 @@ def chosen(op: Route, logits: np.ndarray, correction: np.ndarray | None) -> tupl
     """Experts and weights [T, k] by the words of ``Route``, row by row."""
     experts, weights = [], []
     for row in logits:
-        scores = 1 / (1 + np.exp(-row)) if op.score == "sigmoid" else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        powers = np.exp(row - row.max())
+        scores = 1 / (1 + np.exp(-row)) if op.score == "sigmoid" else powers / powers.sum()
         preference = row if correction is None else scores + correction
         if op.groups > 1:
             groups = (scores if correction is None else preference).reshape(op.groups, -1)
@@ -49,7 +50,8 @@ ROUTES = {
     "softmax 2-norm": {"k": 2, "norm": 2.0},
     "softmax corrected": {"k": 3, "norm": 1.0, "floor": 0.4, "correction": True},
     "groups by their best": {"k": 4, "groups": 4, "topk_groups": 2, "group_score": "max", "scale": 2.5},
-    "sigmoid corrected groups": {"k": 3, "score": "sigmoid", "groups": 3, "topk_groups": 2, "norm": 1.0, "correction": True},
+    "sigmoid corrected groups": {"k": 3, "score": "sigmoid", "groups": 3, "topk_groups": 2, "norm": 1.0,
+                                 "correction": True},
     "sigmoid": {"k": 1, "score": "sigmoid"},
     "all": {"k": 12, "norm": 1.0},
 }  # fmt: skip
@@ -75,7 +77,8 @@ def test_choices(backend, name):
 @on_every_backend
 def test_equal_logits_take_the_lower_number(backend):
     case = OneOp("float32", 2)
-    op = Route(name="r", logits=float32_input(case, np.zeros((2, 5))), out=case.buffer(6, dtype="float32"), k=3, norm=1.0)
+    logits, out = float32_input(case, np.zeros((2, 5))), case.buffer(6, dtype="float32")
+    op = Route(name="r", logits=logits, out=out, k=3, norm=1.0)
     np.testing.assert_allclose(case.run(backend, op), [[0, 1, 2, 1 / 3, 1 / 3, 1 / 3]] * 2, rtol=1e-6)
 
 
@@ -83,8 +86,8 @@ def test_equal_logits_take_the_lower_number(backend):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     st.integers(1, 40), st.integers(1, 6), st.integers(1, 3), st.sampled_from([(7, 6), (32, 20), (64, 34)]),
-    st.sampled_from(["none", "sum", "weighted"]), st.booleans(), st.booleans(), st.sampled_from(["float32", "bfloat16"]),
-    st.integers(0, 3), st.integers(0, 99),
+    st.sampled_from(["none", "sum", "weighted"]), st.booleans(), st.booleans(),
+    st.sampled_from(["float32", "bfloat16"]), st.integers(0, 3), st.integers(0, 99),
 )  # fmt: skip
 def test_products(backend, rows, experts, k, shape, combine, own, glu, dtype, adapters, seed):
     """Rows choose experts at random, some more than once; segments of adapters overlap; experts may lack an adapter."""
@@ -98,7 +101,8 @@ def test_products(backend, rows, experts, k, shape, combine, own, glu, dtype, ad
     residual = exact(rng.standard_normal((rows, width)), dtype)
     case = OneOp(dtype, rows)
     case.sites += [
-        Site(e, "linear", 0, inputs, outputs, (ModuleSlice(f"experts.{e}", 0, outputs, outputs),)) for e in range(experts)
+        Site(e, "linear", 0, inputs, outputs, (ModuleSlice(f"experts.{e}", 0, outputs, outputs),))
+        for e in range(experts)
     ]
     segments, deltas = [], np.zeros((rows, experts, outputs, inputs))
     for number in range(adapters):
@@ -154,7 +158,9 @@ def test_a_step_of_one_row_reads_chosen_experts_alone():
         w = np.full((4, 3, 2), np.nan)
         w[2] = 1.0
         x, routes = case.input(np.ones((1, 2))), float32_input(case, np.array([[2.0, 1.0]]))
-        op = ExpertLinear(name="e", x=x, routes=routes, weight=case.weight(w, "matmul"), out=case.buffer(3), combine="weighted")
+        op = ExpertLinear(
+            name="e", x=x, routes=routes, weight=case.weight(w, "matmul"), out=case.buffer(3), combine="weighted"
+        )
         assert case.run(backend, op).tolist() == [[2.0, 2.0, 2.0]]
 
 

@@ -359,7 +359,8 @@ class ExpertLinear(Op):
 
     ``weight`` is [E, O, I], ``epilogue.bias`` [E · O]. ``x`` is I wide, or k · I: then the product of the j-th expert
     takes the j-th I columns. ``out`` has the k results side by side; or their sum (``sum``), each times its weight
-    (``weighted``), to which a ``residual`` is added. ``slices`` are ranges of E · O columns: those of expert e begin at e · O.
+    (``weighted``), to which a ``residual`` is added. ``slices`` are ranges of E · O columns: those of expert e begin at
+    e · O.
     """
 
     x: Ref

@@ -296,7 +296,9 @@ def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
         return values.reshape(-1) if part.stored else values
     if part.stored and part.expert is None:
         experts, _, width = shape
-        values = values.reshape(experts, width, -1) if "columns" in part.transform else values.reshape(experts, -1, width)
+        values = (
+            values.reshape(experts, width, -1) if "columns" in part.transform else values.reshape(experts, -1, width)
+        )
     if "columns" in part.transform:
         values = values.swapaxes(-1, -2)
     step = {"even_columns": 0, "odd_columns": 1}.get(part.transform)

@@ -68,7 +68,7 @@ class ExpertLayout:
         heights = [item.rows for item in row.slices] if len(self.tensors) > 1 else [row.rows]
         lo = 0
         for name, height in zip(self.tensors, heights, strict=True):
-            matrix = (row.width, height) if self.columns else (height, row.width)
+            matrix: tuple[int, ...] = (row.width, height) if self.columns else (height, row.width)
             matrix = matrix if row.width else (height,)
             if "{e}" in name:
                 for expert in range(row.experts):

@@ -58,10 +58,14 @@ def base_product(x: Tensor, weight: Weight) -> Tensor:
 
 
 def expert_product(
-    x: Tensor, routes: Tensor, weight: Weight, combine: str, outputs: int,
+    x: Tensor,
+    routes: Tensor,
+    weight: Weight,
+    combine: str,
+    outputs: int,
     finish: Callable[[int, Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """``[T, k·O]`` or, with ``combine``, the sum ``[T, O]``; see ``ExpertLinear``. Experts are added in ascending order.
+    """``[T, k·O]`` or, with ``combine``, the sum ``[T, O]``; see ``ExpertLinear``. Experts are added in their order.
 
     ``finish(expert, rows, x, product)`` applies adapters, which act on the rows of the step ``rows``, and the epilogue.
     """
@@ -70,19 +74,20 @@ def expert_product(
     own = x.shape[1] != weight.experts[0].parts[0].shape[1]  # each expert of a row has an x of its own
     x = x.view(len(x), k, -1) if own else x
     out = torch.zeros(len(x), outputs, device=x.device) if combine != "none" else x.new_empty(len(x), k, outputs)
-    for expert in numbers.unique().tolist():
+    for expert in sorted(set(numbers.flatten().tolist())):
         rows, places = torch.where(numbers == expert)
         some = x[rows, places] if own else x[rows]
         made = finish(expert, rows, some, base_product(some, weight.experts[expert]))
         if combine == "none":
             out[rows, places] = made.to(out.dtype)
-        else:
-            out.index_add_(0, rows, made.float() * weights[rows, places, None] if combine == "weighted" else made.float())
+            continue
+        out.index_add_(0, rows, made * weights[rows, places, None] if combine == "weighted" else made)
     return out.flatten(1)
 
 
 def add_deltas_(y: Tensor, x: Tensor, op: tuple[int, int], segments: Sequence[Segment]) -> None:
-    """``y[t] += weight · scale · (x[t] Aᵀ) Bᵀ`` for the rows of each segment whose adapter has ``op`` (its number and the expert).
+    """``y[t] += weight · scale · (x[t] Aᵀ) Bᵀ`` for the rows of each segment whose adapter has ``op``, a number and an
+    expert.
 
     ``y`` and ``x`` are float32. ``x`` of an embedding is its token ids, int64: a row of Aᵀ is what a one-hot row gives.
     Segments may overlap; they are added in order.

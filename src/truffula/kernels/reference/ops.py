@@ -119,7 +119,7 @@ def route(op: Route, logits: Tensor, correction: Tensor | None) -> Tensor:
     scores = logits.softmax(-1) if op.score == "softmax" else logits.sigmoid()
     preference = logits if correction is None else scores + correction
     if op.groups > 1:
-        by_group = (scores if correction is None else preference).unflatten(1, (op.groups, -1))
+        by_group = (scores if correction is None else preference).view(len(scores), op.groups, -1)
         best = by_group.amax(-1) if op.group_score == "max" else by_group.topk(2, -1).values.sum(-1)
         kept = torch.zeros_like(best).scatter_(1, _first(best, op.topk_groups), 1.0)
         preference = preference.masked_fill(kept.repeat_interleave(by_group.shape[2], 1) == 0, -torch.inf)

@@ -62,8 +62,9 @@ def moe_model(
 
     ``options`` as of ``llama_layer``.
     """
+    dense = [llama_layer(view, sizes, window, **options) for window in windows]
     layers = [
-        replace(llama_layer(view, sizes, window, **options), **({"mlp": moe} if has_experts else {}))
-        for window, has_experts in zip(windows, sparse or [True] * sizes.layers, strict=True)
+        replace(layer, mlp=moe) if has_experts else layer
+        for layer, has_experts in zip(dense, sparse or [True] * sizes.layers, strict=True)
     ]
     return finish_spec(view, layers, (read_rope(view, sizes.head_dim),), rms(view, "norm"))
