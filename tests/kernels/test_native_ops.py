@@ -15,6 +15,7 @@ from truffula.kernels.cpu import available
 from truffula.kernels.cpu.lowering import add_ops, lower
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     Epilogue,
     ExpertLinear,
@@ -45,6 +46,7 @@ ONE_OF_EACH: list[Op] = [
     Rope(name="rope", x=ROWS, rows=ROWS, heads=1, head_dim=16, start=0, dims=16),
     Attention(name="attention", q=ROWS, k=ROWS, v=ROWS, out=ROWS, group=0, planes=(0, 1), heads=1, kv_heads=1,
               dim_k=16, dim_v=16, scale=1.0),
+    CausalConv(name="conv", x=ROWS, out=ROWS, weight=0, state=0),
     Route(name="route", logits=ROWS, out=ROWS, k=8),
     ExpertLinear(name="experts", x=ROWS, routes=ROWS, weight=0, out=ROWS),
     TakeRows(name="take rows", x=ROWS, out=ROWS),
@@ -75,7 +77,7 @@ def test_words_are_the_same():
             if words is not None:
                 assert set(words) - {"none"} == words_of(declared[field]) - {"none"}, (name, field)
                 compared += 1
-    assert compared == 11
+    assert compared == 12
 
 
 @pytest.mark.parametrize(

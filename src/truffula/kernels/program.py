@@ -18,7 +18,7 @@ from truffula.errors import KernelError
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w. Of a weight of experts, a part fills rows
-    ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``; ``columns`` takes matrices that are
-    stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such matrices, and ``alternating`` a
-    vector [E, O] in which entries of gates and ups alternate.
+    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``conv``: the file has ``[C, 1, K]``. Of a
+    weight of experts, a part fills rows ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``;
+    ``columns`` takes matrices that are stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such
+    matrices, and ``alternating`` a vector [E, O] in which entries of gates and ups alternate.
     """
 
     name: str
-    transform: Literal["none", "plus_one", "columns", "even_columns", "odd_columns", "alternating"] = "none"
+    transform: Literal["none", "plus_one", "conv", "columns", "even_columns", "odd_columns", "alternating"] = "none"
     expert: int | None = None
     lo: int = 0
     stored: tuple[int, ...] = ()
@@ -63,8 +63,9 @@ class WeightDecl:
     """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0;
     or a matrix per expert, ``[E, O, I]``, whose parts say which rows they fill.
 
-    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``. A tied table
-    is one decl with both rows and matmul, stored once. ``dtype`` float32 is kept exact whatever the model's dtype.
+    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv``
+    (``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
+    kept exact whatever the model's dtype.
     """
 
     id: int
@@ -161,8 +162,8 @@ class KvGroup:
 class RecurrentState:
     """The state of a recurrent layer: ``width`` numbers per sequence, whatever its length.
 
-    Stored per sequence slot (``StepInputs.seq_slot``). A prefix hit needs a snapshot of it at the end of the hit's last
-    block, of the same size.
+    The states of all layers of a sequence are one state row (``StepInputs.state_in``). ``dtype`` model: they are values
+    of a buffer, such as the last inputs of a convolution; a backend may hold them in float32.
     """
 
     id: int
@@ -186,7 +187,7 @@ class Epilogue:
 
     ``bias`` [O] · ``clip`` to ±clip · ``activation`` · ``glu``: the columns are [gate | up] halves and the result is
     activation(gate) * up, half as wide (then ``activation`` acts on the gate only) · times ``scale`` · plus
-    ``residual``.
+    ``residual``. With ``glu_limit`` c the gate is at most c and the up within ±c; ``glu_offset`` is added to the up.
     """
 
     bias: int | None = None
@@ -195,6 +196,8 @@ class Epilogue:
     glu: bool = False
     scale: float = 1.0
     residual: Ref | None = None
+    glu_limit: float | None = None
+    glu_offset: float = 0.0
 
 
 NO_EPILOGUE = Epilogue()
@@ -264,10 +267,10 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``scale``: x * params[0] · ``clip``, ``softcap``: params[0] ·
-    ``mul``: x * y · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the last two may be one column, for all columns of x."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
+    params[0] · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the two products may be one column, for all columns of x."""
 
-    kind: Literal["act", "add", "scale", "clip", "softcap", "mul", "sigmoid_mul"]
+    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
     x: Ref
     out: Ref
     y: Ref | None = None
@@ -305,7 +308,7 @@ class Attention(Op):
     """Write this step's K and V to their slots, then attend causally over the sequence's blocks.
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
-    ``window`` w query i attends to keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
+    ``window`` w query i attends to keys j with i - w < j <= i; ``chunked``, to keys j <= i with j // w = i // w. Heads h use kv head ``h // (heads / kv_heads)``.
     """
 
     q: Ref
@@ -322,6 +325,24 @@ class Attention(Op):
     window: int | None = None
     softcap: float | None = None
     sinks: int | None = None
+    chunked: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalConv(Op):
+    """A depthwise convolution along each sequence, ending at the row itself:
+    ``out[t, c] = activation(bias[c] + Σ_k weight[c, k] · x[t - (K - 1) + k, c])``, in float32.
+
+    ``weight`` is ``[C, K]`` for the C columns of ``x``. ``state`` holds the last K - 1 rows of ``x``, the oldest first:
+    width (K - 1) · C.
+    """
+
+    x: Ref
+    out: Ref
+    weight: int
+    state: int
+    bias: int | None = None
+    activation: Activation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,7 +442,7 @@ class ModelInterface:
         _require_ids_in_order(self, "sites", "kv_groups", "states")
 
     def state_bytes(self, model_itemsize: int) -> int:
-        """Bytes of one sequence's ``states``, and of a snapshot of them. ``model_itemsize``: of the model's dtype."""
+        """Bytes of one state row. ``model_itemsize``: of a number with the model's dtype."""
         return sum(state.width * (4 if state.dtype == "float32" else model_itemsize) for state in self.states)
 
 

@@ -13,7 +13,8 @@ from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
-    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)²."""
+    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)² ·
+    quick_gelu: x·sigmoid(1.702 x)."""
     match kind:
         case "silu":
             return F.silu(x)
@@ -25,6 +26,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return F.relu(x)
         case "relu2":
             return F.relu(x).square()
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
 
 
 def embed(rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -67,15 +70,15 @@ def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) ->
         case "add":
             assert y is not None
             out = values + y.float()
+        case "mul":
+            assert y is not None
+            out = values * y.float()
         case "scale":
             out = values * op.params[0]
         case "clip":
             out = values.clamp(-op.params[0], op.params[0])
         case "softcap":
             out = torch.tanh(values / op.params[0]) * op.params[0]
-        case "mul":
-            assert y is not None
-            out = values * y.float()
         case "sigmoid_mul":
             assert y is not None
             out = values * torch.sigmoid(y.float())
@@ -158,6 +161,10 @@ def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | Non
         values = values.clamp_(-e.clip, e.clip)
     if e.glu:
         gate, up = values.chunk(2, -1)
+        if e.glu_limit is not None:
+            gate, up = gate.clamp(max=e.glu_limit), up.clamp(-e.glu_limit, e.glu_limit)
+        if e.glu_offset:
+            up = up + e.glu_offset
         values = (gate if e.activation is None else activation(gate, e.activation)).mul_(up)
     elif e.activation is not None:
         values = activation(values, e.activation)

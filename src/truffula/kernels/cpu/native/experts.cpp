@@ -5,9 +5,9 @@
 #include <cstring>
 #include <limits>
 
+#include "chunks.h"
 #include "executable.h"
 #include "numbers.h"
-#include "spans.h"
 
 namespace truffula {
 namespace {
@@ -234,6 +234,8 @@ void Executable::multiply_expert(const ExpertLinearOp& op, size_t index, int32_t
   call.round_out = op.combine == kNoSum && rounded(op.out);
   call.clip = op.clip;
   call.scale = op.scale;
+  call.glu_limit = op.glu_limit;
+  call.glu_offset = op.glu_offset;
   const int32_t end = expert_starts_[static_cast<size_t>(expert) + 1];
   for (int32_t from = expert_starts_[static_cast<size_t>(expert)]; from < end; from += kExpertRows) {
     const int32_t* pairs = expert_pairs_.data() + from;

@@ -84,8 +84,8 @@ constexpr const char* kSources[] = {"token", "position"};
 constexpr const char* kNormKinds[] = {"rms", "layer"};
 constexpr const char* kCasts[] = {"last", "first"};
 constexpr const char* kLayouts[] = {"half", "interleaved"};
-constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2"};
-constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "mul", "sigmoid_mul"};
+constexpr const char* kActivations[] = {"none", "silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"};
+constexpr const char* kPointwiseKinds[] = {"act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"};
 
 struct EmbedOp {
   int32_t table = 0, source = 0, offset = 0;
@@ -116,7 +116,7 @@ struct LinearOp {
   Ref x, out, residual;
   int32_t weight = 0, bias = kAbsent;
   std::vector<float> packed_bias;  // the bias in the order of the panels' lanes; `Executable::add` fills it
-  float clip = -1.0f, scale = 1.0f, softcap = 0.0f;
+  float clip = -1.0f, scale = 1.0f, softcap = 0.0f, glu_limit = -1.0f, glu_offset = 0.0f;
   int32_t activation = kNone;
   bool glu = false;
 
@@ -125,7 +125,7 @@ struct LinearOp {
   static void fields(Self& o, F&& f) {
     f("x", o.x), f("weight", o.weight), f("out", o.out), f("bias", o.bias), f("clip", o.clip);
     f("activation", o.activation, kActivations), f("glu", o.glu), f("scale", o.scale), f("residual", o.residual, kOptional);
-    f("softcap", o.softcap);
+    f("softcap", o.softcap), f("glu_limit", o.glu_limit), f("glu_offset", o.glu_offset);
   }
 };
 
@@ -173,6 +173,7 @@ struct AttentionOp {
   int64_t window = 0;               // 0: none; positions are int32, so larger ones hide no key
   float scale = 1.0f, softcap = 0.0f;
   int32_t sinks = kAbsent;
+  bool chunked = false;
 
   static constexpr const char* kName = "Attention";
   template <class Self, class F>
@@ -180,6 +181,7 @@ struct AttentionOp {
     f("q", o.q), f("k", o.k), f("v", o.v), f("out", o.out), f("group", o.group), f("planes", o.planes);
     f("heads", o.heads), f("kv_heads", o.kv_heads), f("dim_k", o.dim_k), f("dim_v", o.dim_v), f("scale", o.scale);
     f("window", o.window), f("softcap", o.softcap), f("sinks", o.sinks);
+    f("chunked", o.chunked);
   }
 };
 
@@ -208,7 +210,7 @@ struct ExpertLinearOp {
   Ref x, routes, out, residual;
   int32_t weight = 0, bias = kAbsent;
   std::vector<float> packed_bias;  // of all experts, each in the order of the panels' lanes
-  float clip = -1.0f, scale = 1.0f;
+  float clip = -1.0f, scale = 1.0f, glu_limit = -1.0f, glu_offset = 0.0f;
   int32_t activation = kNone, combine = kNoSum;
   bool glu = false;
 
@@ -217,9 +219,21 @@ struct ExpertLinearOp {
   static void fields(Self& o, F&& f) {
     f("x", o.x), f("routes", o.routes), f("weight", o.weight), f("out", o.out), f("bias", o.bias), f("clip", o.clip);
     f("activation", o.activation, kActivations), f("glu", o.glu), f("scale", o.scale), f("residual", o.residual, kOptional);
-    f("combine", o.combine, kCombines);
+    f("combine", o.combine, kCombines), f("glu_limit", o.glu_limit), f("glu_offset", o.glu_offset);
   }
   int32_t k() const { return routes.width / 2; }
+};
+
+struct CausalConvOp {
+  Ref x, out;
+  int32_t weight = 0, state = 0, bias = kAbsent, activation = kNone;
+
+  static constexpr const char* kName = "CausalConv";
+  template <class Self, class F>
+  static void fields(Self& o, F&& f) {
+    f("x", o.x), f("out", o.out), f("weight", o.weight), f("state", o.state), f("bias", o.bias);
+    f("activation", o.activation, kActivations);
+  }
 };
 
 struct TakeRowsOp {
@@ -232,8 +246,8 @@ struct TakeRowsOp {
   }
 };
 
-using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, RouteOp,
-                        ExpertLinearOp, TakeRowsOp>;
+using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, CausalConvOp,
+                        RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.
 inline const Ref& out_of(const Op& op) {
@@ -280,6 +294,15 @@ struct Plane {
   int64_t block_bytes = 0;
   int32_t group = 0;
 };
+
+// The state of one layer, in float32: a row of `width` numbers per state row, each on cache lines of its own.
+struct State {
+  Memory memory;
+  int64_t width = 0, stride = 0;
+};
+
+// Bytes of one row of a state.
+constexpr int64_t state_row_bytes(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes * 4; }
 
 // Where a site acts: output columns first .. first + outputs of op number `op`, or of one of its experts.
 struct AdapterPlace {
