@@ -308,7 +308,8 @@ class Attention(Op):
     """Write this step's K and V to their slots, then attend causally over the sequence's blocks.
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
-    ``window`` w query i attends to keys j with i - w < j <= i; ``chunked``, to keys j <= i with j // w = i // w. Heads h use kv head ``h // (heads / kv_heads)``.
+    ``window`` w query i attends to keys j with i - w < j <= i or, if ``chunked``, to keys j <= i with j // w = i // w.
+    Heads h use kv head ``h // (heads / kv_heads)``.
     """
 
     q: Ref
