@@ -27,7 +27,7 @@ INERT = frozenset(
     | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
     | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}
-    | {"transformers_version", "use_cache"}
+    | {"output_router_logits", "router_aux_loss_coef", "transformers_version", "use_cache"}
     | {"dtype", "pad_token_id", "torch_dtype"}
 )
 # Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).

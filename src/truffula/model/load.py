@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from truffula.errors import CheckpointError, KernelError, UnsupportedModel
-from truffula.kernels.backend import Array, ComputedArray, Part
+from truffula.kernels.backend import Array, ComputedArray, Part, make_shape
 from truffula.kernels.mapped import release_pages
 from truffula.kernels.program import Embed, Logits, ModelInterface, Program, WeightDecl, WeightPart
 from truffula.model.decoder import build_program
@@ -131,6 +131,10 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
     """Check the shape of every tensor, not of whole fused weights, in which two errors could cancel out."""
     for row in spec.rows:
         parts = names.parts.get(row.key, ())
+        if parts and parts[0].stored:
+            for part in parts:
+                _check_tensor(checkpoint, part.name, part.stored, "")
+            continue
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
             _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
@@ -244,24 +248,25 @@ class WeightReader:
         """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
-        parts = [self._part(part) for part in decl.parts]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        if shape != decl.shape:
-            raise KernelError(f"{decl.name} has shape {shape} in the files, {decl.shape} in the program.")
+        parts = [self._part(part, decl.shape) for part in decl.parts]
+        if not make_shape(decl, [part.shape for part in parts]):
+            shapes = [list(part.shape) for part in parts]
+            raise KernelError(f"{decl.name} has parts {shapes} in the files, {list(decl.shape)} in the program.")
         self._read.add(decl.id)
         return parts
 
-    def _part(self, part: WeightPart) -> Part:
+    def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
         as_stored = part.transform == "none"
         blocks = self.checkpoint.blocks(part.name) if info.dtype in self.block_kinds and as_stored else None
-        computed = self.checkpoint.computed(part.name) if as_stored else None
+        by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
+        computed = self.checkpoint.computed(part.name) if by_rows else None
         if blocks is not None:
             values: Part = blocks
         elif computed is not None:
             values = _checked_rows(computed, info)
         else:
-            values = self._values(part, info)
+            values = arranged(part, self._values(part, info), shape)
         self._done_bytes += info.nbytes
         if self.progress is not None:
             self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
@@ -309,3 +314,20 @@ def _require_finite(values: Array, info: TensorInfo, row: int = 0) -> None:
             file=str(info.file),
             count=found.number,
         )
+
+
+def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
+    """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, of their biases a copy."""
+    if len(shape) == 1:
+        if part.transform == "alternating":
+            values = values.reshape(len(values), -1, 2).swapaxes(1, 2)
+        return values.reshape(-1) if part.stored else values
+    if part.stored and part.expert is None:
+        experts, _, width = shape
+        values = (
+            values.reshape(experts, width, -1) if "columns" in part.transform else values.reshape(experts, -1, width)
+        )
+    if "columns" in part.transform:
+        values = values.swapaxes(-1, -2)
+    step = {"even_columns": 0, "odd_columns": 1}.get(part.transform)
+    return values if step is None else values[:, step::2]
