@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
-MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "lfm2", "llama", "ministral", "mistral", "qwen2", "qwen3")
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
 LEGACY = (
@@ -32,7 +32,10 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "lfm2": ("block_ff_dim", "tie_embedding"),
+}
 
 
 def table() -> dict[str, Any]:
@@ -53,6 +56,7 @@ def table() -> dict[str, Any]:
                 nullable.append(field.name)
         types[model_type] = {
             "class": cls.__name__,
+            "rope_theta": getattr(cls, "default_theta", None),
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
