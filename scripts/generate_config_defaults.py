@@ -21,6 +21,7 @@ MODEL_TYPES = (
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "lfm2",
     "llama",
     "ministral",
     "mistral",
@@ -43,7 +44,10 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "lfm2": ("block_ff_dim", "tie_embedding"),
+}
 
 
 def table() -> dict[str, Any]:

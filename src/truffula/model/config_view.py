@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
+from truffula.weights.tying import SPELLINGS
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ INERT = frozenset(
 )
 # Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
 READ_ELSEWHERE = frozenset(
-    {"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"}
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", *SPELLINGS}
     | {"quantization_config", "compression_config"}
 )
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
@@ -46,10 +47,14 @@ _DEFAULT, _BOOKKEEPING, _UNKNOWN = "at its default", "known bookkeeping", "unkno
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """The fields of transformers' configuration class of one model type, with their defaults and older names."""
+    """The fields of transformers' configuration class of one model type, with their defaults and older names.
+
+    ``rope_theta`` is the class's value for a rope whose parameters leave it out.
+    """
 
     model_type: str
     class_name: str
+    rope_theta: Any
     fields: Mapping[str, Any]
     nullable: frozenset[str]
     known: frozenset[str]
@@ -65,6 +70,7 @@ def load_defaults() -> dict[str, TypeDefaults]:
         name: TypeDefaults(
             model_type=name,
             class_name=entry["class"],
+            rope_theta=entry["rope_theta"],
             fields=entry["fields"],
             nullable=frozenset(entry["nullable"]),
             known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,

@@ -32,6 +32,11 @@ _BASE = {
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.1,
+    },
     "llama": {},
     "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
@@ -78,8 +83,8 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
             if row.kind == "head" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else row.stored or (item.rows,)
-            tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
+            name, shape = f"{item.module}.{row.param}", row.stored_shape(item.rows)
+            tensors[f"{module}.{row.param}"] = _random(name, row, shape, seed, dtype)
     return tensors
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
+from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
 from truffula.model.architectures.mixtral import mixtral
@@ -19,6 +20,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gemma2": gemma2,
         "gemma3": gemma3,
         "gemma3_text": gemma3_text,
+        "lfm2": lfm2,
         "llama": llama,
         "ministral": mistral,
         "mistral": mistral,
