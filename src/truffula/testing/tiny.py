@@ -28,26 +28,43 @@ _BASE = {
     "max_position_embeddings": 512,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "arcee": {},
+    "cwm": {"head_dim": 10, "sliding_window": 7, "num_hidden_layers": 5},
+    "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.3,
+    },
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
+    "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "seed_oss": {"head_dim": 10},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
+# Multimodal types, with the type and the default tying of their text part.
+_TEXT_OF: Mapping[str, tuple[str, bool]] = {"gemma3": ("gemma3_text", True), "mistral3": ("ministral3", True)}
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
-    if model_type == "gemma3":
-        text = tiny_config("gemma3_text", **overrides)
+    if model_type in _TEXT_OF:
+        text_type, tied = _TEXT_OF[model_type]
+        text = tiny_config(text_type, **overrides)
         return {
-            "model_type": "gemma3",
+            "model_type": model_type,
             "text_config": text,
-            "tie_word_embeddings": text.get("tie_word_embeddings", True),
+            "tie_word_embeddings": text.get("tie_word_embeddings", tied),
         }
     return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
 

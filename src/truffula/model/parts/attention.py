@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Ref, Rope
+from truffula.kernels.program import Attention, Pointwise, Ref, Rope
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -14,11 +14,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class PositionScale:
+    """Queries at position p are multiplied by 1 + beta * ln(1 + floor((p + offset) / step))."""
+
+    beta: float
+    step: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """One layer's attention. ``window`` None is full attention, w lets query i see keys i - w < j <= i.
 
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
-    ``k_norm`` act per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``k_norm`` act per head, before the rotation. ``position_scale`` multiplies q after it. ``scale`` multiplies q·k,
+    ``softcap`` c makes scores c * tanh(s / c).
     """
 
     heads: int
@@ -30,6 +40,7 @@ class AttentionSpec:
     rope_layout: Literal["half", "interleaved"] = "half"
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
+    position_scale: PositionScale | None = None
     softcap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -82,6 +93,9 @@ class AttentionSpec:
                               rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
                               head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
                               layout=self.rope_layout))  # fmt: skip
+        if self.position_scale is not None:
+            params = astuple(self.position_scale)
+            build.append(Pointwise(name="position_scale", kind="position_scale", x=q, out=q, params=params))
         attended = build.buffer("attended", self.q_width)
         group, planes = build.kv_planes()
         build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
