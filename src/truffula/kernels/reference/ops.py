@@ -60,7 +60,7 @@ def norm(
 
 def xielu(x: Tensor, numbers: Tensor) -> Tensor:
     """xIELU (Huang and Schlag 2024) with the ``numbers`` alpha_p, alpha_n, beta and eps."""
-    alpha_p, alpha_n, beta, eps = numbers
+    alpha_p, alpha_n, beta, eps = numbers.unbind()
     below = (torch.expm1(torch.minimum(x, eps)) - x) * (beta + F.softplus(alpha_n))
     return torch.where(x > 0, F.softplus(alpha_p) * x * x, below) + beta * x
 
