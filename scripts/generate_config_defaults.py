@@ -18,22 +18,34 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "apertus",
     "arcee",
+    "cohere",
+    "cohere2",
     "cwm",
+    "ernie4_5",
+    "exaone4",
     "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
     "granite",
+    "helium",
+    "hunyuan_v1_dense",
     "llama",
     "ministral",
     "ministral3",
     "mistral",
     "mistral3",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
     "qwen2",
     "qwen3",
     "seed_oss",
     "smollm3",
+    "stablelm",
 )
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
@@ -49,7 +61,10 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "cohere2": ("sliding_window_pattern",),
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+}
 
 
 def table() -> dict[str, Any]:

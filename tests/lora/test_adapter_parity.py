@@ -73,7 +73,28 @@ BASES = {
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
 }
-DENSE = ("arcee", "cwm", "gemma", "granite", "ministral3", "mistral3", "seed_oss", "smollm3")
+DENSE = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "ministral3",
+    "mistral3",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+)
 
 
 def served_base(folder: Path, model_type: str, backend: Backend) -> Served:
@@ -139,7 +160,7 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
 @on_the_best
 @pytest.mark.parametrize(
     "model_type", ["qwen2", "gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
-)  # the slow ones: 20 s
+)  # the slow ones: 40 s
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []

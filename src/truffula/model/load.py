@@ -132,7 +132,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
         parts = names.parts.get(row.key, ())
         heights = [item.rows for item in row.slices] if len(parts) > 1 else [row.rows]
         for part, height in zip(parts, heights, strict=False):
-            _check_tensor(checkpoint, part.name, (height, *row.shape[1:]), "")
+            _check_tensor(checkpoint, part.name, row.stored_shape(height), "")
     tables = [op.table if isinstance(op, Embed) else op.weight for op in program.ops if isinstance(op, Embed | Logits)]
     for name in dict.fromkeys(part.name for table in tables for part in program.weights[table].parts):
         more = f" vocab_size is {spec.vocab_size}: rows beyond it cannot be assigned to tokens."
@@ -141,7 +141,7 @@ def _check_shapes(checkpoint: Checkpoint, spec: ModelSpec, names: WeightNames, p
 
 def _check_tensor(checkpoint: Checkpoint, name: str, wanted: tuple[int, ...], more: str) -> None:
     info = checkpoint.tensors[name]
-    if info.shape != wanted:
+    if (info.shape or (1,)) != wanted:  # a number without a shape is a vector of one
         raise CheckpointError(
             f"{name} in {info.file.name} has shape {list(info.shape)}; the config says {list(wanted)}.{more}",
             tensor=name,
@@ -243,18 +243,22 @@ class WeightReader:
         """The parts of ``decl``, checked. Raises ``CheckpointError`` naming tensor and count of non-finite values."""
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
-        parts = [self._part(part) for part in decl.parts]
+        parts = [self._part(part, vector=len(decl.shape) == 1) for part in decl.parts]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         if shape != decl.shape:
             raise KernelError(f"{decl.name} has shape {shape} in the files, {decl.shape} in the program.")
         self._read.add(decl.id)
         return parts
 
-    def _part(self, part: WeightPart) -> Array | QuantisedArray:
+    def _part(self, part: WeightPart, *, vector: bool) -> Array | QuantisedArray:
         info = self.checkpoint.tensors[part.name]
         as_blocks = info.dtype in self.block_kinds and part.transform == "none"
         blocks = self.checkpoint.blocks(part.name) if as_blocks else None
-        values = self._values(part, info) if blocks is None else blocks
+        values: Array | QuantisedArray
+        if blocks is not None:
+            values = blocks
+        else:
+            values = self._values(part, info).reshape(-1) if vector else self._values(part, info)
         self._done_bytes += info.nbytes
         if self.progress is not None:
             self.progress(part.name, self._done_bytes, self.plan.stored_bytes)
@@ -271,11 +275,13 @@ class WeightReader:
                 file=str(info.file),
                 count=count,
             )
-        if stored.dtype != np.float64 and part.transform == "none":
+        if part.transform == "conv":
+            stored = stored[:, 0, :]
+        if stored.dtype != np.float64 and part.transform != "plus_one":
             return stored
         values = stored.astype(np.float32)
         release_pages(stored)
-        return values if part.transform == "none" else values + np.float32(1)
+        return values + np.float32(1) if part.transform == "plus_one" else values
 
     def finish(self) -> None:
         """Raise ``KernelError`` when a weight of the program was not read: its values would be undefined."""

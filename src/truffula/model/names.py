@@ -49,7 +49,7 @@ class WeightNames:
     def canonical(cls, spec: ModelSpec, *, has_head: bool = True) -> WeightNames:
         """The names that transformers writes for this spec, for programs without a checkpoint."""
         prefix, head = spec.names.prefixes[0]
-        names = {f"{prefix}{item.module}.{row.param}" for row in _body_rows(spec) for item in row.slices}
+        names = {name for row in _body_rows(spec) for name in _split_names(row, prefix)}
         names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
         return resolve_names(spec, names)
 
@@ -143,7 +143,7 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
-    return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+    return [prefix + row.tensor(item.module) for item in row.slices]
 
 
 def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] | None:
@@ -151,7 +151,7 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
-    fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
+    fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 

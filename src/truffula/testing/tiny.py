@@ -32,8 +32,13 @@ _BASE = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 6}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "apertus": {"head_dim": 10},
     "arcee": {},
+    "cohere": {"layer_norm_eps": 1e-4, "logit_scale": 0.4},
+    "cohere2": {"sliding_window": 7, "num_hidden_layers": 5, "logit_scale": 0.4},
     "cwm": {"head_dim": 10, "sliding_window": 7, "num_hidden_layers": 5},
+    "ernie4_5": {"head_dim": 10},
+    "exaone4": {"sliding_window": 7, "sliding_window_pattern": 2, "head_dim": 10},
     "gemma": {"head_dim": 10},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
@@ -43,15 +48,24 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "logits_scaling": 2.5,
         "residual_multiplier": 0.3,
     },
+    "helium": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 10},
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
+    "nemotron": {"head_dim": 12},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "stablelm": {"hidden_size": 64},
 }
+# Numbers of xielu whose tensors have no shape.
+_SCALARS = ("act_fn.beta", "act_fn.eps")
 # Multimodal types, with the type and the default tying of their text part.
 _TEXT_OF: Mapping[str, tuple[str, bool]] = {"gemma3": ("gemma3_text", True), "mistral3": ("ministral3", True)}
 
@@ -89,8 +103,8 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
             if row.kind == "head" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else (item.rows,)
-            tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
+            shape = () if item.module.endswith(_SCALARS) else row.stored_shape(item.rows)
+            tensors[row.tensor(module)] = _random(row.tensor(item.module), row, shape, seed, dtype)
     return tensors
 
 
@@ -100,6 +114,8 @@ def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype:
         values = values * np.float32(0.1) + np.float32(0 if row.transform == "plus_one" else 1)
     elif row.param == "bias":
         values = values * np.float32(0.1)
+    elif row.kind == "vector":
+        values = values * np.float32(0.3) + np.float32(0.4)
     else:
         # The embedding is small: a tied head with a large one would repeat every token.
         values = values * np.float32((0.5 if row.kind == "embed" else 1.5) / row.width**0.5)

@@ -77,6 +77,9 @@ def pointwise(
         case "add":
             assert y is not None
             out = values + y.float()
+        case "mul":
+            assert y is not None
+            out = values * y.float()
         case "scale":
             out = values * op.params[0]
         case "clip":

@@ -73,6 +73,17 @@ def rms(view: ConfigView, module: str) -> NormSpec:
     return NormSpec(module, view.number("rms_norm_eps"))
 
 
+def rms_last(view: ConfigView, module: str) -> NormSpec:
+    """OLMo 2's norm: the weight times the normalised value, rounded once at the end."""
+    return NormSpec(module, view.number("rms_norm_eps"), cast="last")
+
+
+def layer_norm(view: ConfigView, module: str, eps: str, **fields: Any) -> NormSpec:
+    """torch's LayerNorm with weight and bias; ``eps`` is the key of its epsilon. ``fields``: others of ``NormSpec``."""
+    defaults: dict[str, Any] = {"kind": "layer", "cast": "last", "bias": True}
+    return NormSpec(module, view.number(eps), **(defaults | fields))
+
+
 def gemma_rms(view: ConfigView, module: str) -> NormSpec:
     """Gemma's norm: 1 + w in float32, rounded once at the end."""
     return NormSpec(module, view.number("rms_norm_eps"), cast="last", plus_one=True)
@@ -95,6 +106,12 @@ def pre_norm(
     """Llama's layer of these parts, with ``norm`` before each; ``fields``: other fields of ``LayerSpec``."""
     before = {"before_mixer": norm(view, "input_layernorm"), "before_mlp": norm(view, "post_attention_layernorm")}
     return LayerSpec(mixer, feed_forward, **(before | fields))
+
+
+def post_norm(view: ConfigView, mixer: AttentionSpec, feed_forward: MlpSpec, norm: MakeNorm = rms) -> LayerSpec:
+    """A layer with ``norm`` after each part and none before."""
+    after, after_mlp = norm(view, "post_attention_layernorm"), norm(view, "post_feedforward_layernorm")
+    return LayerSpec(mixer, feed_forward, None, None, after_mixer=after, after_mlp=after_mlp)
 
 
 def llama_layer(
