@@ -93,7 +93,8 @@ class AttentionSpec:
         if self.rope is not None:
             # q and k are adjacent and rotated in the same way, by one op over the heads of both.
             rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in"), x=rotated,
+            last = not self.norm_rotated and self.position_scale is None
+            build.append(Rope(name="rope", probe=build.probe(names.attention, "in") if last else None, x=rotated,
                               rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
                               head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
                               layout=self.rope_layout))  # fmt: skip
