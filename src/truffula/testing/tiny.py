@@ -51,6 +51,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "helium": {"head_dim": 8},
     "hunyuan_v1_dense": {"head_dim": 10},
     "llama": {},
+    "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "ministral3": {"head_dim": 10, "rope_parameters": {**_YARN, "llama_4_scaling_beta": 0.3}},
     "mistral": {"sliding_window": 7},
@@ -60,6 +61,7 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     "seed_oss": {"head_dim": 10},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "stablelm": {"hidden_size": 64},
@@ -99,6 +101,10 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:
+        if row.experts:
+            for part in row.layouts[0].parts(row):
+                tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
+            continue
         for item in row.slices:
             if row.kind == "head" and tied:
                 continue

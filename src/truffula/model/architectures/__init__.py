@@ -9,8 +9,10 @@ from truffula.model.architectures.cohere import cohere, cohere2
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
+from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.architectures.qwen_moe import qwen3_moe
 from truffula.model.architectures.variants import (
     apertus,
     ernie4_5,
@@ -44,12 +46,14 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "ministral3": ministral3,
         "mistral": mistral,
         "mistral3": mistral3,
+        "mixtral": mixtral,
         "nemotron": nemotron,
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,
         "qwen2": qwen2,
         "qwen3": qwen3,
+        "qwen3_moe": qwen3_moe,
         "seed_oss": seed_oss,
         "smollm3": smollm3,
         "stablelm": stablelm,
