@@ -55,7 +55,7 @@ class Oracle:
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
         require_packages(adapter=adapter is not None, gguf=path.suffix == ".gguf")
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the command shows its own progress
@@ -74,12 +74,13 @@ class Oracle:
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
-        kind = AutoModelForCausalLM
+        causal = type(config) in AutoModelForCausalLM._model_mapping
+        kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
             source = {"pretrained_model_name_or_path": None, "state_dict": _values(path)}
             with torch.device("meta"):
-                kind = type(AutoModelForCausalLM.from_config(config))
+                kind = type(kind.from_config(config))
             self.notes = ("transformers computes with the weights that truffula dequantised.",)
         model = kind.from_pretrained(
             **source,
@@ -113,7 +114,7 @@ class Oracle:
             softcap: float | None = None,
             **_: Any,
         ) -> tuple[Any, None]:
-            rotated = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
+            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, key)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(rotated, 1)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
