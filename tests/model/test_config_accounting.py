@@ -33,12 +33,12 @@ def test_an_empty_config_is_the_class_default(model_type: str) -> None:
     assert read.warnings == ()
     assert read.spec.vocab_size == fields["vocab_size"]
     assert len(read.spec.layers) == fields["num_hidden_layers"]
-    assert read.spec.layers[0].attention.heads == fields["num_attention_heads"]
+    assert read.spec.layers[0].mixer.heads == fields["num_attention_heads"]
 
 
 def test_defaults_that_are_not_what_one_would_guess() -> None:
     # A gemma2 config that leaves head_dim out means 256; a qwen2 one that leaves out kv heads means 32, not its heads.
-    assert read_config({"model_type": "gemma2", "hidden_size": 64}).spec.layers[0].attention.head_dim == 256
+    assert read_config({"model_type": "gemma2", "hidden_size": 64}).spec.layers[0].mixer.head_dim == 256
     assert refusal({"model_type": "qwen2", "num_attention_heads": 16}).param == "num_key_value_heads"
 
 

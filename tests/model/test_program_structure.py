@@ -43,7 +43,7 @@ def test_every_program_is_valid(model_type: str, tie: Tie) -> None:
 def test_a_llama_layer_is_eight_ops() -> None:
     made = program("llama")
     names = [op.name.removeprefix("layers.0.") for op in made.ops if op.layer == 0]
-    assert names == ["before_attention", "qkv", "rope", "attention", "out", "before_mlp", "mlp_in", "mlp_out"]
+    assert names == ["before_mixer", "qkv", "rope", "attention", "out", "before_mlp", "mlp_in", "mlp_out"]
     outside = [op.name for op in made.ops if op.layer is None]
     assert outside == ["embed", "rope0", "take_rows", "final_norm", "logits"]
 
@@ -60,8 +60,8 @@ def test_residuals_ride_in_the_epilogues_and_the_gate_is_fused() -> None:
 def test_norms_behind_a_part_carry_the_residual() -> None:
     made = program("gemma2")
     norms = {op.name.removeprefix("layers.0."): op for op in made.ops if isinstance(op, Norm) and op.layer == 0}
-    assert set(norms) == {"before_attention", "after_attention", "before_mlp", "after_mlp"}
-    assert norms["after_attention"].plus == norms["after_attention"].out
+    assert set(norms) == {"before_mixer", "after_mixer", "before_mlp", "after_mlp"}
+    assert norms["after_mixer"].plus == norms["after_mixer"].out
     assert all(op.epilogue.residual is None for op in made.ops if isinstance(op, Linear))
 
 

@@ -91,7 +91,7 @@ def test_gemma3_has_a_table_for_each_kind_of_layer() -> None:
     module = Gemma3RotaryEmbedding(AutoConfig.for_model(**config))
     for layer, kind in enumerate(module.config.layer_types):
         theirs = getattr(module, f"{kind}_inv_freq").numpy()
-        rope = spec.layers[layer].attention.rope
+        rope = spec.layers[layer].mixer.rope
         assert rope is not None
         np.testing.assert_allclose(np.float32(spec.ropes[rope].inv_freq), theirs, rtol=2e-6, atol=0)
 

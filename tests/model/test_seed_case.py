@@ -105,7 +105,7 @@ def test_the_published_config_is_planned_without_a_head_in_the_files(tmp_path: P
     assert plan.eos_token_ids == (151_645, 151_643)
     assert plan.max_model_len == 32_768
     # The window is written, and dead.
-    assert {layer.attention.window for layer in plan.spec.layers} == {None}
+    assert {layer.mixer.window for layer in plan.spec.layers} == {None}
 
 
 def answer(folder: Path) -> tuple[list[int], Any]:

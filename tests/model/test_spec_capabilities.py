@@ -21,7 +21,8 @@ from truffula.kernels.reference import ReferenceBackend
 from truffula.model.decoder import build_program
 from truffula.model.names import resolve_names
 from truffula.model.read import read_config
-from truffula.model.spec import LayerSpec, ModelSpec, NormSpec
+from truffula.model.rows import NormSpec
+from truffula.model.spec import LayerSpec, ModelSpec
 from truffula.testing.programs import Driver, capacity_for
 from truffula.testing.tiny import tiny_config
 from truffula.weights.tying import Tie, TyingDecision
@@ -34,7 +35,7 @@ def each_layer(spec: ModelSpec, change: Callable[[int, LayerSpec], LayerSpec]) -
 
 
 def attention(layer: LayerSpec, **changes: Any) -> LayerSpec:
-    return dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, **changes))
+    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, **changes))
 
 
 def mlp(layer: LayerSpec, **changes: Any) -> LayerSpec:
@@ -62,7 +63,7 @@ def starcoder2(spec: ModelSpec) -> ModelSpec:
         layer = mlp(layer, gated=False, activation="gelu_tanh", in_bias=True, out_bias=True)
         layer = attention(layer, qkv_bias=True, out_bias=True)
         return dataclasses.replace(
-            layer, before_attention=norm("input_layernorm"), before_mlp=norm("post_attention_layernorm")
+            layer, before_mixer=norm("input_layernorm"), before_mlp=norm("post_attention_layernorm")
         )
 
     names = dataclasses.replace(spec.names, up="mlp.c_fc", down="mlp.c_proj")

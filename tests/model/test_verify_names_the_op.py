@@ -95,7 +95,7 @@ def test_a_changed_weight_is_found(model: Path, name: str, op: str) -> None:
     assert report.first_divergence.layer == (int(op.split(".")[1]) if op.startswith("layers") else None)
 
 
-@pytest.mark.parametrize("key", ["layers.1.before_attention", "layers.2.before_mlp", "layers.0.q_norm", "final_norm"])
+@pytest.mark.parametrize("key", ["layers.1.before_mixer", "layers.2.before_mlp", "layers.0.q_norm", "final_norm"])
 def test_a_changed_eps_is_found(model: Path, key: str) -> None:
     def change(program: Program) -> Program:
         ops = tuple(
@@ -155,6 +155,6 @@ def test_in_bfloat16_the_order_of_roundings_is_transformers_own(tmp_path: Path, 
     )
     errors = {row.op: row.error for row in report.rows}
     assert errors["embed"] == 0.0
-    assert errors["layers.0.before_attention"] == 0.0
+    assert errors["layers.0.before_mixer"] == 0.0
     assert errors["layers.0.rope"] < 0.02
     assert report.ok

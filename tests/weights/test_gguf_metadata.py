@@ -98,8 +98,8 @@ def transformers_table(rope: dict[str, Any]) -> tuple[np.ndarray, float]:
 def test_rotation_is_what_transformers_computes(tmp_path: Path, architecture: str, case: str) -> None:
     keys, rope = ROPES[case]
     plan = plan_model(checkpoint_of(tmp_path, architecture, keys))
-    tables = [plan.spec.ropes[layer.attention.rope] for layer in plan.spec.layers]
-    full = [table for table, layer in zip(tables, plan.spec.layers, strict=True) if layer.attention.window is None]
+    tables = [plan.spec.ropes[layer.mixer.rope] for layer in plan.spec.layers]
+    full = [table for table, layer in zip(tables, plan.spec.layers, strict=True) if layer.mixer.window is None]
     wanted, factor = transformers_table(rope)
     assert full or architecture == "gemma2"
     for table in full or tables:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from truffula.errors import CheckpointError, some
 from truffula.kernels.program import WeightPart
-from truffula.model.spec import ModelSpec, WeightRow
+from truffula.model.rows import WeightRow
+from truffula.model.spec import ModelSpec
 
 # Prefixes of wrappers: DistributedDataParallel, torch.compile, FSDP, PEFT. The latter two also occur inside names.
 _OUTER = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.")

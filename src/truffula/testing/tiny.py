@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from truffula.model.read import read_config
-from truffula.model.spec import WeightRow
+from truffula.model.rows import WeightRow
 from truffula.testing.files import Array, as_dtype, write_safetensors
 
 _BASE = {

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from truffula.model.architectures.pieces import ACTIVATIONS, Sizes, finish_spec, gemma_rms, read_sizes, windows
 from truffula.model.config_view import ConfigView
+from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import read_rope, read_rope_by_layer_type
-from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, ModuleNames, RopeSpec
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, RopeSpec
 
 # The multimodal class has the same body under language_model.
 MULTIMODAL_NAMES = ModuleNames(
@@ -64,7 +66,7 @@ def _layer(
 ) -> LayerSpec:
     bias = view.flag("attention_bias")
     return LayerSpec(
-        attention=AttentionSpec(
+        mixer=AttentionSpec(
             heads=sizes.heads,
             kv_heads=sizes.kv_heads,
             head_dim=sizes.head_dim,
@@ -78,8 +80,8 @@ def _layer(
             out_bias=bias,
         ),
         mlp=MlpSpec(sizes.mlp, view.choice("hidden_activation", ACTIVATIONS)),
-        before_attention=gemma_rms(view, "input_layernorm"),
-        after_attention=gemma_rms(view, "post_attention_layernorm"),
+        before_mixer=gemma_rms(view, "input_layernorm"),
+        after_mixer=gemma_rms(view, "post_attention_layernorm"),
         before_mlp=gemma_rms(view, "pre_feedforward_layernorm"),
         after_mlp=gemma_rms(view, "post_feedforward_layernorm"),
     )

@@ -8,8 +8,11 @@ from typing import Any
 
 from truffula.kernels.program import Activation
 from truffula.model.config_view import ConfigView
+from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import extended_positions, read_rope
-from truffula.model.spec import AttentionSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec, RopeSpec
+from truffula.model.rows import NormSpec
+from truffula.model.spec import LayerSpec, ModelSpec, RopeSpec
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -86,7 +89,7 @@ def llama_layer(
 ) -> LayerSpec:
     """Llama's layer: pre-norm, gated MLP, one rope; with ``qk_norm``, norms of q and k per head."""
     return LayerSpec(
-        attention=AttentionSpec(
+        mixer=AttentionSpec(
             heads=sizes.heads,
             kv_heads=sizes.kv_heads,
             head_dim=sizes.head_dim,
@@ -99,7 +102,7 @@ def llama_layer(
             out_bias=out_bias,
         ),
         mlp=MlpSpec(sizes.mlp, view.choice("hidden_act", ACTIVATIONS), in_bias=mlp_bias, out_bias=mlp_bias),
-        before_attention=rms(view, "input_layernorm"),
+        before_mixer=rms(view, "input_layernorm"),
         before_mlp=rms(view, "post_attention_layernorm"),
     )
 

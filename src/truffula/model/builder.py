@@ -1,0 +1,262 @@
+"""``ProgramBuilder`` collects buffers, weights, sites and ops; ``LayerBuilder`` is what a part of a layer writes with.
+
+Each op has a probe, the place of the same value in transformers. The output of a fused linear is at the modules of its
+slices; a gated product or a residual sum is the input of the next module; q and k after rope are the inputs of the
+attention module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from truffula.kernels.program import (
+    Buffer,
+    BufferDtype,
+    Epilogue,
+    KvGroup,
+    KvPlane,
+    Linear,
+    ModuleSlice,
+    Norm,
+    Op,
+    Pointwise,
+    Probe,
+    Ref,
+    RopeRows,
+    Rows,
+    Site,
+    SiteSlice,
+    WeightDecl,
+    WeightPart,
+)
+from truffula.model.names import WeightNames
+from truffula.model.rows import NormSpec
+from truffula.model.spec import ModelSpec, ModuleNames
+from truffula.weights.tying import Tie, TyingDecision
+
+_PLAIN = Epilogue()
+
+
+class ProgramBuilder:
+    """The pieces of a program. Buffers are shared by all layers and as wide as their widest use."""
+
+    def __init__(self, spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> None:
+        self.spec, self.names, self.tie = spec, names, tie
+        self.buffers: dict[str, Buffer] = {}
+        self.weights: list[WeightDecl] = []
+        self.sites: list[Site] = []
+        self.ops: list[Op] = []
+        self.rows = {row.key: row for row in spec.rows}
+        self.weight_ids: dict[str, int] = {}
+        self.site_slices: dict[str, tuple[SiteSlice, ...]] = {}
+        self.kv_groups = _kv_groups(spec)
+
+    def buffer(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
+        """The first ``width`` columns of the buffer ``name``, which is created or widened where needed."""
+        old = self.buffers.get(name)
+        found = Buffer(len(self.buffers), name, rows, width, dtype) if old is None else old
+        self.buffers[name] = replace(found, width=max(found.width, width))
+        return Ref(found.id, 0, width)
+
+    def rope_rows(self, table: int) -> Ref:
+        """The buffer with cos and sin of a rope table."""
+        return self.buffer(f"rope{table}", self.spec.ropes[table].dims)
+
+    def write_rope_rows(self) -> None:
+        """Append the ops that fill the rope buffers, once a step."""
+        for table in range(len(self.spec.ropes)):
+            self.ops.append(RopeRows(name=f"rope{table}", table=table, out=self.rope_rows(table)))
+
+    def tables(self) -> tuple[int, int]:
+        """The weight ids of embedding and head, which are equal when tied."""
+        tied, shape = self.tie.tie is not Tie.SEPARATE, self.rows["embed"].shape
+        if tied:
+            source = self.names.head if self.tie.tie is Tie.REVERSED else self.names.embed
+            both = self.declare("embed", shape, (WeightPart(source),), "rows", "matmul")
+            return both, both
+        embed = self.declare("embed", shape, (WeightPart(self.names.embed),), "rows")
+        return embed, self.declare("head", shape, (WeightPart(self.names.head),), "matmul")
+
+    def declare(self, key: str, shape: tuple[int, ...], parts: tuple[WeightPart, ...], *uses: str) -> int:
+        """The id of a new weight with the row ``key``."""
+        row = self.rows[key]
+        name = row.slices[0].module if len(row.slices) == 1 else (row.fused or row.key)
+        decl = WeightDecl(len(self.weights), f"{name}.{row.param}", shape, parts, frozenset(uses), row.dtype)
+        self.weights.append(decl)
+        self.weight_ids[key] = decl.id
+        return decl.id
+
+    def weight(self, key: str) -> int:
+        """The id of a row's weight, which is declared with its sites at the first use."""
+        if key in self.weight_ids:
+            return self.weight_ids[key]
+        row, body = self.rows[key], self.spec.names.body
+        matrix = row.kind == "linear" and row.param == "weight"
+        weight = self.declare(key, row.shape, self.names.parts[key], "matmul" if matrix else "vector")
+        if matrix:
+            slices, lo = [], 0
+            for item in row.slices:
+                hi = lo + item.rows
+                modules = [(body + item.module, 0, item.rows, item.rows)]
+                if row.fused is not None:
+                    modules.append((body + row.fused, lo, hi, row.rows))
+                slices.append(SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi))
+                lo = hi
+            self.site_slices[key] = tuple(slices)
+        return weight
+
+    def bias(self, key: str) -> int | None:
+        """The id of the bias of the row ``key``; None without one."""
+        return self.weight(f"{key}.bias") if f"{key}.bias" in self.rows else None
+
+    def site(
+        self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
+        modules: list[tuple[str, int, int, int]],
+    ) -> int:  # fmt: skip
+        """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
+        slices = tuple(ModuleSlice(*module) for module in modules)
+        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, slices))
+        return len(self.sites) - 1
+
+    def module(self, path: str) -> str:
+        """The path in transformers of a module that is named relative to the body."""
+        return self.spec.names.body + path
+
+    def norm(
+        self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
+        layer: int | None = None, groups: int = 1, plus: Ref | None = None,
+    ) -> None:  # fmt: skip
+        """Append the norm with the row ``key``."""
+        self.ops.append(Norm(name=key, layer=layer, probe=probe, x=x, out=out, kind=norm.kind, eps=norm.eps,
+                             weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
+                             plus=plus))  # fmt: skip
+
+    def stream_after(self, layer: int, part: str | None = None) -> Probe:
+        """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module."""
+        spec = self.spec
+        following = spec.layers[layer].branches
+        names = [branch[0] for branch in following]
+        following = following[names.index(part) + 1 :] if part is not None else ()
+        index = layer
+        while not following and index + 1 < len(spec.layers):
+            index += 1
+            following = spec.layers[index].branches
+        if following:
+            _, item, before, _ = following[0]
+            module = before.module if before is not None else item.first_module(spec.names)
+            return Probe(self.module(spec.layer_prefix(index) + module), "in")
+        return Probe(self.module(spec.final_norm.module) if spec.final_norm is not None else spec.names.head, "in")
+
+
+@dataclass(frozen=True)
+class LayerBuilder:
+    """Writes the part ``part`` (mixer or mlp) of layer ``index``. Keys and modules are relative to the layer."""
+
+    program: ProgramBuilder
+    index: int
+    part: str
+    after: NormSpec | None
+    scale: float
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.program.spec
+
+    @property
+    def names(self) -> ModuleNames:
+        return self.spec.names
+
+    @property
+    def prefix(self) -> str:
+        return self.spec.layer_prefix(self.index)
+
+    @property
+    def hidden(self) -> Ref:
+        """The residual stream."""
+        return self.program.buffer("hidden", self.spec.hidden)
+
+    def buffer(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
+        return self.program.buffer(name, width, rows, dtype)
+
+    def rope_rows(self, table: int) -> Ref:
+        return self.program.rope_rows(table)
+
+    def probe(self, module: str, side: Literal["in", "out"]) -> Probe:
+        return Probe(self.program.module(self.prefix + module), side)
+
+    def append(self, op: Op) -> None:
+        """Append an op, whose key becomes its name with the layer's prefix."""
+        self.program.ops.append(replace(op, name=self.prefix + op.name, layer=self.index))
+
+    def weight(self, key: str) -> int:
+        return self.program.weight(self.prefix + key)
+
+    def linear(self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN) -> None:
+        """Append the linear with the row ``key``, its bias and its sites."""
+        weight, name = self.weight(key), self.prefix + key
+        epilogue = replace(epilogue, bias=self.program.bias(name))
+        slices = self.program.site_slices[name]
+        self.append(Linear(name=key, probe=probe, x=x, weight=weight, out=out, slices=slices, epilogue=epilogue))
+
+    def norm(
+        self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
+        probe: Probe | None = None, groups: int = 1, plus: Ref | None = None,
+    ) -> None:  # fmt: skip
+        probe = probe or self.probe(norm.module, "out")
+        self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, plus=plus)
+
+    def kv_planes(self) -> tuple[int, tuple[int, ...]]:
+        """The KV group and the planes of this layer."""
+        for group in self.program.kv_groups:
+            if planes := tuple(plane.id for plane in group.planes if plane.layer == self.index):
+                return group.id, planes
+        raise AssertionError(f"layer {self.index} caches nothing")
+
+    def input(self, before: NormSpec | None) -> Ref:
+        """The input of the part: the normed residual stream, or the stream itself when there is no norm."""
+        if before is None:
+            return self.hidden
+        normed = self.buffer("normed", self.spec.hidden)
+        self.norm(f"before_{self.part}", before, self.hidden, normed)
+        return normed
+
+    def output(self, key: str, x: Ref) -> None:
+        """Append the last linear of the part; its result is added to the residual stream."""
+        after = self.program.stream_after(self.index, self.part)
+        if self.after is None:
+            self.linear(key, x, self.hidden, after, Epilogue(scale=self.scale, residual=self.hidden))
+            return
+        branch = self.buffer("branch", self.spec.hidden)
+        rows = self.program.rows[self.prefix + key]
+        self.linear(key, x, branch, Probe(self.program.module(rows.slices[0].module), "out"))
+        self.add(branch)
+
+    def add(self, branch: Ref) -> None:
+        """Append the norm after the part, if any, and the sum with the residual stream."""
+        after = self.program.stream_after(self.index, self.part)
+        if self.after is not None and self.scale == 1.0:
+            self.norm(f"after_{self.part}", self.after, branch, self.hidden, probe=after, plus=self.hidden)
+            return
+        if self.after is not None:
+            self.norm(f"after_{self.part}", self.after, branch, branch)
+        name = f"after_{self.part}"
+        if self.scale != 1.0:
+            self.append(Pointwise(name=f"{name}.scale", kind="scale", x=branch, out=branch, params=(self.scale,)))
+        self.append(Pointwise(name=f"{name}.add", probe=after, kind="add", x=self.hidden, y=branch, out=self.hidden))
+
+
+def _kv_groups(spec: ModelSpec) -> tuple[KvGroup, ...]:
+    """One group per distinct window, full attention first. A window that no sequence exceeds is full attention."""
+    planes: dict[int | None, list[KvPlane]] = {}
+    count = 0
+    for index, layer in enumerate(spec.layers):
+        if layer.mixer is None or not layer.mixer.kv_widths:
+            continue
+        window = layer.mixer.window
+        window = None if window is None or window >= spec.max_positions else window
+        for width in layer.mixer.kv_widths:
+            planes.setdefault(window, []).append(KvPlane(count, index, width))
+            count += 1
+    order = sorted(planes, key=lambda window: (window is not None, window or 0))
+    return tuple(KvGroup(i, tuple(planes[window]), window) for i, window in enumerate(order))

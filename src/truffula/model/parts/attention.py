@@ -1,0 +1,91 @@
+"""``AttentionSpec``: attention with one KV cache per layer, its weights and its operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from truffula.kernels.program import Attention, Ref, Rope
+from truffula.model.rows import LayerRows, NormSpec
+
+if TYPE_CHECKING:
+    from truffula.model.builder import LayerBuilder
+    from truffula.model.spec import ModuleNames
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One layer's attention. ``window`` None is full attention, w lets query i see keys i - w < j <= i.
+
+    ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
+    ``k_norm`` act per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: int | None
+    window: int | None = None
+    rope_layout: Literal["half", "interleaved"] = "half"
+    q_norm: NormSpec | None = None
+    k_norm: NormSpec | None = None
+    softcap: float | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+
+    @property
+    def q_width(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def qkv_width(self) -> int:
+        return self.q_width + 2 * self.kv_width
+
+    @property
+    def kv_widths(self) -> tuple[int, ...]:
+        return self.kv_width, self.kv_width
+
+    def first_module(self, names: ModuleNames) -> str:
+        return names.q
+
+    def last_module(self, names: ModuleNames) -> str:
+        return names.out
+
+    def rows(self, rows: LayerRows) -> None:
+        names = rows.names
+        q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
+        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=names.qkv)
+        rows.norm("q_norm", self.q_norm, self.head_dim)
+        rows.norm("k_norm", self.k_norm, self.head_dim)
+        rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
+
+    def write(self, build: LayerBuilder, x: Ref) -> None:
+        names = build.names
+        qkv = build.buffer("qkv", self.qkv_width)
+        q = Ref(qkv.buffer, 0, self.q_width)
+        k = Ref(qkv.buffer, self.q_width, self.kv_width)
+        v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
+        build.linear("qkv", x, qkv, build.probe(names.q, "out"))
+        if self.q_norm is not None:
+            build.norm("q_norm", self.q_norm, q, q, groups=self.heads)
+        if self.k_norm is not None:
+            build.norm("k_norm", self.k_norm, k, k, groups=self.kv_heads)
+        if self.rope is not None:
+            # q and k are adjacent and rotated in the same way, by one op over the heads of both.
+            rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
+            build.append(Rope(name="rope", probe=build.probe(names.attention, "in"), x=rotated,
+                              rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
+                              head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
+                              layout=self.rope_layout))  # fmt: skip
+        attended = build.buffer("attended", self.q_width)
+        group, planes = build.kv_planes()
+        build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
+                               group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
+                               dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
+                               softcap=self.softcap))  # fmt: skip
+        build.output("out", attended)
