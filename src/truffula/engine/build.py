@@ -200,7 +200,7 @@ def build_engine(
             require_same_files(first.files, files, restarting=True)
         if on_model_path is not None:
             on_model_path(path)
-        loaded = _load(config, path, checkpoint, report)
+        loaded = load_model(config, path, checkpoint, report)
         plan, settings, executable = loaded.plan, loaded.settings, loaded.executable
         try:
             loaded.pull.finish()
@@ -216,17 +216,19 @@ def build_engine(
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class LoadedModel:
+    """A model and the plan it was loaded by. ``pull.finish`` is still to be called."""
+
     plan: ModelPlan
     settings: EngineSettings
     pull: WeightReader
     executable: Executable
 
 
-def _load(config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Progress, serial: str = "") -> _Loaded:
+def load_model(config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Progress, serial: str = "") -> LoadedModel:
     """Plan and load the model; ``serial`` as in ``plan_model``."""
     plan = plan_model(checkpoint, config.implementation, serial=serial)
-    backend = _select_backend(config, plan)
+    backend = choose_backend(config, plan)
     settings = find_settings(config, path, plan, backend)
     pull = WeightReader(
         checkpoint,
@@ -237,11 +239,11 @@ def _load(config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Prog
     try:
         executable = backend.load(plan.program, settings.info.dtype, pull, settings.capacity)
     except PackingFails as error:
-        return _load(config, path, checkpoint, report, serial=str(error))
-    return _Loaded(plan, settings, pull, executable)
+        return load_model(config, path, checkpoint, report, serial=str(error))
+    return LoadedModel(plan, settings, pull, executable)
 
 
-def _select_backend(config: EngineConfig, plan: ModelPlan) -> Backend:
+def choose_backend(config: EngineConfig, plan: ModelPlan) -> Backend:
     """The backend that computes the planned model."""
     name = config.backend
     if plan.transformers is not None:

@@ -44,7 +44,7 @@ def probe_paged(executable: PagedExecutable, dtype: torch.dtype) -> None:
                 mixed = _packed(executable, [text[:-1] for text in texts], [0, 0], adapter=slot)
             finally:
                 executable.drop_adapter(slot)
-    except Exception as error:  # of code that is not ours: anything
+    except Exception as error:  # foreign code raises anything
         raise PackingFails(f"packed sequences fail ({type(error).__name__}: {' '.join(str(error).split())})") from error
     for alone, before, after in zip(own, first, then, strict=True):
         differs = max(float(np.abs(alone[:-1] - before).max(initial=0)), float(np.abs(alone[-1:] - after).max()))
@@ -69,7 +69,7 @@ def probe_serial(executable: SerialExecutable, dtype: torch.dtype) -> None:
         try:
             chunks = [_packed(executable, [text[at : at + 3]], [at])[0] for at in range(0, len(text), 3)]
             differs.append(float(np.abs(np.concatenate(chunks) - alone).max()))
-        except Exception as error:  # noqa: BLE001  (of code that is not ours: anything)
+        except Exception as error:  # noqa: BLE001  (foreign code raises anything)
             differs.append(np.inf)
             failure = f" ({type(error).__name__}: {' '.join(str(error).split())})"
         else:
