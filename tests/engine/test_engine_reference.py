@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from folder_loader import FolderLoader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from folder_loader import FolderLoader
 from kernel_backends import SINGLE
 from rig import Answer, Rig, limits, request
 

@@ -157,8 +157,11 @@ def _linears(folder: Path) -> dict[str, tuple[int, int]]:
 
     model = _oracle(folder, None, False)
     found = {}
+    # Of these names peft makes parameters of stacked experts, where there are any, and drops those of other modules.
+    stacked = any(".experts." in name for name, _ in model.named_parameters())
+    of_experts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3") if stacked else ()
     for name, module in model.named_modules():
-        if module is model.get_output_embeddings():
+        if module is model.get_output_embeddings() or name.endswith(of_experts or ("!",)):
             continue
         if isinstance(module, nn.Linear):
             found[name] = (module.in_features, module.out_features)

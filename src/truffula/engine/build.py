@@ -225,7 +225,9 @@ class LoadedModel:
     executable: Executable
 
 
-def load_model(config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Progress, serial: str = "") -> LoadedModel:
+def load_model(
+    config: EngineConfig, path: Path, checkpoint: Checkpoint, report: Progress, serial: str = ""
+) -> LoadedModel:
     """Plan and load the model; ``serial`` as in ``plan_model``."""
     plan = plan_model(checkpoint, config.implementation, serial=serial)
     backend = choose_backend(config, plan)

@@ -151,7 +151,7 @@ class WeightReader:
         if decl.id in self._read:
             raise KernelError(f"{decl.name} was read twice.")
         parts = [self._part(part) for part in decl.parts]
-        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        shape = parts[0].shape if len(parts) == 1 else (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         if shape != decl.shape:
             raise KernelError(f"{decl.name} has shape {shape} in the files, {decl.shape} in the program.")
         self._read.add(decl.id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import count
 from typing import Any
 
@@ -30,13 +30,18 @@ def layout_of_sites(interface: ModelInterface) -> AdapterLayout:
 class AdapterHooks:
     """The adapters of a model by slot, and the segments of rows that the next forward pass applies them to.
 
-    ``rows`` are for modules that see every token of the pass, ``head_rows`` for the output head.
+    ``rows`` are for modules that see every token of the pass, ``head_rows`` for the modules ``of_logits``: the output
+    head, and others behind the choice of rows whose logits are computed.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], layout: AdapterLayout, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], of_logits: Collection[str], layout: AdapterLayout,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         self.layout = layout
         self.rows: Sequence[Segment] = ()
         self.head_rows: Sequence[Segment] = ()
+        self._of_logits = of_logits
         self._device = device
         self._slots: dict[int, dict[int, OpAdapter]] = {}
         modules = dict(model.named_modules())
@@ -71,7 +76,7 @@ class AdapterHooks:
 
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add_deltas(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            segments = self.head_rows if site.kind == "head" else self.rows
+            segments = self.head_rows if site.module in self._of_logits else self.rows
             if not any(site.id in segment.ops for segment in segments):
                 return None
             x = args[0].reshape(-1) if site.kind == "embed" else args[0].reshape(-1, site.in_features).float()

@@ -41,7 +41,8 @@ class TransformersExecutable(SynchronousExecutable):
         self.capacity = capacity
         self.device = device
         self.model = model
-        self.hooks = AdapterHooks(model, interface.sites, self.layout, device)
+        of_logits = {name for name, kept in described.trace.linears.items() if kept}
+        self.hooks = AdapterHooks(model, interface.sites, of_logits, self.layout, device)
         self._sampler = Sampler(capacity.max_seqs, interface.vocab_size)
         self._logits: Array = np.zeros((0, interface.vocab_size), np.float32)
 
@@ -49,8 +50,6 @@ class TransformersExecutable(SynchronousExecutable):
         """float32 logits ``[rows, V]`` of ``tokens [T]`` at ``rows``, and what the model returned."""
         ids, kept = self.long(tokens)[None], self.long(rows)
         keeps = "logits_to_keep" in self.described.skeleton.arguments
-        if not keeps:
-            self.hooks.head_rows = self.hooks.rows
         out = self.model(input_ids=ids, **more, **({"logits_to_keep": kept} if keeps else {}))
         logits = out.logits[0]
         return (logits if keeps else logits.index_select(0, kept)).float(), out

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from truffula.errors import KernelError
 from truffula.kernels.inputs import Capacity, Int32
 from truffula.kernels.program import Attention, ModelInterface, Ref
-from truffula.kernels.reference import attention
+from truffula.kernels.reference import attention as pages
 from truffula.kernels.reference.kv import KvPlanes
 from truffula.model.fallback.executable import TransformersExecutable
 from truffula.model.fallback.plan import TransformersModel
@@ -25,13 +25,15 @@ _OWNER = "truffula_executable"
 
 def register() -> None:
     """Make ``PAGED`` known to transformers."""
-    AttentionInterface.register(PAGED, _attend)
+    AttentionInterface.register(PAGED, _paged_attention)
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any) -> tuple[Tensor, None]:
+def _paged_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any
+) -> tuple[Tensor, None]:
     """transformers' signature: ``query [1, H, T, D]``, ``key`` and ``value`` likewise; returns ``[1, T, H, D]``."""
     executable: PagedExecutable = module.__dict__[_OWNER]
-    return executable.attend(query, key, value, given), None
+    return executable.attention(query, key, value, given), None
 
 
 class PagedExecutable(TransformersExecutable):
@@ -52,7 +54,7 @@ class PagedExecutable(TransformersExecutable):
         super().__init__(described, model, interface, capacity, device)
         self._planes = KvPlanes(interface.kv_groups, capacity, dtype, device)
         self._group_of = {group.window: group.id for group in interface.kv_groups}
-        self._plans: dict[int, list[attention.Batch]] = {}
+        self._plans: dict[int, list[pages.Batch]] = {}
         self._slots: list[Tensor] = []
         self._calls = 0
         for module in model.modules():
@@ -74,7 +76,7 @@ class PagedExecutable(TransformersExecutable):
             )
         self._logits = logits.cpu().numpy()
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
         """Write the keys and values of the call to their pages, then attend to those of each row's sequence."""
         calls, number = self.described.trace.calls, self._calls
         self._calls += 1
@@ -83,15 +85,15 @@ class PagedExecutable(TransformersExecutable):
         call = calls[number]
         group = self._group_of[call.window]
         k, v = self._planes[2 * number], self._planes[2 * number + 1]
-        attention.write(k, self._slots[group], _by_row(key))
-        attention.write(v, self._slots[group], _by_row(value))
+        pages.write(k, self._slots[group], _by_row(key))
+        pages.write(v, self._slots[group], _by_row(value))
         if group not in self._plans:
             size, zero_slot = self.capacity.block_size, self._planes.zero_slot
-            self._plans[group] = attention.plan(self.inputs, group, call.window, size, zero_slot, self.device)
+            self._plans[group] = pages.plan(self.inputs, group, call.window, size, zero_slot, self.device)
         scale = given.get("scaling")
         op = _op(call, call.dim_k**-0.5 if scale is None else float(scale), given.get("softcap"))
         sinks = given.get("s_aux")
-        out = attention.compute(op, _by_row(query), k, v, self._plans[group], None if sinks is None else sinks.float())
+        out = pages.compute(op, _by_row(query), k, v, self._plans[group], None if sinks is None else sinks.float())
         return out.view(1, -1, call.heads, call.dim_v)
 
     def release_kv(self, group: int, blocks: Int32) -> None:

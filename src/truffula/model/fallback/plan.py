@@ -165,7 +165,7 @@ def _sites(skeleton: Skeleton, traced: Trace, names: StoredNames) -> tuple[Site,
     sites: list[Site] = []
     modules = dict(skeleton.built().named_modules())
     embed, head = names.embed.removesuffix(".weight"), names.head.removesuffix(".weight")
-    for name in dict.fromkeys((*traced.linears, head)):
+    for name in traced.linears:
         module = modules[name]
         if isinstance(module, nn.Embedding):
             if name != embed:

@@ -6,7 +6,7 @@ function of transformers is asked which keys a query far inside a sequence sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ _CACHES = {
 }  # fmt: skip
 _TRACED = "truffula_traced"
 _TOKENS = 37  # unlike any width, so that an axis of tokens is recognised
+_KEPT = 5  # of them, the rows whose logits are computed
 _QUERY = 2**17  # the position whose visible keys tell the window
 _PAGED_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 # Arguments of attention functions that are served, or that change nothing.
@@ -68,13 +69,14 @@ class Trace:
     """One pass.
 
     ``cache_widths``: numbers of a sequence's cache per token, and besides. ``linears``: modules whose input had a row
-    per token, in order: adapters can act there. ``problem`` is why pages cannot serve the model, or empty.
+    per token, in order, and those with a row per logit (True): adapters can act there. ``problem`` is why pages cannot
+    serve the model, or empty.
     """
 
     calls: tuple[AttentionCall, ...]
     cache: Cache
     cache_widths: tuple[int, int]
-    linears: tuple[str, ...]
+    linears: Mapping[str, bool]
     problem: str
 
 
@@ -119,7 +121,7 @@ class _Recorder:
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
 
-    def attend(
+    def attention(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
     ) -> tuple[Tensor, None]:
         mask = attention_mask
@@ -171,29 +173,35 @@ class _Visible:
         return cls(window, later, "" if regular else "its mask is neither causal nor a sliding window")
 
 
-def _run(skeleton: Skeleton, attention: str | None, tokens: int = _TOKENS) -> tuple[_Recorder, tuple[str, ...], Cache]:
-    """One pass: the recorded calls, the linears with a row per token, and the cache with the name of its argument."""
+def _run(
+    skeleton: Skeleton, attention: str | None, tokens: int = _TOKENS
+) -> tuple[_Recorder, Mapping[str, bool], Cache]:
+    """One pass: the recorded calls, ``Trace.linears``, and the cache with the name of its argument."""
     recorder = _Recorder()
-    AttentionInterface.register(_TRACED, recorder.attend)
+    AttentionInterface.register(_TRACED, recorder.attention)
     AttentionMaskInterface.register(_TRACED, recorder.mask)
     model = skeleton.built(attention=attention)
     model.set_experts_implementation("batched_mm")  # the others read expert ids, which a meta tensor has not
-    linears: dict[str, bool] = {}
+    rows: dict[str, set[int]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            module.register_forward_pre_hook(_note_rows(linears, name, tokens))
+            module.register_forward_pre_hook(_note_rows(rows, name))
+    kept = {"logits_to_keep": torch.arange(_KEPT)} if "logits_to_keep" in skeleton.arguments else {}
     with torch.device("meta"), torch.no_grad():
-        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True)
+        out = model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=True, **kept)
     returned = [name for name in _CACHES if getattr(out, name, None) is not None]
     taken = [(name, argument) for name in returned for argument in _CACHES[name] if argument in skeleton.arguments]
     cache = Cache(*taken[0], out[taken[0][0]]) if taken else NO_CACHE
-    return recorder, tuple(name for name, whole in linears.items() if whole), cache
+    linears = {name: found == {_KEPT} for name, found in rows.items() if found in ({tokens}, {_KEPT})}
+    return recorder, linears, cache
 
 
-def _note_rows(linears: dict[str, bool], name: str, tokens: int) -> Callable[..., None]:
+def _note_rows(rows: dict[str, set[int]], name: str) -> Callable[..., None]:
+    """A hook that adds the rows of a module's input to its ``rows``; -1 unless they lie along one axis."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0].numel() if isinstance(module, nn.Embedding) else args[0].numel() // max(1, args[0].shape[-1])
-        linears[name] = linears.get(name, True) and rows == tokens and tokens in args[0].shape[:2]
+        shape = args[0].shape if isinstance(module, nn.Embedding) else args[0].shape[:-1]
+        rows.setdefault(name, set()).add(shape.numel() if shape.numel() in shape else -1)
 
     return hook
 
