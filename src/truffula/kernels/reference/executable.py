@@ -16,6 +16,7 @@ from truffula.kernels.arena import dead_after, written_by
 from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     Linear,
     Logits,
@@ -23,13 +24,14 @@ from truffula.kernels.program import (
     Op,
     Pointwise,
     Program,
+    RecurrentState,
     Ref,
     Rope,
     RopeRows,
     TakeRows,
 )
-from truffula.kernels.reference import attention, ops
-from truffula.kernels.reference.kv import KvPlanes
+from truffula.kernels.reference import attention, ops, states
+from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -78,8 +80,8 @@ class _Buffers:
 
 @dataclass
 class _Step:
-    """The tensors of one step that its ops share, and the attention plans made so far. ``op`` is the number of the op
-    that runs."""
+    """The tensors of one step that its ops share, the spans of sequence states, and the attention plans made so far.
+    ``op`` is the number of the op that runs."""
 
     inputs: StepInputs
     token_ids: Tensor
@@ -89,6 +91,7 @@ class _Step:
     logit_rows: Tensor
     segments: list[Segment]
     segments_r: list[Segment]
+    spans: list[states.SpanBatch]
     plans: dict[tuple[int, int | None], list[attention.Batch]] = field(default_factory=dict)
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     op: int = 0
@@ -99,7 +102,10 @@ class _Step:
 
 
 class ReferenceExecutable(SynchronousExecutable):
-    """``Executable`` in plain torch. Each op is a method (what it reads and writes) around a function (its maths)."""
+    """``Executable`` in plain torch. Each op is a method (what it reads and writes) around a function (its maths).
+
+    States are ``[rows, width]``.
+    """
 
     def __init__(
         self,
@@ -125,7 +131,9 @@ class ReferenceExecutable(SynchronousExecutable):
         self._capacity = capacity
         self._buffers = _Buffers(program, dtype)
         self._device = device
-        self._planes = KvPlanes(program.kv_groups, capacity, dtype, device)
+        self._memory = LazyTensors(device)
+        self._planes = KvPlanes(program.kv_groups, capacity, dtype, self._memory)
+        self._states = [self._make_state(state) for state in program.states]
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
@@ -178,12 +186,25 @@ class ReferenceExecutable(SynchronousExecutable):
         if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
 
+    def _make_state(self, state: RecurrentState) -> Tensor:
+        """The rows of a state, of which row 0 is zeroed."""
+        dtype = torch.float32 if state.dtype == "float32" else self._dtype
+        rows = self._memory.make((self._capacity.num_states, state.width), dtype)
+        rows[0].zero_()
+        return rows
+
     def release_kv(self, group: int, blocks: Int32) -> None:
         self._planes.release(group, blocks)
+
+    def release_states(self, rows: Int32) -> None:
+        for state in self._states:
+            self._memory.release(state, rows)
 
     def close(self) -> None:
         self._adapters.clear()
         self._planes.close()
+        self._states.clear()
+        self._memory.close()
         self._weights = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
         self._logits = np.zeros((0, self._program.output.width), np.float32)
@@ -201,6 +222,7 @@ class ReferenceExecutable(SynchronousExecutable):
             logit_rows=self._long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
             segments_r=self._segments(i.seg_r),
+            spans=states.plan_spans(i, self._device) if self._states else [],
         )
 
     def _long(self, array: Array) -> Tensor:
@@ -271,6 +293,11 @@ class ReferenceExecutable(SynchronousExecutable):
         q = self._buffers.get(op.q)
         self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
 
+    def _causal_conv(self, op: CausalConv, step: _Step) -> None:
+        x, dtype = self._buffers.get(op.x), self._buffers.dtype(op.out)
+        weight, bias = self._weights[op.weight].whole, self._vector(op.bias)
+        self._buffers.put(op.out, states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype))
+
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
 
@@ -296,6 +323,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     RopeRows: ReferenceExecutable._rope_rows,
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
+    CausalConv: ReferenceExecutable._causal_conv,
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }
