@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from truffula.kernels.adapters import AdapterLayout
-from truffula.kernels.backend import Backend, MemoryLimit, MemoryPlan, PullWeight, as_array
+from truffula.kernels.backend import Backend, Executable, MemoryLimit, MemoryPlan, PullWeight, as_array
 from truffula.kernels.inputs import Capacity
 from truffula.kernels.program import Program
 from truffula.kernels.reference.weights import DTYPES, view
 from truffula.model.fallback.adapters import layout_of_sites
-from truffula.model.fallback.executable import TransformersExecutable
 from truffula.model.fallback.names import convert
 from truffula.model.fallback.paged import PAGED, PagedExecutable, register
 from truffula.model.fallback.plan import TransformersModel
@@ -69,18 +68,17 @@ class TransformersBackend:
         return MemoryPlan(
             weight_bytes=weights,
             # The widest activation a few times: input, output, gate and up, and the float32 sum of an adapter.
-            arena_bytes=6 * 4 * capacity.max_tokens * min(widest, 2**16),
+            arena_bytes=6 * 4 * capacity.max_tokens * min(widest, 2**16) + state,
             logits_bytes=2 * 4 * rows * program.vocab_size,
             kv_block_bytes=tuple(
                 sum(plane.width for plane in group.planes) * capacity.block_size * served.itemsize
                 for group in program.kv_groups
             ),
-            state_bytes=state,
         )
 
     def load(
         self, program: Program, dtype: str, pull: PullWeight, capacity: Capacity, *, debug: bool = False
-    ) -> TransformersExecutable:
+    ) -> Executable:
         """Load and probe the model.
 
         Raises:

@@ -86,5 +86,8 @@ class TransformersExecutable(SynchronousExecutable):
     def release_kv(self, group: int, blocks: Int32) -> None:
         """See ``Executable``."""
 
+    def release_states(self, rows: Int32) -> None:
+        """Does nothing: the interface has no states; those of a model are in its cache objects."""
+
     def _start_sampling(self, slot: int, prompt_ids: Int32, completion_ids: Int32, sampling: SequenceSampling) -> None:
         self._sampler.set_sequence(slot, prompt_ids, completion_ids, sampling)

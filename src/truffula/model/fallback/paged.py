@@ -13,7 +13,7 @@ from truffula.errors import KernelError
 from truffula.kernels.inputs import Capacity, Int32
 from truffula.kernels.program import Attention, ModelInterface, Ref
 from truffula.kernels.reference import attention as pages
-from truffula.kernels.reference.kv import KvPlanes
+from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.model.fallback.executable import TransformersExecutable
 from truffula.model.fallback.plan import TransformersModel
 from truffula.model.fallback.trace import AttentionCall
@@ -52,7 +52,8 @@ class PagedExecutable(TransformersExecutable):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(described, model, interface, capacity, device)
-        self._planes = KvPlanes(interface.kv_groups, capacity, dtype, device)
+        self._memory = LazyTensors(device)
+        self._planes = KvPlanes(interface.kv_groups, capacity, dtype, self._memory)
         self._group_of = {group.window: group.id for group in interface.kv_groups}
         self._plans: dict[int, list[pages.Batch]] = {}
         self._slots: list[Tensor] = []
@@ -105,6 +106,7 @@ class PagedExecutable(TransformersExecutable):
                 module.__dict__.pop(_OWNER, None)
         super().close()
         self._planes.close()
+        self._memory.close()
 
 
 def _by_row(heads: Tensor) -> Tensor:
