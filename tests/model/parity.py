@@ -106,12 +106,13 @@ def _oracle(folder: Path, adapter: Path | None, tied: bool) -> Any:
 
 
 @contextlib.contextmanager
-def parity_model(folder: Path, backend: str = "auto", implementation: str = "auto") -> Iterator[ParityModel]:
+def parity_model(folder: Path, **options: Any) -> Iterator[ParityModel]:
     """The model in ``folder``, loaded in float32 with small blocks; its adapters are written beside it."""
-    config = EngineConfig(
-        model=str(folder), dtype="float32", backend=backend, implementation=implementation, memory_bytes=2**29,
-        block_size=BLOCK, step_tokens=64, max_running=6, max_model_len=128, threads=1,
-    )  # fmt: skip
+    usual = {
+        "dtype": "float32", "memory_bytes": 2**29, "block_size": BLOCK, "step_tokens": 64, "max_running": 6,
+        "max_model_len": 128, "threads": 1,
+    }  # fmt: skip
+    config = EngineConfig(model=str(folder), **usual | options)
     with contextlib.closing(open_checkpoint(folder)) as checkpoint:
         loaded = load_model(config, folder, checkpoint, lambda *_: None)
         loaded.pull.finish()
