@@ -5,7 +5,7 @@ do not depend on the implementation.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,9 +57,9 @@ class ModelPlan:
 
     ``stored_bytes``: size of the used tensors in the files. ``saved_bytes``: memory saved by tying. ``stored_dtype``:
     the float dtype of most of these bytes, or ``quantised``. ``unused``: names of tensors that are not used.
-    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``). ``tables``: the tensors that embedding
-    and head use, by kind of site; one tensor when tied. ``program`` was made from ``native_spec`` or, when that is
-    None, describes ``transformers``.
+    ``stored_types``: the storage type of each used tensor (``BF16``, ``Q4_1``), of a computed one that of its values.
+    ``tables``: the tensors that embedding and head use, by kind of site; one tensor when tied. ``program`` was made
+    from ``native_spec`` or, when that is None, describes ``transformers``.
     """
 
     size: ModelSize
@@ -141,6 +141,11 @@ def decide_tying(checkpoint: Checkpoint, tables: Tables, class_default: bool | N
             f"{tables.head} is missing; the head is stored in another form, possibly quantised.", param=tables.head
         )
     return decision, [*warnings, *([decision.warning] if decision.warning else [])]
+
+
+def stored_types(checkpoint: Checkpoint, used: Iterable[str]) -> dict[str, str]:
+    """The storage type of each tensor; see ``ModelPlan``."""
+    return {name: checkpoint.tensors[name].values or checkpoint.tensors[name].dtype for name in used}
 
 
 def stored_dtype(checkpoint: Checkpoint, used: set[str]) -> str:

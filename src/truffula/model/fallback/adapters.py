@@ -43,7 +43,7 @@ class AdapterHooks:
         self.head_rows: Sequence[Segment] = ()
         self._of_logits = of_logits
         self._device = device
-        self._slots: dict[int, dict[int, OpAdapter]] = {}
+        self._slots: dict[int, dict[tuple[int, int], OpAdapter]] = {}
         modules = dict(model.named_modules())
         for site in sites:
             modules[site.module].register_forward_hook(self._hook(site))
@@ -77,13 +77,14 @@ class AdapterHooks:
     def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def add_deltas(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             segments = self.head_rows if site.module in self._of_logits else self.rows
-            if not any(site.id in segment.ops for segment in segments):
+            key = site.id, 0
+            if not any(key in segment.ops for segment in segments):
                 return None
             x = args[0].reshape(-1) if site.kind == "embed" else args[0].reshape(-1, site.in_features).float()
             y = torch.zeros(len(x), site.out_features, device=x.device)
             if (last := max(segment.hi for segment in segments)) > len(x):
                 raise KernelError(f"{site.module} saw {len(x)} rows where an adapter acts on {last}.")
-            add_deltas_(y, x, site.id, segments)
+            add_deltas_(y, x, key, segments)
             # A table that scales its rows (Gemma) scales an adapter's as well, as in PEFT.
             scale = getattr(module, "embed_scale", 1.0) if site.kind == "embed" else 1.0
             return (output.float() + (y * scale).view(output.shape)).to(output.dtype)

@@ -90,7 +90,7 @@ class PagedExecutable(TransformersExecutable):
         pages.write(v, self._slots[group], _by_row(value))
         if group not in self._plans:
             size, zero_slot = self.capacity.block_size, self._planes.zero_slot
-            self._plans[group] = pages.plan(self.inputs, group, call.window, size, zero_slot, self.device)
+            self._plans[group] = pages.plan(self.inputs, group, call.window, False, size, zero_slot, self.device)
         scale = given.get("scaling")
         op = _op(call, call.dim_k**-0.5 if scale is None else float(scale), given.get("softcap"))
         sinks = given.get("s_aux")

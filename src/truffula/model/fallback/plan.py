@@ -35,6 +35,7 @@ from truffula.model.plan import (
     decide_tying,
     end_tokens,
     stored_dtype,
+    stored_types,
 )
 from truffula.weights.checkpoint import Checkpoint
 from truffula.weights.tying import Tie, TyingDecision
@@ -118,10 +119,10 @@ def plan_transformers(checkpoint: Checkpoint, serial: str = "") -> ModelPlan:
         bos_token_id=bos_id(checkpoint, text.bos_token_id),
         max_model_len=program.max_positions,
         stored_bytes=sum(checkpoint.tensors[name].nbytes for name in used),
-        unused=tuple(name for name in checkpoint.tensors if name not in used),
+        unused=(*checkpoint.unused, *(name for name in checkpoint.tensors if name not in used)),
         saved_bytes=tables.saved_bytes(checkpoint, tying),
         stored_dtype=stored_dtype(checkpoint, used),
-        stored_types={name: checkpoint.tensors[name].dtype for name in used},
+        stored_types=stored_types(checkpoint, used),
         tables=tables.used(tying),
     )
 
