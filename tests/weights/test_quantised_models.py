@@ -370,6 +370,14 @@ def test_a_config_that_is_not_supported_is_refused_by_name(tmp_path: Path, value
     assert "quantization_config" in str(raised.value.param)
 
 
+def test_auto_round_of_version_0_4_names_its_layout_as_backend(tmp_path: Path) -> None:
+    for name, backend in (("auto-round", "auto_round:gptq:exllamav2"), ("awq-gemm", "auto_round:awq:gemm")):
+        fixture = Fixture(name)
+        config = {"quant_method": "intel/auto-round", "bits": 4, "group_size": 32, "sym": False, "backend": backend}
+        folder = write_folder(tmp_path / name, {**MODEL, "quantization_config": config}, fixture.tensors)
+        assert digest(open_checkpoint(folder).read("tall.weight")) == fixture.expected["tall"][1]
+
+
 def test_widths_that_differ_by_module_follow_from_the_shapes(tmp_path: Path) -> None:
     """GPTQ ``dynamic``, and config groups with ``re:`` targets: no pattern is matched."""
     config, tensors = as_model(Fixture("gptq-4"))
