@@ -284,7 +284,7 @@ class ChatBody(OpenAIBody):
     def field_of(self, name: str) -> str:
         if name == "max_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"
-        return super().field_of(name)
+        return "messages" if name == "prompt" else super().field_of(name)
 
     def unknown(self) -> list[str]:
         calls = ["parallel_tool_calls"] if self.parallel_tool_calls is False and not self.tools else []
