@@ -18,7 +18,7 @@ from truffula.errors import KernelError
 
 Rows = Literal["T", "R"]
 BufferDtype = Literal["model", "float32"]
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid"]
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,7 @@ class Norm(Op):
 
     ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
     each of that many equal column groups with one shared weight of width / groups (per-head q/k norms).
+    ``gate`` multiplies the result (with cast first: the rounded one) by gate_activation(gate), before the last rounding.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
     """
 
@@ -220,6 +221,8 @@ class Norm(Op):
     bias: int | None = None
     cast: Literal["first", "last"] = "first"
     groups: int = 1
+    gate: Ref | None = None
+    gate_activation: Activation | None = None
     plus: Ref | None = None
 
 
@@ -295,6 +298,38 @@ class Attention(Op):
     window: int | None = None
     softcap: float | None = None
     sinks: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDelta(Op):
+    """The gated delta rule: linear attention whose state replaces what it holds for a key.
+
+    Per sequence and head a float32 state S ``[dim_k, dim_v]``, kept in ``state`` from step to step. For each row, with
+    q and k divided by sqrt(|x|² + eps) and q multiplied by ``scale``:
+
+    S = exp(g) S  ·  S = S + k (beta (v - Sᵀk))ᵀ  ·  out = Sᵀq
+
+    where g = ``rate`` * softplus(``decay`` + ``dt_bias``) and beta = ``beta_scale`` * sigmoid(``beta``). ``rate``
+    ``[heads]`` is below 0. ``decay`` has one column per head or, with a decay for each row of S (Kimi's delta
+    attention), dim_k of them. Head h uses the q and k of key head ``h // (heads / key_heads)``.
+    """
+
+    q: Ref
+    k: Ref
+    v: Ref
+    decay: Ref
+    beta: Ref
+    out: Ref
+    state: int
+    rate: int
+    dt_bias: int
+    heads: int
+    key_heads: int
+    dim_k: int
+    dim_v: int
+    scale: float
+    eps: float = 1e-6
+    beta_scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

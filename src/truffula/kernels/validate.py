@@ -10,6 +10,7 @@ from truffula.kernels.arena import written_by
 from truffula.kernels.program import (
     Attention,
     Embed,
+    GatedDelta,
     Linear,
     Logits,
     Norm,
@@ -156,6 +157,9 @@ def _norm(op: Norm, check: _Check) -> None:
     check.require("groups", divided, f"{op.groups} groups do not divide {op.x.width} columns.")
     check.vector("weight", op.weight, op.x.width // op.groups)
     check.vector("bias", op.bias, op.x.width // op.groups)
+    check.read("gate", op.gate, rows, op.x.width)
+    needed = "must be set exactly where a gate is."
+    check.require("gate_activation", (op.gate is None) == (op.gate_activation is None), needed)
     check.read("plus", op.plus, rows, op.x.width)
     check.write("out", op.out, rows, op.x.width)
 
@@ -225,6 +229,22 @@ def _attention(op: Attention, check: _Check) -> None:
     check.write("out", op.out, "T", op.heads * op.dim_v)
 
 
+def _gated_delta(op: GatedDelta, check: _Check) -> None:
+    shared = op.heads >= 1 and op.key_heads >= 1 and op.heads % op.key_heads == 0
+    check.require("key_heads", shared, f"{op.heads} heads cannot share {op.key_heads} key heads.")
+    check.read("q", op.q, "T", op.key_heads * op.dim_k)
+    check.read("k", op.k, "T", op.key_heads * op.dim_k)
+    check.read("v", op.v, "T", op.heads * op.dim_v)
+    widths = (op.heads, op.heads * op.dim_k)
+    check.require("decay", op.decay.width in widths, f"is {op.decay.width} wide; {widths[0]} or {widths[1]} needed.")
+    check.read("decay", op.decay, "T")
+    check.read("beta", op.beta, "T", op.heads)
+    check.vector("rate", op.rate, op.heads)
+    check.vector("dt_bias", op.dt_bias, op.decay.width)
+    check.state("state", op.state, op.heads * op.dim_k * op.dim_v)
+    check.write("out", op.out, "T", op.heads * op.dim_v)
+
+
 def _take_rows(op: TakeRows, check: _Check) -> None:
     check.read("x", op.x, "T")
     check.write("out", op.out, "R", op.x.width)
@@ -247,6 +267,7 @@ _CHECKS: dict[type[Op], Callable[..., None]] = {
     RopeRows: _rope_rows,
     Rope: _rope,
     Attention: _attention,
+    GatedDelta: _gated_delta,
     TakeRows: _take_rows,
     Logits: _logits,
 }

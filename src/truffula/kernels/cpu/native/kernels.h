@@ -158,6 +158,35 @@ struct AttentionItem {
   int32_t part;
 };
 
+// Columns of a state's block. A block of 128 rows and the rows of a token fit the first-level cache.
+constexpr int32_t kDeltaColumns = 32;
+static constexpr int32_t delta_blocks(int32_t dim_v) { return (dim_v + kDeltaColumns - 1) / kDeltaColumns; }
+
+// Tokens whose decays, keys and queries are computed together.
+constexpr int32_t kDeltaTokens = 16;
+// Floats of scratch that `gated_delta` needs.
+static constexpr int64_t delta_scratch(int64_t dim_k) {
+  return kDeltaTokens * (4 * ((dim_k + kLanes - 1) / kLanes * kLanes) + kLanes);
+}
+
+// The gated delta rule of one layer (GatedDelta in program.py). `decay` has a column per head or, with `per_channel`,
+// dim_k of them.
+struct GatedDeltaCall {
+  Rows q, k, v, decay, beta, out;
+  const float* rate;      // per head, below 0
+  const float* dt_bias;   // per column of decay
+  int32_t heads, key_heads, dim_k, dim_v, per_channel, round_out;
+  float scale, eps, beta_scale;
+};
+
+// Rows lo .. hi of a sequence; the states before and after them, which may be the same memory. A head's state is
+// dim_k x dim_v floats, in blocks of kDeltaColumns columns, each with its rows one after the other.
+struct DeltaSpan {
+  int32_t lo, hi;
+  const float* in;
+  float* out;
+};
+
 // Rows of a table as floats, whatever its layout.
 struct Table {
   const uint8_t* data;
@@ -193,6 +222,8 @@ struct Kernels {
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
+  void (*gated_delta)(const GatedDeltaCall*, const DeltaSpan*, int32_t head, int32_t block_lo, int32_t block_hi,
+                      float* scratch);
   const SampleLoops* sampling;
 };
 

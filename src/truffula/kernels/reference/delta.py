@@ -1,0 +1,86 @@
+"""The gated delta rule on tensors: one row after the other, or in chunks of rows, which give the same values.
+
+Shapes: ``n`` sequences of ``L`` rows each, ``H`` heads. ``q``, ``k`` ``[n, H, L, dim_k]``, ``v`` ``[n, H, L, dim_v]``,
+``g`` ``[n, H, L, 1 or dim_k]`` (log of the decay), ``beta`` ``[n, H, L, 1]``, the state ``[n, H, dim_k, dim_v]``; all
+float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from truffula.kernels.program import GatedDelta
+
+_CHUNK, _CHUNK_OF_ROWS = 64, 16  # rows; fewer where each row of the state has a decay of its own
+
+
+def gated_delta(
+    op: GatedDelta, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``out [n, L, H·dim_v]`` and the states after the last rows.
+
+    ``q``, ``k`` ``[n, L, key_heads·dim_k]``, ``v [n, L, H·dim_v]``, ``g [n, L, H or H·dim_k]`` and ``beta [n, L, H]``
+    (both computed by ``decay_and_beta``); ``state [n, H·dim_k·dim_v]``.
+    """
+    n, length = v.shape[:2]
+    share = op.heads // op.key_heads
+    q, k = (_unit(x.view(n, length, op.key_heads, op.dim_k), op.eps).repeat_interleave(share, 2) for x in (q, k))
+    by_head = [x.view(n, length, op.heads, -1).transpose(1, 2).float() for x in (q * op.scale, k, v, g, beta)]
+    rule = _step if length == 1 else _chunks
+    out, state = rule(*by_head, state.view(n, op.heads, op.dim_k, op.dim_v))
+    return out.transpose(1, 2).reshape(n, length, -1), state.reshape(n, -1)
+
+
+def decay_and_beta(op: GatedDelta, decay: Tensor, beta: Tensor, rate: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """g and beta from the columns ``decay [T, H or H·dim_k]`` and ``beta [T, H]``, in float32."""
+    rates = rate.repeat_interleave(decay.shape[-1] // op.heads)
+    return rates * F.softplus(decay.float() + dt_bias), op.beta_scale * torch.sigmoid(beta.float())
+
+
+def _unit(x: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule as ``GatedDelta`` states it, for one row."""
+    state = state * g.exp().transpose(2, 3)
+    state = state + k.transpose(2, 3) * (beta * (v - k @ state))
+    return q @ state, state
+
+
+def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    out, size = [], _CHUNK if g.shape[-1] == 1 else _CHUNK_OF_ROWS
+    for at in range(0, v.shape[2], size):
+        part, state = _chunk(*(x[:, :, at : at + size] for x in (q, k, v, g, beta)), state)
+        out.append(part)
+    return torch.cat(out, 2), state
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Several rows at once (Yang et al. 2024, "Gated Delta Networks", in its form with a triangular system).
+
+    With G the sum of g up to a row, row i adds the outer product of k_i and u_i to the state, where
+    u_i = beta_i (v_i - exp(G_i) k_i S - Σ_j<i (k_i exp(G_i - G_j) k_j) u_j) and S is the state before the chunk.
+    """
+    total = g.cumsum(2)
+    since = (total[:, :, :, None] - total[:, :, None]).masked_fill(_later(v.shape[2], v.device), -torch.inf).exp()
+    grown, rest = total.exp(), (total[:, :, -1:] - total).exp()
+    unread = beta * (v - (grown * k) @ state)
+    u = torch.linalg.solve_triangular(beta * _products(k, k, since), unread, upper=False, unitriangular=True)
+    out = (grown * q) @ state + _products(q, k, since) @ u
+    return out, state * grown[:, :, -1:].transpose(2, 3) + (rest * k).transpose(2, 3) @ u
+
+
+def _later(length: int, device: torch.device) -> Tensor:
+    """Whether row j is after row i, ``[i, j, 1]``."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)[:, :, None]
+
+
+def _products(x: Tensor, k: Tensor, since: Tensor) -> Tensor:
+    """``[n, H, i, j]``: the product of x_i and k_j with the decay between them, ``since [n, H, i, j, 1 or dim_k]``."""
+    if since.shape[-1] == 1:
+        return (x @ k.transpose(2, 3)) * since[..., 0]
+    return torch.einsum("nhid,nhjd,nhijd->nhij", x, k, since)
