@@ -7,41 +7,43 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from truffula.kernels.program import GatedDelta
+from truffula.kernels.reference.states import SpanBatch
 
 _CHUNK, _CHUNK_OF_ROWS = 64, 16  # rows; fewer where each row of the state has a decay of its own
 
 
 def gated_delta(
-    op: GatedDelta, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``out [n, L, H·dim_v]`` and the states after the last rows.
-
-    ``q``, ``k`` ``[n, L, key_heads·dim_k]``, ``v [n, L, H·dim_v]``, ``g [n, L, H or H·dim_k]`` and ``beta [n, L, H]``
-    (both computed by ``decay_and_beta``); ``state [n, H·dim_k·dim_v]``.
-    """
-    n, length = v.shape[:2]
-    share = op.heads // op.key_heads
-    q, k = (_unit(x.view(n, length, op.key_heads, op.dim_k), op.eps).repeat_interleave(share, 2) for x in (q, k))
-    by_head = [x.view(n, length, op.heads, -1).transpose(1, 2).float() for x in (q * op.scale, k, v, g, beta)]
-    rule = _step if length == 1 else _chunks
-    out, state = rule(*by_head, state.view(n, op.heads, op.dim_k, op.dim_v))
-    return out.transpose(1, 2).reshape(n, length, -1), state.reshape(n, -1)
-
-
-def decay_and_beta(op: GatedDelta, decay: Tensor, beta: Tensor, rate: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """g and beta from the columns ``decay [T, H or H·dim_k]`` and ``beta [T, H]``, in float32."""
-    rates = rate.repeat_interleave(decay.shape[-1] // op.heads)
-    return rates * F.softplus(decay.float() + dt_bias), op.beta_scale * torch.sigmoid(beta.float())
+    op: GatedDelta, inputs: Sequence[Tensor], rate: Tensor, dt_bias: Tensor, states: Tensor, spans: Sequence[SpanBatch]
+) -> Tensor:
+    """``[T, H·dim_v]`` in the dtype of v: ``inputs`` are q, k, v, decay and beta, ``[T, width]`` each; ``states [rows,
+    H·dim_k·dim_v]`` are read and written."""
+    q, k, v, decay, beta = inputs
+    g = rate.repeat_interleave(decay.shape[1] // op.heads) * F.softplus(decay.float() + dt_bias)
+    beta = op.beta_scale * torch.sigmoid(beta.float())
+    q, k = _unit(q, op) * op.scale, _unit(k, op)
+    out = torch.empty_like(v)
+    for span in spans:
+        n, length = span.rows.shape
+        by_head = (x[span.rows].view(n, length, op.heads, -1).transpose(1, 2).float() for x in (q, k, v, g, beta))
+        state = states[span.source].view(n, op.heads, op.dim_k, op.dim_v)
+        values, state = (_step if length == 1 else _chunks)(*by_head, state)
+        out[span.rows] = values.transpose(1, 2).reshape(n, length, -1).to(out.dtype)
+        states[span.target] = state.reshape(n, -1)
+    return out
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
-    x = x.float()
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+def _unit(x: Tensor, op: GatedDelta) -> Tensor:
+    """q or k ``[T, key_heads·dim_k]`` with heads of length 1, each repeated for the heads that share it."""
+    x = x.float().view(len(x), op.key_heads, op.dim_k)
+    x = x * torch.rsqrt((x * x).sum(-1, keepdim=True) + op.eps)
+    return x.repeat_interleave(op.heads // op.key_heads, 1).reshape(len(x), -1)
 
 
 def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, Sequen
 from truffula.kernels.program import (
     Attention,
     Embed,
+    GatedDelta,
     Linear,
     Logits,
     Norm,
@@ -30,7 +31,7 @@ from truffula.kernels.program import (
     RopeRows,
     TakeRows,
 )
-from truffula.kernels.reference import attention, ops
+from truffula.kernels.reference import attention, delta, ops
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -265,8 +266,8 @@ class ReferenceExecutable(SynchronousExecutable):
 
     def _norm(self, op: Norm, _: _Step) -> None:
         weight, bias = self._vector(op.weight), self._vector(op.bias)
-        x, plus = self._buffers.get(op.x), self._get(op.plus)
-        self._buffers.put(op.out, ops.norm(op, x, weight, bias, plus, self._buffers.dtype(op.out)))
+        x, gate, plus = self._buffers.get(op.x), self._get(op.gate), self._get(op.plus)
+        self._buffers.put(op.out, ops.norm(op, x, weight, bias, gate, plus, self._buffers.dtype(op.out)))
 
     def _linear(self, op: Linear, step: _Step) -> None:
         x, weight = self._buffers.get(op.x), self._weights[op.weight]
@@ -301,6 +302,12 @@ class ReferenceExecutable(SynchronousExecutable):
         q = self._buffers.get(op.q)
         self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
 
+    def _gated_delta(self, op: GatedDelta, step: _Step) -> None:
+        x = [self._buffers.get(ref) for ref in (op.q, op.k, op.v, op.decay, op.beta)]
+        rate, dt_bias = self._weights[op.rate].whole, self._weights[op.dt_bias].whole
+        out = delta.gated_delta(op, x, rate, dt_bias, self._states[op.state], step.spans)
+        self._buffers.put(op.out, out)
+
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
 
@@ -326,6 +333,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     RopeRows: ReferenceExecutable._rope_rows,
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
+    GatedDelta: ReferenceExecutable._gated_delta,
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }

@@ -86,20 +86,22 @@ static void delta_block(const GatedDeltaCall* c, const DeltaTokens& tokens, int 
   }
 }
 
-static void gated_delta(const GatedDeltaCall* c, const DeltaSpan* span, int32_t head, int32_t block_lo, int32_t block_hi,
+static void gated_delta(const GatedDeltaCall* c, const StateSpan* span, int32_t head, int32_t block_lo, int32_t block_hi,
                         float* scratch) {
+  const float* before = c->states.data + span->in * c->states.stride;
+  float* after = c->states.data + span->out * c->states.stride;
   const DeltaTokens tokens = delta_tokens(scratch, c->dim_k);
   const int64_t state = (int64_t)head * c->dim_k * c->dim_v, column = (int64_t)head * c->dim_v;
   for (int t = span->lo; t < span->hi; t += kDeltaTokens) {
     const int count = span->hi - t < kDeltaTokens ? span->hi - t : kDeltaTokens;
     delta_prepare(c, head, t, count, tokens);
-    const float* from = t == span->lo ? span->in : span->out;
+    const float* from = t == span->lo ? before : after;
     for (int b = block_lo; b < block_hi; ++b) {
       const int first = b * kDeltaColumns, width = c->dim_v - first < kDeltaColumns ? c->dim_v - first : kDeltaColumns;
       const int64_t at = state + (int64_t)first * c->dim_k;
       (width == kDeltaColumns ? delta_block<true> : delta_block<false>)(
           c, tokens, count, c->v.data + t * c->v.stride + column + first,
-          c->out.data + t * c->out.stride + column + first, from + at, span->out + at, width);
+          c->out.data + t * c->out.stride + column + first, from + at, after + at, width);
     }
   }
 }

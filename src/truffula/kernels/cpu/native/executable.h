@@ -111,7 +111,7 @@ class Executable {
   };
   // Scratch memory and counters of one thread.
   struct alignas(128) ThreadState {
-    std::vector<float> attention;
+    std::vector<float> attention, delta;
     std::vector<Delta> deltas;
     size_t deltas_op = SIZE_MAX;  // the op in this step that `deltas` are of
     SampleScratch sample;
@@ -129,6 +129,7 @@ class Executable {
   void check(const RopeRowsOp&) const;
   void check(const RopeOp&) const;
   void check(const AttentionOp&) const;
+  void check(const GatedDeltaOp&) const;
   void check(const TakeRowsOp&) const;
   bool has_logit_rows(const Ref& ref) const;
   void require_same_rows(const Ref& out, std::initializer_list<const Ref*> others) const;
@@ -157,6 +158,7 @@ class Executable {
   void run_op(const RopeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const RopeOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const AttentionOp&, const Stage&, int32_t chunk, ThreadState&);
+  void run_op(const GatedDeltaOp&, const Stage&, int32_t chunk, ThreadState&);
   void run_op(const TakeRowsOp&, const Stage&, int32_t chunk, ThreadState&);
   bool converts_x(const LinearOp& op) const;
   int32_t quantise_chunks(const LinearOp&) const;

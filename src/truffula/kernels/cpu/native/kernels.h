@@ -36,7 +36,7 @@ static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBloc
 constexpr int32_t kXRows = 16;
 static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
 
-enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
+enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kSigmoid = 6 };
 
 enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5 };
 
@@ -112,11 +112,11 @@ struct ShrinkCall {
 };
 
 struct NormCall {
-  Rows x, out, plus;   // plus.data may be null
+  Rows x, out, gate, plus;   // gate.data and plus.data may be null
   const float* weight;
   const float* bias;
   int32_t width, groups;
-  int32_t layer_norm, cast_first, round_out;
+  int32_t layer_norm, cast_first, gate_activation, round_out;
   float eps;
 };
 
@@ -175,16 +175,9 @@ struct GatedDeltaCall {
   Rows q, k, v, decay, beta, out;
   const float* rate;      // per head, below 0
   const float* dt_bias;   // per column of decay
+  States states;          // a head's: dim_k x dim_v, in blocks of kDeltaColumns columns, each a run of its rows
   int32_t heads, key_heads, dim_k, dim_v, per_channel, round_out;
   float scale, eps, beta_scale;
-};
-
-// Rows lo .. hi of a sequence; the states before and after them, which may be the same memory. A head's state is
-// dim_k x dim_v floats, in blocks of kDeltaColumns columns, each with its rows one after the other.
-struct DeltaSpan {
-  int32_t lo, hi;
-  const float* in;
-  float* out;
 };
 
 // Rows of a table as floats, whatever its layout.
@@ -222,7 +215,7 @@ struct Kernels {
   void (*attend)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*merge_parts)(const AttentionCall*, const AttentionItem*, float* scratch);
   void (*embed)(const EmbedCall*, const int32_t* ids, int32_t row_lo, int32_t row_hi);
-  void (*gated_delta)(const GatedDeltaCall*, const DeltaSpan*, int32_t head, int32_t block_lo, int32_t block_hi,
+  void (*gated_delta)(const GatedDeltaCall*, const StateSpan*, int32_t head, int32_t block_lo, int32_t block_hi,
                       float* scratch);
   const SampleLoops* sampling;
 };

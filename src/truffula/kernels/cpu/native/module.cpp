@@ -314,7 +314,9 @@ void bind_sizes(nb::module_& m) {
           return padded_rows(rows) * quantised_row_bytes(number, inputs);
         },
         "isa"_a, "rows"_a, "inputs"_a, "format"_a, "Bytes of x as products with a matrix of this format read it.");
-  const auto attention = [](int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size) {
+  m.def("delta_scratch_bytes", [](int64_t dim_k) { return 4 * delta_scratch(dim_k); }, "dim_k"_a,
+        "Bytes of scratch that a gated delta op needs per thread.");
+  const auto attention = [int32_t heads, int32_t kv_heads, int32_t dim_k, int32_t dim_v, int32_t block_size) {
     if (std::min({heads, kv_heads, dim_k, dim_v, block_size}) < 1) throw std::invalid_argument("a size is below 1");
     AttentionOp op;
     op.heads = heads, op.kv_heads = kv_heads, op.dim_k = dim_k, op.dim_v = dim_v;

@@ -154,6 +154,10 @@ int32_t Executable::chunks_of(const Stage& stage) {
     return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
   }
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
+  if (const auto* delta = std::get_if<GatedDeltaOp>(&op)) {
+    const int64_t units = static_cast<int64_t>(counts_.N) * delta->heads * delta_blocks(delta->dim_v);
+    return static_cast<int32_t>(std::min<int64_t>(units, 8 * team));
+  }
   if (const auto* take = std::get_if<TakeRowsOp>(&op)) return row_chunks(rows_of(take->out), team);
   if (const auto* rope = std::get_if<RopeOp>(&op)) return row_chunks(rows_of(rope->x), team);
   return row_chunks(counts_.T, team);
@@ -196,8 +200,8 @@ void Executable::run_op(const EmbedOp& op, const Stage& stage, int32_t chunk, Th
 
 void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const auto vector = [&](int32_t id) { return id == kAbsent ? nullptr : weight(id).memory.floats(); };
-  const NormCall call{rows(op.x),    rows(op.out), rows(op.plus),  vector(op.weight), vector(op.bias),  op.x.width,
-                      op.groups,     op.kind == kLayerNorm, op.cast == kCastFirst, rounded(op.out), op.eps};
+  const NormCall call{rows(op.x),    rows(op.out), rows(op.gate), rows(op.plus), vector(op.weight), vector(op.bias),  op.x.width,
+                      op.groups,     op.kind == kLayerNorm, op.cast == kCastFirst, op.gate_activation, rounded(op.out), op.eps};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->norm(&call, mine.lo, mine.hi);
 }
@@ -330,6 +334,25 @@ void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadS
   }
   const AttentionCall call = call_of(op);
   (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, state.attention.data());
+}
+
+// A unit is a block of columns of the state of one sequence and head: all its spans, in their order. Units of one head
+// that are in one chunk share what they need of its keys.
+void Executable::run_op(const GatedDeltaOp& op, const Stage& stage, int32_t chunk, ThreadState& state) {
+  const GatedDeltaCall call{rows(op.q), rows(op.k), rows(op.v), rows(op.decay), rows(op.beta), rows(op.out),
+                            weight(op.rate).memory.floats(), weight(op.dt_bias).memory.floats(), states_of(op.state),
+                            op.heads, op.key_heads, op.dim_k, op.dim_v, op.decay.width != op.heads, rounded(op.out),
+                            op.scale, op.eps, op.beta_scale};
+  const int64_t blocks = delta_blocks(op.dim_v);
+  const auto mine = span_of(static_cast<int64_t>(counts_.N) * op.heads * blocks, chunk, chunks_of(stage));
+  for (int64_t unit = mine.lo, next; unit < mine.hi; unit = next) {
+    const int64_t head = unit / blocks, block = unit % blocks;
+    next = std::min(mine.hi, (head + 1) * blocks);
+    const auto [first, last] = spans_of_sequence_[static_cast<size_t>(head / op.heads)];
+    for (int32_t z = first; z < last; ++z)
+      kernels_->gated_delta(&call, &spans_[static_cast<size_t>(z)], static_cast<int32_t>(head % op.heads),
+                            static_cast<int32_t>(block), static_cast<int32_t>(block + next - unit), state.delta.data());
+  }
 }
 
 void Executable::run_op(const TakeRowsOp& op, const Stage& stage, int32_t chunk, ThreadState&) {

@@ -341,6 +341,8 @@ TF_INLINE V activated(V x, int32_t kind) {
       const V y = vmax(zero(), x);
       return y * y;
     }
+    case kSigmoid:
+      return vsigmoid(x);
     default:
       return x;
   }
