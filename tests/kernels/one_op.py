@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +18,7 @@ from truffula.kernels.program import (
     Op,
     Output,
     Program,
+    RecurrentState,
     Ref,
     RopeTable,
     Site,
@@ -28,7 +29,14 @@ from truffula.kernels.program import (
 from truffula.testing.programs import AdapterTensors, as_dtype, attach, pull_from
 
 CAPACITY = Capacity(
-    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=16, num_blocks=40, block_size=4, max_blocks_per_seq=16
+    max_tokens=64,
+    max_seqs=8,
+    max_logit_rows=64,
+    max_segments=16,
+    num_blocks=40,
+    block_size=4,
+    max_blocks_per_seq=16,
+    num_states=12,
 )
 
 
@@ -57,6 +65,7 @@ class OneOp:
     sites: list[Site] = field(default_factory=list)
     tables: list[RopeTable] = field(default_factory=list)
     groups: list[KvGroup] = field(default_factory=list)
+    states: list[RecurrentState] = field(default_factory=list)
     adapters: list[AdapterTensors] = field(default_factory=list)
     capacity: Capacity = CAPACITY
 
@@ -74,6 +83,13 @@ class OneOp:
         self.weights.append(decl)
         self.values[name] = [as_dtype(piece, self.dtype) for piece in pieces]
         return decl.id
+
+    def exact_vector(self, value: np.ndarray) -> int:
+        """A vector that is kept in float32 whatever the dtype."""
+        made = self.weight(value, "vector")
+        self.weights[made] = replace(self.weights[made], dtype="float32")
+        self.values[self.weights[made].name] = [value.astype(np.float32)]
+        return made
 
     def input(self, value: np.ndarray, into: Ref | None = None) -> Ref:
         """``value [rows, width]`` in a buffer (or in the columns ``into``)."""
@@ -93,7 +109,7 @@ class OneOp:
         self.ops += [TakeRows(name="take", x=x, out=taken), Logits(name="logits", x=taken, weight=head, out=logits)]
         program = Program(
             name="one", vocab_size=3, buffers=tuple(self.buffers), weights=tuple(self.weights), sites=tuple(self.sites),
-            rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), ops=tuple(self.ops), result=logits,
+            rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), states=tuple(self.states), ops=tuple(self.ops), result=logits,
             output=Output("logits", 3), max_positions=1000,
         )  # fmt: skip
         executable = backend.load(program, self.dtype, pull_from(self.values), self.capacity, debug=True)

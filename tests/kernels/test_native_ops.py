@@ -15,8 +15,10 @@ from truffula.kernels.cpu import available
 from truffula.kernels.cpu.lowering import add_ops, lower
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     Epilogue,
+    GatedDelta,
     Linear,
     Logits,
     Norm,
@@ -43,6 +45,9 @@ ONE_OF_EACH: list[Op] = [
     Rope(name="rope", x=ROWS, rows=ROWS, heads=1, head_dim=16, start=0, dims=16),
     Attention(name="attention", q=ROWS, k=ROWS, v=ROWS, out=ROWS, group=0, planes=(0, 1), heads=1, kv_heads=1,
               dim_k=16, dim_v=16, scale=1.0),
+    CausalConv(name="conv", x=ROWS, out=ROWS, weight=0, state=0),
+    GatedDelta(name="delta", q=ROWS, k=ROWS, v=ROWS, decay=ROWS, beta=ROWS, out=ROWS, state=0, rate=0, dt_bias=0,
+               heads=1, key_heads=1, dim_k=16, dim_v=16, scale=1.0),
     TakeRows(name="take rows", x=ROWS, out=ROWS),
 ]  # fmt: skip
 

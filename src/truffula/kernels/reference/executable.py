@@ -18,6 +18,7 @@ from truffula.kernels.arena import dead_after, written_by
 from truffula.kernels.inputs import Array, Capacity, Int32, SampleInputs, SequenceSampling, StepInputs, StepOutput
 from truffula.kernels.program import (
     Attention,
+    CausalConv,
     Embed,
     GatedDelta,
     Linear,
@@ -31,7 +32,7 @@ from truffula.kernels.program import (
     RopeRows,
     TakeRows,
 )
-from truffula.kernels.reference import attention, delta, ops
+from truffula.kernels.reference import attention, delta, ops, states
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -80,8 +81,8 @@ class _Buffers:
 
 @dataclass
 class _Step:
-    """The tensors of one step that its ops share, and the attention plans made so far. ``op`` is the number of the op
-    that runs."""
+    """The tensors of one step that its ops share, the spans of sequence states, and the attention plans made so far.
+    ``op`` is the number of the op that runs."""
 
     inputs: StepInputs
     token_ids: Tensor
@@ -91,6 +92,7 @@ class _Step:
     logit_rows: Tensor
     segments: list[Segment]
     segments_r: list[Segment]
+    spans: list[states.SpanBatch]
     plans: dict[tuple[int, int | None], list[attention.Batch]] = field(default_factory=dict)
     factors: dict[tuple[Ref, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     op: int = 0
@@ -104,7 +106,7 @@ class ReferenceExecutable(SynchronousExecutable):
     """``Executable`` in plain torch. Each op is one method (what it reads and writes) around one function (its maths).
 
     KV planes are ``[P + 1, S, width]``: the last block is never written and stays zero (see ``attention.Batch``).
-    Their memory is committed by the system when it is first touched.
+    States are ``[rows, width]``. Their memory is committed by the system when it is first touched.
     """
 
     def __init__(
@@ -132,7 +134,8 @@ class ReferenceExecutable(SynchronousExecutable):
         self._buffers = _Buffers(program, dtype)
         self._device = device
         self._planes: dict[int, Tensor] = {}
-        self._mappings: dict[int, mmap.mmap] = {}  # of the planes on a CPU
+        self._states: list[Tensor] = []
+        self._mappings: dict[int, mmap.mmap] = {}  # of planes and states on a CPU, by the address of the tensor
         self._make_planes()
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
@@ -187,33 +190,50 @@ class ReferenceExecutable(SynchronousExecutable):
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
 
     def _make_planes(self) -> None:
+        """The planes, whose last block is zeroed, and the states, whose row 0 is."""
         for group in self._program.kv_groups:
             for plane in group.planes:
                 shape = self._capacity.num_blocks + 1, self._capacity.block_size, plane.width
-                if self._device.type == "cpu":
-                    mapping = self._mappings[plane.id] = mmap.mmap(
-                        -1, math.prod(shape) * self._dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-                    )
-                    tensor = torch.frombuffer(mapping, dtype=self._dtype).view(shape)
-                else:
-                    tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
-                tensor[-1].zero_()
-                self._planes[plane.id] = tensor
+                self._planes[plane.id] = self._commit_later(shape, self._dtype)
+                self._planes[plane.id][-1].zero_()
+        for state in self._program.states:
+            dtype = torch.float32 if state.dtype == "float32" else self._dtype
+            self._states.append(self._commit_later((self._capacity.num_states, state.width), dtype))
+            self._states[-1][0].zero_()
+
+    def _commit_later(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any content; on a CPU its memory is committed when it is touched."""
+        if self._device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self._device)
+        mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        tensor = torch.frombuffer(mapping, dtype=dtype).view(shape)
+        self._mappings[tensor.data_ptr()] = mapping
+        return tensor
 
     def release_kv(self, group: int, blocks: Int32) -> None:
         for plane in self._program.kv_groups[group].planes:
-            if plane.id not in self._mappings:
-                continue
-            block_bytes = self._planes[plane.id][0].nbytes
-            for run in np.split(blocks, np.flatnonzero(np.diff(blocks) != 1) + 1):
-                start = -(-int(run[0]) * block_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-                stop = (int(run[-1]) + 1) * block_bytes // mmap.PAGESIZE * mmap.PAGESIZE
-                if start < stop:
-                    self._mappings[plane.id].madvise(mmap.MADV_DONTNEED, start, stop - start)
+            self._release(self._planes[plane.id], blocks)
+
+    def release_states(self, rows: Int32) -> None:
+        for state in self._states:
+            self._release(state, rows)
+
+    def _release(self, tensor: Tensor, items: Int32) -> None:
+        """Return the whole pages of ``items`` of a tensor, which ascend."""
+        mapping = self._mappings.get(tensor.data_ptr())
+        if mapping is None:
+            return
+        nbytes = tensor[0].nbytes
+        for run in np.split(items, np.flatnonzero(np.diff(items) != 1) + 1):
+            start = -(-int(run[0]) * nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+            stop = (int(run[-1]) + 1) * nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if start < stop:
+                mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def close(self) -> None:
         self._adapters.clear()
         self._planes.clear()
+        self._states.clear()
         self._mappings.clear()
         self._weights = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
@@ -232,6 +252,7 @@ class ReferenceExecutable(SynchronousExecutable):
             logit_rows=self._long(i.logit_rows[: i.R]),
             segments=self._segments(i.seg[:, :2]),
             segments_r=self._segments(i.seg_r),
+            spans=states.plan_spans(i, self._device) if self._states else [],
         )
 
     def _long(self, array: Array) -> Tensor:
@@ -308,6 +329,11 @@ class ReferenceExecutable(SynchronousExecutable):
         out = delta.gated_delta(op, x, rate, dt_bias, self._states[op.state], step.spans)
         self._buffers.put(op.out, out)
 
+    def _causal_conv(self, op: CausalConv, step: _Step) -> None:
+        x, dtype = self._buffers.get(op.x), self._buffers.dtype(op.out)
+        weight, bias = self._weights[op.weight].whole, self._vector(op.bias)
+        self._buffers.put(op.out, states.causal_conv(op, x, weight, bias, self._states[op.state], step.spans, dtype))
+
     def _take_rows(self, op: TakeRows, step: _Step) -> None:
         self._buffers.put(op.out, self._buffers.get(op.x).index_select(0, step.logit_rows))
 
@@ -334,6 +360,7 @@ _METHODS: dict[type[Op], Callable[..., None]] = {
     Rope: ReferenceExecutable._rope,
     Attention: ReferenceExecutable._attention,
     GatedDelta: ReferenceExecutable._gated_delta,
+    CausalConv: ReferenceExecutable._causal_conv,
     TakeRows: ReferenceExecutable._take_rows,
     Logits: ReferenceExecutable._head,
 }
