@@ -109,8 +109,8 @@ class OneOp:
         self.ops += [TakeRows(name="take", x=x, out=taken), Logits(name="logits", x=taken, weight=head, out=logits)]
         program = Program(
             name="one", vocab_size=3, buffers=tuple(self.buffers), weights=tuple(self.weights), sites=tuple(self.sites),
-            rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), states=tuple(self.states), ops=tuple(self.ops), result=logits,
-            output=Output("logits", 3), max_positions=1000,
+            rope_tables=tuple(self.tables), kv_groups=tuple(self.groups), states=tuple(self.states),
+            ops=tuple(self.ops), result=logits, output=Output("logits", 3), max_positions=1000,
         )  # fmt: skip
         executable = backend.load(program, self.dtype, pull_from(self.values), self.capacity, debug=True)
         for adapter in self.adapters:

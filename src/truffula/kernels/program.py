@@ -45,19 +45,19 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w.
+    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w. ``conv``: the file has ``[C, 1, K]``.
     """
 
     name: str
-    transform: Literal["none", "plus_one"] = "none"
+    transform: Literal["none", "plus_one", "conv"] = "none"
 
 
 @dataclass(frozen=True)
 class WeightDecl:
     """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0.
 
-    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv`` (the
-    ``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
+    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv``
+    (``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
     kept exact whatever the model's dtype.
     """
 

@@ -46,6 +46,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         sites=tuple(build.sites),
         rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
         kv_groups=build.kv_groups,
+        states=tuple(build.states),
         ops=tuple(build.ops),
         result=logits,
         output=Output("logits", spec.vocab_size),
