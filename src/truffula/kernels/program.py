@@ -12,7 +12,10 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from truffula.errors import KernelError
 
@@ -41,15 +44,37 @@ class Ref:
     width: int
 
 
+Transform = Literal["none", "plus_one", "minus_exp", "conv"]
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """How a fused module stores its rows: ``groups`` times one run of each of ``widths`` (q, k and v of a head).
+
+    A program has all rows of a run together: all q, then all k, then all v.
+    """
+
+    groups: int
+    widths: tuple[int, ...]
+
+    def sorted(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``rows`` ``[O, ...]`` of the module, in the program's order."""
+        grouped = rows.reshape(self.groups, sum(self.widths), *rows.shape[1:])
+        runs = np.split(grouped, np.cumsum(self.widths)[:-1], axis=1)
+        return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
+
+
 @dataclass(frozen=True)
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w. ``conv``: the file has ``[C, 1, K]``.
+    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w, ``minus_exp`` for -exp(w). ``conv``: the file
+    has ``[C, 1, K]``. Then ``order`` sorts the rows.
     """
 
     name: str
-    transform: Literal["none", "plus_one", "conv"] = "none"
+    transform: Transform = "none"
+    order: RowOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +96,19 @@ class WeightDecl:
 
 @dataclass(frozen=True)
 class ModuleSlice:
-    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output."""
+    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output, sorted by
+    ``order``."""
 
     name: str
     lo: int
     hi: int
     of: int
+    order: RowOrder | None = None
+
+    def rows(self, whole: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """This site's part of ``whole`` ``[of, ...]``."""
+        part = whole[self.lo : self.hi]
+        return part if self.order is None else self.order.sorted(part)
 
 
 @dataclass(frozen=True)

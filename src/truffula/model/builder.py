@@ -7,6 +7,7 @@ attention module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,6 +40,8 @@ from truffula.model.spec import ModelSpec, ModuleNames
 from truffula.weights.tying import Tie, TyingDecision
 
 _PLAIN = Epilogue()
+Gate = tuple[Ref, Activation]
+"""Columns, and the activation of them that a norm's result is multiplied by."""
 
 
 class ProgramBuilder:
@@ -103,9 +106,9 @@ class ProgramBuilder:
             slices, lo = [], 0
             for item in row.slices:
                 hi = lo + item.rows
-                modules = [(body + item.module, 0, item.rows, item.rows)]
+                modules = [ModuleSlice(body + item.module, 0, item.rows, item.rows, item.order)]
                 if row.fused is not None:
-                    modules.append((body + row.fused, lo, hi, row.rows))
+                    modules.append(ModuleSlice(body + row.fused, lo, hi, row.rows))
                 slices.append(SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi))
                 lo = hi
             self.site_slices[key] = tuple(slices)
@@ -117,11 +120,10 @@ class ProgramBuilder:
 
     def site(
         self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: list[tuple[str, int, int, int]],
+        modules: Sequence[ModuleSlice],
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        slices = tuple(ModuleSlice(*module) for module in modules)
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, slices))
+        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules)))
         return len(self.sites) - 1
 
     def module(self, path: str) -> str:
@@ -130,12 +132,13 @@ class ProgramBuilder:
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
-        layer: int | None = None, groups: int = 1, plus: Ref | None = None,
+        layer: int | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
+        columns, activation = gate if gate is not None else (None, None)
         self.ops.append(Norm(name=key, layer=layer, probe=probe, x=x, out=out, kind=norm.kind, eps=norm.eps,
                              weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
-                             plus=plus))  # fmt: skip
+                             gate=columns, gate_activation=activation, plus=plus))  # fmt: skip
 
     def stream_after(self, layer: int, part: str | None = None) -> Probe:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module."""
@@ -219,10 +222,12 @@ class LayerBuilder:
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
-        probe: Probe | None = None, groups: int = 1, plus: Ref | None = None,
+        probe: Probe | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         probe = probe or self.probe(norm.module, "out")
-        self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, plus=plus)
+        self.program.norm(
+            self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus
+        )
 
     def kv_planes(self) -> tuple[int, tuple[int, ...]]:
         """The KV group and the planes of this layer."""

@@ -8,7 +8,7 @@ parts adds the residual in that norm instead. The rows whose logits are needed a
 from __future__ import annotations
 
 from truffula.errors import KernelError
-from truffula.kernels.program import Embed, Logits, Output, Probe, Program, Ref, RopeTable, TakeRows, WeightPart
+from truffula.kernels.program import Embed, Logits, ModuleSlice, Output, Probe, Program, Ref, RopeTable, TakeRows, WeightPart
 from truffula.model.builder import LayerBuilder, ProgramBuilder
 from truffula.model.names import WeightNames
 from truffula.model.spec import ModelSpec
@@ -29,7 +29,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     build = ProgramBuilder(spec, names, tie)
     embed, head = build.tables()
     hidden, module = build.buffer("hidden", spec.hidden), build.module(spec.names.embed)
-    site = build.site("embed", None, spec.vocab_size, spec.hidden, [(module, 0, spec.hidden, spec.hidden)])
+    site = build.site("embed", None, spec.vocab_size, spec.hidden, [ModuleSlice(module, 0, spec.hidden, spec.hidden)])
     build.ops.append(Embed(name="embed", table=embed, out=hidden, scale=spec.embed_scale, site=site,
                            probe=Probe(module, "out")))  # fmt: skip
     build.write_rope_rows()
@@ -72,7 +72,7 @@ def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
         bias = build.declare("head.bias", (vocab,), (WeightPart(name),), "vector")
     # transformers applies scale and softcap after the head, so the output of its module differs then.
     plain = spec.logit_softcap is None and spec.logit_scale == 1.0
-    site = build.site("head", None, spec.hidden, vocab, [(module, 0, vocab, vocab)])
+    site = build.site("head", None, spec.hidden, vocab, [ModuleSlice(module, 0, vocab, vocab)])
     build.ops.append(Logits(name="logits", x=last, weight=head, out=logits, bias=bias, scale=spec.logit_scale,
                             softcap=spec.logit_softcap, site=site,
                             probe=Probe(module, "out") if plain else None))  # fmt: skip

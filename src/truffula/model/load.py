@@ -252,7 +252,7 @@ class WeightReader:
 
     def _part(self, part: WeightPart) -> Array | QuantisedArray:
         info = self.checkpoint.tensors[part.name]
-        as_blocks = info.dtype in self.block_kinds and part.transform == "none"
+        as_blocks = info.dtype in self.block_kinds and part.transform == "none" and part.order is None
         blocks = self.checkpoint.blocks(part.name) if as_blocks else None
         values = self._values(part, info) if blocks is None else blocks
         self._done_bytes += info.nbytes
@@ -273,11 +273,17 @@ class WeightReader:
             )
         if part.transform == "conv":
             stored = stored[:, 0, :]
-        if stored.dtype != np.float64 and part.transform != "plus_one":
+        converted = stored.dtype == np.float64 or part.transform in ("plus_one", "minus_exp")
+        if not converted and part.order is None:
             return stored
-        values = stored.astype(np.float32)
+        values = stored.astype(np.float32) if converted else stored
+        if part.transform == "plus_one":
+            values = values + np.float32(1)
+        elif part.transform == "minus_exp":
+            values = -np.exp(values)
+        values = values if part.order is None else part.order.sorted(values)
         release_pages(stored)
-        return values + np.float32(1) if part.transform == "plus_one" else values
+        return values
 
     def finish(self) -> None:
         """Raise ``KernelError`` when a weight of the program was not read: its values would be undefined."""

@@ -77,7 +77,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
             warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
-        parts[row.key] = tuple(WeightPart(stored[name], transform=row.transform) for name in found)
+        orders = [item.order for item in row.slices] if len(found) == len(row.slices) else [None]
+        parts[row.key] = tuple(
+            WeightPart(stored[name], row.transform, order) for name, order in zip(found, orders, strict=True)
+        )
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.")]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import BufferDtype
+from truffula.kernels.program import BufferDtype, RowOrder, Transform
 
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
 RowKind = Literal["embed", "linear", "vector", "conv", "head"]
-Transform = Literal["none", "plus_one", "conv"]
+
+
+RowPart = tuple[str, int] | tuple[str, int, RowOrder | None]
+"""A module, its rows and their order."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +40,12 @@ class NormSpec:
 class RowSlice:
     """``rows`` output rows of a logical weight that are one module in checkpoints and one site for adapters.
 
-    ``module`` is relative to the body: ``layers.3.self_attn.q_proj``.
+    ``module`` is relative to the body: ``layers.3.self_attn.q_proj``. ``order``: see ``program.WeightPart``.
     """
 
     module: str
     rows: int
+    order: RowOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class WeightRow:
     slices: tuple[RowSlice, ...]
     width: int
     layer: int | None = None
-    param: Literal["weight", "bias"] = "weight"
+    param: str = "weight"
     fused: str | None = None
     transform: Transform = "none"
     dtype: BufferDtype = "model"
@@ -90,21 +94,30 @@ class LayerRows:
         self.found: list[WeightRow] = []
 
     def linear(
-        self, key: str, parts: Sequence[tuple[str, int]], width: int, *, bias: bool = False, fused: str | None = None
+        self, key: str, parts: Sequence[RowPart], width: int, *, bias: bool = False, fused: str | None = None
     ) -> None:
-        """A matrix ``[O, width]`` of stacked ``parts`` (module, rows), with its bias ``[O]``."""
-        slices = tuple(RowSlice(self.prefix + module, count) for module, count in parts)
+        """A matrix ``[O, width]`` of stacked ``parts``, with its bias ``[O]``."""
+        slices = tuple(RowSlice(self.prefix + module, *more) for module, *more in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
         self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
 
-    def conv(self, key: str, module: str, columns: int, taps: int, *, bias: bool) -> None:
-        """The weight of a depthwise convolution, with its bias ``[columns]``."""
-        key, slices = self.prefix + key, (RowSlice(self.prefix + module, columns),)
-        self.found.append(WeightRow(key, "conv", slices, taps, self.index, transform="conv"))
+    def conv(
+        self, key: str, parts: Sequence[RowPart], taps: int, *, bias: bool = False, fused: str | None = None
+    ) -> None:
+        """The weight of a depthwise convolution of the columns of ``parts``, with its bias."""
+        slices = tuple(RowSlice(self.prefix + module, *more) for module, *more in parts)
+        whole, key = None if fused is None else self.prefix + fused, self.prefix + key
+        self.found.append(WeightRow(key, "conv", slices, taps, self.index, fused=whole, transform="conv"))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+
+    def vector(self, key: str, module: str, param: str, width: int, transform: Transform = "none") -> None:
+        """The parameter ``param [width]`` of a module, kept in float32."""
+        slices = (RowSlice(self.prefix + module, width),)
+        self.found.append(WeightRow(self.prefix + key, "vector", slices, 0, self.index, param=param,
+                                    transform=transform, dtype="float32"))  # fmt: skip
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm."""

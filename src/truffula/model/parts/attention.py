@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Ref, Rope
+from truffula.kernels.program import Attention, Pointwise, Probe, Ref, Rope, RowOrder
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class AttentionSpec:
 
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
     ``k_norm`` act per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``gated``: the q module has the rows of q and of a gate for each head; the result is multiplied by sigmoid(gate).
     """
 
     heads: int
@@ -31,6 +32,7 @@ class AttentionSpec:
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
     softcap: float | None = None
+    gated: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
 
@@ -43,8 +45,12 @@ class AttentionSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def gate_width(self) -> int:
+        return self.q_width if self.gated else 0
+
+    @property
     def qkv_width(self) -> int:
-        return self.q_width + 2 * self.kv_width
+        return self.q_width + self.gate_width + 2 * self.kv_width
 
     @property
     def kv_widths(self) -> tuple[int, ...]:
@@ -57,9 +63,11 @@ class AttentionSpec:
         return names.out
 
     def rows(self, rows: LayerRows) -> None:
-        names = rows.names
-        q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
-        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=names.qkv)
+        names, fused = rows.names, None if self.gated else rows.names.qkv
+        order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
+        q = (names.q, self.q_width + self.gate_width, order)
+        q_k_v = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
+        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=fused)
         rows.norm("q_norm", self.q_norm, self.head_dim)
         rows.norm("k_norm", self.k_norm, self.head_dim)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
@@ -68,24 +76,32 @@ class AttentionSpec:
         names = build.names
         qkv = build.buffer("qkv", self.qkv_width)
         q = Ref(qkv.buffer, 0, self.q_width)
-        k = Ref(qkv.buffer, self.q_width, self.kv_width)
-        v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
+        gate = Ref(qkv.buffer, self.q_width, self.gate_width)
+        k = Ref(qkv.buffer, self.q_width + self.gate_width, self.kv_width)
+        v = Ref(qkv.buffer, k.start + self.kv_width, self.kv_width)
         build.linear("qkv", x, qkv, build.probe(names.q, "out"))
         if self.q_norm is not None:
             build.norm("q_norm", self.q_norm, q, q, groups=self.heads)
         if self.k_norm is not None:
             build.norm("k_norm", self.k_norm, k, k, groups=self.kv_heads)
-        if self.rope is not None:
+        if self.rope is not None and self.gated:
+            self._rotate(build, q, None)
+            self._rotate(build, k, None)
+        elif self.rope is not None:
             # q and k are adjacent and rotated in the same way, by one op over the heads of both.
-            rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in"), x=rotated,
-                              rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
-                              head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
-                              layout=self.rope_layout))  # fmt: skip
-        attended = build.buffer("attended", self.q_width)
+            self._rotate(build, Ref(qkv.buffer, 0, self.q_width + self.kv_width), build.probe(names.attention, "in"))
+        attended, probe = build.buffer("attended", self.q_width), build.probe(names.out, "in")
         group, planes = build.kv_planes()
-        build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
+        build.append(Attention(name="attention", probe=None if self.gated else probe, q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
                                softcap=self.softcap))  # fmt: skip
+        if self.gated:
+            build.append(Pointwise(name="gate", probe=probe, kind="sigmoid_mul", x=attended, y=gate, out=attended))
         build.output("out", attended)
+
+    def _rotate(self, build: LayerBuilder, x: Ref, probe: Probe | None) -> None:
+        assert self.rope is not None
+        build.append(Rope(name="rope", probe=probe, x=x, rows=build.rope_rows(self.rope), head_dim=self.head_dim,
+                          heads=x.width // self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
+                          layout=self.rope_layout))  # fmt: skip
