@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
-MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "llama",
+    "ministral",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_next",
+)
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
 LEGACY = (
@@ -32,7 +44,11 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "qwen3_5_text": ("full_attention_interval",),
+    "qwen3_next": ("full_attention_interval",),
+}
 
 
 def table() -> dict[str, Any]:
@@ -51,8 +67,20 @@ def table() -> dict[str, Any]:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
             if "None" in str(field.type):
                 nullable.append(field.name)
+        # Defaults that a class sets only when an instance is made.
+        made = cls()
+        rope = getattr(made, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_parameters"] = rope
+        if fields.get("eos_token_id", 0) is None:
+            fields["eos_token_id"] = made.eos_token_id
+        text = cls.sub_configs_defaults.get("text_config")
+        if text is not None and text.init_kwargs:
+            fields["text_config"] = text.init_kwargs
         types[model_type] = {
             "class": cls.__name__,
+            "partial_rotary_factor": rope.get("partial_rotary_factor"),
+            "rope_theta": getattr(cls, "default_theta", None),
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kernel_backends import on_the_best
+from parity_cases_delta import CASES as DELTA
 
 from truffula.kernels.backend import Backend
 from truffula.model.load import ModelPlan, WeightReader, plan_model
@@ -84,6 +85,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "pattern 2, scaled full layers", {"sliding_window_pattern": 2, "num_hidden_layers": 4, **LINEAR8}),
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
+    *DELTA,
 ]  # fmt: skip
 
 

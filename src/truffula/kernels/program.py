@@ -68,8 +68,8 @@ class RowOrder:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w, ``minus_exp`` for -exp(w). ``conv``: the file
-    has ``[C, 1, K]``. Then ``order`` sorts the rows.
+    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w, ``minus_exp`` for -exp(w). ``conv``: the
+    file has ``[C, 1, K]``. Then ``order`` sorts the rows.
     """
 
     name: str
@@ -242,7 +242,7 @@ class Norm(Op):
 
     ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
     each of that many equal column groups with one shared weight of width / groups (per-head q/k norms).
-    ``gate`` multiplies the result (with cast first: the rounded one) by gate_activation(gate), before the last rounding.
+    ``gate``: the result (with cast first: the rounded one) is multiplied by gate_activation(gate), then rounded.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
     """
 

@@ -225,9 +225,7 @@ class LayerBuilder:
         probe: Probe | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         probe = probe or self.probe(norm.module, "out")
-        self.program.norm(
-            self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus
-        )
+        self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus)
 
     def kv_planes(self) -> tuple[int, tuple[int, ...]]:
         """The KV group and the planes of this layer."""

@@ -8,7 +8,18 @@ parts adds the residual in that norm instead. The rows whose logits are needed a
 from __future__ import annotations
 
 from truffula.errors import KernelError
-from truffula.kernels.program import Embed, Logits, ModuleSlice, Output, Probe, Program, Ref, RopeTable, TakeRows, WeightPart
+from truffula.kernels.program import (
+    Embed,
+    Logits,
+    ModuleSlice,
+    Output,
+    Probe,
+    Program,
+    Ref,
+    RopeTable,
+    TakeRows,
+    WeightPart,
+)
 from truffula.model.builder import LayerBuilder, ProgramBuilder
 from truffula.model.names import WeightNames
 from truffula.model.spec import ModelSpec

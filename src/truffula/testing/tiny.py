@@ -29,6 +29,14 @@ _BASE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_DELTA = {
+    # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
+    "rms_norm_eps": 1e-3,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
@@ -37,6 +45,8 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "qwen3_5_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA},
+    "qwen3_next": {"head_dim": 16, "num_hidden_layers": 4, "num_experts": 0, **_DELTA},
 }
 
 
@@ -72,7 +82,7 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
             if row.kind == "head" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else (item.rows,)
+            shape = row.stored_shape(item.rows)
             tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
     return tensors
 
@@ -81,8 +91,8 @@ def _random(name: str, row: WeightRow, shape: tuple[int, ...], seed: int, dtype:
     values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape).astype(np.float32)
     if row.kind == "vector" and row.param == "weight":
         values = values * np.float32(0.1) + np.float32(0 if row.transform == "plus_one" else 1)
-    elif row.param == "bias":
-        values = values * np.float32(0.1)
+    elif row.kind == "vector" or row.param == "bias":
+        values = values * np.float32(0.1 if row.param == "bias" else 0.7)
     else:
         # The embedding is small: a tied head with a large one would repeat every token.
         values = values * np.float32((0.5 if row.kind == "embed" else 1.5) / row.width**0.5)

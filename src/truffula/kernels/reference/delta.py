@@ -31,9 +31,9 @@ def gated_delta(
     out = torch.empty_like(v)
     for span in spans:
         n, length = span.rows.shape
-        by_head = (x[span.rows].view(n, length, op.heads, -1).transpose(1, 2).float() for x in (q, k, v, g, beta))
+        x = [part[span.rows].view(n, length, op.heads, -1).transpose(1, 2).float() for part in (q, k, v, g, beta)]
         state = states[span.source].view(n, op.heads, op.dim_k, op.dim_v)
-        values, state = (_step if length == 1 else _chunks)(*by_head, state)
+        values, state = (_step if length == 1 else _chunks)(x, state)
         out[span.rows] = values.transpose(1, 2).reshape(n, length, -1).to(out.dtype)
         states[span.target] = state.reshape(n, -1)
     return out
@@ -46,27 +46,29 @@ def _unit(x: Tensor, op: GatedDelta) -> Tensor:
     return x.repeat_interleave(op.heads // op.key_heads, 1).reshape(len(x), -1)
 
 
-def _step(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """The rule as ``GatedDelta`` states it, for one row."""
+def _step(x: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """The rule as ``GatedDelta`` states it, for one row. ``x`` are q, k, v, g and beta, as in all below."""
+    q, k, v, g, beta = x
     state = state * g.exp().transpose(2, 3)
     state = state + k.transpose(2, 3) * (beta * (v - k @ state))
     return q @ state, state
 
 
-def _chunks(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    out, size = [], _CHUNK if g.shape[-1] == 1 else _CHUNK_OF_ROWS
-    for at in range(0, v.shape[2], size):
-        part, state = _chunk(*(x[:, :, at : at + size] for x in (q, k, v, g, beta)), state)
+def _chunks(x: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    out, size = [], _CHUNK if x[3].shape[-1] == 1 else _CHUNK_OF_ROWS
+    for at in range(0, x[0].shape[2], size):
+        part, state = _chunk([item[:, :, at : at + size] for item in x], state)
         out.append(part)
     return torch.cat(out, 2), state
 
 
-def _chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _chunk(x: Sequence[Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     """Several rows at once (Yang et al. 2024, "Gated Delta Networks", in its form with a triangular system).
 
     With G the sum of g up to a row, row i adds the outer product of k_i and u_i to the state, where
     u_i = beta_i (v_i - exp(G_i) k_i S - Σ_j<i (k_i exp(G_i - G_j) k_j) u_j) and S is the state before the chunk.
     """
+    q, k, v, g, beta = x
     total = g.cumsum(2)
     since = (total[:, :, :, None] - total[:, :, None]).masked_fill(_later(v.shape[2], v.device), -torch.inf).exp()
     grown, rest = total.exp(), (total[:, :, -1:] - total).exp()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from truffula.kernels.program import Attention, Pointwise, Probe, Ref, Rope, RowOrder
-from truffula.model.rows import LayerRows, NormSpec
+from truffula.model.rows import LayerRows, NormSpec, RowPart
 
 if TYPE_CHECKING:
     from truffula.model.builder import LayerBuilder
@@ -66,7 +66,7 @@ class AttentionSpec:
         names, fused = rows.names, None if self.gated else rows.names.qkv
         order = RowOrder(self.heads, (self.head_dim, self.head_dim)) if self.gated else None
         q = (names.q, self.q_width + self.gate_width, order)
-        q_k_v = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
+        q_k_v: list[RowPart] = [q, (names.k, self.kv_width), (names.v, self.kv_width)]
         rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=fused)
         rows.norm("q_norm", self.q_norm, self.head_dim)
         rows.norm("k_norm", self.k_norm, self.head_dim)

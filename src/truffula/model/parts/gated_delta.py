@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
 
+Inputs = tuple[tuple[str, int, RowOrder | None], ...]
+
+
 @dataclass(frozen=True)
 class LowRank:
     """Decay and gate as products of two matrices: ``rank`` columns of the first, then these modules (Kimi)."""
@@ -28,7 +31,8 @@ class GatedDeltaSpec:
 
     ``inputs`` (module, rows, order) are the matrices on the part's input whose rows, stacked, are q, k, v, gate, beta
     and decay; with ``low_rank`` the first factors of gate and decay. Then the decay has a column for each of dim_k.
-    ``convs`` (module, columns) are the short convolutions of q, k and v, or ``conv`` of all, over ``taps`` rows.
+    ``convs`` (module, columns) are the short convolutions of q, k and v, or ``conv`` of all, over ``taps`` rows,
+    with ``activation``.
     ``parameters`` is the module of A_log and dt_bias. ``norm`` is per head. ``beta_scale`` 2 allows the state to change
     sign.
     """
@@ -38,8 +42,9 @@ class GatedDeltaSpec:
     dim_k: int
     dim_v: int
     taps: int
-    inputs: tuple[tuple[str, int, RowOrder | None], ...]
+    inputs: Inputs
     norm: NormSpec
+    activation: Activation = "silu"
     parameters: str = "linear_attn"
     convs: tuple[tuple[str, int], ...] = ()
     conv: str = "linear_attn.conv1d"
@@ -98,7 +103,7 @@ class GatedDeltaSpec:
             build.linear("delta_gate", gate_in, gate, build.probe(self.low_rank.gate, "out"))
             build.linear("delta_decay", decay_in, decay, build.probe(self.low_rank.decay, "out"))
         mixed = build.buffer("delta_qkv", q.width + k.width + v.width)
-        build.conv("delta_conv", Ref(inner.buffer, 0, mixed.width), mixed, "silu")
+        build.conv("delta_conv", Ref(inner.buffer, 0, mixed.width), mixed, self.activation)
         q, k, v = _columns(mixed, q.width, k.width)
         out = build.buffer("delta_out", self.value_width)
         state = build.state(self.heads * self.dim_k * self.dim_v)

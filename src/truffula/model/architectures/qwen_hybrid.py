@@ -1,0 +1,122 @@
+"""Qwen3-Next and Qwen3.5: layers of linear attention by the gated delta rule, and some of gated attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from truffula.kernels.program import RowOrder
+from truffula.model.architectures.pieces import ACTIVATIONS, finish_spec, gemma_rms, read_sizes
+from truffula.model.config_view import ConfigView
+from truffula.model.parts.attention import AttentionSpec
+from truffula.model.parts.gated_delta import GatedDeltaSpec, Inputs
+from truffula.model.parts.mlp import MlpSpec
+from truffula.model.rope import read_rope
+from truffula.model.rows import NormSpec
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part
+
+LINEAR, FULL = "linear_attention", "full_attention"
+# They mix the three axes of an image's positions; those of text are equal.
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
+# A head that predicts further tokens, which decoding one token at a time does not use.
+_PREDICTION = ("mtp.", "model.mtp.")
+TEXT_NAMES = ModuleNames(skip=_PREDICTION)
+MULTIMODAL_NAMES = ModuleNames(body="model.language_model.", skip=("visual.", "model.visual.", *_PREDICTION))
+
+
+@dataclass(frozen=True)
+class DeltaSizes:
+    """Heads and widths of the linear attention."""
+
+    heads: int
+    key_heads: int
+    dim_k: int
+    dim_v: int
+    taps: int
+
+
+def read_delta_sizes(view: ConfigView) -> DeltaSizes:
+    sizes = DeltaSizes(
+        heads=view.integer("linear_num_value_heads"),
+        key_heads=view.integer("linear_num_key_heads"),
+        dim_k=view.integer("linear_key_head_dim"),
+        dim_v=view.integer("linear_value_head_dim"),
+        taps=view.integer("linear_conv_kernel_dim", minimum=2),
+    )
+    if sizes.heads % sizes.key_heads:
+        why = f"it does not divide the {sizes.heads} value heads."
+        raise view.error("linear_num_key_heads", why, sizes.key_heads)
+    return sizes
+
+
+def qwen3_5_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
+    """The projections are stored apart: q, k and v; the gate; beta; the decay."""
+    view.skip("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    view.must_be("mamba_ssm_dtype", (None, "float32"), "states are kept in float32.")
+    view.must_be("attn_output_gate", (None, True), "attention without a gate is not supported.")
+    delta = read_delta_sizes(view)
+    qkv = 2 * delta.key_heads * delta.dim_k + delta.heads * delta.dim_v
+    rows = {"qkv": qkv, "z": delta.heads * delta.dim_v, "b": delta.heads, "a": delta.heads}
+    inputs = tuple((f"linear_attn.in_proj_{name}", count, None) for name, count in rows.items())
+    return _model(view, names, delta, inputs, _mlp(view))
+
+
+def qwen3_5(view: ConfigView) -> ModelSpec:
+    """The text part of the multimodal class, in which the models are published."""
+    view.skip("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
+    return qwen3_5_text(view.nested("text_config", "qwen3_5_text"), MULTIMODAL_NAMES)
+
+
+def qwen3_next(view: ConfigView) -> ModelSpec:
+    """The projections are stored by key head: q, k, v and the gate together, beta and the decay together."""
+    delta = read_delta_sizes(view)
+    share = delta.heads // delta.key_heads
+    of_key_head = {"qkvz": (delta.dim_k, delta.dim_k, share * delta.dim_v, share * delta.dim_v), "ba": (share, share)}
+    orders = {name: RowOrder(delta.key_heads, widths) for name, widths in of_key_head.items()}
+    inputs = tuple(
+        (f"linear_attn.in_proj_{name}", order.groups * sum(order.widths), order) for name, order in orders.items()
+    )
+    view.must_be("num_experts", (0,), "experts are not supported yet.")
+    view.skip("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
+    view.skip("decoder_sparse_step", "mlp_only_layers", "output_router_logits", "router_aux_loss_coef")
+    return _model(view, TEXT_NAMES, delta, inputs, _mlp(view))
+
+
+def _mlp(view: ConfigView) -> Callable[[int], Part]:
+    dense = MlpSpec(view.integer("intermediate_size"), view.choice("hidden_act", ACTIVATIONS))
+    return lambda _: dense
+
+
+def _model(
+    view: ConfigView, names: ModuleNames, delta: DeltaSizes, inputs: Inputs, mlp: Callable[[int], Part]
+) -> ModelSpec:
+    """Layers of the kinds in ``layer_types``; without it each ``full_attention_interval``-th has attention."""
+    sizes, bias = read_sizes(view), view.flag("attention_bias")
+    attention = AttentionSpec(
+        heads=sizes.heads, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, scale=sizes.head_dim**-0.5, rope=0,
+        q_norm=gemma_rms(view, "self_attn.q_norm"), k_norm=gemma_rms(view, "self_attn.k_norm"), gated=True,
+        qkv_bias=bias, out_bias=bias,
+    )  # fmt: skip
+    linear = GatedDeltaSpec(
+        heads=delta.heads, key_heads=delta.key_heads, dim_k=delta.dim_k, dim_v=delta.dim_v, taps=delta.taps,
+        activation=view.choice("hidden_act", ACTIVATIONS), inputs=inputs,
+        norm=NormSpec("linear_attn.norm", view.number("rms_norm_eps")),
+    )  # fmt: skip
+    interval = view.optional_integer("full_attention_interval") or 4
+    kinds = view.strings("layer_types", sizes.layers)
+    kinds = kinds or tuple(LINEAR if (index + 1) % interval else FULL for index in range(sizes.layers))
+    for kind in kinds:
+        if kind not in (LINEAR, FULL):
+            raise view.error("layer_types", f"{kind} is not supported; {LINEAR} and {FULL} are.", kind)
+    layers = [
+        LayerSpec(
+            mixer=linear if kind == LINEAR else attention,
+            mlp=mlp(index),
+            before_mixer=gemma_rms(view, "input_layernorm"),
+            before_mlp=gemma_rms(view, "post_attention_layernorm"),
+        )
+        for index, kind in enumerate(kinds)
+    ]
+    rope = read_rope(view, sizes.head_dim, partial=True, more=_OF_IMAGES)
+    return finish_spec(view, layers, (rope,), gemma_rms(view, "norm"), names=names)
