@@ -72,6 +72,8 @@ BASES = {
     "llama": {"head_dim": 14, "num_key_value_heads": 1, "vocab_size": 97, "attention_bias": True},
     "qwen2": {"tie_word_embeddings": True},
     "gemma3_text": {"num_hidden_layers": 4},
+    "qwen3_5_text": {},
+    "qwen3_next": {},
 }
 
 
@@ -135,13 +137,23 @@ def test_each_field_agrees_with_peft(outcomes: dict[str, Outcome], case: str, co
     assert np.abs(outcome.peft - outcome.base).max() > 100 * TOLERANCE, "the adapter does not show"
 
 
+SOME_TARGETS = {
+    "qwen2": ["q_proj", "down_proj"],
+    "gemma3_text": ["q_proj", "down_proj"],
+    "qwen3_5_text": ["in_proj_qkv", "in_proj_a", "in_proj_b", "in_proj_z", "linear_attn.out_proj"],
+    "qwen3_next": ["in_proj_ba", "in_proj_qkvz", "q_proj"],
+}
+
+
+# peft looks for experts in every qwen3_next model.
+@pytest.mark.filterwarnings("ignore:target_parameters=:RuntimeWarning")
 @on_the_best
-@pytest.mark.parametrize("model_type", ["qwen2", "gemma3_text"])
+@pytest.mark.parametrize("model_type", SOME_TARGETS)
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
-    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": ["q_proj", "down_proj"]})):
+    for number, fields in enumerate(({"targets": "all-linear", "rank": 5}, {"targets": SOME_TARGETS[model_type]})):
         folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, **fields)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))

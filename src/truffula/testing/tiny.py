@@ -52,13 +52,10 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
-    if model_type == "gemma3":
-        text = tiny_config("gemma3_text", **overrides)
-        return {
-            "model_type": "gemma3",
-            "text_config": text,
-            "tie_word_embeddings": text.get("tie_word_embeddings", True),
-        }
+    if model_type in ("gemma3", "qwen3_5"):
+        text = tiny_config(f"{model_type}_text", **overrides)
+        tied = text.get("tie_word_embeddings", model_type == "gemma3")
+        return {"model_type": model_type, "text_config": text, "tie_word_embeddings": tied}
     return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
 
 

@@ -18,10 +18,7 @@ from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, Part
 LINEAR, FULL = "linear_attention", "full_attention"
 # They mix the three axes of an image's positions; those of text are equal.
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
-# A head that predicts further tokens, which decoding one token at a time does not use.
-_PREDICTION = ("mtp.", "model.mtp.")
-TEXT_NAMES = ModuleNames(skip=_PREDICTION)
-MULTIMODAL_NAMES = ModuleNames(body="model.language_model.", skip=("visual.", "model.visual.", *_PREDICTION))
+NAMES = ModuleNames(skip=("visual.", "model.visual."), unused=("mtp.",))
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def read_delta_sizes(view: ConfigView) -> DeltaSizes:
     return sizes
 
 
-def qwen3_5_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec:
+def qwen3_5_text(view: ConfigView) -> ModelSpec:
     """The projections are stored apart: q, k and v; the gate; beta; the decay."""
     view.skip("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
     view.must_be("mamba_ssm_dtype", (None, "float32"), "states are kept in float32.")
@@ -58,14 +55,14 @@ def qwen3_5_text(view: ConfigView, names: ModuleNames = TEXT_NAMES) -> ModelSpec
     qkv = 2 * delta.key_heads * delta.dim_k + delta.heads * delta.dim_v
     rows = {"qkv": qkv, "z": delta.heads * delta.dim_v, "b": delta.heads, "a": delta.heads}
     inputs = tuple((f"linear_attn.in_proj_{name}", count, None) for name, count in rows.items())
-    return _model(view, names, delta, inputs, _mlp(view))
+    return _model(view, delta, inputs, _mlp(view))
 
 
 def qwen3_5(view: ConfigView) -> ModelSpec:
     """The text part of the multimodal class, in which the models are published."""
     view.skip("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
-    return qwen3_5_text(view.nested("text_config", "qwen3_5_text"), MULTIMODAL_NAMES)
+    return qwen3_5_text(view.nested("text_config", "qwen3_5_text"))
 
 
 def qwen3_next(view: ConfigView) -> ModelSpec:
@@ -80,7 +77,7 @@ def qwen3_next(view: ConfigView) -> ModelSpec:
     view.must_be("num_experts", (0,), "experts are not supported yet.")
     view.skip("moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok", "norm_topk_prob")
     view.skip("decoder_sparse_step", "mlp_only_layers", "output_router_logits", "router_aux_loss_coef")
-    return _model(view, TEXT_NAMES, delta, inputs, _mlp(view))
+    return _model(view, delta, inputs, _mlp(view))
 
 
 def _mlp(view: ConfigView) -> Callable[[int], Part]:
@@ -88,9 +85,7 @@ def _mlp(view: ConfigView) -> Callable[[int], Part]:
     return lambda _: dense
 
 
-def _model(
-    view: ConfigView, names: ModuleNames, delta: DeltaSizes, inputs: Inputs, mlp: Callable[[int], Part]
-) -> ModelSpec:
+def _model(view: ConfigView, delta: DeltaSizes, inputs: Inputs, mlp: Callable[[int], Part]) -> ModelSpec:
     """Layers of the kinds in ``layer_types``; without it each ``full_attention_interval``-th has attention."""
     sizes, bias = read_sizes(view), view.flag("attention_bias")
     attention = AttentionSpec(
@@ -119,4 +114,4 @@ def _model(
         for index, kind in enumerate(kinds)
     ]
     rope = read_rope(view, sizes.head_dim, partial=True, more=_OF_IMAGES)
-    return finish_spec(view, layers, (rope,), gemma_rms(view, "norm"), names=names)
+    return finish_spec(view, layers, (rope,), gemma_rms(view, "norm"), names=NAMES)
