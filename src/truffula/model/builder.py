@@ -140,12 +140,17 @@ class ProgramBuilder:
                              weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
                              gate=columns, gate_activation=activation, plus=plus))  # fmt: skip
 
-    def stream_after(self, layer: int, part: str | None = None) -> Probe:
-        """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module."""
+    def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
+        """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
+
+        None between the two parts of a parallel layer, where transformers has no such value.
+        """
         spec = self.spec
         following = spec.layers[layer].branches
         names = [branch[0] for branch in following]
         following = following[names.index(part) + 1 :] if part is not None else ()
+        if following and spec.layers[layer].parallel:
+            return None
         index = layer
         while not following and index + 1 < len(spec.layers):
             index += 1
@@ -234,11 +239,11 @@ class LayerBuilder:
                 return group.id, planes
         raise AssertionError(f"layer {self.index} caches nothing")
 
-    def input(self, before: NormSpec | None) -> Ref:
-        """The input of the part: the normed residual stream, or the stream itself when there is no norm."""
+    def input(self, before: NormSpec | None, buffer: str = "normed") -> Ref:
+        """The input of the part: the normed residual stream in ``buffer``, or the stream itself without a norm."""
         if before is None:
             return self.hidden
-        normed = self.buffer("normed", self.spec.hidden)
+        normed = self.buffer(buffer, self.spec.hidden)
         self.norm(f"before_{self.part}", before, self.hidden, normed)
         return normed
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
@@ -27,12 +25,14 @@ from truffula.kernels.program import (
     Op,
     Pointwise,
     Program,
+    RecurrentState,
     Ref,
     Rope,
     RopeRows,
     TakeRows,
 )
 from truffula.kernels.reference import attention, delta, ops, states
+from truffula.kernels.reference.kv import KvPlanes, LazyTensors
 from truffula.kernels.reference.linear import OpAdapter, Segment, add_deltas_, base_product, lay_out
 from truffula.kernels.reference.weights import Weight
 from truffula.kernels.sampling import Sampler
@@ -103,10 +103,9 @@ class _Step:
 
 
 class ReferenceExecutable(SynchronousExecutable):
-    """``Executable`` in plain torch. Each op is one method (what it reads and writes) around one function (its maths).
+    """``Executable`` in plain torch. Each op is a method (what it reads and writes) around a function (its maths).
 
-    KV planes are ``[P + 1, S, width]``: the last block is never written and stays zero (see ``attention.Batch``).
-    States are ``[rows, width]``. Their memory is committed by the system when it is first touched.
+    States are ``[rows, width]``.
     """
 
     def __init__(
@@ -133,10 +132,9 @@ class ReferenceExecutable(SynchronousExecutable):
         self._capacity = capacity
         self._buffers = _Buffers(program, dtype)
         self._device = device
-        self._planes: dict[int, Tensor] = {}
-        self._states: list[Tensor] = []
-        self._mappings: dict[int, mmap.mmap] = {}  # of planes and states on a CPU, by the address of the tensor
-        self._make_planes()
+        self._memory = LazyTensors(device)
+        self._planes = KvPlanes(program.kv_groups, capacity, dtype, self._memory)
+        self._states = [self._make_state(state) for state in program.states]
         self._adapters: dict[int, dict[int, OpAdapter]] = {}
         self._logits: Array = np.zeros((0, program.output.width), np.float32)
         self._taps: dict[int, Array] | None = {} if debug else None
@@ -189,52 +187,25 @@ class ReferenceExecutable(SynchronousExecutable):
         if self._adapters.pop(slot, None) is None:
             raise KernelError(f"adapter slot {slot} is not in use.", param="slot")
 
-    def _make_planes(self) -> None:
-        """The planes, whose last block is zeroed, and the states, whose row 0 is."""
-        for group in self._program.kv_groups:
-            for plane in group.planes:
-                shape = self._capacity.num_blocks + 1, self._capacity.block_size, plane.width
-                self._planes[plane.id] = self._commit_later(shape, self._dtype)
-                self._planes[plane.id][-1].zero_()
-        for state in self._program.states:
-            dtype = torch.float32 if state.dtype == "float32" else self._dtype
-            self._states.append(self._commit_later((self._capacity.num_states, state.width), dtype))
-            self._states[-1][0].zero_()
-
-    def _commit_later(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of any content; on a CPU its memory is committed when it is touched."""
-        if self._device.type != "cpu":
-            return torch.empty(shape, dtype=dtype, device=self._device)
-        mapping = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        tensor = torch.frombuffer(mapping, dtype=dtype).view(shape)
-        self._mappings[tensor.data_ptr()] = mapping
-        return tensor
+    def _make_state(self, state: RecurrentState) -> Tensor:
+        """The rows of a state, of which row 0 is zeroed."""
+        dtype = torch.float32 if state.dtype == "float32" else self._dtype
+        rows = self._memory.make((self._capacity.num_states, state.width), dtype)
+        rows[0].zero_()
+        return rows
 
     def release_kv(self, group: int, blocks: Int32) -> None:
-        for plane in self._program.kv_groups[group].planes:
-            self._release(self._planes[plane.id], blocks)
+        self._planes.release(group, blocks)
 
     def release_states(self, rows: Int32) -> None:
         for state in self._states:
-            self._release(state, rows)
-
-    def _release(self, tensor: Tensor, items: Int32) -> None:
-        """Return the whole pages of ``items`` of a tensor, which ascend."""
-        mapping = self._mappings.get(tensor.data_ptr())
-        if mapping is None:
-            return
-        nbytes = tensor[0].nbytes
-        for run in np.split(items, np.flatnonzero(np.diff(items) != 1) + 1):
-            start = -(-int(run[0]) * nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-            stop = (int(run[-1]) + 1) * nbytes // mmap.PAGESIZE * mmap.PAGESIZE
-            if start < stop:
-                mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            self._memory.release(state, rows)
 
     def close(self) -> None:
         self._adapters.clear()
-        self._planes.clear()
+        self._planes.close()
         self._states.clear()
-        self._mappings.clear()
+        self._memory.close()
         self._weights = []
         self._buffers.drop(tuple(range(len(self._program.buffers))))
         self._logits = np.zeros((0, self._program.output.width), np.float32)
@@ -318,8 +289,8 @@ class ReferenceExecutable(SynchronousExecutable):
         attention.write(v, step.slots[op.group], self._buffers.get(op.v))
         key = (op.group, op.window)
         if key not in step.plans:
-            c = self._capacity
-            step.plans[key] = attention.plan(step.inputs, *key, c.block_size, c.num_blocks * c.block_size, self._device)
+            size, zero_slot = self._capacity.block_size, self._planes.zero_slot
+            step.plans[key] = attention.plan(step.inputs, *key, size, zero_slot, self._device)
         q = self._buffers.get(op.q)
         self._buffers.put(op.out, attention.compute(op, q, k, v, step.plans[key], self._vector(op.sinks)))
 
