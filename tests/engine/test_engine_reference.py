@@ -29,8 +29,9 @@ from truffula.weights.tying import Tie
 
 NEAR = 1e-4
 CAPACITY = Capacity(
-    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=80, block_size=4, max_blocks_per_seq=32
-)
+    max_tokens=64, max_seqs=8, max_logit_rows=64, max_segments=8, num_blocks=80, block_size=4, max_blocks_per_seq=32,
+    num_states=60,
+)  # fmt: skip
 
 
 class FolderLoader(HandLoader):
@@ -55,6 +56,7 @@ class Real:
     staging: Path
     adapters: dict[str, str]
     windows: tuple[int | None, ...]
+    recurrent: bool
     tied: bool
     exact: bool
     answers: dict[bytes, Answer] = field(default_factory=dict)
@@ -64,6 +66,8 @@ class Real:
     def rig(self, **changes) -> Rig:
         usual = {"vocab_size": self.vocab_size, "num_blocks": 80, "eos_token_ids": (self.vocab_size - 1,)}
         usual["kv_windows"] = self.windows
+        if self.recurrent:
+            usual |= {"num_states": CAPACITY.num_states, "state_bytes": 1}
         lim = limits(**{**usual, **changes})
         return Rig(lim, executable=self.executable, loader=FolderLoader(self.setup, self.staging))
 
@@ -106,6 +110,7 @@ FAMILIES = {
     # Gemma 3 by its own rule would have five sliding layers first. The blocks hold four tokens.
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma3-short": ("gemma3_text", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
+    "qwen3_5": ("qwen3_5_text", {"layer_types": ["linear_attention", "full_attention"]}),
     "gemma3-long": ("gemma3_text", {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 
@@ -132,7 +137,8 @@ def real(request, tmp_path_factory):
     staging = Path(tempfile.mkdtemp(dir=root))
     windows = tuple(group.window for group in plan.program.kv_groups)
     tied = plan.tying.tie is not Tie.SEPARATE
-    yield Real(executable, 61, setup, staging, adapters, windows, tied, exact=name != "reference")
+    recurrent = bool(plan.program.states)
+    yield Real(executable, 61, setup, staging, adapters, windows, recurrent, tied, exact=name != "reference")
     executable.close()
 
 
@@ -208,7 +214,9 @@ def test_with_a_prefix_hit_of_every_length(real):
     rig.run([request("warm", prompt, max_tokens=1)])
     for shared, req in crowd.items():
         answer = rig.run([req])[req.request_id]
-        assert answer.final.cached_tokens == shared // 4 * 4
+        whole = answer.final.cached_tokens == shared // 4 * 4
+        # Of a sequence state there are snapshots at few block borders.
+        assert whole or (real.recurrent and answer.final.cached_tokens < shared)
         real.assert_same(answer, expected[shared])
     rig.adapters.close()
 
