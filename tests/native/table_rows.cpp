@@ -9,7 +9,7 @@ namespace {
 constexpr int32_t kSizes[] = {1, 5, 15, 16, 17, 32, 33, 64, 100};
 
 struct Norm {
-  RowArray x, plus;
+  RowArray x, gate, plus;
   Array weight, bias;
   NormCall call;
 };
@@ -18,9 +18,10 @@ Case norm_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(100 + number), number % 4 == 3};
   const int32_t groups = 1 + number % 3, width = kSizes[number % 9] * groups, rows = 1 + number % 5;
   const auto made = std::make_shared<Norm>(Norm{RowArray::random(numbers, rows, width),
-      RowArray::random(numbers, rows, width), numbers.floats(width / groups), numbers.floats(width / groups), {}});
+      RowArray::random(numbers, rows, width), RowArray::random(numbers, rows, width), numbers.floats(width / groups), numbers.floats(width / groups), {}});
   NormCall& call = made->call;
   call.x = made->x.rows();
+  call.gate = numbers.below(3) ? Rows{nullptr, 0} : made->gate.rows(), call.gate_activation = kSilu;
   call.plus = numbers.below(2) ? made->plus.rows() : Rows{nullptr, 0};
   call.weight = numbers.below(4) ? made->weight->floats() : nullptr;
   call.bias = numbers.below(2) ? made->bias->floats() : nullptr;
@@ -43,12 +44,12 @@ struct Pointwise {
 
 Case pointwise_case(int32_t number) {
   Numbers numbers{static_cast<uint32_t>(300 + number), number % 3 == 2};
-  const int32_t width = kSizes[number % 9], rows = 1 + number % 4, which = number % 11;  // six activations, then kinds
+  const int32_t width = kSizes[number % 9], rows = 1 + number % 4, which = number % 13;  // seven activations, then kinds
   const auto made = std::make_shared<Pointwise>(
       Pointwise{RowArray::random(numbers, rows, width), RowArray::random(numbers, rows, width), {}});
   for (size_t i = 0; i < made->x.memory->size() / 4; ++i)  // activations are interesting up to 12, exp up to 100
     if (made->x.memory->floats()[i] != kMark) made->x.memory->floats()[i] *= number % 2 ? 12.0f : 100.0f;
-  made->call = {made->x.rows(), made->y.rows(), {}, which < 6 ? kAct : which - 5, which < 6 ? which : 0, width,
+  made->call = {made->x.rows(), made->y.rows(), {}, which < 7 ? kAct : which - 6, which < 7 ? which : 0, width,
                 numbers.below(2), 0.7f};
   return {numbers.wild, [made, rows, width](const Kernels& table) {
     const RowArray out(rows, width);
@@ -121,7 +122,7 @@ Case sampler_case(int32_t number) {
 }  // namespace
 
 std::vector<Op> row_ops() {
-  return {{"norms", 216, false, true, norm_case},         {"activations and sums", 396, false, true, pointwise_case},
+  return {{"norms", 216, false, true, norm_case},         {"activations and sums", 468, false, true, pointwise_case},
           {"rotary positions", 108, false, true, rope_case}, {"sampler's loops", 84, true, false, sampler_case}};
 }
 
