@@ -24,10 +24,12 @@ MODEL_TYPES = (
     "llama",
     "ministral",
     "mistral",
+    "mixtral",
     "qwen2",
     "qwen3",
     "qwen3_5",
     "qwen3_5_text",
+    "qwen3_moe",
     "qwen3_next",
 )
 

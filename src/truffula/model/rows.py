@@ -5,18 +5,16 @@ Shape letters: ``O`` output rows of a weight, ``I`` its input width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import BufferDtype, RowOrder, Transform
+from truffula.kernels.program import BufferDtype, RowOrder, Transform, WeightPart
 
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
-RowKind = Literal["embed", "linear", "vector", "conv", "head"]
-
-
+RowKind = Literal["embed", "linear", "vector", "conv", "head", "experts"]
 RowPart = tuple[str, int] | tuple[str, int, RowOrder | None]
 """A module, its rows and their order."""
 
@@ -40,12 +38,54 @@ class NormSpec:
 class RowSlice:
     """``rows`` output rows of a logical weight that are one module in checkpoints and one site for adapters.
 
-    ``module`` is relative to the body: ``layers.3.self_attn.q_proj``. ``order``: see ``program.WeightPart``.
+    ``module`` is relative to the body: ``layers.3.self_attn.q_proj``; an expert's has ``{e}`` for its number.
+    ``alias`` is its name in transformers 5, where that differs from the one in checkpoints. ``order``: see
+    ``program.WeightPart``.
     """
 
     module: str
     rows: int
+    alias: str | None = None
     order: RowOrder | None = None
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """A form in which checkpoints hold the matrices [O, I] of all experts. Names are whole, relative to the body.
+
+    ``tensors`` are one for each slice or one for all slices: with ``{e}`` in the name one per expert, else of all
+    experts, [E, O, I]. ``columns``: matrices are stored [I, O]. ``alternating``: output rows of the two slices
+    alternate. ``flat``: [E · O, I]. ``parameter``: transformers has one parameter of this form (``flat`` excepted),
+    which PEFT adapts as such; ``peft_columns``: and takes to be stored [I, O].
+    """
+
+    tensors: tuple[str, ...]
+    columns: bool = False
+    alternating: bool = False
+    flat: bool = False
+    parameter: str | None = None
+    peft_columns: bool = False
+
+    def parts(self, row: WeightRow) -> Iterator[WeightPart]:
+        """The tensors of ``row``, in this form."""
+        heights = [item.rows for item in row.slices] if len(self.tensors) > 1 else [row.rows]
+        lo = 0
+        for name, height in zip(self.tensors, heights, strict=True):
+            matrix: tuple[int, ...] = (row.width, height) if self.columns else (height, row.width)
+            matrix = matrix if row.width else (height,)
+            if "{e}" in name:
+                for expert in range(row.experts):
+                    yield WeightPart(name.format(e=expert), row.transform, expert, lo, matrix)
+            else:
+                stored = (row.experts * matrix[0], *matrix[1:]) if self.flat else (row.experts, *matrix)
+                if self.alternating and not row.width:
+                    yield WeightPart(name, "alternating", stored=stored)
+                elif self.alternating:
+                    yield WeightPart(name, "even_columns", stored=stored)
+                    yield WeightPart(name, "odd_columns", lo=height // 2, stored=stored)
+                else:
+                    yield WeightPart(name, "columns" if self.columns else "none", lo=lo, stored=stored)
+            lo += height
 
 
 @dataclass(frozen=True)
@@ -56,6 +96,10 @@ class WeightRow:
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
     module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector; the taps of a
     convolution). ``key`` is its name in the decoder. The tying decision assigns the tensors of embedding and head.
+
+    ``stored`` is the shape of a vector in checkpoints where it is not ``[O]``.
+
+    A row of kind ``experts`` has such a matrix for each of ``experts`` experts, in one of ``layouts``.
     """
 
     key: str
@@ -67,6 +111,9 @@ class WeightRow:
     fused: str | None = None
     transform: Transform = "none"
     dtype: BufferDtype = "model"
+    stored: tuple[int, ...] = ()
+    experts: int = 0
+    layouts: tuple[ExpertLayout, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -74,11 +121,15 @@ class WeightRow:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """``[O, I]`` or ``[O]``."""
+        """``[O, I]`` or ``[O]``; of experts ``[E, O, I]`` or ``[E · O]``."""
+        if self.experts:
+            return (self.experts, self.rows, self.width) if self.width else (self.experts * self.rows,)
         return (self.rows, self.width) if self.width else (self.rows,)
 
     def stored_shape(self, rows: int) -> tuple[int, ...]:
         """The shape in files of a tensor with ``rows`` of the rows."""
+        if self.stored:
+            return self.stored
         return (rows, 1, self.width) if self.transform == "conv" else (rows, *self.shape[1:])
 
 
@@ -94,30 +145,27 @@ class LayerRows:
         self.found: list[WeightRow] = []
 
     def linear(
-        self, key: str, parts: Sequence[RowPart], width: int, *, bias: bool = False, fused: str | None = None
-    ) -> None:
-        """A matrix ``[O, width]`` of stacked ``parts``, with its bias ``[O]``."""
-        slices = tuple(RowSlice(self.prefix + module, *more) for module, *more in parts)
+        self, key: str, parts: Sequence[RowPart], width: int, *, bias: bool = False, fused: str | None = None,
+        alias: str | None = None,
+    ) -> None:  # fmt: skip
+        """A matrix ``[O, width]`` of stacked ``parts``, with its bias ``[O]``. ``alias``: see ``RowSlice``, of a matrix
+        of one part."""
+        alias = None if alias is None else self.prefix + alias
+        slices = tuple(RowSlice(self.prefix + module, rows, alias, *order) for module, rows, *order in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
         self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
 
     def conv(
-        self, key: str, parts: Sequence[RowPart], taps: int, *, bias: bool = False, fused: str | None = None
+        self, key: str, parts: Sequence[tuple[str, int]], taps: int, *, bias: bool = False, fused: str | None = None
     ) -> None:
-        """The weight of a depthwise convolution of the columns of ``parts``, with its bias."""
-        slices = tuple(RowSlice(self.prefix + module, *more) for module, *more in parts)
+        """The weight of a depthwise convolution of the columns of ``parts`` (module, columns), with its bias."""
+        slices = tuple(RowSlice(self.prefix + module, columns) for module, columns in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
         self.found.append(WeightRow(key, "conv", slices, taps, self.index, fused=whole, transform="conv"))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
-
-    def vector(self, key: str, module: str, param: str, width: int, transform: Transform = "none") -> None:
-        """The parameter ``param [width]`` of a module, kept in float32."""
-        slices = (RowSlice(self.prefix + module, width),)
-        self.found.append(WeightRow(self.prefix + key, "vector", slices, 0, self.index, param=param,
-                                    transform=transform, dtype="float32"))  # fmt: skip
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm."""
@@ -130,3 +178,30 @@ class LayerRows:
         self.found.append(WeightRow(key, "vector", slices, 0, self.index, transform=transform, dtype=dtype))
         if norm.bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+
+    def vector(
+        self, key: str, name: str, width: int, *, stored: tuple[int, ...] = (), transform: Transform = "none"
+    ) -> None:
+        """A vector of ``width`` numbers, kept in float32; ``name`` is that of its tensor."""
+        module, _, param = (self.prefix + name).rpartition(".")
+        self.found.append(WeightRow(self.prefix + key, "vector", (RowSlice(module, width),), 0, self.index, param,
+                                    transform=transform, dtype="float32", stored=stored))  # fmt: skip
+
+    def experts(
+        self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],
+        biases: Sequence[ExpertLayout] = (),
+    ) -> None:  # fmt: skip
+        """A matrix ``[O, width]`` of stacked ``parts`` for each of ``count`` experts, in one of ``layouts``; with
+        ``biases``, the forms of their biases, a bias for each. Layouts name tensors relative to the layer."""
+        slices = tuple(RowSlice(self.prefix + module, rows) for module, rows in parts)
+        placed = tuple(self._placed(layout) for layout in layouts)
+        self.found.append(WeightRow(self.prefix + key, "experts", slices, width, self.index, experts=count,
+                                    layouts=placed))  # fmt: skip
+        if biases:
+            placed = tuple(self._placed(layout) for layout in biases)
+            self.found.append(WeightRow(f"{self.prefix}{key}.bias", "experts", slices, 0, self.index, "bias",
+                                        experts=count, layouts=placed))  # fmt: skip
+
+    def _placed(self, layout: ExpertLayout) -> ExpertLayout:
+        parameter = None if layout.parameter is None else self.prefix + layout.parameter
+        return replace(layout, tensors=tuple(self.prefix + name for name in layout.tensors), parameter=parameter)

@@ -86,8 +86,8 @@ class GatedDeltaSpec:
             rows.linear("delta_decay", [(self.low_rank.decay, self.decay_width)], self.low_rank.rank)
         columns = 2 * self.key_width + self.value_width
         rows.conv("delta_conv", self.convs or [(self.conv, columns)], self.taps, fused=self.conv)
-        rows.vector("delta_rate", self.parameters, "A_log", self.heads, transform="minus_exp")
-        rows.vector("delta_dt_bias", self.parameters, "dt_bias", self.decay_width)
+        rows.vector("delta_rate", f"{self.parameters}.A_log", self.heads, transform="minus_exp")
+        rows.vector("delta_dt_bias", f"{self.parameters}.dt_bias", self.decay_width)
         rows.norm("delta_norm", self.norm, self.dim_v)
         rows.linear("out", [(self.out, rows.hidden)], self.value_width)
 
