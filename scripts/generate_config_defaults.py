@@ -28,6 +28,8 @@ MODEL_TYPES = (
     "qwen2",
     "qwen3",
     "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
@@ -48,6 +50,7 @@ LEGACY = (
 )
 LEGACY_OF = {
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "qwen3_5_moe_text": ("full_attention_interval",),
     "qwen3_5_text": ("full_attention_interval",),
     "qwen3_next": ("full_attention_interval",),
 }

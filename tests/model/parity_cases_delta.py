@@ -23,9 +23,17 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_5_text", "an interval, head_dim not hidden over heads", {
         "full_attention_interval": 2, "hidden_size": 30, "head_dim": 24, "num_hidden_layers": 3,
     }),
+    ("qwen3_5_moe_text", "plain", {}),
+    ("qwen3_5_moe_text", "one expert of two, tied, one key head", {
+        "num_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": True, **ONE_KEY_HEAD,
+    }),
     ("qwen3_next", "plain", {}),
+    ("qwen3_next", "without experts", {"num_experts": 0}),
+    ("qwen3_next", "dense layers, weights as they are", {
+        "mlp_only_layers": [1], "decoder_sparse_step": 2, "norm_topk_prob": False, "vocab_size": 97,
+    }),
     ("qwen3_next", "one key head, tied, large eps", {
-        "tie_word_embeddings": True, "rms_norm_eps": 0.01, **ONE_KEY_HEAD,
+        "tie_word_embeddings": True, "rms_norm_eps": 0.1, **ONE_KEY_HEAD,
     }),
     ("qwen3_next", "three values per key, biases", {
         "linear_num_value_heads": 6, "attention_bias": True, "num_key_value_heads": 1, "full_attention_interval": 3,

@@ -31,12 +31,20 @@ _BASE = {
 }
 _DELTA = {
     # The norm of a small result of the delta rule would enlarge rounding errors, also transformers'.
-    "rms_norm_eps": 1e-3,
+    "rms_norm_eps": 1e-2,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 6,
     "linear_value_head_dim": 10,
 }
+_SHARED = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
+# Fields that a class does not have.
+_ABSENT: Mapping[str, tuple[str, ...]] = {"qwen3_5_moe_text": ("intermediate_size",)}
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
@@ -47,18 +55,20 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "qwen2": {},
     "qwen3": {"head_dim": 10},
     "qwen3_5_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA},
-    "qwen3_next": {"head_dim": 16, "num_hidden_layers": 4, "num_experts": 0, **_DELTA},
+    "qwen3_5_moe_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
+    "qwen3_next": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
     "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
 }
 
 
 def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
     """A config.json of a tiny model, changed by ``overrides``; for multimodal types nested, without image encoder."""
-    if model_type in ("gemma3", "qwen3_5"):
+    if model_type in ("gemma3", "qwen3_5", "qwen3_5_moe"):
         text = tiny_config(f"{model_type}_text", **overrides)
         tied = text.get("tie_word_embeddings", model_type == "gemma3")
         return {"model_type": model_type, "text_config": text, "tie_word_embeddings": tied}
-    return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+    config = {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+    return {key: value for key, value in config.items() if key not in _ABSENT.get(model_type, ())}
 
 
 def tiny_llama_config(**overrides: Any) -> dict[str, Any]:

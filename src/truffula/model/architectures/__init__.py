@@ -10,7 +10,7 @@ from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.qwen import qwen2, qwen3
-from truffula.model.architectures.qwen_hybrid import qwen3_5, qwen3_5_text, qwen3_next
+from truffula.model.architectures.qwen_hybrid import qwen3_5, qwen3_5_moe, qwen3_5_moe_text, qwen3_5_text, qwen3_next
 from truffula.model.architectures.qwen_moe import qwen3_moe
 from truffula.model.config_view import ConfigView
 from truffula.model.spec import ModelSpec
@@ -27,6 +27,8 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "qwen2": qwen2,
         "qwen3": qwen3,
         "qwen3_5": qwen3_5,
+        "qwen3_5_moe": qwen3_5_moe,
+        "qwen3_5_moe_text": qwen3_5_moe_text,
         "qwen3_5_text": qwen3_5_text,
         "qwen3_next": qwen3_next,
         "qwen3_moe": qwen3_moe,
