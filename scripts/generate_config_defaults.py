@@ -18,13 +18,31 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "lfm2",
     "llama",
     "ministral",
+    "ministral3",
     "mistral",
+    "mistral3",
     "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
     "qwen2",
     "qwen3",
     "qwen3_5",
@@ -33,6 +51,9 @@ MODEL_TYPES = (
     "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
 )
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
@@ -49,7 +70,9 @@ LEGACY = (
     "torch_dtype",
 )
 LEGACY_OF = {
+    "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "lfm2": ("block_ff_dim", "tie_embedding"),
     "qwen3_5_moe_text": ("full_attention_interval",),
     "qwen3_5_text": ("full_attention_interval",),
     "qwen3_next": ("full_attention_interval",),

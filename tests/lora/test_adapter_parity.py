@@ -75,10 +75,32 @@ BASES = {
     "qwen3_5_text": {},
     "qwen3_next": {},
 }
+DENSE = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "ministral3",
+    "mistral3",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+)
 
 
 def served_base(folder: Path, model_type: str, backend: Backend) -> Served:
-    config = tiny_model_config(model_type, **BASES[model_type])
+    config = tiny_model_config(model_type, **BASES.get(model_type, {}))
     return Served(write_tiny_checkpoint(folder / "model", config, seed=5), backend)
 
 
@@ -147,12 +169,14 @@ TARGETS: dict[str, tuple[str | list[str], list[str]]] = {
 
 
 @on_the_best
-@pytest.mark.parametrize("model_type", TARGETS)
+@pytest.mark.parametrize(
+    "model_type", [*TARGETS, *(pytest.param(name, marks=pytest.mark.slow) for name in DENSE)]
+)  # the slow ones: 40 s
 def test_other_families_agree_with_peft(tmp_path: Path, model_type: str, backend: Backend) -> None:
     served = served_base(tmp_path, model_type, backend)
     rows: list[tuple[int | None, list[int]]] = []
     expected = []
-    for number, targets in enumerate(TARGETS[model_type]):
+    for number, targets in enumerate(TARGETS.get(model_type, ("all-linear", ["q_proj", "down_proj"]))):
         folder = write_tiny_adapter(tmp_path / str(number), served.program.sites, seed=number, targets=targets, rank=5)
         rows.append((served.add(folder), served.prompt(number)))
         expected.append(served.peft(folder, rows[-1][1]))

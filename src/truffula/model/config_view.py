@@ -15,6 +15,7 @@ from importlib import resources
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
+from truffula.weights.tying import SPELLINGS
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ INERT = frozenset(
 )
 # Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
 READ_ELSEWHERE = frozenset(
-    {"architectures", "bos_token_id", "eos_token_id", "model_type", "tie_word_embeddings"}
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", *SPELLINGS}
     | {"quantization_config", "compression_config"}
 )
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.

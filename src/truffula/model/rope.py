@@ -157,12 +157,13 @@ def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, partial
     key, share = "partial_rotary_factor", values.get("partial_rotary_factor")
     share = view.raw(key) if share is None else share
     share = view.defaults.partial_rotary_factor if share is None else share
-    dims = head_dim if share is None else int(head_dim * view.number_value(key, share))
+    share = 1.0 if share is None else view.number_value(key, share)
     # Where an architecture rotates the whole head, only transformers' scaled types read the factor.
-    if dims != head_dim and not partial:
+    if share != 1 and not partial:
         raise view.error(key, f"partial rotary embeddings are not supported for {view.model_type}.", share)
-    if dims > head_dim:
+    if share > 1:
         raise view.error(key, "it must be at most 1.", share)
+    dims = int(head_dim * share)
     if dims % 2 or not 0 < dims <= MOST_WIDTH:
         why = f"a rotary embedding needs an even width of at most {MOST_WIDTH}; {dims} columns would be rotated."
         raise view.error("head_dim", why, head_dim)
