@@ -43,6 +43,7 @@ MODEL_TYPES = (
     "olmo",
     "olmo2",
     "olmo3",
+    "olmo_hybrid",
     "qwen2",
     "qwen3",
     "qwen3_5",

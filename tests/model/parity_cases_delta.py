@@ -27,6 +27,16 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_5_moe_text", "one expert of two, tied, one key head", {
         "num_experts": 2, "num_experts_per_tok": 1, "tie_word_embeddings": True, **ONE_KEY_HEAD,
     }),
+    ("olmo_hybrid", "plain", {}),
+    ("olmo_hybrid", "no rotation, tied, widths by default, one layer with attention", {
+        "rope_parameters": {"rope_theta": None, "rope_type": "default"}, "tie_word_embeddings": True,
+        "num_hidden_layers": 2, "linear_key_head_dim": None, "linear_value_head_dim": None,
+        "linear_num_key_heads": None, "linear_num_value_heads": None,
+    }),
+    ("olmo_hybrid", "no change of sign, layer_types, one kv head", {
+        "linear_allow_neg_eigval": False, "layer_types": [FULL, LINEAR, LINEAR], "num_hidden_layers": 3,
+        "num_key_value_heads": 1, "attention_bias": True, **ONE_KEY_HEAD,
+    }),
     ("qwen3_next", "plain", {}),
     ("qwen3_next", "without experts", {"num_experts": 0}),
     ("qwen3_next", "dense layers, weights as they are", {

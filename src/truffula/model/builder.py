@@ -182,9 +182,9 @@ class ProgramBuilder:
             following = spec.layers[index].branches
         if following:
             _, item, before, _ = following[0]
-            module = before.module if before is not None else item.first_module(spec.names)
+            module = before.module5 if before is not None else item.first_module(spec.names)
             return Probe(self.module(spec.layer_prefix(index) + module), "in")
-        return Probe(self.module(spec.final_norm.module) if spec.final_norm is not None else spec.names.head, "in")
+        return Probe(self.module(spec.final_norm.module5) if spec.final_norm is not None else spec.names.head, "in")
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class LayerBuilder:
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,
         probe: Probe | None = None, groups: int = 1, gate: Gate | None = None, plus: Ref | None = None,
     ) -> None:  # fmt: skip
-        probe = probe or self.probe(norm.module, "out")
+        probe = probe or self.probe(norm.module5, "out")
         self.program.norm(self.prefix + key, norm, x, out, probe, layer=self.index, groups=groups, gate=gate, plus=plus)
 
     def kv_planes(self) -> tuple[int, tuple[int, ...]]:

@@ -91,7 +91,7 @@ def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
     build.ops.append(TakeRows(name="take_rows", x=hidden, out=last, probe=build.stream_after(len(spec.layers) - 1)))
     if spec.final_norm is not None:
         normed = build.buffer("last_normed", spec.hidden, "R")
-        build.norm("final_norm", spec.final_norm, last, normed, Probe(build.module(spec.final_norm.module), "out"))
+        build.norm("final_norm", spec.final_norm, last, normed, Probe(build.module(spec.final_norm.module5), "out"))
         last = normed
     bias = None
     if spec.head_bias:

@@ -170,6 +170,9 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
+    aliased = [prefix + row.tensor(item.alias or item.module) for item in row.slices]
+    if all(name in stored for name in aliased):
+        return aliased
     fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]

@@ -26,6 +26,7 @@ class NormSpec:
     ``plus_one``: the file stores w, and 1 + w is applied, in float32 (Gemma) or, with ``rounded``, in the model's dtype
     (Nemotron). ``cast`` as in ``program.Norm``. Without ``weight`` the module has no tensors. ``per_head``, of norms of
     heads: each head has a weight of its own, a row of one tensor ("rows"), or a module of its own (its name with {h}).
+    ``alias``: see ``RowSlice``.
     """
 
     module: str
@@ -37,6 +38,12 @@ class NormSpec:
     weight: bool = True
     bias: bool = False
     per_head: str | None = None
+    alias: str | None = None
+
+    @property
+    def module5(self) -> str:
+        """The module's name in transformers 5."""
+        return self.alias or self.module
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class RowSlice:
     """``rows`` output rows of a logical weight that are one module in checkpoints and one site for adapters.
 
     ``module`` is relative to the body: ``layers.3.self_attn.q_proj``; an expert's has ``{e}`` for its number.
-    ``alias`` is its name in transformers 5, where that differs from the one in checkpoints. ``order``: see
-    ``program.WeightPart``.
+    ``alias`` is its name in transformers 5, where that differs from the one in checkpoints, which may have either.
+    ``order``: see ``program.WeightPart``.
     """
 
     module: str
@@ -185,7 +192,8 @@ class LayerRows:
         if norm is None or not norm.weight:
             return
         key, module, width = self.prefix + key, self.prefix + norm.module, width or self.hidden
-        slices: tuple[RowSlice, ...] = (RowSlice(module, width),)
+        alias = None if norm.alias is None else self.prefix + norm.alias
+        slices: tuple[RowSlice, ...] = (RowSlice(module, width, alias),)
         stored: tuple[int, ...] = ()
         if norm.per_head == "rows":
             slices, stored = (RowSlice(module, heads * width),), (heads, width)

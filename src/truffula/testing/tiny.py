@@ -82,6 +82,13 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "olmo3": {"sliding_window": 7, "num_hidden_layers": 5},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "olmo_hybrid": {
+        "num_hidden_layers": 4,
+        "pad_token_id": 0,
+        **_DELTA,
+        "linear_key_head_dim": 24,
+        "linear_value_head_dim": 20,
+    },
     "qwen3_5_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA},
     "qwen3_5_moe_text": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},
     "qwen3_next": {"head_dim": 16, "num_hidden_layers": 4, **_DELTA, **_SHARED},

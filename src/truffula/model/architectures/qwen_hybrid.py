@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from truffula.kernels.program import RowOrder
@@ -87,6 +87,16 @@ def qwen3_next(view: ConfigView) -> ModelSpec:
     return _model(view, sizes, delta, inputs, [experts if has_experts else mlp for has_experts in sparse])
 
 
+def layer_kinds(view: ConfigView, layers: int, full: Callable[[int], bool]) -> tuple[str, ...]:
+    """``layer_types``; where it is missing, the layers for which ``full`` holds have attention, the others linear."""
+    kinds = view.strings("layer_types", layers)
+    kinds = kinds or tuple(FULL if full(index) else LINEAR for index in range(layers))
+    for kind in kinds:
+        if kind not in (LINEAR, FULL):
+            raise view.error("layer_types", f"{kind} is not supported; {LINEAR} and {FULL} are.", kind)
+    return kinds
+
+
 def _text_config(view: ConfigView) -> ConfigView:
     view.skip("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
@@ -133,11 +143,7 @@ def _model(view: ConfigView, sizes: Sizes, delta: DeltaSizes, inputs: Inputs, ml
         norm=NormSpec("linear_attn.norm", view.number("rms_norm_eps")),
     )  # fmt: skip
     interval = view.optional_integer("full_attention_interval") or 4
-    kinds = view.strings("layer_types", sizes.layers)
-    kinds = kinds or tuple(LINEAR if (index + 1) % interval else FULL for index in range(sizes.layers))
-    for kind in kinds:
-        if kind not in (LINEAR, FULL):
-            raise view.error("layer_types", f"{kind} is not supported; {LINEAR} and {FULL} are.", kind)
+    kinds = layer_kinds(view, sizes.layers, lambda index: (index + 1) % interval == 0)
     layers = [
         LayerSpec(
             mixer=linear if kind == LINEAR else attention,
