@@ -106,7 +106,7 @@ FAMILIES = {
 
 
 # The reference takes a second for each test of these: in the slow suite.
-SLOW = {("reference", "lfm2")}
+SLOW = {("reference", "lfm2"), ("reference", "qwen3_5")}
 PARAMS = [
     pytest.param((b, f), marks=[pytest.mark.slow] * ((b, f) in SLOW), id=f"{b}-{f}") for b in SINGLE for f in FAMILIES
 ]

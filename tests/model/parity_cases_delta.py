@@ -35,7 +35,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     }),
     ("olmo_hybrid", "no change of sign, layer_types, one kv head", {
         "linear_allow_neg_eigval": False, "layer_types": [FULL, LINEAR, LINEAR], "num_hidden_layers": 3,
-        "num_key_value_heads": 1, "attention_bias": True, **ONE_KEY_HEAD,
+        "num_key_value_heads": 1, "attention_bias": True, **ONE_KEY_HEAD, "linear_key_head_dim": 23,
     }),
     ("qwen3_next", "plain", {}),
     ("qwen3_next", "without experts", {"num_experts": 0}),
