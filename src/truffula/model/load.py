@@ -165,8 +165,9 @@ class WeightReader:
 
     def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
-        as_stored = part.transform == "none"
-        as_blocks = part.transform in _ROWS_OF_BLOCKS and (info.values or info.dtype) in self.block_kinds
+        as_stored = part.transform == "none" and part.order is None
+        as_blocks = part.order is None and part.transform in _ROWS_OF_BLOCKS
+        as_blocks = as_blocks and (info.values or info.dtype) in self.block_kinds
         blocks = self.checkpoint.blocks(part.name) if as_blocks else None
         if blocks is not None and part.transform != "none":
             swapped = (*info.shape[:-2], info.shape[-1], info.shape[-2])
@@ -189,10 +190,12 @@ class WeightReader:
         _require_finite(stored, info)
         if part.transform == "conv":
             stored = stored[:, 0, :]
-        if stored.dtype != np.float64 and part.transform != "plus_one":
+        if stored.dtype != np.float64 and part.transform not in ("plus_one", "minus_exp"):
             return stored
         values = stored.astype(np.float32)
         release_pages(stored)
+        if part.transform == "minus_exp":
+            return -np.exp(values)
         return values + np.float32(1) if part.transform == "plus_one" else values
 
     def finish(self) -> None:
@@ -235,7 +238,10 @@ def _require_finite(values: Array, info: TensorInfo, row: int = 0) -> None:
 
 
 def arranged(part: WeightPart, values: Array, shape: tuple[int, ...]) -> Array:
-    """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, of their biases a copy."""
+    """A part of a weight of ``shape`` from the values of its tensor: of matrices a view, unless their rows are sorted,
+    of their biases a copy."""
+    if part.order is not None:
+        return part.order.sorted(values)
     if len(shape) == 1:
         if part.transform == "alternating":
             values = values.reshape(len(values), -1, 2).swapaxes(1, 2)

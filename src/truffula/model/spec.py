@@ -93,7 +93,7 @@ class ModuleNames:
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
     of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder.
+    image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens.
     """
 
     embed: str = "embed_tokens"
@@ -118,6 +118,7 @@ class ModuleNames:
         ("model.language_model.", "lm_head"),
     )
     skip: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()
