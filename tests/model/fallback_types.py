@@ -14,7 +14,23 @@ _SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1, "state_size": 8,
 }  # fmt: skip
 
+_LATENT: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+    "head_dim": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+
+_OF_TYPE: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_ssm": 64, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "jetmoe": {"kv_channels": 8, "num_key_value_heads": 2},
+    "zamba2": {"num_hidden_layers": 4, "layer_types": None},
+}
+
 FAST: dict[str, str] = {"persimmon": "fallback", "lfm3": "serial"}
+SERVED: dict[str, str] = {**FAST}
+"""How each type is served."""
 
 
 def small_config(model_type: str, **overrides: Any) -> Any:
@@ -28,9 +44,11 @@ def small_config(model_type: str, **overrides: Any) -> Any:
     if len(kinds) > 1:
         changes["layer_types"] = (kinds * 3)[: max(3, len(kinds))]
         changes["num_hidden_layers"] = len(changes["layer_types"])
+    if "kv_lora_rank" in given:
+        changes |= _LATENT
     if "is_decoder" in given:
         changes["is_decoder"] = True
-    return config_class(**changes | overrides)
+    return config_class(**changes | _OF_TYPE.get(model_type, {}) | overrides)
 
 
 def write_small(folder: Path, config: Any, seed: int = 0) -> Path:
