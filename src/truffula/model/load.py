@@ -165,7 +165,8 @@ class WeightReader:
     def _part(self, part: WeightPart, shape: tuple[int, ...]) -> Part:
         info = self.checkpoint.tensors[part.name]
         as_stored = part.transform == "none"
-        blocks = self.checkpoint.blocks(part.name) if info.dtype in self.block_kinds and as_stored else None
+        as_blocks = as_stored and (info.values or info.dtype) in self.block_kinds
+        blocks = self.checkpoint.blocks(part.name) if as_blocks else None
         by_rows = as_stored and (len(shape) < 3 or part.expert is not None)
         computed = self.checkpoint.computed(part.name) if by_rows else None
         if blocks is not None:
