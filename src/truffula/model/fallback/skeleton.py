@@ -71,7 +71,8 @@ class Skeleton:
     @property
     def max_positions(self) -> int:
         """The longest sequence. Rotary tables that depend on the length of the batch are constant up to it."""
-        longest = next((getattr(self.text, name) for name in _LENGTHS if getattr(self.text, name, None)), _UNLIMITED)
+        given = [getattr(self.text, name, None) or 0 for name in _LENGTHS]
+        longest = next((length for length in given if length > 0), _UNLIMITED)
         original = next((rope["original_max_position_embeddings"] for rope in self._growing_ropes), None)
         return int(longest if original is None else min(longest, original))
 
