@@ -33,7 +33,7 @@ from truffula.weights.tying import Tie
 Float32 = npt.NDArray[np.float32]
 LOGITS = 1e-4
 NEAR_TIE = 1e-4
-NEW_TOKENS = 32
+NEW_TOKENS, SOME_TOKENS = 32, 12
 LENGTHS = (23, 5, 11)
 BLOCK = 4
 
@@ -193,14 +193,15 @@ def check_greedy(model: ParityModel) -> None:
 def check_mixed(model: ParityModel) -> None:
     """Two adapters and the base in one batch."""
     crowd = [(str(n), model.prompt(n), adapter) for n, adapter in enumerate([None, *model.adapters, None])]
-    _, answers = model.run([model.request(*each) for each in crowd])
+    _, answers = model.run([model.request(*each, max_tokens=SOME_TOKENS) for each in crowd])
     for name, prompt, adapter in crowd:
         model.expect(answers[name], prompt, adapter)
 
 
 def check_chunked(model: ParityModel) -> None:
     crowd = [(str(n), model.prompt(n), adapter) for n, adapter in enumerate([None, *model.adapters])]
-    _, answers = model.run([model.request(*each) for each in crowd], step_tokens=7, step_logit_rows=7)
+    requests = [model.request(*each, max_tokens=SOME_TOKENS) for each in crowd]
+    _, answers = model.run(requests, step_tokens=7, step_logit_rows=7)
     for name, prompt, adapter in crowd:
         model.expect(answers[name], prompt, adapter)
 
