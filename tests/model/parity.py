@@ -154,15 +154,18 @@ def _write_adapters(folder: Path, plan: ModelPlan) -> dict[str, Path]:
 def _linears(folder: Path) -> dict[str, tuple[int, int]]:
     """Module path → (in, out) of the linear modules of transformers' model, without the head."""
     from torch import nn
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
     from transformers.pytorch_utils import Conv1D
 
     model = _oracle(folder, None, False)
     found = {}
-    # Of these names peft makes parameters of stacked experts, where there are any, and drops those of other modules.
-    stacked = any(".experts." in name for name, _ in model.named_parameters())
-    of_experts = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3") if stacked else ()
+    # peft renames what a model's converters read, such as stacked experts, and drops other modules of that name.
+    rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightConverter)]
+    patterns = [pattern.removesuffix("$").removesuffix(".weight") for rule in rules for pattern in rule.source_patterns]
+    converted = {pattern.rpartition(".")[2] for pattern in patterns}
     for name, module in model.named_modules():
-        if module is model.get_output_embeddings() or name.endswith(of_experts or ("!",)):
+        if module is model.get_output_embeddings() or name.rpartition(".")[2] in converted:
             continue
         if isinstance(module, nn.Linear):
             found[name] = (module.in_features, module.out_features)
