@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
-MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "llama", "ministral", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "llama",
+    "ministral",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "starcoder2",
+)
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
 LEGACY = (

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import parity_cases_older as older
 import pytest
 from kernel_backends import on_the_best
 
@@ -85,6 +86,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "nested ropes", {"layer_types": BOTH, "rope_parameters": NESTED, "num_hidden_layers": 2}),
     ("gemma3_text", "one kv head, biases", {"num_key_value_heads": 1, "attention_bias": True}),
 ]  # fmt: skip
+
+
+CASES += older.CASES
 
 
 def write(folder: Path, model_type: str, overrides: dict[str, Any]) -> Path:

@@ -127,7 +127,8 @@ def test_wrong_values_are_refused_with_key_and_value(key: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("rope", "named"),
     [
-        ({"type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"type": "dynamic"}, "factor"),
+        ({"type": "dynamic", "factor": 0.5}, "factor"),
         ({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}, "longrope"),
         ({"type": "su"}, "su"),
         ({"type": "mrope", "mrope_section": [2, 1, 1]}, "mrope"),

@@ -12,7 +12,10 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from truffula.errors import KernelError
 
@@ -42,14 +45,36 @@ class Ref:
 
 
 @dataclass(frozen=True)
+class RowOrder:
+    """How a fused module stores its rows: ``groups`` times one run of each of ``widths`` (q, k and v of a head).
+
+    A program has all rows of a run together: all q, then all k, then all v.
+    """
+
+    groups: int
+    widths: tuple[int, ...]
+
+    def sorted(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``rows`` ``[O, ...]`` of the module, in the program's order."""
+        grouped = rows.reshape(self.groups, sum(self.widths), *rows.shape[1:])
+        runs = np.split(grouped, np.cumsum(self.widths)[:-1], axis=1)
+        return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
+
+
+Transform = Literal["none", "plus_one", "transpose"]
+
+
+@dataclass(frozen=True)
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform`` is applied in float32: ``plus_one`` for norms with 1 + w.
+    ``transform``: ``plus_one`` adds 1 in float32 (norms with 1 + w); ``transpose`` is for matrices that are stored as
+    [I, O] (Conv1D). Then ``order`` sorts the rows.
     """
 
     name: str
-    transform: Literal["none", "plus_one"] = "none"
+    transform: Transform = "none"
+    order: RowOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -70,12 +95,19 @@ class WeightDecl:
 
 @dataclass(frozen=True)
 class ModuleSlice:
-    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output."""
+    """PEFT module path ``name`` whose output rows ``lo .. hi`` (of ``of`` rows) are this site's output, sorted by
+    ``order``."""
 
     name: str
     lo: int
     hi: int
     of: int
+    order: RowOrder | None = None
+
+    def rows(self, whole: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """This site's part of ``whole`` ``[of, ...]``."""
+        part = whole[self.lo : self.hi]
+        return part if self.order is None else self.order.sorted(part)
 
 
 @dataclass(frozen=True)
@@ -100,11 +132,41 @@ class Site:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``."""
+    """``inv_freq`` float32 values as Python floats, one per rotated pair; cos and sin are multiplied by ``factor``.
+
+    Rows whose length L (``StepInputs.rope_length``) is above ``border`` (0: none) use ``long_freq`` (longrope). Without
+    it the base grows with L (dynamic): the frequency of pair i is divided by
+    (growth * L / border - (growth - 1)) ** (i / (pairs - 1)).
+    """
 
     id: int
     inv_freq: tuple[float, ...]
     factor: float = 1.0
+    border: int = 0
+    long_freq: tuple[float, ...] = ()
+    growth: float = 0.0
+
+
+@dataclass(frozen=True)
+class RopeRegime:
+    """How the rotary tables depend on the length of a sequence, above ``border`` tokens.
+
+    ``grows`` False (longrope): a sequence that grows beyond the border changes to the other table, and its keys are
+    computed again. True (dynamic): the base grows with the length, and keys stay as they were written.
+    """
+
+    border: int
+    grows: bool
+
+    def length(self, num_prompt: int, num_tokens: int) -> int:
+        """``StepInputs.rope_length`` of a sequence of ``num_tokens`` tokens."""
+        return num_prompt if self.grows else max(num_prompt, num_tokens)
+
+    def key(self, length: int) -> int:
+        """What cached keys depend on besides their tokens: equal for lengths that have one table."""
+        if length <= self.border:
+            return 0
+        return length if self.grows else 1
 
 
 @dataclass(frozen=True)
@@ -251,7 +313,7 @@ class Pointwise(Op):
 @dataclass(frozen=True, kw_only=True)
 class RopeRows(Op):
     """Once a step: row t is [cos | sin] of ``rope_pos[0, t] * inv_freq`` times the table's factor, each half ``pairs``
-    wide."""
+    wide. See ``RopeTable`` for lengths beyond its border."""
 
     table: int
     out: Ref
@@ -279,6 +341,8 @@ class Attention(Op):
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
     ``window`` w query i attends to keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
+    ``alibi``: one slope per head, and slope * j is added to the score of key j. ``alibi_rounded``: the product is
+    rounded to bfloat16 and multiplied by ``scale`` (Falcon).
     """
 
     q: Ref
@@ -295,6 +359,8 @@ class Attention(Op):
     window: int | None = None
     softcap: float | None = None
     sinks: int | None = None
+    alibi: tuple[float, ...] = ()
+    alibi_rounded: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +407,7 @@ class ModelInterface:
     kv_groups: tuple[KvGroup, ...]
     output: Output
     states: tuple[RecurrentState, ...] = ()
+    rope_regime: RopeRegime | None = None
 
     def __post_init__(self) -> None:
         _require_ids_in_order(self, "sites", "kv_groups", "states")

@@ -7,6 +7,7 @@ attention module.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -98,9 +99,9 @@ class ProgramBuilder:
             slices, lo = [], 0
             for item in row.slices:
                 hi = lo + item.rows
-                modules = [(body + item.module, 0, item.rows, item.rows)]
+                modules = [ModuleSlice(body + item.module, 0, item.rows, item.rows, row.order)]
                 if row.fused is not None:
-                    modules.append((body + row.fused, lo, hi, row.rows))
+                    modules.append(ModuleSlice(body + row.fused, lo, hi, row.rows))
                 slices.append(SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi))
                 lo = hi
             self.site_slices[key] = tuple(slices)
@@ -112,11 +113,10 @@ class ProgramBuilder:
 
     def site(
         self, kind: Literal["linear", "embed", "head"], layer: int | None, width_in: int, width_out: int,
-        modules: list[tuple[str, int, int, int]],
+        modules: Sequence[ModuleSlice],
     ) -> int:  # fmt: skip
         """The id of a new site. Tables are sites on each side even when they are one tensor: tying is of the base."""
-        slices = tuple(ModuleSlice(*module) for module in modules)
-        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, slices))
+        self.sites.append(Site(len(self.sites), kind, layer, width_in, width_out, tuple(modules)))
         return len(self.sites) - 1
 
     def module(self, path: str) -> str:

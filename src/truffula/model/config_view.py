@@ -23,7 +23,9 @@ MOST = 2**31 - 1
 # Keys of transformers' classes without effect on generation: of training; of the library, the file and the form of its
 # Python results; dtypes, which are read from the files; padding, which batches do not have.
 INERT = frozenset(
-    {"attention_dropout", "hidden_dropout", "initializer_range", "pretraining_tp", "problem_type"}
+    {"attention_dropout", "attn_pdrop", "classifier_dropout", "embd_pdrop", "embed_dropout", "embedding_dropout"}
+    | {"resid_dropout", "resid_pdrop", "residual_dropout"}
+    | {"hidden_dropout", "initializer_range", "pretraining_tp", "problem_type"}
     | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
     | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}

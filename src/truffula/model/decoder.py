@@ -8,7 +8,18 @@ parts adds the residual in that norm instead. The rows whose logits are needed a
 from __future__ import annotations
 
 from truffula.errors import KernelError
-from truffula.kernels.program import Embed, Logits, Output, Probe, Program, Ref, RopeTable, TakeRows, WeightPart
+from truffula.kernels.program import (
+    Embed,
+    Logits,
+    ModuleSlice,
+    Output,
+    Probe,
+    Program,
+    Ref,
+    RopeRegime,
+    RopeTable,
+    TakeRows,
+)
 from truffula.model.builder import LayerBuilder, ProgramBuilder
 from truffula.model.names import WeightNames
 from truffula.model.spec import LayerSpec, ModelSpec
@@ -29,7 +40,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
     build = ProgramBuilder(spec, names, tie)
     embed, head = build.tables()
     hidden, module = build.buffer("hidden", spec.hidden), build.module(spec.names.embed)
-    site = build.site("embed", None, spec.vocab_size, spec.hidden, [(module, 0, spec.hidden, spec.hidden)])
+    site = build.site("embed", None, spec.vocab_size, spec.hidden, [ModuleSlice(module, 0, spec.hidden, spec.hidden)])
     build.ops.append(Embed(name="embed", table=embed, out=hidden, scale=spec.embed_scale, site=site,
                            probe=Probe(module, "out")))  # fmt: skip
     build.write_rope_rows()
@@ -42,7 +53,8 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         buffers=tuple(build.buffers.values()),
         weights=tuple(build.weights),
         sites=tuple(build.sites),
-        rope_tables=tuple(RopeTable(i, table.inv_freq, table.factor) for i, table in enumerate(spec.ropes)),
+        rope_tables=tuple(RopeTable(i, **vars(table)) for i, table in enumerate(spec.ropes)),
+        rope_regime=_rope_regime(spec),
         kv_groups=build.kv_groups,
         ops=tuple(build.ops),
         result=logits,
@@ -50,6 +62,13 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         max_positions=spec.max_positions,
         notes=(tie.reason,),
     )
+
+
+def _rope_regime(spec: ModelSpec) -> RopeRegime | None:
+    found = {RopeRegime(table.border, grows=not table.long_freq) for table in spec.ropes if table.border}
+    if len(found) > 1:
+        raise KernelError(f"The rotary tables depend on the length in {len(found)} ways.")
+    return found.pop() if found else None
 
 
 def _write_layer(build: ProgramBuilder, index: int, layer: LayerSpec) -> None:
@@ -80,14 +99,10 @@ def _write_logits(build: ProgramBuilder, head: int, hidden: Ref) -> Ref:
         normed = build.buffer("last_normed", spec.hidden, "R")
         build.norm("final_norm", spec.final_norm, last, normed, Probe(build.module(spec.final_norm.module), "out"))
         last = normed
-    bias = None
-    if spec.head_bias:
-        name = build.names.head.removesuffix(".weight") + ".bias"
-        bias = build.declare("head.bias", (vocab,), (WeightPart(name),), "vector")
     # transformers applies scale and softcap after the head, so the output of its module differs then.
     plain = spec.logit_softcap is None and spec.logit_scale == 1.0
-    site = build.site("head", None, spec.hidden, vocab, [(module, 0, vocab, vocab)])
-    build.ops.append(Logits(name="logits", x=last, weight=head, out=logits, bias=bias, scale=spec.logit_scale,
-                            softcap=spec.logit_softcap, site=site,
+    site = build.site("head", None, spec.hidden, vocab, [ModuleSlice(module, 0, vocab, vocab)])
+    build.ops.append(Logits(name="logits", x=last, weight=head, out=logits, bias=build.bias("head"),
+                            scale=spec.logit_scale, softcap=spec.logit_softcap, site=site,
                             probe=Probe(module, "out") if plain else None))  # fmt: skip
     return logits

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import BufferDtype
+from truffula.kernels.program import BufferDtype, RowOrder, Transform
 
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
 RowKind = Literal["embed", "linear", "vector", "head"]
-Transform = Literal["none", "plus_one"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class WeightRow:
     ``slices`` stacked along axis 0 make the weight; the checkpoint holds either ``<slice module>.<param>`` for each or,
     when ``fused`` is given, one ``<fused>.<param>`` with all their rows in this order; LoRA addresses each slice by its
     module and all of them together by ``fused``. ``width`` is the input width I (0 for a vector). ``key`` is its
-    name in the decoder. The tying decision assigns the tensors of embedding and head.
+    name in the decoder. ``transform`` and ``order``: see ``program.WeightPart``. The tying decision assigns the
+    tensors of embedding and head.
     """
 
     key: str
@@ -62,6 +62,7 @@ class WeightRow:
     param: Literal["weight", "bias"] = "weight"
     fused: str | None = None
     transform: Transform = "none"
+    order: RowOrder | None = None
     dtype: BufferDtype = "model"
 
     @property
@@ -72,6 +73,12 @@ class WeightRow:
     def shape(self) -> tuple[int, ...]:
         """``[O, I]`` or ``[O]``."""
         return (self.rows, self.width) if self.width else (self.rows,)
+
+    def stored_shape(self, rows: int) -> tuple[int, ...]:
+        """The shape of a checkpoint tensor with ``rows`` of its rows."""
+        if not self.width:
+            return (rows,)
+        return (self.width, rows) if self.transform == "transpose" else (rows, self.width)
 
 
 class LayerRows:
@@ -86,14 +93,20 @@ class LayerRows:
         self.found: list[WeightRow] = []
 
     def linear(
-        self, key: str, parts: Sequence[tuple[str, int]], width: int, *, bias: bool = False, fused: str | None = None
-    ) -> None:
+        self, key: str, parts: Sequence[tuple[str, int]], width: int, *,
+        bias: bool = False, fused: str | None = None, order: RowOrder | None = None,
+    ) -> None:  # fmt: skip
         """A matrix ``[O, width]`` of stacked ``parts`` (module, rows), with its bias ``[O]``."""
         slices = tuple(RowSlice(self.prefix + module, count) for module, count in parts)
         whole, key = None if fused is None else self.prefix + fused, self.prefix + key
-        self.found.append(WeightRow(key, "linear", slices, width, self.index, fused=whole))
+        transform: Transform = "transpose" if self.names.transposed else "none"
+        self.found.append(
+            WeightRow(key, "linear", slices, width, self.index, fused=whole, transform=transform, order=order)
+        )
         if bias:
-            self.found.append(WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole))
+            self.found.append(
+                WeightRow(f"{key}.bias", "linear", slices, 0, self.index, param="bias", fused=whole, order=order)
+            )
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm."""

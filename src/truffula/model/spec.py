@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from truffula.model.rows import LayerRows, NormSpec, RowSlice, WeightRow
 
@@ -21,10 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RopeSpec:
-    """A rotary table: ``inv_freq`` one float32 value per rotated pair; cos and sin are multiplied by ``factor``."""
+    """A rotary table: ``inv_freq`` one float32 value per rotated pair; cos and sin are multiplied by ``factor``.
+
+    ``border``, ``long_freq`` and ``growth``: for longer sequences, as in ``program.RopeTable``.
+    """
 
     inv_freq: tuple[float, ...]
     factor: float = 1.0
+    border: int = 0
+    long_freq: tuple[float, ...] = ()
+    growth: float = 0.0
 
     @property
     def dims(self) -> int:
@@ -91,6 +97,12 @@ class ModuleNames:
     of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
     image encoder.
+
+    ``qkv_order``: ``split`` are three modules; the others are the one module ``qkv``, whose rows are all q, all k and
+    all v (``flat``), or the q, k and v of each KV head in turn (``grouped``). ``gate_up_fused``: gate and up are the
+    one module ``gate_up``. ``transposed``: matrices of layers are stored as [I, O]. ``buffers`` are tensors of a layer
+    that are not weights, such as masks. ``attention`` None: transformers computes attention within its module, and q
+    and k after the rotation cannot be observed.
     """
 
     embed: str = "embed_tokens"
@@ -99,11 +111,13 @@ class ModuleNames:
     k: str = "self_attn.k_proj"
     v: str = "self_attn.v_proj"
     qkv: str | None = "self_attn.qkv_proj"
+    qkv_order: Literal["split", "flat", "grouped"] = "split"
     out: str = "self_attn.o_proj"
-    attention: str = "self_attn"
+    attention: str | None = "self_attn"
     gate: str = "mlp.gate_proj"
     up: str = "mlp.up_proj"
     gate_up: str | None = "mlp.gate_up_proj"
+    gate_up_fused: bool = False
     down: str = "mlp.down_proj"
     head: str = "lm_head"
     body: str = "model."
@@ -114,6 +128,8 @@ class ModuleNames:
         ("model.language_model.", "lm_head"),
     )
     skip: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 LLAMA_NAMES = ModuleNames()

@@ -35,8 +35,11 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},
+    "phi": {"num_key_value_heads": 4},
+    "phi3": {"sliding_window": 7, "pad_token_id": 0},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "starcoder2": {"sliding_window": 7},
 }
 
 
@@ -64,15 +67,15 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     """
     read = read_config(config)
     spec = read.spec
-    prefix, head = spec.names.prefixes[0 if spec.names.body == "model." else 2]
+    prefix, head = spec.names.prefixes[2 if spec.names.body == "model.language_model." else 0]
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:
         for item in row.slices:
-            if row.kind == "head" and tied:
+            if row.kind == "head" and row.param == "weight" and tied:
                 continue
             module = head if row.kind == "head" else prefix + item.module
-            shape = (item.rows, row.width) if row.width else (item.rows,)
+            shape = row.stored_shape(item.rows)
             tensors[f"{module}.{row.param}"] = _random(f"{item.module}.{row.param}", row, shape, seed, dtype)
     return tensors
 

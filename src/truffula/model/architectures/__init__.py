@@ -8,7 +8,9 @@ from types import MappingProxyType
 from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
 from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
+from truffula.model.architectures.phi import phi, phi3
 from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.architectures.starcoder import starcoder2
 from truffula.model.config_view import ConfigView
 from truffula.model.spec import ModelSpec
 
@@ -20,8 +22,11 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "llama": llama,
         "ministral": mistral,
         "mistral": mistral,
+        "phi": phi,
+        "phi3": phi3,
         "qwen2": qwen2,
         "qwen3": qwen3,
+        "starcoder2": starcoder2,
     }
 )
 """``model_type`` of config.json to the function that reads it."""

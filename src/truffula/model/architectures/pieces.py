@@ -72,6 +72,11 @@ def rms(view: ConfigView, module: str) -> NormSpec:
     return NormSpec(module, view.number("rms_norm_eps"))
 
 
+def layer_norm(view: ConfigView, module: str, eps: str) -> NormSpec:
+    """torch's LayerNorm with weight and bias; ``eps`` is the key of its epsilon."""
+    return NormSpec(module, view.number(eps), kind="layer", cast="last", bias=True)
+
+
 def gemma_rms(view: ConfigView, module: str) -> NormSpec:
     """Gemma's norm: 1 + w in float32, rounded once at the end."""
     return NormSpec(module, view.number("rms_norm_eps"), cast="last", plus_one=True)

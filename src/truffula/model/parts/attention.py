@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Ref, Rope
+from truffula.kernels.program import Attention, Ref, Rope, RowOrder
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -51,15 +51,21 @@ class AttentionSpec:
         return self.kv_width, self.kv_width
 
     def first_module(self, names: ModuleNames) -> str:
-        return names.q
+        return names.q if names.qkv_order == "split" else str(names.qkv)
 
     def last_module(self, names: ModuleNames) -> str:
         return names.out
 
     def rows(self, rows: LayerRows) -> None:
-        names = rows.names
-        q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
-        rows.linear("qkv", q_k_v, rows.hidden, bias=self.qkv_bias, fused=names.qkv)
+        names, width = rows.names, rows.hidden
+        if names.qkv_order == "split":
+            q_k_v = [(names.q, self.q_width), (names.k, self.kv_width), (names.v, self.kv_width)]
+            rows.linear("qkv", q_k_v, width, bias=self.qkv_bias, fused=names.qkv)
+        else:
+            share = self.heads // self.kv_heads
+            of_head = (share * self.head_dim, self.head_dim, self.head_dim)
+            order = RowOrder(self.kv_heads, of_head) if names.qkv_order == "grouped" and self.kv_heads > 1 else None
+            rows.linear("qkv", [(str(names.qkv), self.qkv_width)], width, bias=self.qkv_bias, order=order)
         rows.norm("q_norm", self.q_norm, self.head_dim)
         rows.norm("k_norm", self.k_norm, self.head_dim)
         rows.linear("out", [(names.out, rows.hidden)], self.q_width, bias=self.out_bias)
@@ -70,7 +76,7 @@ class AttentionSpec:
         q = Ref(qkv.buffer, 0, self.q_width)
         k = Ref(qkv.buffer, self.q_width, self.kv_width)
         v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
-        build.linear("qkv", x, qkv, build.probe(names.q, "out"))
+        build.linear("qkv", x, qkv, build.probe(self.first_module(names), "out"))
         if self.q_norm is not None:
             build.norm("q_norm", self.q_norm, q, q, groups=self.heads)
         if self.k_norm is not None:
@@ -78,7 +84,8 @@ class AttentionSpec:
         if self.rope is not None:
             # q and k are adjacent and rotated in the same way, by one op over the heads of both.
             rotated = Ref(qkv.buffer, 0, self.q_width + self.kv_width)
-            build.append(Rope(name="rope", probe=build.probe(names.attention, "in"), x=rotated,
+            probe = None if names.attention is None else build.probe(names.attention, "in")
+            build.append(Rope(name="rope", probe=probe, x=rotated,
                               rows=build.rope_rows(self.rope), heads=self.heads + self.kv_heads,
                               head_dim=self.head_dim, start=0, dims=build.spec.ropes[self.rope].dims,
                               layout=self.rope_layout))  # fmt: skip
