@@ -21,8 +21,8 @@ from truffula.kernels.program import (
     Pointwise,
     Ref,
     Rope,
-    RopeRows,
     RopeRegime,
+    RopeRows,
     RopeTable,
     Site,
 )

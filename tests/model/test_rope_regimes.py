@@ -1,4 +1,4 @@
-"""Rotary tables that depend on a sequence's length: each request has its own, as transformers' ``generate`` has alone."""
+"""Rotary tables that depend on a sequence's length: each request has its own, as ``generate`` has alone."""
 
 from __future__ import annotations
 
