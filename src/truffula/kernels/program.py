@@ -61,7 +61,7 @@ class RowOrder:
         return np.concatenate([run.reshape(-1, *rows.shape[1:]) for run in runs])
 
 
-Transform = Literal["none", "plus_one", "transpose"]
+Transform = Literal["none", "plus_one", "transpose", "conv"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
     ``transform``: ``plus_one`` adds 1 in float32 (norms with 1 + w); ``transpose`` is for matrices that are stored as
-    [I, O] (Conv1D). Then ``order`` sorts the rows.
+    [I, O] (Conv1D), ``conv`` for [C, 1, K]. Then ``order`` sorts the rows.
     """
 
     name: str
@@ -81,8 +81,9 @@ class WeightPart:
 class WeightDecl:
     """A weight of the program: ``shape`` ``[O, I]``, ``[V, D]`` or ``[width]``, made of ``parts`` stacked along axis 0.
 
-    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``. A tied table
-    is one decl with both rows and matmul, stored once. ``dtype`` float32 is kept exact whatever the model's dtype.
+    ``name`` is the canonical one, used in messages. ``uses``: ``rows`` (gathered), ``matmul``, ``vector``, ``conv``
+    (``[C, K]`` of a convolution). A tied table is one decl with both rows and matmul, stored once. ``dtype`` float32 is
+    kept exact whatever the model's dtype.
     """
 
     id: int
@@ -196,8 +197,8 @@ class KvGroup:
 class RecurrentState:
     """The state of a recurrent layer: ``width`` numbers per sequence, whatever its length.
 
-    Stored per sequence slot (``StepInputs.seq_slot``). A prefix hit needs a snapshot of it at the end of the hit's last
-    block, of the same size.
+    The states of all layers of a sequence are one state row (``StepInputs.state_in``). ``dtype`` model: they are values
+    of a buffer, such as the last inputs of a convolution; a backend may hold them in float32.
     """
 
     id: int
@@ -299,10 +300,10 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``scale``: x * params[0] · ``clip``, ``softcap``: params[0] ·
-    ``sigmoid_mul``: x * sigmoid(y)."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
+    params[0] · ``sigmoid_mul``: x * sigmoid(y)."""
 
-    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul"]
+    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
     x: Ref
     out: Ref
     y: Ref | None = None
@@ -364,6 +365,23 @@ class Attention(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CausalConv(Op):
+    """A depthwise convolution along each sequence, ending at the row itself:
+    ``out[t, c] = activation(bias[c] + Σ_k weight[c, k] · x[t - (K - 1) + k, c])``, in float32.
+
+    ``weight`` is ``[C, K]`` for the C columns of ``x``. ``state`` holds the last K - 1 rows of ``x``, the oldest first:
+    width (K - 1) · C.
+    """
+
+    x: Ref
+    out: Ref
+    weight: int
+    state: int
+    bias: int | None = None
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TakeRows(Op):
     """``out[r] = x[logit_rows[r]]``: from T rows to R rows."""
 
@@ -413,7 +431,7 @@ class ModelInterface:
         _require_ids_in_order(self, "sites", "kv_groups", "states")
 
     def state_bytes(self, model_itemsize: int) -> int:
-        """Bytes of one sequence's ``states``, and of a snapshot of them. ``model_itemsize``: of the model's dtype."""
+        """Bytes of one state row. ``model_itemsize``: of a number with the model's dtype."""
         return sum(state.width * (4 if state.dtype == "float32" else model_itemsize) for state in self.states)
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from truffula.kernels.program import (
+    Activation,
     Buffer,
     BufferDtype,
+    CausalConv,
     Epilogue,
     KvGroup,
     KvPlane,
@@ -23,6 +25,7 @@ from truffula.kernels.program import (
     Op,
     Pointwise,
     Probe,
+    RecurrentState,
     Ref,
     RopeRows,
     Rows,
@@ -52,6 +55,7 @@ class ProgramBuilder:
         self.weight_ids: dict[str, int] = {}
         self.site_slices: dict[str, tuple[SiteSlice, ...]] = {}
         self.kv_groups = _kv_groups(spec)
+        self.states: list[RecurrentState] = []
 
     def buffer(self, name: str, width: int, rows: Rows = "T", dtype: BufferDtype = "model") -> Ref:
         """The first ``width`` columns of the buffer ``name``, which is created or widened where needed."""
@@ -94,7 +98,8 @@ class ProgramBuilder:
             return self.weight_ids[key]
         row, body = self.rows[key], self.spec.names.body
         matrix = row.kind == "linear" and row.param == "weight"
-        weight = self.declare(key, row.shape, self.names.parts[key], "matmul" if matrix else "vector")
+        use = "conv" if row.kind == "conv" else "matmul" if matrix else "vector"
+        weight = self.declare(key, row.shape, self.names.parts[key], use)
         if matrix:
             slices, lo = [], 0
             for item in row.slices:
@@ -196,6 +201,19 @@ class LayerBuilder:
 
     def weight(self, key: str) -> int:
         return self.program.weight(self.prefix + key)
+
+    def state(self, width: int, dtype: BufferDtype = "float32") -> int:
+        """The id of a new state of this layer, of ``width`` numbers."""
+        states = self.program.states
+        states.append(RecurrentState(len(states), self.index, width, dtype))
+        return states[-1].id
+
+    def conv(self, key: str, x: Ref, out: Ref, activation: Activation | None = None) -> None:
+        """Append the causal convolution with the row ``key``, its bias and its state."""
+        row = self.program.rows[self.prefix + key]
+        state = self.state((row.width - 1) * row.rows, "model")
+        self.append(CausalConv(name=key, x=x, out=out, weight=self.weight(key), state=state, activation=activation,
+                               bias=self.program.bias(self.prefix + key)))  # fmt: skip
 
     def linear(self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN) -> None:
         """Append the linear with the row ``key``, its bias and its sites."""

@@ -56,6 +56,7 @@ def build_program(spec: ModelSpec, names: WeightNames, tie: TyingDecision) -> Pr
         rope_tables=tuple(RopeTable(i, **vars(table)) for i, table in enumerate(spec.ropes)),
         rope_regime=_rope_regime(spec),
         kv_groups=build.kv_groups,
+        states=tuple(build.states),
         ops=tuple(build.ops),
         result=logits,
         output=Output("logits", spec.vocab_size),

@@ -271,13 +271,15 @@ class WeightReader:
                 file=str(info.file),
                 count=count,
             )
-        if stored.dtype != np.float64 and part.transform == "none" and part.order is None:
-            return stored
-        values = stored.astype(np.float32) if stored.dtype == np.float64 or part.transform == "plus_one" else stored
-        values = values.T if part.transform == "transpose" else values
-        values = values + np.float32(1) if part.transform == "plus_one" else values
-        values = np.ascontiguousarray(values) if part.order is None else part.order.sorted(values)
-        release_pages(stored)
+        if part.transform == "conv":
+            stored = stored[:, 0, :]
+        values = stored.T if part.transform == "transpose" else stored
+        values = values if part.order is None else part.order.sorted(values)
+        if stored.dtype == np.float64 or part.transform == "plus_one":
+            values = values.astype(np.float32) + np.float32(part.transform == "plus_one")
+        if values is not stored:
+            values = np.ascontiguousarray(values)
+            release_pages(stored)
         return values
 
     def finish(self) -> None:
