@@ -18,12 +18,21 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "bloom",
+    "falcon",
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "gpt2",
+    "gpt_bigcode",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
     "llama",
     "ministral",
     "mistral",
+    "mpt",
+    "opt",
     "phi",
     "phi3",
     "qwen2",
@@ -44,7 +53,13 @@ LEGACY = (
     "rope_theta",
     "torch_dtype",
 )
-LEGACY_OF = {"gemma3_text": ("rope_local_base_freq", "sliding_window_pattern")}
+LEGACY_OF = {
+    "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
+    "gpt_neo": ("attention_layers",),
+    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
+}
+# Other names of fields, besides those of the class's attribute_map.
+ALIASES_OF = {"bloom": {"n_embed": "hidden_size"}, "falcon": {"n_embed": "hidden_size"}}
 
 
 def table() -> dict[str, Any]:
@@ -68,7 +83,7 @@ def table() -> dict[str, Any]:
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),
-            "aliases": dict(sorted(cls.attribute_map.items())),
+            "aliases": dict(sorted({**cls.attribute_map, **ALIASES_OF.get(model_type, {})}.items())),
         }
     generation = sorted(GenerationConfig._get_default_generation_params())
     return {"generation": generation, "types": types}

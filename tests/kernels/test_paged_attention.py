@@ -34,7 +34,9 @@ def oracle(q, k, v, op, sinks, chosen=None):
             if op.softcap is not None:
                 scores = op.softcap * np.tanh(scores / op.softcap)
             if op.alibi:
-                bias = op.alibi[h] * np.arange(first, i + 1)
+                keys = np.arange(first, i + 1)
+                keys = exact(keys, "bfloat16") if op.alibi_rounded else keys
+                bias = op.alibi[h] * keys
                 scores = scores + (op.scale * exact(bias, "bfloat16") if op.alibi_rounded else bias)
             top = max(scores.max(), sinks[h] if sinks is not None else -np.inf)
             weights = np.exp(scores - top)

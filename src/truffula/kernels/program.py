@@ -342,8 +342,8 @@ class Attention(Op):
 
     Scores are ``scale * q·k``; ``softcap`` c gives c * tanh(s / c); then the mask; softmax in float32. With a
     ``window`` w query i attends to keys j with i - w < j <= i. Heads h use kv head ``h // (heads / kv_heads)``.
-    ``alibi``: one slope per head, and slope * j is added to the score of key j. ``alibi_rounded``: the product is
-    rounded to bfloat16 and multiplied by ``scale`` (Falcon).
+    ``alibi``: one slope per head, and slope * j is added to the score of key j. ``alibi_rounded``: j and the product
+    are rounded to bfloat16, and the product is multiplied by ``scale`` (Falcon).
     """
 
     q: Ref

@@ -45,12 +45,14 @@ _DEFAULT, _BOOKKEEPING, _UNKNOWN = "at its default", "known bookkeeping", "unkno
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """The fields of transformers' configuration class of one model type, with their defaults and older names."""
+    """The fields of transformers' configuration class of one model type, with their defaults, and ``aliases``: other
+    names of fields."""
 
     model_type: str
     class_name: str
     fields: Mapping[str, Any]
     nullable: frozenset[str]
+    aliases: Mapping[str, str]
     known: frozenset[str]
     generation: frozenset[str]
 
@@ -66,6 +68,7 @@ def load_defaults() -> dict[str, TypeDefaults]:
             class_name=entry["class"],
             fields=entry["fields"],
             nullable=frozenset(entry["nullable"]),
+            aliases=entry["aliases"],
             known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
             generation=generation,
         )
@@ -114,24 +117,43 @@ class ConfigView:
         return self.defaults.model_type
 
     def written(self, key: str) -> bool:
-        """Whether the file contains ``key`` (even as null)."""
-        return key in self.values
+        """Whether the file contains ``key`` or an alias of it (even as null)."""
+        return bool(self._given(key))
+
+    def _names(self, key: str) -> list[str]:
+        """The field that ``key`` means, and its aliases."""
+        field = self.defaults.aliases.get(key, key)
+        return [field, *(alias for alias, name in self.defaults.aliases.items() if name == field)]
+
+    def _given(self, key: str) -> list[str]:
+        return [name for name in self._names(key) if name in self.values]
 
     def raw(self, key: str) -> Any:
-        """The value in the file, or the class default; marks the key as read."""
-        self._read.add(key)
-        if key in self.values:
-            return self.values[key]
-        return self.defaults.fields.get(key)
+        """The value in the file, or the class default; marks the key and its aliases as read."""
+        self._read.update(self._names(key))
+        given = self._given(key)
+        if not given:
+            return self.defaults.fields.get(self._names(key)[0])
+        for other in given[1:]:
+            if self.values[other] != self.values[given[0]]:
+                raise self.error(other, f"{given[0]} has the same meaning and differs.", self.values[other])
+        return self.values[given[0]]
 
     def error(self, key: str, why: str, value: Any = None) -> UnsupportedModel:
         """The error about the value of ``key``, for callers that check a value themselves."""
+        key = key if key in self.values else next(iter(self._given(key)), key)
         shown = self.values.get(key) if value is None else value
         return UnsupportedModel(f"{self.where}: {key} is {_shown(shown)}; {why}", param=key, value=_shown(shown))
 
     def _value(self, key: str) -> Any:
         value = self.raw(key)
-        if value is None and key in self.values and key in self.defaults.fields and key not in self.defaults.nullable:
+        field = self._names(key)[0]
+        if (
+            value is None
+            and self.written(key)
+            and field in self.defaults.fields
+            and field not in self.defaults.nullable
+        ):
             raise self.error(key, f"{self.defaults.class_name} does not allow null there.")
         return value
 

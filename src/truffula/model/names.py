@@ -111,7 +111,7 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
 
 
 def _body_rows(spec: ModelSpec) -> list[WeightRow]:
-    return [row for row in spec.rows if row.kind in ("linear", "vector")]
+    return [row for row in spec.rows if row.kind not in ("embed", "head")]
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -135,8 +135,10 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
     matching = [
         (prefix, head) for prefix, head in spec.names.prefixes if any(n.startswith(prefix + first) for n in stored)
     ]
-    if len(matching) == 1:
-        return matching[0]
+    if len({prefix for prefix, _ in matching}) == 1:
+        # Some classes call their head differently in files and as a module.
+        heads = [head for _, head in matching if any(name.startswith(f"{head}.") for name in stored)]
+        return matching[0][0], (heads or [matching[0][1]])[0]
     if matching:
         shown = " and ".join(repr(prefix) for prefix, _ in matching)
         raise CheckpointError(

@@ -75,7 +75,12 @@ def read_rope(view: ConfigView, head_dim: int, keys: RopeKeys = WHOLE_HEADS) -> 
     nested, flat, label = _parameters(view)
     if nested:
         raise view.error(label, f"{view.model_type} has one rope configuration for all layers, not one per layer type.")
-    return _table(view, flat, label, _theta(view, keys.theta, DEFAULT_THETA), head_dim, keys)
+    theta = _theta(view, keys.theta, DEFAULT_THETA)
+    for key, own, value in (("rope_theta", keys.theta, theta), ("partial_rotary_factor", keys.factor, keys.partial)):
+        given = view.raw(own)
+        if own != key and view.raw(key) not in (None, value if given is None else given):
+            raise view.error(key, f"{view.model_type} reads {own}, which differs.")
+    return _table(view, flat, label, theta, head_dim, keys)
 
 
 def read_rope_by_layer_type(
@@ -100,6 +105,11 @@ def read_rope_by_layer_type(
             raise view.error(f"{where}.truncate", "transformers reads it only outside the nesting.", False)
         tables[layer_type] = _table(view, values or {}, where, _theta(view, key, default), head_dim)
     return tables
+
+
+def default_rope(theta: float, dims: int) -> RopeSpec:
+    """The unscaled table that rotates ``dims`` columns of a head."""
+    return RopeSpec(_floats(np.float32(1) / _powers(theta, dims)))
 
 
 def extended_positions(view: ConfigView, limit: int) -> int:
@@ -163,8 +173,8 @@ def _table(
 
 def _rotated(view: ConfigView, values: Mapping[str, Any], head_dim: int, keys: RopeKeys) -> int:
     """The number of columns of a head that are rotated."""
-    partial = values.get("partial_rotary_factor")
-    partial = view.raw(keys.factor) if partial is None else partial
+    partial, outer = values.get("partial_rotary_factor"), view.raw(keys.factor)
+    partial = outer if partial is None else partial
     if keys.partial is None:
         # The default table of these architectures rotates the whole head; only the scaled types read the factor.
         if partial is True or partial not in (None, 1):

@@ -14,7 +14,7 @@ from truffula.kernels.program import BufferDtype, RowOrder, Transform
 if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
-RowKind = Literal["embed", "linear", "vector", "conv", "head"]
+RowKind = Literal["embed", "table", "linear", "vector", "conv", "head"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ class LayerRows:
         self.found.append(WeightRow(key, "conv", slices, taps, self.index, transform="conv"))
         if bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
+
+    def table(self, key: str, module: str, rows: int) -> None:
+        """A table ``[rows, hidden]``."""
+        slices = (RowSlice(self.prefix + module, rows),)
+        self.found.append(WeightRow(self.prefix + key, "table", slices, self.hidden, self.index))
 
     def norm(self, key: str, norm: NormSpec | None, width: int | None = None) -> None:
         """The vectors of a norm over ``width`` columns (all of the residual stream by default); none without a norm."""

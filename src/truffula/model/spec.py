@@ -67,7 +67,8 @@ class LayerSpec:
     """One block: h += m * after(mixer(before(h))), then the same with the MLP. A part or a norm may be absent.
 
     ``parallel``: both parts read the stream from before the block; an MLP without a norm of its own reads the mixer's
-    normed input.
+    normed input. ``norm_stream``: the norms replace the stream, as in the first transformers: h = before(h), then
+    h = after(h + mixer(h)).
     """
 
     mixer: Part | None
@@ -78,6 +79,7 @@ class LayerSpec:
     after_mlp: NormSpec | None = None
     residual_multiplier: float = 1.0
     parallel: bool = False
+    norm_stream: bool = False
 
     @property
     def branches(self) -> tuple[tuple[str, Part, NormSpec | None, NormSpec | None], ...]:
@@ -106,6 +108,9 @@ class ModuleNames:
     """
 
     embed: str = "embed_tokens"
+    positions: str = "embed_positions"
+    project_in: str = "project_in"
+    project_out: str = "project_out"
     layer: str = "layers.{i}."
     q: str = "self_attn.q_proj"
     k: str = "self_attn.k_proj"
@@ -139,6 +144,9 @@ LLAMA_NAMES = ModuleNames()
 class ModelSpec:
     """A decoder-only language model. ``max_positions`` is the maximum length of a sequence.
 
+    ``position_offset``: learned positions are added to the input rows, and position p is row p + offset of their table;
+    None: no such table. ``embed_norm`` comes after that. ``embed_width``: the width of embedding and head where it is
+    not that of the stream; two projections lie between.
     ``embed_scale`` multiplies the input rows (rounded to the table's dtype first), never the head; ``logit_scale``
     multiplies logits, then ``logit_softcap``. ``notes`` are for the operator.
     """
@@ -150,6 +158,9 @@ class ModelSpec:
     ropes: tuple[RopeSpec, ...]
     final_norm: NormSpec | None
     max_positions: int
+    position_offset: int | None = None
+    embed_norm: NormSpec | None = None
+    embed_width: int | None = None
     embed_scale: float | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
@@ -165,7 +176,15 @@ class ModelSpec:
     def rows(self) -> tuple[WeightRow, ...]:
         """The table of weights, in the order the program uses them."""
         embed, head = RowSlice(self.names.embed, self.vocab_size), RowSlice(self.names.head, self.vocab_size)
-        found = [WeightRow("embed", "embed", (embed,), self.hidden)]
+        table_width = self.embed_width or self.hidden
+        found = [WeightRow("embed", "embed", (embed,), table_width)]
+        outer = LayerRows(self.names, self.hidden)
+        if self.position_offset is not None:
+            outer.table("positions", self.names.positions, self.max_positions + self.position_offset)
+        if self.embed_width is not None:
+            outer.linear("project_in", [(self.names.project_in, self.hidden)], table_width)
+        outer.norm("embed_norm", self.embed_norm)
+        found += outer.found
         for index, layer in enumerate(self.layers):
             rows = LayerRows(self.names, self.hidden, index)
             for name, part, before, after in layer.branches:
@@ -175,7 +194,9 @@ class ModelSpec:
             found += rows.found
         final = LayerRows(self.names, self.hidden)
         final.norm("final_norm", self.final_norm)
-        found += [*final.found, WeightRow("head", "head", (head,), self.hidden)]
+        if self.embed_width is not None:
+            final.linear("project_out", [(self.names.project_out, table_width)], self.hidden)
+        found += [*final.found, WeightRow("head", "head", (head,), table_width)]
         if self.head_bias:
             found.append(WeightRow("head.bias", "head", (head,), 0, param="bias"))
         return tuple(found)

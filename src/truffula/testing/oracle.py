@@ -70,11 +70,17 @@ class Oracle:
                 )
             source |= {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
         config = AutoConfig.from_pretrained(**source)
+        # Some older classes compute attention in their own modules, where nothing can be recorded.
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        own = "sdpa" if kind._supports_sdpa else "eager"
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
         model = AutoModelForCausalLM.from_pretrained(
-            **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
+            **source,
+            config=config,
+            attn_implementation=_ATTENTION if kind._supports_attention_backend else own,
+            dtype=getattr(torch, dtype),
         )
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)

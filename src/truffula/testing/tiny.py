@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from truffula.model.config_view import load_defaults
 from truffula.model.read import read_config
 from truffula.model.rows import WeightRow
 from truffula.testing.files import Array, as_dtype, write_safetensors
@@ -30,11 +31,20 @@ _BASE = {
     "eos_token_id": 2,
 }
 _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
+    "bloom": {},
+    "falcon": {"ffn_hidden_size": 56},
     "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7},
     "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "sliding_window": 7, "num_hidden_layers": 7},
+    "gpt2": {"n_inner": 56},
+    "gpt_bigcode": {"n_inner": 56},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 7},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "gptj": {"n_inner": 56, "rotary_dim": 6},
     "llama": {},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},
+    "mpt": {"max_seq_len": 512},
+    "opt": {"ffn_dim": 56},
     "phi": {"num_key_value_heads": 4},
     "phi3": {"sliding_window": 7, "pad_token_id": 0},
     "qwen2": {},
@@ -52,7 +62,10 @@ def tiny_config(model_type: str = "llama", **overrides: Any) -> dict[str, Any]:
             "text_config": text,
             "tie_word_embeddings": text.get("tie_word_embeddings", True),
         }
-    return {"model_type": model_type, **_BASE, **_OF_TYPE[model_type], **overrides}
+    defaults = load_defaults()[model_type]
+    base = {key: value for key, value in _BASE.items() if key in defaults.known}
+    config = {"model_type": model_type, **base, **_OF_TYPE[model_type], **overrides}
+    return {defaults.aliases.get(key, key): value for key, value in config.items()}
 
 
 def tiny_llama_config(**overrides: Any) -> dict[str, Any]:

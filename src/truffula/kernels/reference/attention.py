@@ -101,8 +101,8 @@ def compute(op: Attention, q: Tensor, k: Tensor, v: Tensor, batches: Sequence[Ba
 def _alibi(op: Attention, positions: Tensor) -> Tensor:
     """``[n, K, H/K, L]``: what each head adds to the score of each key at ``positions [n, L]``."""
     slopes = torch.tensor(op.alibi, dtype=torch.float32).view(1, op.kv_heads, -1, 1).to(positions.device)
-    bias = slopes * positions.float()[:, None, None]
-    return bias.bfloat16().float() * op.scale if op.alibi_rounded else bias
+    keys = positions.float()[:, None, None]
+    return (slopes * keys.bfloat16()).bfloat16().float() * op.scale if op.alibi_rounded else slopes * keys
 
 
 def _in_slices(

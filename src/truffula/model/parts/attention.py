@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from truffula.kernels.program import Attention, Ref, Rope, RowOrder
+from truffula.kernels.program import Attention, Epilogue, Ref, Rope, RowOrder
 from truffula.model.rows import LayerRows, NormSpec
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class AttentionSpec:
 
     ``rope`` is an index into ``ModelSpec.ropes``, or None for a layer without rotary embedding. ``q_norm`` and
     ``k_norm`` act per head, before the rotation. ``scale`` multiplies q·k, ``softcap`` c makes scores c * tanh(s / c).
+    ``clip`` bounds q, k and v as they are projected. ``alibi`` and ``alibi_rounded``: see ``program.Attention``.
     """
 
     heads: int
@@ -33,6 +34,9 @@ class AttentionSpec:
     softcap: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    clip: float | None = None
+    alibi: tuple[float, ...] = ()
+    alibi_rounded: bool = False
 
     @property
     def q_width(self) -> int:
@@ -76,7 +80,8 @@ class AttentionSpec:
         q = Ref(qkv.buffer, 0, self.q_width)
         k = Ref(qkv.buffer, self.q_width, self.kv_width)
         v = Ref(qkv.buffer, self.q_width + self.kv_width, self.kv_width)
-        build.linear("qkv", x, qkv, build.probe(self.first_module(names), "out"))
+        probe = build.probe(self.first_module(names), "out") if self.clip is None else None
+        build.linear("qkv", x, qkv, probe, Epilogue(clip=self.clip))
         if self.q_norm is not None:
             build.norm("q_norm", self.q_norm, q, q, groups=self.heads)
         if self.k_norm is not None:
@@ -94,5 +99,5 @@ class AttentionSpec:
         build.append(Attention(name="attention", probe=build.probe(names.out, "in"), q=q, k=k, v=v, out=attended,
                                group=group, planes=(planes[0], planes[1]), heads=self.heads, kv_heads=self.kv_heads,
                                dim_k=self.head_dim, dim_v=self.head_dim, scale=self.scale, window=self.window,
-                               softcap=self.softcap))  # fmt: skip
+                               softcap=self.softcap, alibi=self.alibi, alibi_rounded=self.alibi_rounded))  # fmt: skip
         build.output("out", attended)

@@ -109,8 +109,9 @@ alignas(64) constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9
 
 // The bias by position (ALiBi) of 16 keys from `key` on.
 TF_INLINE V alibi_bias(const AttentionCall* c, float slope, int key) {
-  const V bias = (load(kLaneNumbers) + set1((float)key)) * set1(slope);
-  return c->alibi_rounded ? rounded(bias, 1) * set1(c->scale) : bias;
+  const V position = rounded(load(kLaneNumbers) + set1((float)key), c->alibi_rounded);
+  const V bias = rounded(position * set1(slope), c->alibi_rounded);
+  return c->alibi_rounded ? bias * set1(c->scale) : bias;
 }
 
 // Turns a row's scores of the keys lo .. hi into weights exp(score - max); the weights of other keys in these blocks
