@@ -29,11 +29,12 @@ def test_the_table_of_defaults_covers_every_architecture() -> None:
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))
 def test_an_empty_config_is_the_class_default(model_type: str) -> None:
     read = read_config({"model_type": model_type})
-    fields = load_defaults()[read.spec.model_type].fields
+    defaults = load_defaults()[read.spec.model_type]
+    value = lambda key: defaults.fields[defaults.aliases.get(key, key)]
     assert read.warnings == ()
-    assert read.spec.vocab_size == fields["vocab_size"]
-    assert len(read.spec.layers) == fields["num_hidden_layers"]
-    assert read.spec.layers[0].mixer.heads == fields["num_attention_heads"]
+    assert read.spec.vocab_size == value("vocab_size")
+    assert len(read.spec.layers) == value("num_hidden_layers")
+    assert read.spec.layers[0].mixer.heads == value("num_attention_heads")
 
 
 def test_defaults_that_are_not_what_one_would_guess() -> None:

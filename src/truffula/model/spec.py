@@ -91,6 +91,12 @@ class LayerSpec:
         return tuple((name, part, before, after) for name, part, before, after in both if part is not None)
 
 
+def body_prefixes(*prefixes: str, old_head: bool = False) -> tuple[tuple[str, str], ...]:
+    """``ModuleNames.prefixes``. ``old_head``: files have the head under its old name, too."""
+    heads = ("embed_out", "lm_head") if old_head else ("lm_head",)
+    return tuple((prefix, head) for prefix in prefixes for head in heads)
+
+
 @dataclass(frozen=True)
 class ModuleNames:
     """The paths of a model's modules. ``layer`` contains ``{i}``; names inside a layer are relative to it.

@@ -16,10 +16,10 @@ from truffula.model.parts.attention import AttentionSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rope import read_rope
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, body_prefixes
 
 _EPS = "layer_norm_epsilon"
-_PREFIXES = (("transformer.", "lm_head"), ("", "lm_head"))
+_PREFIXES = body_prefixes("transformer.", "")
 FUSED_NAMES = ModuleNames(
     embed="word_embeddings",
     layer="h.{i}.",
@@ -188,7 +188,7 @@ def _attn_config(view: ConfigView) -> Mapping[str, Any]:
             raise view.error(f"attn_config.{key}", "transformers has no such key.", value)
     for key, wanted in _MPT_FIXED.items():
         if values.get(key, wanted) != wanted:
-            raise view.error(f"attn_config.{key}", f"only {wanted!r} is supported: all that transformers computes.")
+            raise view.error(f"attn_config.{key}", f"only {wanted!r} is supported.", values[key])
     for key in ("clip_qkv", "softmax_scale"):
         if values.get(key) is not None:
             found[key] = view.number_value(f"attn_config.{key}", values[key])

@@ -8,8 +8,8 @@ from truffula.model.architectures.pieces import ACTIVATIONS, MOST_LAYERS, Sizes,
 from truffula.model.config_view import ConfigView
 from truffula.model.parts.attention import AttentionSpec
 from truffula.model.parts.mlp import MlpSpec
-from truffula.model.rope import RopeKeys, default_rope, read_rope
-from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
+from truffula.model.rope import MOST_WIDTH, RopeKeys, default_rope, read_rope
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, body_prefixes
 
 _EPS = "layer_norm_epsilon"
 _TRANSFORMER: dict[str, Any] = {
@@ -18,7 +18,7 @@ _TRANSFORMER: dict[str, Any] = {
     "layer": "h.{i}.",
     "attention": "attn",
     "body": "transformer.",
-    "prefixes": (("transformer.", "lm_head"), ("", "lm_head")),
+    "prefixes": body_prefixes("transformer.", ""),
 }
 _FUSED: dict[str, Any] = {
     **_TRANSFORMER,
@@ -64,7 +64,7 @@ NEOX_NAMES = ModuleNames(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
     body="gpt_neox.",
-    prefixes=(("gpt_neox.", "embed_out"), ("gpt_neox.", "lm_head"), ("", "embed_out")),
+    prefixes=body_prefixes("gpt_neox.", "", old_head=True),
     buffers=("attention.bias", "attention.masked_bias"),
 )
 
@@ -98,7 +98,7 @@ def gpt_neo(view: ConfigView) -> ModelSpec:
 def gptj(view: ConfigView) -> ModelSpec:
     """Attention and MLP read one norm; the first ``rotary_dim`` columns of a head are rotated; the head has a bias."""
     sizes, dims = _sizes(view), view.integer("rotary_dim")
-    if dims % 2 or dims > sizes.head_dim:
+    if dims % 2 or dims > min(sizes.head_dim, MOST_WIDTH):
         raise view.error("rotary_dim", f"it must be even and at most the {sizes.head_dim} columns of a head.", dims)
     layer = LayerSpec(
         mixer=_attention(sizes, rope=0, rope_layout="interleaved"),
@@ -108,7 +108,9 @@ def gptj(view: ConfigView) -> ModelSpec:
         parallel=True,
     )
     ropes, final = (default_rope(1e4, dims),), layer_norm(view, "ln_f", _EPS)
-    return finish_spec(view, [layer] * sizes.layers, ropes, final, head_bias=True, names=GPTJ_NAMES)
+    longest = view.integer("max_position_embeddings")
+    layers = [layer] * sizes.layers
+    return finish_spec(view, layers, ropes, final, positions=longest, head_bias=True, names=GPTJ_NAMES)
 
 
 def gpt_neox(view: ConfigView) -> ModelSpec:

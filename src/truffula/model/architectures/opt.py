@@ -7,7 +7,7 @@ from truffula.model.config_view import ConfigView
 from truffula.model.parts.attention import AttentionSpec
 from truffula.model.parts.mlp import MlpSpec
 from truffula.model.rows import NormSpec
-from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames
+from truffula.model.spec import LayerSpec, ModelSpec, ModuleNames, body_prefixes
 
 NAMES = ModuleNames(
     qkv=None,
@@ -15,7 +15,7 @@ NAMES = ModuleNames(
     up="fc1",
     down="fc2",
     body="model.decoder.",
-    prefixes=(("model.decoder.", "lm_head"), ("decoder.", "lm_head"), ("", "lm_head")),
+    prefixes=body_prefixes("model.decoder.", "decoder.", ""),
 )
 
 

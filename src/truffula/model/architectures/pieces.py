@@ -133,10 +133,12 @@ def finish_spec(
     view: ConfigView, layers: Sequence[LayerSpec], ropes: Sequence[RopeSpec], final_norm: NormSpec | None, *,
     positions: str | int = "max_position_embeddings", **more: Any,
 ) -> ModelSpec:  # fmt: skip
-    """The spec of these layers. ``positions`` is the longest length, or its key; ``more``: other fields of
-    ``ModelSpec``."""
+    """The spec of these layers. ``positions`` is the longest length, or its key, which scaled ropes extend; ``more``:
+    other fields of ``ModelSpec``."""
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
     limit = view.integer(positions) if isinstance(positions, str) else positions
+    if isinstance(positions, str) and ropes:
+        limit = extended_positions(view, limit)
     return ModelSpec(
         model_type=view.model_type,
         vocab_size=view.integer("vocab_size"),
@@ -144,6 +146,6 @@ def finish_spec(
         layers=tuple(layers),
         ropes=tuple(ropes),
         final_norm=final_norm,
-        max_positions=extended_positions(view, limit) if ropes else limit,
+        max_positions=limit,
         **more,
     )
