@@ -7,7 +7,7 @@ attention module.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,6 +17,7 @@ from truffula.kernels.program import (
     BufferDtype,
     CausalConv,
     Epilogue,
+    ExpertLinear,
     KvGroup,
     KvPlane,
     Linear,
@@ -31,12 +32,13 @@ from truffula.kernels.program import (
     Rows,
     Site,
     SiteSlice,
+    StackedSlice,
     WeightDecl,
     WeightPart,
 )
 from truffula.model.names import WeightNames
-from truffula.model.rows import NormSpec
-from truffula.model.spec import ModelSpec, ModuleNames
+from truffula.model.rows import NormSpec, WeightRow
+from truffula.model.spec import Branch, ModelSpec, ModuleNames
 from truffula.weights.tying import Tie, TyingDecision
 
 _PLAIN = Epilogue()
@@ -87,7 +89,7 @@ class ProgramBuilder:
         """The id of a new weight with the row ``key``."""
         row = self.rows[key]
         name = row.slices[0].module if len(row.slices) == 1 else (row.fused or row.key)
-        decl = WeightDecl(len(self.weights), f"{name}.{row.param}", shape, parts, frozenset(uses), row.dtype)
+        decl = WeightDecl(len(self.weights), row.tensor(name), shape, parts, frozenset(uses), row.dtype)
         self.weights.append(decl)
         self.weight_ids[key] = decl.id
         return decl.id
@@ -96,21 +98,42 @@ class ProgramBuilder:
         """The id of a row's weight, which is declared with its sites at the first use."""
         if key in self.weight_ids:
             return self.weight_ids[key]
-        row, body = self.rows[key], self.spec.names.body
-        matrix = row.kind == "linear" and row.param == "weight"
+        row = self.rows[key]
+        matrix = row.kind in ("linear", "experts") and row.width > 0
         use = {"conv": "conv", "table": "rows"}.get(row.kind, "matmul" if matrix else "vector")
         weight = self.declare(key, row.shape, self.names.parts[key], use)
         if matrix:
-            slices, lo = [], 0
-            for item in row.slices:
-                hi = lo + item.rows
-                modules = [ModuleSlice(body + item.module, 0, item.rows, item.rows, row.order)]
-                if row.fused is not None:
-                    modules.append(ModuleSlice(body + row.fused, lo, hi, row.rows))
-                slices.append(SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi))
-                lo = hi
-            self.site_slices[key] = tuple(slices)
+            sites = self._expert_sites(row) if row.experts else self._linear_sites(row)
+            self.site_slices[key] = tuple(sites)
         return weight
+
+    def _linear_sites(self, row: WeightRow) -> Iterator[SiteSlice]:
+        body, lo = self.spec.names.body, 0
+        for item in row.slices:
+            hi = lo + item.rows
+            own = [name for name in (item.module, item.alias) if name is not None]
+            modules = [ModuleSlice(body + name, 0, item.rows, item.rows, row.order) for name in own]
+            if row.fused is not None:
+                modules.append(ModuleSlice(body + row.fused, lo, hi, row.rows))
+            yield SiteSlice(self.site("linear", row.layer, row.width, item.rows, modules), lo, hi)
+            lo = hi
+
+    def _expert_sites(self, row: WeightRow) -> Iterator[SiteSlice]:
+        """A site for each slice of each expert. PEFT has them as modules or within a parameter of all experts."""
+        body = self.spec.names.body
+        stacked = next((layout for layout in row.layouts if layout.parameter is not None), None)
+        for expert in range(row.experts):
+            lo = 0
+            for number, item in enumerate(row.slices):
+                module = ModuleSlice(body + item.module.format(e=expert), 0, item.rows, item.rows)
+                site = self.site("linear", row.layer, row.width, item.rows, [module])
+                if stacked is not None:
+                    first, step = (number, len(row.slices)) if stacked.alternating else (lo, 1)
+                    place = StackedSlice(f"{body}{stacked.parameter}", expert, row.experts, first, step, row.rows,
+                                         stacked.columns, stacked.peft_columns)  # fmt: skip
+                    self.sites[site] = replace(self.sites[site], stacked=place)
+                yield SiteSlice(site, expert * row.rows + lo, expert * row.rows + lo + item.rows)
+                lo += item.rows
 
     def bias(self, key: str) -> int | None:
         """The id of the bias of the row ``key``; None without one."""
@@ -129,31 +152,34 @@ class ProgramBuilder:
         return self.spec.names.body + path
 
     def linear(
-        self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *, layer: int | None = None
-    ) -> None:
+        self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
+        layer: int | None = None, compute: Literal["model", "float32"] = "model",
+    ) -> None:  # fmt: skip
         """Append the linear with the row ``key``, its bias and its sites."""
         weight, epilogue = self.weight(key), replace(epilogue, bias=self.bias(key))
         self.ops.append(Linear(name=key, layer=layer, probe=probe, x=x, weight=weight, out=out,
-                               slices=self.site_slices[key], epilogue=epilogue))  # fmt: skip
+                               slices=self.site_slices[key], epilogue=epilogue, compute=compute))  # fmt: skip
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, probe: Probe, *,
         layer: int | None = None, groups: int = 1, plus: Ref | None = None,
     ) -> None:  # fmt: skip
         """Append the norm with the row ``key``."""
+        weight = self.weight(key) if norm.weight else None
         self.ops.append(Norm(name=key, layer=layer, probe=probe, x=x, out=out, kind=norm.kind, eps=norm.eps,
-                             weight=self.weight(key), bias=self.bias(key), cast=norm.cast, groups=groups,
+                             weight=weight, bias=self.bias(key), cast=norm.cast, groups=groups,
                              plus=plus))  # fmt: skip
 
     def stream_after(self, layer: int, part: str | None = None) -> Probe | None:
         """The probe of the residual stream after ``part`` of a layer (None: its last): the input of the next module.
 
-        None between the two parts of a parallel layer, where transformers has no such value.
+        Layer -1 is the embedding. None between the two parts of a parallel layer, where transformers has no such value.
         """
         spec = self.spec
-        following = spec.layers[layer].branches
-        names = [branch[0] for branch in following]
-        following = following[names.index(part) + 1 :] if part is not None else ()
+        following: tuple[Branch, ...] = ()
+        if part is not None:
+            branches = spec.layers[layer].branches
+            following = branches[[branch[0] for branch in branches].index(part) + 1 :]
         if following and spec.layers[layer].parallel:
             return None
         index = layer
@@ -223,8 +249,22 @@ class LayerBuilder:
         self.append(CausalConv(name=key, x=x, out=out, weight=self.weight(key), state=state, activation=activation,
                                bias=self.program.bias(self.prefix + key)))  # fmt: skip
 
-    def linear(self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN) -> None:
-        self.program.linear(self.prefix + key, x, out, probe, epilogue, layer=self.index)
+    def linear(
+        self, key: str, x: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
+        compute: Literal["model", "float32"] = "model",
+    ) -> None:  # fmt: skip
+        """Append the linear with the row ``key``, its bias and its sites."""
+        self.program.linear(self.prefix + key, x, out, probe, epilogue, layer=self.index, compute=compute)
+
+    def experts(
+        self, key: str, x: Ref, routes: Ref, out: Ref, probe: Probe | None, epilogue: Epilogue = _PLAIN, *,
+        combine: Literal["none", "sum", "weighted"] = "none",
+    ) -> None:  # fmt: skip
+        """Append the products with the experts of the row ``key``, their biases and their sites."""
+        weight, name = self.weight(key), self.prefix + key
+        epilogue = replace(epilogue, bias=self.program.bias(name))
+        self.append(ExpertLinear(name=key, probe=probe, x=x, routes=routes, weight=weight, out=out, combine=combine,
+                                 slices=self.program.site_slices[name], epilogue=epilogue))  # fmt: skip
 
     def norm(
         self, key: str, norm: NormSpec, x: Ref, out: Ref, *,

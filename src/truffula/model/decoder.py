@@ -73,16 +73,17 @@ def _write_embedding(build: ProgramBuilder, table: int) -> Ref:
                                offset=spec.position_offset))  # fmt: skip
     module = build.module(names.embed)
     site = build.site("embed", None, spec.vocab_size, width, [ModuleSlice(module, 0, width, width)])
-    projected = spec.embed_width is not None
+    projected, norm = spec.embed_width is not None, spec.embed_norm
     rows = build.buffer("embedded", width) if projected else hidden
-    probe = Probe(module, "out") if projected or positions is None else None
-    build.ops.append(Embed(name="embed", table=table, out=rows, scale=spec.embed_scale, site=site, probe=probe,
-                           add=None if projected else positions))  # fmt: skip
+    # Some classes scale the output of the module, or add to it.
+    stream = build.stream_after(-1) if norm is None else None
+    build.ops.append(Embed(name="embed", table=table, out=rows, scale=spec.embed_scale, site=site,
+                           add=None if projected else positions,
+                           probe=Probe(module, "out") if projected else stream))  # fmt: skip
     if projected:
-        probe = Probe(build.module(names.project_in), "out") if positions is None else None
-        build.linear("project_in", rows, hidden, probe, Epilogue(residual=positions))
-    if spec.embed_norm is not None:
-        build.norm("embed_norm", spec.embed_norm, hidden, hidden, Probe(build.module(spec.embed_norm.module), "out"))
+        build.linear("project_in", rows, hidden, stream, Epilogue(residual=positions))
+    if norm is not None:
+        build.norm("embed_norm", norm, hidden, hidden, Probe(build.module(norm.module), "out"))
     return hidden
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from truffula.errors import CheckpointError, some
 from truffula.kernels.program import WeightPart
@@ -50,7 +50,7 @@ class WeightNames:
     def canonical(cls, spec: ModelSpec, *, has_head: bool = True) -> WeightNames:
         """The names that transformers writes for this spec, for programs without a checkpoint."""
         prefix, head = spec.names.prefixes[0]
-        names = {f"{prefix}{item.module}.{row.param}" for row in _body_rows(spec) for item in row.slices}
+        names = {name for row in _body_rows(spec) for name in _split_names(row, prefix)}
         names |= {f"{prefix}{spec.names.embed}.weight", *([f"{head}.weight"] if has_head else [])}
         names |= {f"{head}.bias"} if spec.head_bias else set()
         return resolve_names(spec, names)
@@ -71,6 +71,12 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     missing: list[str] = []
     warnings: list[str] = []
     for row in _body_rows(spec):
+        if row.experts:
+            placed = _find_experts(row, prefix, stored)
+            missing += [part.name for part in placed if part.name not in stored]
+            taken.update(part.name for part in placed)
+            parts[row.key] = tuple(replace(part, name=stored.get(part.name, part.name)) for part in placed)
+            continue
         found = _find(row, prefix, stored)
         if found is None:
             missing += [name for name in _split_names(row, prefix) if name not in stored]
@@ -79,7 +85,9 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
             warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
-        parts[row.key] = tuple(WeightPart(stored[name], row.transform, row.order) for name in found)
+        parts[row.key] = tuple(
+            WeightPart(stored[name], row.transform, stored=row.stored, order=row.order) for name in found
+        )
     if spec.head_bias and (bias := f"{head}.bias") in stored:
         taken.add(bias)
         parts["head.bias"] = (WeightPart(stored[bias]),)
@@ -154,7 +162,15 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
-    return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+    if row.experts:
+        return [prefix + part.name for part in row.layouts[0].parts(row)]
+    return [prefix + row.tensor(item.module) for item in row.slices]
+
+
+def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
+    """The tensors of a row of experts in the layout of which the checkpoint has the most."""
+    forms = [[replace(part, name=prefix + part.name) for part in layout.parts(row)] for layout in row.layouts]
+    return max(forms, key=lambda parts: sum(part.name in stored for part in parts) / len(parts))
 
 
 def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] | None:
@@ -162,7 +178,7 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
-    fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
+    fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 

@@ -62,6 +62,9 @@ class Part(Protocol):
         """Appends the part's operations on ``x``, and adds their result to the residual stream (``build.output``)."""
 
 
+Branch = tuple[str, Part, NormSpec | None, NormSpec | None]
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """One block: h += m * after(mixer(before(h))), then the same with the MLP. A part or a norm may be absent.
@@ -82,7 +85,7 @@ class LayerSpec:
     norm_stream: bool = False
 
     @property
-    def branches(self) -> tuple[tuple[str, Part, NormSpec | None, NormSpec | None], ...]:
+    def branches(self) -> tuple[Branch, ...]:
         """The parts in their order: name, part, norm before, norm after."""
         both = (
             ("mixer", self.mixer, self.before_mixer, self.after_mixer),
@@ -130,6 +133,7 @@ class ModuleNames:
     gate_up: str | None = "mlp.gate_up_proj"
     gate_up_fused: bool = False
     down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
     head: str = "lm_head"
     body: str = "model."
     prefixes: tuple[tuple[str, str], ...] = (

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable
+from truffula.kernels.program import Activation, Epilogue, Norm, Pointwise, Rope, RopeTable, Route
 
 
 def activation(x: Tensor, kind: Activation) -> Tensor:
-    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)²."""
+    """silu: x·sigmoid(x) · gelu: x·Φ(x) · gelu_tanh: its tanh form · relu · relu2: relu(x)² ·
+    quick_gelu: x·sigmoid(1.702 x)."""
     match kind:
         case "silu":
             return F.silu(x)
@@ -25,6 +26,8 @@ def activation(x: Tensor, kind: Activation) -> Tensor:
             return F.relu(x)
         case "relu2":
             return F.relu(x).square()
+        case "quick_gelu":
+            return x * torch.sigmoid(1.702 * x)
 
 
 def embed(rows: Tensor, stored: torch.dtype, scale: float | None, add: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -47,18 +50,28 @@ def norm(
     values = normalise(values, values.shape[-1:], eps=op.eps)
     if op.cast == "first":
         values = values.to(dtype)
+    per_group = (op.groups, -1) if op.groups > 1 else (-1,)
     if weight is not None:
-        values = values * weight
+        values = values * (weight.view(per_group) if weight.numel() == x.shape[1] else weight)
     if bias is not None:
-        values = values + bias
+        values = values + (bias.view(per_group) if bias.numel() == x.shape[1] else bias)
     out = values.to(dtype)
     if op.groups > 1:
         out = out.view(x.shape)
     return out if plus is None else plus + out
 
 
-def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """See ``Pointwise``; float32 inside."""
+def xielu(x: Tensor, numbers: Tensor) -> Tensor:
+    """xIELU (Huang and Schlag 2024) with the ``numbers`` alpha_p, alpha_n, beta and eps."""
+    alpha_p, alpha_n, beta, eps = numbers.unbind()
+    below = (torch.expm1(torch.minimum(x, eps)) - x) * (beta + F.softplus(alpha_n))
+    return torch.where(x > 0, F.softplus(alpha_p) * x * x, below) + beta * x
+
+
+def pointwise(
+    op: Pointwise, x: Tensor, y: Tensor | None, weight: Tensor | None, positions: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """See ``Pointwise``; float32 inside. ``positions`` are those of token rows."""
     values = x.float()
     match op.kind:
         case "act":
@@ -79,6 +92,13 @@ def pointwise(op: Pointwise, x: Tensor, y: Tensor | None, dtype: torch.dtype) ->
         case "sigmoid_mul":
             assert y is not None
             out = values * torch.sigmoid(y.float())
+        case "position_scale":
+            beta, step, offset = op.params
+            steps = torch.floor((positions.float() + offset) / step)
+            out = values * (1 + beta * torch.log(1 + steps))[:, None]
+        case "xielu":
+            assert weight is not None
+            out = xielu(values, weight)
     return out.to(dtype)
 
 
@@ -123,6 +143,41 @@ def rope_(op: Rope, x: Tensor, cos: Tensor, sin: Tensor) -> None:
         part.copy_(values)
 
 
+def route(op: Route, logits: Tensor, correction: Tensor | None) -> Tensor:
+    """float32 ``[T, 2k]``: the chosen experts' numbers, then their weights; see ``Route``."""
+    if op.score == "sparsemixer":
+        return _sparsemixer(op, logits)
+    scores = logits.softmax(-1) if op.score == "softmax" else logits.sigmoid()
+    preference = logits if correction is None else scores + correction
+    if op.groups > 1:
+        by_group = (scores if correction is None else preference).view(len(scores), op.groups, -1)
+        best = by_group.amax(-1) if op.group_score == "max" else by_group.topk(2, -1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter_(1, _first(best, op.topk_groups), 1.0)
+        preference = preference.masked_fill(kept.repeat_interleave(by_group.shape[2], 1) == 0, -torch.inf)
+    experts = _first(preference, op.k)
+    weights = scores.gather(1, experts)
+    if op.norm is not None:
+        weights = weights / weights.norm(op.norm, -1, keepdim=True).clamp_min(op.floor)
+    return torch.cat([experts.float(), weights * op.scale], 1)
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """The columns of the ``count`` largest values of each row, the largest first; of equal ones the lower number."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _sparsemixer(op: Route, logits: Tensor) -> Tensor:
+    left, experts, weights = logits.clone(), [], []
+    for _ in range(op.k):
+        best = left.max(-1, keepdim=True)
+        far = (best.values - logits) / torch.maximum(logits.abs(), best.values) > 2 * op.jitter
+        expert = _first(left, 1)
+        experts.append(expert)
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, expert))
+        left = left.scatter(1, expert, -torch.inf)
+    return torch.cat([*[expert.float() for expert in experts], *weights], 1)
+
+
 def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``y [rows, O]`` (the base product with its adapters; overwritten) to what is stored, in ``Epilogue``'s order."""
     if y.dtype == dtype and bias is None and e.clip is None and e.activation is None and not e.glu and e.scale == 1.0:
@@ -134,6 +189,10 @@ def epilogue(y: Tensor, e: Epilogue, bias: Tensor | None, residual: Tensor | Non
         values = values.clamp_(-e.clip, e.clip)
     if e.glu:
         gate, up = values.chunk(2, -1)
+        if e.glu_limit is not None:
+            gate, up = gate.clamp(max=e.glu_limit), up.clamp(-e.glu_limit, e.glu_limit)
+        if e.glu_offset:
+            up = up + e.glu_offset
         values = (gate if e.activation is None else activation(gate, e.activation)).mul_(up)
     elif e.activation is not None:
         values = activation(values, e.activation)

@@ -125,7 +125,7 @@ def gpt_neox(view: ConfigView) -> ModelSpec:
         before_mlp=layer_norm(view, "post_attention_layernorm", eps),
         parallel=view.flag("use_parallel_residual"),
     )
-    rope = read_rope(view, sizes.head_dim, RopeKeys("rotary_emb_base", "rotary_pct", partial=0.25))
+    rope = read_rope(view, sizes.head_dim, partial=True, keys=RopeKeys("rotary_emb_base", "rotary_pct"))
     final = layer_norm(view, "final_layer_norm", eps)
     return finish_spec(view, [layer] * sizes.layers, [rope], final, names=NEOX_NAMES)
 

@@ -42,7 +42,7 @@ def phi(view: ConfigView) -> ModelSpec:
         before_mlp=None,
         parallel=True,
     )
-    rope = read_rope(view, sizes.head_dim, RopeKeys(partial=0.5))
+    rope = read_rope(view, sizes.head_dim, partial=True)
     final = layer_norm(view, "final_layernorm", "layer_norm_eps")
     return finish_spec(view, [layer] * sizes.layers, [rope], final, head_bias=True, names=PHI_NAMES)
 
@@ -51,7 +51,8 @@ def phi3(view: ConfigView) -> ModelSpec:
     """Llama's layer; q, k and v are one module, and so are gate and up. A window, if not null, is on every layer."""
     view.skip("original_max_position_embeddings")
     sizes = read_sizes(view)
-    rope = read_rope(view, sizes.head_dim, RopeKeys(partial=1.0, aliases=(("su", "longrope"), ("yarn", "longrope"))))
+    keys = RopeKeys(aliases=(("su", "longrope"), ("yarn", "longrope")))
+    rope = read_rope(view, sizes.head_dim, partial=True, keys=keys)
     per_layer = windows(view, sizes.layers, view.optional_integer("sliding_window"), None)
     layers = [llama_layer(view, sizes, window) for window in per_layer]
     return finish_spec(view, layers, [rope], rms(view, "norm"), names=PHI3_NAMES)

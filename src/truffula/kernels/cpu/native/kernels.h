@@ -36,9 +36,11 @@ static constexpr int64_t pair_row_bytes(int64_t inputs) { return (inputs + kBloc
 constexpr int32_t kXRows = 16;
 static constexpr int64_t padded_rows(int64_t rows) { return (rows + kXRows - 1) / kXRows * kXRows; }
 
-enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5 };
+enum Activation : int32_t { kNone = 0, kSilu = 1, kGelu = 2, kGeluTanh = 3, kRelu = 4, kRelu2 = 5, kQuickGelu = 6 };
 
-enum PointwiseKind : int32_t { kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6 };
+enum PointwiseKind : int32_t {
+  kAct = 0, kAdd = 1, kScale = 2, kClip = 3, kSoftcap = 4, kSigmoidMul = 5, kMul = 6, kPositionScale = 7, kXielu = 8
+};
 
 // A matrix [outputs, inputs] in panels of 16 outputs; lines of 64 bytes, k ascending; lanes beyond `outputs` are zero.
 struct Packed {
@@ -93,6 +95,8 @@ struct LinearCall {
   float clip;      // below 0: none
   float scale;
   float softcap;   // 0: none
+  // With `glu`: gates are at most glu_limit and ups within it (below 0: none); glu_offset is added to the ups.
+  float glu_limit, glu_offset;
 };
 
 // Converts rows of x to what products with a matrix of `format` read; kBF16 only in tables with `pairs`.
@@ -116,6 +120,7 @@ struct NormCall {
   const float* weight;
   const float* bias;
   int32_t width, groups;
+  int32_t group_step;   // of weight and bias, in floats: 0 where all groups have the same
   int32_t layer_norm, cast_first, round_out;
   float eps;
 };
@@ -123,7 +128,9 @@ struct NormCall {
 struct PointwiseCall {
   Rows x, y, out;
   int32_t kind, activation, width, round_out;
-  float param;
+  const float* params;        // kXielu: alpha_p, alpha_n, beta, eps as stored
+  const int32_t* positions;   // of token rows
+  int32_t y_column;  // y is one column, for all columns of x
 };
 
 struct RopeCall {
@@ -161,13 +168,20 @@ struct KvCache {
   int32_t format, block_size, kv_heads, dim_k, dim_v;
 };
 
+// The first key that a query sees: with a window w (0: none) its last w keys or, if `chunked`, those of its w positions.
+static inline int32_t first_visible(int32_t window, int32_t chunked, int32_t position) {
+  if (window <= 0) return 0;
+  if (chunked) return position / window * window;
+  return position - window + 1 > 0 ? position - window + 1 : 0;
+}
+
 struct AttentionCall {
   KvCache cache;
   Rows q, k, v, out;
   const float* sinks;   // per head; may be null
   const float* alibi;   // per head, the slope of its bias by the key's position; may be null
   int32_t alibi_rounded;   // position and bias are rounded to bfloat16, and the bias is scaled as the scores are
-  int32_t heads, window, round_out;
+  int32_t heads, window, chunked, round_out;
   float scale, softcap;
 };
 
