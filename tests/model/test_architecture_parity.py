@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import parity_cases_dense
+import parity_cases_older
 import pytest
 from kernel_backends import on_the_best
 from parity_cases_moe import CASES as MOE_CASES

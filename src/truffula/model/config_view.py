@@ -132,9 +132,10 @@ class ConfigView:
         return bool(self._given(key))
 
     def _names(self, key: str) -> list[str]:
-        """The field that ``key`` means, and its aliases."""
-        field = self.defaults.aliases.get(key, key)
-        return [field, *(alias for alias, name in self.defaults.aliases.items() if name == field)]
+        """The names of what ``key`` means, the class's field first."""
+        name = self.defaults.aliases.get(key, key)
+        names = [name, *(alias for alias, other in self.defaults.aliases.items() if other == name)]
+        return sorted(names, key=lambda item: item not in self.defaults.fields)
 
     def _given(self, key: str) -> list[str]:
         return [name for name in self._names(key) if name in self.values]
