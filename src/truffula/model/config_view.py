@@ -7,11 +7,13 @@ the class default or is on the inert list; a key that the class does not know is
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from truffula.errors import UnsupportedModel
@@ -66,25 +68,28 @@ class TypeDefaults:
     generation: frozenset[str]
 
 
-def load_defaults() -> dict[str, TypeDefaults]:
+@functools.cache
+def load_defaults() -> Mapping[str, TypeDefaults]:
     """The generated table (scripts/generate_config_defaults.py), by model type."""
     text = resources.files("truffula.model").joinpath("config_defaults.json").read_text(encoding="utf-8")
     table = json.loads(text)
     generation = frozenset(table["generation"])
-    return {
-        name: TypeDefaults(
-            model_type=name,
-            class_name=entry["class"],
-            rope_theta=entry["rope_theta"],
-            partial_rotary_factor=entry["partial_rotary_factor"],
-            fields=entry["fields"],
-            nullable=frozenset(entry["nullable"]),
-            aliases=entry["aliases"],
-            known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
-            generation=generation,
-        )
-        for name, entry in table["types"].items()
-    }
+    return MappingProxyType(
+        {
+            name: TypeDefaults(
+                model_type=name,
+                class_name=entry["class"],
+                rope_theta=entry["rope_theta"],
+                partial_rotary_factor=entry["partial_rotary_factor"],
+                fields=entry["fields"],
+                nullable=frozenset(entry["nullable"]),
+                aliases=entry["aliases"],
+                known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,
+                generation=generation,
+            )
+            for name, entry in table["types"].items()
+        }
+    )
 
 
 @dataclass(frozen=True)
