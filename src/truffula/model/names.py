@@ -85,8 +85,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
             leaves = " | ".join(item.module.rsplit(".", 1)[-1] for item in row.slices)
             warnings.append(f"{found[0]} is stored fused; read as {leaves}.")
         taken.update(found)
+        orders = [item.order for item in row.slices] if len(found) == len(row.slices) else [None]
         parts[row.key] = tuple(
-            WeightPart(stored[name], row.transform, stored=row.stored, order=row.order) for name in found
+            WeightPart(stored[name], row.transform, stored=row.stored, order=order)
+            for name, order in zip(found, orders, strict=True)
         )
     if spec.head_bias and (bias := f"{head}.bias") in stored:
         taken.add(bias)
@@ -96,9 +98,10 @@ def resolve_names(spec: ModelSpec, names: Iterable[str]) -> WeightNames:
     embed = f"{prefix}{spec.names.embed}.weight"
     heads = [name for name in stored if name.startswith(f"{head}.") and name not in taken]
     left = [name for name in stored if name not in taken and name != embed and name not in heads]
+    without_effect = spec.names.skip + spec.names.unused
     layers = [prefix + spec.layer_prefix(index) for index in range(len(spec.layers))]
     buffers = {layer + buffer for buffer in spec.names.buffers for layer in layers}
-    unused = {name for name in left if name.startswith(spec.names.skip) or IGNORABLE.search(name) or name in buffers}
+    unused = {name for name in left if name.startswith(without_effect) or IGNORABLE.search(name) or name in buffers}
     unknown = [name for name in left if name not in unused]
     unknown += [name for name in heads if name != f"{head}.weight"]
     _require_complete(spec, missing, unknown, stored)
@@ -178,6 +181,9 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
+    aliased = [prefix + row.tensor(item.alias or item.module) for item in row.slices]
+    if all(name in stored for name in aliased):
+        return aliased
     fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]

@@ -288,8 +288,9 @@ def _checks(program: Program) -> list[_Check]:
         plain = isinstance(op, Linear) and not op.epilogue.glu and op.epilogue.residual is None
         if isinstance(op, Linear) and plain and len(op.slices) > 1:
             for item in op.slices:
-                probe = Probe(program.sites[item.site].module, "out")
-                checks.append(_Check(index, op, probe, slice(item.lo, item.hi)))
+                module = program.sites[item.site].modules[0]
+                columns = slice(item.lo, item.hi)
+                checks.append(_Check(index, op, Probe(module.name, "out"), columns, module.order))
         else:
             order = program.sites[op.slices[0].site].modules[0].order if isinstance(op, Linear) and plain else None
             checks.append(_Check(index, op, op.probe, slice(None), order))
