@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import parity_cases_dense
+import parity_cases_older
 import pytest
 from kernel_backends import on_the_best
 from parity_cases_delta import CASES as DELTA
@@ -130,6 +131,7 @@ def compare(folder: Path, backend: Backend) -> ModelPlan:
     [
         *(pytest.param(*case, id=f"{case[0]}: {case[1]}") for case in (*CASES, *MOE_CASES)),
         *spread(parity_cases_dense.CASES),
+        *spread(parity_cases_older.CASES),
         *spread(DELTA),
     ],
 )  # the slow ones: 20 s

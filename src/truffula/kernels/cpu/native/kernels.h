@@ -180,6 +180,8 @@ struct AttentionCall {
   KvCache cache;
   Rows q, k, v, out;
   const float* sinks;   // per head; may be null
+  const float* alibi;   // per head, the slope of its bias by the key's position; may be null
+  int32_t alibi_rounded;   // position and bias are rounded to bfloat16, and the bias is scaled as the scores are
   int32_t heads, window, chunked, round_out;
   float scale, softcap;
 };
