@@ -96,7 +96,6 @@ def test_old_names_of_types_and_keys_mean_the_same() -> None:
         ({"model_type": "gpt_neo", "attention_types": [[["global"], 3]]}, "attention_types"),
         ({"model_type": "gpt_neox", "rotary_pct": 0.5, "partial_rotary_factor": 0.25}, "partial_rotary_factor"),
         ({"model_type": "gptj", "rotary_dim": 7}, "rotary_dim"),
-        ({"model_type": "opt", "layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
         (
             {"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
             "rope_scaling.short_factor",
