@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
-MODEL_TYPES = ("gemma2", "gemma3", "gemma3_text", "lfm2", "llama", "ministral", "mistral", "qwen2", "qwen3")
+MODEL_TYPES = (
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "lfm2",
+    "llama",
+    "ministral",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
 LEGACY = (
@@ -54,9 +66,10 @@ def table() -> dict[str, Any]:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
             if "None" in str(field.type):
                 nullable.append(field.name)
+        if isinstance(theta := getattr(cls, "default_theta", None), float):
+            fields["rope_theta"] = theta
         types[model_type] = {
             "class": cls.__name__,
-            "rope_theta": getattr(cls, "default_theta", None),
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),

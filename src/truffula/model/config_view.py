@@ -28,11 +28,14 @@ INERT = frozenset(
     | {"_attn_implementation_autoset", "_commit_hash", "_name_or_path", "architectures", "attn_implementation"}
     | {"auto_map", "chunk_size_feed_forward", "experts_implementation", "id2label", "label2id", "model_type"}
     | {"name_or_path", "num_labels", "output_attentions", "output_hidden_states", "return_dict"}
-    | {"transformers_version", "use_cache"}
+    | {"output_router_logits", "router_aux_loss_coef", "transformers_version", "use_cache"}
     | {"dtype", "pad_token_id", "torch_dtype"}
 )
-# Read by model/read.py, weights/tying.py and model/load.py (special ids).
-READ_ELSEWHERE = frozenset({"architectures", "bos_token_id", "eos_token_id", "model_type", *SPELLINGS})
+# Read by model/read.py, weights/tying.py, weights/quantised/config.py and model/load.py (special ids).
+READ_ELSEWHERE = frozenset(
+    {"architectures", "bos_token_id", "eos_token_id", "model_type", *SPELLINGS}
+    | {"quantization_config", "compression_config"}
+)
 # Written by transformers 4 for every model, removed in 5, without effect on a decoder: no warning for them.
 OLD_BOOKKEEPING = frozenset(
     {"add_cross_attention", "cross_attention_hidden_size", "decoder_start_token_id", "finetuning_task", "prefix"}
@@ -44,14 +47,10 @@ _DEFAULT, _BOOKKEEPING, _UNKNOWN = "at its default", "known bookkeeping", "unkno
 
 @dataclass(frozen=True)
 class TypeDefaults:
-    """The fields of transformers' configuration class of one model type, with their defaults and older names.
-
-    ``rope_theta`` is the class's value for a rope whose parameters leave it out.
-    """
+    """The fields of transformers' configuration class of one model type, with their defaults and older names."""
 
     model_type: str
     class_name: str
-    rope_theta: Any
     fields: Mapping[str, Any]
     nullable: frozenset[str]
     known: frozenset[str]
@@ -67,7 +66,6 @@ def load_defaults() -> dict[str, TypeDefaults]:
         name: TypeDefaults(
             model_type=name,
             class_name=entry["class"],
-            rope_theta=entry["rope_theta"],
             fields=entry["fields"],
             nullable=frozenset(entry["nullable"]),
             known=frozenset((*entry["fields"], *entry["legacy"], *entry["aliases"])) | generation,

@@ -19,6 +19,7 @@ from truffula.model.spec import RopeSpec
 
 Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
+DEFAULT_THETA = 10_000.0
 MOST_WIDTH = 1 << 16
 """Far above the width of any head; bounds the table that an invalid config can create."""
 _ORIGINAL = "original_max_position_embeddings"
@@ -51,7 +52,7 @@ def read_rope(view: ConfigView, head_dim: int) -> RopeSpec:
     nested, flat, label = _parameters(view)
     if nested:
         raise view.error(label, f"{view.model_type} has one rope configuration for all layers, not one per layer type.")
-    return _table(view, flat, label, _theta(view, "rope_theta", view.defaults.rope_theta), head_dim)
+    return _table(view, flat, label, _theta(view, "rope_theta", DEFAULT_THETA), head_dim)
 
 
 def read_rope_by_layer_type(

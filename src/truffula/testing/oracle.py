@@ -74,7 +74,11 @@ class Oracle:
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
         model = AutoModelForCausalLM.from_pretrained(
-            **source, config=config, attn_implementation=_ATTENTION, dtype=getattr(torch, dtype)
+            **source,
+            config=config,
+            attn_implementation=_ATTENTION,
+            experts_implementation="eager",
+            dtype=getattr(torch, dtype),
         )
         if factors:
             model.model.rotary_emb.inv_freq /= torch.tensor(factors)

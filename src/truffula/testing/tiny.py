@@ -38,10 +38,12 @@ _OF_TYPE: Mapping[str, Mapping[str, Any]] = {
         "block_ffn_dim_multiplier": 1.1,
     },
     "llama": {},
+    "mixtral": {"sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2},
     "ministral": {"sliding_window": 7, "head_dim": 8},
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 10},
+    "qwen3_moe": {"head_dim": 10, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
 }
 
 
@@ -73,6 +75,10 @@ def tiny_tensors(config: Mapping[str, Any], *, seed: int = 0, dtype: str = "floa
     tied = config.get("tie_word_embeddings", read.tie_default)
     tensors = {}
     for row in spec.rows:
+        if row.experts:
+            for part in row.layouts[0].parts(row):
+                tensors[prefix + part.name] = _random(part.name, row, part.stored, seed, dtype)
+            continue
         for item in row.slices:
             if row.kind == "head" and tied:
                 continue

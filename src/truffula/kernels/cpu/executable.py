@@ -37,7 +37,11 @@ class CpuExecutable(SynchronousExecutable):
         super().__init__(inputs, samples, output)
         self.layout = layout
         self._native = native
-        self._op_of_site = np.array([-1 if place is None else place.op for place in layout.places], np.int64)
+        # One number for each op, and for each expert of an op: their products with A are separate.
+        places: dict[tuple[int, int], int] = {}
+        self._product_of_site = np.array(
+            [-1 if p is None else places.setdefault((p.op, p.expert), len(places)) for p in layout.places], np.int64
+        )
 
     def run(self) -> None:
         with as_kernel_errors():
@@ -79,7 +83,7 @@ class CpuExecutable(SynchronousExecutable):
 
     def adapter_bytes(self, image: AdapterImage) -> int:
         """Bytes of the products with A in a full step beyond what the memory plan counts."""
-        table, ops = image.table, self._op_of_site[image.table[:, SITE]]
+        table, ops = image.table, self._product_of_site[image.table[:, SITE]]
         ranks, offsets = table[:, TENSORS + SHAPE], table[:, TENSORS + OFFSET]
         lanes, planned_rank = int(library().LANES), int(library().PLANNED_RANK)
         panels: Counter[int] = Counter()  # of each op; parts with the same A and scale share a product

@@ -9,7 +9,9 @@ from truffula.model.architectures.gemma import gemma2, gemma3, gemma3_text
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import llama
 from truffula.model.architectures.mistral import mistral
+from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.qwen import qwen2, qwen3
+from truffula.model.architectures.qwen_moe import qwen3_moe
 from truffula.model.config_view import ConfigView
 from truffula.model.spec import ModelSpec
 
@@ -22,8 +24,10 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "llama": llama,
         "ministral": mistral,
         "mistral": mistral,
+        "mixtral": mixtral,
         "qwen2": qwen2,
         "qwen3": qwen3,
+        "qwen3_moe": qwen3_moe,
     }
 )
 """``model_type`` of config.json to the function that reads it."""

@@ -6,34 +6,17 @@
 #include <stdexcept>
 
 #include "denormals.h"
+#include "chunks.h"
 #include "executable.h"
 
 namespace truffula {
 namespace {
 
-// A range of indices.
-template <class Count>
-struct Span {
-  Count lo, hi;
-};
-
-// Range number `chunk` of `count` indices divided into `chunks`.
-template <class Count>
-Span<Count> span_of(Count count, int32_t chunk, int32_t chunks) {
-  const int64_t n = count;
-  return {static_cast<Count>(n * chunk / chunks), static_cast<Count>(n * (chunk + 1) / chunks)};
-}
-
 // One chunk per task; several tasks per chunk in a step with more than a phase can have.
 int32_t chunks_for(int64_t tasks) { return static_cast<int32_t>(std::min<int64_t>(tasks, Team::kMaxChunks / 2)); }
 
-// Products of fewer float32 rows are bound by memory.
-constexpr int32_t kFineRows = 16;
 // The keys of a sequence with at most this many rows in a step are split into partitions, for several threads.
 constexpr int32_t kSplitTokens = 4;
-constexpr int32_t kMinChunkRows = 4;
-
-int32_t row_chunks(int32_t count, int32_t team) { return std::min((count + kMinChunkRows - 1) / kMinChunkRows, 4 * team); }
 
 }  // namespace
 
@@ -161,7 +144,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     const int32_t count = rows_of(linear->out), units = (weight(linear->weight).packed().panels + 1) / 2;
     // Products that are bound by arithmetic have small chunks, so that a slow core delays the others less. Those bound
     // by memory have one per thread, as long runs of weights are read faster.
-    const int32_t fine = converts_x(*linear) ? kernels_->fine_rows : kFineRows;
+    const int32_t fine = converts_x(linear->weight, linear->x) ? kernels_->fine_rows : kFineRows;
     return count == 0 ? 0 : std::min(units, count < fine ? team : 8 * team);
   }
   if (const auto* attention = std::get_if<AttentionOp>(&op)) {
@@ -170,6 +153,7 @@ int32_t Executable::chunks_of(const Stage& stage) {
     if (stage.number == 2 && plan.partial_rows == 0) return 0;
     return chunks_for(static_cast<int64_t>(plan.tiles.size()) * attention->kv_heads);
   }
+  if (const auto* experts = std::get_if<ExpertLinearOp>(&op)) return expert_chunks(*experts, stage);
   if (std::holds_alternative<EmbedOp>(op) && stage.number == 0) return chunks_for(num_shrink_tasks(stage.op));
   if (const auto* conv = std::get_if<CausalConvOp>(&op)) {
     const int32_t panels = (conv->x.width + kLanes - 1) / kLanes;
@@ -225,14 +209,14 @@ void Executable::run_op(const NormOp& op, const Stage& stage, int32_t chunk, Thr
 
 // Whether a product reads x converted: to 8 bits for a quantised weight, or to bfloat16 pairs where x holds bfloat16
 // values and the table multiplies them.
-bool Executable::converts_x(const LinearOp& op) const {
-  const int32_t format = weight(op.weight).format;
-  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(op.x));
+bool Executable::converts_x(int32_t id, const Ref& x) const {
+  const int32_t format = weight(id).format;
+  return is_quantised(format) || (format == kBF16 && kernels_->pairs && rounded(x));
 }
 
 // Chunks of the first stage that convert x; its other chunks are shrink tasks.
 int32_t Executable::quantise_chunks(const LinearOp& op) const {
-  return converts_x(op) ? row_chunks(rows_of(op.out), team_.size()) : 0;
+  return converts_x(op.weight, op.x) ? row_chunks(rows_of(op.out), team_.size()) : 0;
 }
 
 void Executable::quantise(const LinearOp& op, int32_t chunk) {
@@ -253,7 +237,7 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.out = rows(op.out);
   call.residual = rows(op.residual);
   call.w = weight(op.weight).packed();
-  call.quantised_x = converts_x(op) ? quantised_x_.data() : nullptr;
+  call.quantised_x = converts_x(op.weight, op.x) ? quantised_x_.data() : nullptr;
   call.quantised_stride = weight(op.weight).quantised_stride();
   call.bias = op.bias == kAbsent ? nullptr : op.packed_bias.data();
   call.deltas = deltas.data();
@@ -267,13 +251,15 @@ void Executable::run_op(const LinearOp& op, const Stage& stage, int32_t chunk, T
   call.clip = op.clip;
   call.scale = op.scale;
   call.softcap = op.softcap;
+  call.glu_limit = op.glu_limit;
+  call.glu_offset = op.glu_offset;
   const auto mine = span_of((call.w.panels + 1) / 2, chunk, chunks_of(stage));
   kernels_->linear(&call, mine.lo, mine.hi);
 }
 
 void Executable::run_op(const PointwiseOp& op, const Stage& stage, int32_t chunk, ThreadState&) {
   const PointwiseCall call{rows(op.x), rows(op.y), rows(op.out), op.kind, op.activation, op.x.width,
-                           rounded(op.out), op.params.empty() ? 0.0f : op.params[0]};
+                           rounded(op.out), op.y.width == 1 && op.x.width > 1, op.params.empty() ? 0.0f : op.params[0]};
   const auto mine = span_of(rows_of(op.out), chunk, chunks_of(stage));
   kernels_->pointwise(&call, mine.lo, mine.hi);
 }
@@ -313,6 +299,7 @@ AttentionCall Executable::call_of(const AttentionOp& op) const {
   call.sinks = op.sinks == kAbsent ? nullptr : weight(op.sinks).memory.floats();
   call.heads = op.heads;
   call.window = static_cast<int32_t>(op.window);
+  call.chunked = op.chunked;
   call.round_out = rounded(op.out);
   call.scale = op.scale;
   call.softcap = op.softcap;
@@ -340,7 +327,8 @@ void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadS
   const bool split = tile.partition != kAbsent;
   // Partitions that lie wholly before the window are neither computed nor merged.
   const int32_t keys = partition_blocks(capacity_.block_size) * capacity_.block_size;
-  const int32_t first = op.window > 0 ? std::max(0, tile.position - static_cast<int32_t>(op.window) + 1) / keys : 0;
+  const AttentionCall call = call_of(op);
+  const int32_t first = first_visible(call.window, call.chunked, tile.position) / keys;
   if (merge ? !split || !tile.first_partition : split && tile.partition < first) return;
   const int32_t* table = in_.block_tables + (static_cast<int64_t>(op.group) * capacity_.max_seqs + tile.sequence) *
                                                 capacity_.max_blocks_per_seq;
@@ -349,7 +337,6 @@ void Executable::attend(const AttentionOp& op, bool merge, int64_t pair, ThreadS
     const int64_t row = tile.result_row + (made.part - tile.partition) * static_cast<int64_t>(tile.count) * plan.queries_per_kv;
     made.parts = partials_.data() + (kv_head * plan.partial_rows + row) * partial_floats(1, op.dim_v);
   }
-  const AttentionCall call = call_of(op);
   (merge ? kernels_->merge_parts : kernels_->attend)(&call, &made, state.attention.data());
 }
 
