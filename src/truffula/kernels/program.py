@@ -11,6 +11,7 @@ round once, to the dtype of the buffer they write. A backend without a mixed pro
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,14 +46,14 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``conv``: the file has ``[C, 1, K]``. Of a
+    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32; ``conv``: the file has ``[C, 1, K]``. Of a
     weight of experts, a part fills rows ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``;
     ``columns`` takes matrices that are stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such
     matrices, and ``alternating`` a vector [E, O] in which entries of gates and ups alternate.
     """
 
     name: str
-    transform: Literal["none", "plus_one", "conv", "columns", "even_columns", "odd_columns", "alternating"] = "none"
+    transform: Literal["none", "plus_one", "minus_exp", "conv", "columns", "even_columns", "odd_columns", "alternating"] = "none"
     expert: int | None = None
     lo: int = 0
     stored: tuple[int, ...] = ()
@@ -267,8 +268,9 @@ class Linear(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
-    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y · ``scale``: x * params[0] · ``clip``, ``softcap``:
-    params[0] · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the two products may be one column, for all columns of x."""
+    """``act``: activation(x) · ``add``: x + y · ``mul``: x * y, or x * activation(y) · ``scale``: x * params[0] ·
+    ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the two products may be one column, for
+    all columns of x."""
 
     kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
     x: Ref
@@ -392,6 +394,35 @@ class ExpertLinear(Op):
     combine: Literal["none", "sum", "weighted"] = "none"
     slices: tuple[SiteSlice, ...] = ()
     epilogue: Epilogue = NO_EPILOGUE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2(Op):
+    """The selective state space of Mamba-2.
+
+    Per sequence and head a float32 state h ``[head_dim, state_size]``, kept in ``state`` from step to step. For each
+    row and head, with dt = softplus(``dt`` + ``dt_bias``) clipped to ``dt_limit``:
+
+    h = exp(rate * dt) h + (dt * x) bᵀ  ·  out = h c + skip * x
+
+    ``rate`` (below 0), ``dt_bias`` and ``skip`` are ``[heads]``. Head i uses the b and c of group
+    ``i // (heads / groups)``.
+    """
+
+    x: Ref
+    b: Ref
+    c: Ref
+    dt: Ref
+    out: Ref
+    state: int
+    rate: int
+    dt_bias: int
+    skip: int
+    heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+    dt_limit: tuple[float, float] = (0.0, math.inf)
 
 
 @dataclass(frozen=True, kw_only=True)

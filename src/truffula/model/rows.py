@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from truffula.model.spec import ModuleNames
 
 RowKind = Literal["embed", "linear", "vector", "conv", "head", "experts"]
-Transform = Literal["none", "plus_one", "conv"]
+Transform = Literal["none", "plus_one", "minus_exp", "conv"]
 
 
 @dataclass(frozen=True)
@@ -173,11 +173,13 @@ class LayerRows:
         if norm.bias:
             self.found.append(WeightRow(f"{key}.bias", "vector", slices, 0, self.index, param="bias"))
 
-    def vector(self, key: str, name: str, width: int, *, stored: tuple[int, ...] = ()) -> None:
+    def vector(
+        self, key: str, name: str, width: int, *, stored: tuple[int, ...] = (), transform: Transform = "none"
+    ) -> None:
         """A vector of ``width`` numbers, kept in float32; ``name`` is that of its tensor."""
         module, _, param = (self.prefix + name).rpartition(".")
         self.found.append(WeightRow(self.prefix + key, "vector", (RowSlice(module, width),), 0, self.index, param,
-                                    dtype="float32", stored=stored))  # fmt: skip
+                                    transform=transform, dtype="float32", stored=stored))  # fmt: skip
 
     def experts(
         self, key: str, parts: Sequence[tuple[str, int]], width: int, count: int, layouts: Sequence[ExpertLayout],
