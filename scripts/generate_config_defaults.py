@@ -18,17 +18,37 @@ from typing import Any
 
 TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "config_defaults.json"
 MODEL_TYPES = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
     "gemma2",
     "gemma3",
     "gemma3_text",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
     "lfm2",
     "llama",
     "ministral",
+    "ministral3",
     "mistral",
+    "mistral3",
     "mixtral",
+    "nemotron",
+    "olmo",
+    "olmo2",
+    "olmo3",
     "qwen2",
     "qwen3",
     "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
 )
 
 # Keys that the classes take although they are no fields: older spellings and what is popped while a config is read.
@@ -45,6 +65,7 @@ LEGACY = (
     "torch_dtype",
 )
 LEGACY_OF = {
+    "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
 }
@@ -66,10 +87,20 @@ def table() -> dict[str, Any]:
                 fields[field.name] = None if field.default is dataclasses.MISSING else field.default
             if "None" in str(field.type):
                 nullable.append(field.name)
-        if isinstance(theta := getattr(cls, "default_theta", None), float):
-            fields["rope_theta"] = theta
+        # Defaults that a class sets only when an instance is made.
+        made = cls()
+        rope = getattr(made, "rope_parameters", None) or {}
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_parameters"] = rope
+        if fields.get("eos_token_id", 0) is None:
+            fields["eos_token_id"] = made.eos_token_id
+        text = cls.sub_configs_defaults.get("text_config")
+        if text is not None and text.init_kwargs:
+            fields["text_config"] = text.init_kwargs
         types[model_type] = {
             "class": cls.__name__,
+            "partial_rotary_factor": rope.get("partial_rotary_factor"),
+            "rope_theta": getattr(cls, "default_theta", None),
             "fields": dict(sorted(fields.items())),
             "nullable": sorted(nullable),
             "legacy": sorted((*LEGACY, *LEGACY_OF.get(model_type, ()))),

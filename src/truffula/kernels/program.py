@@ -18,6 +18,7 @@ from typing import Literal
 from truffula.errors import KernelError
 
 Rows = Literal["T", "R"]
+Transform = Literal["none", "plus_one", "minus_exp", "conv", "columns", "even_columns", "odd_columns", "alternating"]
 BufferDtype = Literal["model", "float32"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu"]
 
@@ -46,14 +47,17 @@ class Ref:
 class WeightPart:
     """One checkpoint tensor that fills rows of a weight, by its name in the checkpoint.
 
-    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32; ``conv``: the file has ``[C, 1, K]``. Of a
-    weight of experts, a part fills rows ``lo ..`` of ``expert`` (None: of every expert) and has the shape ``stored``;
-    ``columns`` takes matrices that are stored [I, O], ``even_columns`` and ``odd_columns`` every second column of such
-    matrices, and ``alternating`` a vector [E, O] in which entries of gates and ups alternate.
+    ``transform``: ``plus_one`` adds 1, in float32, for norms with 1 + w; ``minus_exp`` is -exp(w), in float32;
+    ``conv``: the file has ``[C, 1, K]``. Of a weight of experts, a part fills rows ``lo ..`` of ``expert`` (None: of
+    every expert) and has the shape ``stored``; ``columns`` takes matrices that are stored [I, O], ``even_columns`` and
+    ``odd_columns`` every second column of such matrices, and ``alternating`` a vector [E, O] in which entries of gates
+    and ups alternate.
     """
 
     name: str
-    transform: Literal["none", "plus_one", "minus_exp", "conv", "columns", "even_columns", "odd_columns", "alternating"] = "none"
+    transform: Literal[
+        "none", "plus_one", "minus_exp", "conv", "columns", "even_columns", "odd_columns", "alternating"
+    ] = "none"
     expert: int | None = None
     lo: int = 0
     stored: tuple[int, ...] = ()
@@ -239,7 +243,8 @@ class Norm(Op):
     """``rms``: x / sqrt(mean(x²) + eps); ``layer``: (x - mean) / sqrt(var + eps). In float32.
 
     ``cast`` first: weight * round(normed) (llama); last: round(weight * normed) (gemma, olmo2). ``groups`` norms over
-    each of that many equal column groups with one shared weight of width / groups (per-head q/k norms).
+    each of that many equal column groups (per-head q/k norms): ``weight`` and ``bias`` are as wide as a group, which
+    shares them with the others, or as all columns.
     ``plus``: out = plus + round(result), a residual added after a post-norm.
     """
 
@@ -269,15 +274,18 @@ class Linear(Op):
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Op):
     """``act``: activation(x) · ``add``: x + y · ``mul``: x * y, or x * activation(y) · ``scale``: x * params[0] ·
-    ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y). ``y`` of the two products may be one column, for
-    all columns of x."""
+    ``clip``, ``softcap``: params[0] · ``sigmoid_mul``: x * sigmoid(y) · ``position_scale``: x * (1 + b * ln(1 +
+    floor((p + o) / n))) with the row's position p and params (b, n, o) · ``xielu``: its activation, whose numbers are
+    ``weight``: alpha_p, alpha_n, beta and eps as checkpoints store them. ``y`` of the two products may be one column,
+    for all columns of x."""
 
-    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul"]
+    kind: Literal["act", "add", "scale", "clip", "softcap", "sigmoid_mul", "mul", "position_scale", "xielu"]
     x: Ref
     out: Ref
     y: Ref | None = None
     activation: Activation | None = None
     params: tuple[float, ...] = ()
+    weight: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

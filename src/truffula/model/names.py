@@ -151,7 +151,7 @@ def _prefix(spec: ModelSpec, stored: Mapping[str, str]) -> tuple[str, str]:
 def _split_names(row: WeightRow, prefix: str) -> list[str]:
     if row.experts:
         return [prefix + part.name for part in row.layouts[0].parts(row)]
-    return [f"{prefix}{item.module}.{row.param}" for item in row.slices]
+    return [prefix + row.tensor(item.module) for item in row.slices]
 
 
 def _find_experts(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[WeightPart]:
@@ -165,7 +165,7 @@ def _find(row: WeightRow, prefix: str, stored: Mapping[str, str]) -> list[str] |
     split = _split_names(row, prefix)
     if all(name in stored for name in split):
         return split
-    fused = f"{prefix}{row.fused}.{row.param}" if row.fused is not None else None
+    fused = prefix + row.tensor(row.fused) if row.fused is not None else None
     # Some of the split names beside a fused one are an error: the fused name is then reported as unknown.
     return [fused] if fused in stored and not any(name in stored for name in split) else None  # type: ignore[list-item]
 

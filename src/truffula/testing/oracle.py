@@ -54,7 +54,7 @@ class Oracle:
     def __init__(self, path: Path, *, tied: bool, adapter: Path | None = None, dtype: str = "float32") -> None:
         require_packages(adapter=adapter is not None, gguf=path.suffix == ".gguf")
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the command shows its own progress
@@ -73,7 +73,8 @@ class Oracle:
         self.notes = _complete(config, path) if path.suffix == ".gguf" else ()
         config.tie_word_embeddings = tied
         factors = _take_factors(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        causal = type(config) in AutoModelForCausalLM._model_mapping
+        model = (AutoModelForCausalLM if causal else AutoModelForImageTextToText).from_pretrained(
             **source,
             config=config,
             attn_implementation=_ATTENTION,
@@ -105,7 +106,7 @@ class Oracle:
             softcap: float | None = None,
             **_: Any,
         ) -> tuple[Any, None]:
-            rotated = [_rows(item.transpose(1, 2), item.shape[2]) for item in (query, key)]
+            rotated = [item.detach()[0].float().transpose(0, 1).flatten(1).numpy() for item in (query, key)]
             self._seen[f"layer {module.layer_idx}"] = np.concatenate(rotated, 1)
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

@@ -71,7 +71,10 @@ class Mamba2Spec:
 
     def write(self, build: LayerBuilder, x: Ref) -> None:
         width, shared, at = self.width, self.groups * self.state_size, f"{self.module}."
-        inner, mixed = build.buffer("mamba_in", width + self.conv_width + self.heads), build.buffer("mamba", self.conv_width)
+        inner, mixed = (
+            build.buffer("mamba_in", width + self.conv_width + self.heads),
+            build.buffer("mamba", self.conv_width),
+        )
         build.linear("mamba_in", x, inner, build.probe(at + "in_proj", "out"))
         build.conv("mamba_conv", Ref(inner.buffer, width, self.conv_width), mixed, self.activation)
         # In float32 up to the norm, as in transformers.
