@@ -20,6 +20,7 @@ TABLE = Path(__file__).resolve().parents[1] / "src" / "truffula" / "model" / "co
 MODEL_TYPES = (
     "apertus",
     "arcee",
+    "bamba",
     "cohere",
     "cohere2",
     "cwm",
@@ -30,6 +31,7 @@ MODEL_TYPES = (
     "gemma3",
     "gemma3_text",
     "granite",
+    "granitemoehybrid",
     "helium",
     "hunyuan_v1_dense",
     "lfm2",

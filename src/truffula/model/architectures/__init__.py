@@ -9,6 +9,7 @@ from truffula.model.architectures.cohere import cohere, cohere2
 from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_text
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
+from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
@@ -30,6 +31,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
     {
         "apertus": apertus,
         "arcee": arcee,
+        "bamba": bamba,
         "cohere": cohere,
         "cohere2": cohere2,
         "cwm": cwm,
@@ -41,6 +43,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gemma3_text": gemma3_text,
         "lfm2": lfm2,
         "granite": granite,
+        "granitemoehybrid": granitemoehybrid,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
         "llama": llama,

@@ -260,7 +260,7 @@ struct TakeRowsOp {
   }
 };
 
-using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, CausalConvOp,
+using Op = std::variant<EmbedOp, NormOp, LinearOp, PointwiseOp, RopeRowsOp, RopeOp, AttentionOp, CausalConvOp, Mamba2Op,
                         RouteOp, ExpertLinearOp, TakeRowsOp>;
 
 // The columns that an op writes.

@@ -4,7 +4,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "vec.h"
+#include "rows.inc.h"
 
 namespace truffula {
 namespace {
@@ -41,9 +41,6 @@ static void conv(const ConvCall* c, const StateSpan* spans, int32_t num_spans, i
               (size_t)(column_hi - column_lo) * sizeof(float));
   }
 }
-
-// log(1 + e^x), also where e^x is infinite.
-static float softplus(float x) { return (x > 0.0f ? x : 0.0f) + log1pf(expf(-fabsf(x))); }
 
 static void mamba2(const Mamba2Call* c, const StateSpan* span, int32_t head) {
   const int width = c->head_dim, size = c->state_size, group = head / (c->heads / c->groups);
