@@ -42,6 +42,7 @@ MODEL_TYPES = (
     "mistral3",
     "mixtral",
     "nemotron",
+    "nemotron_h",
     "olmo",
     "olmo2",
     "olmo3",
@@ -70,6 +71,11 @@ LEGACY_OF = {
     "cohere2": ("sliding_window_pattern",),
     "gemma3_text": ("rope_local_base_freq", "sliding_window_pattern"),
     "lfm2": ("block_ff_dim", "tie_embedding"),
+    "nemotron_h": (
+        *("hybrid_override_pattern", "mtp_hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups"),
+        *("mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),
+        *("mamba_conv_bias", "mamba_chunk_size"),
+    ),
 }
 
 

@@ -23,4 +23,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
      "mamba_n_groups": 1, "mamba_d_head": 16, "mamba_conv_bias": False, "tie_word_embeddings": True}),
     ("granitemoehybrid", "newer names, biases", {"layer_types": ["full_attention", "linear_attention",
      "linear_attention"], "attention_bias": True, "mamba_proj_bias": True, "position_embedding_type": "nope"}),
+    ("nemotron_h", "plain", {}),
+    ("nemotron_h", "a list of layers, one group, biases", {"hybrid_override_pattern": None, "layers_block_type":
+     ["attention", "mlp", "mamba"], "n_groups": 1, "use_bias": True, "mlp_bias": True}),
+    ("nemotron_h", "older keys, longer steps", {"mamba_n_groups": 4, "mamba_d_conv": 2, "mamba_conv_bias": False,
+     "time_step_min": 0.4, "num_key_value_heads": 1}),
 ]  # fmt: skip

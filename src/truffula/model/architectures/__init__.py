@@ -12,6 +12,7 @@ from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_
 from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
+from truffula.model.architectures.nemotron_h import nemotron_h
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.qwen import qwen2, qwen3
 from truffula.model.architectures.qwen_moe import qwen3_moe
@@ -53,6 +54,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "mistral3": mistral3,
         "mixtral": mixtral,
         "nemotron": nemotron,
+        "nemotron_h": nemotron_h,
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,

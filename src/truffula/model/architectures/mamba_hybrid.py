@@ -84,12 +84,16 @@ def granitemoehybrid(view: ConfigView) -> ModelSpec:
 
 def _kinds(view: ConfigView, layers: int) -> tuple[str, ...]:
     """The kind of each layer, under its newer name; all are Mamba-2 where none is given."""
-    newer = {"mamba": "linear_attention", "attention": "full_attention"}
     kinds = view.strings("layer_types", layers) or ("linear_attention",) * layers
-    for kind in kinds:
-        if kind not in (*newer, *newer.values()):
-            raise view.error("layer_types", f"{kind} is not supported; full_attention and linear_attention are.", kind)
-    return tuple(newer.get(kind, kind) for kind in kinds)
+    return tuple(newer_kind(view, "layer_types", kind, ("linear_attention", "full_attention")) for kind in kinds)
+
+
+def newer_kind(view: ConfigView, key: str, kind: object, supported: Collection[str]) -> str:
+    """The kind of a layer (an item of the list under ``key``) under its name in transformers 5."""
+    found = {"mamba": "linear_attention", "attention": "full_attention"}.get(str(kind), kind)
+    if not isinstance(found, str) or found not in supported:
+        raise view.error(key, f"{kind} is not supported; {', '.join(supported)} are.", kind)
+    return found
 
 
 def read_mamba2(view: ConfigView, sizes: Sizes) -> Mamba2Spec:
