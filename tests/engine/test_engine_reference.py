@@ -100,12 +100,13 @@ FAMILIES = {
     "gemma3": ("gemma3_text", {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
     "gemma3-short": ("gemma3_text", {"sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"]}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"], "conv_L_cache": 4}),
+    "bamba": ("bamba", {}),
     "gemma3-long": ("gemma3_text", {"sliding_window": 50, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 
 
 # The reference takes a second for each test of these: in the slow suite.
-SLOW = {("reference", "lfm2")}
+SLOW = {("reference", "lfm2"), ("reference", "bamba")}
 PARAMS = [
     pytest.param((b, f), marks=[pytest.mark.slow] * ((b, f) in SLOW), id=f"{b}-{f}") for b in SINGLE for f in FAMILIES
 ]

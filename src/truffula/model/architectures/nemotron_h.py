@@ -27,7 +27,7 @@ NAMES = ModuleNames(
     prefixes=(("backbone.", "lm_head"), ("model.", "lm_head")),
 )
 _PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
-# Of layers with experts, and of how Mamba is trained or its sums divided.
+# Of layers with experts, of a rotary embedding, and of how Mamba is trained or its sums divided.
 _WITHOUT_EFFECT = (
     *("n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"),
     *("moe_latent_size", "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor", "n_group"),
@@ -35,12 +35,12 @@ _WITHOUT_EFFECT = (
     *("use_mamba_kernels", "expand", "mamba_expand", "time_step_max", "mamba_dt_max", "time_step_limit"),
     *("mamba_dt_limit", "time_step_floor", "mamba_dt_init_floor", "chunk_size", "mamba_chunk_size"),
     *("mamba_proj_bias", "mamba_ssm_cache_dtype", "rescale_prenorm_residual", "residual_in_fp32"),
-    "num_logits_to_keep",
+    *("num_logits_to_keep", "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"),
 )
 
 
 def nemotron_h(view: ConfigView) -> ModelSpec:
-    """No rotary embedding; ``use_bias`` is of the linears of Mamba, attention has none."""
+    """Attention without positions; ``use_bias`` is of the linears of Mamba, attention has none."""
     view.skip(*_WITHOUT_EFFECT)
     view.must_be("attention_bias", (False,), "transformers ignores it: attention has no biases.")
     view.must_be("sliding_window", (None,), "transformers ignores it: attention is full.")

@@ -155,6 +155,7 @@ def finish_spec(
 ) -> ModelSpec:
     """The spec of these layers; ``more``: other fields of ``ModelSpec``."""
     view.must_be("is_encoder_decoder", (False,), "only decoder-only models are supported.")
+    positions = view.integer("max_position_embeddings")
     return ModelSpec(
         model_type=view.model_type,
         vocab_size=view.integer("vocab_size"),
@@ -162,6 +163,6 @@ def finish_spec(
         layers=tuple(layers),
         ropes=tuple(ropes),
         final_norm=final_norm,
-        max_positions=extended_positions(view, view.integer("max_position_embeddings")),
+        max_positions=extended_positions(view, positions) if ropes else positions,
         **more,
     )
