@@ -46,9 +46,15 @@ MODEL_TYPES = (
     "olmo",
     "olmo2",
     "olmo3",
+    "olmo_hybrid",
     "qwen2",
     "qwen3",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
     "qwen3_moe",
+    "qwen3_next",
     "seed_oss",
     "smollm3",
     "stablelm",
@@ -76,6 +82,9 @@ LEGACY_OF = {
         *("mamba_d_conv", "mamba_expand", "mamba_dt_min", "mamba_dt_max", "mamba_dt_limit", "mamba_dt_init_floor"),
         *("mamba_conv_bias", "mamba_chunk_size"),
     ),
+    "qwen3_5_moe_text": ("full_attention_interval",),
+    "qwen3_5_text": ("full_attention_interval",),
+    "qwen3_next": ("full_attention_interval",),
 }
 
 

@@ -94,7 +94,7 @@ class ModuleNames:
     of other classes that adapters are trained on). ``gate_up_fused``: gate and up are the one module ``gate_up``.
     ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
-    image encoder.
+    image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens.
     """
 
     embed: str = "embed_tokens"
@@ -120,6 +120,7 @@ class ModuleNames:
         ("model.language_model.", "lm_head"),
     )
     skip: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 LLAMA_NAMES = ModuleNames()

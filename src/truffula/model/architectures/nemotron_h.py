@@ -25,6 +25,7 @@ NAMES = ModuleNames(
     gate_up=None,
     down="mixer.down_proj",
     prefixes=(("backbone.", "lm_head"), ("model.", "lm_head")),
+    unused=("mtp.",),
 )
 _PATTERN = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 # Of layers with experts, of a rotary embedding, and of how Mamba is trained or its sums divided.
@@ -35,7 +36,14 @@ _WITHOUT_EFFECT = (
     *("use_mamba_kernels", "expand", "mamba_expand", "time_step_max", "mamba_dt_max", "time_step_limit"),
     *("mamba_dt_limit", "time_step_floor", "mamba_dt_init_floor", "chunk_size", "mamba_chunk_size"),
     *("mamba_proj_bias", "mamba_ssm_cache_dtype", "rescale_prenorm_residual", "residual_in_fp32"),
-    *("num_logits_to_keep", "rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"),
+    *(
+        "num_nextn_predict_layers",
+        "num_logits_to_keep",
+        "rope_theta",
+        "rope_parameters",
+        "rope_scaling",
+        "partial_rotary_factor",
+    ),
 )
 
 
@@ -44,7 +52,6 @@ def nemotron_h(view: ConfigView) -> ModelSpec:
     view.skip(*_WITHOUT_EFFECT)
     view.must_be("attention_bias", (False,), "transformers ignores it: attention has no biases.")
     view.must_be("sliding_window", (None,), "transformers ignores it: attention is full.")
-    view.must_be("num_nextn_predict_layers", (0,), "layers that predict more than one token are not supported.")
     eps = view.number("layer_norm_epsilon")
     heads, kv_heads, head_dim = (
         view.integer("num_attention_heads"),

@@ -62,7 +62,7 @@ class Mamba2Spec:
     def rows(self, rows: LayerRows) -> None:
         at, hidden = f"{self.module}.", rows.hidden
         rows.linear("mamba_in", [(at + "in_proj", self.width + self.conv_width + self.heads)], hidden, bias=self.bias)
-        rows.conv("mamba_conv", at + "conv1d", self.conv_width, self.taps, bias=self.conv_bias)
+        rows.conv("mamba_conv", [(at + "conv1d", self.conv_width)], self.taps, bias=self.conv_bias)
         rows.vector("mamba_rate", at + "A_log", self.heads, transform="minus_exp")
         rows.vector("mamba_dt_bias", at + "dt_bias", self.heads)
         rows.vector("mamba_skip", at + "D", self.heads)
