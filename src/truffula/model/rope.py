@@ -21,6 +21,7 @@ from truffula.model.spec import RopeSpec
 
 Float32 = npt.NDArray[np.float32]
 NESTED = ("full_attention", "sliding_attention")
+DEFAULT_THETA = 10_000.0
 MOST_WIDTH = 1 << 16
 """Far above the width of any head; bounds the table that an invalid config can create."""
 _ALPHA = "dynamic with alpha"

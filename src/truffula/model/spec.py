@@ -105,7 +105,8 @@ class ModuleNames:
     """The paths of a model's modules. ``layer`` contains ``{i}``; names inside a layer are relative to it.
 
     ``body`` is the body's path in transformers, with the dot, as probes and PEFT use it (``lora/roots.py`` has those
-    of other classes that adapters are trained on). ``prefixes`` are the prefixes of the body's names in checkpoints,
+    of other classes that adapters are trained on). ``gate_up_fused``: gate and up are the one module ``gate_up``.
+    ``prefixes`` are the prefixes of the body's names in checkpoints,
     most common first, each with the module of the head. ``skip`` are prefixes of parts that are not served, such as an
     image encoder; ``unused`` those of parts without effect on generation, such as a head that predicts further tokens.
 

@@ -11,8 +11,10 @@ from truffula.model.architectures.gemma import gemma, gemma2, gemma3, gemma3_tex
 from truffula.model.architectures.gpt import gpt2, gpt_bigcode, gpt_neo, gpt_neox, gptj
 from truffula.model.architectures.lfm2 import lfm2
 from truffula.model.architectures.llama import arcee, cwm, granite, llama, seed_oss, smollm3
+from truffula.model.architectures.mamba_hybrid import bamba, granitemoehybrid
 from truffula.model.architectures.mistral import ministral3, mistral, mistral3
 from truffula.model.architectures.mixtral import mixtral
+from truffula.model.architectures.nemotron_h import nemotron_h
 from truffula.model.architectures.olmo import olmo, olmo2, olmo3
 from truffula.model.architectures.olmo_hybrid import olmo_hybrid
 from truffula.model.architectures.opt import opt
@@ -38,6 +40,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "apertus": apertus,
         "arcee": arcee,
         "bloom": bloom,
+        "bamba": bamba,
         "cohere": cohere,
         "cohere2": cohere2,
         "cwm": cwm,
@@ -54,6 +57,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "gpt_neox": gpt_neox,
         "gptj": gptj,
         "granite": granite,
+        "granitemoehybrid": granitemoehybrid,
         "helium": helium,
         "hunyuan_v1_dense": hunyuan_v1_dense,
         "lfm2": lfm2,
@@ -65,6 +69,7 @@ ARCHITECTURES: Mapping[str, Callable[[ConfigView], ModelSpec]] = MappingProxyTyp
         "mixtral": mixtral,
         "mpt": mpt,
         "nemotron": nemotron,
+        "nemotron_h": nemotron_h,
         "olmo": olmo,
         "olmo2": olmo2,
         "olmo3": olmo3,
